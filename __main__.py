@@ -1,0 +1,226 @@
+"""The command line: parse, call, print. Every verb imports what it needs when it is called."""
+
+from __future__ import annotations
+
+import os
+import sys
+from enum import StrEnum
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from . import __version__, console
+from .errors import BadInput, HistoseekError
+from .index_commands import index_app
+
+# Medical data: no part of this program reports to anyone. Set before any of them is imported.
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+
+app = typer.Typer(
+    name="histoseek",
+    help="Find similar cases and clusters in whole slides.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+app.add_typer(index_app, name="index")
+
+
+class Kind(StrEnum):
+    """What the pictures of a folder are."""
+
+    auto = "auto"
+    slides = "slides"
+    tiles = "tiles"
+
+
+Json = Annotated[
+    bool, typer.Option("--json", help="Print one JSON document.", callback=console.set_json)
+]
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        print(f"histoseek {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+) -> None:
+    """Find similar cases and clusters in whole slides."""
+
+
+@app.command()
+def demo(
+    dir: Annotated[Path, typer.Option(help="Folder for the demo's files.")] = Path(
+        "histoseek-demo"
+    ),
+    no_ui: Annotated[bool, typer.Option("--no-ui", help="Do not open the page.")] = False,
+    port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
+    json: Json = False,
+) -> None:
+    """Run the whole path on one real slide: embed, index, cluster, search, page."""
+    from .demo import run_demo
+
+    atlas = run_demo(dir)
+    if not no_ui:
+        from .ui.app import serve
+
+        serve(atlas, "127.0.0.1", port)
+
+
+@app.command(
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def train(
+    context: typer.Context,
+    recipe: Annotated[str, typer.Argument(help="Name of a recipe; --list shows them.")] = "",
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder, .csv manifest, .tar or .npz of labelled tiles.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    also: Annotated[
+        list[Path] | None, typer.Option(help="More data, trained on together; repeatable.")
+    ] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out COLUMN=VALUE[,VALUE…]; repeatable.")
+    ] = None,
+    label_from: Annotated[
+        str, typer.Option(help="Manifest columns that make the label, joined by comma.")
+    ] = "label",
+    cross_validate: Annotated[
+        bool, typer.Option("--cross-validate", help="Train every fold, into OUT/fold-<n>.")
+    ] = False,
+    list_recipes: Annotated[
+        bool, typer.Option("--list", help="List recipes, models and options.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value …]."""
+    from .training import commands
+
+    if list_recipes:
+        commands.show_recipes()
+        return
+    if data is None or out is None:
+        raise BadInput("expected: histoseek train RECIPE DATA --out RUN (or --list)")
+    sources = [data, *(also or [])]
+    commands.train(
+        recipe, sources, out, exclude or [], label_from.split(","), cross_validate, context.args
+    )
+
+
+@app.command()
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle; must not exist.")],
+    tiles: Annotated[
+        Path | None,
+        typer.Option(help="Real tiles for the parity test; the run's data if left out."),
+    ] = None,
+    name: Annotated[str | None, typer.Option(help="Name of the encoder.")] = None,
+    mpp: Annotated[float | None, typer.Option(help="µm per pixel to read slides at.")] = None,
+    pca: Annotated[
+        float | None, typer.Option(help="Keep this share of the variance by PCA in the graph.")
+    ] = None,
+    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
+    json: Json = False,
+) -> None:
+    """Export a run to an encoder bundle: ONNX graph, manifest, parity proof, model card."""
+    from .export.bundle import export_run, parity_tiles
+    from .training.models import build
+
+    source = parity_tiles(run, tiles)
+    manifest = export_run(run, out, source, build, name, mpp, pca, licence)
+    document = {"bundle": str(out), **manifest.model_dump()}
+    console.emit(
+        document,
+        lambda: console.say(
+            f"{out}: encoder {manifest.name}, {manifest.dim}-d, sha256 {manifest.sha256[:12]}…, "
+            f"parity proven ({out / 'parity.json'})"
+        ),
+    )
+
+
+@app.command()
+def embed(
+    inputs: Annotated[list[Path], typer.Argument(help="Slides, folders, tile packs.")],
+    out: Annotated[Path, typer.Option(help="Folder of the feature files.")],
+    encoder: Annotated[str, typer.Option(help="Encoder bundle, or 'default'.")] = "default",
+    mpp: Annotated[
+        float | None, typer.Option(help="µm per pixel of the tiles; the encoder's if left out.")
+    ] = None,
+    assume_mpp: Annotated[
+        float | None, typer.Option(help="µm per pixel of slides that do not say.")
+    ] = None,
+    manifest: Annotated[
+        Path | None, typer.Option(help="CSV: file, label, group; for slides mpp, label, patient.")
+    ] = None,
+    overlap: Annotated[int, typer.Option(help="Overlap of tiles, in pixels.")] = 0,
+    min_tissue: Annotated[float, typer.Option(help="Least share of tissue in a tile.")] = 0.25,
+    batch: Annotated[int, typer.Option(help="Tiles per call of the encoder.")] = 32,
+    kind: Annotated[
+        Kind, typer.Option("--as", help="What a folder of pictures holds.")
+    ] = Kind.auto,
+    json: Json = False,
+) -> None:
+    """Embed slides and tile sets into feature files; a repeated run finishes what is not done."""
+    from .serving.encoder import open_encoder
+    from .serving.jobs import find_jobs
+    from .serving.pipeline import EmbedOptions, embed_jobs
+    from .serving.report import report_results
+
+    options = EmbedOptions(mpp, assume_mpp, overlap, min_tissue, batch, manifest)
+    opened = open_encoder(encoder)
+    jobs = find_jobs(inputs, kind.value, manifest)
+    with console.progress("embedding") as progress:
+        results = embed_jobs(jobs, opened, out, options, progress)
+    if not report_results(results, opened.manifest, out):
+        raise typer.Exit(console.EXIT_FAILED)
+
+
+@app.command()
+def ui(
+    atlas: Annotated[Path, typer.Argument(help="Folder of the atlas.")],
+    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
+    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+) -> None:
+    """Open the page on an atlas: find similar, upload and cluster, about."""
+    from .ui.app import serve
+
+    serve(atlas, host, port)
+
+
+@app.command()
+def doctor(json: Json = False) -> None:
+    """Say what is installed, which accelerators there are, and how to get what is missing."""
+    from .doctor import examine, show
+
+    report = examine()
+    console.emit(report, lambda: show(report))
+    if not report["ok"]:
+        raise typer.Exit(console.EXIT_FAILED)
+
+
+def main(arguments: list[str] | None = None) -> Any:
+    """Run the command line; every error of ours becomes a message and exit code 1."""
+    console.mode.json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        return app(arguments)
+    except HistoseekError as error:
+        console.fail(error)
+        sys.exit(console.EXIT_FAILED)
+    except KeyboardInterrupt:
+        print("stopped; repeat the command to go on where it was", file=sys.stderr)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

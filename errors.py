@@ -1,0 +1,51 @@
+"""What can go wrong, grouped by what the caller can do about it.
+
+::
+
+    HistoseekError          anything histoseek refuses or could not finish
+    ├── BadInput            an image, slide, table or option is wrong: correct or replace it
+    ├── Mismatch            two artifacts do not belong together (other encoder, other dimension)
+    ├── Damaged             a stored artifact fails its own check: rebuild or restore it
+    ├── MissingPart         an optional package is not installed: install the extra that is named
+    ├── Busy                another process holds the resource: wait and try again
+    └── StorageFailed       the disk is full, read-only or failing: free space and run again
+
+Every message says what was wrong, with which value, what was expected, and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+
+class HistoseekError(Exception):
+    """Base of every error that histoseek raises on purpose."""
+
+
+class BadInput(HistoseekError):
+    """An input must be corrected or replaced by the caller."""
+
+
+class Mismatch(HistoseekError):
+    """Two artifacts do not belong together."""
+
+
+class Damaged(HistoseekError):
+    """A stored artifact fails its own check."""
+
+
+class MissingPart(HistoseekError):
+    """An optional package is missing."""
+
+
+class Busy(HistoseekError):
+    """Another process holds the resource; the same call may succeed later."""
+
+
+class StorageFailed(HistoseekError):
+    """Writing failed for a reason outside of histoseek (space, permission, quota)."""
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> BadInput:
+    """Return the error for a name that is not in a registry, with the choices listed."""
+    return BadInput(f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(choices))}")

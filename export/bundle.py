@@ -1,0 +1,178 @@
+"""Writing an encoder bundle from a run: graph, manifest, parity and card, all or nothing."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import torch
+from numpy.typing import NDArray
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from ..errors import BadInput, Damaged
+from ..files import publish_folder, read_json, sha256_file, write_atomic, write_json
+from ..images import square
+from ..manifest import CARD, GRAPH, MANIFEST, PARITY, Manifest
+from ..tilesets import TileSet, open_tiles
+from .card import model_card
+from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
+
+PARITY_TILES = 64
+Build = Callable[..., Any]
+
+
+def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[str, torch.Tensor]]:
+    """Read a run folder: its record, its encoder with weights, and its PCA basis.
+
+    Args:
+        run: the folder that ``histoseek train`` wrote.
+        build: makes an architecture by name: ``build(model, **sizes)``.
+
+    Raises:
+        BadInput: the folder holds no finished run.
+        Damaged: the weights do not fit the architecture they name.
+    """
+    weights = run / "weights.safetensors"
+    if not (run / "run.json").is_file() or not weights.is_file():
+        raise BadInput(
+            f"{run} holds no finished run (run.json and weights.safetensors); "
+            "finish it by repeating its `histoseek train` command"
+        )
+    record = read_json(run / "run.json")
+    try:
+        with safe_open(weights, framework="pt") as stored:
+            about = json.loads((stored.metadata() or {}).get("about", "{}"))
+            tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
+        architecture = dict(about["architecture"])
+        encoder = build(architecture.pop("model"), **architecture)
+        pca = {k: v for k, v in tensors.items() if k.startswith("pca.")}
+        encoder.load_state_dict({k: v for k, v in tensors.items() if k not in pca})
+    except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
+        raise Damaged(f"{weights} does not fit the architecture it names ({error})") from error
+    return record, encoder.eval(), pca
+
+
+def sample_tiles(tileset: TileSet, size_px: int, count: int = PARITY_TILES) -> NDArray[np.uint8]:
+    """Decode ``count`` tiles spread evenly over a tile set; unreadable ones are passed over.
+
+    Raises:
+        BadInput: none could be read.
+    """
+    chosen = np.unique(np.linspace(0, len(tileset) - 1, min(count, len(tileset))).astype(int))
+    tiles: list[NDArray[np.uint8]] = []
+    reason = "the tile set is empty"
+    for number in chosen:
+        try:
+            tiles.append(square(tileset.read(int(number)), size_px))
+        except BadInput as error:
+            reason = str(error)
+    if not tiles:
+        raise BadInput(f"no tile to prove parity on: {reason}")
+    return np.stack(tiles)
+
+
+def parity_tiles(run: Path, tiles: Path | None) -> TileSet:
+    """Open the tiles on which parity is measured: those given, else the run's own data.
+
+    Raises:
+        BadInput: none given, and the run's data is no longer where it was.
+    """
+    if tiles is not None:
+        return open_tiles(tiles)
+    record = read_json(run / "run.json")
+    sources = record["data"].get("selection", {}).get("sources", [])
+    for source in sources:
+        if Path(source).exists():
+            return open_tiles(Path(source))
+    raise BadInput(
+        f"the data that {run} was trained on is not at {', '.join(sources) or 'a known place'}; pass "
+        "--tiles with real tiles for the parity test"
+    )
+
+
+def export_run(
+    run: Path,
+    out: Path,
+    tileset: TileSet,
+    build: Build,
+    name: str | None = None,
+    mpp: float | None = None,
+    pca: float | None = None,
+    licence: str = "not stated",
+) -> Manifest:
+    """Turn a run into a bundle.
+
+    Args:
+        run: a finished run.
+        out: the bundle's folder, which must not exist.
+        tileset: real tiles on which parity is measured.
+        build: makes an architecture by name.
+        name: of the encoder; the folder's name when left out.
+        mpp: micrometres per pixel at which slides are to be read, if known.
+        pca: keep the components with this share of the variance inside the graph.
+        licence: of the weights, as the card will state it.
+
+    Returns:
+        The bundle's manifest.
+
+    Raises:
+        BadInput: no finished run, ``out`` exists, or no PCA basis in the run.
+        Mismatch: parity is over its bound; nothing is written.
+    """
+    record, encoder, basis = load_run(run, build)
+    graph = Graph(encoder, encoder.mean, encoder.std, _components(basis, pca, run))  # type: ignore[arg-type]
+    size_px = int(record["architecture"]["size_px"])
+    dim = len(graph.pca_components) if graph.has_pca else int(record["architecture"]["dim"])
+    tiles = sample_tiles(tileset, size_px)
+    with publish_folder(out) as folder:
+        write_atomic(folder / GRAPH, to_onnx(graph, size_px))
+        onnx.checker.check_model(str(folder / GRAPH), full_check=True)
+        parity = measure_parity(graph, folder / GRAPH, tiles)
+        check_parity(parity)
+        manifest = Manifest(
+            name=name or out.name,
+            sha256=sha256_file(folder / GRAPH),
+            arch=record["architecture"]["model"],
+            size_px=size_px,
+            mpp=mpp,
+            dim=dim,
+            metric="cosine",
+            normalised=True,
+            training=_provenance(record),
+            licence=licence,
+            opset=OPSET,
+            versions={"torch": torch.__version__, "onnx": onnx.__version__},
+        )
+        write_json(folder / MANIFEST, manifest.model_dump())
+        write_json(folder / PARITY, parity.as_dict())
+        write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict()))
+    return manifest
+
+
+def _components(
+    basis: dict[str, torch.Tensor], keep: float | None, run: Path
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if keep is None:
+        return None
+    if not 0 < keep <= 1:
+        raise BadInput(f"--pca is {keep}; expected a share of the variance, over 0 and up to 1")
+    if "pca.components" not in basis:
+        raise BadInput(f"{run} holds no PCA basis; train it again with this version")
+    shares = torch.cumsum(basis["pca.variance"], 0)
+    count = min(int((shares < keep).sum()) + 1, len(shares))
+    return basis["pca.mean"], basis["pca.components"][:count]
+
+
+def _provenance(record: dict[str, Any]) -> dict[str, Any]:
+    data = record["data"]
+    return {
+        "recipe": record["recipe"],
+        "paper": record["paper"],
+        "data": {k: data[k] for k in ("name", "fingerprint", "tiles", "groups")},
+        "seed": record["options"]["seed"],
+    }

@@ -1,0 +1,79 @@
+"""The model card: what a person should know before trusting an encoder, from the run's own record."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ..manifest import Manifest
+
+
+def model_card(manifest: Manifest, record: dict[str, Any], parity: dict[str, Any]) -> str:
+    """Return the card as Markdown; every number is the run's or the parity test's."""
+    data, split = record["data"], record["split"]
+    mpp = f"{manifest.mpp} µm per pixel" if manifest.mpp else "not stated"
+    lines = [
+        f"# {manifest.name}",
+        "",
+        f"A {manifest.arch} encoder: {manifest.size_px} x {manifest.size_px} RGB tiles to "
+        f"{manifest.dim}-dimensional embeddings of length 1, compared by cosine.",
+        "",
+        "**For research only.** Similarity is no diagnosis.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| encoder sha256 | `{manifest.sha256}` |",
+        f"| slides are read at | {mpp} |",
+        f"| recipe | `{record['recipe']}` ({record['paper']}) |",
+        f"| licence of the weights | {manifest.licence} |",
+        f"| opset | {manifest.opset} |",
+        "",
+        "## Training data",
+        f"{data['name']}: {data['tiles']} tiles, {len(data['classes'])} classes, "
+        f"{data['groups'] or 'no'} groups; {len(data['unreadable'])} unreadable tiles left out. "
+        f"{_left_out(data)}Fingerprint `{data['fingerprint'][:16]}`.",
+        "",
+        f"Split by {split['by']}: {split['train_tiles']} tiles trained on, "
+        f"{split['held_out_tiles']} held out.",
+        "",
+        "## Measured on the held-out tiles",
+    ]
+    lines += _tables(record.get("metrics", {}))
+    lines += [
+        "",
+        "## Parity of the graph with torch",
+        f"On {parity['tiles']} real tiles: largest difference {parity['max_abs']:.1e} "
+        f"(allowed {parity['bounds']['max_abs']:.0e}), largest cosine error "
+        f"{parity['max_cosine_error']:.1e}, batch of 1 against batch of 64 "
+        f"{parity['batch_max_abs']:.1e} (allowed {parity['bounds']['batch_max_abs']:.0e}).",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def _left_out(data: dict[str, Any]) -> str:
+    rules = data.get("selection", {}).get("exclude", [])
+    return f"Left out on purpose: {'; '.join(rules)}. " if rules else ""
+
+
+def _tables(metrics: dict[str, Any]) -> list[str]:
+    if not metrics:
+        return ["Nothing was held out, so nothing was measured."]
+    trained, untrained = metrics["trained"], metrics["random_init"]
+    lines = [
+        "",
+        "| metric | this encoder | random weights | trivial baseline |",
+        "|---|---|---|---|",
+    ]
+    sections = [("", "retrieval")]
+    sections += [(f"{k}: ", k) for k in trained if isinstance(trained[k], dict)]
+    for prefix, key in sections:
+        rows, others = (
+            (side[key] if key == "retrieval" else side[key]["scores"])
+            for side in (trained, untrained)
+        )
+        for row, other in zip(rows, others, strict=True):
+            lines.append(
+                f"| {prefix}{row['name']} | {row['value']:.3f} | {other['value']:.3f} | "
+                f"{row['baseline']:.3f} ({row['baseline_is']}) |"
+            )
+    return lines

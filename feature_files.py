@@ -1,0 +1,242 @@
+"""Feature files: one HDF5 per slide or tile set, in TRIDENT's layout, written and read the same way.
+
+Source of the layout: TRIDENT (Mahmood lab), ``features`` (N, D) float32 and ``coords`` (N, 2) int64
+with their attributes. Added here: ``files`` for tile sets, and attributes that name the source and what
+is known of it. Written by serving, read by index.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from .errors import BadInput, Damaged, Mismatch
+from .files import write_atomic
+
+CHUNK_ROWS = 512
+MAX_ROWS = 20_000_000
+
+
+@dataclass(frozen=True)
+class Features:
+    """The embeddings of one slide or tile set.
+
+    Attributes:
+        name: the slide's name.
+        encoder: name of the encoder.
+        encoder_sha256: its identity.
+        features: (N, D) float32.
+        coords: (N, 2) int64, level-0 top-left x, y; all 0 for a tile set.
+        files: (N,) names of the tiles of a tile set, or None for a slide.
+        kind: ``slide`` or ``tiles``.
+        source: where the pixels are.
+        size_px: side of a tile as the encoder saw it.
+        size_px_level0: side of a tile in level-0 pixels; 0 for a tile set.
+        overlap_px: overlap of neighbours in tile pixels.
+        mpp: micrometres per pixel of level 0, or None.
+        target_mpp: micrometres per pixel of the tiles, or None.
+        width: of level 0; 0 for a tile set.
+        height: of level 0; 0 for a tile set.
+        labels: (N,) label per tile ("" for none), or None.
+        groups: (N,) group per tile ("" for none), or None.
+        about: anything else worth keeping, JSON-ready.
+    """
+
+    name: str
+    encoder: str
+    encoder_sha256: str
+    features: NDArray[np.float32]
+    coords: NDArray[np.int64]
+    files: tuple[str, ...] | None = None
+    kind: str = "slide"
+    source: str = ""
+    size_px: int = 0
+    size_px_level0: int = 0
+    overlap_px: int = 0
+    mpp: float | None = None
+    target_mpp: float | None = None
+    width: int = 0
+    height: int = 0
+    labels: tuple[str, ...] | None = None
+    groups: tuple[str, ...] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def write_features(path: Path, item: Features) -> None:
+    """Publish a feature file in one step.
+
+    Raises:
+        StorageFailed: no space or no permission; a file that was there before is untouched.
+    """
+    write_atomic(path, encode_features(item, path.parent))
+
+
+def encode_features(item: Features, folder: Path) -> bytes:
+    """Return the HDF5 file's bytes; ``folder`` is what TRIDENT's ``savetodir`` says."""
+    buffer = io.BytesIO()
+    with h5py.File(buffer, "w") as out:
+        rows = min(CHUNK_ROWS, max(1, len(item.features)))
+        shape = item.features.shape
+        common = {"name": item.name, "savetodir": str(folder)}
+        data = out.create_dataset(
+            "features",
+            data=item.features.astype(np.float32),
+            maxshape=(None, shape[1]),
+            chunks=(rows, shape[1]),
+        )
+        data.attrs.update(
+            {**common, "encoder": item.encoder, "encoder_sha256": item.encoder_sha256}
+        )
+        coords = out.create_dataset(
+            "coords", data=item.coords.astype(np.int64), maxshape=(None, 2), chunks=(rows, 2)
+        )
+        coords.attrs.update({**common, **_coords_attributes(item)})
+        for key, values in (
+            ("files", item.files),
+            ("labels", item.labels),
+            ("groups", item.groups),
+        ):
+            if values is not None:
+                out.create_dataset(key, data=list(values), dtype=h5py.string_dtype("utf-8"))
+        out.attrs.update(
+            {
+                "kind": item.kind,
+                "source": item.source,
+                "about": json.dumps(item.about, sort_keys=True),
+            }
+        )
+    return buffer.getvalue()
+
+
+def _coords_attributes(item: Features) -> dict[str, Any]:
+    known = {"mpp": item.mpp, "target_mpp": item.target_mpp}
+    return {
+        "patch_size": item.size_px,
+        "patch_size_level0": item.size_px_level0,
+        "level0_magnification": magnification(item.mpp),
+        "target_magnification": magnification(item.target_mpp),
+        "overlap": item.overlap_px,
+        "level0_width": item.width,
+        "level0_height": item.height,
+        **{k: v for k, v in known.items() if v is not None},
+    }
+
+
+def magnification(mpp: float | None) -> int:
+    """Return the nominal objective of a pixel size (0.25 µm is 40x, 0.5 µm 20x); 0 if unknown."""
+    return max(1, round(10 / mpp)) if mpp else 0
+
+
+def read_features(path: Path) -> Features:
+    """Read and check a feature file.
+
+    Raises:
+        BadInput: no such file, or arrays that do not fit each other.
+        Damaged: not a readable HDF5 file.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; check the path")
+    if path.suffix.lower() in {".pt", ".pth", ".pkl"}:
+        raise BadInput(f"{path} is a pickle, which can run code when opened; expected .h5 features")
+    try:
+        with h5py.File(path, "r") as stored:
+            return _parse(path, stored)
+    except (OSError, RuntimeError, ValueError, KeyError, UnicodeDecodeError) as error:
+        raise Damaged(
+            f"{path} is not a whole feature file ({error}); embed its slide again"
+        ) from error
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """Return what a feature file says of its making, or None if it is missing or damaged."""
+    try:
+        with h5py.File(path, "r") as stored:
+            if "features" not in stored or "coords" not in stored:
+                return None
+            about = json.loads(str(stored.attrs["about"]))
+            return about if isinstance(about, dict) else None
+    except (OSError, RuntimeError, ValueError, KeyError):
+        return None
+
+
+def _parse(path: Path, stored: h5py.File) -> Features:
+    for key in ("features", "coords"):
+        if not isinstance(stored.get(key), h5py.Dataset):
+            raise BadInput(
+                f"{path} has datasets {sorted(stored)}; expected 'features' and 'coords'"
+            )
+    data, places = stored["features"], stored["coords"]
+    if data.ndim != 2 or places.shape != (data.shape[0], 2):
+        raise BadInput(
+            f"{path}: features {data.shape} and coords {places.shape}; expected (N, D) and (N, 2)"
+        )
+    if data.shape[0] > MAX_ROWS or data.dtype.kind != "f" or places.dtype.kind not in "iu":
+        raise BadInput(f"{path}: features are {data.dtype} {data.shape}, coords {places.dtype}")
+    attributes, about = places.attrs, str(stored.attrs.get("about", "{}"))
+
+    def text(key: str) -> tuple[str, ...] | None:
+        if key not in stored:
+            return None
+        values = tuple(v.decode("utf-8") for v in stored[key][()])
+        if len(values) != data.shape[0]:
+            raise BadInput(
+                f"{path}: {key!r} has {len(values)} rows, 'features' has {data.shape[0]}"
+            )
+        return values
+
+    def number(key: str) -> float | None:
+        return float(attributes[key]) if key in attributes else None
+
+    return Features(
+        name=str(data.attrs.get("name", path.stem)),
+        encoder=str(data.attrs.get("encoder", "unknown")),
+        encoder_sha256=str(data.attrs.get("encoder_sha256", "")),
+        features=data[()].astype(np.float32),
+        coords=places[()].astype(np.int64),
+        files=text("files"),
+        kind=str(stored.attrs.get("kind", "slide")),
+        source=str(stored.attrs.get("source", "")),
+        size_px=int(attributes.get("patch_size", 0)),
+        size_px_level0=int(attributes.get("patch_size_level0", 0)),
+        overlap_px=int(attributes.get("overlap", 0)),
+        mpp=number("mpp"),
+        target_mpp=number("target_mpp"),
+        width=int(attributes.get("level0_width", 0)),
+        height=int(attributes.get("level0_height", 0)),
+        labels=text("labels"),
+        groups=text("groups"),
+        about=json.loads(about),
+    )
+
+
+def check_features(item: Features, encoder: str, sha256: str, dim: int, origin: Path) -> None:
+    """Check that features belong to an encoder and hold numbers.
+
+    Raises:
+        Mismatch: made by another encoder, or of another length; names both.
+        BadInput: values that are not finite; says how many and where first.
+    """
+    if item.encoder_sha256 != sha256:
+        found = item.encoder_sha256[:12] or "no sha256"
+        raise Mismatch(
+            f"{origin} holds features of encoder {item.encoder!r} ({found}); this atlas is bound to "
+            f"{encoder!r} ({sha256[:12]}): embed the slide with the atlas's encoder"
+        )
+    if item.features.shape[1] != dim:
+        raise Mismatch(
+            f"{origin} holds {item.features.shape[1]}-dimensional features; encoder {encoder!r} gives "
+            f"{dim}: embed the slide again"
+        )
+    broken = np.asarray(~np.isfinite(item.features).all(axis=1))
+    if broken.any():
+        raise BadInput(
+            f"{origin}: {int(broken.sum())} of {len(broken)} feature rows hold NaN or infinity, first "
+            f"row {int(broken.argmax())}; embed the slide again"
+        )

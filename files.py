@@ -1,0 +1,159 @@
+"""Publishing files so that a reader sees all of one or nothing: temp, fsync, rename, fsync folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .errors import BadInput, Busy, Damaged, StorageFailed
+
+_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def storage_failed(path: Path, error: OSError) -> StorageFailed:
+    """Turn an ``OSError`` met while writing ``path`` into an error that names the remedy."""
+    if error.errno in _SPACE:
+        why = f"no space left for {path} ({error.strerror})"
+        remedy = "free space or choose another folder, then run the same command again"
+    else:
+        why = f"cannot write {path} ({error.strerror or error})"
+        remedy = "check the folder's permissions, then run the same command again"
+    return StorageFailed(f"{why}; nothing already stored was changed; {remedy}")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace ``path`` by ``data`` in one step that survives a crash or a full disk.
+
+    Raises:
+        StorageFailed: the disk is full or the folder cannot be written; ``path`` is as it was.
+    """
+    blob = data.encode() if isinstance(data, str) else data
+    temp: str | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, temp = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp"
+        )
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(blob)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temp, 0o666 & ~_umask())
+        os.replace(temp, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_failed(path, error) from error
+    finally:
+        if temp is not None:
+            Path(temp).unlink(missing_ok=True)
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically, indented and with a closing newline."""
+    write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        BadInput: the file is not there.
+        Damaged: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} does not exist; check the path") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Damaged(f"{path} is not valid JSON ({error}); restore it or make it again") from error
+
+
+@contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that becomes ``path`` when the block ends well.
+
+    Raises:
+        BadInput: ``path`` exists already.
+        StorageFailed: the folder cannot be written.
+    """
+    if path.exists():
+        raise BadInput(f"{path} exists already; choose another name or remove it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+    except OSError as error:
+        raise storage_failed(path, error) from error
+    try:
+        yield temp
+        for child in temp.rglob("*"):
+            if child.is_file():
+                with open(child, "rb") as stream:
+                    os.fsync(stream.fileno())
+        os.chmod(temp, 0o777 & ~_umask())
+        os.replace(temp, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_failed(path, error) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> int:
+    """Delete temporary files that a killed writer left in ``folder``; return how many."""
+    leftovers = [p for p in folder.rglob(".*.tmp") if p.is_file()]
+    for path in leftovers:
+        path.unlink(missing_ok=True)
+    return len(leftovers)
+
+
+@contextmanager
+def exclusive(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; the operating system releases it when the process dies.
+
+    Raises:
+        Busy: another process holds it.
+        StorageFailed: the lock file cannot be made.
+    """
+    holder = FileLock(lock, timeout=0)
+    try:
+        holder.acquire()
+    except Timeout as error:
+        raise Busy(
+            f"{what} is being written by another process; wait until it ends and try again"
+        ) from error
+    except OSError as error:
+        raise storage_failed(lock, error) from error
+    try:
+        yield
+    finally:
+        holder.release()

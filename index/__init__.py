@@ -1,0 +1,1 @@
+"""Index: the atlas of embeddings, its clusters, and the search for similar cases."""

@@ -1,0 +1,569 @@
+"""The atlas: slides' embeddings with their provenance, searched and clustered; the facade of this stage.
+
+A folder: ``atlas.db`` (the truth), ``encoder/`` (a copy of the bundle), ``features/`` (the vectors),
+``index-<generation>.faiss`` and ``clusters-<name>.npz`` (derived). One process writes at a time, any
+number read.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
+from ..feature_files import Features, check_features, read_features
+from ..files import exclusive, publish_folder, remove_leftovers, sha256_file, write_atomic
+from ..manifest import Manifest, read_manifest
+from .catalog import Catalog, bump_revision
+from .clusters import Assigned, Clustering
+from .clusters import fit as fit_clusters
+from .vectors import VectorIndex
+
+Progress = Callable[[int, int, str], None]
+ENCODER = "encoder"
+FEATURES = "features"
+LOCK = ".lock"
+NAME_LIMIT = 64
+
+
+@dataclass(frozen=True)
+class Hit:
+    """One similar tile.
+
+    Attributes:
+        rank: 1 is the most similar.
+        score: cosine similarity, or minus the distance for an l2 encoder.
+        tile: the tile's id in the atlas.
+        slide: name of its slide or tile set.
+        x: level-0 left of the tile.
+        y: level-0 top of the tile.
+        size_px_level0: side of the tile in level-0 pixels; 0 in a tile set.
+        mpp: micrometres per pixel of level 0.
+        label: of the tile, else of the slide.
+        patient: of the tile (its group), else of the slide.
+        cluster: in the newest clustering; None before one is fitted.
+        file: name of the tile in a tile set.
+    """
+
+    rank: int
+    score: float
+    tile: int
+    slide: str
+    x: int
+    y: int
+    size_px_level0: int
+    mpp: float | None
+    label: str | None
+    patient: str | None
+    cluster: int | None
+    file: str | None
+
+
+@dataclass(frozen=True)
+class Added:
+    """What became of one feature file that was to be added.
+
+    Attributes:
+        file: the file.
+        slide: the name it has in the atlas.
+        state: added, unchanged (it was there) or failed.
+        tiles: how many.
+        reason: why it failed, or why it has no tiles.
+    """
+
+    file: str
+    slide: str
+    state: str
+    tiles: int = 0
+    reason: str = ""
+
+
+class Atlas:
+    """An open atlas. Reading needs no lock; every method that writes takes the writer's."""
+
+    def __init__(self, path: Path) -> None:
+        """Open an atlas.
+
+        Raises:
+            BadInput: not an atlas, or of a newer histoseek.
+            Damaged: its own parts do not agree.
+        """
+        self.path = path
+        self.catalog = Catalog(path)
+        meta = self.catalog.meta()
+        self.manifest: Manifest = read_manifest(path / ENCODER, check_graph=False)
+        if meta["encoder_sha256"] != self.manifest.sha256:
+            raise Damaged(
+                f"{path / ENCODER} is encoder {self.manifest.sha256[:12]}…, the atlas is bound to "
+                f"{meta['encoder_sha256'][:12]}…; put the right bundle back"
+            )
+        self._index: VectorIndex | None = None
+        self._index_revision = -1
+
+    @classmethod
+    def create(cls, path: Path, bundle: Path) -> Atlas:
+        """Make an empty atlas bound to an encoder, with a copy of its bundle.
+
+        Raises:
+            BadInput: ``path`` exists, or ``bundle`` is no bundle.
+            Damaged: the bundle's graph is not its manifest's.
+        """
+        manifest = read_manifest(bundle)
+        with publish_folder(path) as folder:
+            shutil.copytree(bundle, folder / ENCODER, ignore=shutil.ignore_patterns("__pycache__"))
+            (folder / FEATURES).mkdir()
+            Catalog(folder).create(
+                {
+                    "encoder_name": manifest.name,
+                    "encoder_sha256": manifest.sha256,
+                    "dim": str(manifest.dim),
+                    "metric": manifest.metric,
+                    "created_at": _now(),
+                }
+            )
+        return cls(path)
+
+    @property
+    def encoder_bundle(self) -> Path:
+        """The folder of the atlas's own encoder."""
+        return self.path / ENCODER
+
+    # -- adding ---------------------------------------------------------------------------------
+
+    def add(
+        self,
+        files: Sequence[Path],
+        metadata: dict[str, dict[str, str]] | None = None,
+        progress: Progress = lambda done, total, text: None,
+    ) -> list[Added]:
+        """Add feature files, each whole or not at all; what is there already is left alone.
+
+        Args:
+            files: HDF5 feature files.
+            metadata: by slide name (or file name of the slide): label and patient.
+            progress: called after each file.
+
+        Returns:
+            What became of each file; a file that does not fit is reported, not raised.
+
+        Raises:
+            Busy: another process is writing.
+            StorageFailed: no space; what was added before stays.
+        """
+        results: list[Added] = []
+        with exclusive(self.path / LOCK, f"atlas {self.path}"):
+            remove_leftovers(self.path)
+            for number, file in enumerate(files, start=1):
+                try:
+                    results.append(self._add_one(file, metadata or {}))
+                except StorageFailed:
+                    raise
+                except HistoseekError as error:
+                    results.append(Added(str(file), file.stem, "failed", reason=str(error)))
+                progress(number, len(files), file.stem)
+            self._remove_orphans()
+            self._write_generation()
+        return results
+
+    def _add_one(self, file: Path, metadata: dict[str, dict[str, str]]) -> Added:
+        item = read_features(file)
+        check_features(item, self.manifest.name, self.manifest.sha256, self.manifest.dim, file)
+        digest = sha256_file(file)
+        found = self.catalog.rows("SELECT features_sha256 FROM slides WHERE name = ?", (item.name,))
+        if found and found[0]["features_sha256"] == digest:
+            return Added(str(file), item.name, "unchanged", len(item.features))
+        if found:
+            raise Mismatch(
+                f"the atlas holds slide {item.name!r} with other features; give the new one another "
+                "name, or build a new atlas"
+            )
+        target = f"{FEATURES}/{_safe(item.name)}-{digest[:12]}.h5"
+        write_atomic(self.path / target, file.read_bytes())
+        with self.catalog.write() as db:
+            row = _slide_row(item, target, digest, metadata)
+            names = ", ".join(row)
+            marks = ", ".join("?" for _ in row)
+            cursor = db.execute(
+                f"INSERT INTO slides ({names}) VALUES ({marks})", tuple(row.values())
+            )
+            db.executemany(
+                "INSERT INTO tiles (slide_id, row, x, y, file, label, patient) "
+                "VALUES (?, ?, ?, ?, ?, ?, ?)",
+                _tile_rows(item, cursor.lastrowid),
+            )
+            bump_revision(db)
+        return Added(str(file), item.name, "added", len(item.features), str(row["reason"]))
+
+    def _remove_orphans(self) -> None:
+        """Delete feature files that no slide names: copies made just before a crash."""
+        named = {
+            row["features_file"] for row in self.catalog.rows("SELECT features_file FROM slides")
+        }
+        for path in (self.path / FEATURES).glob("*.h5"):
+            if f"{FEATURES}/{path.name}" not in named:
+                path.unlink()
+
+    # -- vectors --------------------------------------------------------------------------------
+
+    def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return tile ids (N,) ascending and vectors (N, D), from the feature files.
+
+        Raises:
+            Damaged: a feature file is missing or is not the one that was added.
+        """
+        with self.catalog.read() as db:
+            slides = db.execute(
+                "SELECT id, name, features_file, features_sha256, tiles FROM slides ORDER BY id"
+            ).fetchall()
+            ids = {
+                s["id"]: [
+                    r["id"]
+                    for r in db.execute(
+                        "SELECT id FROM tiles WHERE slide_id = ? ORDER BY row", (s["id"],)
+                    )
+                ]
+                for s in slides
+            }
+        parts = [np.zeros((0, self.manifest.dim), dtype=np.float32)]
+        for slide in slides:
+            path = self.path / slide["features_file"]
+            if not path.is_file() or sha256_file(path) != slide["features_sha256"]:
+                state = "is changed" if path.is_file() else "is missing"
+                raise Damaged(
+                    f"{path} of slide {slide['name']!r} {state}; restore it, or embed the slide again "
+                    "into a new atlas"
+                )
+            parts.append(read_features(path).features)
+        flat = [tile for slide in slides for tile in ids[slide["id"]]]
+        return np.array(flat, dtype=np.int64), np.concatenate(parts)
+
+    def _build(self) -> VectorIndex:
+        ids, vectors = self.vectors()
+        index = VectorIndex(self.manifest.dim, self.manifest.metric)
+        index.add(ids, vectors)
+        return index
+
+    def _revision(self) -> int:
+        return int(self.catalog.meta()["revision"])
+
+    def _write_generation(self) -> None:
+        """Write the index of the current revision, unless there is a good one; drop older ones."""
+        revision = self._revision()
+        if self._stored_generation(revision) is not None:
+            return
+        index = self._build()
+        rows = self.catalog.rows("SELECT COALESCE(MAX(id), 0) AS last FROM generations")
+        file = f"index-{int(rows[0]['last']) + 1}.faiss"
+        index.save(self.path / file)
+        digest = sha256_file(self.path / file)
+        with self.catalog.write() as db:
+            db.execute("DELETE FROM generations")
+            db.execute(
+                "INSERT INTO generations (revision, file, sha256, vectors, created_at) "
+                "VALUES (?, ?, ?, ?, ?)",
+                (revision, file, digest, len(index), _now()),
+            )
+        for old in self.path.glob("index-*.faiss"):
+            if old.name != file:
+                old.unlink(missing_ok=True)
+
+    def _stored_generation(self, revision: int) -> VectorIndex | None:
+        rows = self.catalog.rows(
+            "SELECT file, sha256 FROM generations WHERE revision = ? ORDER BY id DESC", (revision,)
+        )
+        for row in rows:
+            path = self.path / row["file"]
+            try:
+                if path.is_file() and sha256_file(path) == row["sha256"]:
+                    return VectorIndex.load(path, self.manifest.dim, self.manifest.metric)
+            except (Damaged, OSError):
+                continue  # derived: rebuilt from the features below
+        return None
+
+    def index(self) -> VectorIndex:
+        """Return the index of the current revision, rebuilt in memory if the stored one is stale."""
+        revision = self._revision()
+        if self._index is None or self._index_revision != revision:
+            self._index = self._stored_generation(revision) or self._build()
+            self._index_revision = revision
+        return self._index
+
+    # -- searching ------------------------------------------------------------------------------
+
+    def search(self, queries: NDArray[np.float32], k: int = 10) -> list[list[Hit]]:
+        """Return the k most similar tiles of each query.
+
+        Args:
+            queries: (Q, D) of this atlas's encoder.
+            k: hits per query; all tiles if there are fewer.
+
+        Raises:
+            BadInput: k below 1, an empty atlas, or queries that are not finite.
+            Mismatch: queries of another length.
+        """
+        if k < 1:
+            raise BadInput(f"k is {k}; expected 1 or more")
+        self._check_queries(queries)
+        index = self.index()
+        if not len(index):
+            raise BadInput(f"{self.path} holds no tiles yet; add features first")
+        scores, ids = index.search(queries, k)
+        known = self.tiles(np.unique(ids).tolist())
+        return [
+            [
+                Hit(rank=rank, score=round(float(score), 6), **known[int(tile)])
+                for rank, (score, tile) in enumerate(zip(*pair, strict=True), start=1)
+            ]
+            for pair in zip(scores, ids, strict=True)
+        ]
+
+    def _check_queries(self, queries: NDArray[np.float32]) -> None:
+        if queries.ndim != 2 or queries.shape[1] != self.manifest.dim:
+            raise Mismatch(
+                f"queries have shape {queries.shape}; this atlas compares vectors of length "
+                f"{self.manifest.dim}"
+            )
+        if not np.isfinite(queries).all():
+            raise BadInput("queries hold NaN or infinity; embed the images again")
+
+    def tiles(self, ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Return what is known of tiles, by id, as the fields of :class:`Hit`."""
+        newest = self.catalog.rows("SELECT id FROM clusterings ORDER BY id DESC LIMIT 1")
+        clustering = newest[0]["id"] if newest else -1
+        rows = self.catalog.rows(
+            "SELECT t.id AS tile, s.name AS slide, t.x, t.y, s.size_px_level0, s.mpp, "
+            "COALESCE(t.label, s.label) AS label, COALESCE(t.patient, s.patient) AS patient, "
+            "a.cluster, t.file FROM json_each(?) AS wanted "
+            "JOIN tiles AS t ON t.id = wanted.value JOIN slides AS s ON s.id = t.slide_id "
+            "LEFT JOIN assignments AS a ON a.tile_id = t.id AND a.clustering_id = ?",
+            (json.dumps([int(n) for n in ids]), clustering),
+        )
+        return {row["tile"]: dict(row) for row in rows}
+
+    # -- clusters -------------------------------------------------------------------------------
+
+    def fit(
+        self,
+        method: str,
+        k: int | None = None,
+        name: str | None = None,
+        min_cluster_size: int | None = None,
+        seed: int = 0,
+    ) -> dict[str, Any]:
+        """Fit clusters on all tiles and store them under a name, replacing an earlier fit of it.
+
+        Args:
+            method: kmeans or hdbscan.
+            k: clusters of k-means; None chooses by silhouette.
+            name: of the clustering; the method's name when left out.
+            min_cluster_size: of HDBSCAN.
+            seed: of everything random.
+
+        Returns:
+            What was fitted, with the size of every cluster.
+
+        Raises:
+            BadInput: an unknown method, too few tiles or a name that is not plain.
+            Busy: another process is writing.
+        """
+        name = name or method
+        if _safe(name) != name or len(name) > NAME_LIMIT:
+            raise BadInput(f"name {name!r}: expected letters, digits, '-', '_' and '.' only")
+        with exclusive(self.path / LOCK, f"atlas {self.path}"):
+            revision = self._revision()
+            ids, vectors = self.vectors()
+            clustering, placed = fit_clusters(vectors, method, k, min_cluster_size, seed)
+            blob = clustering.to_bytes()
+            mark = time.time_ns()
+            file = f"clusters-{name}.{mark:x}.npz"
+            write_atomic(self.path / file, blob)
+            with self.catalog.write() as db:
+                self._replace_clustering(db, name, clustering, file, revision, ids, placed)
+            for old in self.path.glob(f"clusters-{name}.*.npz"):
+                if old.name != file:
+                    old.unlink(missing_ok=True)
+        sizes = {
+            int(c): int(n)
+            for c, n in zip(*np.unique(placed.cluster, return_counts=True), strict=True)
+        }
+        return {"name": name, "method": method, **clustering.about, "sizes": sizes}
+
+    def _replace_clustering(
+        self,
+        db: Any,
+        name: str,
+        clustering: Clustering,
+        file: str,
+        revision: int,
+        ids: NDArray[np.int64],
+        placed: Assigned,
+    ) -> None:
+        old = db.execute("SELECT id FROM clusterings WHERE name = ?", (name,)).fetchone()
+        if old is not None:
+            db.execute("DELETE FROM assignments WHERE clustering_id = ?", (old["id"],))
+            db.execute("DELETE FROM clusterings WHERE id = ?", (old["id"],))
+        cursor = db.execute(
+            "INSERT INTO clusterings (name, method, about, file, sha256, clusters, revision, created_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (
+                name,
+                clustering.method,
+                json.dumps(clustering.about),
+                file,
+                sha256_file(self.path / file),
+                clustering.clusters,
+                revision,
+                _now(),
+            ),
+        )
+        number = cursor.lastrowid
+        rows = zip(
+            ids.tolist(),
+            placed.cluster.tolist(),
+            placed.distance.tolist(),
+            placed.strength.tolist(),
+            placed.unknown.tolist(),
+            strict=True,
+        )
+        db.executemany(
+            "INSERT INTO assignments VALUES (?, ?, ?, ?, ?, ?)", ((number, *row) for row in rows)
+        )
+
+    def clustering(self, name: str | None = None) -> tuple[str, Clustering]:
+        """Return a fitted clustering by name; the newest when left out.
+
+        Raises:
+            BadInput: none fitted yet, or none of that name.
+            Damaged: its file is missing or changed.
+        """
+        rows = self.catalog.rows("SELECT * FROM clusterings ORDER BY id DESC")
+        if not rows:
+            raise BadInput(f"{self.path} has no clusters yet; run `histoseek index fit` first")
+        chosen = [row for row in rows if name is None or row["name"] == name]
+        if not chosen:
+            raise unknown_name("clustering", str(name), [row["name"] for row in rows])
+        row = chosen[0]
+        path = self.path / row["file"]
+        if not path.is_file() or sha256_file(path) != row["sha256"]:
+            raise Damaged(f"{path} is missing or changed; fit clustering {row['name']!r} again")
+        about = json.loads(row["about"])
+        return row["name"], Clustering.from_bytes(row["method"], path.read_bytes(), about)
+
+    def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
+        """Place new vectors (Q, D) in clusters: cluster, distance, strength and unknown of each.
+
+        Raises:
+            BadInput: no such clustering.
+            Mismatch: vectors of another length.
+        """
+        self._check_queries(queries)
+        _, clustering = self.clustering(name)
+        placed = clustering.assign(queries)
+        return [
+            {
+                "cluster": int(placed.cluster[n]),
+                "distance": round(float(placed.distance[n]), 6),
+                "strength": round(float(placed.strength[n]), 6),
+                "unknown": bool(placed.unknown[n]),
+            }
+            for n in range(len(queries))
+        ]
+
+    # -- facts ----------------------------------------------------------------------------------
+
+    def slides(self) -> list[dict[str, Any]]:
+        """Return every slide and tile set with its counts and provenance."""
+        return [dict(row) for row in self.catalog.rows("SELECT * FROM slides ORDER BY name")]
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts, encoder and clusterings."""
+        counts = self.catalog.rows(
+            "SELECT (SELECT COUNT(*) FROM slides) AS slides, (SELECT COUNT(*) FROM tiles) AS tiles, "
+            "(SELECT COUNT(*) FROM slides WHERE tiles = 0) AS slides_without_tiles"
+        )[0]
+        labels = self.catalog.rows(
+            "SELECT COALESCE(t.label, s.label) AS label, COUNT(*) AS tiles FROM tiles AS t "
+            "JOIN slides AS s ON s.id = t.slide_id GROUP BY 1 ORDER BY 2 DESC"
+        )
+        clusterings = self.catalog.rows(
+            "SELECT name, method, clusters, about, revision, created_at FROM clusterings ORDER BY id"
+        )
+        meta = self.catalog.meta()
+        return {
+            "atlas": str(self.path),
+            **dict(counts),
+            "revision": int(meta["revision"]),
+            "created_at": meta["created_at"],
+            "encoder": {
+                k: getattr(self.manifest, k)
+                for k in ("name", "sha256", "arch", "dim", "metric", "size_px", "mpp", "licence")
+            },
+            "labels": {row["label"] or "(none)": row["tiles"] for row in labels},
+            "clusterings": [
+                {**dict(row), "about": json.loads(row["about"])} for row in clusterings
+            ],
+        }
+
+    def verify(self) -> list[str]:
+        """Check every file against its hash and every count; return what is wrong, [] if nothing is."""
+        from .verify import problems
+
+        return problems(self)
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+
+
+def _safe(name: str) -> str:
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:100].lstrip(".") or "_"
+
+
+def _slide_row(
+    item: Features, file: str, digest: str, metadata: dict[str, dict[str, str]]
+) -> dict[str, Any]:
+    own = item.about.get("row", {})
+    given = metadata.get(item.name) or metadata.get(Path(item.source).name) or {}
+    return {
+        "name": item.name,
+        "kind": item.kind,
+        "source": item.source,
+        "features_file": file,
+        "features_sha256": digest,
+        "tiles": len(item.features),
+        "size_px_level0": item.size_px_level0,
+        "mpp": item.mpp,
+        "target_mpp": item.target_mpp,
+        "width": item.width,
+        "height": item.height,
+        "label": given.get("label") or own.get("label") or None,
+        "patient": given.get("patient") or own.get("patient") or None,
+        "reason": str(item.about.get("reason", "")),
+        "added_at": _now(),
+    }
+
+
+def _tile_rows(item: Features, slide: int | None) -> list[tuple[Any, ...]]:
+    count = len(item.features)
+    nothing = (None,) * count
+    columns = (item.files or nothing, item.labels or nothing, item.groups or nothing)
+    return [
+        (
+            slide,
+            row,
+            int(item.coords[row, 0]),
+            int(item.coords[row, 1]),
+            file,
+            label or None,
+            group or None,
+        )
+        for row, (file, label, group) in enumerate(zip(*columns, strict=True))
+    ]

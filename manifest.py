@@ -1,0 +1,106 @@
+"""What an encoder bundle is: the model behind ``manifest.json``, and the check of the folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from .errors import BadInput, Damaged
+from .files import read_json, sha256_file
+
+FORMAT = 1
+GRAPH = "encoder.onnx"
+MANIFEST = "manifest.json"
+PARITY = "parity.json"
+CARD = "MODEL_CARD.md"
+INPUT = "tiles"
+OUTPUT = "embedding"
+
+
+class Manifest(BaseModel):
+    """An encoder's identity and contract.
+
+    The graph takes ``tiles``, uint8 (N, size_px, size_px, 3), and gives ``embedding``, float32
+    (N, dim); N is the only dynamic axis, and all scaling and normalisation is inside.
+
+    Attributes:
+        format: version of this document.
+        name: short name of the encoder.
+        sha256: of ``encoder.onnx``; two encoders are the same only if it is equal.
+        arch: registered name of the architecture.
+        size_px: side of a tile in pixels.
+        mpp: micrometres per pixel that slides are read at, or None if the encoder names none.
+        dim: length of an embedding.
+        metric: how two embeddings are compared.
+        normalised: whether embeddings have length 1.
+        training: where the weights come from.
+        licence: of the weights.
+        opset: ONNX operator set of the graph.
+        versions: of what made the bundle.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: int = FORMAT
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    arch: str
+    size_px: int = Field(ge=8, le=4096)
+    mpp: float | None = Field(default=None, gt=0, lt=1000)
+    dim: int = Field(ge=1, le=8192)
+    metric: Literal["cosine", "l2"]
+    normalised: bool
+    training: dict[str, Any]
+    licence: str
+    opset: int
+    versions: dict[str, str]
+
+
+def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
+    """Read and check a bundle's manifest.
+
+    Args:
+        bundle: the folder.
+        check_graph: also compare the graph's sha256 with the manifest's.
+
+    Raises:
+        BadInput: the folder is no bundle, or of a newer format.
+        Damaged: the manifest or the graph is not what it should be.
+    """
+    path = bundle / MANIFEST
+    if not path.is_file():
+        raise BadInput(
+            f"{bundle} is not an encoder bundle (no {MANIFEST}); make one with `histoseek export`"
+        )
+    document = read_json(path)
+    found = document.get("format") if isinstance(document, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise BadInput(
+            f"{path} has format {found}; this histoseek reads up to {FORMAT}: upgrade it"
+        )
+    try:
+        manifest = Manifest.model_validate(document)
+    except ValidationError as error:
+        raise Damaged(f"{path} is not a valid manifest: {error}") from error
+    if check_graph:
+        check_bundle_graph(bundle, manifest)
+    return manifest
+
+
+def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
+    """Compare the graph with the manifest.
+
+    Raises:
+        Damaged: the graph is missing or is another one.
+    """
+    graph = bundle / GRAPH
+    if not graph.is_file():
+        raise Damaged(f"{graph} is missing; copy the whole bundle again")
+    actual = sha256_file(graph)
+    if actual != manifest.sha256:
+        raise Damaged(
+            f"{graph} has sha256 {actual[:12]}…, the manifest says {manifest.sha256[:12]}…; "
+            "copy the whole bundle again"
+        )

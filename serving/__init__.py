@@ -1,0 +1,1 @@
+"""Serving: slides and tile sets through an encoder, into one feature file each."""

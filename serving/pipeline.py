@@ -1,0 +1,373 @@
+"""Embedding: every job becomes one feature file; what failed is recorded and never stops the rest."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput, Busy, Damaged, HistoseekError, Mismatch, StorageFailed
+from ..feature_files import Features, magnification, read_about, write_features
+from ..files import remove_leftovers, write_json
+from ..images import Rgb, square
+from .encoder import Encoder
+from .jobs import Job, content_mark, distinct_name, job_tiles
+from .slides import Slide, open_slide
+
+Progress = Callable[[int, int, str], None]
+State = Literal["done", "partial", "empty", "skipped", "failed"]
+MAX_UNREADABLE = 0.1
+"""A slide or tile set with a larger share of unreadable tiles counts as failed, not as partial."""
+
+
+@dataclass(frozen=True)
+class EmbedOptions:
+    """How slides are cut into tiles.
+
+    Attributes:
+        mpp: micrometres per pixel of the tiles; None takes the encoder's.
+        assume_mpp: micrometres per pixel of slides whose file does not say.
+        overlap_px: overlap of neighbouring tiles.
+        min_tissue: least share of tissue in a tile.
+        batch: tiles per call of the encoder.
+        manifest: CSV of the inputs; for tile sets their labels and groups.
+    """
+
+    mpp: float | None = None
+    assume_mpp: float | None = None
+    overlap_px: int = 0
+    min_tissue: float = 0.25
+    batch: int = 32
+    manifest: Path | None = None
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            BadInput: naming the option, its value and what was expected.
+        """
+        for name in ("mpp", "assume_mpp"):
+            value = getattr(self, name)
+            if value is not None and not 0.01 <= value <= 100:
+                raise BadInput(f"--{name.replace('_', '-')} is {value}; expected 0.01 to 100 µm")
+        if self.overlap_px < 0:
+            raise BadInput(f"--overlap is {self.overlap_px}; expected 0 or more pixels")
+        if not 0 <= self.min_tissue <= 1:
+            raise BadInput(f"--min-tissue is {self.min_tissue}; expected a share from 0 to 1")
+
+
+@dataclass(frozen=True)
+class Result:
+    """What became of one job.
+
+    Attributes:
+        name: of the slide or tile set.
+        source: the file or folder.
+        state: done, partial (some tiles unreadable), empty (no tissue), skipped (was done before)
+            or failed.
+        reason: why, unless done.
+        tiles: how many were embedded.
+        unreadable: tiles that could not be read, with place and reason.
+        seconds: it took.
+        features: the feature file, if there is one.
+    """
+
+    name: str
+    source: str
+    state: State
+    reason: str = ""
+    tiles: int = 0
+    unreadable: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    features: str | None = None
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything that was asked for of this job is done."""
+        return self.state in {"done", "empty", "skipped"}
+
+
+def embed_jobs(
+    jobs: Sequence[Job],
+    encoder: Encoder,
+    out: Path,
+    options: EmbedOptions,
+    progress: Progress,
+) -> list[Result]:
+    """Embed every job and write its features under ``out``.
+
+    Feature files appear whole or not at all, so a run that was killed is finished by repeating it:
+    what is done is skipped. The state of every job is in ``out/status/<name>.json``.
+
+    Args:
+        jobs: from :func:`find_jobs`.
+        encoder: any encoder.
+        out: the folder of features.
+        options: how to cut tiles.
+        progress: called with tiles done, tiles known so far, and the current slide.
+
+    Raises:
+        StorageFailed: the disk is full or ``out`` cannot be written; earlier results stay.
+    """
+    if options.overlap_px >= encoder.manifest.size_px:
+        raise BadInput(
+            f"--overlap is {options.overlap_px}; expected less than the tile's "
+            f"{encoder.manifest.size_px} pixels"
+        )
+    if out.is_dir():
+        remove_leftovers(out)
+    results: list[Result] = []
+    done = _Counter(progress)
+    for job in jobs:
+        started = time.monotonic()
+        try:
+            result = _embed_job(job, encoder, out, options, done)
+        except (StorageFailed, Busy):
+            raise
+        except HistoseekError as error:
+            result = Result(job.name, str(job.source), "failed", str(error))
+        result = Result(**{**asdict(result), "seconds": round(time.monotonic() - started, 3)})
+        results.append(result)
+        if result.state != "skipped":
+            write_json(out / "status" / f"{result.name}.json", asdict(result))
+    return results
+
+
+class _Counter:
+    """Tiles done and known so far, over all jobs."""
+
+    def __init__(self, progress: Progress) -> None:
+        self.done = self.known = 0
+        self._progress = progress
+
+    def expect(self, count: int) -> None:
+        self.known += count
+
+    def add(self, count: int, text: str) -> None:
+        self.done += count
+        self._progress(self.done, self.known, text)
+
+
+def _embed_job(
+    job: Job, encoder: Encoder, out: Path, options: EmbedOptions, done: _Counter
+) -> Result:
+    if job.kind == "tiles":
+        return _embed_tiles(job, encoder, out, options, done)
+    mpp = options.mpp or encoder.manifest.mpp
+    if mpp is None:
+        raise Mismatch(
+            f"encoder {encoder.manifest.name} names no mpp to read slides at; pass --mpp"
+        )
+    with open_slide(job.source, _assumed_mpp(job, options)) as slide:
+        return _embed_slide(job, slide, mpp, encoder, out, options, done)
+
+
+def _assumed_mpp(job: Job, options: EmbedOptions) -> float | None:
+    stated = job.row.get("mpp", "")
+    if not stated:
+        return options.assume_mpp
+    try:
+        value = float(stated)
+    except ValueError:
+        value = float("nan")
+    if not 0.01 <= value <= 100:
+        raise BadInput(f"the manifest gives {job.source.name} mpp {stated!r}; expected 0.01 to 100")
+    return value
+
+
+def _place(
+    out: Path, folder: str, job: Job, encoder: Encoder, key: dict[str, Any]
+) -> tuple[Path, str, bool]:
+    """Return the feature file, the name, and whether it is there already, made the same way."""
+    parent = out / folder / f"features_{encoder.manifest.name}"
+    for name in (job.name, distinct_name(job)):
+        path = parent / f"{name}.h5"
+        about = read_about(path)
+        if about is None:
+            return path, name, False
+        if about.get("key") == key:
+            return path, name, not about.get("unreadable")
+        if about.get("key", {}).get("content") == key["content"]:
+            return path, name, False
+        if about.get("source") == str(job.source.resolve()):
+            return path, name, False
+    return path, name, False
+
+
+def _embed_slide(
+    job: Job,
+    slide: Slide,
+    target_mpp: float,
+    encoder: Encoder,
+    out: Path,
+    options: EmbedOptions,
+    done: _Counter,
+) -> Result:
+    manifest = encoder.manifest
+    folder = f"{magnification(target_mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
+    key = {
+        "content": content_mark(job.source),
+        "encoder": manifest.sha256,
+        "mpp": slide.require_mpp(),
+        "target_mpp": target_mpp,
+        "min_tissue": options.min_tissue,
+    }
+    path, name, ready = _place(out, folder, job, encoder, key)
+    if ready:
+        return Result(name, str(job.source), "skipped", "done before", features=str(path))
+    grid = slide.grid(manifest.size_px, target_mpp, options.overlap_px, options.min_tissue)
+    done.expect(len(grid.coords))
+
+    def read(row: int) -> Rgb:
+        x, y = (int(v) for v in grid.coords[row])
+        return slide.read_tile(x, y, grid.size_px_level0, grid.size_px)
+
+    features, kept, unreadable = _embed_rows(len(grid.coords), read, encoder, options, done, name)
+    _refuse_if_broken(job, len(grid.coords), unreadable)
+    reason = ""
+    if not len(grid.coords):
+        reason = (
+            f"no tile: {slide.width} x {slide.height} pixels are smaller than one tile of "
+            f"{grid.size_px_level0}"
+            if not grid.candidates
+            else f"no tissue: none of {grid.candidates} tiles reaches {options.min_tissue:.0%} tissue"
+        )
+    about = {
+        "key": key,
+        "source": str(job.source.resolve()),
+        "reason": reason,
+        "unreadable": unreadable,
+        "tissue_share": round(grid.tissue, 4),
+        "mpp_from": slide.mpp_from,
+        "row": {k: v for k, v in job.row.items() if k != "file"},
+    }
+    write_features(
+        path,
+        Features(
+            name=name,
+            encoder=manifest.name,
+            encoder_sha256=manifest.sha256,
+            features=features,
+            coords=grid.coords[kept],
+            source=str(job.source.resolve()),
+            size_px=grid.size_px,
+            size_px_level0=grid.size_px_level0,
+            overlap_px=grid.overlap_px,
+            mpp=grid.mpp,
+            target_mpp=target_mpp,
+            width=slide.width,
+            height=slide.height,
+            about=about,
+        ),
+    )
+    state: State = "partial" if unreadable else "done" if len(kept) else "empty"
+    reason = reason or (f"{len(unreadable)} tiles unreadable" if unreadable else "")
+    return Result(name, str(job.source), state, reason, len(kept), unreadable, features=str(path))
+
+
+def _embed_tiles(
+    job: Job, encoder: Encoder, out: Path, options: EmbedOptions, done: _Counter
+) -> Result:
+    manifest = encoder.manifest
+    tileset = job_tiles(job, options.manifest)
+    key = {"content": tileset.fingerprint, "encoder": manifest.sha256}
+    path, name, ready = _place(out, f"tiles_{manifest.size_px}px", job, encoder, key)
+    if ready:
+        return Result(name, str(job.source), "skipped", "done before", features=str(path))
+    done.expect(len(tileset))
+
+    def read(row: int) -> Rgb:
+        return square(tileset.read(row), manifest.size_px)
+
+    features, kept, unreadable = _embed_rows(len(tileset), read, encoder, options, done, name)
+    _refuse_if_broken(job, len(tileset), unreadable)
+    tiles = [tileset.tiles[row] for row in kept]
+    about = {
+        "key": key,
+        "source": str(job.source.resolve()),
+        "unreadable": unreadable,
+        "reason": "",
+    }
+    write_features(
+        path,
+        Features(
+            name=name,
+            encoder=manifest.name,
+            encoder_sha256=manifest.sha256,
+            features=features,
+            coords=np.zeros((len(kept), 2), dtype=np.int64),
+            files=tuple(t.file for t in tiles),
+            kind="tiles",
+            source=str(job.source.resolve()),
+            size_px=manifest.size_px,
+            labels=tuple(t.label or "" for t in tiles),
+            groups=tuple(t.group or "" for t in tiles),
+            about=about,
+        ),
+    )
+    state: State = "partial" if unreadable else "done"
+    reason = f"{len(unreadable)} tiles unreadable" if unreadable else ""
+    return Result(name, str(job.source), state, reason, len(kept), unreadable, features=str(path))
+
+
+def _refuse_if_broken(job: Job, count: int, unreadable: list[str]) -> None:
+    if count and len(unreadable) > MAX_UNREADABLE * count:
+        raise Damaged(
+            f"{job.source}: {len(unreadable)} of {count} tiles are unreadable, first: {unreadable[0]}"
+        )
+
+
+def _embed_rows(
+    count: int,
+    read: Callable[[int], Rgb],
+    encoder: Encoder,
+    options: EmbedOptions,
+    done: _Counter,
+    name: str,
+) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
+    """Read tiles in one thread while the encoder works on the batch before.
+
+    Returns:
+        embeddings (M, D), the rows they belong to (M,), and the reasons of the rows left out.
+    """
+    parts = [np.zeros((0, encoder.manifest.dim), dtype=np.float32)]
+    kept: list[int] = []
+    unreadable: list[str] = []
+    for tiles, rows, reasons in _batches(count, read, options.batch):
+        if len(rows):
+            parts.append(encoder.embed(tiles))
+        kept += rows
+        unreadable += reasons
+        done.add(len(rows) + len(reasons), name)
+    return np.concatenate(parts), np.array(kept, dtype=np.int64), unreadable
+
+
+def _batches(
+    count: int, read: Callable[[int], Rgb], batch: int
+) -> Iterator[tuple[NDArray[np.uint8], list[int], list[str]]]:
+    def load(start: int) -> tuple[NDArray[np.uint8], list[int], list[str]]:
+        tiles: list[Rgb] = []
+        rows: list[int] = []
+        reasons: list[str] = []
+        for row in range(start, min(count, start + batch)):
+            try:
+                tiles.append(read(row))
+                rows.append(row)
+            except BadInput as error:
+                reasons.append(str(error))
+        return (np.stack(tiles) if tiles else np.zeros((0,), np.uint8)), rows, reasons
+
+    starts = list(range(0, count, batch))
+    with ThreadPoolExecutor(1, thread_name_prefix="tile-reader") as reader:
+        ahead = [reader.submit(load, start) for start in starts[:2]]
+        for number in range(len(starts)):
+            current = ahead.pop(0).result()
+            if number + 2 < len(starts):
+                ahead.append(reader.submit(load, starts[number + 2]))
+            yield current

@@ -1,0 +1,357 @@
+"""Slides: whole-slide files through OpenSlide, and plain pictures, read as tiles at a wanted mpp."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ..errors import BadInput, HistoseekError
+from ..images import SUFFIXES, Rgb, decode
+from .tissue import tissue_mask, tissue_share
+
+SLIDE_SUFFIXES = frozenset(
+    {
+        ".svs",
+        ".ndpi",
+        ".mrxs",
+        ".scn",
+        ".bif",
+        ".vms",
+        ".vmu",
+        ".svslide",
+        ".dcm",
+        ".czi",
+        ".qptiff",
+    }
+)
+MAX_SLIDE_PICTURE = 400_000_000
+THUMBNAIL_PX = 2048
+BLOCK_PX = 1024
+UNREADABLE = "#ff00ff"
+"""Colour of unreadable places on a thumbnail. It counts as tissue, so that the tiles there are tried,
+and recorded as unreadable, instead of vanishing as background."""
+
+_ANISOTROPY = 1.05
+
+
+class _Source(Protocol):
+    """What a slide is read through; sizes are (width, height)."""
+
+    levels: tuple[tuple[float, tuple[int, int]], ...]
+
+    def region(self, x: int, y: int, level: int, width: int, height: int) -> Image.Image: ...
+
+    def thumbnail(self, longest: int) -> Image.Image: ...
+
+    def close(self) -> None: ...
+
+
+class _OpenSlideSource:
+    """OpenSlide, reopened after every error, because its handle is useless from then on."""
+
+    def __init__(self, path: Path) -> None:
+        import openslide
+
+        self._openslide = openslide
+        self._path = path
+        try:
+            self._slide = openslide.OpenSlide(str(path))
+        except openslide.OpenSlideUnsupportedFormatError as error:
+            raise BadInput(
+                f"{path} is not a slide that OpenSlide reads; expected .svs .ndpi .mrxs .scn .bif "
+                ".tiff .dcm …, or a plain picture"
+            ) from error
+        except openslide.OpenSlideError as error:
+            raise BadInput(
+                f"{path} cannot be opened ({error}); it is truncated or damaged: copy it again"
+            ) from error
+        sizes = self._slide.level_dimensions
+        self.levels = tuple(zip(self._slide.level_downsamples, sizes, strict=True))
+        self.properties: dict[str, str] = dict(self._slide.properties)
+        self._background = f"#{self.properties.get('openslide.background-color', 'ffffff')}"
+
+    def region(self, x: int, y: int, level: int, width: int, height: int) -> Image.Image:
+        try:
+            picture = self._slide.read_region((x, y), level, (width, height))
+        except self._openslide.OpenSlideError as error:
+            self._slide.close()
+            self._slide = self._openslide.OpenSlide(str(self._path))
+            raise BadInput(
+                f"{self._path}: the region at x={x}, y={y} cannot be read ({error}); the file is "
+                "truncated or damaged: copy it again"
+            ) from error
+        flat = Image.new("RGB", picture.size, self._background)
+        flat.paste(picture, mask=picture.getchannel("A"))
+        return flat
+
+    def thumbnail(self, longest: int) -> Image.Image:
+        width, height = self.levels[0][1]
+        level = self._slide.get_best_level_for_downsample(max(1.0, max(width, height) / longest))
+        downsample, (across, down) = self.levels[level]
+        factor = max(1.0, max(across, down) / longest)
+        small = Image.new("RGB", (max(1, round(across / factor)), max(1, round(down / factor))))
+        broken: list[BadInput] = []
+        blocks = list(_blocks(across, down))
+        for left, top, right, bottom in blocks:
+            x0, y0 = round(left / factor), round(top / factor)
+            size = max(1, round(right / factor) - x0), max(1, round(bottom / factor) - y0)
+            place = round(left * downsample), round(top * downsample)
+            try:
+                block = self.region(*place, level, right - left, bottom - top)
+            except BadInput as error:
+                broken.append(error)
+                block = Image.new("RGB", (1, 1), UNREADABLE)
+            small.paste(block.resize(size, Image.Resampling.BOX), (x0, y0))
+        if len(broken) == len(blocks):
+            raise broken[0]
+        return small
+
+    def close(self) -> None:
+        self._slide.close()
+
+
+def _blocks(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
+    for top in range(0, height, BLOCK_PX):
+        for left in range(0, width, BLOCK_PX):
+            yield left, top, min(width, left + BLOCK_PX), min(height, top + BLOCK_PX)
+
+
+class _PictureSource:
+    def __init__(self, path: Path) -> None:
+        self._picture = Image.fromarray(decode(path, max_pixels=MAX_SLIDE_PICTURE))
+        self.levels: tuple[tuple[float, tuple[int, int]], ...] = ((1.0, self._picture.size),)
+
+    def region(self, x: int, y: int, level: int, width: int, height: int) -> Image.Image:
+        flat = Image.new("RGB", (width, height), "#ffffff")
+        box = (x, y, min(x + width, self._picture.width), min(y + height, self._picture.height))
+        left, top = max(0, x), max(0, y)
+        if box[2] > left and box[3] > top:
+            flat.paste(self._picture.crop((left, top, *box[2:])), (left - x, top - y))
+        return flat
+
+    def thumbnail(self, longest: int) -> Image.Image:
+        return _shrink(self._picture, longest)
+
+    def close(self) -> None:
+        self._picture.close()
+
+
+def _shrink(picture: Image.Image, longest: int) -> Image.Image:
+    factor = longest / max(picture.size)
+    if factor >= 1:
+        return picture
+    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
+    return picture.resize(size, Image.Resampling.BOX)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tiles of a slide that hold tissue.
+
+    Attributes:
+        coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, row by row.
+        size_px_level0: side of a tile in level-0 pixels.
+        mpp: micrometres per pixel of level 0.
+        target_mpp: micrometres per pixel of the tiles.
+        size_px: side of a tile in its own pixels.
+        overlap_px: overlap of neighbours in the tile's own pixels.
+        candidates: number of grid places before the tissue mask.
+        tissue: share of the slide that the mask calls tissue.
+    """
+
+    coords: NDArray[np.int64]
+    size_px_level0: int
+    mpp: float
+    target_mpp: float
+    size_px: int
+    overlap_px: int
+    candidates: int
+    tissue: float
+
+
+class Slide:
+    """An open slide.
+
+    Attributes:
+        path: the file.
+        width: of level 0, in pixels.
+        height: of level 0, in pixels.
+        mpp: micrometres per pixel of level 0, or None if the file does not say.
+        mpp_from: ``file``, ``assumed`` or None.
+        objective: nominal magnification, or None.
+    """
+
+    def __init__(self, path: Path, assume_mpp: float | None = None) -> None:
+        """Open a slide.
+
+        Args:
+            path: the file.
+            assume_mpp: micrometres per pixel to take where the file does not say.
+
+        Raises:
+            BadInput: missing, empty, not readable, or with pixels that are not square.
+        """
+        if not path.exists():
+            raise BadInput(f"{path} does not exist; check the path")
+        if path.is_file() and path.stat().st_size == 0:
+            raise BadInput(f"{path} is empty (0 bytes); copy it again")
+        self.path = path
+        self._source, properties = _open_source(path)
+        self.width, self.height = self._source.levels[0][1]
+        file_mpp = _file_mpp(path, properties)
+        self.mpp = file_mpp if file_mpp is not None else assume_mpp
+        self.mpp_from = "file" if file_mpp is not None else "assumed" if assume_mpp else None
+        power = properties.get("openslide.objective-power", "")
+        self.objective = float(power) if power.replace(".", "", 1).isdigit() else None
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._source.close()
+
+    def require_mpp(self) -> float:
+        """Return the slide's mpp.
+
+        Raises:
+            BadInput: the file does not say and none was assumed.
+        """
+        if self.mpp is None:
+            raise BadInput(
+                f"{self.path} does not say its micrometres per pixel, so tiles cannot be cut at the "
+                "encoder's scale; pass --assume-mpp if you know it (about 0.25 at 40x, 0.5 at 20x)"
+            )
+        return self.mpp
+
+    def thumbnail(self, longest: int = THUMBNAIL_PX) -> Rgb:
+        """Return the whole slide, at most ``longest`` pixels on its longer side, (H, W, 3)."""
+        return np.asarray(self._source.thumbnail(longest))
+
+    def grid(
+        self, size_px: int, target_mpp: float, overlap_px: int = 0, min_tissue: float = 0.25
+    ) -> Grid:
+        """Lay tiles over the slide and keep those with enough tissue.
+
+        Tiles at the right and bottom border that do not fit whole are left out; a slide smaller than
+        one tile gives none.
+
+        Args:
+            size_px: side of a tile.
+            target_mpp: micrometres per pixel of the tiles.
+            overlap_px: overlap of neighbours, in tile pixels.
+            min_tissue: least share of tissue in a tile.
+        """
+        mpp = self.require_mpp()
+        scale = target_mpp / mpp
+        side = round(size_px * scale)
+        step = max(1, round((size_px - overlap_px) * scale))
+        thumbnail = self.thumbnail()
+        mask = tissue_mask(thumbnail)
+        xs = np.arange(0, self.width - side + 1, step, dtype=np.int64)
+        ys = np.arange(0, self.height - side + 1, step, dtype=np.int64)
+        coords = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+        kept = coords
+        if len(coords):
+            to_mask = mask.shape[1] / self.width, mask.shape[0] / self.height
+            boxes = np.concatenate([coords, coords + side], axis=1) * np.tile(to_mask, 2)
+            kept = coords[tissue_share(mask, boxes) >= min_tissue]
+        return Grid(
+            coords=np.ascontiguousarray(kept),
+            size_px_level0=side,
+            mpp=mpp,
+            target_mpp=target_mpp,
+            size_px=size_px,
+            overlap_px=overlap_px,
+            candidates=len(coords),
+            tissue=float(mask.mean()),
+        )
+
+    def read_tile(self, x: int, y: int, size_px_level0: int, size_px: int) -> Rgb:
+        """Read a square at level-0 place x, y and resample it to ``size_px`` (H = W = size_px).
+
+        What lies beyond the slide has the slide's background colour.
+
+        The best level is the smallest that is still at least as fine as wanted, so that pixels are
+        averaged, never invented, unless the slide itself is coarser.
+
+        Raises:
+            BadInput: the region cannot be decoded.
+        """
+        wanted = size_px_level0 / size_px
+        level = 0
+        for number, (downsample, _) in enumerate(self._source.levels):
+            if downsample <= wanted * 1.01:
+                level = number
+        side = max(1, round(size_px_level0 / self._source.levels[level][0]))
+        picture = self._source.region(x, y, level, side, side)
+        if side != size_px:
+            resample = Image.Resampling.BOX if side > size_px else Image.Resampling.BICUBIC
+            if side > size_px and side % size_px:
+                resample = Image.Resampling.LANCZOS
+            picture = picture.resize((size_px, size_px), resample)
+        return np.asarray(picture)
+
+
+def _open_source(path: Path) -> tuple[_Source, dict[str, str]]:
+    if is_openslide(path) or path.suffix.lower() in SLIDE_SUFFIXES:
+        source = _OpenSlideSource(path)
+        return source, source.properties
+    if path.suffix.lower() not in SUFFIXES:
+        raise BadInput(
+            f"{path} is neither a slide that OpenSlide reads nor a picture "
+            f"({', '.join(sorted(SUFFIXES))})"
+        )
+    return _PictureSource(path), {}
+
+
+def is_openslide(path: Path) -> bool:
+    """Whether OpenSlide knows the file's format."""
+    import openslide
+
+    try:
+        return openslide.OpenSlide.detect_format(str(path)) is not None
+    except openslide.OpenSlideError:
+        return True  # it knows the format and found a fault, which opening will tell
+
+
+def is_slide(path: Path) -> bool:
+    """Whether a file is a slide by its name, or a TIFF that OpenSlide knows."""
+    suffix = path.suffix.lower()
+    if suffix in SLIDE_SUFFIXES:
+        return True
+    return suffix in {".tif", ".tiff"} and is_openslide(path)
+
+
+def _file_mpp(path: Path, properties: dict[str, str]) -> float | None:
+    try:
+        mpp_x = float(properties["openslide.mpp-x"])
+        mpp_y = float(properties["openslide.mpp-y"])
+    except (KeyError, ValueError):
+        return None
+    if not (0.01 <= mpp_x <= 100 and 0.01 <= mpp_y <= 100):
+        return None  # resolution of a screen (72 dpi = 353 µm), not of a microscope
+    if max(mpp_x, mpp_y) / min(mpp_x, mpp_y) > _ANISOTROPY:
+        raise BadInput(
+            f"{path} has pixels of {mpp_x:.3f} x {mpp_y:.3f} µm; expected square ones: resample it"
+        )
+    return (mpp_x + mpp_y) / 2
+
+
+def open_slide(path: Path, assume_mpp: float | None = None) -> Slide:
+    """Open a slide; every failure is an error of ours that names the file."""
+    try:
+        return Slide(path, assume_mpp)
+    except HistoseekError:
+        raise
+    except Exception as error:
+        raise BadInput(f"{path} cannot be opened ({type(error).__name__}: {error})") from error

@@ -1,0 +1,344 @@
+"""Tile sets: ready pictures, one tile each, with labels and groups, wherever they lie.
+
+A tile set is read from a folder (sub-folders are classes), a CSV manifest (``file,label,group,…``), a
+``.tar`` pack (with a ``manifest.csv`` inside, or sub-folders as classes) or an ``.npz`` pack
+(``images`` with ``labels``, ``class_names`` and ``group``). Tiles that share a group come from one
+source picture or patient, and must never be split between training and validation.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import io
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+
+import numpy as np
+
+from .errors import BadInput
+from .files import sha256_file
+from .images import MAX_BYTES, SUFFIXES, Rgb, decode
+
+MANIFEST = "manifest.csv"
+MAX_UNPACKED = 4 * 2**30
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One ready tile: its path inside the set, and what the manifest says of it."""
+
+    file: str
+    label: str | None = None
+    group: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def column(self, name: str) -> str:
+        """Return a manifest column by name; empty where the manifest has none."""
+        known = {"file": self.file, "label": self.label, "group": self.group}
+        return (known[name] or "") if name in known else self.extra.get(name, "")
+
+
+@dataclass(frozen=True)
+class TileSet:
+    """Tiles that are read by number; nothing is decoded before it is asked for."""
+
+    name: str
+    source: str
+    tiles: tuple[Tile, ...]
+    fingerprint: str
+    _load: Callable[[int], bytes | Rgb] = field(repr=False, compare=False)
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def read(self, number: int) -> Rgb:
+        """Decode tile ``number`` to uint8 RGB (H, W, 3).
+
+        Raises:
+            BadInput: the tile is missing or cannot be decoded; the message names it.
+        """
+        label = f"{self.source}: {self.tiles[number].file}"
+        return decode(self._load(number), name=label)
+
+    def identity(self) -> str:
+        """Return a hash of the content with its labels and groups."""
+        return _rows_fingerprint(self.tiles, self.fingerprint)
+
+    def take(self, numbers: Sequence[int]) -> TileSet:
+        """Return the tile set of the given tiles, in that order."""
+        chosen = [int(n) for n in numbers]
+        load = self._load
+        return replace(
+            self,
+            tiles=tuple(self.tiles[n] for n in chosen),
+            fingerprint=_fingerprint([self.fingerprint, *map(str, chosen)]),
+            _load=lambda n: load(chosen[n]),
+        )
+
+    def without(self, column: str, values: Iterable[str]) -> TileSet:
+        """Return the tile set less the tiles whose ``column`` has one of ``values``."""
+        gone = set(values)
+        return self.take([n for n, t in enumerate(self.tiles) if t.column(column) not in gone])
+
+    def relabelled(self, columns: Sequence[str]) -> TileSet:
+        """Return the tile set with labels joined from several manifest columns by ``/``."""
+        tiles = (replace(t, label="/".join(t.column(c) for c in columns)) for t in self.tiles)
+        return replace(self, tiles=tuple(tiles))
+
+
+def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
+    """Open a folder, CSV manifest, tar pack or npz pack as a tile set.
+
+    Args:
+        source: the folder or file.
+        manifest: a CSV whose ``file`` column names tiles of ``source``; overrides its own.
+
+    Raises:
+        BadInput: nothing there, no tile in it, or a manifest that does not fit; says which.
+    """
+    if not source.exists():
+        raise BadInput(f"{source} does not exist; check the path")
+    if source.is_dir():
+        tiles = _open_folder(source, manifest)
+    elif source.suffix.lower() == ".csv":
+        tiles = _open_csv(source, source.parent, source.stem)
+    elif source.suffix.lower() == ".npz":
+        tiles = _open_npz(source)
+    elif ".tar" in source.suffixes or source.suffix.lower() == ".tgz":
+        tiles = _open_tar(source, manifest)
+    else:
+        raise BadInput(
+            f"{source} is not a tile set; expected a folder, a .csv manifest, a .tar or an .npz"
+        )
+    if not tiles.tiles:
+        raise BadInput(f"{source} holds no tile; expected pictures ({', '.join(sorted(SUFFIXES))})")
+    return tiles
+
+
+def concatenate(sets: Sequence[TileSet]) -> TileSet:
+    """Join tile sets; labels and groups are prefixed by each set's name, so none is shared."""
+    if len(sets) == 1:
+        return sets[0]
+    tiles: list[Tile] = []
+    places: list[tuple[TileSet, int]] = []
+    for part in sets:
+        for number, tile in enumerate(part.tiles):
+            label = f"{part.name}/{tile.label}" if tile.label is not None else None
+            group = f"{part.name}/{tile.group}" if tile.group is not None else None
+            tiles.append(replace(tile, file=f"{part.name}/{tile.file}", label=label, group=group))
+            places.append((part, number))
+    return TileSet(
+        name="+".join(part.name for part in sets),
+        source="+".join(part.source for part in sets),
+        tiles=tuple(tiles),
+        fingerprint=_fingerprint([part.fingerprint for part in sets]),
+        _load=lambda n: places[n][0]._load(places[n][1]),
+    )
+
+
+def _fingerprint(parts: Iterable[str]) -> str:
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _rows_fingerprint(tiles: Sequence[Tile], content: str) -> str:
+    return _fingerprint([content, *(f"{t.file}|{t.label}|{t.group}" for t in tiles)])
+
+
+def _is_picture(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+
+
+def _class_of(name: str) -> str | None:
+    parent = PurePosixPath(name).parent.name
+    return parent or None
+
+
+def read_table(stream: Iterable[str], origin: str, key: str = "file") -> list[dict[str, str]]:
+    """Read CSV rows as dictionaries; the header must have the column ``key``.
+
+    Raises:
+        BadInput: no header, no such column, a row without a value there, or a value given twice.
+    """
+    reader = csv.DictReader(stream)
+    if reader.fieldnames is None or key not in reader.fieldnames:
+        raise BadInput(f"{origin} has columns {reader.fieldnames}; expected a column {key!r}")
+    rows: list[dict[str, str]] = []
+    seen: set[str] = set()
+    for number, row in enumerate(reader, start=2):
+        clean = {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
+        if not clean[key]:
+            raise BadInput(f"{origin}, line {number}: no value for {key!r}")
+        if clean[key] in seen:
+            raise BadInput(f"{origin}, line {number}: {clean[key]!r} appears twice")
+        seen.add(clean[key])
+        rows.append(clean)
+    return rows
+
+
+def read_csv(path: Path, key: str = "file") -> list[dict[str, str]]:
+    """Read a CSV file by :func:`read_table`."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            return read_table(stream, str(path), key)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path} is not a UTF-8 CSV table ({error})") from error
+
+
+def _tile(row: dict[str, str]) -> Tile:
+    extra = {k: v for k, v in row.items() if k not in {"file", "label", "group"}}
+    return Tile(row["file"], row.get("label") or None, row.get("group") or None, extra)
+
+
+def _open_csv(path: Path, root: Path, name: str) -> TileSet:
+    tiles = tuple(_tile(row) for row in read_csv(path))
+    return TileSet(
+        name=name,
+        source=str(path),
+        tiles=tiles,
+        fingerprint=_rows_fingerprint(tiles, sha256_file(path)),
+        _load=lambda n: _file_bytes(root / tiles[n].file),
+    )
+
+
+def _file_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadInput(f"{path} is larger than {MAX_BYTES:,} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
+
+
+def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
+    if manifest is None and (folder / MANIFEST).is_file():
+        manifest = folder / MANIFEST
+    if manifest is not None:
+        return replace(_open_csv(manifest, folder, folder.resolve().name), source=str(folder))
+    names = sorted(
+        os.path.relpath(os.path.join(top, file), folder).replace(os.sep, "/")
+        for top, _, files in os.walk(folder)
+        for file in files
+        if _is_picture(file)
+    )
+    tiles = tuple(Tile(name, _class_of(name)) for name in names)
+    sizes = _fingerprint(str((folder / name).stat().st_size) for name in names)
+    return TileSet(
+        name=folder.resolve().name,
+        source=str(folder),
+        tiles=tiles,
+        fingerprint=_rows_fingerprint(tiles, sizes),
+        _load=lambda n: _file_bytes(folder / tiles[n].file),
+    )
+
+
+def _open_tar(path: Path, manifest: Path | None) -> TileSet:
+    try:
+        places, blobs, inner = _tar_members(path)
+    except (tarfile.TarError, OSError, EOFError) as error:
+        raise BadInput(f"{path} is not a readable tar ({error}); copy it again") from error
+    if manifest is not None:
+        rows = read_csv(manifest)
+    elif inner is not None:
+        rows = read_table(io.StringIO(inner.decode("utf-8-sig")), f"{path}:{MANIFEST}")
+    else:
+        rows = [{"file": n, "label": _class_of(n) or ""} for n in sorted(places) if _is_picture(n)]
+    tiles = tuple(_tile(row) for row in rows)
+
+    def load(number: int) -> bytes:
+        name = tiles[number].file
+        if name not in places:
+            raise BadInput(f"{path}: {name} is in the manifest but not in the tar")
+        if name in blobs:
+            return blobs[name]
+        offset, size = places[name]
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            return stream.read(size)
+
+    name = path.name.split(".tar")[0].removesuffix(".tgz")
+    fingerprint = _rows_fingerprint(tiles, sha256_file(path))
+    return TileSet(name, str(path), tiles, fingerprint, load)
+
+
+def _tar_members(
+    path: Path,
+) -> tuple[dict[str, tuple[int, int]], dict[str, bytes], bytes | None]:
+    """Return places by name, the bytes of a compressed tar's members, and the manifest."""
+    places: dict[str, tuple[int, int]] = {}
+    blobs: dict[str, bytes] = {}
+    inner: bytes | None = None
+    unpacked = 0
+    plain = _is_plain_tar(path)
+    with tarfile.open(path, "r:" if plain else "r:*") as pack:
+        for member in pack:
+            name = member.name.removeprefix("./")
+            if not member.isfile() or not (_is_picture(name) or name == MANIFEST):
+                continue
+            places[name] = (member.offset_data, member.size)
+            unpacked += member.size
+            if member.size > MAX_BYTES or (not plain and unpacked > MAX_UNPACKED):
+                raise BadInput(f"{path}: {name} makes it unpack to more than is accepted")
+            stream = pack.extractfile(member) if name == MANIFEST or not plain else None
+            if stream is not None and name == MANIFEST:
+                inner = stream.read()
+            elif stream is not None:
+                blobs[name] = stream.read()
+    places.pop(MANIFEST, None)
+    return places, blobs, inner
+
+
+def _is_plain_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.ReadError:
+        return False
+
+
+def _open_npz(path: Path) -> TileSet:
+    try:
+        with np.load(path, allow_pickle=False) as pack:
+            arrays = {key: pack[key] for key in pack.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise BadInput(f"{path} is not a readable .npz of plain arrays ({error})") from error
+    images = arrays.get("images")
+    if images is None or images.dtype != np.uint8 or images.ndim not in {3, 4}:
+        raise BadInput(
+            f"{path} has arrays {sorted(arrays)}; expected uint8 'images' (N, H, W[, 3])"
+        )
+    count = len(images)
+    for key in ("labels", "group", "ids"):
+        if key in arrays and len(arrays[key]) != count:
+            raise BadInput(f"{path}: {key!r} has {len(arrays[key])} rows, 'images' has {count}")
+    names = arrays.get("class_names")
+    labels = arrays.get("labels")
+
+    def label_of(row: int) -> str | None:
+        if labels is None:
+            return None
+        value = labels[row]
+        if names is None or not np.issubdtype(labels.dtype, np.integer):
+            return str(value)
+        return str(names[value]) if 0 <= value < len(names) else None
+
+    def group_of(row: int) -> str | None:
+        return str(arrays["group"][row]) if "group" in arrays else None
+
+    ids = arrays.get("ids")
+    tiles = tuple(
+        Tile(str(ids[n]) if ids is not None else f"{n:07d}", label_of(n), group_of(n))
+        for n in range(count)
+    )
+    fingerprint = _rows_fingerprint(tiles, sha256_file(path))
+    return TileSet(path.stem, str(path), tiles, fingerprint, lambda n: np.asarray(images[n]))

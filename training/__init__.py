@@ -1,0 +1,1 @@
+"""Training: one readable recipe per paper, from labelled tiles to a run folder."""

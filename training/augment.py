@@ -1,0 +1,101 @@
+"""Augmentation of a whole batch on its device: geometry in one warp, then stain and colour."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+# Optical density of haematoxylin, eosin and a residual per RGB channel (Ruifrok & Johnston 2001).
+_STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Ranges of the random changes; 0 (or False) turns one off.
+
+    Attributes:
+        rotation_deg: rotate by up to this angle either way.
+        zoom: scale by a factor between 1 - zoom and 1 + zoom.
+        shift: translate by up to this share of the side.
+        flip: mirror half of the tiles.
+        stain: change each stain's density by up to this share, and its background by a tenth of it.
+        colour: change brightness and contrast by up to this share.
+        noise: standard deviation of Gaussian pixel noise, for values 0..1.
+        crop_px: side of a random crop, at the tile's own scale; 0 keeps the whole tile.
+    """
+
+    rotation_deg: float = 15.0
+    zoom: float = 0.1
+    shift: float = 0.0
+    flip: bool = True
+    stain: float = 0.2
+    colour: float = 0.1
+    noise: float = 0.0
+    crop_px: int = 0
+
+
+def augment(tiles: torch.Tensor, ranges: Augmentation, generator: torch.Generator) -> torch.Tensor:
+    """Change every tile of a batch at random.
+
+    Args:
+        tiles: float (N, 3, S, S), 0..1.
+        ranges: what may change and how far.
+        generator: CPU generator; the same state gives the same result on any device.
+
+    Returns:
+        float (N, 3, S', S'), 0..1; S' is ``crop_px``, or S when that is 0.
+    """
+    tiles = warp(tiles, ranges, generator)
+    count, device = len(tiles), tiles.device
+
+    def draw(*shape: int) -> torch.Tensor:
+        return (torch.rand(count, *shape, generator=generator) * 2 - 1).to(device)
+
+    if ranges.stain:
+        basis = torch.tensor(_STAINS, device=device)
+        basis = basis / basis.norm(dim=1, keepdim=True)
+        density = -torch.log(tiles.clamp(1 / 255, 1))
+        amounts = torch.einsum("nchw,cs->nshw", density, torch.linalg.inv(basis))
+        scale = 1 + ranges.stain * draw(3)[:, :, None, None]
+        offset = 0.1 * ranges.stain * draw(3)[:, :, None, None]
+        density = torch.einsum("nshw,sc->nchw", amounts * scale + offset, basis)
+        tiles = torch.exp(-density).clamp(0, 1)
+    if ranges.colour:
+        contrast = 1 + ranges.colour * draw(3)[:, :, None, None]
+        brightness = ranges.colour * draw(3)[:, :, None, None]
+        middle = tiles.mean((2, 3), keepdim=True)
+        tiles = ((tiles - middle) * contrast + middle + 0.5 * brightness).clamp(0, 1)
+    if ranges.noise:
+        strength = ranges.noise * torch.rand(count, 1, 1, 1, generator=generator).to(device)
+        pixels = torch.randn(tiles.shape, generator=generator).to(device)
+        tiles = (tiles + strength * pixels).clamp(0, 1)
+    return tiles
+
+
+def warp(tiles: torch.Tensor, ranges: Augmentation, generator: torch.Generator) -> torch.Tensor:
+    """Rotate, zoom, shift, mirror and crop each tile by one bilinear warp; outside is mirrored."""
+    count, side = len(tiles), tiles.shape[-1]
+    out_px = ranges.crop_px or side
+    share = out_px / side
+
+    def draw() -> torch.Tensor:
+        return torch.rand(count, generator=generator) * 2 - 1
+
+    angle = draw() * math.radians(ranges.rotation_deg)
+    zoom = share / (1 + draw() * ranges.zoom)
+    mirror = torch.where(draw() < 0, -1.0, 1.0) if ranges.flip else torch.ones(count)
+    reach = max(0.0, 1 - share) + 2 * ranges.shift
+    shift_x, shift_y = draw() * reach, draw() * reach
+    cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
+    rows = [
+        torch.stack([cos * mirror, -sin, shift_x], 1),
+        torch.stack([sin * mirror, cos, shift_y], 1),
+    ]
+    theta = torch.stack(rows, 1).to(tiles.device, tiles.dtype)
+    grid = nn.functional.affine_grid(theta, [count, 3, out_px, out_px], align_corners=False)
+    return nn.functional.grid_sample(
+        tiles, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+    )

@@ -1,0 +1,91 @@
+"""Saving weights and the state of a training run, without pickles: safetensors with a JSON header."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+
+from ..errors import BadInput, Damaged, Mismatch
+from ..files import write_atomic
+
+Tensors = dict[str, torch.Tensor]
+
+
+def save_tensors(path: Path, tensors: Tensors, about: dict[str, Any]) -> None:
+    """Write tensors and a JSON-ready description to one file, atomically."""
+    plain = {k: v.detach().cpu().contiguous() for k, v in tensors.items()}
+    write_atomic(path, save(plain, metadata={"about": json.dumps(about, sort_keys=True)}))
+
+
+def load_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
+    """Read what :func:`save_tensors` wrote.
+
+    Raises:
+        BadInput: no such file.
+        Damaged: not a safetensors file.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; check the path")
+    try:
+        with safe_open(path, framework="pt") as stored:
+            about = json.loads((stored.metadata() or {}).get("about", "{}"))
+            return {key: stored.get_tensor(key) for key in stored.keys()}, about  # noqa: SIM118
+    except (SafetensorError, json.JSONDecodeError) as error:
+        raise Damaged(f"{path} is not a whole safetensors file ({error})") from error
+
+
+def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
+    """Split an optimiser's state dict into tensors and JSON-ready parameter groups."""
+    tensors = {
+        f"optimizer.{number}.{key}": torch.as_tensor(value)
+        for number, entry in state["state"].items()
+        for key, value in entry.items()
+    }
+    return tensors, state["param_groups"]
+
+
+def restore_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[str, Any]:
+    """Undo :func:`flatten_optimizer`."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    for name, tensor in tensors.items():
+        if name.startswith("optimizer."):
+            _, number, key = name.split(".", 2)
+            state.setdefault(int(number), {})[key] = tensor
+    return {"state": state, "param_groups": groups}
+
+
+def load_backbone(backbone: torch.nn.Module, path: Path) -> None:
+    """Load a torchvision-keyed checkpoint (.pth or .safetensors) into a backbone, by key.
+
+    Classifier weights in the file are ignored; everything else must fit.
+
+    Raises:
+        Mismatch: a backbone tensor is missing in the file or has another shape.
+    """
+    if path.suffix == ".safetensors":
+        tensors, _ = load_tensors(path)
+    else:
+        try:
+            tensors = torch.load(path, map_location="cpu", weights_only=True)
+        except FileNotFoundError as error:
+            raise BadInput(f"{path} does not exist; check the path") from error
+        except Exception as error:
+            raise Damaged(f"{path} is not a checkpoint of plain tensors ({error})") from error
+    expected = backbone.state_dict()
+    wrong = [
+        key
+        for key, value in expected.items()
+        if not key.endswith("num_batches_tracked")
+        and (key not in tensors or tensors[key].shape != value.shape)
+    ]
+    if wrong:
+        raise Mismatch(
+            f"{path} does not fit the backbone: {len(wrong)} of {len(expected)} tensors are missing "
+            f"or of another shape, first {wrong[0]!r}; expected torchvision's state-dict keys"
+        )
+    backbone.load_state_dict({k: v for k, v in tensors.items() if k in expected}, strict=False)

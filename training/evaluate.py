@@ -1,0 +1,121 @@
+"""Judging an encoder on held-out tiles: retrieval, and clustering as paper 004 does it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..metrics import Floats, Ints, clustering_report, retrieval_report, silhouette
+from .models import Encoder
+
+Basis = dict[str, NDArray[np.float32]]
+
+
+@torch.inference_mode()
+def embed(encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64) -> NDArray[np.float32]:
+    """Embed uint8 tiles (N, S, S, 3); returns unit vectors float32 (N, D)."""
+    was_training = encoder.training
+    encoder.eval()
+    parts = [np.zeros((0, encoder.dim), dtype=np.float32)]
+    for start in range(0, len(tiles), batch):
+        scaled = to_input(encoder, tiles[start : start + batch])
+        unit = nn.functional.normalize(encoder(scaled).float())
+        parts.append(unit.cpu().numpy())
+    encoder.train(was_training)
+    return np.concatenate(parts)
+
+
+@torch.no_grad()
+def calibrate(encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64) -> None:
+    """Set the batch norms' statistics to averages over ``tiles``, leaving every weight as it is.
+
+    A net that was never trained needs it to be a fair baseline: with the initial statistics its
+    embeddings all but coincide.
+    """
+    norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    momenta = [norm.momentum for norm in norms]
+    for norm in norms:
+        norm.reset_running_stats()
+        norm.momentum = None
+    was_training = encoder.training
+    encoder.train()
+    for start in range(0, len(tiles) - batch + 1, batch):
+        encoder(to_input(encoder, tiles[start : start + batch]))
+    for norm, momentum in zip(norms, momenta, strict=True):
+        norm.momentum = momentum
+    encoder.train(was_training)
+
+
+def to_input(encoder: Encoder, tiles: NDArray[np.uint8]) -> torch.Tensor:
+    """Turn uint8 tiles (N, S, S, 3) into the encoder's float input (N, 3, S, S), on its device."""
+    device = next(encoder.parameters()).device
+    mean = torch.tensor(encoder.mean, device=device)[:, None, None]
+    std = torch.tensor(encoder.std, device=device)[:, None, None]
+    pixels = torch.from_numpy(np.ascontiguousarray(tiles)).to(device)
+    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+
+
+def pca_basis(embeddings: Floats) -> Basis:
+    """Fit PCA without whitening: ``mean`` (D,), ``components`` (R, D), ``variance`` (R,) as shares."""
+    from sklearn.decomposition import PCA
+
+    fitted = PCA(random_state=0).fit(embeddings)
+    return {
+        "mean": fitted.mean_.astype(np.float32),
+        "components": fitted.components_.astype(np.float32),
+        "variance": fitted.explained_variance_ratio_.astype(np.float32),
+    }
+
+
+def project(embeddings: Floats, basis: Basis, keep: float = 0.95) -> Floats:
+    """Project on the components that hold ``keep`` of the variance (paper 004)."""
+    count = int(np.searchsorted(np.cumsum(basis["variance"]), keep)) + 1
+    result: Floats = (embeddings - basis["mean"]) @ basis["components"][:count].T
+    return result
+
+
+def evaluate(
+    embeddings: Floats, labels: Ints, groups: Ints, grouped: bool, basis: Basis, seed: int
+) -> dict[str, Any]:
+    """Return retrieval and clustering metrics, each beside its trivial baseline.
+
+    k-means with K = number of classes, k-means with K of 2..10 by silhouette, and HDBSCAN with
+    min_cluster_size max(15, n / 40), all on the PCA projection.
+    """
+    known = labels >= 0
+    named = groups if grouped else None
+    report: dict[str, Any] = {
+        "tiles": len(embeddings),
+        "retrieval": [m.as_dict() for m in retrieval_report(embeddings, labels, named)],
+    }
+    classes = len(np.unique(labels[known]))
+    if classes < 2 or known.sum() < 20:
+        return report
+    flat, truth = project(embeddings[known], basis), labels[known]
+    truth = np.unique(truth, return_inverse=True)[1].astype(np.int64)
+    for name, clusters in _clusterings(flat, classes, seed).items():
+        scores = [m.as_dict() for m in clustering_report(flat, truth, clusters, seed)]
+        report[name] = {"k": int(clusters.max()) + 1, "scores": scores}
+    return report
+
+
+def _clusterings(flat: Floats, classes: int, seed: int) -> dict[str, Ints]:
+    from hdbscan import HDBSCAN
+    from sklearn.cluster import KMeans
+
+    def kmeans(k: int) -> Ints:
+        fitted = KMeans(k, n_init=10, max_iter=300, random_state=seed).fit_predict(flat)
+        return np.asarray(fitted, dtype=np.int64)
+
+    tried = {k: kmeans(k) for k in range(2, min(10, len(flat) - 1) + 1)}
+    best = max(tried, key=lambda k: silhouette(flat, tried[k], seed))
+    density = HDBSCAN(min_cluster_size=max(15, len(flat) // 40)).fit_predict(flat)
+    return {
+        "kmeans_k_classes": tried.get(classes, kmeans(classes)),
+        "kmeans_k_silhouette": tried[best],
+        "hdbscan": np.asarray(density, dtype=np.int64),
+    }

@@ -1,0 +1,139 @@
+"""MobileNetV3-Small (Howard et al. 2019) with torchvision's state-dict keys; paper 004's backbone."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import torch
+from torch import nn
+
+from .embedding import Encoder, projection_head
+
+# kernel, expanded, out, squeeze-excite, hard-swish, stride: blocks 1..11, as in torchvision.
+BLOCKS = (
+    (3, 16, 16, True, False, 2),
+    (3, 72, 24, False, False, 2),
+    (3, 88, 24, False, False, 1),
+    (5, 96, 40, True, True, 2),
+    (5, 240, 40, True, True, 1),
+    (5, 240, 40, True, True, 1),
+    (5, 120, 48, True, True, 1),
+    (5, 144, 48, True, True, 1),
+    (5, 288, 96, True, True, 2),
+    (5, 576, 96, True, True, 1),
+    (5, 576, 96, True, True, 1),
+)
+FEATURES = 576
+_norm = partial(nn.BatchNorm2d, eps=1e-3, momentum=0.01)
+
+
+def _divisible(value: float, by: int = 8) -> int:
+    rounded = max(by, int(value + by / 2) // by * by)
+    return rounded + by if rounded < 0.9 * value else rounded
+
+
+def _conv_norm(
+    inside: int, out: int, kernel: int, stride: int, act: type[nn.Module] | None, groups: int = 1
+) -> nn.Sequential:
+    conv = nn.Conv2d(inside, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    return nn.Sequential(conv, _norm(out), *([act(inplace=True)] if act else []))
+
+
+class SqueezeExcite(nn.Module):
+    """Channel attention: global mean, fc1, ReLU, fc2, hard sigmoid, scale."""
+
+    def __init__(self, channels: int) -> None:
+        """Make the two 1x1 convolutions; the squeeze is a quarter, in multiples of eight."""
+        super().__init__()
+        squeezed = _divisible(channels / 4)
+        self.fc1 = nn.Conv2d(channels, squeezed, 1)
+        self.fc2 = nn.Conv2d(squeezed, channels, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Return ``x`` (N, C, H, W) scaled per channel."""
+        pooled = x.mean((2, 3), keepdim=True)
+        gate = nn.functional.hardsigmoid(self.fc2(nn.functional.relu(self.fc1(pooled))))
+        return x * gate
+
+
+class InvertedResidual(nn.Module):
+    """Expand 1x1, depthwise, squeeze-excite, project 1x1; a skip where shapes agree."""
+
+    def __init__(
+        self, inside: int, kernel: int, expanded: int, out: int, se: bool, hs: bool, stride: int
+    ) -> None:
+        """Build the parts that exist, numbered without gaps as torchvision does."""
+        super().__init__()
+        act: type[nn.Module] = nn.Hardswish if hs else nn.ReLU
+        layers: list[nn.Module] = []
+        if expanded != inside:
+            layers.append(_conv_norm(inside, expanded, 1, 1, act))
+        layers.append(_conv_norm(expanded, expanded, kernel, stride, act, groups=expanded))
+        if se:
+            layers.append(SqueezeExcite(expanded))
+        layers.append(_conv_norm(expanded, out, 1, 1, None))
+        self.block = nn.Sequential(*layers)
+        self.skip = stride == 1 and inside == out
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C', H/stride, W/stride)."""
+        y: torch.Tensor = self.block(x)
+        return x + y if self.skip else y
+
+
+class MobileNetV3Small(nn.Module):
+    """The whole classifier (2,542,856 parameters at 1000 classes) or, without one, the backbone.
+
+    Args:
+        classes: width of the classifier; 0 leaves it out and returns the pooled 576 features
+            (927,008 parameters).
+    """
+
+    def __init__(self, classes: int = 1000) -> None:
+        """Build the layers and initialise them as torchvision does."""
+        super().__init__()
+        layers: list[nn.Module] = [_conv_norm(3, 16, 3, 2, nn.Hardswish)]
+        inside = 16
+        for kernel, expanded, out, se, hs, stride in BLOCKS:
+            layers.append(InvertedResidual(inside, kernel, expanded, out, se, hs, stride))
+            inside = out
+        layers.append(_conv_norm(inside, FEATURES, 1, 1, nn.Hardswish))
+        self.features = nn.Sequential(*layers)
+        self.classifier = (
+            nn.Sequential(
+                nn.Linear(FEATURES, 1024), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(1024, classes)
+            )
+            if classes
+            else nn.Identity()
+        )
+        for module in self.modules():
+            if isinstance(module, nn.Conv2d):
+                nn.init.kaiming_normal_(module.weight, mode="fan_out")
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+            elif isinstance(module, nn.Linear):
+                nn.init.normal_(module.weight, 0.0, 0.01)
+                nn.init.zeros_(module.bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, S, S) -> (N, classes), or (N, 576) without a classifier."""
+        pooled = self.features(x).mean((2, 3))
+        result: torch.Tensor = self.classifier(pooled)
+        return result
+
+
+def build_mobilenet_v3_small(
+    size_px: int = 224,
+    dim: int = 64,
+    hidden: int = 256,
+    dropout: float = 0.3,
+    relu_embedding: bool = False,
+) -> Encoder:
+    """Return paper 004's encoder: MobileNetV3-Small to its pooled 576 features, head 576-256-64."""
+    return Encoder(
+        backbone=MobileNetV3Small(classes=0),
+        head=projection_head(FEATURES, hidden, dim, dropout, relu_embedding),
+        size_px=size_px,
+        dim=dim,
+        tail=("features.9", "features.10", "features.11", "features.12"),
+    )
