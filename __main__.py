@@ -131,14 +131,19 @@ def export(
         float | None, typer.Option(help="Keep this share of the variance by PCA in the graph.")
     ] = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
+    notes: Annotated[
+        Path | None, typer.Option(help="Markdown file to add to the model card.")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Export a run to an encoder bundle: ONNX graph, manifest, parity proof, model card."""
     from .export.bundle import export_run, parity_tiles
+    from .files import read_text
     from .training.models import build
 
     source = parity_tiles(run, tiles)
-    manifest = export_run(run, out, source, build, name, mpp, pca, licence)
+    about = read_text(notes) if notes else ""
+    manifest = export_run(run, out, source, build, name, mpp, pca, licence, about)
     document = {"bundle": str(out), **manifest.model_dump()}
     console.emit(
         document,
@@ -174,8 +179,9 @@ def embed(
     """Embed slides and tile sets into feature files; a repeated run finishes what is not done."""
     from .serving.encoder import open_encoder
     from .serving.jobs import find_jobs
-    from .serving.pipeline import EmbedOptions, embed_jobs
+    from .serving.pipeline import embed_jobs
     from .serving.report import report_results
+    from .serving.results import EmbedOptions
 
     options = EmbedOptions(mpp, assume_mpp, overlap, min_tissue, batch, manifest)
     opened = open_encoder(encoder)

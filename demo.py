@@ -33,7 +33,8 @@ def run_demo(folder: Path) -> Path:
     from .index.atlas import Atlas
     from .serving.encoder import open_encoder
     from .serving.jobs import find_jobs
-    from .serving.pipeline import EmbedOptions, embed_jobs
+    from .serving.pipeline import embed_jobs
+    from .serving.results import EmbedOptions
     from .serving.slides import open_slide
 
     folder.mkdir(parents=True, exist_ok=True)

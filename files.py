@@ -80,7 +80,19 @@ def _umask() -> int:
 
 def write_json(path: Path, document: Any) -> None:
     """Write a JSON document atomically, indented and with a closing newline."""
-    write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        BadInput: it is not there or not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as text ({error}); check the path") from error
 
 
 def read_json(path: Path) -> Any:

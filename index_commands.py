@@ -94,7 +94,7 @@ def find_features(inputs: list[Path]) -> list[Path]:
 def _metadata(path: Path | None) -> dict[str, dict[str, str]]:
     if path is None:
         return {}
-    from .tilesets import read_csv
+    from .tables import read_csv
 
     return {row["slide"]: row for row in read_csv(path, "slide")}
 
@@ -122,7 +122,9 @@ def fit(
         title = f"{result['name']}: {result['clusters']} clusters of {result['fitted_tiles']} tiles"
         console.table(title, ("cluster", "tiles"), rows)
         if "silhouette_by_k" in result:
-            curve = ", ".join(f"{k}: {v:.3f}" for k, v in result["silhouette_by_k"].items())
+            curve = ", ".join(
+                f"{k}: {v:.3f}" for k, v in result["silhouette_by_k"].items() if v is not None
+            )
             console.say(f"silhouette by K: {curve}")
 
     console.emit(result, human)

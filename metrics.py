@@ -28,8 +28,8 @@ class Metric:
     baseline_is: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the metric as a JSON-ready dictionary."""
-        return asdict(self)
+        """Return the metric as a JSON-ready dictionary; what is not defined is None."""
+        return {k: None if v != v else v for k, v in asdict(self).items()}
 
 
 def codes(values: Sequence[str | None]) -> Ints:

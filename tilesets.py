@@ -8,7 +8,6 @@ source picture or patient, and must never be split between training and validati
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import io
 import os
@@ -16,12 +15,14 @@ import tarfile
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
+from zipfile import BadZipFile
 
 import numpy as np
 
 from .errors import BadInput
 from .files import sha256_file
 from .images import MAX_BYTES, SUFFIXES, Rgb, decode
+from .tables import read_csv, read_table
 
 MANIFEST = "manifest.csv"
 MAX_UNPACKED = 4 * 2**30
@@ -162,39 +163,6 @@ def _class_of(name: str) -> str | None:
     return parent or None
 
 
-def read_table(stream: Iterable[str], origin: str, key: str = "file") -> list[dict[str, str]]:
-    """Read CSV rows as dictionaries; the header must have the column ``key``.
-
-    Raises:
-        BadInput: no header, no such column, a row without a value there, or a value given twice.
-    """
-    reader = csv.DictReader(stream)
-    if reader.fieldnames is None or key not in reader.fieldnames:
-        raise BadInput(f"{origin} has columns {reader.fieldnames}; expected a column {key!r}")
-    rows: list[dict[str, str]] = []
-    seen: set[str] = set()
-    for number, row in enumerate(reader, start=2):
-        clean = {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
-        if not clean[key]:
-            raise BadInput(f"{origin}, line {number}: no value for {key!r}")
-        if clean[key] in seen:
-            raise BadInput(f"{origin}, line {number}: {clean[key]!r} appears twice")
-        seen.add(clean[key])
-        rows.append(clean)
-    return rows
-
-
-def read_csv(path: Path, key: str = "file") -> list[dict[str, str]]:
-    """Read a CSV file by :func:`read_table`."""
-    try:
-        with open(path, newline="", encoding="utf-8-sig") as stream:
-            return read_table(stream, str(path), key)
-    except OSError as error:
-        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{path} is not a UTF-8 CSV table ({error})") from error
-
-
 def _tile(row: dict[str, str]) -> Tile:
     extra = {k: v for k, v in row.items() if k not in {"file", "label", "group"}}
     return Tile(row["file"], row.get("label") or None, row.get("group") or None, extra)
@@ -310,7 +278,7 @@ def _open_npz(path: Path) -> TileSet:
     try:
         with np.load(path, allow_pickle=False) as pack:
             arrays = {key: pack[key] for key in pack.files}
-    except (OSError, ValueError, EOFError) as error:
+    except (OSError, ValueError, EOFError, BadZipFile) as error:
         raise BadInput(f"{path} is not a readable .npz of plain arrays ({error})") from error
     images = arrays.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim not in {3, 4}:

@@ -31,7 +31,7 @@ def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[s
 
     Args:
         run: the folder that ``histoseek train`` wrote.
-        build: makes an architecture by name: ``build(model, **sizes)``.
+        build: makes an architecture: ``build(model=name, **sizes)``.
 
     Raises:
         BadInput: the folder holds no finished run.
@@ -48,8 +48,7 @@ def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[s
         with safe_open(weights, framework="pt") as stored:
             about = json.loads((stored.metadata() or {}).get("about", "{}"))
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
-        architecture = dict(about["architecture"])
-        encoder = build(architecture.pop("model"), **architecture)
+        encoder = build(**about["architecture"])
         pca = {k: v for k, v in tensors.items() if k.startswith("pca.")}
         encoder.load_state_dict({k: v for k, v in tensors.items() if k not in pca})
     except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
@@ -104,6 +103,7 @@ def export_run(
     mpp: float | None = None,
     pca: float | None = None,
     licence: str = "not stated",
+    notes: str = "",
 ) -> Manifest:
     """Turn a run into a bundle.
 
@@ -116,6 +116,7 @@ def export_run(
         mpp: micrometres per pixel at which slides are to be read, if known.
         pca: keep the components with this share of the variance inside the graph.
         licence: of the weights, as the card will state it.
+        notes: Markdown that is added to the card.
 
     Returns:
         The bundle's manifest.
@@ -150,7 +151,7 @@ def export_run(
         )
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / PARITY, parity.as_dict())
-        write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict()))
+        write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict(), notes))
     return manifest
 
 

@@ -7,7 +7,9 @@ from typing import Any
 from ..manifest import Manifest
 
 
-def model_card(manifest: Manifest, record: dict[str, Any], parity: dict[str, Any]) -> str:
+def model_card(
+    manifest: Manifest, record: dict[str, Any], parity: dict[str, Any], notes: str = ""
+) -> str:
     """Return the card as Markdown; every number is the run's or the parity test's."""
     data, split = record["data"], record["split"]
     mpp = f"{manifest.mpp} µm per pixel" if manifest.mpp else "not stated"
@@ -47,7 +49,7 @@ def model_card(manifest: Manifest, record: dict[str, Any], parity: dict[str, Any
         f"{parity['batch_max_abs']:.1e} (allowed {parity['bounds']['batch_max_abs']:.0e}).",
         "",
     ]
-    return "\n".join(lines)
+    return "\n".join([*lines, notes.strip(), ""]) if notes.strip() else "\n".join(lines)
 
 
 def _left_out(data: dict[str, Any]) -> str:
@@ -72,8 +74,7 @@ def _tables(metrics: dict[str, Any]) -> list[str]:
             for side in (trained, untrained)
         )
         for row, other in zip(rows, others, strict=True):
-            lines.append(
-                f"| {prefix}{row['name']} | {row['value']:.3f} | {other['value']:.3f} | "
-                f"{row['baseline']:.3f} ({row['baseline_is']}) |"
-            )
+            values = (row["value"], other["value"], row["baseline"])
+            shown = ["–" if v is None else f"{v:.3f}" for v in values]
+            lines.append(f"| {prefix}{row['name']} | {' | '.join(shown)} ({row['baseline_is']}) |")
     return lines

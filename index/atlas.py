@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import json
 import shutil
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
-from ..feature_files import Features, check_features, read_features
+from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
+from ..feature_files import check_features, read_features
 from ..files import exclusive, publish_folder, remove_leftovers, sha256_file, write_atomic
 from ..manifest import Manifest, read_manifest
-from .catalog import Catalog, bump_revision
-from .clusters import Assigned, Clustering
+from . import clusterings
+from .catalog import Catalog, bump_revision, now
+from .clusters import Clustering
 from .clusters import fit as fit_clusters
+from .generations import Generations
+from .records import Added, Hit, plain_name, slide_row, tile_rows
 from .vectors import VectorIndex
 
 Progress = Callable[[int, int, str], None]
@@ -32,58 +33,6 @@ ENCODER = "encoder"
 FEATURES = "features"
 LOCK = ".lock"
 NAME_LIMIT = 64
-
-
-@dataclass(frozen=True)
-class Hit:
-    """One similar tile.
-
-    Attributes:
-        rank: 1 is the most similar.
-        score: cosine similarity, or minus the distance for an l2 encoder.
-        tile: the tile's id in the atlas.
-        slide: name of its slide or tile set.
-        x: level-0 left of the tile.
-        y: level-0 top of the tile.
-        size_px_level0: side of the tile in level-0 pixels; 0 in a tile set.
-        mpp: micrometres per pixel of level 0.
-        label: of the tile, else of the slide.
-        patient: of the tile (its group), else of the slide.
-        cluster: in the newest clustering; None before one is fitted.
-        file: name of the tile in a tile set.
-    """
-
-    rank: int
-    score: float
-    tile: int
-    slide: str
-    x: int
-    y: int
-    size_px_level0: int
-    mpp: float | None
-    label: str | None
-    patient: str | None
-    cluster: int | None
-    file: str | None
-
-
-@dataclass(frozen=True)
-class Added:
-    """What became of one feature file that was to be added.
-
-    Attributes:
-        file: the file.
-        slide: the name it has in the atlas.
-        state: added, unchanged (it was there) or failed.
-        tiles: how many.
-        reason: why it failed, or why it has no tiles.
-    """
-
-    file: str
-    slide: str
-    state: str
-    tiles: int = 0
-    reason: str = ""
 
 
 class Atlas:
@@ -105,8 +54,7 @@ class Atlas:
                 f"{path / ENCODER} is encoder {self.manifest.sha256[:12]}…, the atlas is bound to "
                 f"{meta['encoder_sha256'][:12]}…; put the right bundle back"
             )
-        self._index: VectorIndex | None = None
-        self._index_revision = -1
+        self._generations = Generations(path, self.catalog, self.manifest)
 
     @classmethod
     def create(cls, path: Path, bundle: Path) -> Atlas:
@@ -126,7 +74,7 @@ class Atlas:
                     "encoder_sha256": manifest.sha256,
                     "dim": str(manifest.dim),
                     "metric": manifest.metric,
-                    "created_at": _now(),
+                    "created_at": now(),
                 }
             )
         return cls(path)
@@ -170,7 +118,7 @@ class Atlas:
                     results.append(Added(str(file), file.stem, "failed", reason=str(error)))
                 progress(number, len(files), file.stem)
             self._remove_orphans()
-            self._write_generation()
+            self._generations.write()
         return results
 
     def _add_one(self, file: Path, metadata: dict[str, dict[str, str]]) -> Added:
@@ -185,10 +133,10 @@ class Atlas:
                 f"the atlas holds slide {item.name!r} with other features; give the new one another "
                 "name, or build a new atlas"
             )
-        target = f"{FEATURES}/{_safe(item.name)}-{digest[:12]}.h5"
+        target = f"{FEATURES}/{plain_name(item.name)}-{digest[:12]}.h5"
         write_atomic(self.path / target, file.read_bytes())
         with self.catalog.write() as db:
-            row = _slide_row(item, target, digest, metadata)
+            row = slide_row(item, target, digest, metadata)
             names = ", ".join(row)
             marks = ", ".join("?" for _ in row)
             cursor = db.execute(
@@ -197,7 +145,7 @@ class Atlas:
             db.executemany(
                 "INSERT INTO tiles (slide_id, row, x, y, file, label, patient) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                _tile_rows(item, cursor.lastrowid),
+                tile_rows(item, cursor.lastrowid),
             )
             bump_revision(db)
         return Added(str(file), item.name, "added", len(item.features), str(row["reason"]))
@@ -219,82 +167,11 @@ class Atlas:
         Raises:
             Damaged: a feature file is missing or is not the one that was added.
         """
-        with self.catalog.read() as db:
-            slides = db.execute(
-                "SELECT id, name, features_file, features_sha256, tiles FROM slides ORDER BY id"
-            ).fetchall()
-            ids = {
-                s["id"]: [
-                    r["id"]
-                    for r in db.execute(
-                        "SELECT id FROM tiles WHERE slide_id = ? ORDER BY row", (s["id"],)
-                    )
-                ]
-                for s in slides
-            }
-        parts = [np.zeros((0, self.manifest.dim), dtype=np.float32)]
-        for slide in slides:
-            path = self.path / slide["features_file"]
-            if not path.is_file() or sha256_file(path) != slide["features_sha256"]:
-                state = "is changed" if path.is_file() else "is missing"
-                raise Damaged(
-                    f"{path} of slide {slide['name']!r} {state}; restore it, or embed the slide again "
-                    "into a new atlas"
-                )
-            parts.append(read_features(path).features)
-        flat = [tile for slide in slides for tile in ids[slide["id"]]]
-        return np.array(flat, dtype=np.int64), np.concatenate(parts)
-
-    def _build(self) -> VectorIndex:
-        ids, vectors = self.vectors()
-        index = VectorIndex(self.manifest.dim, self.manifest.metric)
-        index.add(ids, vectors)
-        return index
-
-    def _revision(self) -> int:
-        return int(self.catalog.meta()["revision"])
-
-    def _write_generation(self) -> None:
-        """Write the index of the current revision, unless there is a good one; drop older ones."""
-        revision = self._revision()
-        if self._stored_generation(revision) is not None:
-            return
-        index = self._build()
-        rows = self.catalog.rows("SELECT COALESCE(MAX(id), 0) AS last FROM generations")
-        file = f"index-{int(rows[0]['last']) + 1}.faiss"
-        index.save(self.path / file)
-        digest = sha256_file(self.path / file)
-        with self.catalog.write() as db:
-            db.execute("DELETE FROM generations")
-            db.execute(
-                "INSERT INTO generations (revision, file, sha256, vectors, created_at) "
-                "VALUES (?, ?, ?, ?, ?)",
-                (revision, file, digest, len(index), _now()),
-            )
-        for old in self.path.glob("index-*.faiss"):
-            if old.name != file:
-                old.unlink(missing_ok=True)
-
-    def _stored_generation(self, revision: int) -> VectorIndex | None:
-        rows = self.catalog.rows(
-            "SELECT file, sha256 FROM generations WHERE revision = ? ORDER BY id DESC", (revision,)
-        )
-        for row in rows:
-            path = self.path / row["file"]
-            try:
-                if path.is_file() and sha256_file(path) == row["sha256"]:
-                    return VectorIndex.load(path, self.manifest.dim, self.manifest.metric)
-            except (Damaged, OSError):
-                continue  # derived: rebuilt from the features below
-        return None
+        return self._generations.vectors()
 
     def index(self) -> VectorIndex:
-        """Return the index of the current revision, rebuilt in memory if the stored one is stale."""
-        revision = self._revision()
-        if self._index is None or self._index_revision != revision:
-            self._index = self._stored_generation(revision) or self._build()
-            self._index_revision = revision
-        return self._index
+        """Return the index of the newest state, rebuilt in memory if the stored one is stale."""
+        return self._generations.current()
 
     # -- searching ------------------------------------------------------------------------------
 
@@ -375,67 +252,18 @@ class Atlas:
             Busy: another process is writing.
         """
         name = name or method
-        if _safe(name) != name or len(name) > NAME_LIMIT:
+        if plain_name(name) != name or len(name) > NAME_LIMIT:
             raise BadInput(f"name {name!r}: expected letters, digits, '-', '_' and '.' only")
         with exclusive(self.path / LOCK, f"atlas {self.path}"):
-            revision = self._revision()
+            revision = self._generations.revision()
             ids, vectors = self.vectors()
             clustering, placed = fit_clusters(vectors, method, k, min_cluster_size, seed)
-            blob = clustering.to_bytes()
-            mark = time.time_ns()
-            file = f"clusters-{name}.{mark:x}.npz"
-            write_atomic(self.path / file, blob)
-            with self.catalog.write() as db:
-                self._replace_clustering(db, name, clustering, file, revision, ids, placed)
-            for old in self.path.glob(f"clusters-{name}.*.npz"):
-                if old.name != file:
-                    old.unlink(missing_ok=True)
+            clusterings.store(self.path, self.catalog, name, clustering, revision, ids, placed)
         sizes = {
             int(c): int(n)
             for c, n in zip(*np.unique(placed.cluster, return_counts=True), strict=True)
         }
         return {"name": name, "method": method, **clustering.about, "sizes": sizes}
-
-    def _replace_clustering(
-        self,
-        db: Any,
-        name: str,
-        clustering: Clustering,
-        file: str,
-        revision: int,
-        ids: NDArray[np.int64],
-        placed: Assigned,
-    ) -> None:
-        old = db.execute("SELECT id FROM clusterings WHERE name = ?", (name,)).fetchone()
-        if old is not None:
-            db.execute("DELETE FROM assignments WHERE clustering_id = ?", (old["id"],))
-            db.execute("DELETE FROM clusterings WHERE id = ?", (old["id"],))
-        cursor = db.execute(
-            "INSERT INTO clusterings (name, method, about, file, sha256, clusters, revision, created_at)"
-            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-            (
-                name,
-                clustering.method,
-                json.dumps(clustering.about),
-                file,
-                sha256_file(self.path / file),
-                clustering.clusters,
-                revision,
-                _now(),
-            ),
-        )
-        number = cursor.lastrowid
-        rows = zip(
-            ids.tolist(),
-            placed.cluster.tolist(),
-            placed.distance.tolist(),
-            placed.strength.tolist(),
-            placed.unknown.tolist(),
-            strict=True,
-        )
-        db.executemany(
-            "INSERT INTO assignments VALUES (?, ?, ?, ?, ?, ?)", ((number, *row) for row in rows)
-        )
 
     def clustering(self, name: str | None = None) -> tuple[str, Clustering]:
         """Return a fitted clustering by name; the newest when left out.
@@ -444,18 +272,7 @@ class Atlas:
             BadInput: none fitted yet, or none of that name.
             Damaged: its file is missing or changed.
         """
-        rows = self.catalog.rows("SELECT * FROM clusterings ORDER BY id DESC")
-        if not rows:
-            raise BadInput(f"{self.path} has no clusters yet; run `histoseek index fit` first")
-        chosen = [row for row in rows if name is None or row["name"] == name]
-        if not chosen:
-            raise unknown_name("clustering", str(name), [row["name"] for row in rows])
-        row = chosen[0]
-        path = self.path / row["file"]
-        if not path.is_file() or sha256_file(path) != row["sha256"]:
-            raise Damaged(f"{path} is missing or changed; fit clustering {row['name']!r} again")
-        about = json.loads(row["about"])
-        return row["name"], Clustering.from_bytes(row["method"], path.read_bytes(), about)
+        return clusterings.load(self.path, self.catalog, name)
 
     def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
         """Place new vectors (Q, D) in clusters: cluster, distance, strength and unknown of each.
@@ -517,53 +334,3 @@ class Atlas:
         from .verify import problems
 
         return problems(self)
-
-
-def _now() -> str:
-    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def _safe(name: str) -> str:
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:100].lstrip(".") or "_"
-
-
-def _slide_row(
-    item: Features, file: str, digest: str, metadata: dict[str, dict[str, str]]
-) -> dict[str, Any]:
-    own = item.about.get("row", {})
-    given = metadata.get(item.name) or metadata.get(Path(item.source).name) or {}
-    return {
-        "name": item.name,
-        "kind": item.kind,
-        "source": item.source,
-        "features_file": file,
-        "features_sha256": digest,
-        "tiles": len(item.features),
-        "size_px_level0": item.size_px_level0,
-        "mpp": item.mpp,
-        "target_mpp": item.target_mpp,
-        "width": item.width,
-        "height": item.height,
-        "label": given.get("label") or own.get("label") or None,
-        "patient": given.get("patient") or own.get("patient") or None,
-        "reason": str(item.about.get("reason", "")),
-        "added_at": _now(),
-    }
-
-
-def _tile_rows(item: Features, slide: int | None) -> list[tuple[Any, ...]]:
-    count = len(item.features)
-    nothing = (None,) * count
-    columns = (item.files or nothing, item.labels or nothing, item.groups or nothing)
-    return [
-        (
-            slide,
-            row,
-            int(item.coords[row, 0]),
-            int(item.coords[row, 1]),
-            file,
-            label or None,
-            group or None,
-        )
-        for row, (file, label, group) in enumerate(zip(*columns, strict=True))
-    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sqlite3
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -197,6 +198,11 @@ def _operational(path: Path, error: sqlite3.OperationalError) -> HistoseekError:
             "the folder's permissions, then run the same command again"
         )
     return Damaged(f"{path} does not answer as an atlas should ({error}); run `index verify`")
+
+
+def now() -> str:
+    """Return the time as UTC text."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
 
 
 def bump_revision(db: sqlite3.Connection) -> int:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 from dataclasses import dataclass
 from typing import Any, Literal
+from zipfile import BadZipFile
 
 import numpy as np
 from numpy.typing import NDArray
@@ -91,7 +92,7 @@ class Clustering:
         try:
             with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
                 return cls(method, {key: stored[key] for key in stored.files}, about)
-        except (OSError, ValueError, EOFError, KeyError) as error:
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
             raise Damaged(
                 f"the arrays of a clustering cannot be read ({error}); fit it again"
             ) from error
@@ -143,7 +144,8 @@ def fit(
 def _basis(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:
     from sklearn.decomposition import PCA
 
-    fitted = PCA(svd_solver="full").fit(vectors.astype(np.float64))
+    with np.errstate(invalid="ignore"):  # tiles that are all the same have no variance to share
+        fitted = PCA(svd_solver="full").fit(vectors.astype(np.float64))
     share = np.cumsum(fitted.explained_variance_ratio_)
     count = min(int((share < keep).sum()) + 1, len(share))
     return {"mean": fitted.mean_, "components": fitted.components_[:count]}
@@ -160,11 +162,12 @@ def _fit_kmeans(flat: Floats, k: int | None, seed: int) -> tuple[Arrays, dict[st
     def run(count: int) -> Any:
         return KMeans(count, n_init=10, max_iter=300, random_state=seed).fit(flat)
 
-    curve: dict[str, float] = {}
+    curve: dict[str, float | None] = {}
     if k is None:
         tried = {count: run(count) for count in K_RANGE if count < len(flat)}
-        curve = {str(c): silhouette(flat, f.labels_, seed) for c, f in tried.items()}
-        best = max(tried, key=lambda count: np.nan_to_num(curve[str(count)], nan=-1))
+        scores = {c: silhouette(flat, f.labels_, seed) for c, f in tried.items()}
+        curve = {str(c): None if np.isnan(s) else s for c, s in scores.items()}
+        best = max(tried, key=lambda count: np.nan_to_num(scores[count], nan=-1))
         fitted = tried[best]
     else:
         fitted = run(k)

@@ -12,8 +12,9 @@ from typing import Literal
 
 from ..errors import BadInput
 from ..images import SUFFIXES
-from ..tilesets import MANIFEST, TileSet, open_tiles, read_csv
-from .slides import is_slide
+from ..tables import read_csv
+from ..tilesets import MANIFEST, TileSet, open_tiles
+from .slide_sources import is_slide
 
 Kind = Literal["auto", "slides", "tiles"]
 EDGE_BYTES = 2**20

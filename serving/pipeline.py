@@ -3,94 +3,27 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from ..errors import BadInput, Busy, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..feature_files import Features, magnification, read_about, write_features
 from ..files import remove_leftovers, write_json
 from ..images import Rgb, square
+from .batches import embed_rows
 from .encoder import Encoder
 from .jobs import Job, content_mark, distinct_name, job_tiles
+from .results import EmbedOptions, Result, State
 from .slides import Slide, open_slide
 
 Progress = Callable[[int, int, str], None]
-State = Literal["done", "partial", "empty", "skipped", "failed"]
 MAX_UNREADABLE = 0.1
 """A slide or tile set with a larger share of unreadable tiles counts as failed, not as partial."""
-
-
-@dataclass(frozen=True)
-class EmbedOptions:
-    """How slides are cut into tiles.
-
-    Attributes:
-        mpp: micrometres per pixel of the tiles; None takes the encoder's.
-        assume_mpp: micrometres per pixel of slides whose file does not say.
-        overlap_px: overlap of neighbouring tiles.
-        min_tissue: least share of tissue in a tile.
-        batch: tiles per call of the encoder.
-        manifest: CSV of the inputs; for tile sets their labels and groups.
-    """
-
-    mpp: float | None = None
-    assume_mpp: float | None = None
-    overlap_px: int = 0
-    min_tissue: float = 0.25
-    batch: int = 32
-    manifest: Path | None = None
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            BadInput: naming the option, its value and what was expected.
-        """
-        for name in ("mpp", "assume_mpp"):
-            value = getattr(self, name)
-            if value is not None and not 0.01 <= value <= 100:
-                raise BadInput(f"--{name.replace('_', '-')} is {value}; expected 0.01 to 100 µm")
-        if self.overlap_px < 0:
-            raise BadInput(f"--overlap is {self.overlap_px}; expected 0 or more pixels")
-        if not 0 <= self.min_tissue <= 1:
-            raise BadInput(f"--min-tissue is {self.min_tissue}; expected a share from 0 to 1")
-
-
-@dataclass(frozen=True)
-class Result:
-    """What became of one job.
-
-    Attributes:
-        name: of the slide or tile set.
-        source: the file or folder.
-        state: done, partial (some tiles unreadable), empty (no tissue), skipped (was done before)
-            or failed.
-        reason: why, unless done.
-        tiles: how many were embedded.
-        unreadable: tiles that could not be read, with place and reason.
-        seconds: it took.
-        features: the feature file, if there is one.
-    """
-
-    name: str
-    source: str
-    state: State
-    reason: str = ""
-    tiles: int = 0
-    unreadable: list[str] = field(default_factory=list)
-    seconds: float = 0.0
-    features: str | None = None
-
-    @property
-    def ok(self) -> bool:
-        """Whether everything that was asked for of this job is done."""
-        return self.state in {"done", "empty", "skipped"}
 
 
 def embed_jobs(
@@ -149,7 +82,7 @@ class _Counter:
     def expect(self, count: int) -> None:
         self.known += count
 
-    def add(self, count: int, text: str) -> None:
+    def add(self, text: str, count: int) -> None:
         self.done += count
         self._progress(self.done, self.known, text)
 
@@ -228,7 +161,9 @@ def _embed_slide(
         x, y = (int(v) for v in grid.coords[row])
         return slide.read_tile(x, y, grid.size_px_level0, grid.size_px)
 
-    features, kept, unreadable = _embed_rows(len(grid.coords), read, encoder, options, done, name)
+    features, kept, unreadable = embed_rows(
+        len(grid.coords), read, encoder, options.batch, partial(done.add, name)
+    )
     _refuse_if_broken(job, len(grid.coords), unreadable)
     reason = ""
     if not len(grid.coords):
@@ -285,7 +220,9 @@ def _embed_tiles(
     def read(row: int) -> Rgb:
         return square(tileset.read(row), manifest.size_px)
 
-    features, kept, unreadable = _embed_rows(len(tileset), read, encoder, options, done, name)
+    features, kept, unreadable = embed_rows(
+        len(tileset), read, encoder, options.batch, partial(done.add, name)
+    )
     _refuse_if_broken(job, len(tileset), unreadable)
     tiles = [tileset.tiles[row] for row in kept]
     about = {
@@ -321,53 +258,3 @@ def _refuse_if_broken(job: Job, count: int, unreadable: list[str]) -> None:
         raise Damaged(
             f"{job.source}: {len(unreadable)} of {count} tiles are unreadable, first: {unreadable[0]}"
         )
-
-
-def _embed_rows(
-    count: int,
-    read: Callable[[int], Rgb],
-    encoder: Encoder,
-    options: EmbedOptions,
-    done: _Counter,
-    name: str,
-) -> tuple[NDArray[np.float32], NDArray[np.int64], list[str]]:
-    """Read tiles in one thread while the encoder works on the batch before.
-
-    Returns:
-        embeddings (M, D), the rows they belong to (M,), and the reasons of the rows left out.
-    """
-    parts = [np.zeros((0, encoder.manifest.dim), dtype=np.float32)]
-    kept: list[int] = []
-    unreadable: list[str] = []
-    for tiles, rows, reasons in _batches(count, read, options.batch):
-        if len(rows):
-            parts.append(encoder.embed(tiles))
-        kept += rows
-        unreadable += reasons
-        done.add(len(rows) + len(reasons), name)
-    return np.concatenate(parts), np.array(kept, dtype=np.int64), unreadable
-
-
-def _batches(
-    count: int, read: Callable[[int], Rgb], batch: int
-) -> Iterator[tuple[NDArray[np.uint8], list[int], list[str]]]:
-    def load(start: int) -> tuple[NDArray[np.uint8], list[int], list[str]]:
-        tiles: list[Rgb] = []
-        rows: list[int] = []
-        reasons: list[str] = []
-        for row in range(start, min(count, start + batch)):
-            try:
-                tiles.append(read(row))
-                rows.append(row)
-            except BadInput as error:
-                reasons.append(str(error))
-        return (np.stack(tiles) if tiles else np.zeros((0,), np.uint8)), rows, reasons
-
-    starts = list(range(0, count, batch))
-    with ThreadPoolExecutor(1, thread_name_prefix="tile-reader") as reader:
-        ahead = [reader.submit(load, start) for start in starts[:2]]
-        for number in range(len(starts)):
-            current = ahead.pop(0).result()
-            if number + 2 < len(starts):
-                ahead.append(reader.submit(load, starts[number + 2]))
-            yield current

@@ -11,7 +11,7 @@ from typing import Any
 from .. import console
 from ..files import write_json
 from ..manifest import Manifest
-from .pipeline import Result
+from .results import Result
 
 SHOWN = 40
 

@@ -2,152 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import BadInput, HistoseekError
-from ..images import SUFFIXES, Rgb, decode
+from ..images import Rgb
+from .slide_sources import open_source
 from .tissue import tissue_mask, tissue_share
 
-SLIDE_SUFFIXES = frozenset(
-    {
-        ".svs",
-        ".ndpi",
-        ".mrxs",
-        ".scn",
-        ".bif",
-        ".vms",
-        ".vmu",
-        ".svslide",
-        ".dcm",
-        ".czi",
-        ".qptiff",
-    }
-)
-MAX_SLIDE_PICTURE = 400_000_000
 THUMBNAIL_PX = 2048
-BLOCK_PX = 1024
-UNREADABLE = "#ff00ff"
-"""Colour of unreadable places on a thumbnail. It counts as tissue, so that the tiles there are tried,
-and recorded as unreadable, instead of vanishing as background."""
-
 _ANISOTROPY = 1.05
-
-
-class _Source(Protocol):
-    """What a slide is read through; sizes are (width, height)."""
-
-    levels: tuple[tuple[float, tuple[int, int]], ...]
-
-    def region(self, x: int, y: int, level: int, width: int, height: int) -> Image.Image: ...
-
-    def thumbnail(self, longest: int) -> Image.Image: ...
-
-    def close(self) -> None: ...
-
-
-class _OpenSlideSource:
-    """OpenSlide, reopened after every error, because its handle is useless from then on."""
-
-    def __init__(self, path: Path) -> None:
-        import openslide
-
-        self._openslide = openslide
-        self._path = path
-        try:
-            self._slide = openslide.OpenSlide(str(path))
-        except openslide.OpenSlideUnsupportedFormatError as error:
-            raise BadInput(
-                f"{path} is not a slide that OpenSlide reads; expected .svs .ndpi .mrxs .scn .bif "
-                ".tiff .dcm …, or a plain picture"
-            ) from error
-        except openslide.OpenSlideError as error:
-            raise BadInput(
-                f"{path} cannot be opened ({error}); it is truncated or damaged: copy it again"
-            ) from error
-        sizes = self._slide.level_dimensions
-        self.levels = tuple(zip(self._slide.level_downsamples, sizes, strict=True))
-        self.properties: dict[str, str] = dict(self._slide.properties)
-        self._background = f"#{self.properties.get('openslide.background-color', 'ffffff')}"
-
-    def region(self, x: int, y: int, level: int, width: int, height: int) -> Image.Image:
-        try:
-            picture = self._slide.read_region((x, y), level, (width, height))
-        except self._openslide.OpenSlideError as error:
-            self._slide.close()
-            self._slide = self._openslide.OpenSlide(str(self._path))
-            raise BadInput(
-                f"{self._path}: the region at x={x}, y={y} cannot be read ({error}); the file is "
-                "truncated or damaged: copy it again"
-            ) from error
-        flat = Image.new("RGB", picture.size, self._background)
-        flat.paste(picture, mask=picture.getchannel("A"))
-        return flat
-
-    def thumbnail(self, longest: int) -> Image.Image:
-        width, height = self.levels[0][1]
-        level = self._slide.get_best_level_for_downsample(max(1.0, max(width, height) / longest))
-        downsample, (across, down) = self.levels[level]
-        factor = max(1.0, max(across, down) / longest)
-        small = Image.new("RGB", (max(1, round(across / factor)), max(1, round(down / factor))))
-        broken: list[BadInput] = []
-        blocks = list(_blocks(across, down))
-        for left, top, right, bottom in blocks:
-            x0, y0 = round(left / factor), round(top / factor)
-            size = max(1, round(right / factor) - x0), max(1, round(bottom / factor) - y0)
-            place = round(left * downsample), round(top * downsample)
-            try:
-                block = self.region(*place, level, right - left, bottom - top)
-            except BadInput as error:
-                broken.append(error)
-                block = Image.new("RGB", (1, 1), UNREADABLE)
-            small.paste(block.resize(size, Image.Resampling.BOX), (x0, y0))
-        if len(broken) == len(blocks):
-            raise broken[0]
-        return small
-
-    def close(self) -> None:
-        self._slide.close()
-
-
-def _blocks(width: int, height: int) -> Iterator[tuple[int, int, int, int]]:
-    for top in range(0, height, BLOCK_PX):
-        for left in range(0, width, BLOCK_PX):
-            yield left, top, min(width, left + BLOCK_PX), min(height, top + BLOCK_PX)
-
-
-class _PictureSource:
-    def __init__(self, path: Path) -> None:
-        self._picture = Image.fromarray(decode(path, max_pixels=MAX_SLIDE_PICTURE))
-        self.levels: tuple[tuple[float, tuple[int, int]], ...] = ((1.0, self._picture.size),)
-
-    def region(self, x: int, y: int, level: int, width: int, height: int) -> Image.Image:
-        flat = Image.new("RGB", (width, height), "#ffffff")
-        box = (x, y, min(x + width, self._picture.width), min(y + height, self._picture.height))
-        left, top = max(0, x), max(0, y)
-        if box[2] > left and box[3] > top:
-            flat.paste(self._picture.crop((left, top, *box[2:])), (left - x, top - y))
-        return flat
-
-    def thumbnail(self, longest: int) -> Image.Image:
-        return _shrink(self._picture, longest)
-
-    def close(self) -> None:
-        self._picture.close()
-
-
-def _shrink(picture: Image.Image, longest: int) -> Image.Image:
-    factor = longest / max(picture.size)
-    if factor >= 1:
-        return picture
-    size = (max(1, round(picture.width * factor)), max(1, round(picture.height * factor)))
-    return picture.resize(size, Image.Resampling.BOX)
 
 
 @dataclass(frozen=True)
@@ -202,7 +70,7 @@ class Slide:
         if path.is_file() and path.stat().st_size == 0:
             raise BadInput(f"{path} is empty (0 bytes); copy it again")
         self.path = path
-        self._source, properties = _open_source(path)
+        self._source, properties = open_source(path)
         self.width, self.height = self._source.levels[0][1]
         file_mpp = _file_mpp(path, properties)
         self.mpp = file_mpp if file_mpp is not None else assume_mpp
@@ -300,36 +168,6 @@ class Slide:
                 resample = Image.Resampling.LANCZOS
             picture = picture.resize((size_px, size_px), resample)
         return np.asarray(picture)
-
-
-def _open_source(path: Path) -> tuple[_Source, dict[str, str]]:
-    if is_openslide(path) or path.suffix.lower() in SLIDE_SUFFIXES:
-        source = _OpenSlideSource(path)
-        return source, source.properties
-    if path.suffix.lower() not in SUFFIXES:
-        raise BadInput(
-            f"{path} is neither a slide that OpenSlide reads nor a picture "
-            f"({', '.join(sorted(SUFFIXES))})"
-        )
-    return _PictureSource(path), {}
-
-
-def is_openslide(path: Path) -> bool:
-    """Whether OpenSlide knows the file's format."""
-    import openslide
-
-    try:
-        return openslide.OpenSlide.detect_format(str(path)) is not None
-    except openslide.OpenSlideError:
-        return True  # it knows the format and found a fault, which opening will tell
-
-
-def is_slide(path: Path) -> bool:
-    """Whether a file is a slide by its name, or a TIFF that OpenSlide knows."""
-    suffix = path.suffix.lower()
-    if suffix in SLIDE_SUFFIXES:
-        return True
-    return suffix in {".tif", ".tiff"} and is_openslide(path)
 
 
 def _file_mpp(path: Path, properties: dict[str, str]) -> float | None:

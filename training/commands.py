@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -118,15 +118,10 @@ def _every_fold(
     write_json(out / "cross_validation.json", document)
 
     def human() -> None:
+        random = summary["random_init"]
         rows = [
-            (
-                name,
-                value["mean"],
-                value["sd"],
-                value["baseline"],
-                summary["random_init"][name]["mean"],
-            )
-            for name, value in summary["trained"].items()
+            (name, row["mean"], row["sd"], row["baseline"], random.get(name, {}).get("mean"))
+            for name, row in summary["trained"].items()
         ]
         columns = ("metric", "mean", "sd", "trivial baseline", "random weights")
         console.table(f"{options.folds} folds", columns, rows)
@@ -146,14 +141,18 @@ def flat_metrics(side: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def summarise(sides: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
     """Return mean and standard deviation over folds of every metric."""
     tables = [flat_metrics(side) for side in sides]
-    pick: Callable[[str, str], list[float]] = lambda n, key: [t[n][key] for t in tables if n in t]  # noqa: E731
+
+    def over_folds(name: str, key: str) -> list[float]:
+        return [t[name][key] for t in tables if name in t and t[name][key] is not None]
+
     return {
         name: {
-            "mean": float(np.mean(pick(name, "value"))),
-            "sd": float(np.std(pick(name, "value"))),
-            "baseline": float(np.mean(pick(name, "baseline"))),
+            "mean": float(np.mean(over_folds(name, "value"))),
+            "sd": float(np.std(over_folds(name, "value"))),
+            "baseline": float(np.mean(over_folds(name, "baseline"))),
         }
         for name in tables[0]
+        if over_folds(name, "value") and over_folds(name, "baseline")
     }
 
 
@@ -170,8 +169,11 @@ def show_run(record: dict[str, Any], out: Path) -> None:
         trained = flat_metrics(record["metrics"]["trained"])
         random = flat_metrics(record["metrics"]["random_init"])
         rows = [
-            (name, row["value"], random[name]["value"], row["baseline"], row["baseline_is"])
+            (name, row["value"], random.get(name, {}).get("value"), row["baseline"])
             for name, row in trained.items()
         ]
-        columns = ("metric", "trained", "random weights", "trivial baseline", "which is")
-        console.table("Held-out tiles", columns, rows)
+        console.table("Held-out tiles", ("metric", "trained", "random weights", "trivial"), rows)
+        kinds = dict.fromkeys((r["baseline_is"], n.split(".")[-1]) for n, r in trained.items())
+        meaning = {text: [n for t, n in kinds if t == text] for text, _ in kinds}
+        for text, names in meaning.items():
+            console.say(f"trivial = {text}: {', '.join(names)}")

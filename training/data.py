@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput
-from ..images import square
+from ..images import Rgb, square
 from ..metrics import Ints, codes
 from ..tilesets import TileSet
 
-IN_MEMORY_BYTES = 4 * 2**30
-Progress = Callable[[int, int, str], None]
+MAX_BYTES = 16 * 2**30
+BLANK = 12.0
+"""Cut-outs of a larger picture whose pixels vary less than this (standard deviation) are left out."""
+
+Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)
@@ -23,9 +26,11 @@ class LabelledTiles:
     """Decoded tiles with what is known of each.
 
     Attributes:
-        tiles: uint8 (N, S, S, 3); on disk, memory-mapped, when larger than 4 GiB.
+        tiles: uint8 (N, S, S, 3).
         labels: (N,) class numbers, -1 is unlabelled.
         groups: (N,) group numbers; a tile without a group is a group of its own.
+        places: (N,) numbers of places in the tissue: a cut-out of a larger picture is a place of its
+            own, any other tile is at the place of its group.
         label_names: the classes in order of their number.
         files: (N,) names.
         unreadable: what was left out, with the reason.
@@ -35,48 +40,77 @@ class LabelledTiles:
     tiles: NDArray[np.uint8]
     labels: Ints
     groups: Ints
+    places: Ints
     label_names: tuple[str, ...]
     files: tuple[str, ...]
     unreadable: tuple[str, ...]
     grouped: bool
 
 
-def load(tileset: TileSet, size_px: int, progress: Progress) -> LabelledTiles:
+def load(tileset: TileSet, size_px: int, progress: Report, cut: bool = False) -> LabelledTiles:
     """Decode a tile set; an unreadable tile is left out, counted and named.
 
+    Args:
+        tileset: what to read.
+        size_px: S, the side that every tile is brought to.
+        progress: called after each tile.
+        cut: cut pictures of at least 2 S x 2 S into tiles at their own scale, instead of shrinking.
+
     Raises:
-        BadInput: no tile could be read.
+        BadInput: no tile could be read, or more than fit into 16 GiB.
     """
-    count = len(tileset)
-    shape = (count, size_px, size_px, 3)
-    if count * size_px * size_px * 3 > IN_MEMORY_BYTES:
-        scratch = tempfile.NamedTemporaryFile(prefix="histoseek-tiles-")  # noqa: SIM115
-        pixels: NDArray[np.uint8] = np.memmap(scratch, dtype=np.uint8, mode="w+", shape=shape)
-    else:
-        pixels = np.empty(shape, dtype=np.uint8)
-    kept: list[int] = []
+    tiles: list[Rgb] = []
+    rows: list[tuple[int, str]] = []
     unreadable: list[str] = []
-    for number in range(count):
+    for number in range(len(tileset)):
         try:
-            pixels[len(kept)] = square(tileset.read(number), size_px)
-            kept.append(number)
+            picture = tileset.read(number)
+            pieces = cut_up(picture, size_px) if cut else {"": square(picture, size_px)}
+            tiles += pieces.values()
+            rows += [(number, place) for place in pieces]
         except BadInput as error:
             unreadable.append(str(error))
-        progress(number + 1, count, "reading tiles")
-    if not kept:
-        raise BadInput(f"{tileset.source}: no tile could be read; first reason: {unreadable[0]}")
-    rows = [tileset.tiles[n] for n in kept]
-    labels = [row.label for row in rows]
-    alone = [row.group or f"\0{n}" for n, row in enumerate(rows)]
+        if len(tiles) * size_px * size_px * 3 > MAX_BYTES:
+            raise BadInput(
+                f"{tileset.source}: more than {len(tiles):,} tiles of {size_px} px do not fit into "
+                f"{MAX_BYTES >> 30} GiB; lower --size-px or train on a part"
+            )
+        progress(number + 1, len(tileset), "reading tiles")
+    if not rows:
+        reason = unreadable[0] if unreadable else "it is empty"
+        raise BadInput(f"{tileset.source}: no tile could be read; first reason: {reason}")
+    known = [tileset.tiles[number] for number, _ in rows]
+    groups = [tile.group or f"\0{number}" for tile, (number, _) in zip(known, rows, strict=True)]
+    places = [f"{group}\0{place}" for group, (_, place) in zip(groups, rows, strict=True)]
     return LabelledTiles(
-        tiles=pixels[: len(kept)],
-        labels=codes(labels),
-        groups=codes(alone),
-        label_names=tuple(sorted({x for x in labels if x is not None})),
-        files=tuple(row.file for row in rows),
+        tiles=np.stack(tiles),
+        labels=codes([tile.label for tile in known]),
+        groups=codes(groups),
+        places=codes(places),
+        label_names=tuple(sorted({tile.label for tile in known if tile.label is not None})),
+        files=tuple(tile.file + place for tile, (_, place) in zip(known, rows, strict=True)),
         unreadable=tuple(unreadable),
-        grouped=any(row.group for row in rows),
+        grouped=any(tile.group for tile in known),
     )
+
+
+def cut_up(picture: Rgb, size_px: int) -> dict[str, Rgb]:
+    """Cut a picture into tiles on a centred grid, by ``@x,y``; a small one is resized whole, by ''.
+
+    Blank cut-outs are left out; a picture of which all are blank gives none.
+    """
+    down, across = picture.shape[0] // size_px, picture.shape[1] // size_px
+    if min(down, across) < 2:
+        return {"": square(picture, size_px)}
+    top = (picture.shape[0] - down * size_px) // 2
+    left = (picture.shape[1] - across * size_px) // 2
+    pieces: dict[str, Rgb] = {}
+    for y in range(top, top + down * size_px, size_px):
+        for x in range(left, left + across * size_px, size_px):
+            piece = picture[y : y + size_px, x : x + size_px]
+            if piece.std() >= BLANK:
+                pieces[f"@{x},{y}"] = piece
+    return pieces
 
 
 def split_by_group(data: LabelledTiles, folds: int, fold: int, seed: int) -> tuple[Ints, Ints]:
@@ -102,3 +136,24 @@ def split_by_group(data: LabelledTiles, folds: int, fold: int, seed: int) -> tup
     splits = list(splitter.split(everything, data.labels, data.groups))
     train, held_out = splits[fold]
     return train.astype(np.int64), held_out.astype(np.int64)
+
+
+def describe(data: LabelledTiles, tileset: TileSet) -> dict[str, Any]:
+    """Return what the record of a run says of its data."""
+    return {
+        "name": tileset.name,
+        "fingerprint": tileset.fingerprint,
+        "tiles": len(data.labels),
+        "classes": list(data.label_names),
+        "groups": int(data.groups.max()) + 1 if data.grouped else None,
+        "unreadable": list(data.unreadable),
+    }
+
+
+def describe_split(data: LabelledTiles, train: Ints, held_out: Ints) -> dict[str, Any]:
+    """Return what the record of a run says of its split."""
+    return {
+        "by": "group" if data.grouped else "tile (the data names no groups)",
+        "train_tiles": len(train),
+        "held_out_tiles": len(held_out),
+    }

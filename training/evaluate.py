@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..metrics import Floats, Ints, clustering_report, retrieval_report, silhouette
+from .data import LabelledTiles
 from .models import Encoder
 
 Basis = dict[str, NDArray[np.float32]]
@@ -53,10 +54,15 @@ def calibrate(encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64) -> No
 def to_input(encoder: Encoder, tiles: NDArray[np.uint8]) -> torch.Tensor:
     """Turn uint8 tiles (N, S, S, 3) into the encoder's float input (N, 3, S, S), on its device."""
     device = next(encoder.parameters()).device
-    mean = torch.tensor(encoder.mean, device=device)[:, None, None]
-    std = torch.tensor(encoder.std, device=device)[:, None, None]
     pixels = torch.from_numpy(np.ascontiguousarray(tiles)).to(device)
-    return (pixels.permute(0, 3, 1, 2).float() / 255 - mean) / std
+    return normalise(encoder, pixels.permute(0, 3, 1, 2).float() / 255)
+
+
+def normalise(encoder: Encoder, tiles: torch.Tensor) -> torch.Tensor:
+    """Normalise float tiles (N, 3, S, S) of 0..1 by the encoder's mean and standard deviation."""
+    mean = torch.tensor(encoder.mean, device=tiles.device)[:, None, None]
+    std = torch.tensor(encoder.std, device=tiles.device)[:, None, None]
+    return (tiles - mean) / std
 
 
 def pca_basis(embeddings: Floats) -> Basis:
@@ -76,6 +82,36 @@ def project(embeddings: Floats, basis: Basis, keep: float = 0.95) -> Floats:
     count = int(np.searchsorted(np.cumsum(basis["variance"]), keep)) + 1
     result: Floats = (embeddings - basis["mean"]) @ basis["components"][:count].T
     return result
+
+
+def judge(
+    encoder: Encoder,
+    initial: Encoder,
+    data: LabelledTiles,
+    train: Ints,
+    held_out: Ints,
+    seed: int,
+) -> tuple[Basis, dict[str, Any]]:
+    """Judge a trained encoder on held-out tiles, beside the same net before training.
+
+    PCA is fitted on training tiles. The initial net gets batch norms calibrated on a sample of them.
+
+    Returns:
+        The PCA basis of the trained encoder, and metrics of ``trained`` and ``random_init`` ({} when
+        nothing was held out).
+    """
+    basis = pca_basis(embed(encoder, data.tiles[train]))
+    if not len(held_out):
+        return basis, {}
+    labels, groups = data.labels[held_out], data.groups[held_out]
+    found = embed(encoder, data.tiles[held_out])
+    sample = data.tiles[train[:: max(1, len(train) // 512)]]
+    calibrate(initial, sample)
+    before, own = embed(initial, data.tiles[held_out]), pca_basis(embed(initial, sample))
+    return basis, {
+        "trained": evaluate(found, labels, groups, data.grouped, basis, seed),
+        "random_init": evaluate(before, labels, groups, data.grouped, own, seed),
+    }
 
 
 def evaluate(

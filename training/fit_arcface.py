@@ -10,36 +10,27 @@ from __future__ import annotations
 import copy
 import math
 import time
-from dataclasses import asdict, dataclass, field
-from importlib import metadata
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import lightning_fabric
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import BadInput, Mismatch
-from ..files import read_json, write_json
+from ..errors import BadInput
 from ..metrics import Ints
 from ..tilesets import TileSet
 from .augment import Augmentation, augment
-from .checkpoint import (
-    Tensors,
-    flatten_optimizer,
-    load_backbone,
-    load_tensors,
-    restore_optimizer,
-    save_tensors,
-)
-from .data import LabelledTiles, Progress, load, split_by_group
-from .evaluate import calibrate, embed, evaluate, pca_basis
+from .checkpoint import load_backbone
+from .data import LabelledTiles, Report, describe, describe_split, load, split_by_group
+from .evaluate import judge, normalise
 from .losses import ArcFace
 from .models import Encoder, build
+from .run import RunFolder
 
-TARGETS = ("label", "group", "label+group")
+TARGETS = ("label", "group", "place")
 
 
 @dataclass(frozen=True)
@@ -54,7 +45,9 @@ class ArcFaceOptions:
         hidden: width of the head's hidden layer.
         dropout: in the head.
         relu_embedding: end the head with a ReLU.
-        target: what ArcFace tells apart: label, group (source picture or patient) or label+group.
+        target: what ArcFace tells apart, one or several joined by +: label, group (source picture or
+            patient), place (as group, but each cut-out of a large picture by itself).
+        cut: cut pictures of at least twice size_px into tiles, instead of shrinking them.
         scale: s of ArcFace.
         margin: m of ArcFace, radians.
         easy_margin: apply the margin only where the cosine is positive.
@@ -89,6 +82,7 @@ class ArcFaceOptions:
     dropout: float = 0.3
     relu_embedding: bool = False
     target: str = "label"
+    cut: bool = False
     scale: float = 30.0
     margin: float = 0.5
     easy_margin: bool = False
@@ -120,8 +114,11 @@ class ArcFaceOptions:
         Raises:
             BadInput: naming the option, its value and what was expected.
         """
-        if self.target not in TARGETS:
-            raise BadInput(f"target is {self.target!r}; expected one of: {', '.join(TARGETS)}")
+        if not set(self.target.split("+")) <= set(TARGETS):
+            raise BadInput(
+                f"target is {self.target!r}; expected one or several, joined by +, of: "
+                f"{', '.join(TARGETS)}"
+            )
         for name, least in (
             ("batch", 2),
             ("epochs", 0),
@@ -146,6 +143,11 @@ class ArcFaceOptions:
             Phase("head", self.epochs_head, self.lr),
             Phase("last layers", self.epochs_tail, self.lr_tail, tail=True),
         )
+
+    def architecture(self) -> dict[str, Any]:
+        """Return what is needed to build the encoder again."""
+        names = ("model", "size_px", "dim", "hidden", "dropout", "relu_embedding")
+        return {name: getattr(self, name) for name in names}
 
     def augmentation(self) -> Augmentation:
         """Return the ranges of the random changes."""
@@ -213,22 +215,27 @@ class ArcFaceNet(nn.Module):
                 backbone.get_submodule(name).train()
 
 
-@dataclass
-class _State:
-    """Where a run stands: epochs done over all phases, and what they measured."""
+@dataclass(frozen=True)
+class _Training:
+    """What every epoch needs."""
 
-    epoch: int = 0
-    history: list[dict[str, Any]] = field(default_factory=list)
+    fabric: lightning_fabric.Fabric
+    options: ArcFaceOptions
+    data: LabelledTiles
+    train: Ints
+    targets: dict[str, torch.Tensor]
 
 
 def fit(
     options: ArcFaceOptions,
     tileset: TileSet,
     out: Path,
-    progress: Progress,
+    progress: Report,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, judge on the held-out groups and write ``weights.safetensors`` and ``run.json``.
+
+    A run that was killed is taken up after its last whole epoch and ends with the same weights.
 
     Args:
         options: of the recipe.
@@ -236,8 +243,6 @@ def fit(
         out: the run's folder.
         progress: called with what is done, of how many, and a text.
         selection: how the tile set was put together, for the record.
-
-    A run that was killed is taken up after its last whole epoch and ends with the same weights.
 
     Returns:
         The content of ``run.json``.
@@ -248,7 +253,8 @@ def fit(
     """
     started = time.monotonic()
     identity = {"recipe": "arcface", "options": asdict(options), "data": tileset.identity()}
-    finished = _check_same_run(out, identity)
+    folder = RunFolder(out, identity)
+    finished = folder.finished()
     if finished is not None:
         return finished
     fabric = lightning_fabric.Fabric(
@@ -257,78 +263,48 @@ def fit(
         precision=options.precision,  # type: ignore[arg-type]  # Lightning checks the name
     )
     fabric.launch()
-    data = load(tileset, options.size_px, progress if fabric.is_global_zero else _silent)
+    report = progress if fabric.is_global_zero else _silent
+    data = load(tileset, options.size_px, report, options.cut)
     train, held_out = split_by_group(data, options.folds, options.fold, options.seed)
     targets = _targets(options, data, train)
     torch.manual_seed(options.seed)
-    encoder = build(
-        options.model,
-        size_px=options.size_px,
-        dim=options.dim,
-        hidden=options.hidden,
-        dropout=options.dropout,
-        relu_embedding=options.relu_embedding,
-    )
+    encoder = build(**options.architecture())
     if options.weights:
         load_backbone(encoder.backbone, Path(options.weights))
-    untrained = _untrained(encoder, data, train, held_out)
-    net = ArcFaceNet(encoder, {k: int(v.max()) + 1 for k, v in targets.items()}, options)
-    state = _train(fabric, net, options, data, train, targets, out, identity, progress)
-    result: dict[str, Any] = {}
-    if fabric.is_global_zero:
-        result = _finish(options, encoder, data, train, held_out, untrained, out, state, tileset)
-        result["data"]["selection"] = selection or {}
-        result["identity"] = identity
-        result["seconds"] = round(time.monotonic() - started, 1)
-        write_json(out / "run.json", result)
-        (out / "checkpoint.safetensors").unlink(missing_ok=True)
-    fabric.barrier()
-    return result
-
-
-def _untrained(
-    encoder: Encoder, data: LabelledTiles, train: Ints, held_out: Ints
-) -> NDArray[np.float32]:
-    """Embed the held-out tiles by the initial weights, with batch norms calibrated on some tiles."""
     initial = copy.deepcopy(encoder)
-    calibrate(initial, data.tiles[train[:: max(1, len(train) // 512)]])
-    return embed(initial, data.tiles[held_out])
+    net = ArcFaceNet(encoder, {k: int(v.max()) + 1 for k, v in targets.items()}, options)
+    history = _train(_Training(fabric, options, data, train, targets), net, folder, report)
+    record: dict[str, Any] = {}
+    if fabric.is_global_zero:
+        basis, metrics = judge(encoder, initial, data, train, held_out, options.seed)
+        weights = dict(encoder.state_dict())
+        weights |= {f"pca.{k}": torch.from_numpy(v) for k, v in basis.items()}
+        record = {
+            "recipe": "arcface",
+            "paper": "004: MobileNetV3-Small + ArcFace, k-means and HDBSCAN",
+            "options": asdict(options),
+            "data": {**describe(data, tileset), "selection": selection or {}},
+            "split": describe_split(data, train, held_out),
+            "metrics": metrics,
+            "epochs": history,
+            "seconds": round(time.monotonic() - started, 1),
+        }
+        record = folder.finish(weights, options.architecture(), record)
+    fabric.barrier()
+    return record
 
 
 def _silent(done: int, total: int, text: str) -> None:
     pass
 
 
-def _check_same_run(out: Path, identity: dict[str, Any]) -> dict[str, Any] | None:
-    """Return a finished run's record; refuse a folder that holds another run."""
-    earlier: dict[str, Any] | None = None
-    record: dict[str, Any] | None = None
-    if (out / "run.json").is_file():
-        record = read_json(out / "run.json")
-        earlier = (record or {}).get("identity")
-    elif (out / "checkpoint.safetensors").is_file():
-        earlier = load_tensors(out / "checkpoint.safetensors")[1].get("identity")
-    if earlier is None:
-        return None
-    if earlier != identity:
-        old, new = earlier.get("options", {}), identity["options"]
-        other = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]
-        if earlier.get("data") != identity["data"]:
-            other.append("the training data")
-        raise Mismatch(
-            f"{out} holds a run with other settings ({'; '.join(other)}); choose another --out, "
-            "or repeat the command with the settings that the run was started with"
-        )
-    return record
-
-
 def _targets(options: ArcFaceOptions, data: LabelledTiles, train: Ints) -> dict[str, torch.Tensor]:
     """Number the classes of the training part from 0; what it does not hold becomes -1."""
     result: dict[str, torch.Tensor] = {}
     for name in options.target.split("+"):
-        if name == "group" and not data.grouped:
-            raise BadInput("target asks for groups, but the data names none (column 'group')")
-        values = data.labels if name == "label" else data.groups
+        if name != "label" and not data.grouped:
+            raise BadInput(f"target asks for {name}s, but the data names no group (column 'group')")
+        values = {"label": data.labels, "group": data.groups, "place": data.places}[name]
         present = np.unique(values[train][values[train] >= 0])
         if len(present) < 2:
             raise BadInput(
@@ -341,189 +317,75 @@ def _targets(options: ArcFaceOptions, data: LabelledTiles, train: Ints) -> dict[
 
 
 def _train(
-    fabric: lightning_fabric.Fabric,
-    net: ArcFaceNet,
-    options: ArcFaceOptions,
-    data: LabelledTiles,
-    train: Ints,
-    targets: dict[str, torch.Tensor],
-    out: Path,
-    identity: dict[str, Any],
-    progress: Progress,
-) -> _State:
-    """Run the phases epoch by epoch, saving the whole state after each."""
-    path = out / "checkpoint.safetensors"
-    stored, about = load_tensors(path) if path.is_file() else ({}, {})
-    state = _State(about.get("epoch", 0), about.get("history", []))
-    if state.epoch:
-        weights = {k.removeprefix("net."): v for k, v in stored.items() if k.startswith("net.")}
-        net.load_state_dict(weights)
+    run: _Training, net: ArcFaceNet, folder: RunFolder, report: Report
+) -> list[dict[str, Any]]:
+    """Run the phases epoch by epoch, saving the whole state after each; returns the history."""
+    options, fabric = run.options, run.fabric
+    state = folder.resume(net)
     total = sum(phase.epochs for phase in options.phases())
-    first = 0
+    last = 0
     for phase in options.phases():
-        last = first + phase.epochs
+        first, last = last, last + phase.epochs
         if state.epoch >= last:
-            first = last
             continue
         net.set_phase(phase)
         trained = [p for p in net.parameters() if p.requires_grad]
         plain = torch.optim.AdamW(trained, lr=phase.lr, weight_decay=options.weight_decay)
         if state.epoch > first:
-            plain.load_state_dict(restore_optimizer(stored, about["optimizer"]))
+            folder.resume_optimizer(plain)
         model, optimizer = fabric.setup(net, plain)
         for epoch in range(state.epoch, last):
             net.set_phase(phase)
-            loss, rate = _epoch(
-                fabric, model, optimizer, phase, epoch - first, epoch, options, data, train, targets
-            )
+            loss, rate = _epoch(run, model, optimizer, phase, epoch - first, epoch)
             state.epoch = epoch + 1
-            record = {"epoch": epoch + 1, "phase": phase.name, "loss": loss, "tiles_per_s": rate}
-            state.history.append(record)
+            state.history.append(
+                {"epoch": epoch + 1, "phase": phase.name, "loss": loss, "tiles_per_s": rate}
+            )
             if fabric.is_global_zero:
-                _save(path, net, optimizer, state, identity)
-                text = f"{phase.name}, loss {loss:.3f}, {rate:.0f} tiles/s"
-                progress(state.epoch, total, text)
-        first = last
-    return state
-
-
-def _save(
-    path: Path, net: ArcFaceNet, optimizer: Any, state: _State, identity: dict[str, Any]
-) -> None:
-    moments, groups = flatten_optimizer(optimizer.state_dict())
-    tensors: Tensors = {**{f"net.{k}": v for k, v in net.state_dict().items()}, **moments}
-    about = {
-        "identity": identity,
-        "epoch": state.epoch,
-        "history": state.history,
-        "optimizer": groups,
-    }
-    save_tensors(path, tensors, about)
+                folder.save(net, optimizer, state)
+            report(epoch + 1, total, f"{phase.name}, loss {loss:.3f}, {rate:.0f} tiles/s")
+    return state.history
 
 
 def _epoch(
-    fabric: lightning_fabric.Fabric,
-    model: Any,
-    optimizer: Any,
-    phase: Phase,
-    phase_epoch: int,
-    epoch: int,
-    options: ArcFaceOptions,
-    data: LabelledTiles,
-    train: Ints,
-    targets: dict[str, torch.Tensor],
+    run: _Training, model: Any, optimizer: Any, phase: Phase, phase_epoch: int, epoch: int
 ) -> tuple[float, float]:
     """Train one epoch; all randomness follows from seed, epoch and rank. Returns loss, tiles/s."""
     started = time.monotonic()
-    order = np.random.default_rng((options.seed, epoch)).permutation(train)
-    step_size = options.batch * fabric.world_size
+    options, rank, ranks = run.options, run.fabric.global_rank, run.fabric.world_size
+    order = np.random.default_rng((options.seed, epoch)).permutation(run.train)
+    step_size = options.batch * ranks
     steps = max(1, len(order) // step_size)
-    seed = int(
-        np.random.SeedSequence((options.seed, epoch, fabric.global_rank)).generate_state(1)[0]
-    )
+    seed = int(np.random.SeedSequence((options.seed, epoch, rank)).generate_state(1)[0])
     torch.manual_seed(seed)
     generator = torch.Generator().manual_seed(seed)
-    mean, std = _normalisation(model.encoder, fabric.device)
     ranges, total = options.augmentation(), 0.0
     for step in range(steps):
-        share = order[step * step_size : (step + 1) * step_size][
-            fabric.global_rank :: fabric.world_size
-        ]
+        share = order[step * step_size : (step + 1) * step_size][rank::ranks]
+        factor = _schedule(phase_epoch * steps + step, phase.epochs * steps, options.warmup)
         for group in optimizer.param_groups:
-            group["lr"] = phase.lr * _schedule(
-                phase_epoch * steps + step, phase.epochs * steps, options
-            )
-        pixels = torch.from_numpy(np.ascontiguousarray(data.tiles[share])).to(fabric.device)
+            group["lr"] = phase.lr * factor
+        pixels = torch.from_numpy(run.data.tiles[share]).to(run.fabric.device)
         tiles = augment(pixels.permute(0, 3, 1, 2).float() / 255, ranges, generator)
-        tiles = ((tiles - mean) / std).contiguous(memory_format=torch.channels_last)
-        batch_targets = {k: v[share].to(fabric.device) for k, v in targets.items()}
-        loss = model(tiles, batch_targets)
+        tiles = normalise(model.encoder, tiles).contiguous(memory_format=torch.channels_last)
+        targets = {k: v[share].to(run.fabric.device) for k, v in run.targets.items()}
+        loss = model(tiles, targets)
         if not torch.isfinite(loss):
             raise BadInput(
-                f"the loss is {float(loss)} in epoch {epoch + 1}, step {step + 1}; the last whole epoch "
-                "is kept: lower --lr or check the data"
+                f"the loss is {float(loss.detach())} in epoch {epoch + 1}, step {step + 1}; the last "
+                "whole epoch is kept: lower --lr or check the data"
             )
         optimizer.zero_grad()
-        fabric.backward(loss)
+        run.fabric.backward(loss)
         optimizer.step()
         total += float(loss.detach())
-    seconds = time.monotonic() - started
-    return total / steps, steps * step_size / seconds
+    return total / steps, steps * step_size / (time.monotonic() - started)
 
 
-def _normalisation(encoder: Encoder, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    mean = torch.tensor(encoder.mean, device=device)[:, None, None]
-    std = torch.tensor(encoder.std, device=device)[:, None, None]
-    return mean, std
-
-
-def _schedule(step: int, steps: int, options: ArcFaceOptions) -> float:
+def _schedule(step: int, steps: int, warmup: float) -> float:
     """Return the factor on the learning rate: a linear rise, then half a cosine to a hundredth."""
-    rise = max(1, round(options.warmup * steps))
+    rise = max(1, round(warmup * steps))
     if step < rise:
         return (step + 1) / rise
     share = (step - rise) / max(1, steps - rise)
     return 0.01 + 0.99 * 0.5 * (1 + math.cos(math.pi * share))
-
-
-def _finish(
-    options: ArcFaceOptions,
-    encoder: Encoder,
-    data: LabelledTiles,
-    train: Ints,
-    held_out: Ints,
-    untrained: NDArray[np.float32],
-    out: Path,
-    state: _State,
-    tileset: TileSet,
-) -> dict[str, Any]:
-    """Judge the trained encoder beside the untrained one, and write the weights."""
-    fitted = embed(encoder, data.tiles[train])
-    basis = pca_basis(fitted)
-    metrics: dict[str, Any] = {}
-    if len(held_out):
-        labels, groups = data.labels[held_out], data.groups[held_out]
-        found = embed(encoder, data.tiles[held_out])
-        metrics["trained"] = evaluate(found, labels, groups, data.grouped, basis, options.seed)
-        own = pca_basis(untrained)
-        metrics["random_init"] = evaluate(
-            untrained, labels, groups, data.grouped, own, options.seed
-        )
-    weights = dict(encoder.state_dict())
-    weights |= {f"pca.{k}": torch.from_numpy(v) for k, v in basis.items()}
-    architecture = {
-        "model": options.model,
-        "size_px": options.size_px,
-        "dim": options.dim,
-        "hidden": options.hidden,
-        "dropout": options.dropout,
-        "relu_embedding": options.relu_embedding,
-    }
-    save_tensors(out / "weights.safetensors", weights, {"architecture": architecture})
-    return {
-        "format": 1,
-        "recipe": "arcface",
-        "paper": "004: MobileNetV3-Small + ArcFace, k-means and HDBSCAN",
-        "architecture": architecture,
-        "options": asdict(options),
-        "data": {
-            "name": tileset.name,
-            "fingerprint": tileset.fingerprint,
-            "tiles": len(data.labels),
-            "classes": list(data.label_names),
-            "groups": int(data.groups.max()) + 1 if data.grouped else None,
-            "unreadable": list(data.unreadable),
-        },
-        "split": {
-            "by": "group" if data.grouped else "tile (the data names no groups)",
-            "train_tiles": len(train),
-            "held_out_tiles": len(held_out),
-        },
-        "metrics": metrics,
-        "epochs": state.history,
-        "versions": {
-            "torch": torch.__version__,
-            "lightning-fabric": metadata.version("lightning-fabric"),
-            "numpy": np.__version__,
-        },
-    }

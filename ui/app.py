@@ -31,10 +31,7 @@ def build(session: Session) -> Any:
     gr = _gradio()
     stats = session.atlas.stats()
     with gr.Blocks(title="histoseek", analytics_enabled=False, fill_width=True) as page:
-        gr.Markdown(
-            f"# histoseek\n{stats['tiles']:,} tiles of {stats['slides']:,} slides and tile sets · "
-            f"{view.NOTICE}"
-        )
+        gr.Markdown(f"# histoseek\n{view.holds(stats)} · {view.NOTICE}")
         with gr.Tab("Find similar"):
             _find_tab(gr, session)
         with gr.Tab("Upload and cluster"):
@@ -55,32 +52,30 @@ def _find_tab(gr: Any, session: Session) -> None:
                 height=300,
                 elem_id="query",
             )
+            # Our own decoder judges the upload: Gradio's would change what it cannot show.
+            image.preprocess = lambda upload: upload.path if upload else None
             count = gr.Slider(1, 50, value=12, step=1, label="How many hits")
             button = gr.Button("Find similar tiles", variant="primary", elem_id="find")
             note = gr.Markdown(
                 "Upload or paste an image; it is cropped to a square.", elem_id="verdict"
             )
         with gr.Column(scale=3, min_width=340):
-            hits = gr.Gallery(
-                label="Most similar tiles, best first",
-                columns=4,
-                height=560,
-                object_fit="contain",
-                format="jpeg",
-                interactive=False,
-                elem_id="hits",
-            )
+            hits = gr.HTML(view.NO_HITS, elem_id="hits")
             table = gr.Dataframe(
-                headers=view.HIT_COLUMNS, label="Hits", interactive=False, elem_id="hit-table"
+                headers=view.HIT_COLUMNS,
+                label="Hits",
+                interactive=False,
+                wrap=True,
+                elem_id="hit-table",
             )
 
     def find(path: str | None, k: float) -> tuple[Any, ...]:
         if not path:
-            return [], [], "**No image yet.** Upload or paste one first."
+            return view.NO_HITS, [], "**No image yet.** Upload or paste one first."
         try:
             answer = session.find_similar(Path(path), int(k))
         except HistoseekError as error:
-            return [], [], f"**Not searched.** {_without_path(error, path)}"
+            return view.NO_HITS, [], f"**Not searched.** {_without_path(error, path)}"
         return view.gallery(answer), view.hit_rows(answer.hits), view.verdict(answer)
 
     button.click(find, [image, count], [hits, table, note], api_name="search")
@@ -107,6 +102,7 @@ def _cluster_tab(gr: Any, session: Session) -> None:
             table = gr.Dataframe(
                 headers=view.PLACED_COLUMNS,
                 label="Placed images",
+                wrap=True,
                 interactive=False,
                 elem_id="placed",
             )

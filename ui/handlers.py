@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, HistoseekError
 from ..images import Rgb, decode, square
-from ..index.atlas import Atlas, Hit
+from ..index.atlas import Atlas
+from ..index.records import Hit
 from ..serving.encoder import Encoder, OnnxEncoder
 from ..serving.slides import Slide, open_slide
 from ..tilesets import TileSet, open_tiles

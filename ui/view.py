@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 from collections import Counter
+from html import escape
 from typing import Any
 
-import numpy as np
-from PIL import Image, ImageDraw
-
-from ..images import Rgb
-from ..index.atlas import Hit
+from ..images import Rgb, encode_jpeg
+from ..index.records import Hit
 from .handlers import Clustered, Map, Similar
 
 NOTICE = "**Research use only.** Similarity is no diagnosis."
@@ -21,19 +20,19 @@ SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross"]
 NONE_COLOUR = "#9a9a9a"
 
 
+NO_HITS = '<div class="no-hits">The most similar tiles appear here, best first.</div>'
+
+
+def holds(stats: dict[str, Any]) -> str:
+    """Say how much an atlas holds."""
+    slides = stats["slides"]
+    noun = "slide or tile set" if slides == 1 else "slides and tile sets"
+    return f"{stats['tiles']:,} tiles of {slides:,} {noun}"
+
+
 def place(hit: Hit) -> str:
     """Say where a hit is: the file in a tile set, x and y in a slide."""
     return hit.file.rsplit("/", 1)[-1] if hit.file else f"x {hit.x}, y {hit.y}"
-
-
-def caption(hit: Hit) -> str:
-    """Return the line under a tile of the gallery."""
-    parts = [f"#{hit.rank}", f"{hit.score:.3f}", hit.slide, place(hit)]
-    if hit.label:
-        parts.append(hit.label)
-    if hit.cluster is not None:
-        parts.append(cluster_name(hit.cluster))
-    return " · ".join(parts)
 
 
 def cluster_name(cluster: int) -> str:
@@ -41,29 +40,35 @@ def cluster_name(cluster: int) -> str:
     return "no cluster" if cluster < 0 else f"cluster {cluster}"
 
 
-def gallery(answer: Similar) -> list[tuple[Image.Image, str]]:
-    """Return pictures with captions; a tile that cannot be read becomes a card with the reason."""
-    return [
-        (Image.fromarray(picture if not isinstance(picture, str) else _card(picture)), caption(hit))
-        for hit, picture in zip(answer.hits, answer.pictures, strict=True)
-    ]
+def gallery(answer: Similar) -> str:
+    """Return the hits as HTML cards: the tile, and under it score, label, slide, place, cluster.
+
+    A tile whose pixels cannot be read becomes a card with the reason. Every text is escaped.
+    """
+    cards = [_card(hit, picture) for hit, picture in zip(answer.hits, answer.pictures, strict=True)]
+    return f'<div class="hits" role="list">{"".join(cards)}</div>'
 
 
-def _card(text: str, side: int = 224) -> Rgb:
-    card = Image.new("RGB", (side, side), "#eeeeee")
-    words, lines = text.split(), [""]
-    for word in words:
-        if len(lines[-1]) + len(word) > 32:
-            lines.append("")
-        lines[-1] += f"{word} "
-    ImageDraw.Draw(card).multiline_text((10, 10), "\n".join(lines[:14]), fill="#333333")
-    return np.asarray(card)
+def _card(hit: Hit, picture: Rgb | str) -> str:
+    facts = [hit.label, None if hit.cluster is None else cluster_name(hit.cluster)]
+    known = " · ".join(escape(fact) for fact in facts if fact)
+    where = f"{hit.slide}, {place(hit)}"
+    if isinstance(picture, str):
+        image = f'<div class="missing">{escape(picture)}</div>'
+    else:
+        data = base64.b64encode(encode_jpeg(picture)).decode()
+        alt = escape(f"hit {hit.rank}: {where}", quote=True)
+        image = f'<img src="data:image/jpeg;base64,{data}" alt="{alt}">'
+    return (
+        f'<figure role="listitem">{image}<figcaption><b>#{hit.rank}</b> score {hit.score:.3f}<br>'
+        f"{known}{'<br>' if known else ''}<small>{escape(where)}</small></figcaption></figure>"
+    )
 
 
 def hit_rows(hits: list[Hit]) -> list[list[Any]]:
     """Return the table of hits."""
     return [
-        [h.rank, round(h.score, 3), h.slide, place(h), h.label or "", h.patient or "",
+        [h.rank, f"{h.score:.3f}", h.slide, place(h), h.label or "", h.patient or "",
          "" if h.cluster is None else cluster_name(h.cluster)]
         for h in hits
     ]  # fmt: skip
@@ -71,9 +76,9 @@ def hit_rows(hits: list[Hit]) -> list[list[Any]]:
 
 def verdict(answer: Similar) -> str:
     """Return one line on what the nearest tiles are and whether the image fits the atlas."""
-    labels = Counter(hit.label for hit in answer.hits if hit.label)
+    labels = Counter(hit.label or "no label" for hit in answer.hits)
     parts = []
-    if labels:
+    if set(labels) != {"no label"}:
         counted = ", ".join(f"{label} ({count})" for label, count in labels.most_common())
         parts.append(f"Labels of the {len(answer.hits)} nearest tiles: **{counted}**.")
     else:
@@ -165,7 +170,7 @@ def about(stats: dict[str, Any], card: str) -> str:
     lines = [
         NOTICE,
         "",
-        "| | |",
+        "| this atlas | |",
         "|---|---|",
         f"| slides and tile sets | {stats['slides']:,} |",
         f"| tiles | {stats['tiles']:,} |",

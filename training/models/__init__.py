@@ -13,15 +13,15 @@ MODELS: dict[str, Callable[..., Encoder]] = {
 }
 
 
-def build(name: str, **options: object) -> Encoder:
-    """Build a registered model.
+def build(model: str, **options: object) -> Encoder:
+    """Build a registered model by name, with the options of its builder.
 
     Raises:
         BadInput: the name is not registered; the choices are listed.
     """
-    if name not in MODELS:
-        raise unknown_name("model", name, MODELS)
-    return MODELS[name](**options)
+    if model not in MODELS:
+        raise unknown_name("model", model, MODELS)
+    return MODELS[model](**options)
 
 
 __all__ = ["MODELS", "Encoder", "build"]

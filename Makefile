@@ -1,0 +1,42 @@
+# Two commands for a newcomer: make demo, make test. Everything they need is set up by them.
+PYTHON ?= python3
+VENV ?= .venv
+DEMO_VENV ?= .venv-demo
+DEMO_DIR ?= histoseek-demo
+BIN = $(VENV)/bin
+PIP_FLAGS = -q --disable-pip-version-check
+
+.PHONY: demo test check bench format clean
+
+demo: $(DEMO_VENV)/.ready
+	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
+
+test: $(VENV)/.ready
+	PYTHON=$(BIN)/python sh tests/get_chromium.sh
+	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+
+check: $(VENV)/.ready
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+bench: $(VENV)/.ready
+	$(BIN)/python -m pytest tests/bench -s
+
+format: $(VENV)/.ready
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+$(DEMO_VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DEMO_VENV)
+	$(DEMO_VENV)/bin/pip install $(PIP_FLAGS) -c constraints.txt -e '.[cpu,ui]'
+	touch $@
+
+$(VENV)/.ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[cpu,train,ui,dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(DEMO_VENV) $(DEMO_DIR) build dist *.egg-info

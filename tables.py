@@ -1,0 +1,42 @@
+"""CSV tables from people: a header, one row per item, no item twice."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterable
+from pathlib import Path
+
+from .errors import BadInput
+
+
+def read_table(stream: Iterable[str], origin: str, key: str = "file") -> list[dict[str, str]]:
+    """Read CSV rows as dictionaries; the header must have the column ``key``.
+
+    Raises:
+        BadInput: no header, no such column, a row without a value there, or a value given twice.
+    """
+    reader = csv.DictReader(stream)
+    if reader.fieldnames is None or key not in reader.fieldnames:
+        raise BadInput(f"{origin} has columns {reader.fieldnames}; expected a column {key!r}")
+    rows: list[dict[str, str]] = []
+    seen: set[str] = set()
+    for number, row in enumerate(reader, start=2):
+        clean = {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
+        if not clean[key]:
+            raise BadInput(f"{origin}, line {number}: no value for {key!r}")
+        if clean[key] in seen:
+            raise BadInput(f"{origin}, line {number}: {clean[key]!r} appears twice")
+        seen.add(clean[key])
+        rows.append(clean)
+    return rows
+
+
+def read_csv(path: Path, key: str = "file") -> list[dict[str, str]]:
+    """Read a CSV file by :func:`read_table`."""
+    try:
+        with open(path, newline="", encoding="utf-8-sig") as stream:
+            return read_table(stream, str(path), key)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{path} is not a UTF-8 CSV table ({error})") from error

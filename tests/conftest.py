@@ -1,0 +1,190 @@
+"""What tests share: real pictures from packages, real data beside the checkout, and made slides."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import subprocess
+import sys
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+os.environ["ORT_DISABLE_TELEMETRY"] = "1"
+os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+
+ROOT = Path(__file__).parents[1]
+SHARED = ROOT.parent / "shared" / "data"
+MPP = 0.5
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "shared: needs the data sets beside the checkout")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out what needs ../shared/data where that folder is missing, and say so at the end."""
+    if SHARED.is_dir():
+        return
+    without = [item for item in items if item.get_closest_marker("shared") is None]
+    left_out = len(items) - len(without)
+    items[:] = without
+    config.stash[LEFT_OUT] = left_out
+
+
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    left_out = config.stash.get(LEFT_OUT, 0)
+    if left_out:
+        terminalreporter.write_line(
+            f"{SHARED} is not there: {left_out} tests on its data sets were left out"
+        )
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The folder of real data sets; only tests marked ``shared`` may ask for it."""
+    return SHARED
+
+
+@pytest.fixture(scope="session")
+def cmu_slide(tmp_path_factory: pytest.TempPathFactory, shared: Path) -> Path:
+    """The real Aperio slide CMU-1-Small-Region.svs (CC0)."""
+    return unpack(shared / "wsi_regions.tar", "wsi/CMU-1-Small-Region.svs", tmp_path_factory)
+
+
+def unpack(pack: Path, member: str, factory: pytest.TempPathFactory) -> Path:
+    path = factory.mktemp("unpacked") / Path(member).name
+    with tarfile.open(pack) as opened:
+        stream = opened.extractfile(member)
+        assert stream is not None
+        path.write_bytes(stream.read())
+    return path
+
+
+@pytest.fixture(scope="session")
+def tissue() -> np.ndarray:
+    """Real tissue, 512 x 512 RGB: scikit-image's immunohistochemistry picture."""
+    from skimage import data
+
+    return np.asarray(data.immunohistochemistry())
+
+
+@pytest.fixture(scope="session")
+def pictures(tissue: np.ndarray) -> dict[str, np.ndarray]:
+    """Real pictures of three kinds, from scikit-image: tissue, retina, a cat."""
+    from skimage import data
+
+    return {"tissue": tissue, "retina": data.retina(), "cat": data.chelsea()}
+
+
+@pytest.fixture(scope="session")
+def make_slide(tissue: np.ndarray) -> Callable[..., Path]:
+    """Write a tiled TIFF slide of real tissue; returns its path."""
+
+    def make(
+        path: Path,
+        side: int = 1024,
+        mpp: float | None = MPP,
+        seed: int = 0,
+        pixels: np.ndarray | None = None,
+    ) -> Path:
+        import tifffile
+
+        rng = np.random.default_rng(seed)
+        picture = Image.fromarray(tissue if pixels is None else pixels)
+        if pixels is None:
+            picture = picture.rotate(90 * int(rng.integers(4)))
+            zoom = rng.uniform(1.0, 1.5)
+            picture = picture.resize(
+                (round(side * zoom), round(side * zoom)), Image.Resampling.BICUBIC
+            )
+            left, top = rng.integers(0, max(1, picture.width - side), 2)
+            picture = picture.crop((left, top, left + side, top + side))
+        where: dict[str, Any] = {}
+        if mpp is not None:
+            where = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}
+        buffer = io.BytesIO()
+        tifffile.imwrite(
+            buffer,
+            np.asarray(picture),
+            photometric="rgb",
+            tile=(256, 256),
+            compression="zlib",
+            metadata=None,
+            **where,
+        )
+        path.write_bytes(buffer.getvalue())
+        return path
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tile_folder(tmp_path_factory: pytest.TempPathFactory, pictures: dict[str, np.ndarray]) -> Path:
+    """A folder per class with 24 real tiles of each, and a manifest with groups of four."""
+    folder = tmp_path_factory.mktemp("tiles") / "kinds"
+    rows = ["file,label,group"]
+    for name, picture in pictures.items():
+        (folder / name).mkdir(parents=True)
+        rng = np.random.default_rng(1)
+        for number in range(24):
+            if number % 4 == 0:
+                y, x = (int(rng.integers(0, s - 120)) for s in picture.shape[:2])
+            tile = np.rot90(picture[y : y + 120, x : x + 120], number % 4)
+            file = f"{name}/{number:02d}.png"
+            Image.fromarray(np.ascontiguousarray(tile)).save(folder / file)
+            rows.append(f"{file},{name},{name}-{number // 4}")
+    (folder / "manifest.csv").write_text("\n".join(rows) + "\n")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def other_bundle(tmp_path_factory: pytest.TempPathFactory, tile_folder: Path) -> Path:
+    """A second encoder, of another dimension: random weights, exported for real."""
+    from histoseek.export.bundle import export_run
+    from histoseek.tilesets import open_tiles
+    from histoseek.training.fit_arcface import ArcFaceOptions, fit
+    from histoseek.training.models import build
+
+    folder = tmp_path_factory.mktemp("other")
+    options = ArcFaceOptions(size_px=96, dim=16, epochs=0, folds=3, seed=5, accelerator="cpu")
+    tiles = open_tiles(tile_folder)
+    fit(options, tiles, folder / "run", lambda *_: None)
+    export_run(folder / "run", folder / "other", tiles, build, mpp=MPP)
+    return folder / "other"
+
+
+@pytest.fixture
+def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own."""
+
+    def run(
+        *words: object, check: bool = False, **options: Any
+    ) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "histoseek", *map(str, words)]
+        return subprocess.run(
+            command, capture_output=True, text=True, check=check, timeout=300, **options
+        )
+
+    return run
+
+
+@pytest.fixture
+def cli_json(cli: Callable[..., Any]) -> Callable[..., Any]:
+    """Run the command line with --json and parse what it prints."""
+
+    def run(*words: object, expect: int = 0) -> Any:
+        done = cli(*words, "--json")
+        assert done.returncode == expect, done.stderr + done.stdout
+        return json.loads(done.stdout)
+
+    return run

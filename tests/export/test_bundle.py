@@ -1,0 +1,128 @@
+"""Export: one graph, raw pixels in, and the proof that it is the net it came from."""
+
+import json
+
+import numpy as np
+import onnx
+import pytest
+import torch
+
+from histoseek.errors import BadInput, Damaged, Mismatch
+from histoseek.export.bundle import export_run, load_run, parity_tiles, sample_tiles
+from histoseek.export.onnx_graph import Graph, check_parity, measure_parity, to_onnx
+from histoseek.manifest import read_manifest
+from histoseek.tilesets import open_tiles
+from histoseek.training.fit_arcface import ArcFaceOptions, fit
+from histoseek.training.models import MODELS, build
+
+
+@pytest.fixture(scope="module")
+def run(tile_folder, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("export") / "run"
+    options = ArcFaceOptions(size_px=64, dim=24, epochs=1, batch=16, folds=3, accelerator="cpu")
+    fit(options, open_tiles(tile_folder), folder, lambda *_: None)
+    return folder
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_every_model_keeps_its_embeddings_in_onnx(name, tile_folder):
+    torch.manual_seed(0)
+    encoder = build(name).eval()
+    graph = Graph(encoder, encoder.mean, encoder.std)
+    tiles = sample_tiles(open_tiles(tile_folder), encoder.size_px, 16)
+    parity = measure_parity(graph, to_onnx(graph, encoder.size_px), tiles)
+    check_parity(parity)
+    assert parity.max_abs <= 1e-4 and parity.batch_max_abs <= 1e-5 and parity.tiles == 16
+
+
+def test_the_bundle_is_complete_and_loads_in_older_runtimes(run, tile_folder, tmp_path):
+    from histoseek.serving.encoder import OnnxEncoder
+
+    manifest = export_run(
+        run, tmp_path / "b", open_tiles(tile_folder), build, mpp=0.5, licence="CC0"
+    )
+    assert {p.name for p in (tmp_path / "b").iterdir()} == {
+        "encoder.onnx", "manifest.json", "MODEL_CARD.md", "parity.json",
+    }  # fmt: skip
+    assert read_manifest(tmp_path / "b") == manifest and (manifest.dim, manifest.mpp) == (24, 0.5)
+    model = onnx.load(tmp_path / "b/encoder.onnx")
+    # ONNX Runtime 1.24 loads up to opset 25 and IR 13; far older ones load these.
+    assert model.opset_import[0].version == 18 and model.ir_version <= 10
+    (tiles,), (embedding,) = model.graph.input, model.graph.output
+    shape = [d.dim_value or d.dim_param for d in tiles.type.tensor_type.shape.dim]
+    assert shape[1:] == [64, 64, 3] and isinstance(shape[0], str)
+    assert tiles.type.tensor_type.elem_type == onnx.TensorProto.UINT8
+    assert (tiles.name, embedding.name) == ("tiles", "embedding")
+    card = (tmp_path / "b/MODEL_CARD.md").read_text()
+    assert manifest.sha256 in card and "CC0" in card and "random weights" in card
+    images = sample_tiles(open_tiles(tile_folder), 64, 8)
+    _, encoder, _ = load_run(run, build)
+    with torch.inference_mode():
+        expected = Graph(encoder, encoder.mean, encoder.std)(torch.from_numpy(images)).numpy()
+    assert np.abs(OnnxEncoder(tmp_path / "b").embed(images) - expected).max() <= 1e-4
+
+
+def test_pca_lives_in_the_graph(run, tile_folder, tmp_path):
+    from histoseek.serving.encoder import OnnxEncoder
+
+    tiles = open_tiles(tile_folder)
+    manifest = export_run(run, tmp_path / "b", tiles, build, pca=0.9)
+    assert manifest.dim < 24
+    images = sample_tiles(tiles, 64, 12)
+    _, encoder, basis = load_run(run, build)
+    with torch.inference_mode():
+        whole = Graph(encoder, encoder.mean, encoder.std)(torch.from_numpy(images)).numpy()
+    reduced = (whole - basis["pca.mean"].numpy()) @ basis["pca.components"][
+        : manifest.dim
+    ].numpy().T
+    reduced /= np.linalg.norm(reduced, axis=1, keepdims=True)
+    assert np.abs(OnnxEncoder(tmp_path / "b").embed(images) - reduced).max() < 1e-4
+    with pytest.raises(BadInput, match="--pca"):
+        export_run(run, tmp_path / "c", tiles, build, pca=1.5)
+
+
+def test_a_graph_that_is_not_the_net_is_refused_and_nothing_is_written(
+    run, tile_folder, tmp_path, monkeypatch
+):
+    from histoseek.export import bundle
+
+    real = bundle.to_onnx
+
+    def other_net(graph, size_px):
+        with torch.no_grad():
+            graph.encoder.head[4].weight[0] *= 1.01
+            blob = real(graph, size_px)
+            graph.encoder.head[4].weight[0] /= 1.01
+        return blob
+
+    monkeypatch.setattr(bundle, "to_onnx", other_net)
+    with pytest.raises(Mismatch, match="max_abs is .* allowed is 1e-04"):
+        export_run(run, tmp_path / "b", open_tiles(tile_folder), build)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_run_is_refused(run, tile_folder, tmp_path):
+    tiles = open_tiles(tile_folder)
+    with pytest.raises(BadInput, match="no finished run"):
+        export_run(tmp_path, tmp_path / "b", tiles, build)
+    (tmp_path / "taken").mkdir()
+    with pytest.raises(BadInput, match="exists already"):
+        export_run(run, tmp_path / "taken", tiles, build)
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "run.json").write_text((run / "run.json").read_text())
+    (broken / "weights.safetensors").write_bytes((run / "weights.safetensors").read_bytes()[:5000])
+    with pytest.raises(Damaged, match="weights"):
+        export_run(broken, tmp_path / "b", tiles, build)
+
+
+def test_parity_needs_real_tiles(run, tmp_path):
+    with pytest.raises(BadInput, match="--tiles"):
+        parity_tiles(run, None)  # this run's record names no source
+    copy = tmp_path / "run"
+    copy.mkdir()
+    record = json.loads((run / "run.json").read_text())
+    record["data"]["selection"] = {"sources": [str(tmp_path / "gone.tar")]}
+    (copy / "run.json").write_text(json.dumps(record))
+    with pytest.raises(BadInput, match=r"gone\.tar"):
+        parity_tiles(copy, None)

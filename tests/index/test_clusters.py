@@ -1,0 +1,104 @@
+"""Clusters: fits without pickles, and assignment against independent references."""
+
+import numpy as np
+import pytest
+from sklearn.datasets import load_digits, make_blobs, make_moons
+
+from histoseek.errors import BadInput, Damaged
+from histoseek.index.clusters import Clustering, fit
+
+
+def digits():
+    return load_digits().data.astype(np.float32)
+
+
+def sets():
+    blobs = make_blobs(1500, 8, centers=5, cluster_std=1.2, random_state=3)[0].astype(np.float32)
+    moons = make_moons(1200, noise=0.07, random_state=1)[0].astype(np.float32)
+    return {"digits": digits(), "blobs": blobs, "moons": moons}
+
+
+@pytest.mark.parametrize("name", ["digits", "blobs", "moons"])
+def test_hdbscan_assignment_equals_approximate_predict(name):
+    from hdbscan import HDBSCAN, approximate_predict
+
+    data = sets()[name]
+    rng = np.random.default_rng(0)
+    order = rng.permutation(len(data))
+    known, new = data[order[: len(data) * 2 // 3]], data[order[len(data) * 2 // 3 :]]
+    far = rng.normal(size=(30, data.shape[1])).astype(np.float32) * 40
+    new = np.concatenate([new, far])
+    clustering, placed = fit(known, "hdbscan", min_cluster_size=20)
+    flat = (known.astype(float) - clustering.arrays["mean"]) @ clustering.arrays["components"].T
+    reference = HDBSCAN(min_cluster_size=20, prediction_data=True).fit(flat)
+    assert np.array_equal(placed.cluster, reference.labels_)
+    flat_new = (new.astype(float) - clustering.arrays["mean"]) @ clustering.arrays["components"].T
+    labels, strengths = approximate_predict(reference, flat_new)
+    found = clustering.assign(new)
+    assert len(set(labels)) > 2
+    assert np.mean(found.cluster == labels) >= 0.995
+    same = found.cluster == labels
+    assert np.allclose(found.strength[same], strengths[same], atol=1e-4)
+    assert np.array_equal(found.unknown, found.cluster < 0)
+
+
+def test_kmeans_assignment_is_the_nearest_centre_and_far_images_are_unknown():
+    data = sets()["blobs"]
+    clustering, placed = fit(data, "kmeans", k=5)
+    centres = clustering.arrays["centroids"]
+    flat = (data.astype(float) - clustering.arrays["mean"]) @ clustering.arrays["components"].T
+    brute = np.linalg.norm(flat[:, None] - centres[None], axis=2)
+    assert np.array_equal(placed.cluster, brute.argmin(1))
+    assert np.allclose(placed.distance, brute.min(1))
+    nearest, second = np.sort(brute, axis=1)[:, :2].T
+    assert np.allclose(placed.strength, 1 - nearest / second)
+    assert 0.001 < placed.unknown.mean() < 0.02
+    far = clustering.assign(data[:50] + 60)
+    assert far.unknown.all()
+
+
+def test_k_auto_finds_the_blobs():
+    data, truth = make_blobs(600, 6, centers=4, cluster_std=0.6, random_state=8)
+    clustering, placed = fit(data.astype(np.float32), "kmeans")
+    assert clustering.clusters == 4 and set(clustering.about["silhouette_by_k"]) == {
+        str(k) for k in range(2, 11)
+    }
+    from sklearn.metrics import adjusted_rand_score
+
+    assert adjusted_rand_score(truth, placed.cluster) == 1
+
+
+@pytest.mark.parametrize("method", ["kmeans", "hdbscan"])
+def test_a_clustering_survives_its_bytes(method):
+    data = sets()["blobs"]
+    clustering, placed = fit(data, method)
+    again = Clustering.from_bytes(method, clustering.to_bytes(), clustering.about)
+    one, two = clustering.assign(data[:99]), again.assign(data[:99])
+    assert np.array_equal(one.cluster, two.cluster) and np.array_equal(one.strength, two.strength)
+    with pytest.raises(Damaged, match="fit it again"):
+        Clustering.from_bytes(method, clustering.to_bytes()[:500], {})
+
+
+def test_fits_are_repeatable():
+    data = digits()
+    one, two = (fit(data, "kmeans", k=10, seed=3)[1] for _ in range(2))
+    assert np.array_equal(one.cluster, two.cluster)
+
+
+def test_all_noise_is_said_and_assigns_nothing():
+    data = np.random.default_rng(0).uniform(size=(60, 12)).astype(np.float32)
+    clustering, placed = fit(data, "hdbscan", min_cluster_size=25)
+    assert clustering.clusters == 0 and placed.unknown.all()
+    assert clustering.assign(data[:3]).unknown.all()
+
+
+def test_identical_tiles_and_few_tiles():
+    same = np.ones((40, 4), np.float32)
+    clustering, _ = fit(same, "hdbscan")
+    assert len(clustering.assign(same[:2]).cluster) == 2
+    with pytest.raises(BadInput, match="too few"):
+        fit(same[:2], "kmeans")
+    with pytest.raises(BadInput, match="at least 6"):
+        fit(same[:5], "kmeans", k=5)
+    with pytest.raises(BadInput, match="kmeans"):
+        fit(same, "ward")

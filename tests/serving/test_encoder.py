@@ -1,0 +1,74 @@
+"""The in-process encoder, and the one that ships."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+
+from histoseek.errors import BadInput, Damaged, Mismatch
+from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder, open_encoder
+
+
+@pytest.fixture(scope="module")
+def encoder():
+    return open_encoder("default")
+
+
+def tiles_of(tissue, count=64):
+    rng = np.random.default_rng(0)
+    corners = rng.integers(0, 512 - 224, (count, 2))
+    return np.stack([tissue[y : y + 224, x : x + 224] for y, x in corners])
+
+
+def test_embeddings_are_unit_vectors_of_the_promised_length(encoder, tissue):
+    found = encoder.embed(tiles_of(tissue, 5))
+    assert found.shape == (5, encoder.manifest.dim) and found.dtype == np.float32
+    assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-5)
+    assert encoder.embed(tiles_of(tissue, 1)[:0]).shape == (0, encoder.manifest.dim)
+
+
+def test_a_batch_of_64_agrees_with_batches_of_one(tissue):
+    tiles = tiles_of(tissue)
+    together = OnnxEncoder(DEFAULT_BUNDLE, batch=64).embed(tiles)
+    alone = OnnxEncoder(DEFAULT_BUNDLE, batch=1).embed(tiles)
+    assert np.abs(together - alone).max() <= 1e-5
+
+
+def test_the_shipped_encoder_is_small_and_its_parity_was_measured():
+    assert (DEFAULT_BUNDLE / "encoder.onnx").stat().st_size <= 6_000_000
+    parity = json.loads((DEFAULT_BUNDLE / "parity.json").read_text())
+    assert parity["max_abs"] <= 1e-4 and parity["batch_max_abs"] <= 1e-5 and parity["tiles"] >= 64
+    manifest = open_encoder("default").manifest
+    assert manifest.sha256 in (DEFAULT_BUNDLE / "MODEL_CARD.md").read_text()
+
+
+def test_wrong_tiles_are_refused(encoder, tissue):
+    with pytest.raises(BadInput, match="uint8"):
+        encoder.embed(tiles_of(tissue, 1).astype(np.float32))
+    with pytest.raises(BadInput, match="224"):
+        encoder.embed(tiles_of(tissue, 1)[:, :100])
+
+
+def test_a_changed_graph_and_a_folder_that_is_no_bundle_are_refused(tmp_path):
+    with pytest.raises(BadInput, match="not an encoder bundle"):
+        open_encoder(str(tmp_path))
+    shutil.copytree(DEFAULT_BUNDLE, tmp_path / "bundle")
+    blob = bytearray((tmp_path / "bundle/encoder.onnx").read_bytes())
+    blob[len(blob) // 2] ^= 1
+    (tmp_path / "bundle/encoder.onnx").write_bytes(blob)
+    with pytest.raises(Damaged, match="sha256"):
+        open_encoder(str(tmp_path / "bundle"))
+
+
+def test_another_encoder_than_expected_is_refused_with_both_names(encoder, other_bundle):
+    with pytest.raises(Mismatch, match=f"other .* is not {encoder.manifest.name}"):
+        open_encoder(str(other_bundle), expect=encoder.manifest)
+
+
+def test_a_newer_manifest_asks_for_an_upgrade(tmp_path):
+    shutil.copytree(DEFAULT_BUNDLE, tmp_path / "bundle")
+    path = tmp_path / "bundle/manifest.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
+    with pytest.raises(BadInput, match="upgrade"):
+        open_encoder(str(tmp_path / "bundle"))

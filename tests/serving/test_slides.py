@@ -1,0 +1,115 @@
+"""Slides: scale, levels, tissue, and what is refused."""
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from histoseek.errors import BadInput
+from histoseek.serving.slides import Slide, open_slide
+from histoseek.serving.tissue import tissue_mask, tissue_share
+
+
+def test_mpp_comes_from_the_file(make_slide, tmp_path):
+    with open_slide(make_slide(tmp_path / "a.tiff", mpp=0.25), assume_mpp=9.0) as slide:
+        assert slide.mpp == pytest.approx(0.25, rel=1e-3) and slide.mpp_from == "file"
+
+
+def test_without_mpp_the_slide_is_refused_unless_one_is_assumed(make_slide, tmp_path):
+    path = make_slide(tmp_path / "a.tiff", mpp=None)
+    with open_slide(path) as slide, pytest.raises(BadInput, match="--assume-mpp"):
+        slide.grid(224, 0.5)
+    with open_slide(path, assume_mpp=0.5) as slide:
+        assert slide.mpp_from == "assumed" and len(slide.grid(224, 0.5).coords)
+
+
+def test_a_screen_resolution_is_no_mpp(make_slide, tmp_path):
+    with open_slide(make_slide(tmp_path / "a.tiff", mpp=352.8)) as slide:
+        assert slide.mpp is None
+
+
+def test_tiles_have_the_slides_pixels_at_its_own_scale(make_slide, tissue, tmp_path):
+    path = make_slide(tmp_path / "a.tiff", pixels=tissue)
+    with open_slide(path) as slide:
+        assert np.array_equal(slide.read_tile(100, 40, 224, 224), tissue[40:264, 100:324])
+
+
+def test_a_coarser_mpp_covers_more_of_the_slide(make_slide, tmp_path):
+    with open_slide(make_slide(tmp_path / "a.tiff", side=1024)) as slide:
+        fine, coarse = slide.grid(224, 0.5), slide.grid(224, 1.0)
+        assert (fine.size_px_level0, coarse.size_px_level0) == (224, 448)
+        assert (fine.candidates, coarse.candidates) == (16, 4)
+        tile = slide.read_tile(0, 0, 448, 224).astype(int)
+        wide = slide.read_tile(0, 0, 448, 448).astype(int)
+        averaged = wide.reshape(224, 2, 224, 2, 3).mean((1, 3))
+        assert np.abs(tile - averaged).max() <= 1
+
+
+def test_overlap_makes_the_grid_denser(make_slide, tmp_path):
+    with open_slide(make_slide(tmp_path / "a.tiff", side=1024)) as slide:
+        grid = slide.grid(224, 0.5, overlap_px=112, min_tissue=0)
+        steps = np.diff(np.unique(grid.coords[:, 0]))
+        assert set(steps) == {112} and grid.candidates == 64
+
+
+def test_the_best_level_of_a_pyramid_is_read(tmp_path):
+    from histoseek.demo import make_tissue_slide
+
+    make_tissue_slide(tmp_path / "pyramid.tiff")
+    with open_slide(tmp_path / "pyramid.tiff") as slide:
+        asked = []
+        region = slide._source.region
+        slide._source.region = lambda x, y, level, w, h: (
+            asked.append(level) or region(x, y, level, w, h)
+        )
+        slide.read_tile(0, 0, 224, 224)
+        slide.read_tile(0, 0, 448, 224)
+        slide.read_tile(0, 0, 2000, 224)
+        assert asked == [0, 1, 2]
+
+
+def test_plain_pictures_are_slides_too(tissue, tmp_path):
+    Image.fromarray(tissue).save(tmp_path / "region.png")
+    with open_slide(tmp_path / "region.png", assume_mpp=0.5) as slide:
+        assert (slide.width, slide.height) == (512, 512)
+        assert np.array_equal(slide.read_tile(10, 20, 224, 224), tissue[20:244, 10:234])
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [(None, "does not exist"), (b"", "0 bytes"), (b"not a slide", "slide|picture")],
+)
+@pytest.mark.parametrize("suffix", [".svs", ".tiff", ".dcm"])
+def test_missing_empty_and_foreign_files_are_refused_by_name(tmp_path, content, says, suffix):
+    path = tmp_path / f"case-9{suffix}"
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(BadInput, match=says) as caught:
+        open_slide(path)
+    assert "case-9" in str(caught.value)
+
+
+def test_glass_is_no_tissue_and_tissue_is(tissue):
+    glass = np.full((200, 200, 3), 244, np.uint8)
+    glass[:, 100:] = np.random.default_rng(0).integers(240, 248, (200, 100, 1))
+    assert not tissue_mask(glass).any()
+    assert not tissue_mask(np.zeros((50, 50, 3), np.uint8)).any()
+    half = glass.repeat(2, 0).repeat(2, 1)
+    half[:, :200] = tissue[:400, :200]
+    mask = tissue_mask(half)
+    assert mask[:, :195].mean() > 0.6 and mask[:, 205:].mean() < 0.01
+
+
+def test_tissue_share_counts_the_mask_in_each_box():
+    mask = np.zeros((10, 20), bool)
+    mask[:5, :10] = True
+    boxes = np.array([[0, 0, 10, 5], [0, 0, 10, 10], [10, 5, 20, 10], [5, 0, 15, 5]], float)
+    assert tissue_share(mask, boxes).tolist() == [1.0, 0.5, 0.0, 0.5]
+
+
+@pytest.mark.shared
+def test_the_real_slide_says_its_scale_and_its_tissue_is_found(cmu_slide):
+    with Slide(cmu_slide) as slide:
+        assert (slide.width, slide.height) == (2220, 2967)
+        assert slide.mpp == pytest.approx(0.499) and slide.objective == 20
+        grid = slide.grid(224, 0.5)
+        assert 0.25 < grid.tissue < 0.5 and 40 < len(grid.coords) < grid.candidates

@@ -1,0 +1,150 @@
+"""The command line as a person and as a program meet it."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from histoseek import __version__
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory, tile_folder):
+    import subprocess
+    import sys
+
+    folder = tmp_path_factory.mktemp("cli")
+    run = [sys.executable, "-m", "histoseek"]
+    for words in (
+        ["embed", tile_folder, "--out", folder / "features"],
+        ["index", "create", folder / "atlas"],
+        ["index", "add", folder / "atlas", folder / "features"],
+        ["index", "fit", folder / "atlas"],
+    ):
+        subprocess.run([*run, *map(str, words)], check=True, capture_output=True)
+    return folder / "atlas"
+
+
+def test_version_and_help(cli):
+    assert cli("--version").stdout == f"histoseek {__version__}\n"
+    text = cli("--help").stdout
+    for verb in ("demo", "train", "export", "embed", "index", "ui", "doctor"):
+        assert verb in text
+
+
+def test_search_gives_a_list_of_hits_per_picture(cli_json, atlas, tile_folder):
+    one, two = cli_json(
+        "index", "search", atlas, tile_folder / "cat/01.png", tile_folder / "retina/02.png", "-k", 3
+    )
+    assert len(one) == len(two) == 3
+    assert {
+        "rank",
+        "score",
+        "slide",
+        "x",
+        "y",
+        "size_px_level0",
+        "mpp",
+        "label",
+        "patient",
+        "cluster",
+    } <= set(one[0])
+    assert (one[0]["file"], one[0]["label"], one[0]["patient"]) == ("cat/01.png", "cat", "cat-0")
+    assert two[0]["label"] == "retina" and two[0]["cluster"] >= 0
+
+
+def test_assign_gives_cluster_distance_strength_unknown(cli_json, atlas, tile_folder):
+    (placed,) = cli_json("index", "assign", atlas, tile_folder / "cat/01.png")
+    assert {"cluster", "distance", "strength", "unknown"} <= set(placed)
+
+
+def test_one_bad_picture_stops_no_other_and_the_exit_code_tells(
+    cli_json, atlas, tile_folder, tmp_path
+):
+    (tmp_path / "bad.png").write_bytes(b"")
+    for verb in ("search", "assign"):
+        bad, good = cli_json(
+            "index", verb, atlas, tmp_path / "bad.png", tile_folder / "cat/01.png", expect=1
+        )
+        assert "0 bytes" in bad["error"]["message"] and good
+
+
+def test_stats_and_verify(cli_json, atlas):
+    facts = cli_json("index", "stats", atlas)
+    assert (facts["slides"], facts["tiles"]) == (1, 72) and facts["labels"]["cat"] == 24
+    assert cli_json("index", "verify", atlas) == {"ok": True, "problems": []}
+
+
+def test_errors_are_one_json_document_and_exit_1(cli, cli_json, tmp_path, tile_folder):
+    for words, says in (
+        (["train", "simclr", tile_folder, "--out", tmp_path / "r"], "arcface"),
+        (["index", "stats", tmp_path / "none"], "not an atlas"),
+        (["embed", tile_folder, "--encoder", tmp_path / "none", "--out", tmp_path / "o"], "not an encoder"),
+        (["embed", tile_folder, "--encoder", "triton://x", "--out", tmp_path / "o"], "bundle"),
+        (["export", tmp_path / "none", "--out", tmp_path / "b", "--tiles", tile_folder], "no finished run"),
+        (["embed", tile_folder, "--out", tmp_path / "o", "--mpp", "0"], "--mpp"),
+        (["embed", tile_folder, "--out", tmp_path / "o", "--overlap", "224"], "--overlap"),
+    ):  # fmt: skip
+        error = cli_json(*words, expect=1)["error"]
+        assert says in error["message"], error
+        human = cli(*words)
+        assert human.returncode == 1 and human.stdout == "" and "Traceback" not in human.stderr
+
+
+def test_wrong_usage_exits_2(cli):
+    assert cli("embed").returncode == 2
+    assert cli("no-such-verb").returncode == 2
+
+
+def test_train_list_shows_recipes_models_and_options(cli, cli_json):
+    document = cli_json("train", "--list")
+    assert document["models"]["mobilenet-v3-small"]["parameters"] == 1_091_808
+    assert {"--margin", "--scale", "--easy-margin"} <= {
+        o["flag"] for o in document["recipes"]["arcface"]["options"]
+    }
+    assert "--margin" in cli("train", "--list").stdout
+
+
+def test_train_export_embed_search_with_an_encoder_of_ones_own(cli_json, tile_folder, tmp_path):
+    run, bundle, atlas = tmp_path / "run", tmp_path / "mine", tmp_path / "atlas"
+    record = cli_json(
+        "train", "arcface", tile_folder, "--out", run, "--size-px", 64, "--epochs", 2,
+        "--batch", 16, "--folds", 3, "--accelerator", "cpu",
+    )  # fmt: skip
+    assert record["split"]["by"] == "group" and len(record["epochs"]) == 2
+    manifest = cli_json("export", run, "--out", bundle, "--name", "mine", "--mpp", 0.5)
+    assert (manifest["size_px"], manifest["dim"], manifest["name"]) == (64, 64, "mine")
+    report = cli_json("embed", tile_folder, "--encoder", bundle, "--out", tmp_path / "f")
+    assert report["ok"] and report["tiles"] == 72
+    cli_json("index", "create", atlas, "--encoder", bundle)
+    assert cli_json("index", "add", atlas, tmp_path / "f")["ok"]
+    ((best, *_),) = cli_json("index", "search", atlas, tile_folder / "tissue/00.png", "-k", 2)
+    assert best["score"] > 0.99 and best["patient"] == "tissue-0"
+    foreign = cli_json("embed", tile_folder, "--out", tmp_path / "default")
+    refused = cli_json("index", "add", atlas, foreign["results"][0]["features"], expect=1)
+    assert "mine" in refused["added"][0]["reason"]
+
+
+def test_doctor_says_what_is_there(cli, cli_json):
+    report = cli_json("doctor")
+    assert report["ok"] and report["encoder"]["ok"]
+    parts = {p["name"]: p for p in report["parts"]}
+    assert parts["embedding"]["installed"] and parts["index"]["versions"]["hdbscan"]
+    for part in parts.values():
+        assert part["installed"] or part["remedy"].startswith("pip install 'histoseek[")
+    assert "default encoder" in cli("doctor").stdout
+
+
+def test_demo_finds_the_place_the_crop_was_cut_from(cli_json, tmp_path):
+    """With no internet the slide is made of scikit-image's tissue; with it, fetched."""
+    document = cli_json("demo", "--dir", tmp_path / "demo", "--no-ui")
+    assert document["best_hit_is_the_place"] and document["hits"][0]["rank"] == 1
+    assert document["tiles"] > 50 and not document["assigned"]["unknown"]
+    assert Image.open(tmp_path / "demo/query.png").size == (224, 224)
+    again = cli_json("demo", "--dir", tmp_path / "demo", "--no-ui")
+    assert again["hits"] == document["hits"]
+
+
+def test_json_is_the_only_thing_on_stdout(cli, tile_folder, tmp_path):
+    done = cli("embed", tile_folder, "--out", tmp_path / "f", "--json")
+    assert json.loads(done.stdout)["ok"]

@@ -1,0 +1,102 @@
+"""The wheel, the layers and the light start."""
+
+import ast
+import os
+import subprocess
+import sys
+import time
+import tomllib
+import zipfile
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("training", "export", "serving", "index", "ui")
+
+
+def test_every_folder_with_an_init_is_listed():
+    listed = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"]
+    inits = [p for folder in FOLDERS for p in (ROOT / folder).rglob("__init__.py")]
+    found = [".".join(("histoseek", *p.parent.relative_to(ROOT).parts)) for p in inits]
+    assert sorted(listed) == sorted(["histoseek", *found])
+
+
+def test_the_wheel_holds_every_module_and_the_default_encoder(tmp_path):
+    copy = tmp_path / "source"
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.split()
+    for name in tracked:
+        if (ROOT / name).is_file():
+            (copy / name).parent.mkdir(parents=True, exist_ok=True)
+            (copy / name).write_bytes((ROOT / name).read_bytes())
+    command = [
+        sys.executable,
+        "-m",
+        "build",
+        "--wheel",
+        "--no-isolation",
+        "--outdir",
+        str(tmp_path),
+        str(copy),
+    ]
+    subprocess.run(command, check=True, capture_output=True)
+    with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
+        inside = set(wheel.namelist())
+    modules = {
+        f"histoseek/{n}" for n in tracked if n.endswith(".py") and not n.startswith("tests/")
+    }
+    assert modules <= inside
+    assert {n for n in inside if n.endswith(".py")} == modules
+    for extra in ("py.typed", "ui/page.css", "serving/default_encoder/encoder.onnx"):
+        assert f"histoseek/{extra}" in inside
+
+
+def test_torch_is_named_only_in_training_and_export():
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).parts
+        if parts[0] in {"training", "export", "tests"} or parts[0].startswith((".", "build")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not any(n.split(".")[0] in {"torch", "lightning_fabric"} for n in names), path
+
+
+def test_stages_without_torch_import_where_torch_is_forbidden(tmp_path):
+    (tmp_path / "torch.py").write_text("raise ImportError('torch is not installed here')\n")
+    code = (
+        "import histoseek.serving.pipeline, histoseek.serving.encoder, histoseek.serving.jobs\n"
+        "import histoseek.index.atlas, histoseek.ui.app, histoseek.ui.view, histoseek.demo\n"
+        "import sys; print('torch' in sys.modules)\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+    )
+    assert done.stdout.strip() == "False", done.stderr
+
+
+def test_help_is_quick_compared_with_python_itself():
+    def seconds(*command):
+        best = []
+        for _ in range(5):
+            started = time.perf_counter()
+            subprocess.run([sys.executable, *command], check=True, capture_output=True)
+            best.append(time.perf_counter() - started)
+        return min(best)
+
+    bare = seconds("-c", "import typer")
+    ours = seconds("-m", "histoseek", "--help")
+    assert ours < 0.5 or ours < 3 * bare, f"--help takes {ours:.2f} s, importing typer {bare:.2f} s"
+
+
+def test_no_pickle_anywhere():
+    for path in ROOT.rglob("*.py"):
+        parts = path.relative_to(ROOT).parts
+        if parts[0].startswith((".", "build", "tests")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            assert not {"pickle", "joblib", "dill"} & set(names), path

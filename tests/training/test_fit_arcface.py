@@ -1,0 +1,308 @@
+"""The recipe: repeatable, resumable after a kill, split by group, and better than chance."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from histoseek.errors import BadInput, Mismatch
+from histoseek.metrics import codes
+from histoseek.tilesets import open_tiles
+from histoseek.training.augment import Augmentation, augment, warp
+from histoseek.training.commands import select
+from histoseek.training.data import load, split_by_group
+from histoseek.training.fit_arcface import ArcFaceNet, ArcFaceOptions, fit
+from histoseek.training.models import build
+from histoseek.training.recipes import describe_options, find_recipe, parse_options
+
+SMALL = {"size_px": 64, "epochs": 3, "batch": 16, "folds": 3, "accelerator": "cpu"}
+
+
+def silent(done, total, text):
+    pass
+
+
+def test_a_run_repeats_to_the_byte(tile_folder, tmp_path):
+    tiles = open_tiles(tile_folder)
+    for name in ("one", "two"):
+        fit(ArcFaceOptions(**SMALL), tiles, tmp_path / name, silent)
+    one, two = ((tmp_path / n / "weights.safetensors").read_bytes() for n in ("one", "two"))
+    assert one == two
+    fit(ArcFaceOptions(**SMALL, seed=1), tiles, tmp_path / "three", silent)
+    assert (tmp_path / "three/weights.safetensors").read_bytes() != one
+
+
+def test_killed_in_the_middle_it_resumes_to_the_same_weights(tile_folder, tmp_path):
+    words = [
+        "--size-px",
+        "64",
+        "--epochs",
+        "5",
+        "--batch",
+        "16",
+        "--folds",
+        "3",
+        "--accelerator",
+        "cpu",
+    ]
+    command = [
+        sys.executable,
+        "-m",
+        "histoseek",
+        "train",
+        "arcface",
+        str(tile_folder),
+        *words,
+        "--out",
+    ]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    run = tmp_path / "killed"
+    process = subprocess.Popen(
+        [*command, str(run)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
+    )
+    deadline = time.monotonic() + 120
+    while not (run / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (run / "run.json").exists(), "killed too late to prove anything"
+    subprocess.run([*command, str(run)], check=True, capture_output=True)
+    record = json.loads((run / "run.json").read_text())
+    assert [e["epoch"] for e in record["epochs"]] == [1, 2, 3, 4, 5]
+    whole = (tmp_path / "whole/weights.safetensors").read_bytes()
+    assert (run / "weights.safetensors").read_bytes() == whole
+
+
+def test_a_folder_of_another_run_is_refused_with_the_difference(tile_folder, tmp_path):
+    tiles = open_tiles(tile_folder)
+    options = ArcFaceOptions(**{**SMALL, "epochs": 1})
+    first = fit(options, tiles, tmp_path / "run", silent)
+    assert fit(options, tiles, tmp_path / "run", silent) == first  # finished: nothing is redone
+    with pytest.raises(Mismatch, match=r"margin: 0\.5 -> 0\.2"):
+        fit(ArcFaceOptions(**{**SMALL, "epochs": 1}, margin=0.2), tiles, tmp_path / "run", silent)
+    with pytest.raises(Mismatch, match="training data"):
+        fit(options, tiles.take(range(60)), tmp_path / "run", silent)
+
+
+def test_two_phases_train_what_they_name_and_nothing_else(tile_folder, tmp_path):
+    torch.manual_seed(2)
+    weights = tmp_path / "backbone.pth"
+    start = build("mobilenet-v3-small").backbone.state_dict()
+    torch.save(start, weights)
+    options = ArcFaceOptions(**SMALL, weights=str(weights), epochs_head=1, epochs_tail=1)
+    record = fit(options, open_tiles(tile_folder), tmp_path / "run", silent)
+    assert [e["phase"] for e in record["epochs"]] == ["head", "last layers"]
+    from histoseek.training.checkpoint import load_tensors
+
+    trained = load_tensors(tmp_path / "run/weights.safetensors")[0]
+    moved = {
+        key.split(".")[1]
+        for key, value in start.items()
+        if not torch.equal(value, trained[f"backbone.{key}"])
+    }
+    assert moved == {"9", "10", "11", "12"}
+
+
+def test_frozen_batch_norms_keep_their_statistics():
+    options = ArcFaceOptions(weights="x")
+    net = ArcFaceNet(build("mobilenet-v3-small", size_px=64), {"label": 3}, options)
+    before = {k: v.clone() for k, v in net.encoder.backbone.state_dict().items()}
+    net.set_phase(options.phases()[0])
+    net(torch.rand(4, 3, 64, 64), {"label": torch.tensor([0, 1, 2, -1])}).backward()
+    after = net.encoder.backbone.state_dict()
+    assert all(torch.equal(before[k], after[k]) for k in before)
+
+
+def test_unlabelled_tiles_cost_nothing():
+    net = ArcFaceNet(build("mobilenet-v3-small", size_px=64), {"label": 3}, ArcFaceOptions())
+    net.eval()
+    tiles = torch.rand(3, 3, 64, 64)
+    some = net(tiles, {"label": torch.tensor([0, -1, 2])})
+    assert torch.allclose(some, net(tiles[[0, 2]], {"label": torch.tensor([0, 2])}), atol=1e-5)
+    none = net(tiles, {"label": torch.tensor([-1, -1, -1])})
+    assert float(none.detach()) == 0
+
+
+def test_no_group_is_split(tile_folder):
+    data = load(open_tiles(tile_folder), 32, silent)
+    seen = []
+    for fold in range(3):
+        train, held_out = split_by_group(data, 3, fold, seed=0)
+        assert not set(data.groups[train]) & set(data.groups[held_out])
+        assert len(train) + len(held_out) == 72
+        assert set(data.labels[held_out]) == {0, 1, 2}
+        seen += held_out.tolist()
+    assert sorted(seen) == list(range(72))
+    with pytest.raises(BadInput, match="18 group"):
+        split_by_group(data, 40, 0, seed=0)
+
+
+def test_cross_validation_trains_every_fold_and_sums_up(tile_folder, tmp_path, cli_json):
+    document = cli_json(
+        "train", "arcface", tile_folder, "--out", tmp_path / "cv", "--cross-validate",
+        "--size-px", 64, "--epochs", 1, "--batch", 16, "--folds", 3, "--accelerator", "cpu",
+    )  # fmt: skip
+    assert document["folds"] == 3 and {p.name for p in tmp_path.glob("cv/fold-*")} == {
+        "fold-0", "fold-1", "fold-2",
+    }  # fmt: skip
+    row = document["summary"]["trained"]["same_group_r1"]
+    values = []
+    for fold in range(3):
+        run = json.loads((tmp_path / f"cv/fold-{fold}/run.json").read_text())
+        values += [
+            m["value"]
+            for m in run["metrics"]["trained"]["retrieval"]
+            if m["name"] == "same_group_r1"
+        ]
+    assert row["mean"] == pytest.approx(np.mean(values)) and row["sd"] == pytest.approx(
+        np.std(values)
+    )
+
+
+def test_it_learns_what_a_random_net_does_not_know(tile_folder, tmp_path):
+    options = ArcFaceOptions(
+        **{**SMALL, "epochs": 20, "batch": 8},
+        target="label",
+        lr=3e-3,
+        margin=0.2,
+        dropout=0.0,
+        rotation_deg=180,
+    )
+    record = fit(options, open_tiles(tile_folder), tmp_path / "run", silent)
+    assert record["epochs"][-1]["loss"] < 0.7 * record["epochs"][0]["loss"]
+    scores = {m["name"]: m for m in record["metrics"]["trained"]["retrieval"]}
+    assert scores["knn5"]["value"] > scores["knn5"]["baseline"] + 0.25
+    assert {"same_group_r1", "knn5"} == set(scores)
+    clustering = record["metrics"]["trained"]["kmeans_k_classes"]["scores"]
+    assert {m["name"] for m in clustering} >= {
+        "accuracy", "macro_f1", "ari", "nmi", "ami", "silhouette", "purity",
+    }  # fmt: skip
+    assert all("baseline" in m and m["baseline_is"] for m in clustering)
+
+
+def test_unreadable_tiles_are_counted_and_named(tile_folder, tmp_path):
+    import shutil
+
+    folder = tmp_path / "kinds"
+    shutil.copytree(tile_folder, folder)
+    (folder / "cat/05.png").write_bytes(b"broken")
+    record = fit(
+        ArcFaceOptions(**{**SMALL, "epochs": 0}), open_tiles(folder), tmp_path / "run", silent
+    )
+    assert record["data"]["tiles"] == 71 and "cat/05.png" in record["data"]["unreadable"][0]
+
+
+def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_epoch(
+    tile_folder, tmp_path, monkeypatch
+):
+    from histoseek.training import fit_arcface
+
+    real, calls = ArcFaceNet.forward, []
+
+    def broken(self, tiles, targets):
+        calls.append(1)
+        loss = real(self, tiles, targets)
+        return loss * float("nan") if len(calls) == 5 else loss
+
+    monkeypatch.setattr(fit_arcface.ArcFaceNet, "forward", broken)
+    with pytest.raises(BadInput, match="epoch 2, step"):
+        fit(ArcFaceOptions(**SMALL), open_tiles(tile_folder), tmp_path / "run", silent)
+    assert (tmp_path / "run/checkpoint.safetensors").exists()
+
+
+def test_data_without_the_target_is_refused(tile_folder, tmp_path):
+    tiles = open_tiles(tile_folder).without("label", ["cat", "retina"])
+    with pytest.raises(BadInput, match=r"1 label"):
+        fit(ArcFaceOptions(**SMALL), tiles, tmp_path / "a", silent)
+    (tile_folder / "tissue").exists()
+    ungrouped = open_tiles(tile_folder / "tissue")
+    with pytest.raises(BadInput, match="groups"):
+        fit(ArcFaceOptions(**SMALL, target="group"), ungrouped, tmp_path / "b", silent)
+
+
+def test_options_come_from_the_dataclass_and_say_what_is_wrong():
+    recipe = find_recipe("arcface")
+    options = parse_options(
+        recipe, ["--margin", "0.3", "--easy-margin", "--no-flip", "--target=group"]
+    )
+    assert (options.margin, options.easy_margin, options.flip, options.target) == (
+        0.3,
+        True,
+        False,
+        "group",
+    )
+    assert all(meaning for _, _, meaning in describe_options(recipe))
+    for words, says in (
+        (["--margins", "1"], "--margin"),
+        (["--epochs", "many"], "int"),
+        (["--epochs"], "needs a value"),
+        (["--target", "slide"], "label, group"),
+        (["--folds", "1"], "folds is 1"),
+        (["--crop-px", "500"], "crop_px is 500"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            parse_options(recipe, words)
+    with pytest.raises(BadInput, match="choose one of: arcface"):
+        find_recipe("simclr")
+
+
+def test_augmentation_repeats_by_seed_and_stays_in_range(tissue):
+    tiles = torch.from_numpy(np.stack([tissue[:96, :96]] * 6)).permute(0, 3, 1, 2).float() / 255
+    ranges = Augmentation(180, 0.3, 0.1, True, 0.3, 0.2, 0.05, crop_px=64)
+    one, two = (augment(tiles, ranges, torch.Generator().manual_seed(1)) for _ in range(2))
+    assert torch.equal(one, two) and one.shape == (6, 3, 64, 64)
+    assert one.min() >= 0 and one.max() <= 1 and not torch.equal(one[0], one[1])
+    still = Augmentation(0, 0, 0, False, 0, 0, 0)
+    assert torch.allclose(augment(tiles, still, torch.Generator()), tiles, atol=1e-5)
+
+
+def test_rotation_by_a_quarter_is_a_quarter():
+    tile = torch.rand(1, 3, 32, 32)
+    turned = warp(tile, _QuarterTurn(), torch.Generator())
+    assert torch.allclose(turned, torch.rot90(tile, 1, (2, 3)), atol=1e-4) or torch.allclose(
+        turned, torch.rot90(tile, -1, (2, 3)), atol=1e-4
+    )
+
+
+class _QuarterTurn(Augmentation):
+    def __init__(self):
+        super().__init__(zoom=0, shift=0, flip=False)
+        probe = torch.rand(1, generator=torch.Generator()) * 2 - 1
+        object.__setattr__(self, "rotation_deg", 90 / float(probe[0]))
+
+
+def test_selection_excludes_and_relabels(tile_folder):
+    chosen = select([tile_folder], ["label=cat"], ["label", "group"])
+    assert {t.label.split("/")[0] for t in chosen.tiles} == {"retina", "tissue"}
+    with pytest.raises(BadInput, match="matches no tile"):
+        select([tile_folder], ["label=dog"], ["label"])
+    with pytest.raises(BadInput, match="COLUMN=VALUE"):
+        select([tile_folder], ["label"], ["label"])
+    both = select([tile_folder, tile_folder / "manifest.csv"], [], ["label"])
+    assert len(both) == 144 and len(set(codes([t.group for t in both.tiles]))) == 36
+
+
+@pytest.mark.shared
+@pytest.mark.timeout(900)
+def test_on_lc25000_same_group_recall_beats_random_weights(shared, tmp_path):
+    """The paper's recipe on real H&E, 5 folds by source tile; a short run on small tiles."""
+    tiles = open_tiles(shared / "lc25000.tar")
+    options = ArcFaceOptions(
+        size_px=112, epochs=10, batch=64, folds=5, target="label+group", lr=3e-3, margin=0.3,
+        dropout=0.0, rotation_deg=180, zoom=0.2, crop_px=96, accelerator="cpu",
+    )  # fmt: skip
+    record = fit(options, tiles, tmp_path / "run", silent)
+    reached, random = (
+        next(
+            m["value"] for m in record["metrics"][side]["retrieval"] if m["name"] == "same_group_r1"
+        )
+        for side in ("trained", "random_init")
+    )
+    print(f"same-group R@1 {reached:.3f}, random weights {random:.3f}")
+    assert reached >= random + 0.10

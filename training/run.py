@@ -1,0 +1,124 @@
+"""The folder of a run: its identity, the checkpoint from which it resumes, and its final record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ..errors import Mismatch
+from ..files import read_json, write_json
+from .checkpoint import (
+    Tensors,
+    flatten_optimizer,
+    load_tensors,
+    restore_optimizer,
+    save_tensors,
+)
+
+RECORD = "run.json"
+WEIGHTS = "weights.safetensors"
+CHECKPOINT = "checkpoint.safetensors"
+
+
+@dataclass
+class Progress:
+    """Where a run stands.
+
+    Attributes:
+        epoch: whole epochs done, over all phases.
+        history: what each epoch measured.
+    """
+
+    epoch: int = 0
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+
+class RunFolder:
+    """One run on disk. The identity (recipe, options, data) decides whether a folder is this run's."""
+
+    def __init__(self, path: Path, identity: dict[str, Any]) -> None:
+        """Name the folder and what the run in it is; nothing is written yet."""
+        self.path = path
+        self.identity = identity
+        self._stored: Tensors = {}
+        self._about: dict[str, Any] = {}
+
+    def finished(self) -> dict[str, Any] | None:
+        """Return the record if this very run was finished before.
+
+        Raises:
+            Mismatch: the folder holds a run with other options or data; says which.
+        """
+        record: dict[str, Any] | None = None
+        earlier: dict[str, Any] | None = None
+        if (self.path / RECORD).is_file():
+            record = read_json(self.path / RECORD)
+            earlier = (record or {}).get("identity")
+        elif (self.path / CHECKPOINT).is_file():
+            earlier = load_tensors(self.path / CHECKPOINT)[1].get("identity")
+        if earlier is not None and earlier != self.identity:
+            raise Mismatch(
+                f"{self.path} holds a run with other settings ({self._difference(earlier)}); choose "
+                "another --out, or repeat the command with the settings that the run was started with"
+            )
+        return record
+
+    def _difference(self, earlier: dict[str, Any]) -> str:
+        old, new = earlier.get("options", {}), self.identity["options"]
+        other = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]
+        if earlier.get("data") != self.identity["data"]:
+            other.append("the training data")
+        return "; ".join(other)
+
+    def resume(self, net: torch.nn.Module) -> Progress:
+        """Load the last whole epoch into ``net``, if there is one; return where the run stands."""
+        path = self.path / CHECKPOINT
+        if not path.is_file():
+            return Progress()
+        self._stored, self._about = load_tensors(path)
+        weights = {
+            k.removeprefix("net."): v for k, v in self._stored.items() if k.startswith("net.")
+        }
+        net.load_state_dict(weights)
+        return Progress(self._about["epoch"], self._about["history"])
+
+    def resume_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        """Load the optimiser's state that belongs to the epoch resumed from."""
+        optimizer.load_state_dict(restore_optimizer(self._stored, self._about["optimizer"]))
+
+    def save(self, net: torch.nn.Module, optimizer: Any, progress: Progress) -> None:
+        """Write the state after a whole epoch, in one step."""
+        moments, groups = flatten_optimizer(optimizer.state_dict())
+        tensors = {**{f"net.{k}": v for k, v in net.state_dict().items()}, **moments}
+        about = {
+            "identity": self.identity,
+            "epoch": progress.epoch,
+            "history": progress.history,
+            "optimizer": groups,
+        }
+        save_tensors(self.path / CHECKPOINT, tensors, about)
+
+    def finish(
+        self, weights: Tensors, architecture: dict[str, Any], record: dict[str, Any]
+    ) -> dict[str, Any]:
+        """Write weights, then the record (the mark that the run is done); drop the checkpoint."""
+        save_tensors(self.path / WEIGHTS, weights, {"architecture": architecture})
+        whole = {
+            "format": 1,
+            "architecture": architecture,
+            **record,
+            "versions": {
+                "torch": torch.__version__,
+                "lightning-fabric": metadata.version("lightning-fabric"),
+                "numpy": np.__version__,
+            },
+            "identity": self.identity,
+        }
+        write_json(self.path / RECORD, whole)
+        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        return whole
