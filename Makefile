@@ -22,7 +22,7 @@ check: $(VENV)/.ready
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/bench -s
+	$(BIN)/python -m pytest tests/bench -s -q -o addopts="--import-mode=importlib"
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

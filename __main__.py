@@ -130,6 +130,9 @@ def export(
     pca: Annotated[
         float | None, typer.Option(help="Keep this share of the variance by PCA in the graph.")
     ] = None,
+    views: Annotated[
+        int, typer.Option(help="Average over 4 quarter turns, or 8 with mirror images; 1: none.")
+    ] = 1,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
     notes: Annotated[
         Path | None, typer.Option(help="Markdown file to add to the model card.")
@@ -143,7 +146,7 @@ def export(
 
     source = parity_tiles(run, tiles)
     about = read_text(notes) if notes else ""
-    manifest = export_run(run, out, source, build, name, mpp, pca, licence, about)
+    manifest = export_run(run, out, source, build, name, mpp, pca, views, licence, about)
     document = {"bundle": str(out), **manifest.model_dump()}
     console.emit(
         document,

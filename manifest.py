@@ -15,6 +15,7 @@ GRAPH = "encoder.onnx"
 MANIFEST = "manifest.json"
 PARITY = "parity.json"
 CARD = "MODEL_CARD.md"
+RUN = "run.json"
 INPUT = "tiles"
 OUTPUT = "embedding"
 
@@ -35,6 +36,7 @@ class Manifest(BaseModel):
         dim: length of an embedding.
         metric: how two embeddings are compared.
         normalised: whether embeddings have length 1.
+        views: over how many turned and mirrored views the graph averages; 1 is the tile alone.
         training: where the weights come from.
         licence: of the weights.
         opset: ONNX operator set of the graph.
@@ -52,6 +54,7 @@ class Manifest(BaseModel):
     dim: int = Field(ge=1, le=8192)
     metric: Literal["cosine", "l2"]
     normalised: bool
+    views: int = Field(default=1, ge=1, le=8)
     training: dict[str, Any]
     licence: str
     opset: int

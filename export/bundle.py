@@ -17,7 +17,7 @@ from torch import nn
 from ..errors import BadInput, Damaged
 from ..files import publish_folder, read_json, sha256_file, write_atomic, write_json
 from ..images import square
-from ..manifest import CARD, GRAPH, MANIFEST, PARITY, Manifest
+from ..manifest import CARD, GRAPH, MANIFEST, PARITY, RUN, Manifest
 from ..tilesets import TileSet, open_tiles
 from .card import model_card
 from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
@@ -102,6 +102,7 @@ def export_run(
     name: str | None = None,
     mpp: float | None = None,
     pca: float | None = None,
+    views: int = 1,
     licence: str = "not stated",
     notes: str = "",
 ) -> Manifest:
@@ -115,6 +116,7 @@ def export_run(
         name: of the encoder; the folder's name when left out.
         mpp: micrometres per pixel at which slides are to be read, if known.
         pca: keep the components with this share of the variance inside the graph.
+        views: average over 4 quarter turns, or 8 with mirror images, inside the graph; 1 does not.
         licence: of the weights, as the card will state it.
         notes: Markdown that is added to the card.
 
@@ -126,7 +128,7 @@ def export_run(
         Mismatch: parity is over its bound; nothing is written.
     """
     record, encoder, basis = load_run(run, build)
-    graph = Graph(encoder, encoder.mean, encoder.std, _components(basis, pca, run))  # type: ignore[arg-type]
+    graph = Graph(encoder, encoder.mean, encoder.std, _components(basis, pca, run), views)  # type: ignore[arg-type]
     size_px = int(record["architecture"]["size_px"])
     dim = len(graph.pca_components) if graph.has_pca else int(record["architecture"]["dim"])
     tiles = sample_tiles(tileset, size_px)
@@ -144,6 +146,7 @@ def export_run(
             dim=dim,
             metric="cosine",
             normalised=True,
+            views=views,
             training=_provenance(record),
             licence=licence,
             opset=OPSET,
@@ -151,6 +154,7 @@ def export_run(
         )
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / PARITY, parity.as_dict())
+        write_json(folder / RUN, record)
         write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict(), notes))
     return manifest
 

@@ -25,6 +25,7 @@ def model_card(
         "|---|---|",
         f"| encoder sha256 | `{manifest.sha256}` |",
         f"| slides are read at | {mpp} |",
+        f"| views averaged in the graph | {manifest.views} |",
         f"| recipe | `{record['recipe']}` ({record['paper']}) |",
         f"| licence of the weights | {manifest.licence} |",
         f"| opset | {manifest.opset} |",

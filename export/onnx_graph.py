@@ -13,12 +13,13 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import Mismatch
+from ..errors import BadInput, Mismatch
 from ..manifest import INPUT, OUTPUT
 
 OPSET = 18
 """Loads in ONNX Runtime 1.24 (Triton 26.04) and in far older ones."""
 
+VIEWS = (1, 4, 8)
 MAX_ABS = 1e-4
 MAX_COSINE = 1e-6
 MAX_BATCH_ABS = 1e-5
@@ -27,11 +28,15 @@ MAX_BATCH_ABS = 1e-5
 class Graph(nn.Module):
     """Raw pixels to embedding: scaling, normalisation, the net, optional PCA, length 1.
 
+    With four views the embedding is the mean over the tile's quarter turns, with eight over its
+    mirror image's too: exactly the same for a tile however it lies, at that many times the cost.
+
     Args:
         encoder: float (N, 3, S, S) normalised -> (N, D).
         mean: per channel, for pixels in 0..1.
         std: per channel.
         pca: ``mean`` (D,) and ``components`` (R, D) of unit embeddings, or None.
+        views: 1, 4 or 8.
     """
 
     def __init__(
@@ -40,6 +45,7 @@ class Graph(nn.Module):
         mean: tuple[float, ...],
         std: tuple[float, ...],
         pca: tuple[torch.Tensor, torch.Tensor] | None = None,
+        views: int = 1,
     ) -> None:
         """Fold scaling and normalisation into one factor and one offset."""
         super().__init__()
@@ -48,6 +54,9 @@ class Graph(nn.Module):
         offset = -torch.tensor(mean) / torch.tensor(std)
         self.scale = nn.Buffer(scale[:, None, None])
         self.offset = nn.Buffer(offset[:, None, None])
+        if views not in VIEWS:
+            raise BadInput(f"--views is {views}; expected one of {', '.join(map(str, VIEWS))}")
+        self.views = views
         self.has_pca = pca is not None
         mean_of, components = pca if pca is not None else (torch.zeros(0), torch.zeros(0, 0))
         self.pca_mean = nn.Buffer(mean_of)
@@ -56,11 +65,21 @@ class Graph(nn.Module):
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """uint8 (N, S, S, 3) -> float32 (N, D) of length 1."""
         pixels = tiles.permute(0, 3, 1, 2).float()
-        embedding = self.encoder(pixels * self.scale + self.offset)
-        unit = nn.functional.normalize(embedding, dim=1)
+        scaled = pixels * self.scale + self.offset
+        unit = nn.functional.normalize(self.encoder(self._all_views(scaled)), dim=1)
+        if self.views > 1:
+            mean = unit.reshape(self.views, -1, unit.shape[1]).mean(0)
+            unit = nn.functional.normalize(mean, dim=1)
         if self.has_pca:
             unit = nn.functional.normalize((unit - self.pca_mean) @ self.pca_components.T, dim=1)
         return unit
+
+    def _all_views(self, tiles: torch.Tensor) -> torch.Tensor:
+        """(N, C, S, S) -> (views * N, C, S, S), all tiles of one view after those of another."""
+        if self.views == 1:
+            return tiles
+        sides = [tiles, tiles.flip(3)] if self.views == 8 else [tiles]
+        return torch.cat([torch.rot90(side, k, (2, 3)) for side in sides for k in range(4)])
 
 
 def to_onnx(graph: Graph, size_px: int) -> bytes:
@@ -87,6 +106,13 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
         quiet.setLevel(level)
     assert program is not None
     model = program.model_proto
+    for node in model.graph.node:  # the exporter's notes: stack traces with this machine's paths
+        node.ClearField("metadata_props")
+        node.ClearField("doc_string")
+    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
+        value.ClearField("metadata_props")
+    model.graph.ClearField("metadata_props")
+    model.ClearField("metadata_props")
     blob: bytes = model.SerializeToString()
     return blob
 

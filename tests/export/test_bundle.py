@@ -42,12 +42,16 @@ def test_the_bundle_is_complete_and_loads_in_older_runtimes(run, tile_folder, tm
         run, tmp_path / "b", open_tiles(tile_folder), build, mpp=0.5, licence="CC0"
     )
     assert {p.name for p in (tmp_path / "b").iterdir()} == {
-        "encoder.onnx", "manifest.json", "MODEL_CARD.md", "parity.json",
+        "encoder.onnx", "manifest.json", "MODEL_CARD.md", "parity.json", "run.json",
     }  # fmt: skip
     assert read_manifest(tmp_path / "b") == manifest and (manifest.dim, manifest.mpp) == (24, 0.5)
     model = onnx.load(tmp_path / "b/encoder.onnx")
     # ONNX Runtime 1.24 loads up to opset 25 and IR 13; far older ones load these.
     assert model.opset_import[0].version == 18 and model.ir_version <= 10
+    blob = (tmp_path / "b/encoder.onnx").read_bytes()
+    assert (
+        b".py" not in blob and b"/site-packages" not in blob
+    )  # no notes of the machine it came from
     (tiles,), (embedding,) = model.graph.input, model.graph.output
     shape = [d.dim_value or d.dim_param for d in tiles.type.tensor_type.shape.dim]
     assert shape[1:] == [64, 64, 3] and isinstance(shape[0], str)
@@ -60,6 +64,24 @@ def test_the_bundle_is_complete_and_loads_in_older_runtimes(run, tile_folder, tm
     with torch.inference_mode():
         expected = Graph(encoder, encoder.mean, encoder.std)(torch.from_numpy(images)).numpy()
     assert np.abs(OnnxEncoder(tmp_path / "b").embed(images) - expected).max() <= 1e-4
+
+
+@pytest.mark.parametrize("views", [4, 8])
+def test_averaged_views_make_a_turned_tile_the_same(run, tile_folder, tmp_path, views):
+    from histoseek.serving.encoder import OnnxEncoder
+
+    tiles = open_tiles(tile_folder)
+    assert export_run(run, tmp_path / "b", tiles, build, views=views).views == views
+    encoder, images = OnnxEncoder(tmp_path / "b"), sample_tiles(tiles, 64, 6)
+    upright = encoder.embed(images)
+    assert np.allclose(np.linalg.norm(upright, axis=1), 1, atol=1e-5)
+    for quarter in range(1, 4):
+        turned = np.ascontiguousarray(np.rot90(images, quarter, (1, 2)))
+        assert np.abs(encoder.embed(turned) - upright).max() < 1e-5
+        mirrored = np.abs(encoder.embed(np.ascontiguousarray(turned[:, :, ::-1])) - upright).max()
+        assert views == 4 or mirrored < 1e-5
+    with pytest.raises(BadInput, match="--views"):
+        export_run(run, tmp_path / "c", tiles, build, views=2)
 
 
 def test_pca_lives_in_the_graph(run, tile_folder, tmp_path):
