@@ -71,9 +71,7 @@ def demo(
 
     atlas = run_demo(dir)
     if not no_ui:
-        from .ui.app import serve
-
-        serve(atlas, "127.0.0.1", port)
+        _open_page(atlas, "127.0.0.1", port, quiet=json)
 
 
 @app.command(
@@ -146,7 +144,8 @@ def export(
 
     source = parity_tiles(run, tiles)
     about = read_text(notes) if notes else ""
-    manifest = export_run(run, out, source, build, name, mpp, pca, views, licence, about)
+    with console.working("exporting, and proving parity on real tiles"):
+        manifest = export_run(run, out, source, build, name, mpp, pca, views, licence, about)
     document = {"bundle": str(out), **manifest.model_dump()}
     console.emit(
         document,
@@ -200,11 +199,24 @@ def ui(
     atlas: Annotated[Path, typer.Argument(help="Folder of the atlas.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    json: Json = False,
 ) -> None:
     """Open the page on an atlas: find similar, upload and cluster, about."""
+    _open_page(atlas, host, port)
+
+
+def _open_page(atlas: Path, host: str, port: int, quiet: bool = False) -> None:
     from .ui.app import serve
 
-    serve(atlas, host, port)
+    page, address = serve(atlas, host, port)
+    document = {"atlas": str(atlas), "address": address}
+    text = f"histoseek is at {address} (Ctrl-C stops it)"
+    if quiet:  # the caller has printed its one JSON document already
+        console.say(text)
+    else:
+        console.emit(document, lambda: console.say(text))
+    sys.stdout.flush()
+    page.block_thread()
 
 
 @app.command()

@@ -118,6 +118,18 @@ def progress(title: str) -> Iterator[Report]:
         yield report
 
 
+@contextmanager
+def working(text: str) -> Iterator[None]:
+    """Show that something of unknown length goes on: a spinner on a terminal, else nothing."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status(text):
+        yield
+
+
 def _line_reporter(title: str) -> Report:
     import time
 

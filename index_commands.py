@@ -60,11 +60,19 @@ def add(
     with console.progress("adding") as progress:
         results = Atlas(atlas).add(files, table, progress)
     failed = [r for r in results if r.state == "failed"]
-    document = {"ok": not failed, "added": [asdict(r) for r in results]}
+    names = {r.slide for r in results}
+    unused = sorted(key for key in table if not {key, Path(key).stem} & names)
+    document = {
+        "ok": not failed,
+        "added": [asdict(r) for r in results],
+        "metadata_of_other_slides": unused,
+    }
 
     def human() -> None:
         rows = [(r.slide, r.state, r.tiles, r.reason) for r in results]
         console.table("", ("slide", "state", "tiles", "reason"), rows)
+        if unused:
+            console.say(f"metadata of slides that were not added now: {', '.join(unused[:10])}")
 
     console.emit(document, human)
     if failed:
@@ -115,7 +123,8 @@ def fit(
     if k != "auto" and not (k.isdigit() and int(k) >= 1):
         raise BadInput(f"--k is {k!r}; expected auto or a number of at least 1")
     count = None if k == "auto" else int(k)
-    result = Atlas(atlas).fit(method, count, name, min_cluster_size, seed)
+    with console.working(f"fitting {method}"):
+        result = Atlas(atlas).fit(method, count, name, min_cluster_size, seed)
 
     def human() -> None:
         rows = [("noise" if c < 0 else c, n) for c, n in result["sizes"].items()]
@@ -259,7 +268,8 @@ def verify(atlas: AtlasPath, json: Json = False) -> None:
     """Check every file and count of an atlas; exit code 1 if anything is wrong."""
     from .index.atlas import Atlas
 
-    found = Atlas(atlas).verify()
+    with console.working("checking every file"):
+        found = Atlas(atlas).verify()
 
     def human() -> None:
         for line in found:

@@ -28,6 +28,7 @@ SLIDE_SUFFIXES = frozenset(
 )
 MAX_SLIDE_PICTURE = 400_000_000
 BLOCK_PX = 1024
+SMALLEST_PX = 128
 UNREADABLE = "#ff00ff"
 """Colour of unreadable places on a thumbnail. It counts as tissue, so that the tiles there are tried,
 and recorded as unreadable, instead of vanishing as background."""
@@ -107,24 +108,44 @@ class OpenSlideSource:
         """Shrink the best level block by block, so that memory does not grow with the slide."""
         width, height = self.levels[0][1]
         level = self._slide.get_best_level_for_downsample(max(1.0, max(width, height) / longest))
-        downsample, (across, down) = self.levels[level]
+        across, down = self.levels[level][1]
         factor = max(1.0, max(across, down) / longest)
         small = Image.new("RGB", (max(1, round(across / factor)), max(1, round(down / factor))))
-        broken: list[BadInput] = []
-        blocks = list(blocks_of(across, down))
-        for left, top, right, bottom in blocks:
+        self._broken: BadInput | None = None
+        readable = False
+        for left, top, right, bottom in blocks_of(across, down):
             x0, y0 = round(left / factor), round(top / factor)
             size = max(1, round(right / factor) - x0), max(1, round(bottom / factor) - y0)
-            place = round(left * downsample), round(top * downsample)
-            try:
-                block = self.region(*place, level, right - left, bottom - top)
-            except BadInput as error:
-                broken.append(error)
-                block = Image.new("RGB", (1, 1), UNREADABLE)
+            block, whole = self._block(level, left, top, right - left, bottom - top)
+            readable = readable or whole
             small.paste(block.resize(size, Image.Resampling.BOX), (x0, y0))
-        if len(broken) == len(blocks):
-            raise broken[0]
+        if not readable and self._broken is not None:
+            raise self._broken
         return small
+
+    def _block(
+        self, level: int, left: int, top: int, width: int, height: int
+    ) -> tuple[Image.Image, bool]:
+        """Read a block of a level; where that fails, its quarters, down to 128 pixels.
+
+        Returns:
+            The block, with what is unreadable painted over, and whether any of it was readable.
+        """
+        downsample = self.levels[level][0]
+        place = round(left * downsample), round(top * downsample)
+        try:
+            return self.region(*place, level, width, height), True
+        except BadInput as error:
+            self._broken = self._broken or error
+        block, readable = Image.new("RGB", (width, height), UNREADABLE), False
+        if min(width, height) >= 2 * SMALLEST_PX:
+            half = width // 2, height // 2
+            for x, w in ((0, half[0]), (half[0], width - half[0])):
+                for y, h in ((0, half[1]), (half[1], height - half[1])):
+                    part, fine = self._block(level, left + x, top + y, w, h)
+                    block.paste(part, (x, y))
+                    readable = readable or fine
+        return block, readable
 
     def close(self) -> None:
         """Close the file."""

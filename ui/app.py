@@ -129,14 +129,13 @@ def _without_path(error: HistoseekError, path: str) -> str:
     return str(error).replace(path, Path(path).name)
 
 
-def serve(atlas: Path, host: str, port: int, block: bool = True) -> tuple[Any, str]:
-    """Open an atlas and serve the page.
+def serve(atlas: Path, host: str, port: int) -> tuple[Any, str]:
+    """Open an atlas and serve the page, in threads of its own.
 
     Args:
         atlas: the folder.
         host: address to listen on; any but a loopback address needs ``HISTOSEEK_UI_AUTH``.
         port: to listen on.
-        block: wait until the server is stopped.
 
     Returns:
         The running page and its address.
@@ -171,9 +170,6 @@ def serve(atlas: Path, host: str, port: int, block: bool = True) -> tuple[Any, s
         raise Busy(
             f"port {port} on {host} cannot be used ({error}); choose another --port"
         ) from error
-    print(f"histoseek is at {address} (Ctrl-C stops it)", flush=True)
-    if block:
-        page.block_thread()
     return page, str(address)
 
 

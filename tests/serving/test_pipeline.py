@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tarfile
 import time
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -169,7 +170,12 @@ def test_a_slide_cut_short_is_named_and_one_bad_tile_costs_only_itself(
     assert partial.state == "partial" and not partial.ok
     assert 1 <= len(partial.unreadable) <= 6 and "x=" in partial.unreadable[0]
     whole = embed([cmu_slide], encoder, tmp_path / "whole")[0]
-    assert partial.tiles + len(partial.unreadable) == whole.tiles
+    places, all_places = (
+        {tuple(xy) for xy in read_features(Path(r.features)).coords.tolist()}
+        for r in (partial, whole)
+    )
+    assert len(all_places - places) <= len(partial.unreadable)  # nothing vanished without a record
+    assert len(places - all_places) <= 4  # glass beside the bad spot may have been tried too
 
 
 def test_a_folder_of_tiles_keeps_labels_groups_and_names_what_it_could_not_read(
