@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import threading
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,7 +12,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, console
-from .errors import BadInput, HistoseekError
+from .errors import BadInput, HistoseekError, MissingPart
 from .index_commands import index_app
 
 # Medical data: no part of this program reports to anyone. Set before any of them is imported.
@@ -69,9 +70,11 @@ def demo(
     """Run the whole path on one real slide: embed, index, cluster, search, page."""
     from .demo import run_demo
 
-    atlas = run_demo(dir)
+    atlas, found = run_demo(dir)
     if not no_ui:
-        _open_page(atlas, "127.0.0.1", port, quiet=json)
+        _open_page(atlas, "127.0.0.1", port, quiet=json, browser=True)
+    if not found:
+        raise typer.Exit(console.EXIT_FAILED)
 
 
 @app.command(
@@ -102,6 +105,7 @@ def train(
     json: Json = False,
 ) -> None:
     """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value …]."""
+    _need_torch()
     from .training import commands
 
     if list_recipes:
@@ -138,6 +142,7 @@ def export(
     json: Json = False,
 ) -> None:
     """Export a run to an encoder bundle: ONNX graph, manifest, parity proof, model card."""
+    _need_torch()
     from .export.bundle import export_run, parity_tiles
     from .files import read_text
     from .training.models import build
@@ -205,7 +210,20 @@ def ui(
     _open_page(atlas, host, port)
 
 
-def _open_page(atlas: Path, host: str, port: int, quiet: bool = False) -> None:
+def _need_torch() -> None:
+    from importlib.util import find_spec
+
+    parts = ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript")
+    missing = [part for part in parts if find_spec(part) is None]
+    if missing:
+        raise MissingPart(
+            f"training and export need {', '.join(missing)}: pip install 'histoseek[train]'"
+        )
+
+
+def _open_page(
+    atlas: Path, host: str, port: int, quiet: bool = False, browser: bool = False
+) -> None:
     from .ui.app import serve
 
     page, address = serve(atlas, host, port)
@@ -216,7 +234,14 @@ def _open_page(atlas: Path, host: str, port: int, quiet: bool = False) -> None:
     else:
         console.emit(document, lambda: console.say(text))
     sys.stdout.flush()
-    page.block_thread()
+    if browser:
+        import webbrowser
+
+        webbrowser.open(address)
+    try:
+        threading.Event().wait()
+    finally:
+        page.close(verbose=False)
 
 
 @app.command()
@@ -231,16 +256,22 @@ def doctor(json: Json = False) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; every error of ours becomes a message and exit code 1."""
+    """Run the command line; errors of ours exit 1, wrong usage 2, Ctrl-C 130, each with a message."""
     console.mode.json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     try:
-        return app(arguments)
+        code = app(arguments, standalone_mode=False)
     except HistoseekError as error:
         console.fail(error)
-        sys.exit(console.EXIT_FAILED)
-    except KeyboardInterrupt:
+        code = console.EXIT_FAILED
+    except (KeyboardInterrupt, typer.Abort):
         print("stopped; repeat the command to go on where it was", file=sys.stderr)
-        sys.exit(130)
+        code = 130
+    except Exception as error:
+        if not hasattr(error, "format_message"):
+            raise
+        console.fail(error)  # click's own: wrong usage
+        code = console.EXIT_USAGE
+    sys.exit(code if isinstance(code, int) else 0)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -25,18 +26,23 @@ ENLARGED = 4
 ASSUMED_MPP = 0.5
 
 
-def run_demo(folder: Path) -> Path:
-    """Embed, index, cluster and search one slide in ``folder``; returns the atlas.
+def run_demo(folder: Path) -> tuple[Path, bool]:
+    """Embed, index, cluster and search one slide in ``folder``.
+
+    Returns:
+        The atlas, and whether the best hit was the place that the query was cut from.
 
     Everything that is there already is used again, so the demo can be repeated.
     """
     from .index.atlas import Atlas
-    from .serving.encoder import open_encoder
+    from .serving.encoder import DEFAULT_BUNDLE, open_encoder
     from .serving.jobs import find_jobs
     from .serving.pipeline import embed_jobs
     from .serving.results import EmbedOptions
     from .serving.slides import open_slide
 
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; pass --dir with a folder")
     folder.mkdir(parents=True, exist_ok=True)
     slide = get_slide(folder)
     encoder = open_encoder("default")
@@ -47,7 +53,7 @@ def run_demo(folder: Path) -> Path:
     if not result.ok or result.features is None:
         raise BadInput(f"{slide}: {result.reason}")
     path = folder / "atlas"
-    atlas = Atlas(path) if path.exists() else Atlas.create(path, folder_bundle())
+    atlas = Atlas(path) if path.exists() else Atlas.create(path, DEFAULT_BUNDLE)
     added = atlas.add([Path(result.features)])[0]
     if added.state == "failed":
         raise BadInput(f"{added.reason} (remove {folder} to start afresh)")
@@ -86,14 +92,7 @@ def run_demo(folder: Path) -> Path:
         "assigned": placed,
     }
     console.emit(document, lambda: console.say(f"done; open the page: histoseek ui {path}"))
-    return path
-
-
-def folder_bundle() -> Path:
-    """Return the folder of the default encoder."""
-    from .serving.encoder import DEFAULT_BUNDLE
-
-    return DEFAULT_BUNDLE
+    return path, same
 
 
 def nudge(place: int, limit: int, side: int, rng: np.random.Generator) -> int:
@@ -138,7 +137,7 @@ def get_slide(folder: Path) -> Path:
     try:
         write_atomic(real, fetch(SLIDE_URL, SLIDE_SHA256, SLIDE_BYTES))
         return real
-    except BadInput as error:
+    except (BadInput, Damaged) as error:
         console.say(f"   {error}")
     console.say("   instead: a pyramidal TIFF of scikit-image's immunohistochemistry picture")
     make_tissue_slide(made)
@@ -155,7 +154,7 @@ def fetch(url: str, sha256: str, size: int) -> bytes:
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
             blob: bytes = answer.read(2 * size + 1)
-    except (urllib.error.URLError, OSError, ValueError) as error:
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
         raise BadInput(f"cannot fetch {url} ({reason}); no internet here?") from error
     if _sha256(blob) != sha256:

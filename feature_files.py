@@ -7,6 +7,7 @@ is known of it. Written by serving, read by index.
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 from dataclasses import dataclass, field
@@ -17,11 +18,12 @@ import h5py
 import numpy as np
 from numpy.typing import NDArray
 
-from .errors import BadInput, Damaged, Mismatch
+from .errors import BadInput, Damaged, HistoseekError, Mismatch
 from .files import write_atomic
 
 CHUNK_ROWS = 512
 MAX_ROWS = 20_000_000
+MAX_BYTES = 16 * 2**30
 
 
 @dataclass(frozen=True)
@@ -145,12 +147,25 @@ def read_features(path: Path) -> Features:
         raise BadInput(f"{path} does not exist; check the path")
     if path.suffix.lower() in {".pt", ".pth", ".pkl"}:
         raise BadInput(f"{path} is a pickle, which can run code when opened; expected .h5 features")
+    return parse_features(path.read_bytes(), path)
+
+
+def parse_features(blob: bytes, path: Path) -> Features:
+    """Read and check the bytes of a feature file; ``path`` is what messages call it.
+
+    Raises:
+        BadInput: arrays that do not fit each other, or too large ones.
+        Damaged: not a readable HDF5 file.
+    """
     try:
-        with h5py.File(path, "r") as stored:
+        with h5py.File(io.BytesIO(blob), "r") as stored:
             return _parse(path, stored)
-    except (OSError, RuntimeError, ValueError, KeyError, UnicodeDecodeError) as error:
+    except HistoseekError:
+        raise
+    except Exception as error:  # a foreign file can make HDF5 and its attributes fail in any way
         raise Damaged(
-            f"{path} is not a whole feature file ({error}); embed its slide again"
+            f"{path} is not a whole feature file ({type(error).__name__}: {error}); embed its slide "
+            "again"
         ) from error
 
 
@@ -177,6 +192,8 @@ def _parse(path: Path, stored: h5py.File) -> Features:
         raise BadInput(
             f"{path}: features {data.shape} and coords {places.shape}; expected (N, D) and (N, 2)"
         )
+    if data.nbytes + places.nbytes > MAX_BYTES:
+        raise BadInput(f"{path} claims {data.shape} features; at most {MAX_BYTES:,} bytes are read")
     if data.shape[0] > MAX_ROWS or data.dtype.kind != "f" or places.dtype.kind not in "iu":
         raise BadInput(f"{path}: features are {data.dtype} {data.shape}, coords {places.dtype}")
     attributes, about = places.attrs, str(stored.attrs.get("about", "{}"))
@@ -194,6 +211,9 @@ def _parse(path: Path, stored: h5py.File) -> Features:
     def number(key: str) -> float | None:
         return float(attributes[key]) if key in attributes else None
 
+    known = json.loads(about)
+    if not isinstance(known, dict):
+        raise BadInput(f"{path}: its attribute 'about' is no JSON object; embed its slide again")
     return Features(
         name=str(data.attrs.get("name", path.stem)),
         encoder=str(data.attrs.get("encoder", "unknown")),
@@ -212,8 +232,18 @@ def _parse(path: Path, stored: h5py.File) -> Features:
         height=int(attributes.get("level0_height", 0)),
         labels=text("labels"),
         groups=text("groups"),
-        about=json.loads(about),
+        about=known,
     )
+
+
+def content_sha256(item: Features) -> str:
+    """Return a hash of what was embedded: vectors, places and names, wherever the file lies."""
+    digest = hashlib.sha256(item.encoder_sha256.encode())
+    digest.update(np.ascontiguousarray(item.features).tobytes())
+    digest.update(np.ascontiguousarray(item.coords).tobytes())
+    for names in (item.files, item.labels, item.groups):
+        digest.update(json.dumps(names).encode())
+    return digest.hexdigest()
 
 
 def check_features(item: Features, encoder: str, sha256: str, dim: int, origin: Path) -> None:

@@ -8,7 +8,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from .errors import BadInput, Busy, Damaged, StorageFailed
 
+TEMP = ".histoseek-tmp"
 _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -72,6 +73,25 @@ def write_atomic(path: Path, data: bytes | str) -> None:
             Path(temp).unlink(missing_ok=True)
 
 
+def _temp_prefix(path: Path) -> str:
+    """Name the writer in its temporary files, so that nobody cleans up after a living one."""
+    return f".{path.name[:80]}.{os.uname().nodename}~{os.getpid()}~"
+
+
+def _writer_is_gone(temp: Path) -> bool:
+    host, _, rest = temp.name.rpartition(".")[0].partition("~")
+    pid = rest.partition("~")[0]
+    if not host.endswith(f".{os.uname().nodename}") or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
 def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
@@ -122,7 +142,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
         raise BadInput(f"{path} exists already; choose another name or remove it first")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temp = Path(tempfile.mkdtemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp"))
+        temp = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP))
     except OSError as error:
         raise storage_failed(path, error) from error
     try:
@@ -140,12 +160,19 @@ def publish_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def remove_leftovers(folder: Path) -> int:
-    """Delete temporary files that a killed writer left in ``folder``; return how many."""
-    leftovers = [p for p in folder.rglob(".*.tmp") if p.is_file()]
-    for path in leftovers:
-        path.unlink(missing_ok=True)
-    return len(leftovers)
+def remove_leftovers(folders: Iterable[Path]) -> int:
+    """Delete temporary files and folders directly in ``folders`` whose writer on this machine is dead.
+
+    Returns:
+        How many were deleted.
+    """
+    dead = [t for f in folders for t in f.glob(f".*~*~*{TEMP}") if _writer_is_gone(t)]
+    for temp in dead:
+        if temp.is_dir():
+            shutil.rmtree(temp, ignore_errors=True)
+        else:
+            temp.unlink(missing_ok=True)
+    return len(dead)
 
 
 @contextmanager

@@ -24,8 +24,8 @@ MAX_PIXELS = 64_000_000
 """Largest picture decoded as one piece; larger ones are slides and are read tile by tile."""
 
 MAX_BYTES = 256 * 2**20
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "PPM", "GIF")
-SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp", ".ppm", ".pgm"})
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
 _EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX"}
 
 
@@ -67,7 +67,9 @@ def decode(
         raise BadInput(
             f"{label} claims too many pixels ({error}); crop or downsample it"
         ) from error
-    except (OSError, SyntaxError, ValueError, EOFError, MemoryError, TypeError) as error:
+    except BadInput:
+        raise
+    except Exception as error:
         raise BadInput(
             f"{label} cannot be decoded ({error}); it is truncated or damaged: export it again"
         ) from error
@@ -94,8 +96,10 @@ def _check_header(picture: ImageFile.ImageFile, blob: bytes, label: str, max_pix
             f"{label} is {width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are "
             "decoded as one picture: crop it, or embed it as a slide"
         )
-    if getattr(picture, "n_frames", 1) > 1 and picture.format != "TIFF":
-        raise BadInput(f"{label} is animated; expected one still picture: export a single frame")
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1:
+        kind = f"has {frames} pages" if picture.format == "TIFF" else "is animated"
+        raise BadInput(f"{label} {kind}; expected one still picture: export a single one")
     png_depth = blob[24] if picture.format == "PNG" and len(blob) > 24 else 8
     bits = picture.tag_v2.get(258, (8,)) if hasattr(picture, "tag_v2") else (8,)
     deepest = max(bits) if isinstance(bits, tuple) else bits

@@ -50,6 +50,10 @@ def add(
     atlas: AtlasPath,
     features: Annotated[list[Path], typer.Argument(help="Feature files, or folders of them.")],
     metadata: Annotated[Path | None, typer.Option(help="CSV with slide, label, patient.")] = None,
+    replace: Annotated[
+        bool,
+        typer.Option("--replace", help="Put new features of a known slide in place of the old."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Add features; each file whole or not at all, and none twice."""
@@ -58,7 +62,7 @@ def add(
     files = find_features(features)
     table = _metadata(metadata)
     with console.progress("adding") as progress:
-        results = Atlas(atlas).add(files, table, progress)
+        results = Atlas(atlas).add(files, table, replace, progress)
     failed = [r for r in results if r.state == "failed"]
     names = {r.slide for r in results}
     unused = sorted(key for key in table if not {key, Path(key).stem} & names)
@@ -120,7 +124,7 @@ def fit(
     """Fit clusters on the whole atlas; new images are assigned to them."""
     from .index.atlas import Atlas
 
-    if k != "auto" and not (k.isdigit() and int(k) >= 1):
+    if k != "auto" and not (k.isascii() and k.isdigit() and int(k) >= 1):
         raise BadInput(f"--k is {k!r}; expected auto or a number of at least 1")
     count = None if k == "auto" else int(k)
     with console.working(f"fitting {method}"):

@@ -16,6 +16,7 @@ MANIFEST = "manifest.json"
 PARITY = "parity.json"
 CARD = "MODEL_CARD.md"
 RUN = "run.json"
+NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 INPUT = "tiles"
 OUTPUT = "embedding"
 
@@ -46,7 +47,7 @@ class Manifest(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     format: int = FORMAT
-    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")
+    name: str = Field(pattern=f"^{NAME}$")
     sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
     arch: str
     size_px: int = Field(ge=8, le=4096)

@@ -8,14 +8,17 @@ source picture or patient, and must never be split between training and validati
 
 from __future__ import annotations
 
+import csv
 import hashlib
 import io
 import os
 import tarfile
+import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
-from zipfile import BadZipFile
+from zipfile import BadZipFile, ZipFile
 
 import numpy as np
 
@@ -105,6 +108,8 @@ def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
         raise BadInput(f"{source} does not exist; check the path")
     if source.is_dir():
         tiles = _open_folder(source, manifest)
+    elif manifest is not None and source.suffix.lower() in {".csv", ".npz"}:
+        raise BadInput(f"{source} has labels of its own; a manifest goes with a folder or a .tar")
     elif source.suffix.lower() == ".csv":
         tiles = _open_csv(source, source.parent, source.stem)
     elif source.suffix.lower() == ".npz":
@@ -126,11 +131,14 @@ def concatenate(sets: Sequence[TileSet]) -> TileSet:
         return sets[0]
     tiles: list[Tile] = []
     places: list[tuple[TileSet, int]] = []
+    seen: Counter[str] = Counter()
     for part in sets:
+        seen[part.name] += 1
+        name = part.name if seen[part.name] == 1 else f"{part.name}-{seen[part.name]}"
         for number, tile in enumerate(part.tiles):
-            label = f"{part.name}/{tile.label}" if tile.label is not None else None
-            group = f"{part.name}/{tile.group}" if tile.group is not None else None
-            tiles.append(replace(tile, file=f"{part.name}/{tile.file}", label=label, group=group))
+            label = f"{name}/{tile.label}" if tile.label is not None else None
+            group = f"{name}/{tile.group}" if tile.group is not None else None
+            tiles.append(replace(tile, file=f"{name}/{tile.file}", label=label, group=group))
             places.append((part, number))
     return TileSet(
         name="+".join(part.name for part in sets),
@@ -165,18 +173,33 @@ def _class_of(name: str) -> str | None:
 
 def _tile(row: dict[str, str]) -> Tile:
     extra = {k: v for k, v in row.items() if k not in {"file", "label", "group"}}
-    return Tile(row["file"], row.get("label") or None, row.get("group") or None, extra)
+    group = row.get("group") or row.get("patient") or None
+    return Tile(row["file"], row.get("label") or None, group, extra)
 
 
 def _open_csv(path: Path, root: Path, name: str) -> TileSet:
     tiles = tuple(_tile(row) for row in read_csv(path))
+    places = [root / tile.file for tile in tiles]
     return TileSet(
         name=name,
         source=str(path),
         tiles=tiles,
-        fingerprint=_rows_fingerprint(tiles, sha256_file(path)),
-        _load=lambda n: _file_bytes(root / tiles[n].file),
+        fingerprint=_rows_fingerprint(tiles, _stamps(places)),
+        _load=lambda n: _file_bytes(places[n]),
     )
+
+
+def _stamps(paths: Iterable[Path]) -> str:
+    """Hash size and time of change of files: enough to see that one was replaced."""
+
+    def stamp(path: Path) -> str:
+        try:
+            stat = path.stat()
+            return f"{stat.st_size}:{stat.st_mtime_ns}"
+        except OSError:
+            return "missing"
+
+    return _fingerprint(map(stamp, paths))
 
 
 def _file_bytes(path: Path) -> bytes:
@@ -188,10 +211,21 @@ def _file_bytes(path: Path) -> bytes:
         raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
 
 
+def _check_inside(folder: Path, manifest: Path) -> None:
+    """Refuse a manifest found in a folder that names files outside of it."""
+    if manifest.parent != folder:
+        return  # given by the caller, who may name what he likes
+    root = folder.resolve()
+    for row in read_csv(manifest):
+        if not (folder / row["file"]).resolve().is_relative_to(root):
+            raise BadInput(f"{manifest} names {row['file']!r}, which is outside of {folder}")
+
+
 def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
     if manifest is None and (folder / MANIFEST).is_file():
         manifest = folder / MANIFEST
     if manifest is not None:
+        _check_inside(folder, manifest)
         return replace(_open_csv(manifest, folder, folder.resolve().name), source=str(folder))
     names = sorted(
         os.path.relpath(os.path.join(top, file), folder).replace(os.sep, "/")
@@ -200,7 +234,7 @@ def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
         if _is_picture(file)
     )
     tiles = tuple(Tile(name, _class_of(name)) for name in names)
-    sizes = _fingerprint(str((folder / name).stat().st_size) for name in names)
+    sizes = _stamps(folder / name for name in names)
     return TileSet(
         name=folder.resolve().name,
         source=str(folder),
@@ -213,12 +247,12 @@ def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
 def _open_tar(path: Path, manifest: Path | None) -> TileSet:
     try:
         places, blobs, inner = _tar_members(path)
-    except (tarfile.TarError, OSError, EOFError) as error:
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} is not a readable tar ({error}); copy it again") from error
     if manifest is not None:
         rows = read_csv(manifest)
     elif inner is not None:
-        rows = read_table(io.StringIO(inner.decode("utf-8-sig")), f"{path}:{MANIFEST}")
+        rows = _inner_table(inner, f"{path}:{MANIFEST}")
     else:
         rows = [{"file": n, "label": _class_of(n) or ""} for n in sorted(places) if _is_picture(n)]
     tiles = tuple(_tile(row) for row in rows)
@@ -237,6 +271,13 @@ def _open_tar(path: Path, manifest: Path | None) -> TileSet:
     name = path.name.split(".tar")[0].removesuffix(".tgz")
     fingerprint = _rows_fingerprint(tiles, sha256_file(path))
     return TileSet(name, str(path), tiles, fingerprint, load)
+
+
+def _inner_table(blob: bytes, origin: str) -> list[dict[str, str]]:
+    try:
+        return read_table(io.StringIO(blob.decode("utf-8-sig")), origin)
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise BadInput(f"{origin} is not a UTF-8 CSV table ({error})") from error
 
 
 def _tar_members(
@@ -276,9 +317,15 @@ def _is_plain_tar(path: Path) -> bool:
 
 def _open_npz(path: Path) -> TileSet:
     try:
+        with ZipFile(path) as members:
+            unpacked = sum(member.file_size for member in members.infolist())
+        if unpacked > MAX_UNPACKED:
+            raise BadInput(
+                f"{path} unpacks to {unpacked:,} bytes; at most {MAX_UNPACKED:,} are read"
+            )
         with np.load(path, allow_pickle=False) as pack:
             arrays = {key: pack[key] for key in pack.files}
-    except (OSError, ValueError, EOFError, BadZipFile) as error:
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError, zlib.error) as error:
         raise BadInput(f"{path} is not a readable .npz of plain arrays ({error})") from error
     images = arrays.get("images")
     if images is None or images.dtype != np.uint8 or images.ndim not in {3, 4}:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from torch import nn
 from ..errors import BadInput, Damaged
 from ..files import publish_folder, read_json, sha256_file, write_atomic, write_json
 from ..images import square
-from ..manifest import CARD, GRAPH, MANIFEST, PARITY, RUN, Manifest
+from ..manifest import CARD, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
 from ..tilesets import TileSet, open_tiles
 from .card import model_card
 from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
@@ -127,6 +128,7 @@ def export_run(
         BadInput: no finished run, ``out`` exists, or no PCA basis in the run.
         Mismatch: parity is over its bound; nothing is written.
     """
+    _check_names(name or out.name, mpp)
     record, encoder, basis = load_run(run, build)
     graph = Graph(encoder, encoder.mean, encoder.std, _components(basis, pca, run), views)  # type: ignore[arg-type]
     size_px = int(record["architecture"]["size_px"])
@@ -157,6 +159,15 @@ def export_run(
         write_json(folder / RUN, record)
         write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict(), notes))
     return manifest
+
+
+def _check_names(name: str, mpp: float | None) -> None:
+    if not re.fullmatch(NAME, name):
+        raise BadInput(
+            f"encoder name {name!r}: expected letters, digits, '.', '_' and '-'; pass --name"
+        )
+    if mpp is not None and not 0.01 <= mpp <= 100:
+        raise BadInput(f"--mpp is {mpp}; expected 0.01 to 100 µm")
 
 
 def _components(

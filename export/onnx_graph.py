@@ -13,7 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
-from ..errors import BadInput, Mismatch
+from ..errors import BadInput, Mismatch, MissingPart
 from ..manifest import INPUT, OUTPUT
 
 OPSET = 18
@@ -150,8 +150,12 @@ class Parity:
 def measure_parity(graph: Graph, model: Path | bytes, tiles: NDArray[np.uint8]) -> Parity:
     """Compare ONNX Runtime (CPU) with torch on ``tiles``, uint8 (N, S, S, 3)."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    import onnxruntime
-
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPart(
+            "the parity proof needs ONNX Runtime: pip install 'histoseek[cpu]' (or [gpu])"
+        ) from error
     source = model if isinstance(model, bytes) else str(model)
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
 

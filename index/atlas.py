@@ -7,6 +7,7 @@ number read.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable, Sequence
@@ -17,15 +18,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
-from ..feature_files import check_features, read_features
-from ..files import exclusive, publish_folder, remove_leftovers, sha256_file, write_atomic
+from ..feature_files import check_features, parse_features
+from ..files import exclusive, publish_folder, remove_leftovers, write_atomic
 from ..manifest import Manifest, read_manifest
 from . import clusterings
-from .catalog import Catalog, bump_revision, now
+from .catalog import Catalog, bump_revision, insert, now
 from .clusters import Clustering
 from .clusters import fit as fit_clusters
 from .generations import Generations
-from .records import Added, Hit, plain_name, slide_row, tile_rows
+from .records import Added, Hit, plain_name, remove_slide, slide_row, tile_rows
 from .vectors import VectorIndex
 
 Progress = Callable[[int, int, str], None]
@@ -90,13 +91,16 @@ class Atlas:
         self,
         files: Sequence[Path],
         metadata: dict[str, dict[str, str]] | None = None,
+        replace: bool = False,
         progress: Progress = lambda done, total, text: None,
     ) -> list[Added]:
         """Add feature files, each whole or not at all; what is there already is left alone.
 
         Args:
             files: HDF5 feature files.
-            metadata: by slide name (or file name of the slide): label and patient.
+            metadata: by slide name (or file name of the slide): label and patient; also taken over
+                for slides that are there already.
+            replace: put other features of a slide that is there in the place of the old ones.
             progress: called after each file.
 
         Returns:
@@ -108,47 +112,88 @@ class Atlas:
         """
         results: list[Added] = []
         with exclusive(self.path / LOCK, f"atlas {self.path}"):
-            remove_leftovers(self.path)
+            remove_leftovers([self.path, self.path / FEATURES])
             for number, file in enumerate(files, start=1):
                 try:
-                    results.append(self._add_one(file, metadata or {}))
+                    results.append(self._add_one(file, metadata or {}, replace))
                 except StorageFailed:
                     raise
                 except HistoseekError as error:
                     results.append(Added(str(file), file.stem, "failed", reason=str(error)))
+                except Exception as error:  # one foreign file must not stop the others
+                    reason = f"{file}: unexpected {type(error).__name__}: {error}"
+                    results.append(Added(str(file), file.stem, "failed", reason=reason))
                 progress(number, len(files), file.stem)
             self._remove_orphans()
             self._generations.write()
+            self._assign_new()
         return results
 
-    def _add_one(self, file: Path, metadata: dict[str, dict[str, str]]) -> Added:
-        item = read_features(file)
-        check_features(item, self.manifest.name, self.manifest.sha256, self.manifest.dim, file)
-        digest = sha256_file(file)
-        found = self.catalog.rows("SELECT features_sha256 FROM slides WHERE name = ?", (item.name,))
-        if found and found[0]["features_sha256"] == digest:
-            return Added(str(file), item.name, "unchanged", len(item.features))
-        if found:
-            raise Mismatch(
-                f"the atlas holds slide {item.name!r} with other features; give the new one another "
-                "name, or build a new atlas"
-            )
+    def _add_one(self, file: Path, metadata: dict[str, dict[str, str]], replace: bool) -> Added:
+        if not file.is_file():
+            raise BadInput(f"{file} does not exist; check the path")
+        blob = file.read_bytes()  # once: `embed` may replace the file meanwhile
+        item = parse_features(blob, file)
+        manifest = self.manifest
+        check_features(item, manifest.name, manifest.sha256, manifest.dim, file)
+        digest = hashlib.sha256(blob).hexdigest()
         target = f"{FEATURES}/{plain_name(item.name)}-{digest[:12]}.h5"
-        write_atomic(self.path / target, file.read_bytes())
-        with self.catalog.write() as db:
-            row = slide_row(item, target, digest, metadata)
-            names = ", ".join(row)
-            marks = ", ".join("?" for _ in row)
-            cursor = db.execute(
-                f"INSERT INTO slides ({names}) VALUES ({marks})", tuple(row.values())
+        row = slide_row(item, target, digest, metadata)
+        found = self.catalog.rows("SELECT * FROM slides WHERE name = ?", (item.name,))
+        if found and found[0]["content_sha256"] == row["content_sha256"]:
+            return self._relabel(file, found[0], row)
+        if found and not replace:
+            raise Mismatch(
+                f"the atlas holds slide {item.name!r} (from {found[0]['source']}) with other features; "
+                "to put these in its place add them with --replace; if it is another slide of the same "
+                "name, embed both in one run, which gives them different names"
             )
+        write_atomic(self.path / target, blob)
+        with self.catalog.write() as db:
+            if found:
+                remove_slide(db, found[0]["id"])
+            number = insert(db, "slides", row)
             db.executemany(
                 "INSERT INTO tiles (slide_id, row, x, y, file, label, patient) "
                 "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                tile_rows(item, cursor.lastrowid),
+                tile_rows(item, number),
             )
             bump_revision(db)
-        return Added(str(file), item.name, "added", len(item.features), str(row["reason"]))
+        state = "replaced" if found else "added"
+        return Added(str(file), item.name, state, len(item.features), str(row["reason"]))
+
+    def _relabel(self, file: Path, found: Any, row: dict[str, Any]) -> Added:
+        """Take over a label or patient that is given now for a slide that is there already."""
+        changed = {
+            key: row[key] for key in ("label", "patient") if row[key] and row[key] != found[key]
+        }
+        if not changed:
+            return Added(str(file), found["name"], "unchanged", found["tiles"])
+        with self.catalog.write() as db:
+            for key, value in changed.items():
+                db.execute(f"UPDATE slides SET {key} = ? WHERE id = ?", (value, found["id"]))
+        text = ", ".join(f"{key} {value!r}" for key, value in changed.items())
+        return Added(str(file), found["name"], "relabelled", found["tiles"], text)
+
+    def _assign_new(self) -> None:
+        """Place tiles that came after a fit in its clusters."""
+        for row in self.catalog.rows("SELECT id, name FROM clusterings"):
+            new = self.catalog.rows(
+                "SELECT t.id FROM tiles AS t WHERE NOT EXISTS (SELECT 1 FROM assignments AS a "
+                "WHERE a.clustering_id = ? AND a.tile_id = t.id)",
+                (row["id"],),
+            )
+            if not new:
+                continue
+            try:
+                _, clustering = self.clustering(row["name"])
+            except Damaged:
+                continue  # `verify` names it; a new fit mends it
+            ids, vectors = self.vectors()
+            chosen = np.isin(ids, [r["id"] for r in new])
+            placed = clustering.assign(vectors[chosen])
+            with self.catalog.write() as db:
+                clusterings.insert_assignments(db, row["id"], ids[chosen], placed)
 
     def _remove_orphans(self) -> None:
         """Delete feature files that no slide names: copies made just before a crash."""

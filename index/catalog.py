@@ -23,6 +23,7 @@ CREATE TABLE slides (
     source TEXT NOT NULL,
     features_file TEXT NOT NULL,
     features_sha256 TEXT NOT NULL,
+    content_sha256 TEXT NOT NULL,
     tiles INTEGER NOT NULL,
     size_px_level0 INTEGER NOT NULL,
     mpp REAL,
@@ -198,6 +199,15 @@ def _operational(path: Path, error: sqlite3.OperationalError) -> HistoseekError:
             "the folder's permissions, then run the same command again"
         )
     return Damaged(f"{path} does not answer as an atlas should ({error}); run `index verify`")
+
+
+def insert(db: sqlite3.Connection, table: str, row: dict[str, Any]) -> int:
+    """Insert one row given by column names; return its id."""
+    marks = ", ".join("?" for _ in row)
+    cursor = db.execute(
+        f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", tuple(row.values())
+    )
+    return int(cursor.lastrowid or 0)
 
 
 def now() -> str:

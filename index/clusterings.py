@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import time
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, unknown_name
 from ..files import sha256_file, write_atomic
-from .catalog import Catalog, now
+from .catalog import Catalog, insert, now
 from .clusters import Assigned, Clustering
 
 
@@ -41,24 +42,27 @@ def store(
         "revision": revision,
         "created_at": now(),
     }
-    columns = (placed.cluster, placed.distance, placed.strength, placed.unknown)
-    rows = zip(ids.tolist(), *(column.tolist() for column in columns), strict=True)
     with catalog.write() as db:
         old = db.execute("SELECT id FROM clusterings WHERE name = ?", (name,)).fetchone()
         if old is not None:
             db.execute("DELETE FROM assignments WHERE clustering_id = ?", (old["id"],))
             db.execute("DELETE FROM clusterings WHERE id = ?", (old["id"],))
-        marks = ", ".join("?" for _ in row)
-        cursor = db.execute(
-            f"INSERT INTO clusterings ({', '.join(row)}) VALUES ({marks})", tuple(row.values())
-        )
-        number = cursor.lastrowid
-        db.executemany(
-            "INSERT INTO assignments VALUES (?, ?, ?, ?, ?, ?)", ((number, *r) for r in rows)
-        )
-    for stale in path.glob(f"clusters-{name}.*.npz"):
-        if stale.name != file:
+        insert_assignments(db, insert(db, "clusterings", row), ids, placed)
+    named = {row["file"] for row in catalog.rows("SELECT file FROM clusterings")}
+    for stale in path.glob("clusters-*.npz"):
+        if stale.name not in named:
             stale.unlink(missing_ok=True)
+
+
+def insert_assignments(
+    db: sqlite3.Connection, clustering: int, ids: NDArray[np.int64], placed: Assigned
+) -> None:
+    """Insert the places of tiles ``ids`` (N,), in the caller's transaction."""
+    columns = (placed.cluster, placed.distance, placed.strength, placed.unknown)
+    rows = zip(ids.tolist(), *(column.tolist() for column in columns), strict=True)
+    db.executemany(
+        "INSERT INTO assignments VALUES (?, ?, ?, ?, ?, ?)", ((clustering, *r) for r in rows)
+    )
 
 
 def load(path: Path, catalog: Catalog, name: str | None) -> tuple[str, Clustering]:

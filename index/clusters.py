@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, unknown_name
 from ..metrics import silhouette
-from .vectors import nearest
+from .vectors import CHUNK_VALUES, nearest
 
 Method = Literal["kmeans", "hdbscan"]
 METHODS = ("kmeans", "hdbscan")
@@ -119,6 +119,10 @@ def fit(
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
+    if seed < 0:
+        raise BadInput(f"seed is {seed}; expected 0 or more")
+    if min_cluster_size is not None and (min_cluster_size < 2 or method != "hdbscan"):
+        raise BadInput(f"min_cluster_size is {min_cluster_size}; expected 2 or more, for hdbscan")
     least = max(3, (k or 0) + 1) if method == "kmeans" else 10
     if len(vectors) < least:
         raise BadInput(f"{len(vectors)} tiles are too few for {method}; expected at least {least}")
@@ -162,9 +166,14 @@ def _fit_kmeans(flat: Floats, k: int | None, seed: int) -> tuple[Arrays, dict[st
     def run(count: int) -> Any:
         return KMeans(count, n_init=10, max_iter=300, random_state=seed).fit(flat)
 
+    distinct = len(np.unique(flat.round(12), axis=0))
+    if k is not None and k > distinct:
+        raise BadInput(f"k is {k}, but only {distinct} of {len(flat)} tiles differ; lower --k")
+    if distinct < min(K_RANGE):
+        raise BadInput(f"all {len(flat)} tiles are the same: there is nothing to cluster")
     curve: dict[str, float | None] = {}
     if k is None:
-        tried = {count: run(count) for count in K_RANGE if count < len(flat)}
+        tried = {count: run(count) for count in K_RANGE if count <= distinct and count < len(flat)}
         scores = {c: silhouette(flat, f.labels_, seed) for c, f in tried.items()}
         curve = {str(c): None if np.isnan(s) else s for c, s in scores.items()}
         best = max(tried, key=lambda count: np.nan_to_num(scores[count], nan=-1))
@@ -246,14 +255,18 @@ def _mutual_reachability(
     """Return the mutual reachability distance (N,) to the nearest fitted point, and that point (N,)."""
     points, core = arrays["points"], arrays["core_distances"]
     least = int(arrays["min_samples"])
-    distances, rows = nearest(points, flat, 2 * least + int(skip_self))
-    if skip_self:
-        distances, rows = distances[:, 1:], rows[:, 1:]
-    own_core = distances[:, min(least, distances.shape[1] - 1)]
-    reach = np.maximum(np.maximum(core[rows], own_core[:, None]), distances)
-    best = reach.argmin(axis=1)
-    line = np.arange(len(flat))
-    return reach[line, best], rows[line, best]
+    smallest, neighbour = np.empty(len(flat)), np.empty(len(flat), dtype=np.int64)
+    step = max(1, CHUNK_VALUES // (2 * least + 1))
+    for start in range(0, len(flat), step):
+        part = slice(start, start + step)
+        distances, rows = nearest(points, flat[part], 2 * least + int(skip_self))
+        if skip_self:
+            distances, rows = distances[:, 1:], rows[:, 1:]
+        own_core = distances[:, min(least, distances.shape[1] - 1)]
+        reach = np.maximum(np.maximum(core[rows], own_core[:, None]), distances)
+        best, line = reach.argmin(axis=1), np.arange(len(reach))
+        smallest[part], neighbour[part] = reach[line, best], rows[line, best]
+    return smallest, neighbour
 
 
 def _assign_hdbscan(flat: Floats, arrays: Arrays) -> Assigned:

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import sqlite3
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..feature_files import Features
+from ..feature_files import Features, content_sha256
 from .catalog import now
 
 
@@ -50,7 +51,7 @@ class Added:
     Attributes:
         file: the file.
         slide: the name it has in the atlas.
-        state: added, unchanged (it was there) or failed.
+        state: added, unchanged (it was there), relabelled, replaced or failed.
         tiles: how many.
         reason: why it failed, or why it has no tiles.
     """
@@ -79,6 +80,7 @@ def slide_row(
         "source": item.source,
         "features_file": file,
         "features_sha256": digest,
+        "content_sha256": content_sha256(item),
         "tiles": len(item.features),
         "size_px_level0": item.size_px_level0,
         "mpp": item.mpp,
@@ -90,6 +92,14 @@ def slide_row(
         "reason": str(item.about.get("reason", "")),
         "added_at": now(),
     }
+
+
+def remove_slide(db: sqlite3.Connection, number: int) -> None:
+    """Delete a slide with its tiles and their places in clusters, in the caller's transaction."""
+    tiles = "SELECT id FROM tiles WHERE slide_id = ?"
+    db.execute(f"DELETE FROM assignments WHERE tile_id IN ({tiles})", (number,))
+    db.execute("DELETE FROM tiles WHERE slide_id = ?", (number,))
+    db.execute("DELETE FROM slides WHERE id = ?", (number,))
 
 
 def tile_rows(item: Features, slide: int | None) -> list[tuple[Any, ...]]:

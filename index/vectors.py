@@ -12,6 +12,8 @@ from ..errors import Damaged, MissingPart
 from ..files import write_atomic
 
 Metric = Literal["cosine", "l2"]
+CHUNK_VALUES = 4_000_000
+"""Differences of coordinates held at once when distances are made exact (32 MB)."""
 
 
 def _faiss() -> Any:
@@ -93,10 +95,17 @@ def nearest(
     """Return Euclidean distances (Q, k) and row numbers (Q, k) of the nearest points, exact."""
     index = _faiss().IndexFlatL2(points.shape[1])
     index.add(np.ascontiguousarray(points, dtype=np.float32))
-    rows = index.search(np.ascontiguousarray(queries, dtype=np.float32), min(k, len(points)))[1]
-    # FAISS's own distances come from a matrix product that cancels digits; these do not.
-    exact = np.linalg.norm(
-        queries[:, None, :].astype(np.float64) - points[rows].astype(np.float64), axis=2
-    )
-    order = np.argsort(exact, axis=1, kind="stable")
-    return np.take_along_axis(exact, order, 1), np.take_along_axis(rows, order, 1)
+    k = min(k, len(points))
+    distances = np.empty((len(queries), k))
+    rows = np.empty((len(queries), k), dtype=np.int64)
+    step = max(1, CHUNK_VALUES // max(1, k * points.shape[1]))
+    for start in range(0, len(queries), step):
+        part = queries[start : start + step]
+        found = index.search(np.ascontiguousarray(part, dtype=np.float32), k)[1]
+        # FAISS's own distances come from a matrix product that cancels digits; these do not.
+        gap = part[:, None, :].astype(np.float64) - points[found].astype(np.float64)
+        exact = np.linalg.norm(gap, axis=2)
+        order = np.argsort(exact, axis=1, kind="stable")
+        distances[start : start + step] = np.take_along_axis(exact, order, 1)
+        rows[start : start + step] = np.take_along_axis(found, order, 1)
+    return distances, rows

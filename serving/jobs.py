@@ -36,6 +36,11 @@ class Job:
     kind: Literal["slide", "tiles"]
     row: dict[str, str] = field(default_factory=dict)
 
+    @property
+    def stem(self) -> str:
+        """The name before any suffix that tells it from others."""
+        return self.source.name.split(".")[0] if self.kind == "tiles" else self.source.stem
+
 
 def find_jobs(
     inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
@@ -91,7 +96,7 @@ def _row_of(job: Job, rows: dict[str, dict[str, str]]) -> dict[str, str]:
 
 
 def _folder_jobs(folder: Path, kind: Kind) -> list[Job]:
-    if kind == "tiles" or (kind == "auto" and (folder / MANIFEST).is_file()):
+    if kind == "tiles":
         return [Job(folder.resolve().name, folder, "tiles")]
     files = sorted(
         Path(top) / name
@@ -104,13 +109,13 @@ def _folder_jobs(folder: Path, kind: Kind) -> list[Job]:
     plain = [f for f in pictures if f not in set(slides)]
     if kind == "slides":
         chosen = sorted({*slides, *plain})
-    elif slides and plain:
+    elif slides and plain and not (folder / MANIFEST).is_file():
         raise BadInput(
             f"{folder} holds {len(slides)} slides and {len(plain)} pictures; say what the pictures "
             "are: --as slides (large pictures to be tiled) or --as tiles (one picture, one tile)"
         )
     else:
-        chosen = slides
+        chosen = [] if plain and (folder / MANIFEST).is_file() else slides
     if chosen:
         return [Job(f.stem, f, "slide") for f in _one_per_series(chosen)]
     if not plain:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..errors import BadInput, Busy, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..feature_files import Features, magnification, read_about, write_features
-from ..files import remove_leftovers, write_json
+from ..files import read_json, remove_leftovers, write_json
 from ..images import Rgb, square
 from .batches import embed_rows
 from .encoder import Encoder
@@ -53,8 +53,7 @@ def embed_jobs(
             f"--overlap is {options.overlap_px}; expected less than the tile's "
             f"{encoder.manifest.size_px} pixels"
         )
-    if out.is_dir():
-        remove_leftovers(out)
+    remove_leftovers([out, out / "status", *out.glob("*/features_*")])
     results: list[Result] = []
     done = _Counter(progress)
     for job in jobs:
@@ -65,11 +64,23 @@ def embed_jobs(
             raise
         except HistoseekError as error:
             result = Result(job.name, str(job.source), "failed", str(error))
+        except Exception as error:  # one foreign file must not stop the others
+            reason = f"{job.source}: unexpected {type(error).__name__}: {error}"
+            result = Result(job.name, str(job.source), "failed", reason)
         result = Result(**{**asdict(result), "seconds": round(time.monotonic() - started, 3)})
         results.append(result)
-        if result.state != "skipped":
-            write_json(out / "status" / f"{result.name}.json", asdict(result))
+        status = out / "status" / f"{result.name}.json"
+        if result.state != "skipped" or not _says_done(status):
+            write_json(status, asdict(result))
     return results
+
+
+def _says_done(status: Path) -> bool:
+    """Whether a status file is there and tells of success; a kill may have left it behind."""
+    try:
+        return read_json(status)["state"] in {"done", "empty", "skipped"}
+    except (HistoseekError, KeyError, TypeError):
+        return False
 
 
 class _Counter:
@@ -119,7 +130,11 @@ def _place(
 ) -> tuple[Path, str, bool]:
     """Return the feature file, the name, and whether it is there already, made the same way."""
     parent = out / folder / f"features_{encoder.manifest.name}"
-    for name in (job.name, distinct_name(job)):
+    names = dict.fromkeys((job.name, distinct_name(job)))
+    plain = read_about(parent / f"{job.stem}.h5")
+    if plain is not None and plain.get("source") == str(job.source.resolve()):
+        names = {job.stem: None, **names}  # it was embedded before another slide of its name came
+    for name in names:
         path = parent / f"{name}.h5"
         about = read_about(path)
         if about is None:
@@ -131,6 +146,14 @@ def _place(
         if about.get("source") == str(job.source.resolve()):
             return path, name, False
     return path, name, False
+
+
+def _done_before(job: Job, name: str, path: Path) -> Result:
+    about = read_about(path) or {}
+    reason = about.get("reason") or "done before"
+    return Result(
+        name, str(job.source), "skipped", reason, about.get("tiles", 0), features=str(path)
+    )
 
 
 def _embed_slide(
@@ -150,10 +173,11 @@ def _embed_slide(
         "mpp": slide.require_mpp(),
         "target_mpp": target_mpp,
         "min_tissue": options.min_tissue,
+        "row": {k: v for k, v in job.row.items() if k != "file"},
     }
     path, name, ready = _place(out, folder, job, encoder, key)
     if ready:
-        return Result(name, str(job.source), "skipped", "done before", features=str(path))
+        return _done_before(job, name, path)
     grid = slide.grid(manifest.size_px, target_mpp, options.overlap_px, options.min_tissue)
     done.expect(len(grid.coords))
 
@@ -178,9 +202,10 @@ def _embed_slide(
         "source": str(job.source.resolve()),
         "reason": reason,
         "unreadable": unreadable,
+        "tiles": len(kept),
         "tissue_share": round(grid.tissue, 4),
         "mpp_from": slide.mpp_from,
-        "row": {k: v for k, v in job.row.items() if k != "file"},
+        "row": key["row"],
     }
     write_features(
         path,
@@ -214,7 +239,7 @@ def _embed_tiles(
     key = {"content": tileset.fingerprint, "encoder": manifest.sha256}
     path, name, ready = _place(out, f"tiles_{manifest.size_px}px", job, encoder, key)
     if ready:
-        return Result(name, str(job.source), "skipped", "done before", features=str(path))
+        return _done_before(job, name, path)
     done.expect(len(tileset))
 
     def read(row: int) -> Rgb:
@@ -229,6 +254,7 @@ def _embed_tiles(
         "key": key,
         "source": str(job.source.resolve()),
         "unreadable": unreadable,
+        "tiles": len(kept),
         "reason": "",
     }
     write_features(

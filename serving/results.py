@@ -41,6 +41,8 @@ class EmbedOptions:
             value = getattr(self, name)
             if value is not None and not 0.01 <= value <= 100:
                 raise BadInput(f"--{name.replace('_', '-')} is {value}; expected 0.01 to 100 µm")
+        if self.batch < 1:
+            raise BadInput(f"--batch is {self.batch}; expected 1 or more tiles")
         if self.overlap_px < 0:
             raise BadInput(f"--overlap is {self.overlap_px}; expected 0 or more pixels")
         if not 0 <= self.min_tissue <= 1:

@@ -8,7 +8,7 @@ from typing import Protocol
 
 from PIL import Image
 
-from ..errors import BadInput
+from ..errors import BadInput, Damaged
 from ..images import SUFFIXES, decode
 
 SLIDE_SUFFIXES = frozenset(
@@ -26,7 +26,8 @@ SLIDE_SUFFIXES = frozenset(
         ".qptiff",
     }
 )
-MAX_SLIDE_PICTURE = 400_000_000
+MAX_SLIDE_PICTURE = 170_000_000
+MAX_OVERVIEW = 4_000_000_000
 BLOCK_PX = 1024
 SMALLEST_PX = 128
 UNREADABLE = "#ff00ff"
@@ -94,8 +95,7 @@ class OpenSlideSource:
         try:
             picture = self._slide.read_region((x, y), level, (width, height))
         except self._openslide.OpenSlideError as error:
-            self._slide.close()
-            self._slide = self._openslide.OpenSlide(str(self._path))
+            self._reopen()
             raise BadInput(
                 f"{self._path}: the region at x={x}, y={y} cannot be read ({error}); the file is "
                 "truncated or damaged: copy it again"
@@ -104,11 +104,25 @@ class OpenSlideSource:
         flat.paste(picture, mask=picture.getchannel("A"))
         return flat
 
+    def _reopen(self) -> None:
+        self._slide.close()
+        try:
+            self._slide = self._openslide.OpenSlide(str(self._path))
+        except self._openslide.OpenSlideError as error:
+            raise Damaged(
+                f"{self._path} can no longer be opened ({error}): copy it again"
+            ) from error
+
     def thumbnail(self, longest: int) -> Image.Image:
         """Shrink the best level block by block, so that memory does not grow with the slide."""
         width, height = self.levels[0][1]
         level = self._slide.get_best_level_for_downsample(max(1.0, max(width, height) / longest))
         across, down = self.levels[level][1]
+        if across * down > MAX_OVERVIEW:
+            raise BadInput(
+                f"{self._path}: its smallest usable level is {across} x {down} pixels; at most "
+                f"{MAX_OVERVIEW:,} are read to find tissue: save it as a pyramid"
+            )
         factor = max(1.0, max(across, down) / longest)
         small = Image.new("RGB", (max(1, round(across / factor)), max(1, round(down / factor))))
         self._broken: BadInput | None = None

@@ -15,6 +15,11 @@ from .slide_sources import open_source
 from .tissue import tissue_mask, tissue_share
 
 THUMBNAIL_PX = 2048
+MIN_SCALE = 0.4
+"""Least ratio of wanted to given µm per pixel: 20x tiles from a 10x slide are the limit."""
+
+MAX_SIDE = 32_768
+MAX_PLACES = 20_000_000
 _ANISOTROPY = 1.05
 
 
@@ -121,8 +126,23 @@ class Slide:
         """
         mpp = self.require_mpp()
         scale = target_mpp / mpp
+        if scale < MIN_SCALE:
+            raise BadInput(
+                f"{self.path} has {mpp:g} µm per pixel; tiles at {target_mpp:g} would be invented from "
+                f"{scale:.2f} pixels each: pass a larger --mpp, or check --assume-mpp"
+            )
+        if scale * size_px > MAX_SIDE:
+            raise BadInput(
+                f"{self.path}: a tile at {target_mpp:g} µm per pixel covers {scale * size_px:,.0f} of its "
+                f"pixels; at most {MAX_SIDE:,} are read at once: pass a smaller --mpp"
+            )
         side = round(size_px * scale)
         step = max(1, round((size_px - overlap_px) * scale))
+        places = (self.width // step + 1) * (self.height // step + 1)
+        if places > MAX_PLACES:
+            raise BadInput(
+                f"{self.path}: {places:,} tiles; at most {MAX_PLACES:,} are cut from a slide"
+            )
         thumbnail = self.thumbnail()
         mask = tissue_mask(thumbnail)
         xs = np.arange(0, self.width - side + 1, step, dtype=np.int64)

@@ -83,6 +83,9 @@ def test_errors_are_one_json_document_and_exit_1(cli, cli_json, tmp_path, tile_f
         (["embed", tile_folder, "--encoder", "triton://x", "--out", tmp_path / "o"], "bundle"),
         (["export", tmp_path / "none", "--out", tmp_path / "b", "--tiles", tile_folder], "no finished run"),
         (["embed", tile_folder, "--out", tmp_path / "o", "--mpp", "0"], "--mpp"),
+        (["train", "arcface", tile_folder, "--out", tmp_path / "r", "--dropout", "2"], "dropout"),
+        (["train", "arcface", tile_folder, "--out", tmp_path / "r", "--precision", "x"], "precision"),
+        (["ui", tmp_path / "none", "--port", "99999"], "--port"),
         (["embed", tile_folder, "--out", tmp_path / "o", "--overlap", "224"], "--overlap"),
     ):  # fmt: skip
         error = cli_json(*words, expect=1)["error"]
@@ -94,6 +97,8 @@ def test_errors_are_one_json_document_and_exit_1(cli, cli_json, tmp_path, tile_f
 def test_wrong_usage_exits_2(cli):
     assert cli("embed").returncode == 2
     assert cli("no-such-verb").returncode == 2
+    missing = cli("embed", "--json")
+    assert missing.returncode == 2 and "INPUTS" in json.loads(missing.stdout)["error"]["message"]
 
 
 def test_train_list_shows_recipes_models_and_options(cli, cli_json):

@@ -1,6 +1,8 @@
 """Publishing: all or nothing."""
 
 import os
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -44,12 +46,17 @@ def test_a_folder_appears_whole_or_not_at_all(tmp_path):
 
 
 def test_leftovers_of_a_killed_writer_are_removed(tmp_path):
-    (tmp_path / "sub").mkdir()
-    (tmp_path / "sub/.x.h5.abc.tmp").write_text("half")
-    (tmp_path / "sub/x.h5").write_text("whole")
-    assert remove_leftovers(tmp_path) == 1 and [p.name for p in (tmp_path / "sub").iterdir()] == [
-        "x.h5"
-    ]
+    gone = [sys.executable, "-c", "import os; print(os.getpid())"]
+    dead = int(subprocess.run(gone, capture_output=True, check=True).stdout)
+    host = os.uname().nodename
+    keep = {
+        "x.h5", ".p.tmp", f".y.h5.{host}~{os.getpid()}~ab.histoseek-tmp",
+        f".z.h5.elsewhere~{dead}~ab.histoseek-tmp",
+    }  # fmt: skip
+    for name in {*keep, f".x.h5.{host}~{dead}~ab.histoseek-tmp"}:
+        (tmp_path / name).write_text("x")
+    assert remove_leftovers([tmp_path]) == 1
+    assert {p.name for p in tmp_path.iterdir()} == keep  # of the living, of others, and not ours
 
 
 def test_one_holder_at_a_time(tmp_path):

@@ -77,6 +77,14 @@ def test_what_is_no_tile_set_is_refused(tmp_path):
             open_tiles(tmp_path / name)
 
 
+def test_a_manifest_found_in_a_folder_stays_inside_it(tmp_path):
+    (tmp_path / "set").mkdir()
+    (tmp_path / "secret.png").write_bytes(png(1))
+    (tmp_path / "set/manifest.csv").write_text("file\n../secret.png\n")
+    with pytest.raises(BadInput, match="outside"):
+        open_tiles(tmp_path / "set")
+
+
 def test_the_fingerprint_knows_content_and_labels(tmp_path):
     for label in "ab":
         (tmp_path / label).mkdir()
@@ -92,6 +100,8 @@ def test_the_fingerprint_knows_content_and_labels(tmp_path):
 def test_sets_joined_share_no_group(tile_folder):
     one = open_tiles(tile_folder)
     both = concatenate([one, one.relabelled(["group"])])
+    groups = {t.group for t in one.tiles}
+    assert len({t.group for t in both.tiles}) == 2 * len(groups)
     assert len(both) == 144 and both.tiles[0].group.startswith("kinds/")
     assert np.array_equal(both.read(100), one.read(28))
 

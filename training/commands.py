@@ -92,7 +92,8 @@ def train(
         _every_fold(recipe, options, tiles, out, selection)
         return
     record = _one(recipe, options, tiles, out, selection)
-    console.emit(record, lambda: show_run(record, out))
+    if record:  # only the first process of several has one
+        console.emit(record, lambda: show_run(record, out))
 
 
 def _one(

@@ -42,7 +42,7 @@ def calibrate(encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64) -> No
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    was_training = encoder.training
+    was_training, batch = encoder.training, min(batch, len(tiles))
     encoder.train()
     for start in range(0, len(tiles) - batch + 1, batch):
         encoder(to_input(encoder, tiles[start : start + batch]))

@@ -120,6 +120,8 @@ class ArcFaceOptions:
                 f"{', '.join(TARGETS)}"
             )
         for name, least in (
+            ("hidden", 1),
+            ("seed", 0),
             ("batch", 2),
             ("epochs", 0),
             ("size_px", 32),
@@ -128,6 +130,21 @@ class ArcFaceOptions:
         ):
             if getattr(self, name) < least:
                 raise BadInput(f"{name} is {getattr(self, name)}; expected at least {least}")
+        for name, low, high in (
+            ("dropout", 0, 0.99),
+            ("lr", 1e-9, 10),
+            ("lr_tail", 1e-9, 10),
+            ("weight_decay", 0, 10),
+            ("margin", 0, 3.1),
+            ("scale", 1e-3, 1000),
+            ("warmup", 0, 1),
+            ("zoom", 0, 0.9),
+            ("stain", 0, 2),
+            ("colour", 0, 1),
+            ("noise", 0, 1),
+        ):
+            if not low <= getattr(self, name) <= high:
+                raise BadInput(f"{name} is {getattr(self, name)}; expected {low} to {high}")
         if self.folds == 1 or self.folds < 0 or not 0 <= self.fold < max(self.folds, 1):
             raise BadInput(
                 f"folds is {self.folds} and fold {self.fold}; expected 0 <= fold < folds"
@@ -195,6 +212,9 @@ class ArcFaceNet(nn.Module):
         loss = embeddings.sum() * 0.0
         for name, head in self.heads.items():
             known = targets[name] >= 0
+            loss = (
+                loss + next(head.parameters()).sum() * 0.0
+            )  # every weight has a gradient, as DDP demands
             if known.any():
                 loss = loss + head(embeddings[known], targets[name][known])
         total: torch.Tensor = loss
@@ -257,11 +277,7 @@ def fit(
     finished = folder.finished()
     if finished is not None:
         return finished
-    fabric = lightning_fabric.Fabric(
-        accelerator=options.accelerator,
-        devices=options.devices,
-        precision=options.precision,  # type: ignore[arg-type]  # Lightning checks the name
-    )
+    fabric = _fabric(options)
     fabric.launch()
     report = progress if fabric.is_global_zero else _silent
     data = load(tileset, options.size_px, report, options.cut)
@@ -292,6 +308,20 @@ def fit(
         record = folder.finish(weights, options.architecture(), record)
     fabric.barrier()
     return record
+
+
+def _fabric(options: ArcFaceOptions) -> lightning_fabric.Fabric:
+    try:
+        return lightning_fabric.Fabric(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            precision=options.precision,  # type: ignore[arg-type]  # Lightning checks the name
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise BadInput(
+            f"accelerator {options.accelerator!r}, devices {options.devices}, precision "
+            f"{options.precision!r}: {error}"
+        ) from error
 
 
 def _silent(done: int, total: int, text: str) -> None:
@@ -331,9 +361,9 @@ def _train(
         net.set_phase(phase)
         trained = [p for p in net.parameters() if p.requires_grad]
         plain = torch.optim.AdamW(trained, lr=phase.lr, weight_decay=options.weight_decay)
-        if state.epoch > first:
-            folder.resume_optimizer(plain)
         model, optimizer = fabric.setup(net, plain)
+        if state.epoch > first:
+            folder.resume_optimizer(plain)  # after setup: its state goes where the weights are
         for epoch in range(state.epoch, last):
             net.set_phase(phase)
             loss, rate = _epoch(run, model, optimizer, phase, epoch - first, epoch)

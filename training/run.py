@@ -58,7 +58,7 @@ class RunFolder:
         earlier: dict[str, Any] | None = None
         if (self.path / RECORD).is_file():
             record = read_json(self.path / RECORD)
-            earlier = (record or {}).get("identity")
+            earlier = record.get("identity", {}) if isinstance(record, dict) else {}
         elif (self.path / CHECKPOINT).is_file():
             earlier = load_tensors(self.path / CHECKPOINT)[1].get("identity")
         if earlier is not None and earlier != self.identity:
@@ -66,14 +66,14 @@ class RunFolder:
                 f"{self.path} holds a run with other settings ({self._difference(earlier)}); choose "
                 "another --out, or repeat the command with the settings that the run was started with"
             )
-        return record
+        return record if (self.path / WEIGHTS).is_file() else None
 
     def _difference(self, earlier: dict[str, Any]) -> str:
         old, new = earlier.get("options", {}), self.identity["options"]
         other = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]
         if earlier.get("data") != self.identity["data"]:
             other.append("the training data")
-        return "; ".join(other)
+        return "; ".join(other) or "it is another command's"
 
     def resume(self, net: torch.nn.Module) -> Progress:
         """Load the last whole epoch into ``net``, if there is one; return where the run stands."""

@@ -37,7 +37,8 @@ def build(session: Session) -> Any:
         with gr.Tab("Upload and cluster"):
             _cluster_tab(gr, session)
         with gr.Tab("About"):
-            card = (session.atlas.encoder_bundle / CARD).read_text(encoding="utf-8")
+            path = session.atlas.encoder_bundle / CARD
+            card = path.read_text(encoding="utf-8") if path.is_file() else "It has no card."
             gr.Markdown(view.about(stats, card))
     return page
 
@@ -145,6 +146,8 @@ def serve(atlas: Path, host: str, port: int) -> tuple[Any, str]:
         Busy: the port is taken.
     """
     credentials = _credentials(host)
+    if not 1 <= port <= 65535:
+        raise BadInput(f"--port is {port}; expected 1 to 65535")
     gr = _gradio()
     page = build(Session(atlas))
     fonts = ["system-ui", "Segoe UI", "Helvetica", "sans-serif"]
@@ -174,8 +177,11 @@ def serve(atlas: Path, host: str, port: int) -> tuple[Any, str]:
 
 
 def _credentials(host: str) -> tuple[str, str] | None:
-    user, colon, password = os.environ.get(AUTH, "").partition(":")
-    if colon and user and password:
+    given = os.environ.get(AUTH)
+    if given:
+        user, _, password = given.partition(":")
+        if not user or not password:
+            raise BadInput(f"{AUTH} is set but not as user:password; correct or unset it")
         return user, password
     try:
         local = ipaddress.ip_address(host).is_loopback

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import re
 from collections import Counter
 from html import escape
 from typing import Any
@@ -28,6 +29,11 @@ def holds(stats: dict[str, Any]) -> str:
     slides = stats["slides"]
     noun = "slide or tile set" if slides == 1 else "slides and tile sets"
     return f"{stats['tiles']:,} tiles of {slides:,} {noun}"
+
+
+def plain(text: object) -> str:
+    """Escape text for Markdown, so that a name is only ever a name."""
+    return re.sub(r"([^\w\s])", lambda m: f"&#{ord(m.group())};", str(text))
 
 
 def place(hit: Hit) -> str:
@@ -79,11 +85,11 @@ def verdict(answer: Similar) -> str:
     labels = Counter(hit.label or "no label" for hit in answer.hits)
     parts = []
     if set(labels) != {"no label"}:
-        counted = ", ".join(f"{label} ({count})" for label, count in labels.most_common())
+        counted = ", ".join(f"{plain(label)} ({count})" for label, count in labels.most_common())
         parts.append(f"Labels of the {len(answer.hits)} nearest tiles: **{counted}**.")
     else:
         slides = Counter(hit.slide for hit in answer.hits)
-        counted = ", ".join(f"{slide} ({count})" for slide, count in slides.most_common(5))
+        counted = ", ".join(f"{plain(slide)} ({count})" for slide, count in slides.most_common(5))
         parts.append(f"The {len(answer.hits)} nearest tiles come from **{counted}**.")
     if answer.placed is not None:
         placed = answer.placed
@@ -165,7 +171,7 @@ def map_figure(atlas: Map, answer: Clustered | None, clustering: str | None) -> 
 def about(stats: dict[str, Any], card: str) -> str:
     """Return the about tab as Markdown: what the atlas holds and by which encoder."""
     encoder = stats["encoder"]
-    labels = ", ".join(f"{name} ({count:,})" for name, count in stats["labels"].items())
+    labels = ", ".join(f"{plain(name)} ({count:,})" for name, count in stats["labels"].items())
     fitted = ", ".join(f"{c['name']} ({c['clusters']} clusters)" for c in stats["clusterings"])
     lines = [
         NOTICE,
@@ -184,7 +190,7 @@ def about(stats: dict[str, Any], card: str) -> str:
         "",
         "<details><summary>The encoder's card</summary>",
         "",
-        card,
+        escape(card).replace("![", "&#33;["),
         "",
         "</details>",
     ]

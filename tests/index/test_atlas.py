@@ -132,6 +132,77 @@ def test_foreign_features_are_refused_and_nothing_changes(atlas, tmp_path):
     assert atlas.verify() == []
 
 
+def test_replaced_features_take_the_place_of_the_old_and_ids_are_new(atlas, tmp_path):
+    atlas.fit("kmeans", k=2)
+    (tmp_path / "new").mkdir()
+    new = features(tmp_path / "new/slide-0.h5", seed=77, count=12)
+    old = {r["id"] for r in atlas.catalog.rows("SELECT id FROM tiles")}
+    assert atlas.add([new], replace=True)[0].state == "replaced" and atlas.verify() == []
+    assert atlas.stats()["tiles"] == 12 + 31 + 32
+    hit = atlas.search(read_features(new).features[:1], 1)[0][0]
+    assert hit.slide == "slide-0" and hit.tile not in old and hit.cluster in {0, 1}
+
+
+def test_the_same_features_in_another_folder_are_the_same(atlas, tmp_path):
+    (tmp_path / "moved").mkdir()
+    again = features(tmp_path / "moved/slide-1.h5", seed=1, count=31, about={"note": "another run"})
+    assert atlas.add([again])[0].state == "unchanged"
+
+
+def test_a_label_given_later_is_taken_over(atlas, tmp_path):
+    (result,) = atlas.add(
+        [tmp_path / "slide-2.h5"], {"slide-2": {"label": "benign", "patient": "P1"}}
+    )
+    assert result.state == "relabelled"
+    query = read_features(tmp_path / "slide-2.h5").features[:1]
+    assert atlas.search(query, 1)[0][0].label == "benign"
+
+
+def test_tiles_added_after_a_fit_get_a_cluster(atlas, tmp_path):
+    atlas.fit("kmeans", k=2)
+    late = features(tmp_path / "late.h5", seed=12)
+    atlas.add([late])
+    hits = atlas.search(read_features(late).features, 1)
+    placed = atlas.assign(read_features(late).features)
+    assert [h[0].cluster for h in hits] == [p["cluster"] for p in placed]
+
+
+def test_one_clustering_never_deletes_anothers_file(atlas):
+    atlas.fit("kmeans", k=2, name="v.1")
+    atlas.fit("kmeans", k=3, name="v")
+    assert atlas.clustering("v.1")[1].clusters == 2 and atlas.verify() == []
+
+
+def test_hostile_feature_files_are_refused_and_stop_no_other(atlas, tmp_path):
+    import h5py
+
+    def hostile(name, change):
+        path = features(tmp_path / f"{name}.h5", seed=60)
+        with h5py.File(path, "r+") as stored:
+            change(stored)
+        return path
+
+    def claim(stored):
+        for key, width in (("features", 8192), ("coords", 2)):
+            del stored[key]
+            kind = "f4" if width > 2 else "i8"
+            stored.create_dataset(key, (19_000_000, width), kind, chunks=(512, width))
+
+    def number_files(stored):
+        stored["files"] = np.arange(30)
+
+    bad = [
+        hostile("array-attribute", lambda s: s["coords"].attrs.update({"mpp": [1, 2]})),
+        hostile("infinite", lambda s: s["coords"].attrs.update({"patch_size": np.inf})),
+        hostile("number-files", number_files),
+        hostile("about-list", lambda s: s.attrs.update({"about": "[]"})),
+        hostile("bomb", claim),
+    ]
+    good = features(tmp_path / "fine.h5", seed=61)
+    states = [r.state for r in atlas.add([*bad, good])]
+    assert states == ["failed"] * 5 + ["added"] and atlas.verify() == []
+
+
 def test_a_good_file_after_a_bad_one_is_still_added(atlas, tmp_path):
     bad = features(tmp_path / "bad.h5", encoder_sha256="b" * 64)
     good = features(tmp_path / "good.h5", seed=50)
@@ -295,8 +366,13 @@ def test_killed_at_random_moments_no_slide_is_missing_double_or_half(tmp_path):
     command = [sys.executable, "-m", "histoseek", "index", "add", str(path), *map(str, files)]
     rng, killed, seen = random.Random(2), 0, set()
     while killed < 24:
+        before = len(list(path.glob("features/*.h5")))
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(0.35 + rng.random() * 0.5)
+        deadline = time.monotonic() + 60  # until it works: then at a random moment
+        while len(list(path.glob("features/*.h5"))) == before and process.poll() is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.002)
+        time.sleep(rng.random() * 0.25)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
@@ -316,4 +392,4 @@ def test_killed_at_random_moments_no_slide_is_missing_double_or_half(tmp_path):
     done = Atlas(path)
     assert {s["name"]: s["tiles"] for s in done.slides()} == sizes and done.verify() == []
     assert len(done.index()) == 30 * 400 and len(seen) > 3, seen
-    assert not list(path.rglob("*.tmp"))
+    assert not list(path.rglob("*.histoseek-tmp"))

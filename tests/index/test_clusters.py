@@ -96,6 +96,12 @@ def test_identical_tiles_and_few_tiles():
     same = np.ones((40, 4), np.float32)
     clustering, _ = fit(same, "hdbscan")
     assert len(clustering.assign(same[:2]).cluster) == 2
+    with pytest.raises(BadInput, match="all 40 tiles are the same"):
+        fit(same, "kmeans")
+    few = np.repeat(np.eye(4, dtype=np.float32), 10, 0)
+    assert fit(few, "kmeans")[0].clusters <= 4
+    with pytest.raises(BadInput, match="only 4 of 40"):
+        fit(few, "kmeans", k=5)
     with pytest.raises(BadInput, match="too few"):
         fit(same[:2], "kmeans")
     with pytest.raises(BadInput, match="at least 6"):

@@ -100,6 +100,69 @@ def test_slides_of_one_name_do_not_overwrite_each_other(make_slide, encoder, tmp
     assert {read_features(f).source for f in files} == {str(p) for p in paths}
 
 
+def test_a_slide_embedded_before_its_namesake_came_stays_one(make_slide, encoder, tmp_path):
+    for number in "12":
+        (tmp_path / number).mkdir()
+        make_slide(tmp_path / number / "slide.tiff", seed=int(number), side=512)
+    both = [tmp_path / number / "slide.tiff" for number in "12"]
+    embed(both[:1], encoder, tmp_path / "out")
+    states = [r.state for r in embed(both, encoder, tmp_path / "out")]
+    assert states == ["skipped", "done"] and len(list(tmp_path.rglob("*.h5"))) == 2
+
+
+def test_a_replaced_tile_is_noticed(tile_folder, encoder, tmp_path):
+    import shutil
+
+    shutil.copytree(tile_folder, tmp_path / "kinds")
+    manifest = tmp_path / "kinds/manifest.csv"
+    assert embed([manifest], encoder, tmp_path / "out")[0].state == "done"
+    shutil.copy(tmp_path / "kinds/cat/01.png", tmp_path / "kinds/cat/00.png")
+    assert embed([manifest], encoder, tmp_path / "out")[0].state == "done"
+
+
+def test_a_corrected_label_is_taken_over(make_slide, encoder, tmp_path):
+    path = make_slide(tmp_path / "a.tiff", side=512)
+    for label in ("benign", "malignant"):
+        (tmp_path / "m.csv").write_text(f"file,label\na.tiff,{label}\n")
+        (result,) = embed([path], encoder, tmp_path / "out", manifest=tmp_path / "m.csv")
+        assert read_features(tmp_path / result.features).about["row"]["label"] == label
+
+
+def test_tiles_are_not_invented_from_a_far_coarser_slide(make_slide, encoder, tmp_path):
+    path = make_slide(tmp_path / "overview.tiff", mpp=29.0, side=512)
+    (result,) = embed([path], encoder, tmp_path / "out")
+    assert result.state == "failed" and "29 µm" in result.reason and "--mpp" in result.reason
+    (result,) = embed([path], encoder, tmp_path / "out", mpp=29.0)
+    assert result.state == "done"
+
+
+def test_slides_beside_their_manifest_are_slides(make_slide, tmp_path):
+    make_slide(tmp_path / "a.tiff", side=512)
+    (tmp_path / "manifest.csv").write_text("file,label\na.tiff,benign\n")
+    (job,) = find_jobs([tmp_path], manifest=tmp_path / "manifest.csv")
+    assert job.kind == "slide" and job.row["label"] == "benign"
+
+
+def test_a_batch_below_one_is_refused():
+    with pytest.raises(BadInput, match="--batch"):
+        EmbedOptions(batch=0)
+
+
+@pytest.mark.shared
+def test_every_file_of_other_projects_is_embedded_or_refused_with_a_reason(
+    shared, encoder, tmp_path
+):
+    with tarfile.open(shared / "formats.tar") as pack:
+        pack.extractall(tmp_path / "formats", filter="data")
+    inside = sorted((tmp_path / "formats").rglob("*"))
+    files = [p for p in inside if p.is_file() and p.suffix not in {".csv", ".txt", ".md"}]
+    results = embed(files, encoder, tmp_path / "out", assume_mpp=0.5)
+    assert len(results) == len(files) == 29
+    for result in results:
+        assert result.ok or (len(result.reason) > 30 and "unexpected" not in result.reason), result
+        assert result.state in {"done", "empty", "failed", "partial"}
+
+
 def test_no_tissue_is_a_result_with_a_reason(make_slide, encoder, tmp_path):
     glass = np.full((600, 600, 3), 243, np.uint8)
     path = make_slide(tmp_path / "glass.tiff", pixels=glass)
@@ -298,20 +361,32 @@ def test_killed_at_random_moments_a_rerun_completes(make_slide, cli_json, tmp_pa
         "--overlap",
         "112",
     ]
-    rng, killed, at = random.Random(4), 0, 0.4
+    rng, killed, partly = random.Random(4), 0, 0
     while killed < 24:
+        before = {p.name for p in out.rglob("*.h5")}
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        time.sleep(at + rng.random() * 1.2)
+        if killed % 2:  # half of the kills fall right after a slide is done, half anywhere
+            while {p.name for p in out.rglob("*.h5")} == before and process.poll() is None:
+                time.sleep(0.002)
+            time.sleep(rng.random() * 0.1)
+        else:
+            time.sleep(0.4 + rng.random() * 1.2)
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
-        else:  # it got to the end: begin anew, so that kills fall into work
-            for path in list(out.rglob("*.h5"))[: rng.randint(1, 8)]:
+        process.wait()
+        done = list(out.rglob("*.h5"))
+        partly += 0 < len(done) < 8
+        if len(done) == 8:  # it got to the end: begin anew, so that kills fall into work
+            for path in done[: rng.randint(4, 8)]:
                 path.unlink()
         process.wait()
         for path in out.rglob("*.h5"):
             assert len(read_features(path).features) > 0
+    assert partly >= 5
     report = cli_json("embed", slides, "--out", out, "--overlap", "112")
+    status = {p.stem: json.loads(p.read_text())["state"] for p in (out / "status").glob("*.json")}
+    assert len(status) == 8 and set(status.values()) <= {"done", "skipped"}
     assert report["ok"] and {r["state"] for r in report["results"]} <= {"done", "skipped"}
     files = sorted(p.stem for p in out.rglob("*.h5") if not p.name.startswith("."))
     assert files == [f"case-{n}" for n in range(8)]
@@ -320,4 +395,4 @@ def test_killed_at_random_moments_a_rerun_completes(make_slide, cli_json, tmp_pa
     for path in clean.rglob("*.h5"):
         mine = read_features(out / path.relative_to(clean))
         assert np.array_equal(mine.features, read_features(path).features)
-    assert not list(out.rglob("*.tmp"))
+    assert not list(out.rglob("*.histoseek-tmp"))

@@ -86,6 +86,10 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(tile_folder, tmp
     assert fit(options, tiles, tmp_path / "run", silent) == first  # finished: nothing is redone
     with pytest.raises(Mismatch, match=r"margin: 0\.5 -> 0\.2"):
         fit(ArcFaceOptions(**{**SMALL, "epochs": 1}, margin=0.2), tiles, tmp_path / "run", silent)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/run.json").write_text('{"ok": true}')
+    with pytest.raises(Mismatch, match="another command"):
+        fit(options, tiles, tmp_path / "other", silent)
     with pytest.raises(Mismatch, match="training data"):
         fit(options, tiles.take(range(60)), tmp_path / "run", silent)
 
@@ -220,7 +224,6 @@ def test_data_without_the_target_is_refused(tile_folder, tmp_path):
     tiles = open_tiles(tile_folder).without("label", ["cat", "retina"])
     with pytest.raises(BadInput, match=r"1 label"):
         fit(ArcFaceOptions(**SMALL), tiles, tmp_path / "a", silent)
-    (tile_folder / "tissue").exists()
     ungrouped = open_tiles(tile_folder / "tissue")
     with pytest.raises(BadInput, match="groups"):
         fit(ArcFaceOptions(**SMALL, target="group"), ungrouped, tmp_path / "b", silent)

@@ -70,6 +70,11 @@ def test_names_cannot_inject_markup(session):
         Similar(np.zeros((4, 4, 3), np.uint8), [hit], [np.zeros((4, 4, 3), np.uint8)], None)
     )
     assert "<script" not in html and "<img src=x" not in html
+    tracker = "![](https://example.org/p.gif)"
+    spy = Hit(1, 0.5, 1, tracker, 0, 0, 224, 0.5, tracker, None, 0, None)
+    said = view.verdict(Similar(np.zeros((4, 4, 3), np.uint8), [spy], [tracker], None))
+    stats = {**session.atlas.stats(), "labels": {tracker: 1}}
+    assert "![" not in said + view.about(stats, f"# card {tracker} <img src=x>")
 
 
 def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder, tmp_path):
@@ -110,6 +115,9 @@ def test_other_hosts_need_a_password(monkeypatch):
     for host in ("0.0.0.0", "192.0.2.7", "myhost", "::"):
         with pytest.raises(BadInput, match="HISTOSEEK_UI_AUTH"):
             _credentials(host)
+    monkeypatch.setenv("HISTOSEEK_UI_AUTH", "only-a-password")
+    with pytest.raises(BadInput, match="user:password"):
+        _credentials("127.0.0.1")
     monkeypatch.setenv("HISTOSEEK_UI_AUTH", "ann:secret")
     assert _credentials("0.0.0.0") == ("ann", "secret")
 
