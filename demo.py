@@ -7,7 +7,7 @@ import http.client
 import urllib.error
 import urllib.request
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image
@@ -17,12 +17,17 @@ from .errors import BadInput, Damaged
 from .files import write_atomic
 from .images import Rgb
 
+if TYPE_CHECKING:
+    from .index.atlas import Atlas
+    from .serving.slides import Slide
+
 SLIDE_URL = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs"
 SLIDE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
 SLIDE_BYTES = 1_938_955
 TIMEOUT_S = 15
 CROP_SEED = 7
-ENLARGED = 4
+TURNED = 20
+ENLARGED = 3
 ASSUMED_MPP = 0.5
 
 
@@ -63,36 +68,48 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
         sizes = ", ".join(f"{'noise' if c < 0 else c}: {n}" for c, n in fitted["sizes"].items())
         console.say(f"3  {method}: {fitted['clusters']} clusters ({sizes})")
     with open_slide(slide) as opened:
-        grid = opened.grid(encoder.manifest.size_px, encoder.manifest.mpp or ASSUMED_MPP)
-        rng = np.random.default_rng(CROP_SEED)
-        x, y = (int(v) for v in grid.coords[rng.integers(len(grid.coords))])
-        x, y = (
-            nudge(x, opened.width, grid.size_px_level0, rng),
-            nudge(y, opened.height, grid.size_px_level0, rng),
-        )
-        crop = rotated_crop(opened, x, y, grid.size_px_level0, encoder.manifest.size_px, rng)
-    Image.fromarray(crop).save(folder / "query.png")
-    console.say(f"4  query: a crop at x={x}, y={y}, rotated ({folder / 'query.png'})")
-    hits = atlas.search(encoder.embed(crop[None]), 5)[0]
+        asked, crops = _queries(opened, atlas, encoder.manifest.size_px)
+    Image.fromarray(crops[0]).save(folder / "query.png")
+    (x, y), side = asked[0], atlas.slides()[0]["size_px_level0"]
+    console.say(f"4  query: the tile at x={x}, y={y}, turned by a quarter ({folder / 'query.png'})")
+    found = atlas.search(encoder.embed(np.stack(crops)), 5)
+    hits = found[0]
     rows = [(h.rank, h.score, h.slide, h.x, h.y, h.cluster) for h in hits]
     console.table("", ("rank", "score", "slide", "x", "y", "cluster"), rows)
-    best, side = hits[0], grid.size_px_level0
-    same = covers(best.x, best.y, side, x, y)
-    verdict = "is where the crop was cut from" if same else "is NOT where the crop was cut from"
-    console.say(f"   the best hit {verdict} ({abs(best.x - x)}, {abs(best.y - y)} pixels away)")
-    placed = atlas.assign(encoder.embed(crop[None]))[0]
+    right = [covers(h[0].x, h[0].y, side, *place) for h, place in zip(found, asked, strict=True)]
+    verdict = "is where the crop was cut from" if right[0] else "is NOT where the crop was cut from"
+    console.say(f"   the best hit {verdict}")
+    console.say(
+        f"   of {TURNED} more crops, turned by any angle, {sum(right[1:])} found their place"
+    )
+    placed = atlas.assign(encoder.embed(crops[0][None]))[0]
     console.say(f"   its cluster: {placed['cluster']}, strength {placed['strength']:.2f}")
     document: dict[str, Any] = {
         "slide": str(slide),
         "atlas": str(path),
         "tiles": added.tiles,
         "query": {"x": x, "y": y},
-        "best_hit_is_the_place": same,
+        "best_hit_is_the_place": right[0],
+        "turned_by_any_angle": {"crops": TURNED, "found_their_place": sum(right[1:])},
         "hits": [vars(h) for h in hits],
         "assigned": placed,
     }
     console.emit(document, lambda: console.say(f"done; open the page: histoseek ui {path}"))
-    return path, same
+    return path, right[0]
+
+
+def _queries(slide: Slide, atlas: Atlas, size_px: int) -> tuple[list[tuple[int, int]], list[Rgb]]:
+    """Cut a tile turned by a quarter, and twenty turned by any angle; returns places and crops."""
+    rng = np.random.default_rng(CROP_SEED)
+    tiles = atlas.catalog.rows("SELECT x, y FROM tiles ORDER BY id")
+    chosen = rng.choice(len(tiles), TURNED + 1, replace=len(tiles) <= TURNED)
+    places = [(int(tiles[n]["x"]), int(tiles[n]["y"])) for n in chosen]
+    side = atlas.slides()[0]["size_px_level0"]
+    first = np.ascontiguousarray(np.rot90(slide.read_tile(*places[0], side, size_px)))
+    return places, [
+        first,
+        *(rotated_crop(slide, x, y, side, size_px, rng) for x, y in places[1:]),
+    ]
 
 
 def nudge(place: int, limit: int, side: int, rng: np.random.Generator) -> int:
@@ -167,9 +184,9 @@ def _sha256(blob: bytes) -> str:
 
 
 def make_tissue_slide(path: Path) -> None:
-    """Write scikit-image's immunohistochemistry picture, enlarged four times, as a pyramidal TIFF.
+    """Write scikit-image's immunohistochemistry picture, enlarged three times, as a pyramidal TIFF.
 
-    Real tissue (colon, FHL2 with haematoxylin), 512 x 512, enlarged to 2048 x 2048 so that it holds
+    Real tissue (colon, FHL2 with haematoxylin), 512 x 512, enlarged to 1536 x 1536 so that it holds
     enough tiles; its scale is not known, 0.5 µm per pixel is assumed.
     """
     import io

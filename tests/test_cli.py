@@ -49,7 +49,8 @@ def test_search_gives_a_list_of_hits_per_picture(cli_json, atlas, tile_folder):
         "patient",
         "cluster",
     } <= set(one[0])
-    assert (one[0]["file"], one[0]["label"], one[0]["patient"]) == ("cat/01.png", "cat", "cat-0")
+    assert (one[0]["label"], one[0]["patient"]) == ("cat", "cat-0") and one[0]["score"] > 0.999
+    assert one[0]["file"] in {f"cat/0{n}.png" for n in range(4)}  # quarter turns of one place
     assert two[0]["label"] == "retina" and two[0]["cluster"] >= 0
 
 
@@ -144,7 +145,8 @@ def test_demo_finds_the_place_the_crop_was_cut_from(cli_json, tmp_path):
     """With no internet the slide is made of scikit-image's tissue; with it, fetched."""
     document = cli_json("demo", "--dir", tmp_path / "demo", "--no-ui")
     assert document["best_hit_is_the_place"] and document["hits"][0]["rank"] == 1
-    assert document["tiles"] > 50 and not document["assigned"]["unknown"]
+    assert document["turned_by_any_angle"]["found_their_place"] >= 12
+    assert document["tiles"] > 50 and document["assigned"]["cluster"] >= 0
     assert Image.open(tmp_path / "demo/query.png").size == (224, 224)
     again = cli_json("demo", "--dir", tmp_path / "demo", "--no-ui")
     assert again["hits"] == document["hits"]

@@ -46,7 +46,7 @@ def test_no_connection_is_said():
 def test_the_made_slide_has_three_levels_and_a_scale(tmp_path):
     make_tissue_slide(tmp_path / "a.tiff")
     with open_slide(tmp_path / "a.tiff") as slide:
-        assert (slide.width, slide.height) == (2048, 2048) and slide.mpp == pytest.approx(0.5)
+        assert (slide.width, slide.height) == (1536, 1536) and slide.mpp == pytest.approx(0.5)
         assert len(slide._source.levels) == 3
 
 

@@ -37,8 +37,11 @@ def test_a_tile_finds_itself_and_its_picture_is_shown(session, tile_folder):
     path = tile_folder / "retina/05.png"
     answer = session.find_similar(path, 6)
     best = answer.hits[0]
-    assert (best.file, best.label, best.patient) == ("retina/05.png", "retina", "retina-1")
-    assert len(answer.pictures) == 6 and np.array_equal(answer.pictures[0], answer.query)
+    # tiles 4 to 7 are quarter turns of one place, which the default encoder holds to be the same
+    assert (best.label, best.patient) == ("retina", "retina-1") and best.score > 0.999
+    turns = [np.rot90(answer.query, k) for k in range(4)]
+    assert len(answer.pictures) == 6
+    assert min(np.abs(answer.pictures[0].astype(int) - t).mean() for t in turns) < 2
     html = view.gallery(answer)
     assert html.count("<figure") == 6 and "retina" in html and "cluster" in html
     assert "**retina (" in view.verdict(answer)

@@ -115,7 +115,8 @@ def test_find_similar(page, tile_folder):
     first = page.locator("#hits figure").first
     first.wait_for(timeout=30_000)
     text = first.inner_text()
-    assert "#1" in text and ["tissue", "09.png"][1] in text and "tissue" in text
+    # tiles 08 to 11 are quarter turns of one place, which the default encoder holds to be the same
+    assert "#1" in text and re.search(r"(08|09|10|11)\.png", text) and "tissue" in text
     assert "cluster" in text and "score 1.000" in text and "kinds" in text
     page.wait_for_function("document.querySelector('#hits img').naturalWidth === 224")
     assert page.locator("#hits figure").count() == 12
