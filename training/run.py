@@ -69,11 +69,15 @@ class RunFolder:
         return record if (self.path / WEIGHTS).is_file() else None
 
     def _difference(self, earlier: dict[str, Any]) -> str:
-        old, new = earlier.get("options", {}), self.identity["options"]
+        if "options" not in earlier:
+            return "it is not a training run's"
+        old, new = earlier["options"], self.identity["options"]
         other = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]
         if earlier.get("data") != self.identity["data"]:
             other.append("the training data")
-        return "; ".join(other) or "it is another command's"
+        if earlier.get("recipe") != self.identity["recipe"]:
+            other.insert(0, f"recipe: {earlier.get('recipe')!r} -> {self.identity['recipe']!r}")
+        return "; ".join(other)
 
     def resume(self, net: torch.nn.Module) -> Progress:
         """Load the last whole epoch into ``net``, if there is one; return where the run stands."""
