@@ -99,7 +99,7 @@ def test_wrong_usage_exits_2(cli):
     assert cli("embed").returncode == 2
     assert cli("no-such-verb").returncode == 2
     missing = cli("embed", "--json")
-    assert missing.returncode == 2 and "INPUTS" in json.loads(missing.stdout)["error"]["message"]
+    assert missing.returncode == 2 and "inputs" in json.loads(missing.stdout)["error"]["message"]
 
 
 def test_train_list_shows_recipes_models_and_options(cli, cli_json):
@@ -147,7 +147,8 @@ def test_demo_finds_the_place_the_crop_was_cut_from(cli_json, tmp_path):
     assert document["best_hit_is_the_place"] and document["hits"][0]["rank"] == 1
     assert document["turned_by_any_angle"]["found_their_place"] >= 12
     assert document["tiles"] > 50 and document["assigned"]["cluster"] >= 0
-    assert Image.open(tmp_path / "demo/query.png").size == (224, 224)
+    with Image.open(tmp_path / "demo/query.png") as query:
+        assert query.size == (224, 224)
     again = cli_json("demo", "--dir", tmp_path / "demo", "--no-ui")
     assert again["hits"] == document["hits"]
 

@@ -46,12 +46,11 @@ def test_the_bundle_is_complete_and_loads_in_older_runtimes(run, tile_folder, tm
     }  # fmt: skip
     assert read_manifest(tmp_path / "b") == manifest and (manifest.dim, manifest.mpp) == (24, 0.5)
     model = onnx.load(tmp_path / "b/encoder.onnx")
-    # ONNX Runtime 1.24 loads up to opset 25 and IR 13; far older ones load these.
+    # Opset 18 loads since ONNX Runtime 1.14, IR 10 since 1.18; asked for is 1.24.
     assert model.opset_import[0].version == 18 and model.ir_version <= 10
     blob = (tmp_path / "b/encoder.onnx").read_bytes()
-    assert (
-        b".py" not in blob and b"/site-packages" not in blob
-    )  # no notes of the machine it came from
+    assert b"site-packages" not in blob and str(tmp_path).encode() not in blob
+    assert not any(node.metadata_props or node.doc_string for node in model.graph.node)
     (tiles,), (embedding,) = model.graph.input, model.graph.output
     shape = [d.dim_value or d.dim_param for d in tiles.type.tensor_type.shape.dim]
     assert shape[1:] == [64, 64, 3] and isinstance(shape[0], str)
