@@ -40,6 +40,11 @@ def model_card(
         "",
         "## Measured on the held-out tiles",
     ]
+    if manifest.views > 1:
+        lines += [
+            "",
+            f"Of the net as trained, with one view of each tile; the graph averages {manifest.views}.",
+        ]
     lines += _tables(record.get("metrics", {}))
     lines += [
         "",
