@@ -13,7 +13,7 @@ import typer
 
 from . import __version__, console
 from .errors import BadInput, HistoseekError, MissingPart
-from .index_commands import index_app
+from .index_commands import Json, index_app
 
 # Medical data: no part of this program reports to anyone. Set before any of them is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -38,11 +38,6 @@ class Kind(StrEnum):
     auto = "auto"
     slides = "slides"
     tiles = "tiles"
-
-
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document.", callback=console.set_json)
-]
 
 
 def _version(wanted: bool) -> None:

@@ -112,12 +112,6 @@ def _queries(slide: Slide, atlas: Atlas, size_px: int) -> tuple[list[tuple[int, 
     ]
 
 
-def nudge(place: int, limit: int, side: int, rng: np.random.Generator) -> int:
-    """Move a place by up to half a tile, within the slide."""
-    moved = place + int(rng.integers(-side // 2, side // 2))
-    return int(np.clip(moved, 0, limit - side))
-
-
 def covers(hit_x: int, hit_y: int, side: int, x: int, y: int) -> bool:
     """Whether the hit's tile contains the centre of the tile at x, y of the same side."""
     return abs(hit_x - x) <= side // 2 and abs(hit_y - y) <= side // 2

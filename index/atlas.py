@@ -10,13 +10,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..feature_files import check_features, parse_features
 from ..files import exclusive, publish_folder, remove_leftovers, write_atomic
@@ -29,7 +30,6 @@ from .generations import Generations
 from .records import Added, Hit, plain_name, remove_slide, slide_row, tile_rows
 from .vectors import VectorIndex
 
-Progress = Callable[[int, int, str], None]
 ENCODER = "encoder"
 FEATURES = "features"
 LOCK = ".lock"
@@ -92,7 +92,7 @@ class Atlas:
         files: Sequence[Path],
         metadata: dict[str, dict[str, str]] | None = None,
         replace: bool = False,
-        progress: Progress = lambda done, total, text: None,
+        progress: Report = lambda done, total, text: None,
     ) -> list[Added]:
         """Add feature files, each whole or not at all; what is there already is left alone.
 
@@ -177,23 +177,27 @@ class Atlas:
 
     def _assign_new(self) -> None:
         """Place tiles that came after a fit in its clusters."""
+        pending: dict[str, tuple[int, list[int]]] = {}
         for row in self.catalog.rows("SELECT id, name FROM clusterings"):
             new = self.catalog.rows(
                 "SELECT t.id FROM tiles AS t WHERE NOT EXISTS (SELECT 1 FROM assignments AS a "
                 "WHERE a.clustering_id = ? AND a.tile_id = t.id)",
                 (row["id"],),
             )
-            if not new:
-                continue
+            if new:
+                pending[row["name"]] = row["id"], [r["id"] for r in new]
+        if not pending:
+            return
+        ids, vectors = self.vectors()
+        for name, (number, tiles) in pending.items():
             try:
-                _, clustering = self.clustering(row["name"])
+                _, clustering = self.clustering(name)
             except Damaged:
                 continue  # `verify` names it; a new fit mends it
-            ids, vectors = self.vectors()
-            chosen = np.isin(ids, [r["id"] for r in new])
+            chosen = np.isin(ids, tiles)
             placed = clustering.assign(vectors[chosen])
             with self.catalog.write() as db:
-                clusterings.insert_assignments(db, row["id"], ids[chosen], placed)
+                clusterings.insert_assignments(db, number, ids[chosen], placed)
 
     def _remove_orphans(self) -> None:
         """Delete feature files that no slide names: copies made just before a crash."""

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import Damaged
-from ..feature_files import read_features
+from ..feature_files import parse_features
 from ..files import sha256_file
 from ..manifest import Manifest
 from .catalog import Catalog, now
@@ -46,13 +47,14 @@ class Generations:
         parts = [np.zeros((0, self._manifest.dim), dtype=np.float32)]
         for slide in slides:
             path = self._path / slide["features_file"]
-            if not path.is_file() or sha256_file(path) != slide["features_sha256"]:
+            blob = path.read_bytes() if path.is_file() else b""
+            if hashlib.sha256(blob).hexdigest() != slide["features_sha256"]:
                 state = "is changed" if path.is_file() else "is missing"
                 raise Damaged(
                     f"{path} of slide {slide['name']!r} {state}; restore it, or embed the slide again "
                     "into a new atlas"
                 )
-            parts.append(read_features(path).features)
+            parts.append(parse_features(blob, path).features)
         flat = [tile for slide in slides for tile in ids[slide["id"]]]
         return np.array(flat, dtype=np.int64), np.concatenate(parts)
 

@@ -13,7 +13,7 @@ from typing import Literal
 from ..errors import BadInput
 from ..images import SUFFIXES
 from ..tables import read_csv
-from ..tilesets import MANIFEST, TileSet, open_tiles
+from ..tilesets import MANIFEST
 from .slide_sources import is_slide
 
 Kind = Literal["auto", "slides", "tiles"]
@@ -164,8 +164,3 @@ def content_mark(path: Path) -> str:
         stream.seek(max(0, size - EDGE_BYTES))
         digest.update(stream.read(EDGE_BYTES))
     return digest.hexdigest()
-
-
-def job_tiles(job: Job, manifest: Path | None) -> TileSet:
-    """Open the tile set of a job."""
-    return open_tiles(job.source, manifest)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
@@ -11,17 +11,18 @@ from typing import Any
 
 import numpy as np
 
+from ..console import Report
 from ..errors import BadInput, Busy, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..feature_files import Features, magnification, read_about, write_features
 from ..files import read_json, remove_leftovers, write_json
 from ..images import Rgb, square
+from ..tilesets import open_tiles
 from .batches import embed_rows
 from .encoder import Encoder
-from .jobs import Job, content_mark, distinct_name, job_tiles
+from .jobs import Job, content_mark, distinct_name
 from .results import EmbedOptions, Result, State
 from .slides import Slide, open_slide
 
-Progress = Callable[[int, int, str], None]
 MAX_UNREADABLE = 0.1
 """A slide or tile set with a larger share of unreadable tiles counts as failed, not as partial."""
 
@@ -31,7 +32,7 @@ def embed_jobs(
     encoder: Encoder,
     out: Path,
     options: EmbedOptions,
-    progress: Progress,
+    progress: Report,
 ) -> list[Result]:
     """Embed every job and write its features under ``out``.
 
@@ -86,7 +87,7 @@ def _says_done(status: Path) -> bool:
 class _Counter:
     """Tiles done and known so far, over all jobs."""
 
-    def __init__(self, progress: Progress) -> None:
+    def __init__(self, progress: Report) -> None:
         self.done = self.known = 0
         self._progress = progress
 
@@ -235,7 +236,7 @@ def _embed_tiles(
     job: Job, encoder: Encoder, out: Path, options: EmbedOptions, done: _Counter
 ) -> Result:
     manifest = encoder.manifest
-    tileset = job_tiles(job, options.manifest)
+    tileset = open_tiles(job.source, options.manifest)
     key = {"content": tileset.fingerprint, "encoder": manifest.sha256}
     path, name, ready = _place(out, f"tiles_{manifest.size_px}px", job, encoder, key)
     if ready:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from ..console import Report
 from ..errors import BadInput
 from ..images import Rgb, square
 from ..metrics import Ints, codes
@@ -17,8 +17,6 @@ from ..tilesets import TileSet
 MAX_BYTES = 16 * 2**30
 BLANK = 12.0
 """Cut-outs of a larger picture whose pixels vary less than this (standard deviation) are left out."""
-
-Report = Callable[[int, int, str], None]
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,13 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
 from ..tilesets import TileSet
 from .augment import Augmentation, augment
 from .checkpoint import load_backbone
-from .data import LabelledTiles, Report, describe, describe_split, load, split_by_group
+from .data import LabelledTiles, describe, describe_split, load, split_by_group
 from .evaluate import judge, normalise
 from .losses import ArcFace
 from .models import Encoder, build

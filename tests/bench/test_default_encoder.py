@@ -10,7 +10,7 @@ import time
 import numpy as np
 import pytest
 
-from histoseek.demo import covers, nudge, rotated_crop
+from histoseek.demo import covers, rotated_crop
 from histoseek.metrics import retrieval_report
 from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
 from histoseek.serving.slides import open_slide
@@ -18,6 +18,12 @@ from histoseek.training.commands import select
 from histoseek.training.data import load, split_by_group
 from histoseek.training.evaluate import calibrate, embed
 from histoseek.training.models import build
+
+
+def nudge(place: int, limit: int, side: int, rng: np.random.Generator) -> int:
+    """Move a place by up to half a tile, within the slide."""
+    moved = place + int(rng.integers(-side // 2, side // 2))
+    return int(np.clip(moved, 0, limit - side))
 
 
 @pytest.fixture(scope="module")
