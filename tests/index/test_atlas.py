@@ -335,6 +335,18 @@ def test_a_damaged_index_is_rebuilt_and_damaged_features_are_not_searched(atlas,
         Atlas(atlas.path).search(query)
 
 
+def test_vectors_changed_behind_the_atlas_are_not_searched(atlas):
+    """The file is still whole HDF5 of the right shape; only its hash tells."""
+    next(atlas.path.glob("index-*.faiss")).unlink()
+    file = next(atlas.path.glob("features/slide-1-*.h5"))
+    row = read_features(file).features[3].tobytes()
+    blob = file.read_bytes()
+    assert blob.count(row) == 1
+    file.write_bytes(blob.replace(row, row[::-1]))
+    with pytest.raises(Damaged, match="slide-1.*is changed"):
+        Atlas(atlas.path).vectors()
+
+
 def test_what_is_no_atlas_or_a_newer_one_is_refused(atlas, tmp_path):
     with pytest.raises(BadInput, match="not an atlas"):
         Atlas(tmp_path / "nowhere")
