@@ -4,9 +4,12 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= histoseek-demo
 BIN = $(VENV)/bin
+DEV_EXTRAS = cpu,train,ui,openvino,triton,ray,metrics,dev
+# The real tritonserver for the tests; its wheel asks for packages that only its Python API needs.
+TRITON_SERVER = nvidia-pytriton==0.7.0
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: demo test check bench format clean
+.PHONY: demo test check bench bench-serving format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -22,7 +25,11 @@ check: $(VENV)/.ready
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/bench -s -q -o addopts="--import-mode=importlib"
+	$(BIN)/python -m pytest tests/bench/test_default_encoder.py -s -q -o addopts="--import-mode=importlib"
+
+bench-serving: $(VENV)/.ready
+	$(BIN)/pip install $(PIP_FLAGS) fastslide==0.8.1
+	$(BIN)/python tests/bench/serving.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
@@ -35,7 +42,8 @@ $(DEMO_VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[cpu,train,ui,dev]'
+	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[$(DEV_EXTRAS)]'
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps '$(TRITON_SERVER)'
 	touch $@
 
 clean:

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from . import __version__, console
+from .console import Json
+from .embed_command import embed
 from .errors import BadInput, HistoseekError, MissingPart
-from .index_commands import Json, index_app
+from .index_commands import index_app
 
 # Medical data: no part of this program reports to anyone. Set before any of them is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -30,14 +31,9 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(index_app, name="index")
-
-
-class Kind(StrEnum):
-    """What the pictures of a folder are."""
-
-    auto = "auto"
-    slides = "slides"
-    tiles = "tiles"
+app.command()(embed)
+triton_app = typer.Typer(help="Serve encoders by NVIDIA Triton.", no_args_is_help=True)
+app.add_typer(triton_app, name="triton")
 
 
 def _version(wanted: bool) -> None:
@@ -156,42 +152,46 @@ def export(
     )
 
 
-@app.command()
-def embed(
-    inputs: Annotated[list[Path], typer.Argument(help="Slides, folders, tile packs.")],
-    out: Annotated[Path, typer.Option(help="Folder of the feature files.")],
-    encoder: Annotated[str, typer.Option(help="Encoder bundle, or 'default'.")] = "default",
-    mpp: Annotated[
-        float | None, typer.Option(help="µm per pixel of the tiles; the encoder's if left out.")
+@triton_app.callback()
+def triton() -> None:
+    """Serve encoders by NVIDIA Triton."""
+
+
+@triton_app.command()
+def repository(
+    bundles: Annotated[list[str], typer.Argument(help="Encoder bundles, or 'default'.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model repository.")],
+    fp16: Annotated[
+        bool, typer.Option("--fp16", help="Also write <name>-fp16, computed in half precision.")
+    ] = False,
+    tiles: Annotated[
+        Path | None, typer.Option(help="Real tiles to measure the loss of --fp16 on.")
     ] = None,
-    assume_mpp: Annotated[
-        float | None, typer.Option(help="µm per pixel of slides that do not say.")
-    ] = None,
-    manifest: Annotated[
-        Path | None, typer.Option(help="CSV: file, label, group; for slides mpp, label, patient.")
-    ] = None,
-    overlap: Annotated[int, typer.Option(help="Overlap of tiles, in pixels.")] = 0,
-    min_tissue: Annotated[float, typer.Option(help="Least share of tissue in a tile.")] = 0.25,
-    batch: Annotated[int, typer.Option(help="Tiles per call of the encoder.")] = 32,
-    kind: Annotated[
-        Kind, typer.Option("--as", help="What a folder of pictures holds.")
-    ] = Kind.auto,
+    max_batch: Annotated[int, typer.Option(help="Most tiles per run.")] = 64,
+    instances: Annotated[int, typer.Option(help="Copies per GPU; without a GPU: cores.")] = 2,
+    queue: Annotated[int, typer.Option(help="Most requests that wait.")] = 256,
+    delay_us: Annotated[int, typer.Option(help="Wait this long to fill a batch.")] = 1000,
     json: Json = False,
 ) -> None:
-    """Embed slides and tile sets into feature files; a repeated run finishes what is not done."""
-    from .serving.encoder import open_encoder
-    from .serving.jobs import find_jobs
-    from .serving.pipeline import embed_jobs
-    from .serving.report import report_results
-    from .serving.results import EmbedOptions
+    """Write a Triton model repository: one model per bundle; a changed encoder adds a version."""
+    from dataclasses import asdict
 
-    options = EmbedOptions(mpp, assume_mpp, overlap, min_tissue, batch, manifest)
-    opened = open_encoder(encoder)
-    jobs = find_jobs(inputs, kind.value, manifest)
-    with console.progress("embedding") as progress:
-        results = embed_jobs(jobs, opened, out, options, progress)
-    if not report_results(results, opened.manifest, out):
-        raise typer.Exit(console.EXIT_FAILED)
+    from .export.triton import TritonOptions, write_repository
+    from .serving.encoder import bundle_path
+    from .tilesets import open_tiles
+
+    options = TritonOptions(max_batch, instances, queue, delay_us, fp16)
+    with console.working("writing the repository, and measuring parity"):
+        written = write_repository(
+            [bundle_path(b) for b in bundles], out, options, open_tiles(tiles) if tiles else None
+        )
+    rows = [(w.model, w.version, w.precision, f"{w.cosine_error:.1e}") for w in written]
+    console.emit(
+        {"repository": str(out), "models": [asdict(w) for w in written]},
+        lambda: console.table(
+            str(out), ("model", "version", "precision", "1 - cosine to the bundle"), rows
+        ),
+    )
 
 
 @app.command()

@@ -11,7 +11,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
+
+import typer
 
 Report = Callable[[int, int, str], None]
 
@@ -31,6 +33,12 @@ def set_json(wanted: bool) -> bool:
     """Switch to JSON; the callback of every ``--json`` option."""
     mode.json = mode.json or wanted
     return wanted
+
+
+Json = Annotated[
+    bool,
+    typer.Option("--json", help="Print one JSON document.", callback=set_json),
+]
 
 
 def emit(document: Any, human: Callable[[], None]) -> None:

@@ -8,6 +8,7 @@
     ├── Damaged             a stored artifact fails its own check: rebuild or restore it
     ├── MissingPart         an optional package is not installed: install the extra that is named
     ├── Busy                another process holds the resource: wait and try again
+    ├── Unavailable         a server does not answer or has no room: see to it and run again
     └── StorageFailed       the disk is full, read-only or failing: free space and run again
 
 Every message says what was wrong, with which value, what was expected, and the remedy.
@@ -40,6 +41,10 @@ class MissingPart(HistoseekError):
 
 class Busy(HistoseekError):
     """Another process holds the resource; the same call may succeed later."""
+
+
+class Unavailable(HistoseekError):
+    """A server does not answer, or answers that it cannot take more, for longer than was allowed."""
 
 
 class StorageFailed(HistoseekError):

@@ -53,24 +53,17 @@ def write_atomic(path: Path, data: bytes | str) -> None:
         StorageFailed: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
     blob = data.encode() if isinstance(data, str) else data
-    temp: str | None = None
+    temp: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temp = tempfile.mkstemp(
-            dir=path.parent, prefix=f".{path.name[:80]}.", suffix=".tmp"
-        )
-        with os.fdopen(handle, "wb") as stream:
-            stream.write(blob)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(temp, 0o666 & ~_umask())
-        os.replace(temp, path)
-        _sync_folder(path.parent)
+        temp = temporary(path)
+        temp.write_bytes(blob)
+        publish_file(temp, path)
     except OSError as error:
         raise storage_failed(path, error) from error
     finally:
         if temp is not None:
-            Path(temp).unlink(missing_ok=True)
+            temp.unlink(missing_ok=True)
 
 
 def _temp_prefix(path: Path) -> str:
@@ -96,6 +89,29 @@ def _umask() -> int:
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
+
+
+def temporary(path: Path) -> Path:
+    """Return an unused name beside ``path`` for a file that :func:`publish_file` will rename."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP)
+    os.close(handle)
+    return Path(name)
+
+
+def publish_file(temp: Path, path: Path) -> None:
+    """Rename a finished temporary file to ``path`` in a way that survives a crash.
+
+    Raises:
+        StorageFailed: the folder cannot be written; ``path`` is as it was.
+    """
+    try:
+        with open(temp, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temp, 0o666 & ~_umask())
+        os.replace(temp, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_failed(path, error) from error
 
 
 def write_json(path: Path, document: Any) -> None:

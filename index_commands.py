@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from . import console
+from .console import Json
 from .errors import BadInput, HistoseekError
 
 if TYPE_CHECKING:
@@ -25,9 +26,6 @@ index_app = typer.Typer(
 )
 AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
 Images = Annotated[list[Path], typer.Argument(help="Pictures to ask about.")]
-Json = Annotated[
-    bool, typer.Option("--json", help="Print one JSON document.", callback=console.set_json)
-]
 
 
 @index_app.command()

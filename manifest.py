@@ -5,6 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import BadInput, Damaged
@@ -19,6 +21,13 @@ RUN = "run.json"
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 INPUT = "tiles"
 OUTPUT = "embedding"
+
+# Parameters by which a Triton model says which encoder a version of it is: "<name>.<version>"
+# (export writes them, serving reads them). Plain "encoder_sha256" is the latest version's.
+TRITON_MANIFEST = "histoseek_manifest"
+TRITON_SHA256 = "encoder_sha256"
+TRITON_PRECISION = "precision"
+TRITON_PROBE = "probe_embedding"
 
 
 class Manifest(BaseModel):
@@ -108,3 +117,13 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
             f"{graph} has sha256 {actual[:12]}…, the manifest says {manifest.sha256[:12]}…; "
             "copy the whole bundle again"
         )
+
+
+def probe_tile(size_px: int) -> NDArray[np.uint8]:
+    """Return the picture by whose embedding a server's encoder is recognised, (size_px, size_px, 3).
+
+    A smooth colour pattern, computed in whole numbers, the same on every machine.
+    """
+    y, x = np.indices((size_px, size_px), dtype=np.int64)
+    channels = [x * 255 // size_px, y * 255 // size_px, (x * y // size_px + 40) % 256]
+    return np.stack(channels, axis=-1).astype(np.uint8)

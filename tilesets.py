@@ -21,14 +21,16 @@ from pathlib import Path, PurePosixPath
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from .errors import BadInput
 from .files import sha256_file
-from .images import MAX_BYTES, SUFFIXES, Rgb, decode
+from .images import MAX_BYTES, SUFFIXES, Rgb, decode, square
 from .tables import read_csv, read_table
 
 MANIFEST = "manifest.csv"
 MAX_UNPACKED = 4 * 2**30
+SAMPLE = 64
 
 
 @dataclass(frozen=True)
@@ -123,6 +125,25 @@ def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
     if not tiles.tiles:
         raise BadInput(f"{source} holds no tile; expected pictures ({', '.join(sorted(SUFFIXES))})")
     return tiles
+
+
+def sample_tiles(tileset: TileSet, size_px: int, count: int = SAMPLE) -> NDArray[np.uint8]:
+    """Decode ``count`` tiles spread evenly over a tile set; unreadable ones are passed over.
+
+    Raises:
+        BadInput: none could be read.
+    """
+    chosen = np.unique(np.linspace(0, len(tileset) - 1, min(count, len(tileset))).astype(int))
+    tiles: list[NDArray[np.uint8]] = []
+    reason = "the tile set is empty"
+    for number in chosen:
+        try:
+            tiles.append(square(tileset.read(int(number)), size_px))
+        except BadInput as error:
+            reason = str(error)
+    if not tiles:
+        raise BadInput(f"no tile to prove parity on: {reason}")
+    return np.stack(tiles)
 
 
 def concatenate(sets: Sequence[TileSet]) -> TileSet:

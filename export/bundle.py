@@ -8,22 +8,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import onnx
 import torch
-from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import BadInput, Damaged
 from ..files import publish_folder, read_json, sha256_file, write_atomic, write_json
-from ..images import square
 from ..manifest import CARD, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
-from ..tilesets import TileSet, open_tiles
+from ..tilesets import TileSet, open_tiles, sample_tiles
 from .card import model_card
 from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
 
-PARITY_TILES = 64
 Build = Callable[..., Any]
 
 
@@ -55,25 +51,6 @@ def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[s
     except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise Damaged(f"{weights} does not fit the architecture it names ({error})") from error
     return record, encoder.eval(), pca
-
-
-def sample_tiles(tileset: TileSet, size_px: int, count: int = PARITY_TILES) -> NDArray[np.uint8]:
-    """Decode ``count`` tiles spread evenly over a tile set; unreadable ones are passed over.
-
-    Raises:
-        BadInput: none could be read.
-    """
-    chosen = np.unique(np.linspace(0, len(tileset) - 1, min(count, len(tileset))).astype(int))
-    tiles: list[NDArray[np.uint8]] = []
-    reason = "the tile set is empty"
-    for number in chosen:
-        try:
-            tiles.append(square(tileset.read(int(number)), size_px))
-        except BadInput as error:
-            reason = str(error)
-    if not tiles:
-        raise BadInput(f"no tile to prove parity on: {reason}")
-    return np.stack(tiles)
 
 
 def parity_tiles(run: Path, tiles: Path | None) -> TileSet:

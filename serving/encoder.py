@@ -1,19 +1,23 @@
-"""Encoders: what the pipeline asks of one, and the in-process one on ONNX Runtime."""
+"""Encoders: what the pipeline asks of one, the in-process one, and how any is opened by name."""
 
 from __future__ import annotations
 
-import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput, Damaged, Mismatch, MissingPart
-from ..manifest import GRAPH, INPUT, OUTPUT, Manifest, read_manifest
+from ..errors import BadInput, Damaged, Mismatch
+from ..manifest import Manifest, read_manifest
+from .engines import open_engine
 
 DEFAULT = "default"
 DEFAULT_BUNDLE = Path(__file__).parent / "default_encoder"
+FAN_OUT = 128
+"""Tiles in one call from which on an encoder works on several batches side by side by itself."""
 
 
 class Encoder(Protocol):
@@ -24,60 +28,54 @@ class Encoder(Protocol):
         """The encoder's identity and contract."""
         ...
 
+    @property
+    def batch(self) -> int:
+        """Tiles per run of the graph."""
+        ...
+
+    @property
+    def parallel(self) -> int:
+        """How many calls side by side make it work at its best."""
+        ...
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a call mostly waits (for a server or a GPU) instead of using this CPU."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return where and how it runs, JSON-ready."""
+        ...
+
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (N, S, S, 3) -> float32 (N, D), finite."""
         ...
 
+    def close(self) -> None:
+        """Free what it holds; calls under way end soon."""
+        ...
+
 
 class OnnxEncoder:
-    """An encoder bundle in this process, on ONNX Runtime."""
+    """An encoder bundle in this process, on ONNX Runtime or OpenVINO."""
 
-    def __init__(self, bundle: Path, threads: int = 0, batch: int = 32) -> None:
-        """Load a bundle.
-
-        Args:
-            bundle: the folder.
-            threads: of ONNX Runtime; 0 leaves the choice to it.
-            batch: tiles per run of the graph.
+    def __init__(
+        self,
+        bundle: Path,
+        engine: str = "onnxruntime",
+        precision: str = "f32",
+        batch: int | None = None,
+        streams: int | None = None,
+    ) -> None:
+        """Load a bundle; for the options see :func:`~histoseek.serving.engines.open_engine`.
 
         Raises:
-            BadInput: no bundle there.
+            BadInput: no bundle there, or an option that does not fit.
             Damaged: the graph is not the manifest's, or does not keep the contract.
-            MissingPart: ONNX Runtime is not installed.
+            MissingPart: the engine is not installed.
         """
         self._manifest = read_manifest(bundle)
-        os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: its wheels may report home
-        try:
-            import onnxruntime
-        except ImportError as error:
-            raise MissingPart(
-                "embedding needs ONNX Runtime: pip install 'histoseek[cpu]' (or [gpu])"
-            ) from error
-        options = onnxruntime.SessionOptions()
-        options.intra_op_num_threads = threads
-        options.log_severity_level = 3
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        usable = [p for p in wanted if p in onnxruntime.get_available_providers()]
-        try:
-            self._session = onnxruntime.InferenceSession(
-                str(bundle / GRAPH), options, providers=usable
-            )
-        except Exception as error:
-            raise Damaged(f"{bundle / GRAPH} cannot be loaded by ONNX Runtime: {error}") from error
-        self._check_contract(bundle)
-        self._batch = batch
-
-    def _check_contract(self, bundle: Path) -> None:
-        size = self._manifest.size_px
-        inputs = {i.name: (i.type, i.shape[1:]) for i in self._session.get_inputs()}
-        outputs = {o.name: (o.type, o.shape[1:]) for o in self._session.get_outputs()}
-        if inputs != {INPUT: ("tensor(uint8)", [size, size, 3])} or outputs != {
-            OUTPUT: ("tensor(float)", [self._manifest.dim])
-        }:
-            raise Damaged(
-                f"{bundle / GRAPH} has {inputs} -> {outputs}; its manifest promises {INPUT} uint8 "
-                f"[N, {size}, {size}, 3] -> {OUTPUT} float [N, {self._manifest.dim}]: export it again"
-            )
+        self._engine = open_engine(bundle, self._manifest, engine, precision, batch, streams)
 
     @property
     def manifest(self) -> Manifest:
@@ -85,9 +83,30 @@ class OnnxEncoder:
         return self._manifest
 
     @property
-    def providers(self) -> list[str]:
-        """ONNX Runtime's execution providers in use, such as CUDAExecutionProvider."""
-        return list(self._session.get_providers())
+    def batch(self) -> int:
+        """Tiles per run of the graph."""
+        return self._engine.plan.batch
+
+    @property
+    def parallel(self) -> int:
+        """Streams of the engine."""
+        return self._engine.plan.streams
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a GPU does the work."""
+        return self._engine.offloads
+
+    def describe(self) -> dict[str, Any]:
+        """Return the engine, its precision, and how it is run."""
+        plan = self._engine.plan
+        return {
+            "engine": plan.engine,
+            "precision": plan.precision,
+            "batch": plan.batch,
+            "streams": plan.streams,
+            "device": "cuda" if self.offloads else "cpu",
+        }
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """uint8 (N, S, S, 3) -> float32 (N, D).
@@ -96,49 +115,94 @@ class OnnxEncoder:
             BadInput: tiles of another shape or type.
             Damaged: the graph gave a value that is not finite.
         """
-        size = self._manifest.size_px
-        if tiles.dtype != np.uint8 or tiles.shape[1:] != (size, size, 3):
-            raise BadInput(
-                f"tiles are {tiles.dtype} {tiles.shape}; expected uint8 (N, {size}, {size}, 3)"
-            )
-        parts = [np.zeros((0, self._manifest.dim), dtype=np.float32)]
-        for start in range(0, len(tiles), self._batch):
-            chunk = np.ascontiguousarray(tiles[start : start + self._batch])
-            parts.append(np.asarray(self._session.run([OUTPUT], {INPUT: chunk})[0]))
-        result = np.concatenate(parts)
-        if not np.isfinite(result).all():
-            raise Damaged(f"encoder {self._manifest.name} gave values that are not finite")
-        return result
+        return in_batches(tiles, self._manifest, self.batch, self.parallel, self._engine.run)
+
+    def close(self) -> None:
+        """Nothing to free before the process ends."""
+
+
+def in_batches(
+    tiles: NDArray[np.uint8],
+    manifest: Manifest,
+    batch: int,
+    parallel: int,
+    run: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """Run tiles (N, S, S, 3) in batches, several side by side if they are many; checks both ends.
+
+    Raises:
+        BadInput: tiles of another shape or type than the manifest's.
+        Damaged: a value came out that is not finite.
+    """
+    size = manifest.size_px
+    if tiles.dtype != np.uint8 or tiles.shape[1:] != (size, size, 3):
+        raise BadInput(
+            f"tiles are {tiles.dtype} {tiles.shape}; expected uint8 (N, {size}, {size}, 3)"
+        )
+    parts = [tiles[start : start + batch] for start in range(0, len(tiles), batch)]
+    if len(tiles) >= FAN_OUT and parallel > 1 and len(parts) > 1:
+        with ThreadPoolExecutor(parallel, thread_name_prefix="embed") as pool:
+            found = list(pool.map(run, parts))
+    else:
+        found = [run(part) for part in parts]
+    result = np.concatenate([np.zeros((0, manifest.dim), dtype=np.float32), *found])
+    if not np.isfinite(result).all():
+        raise Damaged(f"encoder {manifest.name} gave values that are not finite")
+    return result
 
 
 def bundle_path(spec: str) -> Path:
     """Return the bundle's folder for ``default`` or a path.
 
     Raises:
-        BadInput: the scheme is not known here.
+        BadInput: it names a server.
     """
     if spec == DEFAULT:
         return DEFAULT_BUNDLE
     if "://" in spec:
-        raise BadInput(f"encoder {spec!r}: expected a bundle folder, or {DEFAULT!r}")
+        raise BadInput(f"encoder {spec!r}: expected a bundle folder here, or {DEFAULT!r}")
     return Path(spec)
 
 
-def open_encoder(spec: str, expect: Manifest | None = None) -> OnnxEncoder:
-    """Open an encoder by its bundle's folder or as ``default``.
+def open_encoder(
+    spec: str,
+    expect: Manifest | None = None,
+    engine: str = "onnxruntime",
+    precision: str = "f32",
+    batch: int | None = None,
+    streams: int | None = None,
+) -> Encoder:
+    """Open an encoder by its bundle's folder, as ``default``, or on a Triton server.
 
     Args:
-        spec: the folder, or ``default`` for the one that ships with histoseek.
+        spec: the folder, ``default`` for the one that ships with histoseek, or
+            ``triton://HOST:PORT/MODEL[@VERSION]`` (``tritons://`` for TLS).
         expect: the encoder that it must be.
+        engine: in this process: ``onnxruntime``, ``openvino`` or ``auto``.
+        precision: in this process: ``f32`` or ``bf16``.
+        batch: tiles per run; measured or asked of the server when left out.
+        streams: in this process: runs side by side; one per core when left out.
 
     Raises:
         Mismatch: it is another encoder; names both.
     """
-    encoder = OnnxEncoder(bundle_path(spec))
-    found = encoder.manifest
+    if "://" in spec:
+        from .triton import TritonEncoder
+
+        return TritonEncoder(spec, expect, batch)
+    encoder = OnnxEncoder(bundle_path(spec), engine, precision, batch, streams)
+    check_identity(encoder.manifest, expect)
+    return encoder
+
+
+def check_identity(found: Manifest, expect: Manifest | None) -> None:
+    """Compare an encoder with the one that is expected.
+
+    Raises:
+        Mismatch: it is another; names both.
+    """
     if expect is not None and expect.sha256 != found.sha256:
         raise Mismatch(
             f"encoder {found.name} ({found.sha256[:12]}…) is not {expect.name} "
             f"({expect.sha256[:12]}…); use the encoder that the features were made with"
         )
-    return encoder

@@ -1,30 +1,67 @@
-"""Embedding: every job becomes one feature file; what failed is recorded and never stops the rest."""
+"""Embedding: every job becomes one feature file; what failed is recorded and never stops the rest.
+
+Slides are opened a few ahead by their own threads, their tiles are read and encoded in pieces by a pool
+of workers, and this thread writes what comes back, in order. So the encoder has work while slides are
+opened and written, memory is bounded whatever a slide's size, and the files are the same to the byte
+whatever the number of workers: the pieces of a slide depend on nothing but the slide.
+"""
 
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Sequence
-from dataclasses import asdict
-from functools import partial
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..console import Report
-from ..errors import BadInput, Busy, Damaged, HistoseekError, Mismatch, StorageFailed
-from ..feature_files import Features, magnification, read_about, write_features
+from ..errors import BadInput, Busy, HistoseekError, StorageFailed, Unavailable
+from ..feature_files import FeatureWriter
 from ..files import read_json, remove_leftovers, write_json
-from ..images import Rgb, square
-from ..tilesets import open_tiles
-from .batches import embed_rows
 from .encoder import Encoder
-from .jobs import Job, content_mark, distinct_name
+from .engines import cores
+from .jobs import Job
+from .meter import Meter
 from .results import EmbedOptions, Result, State
-from .slides import Slide, open_slide
+from .work import Work, failed, prepare, refuse_if_broken
 
-MAX_UNREADABLE = 0.1
-"""A slide or tile set with a larger share of unreadable tiles counts as failed, not as partial."""
+PIECE = 32
+"""Least number of tiles that are read together; neighbours share what is decoded."""
+
+OPENERS = 2
+OPEN_AHEAD = 3
+PIECES_AHEAD = 3
+FATAL = (StorageFailed, Busy, Unavailable)
+"""What ends a run: every further slide would meet the same."""
+
+
+@dataclass
+class _Embedded:
+    """What came of one piece: embeddings (M, D), their tile numbers (M,), reasons of the others."""
+
+    features: NDArray[np.float32]
+    kept: list[int]
+    unreadable: list[str]
+
+
+class _Slide:
+    """A slide or tile set on its way through the pool."""
+
+    def __init__(self, work: Work, started: float) -> None:
+        self.work, self.started = work, started
+        self.writer: FeatureWriter | None = None
+        self.kept: list[int] = []
+        self.unreadable: list[str] = []
+        self.error: Exception | None = None
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.discard()
+        self.work.close()
 
 
 def embed_jobs(
@@ -33,6 +70,7 @@ def embed_jobs(
     out: Path,
     options: EmbedOptions,
     progress: Report,
+    meter: Meter | None = None,
 ) -> list[Result]:
     """Embed every job and write its features under ``out``.
 
@@ -44,36 +82,200 @@ def embed_jobs(
         encoder: any encoder.
         out: the folder of features.
         options: how to cut tiles.
-        progress: called with tiles done, tiles known so far, and the current slide.
+        progress: called with tiles done, tiles expected, and a line about the run.
+        meter: counts tiles and seconds; a new one when left out.
 
     Raises:
         StorageFailed: the disk is full or ``out`` cannot be written; earlier results stay.
+        Unavailable: a server stayed away longer than its deadline; earlier results stay. The encoder
+            is closed whenever a run ends early.
     """
     if options.overlap_px >= encoder.manifest.size_px:
         raise BadInput(
             f"--overlap is {options.overlap_px}; expected less than the tile's "
             f"{encoder.manifest.size_px} pixels"
         )
-    remove_leftovers([out, out / "status", *out.glob("*/features_*")])
-    results: list[Result] = []
-    done = _Counter(progress)
-    for job in jobs:
-        started = time.monotonic()
+    remove_leftovers([out, *(out / n for n in _FOLDERS), *out.glob("*/features_*")])
+    return _Run(jobs, encoder, out, options, progress, meter or Meter()).all()
+
+
+_FOLDERS = ("status", "overlays", "geojson")
+
+
+class _Run:
+    """One call of :func:`embed_jobs`: its pools, its queue, and its results."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        encoder: Encoder,
+        out: Path,
+        options: EmbedOptions,
+        progress: Report,
+        meter: Meter,
+    ) -> None:
+        self._jobs, self._encoder, self._out, self._options = jobs, encoder, out, options
+        self._progress, self._meter = progress, meter
+        meter.jobs = len(jobs)
+        workers = options.jobs or cores()
+        if encoder.offloads:  # those that wait for it leave the cores to those that decode
+            workers += encoder.parallel
+        batch = encoder.batch
+        self._piece = -(-PIECE // batch) * batch
+        self._window = PIECES_AHEAD * workers
+        self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="open")
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="embed")
+        self._flying: deque[tuple[_Slide, Future[_Embedded] | None]] = deque()
+        self._results: dict[int, Result] = {}
+        self._numbers = {id(job): number for number, job in enumerate(jobs)}
+        self._stopping = False
+
+    def all(self) -> list[Result]:
+        """Run to the end; on a fatal error or Ctrl-C stop soon, and leave nothing half."""
+        opening: deque[tuple[Job, float, Future[Work | Result]]] = deque()
+        waiting = deque(self._jobs)
         try:
-            result = _embed_job(job, encoder, out, options, done)
-        except (StorageFailed, Busy):
+            while waiting or opening:
+                while waiting and len(opening) < OPEN_AHEAD:
+                    job = waiting.popleft()
+                    opening.append((job, time.monotonic(), self._openers.submit(self._open, job)))
+                job, started, future = opening[0]
+                while not future.done() and self._flying:
+                    self._land()
+                made = self._opened(future)
+                opening.popleft()
+                if isinstance(made, Result):
+                    self._finish(job, made, started, opened=False)
+                else:
+                    self._launch(_Slide(made, started))
+            while self._flying:
+                self._land()
+        except BaseException:
+            self._stopping = True
+            self._encoder.close()  # nobody shall wait for a server any longer
             raise
-        except HistoseekError as error:
-            result = Result(job.name, str(job.source), "failed", str(error))
+        finally:
+            self._openers.shutdown(cancel_futures=True)
+            self._workers.shutdown(cancel_futures=True)
+            self._close([future for _, _, future in opening])
+        return [self._results[number] for number in sorted(self._results)]
+
+    def _opened(self, future: Future[Work | Result]) -> Work | Result:
+        """Return what became of opening a job; what ends the run waits for the slides before it."""
+        try:
+            return future.result()
+        except FATAL:
+            while self._flying:
+                self._land()
+            raise
+
+    def _close(self, opening: Sequence[Future[Work | Result]]) -> None:
+        """Close the slides of a run that ended early."""
+        for slide in {id(slide): slide for slide, _ in self._flying}.values():
+            slide.close()
+        for future in opening:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                made = future.result()
+                if not isinstance(made, Result):
+                    made.close()
+
+    def _open(self, job: Job) -> Work | Result:
+        try:
+            with self._meter.stage("open", 1):
+                return prepare(job, self._encoder.manifest, self._out, self._options)
+        except FATAL:
+            raise
         except Exception as error:  # one foreign file must not stop the others
-            reason = f"{job.source}: unexpected {type(error).__name__}: {error}"
-            result = Result(job.name, str(job.source), "failed", reason)
-        result = Result(**{**asdict(result), "seconds": round(time.monotonic() - started, 3)})
-        results.append(result)
-        status = out / "status" / f"{result.name}.json"
+            return failed(job, error)
+
+    def _launch(self, slide: _Slide) -> None:
+        """Send a slide's pieces to the workers, never more than the window holds."""
+        count = slide.work.count
+        self._meter.expect(count)
+        for start in range(0, count, self._piece):
+            while len(self._flying) >= self._window:
+                self._land()
+            stop = min(count, start + self._piece)
+            future = self._workers.submit(self._embed, slide, start, stop)
+            self._flying.append((slide, future))
+        self._flying.append((slide, None))  # its end
+
+    def _embed(self, slide: _Slide, start: int, stop: int) -> _Embedded:
+        """Read and encode one piece; runs on a worker."""
+        dim = self._encoder.manifest.dim
+        none = np.zeros((0, dim), dtype=np.float32)
+        if self._stopping or slide.error is not None:
+            return _Embedded(none, [], [])
+        with self._meter.stage("read", stop - start):
+            found = slide.work.read(start, stop)
+        kept = [start + n for n, tile in enumerate(found) if not isinstance(tile, BadInput)]
+        reasons = [str(tile) for tile in found if isinstance(tile, BadInput)]
+        if not kept:
+            return _Embedded(none, [], reasons)
+        tiles = np.stack([tile for tile in found if not isinstance(tile, BadInput)])
+        with self._meter.stage("encode", len(tiles)):
+            return _Embedded(self._encoder.embed(tiles), kept, reasons)
+
+    def _land(self) -> None:
+        """Take the oldest piece, wait for it, and write it; or finish the slide that ends here."""
+        slide, future = self._flying[0]
+        try:
+            if future is None:
+                result = self._write(slide)
+            else:
+                self._take(slide, future.result())
+        except FATAL:
+            raise
+        except Exception as error:  # a failed piece fails its own slide
+            slide.error = slide.error or error
+            result = failed(slide.work.job, slide.error)
+        self._flying.popleft()
+        if future is None:
+            slide.close()
+            result = replace(result, name=slide.work.name, tissue=slide.work.tissue)
+            self._finish(slide.work.job, result, slide.started, opened=True)
+
+    def _take(self, slide: _Slide, piece: _Embedded) -> None:
+        self._meter.deal(len(piece.kept) + len(piece.unreadable), len(piece.unreadable))
+        slide.kept += piece.kept
+        slide.unreadable += piece.unreadable
+        if slide.writer is None:
+            dim = self._encoder.manifest.dim
+            slide.writer = FeatureWriter(slide.work.path, dim, slide.work.count)
+        slide.writer.append(piece.features)
+        self._meter.tell(self._progress, slide.work.name)
+
+    def _write(self, slide: _Slide) -> Result:
+        work = slide.work
+        if slide.error is not None:
+            return failed(work.job, slide.error)
+        refuse_if_broken(work, slide.unreadable)
+        if slide.writer is None:
+            slide.writer = FeatureWriter(work.path, self._encoder.manifest.dim, 0)
+        item = work.describe(slide.kept, slide.unreadable)
+        slide.writer.publish(item)
+        state: State = "partial" if slide.unreadable else "done" if slide.kept else "empty"
+        reason = item.about["reason"]
+        if slide.unreadable:
+            reason = f"{len(slide.unreadable)} tiles unreadable"
+        return Result(
+            work.name,
+            str(work.job.source),
+            state,
+            reason,
+            len(slide.kept),
+            slide.unreadable,
+            features=str(work.path),
+        )
+
+    def _finish(self, job: Job, result: Result, started: float, opened: bool) -> None:
+        result = replace(result, seconds=round(time.monotonic() - started, 3))
+        self._results[self._numbers[id(job)]] = result
+        self._meter.end(result.state, opened)
+        self._meter.tell(self._progress, result.name)
+        status = self._out / "status" / f"{result.name}.json"
         if result.state != "skipped" or not _says_done(status):
             write_json(status, asdict(result))
-    return results
 
 
 def _says_done(status: Path) -> bool:
@@ -82,206 +284,3 @@ def _says_done(status: Path) -> bool:
         return read_json(status)["state"] in {"done", "empty", "skipped"}
     except (HistoseekError, KeyError, TypeError):
         return False
-
-
-class _Counter:
-    """Tiles done and known so far, over all jobs."""
-
-    def __init__(self, progress: Report) -> None:
-        self.done = self.known = 0
-        self._progress = progress
-
-    def expect(self, count: int) -> None:
-        self.known += count
-
-    def add(self, text: str, count: int) -> None:
-        self.done += count
-        self._progress(self.done, self.known, text)
-
-
-def _embed_job(
-    job: Job, encoder: Encoder, out: Path, options: EmbedOptions, done: _Counter
-) -> Result:
-    if job.kind == "tiles":
-        return _embed_tiles(job, encoder, out, options, done)
-    mpp = options.mpp or encoder.manifest.mpp
-    if mpp is None:
-        raise Mismatch(
-            f"encoder {encoder.manifest.name} names no mpp to read slides at; pass --mpp"
-        )
-    with open_slide(job.source, _assumed_mpp(job, options)) as slide:
-        return _embed_slide(job, slide, mpp, encoder, out, options, done)
-
-
-def _assumed_mpp(job: Job, options: EmbedOptions) -> float | None:
-    stated = job.row.get("mpp", "")
-    if not stated:
-        return options.assume_mpp
-    try:
-        value = float(stated)
-    except ValueError:
-        value = float("nan")
-    if not 0.01 <= value <= 100:
-        raise BadInput(f"the manifest gives {job.source.name} mpp {stated!r}; expected 0.01 to 100")
-    return value
-
-
-def _place(
-    out: Path, folder: str, job: Job, encoder: Encoder, key: dict[str, Any]
-) -> tuple[Path, str, bool]:
-    """Return the feature file, the name, and whether it is there already, made the same way."""
-    parent = out / folder / f"features_{encoder.manifest.name}"
-    names = dict.fromkeys((job.name, distinct_name(job)))
-    plain = read_about(parent / f"{job.stem}.h5")
-    if plain is not None and plain.get("source") == str(job.source.resolve()):
-        names = {job.stem: None, **names}  # it was embedded before another slide of its name came
-    for name in names:
-        path = parent / f"{name}.h5"
-        about = read_about(path)
-        if about is None:
-            return path, name, False
-        if about.get("key") == key:
-            return path, name, not about.get("unreadable")
-        if about.get("key", {}).get("content") == key["content"]:
-            return path, name, False
-        if about.get("source") == str(job.source.resolve()):
-            return path, name, False
-    return path, name, False
-
-
-def _done_before(job: Job, name: str, path: Path) -> Result:
-    about = read_about(path) or {}
-    reason = about.get("reason") or "done before"
-    return Result(
-        name, str(job.source), "skipped", reason, about.get("tiles", 0), features=str(path)
-    )
-
-
-def _embed_slide(
-    job: Job,
-    slide: Slide,
-    target_mpp: float,
-    encoder: Encoder,
-    out: Path,
-    options: EmbedOptions,
-    done: _Counter,
-) -> Result:
-    manifest = encoder.manifest
-    folder = f"{magnification(target_mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
-    key = {
-        "content": content_mark(job.source),
-        "encoder": manifest.sha256,
-        "mpp": slide.require_mpp(),
-        "target_mpp": target_mpp,
-        "min_tissue": options.min_tissue,
-        "row": {k: v for k, v in job.row.items() if k != "file"},
-    }
-    path, name, ready = _place(out, folder, job, encoder, key)
-    if ready:
-        return _done_before(job, name, path)
-    grid = slide.grid(manifest.size_px, target_mpp, options.overlap_px, options.min_tissue)
-    done.expect(len(grid.coords))
-
-    def read(row: int) -> Rgb:
-        x, y = (int(v) for v in grid.coords[row])
-        return slide.read_tile(x, y, grid.size_px_level0, grid.size_px)
-
-    features, kept, unreadable = embed_rows(
-        len(grid.coords), read, encoder, options.batch, partial(done.add, name)
-    )
-    _refuse_if_broken(job, len(grid.coords), unreadable)
-    reason = ""
-    if not len(grid.coords):
-        reason = (
-            f"no tile: {slide.width} x {slide.height} pixels are smaller than one tile of "
-            f"{grid.size_px_level0}"
-            if not grid.candidates
-            else f"no tissue: none of {grid.candidates} tiles reaches {options.min_tissue:.0%} tissue"
-        )
-    about = {
-        "key": key,
-        "source": str(job.source.resolve()),
-        "reason": reason,
-        "unreadable": unreadable,
-        "tiles": len(kept),
-        "tissue_share": round(grid.tissue, 4),
-        "mpp_from": slide.mpp_from,
-        "row": key["row"],
-    }
-    write_features(
-        path,
-        Features(
-            name=name,
-            encoder=manifest.name,
-            encoder_sha256=manifest.sha256,
-            features=features,
-            coords=grid.coords[kept],
-            source=str(job.source.resolve()),
-            size_px=grid.size_px,
-            size_px_level0=grid.size_px_level0,
-            overlap_px=grid.overlap_px,
-            mpp=grid.mpp,
-            target_mpp=target_mpp,
-            width=slide.width,
-            height=slide.height,
-            about=about,
-        ),
-    )
-    state: State = "partial" if unreadable else "done" if len(kept) else "empty"
-    reason = reason or (f"{len(unreadable)} tiles unreadable" if unreadable else "")
-    return Result(name, str(job.source), state, reason, len(kept), unreadable, features=str(path))
-
-
-def _embed_tiles(
-    job: Job, encoder: Encoder, out: Path, options: EmbedOptions, done: _Counter
-) -> Result:
-    manifest = encoder.manifest
-    tileset = open_tiles(job.source, options.manifest)
-    key = {"content": tileset.fingerprint, "encoder": manifest.sha256}
-    path, name, ready = _place(out, f"tiles_{manifest.size_px}px", job, encoder, key)
-    if ready:
-        return _done_before(job, name, path)
-    done.expect(len(tileset))
-
-    def read(row: int) -> Rgb:
-        return square(tileset.read(row), manifest.size_px)
-
-    features, kept, unreadable = embed_rows(
-        len(tileset), read, encoder, options.batch, partial(done.add, name)
-    )
-    _refuse_if_broken(job, len(tileset), unreadable)
-    tiles = [tileset.tiles[row] for row in kept]
-    about = {
-        "key": key,
-        "source": str(job.source.resolve()),
-        "unreadable": unreadable,
-        "tiles": len(kept),
-        "reason": "",
-    }
-    write_features(
-        path,
-        Features(
-            name=name,
-            encoder=manifest.name,
-            encoder_sha256=manifest.sha256,
-            features=features,
-            coords=np.zeros((len(kept), 2), dtype=np.int64),
-            files=tuple(t.file for t in tiles),
-            kind="tiles",
-            source=str(job.source.resolve()),
-            size_px=manifest.size_px,
-            labels=tuple(t.label or "" for t in tiles),
-            groups=tuple(t.group or "" for t in tiles),
-            about=about,
-        ),
-    )
-    state: State = "partial" if unreadable else "done"
-    reason = f"{len(unreadable)} tiles unreadable" if unreadable else ""
-    return Result(name, str(job.source), state, reason, len(kept), unreadable, features=str(path))
-
-
-def _refuse_if_broken(job: Job, count: int, unreadable: list[str]) -> None:
-    if count and len(unreadable) > MAX_UNREADABLE * count:
-        raise Damaged(
-            f"{job.source}: {len(unreadable)} of {count} tiles are unreadable, first: {unreadable[0]}"
-        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -10,41 +11,85 @@ from typing import Any
 
 from .. import console
 from ..files import write_json
-from ..manifest import Manifest
 from .results import Result
+from .run import Ran
 
 SHOWN = 40
 
 
-def report_results(results: Sequence[Result], manifest: Manifest, out: Path) -> bool:
-    """Write ``out/run.json`` and print the outcome; return whether everything asked for was done."""
-    document = summary(results, manifest)
-    write_json(out / "run.json", document)
-    console.emit(document, lambda: _show(results, document, out))
+SLOWEST = 3
+
+
+def report_results(ran: Ran, out: str) -> bool:
+    """Write ``run.json`` into ``out`` and print the outcome; return whether all was done.
+
+    ``out`` is a folder, or the URL of one.
+    """
+    document = summary(ran)
+    write_document(document, out)
+    console.emit(document, lambda: _show(ran.results, document, out))
     return bool(document["ok"])
 
 
-def summary(results: Sequence[Result], manifest: Manifest) -> dict[str, Any]:
-    """Return counts by state and every job's result."""
+def summary(ran: Ran) -> dict[str, Any]:
+    """Return counts by state, how the encoder ran, the speed, and every job's result."""
     return {
-        "ok": all(result.ok for result in results),
-        "encoder": {"name": manifest.name, "sha256": manifest.sha256},
-        "states": dict(Counter(result.state for result in results)),
-        "tiles": sum(result.tiles for result in results),
-        "results": [asdict(result) for result in results],
+        "ok": all(result.ok for result in ran.results),
+        "encoder": {"name": ran.manifest.name, "sha256": ran.manifest.sha256, **ran.encoder},
+        "states": dict(Counter(result.state for result in ran.results)),
+        "tiles": sum(result.tiles for result in ran.results),
+        "speed": ran.speed,
+        "results": [asdict(result) for result in ran.results],
     }
 
 
-def _show(results: Sequence[Result], document: dict[str, Any], out: Path) -> None:
+def write_document(document: dict[str, Any], out: str) -> None:
+    """Write ``run.json`` into a folder, or to a URL by fsspec."""
+    if "://" not in out:
+        write_json(Path(out) / "run.json", document)
+        return
+    import fsspec
+
+    with fsspec.open(f"{out.rstrip('/')}/run.json", "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None:
     telling = [r for r in results if not r.ok or r.state == "empty"]
     rest = [r for r in results if r not in telling]
     shown = [*telling, *rest][: max(SHOWN, len(telling))]
-    rows = [(r.name, r.state, r.tiles, round(r.seconds, 1), r.reason) for r in shown]
-    console.table("Embedded", ("slide", "state", "tiles", "seconds", "reason"), rows)
+    rows = [
+        (r.name, r.state, r.tiles, _percent(r.tissue), round(r.seconds, 1), r.reason) for r in shown
+    ]
+    columns = ("slide", "state", "tiles", "tissue", "seconds", "reason")
+    console.table("Embedded", columns, rows)
     if len(shown) < len(results):
         console.say(f"… and {len(results) - len(shown)} more, all done")
     for result in results:
         for reason in result.unreadable[:3]:
             console.say(f"{result.name}: {reason}")
+    _show_speed(results, document)
     states = ", ".join(f"{count} {state}" for state, count in document["states"].items())
-    console.say(f"{states}; features and run.json in {out}")
+    console.say(f"{states}; features, overlays and run.json in {out}")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
+def _show_speed(results: Sequence[Result], document: dict[str, Any]) -> None:
+    speed = document.get("speed")
+    if not speed or not speed["tiles_done"]:
+        return
+    stages = speed["stages"]
+    busy = speed.get("encoder_busy")
+    console.say(
+        f"{speed['tiles_done']} tiles in {speed['seconds']:.1f} s, {speed['tiles_per_s']:.0f} tiles/s; "
+        f"reading {stages['read']['tiles_per_s']:.0f} and encoding "
+        f"{stages['encode']['tiles_per_s']:.0f} tiles/s per worker"
+        + (f"; encoder busy {busy:.0%} of the time" if busy is not None else "")
+    )
+    done = sorted((r for r in results if r.state != "skipped"), key=lambda r: -r.seconds)
+    if len(done) > SLOWEST:
+        slow = ", ".join(f"{r.name} ({r.seconds:.1f} s)" for r in done[:SLOWEST])
+        console.say(f"slowest: {slow}")

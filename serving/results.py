@@ -13,23 +13,32 @@ State = Literal["done", "partial", "empty", "skipped", "failed"]
 
 @dataclass(frozen=True)
 class EmbedOptions:
-    """How slides are cut into tiles.
+    """How slides are cut into tiles, and what is written beside the features.
 
     Attributes:
         mpp: micrometres per pixel of the tiles; None takes the encoder's.
-        assume_mpp: micrometres per pixel of slides whose file does not say.
+        assume_mpp: micrometres per pixel of slides whose file and manifest do not say.
         overlap_px: overlap of neighbouring tiles.
         min_tissue: least share of tissue in a tile.
-        batch: tiles per call of the encoder.
         manifest: CSV of the inputs; for tile sets their labels and groups.
+        regions: GeoJSON file for every slide, or a folder with ``<slide>.geojson``: polygons that
+            count as tissue, instead of what is found.
+        region_classes: take only annotations classified so.
+        overlays: write ``overlays/<slide>.jpg``.
+        geojson: write ``geojson/<slide>.tissue.geojson`` and ``.tiles.geojson``.
+        jobs: decoder workers; one per core when None. Results do not depend on it.
     """
 
     mpp: float | None = None
     assume_mpp: float | None = None
     overlap_px: int = 0
     min_tissue: float = 0.25
-    batch: int = 32
     manifest: Path | None = None
+    regions: Path | None = None
+    region_classes: tuple[str, ...] = ()
+    overlays: bool = True
+    geojson: bool = False
+    jobs: int | None = None
 
     def __post_init__(self) -> None:
         """Check ranges.
@@ -41,12 +50,16 @@ class EmbedOptions:
             value = getattr(self, name)
             if value is not None and not 0.01 <= value <= 100:
                 raise BadInput(f"--{name.replace('_', '-')} is {value}; expected 0.01 to 100 µm")
-        if self.batch < 1:
-            raise BadInput(f"--batch is {self.batch}; expected 1 or more tiles")
+        if self.jobs is not None and not 1 <= self.jobs <= 512:
+            raise BadInput(f"--jobs is {self.jobs}; expected 1 to 512 decoder workers")
         if self.overlap_px < 0:
             raise BadInput(f"--overlap is {self.overlap_px}; expected 0 or more pixels")
         if not 0 <= self.min_tissue <= 1:
             raise BadInput(f"--min-tissue is {self.min_tissue}; expected a share from 0 to 1")
+        if self.region_classes and self.regions is None:
+            raise BadInput("--region-class goes with --regions")
+        if self.regions is not None and not self.regions.exists():
+            raise BadInput(f"--regions {self.regions} does not exist; check the path")
 
 
 @dataclass(frozen=True)
@@ -61,8 +74,9 @@ class Result:
         reason: why, unless done.
         tiles: how many were embedded.
         unreadable: tiles that could not be read, with place and reason.
-        seconds: it took.
+        seconds: from opening to writing; slides overlap in time.
         features: the feature file, if there is one.
+        tissue: share of the slide that is tissue; None for tile sets and what was not opened.
     """
 
     name: str
@@ -73,6 +87,7 @@ class Result:
     unreadable: list[str] = field(default_factory=list)
     seconds: float = 0.0
     features: str | None = None
+    tissue: float | None = None
 
     @property
     def ok(self) -> bool:

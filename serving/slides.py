@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,8 +12,9 @@ from PIL import Image
 
 from ..errors import BadInput, HistoseekError
 from ..images import Rgb
-from .slide_sources import open_source
-from .tissue import tissue_mask, tissue_share
+from .geojson import Ring, draw_mask
+from .slide_sources import open_source, overview
+from .tissue import Mask, tissue_mask, tissue_share
 
 THUMBNAIL_PX = 2048
 MIN_SCALE = 0.4
@@ -20,6 +22,7 @@ MIN_SCALE = 0.4
 
 MAX_SIDE = 32_768
 MAX_PLACES = 20_000_000
+BLOCK_TILES = (8, 4)
 _ANISOTROPY = 1.05
 
 
@@ -28,7 +31,9 @@ class Grid:
     """The tiles of a slide that hold tissue.
 
     Attributes:
-        coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, row by row.
+        coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, in blocks of 8 x 4 tiles, so
+            that tiles that are read together lie together.
+        width: of the slide in level-0 pixels.
         size_px_level0: side of a tile in level-0 pixels.
         mpp: micrometres per pixel of level 0.
         target_mpp: micrometres per pixel of the tiles.
@@ -36,9 +41,12 @@ class Grid:
         overlap_px: overlap of neighbours in the tile's own pixels.
         candidates: number of grid places before the tissue mask.
         tissue: share of the slide that the mask calls tissue.
+        thumbnail: (H, W, 3), of the whole slide.
+        mask: (H, W), True where the thumbnail shows tissue.
     """
 
     coords: NDArray[np.int64]
+    width: int
     size_px_level0: int
     mpp: float
     target_mpp: float
@@ -46,6 +54,13 @@ class Grid:
     overlap_px: int
     candidates: int
     tissue: float
+    thumbnail: Rgb
+    mask: Mask
+
+    @property
+    def down(self) -> float:
+        """Level-0 pixels per pixel of the mask."""
+        return self.width / int(self.mask.shape[1])
 
 
 class Slide:
@@ -75,9 +90,16 @@ class Slide:
         if path.is_file() and path.stat().st_size == 0:
             raise BadInput(f"{path} is empty (0 bytes); copy it again")
         self.path = path
-        self._source, properties = open_source(path)
+        self._source = open_source(path)
+        try:
+            self._read_properties(self._source.properties, assume_mpp)
+        except BadInput:
+            self._source.close()
+            raise
+
+    def _read_properties(self, properties: dict[str, str], assume_mpp: float | None) -> None:
         self.width, self.height = self._source.levels[0][1]
-        file_mpp = _file_mpp(path, properties)
+        file_mpp = _file_mpp(self.path, properties)
         self.mpp = file_mpp if file_mpp is not None else assume_mpp
         self.mpp_from = "file" if file_mpp is not None else "assumed" if assume_mpp else None
         power = properties.get("openslide.objective-power", "")
@@ -108,10 +130,19 @@ class Slide:
 
     def thumbnail(self, longest: int = THUMBNAIL_PX) -> Rgb:
         """Return the whole slide, at most ``longest`` pixels on its longer side, (H, W, 3)."""
-        return np.asarray(self._source.thumbnail(longest))
+        try:
+            return np.asarray(overview(self._source, longest))
+        except BadInput as error:
+            named = str(self.path) in str(error)
+            raise error if named else BadInput(f"{self.path}: {error}") from error
 
     def grid(
-        self, size_px: int, target_mpp: float, overlap_px: int = 0, min_tissue: float = 0.25
+        self,
+        size_px: int,
+        target_mpp: float,
+        overlap_px: int = 0,
+        min_tissue: float = 0.25,
+        regions: Sequence[Sequence[Ring]] | None = None,
     ) -> Grid:
         """Lay tiles over the slide and keep those with enough tissue.
 
@@ -123,6 +154,10 @@ class Slide:
             target_mpp: micrometres per pixel of the tiles.
             overlap_px: overlap of neighbours, in tile pixels.
             min_tissue: least share of tissue in a tile.
+            regions: polygons in level-0 pixels that count as tissue, instead of what is found.
+
+        Raises:
+            BadInput: no mpp, too coarse a slide, too many tiles, or pixels that cannot be read.
         """
         mpp = self.require_mpp()
         scale = target_mpp / mpp
@@ -144,10 +179,12 @@ class Slide:
                 f"{self.path}: {places:,} tiles; at most {MAX_PLACES:,} are cut from a slide"
             )
         thumbnail = self.thumbnail()
-        mask = tissue_mask(thumbnail)
-        xs = np.arange(0, self.width - side + 1, step, dtype=np.int64)
-        ys = np.arange(0, self.height - side + 1, step, dtype=np.int64)
-        coords = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+        if regions is None:
+            mask = tissue_mask(thumbnail)
+        else:
+            size = thumbnail.shape[1], thumbnail.shape[0]
+            mask = draw_mask(regions, size, self.width / thumbnail.shape[1])
+        coords = _places(self.width, self.height, side, step)
         kept = coords
         if len(coords):
             to_mask = mask.shape[1] / self.width, mask.shape[0] / self.height
@@ -155,6 +192,7 @@ class Slide:
             kept = coords[tissue_share(mask, boxes) >= min_tissue]
         return Grid(
             coords=np.ascontiguousarray(kept),
+            width=self.width,
             size_px_level0=side,
             mpp=mpp,
             target_mpp=target_mpp,
@@ -162,18 +200,32 @@ class Slide:
             overlap_px=overlap_px,
             candidates=len(coords),
             tissue=float(mask.mean()),
+            thumbnail=thumbnail,
+            mask=mask,
         )
 
     def read_tile(self, x: int, y: int, size_px_level0: int, size_px: int) -> Rgb:
-        """Read a square at level-0 place x, y and resample it to ``size_px`` (H = W = size_px).
-
-        What lies beyond the slide has the slide's background colour.
-
-        The best level is the smallest that is still at least as fine as wanted, so that pixels are
-        averaged, never invented, unless the slide itself is coarser.
+        """Read one tile; see :meth:`read_tiles`.
 
         Raises:
-            BadInput: the region cannot be decoded.
+            BadInput: it cannot be decoded.
+        """
+        (tile,) = self.read_tiles([(x, y)], size_px_level0, size_px)
+        if isinstance(tile, BadInput):
+            raise tile
+        return tile
+
+    def read_tiles(
+        self, places: Sequence[tuple[int, int]], size_px_level0: int, size_px: int
+    ) -> list[Rgb | BadInput]:
+        """Read squares at level-0 places and resample them to ``size_px`` (H = W = size_px).
+
+        What lies beyond the slide has the slide's background colour. The best level is the smallest
+        that is still at least as fine as wanted, so that pixels are averaged, never invented, unless
+        the slide itself is coarser. Neighbouring places in one call share what is decoded.
+
+        Returns:
+            For each place its tile, or why it cannot be read.
         """
         wanted = size_px_level0 / size_px
         level = 0
@@ -181,13 +233,27 @@ class Slide:
             if downsample <= wanted * 1.01:
                 level = number
         side = max(1, round(size_px_level0 / self._source.levels[level][0]))
-        picture = self._source.region(x, y, level, side, side)
-        if side != size_px:
-            resample = Image.Resampling.BOX if side > size_px else Image.Resampling.BICUBIC
-            if side > size_px and side % size_px:
-                resample = Image.Resampling.LANCZOS
-            picture = picture.resize((size_px, size_px), resample)
-        return np.asarray(picture)
+        found = self._source.regions(places, level, side, side)
+        if side == size_px:
+            return found
+        return [t if isinstance(t, BadInput) else _resample(t, size_px) for t in found]
+
+
+def _places(width: int, height: int, side: int, step: int) -> NDArray[np.int64]:
+    """Return top-left x, y of every whole tile, block by block, row by row inside a block."""
+    xs = np.arange(max(0, (width - side) // step + 1), dtype=np.int64)
+    ys = np.arange(max(0, (height - side) // step + 1), dtype=np.int64)
+    x, y = (part.ravel() for part in np.meshgrid(xs, ys))
+    order = np.lexsort((x, y, x // BLOCK_TILES[0], y // BLOCK_TILES[1]))
+    return np.stack([x[order], y[order]], axis=1) * step
+
+
+def _resample(tile: Rgb, size_px: int) -> Rgb:
+    side = tile.shape[0]
+    resample = Image.Resampling.BOX if side > size_px else Image.Resampling.BICUBIC
+    if side > size_px and side % size_px:
+        resample = Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(tile).resize((size_px, size_px), resample))
 
 
 def _file_mpp(path: Path, properties: dict[str, str]) -> float | None:

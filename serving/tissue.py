@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..images import Rgb
 
@@ -23,13 +24,12 @@ def tissue_mask(thumbnail: Rgb) -> Mask:
     (scan borders, pen) are not tissue; specks under 0.01 % of the picture are removed and holes of
     that size filled.
     """
-    from skimage.color import rgb2hsv
     from skimage.filters import gaussian, threshold_otsu
     from skimage.morphology import remove_small_holes, remove_small_objects
 
-    hsv = rgb2hsv(thumbnail)
-    saturation = gaussian(hsv[..., 1], 1.0)
-    value = hsv[..., 2]
+    hsv = np.asarray(Image.fromarray(thumbnail).convert("HSV"))  # 20 times faster than in floats
+    saturation = gaussian(hsv[..., 1].astype(np.float32) / 255, 1.0)
+    value = hsv[..., 2] / np.float32(255)
     usable = saturation[value > 0.1]
     if usable.size == 0 or float(usable.max()) < MIN_SATURATION:
         return np.zeros(thumbnail.shape[:2], dtype=bool)

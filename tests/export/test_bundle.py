@@ -8,10 +8,10 @@ import pytest
 import torch
 
 from histoseek.errors import BadInput, Damaged, Mismatch
-from histoseek.export.bundle import export_run, load_run, parity_tiles, sample_tiles
+from histoseek.export.bundle import export_run, load_run, parity_tiles
 from histoseek.export.onnx_graph import Graph, check_parity, measure_parity, to_onnx
 from histoseek.manifest import read_manifest
-from histoseek.tilesets import open_tiles
+from histoseek.tilesets import open_tiles, sample_tiles
 from histoseek.training.fit_arcface import ArcFaceOptions, fit
 from histoseek.training.models import MODELS, build
 

@@ -59,7 +59,7 @@ def test_features_are_the_encoders_own(make_slide, encoder, tmp_path):
     from histoseek.serving.slides import open_slide
 
     path = make_slide(tmp_path / "a.tiff")
-    (result,) = embed([path], encoder, tmp_path / "out", batch=3)
+    (result,) = embed([path], encoder, tmp_path / "out", jobs=3)
     item = read_features(tmp_path / "out" / result.features)
     with open_slide(path) as slide:
         tiles = np.stack([slide.read_tile(int(x), int(y), 224, 224) for x, y in item.coords])
@@ -143,9 +143,9 @@ def test_slides_beside_their_manifest_are_slides(make_slide, tmp_path):
     assert job.kind == "slide" and job.row["label"] == "benign"
 
 
-def test_a_batch_below_one_is_refused():
-    with pytest.raises(BadInput, match="--batch"):
-        EmbedOptions(batch=0)
+def test_less_than_one_worker_is_refused():
+    with pytest.raises(BadInput, match="--jobs"):
+        EmbedOptions(jobs=0)
 
 
 @pytest.mark.shared
@@ -317,7 +317,7 @@ def test_a_full_disk_in_the_middle_of_embed_keeps_what_is_done(make_slide, cli, 
     limit = 40_000
     done = cli(
         "embed", slides, "--out", tmp_path / "out", "--overlap", "100", "--min-tissue", "0",
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
+        "--no-overlays", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
     assert done.returncode == 1 and "no space left" in done.stderr
     assert [p.stem for p in (tmp_path / "out").rglob("*.h5")] == ["a-small"]

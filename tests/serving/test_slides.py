@@ -57,9 +57,9 @@ def test_the_best_level_of_a_pyramid_is_read(tmp_path):
     make_tissue_slide(tmp_path / "pyramid.tiff")
     with open_slide(tmp_path / "pyramid.tiff") as slide:
         asked = []
-        region = slide._source.region
-        slide._source.region = lambda x, y, level, w, h: (
-            asked.append(level) or region(x, y, level, w, h)
+        regions = slide._source.regions
+        slide._source.regions = lambda places, level, w, h: (
+            asked.append(level) or regions(places, level, w, h)
         )
         slide.read_tile(0, 0, 224, 224)
         slide.read_tile(0, 0, 448, 224)

@@ -1,0 +1,117 @@
+"""A graph in half precision inside: float16 weights and layers, float32 at both ends.
+
+What comes before the first layer with weights (scaling of pixels) and after the last one (the
+embedding's length) stays in float32, where it costs nothing and half precision would lose most.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..errors import BadInput, MissingPart
+
+_HEAVY = {"Conv", "Gemm", "MatMul"}
+_LARGEST = 65504.0
+
+
+def to_fp16(blob: bytes) -> bytes:
+    """Convert a serialised ONNX graph; its input and output keep their types.
+
+    Raises:
+        BadInput: the graph has no layer with weights, or parts that cannot be converted.
+        MissingPart: onnx is not installed.
+    """
+    try:
+        import onnx
+    except ImportError as error:
+        raise MissingPart("--fp16 needs onnx: pip install 'histoseek[triton]'") from error
+    model = onnx.shape_inference.infer_shapes(onnx.load_from_string(blob))
+    graph = model.graph
+    heavy = [n for n, node in enumerate(graph.node) if node.op_type in _HEAVY]
+    if not heavy:
+        raise BadInput("the graph has no layer with weights; serve it without --fp16")
+    body = graph.node[heavy[0] : heavy[-1] + 1]
+    if any(attribute.HasField("g") for node in body for attribute in node.attribute):
+        raise BadInput("the graph has branches or loops; serve it without --fp16")
+    floats = _float_values(onnx, graph)
+    head, middle, tail = (
+        list(graph.node[: heavy[0]]),
+        list(body),
+        list(graph.node[heavy[-1] + 1 :]),
+    )
+    made = {name for node in middle for name in node.output}
+    halved = _halve_weights(onnx, graph, middle, [*head, *tail])
+    into = _crossing(middle, floats - made - halved)
+    out = [
+        name
+        for name in _crossing([*tail, _outputs_of(onnx, graph)], floats & made)
+        if name not in halved
+    ]
+    _rename(middle, {name: f"{name}.half" for name in [*into, *halved, *out]})
+    for node in middle:
+        _halve_node(onnx, node)
+    cast = onnx.helper.make_node
+    before = [cast("Cast", [n], [f"{n}.half"], to=onnx.TensorProto.FLOAT16) for n in into]
+    after = [cast("Cast", [f"{n}.half"], [n], to=onnx.TensorProto.FLOAT) for n in out]
+    del graph.node[:], graph.value_info[:]
+    graph.node.extend([*head, *before, *middle, *after, *tail])
+    onnx.checker.check_model(model, full_check=True)
+    serialised: bytes = model.SerializeToString()
+    return serialised
+
+
+def _float_values(onnx: Any, graph: Any) -> set[str]:
+    """Return the names of all float32 tensors."""
+    wanted = onnx.TensorProto.FLOAT
+    named = [*graph.value_info, *graph.input, *graph.output]
+    found = {value.name for value in named if value.type.tensor_type.elem_type == wanted}
+    return found | {weight.name for weight in graph.initializer if weight.data_type == wanted}
+
+
+def _crossing(nodes: Sequence[Any], among: set[str]) -> list[str]:
+    """Return which of some tensors the nodes take, each once, in order."""
+    taken = dict.fromkeys(name for node in nodes for name in node.input)
+    return [name for name in taken if name in among]
+
+
+def _outputs_of(onnx: Any, graph: Any) -> Any:
+    """Return a node that takes what the graph gives, so that outputs count as taken."""
+    return onnx.helper.make_node("Identity", [value.name for value in graph.output], [])
+
+
+def _halve_weights(onnx: Any, graph: Any, middle: Sequence[Any], rest: Sequence[Any]) -> set[str]:
+    """Add a float16 copy of every float32 weight that the layers take; drop unused originals."""
+    used = {name for node in middle for name in node.input}
+    still = {name for node in rest for name in node.input}
+    halved, kept = set(), []
+    for weight in graph.initializer:
+        if weight.data_type == onnx.TensorProto.FLOAT and weight.name in used:
+            values = np.clip(onnx.numpy_helper.to_array(weight), -_LARGEST, _LARGEST)
+            name = f"{weight.name}.half"
+            kept.append(onnx.numpy_helper.from_array(values.astype(np.float16), name))
+            halved.add(weight.name)
+            if weight.name not in still:
+                continue
+        kept.append(weight)
+    del graph.initializer[:]
+    graph.initializer.extend(kept)
+    return halved
+
+
+def _rename(nodes: Sequence[Any], names: dict[str, str]) -> None:
+    for node in nodes:
+        node.input[:] = [names.get(name, name) for name in node.input]
+        node.output[:] = [names.get(name, name) for name in node.output]
+
+
+def _halve_node(onnx: Any, node: Any) -> None:
+    """Let constants and casts inside the layers give float16."""
+    for attribute in node.attribute:
+        if attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT:
+            attribute.i = onnx.TensorProto.FLOAT16
+        if attribute.HasField("t") and attribute.t.data_type == onnx.TensorProto.FLOAT:
+            values = onnx.numpy_helper.to_array(attribute.t).astype(np.float16)
+            attribute.t.CopyFrom(onnx.numpy_helper.from_array(values))

@@ -1,0 +1,307 @@
+"""Triton model repositories: a bundle as a folder that NVIDIA's server loads unmodified.
+
+``<name>/config.pbtxt`` runs the graph on ONNX Runtime (GPU if there is one, else CPU),
+``<name>/configs/tensorrt.pbtxt`` (``--model-config-name=tensorrt``) through TensorRT, and
+``<name>-fp16`` computes in half precision with the same float32 embeddings at its door. The model says
+by parameters which encoder it is, and what it makes of a known picture, so that a client can check.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput, Mismatch, MissingPart
+from ..files import publish_folder, read_json, write_atomic, write_json
+from ..manifest import (
+    GRAPH,
+    INPUT,
+    OUTPUT,
+    TRITON_MANIFEST,
+    TRITON_PRECISION,
+    TRITON_PROBE,
+    TRITON_SHA256,
+    Manifest,
+    probe_tile,
+    read_manifest,
+)
+from ..tilesets import TileSet, sample_tiles
+
+MODEL = "model.onnx"
+CONFIG = "config.pbtxt"
+TENSORRT = "configs/tensorrt.pbtxt"
+ABOUT = "histoseek.json"
+MAX_FP16_COSINE = 1e-3
+KEPT_VERSIONS = 2
+
+
+@dataclass(frozen=True)
+class TritonOptions:
+    """How a server runs a model.
+
+    Attributes:
+        max_batch: most tiles per run.
+        instances: copies of the model per device.
+        queue: most requests that wait; further ones are refused, and the client waits.
+        delay_us: how long the server waits to fill a batch.
+        fp16: also write ``<name>-fp16``.
+    """
+
+    max_batch: int = 64
+    instances: int = 2
+    queue: int = 256
+    delay_us: int = 1000
+    fp16: bool = False
+
+    def __post_init__(self) -> None:
+        """Check ranges.
+
+        Raises:
+            BadInput: naming the option, its value and what was expected.
+        """
+        for name, low, high in (
+            ("max_batch", 1, 1024),
+            ("instances", 1, 64),
+            ("queue", 1, 100_000),
+            ("delay_us", 0, 1_000_000),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise BadInput(f"--{name.replace('_', '-')} is {value}; expected {low} to {high:,}")
+
+
+@dataclass(frozen=True)
+class Written:
+    """One model in the repository.
+
+    Attributes:
+        model: its name on the server.
+        version: that was written.
+        encoder: name of the bundle's encoder.
+        sha256: of the bundle's graph.
+        precision: ``fp32`` or ``fp16``.
+        cosine_error: largest 1 - cosine to the bundle's embeddings, measured on the CPU; 0 for the
+            bundle's own graph.
+    """
+
+    model: str
+    version: int
+    encoder: str
+    sha256: str
+    precision: str
+    cosine_error: float = 0.0
+
+
+def write_repository(
+    bundles: list[Path], out: Path, options: TritonOptions, tiles: TileSet | None = None
+) -> list[Written]:
+    """Write or extend a model repository.
+
+    A model that is there already gets a further version if its encoder has changed, and only its
+    configuration renewed if it has not.
+
+    Args:
+        bundles: encoder bundles.
+        out: the repository's folder.
+        options: how the server runs the models.
+        tiles: real tiles for the parity of ``fp16``; made ones when left out.
+
+    Raises:
+        BadInput: two bundles of one name, or a bundle that does not exist.
+        Mismatch: half precision is too far from the bundle; nothing is written of it.
+    """
+    manifests = [read_manifest(bundle) for bundle in bundles]
+    names = [manifest.name for manifest in manifests]
+    for name in names:
+        if names.count(name) > 1:
+            raise BadInput(f"two bundles are named {name!r}; export one of them by another --name")
+    written = []
+    for bundle, manifest in zip(bundles, manifests, strict=True):
+        blob = (bundle / GRAPH).read_bytes()
+        probes = _probes(manifest, tiles)
+        embeddings = _run(blob, probes)
+        written.append(_write_model(out, manifest.name, manifest, blob, embeddings, options))
+        if options.fp16:
+            from .half_precision import to_fp16
+
+            half = to_fp16(blob)
+            found = _run(half, probes)
+            error = _cosine_error(embeddings, found)
+            if not error <= MAX_FP16_COSINE:
+                raise Mismatch(
+                    f"{manifest.name} in half precision differs from the bundle by 1 - cosine "
+                    f"{error:.1e}; allowed is {MAX_FP16_COSINE:.0e}: serve it without --fp16"
+                )
+            name = f"{manifest.name}-fp16"
+            written.append(_write_model(out, name, manifest, half, found, options, "fp16", error))
+    return written
+
+
+def _probes(manifest: Manifest, tiles: TileSet | None) -> NDArray[np.uint8]:
+    probe = probe_tile(manifest.size_px)
+    if tiles is not None:
+        return np.concatenate([probe[None], sample_tiles(tiles, manifest.size_px)])
+    return np.stack([np.roll(probe, 17 * n, n % 2) for n in range(16)])
+
+
+def _run(blob: bytes, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPart(
+            "the parity proof needs ONNX Runtime: pip install 'histoseek[cpu]' (or [gpu])"
+        ) from error
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    session = onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+    parts = [session.run([OUTPUT], {INPUT: tile[None]})[0] for tile in tiles]
+    return np.concatenate(parts)
+
+
+def _cosine_error(one: NDArray[np.float32], two: NDArray[np.float32]) -> float:
+    both = (one.astype(np.float64) * two).sum(1)
+    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two.astype(np.float64), axis=1)
+    return float(max(0.0, (1 - both / np.maximum(lengths, 1e-12)).max()))
+
+
+def _write_model(
+    out: Path,
+    name: str,
+    manifest: Manifest,
+    blob: bytes,
+    embeddings: NDArray[np.float32],
+    options: TritonOptions,
+    precision: str = "fp32",
+    error: float = 0.0,
+) -> Written:
+    folder = out / name
+    versions = _versions(folder)
+    for about in versions.values():
+        _check_shape(folder, about["manifest"], manifest)
+    version = max(versions, default=0)
+    if not version or (folder / str(version) / MODEL).read_bytes() != blob:
+        version += 1
+        about = {
+            "manifest": manifest.model_dump(),
+            "precision": precision,
+            "probe": base64.b64encode(embeddings[0].astype("<f4").tobytes()).decode(),
+        }
+        with publish_folder(folder / str(version)) as made:
+            (made / MODEL).write_bytes(blob)
+            write_json(made / ABOUT, about)
+        versions[version] = about
+    text = config(name, manifest, _parameters(versions), options)
+    write_atomic(folder / TENSORRT, text + _tensorrt(name, manifest, options))
+    write_atomic(folder / CONFIG, text)  # last: from now on the server may load the model
+    return Written(name, version, manifest.name, manifest.sha256, precision, error)
+
+
+def _versions(folder: Path) -> dict[int, dict[str, Any]]:
+    found = {}
+    for path in sorted(folder.glob("[0-9]*")):
+        if not (path / ABOUT).is_file():
+            raise BadInput(f"{path} was not written by histoseek; choose another --out")
+        found[int(path.name)] = read_json(path / ABOUT)
+    return found
+
+
+def _check_shape(folder: Path, before: dict[str, Any], now: Manifest) -> None:
+    old = before["size_px"], before["dim"]
+    if old != (now.size_px, now.dim):
+        raise Mismatch(
+            f"{folder} serves tiles of {old[0]} px as {old[1]}-d embeddings, encoder {now.name} takes "
+            f"{now.size_px} px and gives {now.dim}-d: versions of a model must agree; choose another "
+            "--out, or export the encoder by another name"
+        )
+
+
+def _parameters(versions: dict[int, dict[str, Any]]) -> dict[str, str]:
+    latest = versions[max(versions)]
+    found = {TRITON_SHA256: latest["manifest"]["sha256"]}
+    for version, about in versions.items():
+        values = {
+            TRITON_SHA256: about["manifest"]["sha256"],
+            TRITON_PRECISION: about["precision"],
+            TRITON_MANIFEST: json.dumps(about["manifest"], ensure_ascii=False),
+            TRITON_PROBE: about["probe"],
+        }
+        found.update({f"{key}.{version}": value for key, value in values.items()})
+    # 1: cuDNN's heuristic search; its default tries everything at every new batch size
+    return {**found, "cudnn_conv_algo_search": "1", "intra_op_thread_count": "1"}
+
+
+def config(
+    name: str, manifest: Manifest, parameters: dict[str, str], options: TritonOptions
+) -> str:
+    """Return the text of a model's ``config.pbtxt``."""
+    size = manifest.size_px
+    dims = f"dims: [ {size}, {size}, 3 ]"
+    lines = [
+        "# Written by `histoseek triton repository`; write it again instead of editing it.",
+        f'name: "{name}"',
+        'backend: "onnxruntime"',
+        f"max_batch_size: {options.max_batch}",
+        f'input [ {{ name: "{INPUT}" data_type: TYPE_UINT8 {dims} }} ]',
+        f'output [ {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ {manifest.dim} ] }} ]',
+        f"version_policy {{ latest {{ num_versions: {KEPT_VERSIONS} }} }}",
+        f"instance_group [ {{ count: {options.instances} }} ]",
+        "dynamic_batching {",
+        f"  max_queue_delay_microseconds: {options.delay_us}",
+        "  default_queue_policy {",
+        f"    max_queue_size: {options.queue}",
+        "    timeout_action: REJECT",
+        "    default_timeout_microseconds: 30000000",
+        "    allow_timeout_override: true",
+        "  }",
+        "}",
+    ]
+    for batch in sorted({1, options.max_batch}):
+        lines.append(
+            f'model_warmup [ {{ name: "batch{batch}" batch_size: {batch} count: 1 inputs {{ key: '
+            f'"{INPUT}" value {{ data_type: TYPE_UINT8 {dims} random_data: true }} }} }} ]'
+        )
+    for key, value in parameters.items():
+        lines.append(f'parameters {{ key: "{key}" value: {{ string_value: "{_escape(value)}" }} }}')
+    return "\n".join(lines) + "\n"
+
+
+def _escape(text: str) -> str:
+    for sign, escaped in (("\\", "\\\\"), ('"', '\\"'), ("\n", "\\n"), ("\r", "\\r")):
+        text = text.replace(sign, escaped)
+    return text
+
+
+def _tensorrt(name: str, manifest: Manifest, options: TritonOptions) -> str:
+    """Return what the TensorRT variant adds; its engines are cached on the volume ``/cache``.
+
+    No precision is asked for: TensorRT 11 takes it from the graph's types, so ``<name>-fp16`` is the
+    half-precision variant here too.
+    """
+    size = manifest.size_px
+
+    def shape(batch: int) -> str:
+        return f"{INPUT}:{batch}x{size}x{size}x3"
+
+    parameters = {
+        "max_workspace_size_bytes": str(2 * 2**30),
+        "trt_engine_cache_enable": "1",
+        "trt_engine_cache_path": f"/cache/{name}",
+        "trt_timing_cache_enable": "1",
+        "trt_timing_cache_path": f"/cache/{name}",
+        "trt_profile_min_shapes": shape(1),
+        "trt_profile_opt_shapes": shape(max(1, options.max_batch // 2)),
+        "trt_profile_max_shapes": shape(options.max_batch),
+    }
+    lines = [f'  parameters {{ key: "{k}" value: "{v}" }}' for k, v in parameters.items()]
+    head = (
+        'optimization { execution_accelerators { gpu_execution_accelerator : [ { name: "tensorrt"'
+    )
+    return "\n".join([head, *lines, "} ] } }"]) + "\n"

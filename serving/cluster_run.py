@@ -1,0 +1,206 @@
+"""Embedding on a Ray cluster: one task per slide, the same job as on one machine.
+
+Every machine sees the slides under the same paths. Features go to a folder that all share, or to a URL
+(fsspec: ``s3://``, ``gs://``, ``file://`` …). A task whose worker or machine is lost is run again
+elsewhere; feature files appear whole or not at all, so nothing is lost and nothing is there twice.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ..console import Report
+from ..errors import HistoseekError, MissingPart, Unavailable
+from .encoder import Encoder
+from .jobs import Job, distinct_name
+from .meter import STAGES, Meter
+from .pipeline import embed_jobs
+from .results import EmbedOptions, Result
+from .run import EncoderChoice, Ran
+from .work import failed
+
+LOCAL = "local"
+RETRIES = 5
+
+
+def run_on_ray(
+    jobs: Sequence[Job],
+    choice: EncoderChoice,
+    out: str,
+    options: EmbedOptions,
+    address: str,
+    progress: Report,
+) -> Ran:
+    """Embed jobs on a Ray cluster.
+
+    Args:
+        jobs: from :func:`~histoseek.serving.jobs.find_jobs`; their paths hold on every machine.
+        choice: of the encoder; opened once in every worker.
+        out: a folder that all machines share, or a URL.
+        options: how to cut tiles; ``jobs`` is the number of cores per slide, 1 when None.
+        address: of the cluster, or ``local`` for one on this machine.
+        progress: draws progress.
+
+    Raises:
+        MissingPart: Ray is not installed.
+        Unavailable: no cluster answers there.
+    """
+    ray, mine = _connect(address)
+    started = time.monotonic()
+    per_slide = options.jobs or 1
+    choice = replace(choice, streams=per_slide, bundle=_absolute(choice.bundle), spec=_spec(choice))
+    options = replace(
+        options,
+        jobs=per_slide,
+        manifest=_absolute(options.manifest),
+        regions=_absolute(options.regions),
+    )
+    place = out if "://" in out else str(Path(out).resolve())
+    task = ray.remote(num_cpus=per_slide, max_retries=RETRIES)(embed_one)
+    encoder = choice.open()  # here too, so that a wrong encoder is told before the cluster starts
+    manifest, about = encoder.manifest, encoder.describe()
+    encoder.close()
+    sent = [replace(job, source=job.source.resolve()) for job in jobs]
+    waiting = {task.remote(job, choice, place, options): n for n, job in enumerate(sent)}
+    found: dict[int, tuple[Result, dict[str, Any]]] = {}
+    try:
+        while waiting:
+            (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
+            number = waiting.pop(ready)
+            try:
+                found[number] = ray.get(ready)
+            except ray.exceptions.RayError as error:
+                reason = RuntimeError(f"lost {RETRIES + 1} times by the cluster: {error}")
+                found[number] = failed(jobs[number], reason), Meter().read()
+            tiles = sum(result.tiles for result, _ in found.values())
+            text = f"{len(found)}/{len(jobs)} slides, {jobs[number].name}"
+            progress(tiles, round(tiles * len(jobs) / len(found)), text)
+    finally:
+        for left in waiting:
+            ray.cancel(left)
+        if mine:
+            ray.shutdown()
+    ordered = [found[number] for number in range(len(jobs))]
+    speed = _together([counted for _, counted in ordered], time.monotonic() - started)
+    return Ran(
+        [result for result, _ in ordered], manifest, {**about, "cluster": f"ray {address}"}, speed
+    )
+
+
+def _connect(address: str) -> tuple[Any, bool]:
+    """Return Ray, connected, and whether it is ours to disconnect."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: it may report home
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingPart("--ray needs Ray: pip install 'histoseek[ray]'") from error
+    if ray.is_initialized():
+        return ray, False
+    try:
+        if address == LOCAL:
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise Unavailable(f"no Ray cluster answers at {address!r} ({error})") from error
+    return ray, True
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path.resolve() if path is not None else None
+
+
+def _spec(choice: EncoderChoice) -> str:
+    here = Path(choice.spec)
+    return str(here.resolve()) if "://" not in choice.spec and here.is_dir() else choice.spec
+
+
+@lru_cache(maxsize=1)
+def _encoder(choice: EncoderChoice) -> Encoder:
+    return choice.open()
+
+
+def embed_one(
+    job: Job, choice: EncoderChoice, out: str, options: EmbedOptions
+) -> tuple[Result, dict[str, Any]]:
+    """Embed one slide on a worker; returns what became of it, and what the meter counted."""
+    meter = Meter()
+    try:
+        encoder = _encoder(choice)
+        with _staged(job, encoder, out) as folder:
+            (result,) = embed_jobs([job], encoder, folder, options, _no_report, meter)
+            if "://" in out and result.features:
+                inside = Path(result.features).relative_to(folder).as_posix()
+                result = replace(result, features=f"{out.rstrip('/')}/{inside}")
+    except HistoseekError as error:  # a full disk of one machine is no reason for others to stop
+        _encoder.cache_clear()  # a run that ended early has closed it
+        result = failed(job, error)
+    return result, meter.read()
+
+
+def _no_report(done: int, total: int, text: str) -> None:
+    """Workers draw nothing."""
+
+
+@contextmanager
+def _staged(job: Job, encoder: Encoder, out: str) -> Iterator[Path]:
+    """Yield the folder to write to; for a URL one on this machine, brought there at the end."""
+    if "://" not in out:
+        yield Path(out)
+        return
+    import fsspec
+
+    system, root = fsspec.core.url_to_fs(out)
+    with TemporaryDirectory(prefix="histoseek-") as temp:
+        folder = Path(temp)
+        names = {job.name, job.stem, distinct_name(job)}
+        for known in system.glob(f"{root}/*/features_{encoder.manifest.name}/*.h5"):
+            inside = Path(known).relative_to(root) if Path(known).is_relative_to(root) else None
+            if inside is not None and inside.stem in names:
+                (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(known, str(folder / inside))
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.h5")}
+        yield folder
+        made = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        for path in sorted(made, key=lambda p: p.suffix == ".h5"):  # features last: they mean done
+            if before.get(path) == path.stat().st_mtime_ns:
+                continue
+            target = f"{root}/{path.relative_to(folder).as_posix()}"
+            system.makedirs(target.rpartition("/")[0], exist_ok=True)
+            part = f"{target}.{os.uname().nodename}-{os.getpid()}.part"
+            system.put_file(str(path), part)
+            system.mv(part, target)
+
+
+def _together(counted: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Sum what the meters of all tasks counted."""
+    tiles = sum(one["tiles_done"] for one in counted)
+    stages: dict[str, dict[str, float]] = {}
+    for name in STAGES:
+        items = sum(one["stages"][name]["items"] for one in counted)
+        spent = sum(one["stages"][name]["seconds"] for one in counted)
+        stages[name] = {"items": items, "seconds": round(spent, 3)}
+        if name != "open":
+            stages[name]["tiles_per_s"] = round(items / spent, 1) if spent else 0
+    states = Counter({})  # type: ignore[var-annotated]
+    for one in counted:
+        states.update(one["states"])
+    return {
+        "seconds": round(seconds, 3),
+        "jobs": len(counted),
+        "states": dict(states),
+        "tiles_done": tiles,
+        "tiles_unreadable": sum(one["tiles_unreadable"] for one in counted),
+        "tiles_per_s": round(tiles / seconds, 1) if seconds else 0,
+        "stages": stages,
+    }

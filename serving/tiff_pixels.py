@@ -1,0 +1,242 @@
+"""Pixels of tiled TIFF files, decoded segment by segment without OpenSlide, and equal to its pixels.
+
+A segment is a TIFF tile or strip. JPEG goes through libjpeg-turbo (simplejpeg), which reports damaged
+data as OpenSlide does; every other compression through tifffile and imagecodecs.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput
+from ..images import Rgb
+
+MAX_SEGMENT_PX = 64_000_000
+_JPEG = 7
+_RGB, _YCBCR, _GREY = 2, 6, 1
+_LOSSLESS = {1, 5, 8, 32773, 32946, 34925, 50000}
+"""Compressions with one possible result: none, LZW, Deflate, PackBits, LZMA, Zstandard."""
+
+_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+"""A JPEG marker that says: three components, and they are red, green and blue."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One picture of a pyramid, and where its segments lie in the file.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        tile_width: of a segment.
+        tile_height: of a segment.
+        page: tifffile's page.
+        planes: 3 if the file keeps red, green and blue apart, else 1.
+    """
+
+    width: int
+    height: int
+    tile_width: int
+    tile_height: int
+    page: Any
+    planes: int
+
+    @property
+    def across(self) -> int:
+        """Segments per row."""
+        return -(-self.width // self.tile_width)
+
+    @property
+    def down(self) -> int:
+        """Rows of segments."""
+        return -(-self.height // self.tile_height)
+
+
+def level_of(page: Any, path: Path) -> Level:
+    """Describe a page of 8-bit RGB or grey.
+
+    Args:
+        page: tifffile's TiffPage.
+        path: for messages.
+
+    Raises:
+        BadInput: pixels that have no single reading as 8-bit RGB, or segments that do not fit.
+    """
+    width, height = int(page.imagewidth), int(page.imagelength)
+    samples, photometric = int(page.samplesperpixel), int(page.photometric)
+    bits = page.bitspersample
+    if page.dtype != np.uint8 or bits != 8:
+        raise BadInput(
+            f"{path} has {bits} bits per channel ({page.dtype}); expected 8-bit RGB: rescale it to "
+            "0-255 with the window that you want to see"
+        )
+    if (photometric, samples) not in {(_RGB, 3), (_RGB, 4), (_YCBCR, 3), (_GREY, 1)}:
+        name = getattr(page.photometric, "name", photometric)
+        raise BadInput(
+            f"{path} has {samples} channels as {name}; expected RGB, YCbCr or grey (fluorescence is "
+            "not read): convert it to 8-bit RGB"
+        )
+    if int(getattr(page, "imagedepth", 1)) != 1:
+        raise BadInput(f"{path} is a volume of {page.imagedepth} planes; expected one picture")
+    tiled = bool(page.is_tiled)
+    tile_width = int(page.tilewidth) if tiled else width
+    tile_height = int(page.tilelength) if tiled else min(height, int(page.rowsperstrip))
+    if min(width, height, tile_width, tile_height) < 1:
+        raise BadInput(f"{path} has {width} x {height} pixels; it is damaged: copy it again")
+    if tile_width * tile_height > MAX_SEGMENT_PX:
+        raise BadInput(
+            f"{path} is stored in pieces of {tile_width} x {tile_height} pixels; at most "
+            f"{MAX_SEGMENT_PX:,} are decoded at once: save it tiled (256 to 1024 pixels)"
+        )
+    planes = samples if int(page.planarconfig) == 2 and samples > 1 else 1
+    level = Level(width, height, tile_width, tile_height, page, planes)
+    expected = level.across * level.down * planes
+    if min(len(page.dataoffsets), len(page.databytecounts)) < expected:
+        raise BadInput(
+            f"{path} lists {len(page.dataoffsets)} pieces of its {width} x {height} pixels; expected "
+            f"{expected}: it is damaged, copy it again"
+        )
+    return level
+
+
+class TiffPixels:
+    """Regions of the levels of one TIFF file; safe to use from several threads."""
+
+    def __init__(self, path: Path, levels: Sequence[Level]) -> None:
+        """Open the file for reading by place."""
+        self._path = path
+        self.levels = tuple(levels)
+        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+    def squares(
+        self, level: int, places: Sequence[tuple[int, int]], width: int, height: int
+    ) -> list[Rgb | BadInput]:
+        """Read regions of one size; each segment that they share is decoded once.
+
+        Args:
+            level: number of the level.
+            places: left and top of each region, in pixels of the level.
+            width: of a region.
+            height: of a region.
+
+        Returns:
+            For each place its pixels (height, width, 3), white beyond the picture, or why not.
+        """
+        at = self.levels[level]
+        tiles: list[Rgb | BadInput] = []
+        users: dict[int, list[int]] = {}
+        for number, (x, y) in enumerate(places):
+            inside = x >= 0 and y >= 0 and x + width <= at.width and y + height <= at.height
+            shape = (height, width, 3)
+            tiles.append(np.empty(shape, np.uint8) if inside else np.full(shape, 255, np.uint8))
+            for row in range(
+                max(0, y) // at.tile_height, min(at.down, -(-(y + height) // at.tile_height))
+            ):
+                for column in range(
+                    max(0, x) // at.tile_width, min(at.across, -(-(x + width) // at.tile_width))
+                ):
+                    users.setdefault(row * at.across + column, []).append(number)
+        for segment, numbers in sorted(users.items()):  # in the order of the file
+            try:
+                pixels = self.segment(at, segment)
+            except BadInput as error:
+                for number in numbers:
+                    tiles[number] = error
+                continue
+            top = segment // at.across * at.tile_height
+            left = segment % at.across * at.tile_width
+            bottom, right = top + pixels.shape[0], left + pixels.shape[1]
+            for number in numbers:
+                tile, (x, y) = tiles[number], places[number]
+                if isinstance(tile, BadInput):
+                    continue
+                x0, x1, y0, y1 = max(x, left), min(x + width, right), max(y, top), 0
+                y1 = min(y + height, bottom)
+                tile[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[
+                    y0 - top : y1 - top, x0 - left : x1 - left
+                ]
+        return tiles
+
+    def segment(self, level: Level, number: int) -> Rgb:
+        """Decode one segment, cut at the picture's border, (h, w, 3).
+
+        Raises:
+            BadInput: it is missing or damaged; says where.
+        """
+        row, column = divmod(number, level.across)
+        high = min(level.tile_height, level.height - row * level.tile_height)
+        wide = min(level.tile_width, level.width - column * level.tile_width)
+        try:
+            planes = [
+                self._decode(level, number + plane * level.across * level.down)
+                for plane in range(level.planes)
+            ]
+            pixels = planes[0] if level.planes == 1 else np.concatenate(planes[:3], axis=2)
+            if pixels.shape[0] < high or pixels.shape[1] < wide:
+                raise ValueError(f"it holds {pixels.shape[1]} x {pixels.shape[0]} pixels")
+            return _rgb(pixels[:high, :wide])
+        except Exception as error:  # a damaged segment can make a decoder fail in any way
+            raise BadInput(
+                f"{self._path}: the piece at x={column * level.tile_width}, "
+                f"y={row * level.tile_height} of its {level.width} x {level.height} level cannot be "
+                f"read ({error}); the file is truncated or damaged: copy it again"
+            ) from error
+
+    def _decode(self, level: Level, index: int) -> NDArray[np.uint8]:
+        page = level.page
+        size, offset = int(page.databytecounts[index]), int(page.dataoffsets[index])
+        if size == 0:
+            raise ValueError("nothing is stored there")
+        blob = os.pread(self._file.fileno(), size, offset)
+        if len(blob) < size:
+            raise ValueError("the file ends before it")
+        if int(page.compression) == _JPEG and level.planes == 1:
+            return self._jpeg(level, blob)
+        decoded = np.asarray(page.decode(blob, index, jpegtables=page.jpegtables)[0])
+        return decoded.reshape(decoded.shape[-3:])
+
+    @staticmethod
+    def _jpeg(level: Level, blob: bytes) -> NDArray[np.uint8]:
+        import simplejpeg
+
+        page = level.page
+        photometric, tables = int(page.photometric), page.jpegtables
+        marker = _ADOBE_RGB if photometric == _RGB and b"JFIF" not in blob[:32] else b""
+        if tables or marker:
+            blob = blob[:2] + marker + (tables[2:-2] if tables else b"") + blob[2:]
+        high, wide, _, _ = simplejpeg.decode_jpeg_header(blob)
+        if high > level.tile_height or wide > level.tile_width:
+            raise ValueError(f"it claims {wide} x {high} pixels")
+        colours = "GRAY" if photometric == _GREY else "RGB"
+        return np.asarray(simplejpeg.decode_jpeg(blob, colorspace=colours))
+
+
+def _rgb(pixels: NDArray[np.uint8]) -> Rgb:
+    """Return RGB of grey, RGB or RGBA; alpha is laid over white."""
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, axis=2)
+    if pixels.shape[2] == 4:
+        alpha = pixels[:, :, 3:].astype(np.uint16)
+        over = pixels[:, :, :3] * alpha + 255 * (255 - alpha) + 127
+        return (over // 255).astype(np.uint8)
+    return pixels
+
+
+def decodes_exactly(level: Level) -> bool:
+    """Whether a level is stored so that our decoders and OpenSlide's can give but one result.
+
+    A level with empty segments is not: OpenSlide fills them in its own way.
+    """
+    known = int(level.page.compression) in {_JPEG, *_LOSSLESS}
+    return known and all(level.page.databytecounts) and level.planes == 1

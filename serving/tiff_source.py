@@ -1,0 +1,141 @@
+"""TIFF slides that OpenSlide does not read: OME-TIFF, QPTIFF and plain TIFF, through tifffile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+from ..errors import BadInput, HistoseekError
+from ..images import Rgb
+from .tiff_pixels import Level, TiffPixels, level_of
+
+_UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_ORIENTATIONS = {0, 1}
+
+
+class TiffSource:
+    """The first picture of a TIFF file with its pyramid, if it has one."""
+
+    def __init__(self, path: Path) -> None:
+        """Open a TIFF.
+
+        Raises:
+            BadInput: not a TIFF, damaged, or pixels that have no single reading as 8-bit RGB.
+        """
+        import tifffile
+
+        try:
+            with tifffile.TiffFile(path) as opened:
+                pages = _pyramid(opened, path)
+                levels = [level_of(page, path) for page in pages]
+                self.properties = _properties(opened, pages[0])
+        except HistoseekError:
+            raise
+        except Exception as error:  # a damaged header can make the parser fail in any way
+            raise BadInput(
+                f"{path} is no slide: it cannot be read as TIFF ({type(error).__name__}: {error}); it "
+                "is truncated or damaged: copy it again"
+            ) from error
+        self._pixels = TiffPixels(path, levels)
+        first = levels[0]
+        self.block_px = whole_segments(first)
+        self.levels: tuple[tuple[float, tuple[int, int]], ...] = tuple(
+            (first.width / at.width, (at.width, at.height)) for at in levels
+        )
+
+    def regions(
+        self, places: Sequence[tuple[int, int]], level: int, width: int, height: int
+    ) -> list[Rgb | BadInput]:
+        """Read several regions; see :class:`~histoseek.serving.slide_sources.Source`."""
+        down = self.levels[level][0]
+        scaled = [(round(x / down), round(y / down)) for x, y in places]
+        return self._pixels.squares(level, scaled, width, height)
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pixels.close()
+
+
+def whole_segments(level: Level, about: int = 1024) -> int:
+    """Return a block's side that holds whole segments, so that none is decoded twice."""
+    return max(1, about // level.tile_width) * level.tile_width
+
+
+def _pyramid(opened: Any, path: Path) -> list[Any]:
+    if not opened.series:
+        raise BadInput(f"{path} holds no picture; copy it again")
+    series = opened.series[0]
+    first = series.levels[0]
+    if len(first.pages) != 1:
+        raise BadInput(
+            f"{path} has {len(first.pages)} planes (axes {first.axes}, shape {first.shape}): channels, "
+            "depths or times; expected one picture of 8-bit RGB (fluorescence is not read)"
+        )
+    pages = [level.pages[0] for level in series.levels if len(level.pages) == 1]
+    orientation = int(pages[0].tags.valueof("Orientation", 1))
+    if orientation not in _ORIENTATIONS:
+        raise BadInput(
+            f"{path} is stored turned or mirrored (TIFF orientation {orientation}), so places on it "
+            "would be ambiguous; save it upright"
+        )
+    pages = [page.aspage() for page in pages]
+    widths = [page.imagewidth for page in pages]
+    return [p for n, p in enumerate(pages) if n == 0 or p.imagewidth < min(widths[:n])]
+
+
+def _properties(opened: Any, page: Any) -> dict[str, str]:
+    sizes = _ome_mpp(opened.ome_metadata) if opened.is_ome else None
+    sizes = sizes or _tag_mpp(page)
+    if sizes is None:
+        return {}
+    return {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
+
+
+def _ome_mpp(document: str | None) -> tuple[float, float] | None:
+    """Return µm per pixel of the first picture of an OME-XML document."""
+    if not document or "<!DOCTYPE" in document:
+        return None
+    try:
+        pixels = next(
+            e for e in ElementTree.fromstring(document).iter() if e.tag.endswith("Pixels")
+        )
+        values = []
+        for axis in "XY":
+            unit = _UNITS[pixels.get(f"PhysicalSize{axis}Unit", "µm")]
+            values.append(float(pixels.attrib[f"PhysicalSize{axis}"]) * unit)
+    except (ElementTree.ParseError, StopIteration, KeyError, ValueError):
+        return None
+    return values[0], values[1]
+
+
+def _tag_mpp(page: Any) -> tuple[float, float] | None:
+    """Return µm per pixel from the TIFF resolution tags, or None if they name no length."""
+    per_unit = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof("ResolutionUnit", 1)))
+    if per_unit is None:
+        return None
+    values = []
+    for name in ("XResolution", "YResolution"):
+        above, below = page.tags.valueof(name, (0, 1))
+        if above <= 0 or below <= 0:
+            return None
+        values.append(per_unit * below / above)
+    return values[0], values[1]
+
+
+def looks_like_tiff(path: Path) -> bool:
+    """Whether a file's name is a TIFF's."""
+    return re.search(r"\.(tiff?|qptiff|btf|tf[28])$", path.name.lower()) is not None
+
+
+def is_ome(path: Path) -> bool:
+    """Whether a TIFF carries OME-XML; False for what cannot be read."""
+    import tifffile
+
+    try:
+        with tifffile.TiffFile(path) as opened:
+            return bool(opened.is_ome)
+    except Exception:  # opening it for good will tell what is wrong
+        return False

@@ -1,0 +1,348 @@
+"""A job made ready: opened, its tiles found, its feature file named; read piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..errors import BadInput, Damaged, HistoseekError, Mismatch
+from ..feature_files import Features, magnification, read_about
+from ..files import sha256_file, write_atomic
+from ..images import Rgb, encode_jpeg, square
+from ..manifest import Manifest
+from ..tilesets import TileSet, open_tiles
+from .geojson import outlines, read_annotations, write_tiles, write_tissue
+from .jobs import Job, content_mark, distinct_name
+from .overlay import draw_overlay
+from .results import EmbedOptions, Result
+from .slides import Grid, Slide, open_slide
+
+MAX_UNREADABLE = 0.1
+"""A slide or tile set with a larger share of unreadable tiles counts as failed, not as partial."""
+
+
+class Work(Protocol):
+    """One slide or tile set that is open; ``read`` may be called from several threads.
+
+    Attributes:
+        job: what was asked for.
+        name: of the feature file.
+        path: the feature file.
+        count: how many tiles.
+        tissue: share of the slide that is tissue, or None.
+    """
+
+    job: Job
+    name: str
+    path: Path
+    count: int
+    tissue: float | None
+
+    def read(self, start: int, stop: int) -> list[Rgb | BadInput]:
+        """Return tiles ``start`` to ``stop``, each uint8 (S, S, 3), or why it cannot be read."""
+        ...
+
+    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+        """Return everything about the feature file but the features.
+
+        Args:
+            kept: numbers of the tiles that were embedded.
+            unreadable: why the others were not.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+def prepare(job: Job, manifest: Manifest, out: Path, options: EmbedOptions) -> Work | Result:
+    """Open a job and find its tiles; returns a result if there is nothing left to do.
+
+    Raises:
+        HistoseekError: the job cannot be done, with the reason.
+    """
+    if job.kind == "tiles":
+        return _prepare_tiles(job, manifest, out, options)
+    mpp = options.mpp or manifest.mpp
+    if mpp is None:
+        raise Mismatch(
+            f"encoder {manifest.name} names no mpp to read slides at; pass --mpp or --magnification"
+        )
+    slide = open_slide(job.source, _assumed_mpp(job, options))
+    try:
+        made = _prepare_slide(job, slide, mpp, manifest, out, options)
+    except BaseException:
+        slide.close()
+        raise
+    if isinstance(made, Result):
+        slide.close()
+    return made
+
+
+def refuse_if_broken(work: Work, unreadable: list[str]) -> None:
+    """Refuse a slide or tile set of which too much is unreadable.
+
+    Raises:
+        Damaged: says how much, and the first reason.
+    """
+    if work.count and len(unreadable) > MAX_UNREADABLE * work.count:
+        raise Damaged(
+            f"{work.job.source}: {len(unreadable)} of {work.count} tiles are unreadable, first: "
+            f"{unreadable[0]}"
+        )
+
+
+def _assumed_mpp(job: Job, options: EmbedOptions) -> float | None:
+    stated = job.row.get("mpp", "")
+    if not stated:
+        return options.assume_mpp
+    try:
+        value = float(stated)
+    except ValueError:
+        value = float("nan")
+    if not 0.01 <= value <= 100:
+        raise BadInput(f"the manifest gives {job.source.name} mpp {stated!r}; expected 0.01 to 100")
+    return value
+
+
+def _place(
+    out: Path, folder: str, job: Job, manifest: Manifest, key: dict[str, Any]
+) -> tuple[Path, str, bool]:
+    """Return the feature file, the name, and whether it is there already, made the same way."""
+    parent = out / folder / f"features_{manifest.name}"
+    names = dict.fromkeys((job.name, distinct_name(job)))
+    plain = read_about(parent / f"{job.stem}.h5")
+    if plain is not None and plain.get("source") == str(job.source.resolve()):
+        names = {job.stem: None, **names}  # it was embedded before another slide of its name came
+    for name in names:
+        path = parent / f"{name}.h5"
+        about = read_about(path)
+        if about is None:
+            return path, name, False
+        if about.get("key") == key:
+            return path, name, not about.get("unreadable")
+        if about.get("key", {}).get("content") == key["content"]:
+            return path, name, False
+        if about.get("source") == str(job.source.resolve()):
+            return path, name, False
+    return path, name, False
+
+
+def _done_before(job: Job, name: str, path: Path) -> Result:
+    about = read_about(path) or {}
+    return Result(
+        name,
+        str(job.source),
+        "skipped",
+        about.get("reason") or "done before",
+        about.get("tiles", 0),
+        features=str(path),
+        tissue=about.get("tissue_share"),
+    )
+
+
+class SlideWork:
+    """A slide; see :class:`Work`."""
+
+    def __init__(
+        self,
+        job: Job,
+        slide: Slide,
+        grid: Grid,
+        manifest: Manifest,
+        name: str,
+        path: Path,
+        key: dict[str, Any],
+    ) -> None:
+        """Keep what is needed to read and describe the slide's tiles; the pictures are not kept."""
+        self.job, self.name, self.path, self.count = job, name, path, len(grid.coords)
+        self.tissue: float | None = round(grid.tissue, 4)
+        self._slide, self._manifest, self._key = slide, manifest, key
+        self._coords, self._side, self._size = grid.coords, grid.size_px_level0, grid.size_px
+        self._grid = (grid.overlap_px, grid.mpp, grid.target_mpp, grid.candidates)
+
+    def read(self, start: int, stop: int) -> list[Rgb | BadInput]:
+        """See :class:`Work`."""
+        places = [(int(x), int(y)) for x, y in self._coords[start:stop]]
+        return self._slide.read_tiles(places, self._side, self._size)
+
+    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+        """See :class:`Work`."""
+        overlap_px, mpp, target_mpp, candidates = self._grid
+        reason = ""
+        if not self.count and not candidates:
+            reason = (
+                f"no tile: {self._slide.width} x {self._slide.height} pixels are smaller than one "
+                f"tile of {self._side}"
+            )
+        elif not self.count:
+            share = self._key["min_tissue"]
+            where = "the regions given" if self._key.get("regions") else "tissue"
+            reason = f"no tissue: none of {candidates} tiles reaches {share:.0%} of {where}"
+        return Features(
+            name=self.name,
+            encoder=self._manifest.name,
+            encoder_sha256=self._manifest.sha256,
+            features=np.zeros((0, self._manifest.dim), dtype=np.float32),
+            coords=self._coords[np.asarray(kept, dtype=np.int64)],
+            source=str(self.job.source.resolve()),
+            size_px=self._size,
+            size_px_level0=self._side,
+            overlap_px=overlap_px,
+            mpp=mpp,
+            target_mpp=target_mpp,
+            width=self._slide.width,
+            height=self._slide.height,
+            about={
+                "key": self._key,
+                "source": str(self.job.source.resolve()),
+                "reason": reason,
+                "unreadable": unreadable,
+                "tiles": len(kept),
+                "tissue_share": self.tissue,
+                "mpp_from": self._slide.mpp_from,
+                "row": self._key["row"],
+            },
+        )
+
+    def close(self) -> None:
+        """Close the slide."""
+        self._slide.close()
+
+
+def _prepare_slide(
+    job: Job,
+    slide: Slide,
+    target_mpp: float,
+    manifest: Manifest,
+    out: Path,
+    options: EmbedOptions,
+) -> Work | Result:
+    folder = f"{magnification(target_mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
+    given = _regions_of(job, options)
+    key = {
+        "content": content_mark(job.source),
+        "encoder": manifest.sha256,
+        "mpp": slide.require_mpp(),
+        "target_mpp": target_mpp,
+        "min_tissue": options.min_tissue,
+        "row": {k: v for k, v in job.row.items() if k != "file"},
+    }
+    if given is not None:
+        key["regions"] = [sha256_file(given), *options.region_classes]
+    path, name, ready = _place(out, folder, job, manifest, key)
+    if ready:
+        return _done_before(job, name, path)
+    regions = read_annotations(given, options.region_classes) if given is not None else None
+    grid = slide.grid(manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions)
+    _write_pictures(grid, name, out, options)
+    return SlideWork(job, slide, grid, manifest, name, path, key)
+
+
+def _regions_of(job: Job, options: EmbedOptions) -> Path | None:
+    """Return the GeoJSON file of a slide.
+
+    Raises:
+        BadInput: the folder of regions has none for it.
+    """
+    if options.regions is None or options.regions.is_file():
+        return options.regions
+    names = [f"{job.source.stem}.geojson", f"{job.source.name}.geojson"]
+    for name in names:
+        if (options.regions / name).is_file():
+            return options.regions / name
+    raise BadInput(
+        f"{options.regions} holds no regions of {job.source.name}; expected {' or '.join(names)}"
+    )
+
+
+def _write_pictures(grid: Grid, name: str, out: Path, options: EmbedOptions) -> None:
+    if not (options.overlays or options.geojson):
+        return
+    polygons = outlines(grid.mask, grid.down)
+    if options.overlays:
+        caption = (
+            f"{name}: {len(grid.coords)} tiles at mpp {grid.target_mpp:g}, {grid.tissue:.0%} tissue"
+        )
+        picture = draw_overlay(grid, polygons, caption)
+        write_atomic(out / "overlays" / f"{name}.jpg", encode_jpeg(picture, 85))
+    if options.geojson:
+        write_tissue(out / "geojson" / f"{name}.tissue.geojson", polygons)
+        write_tiles(out / "geojson" / f"{name}.tiles.geojson", grid.coords, grid.size_px_level0)
+
+
+class TilesWork:
+    """A tile set; see :class:`Work`."""
+
+    tissue: float | None = None
+
+    def __init__(
+        self,
+        job: Job,
+        tileset: TileSet,
+        manifest: Manifest,
+        name: str,
+        path: Path,
+        key: dict[str, Any],
+    ) -> None:
+        """Keep what is needed to read and describe the tiles."""
+        self.job, self.name, self.path, self.count = job, name, path, len(tileset)
+        self._tileset, self._manifest, self._key = tileset, manifest, key
+
+    def read(self, start: int, stop: int) -> list[Rgb | BadInput]:
+        """See :class:`Work`."""
+        return [self._read(row) for row in range(start, stop)]
+
+    def _read(self, row: int) -> Rgb | BadInput:
+        try:
+            return square(self._tileset.read(row), self._manifest.size_px)
+        except BadInput as error:
+            return error
+
+    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+        """See :class:`Work`."""
+        tiles = [self._tileset.tiles[row] for row in kept]
+        return Features(
+            name=self.name,
+            encoder=self._manifest.name,
+            encoder_sha256=self._manifest.sha256,
+            features=np.zeros((0, self._manifest.dim), dtype=np.float32),
+            coords=np.zeros((len(kept), 2), dtype=np.int64),
+            files=tuple(t.file for t in tiles),
+            kind="tiles",
+            source=str(self.job.source.resolve()),
+            size_px=self._manifest.size_px,
+            labels=tuple(t.label or "" for t in tiles),
+            groups=tuple(t.group or "" for t in tiles),
+            about={
+                "key": self._key,
+                "source": str(self.job.source.resolve()),
+                "unreadable": unreadable,
+                "tiles": len(kept),
+                "reason": "",
+            },
+        )
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _prepare_tiles(job: Job, manifest: Manifest, out: Path, options: EmbedOptions) -> Work | Result:
+    tileset = open_tiles(job.source, options.manifest)
+    key = {"content": tileset.fingerprint, "encoder": manifest.sha256}
+    path, name, ready = _place(out, f"tiles_{manifest.size_px}px", job, manifest, key)
+    if ready:
+        return _done_before(job, name, path)
+    return TilesWork(job, tileset, manifest, name, path, key)
+
+
+def failed(job: Job, error: Exception) -> Result:
+    """Return the result of a job that could not be done."""
+    reason = str(error)
+    if not isinstance(error, HistoseekError):
+        reason = f"{job.source}: unexpected {type(error).__name__}: {error}"
+    return Result(job.name, str(job.source), "failed", reason)
