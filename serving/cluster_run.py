@@ -7,6 +7,7 @@ elsewhere; feature files appear whole or not at all, so nothing is lost and noth
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from collections import Counter
@@ -108,9 +109,9 @@ def _connect(address: str) -> tuple[Any, bool]:
         return ray, False
     try:
         if address == LOCAL:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
-            ray.init(address=address, log_to_driver=False, logging_level="ERROR")
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise Unavailable(f"no Ray cluster answers at {address!r} ({error})") from error
     return ray, True

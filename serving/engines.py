@@ -255,7 +255,7 @@ def _candidates(precision: str, streams: int) -> list[Plan]:
         if precision != "f32":
             raise
     else:
-        plans += [Plan("openvino", precision, batch, streams) for batch in (1, 4)]  # type: ignore[arg-type]
+        plans += [Plan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
     return plans
 
 

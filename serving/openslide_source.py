@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import BadInput, Damaged, HistoseekError
@@ -111,30 +112,32 @@ class OpenSlideSource:
         if _off(left * down) > _NEAR or _off(top * down) > _NEAR:
             left = top = 0
         size = min(at.tile_width, at.width - left), min(at.tile_height, at.height - top)
-        (mine,) = pixels.squares(number, [(left, top)], *size)
+        mine = np.empty((1, size[1], size[0], 3), dtype=np.uint8)
+        failed = pixels.squares(number, [(left, top)], mine)
         try:
             other = self._read(round(left * down), round(top * down), level, *size)
         except BadInput:
-            return isinstance(mine, BadInput)
-        return not isinstance(mine, BadInput) and np.array_equal(mine, other)
+            return bool(failed)
+        return not failed and np.array_equal(mine[0], other)
 
     def regions(
-        self, places: Sequence[tuple[int, int]], level: int, width: int, height: int
-    ) -> list[Rgb | BadInput]:
+        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
         """Read several regions; see :class:`~histoseek.serving.slide_sources.Source`."""
         down = self.levels[level][0]
         scaled = [(x / down, y / down) for x, y in places]
         exact = all(_off(value) < _NEAR for place in scaled for value in place)
         if self._pixels is not None and level in self._direct and exact:
             whole = [(round(x), round(y)) for x, y in scaled]
-            return self._pixels.squares(self._direct[level], whole, width, height)
-        tiles: list[Rgb | BadInput] = []
-        for x, y in places:
+            return self._pixels.squares(self._direct[level], whole, out)
+        failed: dict[int, BadInput] = {}
+        height, width = out.shape[1:3]
+        for number, (x, y) in enumerate(places):
             try:
-                tiles.append(self._read(x, y, level, width, height))
+                out[number] = self._read(x, y, level, width, height)
             except BadInput as error:
-                tiles.append(error)
-        return tiles
+                failed[number] = error
+        return failed
 
     def _read(self, x: int, y: int, level: int, width: int, height: int) -> Rgb:
         shared = self._slide

@@ -8,6 +8,7 @@ whatever the number of workers: the pieces of a slide depend on nothing but the 
 
 from __future__ import annotations
 
+import threading
 import time
 from collections import deque
 from collections.abc import Sequence
@@ -29,12 +30,12 @@ from .meter import Meter
 from .results import EmbedOptions, Result, State
 from .work import Work, failed, prepare, refuse_if_broken
 
-PIECE = 32
+PIECE = 64
 """Least number of tiles that are read together; neighbours share what is decoded."""
 
 OPENERS = 2
 OPEN_AHEAD = 3
-PIECES_AHEAD = 3
+PIECES_AHEAD = 2
 FATAL = (StorageFailed, Busy, Unavailable)
 """What ends a run: every further slide would meet the same."""
 
@@ -128,6 +129,7 @@ class _Run:
         self._flying: deque[tuple[_Slide, Future[_Embedded] | None]] = deque()
         self._results: dict[int, Result] = {}
         self._numbers = {id(job): number for number, job in enumerate(jobs)}
+        self._own = threading.local()
         self._stopping = False
 
     def all(self) -> list[Result]:
@@ -206,15 +208,25 @@ class _Run:
         none = np.zeros((0, dim), dtype=np.float32)
         if self._stopping or slide.error is not None:
             return _Embedded(none, [], [])
+        tiles = self._buffer()[: stop - start]
         with self._meter.stage("read", stop - start):
-            found = slide.work.read(start, stop)
-        kept = [start + n for n, tile in enumerate(found) if not isinstance(tile, BadInput)]
-        reasons = [str(tile) for tile in found if isinstance(tile, BadInput)]
+            broken = slide.work.read(start, tiles)
+        kept = [start + n for n in range(len(tiles)) if n not in broken]
+        reasons = [str(error) for _, error in sorted(broken.items())]
         if not kept:
             return _Embedded(none, [], reasons)
-        tiles = np.stack([tile for tile in found if not isinstance(tile, BadInput)])
+        if broken:
+            tiles = np.delete(tiles, list(broken), axis=0)
         with self._meter.stage("encode", len(tiles)):
             return _Embedded(self._encoder.embed(tiles), kept, reasons)
+
+    def _buffer(self) -> NDArray[np.uint8]:
+        """Return this worker's room for one piece; fresh memory for each would cost as much as reading."""
+        if not hasattr(self._own, "buffer"):
+            size = self._encoder.manifest.size_px
+            self._own.buffer = np.empty((self._piece, size, size, 3), dtype=np.uint8)
+        room: NDArray[np.uint8] = self._own.buffer
+        return room
 
     def _land(self) -> None:
         """Take the oldest piece, wait for it, and write it; or finish the slide that ends here."""

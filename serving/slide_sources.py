@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import BadInput
-from ..images import SUFFIXES, Rgb, decode
+from ..images import SUFFIXES, decode
 from .openslide_source import OpenSlideSource
 from .tiff_source import TiffSource, is_ome, looks_like_tiff
 
@@ -51,19 +52,18 @@ class Source(Protocol):
     block_px: int
 
     def regions(
-        self, places: Sequence[tuple[int, int]], level: int, width: int, height: int
-    ) -> list[Rgb | BadInput]:
+        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
         """Read regions of one size.
 
         Args:
             places: left and top of each region in level-0 pixels.
             level: number of the level.
-            width: of a region in pixels of the level.
-            height: of a region in pixels of the level.
+            out: (N, height, width, 3), sizes in pixels of the level; filled with RGB, and with the
+                background beyond the slide. What cannot be read is left as it was.
 
         Returns:
-            For each place its pixels (height, width, 3), background beyond the slide, or why it
-            cannot be read.
+            By number of the place why it cannot be read; empty if all was well.
         """
         ...
 
@@ -95,11 +95,12 @@ class _Overview:
         """Read a block; where that fails, its quarters, down to 128 pixels; the rest is painted."""
         downsample = self._source.levels[self._level][0]
         place = round(left * downsample), round(top * downsample)
-        (found,) = self._source.regions([place], self._level, width, height)
-        if not isinstance(found, BadInput):
+        found = np.empty((1, height, width, 3), dtype=np.uint8)
+        failed = self._source.regions([place], self._level, found)
+        if not failed:
             self.readable = True
-            return Image.fromarray(found)
-        self.broken = self.broken or found
+            return Image.fromarray(found[0])
+        self.broken = self.broken or failed[0]
         block = Image.new("RGB", (width, height), UNREADABLE)
         if min(width, height) >= 2 * SMALLEST_PX:
             half = width // 2, height // 2
@@ -149,17 +150,17 @@ class PictureSource:
         self.block_px = max(width, height)
 
     def regions(
-        self, places: Sequence[tuple[int, int]], level: int, width: int, height: int
-    ) -> list[Rgb | BadInput]:
+        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
         """Cut out regions; see :class:`Source`."""
-        return [self._cut(x, y, width, height) for x, y in places]
-
-    def _cut(self, x: int, y: int, width: int, height: int) -> Rgb:
-        tile = np.full((height, width, 3), 255, dtype=np.uint8)
-        left, top = max(0, x), max(0, y)
-        part = self._picture[top : max(0, y + height), left : max(0, x + width)]
-        tile[top - y : top - y + part.shape[0], left - x : left - x + part.shape[1]] = part
-        return tile
+        for number, (x, y) in enumerate(places):
+            height, width = out.shape[1:3]
+            out[number] = 255
+            left, top = max(0, x), max(0, y)
+            part = self._picture[top : max(0, y + height), left : max(0, x + width)]
+            high, wide = part.shape[:2]
+            out[number, top - y : top - y + high, left - x : left - x + wide] = part
+        return {}
 
     def close(self) -> None:
         """Free the pixels."""

@@ -22,7 +22,10 @@ MIN_SCALE = 0.4
 
 MAX_SIDE = 32_768
 MAX_PLACES = 20_000_000
-BLOCK_TILES = (8, 4)
+BLOCK_TILES = (8, 8)
+MAX_READ = 64 * 2**20
+"""Bytes that are read at once before they are resampled."""
+
 _ANISOTROPY = 1.05
 
 
@@ -31,7 +34,7 @@ class Grid:
     """The tiles of a slide that hold tissue.
 
     Attributes:
-        coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, in blocks of 8 x 4 tiles, so
+        coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, in blocks of 8 x 8 tiles, so
             that tiles that are read together lie together.
         width: of the slide in level-0 pixels.
         size_px_level0: side of a tile in level-0 pixels.
@@ -210,33 +213,49 @@ class Slide:
         Raises:
             BadInput: it cannot be decoded.
         """
-        (tile,) = self.read_tiles([(x, y)], size_px_level0, size_px)
-        if isinstance(tile, BadInput):
-            raise tile
-        return tile
+        tile = np.empty((1, size_px, size_px, 3), dtype=np.uint8)
+        failed = self.read_tiles([(x, y)], size_px_level0, tile)
+        if failed:
+            raise failed[0]
+        only: Rgb = tile[0]
+        return only
 
     def read_tiles(
-        self, places: Sequence[tuple[int, int]], size_px_level0: int, size_px: int
-    ) -> list[Rgb | BadInput]:
-        """Read squares at level-0 places and resample them to ``size_px`` (H = W = size_px).
+        self, places: Sequence[tuple[int, int]], size_px_level0: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
+        """Read squares at level-0 places and resample them to the size of ``out``.
 
         What lies beyond the slide has the slide's background colour. The best level is the smallest
         that is still at least as fine as wanted, so that pixels are averaged, never invented, unless
         the slide itself is coarser. Neighbouring places in one call share what is decoded.
 
+        Args:
+            places: left and top of each tile in level-0 pixels.
+            size_px_level0: side of a tile in level-0 pixels.
+            out: (N, size_px, size_px, 3), filled.
+
         Returns:
-            For each place its tile, or why it cannot be read.
+            By number of the place why it cannot be read; empty if all was well.
         """
+        size_px = out.shape[1]
         wanted = size_px_level0 / size_px
         level = 0
         for number, (downsample, _) in enumerate(self._source.levels):
             if downsample <= wanted * 1.01:
                 level = number
         side = max(1, round(size_px_level0 / self._source.levels[level][0]))
-        found = self._source.regions(places, level, side, side)
         if side == size_px:
-            return found
-        return [t if isinstance(t, BadInput) else _resample(t, size_px) for t in found]
+            return self._source.regions(places, level, out)
+        failed: dict[int, BadInput] = {}
+        step = max(1, MAX_READ // (side * side * 3))
+        for start in range(0, len(places), step):
+            part = places[start : start + step]
+            large = np.empty((len(part), side, side, 3), dtype=np.uint8)
+            broken = self._source.regions(part, level, large)
+            failed.update({start + number: error for number, error in broken.items()})
+            for number in range(len(part)):
+                out[start + number] = _resample(large[number], size_px)
+        return failed
 
 
 def _places(width: int, height: int, side: int, step: int) -> NDArray[np.int64]:

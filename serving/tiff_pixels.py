@@ -7,6 +7,8 @@ data as OpenSlide does; every other compression through tifffile and imagecodecs
 from __future__ import annotations
 
 import os
+import threading
+from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +21,10 @@ from ..errors import BadInput
 from ..images import Rgb
 
 MAX_SEGMENT_PX = 64_000_000
+CACHE_BYTES = 64 * 2**20
+"""Decoded segments kept per file: about one row of segments across a large slide, so that the tiles
+below need not decode them again."""
+
 _JPEG = 7
 _RGB, _YCBCR, _GREY = 2, 6, 1
 _LOSSLESS = {1, 5, 8, 32773, 32946, 34925, 50000}
@@ -114,32 +120,34 @@ class TiffPixels:
         self._path = path
         self.levels = tuple(levels)
         self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._cache: OrderedDict[tuple[int, int], Rgb] = OrderedDict()
+        self._cached = 0
+        self._lock = threading.Lock()
 
     def close(self) -> None:
         """Close the file."""
         self._file.close()
+        self._cache.clear()
 
     def squares(
-        self, level: int, places: Sequence[tuple[int, int]], width: int, height: int
-    ) -> list[Rgb | BadInput]:
+        self, level: int, places: Sequence[tuple[int, int]], out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
         """Read regions of one size; each segment that they share is decoded once.
 
         Args:
             level: number of the level.
             places: left and top of each region, in pixels of the level.
-            width: of a region.
-            height: of a region.
+            out: (N, height, width, 3), filled; white beyond the picture.
 
         Returns:
-            For each place its pixels (height, width, 3), white beyond the picture, or why not.
+            By number of the place why it cannot be read; empty if all was well.
         """
         at = self.levels[level]
-        tiles: list[Rgb | BadInput] = []
+        height, width = out.shape[1:3]
         users: dict[int, list[int]] = {}
         for number, (x, y) in enumerate(places):
-            inside = x >= 0 and y >= 0 and x + width <= at.width and y + height <= at.height
-            shape = (height, width, 3)
-            tiles.append(np.empty(shape, np.uint8) if inside else np.full(shape, 255, np.uint8))
+            if x < 0 or y < 0 or x + width > at.width or y + height > at.height:
+                out[number] = 255
             for row in range(
                 max(0, y) // at.tile_height, min(at.down, -(-(y + height) // at.tile_height))
             ):
@@ -147,26 +155,41 @@ class TiffPixels:
                     max(0, x) // at.tile_width, min(at.across, -(-(x + width) // at.tile_width))
                 ):
                     users.setdefault(row * at.across + column, []).append(number)
+        failed: dict[int, BadInput] = {}
         for segment, numbers in sorted(users.items()):  # in the order of the file
             try:
-                pixels = self.segment(at, segment)
+                pixels = self._cached_segment(level, segment)
             except BadInput as error:
-                for number in numbers:
-                    tiles[number] = error
+                failed.update(dict.fromkeys(numbers, error))
                 continue
             top = segment // at.across * at.tile_height
             left = segment % at.across * at.tile_width
             bottom, right = top + pixels.shape[0], left + pixels.shape[1]
             for number in numbers:
-                tile, (x, y) = tiles[number], places[number]
-                if isinstance(tile, BadInput):
-                    continue
-                x0, x1, y0, y1 = max(x, left), min(x + width, right), max(y, top), 0
-                y1 = min(y + height, bottom)
-                tile[y0 - y : y1 - y, x0 - x : x1 - x] = pixels[
+                x, y = places[number]
+                x0, x1 = max(x, left), min(x + width, right)
+                y0, y1 = max(y, top), min(y + height, bottom)
+                out[number, y0 - y : y1 - y, x0 - x : x1 - x] = pixels[
                     y0 - top : y1 - top, x0 - left : x1 - left
                 ]
-        return tiles
+        return failed
+
+    def _cached_segment(self, level: int, number: int) -> Rgb:
+        key = (level, number)
+        with self._lock:
+            known = self._cache.get(key)
+            if known is not None:
+                self._cache.move_to_end(key)
+                return known
+        pixels = self.segment(self.levels[level], number)
+        if pixels.nbytes * 8 <= CACHE_BYTES:
+            with self._lock:
+                if key not in self._cache:
+                    self._cache[key] = pixels
+                    self._cached += pixels.nbytes
+                while self._cached > CACHE_BYTES:
+                    self._cached -= self._cache.popitem(last=False)[1].nbytes
+        return pixels
 
     def segment(self, level: Level, number: int) -> Rgb:
         """Decode one segment, cut at the picture's border, (h, w, 3).

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
 
+import numpy as np
+from numpy.typing import NDArray
+
 from ..errors import BadInput, HistoseekError
-from ..images import Rgb
 from .tiff_pixels import Level, TiffPixels, level_of
 
 _UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
@@ -47,12 +49,12 @@ class TiffSource:
         )
 
     def regions(
-        self, places: Sequence[tuple[int, int]], level: int, width: int, height: int
-    ) -> list[Rgb | BadInput]:
+        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
         """Read several regions; see :class:`~histoseek.serving.slide_sources.Source`."""
         down = self.levels[level][0]
         scaled = [(round(x / down), round(y / down)) for x, y in places]
-        return self._pixels.squares(level, scaled, width, height)
+        return self._pixels.squares(level, scaled, out)
 
     def close(self) -> None:
         """Close the file."""

@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch
 from ..feature_files import Features, magnification, read_about
 from ..files import sha256_file, write_atomic
-from ..images import Rgb, encode_jpeg, square
+from ..images import encode_jpeg, square
 from ..manifest import Manifest
 from ..tilesets import TileSet, open_tiles
 from .geojson import outlines, read_annotations, write_tiles, write_tissue
@@ -41,8 +42,12 @@ class Work(Protocol):
     count: int
     tissue: float | None
 
-    def read(self, start: int, stop: int) -> list[Rgb | BadInput]:
-        """Return tiles ``start`` to ``stop``, each uint8 (S, S, 3), or why it cannot be read."""
+    def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
+        """Read tiles from number ``start`` on into ``out``, uint8 (N, S, S, 3).
+
+        Returns:
+            By place in ``out`` why a tile cannot be read; empty if all was well.
+        """
         ...
 
     def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
@@ -165,10 +170,10 @@ class SlideWork:
         self._coords, self._side, self._size = grid.coords, grid.size_px_level0, grid.size_px
         self._grid = (grid.overlap_px, grid.mpp, grid.target_mpp, grid.candidates)
 
-    def read(self, start: int, stop: int) -> list[Rgb | BadInput]:
+    def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
-        places = [(int(x), int(y)) for x, y in self._coords[start:stop]]
-        return self._slide.read_tiles(places, self._side, self._size)
+        places = [(int(x), int(y)) for x, y in self._coords[start : start + len(out)]]
+        return self._slide.read_tiles(places, self._side, out)
 
     def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
         """See :class:`Work`."""
@@ -293,15 +298,15 @@ class TilesWork:
         self.job, self.name, self.path, self.count = job, name, path, len(tileset)
         self._tileset, self._manifest, self._key = tileset, manifest, key
 
-    def read(self, start: int, stop: int) -> list[Rgb | BadInput]:
+    def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
-        return [self._read(row) for row in range(start, stop)]
-
-    def _read(self, row: int) -> Rgb | BadInput:
-        try:
-            return square(self._tileset.read(row), self._manifest.size_px)
-        except BadInput as error:
-            return error
+        failed = {}
+        for number in range(len(out)):
+            try:
+                out[number] = square(self._tileset.read(start + number), self._manifest.size_px)
+            except BadInput as error:
+                failed[number] = error
+        return failed
 
     def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
         """See :class:`Work`."""

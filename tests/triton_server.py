@@ -1,6 +1,6 @@
 """The real tritonserver, from the wheel nvidia-pytriton, on free loopback ports of a machine without GPU.
 
-The wheel has Triton's python backend only, so `tests/triton/backends/onnxruntime` stands in for the
+The wheel has Triton's python backend only, so `tests/triton_backends/onnxruntime` stands in for the
 onnxruntime backend; the model repositories are served unmodified.
 """
 
@@ -15,7 +15,7 @@ import time
 import urllib.request
 from pathlib import Path
 
-STAND_IN = Path(__file__).parent / "triton/backends/onnxruntime/model.py"
+STAND_IN = Path(__file__).parent / "triton_backends/onnxruntime/model.py"
 
 
 def free_ports(count):

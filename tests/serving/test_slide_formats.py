@@ -22,6 +22,13 @@ def opened():
         yield lambda kind, *args, **options: stack.enter_context(closing(kind(*args, **options)))
 
 
+def read(source, places, level, width, height):
+    """Tiles, or in their place why they cannot be read."""
+    out = np.empty((len(places), height, width, 3), np.uint8)
+    failed = source.regions(places, level, out)
+    return [failed.get(number, tile) for number, tile in enumerate(out)]
+
+
 def by_openslide(path, x, y, level, side):
     with openslide.OpenSlide(str(path)) as slide:
         picture = slide.read_region((x, y), level, (side, side))
@@ -69,7 +76,7 @@ def test_direct_decoding_gives_openslides_pixels_on_every_level(
         places = [
             tuple(int(v) * down for v in rng.integers(0, 512 // down - 60, 2)) for _ in "1234"
         ]
-        for (x, y), tile in zip(places, source.regions(places, level, 60, 60), strict=True):
+        for (x, y), tile in zip(places, read(source, places, level, 60, 60), strict=True):
             assert np.array_equal(tile, by_openslide(path, x, y, level, 60))
 
 
@@ -81,13 +88,13 @@ def test_the_real_slide_reads_the_same_with_and_without_openslide(cmu_slide, ope
     )
     assert direct.reads_directly == (0,) and plain.reads_directly == ()
     places = [(x, y) for y in range(0, 2967 - 224, 301) for x in range(0, 2220 - 224, 283)]
-    both = (source.regions(places, 0, 224, 224) for source in (direct, plain))
+    both = (read(source, places, 0, 224, 224) for source in (direct, plain))
     assert all(np.array_equal(a, b) for a, b in zip(*both, strict=True))
 
 
 def test_places_between_the_pixels_of_a_level_are_left_to_openslide(tissue, tmp_path, opened):
     path = pyramid(tmp_path / "p.tiff", tissue, compression="zlib")
-    (tile,) = opened(OpenSlideSource, path).regions([(101, 50)], 1, 60, 60)
+    (tile,) = read(opened(OpenSlideSource, path), [(101, 50)], 1, 60, 60)
     assert np.array_equal(tile, by_openslide(path, 101, 50, 1, 60))
 
 
@@ -118,13 +125,13 @@ def test_damaged_segments_cost_only_their_tiles_whoever_reads_beside(tissue, tmp
     for direct in (True, False):
         source = opened(OpenSlideSource, broken, direct=direct)
         with ThreadPoolExecutor(8) as pool:
-            found = list(pool.map(lambda xy, s=source: s.regions([xy], 0, 128, 128)[0], places * 3))
+            found = list(pool.map(lambda xy, s=source: read(s, [xy], 0, 128, 128)[0], places * 3))
         for number, tile in enumerate(found):
             place = number % 64
             if place in (9, 30):
                 assert isinstance(tile, BadInput) and "copy it again" in str(tile)
             else:
-                (right,) = whole.regions([places[place]], 0, 128, 128)
+                (right,) = read(whole, [places[place]], 0, 128, 128)
                 assert np.array_equal(tile, right)
 
 
@@ -149,16 +156,16 @@ def test_striped_grey_planar_and_alpha_tiff_is_read(tissue, tmp_path, planar, op
     pixels = tissue if planar == "contig" else np.moveaxis(tissue, 2, 0)
     tifffile.imwrite(tmp_path / "strips.tif", pixels, **options)
     source = opened(TiffSource, tmp_path / "strips.tif")
-    (tile,) = source.regions([(7, 40)], 0, 100, 130)
+    (tile,) = read(source, [(7, 40)], 0, 100, 130)
     assert np.array_equal(tile, tissue[40:170, 7:107])
     grey = tissue[:, :, 1]
     tifffile.imwrite(tmp_path / "grey.tif", grey, photometric="minisblack", tile=(64, 64))
-    (tile,) = opened(TiffSource, tmp_path / "grey.tif").regions([(-10, 480)], 0, 64, 64)
+    (tile,) = read(opened(TiffSource, tmp_path / "grey.tif"), [(-10, 480)], 0, 64, 64)
     assert np.array_equal(tile[:32, 10:], np.repeat(grey[480:, :54, None], 3, 2))
     assert (tile[32:] == 255).all() and (tile[:, :10] == 255).all()
     alpha = np.dstack([tissue, np.zeros_like(grey)])
     tifffile.imwrite(tmp_path / "a.tif", alpha, photometric="rgb", extrasamples=["unassalpha"])
-    (tile,) = opened(TiffSource, tmp_path / "a.tif").regions([(0, 0)], 0, 64, 64)
+    (tile,) = read(opened(TiffSource, tmp_path / "a.tif"), [(0, 0)], 0, 64, 64)
     assert (tile == 255).all()
 
 
@@ -191,8 +198,10 @@ def test_a_tiff_cut_anywhere_is_read_or_refused_but_never_crashes(tissue, tmp_pa
         cut.write_bytes(blob[: int(len(blob) * share)])
         try:
             with open_slide(cut, assume_mpp=0.5) as slide:
-                tiles = slide.read_tiles([(0, 0), (288, 288)], 224, 224)
-                assert any(isinstance(tile, BadInput) for tile in tiles)
+                tiles = slide.read_tiles(
+                    [(0, 0), (288, 288)], 224, np.empty((2, 224, 224, 3), np.uint8)
+                )
+                assert tiles  # something is missing
         except BadInput as error:
             assert "cut.ome.tif" in str(error) and len(str(error)) > 40
 

@@ -58,8 +58,8 @@ def test_the_best_level_of_a_pyramid_is_read(tmp_path):
     with open_slide(tmp_path / "pyramid.tiff") as slide:
         asked = []
         regions = slide._source.regions
-        slide._source.regions = lambda places, level, w, h: (
-            asked.append(level) or regions(places, level, w, h)
+        slide._source.regions = lambda places, level, out: (
+            asked.append(level) or regions(places, level, out)
         )
         slide.read_tile(0, 0, 224, 224)
         slide.read_tile(0, 0, 448, 224)
