@@ -1,4 +1,8 @@
-"""The usual loop, as a peer: OpenSlide in a DataLoader's workers, torch eager; prints tiles per second."""
+"""The usual loop, as a peer: OpenSlide in a DataLoader's workers, torch eager; prints tiles per second.
+
+``usual`` scales and normalises to float in the workers, as torchvision's transforms do and as pipelines
+of the field are written; ``lean`` sends bytes and lets the network scale them.
+"""
 
 import json
 import sys
@@ -11,8 +15,11 @@ from made import torch_graph
 
 
 class Tiles(torch.utils.data.Dataset):
-    def __init__(self, path, places, side):
+    def __init__(self, path, places, side, lean, graph):
         self.path, self.places, self.side, self.slide = path, places, side, None
+        self.lean = lean
+        self.mean = torch.tensor(graph.encoder.mean).view(3, 1, 1)
+        self.std = torch.tensor(graph.encoder.std).view(3, 1, 1)
 
     def __len__(self):
         return len(self.places)
@@ -20,15 +27,26 @@ class Tiles(torch.utils.data.Dataset):
     def __getitem__(self, number):
         self.slide = self.slide or openslide.OpenSlide(self.path)
         picture = self.slide.read_region(self.places[number], 0, (self.side, self.side))
-        return torch.from_numpy(np.array(picture.convert("RGB")))
+        tile = torch.from_numpy(np.array(picture.convert("RGB")))
+        if self.lean:
+            return tile
+        scaled = tile.permute(2, 0, 1).contiguous().float().div(255)
+        return scaled.sub_(self.mean).div_(self.std)
 
 
 def main():
-    path, views, batch, workers, side, places = json.loads(sys.stdin.read())
+    path, views, batch, workers, side, places, lean = json.loads(sys.stdin.read())
     torch.set_num_threads(workers)
-    graph = torch_graph(views)  # takes uint8 and normalises inside, like ours: less to copy
+    graph = torch_graph(views)
+
+    def net(tiles):
+        if lean:
+            return graph(tiles)
+        unit = torch.nn.functional.normalize(graph.encoder(graph._all_views(tiles)), dim=1)
+        return unit.reshape(views, -1, unit.shape[1]).mean(0)
+
     loader = torch.utils.data.DataLoader(
-        Tiles(path, [tuple(p) for p in places], side),
+        Tiles(path, [tuple(p) for p in places], side, lean, graph),
         batch_size=batch,
         num_workers=workers,
         prefetch_factor=2,
@@ -36,7 +54,7 @@ def main():
     with torch.inference_mode():
         graph(torch.zeros((batch, 224, 224, 3), dtype=torch.uint8))
         started = time.perf_counter()
-        count = sum(len(graph(tiles)) for tiles in loader)
+        count = sum(len(net(tiles)) for tiles in loader)
     print(count / (time.perf_counter() - started))
 
 
