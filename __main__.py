@@ -199,10 +199,13 @@ def ui(
     atlas: Annotated[Path, typer.Argument(help="Folder of the atlas.")],
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
+    encoder: Annotated[
+        str | None, typer.Option(help="Where the atlas's encoder runs, such as triton://….")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Open the page on an atlas: find similar, upload and cluster, about."""
-    _open_page(atlas, host, port)
+    _open_page(atlas, host, port, encoder)
 
 
 def _need_torch() -> None:
@@ -217,11 +220,16 @@ def _need_torch() -> None:
 
 
 def _open_page(
-    atlas: Path, host: str, port: int, quiet: bool = False, browser: bool = False
+    atlas: Path,
+    host: str,
+    port: int,
+    encoder: str | None = None,
+    quiet: bool = False,
+    browser: bool = False,
 ) -> None:
     from .ui.app import serve
 
-    page, address = serve(atlas, host, port)
+    page, address = serve(atlas, host, port, encoder)
     document = {"atlas": str(atlas), "address": address}
     text = f"histoseek is at {address} (Ctrl-C stops it)"
     if quiet:  # the caller has printed its one JSON document already
@@ -259,13 +267,14 @@ def main(arguments: list[str] | None = None) -> Any:
         console.fail(error)
         code = console.EXIT_FAILED
     except (KeyboardInterrupt, typer.Abort):
-        print("stopped; repeat the command to go on where it was", file=sys.stderr)
-        code = 130
+        code = console.EXIT_STOPPED
     except Exception as error:
         if not hasattr(error, "format_message"):
             raise
         console.fail(error)  # click's own: wrong usage
         code = console.EXIT_USAGE
+    if code == console.EXIT_STOPPED:  # typer turns Ctrl-C into this code by itself
+        print("stopped; repeat the command to go on where it was", file=sys.stderr)
     sys.exit(code if isinstance(code, int) else 0)
 
 

@@ -19,6 +19,7 @@ Report = Callable[[int, int, str], None]
 
 EXIT_FAILED = 1
 EXIT_USAGE = 2
+EXIT_STOPPED = 130
 
 
 @dataclass

@@ -15,7 +15,13 @@ from . import __version__, console
 PARTS = (
     ("embedding", ("onnxruntime",), "cpu", "embed slides, search and assign", True),
     ("index", ("faiss", "hdbscan", "sklearn"), "cpu", "atlas, search, clusters", True),
-    ("slides", ("openslide", "h5py", "skimage"), "cpu", "read whole slides", True),
+    (
+        "slides",
+        ("openslide", "tifffile", "imagecodecs", "simplejpeg", "h5py", "skimage"),
+        "cpu",
+        "read whole slides",
+        True,
+    ),
     ("page", ("gradio", "plotly"), "ui", "histoseek ui", False),
     (
         "training",
@@ -24,8 +30,10 @@ PARTS = (
         "histoseek train and export",
         False,
     ),
-    ("triton", ("tritonclient",), "triton", "client of a Triton server (not used yet)", False),
-    ("ray", ("ray",), "ray", "many machines (not used yet)", False),
+    ("openvino", ("openvino",), "openvino", "a faster engine on many CPUs", False),
+    ("triton", ("tritonclient.grpc",), "triton", "encoders on a Triton server", False),
+    ("ray", ("ray", "fsspec"), "ray", "embed on many machines", False),
+    ("metrics", ("prometheus_client",), "metrics", "embed --metrics", False),
     ("milvus", ("pymilvus",), "milvus", "atlas on Milvus (not used yet)", False),
 )
 DISTRIBUTIONS = {
@@ -35,6 +43,8 @@ DISTRIBUTIONS = {
     "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
     "openslide": ("openslide-python",),
     "lightning_fabric": ("lightning-fabric",),
+    "tritonclient.grpc": ("tritonclient",),
+    "prometheus_client": ("prometheus-client",),
 }
 
 
@@ -56,6 +66,7 @@ def _part(
     name: str, modules: tuple[str, ...], extra: str, purpose: str, needed: bool
 ) -> dict[str, Any]:
     missing = []
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # never loaded
     for module in modules:
         try:
             import_module(module)

@@ -38,8 +38,11 @@ from .triton_slots import GrpcSlot, SharedSlot, Slot
 TOKEN = "HISTOSEEK_TRITON_TOKEN"
 CERTIFICATES = "HISTOSEEK_TRITON_CA"
 IN_FLIGHT = 4
-MAX_PROBE_COSINE = 1e-2
+MAX_PROBE_COSINE = 1e-3
 CHECK_EVERY_S = 2.0
+IDLE_S = 0.25
+"""A server that comes back within this time is taken for one that never was away."""
+
 FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
 MAX_MESSAGE = 2**31 - 1
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "CANCELLED", "ABORTED"}
@@ -150,7 +153,7 @@ class TritonEncoder:
         self._checking = threading.Lock()
         self._epoch = 0
         self._known = False
-        self._checked = 0.0
+        self._checked = self._answered = 0.0
         self.notes: list[str] = []
         self._grpc = _grpc()
         self._headers = _token(self.address)
@@ -158,7 +161,8 @@ class TritonEncoder:
         try:
             self._manifest, limit, self._precision = self._retry(self._identify)
             self.version = self._version
-            self._known, self._checked = True, time.monotonic()
+            self._known = True
+            self._checked = self._answered = time.monotonic()
             if batch is not None and batch > limit:
                 raise BadInput(
                     f"--batch is {batch}; {self.address.model} takes at most {limit} tiles at once"
@@ -235,8 +239,7 @@ class TritonEncoder:
                 self._slots.put(slot)
 
     def _infer(self, slot: Slot, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        if time.monotonic() - self._checked > CHECK_EVERY_S:
-            self._check_again(forgotten=False)
+        self._check_now_and_then()
         if slot.epoch != self._epoch:  # the server was away and has forgotten its shared memory
             slot.register(self._client)
             slot.epoch = self._epoch
@@ -248,6 +251,7 @@ class TritonEncoder:
             headers=self._headers,
             client_timeout=self.address.timeout_s,
         )
+        self._answered = time.monotonic()
         expected = (len(tiles), self._manifest.dim)
         if found.shape != expected or found.dtype != np.float32:
             raise Mismatch(
@@ -382,25 +386,34 @@ class TritonEncoder:
                 "repository again"
             )
 
-    def _check_again(self, forgotten: bool = True) -> None:
-        """Now and then, and after the server was away: it must still be the same encoder."""
+    def _check_now_and_then(self) -> None:
+        """Ask again who the server is, if it could have been exchanged unseen."""
         with self._checking:
-            if not forgotten and time.monotonic() - self._checked <= CHECK_EVERY_S:
-                return  # another thread has just asked
-            manifest, limit, _ = self._identify()
-            if manifest.sha256 != self._manifest.sha256 or self._version != self.version:
-                raise Mismatch(
-                    f"{self._where()} came back as encoder {manifest.name} version {self._version} "
-                    f"({manifest.sha256[:12]}…); this run began with {self._manifest.name} version "
-                    f"{self.version} ({self._manifest.sha256[:12]}…)"
-                )
-            if limit < self._batch:
-                raise Mismatch(
-                    f"{self._where()} came back with batches of at most {limit} tiles; this run began "
-                    f"with {self._batch}: run the same command again"
-                )
+            now = time.monotonic()
+            if now - self._checked > CHECK_EVERY_S or now - self._answered > IDLE_S:
+                self._check_identity()
+                self._checked = self._answered = time.monotonic()
+
+    def _check_again(self) -> None:
+        """After the server was away: it must be the same encoder, and knows no shared memory."""
+        with self._checking:
+            self._check_identity()
             self._checked = time.monotonic()
-            self._epoch += forgotten
+            self._epoch += 1
+
+    def _check_identity(self) -> None:
+        manifest, limit, _ = self._identify()
+        if manifest.sha256 != self._manifest.sha256 or self._version != self.version:
+            raise Mismatch(
+                f"{self._where()} came back as encoder {manifest.name} version {self._version} "
+                f"({manifest.sha256[:12]}…); this run began with {self._manifest.name} version "
+                f"{self.version} ({self._manifest.sha256[:12]}…)"
+            )
+        if limit < self._batch:
+            raise Mismatch(
+                f"{self._where()} came back with batches of at most {limit} tiles; this run began "
+                f"with {self._batch}: run the same command again"
+            )
 
     def _models(self) -> list[str]:
         try:

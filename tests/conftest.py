@@ -8,13 +8,18 @@ import os
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
+
+sys.path.append(str(Path(__file__).parent))  # the tests' own modules
+
+from triton_server import TritonServer
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
@@ -161,6 +166,18 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory, tile_folder: Path) ->
     fit(options, tiles, folder / "run", lambda *_: None)
     export_run(folder / "run", folder / "other", tiles, build, mpp=MPP)
     return folder / "other"
+
+
+@pytest.fixture
+def triton(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """Start real Triton servers on repositories; they are stopped when the test ends."""
+    with ExitStack() as stack:
+
+        def start(repository: Path, extra: Sequence[str] = (), preexec: Any = None) -> Any:
+            work = tmp_path_factory.mktemp("triton")
+            return stack.enter_context(TritonServer(repository, work, extra, preexec))
+
+        yield start
 
 
 @pytest.fixture

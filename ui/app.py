@@ -130,13 +130,14 @@ def _without_path(error: HistoseekError, path: str) -> str:
     return str(error).replace(path, Path(path).name)
 
 
-def serve(atlas: Path, host: str, port: int) -> tuple[Any, str]:
+def serve(atlas: Path, host: str, port: int, encoder: str | None = None) -> tuple[Any, str]:
     """Open an atlas and serve the page, in threads of its own.
 
     Args:
         atlas: the folder.
         host: address to listen on; any but a loopback address needs ``HISTOSEEK_UI_AUTH``.
         port: to listen on.
+        encoder: that embeds what is asked, such as ``triton://…``; the atlas's own when None.
 
     Returns:
         The running page and its address.
@@ -149,7 +150,7 @@ def serve(atlas: Path, host: str, port: int) -> tuple[Any, str]:
     if not 1 <= port <= 65535:
         raise BadInput(f"--port is {port}; expected 1 to 65535")
     gr = _gradio()
-    page = build(Session(atlas))
+    page = build(Session(atlas, encoder))
     fonts = ["system-ui", "Segoe UI", "Helvetica", "sans-serif"]
     theme = gr.themes.Soft(primary_hue="teal", font=fonts, font_mono=["ui-monospace", "monospace"])
     try:

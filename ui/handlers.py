@@ -16,7 +16,7 @@ from ..errors import BadInput, HistoseekError
 from ..images import Rgb, decode, square
 from ..index.atlas import Atlas
 from ..index.records import Hit
-from ..serving.encoder import Encoder, OnnxEncoder
+from ..serving.encoder import Encoder, open_encoder
 from ..serving.slides import Slide, open_slide
 from ..tilesets import TileSet, open_tiles
 
@@ -136,14 +136,19 @@ class TilePictures:
 class Session:
     """An open atlas with its encoder; safe to use from several threads."""
 
-    def __init__(self, path: Path) -> None:
-        """Open the atlas and its own encoder, and load the index.
+    def __init__(self, path: Path, encoder: str | None = None) -> None:
+        """Open the atlas and its encoder, and load the index.
+
+        Args:
+            path: the atlas.
+            encoder: where its encoder runs, such as ``triton://…``; in this process when None.
 
         Raises:
             HistoseekError: whatever is wrong with either.
         """
         self.atlas = Atlas(path)
-        self.encoder: Encoder = OnnxEncoder(self.atlas.encoder_bundle)
+        spec = encoder or str(self.atlas.encoder_bundle)
+        self.encoder: Encoder = open_encoder(spec, expect=self.atlas.manifest)
         self.pictures = TilePictures(self.atlas)
         self.atlas.index()
         self._map: tuple[tuple[int, str | None], Map] | None = None

@@ -1,7 +1,7 @@
 """Stands in for Triton's onnxruntime backend on a machine without one: a Python-based backend, CPU only.
 
 Like the real one it refuses at load a configuration whose names, shapes or types are not the graph's.
-Model parameters ``test_delay_s`` and ``test_fail`` make it slow or failing on purpose.
+Model parameters make it slow (``test_delay_s``), or failing at a black tile (``test_fail``).
 """
 
 import ctypes
@@ -71,9 +71,6 @@ class TritonPythonModel:
 
     def execute(self, requests):
         time.sleep(self.delay_s)
-        if self.fail:
-            error = backend.TritonError(self.fail)
-            return [backend.InferenceResponse(error=error) for _ in requests]
         feeds = [
             {
                 name: np.from_dlpack(backend.get_input_tensor_by_name(request, name))
@@ -81,6 +78,9 @@ class TritonPythonModel:
             }
             for request in requests
         ]
+        if self.fail and any((feed[self.inputs[0]] == 0).all() for feed in feeds):
+            error = backend.TritonError(self.fail)
+            return [backend.InferenceResponse(error=error) for _ in requests]
         joined = feeds[0]
         if len(feeds) > 1:
             joined = {name: np.concatenate([f[name] for f in feeds]) for name in self.inputs}
