@@ -31,6 +31,7 @@ from .work import failed
 
 LOCAL = "local"
 RETRIES = 5
+_NOWHERE = "http://127.0.0.1:9"
 
 
 def run_on_ray(
@@ -100,7 +101,6 @@ def run_on_ray(
 def _connect(address: str) -> tuple[Any, bool]:
     """Return Ray, connected, and whether it is ours to disconnect."""
     os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: it may report home
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     try:
         import ray
     except ImportError as error:
@@ -109,12 +109,33 @@ def _connect(address: str) -> tuple[Any, bool]:
         return ray, False
     try:
         if address == LOCAL:
-            ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+            with _nowhere_to_report():
+                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise Unavailable(f"no Ray cluster answers at {address!r} ({error})") from error
     return ray, True
+
+
+@contextmanager
+def _nowhere_to_report() -> Iterator[None]:
+    """Start a cluster whose processes cannot ask clouds where they run.
+
+    Ray asks the metadata services of three clouds over HTTP even where its statistics are off. Its
+    processes inherit a proxy that does not exist; workers drop it before they work.
+    """
+    before = {name: os.environ.get(name) for name in ("http_proxy", "no_proxy")}
+    os.environ["http_proxy"] = _NOWHERE
+    os.environ["no_proxy"] = ",".join(filter(None, [before["no_proxy"], "127.0.0.1", "localhost"]))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
 
 
 def _absolute(path: Path | None) -> Path | None:
@@ -136,6 +157,8 @@ def embed_one(
 ) -> tuple[Result, dict[str, Any]]:
     """Embed one slide on a worker; returns what became of it, and what the meter counted."""
     meter = Meter()
+    if os.environ.get("http_proxy") == _NOWHERE:
+        del os.environ["http_proxy"]
     try:
         encoder = _encoder(choice)
         with _staged(job, encoder, out) as folder:

@@ -77,7 +77,10 @@ def _polygons(geometry: dict[str, Any]) -> list[list[Ring]]:
     parts = [geometry["coordinates"]] if kind == "Polygon" else geometry["coordinates"]
     polygons = []
     for rings in parts:
-        arrays = [np.asarray(ring, dtype=np.float64)[:, :2] for ring in rings]
+        arrays = [np.asarray(ring, dtype=np.float64) for ring in rings]
+        if any(ring.ndim != 2 or ring.shape[1] < 2 for ring in arrays):
+            raise ValueError("a ring is a list of points")
+        arrays = [ring[:, :2] for ring in arrays]
         if any(len(ring) < 3 or not np.isfinite(ring).all() for ring in arrays):
             raise ValueError("a ring needs three points or more, all of them finite")
         polygons.append(arrays)
