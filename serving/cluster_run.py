@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -107,6 +108,7 @@ def _connect(address: str) -> tuple[Any, bool]:
         raise MissingPart("--ray needs Ray: pip install 'histoseek[ray]'") from error
     if ray.is_initialized():
         return ray, False
+    _knock(address)
     try:
         if address == LOCAL:
             with _nowhere_to_report():
@@ -116,6 +118,19 @@ def _connect(address: str) -> tuple[Any, bool]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise Unavailable(f"no Ray cluster answers at {address!r} ({error})") from error
     return ray, True
+
+
+def _knock(address: str) -> None:
+    """See whether anybody listens: Ray itself ends the whole process where nobody does."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "local", "auto", a name that Ray looks up itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise Unavailable(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`"
+        ) from error
 
 
 @contextmanager
