@@ -30,6 +30,7 @@ bench: $(VENV)/.ready
 bench-serving: $(VENV)/.ready
 	$(BIN)/pip install $(PIP_FLAGS) fastslide==0.8.1
 	$(BIN)/python tests/bench/serving.py
+	$(BIN)/python tests/bench/precision.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

@@ -1,0 +1,109 @@
+"""What lower precision costs and gains on this machine: tiles per second, bytes, and retrieval.
+
+Run by `make bench-serving`. The default encoder on the part of LC25000 that it was not trained on.
+"""
+
+import json
+import statistics
+import tempfile
+from pathlib import Path
+
+import numpy as np
+from made import SHARED
+
+from histoseek.export.half_precision import to_fp16
+from histoseek.manifest import GRAPH
+from histoseek.metrics import retrieval_report
+from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
+from histoseek.serving.engines import ENGINES, Plan, cores, rate_of
+from histoseek.training.commands import select
+from histoseek.training.data import load, split_by_group
+
+ROUNDS = 3
+
+
+def parts():
+    """Held-out tiles of LC25000 with labels and groups, and training tiles to calibrate on."""
+    chosen = json.loads((DEFAULT_BUNDLE / "run.json").read_text())
+    selection, options = chosen["data"]["selection"], chosen["options"]
+    sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
+    tiles = select(sources, selection["exclude"], selection["label_from"])
+    data = load(tiles, options["size_px"], lambda *_: None, options["cut"])
+    train, held_out = split_by_group(data, options["folds"], options["fold"], options["seed"])
+    colon_and_lung = [n for n in held_out if data.files[n].startswith("lc25000/")]
+    return (
+        data.tiles[colon_and_lung],
+        data.labels[colon_and_lung],
+        data.groups[colon_and_lung],
+        data.tiles[train[:: max(1, len(train) // 128)]],
+    )
+
+
+def to_int8(graph, out, tiles, operators):
+    """Static quantisation with ONNX Runtime's own tool: QDQ, weights per channel."""
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+
+    class Reader(CalibrationDataReader):
+        def __init__(self):
+            self.left = iter([{"tiles": tile[None]} for tile in tiles])
+
+        def get_next(self):
+            return next(self.left, None)
+
+    quantize_static(
+        graph, out, Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
+        activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
+        op_types_to_quantize=operators,
+    )  # fmt: skip
+
+
+def main():
+    tiles, labels, groups, calibration = parts()
+    manifest = OnnxEncoder(DEFAULT_BUNDLE).manifest
+    print(
+        f"\nprecision, {manifest.name}, {len(tiles)} held-out tiles of LC25000, {cores()} streams"
+    )
+    with tempfile.TemporaryDirectory() as temp:
+        files = {"FP32": DEFAULT_BUNDLE}
+        for name in ("FP16 weights", "INT8 convolutions", "INT8 everything"):
+            files[name] = Path(temp) / name
+            files[name].mkdir()
+        (files["FP16 weights"] / GRAPH).write_bytes(to_fp16((DEFAULT_BUNDLE / GRAPH).read_bytes()))
+        whole = str(DEFAULT_BUNDLE / GRAPH)
+        to_int8(whole, str(files["INT8 convolutions"] / GRAPH), calibration, ["Conv"])
+        everything = ["Conv", "Gemm", "MatMul", "Mul", "Add"]
+        to_int8(whole, str(files["INT8 everything"] / GRAPH), calibration, everything)
+        rows = [(name, engine, "f32") for name in files for engine in ENGINES]
+        rows.insert(2, ("FP32", "openvino", "bf16"))
+        engines = {}
+        for name, engine, precision in rows:
+            plan = Plan(engine, precision, 2, cores())
+            engines[name, engine, precision] = ENGINES[engine](files[name], manifest, plan)
+        speeds = {key: [] for key in rows}
+        for _ in range(ROUNDS):
+            for key in rows:
+                speeds[key].append(rate_of(engines[key], tiles[:2], 1.5))
+        exact = None
+        base = statistics.median(speeds[rows[0]])
+        for key in rows:
+            pairs = [tiles[n : n + 2] for n in range(0, len(tiles), 2)]
+            vectors = np.concatenate([engines[key].run(pair) for pair in pairs])
+            exact = vectors if exact is None else exact
+            recall = retrieval_report(vectors, labels, groups)[0]
+            name, engine, precision = key
+            size = (files[name] / GRAPH).stat().st_size / 1e6
+            speed = statistics.median(speeds[key])
+            print(
+                f"  {name:18} {engine:11} {precision:4} {speed:6.0f} tiles/s x{speed / base:.2f}  "
+                f"{size:4.1f} MB  least cosine to FP32 {(vectors * exact).sum(1).min():.5f}  "
+                f"{recall.name} {recall.value:.3f}"
+            )
+
+
+if __name__ == "__main__":
+    main()
