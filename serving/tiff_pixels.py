@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import threading
+import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -116,18 +117,14 @@ class TiffPixels:
     """Regions of the levels of one TIFF file; safe to use from several threads."""
 
     def __init__(self, path: Path, levels: Sequence[Level]) -> None:
-        """Open the file for reading by place."""
+        """Open the file for reading by place; it is closed at the latest when nobody needs it."""
         self._path = path
         self.levels = tuple(levels)
-        self._file = open(path, "rb")  # noqa: SIM115 - closed by close()
+        self._file = os.open(path, os.O_RDONLY)
+        self.close = weakref.finalize(self, os.close, self._file)
         self._cache: OrderedDict[tuple[int, int], Rgb] = OrderedDict()
         self._cached = 0
         self._lock = threading.Lock()
-
-    def close(self) -> None:
-        """Close the file."""
-        self._file.close()
-        self._cache.clear()
 
     def squares(
         self, level: int, places: Sequence[tuple[int, int]], out: NDArray[np.uint8]
@@ -221,7 +218,7 @@ class TiffPixels:
         size, offset = int(page.databytecounts[index]), int(page.dataoffsets[index])
         if size == 0:
             raise ValueError("nothing is stored there")
-        blob = os.pread(self._file.fileno(), size, offset)
+        blob = os.pread(self._file, size, offset)
         if len(blob) < size:
             raise ValueError("the file ends before it")
         if int(page.compression) == _JPEG and level.planes == 1:

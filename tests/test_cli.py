@@ -81,7 +81,7 @@ def test_errors_are_one_json_document_and_exit_1(cli, cli_json, tmp_path, tile_f
         (["train", "simclr", tile_folder, "--out", tmp_path / "r"], "arcface"),
         (["index", "stats", tmp_path / "none"], "not an atlas"),
         (["embed", tile_folder, "--encoder", tmp_path / "none", "--out", tmp_path / "o"], "not an encoder"),
-        (["embed", tile_folder, "--encoder", "triton://x", "--out", tmp_path / "o"], "bundle"),
+        (["embed", tile_folder, "--encoder", "triton://x", "--out", tmp_path / "o"], "triton://HOST:PORT"),
         (["export", tmp_path / "none", "--out", tmp_path / "b", "--tiles", tile_folder], "no finished run"),
         (["embed", tile_folder, "--out", tmp_path / "o", "--mpp", "0"], "--mpp"),
         (["train", "arcface", tile_folder, "--out", tmp_path / "r", "--dropout", "2"], "dropout"),
