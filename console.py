@@ -122,7 +122,7 @@ def progress(title: str) -> Iterator[Report]:
         task = bar.add_task("", title=title, total=None)
 
         def report(done: int, total: int, text: str) -> None:
-            bar.update(task, completed=done, total=total, description=text[-60:])
+            bar.update(task, completed=done, total=total, description=text[:100])
 
         yield report
 
@@ -142,13 +142,14 @@ def working(text: str) -> Iterator[None]:
 def _line_reporter(title: str) -> Report:
     import time
 
-    last = time.monotonic()
+    started = last = time.monotonic()
 
     def report(done: int, total: int, text: str) -> None:
         nonlocal last
         now = time.monotonic()
         if now - last >= 10:
             last = now
-            print(f"{title}: {done}/{total} {text}", file=sys.stderr, flush=True)
+            left = f", {(now - started) / done * (total - done):.0f} s left" if done else ""
+            print(f"{title}: {done}/{total}{left}, {text}", file=sys.stderr, flush=True)
 
     return report

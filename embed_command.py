@@ -87,7 +87,7 @@ def embed(
 ) -> None:
     """Embed slides and tile sets into feature files; a repeated run finishes what is not done."""
     from .serving.jobs import find_jobs
-    from .serving.report import report_results
+    from .serving.report import record_end, report_results
     from .serving.results import EmbedOptions
     from .serving.run import EncoderChoice, run_here
 
@@ -105,6 +105,13 @@ def embed(
     )
     if batch is not None and batch < 1:
         raise BadInput(f"--batch is {batch}; expected 1 or more tiles")
+    if "://" in encoder and (engine, precision) != ("auto", "f32"):
+        raise BadInput(
+            "--engine and --precision are for an encoder in this process; a server has its own "
+            "(for half precision name its model <name>-fp16)"
+        )
+    if ray is not None and metrics is not None:
+        raise BadInput("--metrics tells of this process; with --ray the work is elsewhere")
     chosen = EncoderChoice(encoder, bundle, engine, precision, batch)
     found = find_jobs(inputs, kind.value, manifest)
     if ray is not None:
@@ -115,8 +122,12 @@ def embed(
     elif "://" in out:
         raise BadInput(f"--out {out!r}: expected a folder; URLs are for --ray")
     else:
-        with console.progress("embedding") as progress:
-            ran = run_here(found, chosen, Path(out), options, progress, metrics)
+        try:
+            with console.progress("embedding") as progress:
+                ran = run_here(found, chosen, Path(out), options, progress, metrics)
+        except BaseException as error:
+            record_end(error, len(found), out)
+            raise
     if not report_results(ran, out):
         raise typer.Exit(console.EXIT_FAILED)
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from .errors import BadInput, Busy, Damaged, StorageFailed
+from .errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
 
 TEMP = ".histoseek-tmp"
 _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
@@ -27,8 +27,15 @@ def sha256_file(path: Path) -> str:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
-def storage_failed(path: Path, error: OSError) -> StorageFailed:
-    """Turn an ``OSError`` met while writing ``path`` into an error that names the remedy."""
+def storage_failed(path: Path, error: OSError) -> HistoseekError:
+    """Turn an ``OSError`` met while writing ``path`` into an error that names the remedy.
+
+    A name that no file can have is the input's fault, and stops nothing else.
+    """
+    if error.errno in {errno.ENAMETOOLONG, errno.EINVAL}:
+        return BadInput(
+            f"a file cannot be named {path.name!r} ({error.strerror}); rename the input"
+        )
     if error.errno in _SPACE:
         why = f"no space left for {path} ({error.strerror})"
         remedy = "free space or choose another folder, then run the same command again"
@@ -68,7 +75,8 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 def _temp_prefix(path: Path) -> str:
     """Name the writer in its temporary files, so that nobody cleans up after a living one."""
-    return f".{path.name[:80]}.{os.uname().nodename}~{os.getpid()}~"
+    name = os.fsencode(path.name)[:60].decode(errors="ignore")  # a name has at most 255 bytes
+    return f".{name}.{os.uname().nodename}~{os.getpid()}~"
 
 
 def _writer_is_gone(temp: Path) -> bool:
@@ -142,6 +150,8 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise BadInput(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
         raise Damaged(f"{path} is not valid JSON ({error}); restore it or make it again") from error
 

@@ -58,7 +58,12 @@ def to_fp16(blob: bytes) -> bytes:
     after = [cast("Cast", [f"{n}.half"], [n], to=onnx.TensorProto.FLOAT) for n in out]
     del graph.node[:], graph.value_info[:]
     graph.node.extend([*head, *before, *middle, *after, *tail])
-    onnx.checker.check_model(model, full_check=True)
+    try:
+        onnx.checker.check_model(model, full_check=True)
+    except Exception as error:
+        raise BadInput(
+            f"the graph cannot be computed in half precision ({error}); serve it without --fp16"
+        ) from error
     serialised: bytes = model.SerializeToString()
     return serialised
 

@@ -119,9 +119,10 @@ def write_repository(
     """
     manifests = [read_manifest(bundle) for bundle in bundles]
     names = [manifest.name for manifest in manifests]
+    names += [f"{name}-fp16" for name in names if options.fp16]
     for name in names:
         if names.count(name) > 1:
-            raise BadInput(f"two bundles are named {name!r}; export one of them by another --name")
+            raise BadInput(f"two models would be {name!r}; export a bundle by another --name")
     written = []
     for bundle, manifest in zip(bundles, manifests, strict=True):
         blob = (bundle / GRAPH).read_bytes()
@@ -206,7 +207,7 @@ def _write_model(
 
 def _versions(folder: Path) -> dict[int, dict[str, Any]]:
     found = {}
-    for path in sorted(folder.glob("[0-9]*")):
+    for path in sorted(p for p in folder.glob("[0-9]*") if p.name.isdigit()):
         if not (path / ABOUT).is_file():
             raise BadInput(f"{path} was not written by histoseek; choose another --out")
         found[int(path.name)] = read_json(path / ABOUT)

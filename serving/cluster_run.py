@@ -21,7 +21,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ..console import Report
-from ..errors import HistoseekError, MissingPart, Unavailable
+from ..errors import BadInput, HistoseekError, MissingPart, Unavailable
 from .encoder import Encoder
 from .jobs import Job, distinct_name
 from .meter import STAGES, Meter
@@ -57,6 +57,8 @@ def run_on_ray(
         MissingPart: Ray is not installed.
         Unavailable: no cluster answers there.
     """
+    if "://" in out:
+        _check_url(out)
     ray, mine = _connect(address)
     started = time.monotonic()
     per_slide = options.jobs or 1
@@ -69,9 +71,11 @@ def run_on_ray(
     )
     place = out if "://" in out else str(Path(out).resolve())
     task = ray.remote(num_cpus=per_slide, max_retries=RETRIES)(embed_one)
-    encoder = choice.open()  # here too, so that a wrong encoder is told before the cluster starts
+    encoder = choice.open()  # here too: what is wrong with it is told once, and all run it alike
     manifest, about = encoder.manifest, encoder.describe()
     encoder.close()
+    if about["engine"] != "triton":
+        choice = replace(choice, engine=about["engine"], batch=about["batch"])
     sent = [replace(job, source=job.source.resolve()) for job in jobs]
     waiting = {task.remote(job, choice, place, options): n for n, job in enumerate(sent)}
     found: dict[int, tuple[Result, dict[str, Any]]] = {}
@@ -81,9 +85,11 @@ def run_on_ray(
             number = waiting.pop(ready)
             try:
                 found[number] = ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                found[number] = failed(jobs[number], error), Meter().read()
             except ray.exceptions.RayError as error:
-                reason = RuntimeError(f"lost {RETRIES + 1} times by the cluster: {error}")
-                found[number] = failed(jobs[number], reason), Meter().read()
+                lost = Unavailable(f"lost {RETRIES + 1} times by the cluster: {error}")
+                found[number] = failed(jobs[number], lost), Meter().read()
             tiles = sum(result.tiles for result, _ in found.values())
             text = f"{len(found)}/{len(jobs)} slides, {jobs[number].name}"
             progress(tiles, round(tiles * len(jobs) / len(found)), text)
@@ -118,6 +124,20 @@ def _connect(address: str) -> tuple[Any, bool]:
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise Unavailable(f"no Ray cluster answers at {address!r} ({error})") from error
     return ray, True
+
+
+def _check_url(out: str) -> None:
+    """See whether this machine can write there, before a cluster tries.
+
+    Raises:
+        BadInput: no such kind of URL, or its package is missing.
+    """
+    try:
+        import fsspec
+
+        fsspec.core.url_to_fs(out)
+    except (ImportError, ValueError) as error:
+        raise BadInput(f"--out {out!r}: {error}") from error
 
 
 def _knock(address: str) -> None:

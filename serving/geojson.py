@@ -41,20 +41,29 @@ def read_annotations(path: Path, classes: Sequence[str] = ()) -> list[list[Ring]
     polygons: list[list[Ring]] = []
     seen: set[str] = set()
     for feature in _features(document):
-        properties = feature.get("properties") or {}
-        name = str((properties.get("classification") or {}).get("name", ""))
+        name = _class_of(feature)
         seen.add(name)
         if classes and name not in classes:
             continue
         try:
             polygons += _polygons(feature.get("geometry") or {})
-        except (TypeError, ValueError, KeyError, AttributeError) as error:
+        except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
             raise BadInput(f"{path} holds a polygon that cannot be read ({error})") from error
     if not polygons:
         found = ", ".join(sorted(filter(None, seen))) or "none"
         wanted = f" of class {', '.join(classes)}" if classes else ""
         raise BadInput(f"{path} holds no polygon{wanted}; classes in it: {found}")
     return polygons
+
+
+def _class_of(feature: dict[str, Any]) -> str:
+    """Return an annotation's class; QuPath writes a derived class as a list of names."""
+    properties = feature.get("properties")
+    given = properties.get("classification") if isinstance(properties, dict) else None
+    if not isinstance(given, dict):
+        return ""
+    names = given.get("names")
+    return ": ".join(map(str, names)) if isinstance(names, list) else str(given.get("name", ""))
 
 
 def _features(document: Any) -> Iterator[dict[str, Any]]:
@@ -89,14 +98,19 @@ def _polygons(geometry: dict[str, Any]) -> list[list[Ring]]:
 
 def draw_mask(polygons: Sequence[Sequence[Ring]], size: tuple[int, int], down: float) -> Mask:
     """Return True inside the polygons on a picture of (width, height), ``down`` times smaller."""
+    together = Image.new("1", size)
     whole = np.zeros((size[1], size[0]), dtype=bool)
     for rings in polygons:
-        sheet = Image.new("1", size)
+        holes = len(rings) > 1  # they must not be cut out of other polygons
+        sheet = Image.new("1", size) if holes else together
         pen = ImageDraw.Draw(sheet)
         for number, ring in enumerate(rings):
-            pen.polygon([(x, y) for x, y in ring / down], fill=0 if number else 1)
-        whole |= np.asarray(sheet)
-    return whole
+            near = np.clip(ring / down, -1e6, 1e6)
+            pen.polygon([(x, y) for x, y in near], fill=0 if number else 1)
+        if holes:
+            whole |= np.asarray(sheet)
+    drawn: Mask = whole | np.asarray(together)
+    return drawn
 
 
 def outlines(mask: Mask, down: float) -> list[list[Ring]]:

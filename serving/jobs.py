@@ -100,7 +100,7 @@ def _folder_jobs(folder: Path, kind: Kind) -> list[Job]:
         return [Job(folder.resolve().name, folder, "tiles")]
     files = sorted(
         Path(top) / name
-        for top, _, names in os.walk(folder)
+        for top, _, names in os.walk(folder, onerror=_unreadable_folder)
         for name in names
         if not name.startswith(".")
     )
@@ -123,6 +123,12 @@ def _folder_jobs(folder: Path, kind: Kind) -> list[Job]:
     return [Job(folder.resolve().name, folder, "tiles")]
 
 
+def _unreadable_folder(error: OSError) -> None:
+    raise BadInput(
+        f"{error.filename} cannot be read ({error.strerror}); check its permissions, or name the slides"
+    ) from error
+
+
 def _one_per_series(slides: list[Path]) -> list[Path]:
     """Keep one file of each DICOM series: OpenSlide joins the others of the folder by itself."""
     import openslide
@@ -136,6 +142,7 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
                     mark = opened.properties.get("openslide.quickhash-1", str(slide))
             except openslide.OpenSlideError:
                 mark = str(slide)
+            mark = f"{slide.parent}|{mark}"  # it joins the files of one folder only
             if mark in seen:
                 continue
             seen.add(mark)
@@ -152,7 +159,7 @@ def _unique(jobs: list[Job]) -> list[Job]:
 
 def distinct_name(job: Job) -> str:
     """Return the job's name with eight digits of the hash of its path."""
-    return f"{job.name}-{hashlib.sha256(str(job.source.resolve()).encode()).hexdigest()[:8]}"
+    return f"{job.name}-{hashlib.sha256(os.fsencode(job.source.resolve())).hexdigest()[:8]}"
 
 
 def content_mark(path: Path) -> str:

@@ -7,6 +7,7 @@ the same is tried on every level of every slide when it is opened.
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,8 +20,12 @@ from PIL import Image
 from ..errors import BadInput, Damaged, HistoseekError
 from ..images import Rgb
 from .tiff_pixels import Level, TiffPixels, decodes_exactly, level_of
-from .tiff_source import whole_segments
+from .tiff_source import BY_TAG, whole_segments
 
+_UNSUPPORTED = re.compile(
+    "unsupported|not supported|transfer syntax|bitsallocated|samplesperpixel|photometric|image flavor",
+    re.IGNORECASE,
+)
 _DIRECT = {"aperio", "generic-tiff"}
 _NEAR = 1e-3
 """Furthest from a whole pixel that a place on a level may lie and still be read directly."""
@@ -47,21 +52,23 @@ class OpenSlideSource:
         try:
             self._slide = openslide.OpenSlide(str(path))
         except openslide.OpenSlideUnsupportedFormatError as error:
+            what = " (a segmentation, an annotation, or another modality?)"
             raise BadInput(
-                f"{path} is not a slide that OpenSlide reads (.svs .ndpi .mrxs .scn .bif .tiff .dcm …); "
-                "if it should be one, it was cut short: copy it again"
+                f"{path} is not a slide that OpenSlide reads (.svs .ndpi .mrxs .scn .bif .tiff .dcm …)"
+                f"{what if path.suffix.lower() == '.dcm' else ''}; if it should be one, it was cut "
+                "short: copy it again"
             ) from error
         except openslide.OpenSlideError as error:
-            raise BadInput(
-                f"{path} cannot be opened ({error}); it is truncated or damaged: copy it again"
-            ) from error
+            raise BadInput(_why(path, error)) from error
         sizes = self._slide.level_dimensions
         self.levels: tuple[tuple[float, tuple[int, int]], ...] = tuple(
             zip(self._slide.level_downsamples, sizes, strict=True)
         )
         self.properties: dict[str, str] = dict(self._slide.properties)
+        if self.properties.get("openslide.vendor") == "generic-tiff":
+            self.properties[BY_TAG] = "yes"
         self._background = f"#{self.properties.get('openslide.background-color', 'ffffff')}"
-        self.block_px = 1024
+        self.block_px = (1024, 1024)
         self._pixels: TiffPixels | None = None
         self._direct: dict[int, int] = {}
         if direct and self.properties.get("openslide.vendor") in _DIRECT:
@@ -175,11 +182,26 @@ class OpenSlideSource:
                 f"{self._path} can no longer be opened ({error}): copy it again"
             ) from error
 
+    def forget(self) -> None:
+        """Free the segments that were decoded directly."""
+        if self._pixels is not None:
+            self._pixels.forget()
+
     def close(self) -> None:
         """Close the file."""
         self._slide.close()
         if self._pixels is not None:
             self._pixels.close()
+
+
+def _why(path: Path, error: Exception) -> str:
+    """Say why OpenSlide cannot open a file: a kind that it does not read, or damage."""
+    if _UNSUPPORTED.search(str(error)):
+        return (
+            f"{path} is of a kind that OpenSlide does not read ({error}); convert it to 8-bit RGB in a "
+            "tiled TIFF (JPEG) or an SVS"
+        )
+    return f"{path} cannot be opened ({error}); it is truncated or damaged: copy it again"
 
 
 def _off(value: float) -> float:

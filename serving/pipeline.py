@@ -20,7 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..console import Report
-from ..errors import BadInput, Busy, HistoseekError, StorageFailed, Unavailable
+from ..errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
 from ..feature_files import FeatureWriter
 from ..files import read_json, remove_leftovers, write_json
 from .encoder import Encoder
@@ -28,7 +28,7 @@ from .engines import cores
 from .jobs import Job
 from .meter import Meter
 from .results import EmbedOptions, Result, State
-from .work import Work, failed, prepare, refuse_if_broken
+from .work import Work, failed, prepare, printable, refuse_if_broken
 
 PIECE = 64
 """Least number of tiles that are read together; neighbours share what is decoded."""
@@ -52,8 +52,9 @@ class _Embedded:
 class _Slide:
     """A slide or tile set on its way through the pool."""
 
-    def __init__(self, work: Work, started: float) -> None:
-        self.work, self.started = work, started
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.first: float | None = None
         self.writer: FeatureWriter | None = None
         self.kept: list[int] = []
         self.unreadable: list[str] = []
@@ -149,17 +150,21 @@ class _Run:
                 if isinstance(made, Result):
                     self._finish(job, made, started, opened=False)
                 else:
-                    self._launch(_Slide(made, started))
+                    self._launch(_Slide(made))
             while self._flying:
                 self._land()
-        except BaseException:
+        except BaseException as error:
             self._stopping = True
+            error.results = self._ordered()  # type: ignore[attr-defined]  # for the run's record
             self._encoder.close()  # nobody shall wait for a server any longer
             raise
         finally:
             self._openers.shutdown(cancel_futures=True)
             self._workers.shutdown(cancel_futures=True)
             self._close([future for _, _, future in opening])
+        return self._ordered()
+
+    def _ordered(self) -> list[Result]:
         return [self._results[number] for number in sorted(self._results)]
 
     def _opened(self, future: Future[Work | Result]) -> Work | Result:
@@ -182,9 +187,10 @@ class _Run:
                     made.close()
 
     def _open(self, job: Job) -> Work | Result:
+        precision = str(self._encoder.describe().get("precision", "f32"))
         try:
             with self._meter.stage("open", 1):
-                return prepare(job, self._encoder.manifest, self._out, self._options)
+                return prepare(job, self._encoder.manifest, precision, self._out, self._options)
         except FATAL:
             raise
         except Exception as error:  # one foreign file must not stop the others
@@ -208,6 +214,7 @@ class _Run:
         none = np.zeros((0, dim), dtype=np.float32)
         if self._stopping or slide.error is not None:
             return _Embedded(none, [], [])
+        slide.first = slide.first or time.monotonic()
         tiles = self._buffer()[: stop - start]
         with self._meter.stage("read", stop - start):
             broken = slide.work.read(start, tiles)
@@ -236,7 +243,7 @@ class _Run:
                 result = self._write(slide)
             else:
                 self._take(slide, future.result())
-        except FATAL:
+        except (*FATAL, Mismatch):  # another encoder than the run began with is every slide's
             raise
         except Exception as error:  # a failed piece fails its own slide
             slide.error = slide.error or error
@@ -245,7 +252,8 @@ class _Run:
         if future is None:
             slide.close()
             result = replace(result, name=slide.work.name, tissue=slide.work.tissue)
-            self._finish(slide.work.job, result, slide.started, opened=True)
+            began = slide.first or time.monotonic()
+            self._finish(slide.work.job, result, began - slide.work.seconds, opened=True)
 
     def _take(self, slide: _Slide, piece: _Embedded) -> None:
         self._meter.deal(len(piece.kept) + len(piece.unreadable), len(piece.unreadable))
@@ -281,7 +289,13 @@ class _Run:
         )
 
     def _finish(self, job: Job, result: Result, started: float, opened: bool) -> None:
-        result = replace(result, seconds=round(time.monotonic() - started, 3))
+        result = replace(
+            result,
+            name=printable(result.name),
+            source=printable(result.source),
+            reason=printable(result.reason),
+            seconds=round(time.monotonic() - started, 3),
+        )
         self._results[self._numbers[id(job)]] = result
         self._meter.end(result.state, opened)
         self._meter.tell(self._progress, result.name)

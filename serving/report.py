@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from .. import console
+from ..errors import HistoseekError
 from ..files import write_json
 from .results import Result
 from .run import Ran
@@ -29,6 +31,27 @@ def report_results(ran: Ran, out: str) -> bool:
     write_document(document, out)
     console.emit(document, lambda: _show(ran.results, document, out))
     return bool(document["ok"])
+
+
+def record_end(error: BaseException, jobs: int, out: str) -> None:
+    """Write into ``run.json`` that a run ended early, why, and what was through by then.
+
+    Args:
+        error: that ended it; the pipeline hangs its results on it.
+        jobs: how many there were.
+        out: the folder of features.
+    """
+    results: list[Result] = getattr(error, "results", [])
+    states: dict[str, int] = Counter(result.state for result in results)
+    document = {
+        "ok": False,
+        "ended": f"{type(error).__name__}: {error}",
+        "states": {**states, "not reached": jobs - len(results)},
+        "results": [asdict(result) for result in results],
+    }
+    with suppress(HistoseekError):  # a full disk is what may have ended it
+        if Path(out).is_dir():
+            write_document(document, out)
 
 
 def summary(ran: Ran) -> dict[str, Any]:
@@ -69,6 +92,8 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
         for reason in result.unreadable[:3]:
             console.say(f"{result.name}: {reason}")
     _show_speed(results, document)
+    for note in document["encoder"].get("notes", []):
+        console.say(f"note: {note}")
     states = ", ".join(f"{count} {state}" for state, count in document["states"].items())
     console.say(f"{states}; features, overlays and run.json in {out}")
 

@@ -44,12 +44,12 @@ class Source(Protocol):
     Attributes:
         levels: downsample and (width, height) of each level, finest first.
         properties: what the file says, under OpenSlide's names (``openslide.mpp-x``, …).
-        block_px: side of the blocks in which a whole level is best read.
+        block_px: width and height of the blocks in which a whole level is best read.
     """
 
     levels: tuple[tuple[float, tuple[int, int]], ...]
     properties: dict[str, str]
-    block_px: int
+    block_px: tuple[int, int]
 
     def regions(
         self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
@@ -65,6 +65,10 @@ class Source(Protocol):
         Returns:
             By number of the place why it cannot be read; empty if all was well.
         """
+        ...
+
+    def forget(self) -> None:
+        """Free what is kept for neighbouring regions."""
         ...
 
     def close(self) -> None:
@@ -126,16 +130,19 @@ def overview(source: Source, longest: int) -> Image.Image:
         )
     whole = _Overview(source, level)
     small = whole.shrink(longest)
+    source.forget()
     if not whole.readable and whole.broken is not None:
         raise whole.broken
     return small
 
 
-def blocks_of(width: int, height: int, side: int) -> Iterator[tuple[int, int, int, int]]:
-    """Yield left, top, right, bottom of the blocks that cover a level."""
-    for top in range(0, height, side):
-        for left in range(0, width, side):
-            yield left, top, min(width, left + side), min(height, top + side)
+def blocks_of(
+    width: int, height: int, block: tuple[int, int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield left, top, right, bottom of the blocks (width, height) that cover a level."""
+    for top in range(0, height, block[1]):
+        for left in range(0, width, block[0]):
+            yield left, top, min(width, left + block[0]), min(height, top + block[1])
 
 
 class PictureSource:
@@ -147,7 +154,7 @@ class PictureSource:
         height, width = self._picture.shape[:2]
         self.levels: tuple[tuple[float, tuple[int, int]], ...] = ((1.0, (width, height)),)
         self.properties: dict[str, str] = {}
-        self.block_px = max(width, height)
+        self.block_px = (width, height)
 
     def regions(
         self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
@@ -161,6 +168,9 @@ class PictureSource:
             high, wide = part.shape[:2]
             out[number, top - y : top - y + high, left - x : left - x + wide] = part
         return {}
+
+    def forget(self) -> None:
+        """Nothing is kept but the picture itself."""
 
     def close(self) -> None:
         """Free the pixels."""
@@ -178,7 +188,12 @@ def open_source(path: Path) -> Source:
     if looks_like_tiff(path) and is_ome(path):
         return TiffSource(path)
     if is_openslide(path):
-        return OpenSlideSource(path)
+        try:
+            return OpenSlideSource(path)
+        except BadInput:
+            if not looks_like_tiff(path):
+                raise
+            return _by_tifffile(path)
     if looks_like_tiff(path):
         return TiffSource(path)
     if path.suffix.lower() in SLIDE_SUFFIXES:
@@ -189,6 +204,18 @@ def open_source(path: Path) -> Source:
             f"({', '.join(sorted(SUFFIXES))})"
         )
     return PictureSource(path)
+
+
+def _by_tifffile(path: Path) -> Source:
+    """Open a TIFF that OpenSlide knows and cannot read, such as one of another compression."""
+    try:
+        return TiffSource(path)
+    except BadInput as error:
+        try:
+            return OpenSlideSource(path)
+        except BadInput as other:
+            # what tifffile knows to be unsupported is the better reason; of damage OpenSlide knows more
+            raise (other if "copy it again" in str(error) else error) from other
 
 
 def is_openslide(path: Path) -> bool:

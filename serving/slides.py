@@ -14,6 +14,7 @@ from ..errors import BadInput, HistoseekError
 from ..images import Rgb
 from .geojson import Ring, draw_mask
 from .slide_sources import open_source, overview
+from .tiff_source import BY_TAG
 from .tissue import Mask, tissue_mask, tissue_share
 
 THUMBNAIL_PX = 2048
@@ -21,6 +22,9 @@ MIN_SCALE = 0.4
 """Least ratio of wanted to given µm per pixel: 20x tiles from a 10x slide are the limit."""
 
 MAX_SIDE = 32_768
+PRINT_MPP = 10.0
+"""A coarser scale that only a TIFF's resolution tags name gives way to one that a person states."""
+
 MAX_PLACES = 20_000_000
 BLOCK_TILES = (8, 8)
 MAX_READ = 64 * 2**20
@@ -103,6 +107,8 @@ class Slide:
     def _read_properties(self, properties: dict[str, str], assume_mpp: float | None) -> None:
         self.width, self.height = self._source.levels[0][1]
         file_mpp = _file_mpp(self.path, properties)
+        if file_mpp is not None and assume_mpp and file_mpp > PRINT_MPP and BY_TAG in properties:
+            file_mpp = None  # 300 dpi is the scale of a print, and somebody knows the slide's
         self.mpp = file_mpp if file_mpp is not None else assume_mpp
         self.mpp_from = "file" if file_mpp is not None else "assumed" if assume_mpp else None
         power = properties.get("openslide.objective-power", "")

@@ -6,8 +6,10 @@ data as OpenSlide does; every other compression through tifffile and imagecodecs
 
 from __future__ import annotations
 
+import io
 import os
 import threading
+import warnings
 import weakref
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -17,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from PIL import Image
 
 from ..errors import BadInput
 from ..images import Rgb
@@ -30,6 +33,9 @@ _JPEG = 7
 _RGB, _YCBCR, _GREY = 2, 6, 1
 _LOSSLESS = {1, 5, 8, 32773, 32946, 34925, 50000}
 """Compressions with one possible result: none, LZW, Deflate, PackBits, LZMA, Zstandard."""
+
+_WITH_HEADER = {33003, 33004, 33005, 34712, 34927, 34933, 50001}
+"""JPEG 2000, WebP, PNG: they say their size themselves, which is looked at before they are decoded."""
 
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 """A JPEG marker that says: three components, and they are red, green and blue."""
@@ -46,6 +52,7 @@ class Level:
         tile_height: of a segment.
         page: tifffile's page.
         planes: 3 if the file keeps red, green and blue apart, else 1.
+        alpha: what a fourth channel is: ``over`` (laid over white), ``premultiplied`` or "" (nothing).
     """
 
     width: int
@@ -54,6 +61,7 @@ class Level:
     tile_height: int
     page: Any
     planes: int
+    alpha: str = ""
 
     @property
     def across(self) -> int:
@@ -90,6 +98,17 @@ def level_of(page: Any, path: Path) -> Level:
             f"{path} has {samples} channels as {name}; expected RGB, YCbCr or grey (fluorescence is "
             "not read): convert it to 8-bit RGB"
         )
+    compression = int(page.compression)
+    if compression not in {_JPEG, *_LOSSLESS, *_WITH_HEADER}:
+        name = getattr(page.compression, "name", compression)
+        raise BadInput(
+            f"{path} is compressed by {name}, which is not supported; save it as JPEG, Deflate, LZW, "
+            "Zstandard or JPEG 2000"
+        )
+    if photometric == _YCBCR and compression != _JPEG:
+        raise BadInput(
+            f"{path} holds YCbCr that is not JPEG, which has no single reading; convert it to RGB"
+        )
     if int(getattr(page, "imagedepth", 1)) != 1:
         raise BadInput(f"{path} is a volume of {page.imagedepth} planes; expected one picture")
     tiled = bool(page.is_tiled)
@@ -103,7 +122,9 @@ def level_of(page: Any, path: Path) -> Level:
             f"{MAX_SEGMENT_PX:,} are decoded at once: save it tiled (256 to 1024 pixels)"
         )
     planes = samples if int(page.planarconfig) == 2 and samples > 1 else 1
-    level = Level(width, height, tile_width, tile_height, page, planes)
+    extra = int(page.extrasamples[0]) if samples == 4 and page.extrasamples else 0
+    alpha = {1: "premultiplied", 2: "over"}.get(extra, "")
+    level = Level(width, height, tile_width, tile_height, page, planes, alpha)
     expected = level.across * level.down * planes
     if min(len(page.dataoffsets), len(page.databytecounts)) < expected:
         raise BadInput(
@@ -121,10 +142,22 @@ class TiffPixels:
         self._path = path
         self.levels = tuple(levels)
         self._file = os.open(path, os.O_RDONLY)
-        self.close = weakref.finalize(self, os.close, self._file)
+        self._closer = weakref.finalize(self, os.close, self._file)
         self._cache: OrderedDict[tuple[int, int], Rgb] = OrderedDict()
         self._cached = 0
         self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the file, and forget what was decoded."""
+        self._file = -1  # its number may soon be another file's
+        self._closer()
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the decoded segments."""
+        with self._lock:
+            self._cache.clear()
+            self._cached = 0
 
     def squares(
         self, level: int, places: Sequence[tuple[int, int]], out: NDArray[np.uint8]
@@ -202,10 +235,10 @@ class TiffPixels:
                 self._decode(level, number + plane * level.across * level.down)
                 for plane in range(level.planes)
             ]
-            pixels = planes[0] if level.planes == 1 else np.concatenate(planes[:3], axis=2)
+            pixels = planes[0] if level.planes == 1 else np.concatenate(planes, axis=2)
             if pixels.shape[0] < high or pixels.shape[1] < wide:
                 raise ValueError(f"it holds {pixels.shape[1]} x {pixels.shape[0]} pixels")
-            return _rgb(pixels[:high, :wide])
+            return _rgb(pixels[:high, :wide], level.alpha)
         except Exception as error:  # a damaged segment can make a decoder fail in any way
             raise BadInput(
                 f"{self._path}: the piece at x={column * level.tile_width}, "
@@ -223,6 +256,8 @@ class TiffPixels:
             raise ValueError("the file ends before it")
         if int(page.compression) == _JPEG and level.planes == 1:
             return self._jpeg(level, blob)
+        if int(page.compression) in _WITH_HEADER:
+            _check_size(level, blob)
         decoded = np.asarray(page.decode(blob, index, jpegtables=page.jpegtables)[0])
         return decoded.reshape(decoded.shape[-3:])
 
@@ -242,15 +277,29 @@ class TiffPixels:
         return np.asarray(simplejpeg.decode_jpeg(blob, colorspace=colours))
 
 
-def _rgb(pixels: NDArray[np.uint8]) -> Rgb:
-    """Return RGB of grey, RGB or RGBA; alpha is laid over white."""
+def _check_size(level: Level, blob: bytes) -> None:
+    """Refuse a segment that says that it is larger than its place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(blob)) as header:
+            wide, high = header.size
+    if high > level.tile_height or wide > level.tile_width:
+        raise ValueError(f"it claims {wide} x {high} pixels")
+
+
+def _rgb(pixels: NDArray[np.uint8], alpha: str) -> Rgb:
+    """Return RGB of grey, RGB or RGBA; alpha is laid over white, a channel that says nothing left out."""
     if pixels.shape[2] == 1:
         return np.repeat(pixels, 3, axis=2)
-    if pixels.shape[2] == 4:
-        alpha = pixels[:, :, 3:].astype(np.uint16)
-        over = pixels[:, :, :3] * alpha + 255 * (255 - alpha) + 127
-        return (over // 255).astype(np.uint8)
-    return pixels
+    if pixels.shape[2] == 4 and alpha:
+        share = pixels[:, :, 3:].astype(np.uint16)
+        colour = pixels[:, :, :3].astype(np.uint16)
+        if alpha == "over":
+            colour = (colour * share + 127) // 255
+        laid: Rgb = np.minimum(colour + (255 - share), 255).astype(np.uint8)
+        return laid
+    colours: Rgb = pixels[:, :, :3]
+    return colours
 
 
 def decodes_exactly(level: Level) -> bool:

@@ -16,6 +16,8 @@ from .tiff_pixels import Level, TiffPixels, level_of
 
 _UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _ORIENTATIONS = {0, 1}
+BY_TAG = "histoseek.mpp-by-resolution-tag"
+"""Property of slides whose scale is only that of a print (72 or 300 dpi), if it is coarse."""
 
 
 class TiffSource:
@@ -27,13 +29,11 @@ class TiffSource:
         Raises:
             BadInput: not a TIFF, damaged, or pixels that have no single reading as 8-bit RGB.
         """
-        import tifffile
-
         try:
-            with tifffile.TiffFile(path) as opened:
+            with _open(path) as opened:
                 pages = _pyramid(opened, path)
                 levels = [level_of(page, path) for page in pages]
-                self.properties = _properties(opened, pages[0])
+                self.properties = _properties(opened, pages[0], path.name)
         except HistoseekError:
             raise
         except Exception as error:  # a damaged header can make the parser fail in any way
@@ -44,6 +44,7 @@ class TiffSource:
         self._pixels = TiffPixels(path, levels)
         first = levels[0]
         self.block_px = whole_segments(first)
+        self.forget = self._pixels.forget
         self.levels: tuple[tuple[float, tuple[int, int]], ...] = tuple(
             (first.width / at.width, (at.width, at.height)) for at in levels
         )
@@ -61,9 +62,21 @@ class TiffSource:
         self._pixels.close()
 
 
-def whole_segments(level: Level, about: int = 1024) -> int:
-    """Return a block's side that holds whole segments, so that none is decoded twice."""
-    return max(1, about // level.tile_width) * level.tile_width
+def _open(path: Path) -> Any:
+    """Open this file alone: OME-XML may name others, which are slides of their own."""
+    import tifffile
+
+    return tifffile.TiffFile(path, _multifile=False)
+
+
+def whole_segments(level: Level, about: int = 1024) -> tuple[int, int]:
+    """Return width and height of blocks of whole segments, so that none is decoded twice.
+
+    Strips are as wide as the picture; then a block is lower, so that it has not many more pixels.
+    """
+    wide = max(1, about // level.tile_width) * level.tile_width
+    high = min(about, about * about // wide)
+    return wide, max(1, high // level.tile_height) * level.tile_height
 
 
 def _pyramid(opened: Any, path: Path) -> list[Any]:
@@ -88,27 +101,30 @@ def _pyramid(opened: Any, path: Path) -> list[Any]:
     return [p for n, p in enumerate(pages) if n == 0 or p.imagewidth < min(widths[:n])]
 
 
-def _properties(opened: Any, page: Any) -> dict[str, str]:
-    sizes = _ome_mpp(opened.ome_metadata) if opened.is_ome else None
-    sizes = sizes or _tag_mpp(page)
+def _properties(opened: Any, page: Any, name: str) -> dict[str, str]:
+    sizes = _ome_mpp(opened.ome_metadata, name) if opened.is_ome else None
+    if sizes is not None:
+        return {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
+    sizes = _tag_mpp(page)
     if sizes is None:
         return {}
-    return {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
+    found = {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
+    return {**found, BY_TAG: "yes"}
 
 
-def _ome_mpp(document: str | None) -> tuple[float, float] | None:
-    """Return µm per pixel of the first picture of an OME-XML document."""
+def _ome_mpp(document: str | None, name: str) -> tuple[float, float] | None:
+    """Return µm per pixel of the picture of an OME-XML document that is in the file ``name``."""
     if not document or "<!DOCTYPE" in document:
         return None
     try:
-        pixels = next(
-            e for e in ElementTree.fromstring(document).iter() if e.tag.endswith("Pixels")
-        )
+        every = [e for e in ElementTree.fromstring(document).iter() if e.tag.endswith("Pixels")]
+        mine = [e for e in every if any(n.get("FileName") == name for n in e.iter())]
+        pixels = (mine or every)[0]
         values = []
         for axis in "XY":
             unit = _UNITS[pixels.get(f"PhysicalSize{axis}Unit", "µm")]
             values.append(float(pixels.attrib[f"PhysicalSize{axis}"]) * unit)
-    except (ElementTree.ParseError, StopIteration, KeyError, ValueError):
+    except (ElementTree.ParseError, IndexError, KeyError, ValueError):
         return None
     return values[0], values[1]
 
@@ -134,10 +150,8 @@ def looks_like_tiff(path: Path) -> bool:
 
 def is_ome(path: Path) -> bool:
     """Whether a TIFF carries OME-XML; False for what cannot be read."""
-    import tifffile
-
     try:
-        with tifffile.TiffFile(path) as opened:
+        with _open(path) as opened:
             return bool(opened.is_ome)
     except Exception:  # opening it for good will tell what is wrong
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import base64
 import ipaddress
 import json
@@ -13,7 +14,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import Any, Literal, TypeVar
 from urllib.parse import parse_qsl, urlsplit
 
@@ -21,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import ValidationError
 
+from .. import console
 from ..errors import BadInput, HistoseekError, Mismatch, MissingPart, Unavailable
 from ..manifest import (
     INPUT,
@@ -43,7 +45,11 @@ CHECK_EVERY_S = 2.0
 IDLE_S = 0.25
 """A server that comes back within this time is taken for one that never was away."""
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.1, 5.0
+FIRST_WAIT_S, LONGEST_WAIT_S, TELL_AFTER_S = 0.1, 5.0, 1.5
+CLOSING_S = 2.0
+UNSETTLED = -1
+"""Epoch of a slot whose last request has not come back well: the server may still be reading it."""
+
 MAX_MESSAGE = 2**31 - 1
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "CANCELLED", "ABORTED"}
 _MODEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
@@ -153,14 +159,18 @@ class TritonEncoder:
         self._checking = threading.Lock()
         self._epoch = 0
         self._known = False
+        self._told = threading.Event()
+        self._slots: SimpleQueue[Slot] = SimpleQueue()
+        self._made = 0
+        self.version = ""
         self._checked = self._answered = 0.0
         self.notes: list[str] = []
         self._grpc = _grpc()
         self._headers = _token(self.address)
         self._client = self._connect()
+        atexit.register(self.close)  # shared memory must be given back
         try:
             self._manifest, limit, self._precision = self._retry(self._identify)
-            self.version = self._version
             self._known = True
             self._checked = self._answered = time.monotonic()
             if batch is not None and batch > limit:
@@ -168,9 +178,9 @@ class TritonEncoder:
                     f"--batch is {batch}; {self.address.model} takes at most {limit} tiles at once"
                 )
             self._batch = batch or limit
-            self._slots: SimpleQueue[Slot] = SimpleQueue()
             for slot in self._make_slots():
                 self._slots.put(slot)
+                self._made += 1
             self._retry(self._prove)
         except BaseException:
             self.close()
@@ -217,40 +227,44 @@ class TritonEncoder:
         return in_batches(tiles, self._manifest, self._batch, self.parallel, self._send)
 
     def close(self) -> None:
-        """Stop waiting, and give shared memory back."""
+        """Stop waiting, and give shared memory back; requests under way are cut off after a while."""
         if self._closed.is_set():
             return
         self._closed.set()
-        slots = getattr(self, "_slots", None)
-        while slots is not None and not slots.empty():
-            slots.get().close(self._client)
+        atexit.unregister(self.close)
+        end = time.monotonic() + CLOSING_S
+        for _ in range(self._made):
+            try:
+                self._slots.get(timeout=max(0.0, end - time.monotonic())).close(self._client)
+            except Empty:  # its thread gives it back when its request is cut off
+                continue
         self._client.close()
 
     # -- requests -------------------------------------------------------------------------------
 
     def _send(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        slot = self._slots.get()
+        slot = self._take_slot()
         try:
             return self._retry(lambda: self._infer(slot, tiles))
         finally:
-            if self._closed.is_set():
-                slot.close(self._client)
-            else:
-                self._slots.put(slot)
+            self._slots.put(slot)
+
+    def _take_slot(self) -> Slot:
+        while not self._closed.is_set():
+            try:
+                return self._slots.get(timeout=0.2)
+            except Empty:
+                continue
+        raise Unavailable(f"{self._where()} the connection was closed")
 
     def _infer(self, slot: Slot, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         self._check_now_and_then()
-        if slot.epoch != self._epoch:  # the server was away and has forgotten its shared memory
-            slot.register(self._client)
-            slot.epoch = self._epoch
-        found = slot.infer(
-            self._client,
-            tiles,
-            model_name=self.address.model,
-            model_version=self.version,
-            headers=self._headers,
-            client_timeout=self.address.timeout_s,
-        )
+        epoch = self._epoch
+        if slot.epoch != epoch:  # the server has forgotten its shared memory, or may still read it
+            slot.renew(self._client, self._asking)
+        slot.epoch = UNSETTLED
+        found = self._ask(slot, tiles)
+        slot.epoch = epoch
         self._answered = time.monotonic()
         expected = (len(tiles), self._manifest.dim)
         if found.shape != expected or found.dtype != np.float32:
@@ -258,6 +272,19 @@ class TritonEncoder:
                 f"{self._where()} answered {found.dtype} {found.shape}; expected float32 {expected}"
             )
         return found
+
+    def _ask(self, slot: Slot, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return slot.infer(
+            self._client,
+            tiles,
+            model_name=self.address.model,
+            model_version=self.version,
+            **self._asking,
+        )
+
+    @property
+    def _asking(self) -> dict[str, Any]:
+        return {"headers": self._headers, "client_timeout": self.address.timeout_s}
 
     def _retry(self, call: Callable[[], T]) -> T:
         """Call until it works, an error says that it never will, or the deadline is over."""
@@ -269,9 +296,13 @@ class TritonEncoder:
                     self._check_again()
                 return call()
             except _NotReady as error:
-                if not away:
+                if not self._known:
                     raise BadInput(str(error)) from error
-                reason = str(error)  # it is still loading
+                away, reason = True, str(error)  # it is still loading, or loaded anew
+            except ValueError as error:  # gRPC's way to say that the channel was closed
+                if not self._closed.is_set():
+                    raise
+                reason = str(error)
             except self._grpc.InferenceServerException as error:
                 code, text = _status(error), str(error.message())
                 forgotten = self._shared and "shared memory" in text.lower()
@@ -283,6 +314,11 @@ class TritonEncoder:
                 raise Unavailable(
                     f"{self._where()} did not answer for {self.address.deadline_s:g} s ({reason}); see "
                     "to the server, then run the same command again: what is done is kept"
+                )
+            if wait >= TELL_AFTER_S and not self._told.is_set():
+                self._told.set()
+                console.say(
+                    f"{self._where()} waiting for it, up to {self.address.deadline_s:g} s ({reason})"
                 )
             self._closed.wait(wait * random.uniform(0.5, 1.0))  # jitter: clients come back apart
             wait = min(LONGEST_WAIT_S, wait * 2)
@@ -322,18 +358,18 @@ class TritonEncoder:
 
     def _identify(self) -> tuple[Manifest, int, str]:
         """Ask the server what the model is, and compare it with what is expected."""
-        ask = {"headers": self._headers, "client_timeout": self.address.timeout_s}
-        model = self.address.model
-        if not self._client.is_model_ready(model, self.address.version, **ask):
+        ask, model = self._asking, self.address.model
+        wanted = self.address.version or self.version
+        if not self._client.is_model_ready(model, wanted, **ask):
             raise _NotReady(
                 f"{self._where()} has no such model ready; it offers: "
                 f"{', '.join(self._models()) or 'none'}"
             )
-        about = self._client.get_model_metadata(model, self.address.version, **ask)
-        self._version = self.address.version or max(about.versions, key=int)
-        config = self._client.get_model_config(model, self._version, **ask).config
+        about = self._client.get_model_metadata(model, wanted, **ask)
+        version = wanted or max(about.versions, key=int)
+        config = self._client.get_model_config(model, version, **ask).config
         stated = {key: value.string_value for key, value in config.parameters.items()}
-        text = stated.get(f"{TRITON_MANIFEST}.{self._version}")
+        text = stated.get(f"{TRITON_MANIFEST}.{version}")
         if text is None:
             raise Mismatch(
                 f"{self._where()} does not say which encoder it is; write its repository with "
@@ -343,12 +379,13 @@ class TritonEncoder:
             manifest = Manifest.model_validate(json.loads(text))
         except (ValidationError, json.JSONDecodeError) as error:
             raise Mismatch(f"{self._where()} describes its encoder wrongly ({error})") from error
-        if stated.get(f"{TRITON_SHA256}.{self._version}") != manifest.sha256:
+        if stated.get(f"{TRITON_SHA256}.{version}") != manifest.sha256:
             raise Mismatch(f"{self._where()} names two encoders; write its repository again")
         check_identity(manifest, self._expect)
         self._check_contract(about, manifest)
-        self._probe = stated.get(f"{TRITON_PROBE}.{self._version}", "")
-        precision = stated.get(f"{TRITON_PRECISION}.{self._version}", "fp32")
+        self._probe = stated.get(f"{TRITON_PROBE}.{version}", "")
+        self.version = version
+        precision = stated.get(f"{TRITON_PRECISION}.{version}", "fp32")
         return manifest, max(1, int(config.max_batch_size)), precision
 
     def _check_contract(self, about: Any, manifest: Manifest) -> None:
@@ -370,11 +407,7 @@ class TritonEncoder:
             wanted = np.frombuffer(base64.b64decode(self._probe, validate=True), "<f4")
         except ValueError:
             wanted = np.zeros(0, np.float32)
-        slot = self._slots.get()
-        try:
-            found = self._infer(slot, probe_tile(self._manifest.size_px)[None])[0]
-        finally:
-            self._slots.put(slot)
+        found = self._ask(GrpcSlot(), probe_tile(self._manifest.size_px)[None])[0]
         if wanted.shape != found.shape:
             raise Mismatch(f"{self._where()} has no known picture; write its repository again")
         lengths = float(np.linalg.norm(wanted) * np.linalg.norm(found))
@@ -398,16 +431,17 @@ class TritonEncoder:
         """After the server was away: it must be the same encoder, and knows no shared memory."""
         with self._checking:
             self._check_identity()
-            self._checked = time.monotonic()
+            self._prove()
+            self._checked = self._answered = time.monotonic()
             self._epoch += 1
+            self._told.clear()
 
     def _check_identity(self) -> None:
         manifest, limit, _ = self._identify()
-        if manifest.sha256 != self._manifest.sha256 or self._version != self.version:
+        if manifest.sha256 != self._manifest.sha256:
             raise Mismatch(
-                f"{self._where()} came back as encoder {manifest.name} version {self._version} "
-                f"({manifest.sha256[:12]}…); this run began with {self._manifest.name} version "
-                f"{self.version} ({self._manifest.sha256[:12]}…)"
+                f"{self._where()} came back as encoder {manifest.name} ({manifest.sha256[:12]}…); this "
+                f"run began with {self._manifest.name} ({self._manifest.sha256[:12]}…)"
             )
         if limit < self._batch:
             raise Mismatch(
@@ -443,7 +477,7 @@ class TritonEncoder:
                     made.append(
                         SharedSlot(number, self._batch, self._manifest, self.address.shm == "cuda")
                     )
-                    made[-1].register(self._client)
+                    made[-1].renew(self._client, self._asking)
                 return made
             except MissingPart:
                 raise

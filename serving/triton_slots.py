@@ -16,13 +16,16 @@ class Slot(Protocol):
     """Room for one request at a time.
 
     Attributes:
-        epoch: how often the server had been away when this slot was registered.
+        epoch: how often the server had been away when this slot last worked.
     """
 
     epoch: int
 
-    def register(self, client: Any) -> None:
-        """Tell the server of the slot's shared memory, if it has any."""
+    def renew(self, client: Any, asking: dict[str, Any]) -> None:
+        """Take fresh shared memory and tell the server of it, if the slot has any.
+
+        Memory of a request that was given up is never used again: the server may still read it.
+        """
         ...
 
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
@@ -39,7 +42,7 @@ class GrpcSlot:
 
     epoch = 0
 
-    def register(self, client: Any) -> None:
+    def renew(self, client: Any, asking: dict[str, Any]) -> None:
         """Nothing to tell."""
 
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
@@ -62,38 +65,38 @@ class SharedSlot:
     epoch = 0
 
     def __init__(self, number: int, batch: int, manifest: Manifest, cuda: bool) -> None:
-        """Make room for one batch.
+        """Plan room for one batch; :meth:`renew` takes it.
 
         Raises:
             MissingPart: CUDA shared memory needs cuda-python.
-            Exception: there is no room.
         """
         self._cuda = cuda
         self._dim = manifest.dim
         self._sizes = batch * manifest.size_px**2 * 3, batch * manifest.dim * 4
         self._memory = _module(cuda)
+        self._number = number
         self._regions: list[tuple[str, Any]] = []
-        stem = f"histoseek-{os.getpid()}-{os.urandom(4).hex()}-{number}"
+
+    def renew(self, client: Any, asking: dict[str, Any]) -> None:
+        """See :class:`Slot`.
+
+        Raises:
+            Exception: there is no room, or the server does not see it.
+        """
+        self.close(client)
+        stem = f"histoseek-{os.getpid()}-{os.urandom(4).hex()}-{self._number}"
         for kind, size in zip(("tiles", "embedding"), self._sizes, strict=True):
             name = f"{stem}-{kind}"
-            if cuda:
+            if self._cuda:
                 handle = self._memory.create_shared_memory_region(name, size, 0)
+                self._regions.append((name, handle))
+                raw = self._memory.get_raw_handle(handle)
+                client.register_cuda_shared_memory(name, raw, 0, size, **asking)
             else:
                 handle = self._memory.create_shared_memory_region(name, f"/{name}", size, True)
-            self._regions.append((name, handle))
-            if not cuda:
+                self._regions.append((name, handle))
                 _fill(name, size)
-
-    def register(self, client: Any) -> None:
-        """See :class:`Slot`; a server that knows the region already is told anew."""
-        for (name, handle), size in zip(self._regions, self._sizes, strict=True):
-            if self._cuda:
-                client.unregister_cuda_shared_memory(name)
-                raw = self._memory.get_raw_handle(handle)
-                client.register_cuda_shared_memory(name, raw, 0, size)
-            else:
-                client.unregister_system_shared_memory(name)
-                client.register_system_shared_memory(name, f"/{name}", size)
+                client.register_system_shared_memory(name, f"/{name}", size, **asking)
 
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
         """See :class:`Slot`."""

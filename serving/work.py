@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -34,8 +35,10 @@ class Work(Protocol):
         path: the feature file.
         count: how many tiles.
         tissue: share of the slide that is tissue, or None.
+        seconds: that opening it and finding its tiles took.
     """
 
+    seconds: float
     job: Job
     name: str
     path: Path
@@ -64,14 +67,41 @@ class Work(Protocol):
         ...
 
 
-def prepare(job: Job, manifest: Manifest, out: Path, options: EmbedOptions) -> Work | Result:
+def prepare(
+    job: Job, manifest: Manifest, precision: str, out: Path, options: EmbedOptions
+) -> Work | Result:
     """Open a job and find its tiles; returns a result if there is nothing left to do.
+
+    Args:
+        job: a slide or tile set.
+        manifest: of the encoder.
+        precision: in which the encoder computes; features of another are made anew.
+        out: the folder of features.
+        options: how to cut tiles.
 
     Raises:
         HistoseekError: the job cannot be done, with the reason.
     """
+    started = time.monotonic()
+    if printable(str(job.source)) != str(job.source):
+        raise BadInput(f"{printable(str(job.source))}: its name is not UTF-8; rename it")
+    lower = {} if precision in {"f32", "fp32"} else {"precision": precision}
+    made = _prepare(job, manifest, lower, out, options)
+    if not isinstance(made, Result):
+        made.seconds = time.monotonic() - started
+    return made
+
+
+def printable(text: str) -> str:
+    """Return text that can be written as UTF-8; what cannot becomes an escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _prepare(
+    job: Job, manifest: Manifest, lower: dict[str, Any], out: Path, options: EmbedOptions
+) -> Work | Result:
     if job.kind == "tiles":
-        return _prepare_tiles(job, manifest, out, options)
+        return _prepare_tiles(job, manifest, lower, out, options)
     mpp = options.mpp or manifest.mpp
     if mpp is None:
         raise Mismatch(
@@ -79,7 +109,7 @@ def prepare(job: Job, manifest: Manifest, out: Path, options: EmbedOptions) -> W
         )
     slide = open_slide(job.source, _assumed_mpp(job, options))
     try:
-        made = _prepare_slide(job, slide, mpp, manifest, out, options)
+        made = _prepare_slide(job, slide, mpp, manifest, lower, out, options)
     except BaseException:
         slide.close()
         raise
@@ -153,6 +183,8 @@ def _done_before(job: Job, name: str, path: Path) -> Result:
 class SlideWork:
     """A slide; see :class:`Work`."""
 
+    seconds = 0.0
+
     def __init__(
         self,
         job: Job,
@@ -209,10 +241,15 @@ class SlideWork:
                 "unreadable": unreadable,
                 "tiles": len(kept),
                 "tissue_share": self.tissue,
-                "mpp_from": self._slide.mpp_from,
+                "mpp_from": self._mpp_from(),
                 "row": self._key["row"],
             },
         )
+
+    def _mpp_from(self) -> str | None:
+        """``file``, ``manifest``, ``assumed`` or None."""
+        by_row = self._slide.mpp_from == "assumed" and self.job.row.get("mpp")
+        return "manifest" if by_row else self._slide.mpp_from
 
     def close(self) -> None:
         """Close the slide."""
@@ -224,6 +261,7 @@ def _prepare_slide(
     slide: Slide,
     target_mpp: float,
     manifest: Manifest,
+    lower: dict[str, Any],
     out: Path,
     options: EmbedOptions,
 ) -> Work | Result:
@@ -236,15 +274,18 @@ def _prepare_slide(
         "target_mpp": target_mpp,
         "min_tissue": options.min_tissue,
         "row": {k: v for k, v in job.row.items() if k != "file"},
+        **lower,
     }
     if given is not None:
         key["regions"] = [sha256_file(given), *options.region_classes]
     path, name, ready = _place(out, folder, job, manifest, key)
-    if ready:
+    if ready and all(picture.is_file() for picture in _pictures(name, out, options)):
         return _done_before(job, name, path)
     regions = read_annotations(given, options.region_classes) if given is not None else None
     grid = slide.grid(manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions)
     _write_pictures(grid, name, out, options)
+    if ready:
+        return _done_before(job, name, path)
     return SlideWork(job, slide, grid, manifest, name, path, key)
 
 
@@ -263,6 +304,14 @@ def _regions_of(job: Job, options: EmbedOptions) -> Path | None:
     raise BadInput(
         f"{options.regions} holds no regions of {job.source.name}; expected {' or '.join(names)}"
     )
+
+
+def _pictures(name: str, out: Path, options: EmbedOptions) -> list[Path]:
+    """Return what is written beside the features: the overlay, tissue and tiles, as asked for."""
+    found = [out / "overlays" / f"{name}.jpg"] if options.overlays else []
+    if options.geojson:
+        found += [out / "geojson" / f"{name}.{part}.geojson" for part in ("tissue", "tiles")]
+    return found
 
 
 def _write_pictures(grid: Grid, name: str, out: Path, options: EmbedOptions) -> None:
@@ -284,6 +333,7 @@ class TilesWork:
     """A tile set; see :class:`Work`."""
 
     tissue: float | None = None
+    seconds = 0.0
 
     def __init__(
         self,
@@ -336,9 +386,11 @@ class TilesWork:
         """Nothing is held open."""
 
 
-def _prepare_tiles(job: Job, manifest: Manifest, out: Path, options: EmbedOptions) -> Work | Result:
+def _prepare_tiles(
+    job: Job, manifest: Manifest, lower: dict[str, Any], out: Path, options: EmbedOptions
+) -> Work | Result:
     tileset = open_tiles(job.source, options.manifest)
-    key = {"content": tileset.fingerprint, "encoder": manifest.sha256}
+    key = {"content": tileset.fingerprint, "encoder": manifest.sha256, **lower}
     path, name, ready = _place(out, f"tiles_{manifest.size_px}px", job, manifest, key)
     if ready:
         return _done_before(job, name, path)

@@ -396,3 +396,105 @@ def test_killed_at_random_moments_a_rerun_completes(make_slide, cli_json, tmp_pa
         mine = read_features(out / path.relative_to(clean))
         assert np.array_equal(mine.features, read_features(path).features)
     assert not list(out.rglob("*.histoseek-tmp"))
+
+
+def test_strange_names_stop_no_other_slide(make_slide, encoder, tmp_path):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    good = make_slide(folder / "good.tiff", side=512)
+    latin = os.fsencode(folder) + b"/caf\xe9.tiff"
+    with open(latin, "wb") as stream:
+        stream.write(good.read_bytes())
+    wide, long = "組" * 80 + ".tiff", "x" * 248 + ".tiff"
+    for name in (wide, long):
+        (folder / name).write_bytes(good.read_bytes())
+    results = embed([folder], encoder, tmp_path / "out", geojson=True)
+    states = {r.name: (r.state, r.reason) for r in results}
+    assert states["good"][0] == "done" and states["組" * 80][0] == "done"
+    (bad,) = [reason for name, (state, reason) in states.items() if name.startswith("caf")]
+    assert "not UTF-8" in bad
+    assert states["x" * 248][0] == "failed" and "cannot be named" in states["x" * 248][1]
+    for path in (tmp_path / "out/status").glob("*.json"):
+        json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_pictures_asked_for_later_are_made_without_embedding_again(make_slide, encoder, tmp_path):
+    path = make_slide(tmp_path / "a.tiff", side=600)
+    embed([path], encoder, tmp_path / "out", overlays=False)
+    (result,) = embed([path], encoder, tmp_path / "out", geojson=True)
+    assert result.state == "skipped"
+    names = {p.name for p in (tmp_path / "out").glob("*/a.*")}
+    assert {"a.jpg", "a.tissue.geojson", "a.tiles.geojson"} <= names
+
+
+def test_another_precision_is_embedded_again(make_slide, encoder, tmp_path):
+    path = make_slide(tmp_path / "a.tiff", side=600)
+    embed([path], encoder, tmp_path / "out")
+
+    class Lower:
+        def __getattr__(self, name):
+            return getattr(encoder, name)
+
+        def describe(self):
+            return {**encoder.describe(), "precision": "bf16"}
+
+    (result,) = embed([path], Lower(), tmp_path / "out")
+    assert result.state == "done"
+    about = read_features(tmp_path / result.features).about
+    assert about["key"]["precision"] == "bf16"
+    assert embed([path], encoder, tmp_path / "out")[0].state == "done"  # and back again
+
+
+@pytest.mark.shared
+def test_dicom_of_two_folders_are_two_slides(shared, tmp_path):
+    with tarfile.open(shared / "formats.tar") as pack:
+        (name,) = [n for n in pack.getnames() if n.endswith("highdicom/sm_image.dcm")]
+        blob = pack.extractfile(name).read()
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "image.dcm").write_bytes(blob)
+    assert len(find_jobs([tmp_path])) == 2
+
+
+def test_a_folder_that_cannot_be_read_is_named(make_slide, tmp_path, monkeypatch):
+    make_slide(tmp_path / "a.tiff", side=512)
+    real = os.scandir
+
+    def scandir(path):
+        if str(path).endswith("secret"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    (tmp_path / "secret").mkdir()
+    monkeypatch.setattr(os, "scandir", scandir)
+    with pytest.raises(BadInput, match="secret cannot be read"):
+        find_jobs([tmp_path])
+
+
+def test_a_run_that_ends_early_says_so_in_its_record(make_slide, cli, tmp_path):
+    slides = tmp_path / "slides"
+    slides.mkdir()
+    make_slide(slides / "a-small.tiff", side=300)
+    make_slide(slides / "b-large.tiff", side=4000)
+    done = cli(
+        "embed", slides, "--out", tmp_path / "out", "--overlap", "100", "--min-tissue", "0",
+        "--no-overlays", preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (40_000,) * 2),
+    )  # fmt: skip
+    assert done.returncode == 1
+    record = json.loads((tmp_path / "out/run.json").read_text())
+    assert not record["ok"] and "StorageFailed: no space left" in record["ended"]
+    assert record["states"] == {"done": 1, "not reached": 1}
+
+
+def test_options_that_cannot_apply_are_refused(cli, tile_folder, tmp_path):
+    for words, says in (
+        (["--encoder", "triton://h:1/m", "--precision", "bf16"], "--precision"),
+        (["--encoder", "triton://h:1/m", "--engine", "openvino"], "--engine"),
+        (["--ray", "local", "--metrics", "9100"], "--metrics"),
+        (["--mpp", "0.5", "--magnification", "20"], "--magnification"),
+        (["--region-class", "Tumor"], "--regions"),
+        (["--engine", "tensorflow"], "onnxruntime"),
+        (["--engine", "onnxruntime", "--precision", "bf16"], "openvino"),
+    ):
+        done = cli("embed", tile_folder, "--out", tmp_path / "out", *words)
+        assert done.returncode == 1 and says in done.stderr, (words, done.stderr)

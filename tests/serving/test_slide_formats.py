@@ -217,3 +217,94 @@ def test_other_projects_ome_tiffs_are_read(shared, tmp_path):
             assert slide.thumbnail(256).std() > 10
     assert {s[0] for s in sizes.values()} == {1101, 2202, 1445}
     assert all(s[1:] == ("file", True) for s in sizes.values()), sizes
+
+
+def test_a_file_of_an_ome_set_is_read_alone_and_at_its_own_scale(tissue, tmp_path, opened):
+    """OME-XML may name other files; their offsets and scale are not this file's."""
+    names = ("A.ome.tif", "B.ome.tif")
+    images = "".join(
+        f'<Image ID="Image:{n}"><Pixels ID="Pixels:{n}" DimensionOrder="XYCZT" Type="uint8" SizeX="512" '
+        f'SizeY="512" SizeC="3" SizeZ="1" SizeT="1" PhysicalSizeX="{0.25 * (n + 1)}" PhysicalSizeY='
+        f'"{0.25 * (n + 1)}"><Channel ID="Channel:{n}:0" SamplesPerPixel="3"/><TiffData IFD="0" '
+        f'PlaneCount="1"><UUID FileName="{name}">urn:uuid:{n}</UUID></TiffData></Pixels></Image>'
+        for n, name in enumerate(names)
+    )
+    space = "http://www.openmicroscopy.org/Schemas/OME/2016-06"
+    for number, name in enumerate(names):
+        tifffile.imwrite(
+            tmp_path / name, np.roll(tissue, 40 * number, 0), photometric="rgb", tile=(64, 64),
+            compression="zlib", metadata=None,
+            description=f'<OME xmlns="{space}" UUID="urn:uuid:{number}">{images}</OME>',
+        )  # fmt: skip
+    for number, name in enumerate(names):
+        with open_slide(tmp_path / name) as slide:
+            assert slide.mpp == pytest.approx(0.25 * (number + 1))
+            tile = slide.read_tile(10, 20, 100, 100)
+            assert np.array_equal(tile, np.roll(tissue, 40 * number, 0)[20:120, 10:110])
+
+
+def test_colours_and_alpha_mean_what_the_file_says(tissue, tmp_path, opened):
+    ycbcr = tmp_path / "ycbcr.ome.tif"
+    tifffile.imwrite(ycbcr, tissue, photometric="ycbcr", compression="zlib", tile=(64, 64))
+    with pytest.raises(BadInput, match="YCbCr that is not JPEG"):
+        open_slide(ycbcr)
+    half = np.full_like(tissue[..., :1], 128)
+    expected = {
+        "unspecified": tissue.astype(int),
+        "assocalpha": np.minimum(tissue.astype(int) + 127, 255),
+        "unassalpha": np.round(tissue * (128 / 255) + 127).astype(int),
+    }
+    for kind, right in expected.items():
+        path = tmp_path / f"{kind}.ome.tif"
+        four = np.concatenate([tissue, half], axis=2)
+        tifffile.imwrite(path, four, photometric="rgb", extrasamples=[kind], tile=(64, 64))
+        (tile,) = read(opened(TiffSource, path), [(0, 0)], 0, 64, 64)
+        assert np.abs(tile.astype(int) - right[:64, :64]).max() <= 1, kind
+
+
+@pytest.mark.parametrize("compression", ["jpeg2000", "webp", "png", "lzma"])
+def test_plain_tiled_tiff_that_openslide_refuses_is_read(tissue, tmp_path, compression):
+    path = tmp_path / "plain.tif"
+    lossless = {"level": 0} if compression == "jpeg2000" else {}
+    if compression == "webp":
+        lossless = {"lossless": True}
+    tifffile.imwrite(
+        path, tissue, photometric="rgb", tile=(128, 128), compression=compression,
+        compressionargs=lossless, resolution=(2e4, 2e4), resolutionunit="CENTIMETER", metadata=None,
+    )  # fmt: skip
+    with open_slide(path) as slide:
+        assert slide.mpp == pytest.approx(0.5)
+        assert np.array_equal(slide.read_tile(30, 40, 100, 100), tissue[40:140, 30:130])
+
+
+def test_a_segment_that_claims_to_be_larger_than_its_place_is_not_decoded(tissue, tmp_path, opened):
+    import imagecodecs
+
+    path = tmp_path / "bomb.ome.tif"
+    bomb = imagecodecs.jpeg2k_encode(np.zeros((3000, 3000, 3), np.uint8), level=50)
+    tifffile.imwrite(
+        path, iter([bomb] * 4), shape=(512, 512, 3), dtype=np.uint8, photometric="rgb",
+        tile=(256, 256), compression=34712,
+    )  # fmt: skip
+    (tile,) = read(opened(TiffSource, path), [(0, 0)], 0, 64, 64)
+    assert isinstance(tile, BadInput) and "claims 3000 x 3000" in str(tile)
+
+
+def test_wide_strips_are_read_in_low_blocks(tmp_path, opened):
+    wide = np.zeros((300, 40_000, 3), np.uint8)
+    tifffile.imwrite(tmp_path / "wide.tif", wide, photometric="rgb", rowsperstrip=1)
+    block = opened(TiffSource, tmp_path / "wide.tif").block_px
+    assert block[0] == 40_000 and block[1] <= 32
+
+
+@pytest.mark.parametrize("dpi", [72, 300, 600])
+def test_the_scale_of_a_print_gives_way_to_a_stated_one(tissue, tmp_path, dpi):
+    path = tmp_path / "scan.tif"
+    tifffile.imwrite(
+        path, tissue, photometric="rgb", tile=(128, 128), resolution=(dpi, dpi), resolutionunit="INCH",
+        compression="zlib", metadata=None,
+    )  # fmt: skip
+    with open_slide(path, assume_mpp=0.5) as slide:
+        assert slide.mpp == 0.5 and slide.mpp_from == "assumed"
+    with open_slide(path) as slide, pytest.raises(BadInput, match="--assume-mpp"):
+        slide.grid(224, 0.5)
