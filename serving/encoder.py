@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, Mismatch
 from ..manifest import Manifest, read_manifest
-from .engines import open_engine
+from .engine_choice import open_engine
 
 DEFAULT = "default"
 DEFAULT_BUNDLE = Path(__file__).parent / "default_encoder"
@@ -67,7 +67,7 @@ class OnnxEncoder:
         batch: int | None = None,
         streams: int | None = None,
     ) -> None:
-        """Load a bundle; for the options see :func:`~histoseek.serving.engines.open_engine`.
+        """Load a bundle; for the options see :func:`~histoseek.serving.engine_choice.open_engine`.
 
         Raises:
             BadInput: no bundle there, or an option that does not fit.

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from ..console import Report
 from ..errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
-from ..feature_files import FeatureWriter
+from ..feature_writer import FeatureWriter
 from ..files import read_json, remove_leftovers, write_json
 from .encoder import Encoder
 from .engines import cores

@@ -15,7 +15,8 @@ from histoseek.export.half_precision import to_fp16
 from histoseek.manifest import GRAPH
 from histoseek.metrics import retrieval_report
 from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
-from histoseek.serving.engines import ENGINES, Plan, cores, rate_of
+from histoseek.serving.engine_choice import rate_of
+from histoseek.serving.engines import ENGINES, Plan, cores
 from histoseek.training.commands import select
 from histoseek.training.data import load, split_by_group
 

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histoseek.errors import BadInput, Busy, Damaged, Mismatch
-from histoseek.feature_files import Features, read_features, write_features
+from histoseek.feature_files import Features, read_features
+from histoseek.feature_writer import write_features
 from histoseek.index.atlas import Atlas
 from histoseek.serving.encoder import DEFAULT_BUNDLE
 

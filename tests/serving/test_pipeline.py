@@ -17,7 +17,8 @@ import pytest
 from PIL import Image
 
 from histoseek.errors import BadInput, StorageFailed
-from histoseek.feature_files import Features, read_features, write_features
+from histoseek.feature_files import Features, read_features
+from histoseek.feature_writer import write_features
 from histoseek.serving.encoder import open_encoder
 from histoseek.serving.jobs import find_jobs
 from histoseek.serving.pipeline import embed_jobs
@@ -296,7 +297,8 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path):
     code = (
         "import numpy as np, resource, sys\n"
         "from pathlib import Path\n"
-        "from histoseek.feature_files import Features, write_features\n"
+        "from histoseek.feature_files import Features\n"
+        "from histoseek.feature_writer import write_features\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "big = Features('s', 'e', '0' * 64, np.ones((9000, 64), np.float32), np.zeros((9000, 2), int))\n"
         "try:\n"

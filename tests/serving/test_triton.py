@@ -22,7 +22,7 @@ from histoseek.serving.encoder import OnnxEncoder, open_encoder
 from histoseek.serving.jobs import find_jobs
 from histoseek.serving.pipeline import embed_jobs
 from histoseek.serving.results import EmbedOptions
-from histoseek.serving.triton import parse_address
+from histoseek.serving.triton_address import parse_address
 from histoseek.tilesets import open_tiles, sample_tiles
 
 MODEL = "other"

@@ -70,7 +70,8 @@ class TritonPythonModel:
                 raise ValueError(f"tensor {name!r}: model type {real[name].type} does not match")
 
     def execute(self, requests):
-        time.sleep(self.delay_s)
+        if self.delay_s:
+            time.sleep(self.delay_s)
         feeds = [
             {
                 name: np.from_dlpack(backend.get_input_tensor_by_name(request, name))
