@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
@@ -301,7 +302,8 @@ class _Run:
         self._meter.tell(self._progress, result.name)
         status = self._out / "status" / f"{result.name}.json"
         if result.state != "skipped" or not _says_done(status):
-            write_json(status, asdict(result))
+            with suppress(BadInput):  # a name too long for a file; the record of the run has it
+                write_json(status, asdict(result))
 
 
 def _says_done(status: Path) -> bool:

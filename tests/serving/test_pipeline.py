@@ -407,15 +407,16 @@ def test_strange_names_stop_no_other_slide(make_slide, encoder, tmp_path):
     latin = os.fsencode(folder) + b"/caf\xe9.tiff"
     with open(latin, "wb") as stream:
         stream.write(good.read_bytes())
-    wide, long = "組" * 80 + ".tiff", "x" * 248 + ".tiff"
-    for name in (wide, long):
+    wide, long, longest = "組" * 80 + ".tiff", "x" * 248 + ".tiff", "y" * 251 + ".tif"
+    for name in (wide, long, longest):
         (folder / name).write_bytes(good.read_bytes())
     results = embed([folder], encoder, tmp_path / "out", geojson=True)
     states = {r.name: (r.state, r.reason) for r in results}
     assert states["good"][0] == "done" and states["組" * 80][0] == "done"
     (bad,) = [reason for name, (state, reason) in states.items() if name.startswith("caf")]
     assert "not UTF-8" in bad
-    assert states["x" * 248][0] == "failed" and "cannot be named" in states["x" * 248][1]
+    for name in ("x" * 248, "y" * 251):
+        assert states[name][0] == "failed" and "cannot be named" in states[name][1]
     for path in (tmp_path / "out/status").glob("*.json"):
         json.loads(path.read_text(encoding="utf-8"))
 
