@@ -37,7 +37,7 @@ def may_make_networks():
 
 @pytest.mark.skipif(
     not may_make_networks(),
-    reason="unshare or ip is missing, or the kernel forbids networks of one's own",
+    reason="no network of one's own here",
 )
 def test_nothing_leaves_the_machine(make_slide, cli, tmp_path):
     slide = make_slide(tmp_path / "case.tiff", side=700)
