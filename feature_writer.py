@@ -70,8 +70,11 @@ class FeatureWriter:
         self.discard()
 
     def _check(self) -> None:
-        if self._file.error is not None:
-            raise storage_failed(self._path, self._file.error) from self._file.error
+        error = self._file.error
+        if isinstance(error, OSError):
+            raise storage_failed(self._path, error) from error
+        if error is not None:
+            raise error
 
     def append(self, features: NDArray[np.float32]) -> None:
         """Add rows (n, D); they are written a chunk at a time."""
@@ -108,12 +111,15 @@ class FeatureWriter:
 
 
 class _TolerantFile(io.RawIOBase):
-    """A file that keeps its first error for later, because HDF5 breaks the process on a full disk."""
+    """A file that keeps its first error for later: an error in the middle of HDF5 breaks the process.
+
+    That is a full disk as well as a Ctrl-C that falls into a write.
+    """
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._raw = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
-        self.error: OSError | None = None
+        self.error: BaseException | None = None
 
     def readable(self) -> bool:
         return True
@@ -142,14 +148,14 @@ class _TolerantFile(io.RawIOBase):
         try:
             while done < len(view):
                 done += self._raw.write(view[done:]) or 0
-        except OSError as error:
+        except BaseException as error:
             self.error = self.error or error
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         try:
             return self._raw.truncate(size)
-        except OSError as error:
+        except BaseException as error:
             self.error = self.error or error
             return size or 0
 

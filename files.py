@@ -186,13 +186,23 @@ def publish_folder(path: Path) -> Iterator[Path]:
         shutil.rmtree(temp, ignore_errors=True)
 
 
-def remove_leftovers(folders: Iterable[Path]) -> int:
+def remove_leftovers(folders: Iterable[Path], own: bool = False) -> int:
     """Delete temporary files and folders directly in ``folders`` whose writer on this machine is dead.
+
+    Args:
+        folders: to look in.
+        own: also those of this process, which must not be writing any more.
 
     Returns:
         How many were deleted.
     """
-    dead = [t for f in folders for t in f.glob(f".*~*~*{TEMP}") if _writer_is_gone(t)]
+    mine = _temp_prefix(Path("")).lstrip(".")
+    dead = [
+        t
+        for f in folders
+        for t in f.glob(f".*~*~*{TEMP}")
+        if _writer_is_gone(t) or (own and mine in t.name)
+    ]
     for temp in dead:
         if temp.is_dir():
             shutil.rmtree(temp, ignore_errors=True)

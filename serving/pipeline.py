@@ -98,11 +98,14 @@ def embed_jobs(
             f"--overlap is {options.overlap_px}; expected less than the tile's "
             f"{encoder.manifest.size_px} pixels"
         )
-    remove_leftovers([out, *(out / n for n in _FOLDERS), *out.glob("*/features_*")])
+    remove_leftovers(_folders(out))
     return _Run(jobs, encoder, out, options, progress, meter or Meter()).all()
 
 
-_FOLDERS = ("status", "overlays", "geojson")
+def _folders(out: Path) -> list[Path]:
+    """Return every folder of a run's files."""
+    beside = (out / name for name in ("status", "overlays", "geojson"))
+    return [out, *beside, *out.glob("*/features_*")]
 
 
 class _Run:
@@ -186,6 +189,7 @@ class _Run:
                 made = future.result()
                 if not isinstance(made, Result):
                     made.close()
+        remove_leftovers(_folders(self._out), own=self._stopping)
 
     def _open(self, job: Job) -> Work | Result:
         precision = str(self._encoder.describe().get("precision", "f32"))

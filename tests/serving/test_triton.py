@@ -3,6 +3,7 @@
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,8 +18,9 @@ import pytest
 from histoseek.errors import BadInput, Mismatch, Unavailable
 from histoseek.export.triton import TritonOptions, write_repository
 from histoseek.feature_files import read_features
+from histoseek.files import sha256_file
 from histoseek.manifest import read_manifest
-from histoseek.serving.encoder import OnnxEncoder, open_encoder
+from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder, open_encoder
 from histoseek.serving.jobs import find_jobs
 from histoseek.serving.pipeline import embed_jobs
 from histoseek.serving.results import EmbedOptions
@@ -59,10 +61,33 @@ def embed(slides, encoder, out, progress=lambda *_: None, **options):
     return embed_jobs(find_jobs(slides), encoder, out, EmbedOptions(**options), progress)
 
 
-def check_all_there(out, slides, bundle):
+def exported_anew(bundle, folder):
+    """The same encoder in another file: another sha256, the same embeddings."""
+    shutil.copytree(bundle, folder)
+    model = onnx.load(folder / "encoder.onnx")
+    model.doc_string = "a later export"
+    onnx.save(model, folder / "encoder.onnx")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest["sha256"] = sha256_file(folder / "encoder.onnx")
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def shuffled(path):
+    """A graph of the same shape whose weights are in disorder."""
+    model, rng = onnx.load(path), np.random.default_rng(0)
+    for weight in model.graph.initializer:
+        if len(weight.raw_data) > 2000:
+            values = rng.permutation(onnx.numpy_helper.to_array(weight).ravel())
+            changed = values.reshape(tuple(weight.dims))
+            weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
+    return model
+
+
+def check_all_there(out, slides, bundle, **options):
     """Every slide has its file once, with the embeddings that the bundle gives in process."""
     local = OnnxEncoder(bundle, batch=8)
-    results = embed(slides, local, out.parent / "in process")
+    results = embed(slides, local, out.parent / "in process", **options)
     for result in results:
         right = read_features(Path(result.features))
         (path,) = out.rglob(f"{right.name}.h5")
@@ -108,15 +133,7 @@ def test_a_missing_model_names_those_that_are_there(repository, triton):
 
 def test_another_encoder_behind_the_name_is_refused(repository, triton, other_bundle):
     folder = repository(max_batch=4)
-    from histoseek.serving.encoder import DEFAULT_BUNDLE
-
-    model = onnx.load(folder / MODEL / "1/model.onnx")
-    rng = np.random.default_rng(0)
-    for weight in model.graph.initializer:
-        if len(weight.raw_data) > 2000:
-            values = rng.permutation(onnx.numpy_helper.to_array(weight).ravel())
-            changed = values.reshape(tuple(weight.dims))
-            weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
+    model = shuffled(folder / MODEL / "1/model.onnx")
     server = triton(folder)
     with pytest.raises(Mismatch, match="is not histoseek-he-small-1"):
         open_encoder(server.url(MODEL), read_manifest(DEFAULT_BUNDLE))
@@ -160,21 +177,8 @@ def test_a_server_killed_and_restarted_in_mid_run_costs_nothing(
     results = embed(slides, encoder, tmp_path / "out", progress, overlap_px=48)
     threads[0].join()
     assert [r.state for r in results] == ["done"] * 5
-    check_all_there_overlap(tmp_path / "out", slides, other_bundle, 48)
+    check_all_there(tmp_path / "out", slides, other_bundle, overlap_px=48)
     encoder.close()
-
-
-def check_all_there_overlap(out, slides, bundle, overlap_px):
-    results = embed(
-        slides, OnnxEncoder(bundle, batch=8), out.parent / "here", overlap_px=overlap_px
-    )
-    for result in results:
-        right = read_features(Path(result.features))
-        (path,) = out.rglob(f"{right.name}.h5")
-        found = read_features(path)
-        assert np.array_equal(found.coords, right.coords)
-        assert np.abs(found.features - right.features).max() < 1e-5
-    assert len(list(out.rglob("*.h5"))) == len(slides)
 
 
 def test_a_server_that_comes_back_with_another_encoder_is_not_believed(
@@ -184,18 +188,7 @@ def test_a_server_that_comes_back_with_another_encoder_is_not_believed(
     encoder = open_encoder(server.url(MODEL, "?deadline=30"))
     assert encoder.embed(tiles).shape == (40, 16)
     server.kill()
-    changed = tmp_path / "changed"
-    import shutil
-
-    from histoseek.files import sha256_file
-
-    shutil.copytree(other_bundle, changed)
-    model = onnx.load(changed / "encoder.onnx")
-    model.doc_string = "another file"
-    onnx.save(model, changed / "encoder.onnx")
-    manifest = json.loads((changed / "manifest.json").read_text())
-    manifest["sha256"] = sha256_file(changed / "encoder.onnx")
-    (changed / "manifest.json").write_text(json.dumps(manifest))
+    changed = exported_anew(other_bundle, tmp_path / "changed")
     server.repository = repository(tmp_path / "others", changed, max_batch=8)
     server.start()
     with pytest.raises(Mismatch, match="came back as encoder other|is not other"):
@@ -430,13 +423,7 @@ def test_a_model_exchanged_while_the_server_was_away_is_noticed(repository, trit
     encoder = open_encoder(server.url(MODEL, "?deadline=30"))
     encoder.embed(tiles)
     server.kill()
-    model = onnx.load(folder / MODEL / "1/model.onnx")
-    rng = np.random.default_rng(0)
-    for weight in model.graph.initializer:
-        if len(weight.raw_data) > 2000:
-            values = rng.permutation(onnx.numpy_helper.to_array(weight).ravel())
-            changed = values.reshape(tuple(weight.dims))
-            weight.CopyFrom(onnx.numpy_helper.from_array(changed, weight.name))
+    model = shuffled(folder / MODEL / "1/model.onnx")
     onnx.save(model, folder / MODEL / "1/model.onnx")
     seen = threading.Thread(target=server.start)
     seen.start()
@@ -467,18 +454,7 @@ def test_a_newer_version_does_not_disturb_a_run(repository, triton, other_bundle
     server = triton(folder, extra=["--model-control-mode=poll", "--repository-poll-secs=1"])
     encoder = open_encoder(server.url(MODEL))
     expected = encoder.embed(tiles)
-    changed = tmp_path / "changed"
-    import shutil
-
-    from histoseek.files import sha256_file
-
-    shutil.copytree(other_bundle, changed)
-    model = onnx.load(changed / "encoder.onnx")
-    model.doc_string = "a later export"
-    onnx.save(model, changed / "encoder.onnx")
-    manifest = json.loads((changed / "manifest.json").read_text())
-    manifest["sha256"] = sha256_file(changed / "encoder.onnx")
-    (changed / "manifest.json").write_text(json.dumps(manifest))
+    changed = exported_anew(other_bundle, tmp_path / "changed")
     (written,) = write_repository([changed], folder, TritonOptions(max_batch=16))
     assert written.version == 2
     end = time.monotonic() + 60
