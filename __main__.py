@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import threading
 from pathlib import Path
@@ -93,6 +94,10 @@ def train(
     list_recipes: Annotated[
         bool, typer.Option("--list", help="List recipes, models and options.")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the model's layers and the cost; train nothing."),
+    ] = False,
     json: Json = False,
 ) -> None:
     """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value …]."""
@@ -102,11 +107,73 @@ def train(
     if list_recipes:
         commands.show_recipes()
         return
+    rules, columns = exclude or [], label_from.split(",")
+    if dry_run and recipe:
+        sources = [data, *(also or [])] if data else []
+        commands.dry_run(
+            recipe, sources, lambda given: commands.select(given, rules, columns), context.args
+        )
+        return
     if data is None or out is None:
-        raise BadInput("expected: histoseek train RECIPE DATA --out RUN (or --list)")
+        raise BadInput("expected: histoseek train RECIPE DATA --out RUN (or --list, or --dry-run)")
     sources = [data, *(also or [])]
-    commands.train(
-        recipe, sources, out, exclude or [], label_from.split(","), cross_validate, context.args
+    commands.train(recipe, sources, out, rules, columns, cross_validate, context.args)
+
+
+@app.command()
+def reproduce(
+    protocol: Annotated[str, typer.Argument(help="breast-ae, ae-dac, p4m-deepcluster, …")],
+    data: Annotated[
+        Path, typer.Option(help="The paper's data in its own layout, or any labelled set.")
+    ],
+    out: Annotated[Path, typer.Option(help="Folder of the report and its runs.")],
+    also: Annotated[list[Path] | None, typer.Option(help="More data; repeatable.")] = None,
+    exclude: Annotated[
+        list[str] | None, typer.Option(help="Leave out COLUMN=VALUE[,VALUE…]; repeatable.")
+    ] = None,
+    label_from: Annotated[
+        str, typer.Option(help="Manifest columns that make the label.")
+    ] = "label",
+    quick: Annotated[
+        bool, typer.Option("--quick", help="Few epochs and seeds: shows that it runs.")
+    ] = False,
+    preset: Annotated[
+        str, typer.Option(help="authors (their code) or paper (the text).")
+    ] = "authors",
+    seeds: Annotated[int, typer.Option(help="Seeds or folds; 0: the protocol's own.")] = 0,
+    epochs: Annotated[int, typer.Option(help="Of every training; 0: the protocol's own.")] = 0,
+    limit: Annotated[int, typer.Option(help="Most tiles, drawn by group; 0: all.")] = 0,
+    limit_large: Annotated[int, typer.Option(help="Likewise for nets over 2 GMACs.")] = 0,
+    split: Annotated[
+        str, typer.Option(help="group, or tile as some papers have it (leaky).")
+    ] = "group",
+    positive: Annotated[str, typer.Option(help="Label that counts as positive in F1.")] = "",
+    parts: Annotated[
+        str, typer.Option(help="More of the paper: table4,grid (ae-dac); lite0 (arcface).")
+    ] = "",
+    size_px: Annotated[int, typer.Option(help="Side of a tile, where it is open.")] = 0,
+    widths: Annotated[str, typer.Option(help="Of the P4M CNN: published, 32, 16, 8.")] = "",
+    accelerator: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "auto",
+    precision: Annotated[
+        str, typer.Option(help="Lightning's name, such as bf16-mixed.")
+    ] = "32-true",
+    json: Json = False,
+) -> None:
+    """Run a paper's table: published number, ours, trivial baseline, side by side."""
+    _need_torch()
+    from .training import commands
+    from .training.reproduce import StudyOptions
+
+    options = StudyOptions(
+        out, f"histoseek {shlex.join(sys.argv[1:])}", preset, quick, seeds, epochs, limit, limit_large,
+        split, positive, parts, size_px, widths, accelerator, precision,
+    )  # fmt: skip
+    rules, columns = exclude or [], label_from.split(",")
+    commands.reproduce(
+        protocol,
+        [data, *(also or [])],
+        lambda given: commands.select(given, rules, columns),
+        options,
     )
 
 

@@ -32,6 +32,22 @@ class Metric:
         return {k: None if v != v else v for k, v in asdict(self).items()}
 
 
+def flat_rows(content: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
+    """Return every metric of a run's record by one name, such as ``hdbscan.ari``.
+
+    Args:
+        content: nested dictionaries whose leaves are lists of what :meth:`Metric.as_dict` gives.
+        prefix: of all names.
+    """
+    rows: dict[str, dict[str, Any]] = {}
+    if isinstance(content, list):
+        rows |= {f"{prefix}{row['name']}": row for row in content}
+    elif isinstance(content, dict):
+        for key, part in content.items():
+            rows |= flat_rows(part, prefix if key in {"retrieval", "scores"} else f"{prefix}{key}.")
+    return rows
+
+
 def codes(values: Sequence[str | None]) -> Ints:
     """Number the distinct values 0..C-1 in sorted order; ``None`` becomes -1."""
     names = {name: n for n, name in enumerate(sorted({v for v in values if v is not None}))}

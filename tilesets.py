@@ -81,7 +81,7 @@ class TileSet:
         return replace(
             self,
             tiles=tuple(self.tiles[n] for n in chosen),
-            fingerprint=_fingerprint([self.fingerprint, *map(str, chosen)]),
+            fingerprint=content_hash([self.fingerprint, *map(str, chosen)]),
             _load=lambda n: load(chosen[n]),
         )
 
@@ -165,12 +165,13 @@ def concatenate(sets: Sequence[TileSet]) -> TileSet:
         name="+".join(part.name for part in sets),
         source="+".join(part.source for part in sets),
         tiles=tuple(tiles),
-        fingerprint=_fingerprint([part.fingerprint for part in sets]),
+        fingerprint=content_hash([part.fingerprint for part in sets]),
         _load=lambda n: places[n][0]._load(places[n][1]),
     )
 
 
-def _fingerprint(parts: Iterable[str]) -> str:
+def content_hash(parts: Iterable[str]) -> str:
+    """Return one SHA-256 of texts, in order."""
     digest = hashlib.sha256()
     for part in parts:
         digest.update(part.encode())
@@ -179,7 +180,7 @@ def _fingerprint(parts: Iterable[str]) -> str:
 
 
 def _rows_fingerprint(tiles: Sequence[Tile], content: str) -> str:
-    return _fingerprint([content, *(f"{t.file}|{t.label}|{t.group}" for t in tiles)])
+    return content_hash([content, *(f"{t.file}|{t.label}|{t.group}" for t in tiles)])
 
 
 def _is_picture(name: str) -> bool:
@@ -220,7 +221,7 @@ def _stamps(paths: Iterable[Path]) -> str:
         except OSError:
             return "missing"
 
-    return _fingerprint(map(stamp, paths))
+    return content_hash(map(stamp, paths))
 
 
 def _file_bytes(path: Path) -> bytes:

@@ -47,7 +47,8 @@ def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[s
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
         encoder = build(**about["architecture"])
         pca = {k: v for k, v in tensors.items() if k.startswith("pca.")}
-        encoder.load_state_dict({k: v for k, v in tensors.items() if k not in pca})
+        beside = (*pca, "clusters.centres")
+        encoder.load_state_dict({k: v for k, v in tensors.items() if k not in beside})
     except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise Damaged(f"{weights} does not fit the architecture it names ({error})") from error
     return record, encoder.eval(), pca
@@ -108,8 +109,8 @@ def export_run(
     _check_names(name or out.name, mpp)
     record, encoder, basis = load_run(run, build)
     graph = Graph(encoder, encoder.mean, encoder.std, _components(basis, pca, run), views)  # type: ignore[arg-type]
-    size_px = int(record["architecture"]["size_px"])
-    dim = len(graph.pca_components) if graph.has_pca else int(record["architecture"]["dim"])
+    size_px = int(encoder.size_px)  # type: ignore[arg-type]
+    dim = len(graph.pca_components) if graph.has_pca else int(encoder.dim)  # type: ignore[arg-type]
     tiles = sample_tiles(tileset, size_px)
     with publish_folder(out) as folder:
         write_atomic(folder / GRAPH, to_onnx(graph, size_px))

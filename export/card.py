@@ -5,6 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from ..manifest import Manifest
+from ..metrics import flat_rows
+
+JUDGED = ("trained", "random_init", "pixels")
 
 
 def model_card(
@@ -64,8 +67,23 @@ def _left_out(data: dict[str, Any]) -> str:
 
 
 def _tables(metrics: dict[str, Any]) -> list[str]:
-    if not metrics:
-        return ["Nothing was held out, so nothing was measured."]
+    own = flat_rows({k: v for k, v in metrics.items() if k not in JUDGED})
+    lines = _judged(metrics) if "trained" in metrics else []
+    if own:
+        lines += [
+            "",
+            "The recipe's own:",
+            "",
+            "| metric | value | trivial baseline |",
+            "|---|---|---|",
+        ]
+    for name, row in own.items():
+        values = ("–" if row[k] is None else f"{row[k]:.3f}" for k in ("value", "baseline"))
+        lines.append(f"| {name} | {' | '.join(values)} ({row['baseline_is']}) |")
+    return lines or ["Nothing was held out, so nothing was measured."]
+
+
+def _judged(metrics: dict[str, Any]) -> list[str]:
     trained, untrained = metrics["trained"], metrics["random_init"]
     lines = [
         "",

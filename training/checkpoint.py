@@ -12,6 +12,8 @@ from safetensors.torch import save
 
 from ..errors import BadInput, Damaged, Mismatch
 from ..files import write_atomic
+from .models import Encoder, build
+from .pretrained import find_weights
 
 Tensors = dict[str, torch.Tensor]
 
@@ -59,24 +61,27 @@ def restore_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[st
     return {"state": state, "param_groups": groups}
 
 
-def load_backbone(backbone: torch.nn.Module, path: Path) -> None:
+def load_backbone(backbone: torch.nn.Module, source: str, sha256: str = "") -> None:
     """Load a torchvision-keyed checkpoint (.pth or .safetensors) into a backbone, by key.
 
-    Classifier weights in the file are ignored; everything else must fit.
+    Classifier weights in the file are ignored; everything else must fit. A backbone may name keys that
+    stay as they are (``fresh``) and rename old keys (``rename``).
+
+    Args:
+        backbone: whose weights are replaced.
+        source: a path, an https:// address, or ``efficientnet-lite0`` (see :mod:`.pretrained`).
+        sha256: what the file's hash must be.
 
     Raises:
-        Mismatch: a backbone tensor is missing in the file or has another shape.
+        BadInput: no such file, or an address without a hash.
+        Mismatch: a backbone tensor is missing in the file or has another shape, or another hash.
     """
-    if path.suffix == ".safetensors":
-        tensors, _ = load_tensors(path)
-    else:
-        try:
-            tensors = torch.load(path, map_location="cpu", weights_only=True)
-        except FileNotFoundError as error:
-            raise BadInput(f"{path} does not exist; check the path") from error
-        except Exception as error:
-            raise Damaged(f"{path} is not a checkpoint of plain tensors ({error})") from error
-    expected = backbone.state_dict()
+    path = find_weights(source, sha256)
+    tensors = _read_checkpoint(path)
+    rename = getattr(backbone, "rename", str)
+    tensors = {rename(key): value for key, value in tensors.items()}
+    fresh = tuple(getattr(backbone, "fresh", ()))
+    expected = {k: v for k, v in backbone.state_dict().items() if not k.startswith(fresh)}
     wrong = [
         key
         for key, value in expected.items()
@@ -85,7 +90,48 @@ def load_backbone(backbone: torch.nn.Module, path: Path) -> None:
     ]
     if wrong:
         raise Mismatch(
-            f"{path} does not fit the backbone: {len(wrong)} of {len(expected)} tensors are missing "
+            f"{source} does not fit the backbone: {len(wrong)} of {len(expected)} tensors are missing "
             f"or of another shape, first {wrong[0]!r}; expected torchvision's state-dict keys"
         )
     backbone.load_state_dict({k: v for k, v in tensors.items() if k in expected}, strict=False)
+
+
+def load_run_weights(encoder: torch.nn.Module, run: Path) -> None:
+    """Load the weights of a finished run of the same architecture.
+
+    Raises:
+        BadInput: the folder holds no finished run.
+        Mismatch: its weights are of another architecture.
+    """
+    tensors, about = load_tensors(run / "weights.safetensors")
+    own = {k: v for k, v in tensors.items() if not k.startswith(("pca.", "clusters."))}
+    try:
+        encoder.load_state_dict(own)
+    except RuntimeError as error:
+        raise Mismatch(f"{run} is a run of {about.get('architecture')}: {error}") from error
+
+
+def load_encoder(run: Path) -> Encoder:
+    """Build the encoder of a finished run again, with its weights.
+
+    Raises:
+        BadInput: the folder holds no finished run.
+    """
+    _, about = load_tensors(run / "weights.safetensors")
+    encoder = build(**about["architecture"])
+    load_run_weights(encoder, run)
+    return encoder.eval()
+
+
+def _read_checkpoint(path: Path) -> Tensors:
+    if path.suffix == ".safetensors":
+        return load_tensors(path)[0]
+    try:
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} does not exist; check the path") from error
+    except Exception as error:
+        raise Damaged(f"{path} is not a checkpoint of plain tensors ({error})") from error
+    if not isinstance(tensors, dict) or not all(map(torch.is_tensor, tensors.values())):
+        raise Damaged(f"{path} is not a checkpoint of plain tensors; expected a state dict")
+    return tensors

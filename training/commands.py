@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 
 from .. import console
 from ..errors import BadInput
 from ..files import write_json
-from ..tilesets import TileSet, concatenate, open_tiles
-from .models import MODELS, build
+from ..metrics import flat_rows
+from ..tilesets import TileSet, concatenate
+from .evaluate import JUDGED
+from .layouts import open_data
+from .models import MODELS, build, model_options
+from .models.cost import parameters
+from .models.cost import summarise as summarise_model
+from .options import TrainingOptions
 from .recipes import RECIPES, Recipe, describe_options, find_recipe, parse_options
+from .reproduce import PROTOCOLS, StudyOptions, find_protocol
+from .reproduce import reproduce as run_protocol
+
+Choice = Callable[[Sequence[Path]], TileSet]
+TITLES = {"trained": "trained", "random_init": "random weights", "pixels": "pixels"}
 
 
 def show_recipes() -> None:
-    """Print every recipe with its options, and every model with its size."""
-    models = {}
-    for name in MODELS:
-        model = build(name)
-        models[name] = {
-            "parameters": sum(p.numel() for p in model.parameters()),
-            "size_px": model.size_px,
-            "dim": model.dim,
-        }
+    """Print every recipe with its options, and every model with its size, cost and source."""
+    models = {name: _model_facts(name) for name in MODELS}
     options = {name: describe_options(recipe) for name, recipe in RECIPES.items()}
+    protocols = {name: protocol.about for name, protocol in PROTOCOLS.items()}
     document = {
         "recipes": {
             name: {
@@ -37,14 +43,94 @@ def show_recipes() -> None:
             for name, rows in options.items()
         },
         "models": models,
+        "protocols": protocols,
     }
 
     def human() -> None:
-        rows = [(n, m["parameters"], m["size_px"], m["dim"]) for n, m in models.items()]
-        console.table("Models", ("name", "parameters", "tile px", "embedding"), rows)
+        facts = [
+            (n, m["input"], m["dim"], f"{m['parameters']:,}", m["macs"], m["paper"])
+            for n, m in models.items()
+        ]
+        columns = ("model", "input", "dim", "parameters", "MACs", "paper")
+        console.table("Models, with decoder or classifier as in the paper", columns, facts)
+        choices = [
+            (n, ", ".join(f"{k}={v}" for k, v in m["options"].items())) for n, m in models.items()
+        ]
+        console.table("Model options (--model-options name=value,…)", ("model", "options"), choices)
         for name, recipe in RECIPES.items():
             console.say(f"\n{name}: {recipe.about}")
-            console.table("", ("option", "default", "meaning"), options[name])
+            own = [row for row in options[name] if row not in _SHARED]
+            console.table("", ("option", "default", "meaning"), own)
+        console.table("Options of every recipe", ("option", "default", "meaning"), _SHARED)
+        console.table("histoseek reproduce", ("protocol", "what"), list(protocols.items()))
+
+    console.emit(document, human)
+
+
+_SHARED = describe_options(Recipe(TrainingOptions, lambda: {}, ""))
+
+
+def _model_facts(name: str) -> dict[str, Any]:
+    with torch.device("meta"):  # no memory, no arithmetic
+        model = build(name)
+        cost = sum(layer.macs for layer in summarise_model(model))
+    return {
+        "parameters": parameters(model),
+        "macs": f"{cost / 1e6:,.2f} M",
+        "input": f"{1 if model.grey else 3}x{model.size_px}x{model.size_px}",
+        "size_px": model.size_px,
+        "dim": model.dim,
+        "paper": MODELS[name].paper,
+        "options": {k: v for k, v in model_options(name).items() if k != "size_px"},
+    }
+
+
+def dry_run(name: str, sources: Sequence[Path], choose: Choice, words: list[str]) -> None:
+    """Print the model's layers with their cost, and what training on the data would take."""
+    recipe = find_recipe(name)
+    options: TrainingOptions = parse_options(recipe, words)
+    with torch.device("meta"):
+        model = build(**options.architecture())
+        layers = summarise_model(model)
+    macs = sum(layer.macs for layer in layers)
+    tiles = len(choose(sources)) if sources else None
+    document: dict[str, Any] = {
+        "recipe": name,
+        "options": asdict(options),
+        "architecture": options.architecture(),
+        "layers": [asdict(layer) for layer in layers],
+        "parameters": parameters(model),
+        "macs_per_tile": macs,
+        "embedding": model.dim,
+    }
+    if tiles is not None:
+        held = 0 if not options.folds else 1 + options.validates
+        trained = tiles - tiles * held // max(1, options.folds)
+        document |= {
+            "tiles": tiles,
+            "tiles_trained_on": trained,
+            "pixels_bytes": tiles * model.size_px**2 * 3,
+            "training_macs": 3 * macs * trained * options.epochs,
+        }
+
+    def human() -> None:
+        rows = [
+            (r.name, r.kind, " x ".join(map(str, r.output)), f"{r.parameters:,}", f"{r.macs:,}")
+            for r in layers
+        ]
+        columns = ("layer", "kind", "output", "parameters", "MACs")
+        console.table(f"{options.model}: one tile forward", columns, rows)
+        console.say(
+            f"{parameters(model):,} parameters, {macs / 1e6:,.2f} M multiply-adds per tile, embedding "
+            f"of {model.dim}"
+        )
+        if tiles is not None:
+            console.say(
+                f"{tiles:,} tiles ({document['pixels_bytes'] / 2**20:,.0f} MiB of pixels), about "
+                f"{document['tiles_trained_on']:,} of them trained on for {options.epochs} epochs: about "
+                f"{document['training_macs'] / 1e12:,.1f} T multiply-adds (a step costs 3 forwards)"
+            )
+        console.say("nothing was trained (--dry-run)")
 
     console.emit(document, human)
 
@@ -55,7 +141,7 @@ def select(sources: Sequence[Path], exclude: Sequence[str], label_from: Sequence
     Raises:
         BadInput: an exclusion that is not COLUMN=VALUE or matches nothing.
     """
-    parts = [open_tiles(source) for source in sources]
+    parts = [open_data(source) for source in sources]
     for rule in exclude:
         column, equals, values = rule.partition("=")
         if not equals or not values:
@@ -113,35 +199,23 @@ def _every_fold(
         for fold in range(options.folds)
     ]
     summary = {
-        side: summarise([r["metrics"][side] for r in records]) for side in records[0]["metrics"]
+        side: summarise([flat_rows(r["metrics"][side]) for r in records])
+        for side in records[0]["metrics"]
     }
     document = {"folds": options.folds, "summary": summary}
     write_json(out / "cross_validation.json", document)
 
     def human() -> None:
-        random = summary["random_init"]
-        rows = [
-            (name, row["mean"], row["sd"], row["baseline"], random.get(name, {}).get("mean"))
-            for name, row in summary["trained"].items()
-        ]
-        columns = ("metric", "mean", "sd", "trivial baseline", "random weights")
-        console.table(f"{options.folds} folds", columns, rows)
+        for side, rows in summary.items():
+            shown = [(name, row["mean"], row["sd"], row["baseline"]) for name, row in rows.items()]
+            columns = ("metric", "mean", "sd", "trivial baseline")
+            console.table(f"{options.folds} folds: {TITLES.get(side, side)}", columns, shown)
 
     console.emit(document, human)
 
 
-def flat_metrics(side: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Return every metric of a record's side by one name, such as ``hdbscan.ari``."""
-    rows = {row["name"]: row for row in side["retrieval"]}
-    for part, content in side.items():
-        if isinstance(content, dict):
-            rows |= {f"{part}.{row['name']}": row for row in content["scores"]}
-    return rows
-
-
-def summarise(sides: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
+def summarise(tables: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
     """Return mean and standard deviation over folds of every metric."""
-    tables = [flat_metrics(side) for side in sides]
 
     def over_folds(name: str, key: str) -> list[float]:
         return [t[name][key] for t in tables if name in t and t[name][key] is not None]
@@ -166,15 +240,48 @@ def show_run(record: dict[str, Any], out: Path) -> None:
     )
     for reason in data["unreadable"]:
         console.say(f"left out: {reason}")
-    if record["metrics"]:
-        trained = flat_metrics(record["metrics"]["trained"])
-        random = flat_metrics(record["metrics"]["random_init"])
+    judged = {side: flat_rows(record["metrics"].get(side)) for side in JUDGED}
+    meaning: dict[str, list[str]] = {}
+    if judged["trained"]:
         rows = [
-            (name, row["value"], random.get(name, {}).get("value"), row["baseline"])
-            for name, row in trained.items()
+            (name, *(judged[side].get(name, {}).get("value") for side in JUDGED), row["baseline"])
+            for name, row in judged["trained"].items()
         ]
-        console.table("Held-out tiles", ("metric", "trained", "random weights", "trivial"), rows)
-        kinds = dict.fromkeys((r["baseline_is"], n.split(".")[-1]) for n, r in trained.items())
-        meaning = {text: [n for t, n in kinds if t == text] for text, _ in kinds}
-        for text, names in meaning.items():
-            console.say(f"trivial = {text}: {', '.join(names)}")
+        columns = ("metric", *(TITLES[side] for side in JUDGED), "trivial")
+        console.table("Held-out tiles", columns, rows)
+    own = flat_rows({k: v for k, v in record["metrics"].items() if k not in JUDGED})
+    if own:
+        rows = [(name, row["value"], row["baseline"]) for name, row in own.items()]
+        console.table(f"Recipe {record['recipe']}", ("metric", "value", "trivial"), rows)
+    for name, row in {**judged["trained"], **own}.items():
+        names = meaning.setdefault(row["baseline_is"], [])
+        if name.split(".")[-1] not in names:
+            names.append(name.split(".")[-1])
+    for text, names in meaning.items():
+        console.say(f"trivial = {text}: {', '.join(names)}")
+
+
+def reproduce(name: str, sources: Sequence[Path], choose: Choice, options: StudyOptions) -> None:
+    """Run a paper's protocol and say where its report lies."""
+    find_protocol(name)
+    tiles = choose(sources)
+    with console.progress(f"reproduce {name}") as progress:
+        document = run_protocol(name, options, tiles, progress)
+
+    def human() -> None:
+        for table in document["tables"]:
+            first = next(iter(table["rows"].values()))
+            columns = [f"{c} ({kind})" for c in first for kind in ("published", "ours", "trivial")]
+            rows = [
+                (
+                    row,
+                    *(v for c in cells.values() for v in (c["published"], c["mean"], c["trivial"])),
+                )
+                for row, cells in table["rows"].items()
+            ]
+            console.table(table["title"], ("", *columns), rows)
+        for note in document["notes"]:
+            console.say(f"note: {note}")
+        console.say(f"{options.out / 'report.md'}: the report with figures; report.json beside it")
+
+    console.emit(document, human)

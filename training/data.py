@@ -1,8 +1,11 @@
-"""Labelled tiles as arrays for training, and splits that never cut a group in two."""
+"""Labelled tiles for training, in memory or streamed, and splits that never cut a group in two."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import os
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -21,18 +24,19 @@ BLANK = 12.0
 
 @dataclass(frozen=True)
 class LabelledTiles:
-    """Decoded tiles with what is known of each.
+    """Tiles with what is known of each; :meth:`read` gives their pixels.
 
     Attributes:
-        tiles: uint8 (N, S, S, 3).
+        tiles: uint8 (N, S, S, 3); (0, S, S, 3) where tiles are streamed.
         labels: (N,) class numbers, -1 is unlabelled.
         groups: (N,) group numbers; a tile without a group is a group of its own.
         places: (N,) numbers of places in the tissue: a cut-out of a larger picture is a place of its
             own, any other tile is at the place of its group.
         label_names: the classes in order of their number.
         files: (N,) names.
-        unreadable: what was left out, with the reason.
+        unreadable: what was left out, with the reason, by file; a stream adds to it as it reads.
         grouped: whether the data named any group.
+        stream: where the pixels come from if they are not in memory.
     """
 
     tiles: NDArray[np.uint8]
@@ -41,11 +45,54 @@ class LabelledTiles:
     places: Ints
     label_names: tuple[str, ...]
     files: tuple[str, ...]
-    unreadable: tuple[str, ...]
+    unreadable: dict[str, str]
     grouped: bool
+    stream: TileSet | None = field(default=None, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def size_px(self) -> int:
+        """S, the side of a tile."""
+        return int(self.tiles.shape[1])
+
+    def read(self, numbers: Ints) -> tuple[NDArray[np.uint8], Ints]:
+        """Return tiles (M, S, S, 3) and their numbers (M,), in order.
+
+        M is less than asked for where a streamed tile cannot be read; it is then noted by name.
+        """
+        if self.stream is None:
+            return self.tiles[numbers], numbers
+        tiles, kept = [], []
+        for number, tile in zip(numbers, self._decode(numbers), strict=True):
+            if isinstance(tile, BadInput):
+                self.unreadable[self.files[number]] = str(tile)
+            else:
+                tiles.append(tile)
+                kept.append(number)
+        none = np.zeros((0, *self.tiles.shape[1:]), dtype=np.uint8)
+        return np.stack(tiles) if tiles else none, np.array(kept, dtype=np.int64)
+
+    def _decode(self, numbers: Ints) -> Iterator[Rgb | BadInput]:
+        source, side = self.stream, self.size_px
+        assert source is not None
+
+        def one(number: int) -> Rgb | BadInput:
+            try:
+                return square(source.read(int(number)), side)
+            except BadInput as error:
+                return error
+
+        return _POOL.map(one, numbers)
 
 
-def load(tileset: TileSet, size_px: int, progress: Report, cut: bool = False) -> LabelledTiles:
+_POOL = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="decode")
+
+
+def load(
+    tileset: TileSet, size_px: int, progress: Report, cut: bool = False, stream: bool = False
+) -> LabelledTiles:
     """Decode a tile set; an unreadable tile is left out, counted and named.
 
     Args:
@@ -53,42 +100,66 @@ def load(tileset: TileSet, size_px: int, progress: Report, cut: bool = False) ->
         size_px: S, the side that every tile is brought to.
         progress: called after each tile.
         cut: cut pictures of at least 2 S x 2 S into tiles at their own scale, instead of shrinking.
+        stream: decode tiles when they are asked for; so is done with more than 16 GiB of them.
 
     Raises:
-        BadInput: no tile could be read, or more than fit into 16 GiB.
+        BadInput: no tile could be read, or cut tiles are more than fit into 16 GiB.
     """
-    tiles: list[Rgb] = []
-    rows: list[tuple[int, str]] = []
-    unreadable: list[str] = []
-    for number in range(len(tileset)):
+    bytes_per_tile = size_px * size_px * 3
+    if not cut and (stream or len(tileset) * bytes_per_tile > MAX_BYTES):
+        rows = [(number, "") for number in range(len(tileset))]
+        empty = np.zeros((0, size_px, size_px, 3), dtype=np.uint8)
+        return _labelled(tileset, empty, rows, {}, stream=True)
+
+    def one(number: int) -> dict[str, Rgb] | BadInput:
         try:
             picture = tileset.read(number)
-            pieces = cut_up(picture, size_px) if cut else {"": square(picture, size_px)}
+            return cut_up(picture, size_px) if cut else {"": square(picture, size_px)}
+        except BadInput as error:
+            return error
+
+    tiles: list[Rgb] = []
+    rows = []
+    unreadable: dict[str, str] = {}
+    for number, pieces in enumerate(_POOL.map(one, range(len(tileset)))):
+        if isinstance(pieces, BadInput):
+            unreadable[tileset.tiles[number].file] = str(pieces)
+        else:
             tiles += pieces.values()
             rows += [(number, place) for place in pieces]
-        except BadInput as error:
-            unreadable.append(str(error))
-        if len(tiles) * size_px * size_px * 3 > MAX_BYTES:
+        if len(tiles) * bytes_per_tile > MAX_BYTES:
             raise BadInput(
                 f"{tileset.source}: more than {len(tiles):,} tiles of {size_px} px do not fit into "
                 f"{MAX_BYTES >> 30} GiB; lower --size-px or train on a part"
             )
         progress(number + 1, len(tileset), "reading tiles")
     if not rows:
-        reason = unreadable[0] if unreadable else "it is empty"
+        reason = next(iter(unreadable.values()), "it is empty")
         raise BadInput(f"{tileset.source}: no tile could be read; first reason: {reason}")
+    return _labelled(tileset, np.stack(tiles), rows, unreadable, stream=False)
+
+
+def _labelled(
+    tileset: TileSet,
+    tiles: NDArray[np.uint8],
+    rows: list[tuple[int, str]],
+    unreadable: dict[str, str],
+    stream: bool,
+) -> LabelledTiles:
+    """Join pixels with the labels, groups and names of the tiles and cut-outs in ``rows``."""
     known = [tileset.tiles[number] for number, _ in rows]
     groups = [tile.group or f"\0{number}" for tile, (number, _) in zip(known, rows, strict=True)]
     places = [f"{group}\0{place}" for group, (_, place) in zip(groups, rows, strict=True)]
     return LabelledTiles(
-        tiles=np.stack(tiles),
+        tiles=tiles,
         labels=codes([tile.label for tile in known]),
         groups=codes(groups),
         places=codes(places),
         label_names=tuple(sorted({tile.label for tile in known if tile.label is not None})),
         files=tuple(tile.file + place for tile, (_, place) in zip(known, rows, strict=True)),
-        unreadable=tuple(unreadable),
+        unreadable=unreadable,
         grouped=any(tile.group for tile in known),
+        stream=tileset if stream else None,
     )
 
 
@@ -111,29 +182,68 @@ def cut_up(picture: Rgb, size_px: int) -> dict[str, Rgb]:
     return pieces
 
 
-def split_by_group(data: LabelledTiles, folds: int, fold: int, seed: int) -> tuple[Ints, Ints]:
-    """Return the numbers of training and held-out tiles; no group is in both.
+@dataclass(frozen=True)
+class Split:
+    """Numbers of the tiles that train, validate (choose epochs and rates) and test.
 
-    Classes are spread over the folds as evenly as their groups allow. ``folds=0`` holds nothing out.
+    Attributes:
+        train: (N,).
+        validate: (M,); empty where nothing needs it.
+        test: (K,); empty where nothing is held out.
+        by: what was kept together, for the record.
+    """
+
+    train: Ints
+    validate: Ints
+    test: Ints
+    by: str
+
+
+def split(
+    data: LabelledTiles, folds: int, fold: int, seed: int, by: str = "group", validate: bool = False
+) -> Split:
+    """Split tiles into folds; fold number ``fold`` tests, the next one validates if asked to.
+
+    Args:
+        data: labelled tiles.
+        folds: 0 holds nothing out.
+        fold: which tests.
+        seed: of the shuffle.
+        by: ``group`` never cuts a group in two; ``tile`` does, so that test tiles have siblings in the
+            training part.
+        validate: set a fold aside for validation.
 
     Raises:
         BadInput: fewer groups than folds.
     """
+    told = "group" if data.grouped else "tile (the data names no groups)"
+    if by == "tile" and data.grouped:
+        told = "tile, ACROSS groups (leaky: tiles of one source are in several parts)"
     everything = np.arange(len(data.labels))
     if folds == 0:
-        return everything, everything[:0]
+        return Split(everything, everything[:0], everything[:0], told)
+    parts = _folds(data, folds, seed, by)
+    after = (fold + 1) % folds
+    chosen = {fold, after} if validate else {fold}
+    train = np.concatenate([part for n, part in enumerate(parts) if n not in chosen])
+    return Split(np.sort(train), parts[after] if validate else everything[:0], parts[fold], told)
+
+
+def _folds(data: LabelledTiles, folds: int, seed: int, by: str) -> list[Ints]:
     from sklearn.model_selection import GroupKFold, StratifiedGroupKFold
 
-    groups = len(np.unique(data.groups))
-    if groups < folds:
-        raise BadInput(f"the data has {groups} group(s); {folds} folds need at least {folds}")
+    groups = data.groups if by == "group" else np.arange(len(data.labels))
+    found = len(np.unique(groups))
+    if found < folds:
+        raise BadInput(f"the data has {found} {by}(s); {folds} folds need at least {folds}")
     counts = np.bincount(data.labels[data.labels >= 0], minlength=1)
     by_class = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     plain = GroupKFold(folds, shuffle=True, random_state=seed)
     splitter = by_class if counts.min() >= folds else plain
-    splits = list(splitter.split(everything, data.labels, data.groups))
-    train, held_out = splits[fold]
-    return train.astype(np.int64), held_out.astype(np.int64)
+    return [
+        held_out.astype(np.int64)
+        for _, held_out in splitter.split(np.arange(len(groups)), data.labels, groups)
+    ]
 
 
 def describe(data: LabelledTiles, tileset: TileSet) -> dict[str, Any]:
@@ -144,14 +254,15 @@ def describe(data: LabelledTiles, tileset: TileSet) -> dict[str, Any]:
         "tiles": len(data.labels),
         "classes": list(data.label_names),
         "groups": int(data.groups.max()) + 1 if data.grouped else None,
-        "unreadable": list(data.unreadable),
+        "unreadable": list(data.unreadable.values()),
     }
 
 
-def describe_split(data: LabelledTiles, train: Ints, held_out: Ints) -> dict[str, Any]:
+def describe_split(parts: Split) -> dict[str, Any]:
     """Return what the record of a run says of its split."""
     return {
-        "by": "group" if data.grouped else "tile (the data names no groups)",
-        "train_tiles": len(train),
-        "held_out_tiles": len(held_out),
+        "by": parts.by,
+        "train_tiles": len(parts.train),
+        "validation_tiles": len(parts.validate),
+        "held_out_tiles": len(parts.test),
     }

@@ -10,24 +10,40 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..metrics import Floats, Ints, clustering_report, retrieval_report, silhouette
-from .data import LabelledTiles
+from .data import LabelledTiles, Split
 from .models import Encoder
 
 Basis = dict[str, NDArray[np.float32]]
+JUDGED = ("trained", "random_init", "pixels")
+"""What is judged on held-out tiles: the encoder, the same net before training, shrunken pixels."""
 
 
 @torch.inference_mode()
-def embed(encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64) -> NDArray[np.float32]:
-    """Embed uint8 tiles (N, S, S, 3); returns unit vectors float32 (N, D)."""
+def embed(
+    encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64, unit: bool = True
+) -> NDArray[np.float32]:
+    """Embed uint8 tiles (N, S, S, 3); returns float32 (N, D), of length 1 unless ``unit`` is off."""
     was_training = encoder.training
     encoder.eval()
     parts = [np.zeros((0, encoder.dim), dtype=np.float32)]
     for start in range(0, len(tiles), batch):
-        scaled = to_input(encoder, tiles[start : start + batch])
-        unit = nn.functional.normalize(encoder(scaled).float())
-        parts.append(unit.cpu().numpy())
+        found = encoder(to_input(encoder, tiles[start : start + batch])).float()
+        parts.append((nn.functional.normalize(found) if unit else found).cpu().numpy())
     encoder.train(was_training)
     return np.concatenate(parts)
+
+
+def embed_numbers(
+    encoder: Encoder, data: LabelledTiles, numbers: Ints, unit: bool = True, batch: int = 256
+) -> tuple[NDArray[np.float32], Ints]:
+    """Embed tiles by number, in memory or streamed; returns (M, D) and the numbers that were read."""
+    found = [np.zeros((0, encoder.dim), dtype=np.float32)]
+    kept = [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(numbers), batch):
+        tiles, read = data.read(numbers[start : start + batch])
+        found.append(embed(encoder, tiles, unit=unit))
+        kept.append(read)
+    return np.concatenate(found), np.concatenate(kept)
 
 
 @torch.no_grad()
@@ -51,11 +67,11 @@ def calibrate(encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64) -> No
     encoder.train(was_training)
 
 
-def to_input(encoder: Encoder, tiles: NDArray[np.uint8]) -> torch.Tensor:
+def to_input(encoder: Encoder, tiles: NDArray[np.uint8] | torch.Tensor) -> torch.Tensor:
     """Turn uint8 tiles (N, S, S, 3) into the encoder's float input (N, 3, S, S), on its device."""
     device = next(encoder.parameters()).device
-    pixels = torch.from_numpy(np.ascontiguousarray(tiles)).to(device)
-    return normalise(encoder, pixels.permute(0, 3, 1, 2).float() / 255)
+    pixels = tiles if torch.is_tensor(tiles) else torch.from_numpy(np.ascontiguousarray(tiles))
+    return normalise(encoder, pixels.to(device).permute(0, 3, 1, 2).float() / 255)
 
 
 def normalise(encoder: Encoder, tiles: torch.Tensor) -> torch.Tensor:
@@ -85,33 +101,53 @@ def project(embeddings: Floats, basis: Basis, keep: float = 0.95) -> Floats:
 
 
 def judge(
-    encoder: Encoder,
-    initial: Encoder,
-    data: LabelledTiles,
-    train: Ints,
-    held_out: Ints,
-    seed: int,
+    encoder: Encoder, initial: Encoder, data: LabelledTiles, parts: Split, seed: int, measure: bool
 ) -> tuple[Basis, dict[str, Any]]:
-    """Judge a trained encoder on held-out tiles, beside the same net before training.
+    """Judge a trained encoder on held-out tiles, beside the same net before training and pixels.
 
-    PCA is fitted on training tiles. The initial net gets batch norms calibrated on a sample of them.
+    PCA is fitted on training tiles. The initial net gets batch norms calibrated on a sample of them. At
+    most 10,000 held-out tiles are compared, drawn by ``seed``.
 
     Returns:
-        The PCA basis of the trained encoder, and metrics of ``trained`` and ``random_init`` ({} when
-        nothing was held out).
+        The PCA basis of the trained encoder, and metrics of ``trained``, ``random_init`` and ``pixels``
+        ({} when nothing was held out or ``measure`` is off).
     """
-    basis = pca_basis(embed(encoder, data.tiles[train]))
-    if not len(held_out):
+    rng = np.random.default_rng(seed)
+    train = _sample(parts.train, MOST, rng)
+    basis = pca_basis(embed_numbers(encoder, data, train)[0])
+    if not measure or not len(parts.test):
         return basis, {}
-    labels, groups = data.labels[held_out], data.groups[held_out]
-    found = embed(encoder, data.tiles[held_out])
-    sample = data.tiles[train[:: max(1, len(train) // 512)]]
+    tiles, numbers = data.read(_sample(parts.test, MOST, rng))
+    labels, groups = data.labels[numbers], data.groups[numbers]
+    sample = data.read(train[:: max(1, len(train) // 512)])[0]
     calibrate(initial, sample)
-    before, own = embed(initial, data.tiles[held_out]), pca_basis(embed(initial, sample))
-    return basis, {
-        "trained": evaluate(found, labels, groups, data.grouped, basis, seed),
-        "random_init": evaluate(before, labels, groups, data.grouped, own, seed),
+    pixels = pixel_features(tiles)
+    sides = {
+        "trained": (embed(encoder, tiles), basis),
+        "random_init": (embed(initial, tiles), pca_basis(embed(initial, sample))),
+        "pixels": (pixels, pca_basis(pixel_features(sample))),
     }
+    return basis, {
+        name: evaluate(found, labels, groups, data.grouped, own, seed)
+        for name, (found, own) in sides.items()
+    }
+
+
+MOST = 10_000
+"""Most held-out tiles that are judged: every one is compared with every other."""
+
+
+def _sample(numbers: Ints, most: int, rng: np.random.Generator) -> Ints:
+    if len(numbers) <= most:
+        return numbers
+    return np.sort(rng.choice(numbers, most, replace=False))
+
+
+def pixel_features(tiles: NDArray[np.uint8], side: int = 16) -> NDArray[np.float32]:
+    """Shrink uint8 tiles (N, S, S, 3) to side x side; returns float32 (N, 3 side side) in 0..1."""
+    pixels = torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 3, 1, 2).float() / 255
+    small = nn.functional.adaptive_avg_pool2d(pixels, min(side, tiles.shape[1]))
+    return small.flatten(1).numpy()
 
 
 def evaluate(

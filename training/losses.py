@@ -1,4 +1,4 @@
-"""Losses on embeddings."""
+"""Losses on embeddings, on cluster probabilities, and on codes."""
 
 from __future__ import annotations
 
@@ -55,3 +55,123 @@ class ArcFace(nn.Module):
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy of embeddings (N, D) with labels (N,)."""
         return nn.functional.cross_entropy(self.logits(embeddings, labels), labels)
+
+
+class Softmax(nn.Module):
+    """A linear classifier with cross-entropy: the control that paper 004 lacks."""
+
+    def __init__(self, dim: int, classes: int) -> None:
+        """Make the classifier (D, C)."""
+        super().__init__()
+        self.linear = nn.Linear(dim, classes)
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the mean cross-entropy of embeddings (N, D) with labels (N,)."""
+        return nn.functional.cross_entropy(self.linear(embeddings.float()), labels)
+
+
+class Triplet(nn.Module):
+    """Triplet margin loss on unit embeddings, over all triplets of a batch that are not yet right.
+
+    Schroff et al. 2015 with every valid triplet: the mean of max(0, d(a, p) - d(a, n) + margin) over the
+    triplets where it is positive, d being Euclidean.
+
+    Args:
+        margin: by how much a negative must be farther than a positive.
+    """
+
+    def __init__(self, margin: float = 0.2) -> None:
+        """Remember the margin."""
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of embeddings (N, D) with labels (N,); 0 without any triplet."""
+        distance = _distances(embeddings)
+        same = labels[:, None] == labels[None, :]
+        positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        gap = distance[:, :, None] - distance[:, None, :] + self.margin
+        valid = positive[:, :, None] & ~same[:, None, :]
+        wrong = nn.functional.relu(gap[valid])
+        return wrong.sum() / (wrong > 0).sum().clamp(min=1)
+
+
+class Contrastive(nn.Module):
+    """Contrastive loss on unit embeddings (Hadsell et al. 2006), over all pairs of a batch.
+
+    Positive pairs cost their distance, negative pairs what they lack to ``margin``; each kind is averaged
+    over its pairs that cost anything, and both are added.
+
+    Args:
+        margin: distance beyond which a negative pair costs nothing.
+    """
+
+    def __init__(self, margin: float = 1.0) -> None:
+        """Remember the margin."""
+        super().__init__()
+        self.margin = margin
+
+    def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss of embeddings (N, D) with labels (N,)."""
+        distance = _distances(embeddings)
+        same = labels[:, None] == labels[None, :]
+        other = ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
+        near = nn.functional.relu(distance[same & other])
+        far = nn.functional.relu(self.margin - distance[~same])
+        return _mean_of_positive(near) + _mean_of_positive(far)
+
+
+def _distances(embeddings: torch.Tensor) -> torch.Tensor:
+    """Return Euclidean distances (N, N) of unit embeddings, with finite gradients at 0."""
+    unit = nn.functional.normalize(embeddings.float())
+    squared = (2 - 2 * unit @ unit.T).clamp(min=0)
+    return torch.where(squared > 1e-12, squared.clamp(min=1e-12).sqrt(), squared)
+
+
+def _mean_of_positive(values: torch.Tensor) -> torch.Tensor:
+    return values.sum() / (values > 0).sum().clamp(min=1)
+
+
+def pair_loss(probabilities: torch.Tensor, upper: float, lower: float) -> torch.Tensor:
+    """Return the loss of Deep Adaptive Clustering (Chang et al. 2017), as paper 001 means it.
+
+    s_ij is the cosine of the cluster probabilities of i and j. Pairs with s >= upper count as alike
+    (r = 1), with s <= lower as different (r = 0), the others not at all; the loss is the mean over the
+    chosen pairs i != j of -[r log s + (1 - r) log(1 - s)]. No gradient passes through the choice.
+
+    Corrected against the print: its equations (5) and (8) are products that are 0 for every r in
+    {0, 1}; its equation (4) drops the different pairs; s lacks the normalisation that DAC asks for.
+
+    Args:
+        probabilities: (N, K), rows that sum to 1.
+        upper: u.
+        lower: l.
+    """
+    unit = nn.functional.normalize(probabilities.float())
+    similarity = unit @ unit.T
+    with torch.no_grad():
+        pairs = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
+        alike = (similarity >= upper) & pairs
+        different = (similarity <= lower) & pairs
+        chosen = (alike.sum() + different.sum()).clamp(min=1)
+    s = similarity.clamp(1e-7, 1 - 1e-7)
+    return -(torch.log(s)[alike].sum() + torch.log1p(-s)[different].sum()) / chosen
+
+
+def student_assignment(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
+    """Return q (N, K) of DEC (Xie et al. 2016, equation 1): Student's t with one degree of freedom."""
+    distance = (vectors[:, None, :] - centres[None, :, :]).square().sum(2)
+    q = 1 / (1 + distance)
+    return q / q.sum(1, keepdim=True)
+
+
+def target_assignment(q: torch.Tensor) -> torch.Tensor:
+    """Return p (N, K) of DEC (equation 3): q squared, shared out by cluster size, rows summing to 1."""
+    weight = q.square() / q.sum(0)
+    return weight / weight.sum(1, keepdim=True)
+
+
+def gaussian_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
+    """Return KL(N(mean, variance) || N(0, 1)) summed over (N, D)'s components, mean over N."""
+    terms = 1 + log_variance - mean.square() - log_variance.exp()
+    return -0.5 * terms.sum(1).mean()

@@ -11,7 +11,7 @@ from typing import Any, get_type_hints
 from pydantic import TypeAdapter, ValidationError
 
 from ..errors import BadInput, unknown_name
-from . import fit_arcface
+from . import fit_arcface, fit_autoencoder, fit_classifier, fit_dac, fit_deepcluster
 
 
 @dataclass(frozen=True)
@@ -24,10 +24,30 @@ class Recipe:
 
 
 RECIPES: dict[str, Recipe] = {
+    "autoencoder": Recipe(
+        fit_autoencoder.AutoencoderOptions,
+        fit_autoencoder.fit,
+        "papers 000 and 003: reconstruction, then k-means on the code; also a VAE; no labels",
+    ),
+    "classifier": Recipe(
+        fit_classifier.ClassifierOptions,
+        fit_classifier.fit,
+        "paper 000: supervised DenseNet, or any encoder with a linear classifier",
+    ),
+    "dac": Recipe(
+        fit_dac.DacOptions,
+        fit_dac.fit,
+        "paper 001: autoencoder + Deep Adaptive Clustering; DAC, DEC, AE + k-means; no labels",
+    ),
+    "deepcluster": Recipe(
+        fit_deepcluster.DeepClusterOptions,
+        fit_deepcluster.fit,
+        "paper 002: DeepCluster with Sobel-AlexNet or the P4M CNN; no labels",
+    ),
     "arcface": Recipe(
         fit_arcface.ArcFaceOptions,
         fit_arcface.fit,
-        "paper 004: MobileNetV3-Small, head 576-256-64, ArcFace; k-means and HDBSCAN",
+        "paper 004: MobileNetV3-Small, head 576-256-64, ArcFace; softmax, triplet, contrastive",
     ),
 }
 
@@ -45,8 +65,10 @@ def find_recipe(name: str) -> Recipe:
 
 def describe_options(recipe: Recipe) -> list[tuple[str, Any, str]]:
     """Return flag, default and meaning of every option, from the dataclass and its docstring."""
-    text = inspect.getdoc(recipe.options) or ""
-    meaning = dict(re.findall(r"^    (\w+): (.+(?:\n        .+)*)", text, re.MULTILINE))
+    meaning: dict[str, str] = {}
+    for part in reversed(recipe.options.__mro__):  # what a recipe says of an option goes first
+        text = inspect.getdoc(part) or "" if part is not object else ""
+        meaning |= re.findall(r"^    (\w+): (.+(?:\n        .+)*)", text, re.MULTILINE)
     return [
         (f"--{f.name.replace('_', '-')}", f.default, " ".join(meaning.get(f.name, "").split()))
         for f in fields(recipe.options)

@@ -23,6 +23,7 @@ from .checkpoint import (
 RECORD = "run.json"
 WEIGHTS = "weights.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
+BEST = "best.safetensors"
 
 
 @dataclass
@@ -30,11 +31,9 @@ class Progress:
     """Where a run stands.
 
     Attributes:
-        epoch: whole epochs done, over all phases.
-        history: what each epoch measured.
+        history: what each whole epoch measured, over all phases.
     """
 
-    epoch: int = 0
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
@@ -85,27 +84,42 @@ class RunFolder:
         if not path.is_file():
             return Progress()
         self._stored, self._about = load_tensors(path)
-        weights = {
-            k.removeprefix("net."): v for k, v in self._stored.items() if k.startswith("net.")
-        }
-        net.load_state_dict(weights)
-        return Progress(self._about["epoch"], self._about["history"])
+        net.load_state_dict(_of_net(self._stored))
+        return Progress(self._about["history"])
 
     def resume_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Load the optimiser's state that belongs to the epoch resumed from."""
         optimizer.load_state_dict(restore_optimizer(self._stored, self._about["optimizer"]))
 
-    def save(self, net: torch.nn.Module, optimizer: Any, progress: Progress) -> None:
-        """Write the state after a whole epoch, in one step."""
+    def resume_scaler(self, scaler: Any) -> None:
+        """Load the state of a gradient scaler (AMP) that belongs to the epoch resumed from."""
+        if scaler is not None and self._about.get("scaler"):
+            scaler.load_state_dict(self._about["scaler"])
+
+    def save(
+        self,
+        net: torch.nn.Module,
+        optimizer: Any,
+        progress: Progress,
+        scaler: Any = None,
+        best: bool = False,
+    ) -> None:
+        """Write the state after a whole epoch, in one step; ``best`` keeps its weights apart too."""
         moments, groups = flatten_optimizer(optimizer.state_dict())
-        tensors = {**{f"net.{k}": v for k, v in net.state_dict().items()}, **moments}
+        weights = {f"net.{k}": v for k, v in net.state_dict().items()}
+        if best:  # before the checkpoint: a kill in between repeats the epoch, and writes it again
+            save_tensors(self.path / BEST, weights, {})
         about = {
             "identity": self.identity,
-            "epoch": progress.epoch,
             "history": progress.history,
             "optimizer": groups,
+            "scaler": scaler.state_dict() if scaler is not None else None,
         }
-        save_tensors(self.path / CHECKPOINT, tensors, about)
+        save_tensors(self.path / CHECKPOINT, {**weights, **moments}, about)
+
+    def load_best(self, net: torch.nn.Module) -> None:
+        """Load the weights of the best epoch."""
+        net.load_state_dict(_of_net(load_tensors(self.path / BEST)[0]))
 
     def finish(
         self, weights: Tensors, architecture: dict[str, Any], record: dict[str, Any]
@@ -124,5 +138,10 @@ class RunFolder:
             "identity": self.identity,
         }
         write_json(self.path / RECORD, whole)
-        (self.path / CHECKPOINT).unlink(missing_ok=True)
+        for name in (CHECKPOINT, BEST):
+            (self.path / name).unlink(missing_ok=True)
         return whole
+
+
+def _of_net(tensors: Tensors) -> Tensors:
+    return {k.removeprefix("net."): v for k, v in tensors.items() if k.startswith("net.")}

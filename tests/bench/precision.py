@@ -18,7 +18,7 @@ from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
 from histoseek.serving.engine_choice import rate_of
 from histoseek.serving.engines import ENGINES, Plan, cores
 from histoseek.training.commands import select
-from histoseek.training.data import load, split_by_group
+from histoseek.training.data import load, split
 
 ROUNDS = 3
 
@@ -30,7 +30,8 @@ def parts():
     sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
     tiles = select(sources, selection["exclude"], selection["label_from"])
     data = load(tiles, options["size_px"], lambda *_: None, options["cut"])
-    train, held_out = split_by_group(data, options["folds"], options["fold"], options["seed"])
+    parts = split(data, options["folds"], options["fold"], options["seed"])
+    train, held_out = parts.train, parts.test
     colon_and_lung = [n for n in held_out if data.files[n].startswith("lc25000/")]
     return (
         data.tiles[colon_and_lung],

@@ -15,7 +15,7 @@ from histoseek.metrics import retrieval_report
 from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
 from histoseek.serving.slides import open_slide
 from histoseek.training.commands import select
-from histoseek.training.data import load, split_by_group
+from histoseek.training.data import load, split
 from histoseek.training.evaluate import calibrate, embed
 from histoseek.training.models import build
 
@@ -39,7 +39,8 @@ def test_held_out_retrieval(shared, encoder):
     sources = [shared / name.rsplit("/", 1)[-1] for name in selection["sources"]]
     tiles = select(sources, selection["exclude"], selection["label_from"])
     data = load(tiles, options["size_px"], lambda *_: None, options["cut"])
-    train, held_out = split_by_group(data, options["folds"], options["fold"], options["seed"])
+    parts = split(data, options["folds"], options["fold"], options["seed"])
+    train, held_out = parts.train, parts.test
     assert len(held_out) == chosen["split"]["held_out_tiles"]
     random = build("mobilenet-v3-small")
     calibrate(random, data.tiles[train[::8]])

@@ -16,8 +16,8 @@ from histoseek.metrics import codes
 from histoseek.tilesets import open_tiles
 from histoseek.training.augment import Augmentation, augment, warp
 from histoseek.training.commands import select
-from histoseek.training.data import load, split_by_group
-from histoseek.training.fit_arcface import ArcFaceNet, ArcFaceOptions, fit
+from histoseek.training.data import load, split
+from histoseek.training.fit_arcface import ArcFaceOptions, EmbeddingNet, fit
 from histoseek.training.models import build
 from histoseek.training.recipes import describe_options, find_recipe, parse_options
 
@@ -115,21 +115,23 @@ def test_two_phases_train_what_they_name_and_nothing_else(tile_folder, tmp_path)
 
 def test_frozen_batch_norms_keep_their_statistics():
     options = ArcFaceOptions(weights="x")
-    net = ArcFaceNet(build("mobilenet-v3-small", size_px=64), {"label": 3}, options)
+    targets = {"label": torch.tensor([0, 1, 2, -1])}
+    net = EmbeddingNet(build("mobilenet-v3-small", size_px=64), targets, options)
     before = {k: v.clone() for k, v in net.encoder.backbone.state_dict().items()}
-    net.set_phase(options.phases()[0])
-    net(torch.rand(4, 3, 64, 64), {"label": torch.tensor([0, 1, 2, -1])}).backward()
+    net.begin_phase(options.phases()[0])
+    net(torch.rand(4, 3, 64, 64), torch.arange(4))["loss"].backward()
     after = net.encoder.backbone.state_dict()
     assert all(torch.equal(before[k], after[k]) for k in before)
 
 
 def test_unlabelled_tiles_cost_nothing():
-    net = ArcFaceNet(build("mobilenet-v3-small", size_px=64), {"label": 3}, ArcFaceOptions())
+    targets = {"label": torch.tensor([0, -1, 2, 1, -1])}
+    net = EmbeddingNet(build("mobilenet-v3-small", size_px=64), targets, ArcFaceOptions())
     net.eval()
     tiles = torch.rand(3, 3, 64, 64)
-    some = net(tiles, {"label": torch.tensor([0, -1, 2])})
-    assert torch.allclose(some, net(tiles[[0, 2]], {"label": torch.tensor([0, 2])}), atol=1e-5)
-    none = net(tiles, {"label": torch.tensor([-1, -1, -1])})
+    some = net(tiles, torch.tensor([0, 1, 2]))["loss"]
+    assert torch.allclose(some, net(tiles[[0, 2]], torch.tensor([0, 2]))["loss"], atol=1e-5)
+    none = net(tiles, torch.tensor([1, 1, 4]))["loss"]
     assert float(none.detach()) == 0
 
 
@@ -137,14 +139,16 @@ def test_no_group_is_split(tile_folder):
     data = load(open_tiles(tile_folder), 32, silent)
     seen = []
     for fold in range(3):
-        train, held_out = split_by_group(data, 3, fold, seed=0)
+        parts = split(data, 3, fold, seed=0, validate=True)
+        train, held_out = np.concatenate([parts.train, parts.validate]), parts.test
         assert not set(data.groups[train]) & set(data.groups[held_out])
-        assert len(train) + len(held_out) == 72
+        assert not set(data.groups[parts.train]) & set(data.groups[parts.validate])
+        assert len(train) + len(held_out) == 72 and len(parts.validate) >= 20
         assert set(data.labels[held_out]) == {0, 1, 2}
         seen += held_out.tolist()
     assert sorted(seen) == list(range(72))
     with pytest.raises(BadInput, match="18 group"):
-        split_by_group(data, 40, 0, seed=0)
+        split(data, 40, 0, seed=0)
 
 
 def test_cross_validation_trains_every_fold_and_sums_up(tile_folder, tmp_path, cli_json):
@@ -207,15 +211,15 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_epoch(
 ):
     from histoseek.training import fit_arcface
 
-    real, calls = ArcFaceNet.forward, []
+    real, calls = EmbeddingNet.forward, []
 
-    def broken(self, tiles, targets):
+    def broken(self, tiles, numbers):
         calls.append(1)
-        loss = real(self, tiles, targets)
-        return loss * float("nan") if len(calls) == 5 else loss
+        losses = real(self, tiles, numbers)
+        return {"loss": losses["loss"] * float("nan")} if len(calls) == 5 else losses
 
-    monkeypatch.setattr(fit_arcface.ArcFaceNet, "forward", broken)
-    with pytest.raises(BadInput, match="epoch 2, step"):
+    monkeypatch.setattr(fit_arcface.EmbeddingNet, "forward", broken)
+    with pytest.raises(BadInput, match="epoch 2, by step"):
         fit(ArcFaceOptions(**SMALL), open_tiles(tile_folder), tmp_path / "run", silent)
     assert (tmp_path / "run/checkpoint.safetensors").exists()
 
@@ -251,7 +255,7 @@ def test_options_come_from_the_dataclass_and_say_what_is_wrong():
     ):
         with pytest.raises(BadInput, match=says):
             parse_options(recipe, words)
-    with pytest.raises(BadInput, match="choose one of: arcface"):
+    with pytest.raises(BadInput, match="choose one of: arcface, autoencoder"):
         find_recipe("simclr")
 
 

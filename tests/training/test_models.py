@@ -68,7 +68,7 @@ def test_a_torchvision_checkpoint_loads_by_key(tmp_path):
     whole = MobileNetV3Small()
     torch.save(whole.state_dict(), tmp_path / "weights.pth")
     encoder = build("mobilenet-v3-small")
-    load_backbone(encoder.backbone, tmp_path / "weights.pth")
+    load_backbone(encoder.backbone, str(tmp_path / "weights.pth"))
     tiles = torch.rand(1, 3, 64, 64)
     pooled = whole.eval().features(tiles).mean((2, 3))
     assert torch.equal(encoder.backbone.eval()(tiles), pooled)
@@ -78,15 +78,15 @@ def test_what_is_no_checkpoint_is_refused(tmp_path):
     backbone = build("mobilenet-v3-small").backbone
     torch.save({"features.0.0.weight": torch.zeros(16, 3, 3, 3)}, tmp_path / "other.pth")
     with pytest.raises(Mismatch, match="torchvision"):
-        load_backbone(backbone, tmp_path / "other.pth")
+        load_backbone(backbone, str(tmp_path / "other.pth"))
     (tmp_path / "text.pth").write_text("text")
     with pytest.raises(Damaged):
-        load_backbone(backbone, tmp_path / "text.pth")
+        load_backbone(backbone, str(tmp_path / "text.pth"))
     (tmp_path / "text.safetensors").write_text("text")
     with pytest.raises(Damaged):
-        load_backbone(backbone, tmp_path / "text.safetensors")
+        load_backbone(backbone, str(tmp_path / "text.safetensors"))
     with pytest.raises(BadInput, match="not exist"):
-        load_backbone(backbone, tmp_path / "none.safetensors")
+        load_backbone(backbone, str(tmp_path / "none.safetensors"))
     with pytest.raises(BadInput, match="mobilenet-v3-small"):
         build("resnet-9000")
 
@@ -98,5 +98,5 @@ def test_a_pickle_that_runs_code_does_not_run(tmp_path):
 
     torch.save({"x": Evil()}, tmp_path / "evil.pth")
     with pytest.raises(Damaged):
-        load_backbone(build("mobilenet-v3-small").backbone, tmp_path / "evil.pth")
+        load_backbone(build("mobilenet-v3-small").backbone, str(tmp_path / "evil.pth"))
     assert not (tmp_path / "pwned").exists()

@@ -7,7 +7,7 @@ from functools import partial
 import torch
 from torch import nn
 
-from .embedding import Encoder, projection_head
+from .embedding import Encoder, feature_encoder
 
 # kernel, expanded, out, squeeze-excite, hard-swish, stride: blocks 1..11, as in torchvision.
 BLOCKS = (
@@ -128,12 +128,11 @@ def build_mobilenet_v3_small(
     hidden: int = 256,
     dropout: float = 0.3,
     relu_embedding: bool = False,
+    classes: int = 0,
 ) -> Encoder:
     """Return paper 004's encoder: MobileNetV3-Small to its pooled 576 features, head 576-256-64."""
-    return Encoder(
-        backbone=MobileNetV3Small(classes=0),
-        head=projection_head(FEATURES, hidden, dim, dropout, relu_embedding),
-        size_px=size_px,
-        dim=dim,
-        tail=("features.9", "features.10", "features.11", "features.12"),
-    )
+    tail = ("features.9", "features.10", "features.11", "features.12")
+    return feature_encoder(
+        MobileNetV3Small(classes=0), FEATURES, size_px, dim, hidden, dropout, relu_embedding, classes,
+        tail,
+    )  # fmt: skip

@@ -1,0 +1,137 @@
+"""Recipe ``autoencoder``: papers 000 and 003, an encoder learnt by drawing its tiles again; no labels.
+
+The clusters of the latents (and of the raw pixels, beside them) are found by k-means or mini-batch
+k-means. ``vae`` as the model trains the variational form.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from ..console import Report
+from ..errors import BadInput
+from ..tilesets import TileSet
+from .job import Job, Objective, Phase
+from .kmeans import RULES, fit_clusters
+from .losses import gaussian_divergence
+from .models import AutoEncoder
+from .models.vae import VariationalAutoEncoder
+from .options import TrainingOptions
+
+REDUCTIONS = ("sum", "mean")
+
+
+@dataclass(frozen=True)
+class AutoencoderOptions(TrainingOptions):
+    """Options of the recipe ``autoencoder``.
+
+    Attributes:
+        reduction: of the squared error: sum over pixels and batch, as paper 000's authors have it, or
+            mean. With mean the same weight decay weighs far more.
+        beta: weight of the divergence in a variational autoencoder.
+        clusters: K of k-means on the latents; 0 for the number of classes (at least 2).
+        kmeans: full, minibatch (Sculley 2010) or literal (paper 000's equation 10).
+    """
+
+    model: str = "cnn-ae-no-pool"
+    epochs: int = 70
+    batch: int = 1000
+    weight_decay: float = 5e-4
+    keep_best: bool = True
+    reduction: str = "sum"
+    beta: float = 1.0
+    clusters: int = 0
+    kmeans: str = "full"
+
+    LEAST: ClassVar[dict[str, int]] = {**TrainingOptions.LEAST, "clusters": 0}
+    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {
+        **TrainingOptions.BOUNDS,
+        "beta": (0, 1000),
+    }
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        **TrainingOptions.CHOICES,
+        "reduction": REDUCTIONS,
+        "kmeans": RULES,
+    }
+
+
+class Reconstruction(Objective):
+    """The squared error between a tile and its reconstruction, and for a VAE the divergence.
+
+    The loss of a batch is the mean over its tiles of the error summed over pixels, times the batch for
+    ``sum`` (so that gradients are those of the sum), or divided by the pixels for ``mean``.
+    """
+
+    def __init__(self, encoder: AutoEncoder, options: AutoencoderOptions) -> None:
+        """Wrap an autoencoder."""
+        super().__init__()
+        self.encoder: AutoEncoder = encoder
+        self.options = options
+
+    def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return ``loss`` and ``mse``, the mean squared error of a pixel."""
+        divergence = None
+        if isinstance(self.encoder, VariationalAutoEncoder) and self.training:
+            mean, log_variance, drawn, seen = self.encoder.sample(tiles)
+            divergence = gaussian_divergence(mean, log_variance)
+        else:
+            _, drawn, seen = self.encoder.reconstruct(tiles)
+        error = (drawn.float() - seen.float()).square().flatten(1)
+        mse = error.mean()
+        if self.options.reduction == "sum":
+            loss = mse * error.shape[1] * self.options.batch
+            scale = float(self.options.batch)
+        else:
+            loss, scale = mse, 1 / error.shape[1]
+        if divergence is None:
+            return {"loss": loss, "mse": mse}
+        return {
+            "loss": loss + self.options.beta * scale * divergence,
+            "mse": mse,
+            "divergence": divergence,
+        }
+
+
+def fit(
+    options: AutoencoderOptions,
+    tileset: TileSet,
+    out: Path,
+    progress: Report,
+    selection: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train, cluster the latents, judge on held-out groups, write the run.
+
+    Args:
+        options: of the recipe.
+        tileset: tiles; labels are only used to judge.
+        out: the run's folder.
+        progress: called with what is done, of how many, and a text.
+        selection: how the tile set was put together, for the record.
+
+    Returns:
+        The content of ``run.json``.
+
+    Raises:
+        BadInput: a model without a decoder, or data that cannot be used.
+        Mismatch: ``out`` holds a run with other options or data; says which.
+    """
+    paper = "000 and 003: autoencoder, k-means on the latents"
+    job = Job("autoencoder", paper, options, tileset, out, progress, selection)
+    if job.finished is not None:
+        return job.finished
+    job.prepare()
+    encoder = job.build()
+    if not isinstance(encoder, AutoEncoder):
+        raise BadInput(f"model {options.model!r} has no decoder; --list shows which have one")
+    job.train(
+        Reconstruction(encoder, options), [Phase("reconstruction", options.epochs, options.lr)]
+    )
+    classes = len(np.unique(job.data.labels[job.data.labels >= 0]))
+    k = options.clusters or max(2, classes)
+    centres, scores = fit_clusters(encoder, job.data, job.parts, k, options.kmeans, options.seed)
+    return job.finish(encoder, {"clusters": scores}, {"clusters.centres": centres})

@@ -1,0 +1,124 @@
+"""Recipe ``classifier``: paper 000's supervised net, any encoder with a linear layer on its embedding."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..console import Report
+from ..errors import BadInput
+from ..metrics import Ints, Metric
+from ..tilesets import TileSet
+from .evaluate import normalise
+from .job import Job, Objective, Phase
+from .models import Encoder
+from .options import TrainingOptions
+
+
+@dataclass(frozen=True)
+class ClassifierOptions(TrainingOptions):
+    """Options of the recipe ``classifier``."""
+
+    model: str = "densenet"
+    epochs: int = 30
+    batch: int = 1000
+    lr: float = 1e-4
+    keep_best: bool = True
+
+
+class Classification(Objective):
+    """Cross-entropy of the linear classifier; a tile without a label costs nothing."""
+
+    def __init__(self, encoder: Encoder, labels: Ints) -> None:
+        """Wrap an encoder with a top layer; ``labels`` are those of all tiles, -1 for none."""
+        super().__init__()
+        self.encoder = encoder
+        self.labels = torch.from_numpy(labels)
+
+    def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return ``loss`` and ``accuracy``."""
+        logits = self.encoder.classify(tiles).float()
+        labels = self.labels[numbers.cpu()].to(logits.device)
+        loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1)
+        return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
+
+
+def fit(
+    options: ClassifierOptions,
+    tileset: TileSet,
+    out: Path,
+    progress: Report,
+    selection: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train on labels, judge on held-out groups, write the run; tiles without a label are left out.
+
+    Args:
+        options: of the recipe.
+        tileset: labelled tiles.
+        out: the run's folder.
+        progress: called with what is done, of how many, and a text.
+        selection: how the tile set was put together, for the record.
+
+    Returns:
+        The content of ``run.json``; ``metrics.classifier`` has accuracy and F1.
+
+    Raises:
+        BadInput: fewer than two labels to train on, or data that cannot be used.
+        Mismatch: ``out`` holds a run with other options or data; says which.
+    """
+    paper = "000: supervised DenseNet"
+    job = Job("classifier", paper, options, tileset, out, progress, selection)
+    if job.finished is not None:
+        return job.finished
+    job.prepare()
+    labels = job.data.labels
+    job.keep(labels >= 0)
+    if len(np.unique(labels[job.parts.train])) < 2:
+        raise BadInput(
+            f"the training part has {len(np.unique(labels[job.parts.train]))} label(s); expected at "
+            "least 2: give labels by folders or a manifest"
+        )
+    encoder = job.build(classes=len(job.data.label_names))
+    job.train(Classification(encoder, labels), [Phase("all layers", options.epochs, options.lr)])
+    tiles, kept = job.data.read(job.parts.test)
+    metrics: dict[str, Any] = {}
+    if len(kept):
+        metrics["classifier"] = [m.as_dict() for m in _scores(encoder, tiles, labels[kept], job)]
+    return job.finish(encoder, metrics)
+
+
+@torch.inference_mode()
+def _scores(encoder: Encoder, tiles: np.ndarray[Any, Any], truth: Ints, job: Job) -> list[Metric]:
+    """Accuracy and F1 (of the last class if there are two, as paper 000 has it, and macro)."""
+    from sklearn.metrics import f1_score
+
+    encoder.eval()
+    found = []
+    for start in range(0, len(tiles), job.options.batch):
+        pixels = torch.from_numpy(tiles[start : start + job.options.batch]).to(job.fabric.device)
+        scaled = normalise(encoder, pixels.permute(0, 3, 1, 2).float() / 255)
+        found.append(encoder.classify(scaled).argmax(1).cpu().numpy())
+    predicted = np.concatenate(found)
+    counts = np.bincount(job.data.labels[job.parts.train])
+    largest = np.full(len(truth), counts.argmax())
+    rows = [
+        Metric(
+            "accuracy", float(np.mean(predicted == truth)), float(np.mean(largest == truth)),
+            "always the largest class",
+        ),
+        Metric(
+            "macro_f1", float(f1_score(truth, predicted, average="macro", zero_division=0)),
+            float(f1_score(truth, largest, average="macro", zero_division=0)),
+            "always the largest class",
+        ),
+    ]  # fmt: skip
+    if len(job.data.label_names) == 2:
+        ones = np.ones(len(truth), dtype=np.int64)
+        f1 = float(f1_score(truth, predicted, zero_division=0))
+        rows.append(Metric("f1_positive", f1, float(f1_score(truth, ones)), "always positive"))
+    return rows

@@ -1,0 +1,310 @@
+"""Recipe ``dac``: paper 001, an autoencoder and a clustering head trained together; no labels.
+
+Phase 1 draws the tiles again; phase 2 adds the loss on pairs of Deep Adaptive Clustering, whose
+thresholds close in epoch by epoch. Its baselines are methods of the same recipe: ``dac`` (the pair loss
+alone, from random weights), ``dec`` (Xie et al. 2016 on the pretrained code), ``ae-kmeans`` (phase 1, then
+k-means).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import nn
+
+from ..console import Report
+from ..errors import BadInput
+from ..metrics import Floats, Ints, clustering_report
+from ..tilesets import TileSet
+from .checkpoint import load_run_weights
+from .data import LabelledTiles
+from .evaluate import to_input
+from .job import Job, Objective, Phase
+from .kmeans import assign, kmeans
+from .losses import pair_loss, student_assignment, target_assignment
+from .models.dac import OUTPUTS, ClusteringAutoEncoder
+from .options import TrainingOptions
+
+BATCH = 4096
+METHODS = ("ae-dac", "dac", "dec", "ae-kmeans")
+THRESHOLDS = {"001": (0.95, 0.5, 0.1, 0.005), "dac": (0.95, 0.455, 0.1, 0.009)}
+"""u(0), l(0), how fast l rises per unit of xi, and the step eta: paper 001's, and DAC's own."""
+
+
+@dataclass(frozen=True)
+class DacOptions(TrainingOptions):
+    """Options of the recipe ``dac``.
+
+    Attributes:
+        method: ae-dac, or a baseline: dac, dec, ae-kmeans.
+        clusters: K; 0 for the number of classes.
+        pretrain: epochs of reconstruction before clustering (not for dac).
+        start: a finished run of this recipe and model whose weights to begin with, such as an ae-kmeans
+            run's instead of a pretraining of its own (then with --pretrain 0).
+        lr_cluster: learning rate of the clustering phase.
+        alpha: weight of the reconstruction while clustering.
+        beta: weight of the loss on pairs.
+        thresholds: where they start and how fast they close in: 001 (the paper) or dac (its source).
+        eta: step of the thresholds per epoch, 0 for the step at which they meet in the last epoch.
+        reduction: of the squared error: mean over pixels, or sum (the paper's equation 1).
+        output: what export ships: the code (256 numbers), or the cluster probabilities.
+        judge_every: epochs between two measurements of accuracy, NMI and ARI; 0 for the end only.
+    """
+
+    model: str = "dac-fmnist"
+    epochs: int = 75
+    batch: int = 128
+    lr: float = 1e-3
+    folds: int = 0
+    method: str = "ae-dac"
+    clusters: int = 0
+    pretrain: int = 50
+    start: str = ""
+    lr_cluster: float = 1e-4
+    alpha: float = 0.5
+    beta: float = 0.3
+    thresholds: str = "001"
+    eta: float = -1.0
+    reduction: str = "mean"
+    output: str = "code"
+    judge_every: int = 5
+
+    VALIDATES: ClassVar[bool] = False
+    LEAST: ClassVar[dict[str, int]] = {
+        **TrainingOptions.LEAST,
+        "clusters": 0,
+        "pretrain": 0,
+        "judge_every": 0,
+    }
+    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {
+        **TrainingOptions.BOUNDS,
+        "lr_cluster": (1e-9, 10),
+        "alpha": (0, 1000),
+        "beta": (0, 1000),
+        "eta": (-1, 1),
+    }
+    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        **TrainingOptions.CHOICES,
+        "method": METHODS,
+        "thresholds": tuple(THRESHOLDS),
+        "reduction": ("mean", "sum"),
+        "output": OUTPUTS,
+    }
+
+    def at(self, epoch: int) -> tuple[float, float]:
+        """Return u and l in clustering epoch ``epoch``; they never cross.
+
+        Only u - l carries a gradient to xi, of 1 + rise; so xi grows by (1 + rise) eta per epoch until
+        both meet.
+        """
+        upper, lower, rise, eta = THRESHOLDS[self.thresholds]
+        meet = (upper - lower) / (1 + rise)
+        if self.eta > 0:
+            eta = self.eta
+        elif self.eta == 0:
+            eta = meet / ((1 + rise) * max(1, self.epochs - 1))
+        xi = min(meet, (1 + rise) * eta * epoch)
+        return upper - xi, lower + rise * xi
+
+
+class Clustering(Objective):
+    """Reconstruction, then the method's loss; the classes of tiles are never looked at."""
+
+    centres: torch.Tensor
+    target: torch.Tensor
+
+    def __init__(self, encoder: ClusteringAutoEncoder, options: DacOptions, tiles: int) -> None:
+        """Wrap the net; ``tiles`` is how many the data has, for DEC's target distribution."""
+        super().__init__()
+        self.encoder: ClusteringAutoEncoder = encoder
+        self.options = options
+        self.phase = ""
+        self.upper, self.lower = options.at(0)
+        if options.method == "dec":
+            self.centres = nn.Parameter(torch.zeros(encoder.clusters, 256))
+            self.register_buffer("target", torch.zeros(tiles, encoder.clusters), persistent=False)
+
+    def begin_phase(self, phase: Phase) -> None:
+        """Train everything; what a phase does not use gets no gradient."""
+        self.train()
+        self.phase = phase.name
+        clustering = phase.name == "clustering"
+        uses_decoder = not clustering or (
+            self.options.method == "ae-dac" and self.options.alpha > 0
+        )
+        self.encoder.decoder.requires_grad_(uses_decoder)
+        self.encoder.cluster_head.requires_grad_(clustering and self.options.method != "dec")
+        if self.options.method == "dec":
+            self.centres.requires_grad_(clustering)
+
+    def begin_epoch(self, job: Job, phase: Phase, epoch: int, optimizer: Any) -> dict[str, float]:
+        """Set the thresholds (DAC) or the target distribution (DEC); measure now and then."""
+        if phase.name != "clustering":
+            return {}
+        told: dict[str, float] = {}
+        asks = bool(self.options.judge_every) and epoch % self.options.judge_every == 0
+        if asks or self.options.method == "dec":
+            codes, kept = codes_of(self.encoder, job.data, job.parts.train)
+        if asks and epoch:
+            report = scores(codes, job.data.labels[kept], self.clusters_of(codes), 0)
+            told = {
+                m["name"]: m["value"] for m in report if m["name"] in ("accuracy", "nmi", "ari")
+            }
+        if self.options.method != "dec":
+            self.upper, self.lower = self.options.at(epoch)
+            return {**told, "upper": self.upper, "lower": self.lower}
+        if epoch == 0:
+            found = kmeans(codes, self.encoder.clusters, seed=self.options.seed, restarts=20)
+            with torch.no_grad():
+                self.centres.copy_(torch.from_numpy(found))
+        with torch.no_grad():
+            vectors = torch.from_numpy(codes).to(self.centres.device)
+            target = self.target
+            target[torch.from_numpy(kept).to(target.device)] = target_assignment(
+                student_assignment(vectors, self.centres)
+            )
+        return told
+
+    def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the losses of the phase."""
+        options, encoder = self.options, self.encoder
+        if self.phase != "clustering":
+            _, drawn, seen = encoder.reconstruct(tiles)
+            return {"loss": self._error(drawn, seen)}
+        if options.method == "dec":
+            q = student_assignment(encoder.code(tiles), self.centres)
+            target = self.target
+            return {"loss": nn.functional.kl_div(q.log(), target[numbers], reduction="batchmean")}
+        if options.method == "dac" or options.alpha == 0:
+            pairs = pair_loss(encoder.cluster_head(encoder.code(tiles)), self.upper, self.lower)
+            return {"loss": options.beta * pairs, "pairs": pairs}
+        code, drawn, seen = encoder.reconstruct(tiles)
+        pairs = pair_loss(encoder.cluster_head(code), self.upper, self.lower)
+        error = self._error(drawn, seen)
+        loss = options.alpha * error + options.beta * pairs + (self.upper - self.lower)
+        return {"loss": loss, "pairs": pairs, "reconstruction": error}
+
+    def _error(self, drawn: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
+        """Half the squared error of a tile, mean over its pixels or their sum."""
+        error = (drawn.float() - seen.float()).square().flatten(1)
+        per_tile = error.sum(1) if self.options.reduction == "sum" else error.mean(1)
+        return 0.5 * per_tile.mean()
+
+    def clusters_of(self, codes: Floats) -> Ints:
+        """Return the cluster of every code (N, 256), as the method has it."""
+        k, seed = self.encoder.clusters, self.options.seed
+        if self.phase != "clustering":
+            return assign(codes, kmeans(codes, k, seed=seed))
+        if self.options.method == "dec":
+            return assign(codes, self.centres.detach().cpu().numpy())
+        self.encoder.eval()
+        device = next(self.encoder.parameters()).device
+        with torch.inference_mode():
+            found = [
+                self.encoder.cluster_head(torch.from_numpy(codes[n : n + BATCH]).to(device)).argmax(
+                    1
+                )
+                for n in range(0, len(codes), BATCH)
+            ]
+        return torch.cat(found).cpu().numpy().astype(np.int64)
+
+
+@torch.inference_mode()
+def codes_of(
+    encoder: ClusteringAutoEncoder, data: LabelledTiles, numbers: Ints
+) -> tuple[NDArray[np.float32], Ints]:
+    """Return the codes (M, 256) of tiles by number, as they come, and the numbers that were read."""
+    encoder.eval()
+    found, kept = [], []
+    for start in range(0, len(numbers), BATCH):
+        tiles, read = data.read(numbers[start : start + BATCH])
+        found.append(encoder.code(to_input(encoder, torch.from_numpy(tiles))).float().cpu().numpy())
+        kept.append(read)
+    return np.concatenate(found), np.concatenate(kept)
+
+
+def fit(
+    options: DacOptions,
+    tileset: TileSet,
+    out: Path,
+    progress: Report,
+    selection: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Train, cluster, judge, write the run; as the paper does, on all tiles unless folds are asked for.
+
+    Args:
+        options: of the recipe.
+        tileset: tiles; labels are only used to judge.
+        out: the run's folder.
+        progress: called with what is done, of how many, and a text.
+        selection: how the tile set was put together, for the record.
+
+    Returns:
+        The content of ``run.json``; ``metrics.clusters`` has the scores of the clusters.
+
+    Raises:
+        BadInput: a model without a clustering head, or data that cannot be used.
+        Mismatch: ``out`` holds a run with other options or data; says which.
+    """
+    paper = "001: autoencoder and Deep Adaptive Clustering"
+    job = Job("dac", paper, options, tileset, out, progress, selection)
+    if job.finished is not None:
+        return job.finished
+    job.prepare()
+    more: dict[str, Any] = {"output": options.output}
+    classes = len(np.unique(job.data.labels[job.data.labels >= 0]))
+    if options.clusters or classes > 1:
+        more["clusters"] = options.clusters or classes
+    encoder = job.build(**more)
+    if not isinstance(encoder, ClusteringAutoEncoder):
+        raise BadInput(
+            f"model {options.model!r} has no clustering head; expected dac-fmnist or alike"
+        )
+    if options.start:
+        load_run_weights(encoder, Path(options.start))
+    net = Clustering(encoder, options, len(job.data))
+    phases = []
+    if options.method != "dac" and options.pretrain:
+        phases.append(Phase("pretraining", options.pretrain, options.lr))
+    if options.method != "ae-kmeans":
+        phases.append(Phase("clustering", options.epochs, options.lr_cluster))
+    job.train(net, phases)
+    net.phase = "pretraining" if options.method == "ae-kmeans" else "clustering"
+    part = job.parts.test if len(job.parts.test) else job.parts.train
+    codes, kept = codes_of(encoder, job.data, part)
+    clusters = net.clusters_of(codes)
+    metrics: dict[str, Any] = {
+        "k": encoder.clusters,
+        "method": options.method,
+        "assigned": scores(codes, job.data.labels[kept], clusters, options.seed),
+    }
+    return job.finish(
+        encoder, {"clusters": metrics}, {"clusters.centres": _centres(net, codes, clusters)}
+    )
+
+
+def scores(vectors: Floats, labels: Ints, clusters: Ints, seed: int) -> list[dict[str, Any]]:
+    """Score the clusters of labelled tiles; [] without labels."""
+    known = labels >= 0
+    if len(np.unique(labels[known])) < 2:
+        return []
+    truth = np.unique(labels[known], return_inverse=True)[1].astype(np.int64)
+    report = clustering_report(vectors[known], truth, clusters[known], seed)
+    return [metric.as_dict() for metric in report]
+
+
+def _centres(net: Clustering, codes: Floats, clusters: Ints) -> torch.Tensor:
+    """Return a centre per cluster among unit embeddings: a corner of the simplex, or the mean code."""
+    k = net.encoder.clusters
+    if net.options.output == "clusters":
+        return torch.eye(k)
+    unit = nn.functional.normalize(torch.from_numpy(codes))
+    means = [
+        unit[clusters == n].mean(0) if (clusters == n).any() else unit.mean(0) for n in range(k)
+    ]
+    return torch.stack(means)

@@ -1,0 +1,113 @@
+"""k-means on latents and on raw pixels: full, by mini-batches, and by paper 000's literal rule."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ..errors import BadInput, unknown_name
+from ..metrics import Floats, Ints, clustering_report
+from .data import LabelledTiles, Split
+from .evaluate import embed_numbers, pixel_features
+from .models import Encoder
+
+RULES = ("full", "minibatch", "literal")
+
+
+def kmeans(
+    vectors: Floats,
+    k: int,
+    rule: str = "full",
+    seed: int = 0,
+    batch: int = 1000,
+    restarts: int = 10,
+) -> NDArray[np.float32]:
+    """Return K centres (K, D) of vectors (N, D).
+
+    Args:
+        vectors: what is clustered.
+        k: K.
+        rule: ``full`` (Lloyd), ``minibatch`` (Sculley 2010: every centre moves by 1/n_j towards each
+            of its members; scikit-learn's) or ``literal`` (see :func:`literal_minibatch`).
+        seed: of the initial centres and the batches.
+        batch: tiles per mini-batch.
+        restarts: of full k-means.
+
+    Raises:
+        BadInput: fewer vectors than centres, or an unknown rule.
+    """
+    from sklearn.cluster import KMeans, MiniBatchKMeans
+
+    if len(vectors) < k:
+        raise BadInput(f"k-means with K = {k} needs at least {k} tiles; there are {len(vectors)}")
+    if rule == "full":
+        fitted = KMeans(k, n_init=restarts, max_iter=300, random_state=seed).fit(vectors)
+    elif rule == "minibatch":
+        fitted = MiniBatchKMeans(k, batch_size=batch, n_init=3, random_state=seed).fit(vectors)
+    elif rule == "literal":
+        return literal_minibatch(vectors, k, seed, batch)
+    else:
+        raise unknown_name("k-means rule", rule, RULES)
+    centres: NDArray[np.float32] = fitted.cluster_centers_.astype(np.float32)
+    return centres
+
+
+def literal_minibatch(
+    vectors: Floats, k: int, seed: int = 0, batch: int = 1000, steps: int = 100
+) -> NDArray[np.float32]:
+    """Mini-batch k-means as paper 000 prints it (equation 10): a centre becomes its members' mean.
+
+    Each step draws a mini-batch and replaces every centre by the mean of those of its tiles that are
+    nearest to it. It does not converge, as the next batch moves the centres again; a centre without
+    members, for which the equation is 0/0, stays where it is.
+    """
+    rng = np.random.default_rng(seed)
+    centres = vectors[rng.choice(len(vectors), k, replace=False)].astype(np.float64)
+    for _ in range(steps):
+        drawn = vectors[rng.choice(len(vectors), min(batch, len(vectors)), replace=False)]
+        nearest = assign(drawn, centres)
+        for number in np.unique(nearest):
+            centres[number] = drawn[nearest == number].mean(0)
+    return centres.astype(np.float32)
+
+
+def assign(vectors: Floats, centres: Floats) -> Ints:
+    """Return the number of the nearest centre for every vector, (N,)."""
+    a, b = vectors.astype(np.float64), centres.astype(np.float64)
+    distance = (b * b).sum(1) - 2 * a @ b.T
+    nearest: Ints = distance.argmin(1)
+    return nearest
+
+
+def fit_clusters(
+    encoder: Encoder, data: LabelledTiles, parts: Split, k: int, rule: str, seed: int
+) -> tuple[torch.Tensor, dict[str, Any]]:
+    """Fit K centres on the training tiles' unit embeddings, and judge them on held-out tiles.
+
+    Returns:
+        The centres (K, D), and the scores of the embeddings' clusters with those of raw pixels beside
+        them ({} where nothing can be judged).
+    """
+    trained, _ = embed_numbers(encoder, data, parts.train)
+    centres = kmeans(trained, min(k, len(trained)), rule, seed)
+    scores: dict[str, Any] = {}
+    held_out = parts.test[data.labels[parts.test] >= 0]
+    if len(held_out):
+        found, kept = embed_numbers(encoder, data, held_out)
+        pixels = pixel_features(data.read(kept)[0])
+        own = kmeans(pixel_features(data.read(parts.train)[0]), len(centres), rule, seed)
+        truth = np.unique(data.labels[kept], return_inverse=True)[1].astype(np.int64)
+        scores = {
+            "k": len(centres),
+            "rule": rule,
+            "latents": _scores(found, truth, assign(found, centres), seed),
+            "pixels": _scores(pixels, truth, assign(pixels, own), seed),
+        }
+    return torch.from_numpy(centres), scores
+
+
+def _scores(vectors: Floats, labels: Ints, clusters: Ints, seed: int) -> list[dict[str, Any]]:
+    return [m.as_dict() for m in clustering_report(vectors, labels, clusters, seed)]

@@ -1,0 +1,248 @@
+"""The papers' data sets in the layouts that they are published in, opened as tile sets.
+
+No pickle is read: of CIFAR-10/100 the binary version is meant, not the one "for Python".
+"""
+
+from __future__ import annotations
+
+import gzip
+import io
+import re
+import tarfile
+import zlib
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput
+from ..files import sha256_file
+from ..images import SUFFIXES
+from ..tables import read_csv
+from ..tilesets import Tile, TileSet, content_hash, open_tiles
+
+CIFAR10 = (
+    "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
+)  # fmt: skip
+STL10 = (
+    "airplane", "bird", "car", "cat", "deer", "dog", "horse", "monkey", "ship", "truck",
+)  # fmt: skip
+IDC = re.compile(r"^(?P<patient>[^_/]+)_idx\d+_x\d+_y\d+_class(?P<label>[01])\.\w+$")
+CHEST = "Data_Entry_2017"
+Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
+
+
+def open_data(path: Path) -> TileSet:
+    """Open a data set by what is found at ``path``; what is none of the papers' layouts is a tile set.
+
+    Known: MNIST and Fashion-MNIST (idx, also .gz), CIFAR-10 and CIFAR-100 (binary; of CIFAR-100 the 20
+    superclasses), STL-10 (binary, labelled part), SVHN (cropped, .mat), IDC (folders of patients,
+    ``<patient>_idx5_x…_y…_class<0|1>.png``), ChestX-ray14 (``Data_Entry_2017….csv`` beside its pictures).
+    Training and test parts are joined, with the manifest column ``part``.
+
+    Raises:
+        BadInput: nothing that can be read is there; says what was expected.
+    """
+    if not path.exists():
+        raise BadInput(f"{path} does not exist; check the path")
+    for recognise in (_idx, _cifar, _stl, _svhn, _idc, _chest):
+        found = recognise(path)
+        if found is not None:
+            return found
+    return open_tiles(path)
+
+
+def _packed(
+    name: str,
+    path: Path,
+    sources: Sequence[Path],
+    parts: dict[str, Arrays],
+    names: Sequence[str] | None,
+) -> TileSet:
+    """Return a tile set of arrays: uint8 (N, H, W[, 3]) with labels, by part."""
+    images = np.concatenate([pictures for pictures, _ in parts.values()])
+    labels = np.concatenate([numbers for _, numbers in parts.values()])
+    part_of = [part for part, (pictures, _) in parts.items() for _ in range(len(pictures))]
+    tiles = tuple(
+        Tile(
+            f"{part}/{number:06d}",
+            names[label] if names else str(label),
+            None,
+            {"part": part},
+        )
+        for number, (part, label) in enumerate(zip(part_of, labels.tolist(), strict=True))
+    )
+    content = content_hash([name, *(sha256_file(source) for source in sources)])
+    return TileSet(name, str(path), tiles, content, lambda n: np.asarray(images[n]))
+
+
+def _folder_files(path: Path) -> dict[str, Path]:
+    """Return the files of a folder by name without ``.gz``; {} for a file."""
+    if not path.is_dir():
+        return {}
+    return {entry.name.removesuffix(".gz"): entry for entry in path.iterdir() if entry.is_file()}
+
+
+def _raw(path: Path) -> bytes:
+    try:
+        return gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    except (OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path} cannot be read ({error}); copy it again") from error
+
+
+def _idx(path: Path) -> TileSet | None:
+    files = _folder_files(path)
+    parts: dict[str, Arrays] = {}
+    sources: list[Path] = []
+    for part, prefix in (("train", "train"), ("test", "t10k")):
+        images, labels = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
+        if images in files and labels in files:
+            pictures, numbers = _idx_array(files[images]), _idx_array(files[labels])
+            if pictures.ndim != 3 or numbers.shape != pictures.shape[:1]:
+                raise BadInput(f"{files[labels]} does not have one label per picture")
+            parts[part] = pictures, numbers.astype(np.int64)
+            sources += [files[images], files[labels]]
+    return _packed(path.resolve().name, path, sources, parts, None) if parts else None
+
+
+def _idx_array(path: Path) -> NDArray[np.uint8]:
+    blob = _raw(path)
+    if len(blob) < 4 or blob[:3] != b"\0\0\x08":
+        raise BadInput(f"{path} is not an idx file of bytes; copy it again")
+    axes = blob[3]
+    shape = np.frombuffer(blob, ">u4", axes, 4).astype(np.int64)
+    if len(blob) != 4 + 4 * axes + int(np.prod(shape)):
+        raise BadInput(f"{path} is cut short: expected {tuple(shape)} bytes; copy it again")
+    return np.frombuffer(blob, np.uint8, offset=4 + 4 * axes).reshape(shape)
+
+
+def _records(path: Path, header: int, pixels: int) -> Arrays:
+    """Read rows of ``header`` label bytes and a planar picture; the first label byte counts."""
+    blob = np.frombuffer(_raw(path), np.uint8)
+    if len(blob) == 0 or len(blob) % (header + 3 * pixels):
+        raise BadInput(f"{path} is cut short: expected rows of {header + 3 * pixels} bytes")
+    rows = blob.reshape(-1, header + 3 * pixels)
+    side = round(pixels**0.5)
+    pictures = rows[:, header:].reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(pictures), rows[:, 0].astype(np.int64)
+
+
+def _cifar(path: Path) -> TileSet | None:
+    files = _folder_files(path)
+    if "data_batch_1" in files or ("train" in files and "meta" in files):
+        raise BadInput(
+            f"{path} holds CIFAR's pickles; pickles can run code and are not read: take the binary "
+            "version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz)"
+        )
+    ten = sorted(name for name in files if re.fullmatch(r"data_batch_\d\.bin", name))
+    if ten:
+        used = [files[name] for name in ten]
+        batches = [_records(file, 1, 1024) for file in used]
+        parts = {"train": _joined(batches)}
+        if "test_batch.bin" in files:
+            used.append(files["test_batch.bin"])
+            parts["test"] = _records(used[-1], 1, 1024)
+        return _packed("cifar10", path, used, parts, CIFAR10)
+    if "train.bin" in files and "fine_label_names.txt" in files:
+        names = files["coarse_label_names.txt"].read_text().split()
+        used = [files[f"{part}.bin"] for part in ("train", "test") if f"{part}.bin" in files]
+        parts = {file.stem: _records(file, 2, 1024) for file in used}
+        return _packed("cifar100", path, used, parts, names)
+    return None
+
+
+def _joined(batches: Sequence[Arrays]) -> Arrays:
+    return np.concatenate([b[0] for b in batches]), np.concatenate([b[1] for b in batches])
+
+
+def _stl(path: Path) -> TileSet | None:
+    files = _folder_files(path)
+    if "train_X.bin" not in files:
+        return None
+    parts: dict[str, Arrays] = {}
+    used: list[Path] = []
+    for part in ("train", "test"):
+        if f"{part}_X.bin" in files and f"{part}_y.bin" in files:
+            pictures, labels = files[f"{part}_X.bin"], files[f"{part}_y.bin"]
+            blob = np.frombuffer(_raw(pictures), np.uint8)
+            if len(blob) % (3 * 96 * 96):
+                raise BadInput(f"{pictures} is cut short: expected pictures of 27,648 bytes")
+            turned = blob.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # stored column by column
+            numbers = np.frombuffer(_raw(labels), np.uint8).astype(np.int64) - 1
+            parts[part] = np.ascontiguousarray(turned), numbers
+            used += [pictures, labels]
+    return _packed("stl10", path, used, parts, STL10)
+
+
+def _svhn(path: Path) -> TileSet | None:
+    files = _folder_files(path)
+    used = [files[n] for n in ("train_32x32.mat", "test_32x32.mat") if n in files]
+    if not used:
+        return None
+    from scipy.io import loadmat
+
+    parts: dict[str, Arrays] = {}
+    for file in used:
+        try:
+            content = loadmat(io.BytesIO(_raw(file)))
+            pictures = np.ascontiguousarray(content["X"].transpose(3, 0, 1, 2))
+            labels = content["y"].reshape(-1).astype(np.int64) % 10  # the digit 0 is stored as 10
+        except (KeyError, ValueError, TypeError) as error:
+            raise BadInput(f"{file} is not a cropped SVHN file ({error}); copy it again") from error
+        parts[file.name.split("_")[0]] = pictures, labels
+    return _packed("svhn", path, used, parts, None)
+
+
+def _idc(path: Path) -> TileSet | None:
+    """Recognise by the file names; the patient becomes the group."""
+    if path.is_dir():
+        first = next((p for p in path.rglob("*_class[01].*") if IDC.match(p.name)), None)
+        if first is None:
+            return None
+    elif not _tar_names_match(path, lambda name: bool(IDC.match(name))):
+        return None
+    whole = open_tiles(path)
+    tiles = []
+    for tile in whole.tiles:
+        known = IDC.match(Path(tile.file).name)
+        if known is None:
+            raise BadInput(f"{path}: {tile.file} is not named as IDC pictures are")
+        tiles.append(Tile(tile.file, known["label"], known["patient"], tile.extra))
+    return replace(whole, tiles=tuple(tiles))
+
+
+def _tar_names_match(path: Path, fits: Callable[[str], bool]) -> bool:
+    if ".tar" not in path.suffixes:
+        return False
+    try:
+        with tarfile.open(path) as pack:
+            names = [Path(m.name).name for m in pack if m.isfile()]
+    except (tarfile.TarError, OSError, EOFError, zlib.error):
+        return False
+    pictures = [name for name in names if Path(name).suffix.lower() in SUFFIXES]
+    return bool(pictures) and all(map(fits, pictures))
+
+
+def _chest(path: Path) -> TileSet | None:
+    """Read NIH's table; the label is the exact combination of findings, the group the patient."""
+    table = path if path.is_file() else next(iter(sorted(path.glob(f"{CHEST}*.csv"))), None)
+    if table is None or not table.name.startswith(CHEST):
+        return None
+    pictures = {
+        file.name: file for file in table.parent.rglob("*") if file.suffix.lower() in SUFFIXES
+    }
+    tiles = []
+    places = []
+    for row in read_csv(table, key="Image Index"):
+        if row["Image Index"] in pictures:
+            findings, patient = row.get("Finding Labels", ""), row.get("Patient ID", "")
+            tiles.append(Tile(row["Image Index"], findings or None, patient or None, row))
+            places.append(pictures[row["Image Index"]])
+    if not tiles:
+        raise BadInput(f"{table} names no picture that lies in {table.parent} or below it")
+    content = content_hash([sha256_file(table), *(t.file for t in tiles)])
+    return TileSet(
+        "chestxray14", str(table), tuple(tiles), content, lambda n: places[n].read_bytes()
+    )

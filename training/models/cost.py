@@ -1,0 +1,83 @@
+"""What a model costs: parameters, and multiply-adds of its convolutions and linear layers."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .dac import ClusteringAutoEncoder
+from .embedding import AutoEncoder, Encoder
+from .p4m_cnn import GroupConv, LiftingConv
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One row of a model's summary: name, kind, what comes out, and what it costs."""
+
+    name: str
+    kind: str
+    output: tuple[int, ...]
+    parameters: int
+    macs: int
+
+
+def summarise(model: Encoder) -> list[Layer]:
+    """Run one tile through a model and return its layers with their cost, in order.
+
+    For an autoencoder the decoder counts, for an encoder its classifier, as in the papers' tables. Works on
+    the meta device, where nothing is computed.
+    """
+    layers: list[Layer] = []
+
+    def note(name: str) -> Any:
+        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
+            own = sum(p.numel() for p in module.parameters())
+            macs = _macs(module, inputs[0], out)
+            layers.append(Layer(name, type(module).__name__, tuple(out.shape[1:]), own, macs))
+
+        return hook
+
+    handles = [
+        module.register_forward_hook(note(name))
+        for name, module in model.named_modules()
+        if not list(module.children())
+    ]
+    was_training = model.training
+    model.eval()
+    device = next(model.parameters()).device
+    tile = torch.zeros(1, 3, model.size_px, model.size_px, device=device)
+    with torch.no_grad():
+        if isinstance(model, AutoEncoder):
+            code, _, _ = model.reconstruct(tile)
+            if isinstance(model, ClusteringAutoEncoder):
+                model.cluster_head(code)
+        elif model.top is not None:
+            model.classify(tile)
+        else:
+            model(tile)
+    model.train(was_training)
+    for handle in handles:
+        handle.remove()
+    return layers
+
+
+def _macs(module: nn.Module, given: torch.Tensor, out: torch.Tensor) -> int:
+    """Multiply-adds of one layer for one tile; what is not a convolution or linear layer counts none."""
+    if isinstance(module, nn.Linear):
+        return module.in_features * module.out_features
+    if isinstance(module, nn.ConvTranspose2d):
+        return math.prod(given.shape[1:]) * math.prod(module.weight.shape[1:])
+    if isinstance(module, nn.Conv2d):
+        return math.prod(out.shape[1:]) * math.prod(module.weight.shape[1:])
+    if isinstance(module, LiftingConv | GroupConv):
+        return math.prod(out.shape[1:]) * math.prod(module.weight.shape[1:])
+    return 0
+
+
+def parameters(model: nn.Module) -> int:
+    """Return how many numbers a model holds that training could change, frozen ones included."""
+    return sum(p.numel() for p in model.parameters())

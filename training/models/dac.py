@@ -1,0 +1,131 @@
+"""Paper 001: three convolutional autoencoders, each with a clustering head (Table 3).
+
+Where the printed listing does not close: at 28 px the decoder's output paddings are 1, 0, 1, 1; at 96 px
+a global average pool stands before the clustering head, and nothing printed changes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from ...errors import BadInput
+from .embedding import AutoEncoder
+
+OUTPUTS = ("code", "clusters")
+
+
+class ClusteringAutoEncoder(AutoEncoder):
+    """An autoencoder whose code also goes to K clusters.
+
+    Attributes:
+        cluster_head: code (N, 256) -> probabilities (N, K).
+        clusters: K.
+        output: what ``forward`` returns and export ships: the code, or the cluster probabilities.
+    """
+
+    def __init__(
+        self,
+        backbone: nn.Module,
+        decoder: nn.Module,
+        size_px: int,
+        clusters: int,
+        grey: bool,
+        pooled: bool,
+        output: str,
+    ) -> None:
+        """Join the parts; ``pooled`` averages the code's map before the clustering head."""
+        if output not in OUTPUTS:
+            raise BadInput(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}")
+        pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if pooled else nn.Flatten()
+        super().__init__(backbone, decoder, size_px, 256, grey, pool)
+        self.cluster_head = nn.Sequential(
+            nn.Linear(256, 64),
+            nn.BatchNorm1d(64),
+            nn.ReLU(),
+            nn.Linear(64, clusters),
+            nn.BatchNorm1d(clusters),
+            nn.ReLU(),
+            nn.Softmax(1),
+        )
+        self.clusters = clusters
+        self.output = output
+        if output == "clusters":
+            self.dim = clusters
+
+    def features(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return codes (N, 256), or cluster probabilities (N, K), as ``output`` says."""
+        code = self.code(tiles)
+        if self.output == "code":
+            return code
+        probabilities: torch.Tensor = self.cluster_head(code)
+        return probabilities
+
+    def code(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return codes (N, 256)."""
+        return super().features(tiles)
+
+
+def _encoder(channels: int, widths: Sequence[int], first: tuple[int, int, int]) -> list[nn.Module]:
+    """Conv-BN-ReLU per width: the first with kernel, stride, padding ``first``, then 3, 2, 1."""
+    layers: list[nn.Module] = []
+    for number, width in enumerate(widths):
+        kernel, stride, padding = first if number == 0 else (3, 2, 1)
+        layers += [
+            nn.Conv2d(channels, width, kernel, stride, padding),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        channels = width
+    return layers
+
+
+def _decoder(channels: int, widths: Sequence[int], padding: Sequence[int]) -> nn.Sequential:
+    """Deconv (3, 2, 1)-BN-ReLU per width; the last is linear. ``padding`` is output padding."""
+    layers: list[nn.Module] = []
+    for width, extra in zip(widths, padding, strict=True):
+        layers += [
+            nn.ConvTranspose2d(channels, width, 3, 2, 1, extra),
+            nn.BatchNorm2d(width),
+            nn.ReLU(),
+        ]
+        channels = width
+    return nn.Sequential(*layers[:-2])
+
+
+def _check(size_px: int, expected: int) -> None:
+    if size_px != expected:
+        raise BadInput(f"size_px is {size_px}; this net closes at {expected} px only")
+
+
+def build_dac_fmnist(
+    size_px: int = 28, clusters: int = 10, output: str = "code"
+) -> ClusteringAutoEncoder:
+    """Return paper 001's net for grey 28 px: 49,057 parameters and a head of 17,246 (K = 10)."""
+    _check(size_px, 28)
+    encoder = nn.Sequential(*_encoder(1, (8, 16, 32, 64), (3, 2, 1)))
+    decoder = _decoder(64, (32, 16, 8, 1), (1, 0, 1, 1))
+    return ClusteringAutoEncoder(encoder, decoder, size_px, clusters, True, False, output)
+
+
+def build_dac_cifar(
+    size_px: int = 32, clusters: int = 10, output: str = "code"
+) -> ClusteringAutoEncoder:
+    """Return paper 001's net for colour 32 px: 49,347 parameters and a head of 17,246 (K = 10)."""
+    _check(size_px, 32)
+    encoder = nn.Sequential(*_encoder(3, (8, 16, 32, 64), (3, 2, 1)))
+    decoder = _decoder(64, (32, 16, 8, 3), (1, 1, 1, 1))
+    return ClusteringAutoEncoder(encoder, decoder, size_px, clusters, False, False, output)
+
+
+def build_dac_stl(
+    size_px: int = 96, clusters: int = 10, output: str = "code"
+) -> ClusteringAutoEncoder:
+    """Return paper 001's net for colour 96 px: 787,203 parameters and a head of 17,246 (K = 10)."""
+    _check(size_px, 96)
+    last: list[nn.Module] = [nn.Conv2d(128, 256, 3, 1, 1), nn.BatchNorm2d(256), nn.ReLU()]
+    encoder = nn.Sequential(*_encoder(3, (16, 32, 64, 128), (5, 4, 2)), *last)
+    decoder = _decoder(256, (128, 64, 32, 16, 3), (1, 1, 1, 1, 1))
+    return ClusteringAutoEncoder(encoder, decoder, size_px, clusters, False, True, output)

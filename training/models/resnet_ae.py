@@ -1,0 +1,112 @@
+"""Paper 000: the ResNet autoencoder, at 256 px (at the paper's 250 its last pooling has nothing left)."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...errors import BadInput
+from .embedding import AutoEncoder
+
+SIZE_PX = 256
+
+
+class ResBlock(nn.Module):
+    """Two convolutions and one of stride 2, beside one of stride 2: sizes halve (or double back).
+
+    Args:
+        inside: a, channels in.
+        out: b, channels out; the middle has (a + b) / 2.
+        kernel: of the first two convolutions.
+        up: transposed convolutions (the decoder's block).
+    """
+
+    def __init__(self, inside: int, out: int, kernel: int, up: bool = False) -> None:
+        """Make both paths; every convolution has a bias, and nothing follows the sum."""
+        super().__init__()
+        conv: type[nn.Conv2d] | type[nn.ConvTranspose2d] = nn.ConvTranspose2d if up else nn.Conv2d
+        middle = round((inside + out) / 2)
+        self.residual = nn.Sequential(
+            conv(inside, middle, kernel, 1, kernel // 2),
+            nn.BatchNorm2d(middle),
+            nn.ReLU(),
+            conv(middle, out, kernel, 1, kernel // 2),
+            nn.BatchNorm2d(out),
+            nn.ReLU(),
+            conv(out, out, 4, 2, 1),
+        )
+        self.identity = conv(inside, out, 4, 2, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, a, H, W) -> (N, b, H/2, W/2), or twice the size."""
+        y: torch.Tensor = self.residual(x) + self.identity(x)
+        return y
+
+
+def build_resnet_ae(
+    size_px: int = SIZE_PX, dim: int = 256, dropout: float = 0.5, decoder_norm: bool = False
+) -> AutoEncoder:
+    """Return paper 000's ResNet AE, code 256.
+
+    Args:
+        size_px: 256; the paper says 250, where the net does not close.
+        dim: length of the code.
+        dropout: share dropped, before the code and in the decoder.
+        decoder_norm: batch norm and ReLU in the decoder instead of ReLU and dropout, as in the
+            authors' later code.
+    """
+    if size_px != SIZE_PX:
+        raise BadInput(f"size_px is {size_px}; this net closes at {SIZE_PX} px only")
+
+    def norm(channels: int) -> list[nn.Module]:
+        return [nn.BatchNorm2d(channels), nn.ReLU()]
+
+    def after(channels: int) -> list[nn.Module]:
+        return norm(channels) if decoder_norm else [nn.ReLU(), nn.Dropout(dropout)]
+
+    encoder = nn.Sequential(
+        nn.Conv2d(3, 64, 6, 2, 2, bias=False),
+        *norm(64),
+        nn.MaxPool2d(4, 2, 1),
+        ResBlock(64, 256, 5),
+        *norm(256),
+        nn.MaxPool2d(4, 2, 1),
+        ResBlock(256, 512, 7),
+        *norm(512),
+        nn.MaxPool2d(4, 2, 1),
+        nn.Conv2d(512, 512, 4, 2, 1),
+        *norm(512),
+        nn.MaxPool2d(2),
+        nn.AdaptiveAvgPool2d(1),
+        nn.Flatten(),
+        nn.Dropout(dropout),
+        nn.Linear(512, 256),
+        nn.BatchNorm1d(256),
+        nn.ReLU(),
+        nn.Linear(256, dim),
+    )
+    decoder = nn.Sequential(
+        nn.BatchNorm1d(dim),
+        nn.ReLU(),
+        nn.Linear(dim, 256),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Linear(256, 4096),
+        nn.BatchNorm1d(4096),
+        nn.ReLU(),
+        nn.Dropout(dropout),
+        nn.Unflatten(1, (256, 4, 4)),
+        nn.ConvTranspose2d(256, 512, 4, 2, 1),
+        *after(512),
+        nn.ConvTranspose2d(512, 512, 4, 2, 1),
+        *after(512),
+        ResBlock(512, 256, 7, up=True),
+        *after(256),
+        nn.ConvTranspose2d(256, 256, 4, 2, 1),
+        *after(256),
+        ResBlock(256, 64, 5, up=True),
+        *after(64),
+        nn.ConvTranspose2d(64, 3, 6, 2, 2),
+        nn.Sigmoid(),
+    )
+    return AutoEncoder(encoder, decoder, size_px, dim)

@@ -1,0 +1,107 @@
+"""Paper 003: autoencoders of two topologies, fully connected (AE) and convolutional (CAE), by code size.
+
+The paper gives the AE as "D-128-64-32-16" and loses the CAE's figure. Read here as: a code of 16, 32, 64
+or 128 ends the chain D-128-64-32-16 where it is reached; the CAE has three convolutions with max-pooling,
+whose last width makes the flattened 4 x 4 map the code. For grey pictures D is the number of their pixels
+(the paper says 3072 for grey 32 x 32, which has 1024).
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import nn
+
+from ...errors import BadInput
+from .embedding import AutoEncoder
+
+CODES = (16, 32, 64, 128)
+FAMILIES = ("map", "linear")
+
+
+def _check_code(dim: int) -> None:
+    if dim not in CODES:
+        raise BadInput(f"dim is {dim}; paper 003 has codes of {', '.join(map(str, CODES))}")
+
+
+def build_topology_ae(size_px: int = 28, dim: int = 32, relu_code: bool = False) -> AutoEncoder:
+    """Return paper 003's fully connected AE on grey pixels: ReLU inside, linear code, sigmoid output.
+
+    Args:
+        size_px: 28 (MNIST, D = 784) or 32 (CIFAR-10, SVHN; D = 1024).
+        dim: length of the code: 16, 32, 64 or 128.
+        relu_code: a ReLU on the code too.
+    """
+    _check_code(dim)
+    sizes = [size_px * size_px, *(code for code in CODES[::-1] if code >= dim)]
+    encoder: list[nn.Module] = [nn.Flatten()]
+    for inside, out in zip(sizes, sizes[1:], strict=False):
+        encoder += [nn.Linear(inside, out), nn.ReLU()]
+    if not relu_code:
+        encoder.pop()
+    decoder: list[nn.Module] = []
+    for inside, out in zip(sizes[:0:-1], sizes[-2::-1], strict=True):
+        decoder += [nn.Linear(inside, out), nn.ReLU()]
+    decoder[-1] = nn.Sigmoid()
+    decoder.append(nn.Unflatten(1, (1, size_px, size_px)))
+    return AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim, grey=True)
+
+
+class _Resize(nn.Module):
+    """Nearest up-sampling to a fixed side."""
+
+    def __init__(self, size_px: int) -> None:
+        super().__init__()
+        self.size_px = size_px
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.interpolate(x, (self.size_px, self.size_px), mode="nearest")
+
+
+def build_topology_cae(
+    size_px: int = 32, dim: int = 32, widths: str = "32-16", family: str = "map"
+) -> AutoEncoder:
+    """Return paper 003's convolutional AE on three channels.
+
+    Args:
+        size_px: side of the input; 28 and 32 end in a 4 x 4 map.
+        dim: length of the code: 16, 32, 64 or 128.
+        widths: channels of the first two convolutions: 32-16 or 16-8.
+        family: ``map``: the last convolution's flattened map is the code; ``linear``: a linear layer
+            makes the code from a map of 8 channels.
+    """
+    _check_code(dim)
+    if family not in FAMILIES:
+        raise BadInput(f"family is {family!r}; expected one of {', '.join(FAMILIES)}")
+    try:
+        first, second = (int(part) for part in widths.split("-"))
+    except ValueError as error:
+        raise BadInput(f"widths is {widths!r}; expected two numbers such as 32-16") from error
+    sides = [size_px]
+    for _ in range(3):
+        sides.append(math.ceil(sides[-1] / 2))
+    cells = sides[-1] ** 2
+    last = 8 if family == "linear" else dim // cells
+    if family == "map" and last * cells != dim:
+        raise BadInput(
+            f"size_px is {size_px}; its map has {cells} cells, which do not divide {dim}"
+        )
+
+    def conv(inside: int, out: int) -> list[nn.Module]:
+        return [nn.Conv2d(inside, out, 3, 1, 1), nn.BatchNorm2d(out), nn.ReLU()]
+
+    def pool() -> nn.Module:
+        return nn.MaxPool2d(2, ceil_mode=True)
+
+    encoder: list[nn.Module] = [*conv(3, first), pool(), *conv(first, second), pool()]
+    encoder += [*conv(second, last)[:2], pool(), nn.Flatten()]  # the code has no ReLU
+    decoder: list[nn.Module] = []
+    if family == "linear":
+        encoder.append(nn.Linear(last * cells, dim))
+        decoder.append(nn.Linear(dim, last * cells))
+    decoder.append(nn.Unflatten(1, (last, sides[3], sides[3])))
+    for inside, out, side in ((last, second, 2), (second, second, 1), (second, first, 0)):
+        decoder += [*conv(inside, out), _Resize(sides[side])]
+    decoder += [nn.Conv2d(first, 3, 3, 1, 1), nn.Sigmoid()]
+    return AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim)

@@ -1,0 +1,61 @@
+"""A convolutional variational autoencoder (Kingma & Welling 2014), asked for by papers 000 and 003."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ...errors import BadInput
+from .embedding import AutoEncoder
+
+WIDTHS = (32, 64, 128, 256)
+
+
+class VariationalAutoEncoder(AutoEncoder):
+    """An autoencoder whose code is a Gaussian; its mean is the embedding.
+
+    Attributes:
+        log_variance: features -> (N, D), beside the head, which gives the mean.
+    """
+
+    def __init__(self, size_px: int, dim: int) -> None:
+        """Build four convolutions of stride 2 and their mirror image."""
+        channels, side = 3, size_px // 16
+        layers: list[nn.Module] = []
+        for width in WIDTHS:
+            layers += [nn.Conv2d(channels, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
+            channels = width
+        flat = channels * side * side
+        back: list[nn.Module] = [nn.Linear(dim, flat), nn.Unflatten(1, (channels, side, side))]
+        for width in (*WIDTHS[-2::-1], 3):
+            back += [
+                nn.ConvTranspose2d(channels, width, 4, 2, 1),
+                nn.BatchNorm2d(width),
+                nn.ReLU(),
+            ]
+            channels = width
+        decoder = nn.Sequential(*back[:-2], nn.Sigmoid())
+        encoder = nn.Sequential(*layers, nn.Flatten())
+        super().__init__(encoder, decoder, size_px, dim, head=nn.Linear(flat, dim))
+        self.log_variance = nn.Linear(flat, dim)
+
+    def reconstruct(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return means (N, D), reconstructions of the means, and what they should be."""
+        seen = self.colours(tiles)
+        mean = self.head(self.backbone(seen))
+        return mean, self.decoder(mean), seen
+
+    def sample(self, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Return means, log variances (N, D), reconstructions of a draw, and what they should be."""
+        seen = self.colours(tiles)
+        features = self.backbone(seen)
+        mean, log_variance = self.head(features), self.log_variance(features)
+        draw = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
+        return mean, log_variance, self.decoder(draw), seen
+
+
+def build_vae(size_px: int = 64, dim: int = 64) -> VariationalAutoEncoder:
+    """Return a convolutional VAE; ``size_px`` is a multiple of 16, ``dim`` the length of the code."""
+    if size_px % 16 or size_px < 16:
+        raise BadInput(f"size_px is {size_px}; expected a multiple of 16")
+    return VariationalAutoEncoder(size_px, dim)

@@ -1,0 +1,66 @@
+"""The papers' tables, run by ``histoseek reproduce``: published beside ours beside trivial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from ...console import Report as Progress
+from ...errors import unknown_name
+from ...tilesets import TileSet
+from . import ae_dac, arcface, breast_ae, p4m_deepcluster, topology_sweep
+from .report import Report
+from .study import Study, StudyOptions
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """How a paper's table is made, and one line on what it is."""
+
+    run: Callable[[Study], Report]
+    about: str
+
+
+PROTOCOLS: dict[str, Protocol] = {
+    "breast-ae": Protocol(
+        breast_ae.reproduce,
+        "paper 000, table 1: k-means on pixels and on five codes, DenseNet; F1 and ACC",
+    ),
+    "ae-dac": Protocol(
+        ae_dac.reproduce, "paper 001, table 2: k-means, AE + k-means, DEC, DAC, AE + DAC"
+    ),
+    "p4m-deepcluster": Protocol(
+        p4m_deepcluster.reproduce,
+        "paper 002: Sobel-AlexNet and P4M CNN, NMI between epochs, linear probe",
+    ),
+    "topology-sweep": Protocol(
+        topology_sweep.reproduce, "paper 003, tables 1 and 2: AE and CAE by code size and K, purity"
+    ),
+    "arcface": Protocol(
+        arcface.reproduce, "paper 004: ten folds, k-means and HDBSCAN; ArcFace, softmax, triplet"
+    ),
+}
+
+
+def find_protocol(name: str) -> Protocol:
+    """Return a protocol by name.
+
+    Raises:
+        BadInput: the name is not registered; the choices are listed.
+    """
+    if name not in PROTOCOLS:
+        raise unknown_name("protocol", name, PROTOCOLS)
+    return PROTOCOLS[name]
+
+
+def reproduce(
+    name: str, options: StudyOptions, tiles: TileSet, progress: Progress
+) -> dict[str, Any]:
+    """Run a protocol on a tile set and write its report; returns the report as JSON."""
+    protocol = find_protocol(name)
+    options.out.mkdir(parents=True, exist_ok=True)
+    return protocol.run(Study(options, tiles, progress)).write(options.out)
+
+
+__all__ = ["PROTOCOLS", "Protocol", "StudyOptions", "find_protocol", "reproduce"]

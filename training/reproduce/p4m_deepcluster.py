@@ -1,0 +1,198 @@
+"""Paper 002: DeepCluster with Sobel-AlexNet and with the P4M CNN: NMI between epochs, probe, AUC."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
+
+from ..data import split
+from ..evaluate import embed_numbers, pixel_features
+from ..kmeans import assign
+from ..probe import linear_probe
+from . import figures
+from .report import Cell, Report, Table
+from .study import Study, spread, values
+
+NETS: dict[str, dict[str, Any]] = {
+    "Sobel-AlexNet": {"model": "sobel-alexnet", "rotation_deg": 360.0},
+    "P4M CNN": {"model": "p4m-cnn"},
+}
+PROBE = ("probe accuracy", "micro-AUC", "macro-AUC")
+PROBE_NAMES = ("probe_accuracy", "probe_micro_auc", "probe_macro_auc")
+PUBLISHED: dict[str, tuple[float | None, float | None, float | None]] = {
+    "Sobel-AlexNet": (0.5640, 0.94, None),
+    "P4M CNN": (0.5673, None, None),
+}
+LAST_NMI = {"Sobel-AlexNet": 0.635, "P4M CNN": 0.428}
+CHEST = "chestxray14"
+
+
+def reproduce(study: Study) -> Report:
+    """Train both nets by DeepCluster, split by patient; probe and cluster held-out tiles."""
+    options = study.options
+    epochs = study.pick(20, 2, options.epochs)
+    seeds = study.pick(3, 1, options.seeds)
+    size_px = options.size_px or 64
+    k = min(200, max(4, len(study.tiles) // 20))
+    widths = options.widths or ("published" if options.preset == "paper" else "16")
+    study.cells = len(NETS) * seeds
+    report = study.report(
+        "DeepCluster: Sobel-AlexNet against the P4M CNN", "002", epochs=epochs, seeds=seeds,
+        network=f"{size_px} px, K = {k}, P4M widths {widths}, PCA to at most 128, Adam 1e-3, batch 256",
+    )  # fmt: skip
+    report.notes += [
+        "The published curves cannot be targets: the authors' P4M loop learns from the image number "
+        "modulo 200, three quarters of the rows that it clusters are zeros, and a constant predictor "
+        "reaches micro-AUC .977 on its labels.",
+        "NMI grows with K at small n: read AMI, or NMI beside that of shuffled clusters.",
+    ]
+    if len(study.tiles) < 20 * 200:
+        report.notes.append(
+            f"K is {k}, one cluster per 20 tiles, where the paper has 200 for 112,120."
+        )
+    records: dict[str, list[dict[str, Any]]] = {name: [] for name in NETS}
+    for seed in range(seeds):
+        for name, own in NETS.items():
+            more: dict[str, Any] = (
+                {"model_options": f"widths={widths}"} if name == "P4M CNN" else {}
+            )
+            records[name].append(
+                study(
+                    f"{own['model']}-{seed}",
+                    "deepcluster",
+                    size_px=size_px,
+                    epochs=epochs,
+                    clusters=k,
+                    seed=seed,
+                    fold=seed % 5,
+                    split=options.split,
+                    judge=False,
+                    batch=min(256, max(16, len(study.tiles) // 8)),
+                    **own,
+                    **more,
+                )  # fmt: skip
+            )
+    published = PUBLISHED if study.whole.name == CHEST else {}
+    report.tables += [
+        _clusters(study, records, size_px, k),
+        _probes(study, records, size_px, published),
+    ]
+    _draw(study, report, records, size_px)
+    return report
+
+
+def _last(record: dict[str, Any], name: str) -> float:
+    found = [row[name] for row in record["epochs"] if name in row]
+    return float(found[-1]) if found else float("nan")
+
+
+def _clusters(
+    study: Study, records: dict[str, list[dict[str, Any]]], size_px: int, k: int
+) -> Table:
+    """NMI and AMI: last epoch against the one before, and clusters of held-out tiles against labels."""
+    data = study.load(size_px)
+    rows: dict[str, list[Cell]] = {}
+    rng = np.random.default_rng(0)
+    for name, runs in records.items():
+        nmi, ami, null = [], [], []
+        for seed, _ in enumerate(runs):
+            test = split(data, 5, seed % 5, seed, study.options.split).test
+            encoder = study.encoder(f"{NETS[name]['model']}-{seed}")
+            vectors, kept = embed_numbers(encoder, data, test)
+            clusters = assign(
+                vectors, study.tensor(f"{NETS[name]['model']}-{seed}", "clusters.centres")
+            )
+            labels = data.labels[kept]
+            nmi.append(normalized_mutual_info_score(labels, clusters))
+            ami.append(adjusted_mutual_info_score(labels, clusters))
+            null.append(normalized_mutual_info_score(labels, rng.permutation(clusters)))
+        said = LAST_NMI[name] if study.whole.name == CHEST else None
+        rows[name] = [
+            Cell(said, tuple(_last(run, "nmi_previous") for run in runs)),
+            Cell(None, tuple(_last(run, "ami_previous") for run in runs), 0.0),
+            Cell(None, tuple(nmi), float(np.mean(null))),
+            Cell(None, tuple(ami), 0.0),
+        ]
+    columns = ("NMI(t, t-1)", "AMI(t, t-1)", "NMI to labels", "AMI to labels")
+    return Table(f"Clusters, K = {k}", columns, rows, "the same clusters, shuffled")
+
+
+def _probes(
+    study: Study,
+    records: dict[str, list[dict[str, Any]]],
+    size_px: int,
+    published: dict[str, tuple[float | None, float | None, float | None]],
+) -> Table:
+    data = study.load(size_px)
+    rows = {}
+    chance: list[list[float]] = []
+    for name, runs in records.items():
+        found = [values(run["metrics"]["probe"]) for run in runs]
+        chance = [[m["baseline"] for m in run["metrics"]["probe"]] for run in runs]
+        trivial = np.mean(chance, 0).tolist()
+        rows[name] = [
+            Cell(paper, tuple(run[metric] for run in found), base)
+            for metric, paper, base in zip(
+                PROBE_NAMES, published.get(name, (None, None, None)), trivial, strict=True
+            )
+        ]
+    flat = pixel_features(data.tiles)
+    own: list[dict[str, float]] = []
+    for seed in range(len(next(iter(records.values())))):
+        parts = split(data, 5, seed % 5, seed, study.options.split)
+        report = linear_probe(
+            flat[parts.train], data.labels[parts.train], flat[parts.test], data.labels[parts.test],
+            data.label_names,
+        )  # fmt: skip
+        own.append({metric.name: metric.value for metric in report})
+    trivial = np.mean(chance, 0).tolist()
+    rows["pixels (16 x 16)"] = [
+        Cell(None, tuple(run[metric] for run in own), base)
+        for metric, base in zip(PROBE_NAMES, trivial, strict=True)
+    ]
+    meaning = "the largest class; class shares as constant scores; chance"
+    return Table("Linear probe on held-out tiles", PROBE, rows, meaning)
+
+
+def _draw(
+    study: Study, report: Report, records: dict[str, list[dict[str, Any]]], size_px: int
+) -> None:
+    out = study.options.out
+    data = study.load(size_px)
+
+    def line(name: str, key: str) -> list[float]:
+        curves = [[row[key] for row in run["epochs"] if key in row] for run in records[name]]
+        return [float(value) for value in np.mean(curves, 0)]
+
+    agreement = {f"{name}: {key.split('_')[0].upper()}": line(name, key)
+                 for name in records for key in ("nmi_previous", "ami_previous")}  # fmt: skip
+    losses = {name: line(name, "loss") for name in records}
+    used = int(max(_last(run, "clusters_used") for runs in records.values() for run in runs))
+    report.figures += [
+        (
+            figures.curves(
+                out / "agreement.png", agreement, "epoch", "agreement with the epoch before"
+            ),
+            "Agreement of the clusters with those of the epoch before, mean over seeds",
+        ),
+        (
+            figures.curves(
+                out / "loss.png", losses, "epoch", "cross-entropy", {"ln K": float(np.log(used))}
+            ),
+            "Loss by epoch; a net that learns nothing stays at ln K",
+        ),
+    ]
+    for name in records:
+        encoder = study.encoder(f"{NETS[name]['model']}-0")
+        numbers = spread(np.arange(len(data)), 2000)
+        vectors, kept = embed_numbers(encoder, data, numbers)
+        file = figures.tsne(
+            out / f"tsne-{NETS[name]['model']}.png",
+            vectors,
+            data.labels[kept],
+            data.label_names,
+            name,
+        )
+        report.figures.append((file, f"t-SNE of the embeddings of {name}, seed 0, by label"))

@@ -1,0 +1,176 @@
+"""A report of a paper's table: published number, ours, trivial baseline, side by side."""
+
+from __future__ import annotations
+
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ...files import write_atomic, write_json
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One number of a table: what the paper says, what we measured, what needs no model.
+
+    Attributes:
+        published: of the paper, or None.
+        ours: one value per seed or fold.
+        trivial: reached without any model, or None.
+        published_sd: the paper's spread, or None.
+    """
+
+    published: float | None = None
+    ours: tuple[float, ...] = ()
+    trivial: float | None = None
+    published_sd: float | None = None
+
+    @property
+    def mean(self) -> float | None:
+        """Mean of ours."""
+        return float(np.mean(self.ours)) if self.ours else None
+
+    @property
+    def sd(self) -> float | None:
+        """Sample standard deviation of ours (n - 1); None for a single value."""
+        return float(np.std(self.ours, ddof=1)) if len(self.ours) > 1 else None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        return {
+            "published": self.published,
+            "published_sd": self.published_sd,
+            "ours": [_finite(value) for value in self.ours],
+            "mean": _finite(self.mean),
+            "sd": _finite(self.sd),
+            "trivial": _finite(self.trivial),
+        }
+
+
+def _finite(value: float | None) -> float | None:
+    return None if value is None or value != value else value
+
+
+@dataclass
+class Table:
+    """Rows of cells.
+
+    Attributes:
+        title: of the table.
+        columns: names of the metrics.
+        rows: cells by row name, in order of ``columns``.
+        trivial_is: what the trivial baseline is.
+        digits: after the point.
+        notes: below the table.
+    """
+
+    title: str
+    columns: Sequence[str]
+    rows: dict[str, list[Cell]]
+    trivial_is: str = ""
+    digits: int = 3
+    notes: list[str] = field(default_factory=list)
+
+    def markdown(self) -> list[str]:
+        """Return the table as lines of Markdown: published / ours / trivial per metric."""
+        head = " | ".join(f"{c}: published | ours | trivial" for c in self.columns)
+        lines = [
+            f"### {self.title}",
+            "",
+            f"| | {head} |",
+            "|---" * (1 + 3 * len(self.columns)) + "|",
+        ]
+        for name, cells in self.rows.items():
+            shown = " | ".join(self._cell(cell) for cell in cells)
+            lines.append(f"| {name} | {shown} |")
+        if self.trivial_is:
+            lines += ["", f"Trivial: {self.trivial_is}."]
+        return [*lines, *(f"\n{note}" for note in self.notes), ""]
+
+    def _cell(self, cell: Cell) -> str:
+        def number(value: float | None, sd: float | None = None) -> str:
+            if value is None or value != value:
+                return "–"
+            spread = f" ± {sd:.{self.digits}f}" if sd is not None and sd == sd else ""
+            return f"{value:.{self.digits}f}{spread}"
+
+        return " | ".join(
+            (
+                number(cell.published, cell.published_sd),
+                number(cell.mean, cell.sd),
+                number(cell.trivial),
+            )
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return it for JSON."""
+        rows = {
+            name: dict(zip(self.columns, (c.as_dict() for c in cells), strict=True))
+            for name, cells in self.rows.items()
+        }
+        return {
+            "title": self.title,
+            "trivial_is": self.trivial_is,
+            "rows": rows,
+            "notes": self.notes,
+        }
+
+
+@dataclass
+class Report:
+    """What a protocol found.
+
+    Attributes:
+        title: of the report.
+        paper: which.
+        command: that makes it again.
+        about: data, split, seeds, epochs, by name.
+        tables: of numbers.
+        figures: file name and caption.
+        notes: what a reader must know before comparing.
+    """
+
+    title: str
+    paper: str
+    command: str
+    about: dict[str, Any]
+    tables: list[Table] = field(default_factory=list)
+    figures: list[tuple[str, str]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+
+    def write(self, out: Path) -> dict[str, Any]:
+        """Write report.md and report.json into ``out``; returns the JSON document."""
+        machine = {
+            "date": datetime.now(UTC).date().isoformat(),
+            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"
+            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
+            "torch": torch.__version__,
+        }
+        lines = [f"# {self.title}", "", f"Paper {self.paper}.", "", "```", self.command, "```", ""]
+        lines += ["| | |", "|---|---|"]
+        lines += [f"| {name} | {value} |" for name, value in {**self.about, **machine}.items()]
+        lines.append("")
+        lines += [f"- {note}" for note in self.notes] + ([""] if self.notes else [])
+        for table in self.tables:
+            lines += table.markdown()
+        for file, caption in self.figures:
+            lines += [f"![{caption}]({file})", "", f"*{caption}*", ""]
+        write_atomic(out / "report.md", "\n".join(lines))
+        document = {
+            "title": self.title,
+            "paper": self.paper,
+            "command": self.command,
+            "about": {**self.about, **machine},
+            "notes": self.notes,
+            "tables": [table.as_dict() for table in self.tables],
+            "figures": [{"file": file, "caption": caption} for file, caption in self.figures],
+        }
+        write_json(out / "report.json", document)
+        return document

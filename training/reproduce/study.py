@@ -1,0 +1,193 @@
+"""What every protocol has: its options, its tiles, and one run folder per cell of the table."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from ...console import Report as Progress
+from ...errors import BadInput
+from ...files import read_json
+from ...metrics import Ints
+from ...tilesets import TileSet
+from ..checkpoint import load_encoder, load_tensors
+from ..data import LabelledTiles, load
+from ..evaluate import to_input
+from ..models import AutoEncoder, Encoder
+from ..recipes import find_recipe
+from ..run import RECORD, WEIGHTS
+from .report import Report
+
+PRESETS = ("authors", "paper")
+
+
+@dataclass(frozen=True)
+class StudyOptions:
+    """Options of every protocol.
+
+    Attributes:
+        out: folder of the report and its runs; a protocol that was killed goes on where it was.
+        command: as it was typed, for the report.
+        preset: authors (what their code does) or paper (what the text says), where they differ.
+        quick: few epochs, seeds and cells: shows that it works, measures nothing.
+        seeds: how many seeds (or folds); 0 for the protocol's own.
+        epochs: of every training; 0 for the protocol's own.
+        limit: most tiles, drawn by group; 0 for all.
+        limit_large: likewise for nets of more than 2 GMACs; 0 for ``limit``.
+        split: group, or tile as the paper has it (leaky).
+        positive: the label that counts as positive in F1; the last one if empty.
+        parts: parts of the protocol beside its main table, joined by commas.
+        size_px: side of a tile, where the protocol leaves it open; 0 for its own.
+        widths: of the P4M CNN; the preset's if empty.
+        accelerator: cpu, cuda, mps or auto.
+        precision: Lightning's name.
+    """
+
+    out: Path
+    command: str = ""
+    preset: str = "authors"
+    quick: bool = False
+    seeds: int = 0
+    epochs: int = 0
+    limit: int = 0
+    limit_large: int = 0
+    split: str = "group"
+    positive: str = ""
+    parts: str = ""
+    size_px: int = 0
+    widths: str = ""
+    accelerator: str = "auto"
+    precision: str = "32-true"
+
+    def __post_init__(self) -> None:
+        """Check the choices."""
+        if self.preset not in PRESETS:
+            raise BadInput(f"preset is {self.preset!r}; expected one of: {', '.join(PRESETS)}")
+        if self.split not in {"group", "tile"}:
+            raise BadInput(f"split is {self.split!r}; expected group or tile")
+
+
+class Study:
+    """A protocol being run on a tile set.
+
+    Attributes:
+        options: of the protocol.
+        tiles: the whole set, or what ``limit`` leaves of it.
+    """
+
+    def __init__(self, options: StudyOptions, tiles: TileSet, progress: Progress) -> None:
+        """Draw the tiles; nothing is trained yet."""
+        self.options = options
+        self.whole = tiles
+        self.tiles = draw(tiles, options.limit)
+        self.cells = 0
+        self.done = 0
+        self._progress = progress
+
+    def __call__(
+        self, cell: str, recipe: str, tiles: TileSet | None = None, **options: Any
+    ) -> dict[str, Any]:
+        """Train one cell of the table, or take it from an earlier call; returns its record."""
+        chosen = find_recipe(recipe)
+        own = {"accelerator": self.options.accelerator, "precision": self.options.precision}
+        filled = chosen.options(**{**own, **options})
+
+        def report(done: int, total: int, text: str) -> None:
+            share = done / total if total else 0.0
+            self._progress(
+                round(1000 * (self.done + share)),
+                1000 * max(self.cells, self.done + 1),
+                f"{cell}: {text}",
+            )
+
+        folder = self.options.out / "runs" / cell
+        record = chosen.fit(filled, self.tiles if tiles is None else tiles, folder, report)
+        self.done += 1
+        return record
+
+    def pick(self, normal: int, quick: int, asked: int = 0) -> int:
+        """Return how many: what was asked for, else the protocol's own number, or the quick one."""
+        return asked or (quick if self.options.quick else normal)
+
+    def load(self, size_px: int, tiles: TileSet | None = None) -> LabelledTiles:
+        """Decode the tiles."""
+        return load(self.tiles if tiles is None else tiles, size_px, lambda *_: None)
+
+    def encoder(self, cell: str) -> Encoder:
+        """Return the trained encoder of a cell."""
+        return load_encoder(self.options.out / "runs" / cell)
+
+    def record(self, cell: str) -> dict[str, Any]:
+        """Return the record of a cell's run."""
+        found: dict[str, Any] = read_json(self.options.out / "runs" / cell / RECORD)
+        return found
+
+    def tensor(self, cell: str, name: str) -> NDArray[np.float32]:
+        """Return a tensor that a cell's run keeps beside its weights."""
+        tensors, _ = load_tensors(self.options.out / "runs" / cell / WEIGHTS)
+        found: NDArray[np.float32] = tensors[name].numpy()
+        return found
+
+    def report(self, title: str, paper: str, **about: Any) -> Report:
+        """Begin the report, with what there is to say of data and split."""
+        options = self.options
+        used = f"{len(self.tiles)} tiles of {self.whole.name}"
+        if len(self.tiles) < len(self.whole):
+            used += f" (drawn from {len(self.whole)}, whole groups)"
+        grouped = any(tile.group for tile in self.tiles.tiles)
+        split = "by group" if grouped else "by tile (the data names no groups)"
+        if options.split == "tile" and grouped:
+            split = "by tile ACROSS groups, as the paper has it: LEAKY, siblings are in both parts"
+        said = {"data": used, "split": split, "preset": options.preset, **about}
+        report = Report(title, paper, options.command, said)
+        if options.quick:
+            report.notes.append(
+                "`--quick`: this shows that the protocol runs; it measures nothing."
+            )
+        return report
+
+
+def draw(tiles: TileSet, limit: int, seed: int = 0) -> TileSet:
+    """Return at most ``limit`` tiles, whole groups drawn at random; all of them for 0."""
+    if not limit or limit >= len(tiles):
+        return tiles
+    members: dict[str, list[int]] = {}
+    for number, tile in enumerate(tiles.tiles):
+        members.setdefault(tile.group or f"\0{number}", []).append(number)
+    names = sorted(members)
+    chosen: list[int] = []
+    for at in np.random.default_rng(seed).permutation(len(names)):
+        if len(chosen) + len(members[names[at]]) <= limit:
+            chosen += members[names[at]]
+    return tiles.take(sorted(chosen))
+
+
+def first_classes(tiles: TileSet, count: int) -> TileSet:
+    """Return the tiles of the first ``count`` classes in sorted order."""
+    names = sorted({tile.label for tile in tiles.tiles if tile.label is not None})[:count]
+    return tiles.take([n for n, tile in enumerate(tiles.tiles) if tile.label in names])
+
+
+def values(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
+    """Return metric values by name; what is not defined is nan."""
+    return {row["name"]: float("nan") if row["value"] is None else row["value"] for row in rows}
+
+
+@torch.inference_mode()
+def drawn_again(encoder: AutoEncoder, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """Return reconstructions (N, H, W, 3) of uint8 tiles (N, S, S, 3), 0..1."""
+    encoder.eval()
+    _, drawn, _ = encoder.reconstruct(to_input(encoder, tiles))
+    return drawn.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+
+
+def spread(numbers: Ints, count: int) -> Ints:
+    """Return ``count`` of ``numbers``, evenly spread."""
+    chosen: Ints = numbers[np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)]
+    return chosen

@@ -1,0 +1,174 @@
+"""Paper 003, tables 1 and 2: purity of k-means on the codes of AEs and CAEs, by code size and K."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+
+from ...metrics import Floats, Ints, accuracy, purity
+from ..evaluate import embed_numbers
+from ..models import AutoEncoder
+from . import figures
+from .report import Cell, Report, Table
+from .study import Study, drawn_again, spread
+
+CODES = (16, 32, 64, 128)
+CLUSTERS = (10, 20, 30, 40, 50)
+NETS = {"CAE": "topology-cae", "AE": "topology-ae"}
+INITIALISATIONS = 20
+# Purity in %, mean and sd, by K; columns are codes of 16, 32, 64, 128.
+Row = tuple[tuple[float, float], ...]
+PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
+    ("CAE", "cifar10"): {
+        10: ((22.97, 1.57), (24.90, 1.15), (26.28, 0.92), (25.27, 0.67)),
+        20: ((26.43, 1.80), (27.70, 0.74), (29.13, 0.73), (28.42, 0.51)),
+        30: ((27.54, 1.29), (28.66, 1.17), (30.01, 0.73), (29.46, 0.51)),
+        40: ((28.77, 0.88), (29.98, 0.78), (31.39, 0.79), (30.47, 0.73)),
+        50: ((29.16, 1.19), (30.46, 0.87), (31.92, 0.70), (31.49, 0.74)),
+    },
+    ("CAE", "mnist"): {
+        10: ((52.10, 3.47), (51.40, 4.26), (45.69, 3.81), (42.54, 2.69)),
+        20: ((63.74, 3.94), (64.51, 4.05), (62.31, 2.17), (57.50, 2.63)),
+        30: ((71.24, 3.41), (72.81, 1.95), (71.63, 2.45), (67.22, 2.02)),
+        40: ((73.44, 2.98), (75.56, 1.91), (73.94, 1.98), (71.94, 2.73)),
+        50: ((76.07, 2.87), (77.18, 2.21), (75.97, 2.92), (74.36, 1.40)),
+    },
+    ("CAE", "svhn"): {
+        10: ((20.31, 0.65), (20.44, 0.59), (20.43, 0.53), (20.06, 0.23)),
+        20: ((21.31, 0.72), (21.47, 0.68), (21.66, 0.66), (20.34, 0.37)),
+        30: ((21.60, 0.58), (21.87, 0.67), (22.36, 0.83), (21.22, 0.42)),
+        40: ((22.23, 0.54), (22.64, 0.66), (23.03, 0.76), (21.31, 0.44)),
+        50: ((22.39, 0.49), (22.95, 1.02), (23.83, 0.81), (21.69, 0.37)),
+    },
+    ("AE", "cifar10"): {
+        10: ((20.42, 0.93), (20.71, 0.74), (20.90, 0.59), (20.95, 0.45)),
+        20: ((23.24, 1.12), (24.31, 0.53), (23.49, 0.86), (23.81, 0.45)),
+        30: ((24.71, 1.05), (24.31, 0.74), (24.84, 0.57), (24.74, 0.45)),
+        40: ((25.33, 0.99), (25.13, 0.65), (25.58, 0.79), (25.70, 0.48)),
+        50: ((26.39, 0.86), (26.69, 1.65), (26.57, 0.59), (26.49, 0.62)),
+    },
+    ("AE", "mnist"): {
+        10: ((64.04, 3.39), (66.57, 1.76), (66.52, 1.06), (59.23, 2.21)),
+        20: ((73.23, 2.20), (74.99, 2.04), (73.56, 1.53), (70.06, 2.63)),
+        30: ((78.09, 2.16), (79.80, 1.40), (77.86, 1.17), (76.47, 1.83)),
+        40: ((81.46, 1.53), (82.47, 1.14), (81.27, 1.03), (79.26, 1.65)),
+        50: ((82.21, 1.67), (83.52, 0.73), (83.27, 1.19), (81.05, 1.61)),
+    },
+    ("AE", "svhn"): {
+        10: ((20.05, 0.47), (19.86, 0.23), (19.92, 0.32), (19.83, 0.23)),
+        20: ((20.90, 0.68), (20.94, 0.70), (20.72, 0.65), (20.46, 0.30)),
+        30: ((21.74, 1.16), (21.68, 0.66), (21.87, 0.60), (21.48, 0.31)),
+        40: ((22.68, 1.53), (22.49, 0.52), (22.47, 0.64), (22.11, 0.28)),
+        50: ((23.21, 1.12), (23.44, 0.86), (23.47, 0.95), (22.53, 0.37)),
+    },
+}  # fmt: skip
+
+
+def reproduce(study: Study) -> Report:
+    """Train every net once per code, cluster its codes 20 times per K from random centres."""
+    options = study.options
+    epochs = study.pick(50, 1, options.epochs)
+    repeats = study.pick(INITIALISATIONS, 2, options.seeds)
+    side = options.size_px or study.tiles.read(0).shape[0]
+    study.cells = len(CODES) * len(NETS)
+    report = study.report(
+        "Topology, code size and K", "003, tables 1 and 2", epochs=epochs,
+        seeds=f"one trained net per cell, {repeats} random initialisations of k-means",
+        network=f"AE on {side * side} grey pixels, CAE (32, 16, c) on 3 channels; Adam, batch 256, MSE",
+    )  # fmt: skip
+    report.about["split"] = "none: fitted and judged on the same tiles, as the paper has it"
+    report.notes += [
+        "Purity never falls with K and is at least the share of the largest class.",
+        "The paper names no optimiser, rate, epochs or batch; those here are ours.",
+    ]
+    data = study.load(side)
+    truth = data.labels
+    results: dict[str, dict[int, dict[int, list[float]]]] = {}
+    matched: dict[str, dict[int, list[float]]] = {}
+    drawn: dict[str, Any] = {}
+    for net, model in NETS.items():
+        results[net], matched[net] = {k: {} for k in CLUSTERS}, {}
+        for code in CODES:
+            cell = f"{net.lower()}-{code}"
+            study(
+                cell, "autoencoder", model=model, model_options=f"dim={code}", size_px=side, epochs=epochs,
+                batch=256, lr=1e-3, weight_decay=0.0, reduction="mean", keep_best=False, folds=0,
+                judge=False, clusters=10, kmeans="minibatch",
+            )  # fmt: skip
+            encoder = study.encoder(cell)
+            assert isinstance(encoder, AutoEncoder)
+            codes, kept = embed_numbers(encoder, data, np.arange(len(data)), unit=False)
+            for k in CLUSTERS:
+                found = [random_kmeans(codes, k, n) for n in range(repeats)]
+                results[net][k][code] = [100 * purity(truth[kept], c) for c in found]
+                if k == CLUSTERS[0]:
+                    matched[net][code] = [100 * accuracy(truth[kept], c) for c in found]
+            few = data.read(spread(kept, 10))[0]
+            drawn.setdefault("tiles", few.astype(np.float32) / 255)
+            drawn[f"{net} {code}"] = drawn_again(encoder, few)
+    _tables(study, report, results, matched, truth)
+    _draw(study, report, results, drawn)
+    return report
+
+
+def random_kmeans(codes: Floats, k: int, seed: int) -> Ints:
+    """Cluster by k-means from one random choice of centres, as the paper does."""
+    from sklearn.cluster import KMeans
+
+    fitted = KMeans(k, init="random", n_init=1, random_state=seed).fit(codes)
+    return np.asarray(fitted.labels_, dtype=np.int64)
+
+
+def _tables(
+    study: Study,
+    report: Report,
+    results: dict[str, dict[int, dict[int, list[float]]]],
+    matched: dict[str, dict[int, list[float]]],
+    truth: Ints,
+) -> None:
+    rng = np.random.default_rng(0)
+    columns = [f"code {code}" for code in CODES]
+    for number, net in ((1, "CAE"), (2, "AE")):
+        said = PUBLISHED.get((net, study.whole.name), {})
+        rows = {}
+        near = []
+        for k in CLUSTERS:
+            chance = 100 * purity(truth, rng.integers(0, k, len(truth)))
+            cells = []
+            for at, code in enumerate(CODES):
+                paper, sd = said[k][at] if k in said else (None, None)
+                cell = Cell(paper, tuple(results[net][k][code]), chance, sd)
+                cells.append(cell)
+                if paper is not None and sd is not None and cell.mean is not None:
+                    near.append(abs(cell.mean - paper) <= 2 * sd)
+            rows[f"K = {k}"] = cells
+        title = f"Table {number}: purity in % of k-means on the code, {net}, {study.whole.name}"
+        table = Table(title, columns, rows, "purity of clusters drawn at random", digits=2)
+        if near:
+            table.notes.append(f"{sum(near)} of {len(near)} cells are within 2 published sd.")
+        report.tables.append(table)
+    rows = {net: [Cell(None, tuple(matched[net][code]), 10.0) for code in CODES] for net in matched}
+    report.tables.append(
+        Table(
+            "Hungarian accuracy in % at K = 10 (not in the paper)", columns, rows, "1/K", digits=2
+        )
+    )
+
+
+def _draw(
+    study: Study,
+    report: Report,
+    results: dict[str, dict[int, dict[int, list[float]]]],
+    drawn: dict[str, Any],
+) -> None:
+    out = study.options.out
+    lines = {
+        f"{net}, code {code}": [float(np.mean(results[net][k][code])) for k in CLUSTERS]
+        for net in results
+        for code in CODES
+    }
+    name = figures.curves(out / "purity.png", lines, "K", "purity in %", at=CLUSTERS)
+    report.figures.append((name, "Purity by K"))
+    name = figures.reconstructions(out / "reconstructions.png", drawn)
+    report.figures.append((name, "Tiles and their reconstructions, by net and code size"))
