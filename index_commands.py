@@ -112,7 +112,9 @@ def _metadata(path: Path | None) -> dict[str, dict[str, str]]:
 @index_app.command()
 def fit(
     atlas: AtlasPath,
-    method: Annotated[str, typer.Option(help="kmeans or hdbscan.")] = "kmeans",
+    method: Annotated[
+        str, typer.Option(help="kmeans, hdbscan, or encoder: those it was trained with.")
+    ] = "kmeans",
     k: Annotated[str, typer.Option(help="Clusters of k-means: auto or a number.")] = "auto",
     name: Annotated[str | None, typer.Option(help="Name of the clustering.")] = None,
     min_cluster_size: Annotated[int | None, typer.Option(help="Of HDBSCAN.")] = None,
@@ -130,7 +132,7 @@ def fit(
 
     def human() -> None:
         rows = [("noise" if c < 0 else c, n) for c, n in result["sizes"].items()]
-        title = f"{result['name']}: {result['clusters']} clusters of {result['fitted_tiles']} tiles"
+        title = f"{result['name']}: {result['clusters']} clusters of {sum(result['sizes'].values())} tiles"
         console.table(title, ("cluster", "tiles"), rows)
         if "silhouette_by_k" in result:
             curve = ", ".join(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import io
 import json
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 from safetensors import SafetensorError, safe_open
@@ -15,7 +17,7 @@ from torch import nn
 
 from ..errors import BadInput, Damaged
 from ..files import publish_folder, read_json, sha256_file, write_atomic, write_json
-from ..manifest import CARD, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
+from ..manifest import CARD, CLUSTERS, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
 from ..tilesets import TileSet, open_tiles, sample_tiles
 from .card import model_card
 from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
@@ -24,7 +26,7 @@ Build = Callable[..., Any]
 
 
 def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[str, torch.Tensor]]:
-    """Read a run folder: its record, its encoder with weights, and its PCA basis.
+    """Read a run folder: its record, its encoder with weights, its PCA basis and clusters.
 
     Args:
         run: the folder that ``histoseek train`` wrote.
@@ -46,12 +48,13 @@ def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[s
             about = json.loads((stored.metadata() or {}).get("about", "{}"))
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
         encoder = build(**about["architecture"])
-        pca = {k: v for k, v in tensors.items() if k.startswith("pca.")}
-        beside = (*pca, "clusters.centres")
-        encoder.load_state_dict({k: v for k, v in tensors.items() if k not in beside})
+        encoder.load_state_dict(
+            {k: v for k, v in tensors.items() if not k.startswith(("pca.", "clusters."))}
+        )
     except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
         raise Damaged(f"{weights} does not fit the architecture it names ({error})") from error
-    return record, encoder.eval(), pca
+    beside = {k: v for k, v in tensors.items() if k.startswith(("pca.", "clusters."))}
+    return record, encoder.eval(), beside
 
 
 def parity_tiles(run: Path, tiles: Path | None) -> TileSet:
@@ -107,8 +110,8 @@ def export_run(
         Mismatch: parity is over its bound; nothing is written.
     """
     _check_names(name or out.name, mpp)
-    record, encoder, basis = load_run(run, build)
-    graph = Graph(encoder, encoder.mean, encoder.std, _components(basis, pca, run), views)  # type: ignore[arg-type]
+    record, encoder, beside = load_run(run, build)
+    graph = Graph(encoder, encoder.mean, encoder.std, _components(beside, pca, run), views)  # type: ignore[arg-type]
     size_px = int(encoder.size_px)  # type: ignore[arg-type]
     dim = len(graph.pca_components) if graph.has_pca else int(encoder.dim)  # type: ignore[arg-type]
     tiles = sample_tiles(tileset, size_px)
@@ -135,8 +138,18 @@ def export_run(
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / PARITY, parity.as_dict())
         write_json(folder / RUN, record)
+        if "clusters.reach" in beside and pca is None and views == 1:
+            write_atomic(folder / CLUSTERS, _clusters(beside))
         write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict(), notes))
     return manifest
+
+
+def _clusters(beside: dict[str, torch.Tensor]) -> bytes:
+    """Return the clusters of a run as .npz: ``centroids`` (K, D) and ``reach`` (K,)."""
+    buffer = io.BytesIO()
+    arrays = {"centroids": "clusters.centres", "reach": "clusters.reach"}
+    np.savez(buffer, allow_pickle=False, **{k: beside[v].numpy() for k, v in arrays.items()})
+    return buffer.getvalue()
 
 
 def _check_names(name: str, mpp: float | None) -> None:

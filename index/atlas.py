@@ -24,7 +24,7 @@ from ..files import exclusive, publish_folder, remove_leftovers, write_atomic
 from ..manifest import Manifest, read_manifest
 from . import clusterings
 from .catalog import Catalog, bump_revision, insert, now
-from .clusters import Clustering
+from .clusters import Clustering, shipped
 from .clusters import fit as fit_clusters
 from .generations import Generations
 from .records import Added, Hit, plain_name, remove_slide, slide_row, tile_rows
@@ -287,7 +287,7 @@ class Atlas:
         """Fit clusters on all tiles and store them under a name, replacing an earlier fit of it.
 
         Args:
-            method: kmeans or hdbscan.
+            method: kmeans, hdbscan, or encoder: the clusters that it was trained with.
             k: clusters of k-means; None chooses by silhouette.
             name: of the clustering; the method's name when left out.
             min_cluster_size: of HDBSCAN.
@@ -306,7 +306,11 @@ class Atlas:
         with exclusive(self.path / LOCK, f"atlas {self.path}"):
             revision = self._generations.revision()
             ids, vectors = self.vectors()
-            clustering, placed = fit_clusters(vectors, method, k, min_cluster_size, seed)
+            if method == "encoder":
+                clustering = shipped(self.encoder_bundle)
+                placed = clustering.assign(vectors)
+            else:
+                clustering, placed = fit_clusters(vectors, method, k, min_cluster_size, seed)
             clusterings.store(self.path, self.catalog, name, clustering, revision, ids, placed)
         sizes = {
             int(c): int(n)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import io
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
 
@@ -15,11 +16,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, unknown_name
+from ..manifest import CLUSTERS
 from ..metrics import silhouette
 from .vectors import CHUNK_VALUES, nearest
 
 Method = Literal["kmeans", "hdbscan"]
-METHODS = ("kmeans", "hdbscan")
+FITTED = ("kmeans", "hdbscan")
+METHODS = (*FITTED, "encoder")
 K_RANGE = range(2, 11)
 FIT_SAMPLE = 200_000
 KNOWN_SHARE = 0.99
@@ -117,7 +120,7 @@ def fit(
     Raises:
         BadInput: an unknown method, or too few vectors; the message says how many are needed.
     """
-    if method not in METHODS:
+    if method not in FITTED:
         raise unknown_name("method", method, METHODS)
     if seed < 0:
         raise BadInput(f"seed is {seed}; expected 0 or more")
@@ -143,6 +146,27 @@ def fit(
     if method == "kmeans" or len(sample) < len(vectors):
         return clustering, clustering.assign(vectors)
     return clustering, _fitted_hdbscan(arrays)
+
+
+def shipped(bundle: Path) -> Clustering:
+    """Return the clusters that an encoder was trained with, as its bundle ships them.
+
+    Raises:
+        BadInput: the encoder has none.
+        Damaged: the file is not what export writes.
+    """
+    path = bundle / CLUSTERS
+    if not path.is_file():
+        raise BadInput(
+            "the atlas's encoder ships no clusters (recipes autoencoder, dac and deepcluster do, exported "
+            "without --pca and --views); use --method kmeans or hdbscan"
+        )
+    found = Clustering.from_bytes("kmeans", path.read_bytes(), {}).arrays
+    if set(found) != {"centroids", "reach"} or found["reach"].shape != found["centroids"].shape[:1]:
+        raise Damaged(f"{path} is not what export writes; export the encoder again")
+    dim = found["centroids"].shape[1]
+    arrays = {"mean": np.zeros(dim), "components": np.eye(dim), **found}
+    return Clustering("kmeans", arrays, {"clusters": len(found["centroids"]), "from": "encoder"})
 
 
 def _basis(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:

@@ -133,5 +133,5 @@ def fit(
     )
     classes = len(np.unique(job.data.labels[job.data.labels >= 0]))
     k = options.clusters or max(2, classes)
-    centres, scores = fit_clusters(encoder, job.data, job.parts, k, options.kmeans, options.seed)
-    return job.finish(encoder, {"clusters": scores}, {"clusters.centres": centres})
+    tensors, scores = fit_clusters(encoder, job.data, job.parts, k, options.kmeans, options.seed)
+    return job.finish(encoder, {"clusters": scores}, tensors)

@@ -25,7 +25,7 @@ from .checkpoint import load_run_weights
 from .data import LabelledTiles
 from .evaluate import to_input
 from .job import Job, Objective, Phase
-from .kmeans import assign, kmeans
+from .kmeans import assign, cluster_tensors, kmeans
 from .losses import pair_loss, student_assignment, target_assignment
 from .models.dac import OUTPUTS, ClusteringAutoEncoder
 from .options import TrainingOptions
@@ -283,9 +283,7 @@ def fit(
         "method": options.method,
         "assigned": scores(codes, job.data.labels[kept], clusters, options.seed),
     }
-    return job.finish(
-        encoder, {"clusters": metrics}, {"clusters.centres": _centres(net, codes, clusters)}
-    )
+    return job.finish(encoder, {"clusters": metrics}, _shipped(net, codes, clusters))
 
 
 def scores(vectors: Floats, labels: Ints, clusters: Ints, seed: int) -> list[dict[str, Any]]:
@@ -298,13 +296,16 @@ def scores(vectors: Floats, labels: Ints, clusters: Ints, seed: int) -> list[dic
     return [metric.as_dict() for metric in report]
 
 
-def _centres(net: Clustering, codes: Floats, clusters: Ints) -> torch.Tensor:
+def _shipped(net: Clustering, codes: Floats, clusters: Ints) -> dict[str, torch.Tensor]:
     """Return a centre per cluster among unit embeddings: a corner of the simplex, or the mean code."""
     k = net.encoder.clusters
     if net.options.output == "clusters":
-        return torch.eye(k)
+        with torch.inference_mode():
+            device = next(net.encoder.parameters()).device
+            found = net.encoder.eval().cluster_head(torch.from_numpy(codes).to(device))
+        return cluster_tensors(nn.functional.normalize(found).cpu().numpy(), np.eye(k))
     unit = nn.functional.normalize(torch.from_numpy(codes))
     means = [
         unit[clusters == n].mean(0) if (clusters == n).any() else unit.mean(0) for n in range(k)
     ]
-    return torch.stack(means)
+    return cluster_tensors(unit.numpy(), torch.stack(means).numpy())

@@ -24,6 +24,7 @@ from ..tilesets import TileSet
 from .data import LabelledTiles
 from .evaluate import embed_numbers
 from .job import Job, Objective, Phase
+from .kmeans import cluster_tensors
 from .models import Encoder
 from .options import TrainingOptions
 from .probe import linear_probe
@@ -255,13 +256,12 @@ def fit(
         labels = job.data.labels
         probe = linear_probe(features, labels[kept], held_out, labels[read], job.data.label_names)
     chain = Chain.fit(features, options.pca_dim)
-    centres, _, _ = cluster(
-        chain.apply(features), options.clusters, 10 * options.iterations, options.seed
-    )
+    vectors = chain.apply(features)
+    centres, _, _ = cluster(vectors, options.clusters, 10 * options.iterations, options.seed)
     chain.into(encoder)
     job.architecture["chain"] = encoder.dim
     return job.finish(
         encoder,
         {"probe": [metric.as_dict() for metric in probe]},
-        {"clusters.centres": torch.from_numpy(centres)},
+        cluster_tensors(vectors, centres),
     )

