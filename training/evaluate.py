@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -85,7 +88,8 @@ def pca_basis(embeddings: Floats) -> Basis:
     """Fit PCA without whitening: ``mean`` (D,), ``components`` (R, D), ``variance`` (R,) as shares."""
     from sklearn.decomposition import PCA
 
-    fitted = PCA(random_state=0).fit(embeddings)
+    with np.errstate(invalid="ignore"):  # embeddings that are all the same have no variance
+        fitted = PCA(random_state=0).fit(embeddings)
     return {
         "mean": fitted.mean_.astype(np.float32),
         "components": fitted.components_.astype(np.float32),
@@ -143,6 +147,16 @@ def _sample(numbers: Ints, most: int, rng: np.random.Generator) -> Ints:
     return np.sort(rng.choice(numbers, most, replace=False))
 
 
+@contextmanager
+def quiet_duplicates() -> Iterator[None]:
+    """Let k-means find fewer clusters than K, without a warning, where vectors coincide."""
+    from sklearn.exceptions import ConvergenceWarning
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        yield
+
+
 def pixel_features(tiles: NDArray[np.uint8], side: int = 16) -> NDArray[np.float32]:
     """Shrink uint8 tiles (N, S, S, 3) to side x side; returns float32 (N, 3 side side) in 0..1."""
     pixels = torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 3, 1, 2).float() / 255
@@ -180,7 +194,8 @@ def _clusterings(flat: Floats, classes: int, seed: int) -> dict[str, Ints]:
     from sklearn.cluster import KMeans
 
     def kmeans(k: int) -> Ints:
-        fitted = KMeans(k, n_init=10, max_iter=300, random_state=seed).fit_predict(flat)
+        with quiet_duplicates():
+            fitted = KMeans(k, n_init=10, max_iter=300, random_state=seed).fit_predict(flat)
         return np.asarray(fitted, dtype=np.int64)
 
     tried = {k: kmeans(k) for k in range(2, min(10, len(flat) - 1) + 1)}

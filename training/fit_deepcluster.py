@@ -22,7 +22,7 @@ from ..errors import BadInput
 from ..metrics import Ints
 from ..tilesets import TileSet
 from .data import LabelledTiles
-from .evaluate import embed_numbers
+from .evaluate import embed_numbers, quiet_duplicates
 from .job import Job, Objective, Phase
 from .kmeans import cluster_tensors
 from .models import Encoder
@@ -83,7 +83,8 @@ class Chain:
         from sklearn.decomposition import PCA
 
         dim = min(dim, features.shape[1], len(features) - 1)
-        fitted = PCA(dim, random_state=0).fit(features)
+        with np.errstate(invalid="ignore"):  # features that are all the same have no variance
+            fitted = PCA(dim, random_state=0).fit(features)
         kept = fitted.explained_variance_ > 1e-12 * fitted.explained_variance_[0]
         spread = np.sqrt(np.where(kept, fitted.explained_variance_, np.inf))
         return cls(
@@ -116,13 +117,9 @@ def cluster(
     A cluster that runs empty is started again at the vector farthest from its centre (scikit-learn's
     rule); what is empty in the end, as there are fewer distinct vectors than K, is left out: K' <= K.
     """
-    import warnings
-
     from sklearn.cluster import KMeans
-    from sklearn.exceptions import ConvergenceWarning
 
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # fewer distinct vectors than K
+    with quiet_duplicates():
         fitted = KMeans(
             min(k, len(vectors)), init="random", n_init=1, max_iter=iterations, random_state=seed
         ).fit(vectors)

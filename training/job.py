@@ -159,6 +159,8 @@ class Job:
     def _run_phase(self, net: Objective, phase: Phase, total: int, log: Log) -> None:
         done = [row for row in self._state.history if row["phase"] == phase.name]
         if len(done) >= phase.epochs or self._is_stopped(done):
+            if done and self._keeps:  # killed after the last epoch
+                self.folder.load_best(net)
             return
         net.begin_phase(phase)
         plain = _optimizer(self.options, phase, net)

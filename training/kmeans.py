@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ..errors import BadInput, unknown_name
 from ..metrics import Floats, Ints, clustering_report
 from .data import LabelledTiles, Split
-from .evaluate import embed_numbers, pixel_features
+from .evaluate import embed_numbers, pixel_features, quiet_duplicates
 from .models import Encoder
 
 RULES = ("full", "minibatch", "literal")
@@ -43,14 +43,17 @@ def kmeans(
 
     if len(vectors) < k:
         raise BadInput(f"k-means with K = {k} needs at least {k} tiles; there are {len(vectors)}")
-    if rule == "full":
-        fitted = KMeans(k, n_init=restarts, max_iter=300, random_state=seed).fit(vectors)
-    elif rule == "minibatch":
-        fitted = MiniBatchKMeans(k, batch_size=batch, n_init=3, random_state=seed).fit(vectors)
-    elif rule == "literal":
+    if rule == "literal":
         return literal_minibatch(vectors, k, seed, batch)
-    else:
+    if rule not in RULES:
         raise unknown_name("k-means rule", rule, RULES)
+    model = (
+        KMeans(k, n_init=restarts, max_iter=300, random_state=seed)
+        if rule == "full"
+        else MiniBatchKMeans(k, batch_size=batch, n_init=3, random_state=seed)
+    )
+    with quiet_duplicates():
+        fitted = model.fit(vectors)
     centres: NDArray[np.float32] = fitted.cluster_centers_.astype(np.float32)
     return centres
 

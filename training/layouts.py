@@ -182,6 +182,7 @@ def _svhn(path: Path) -> TileSet | None:
     if not used:
         return None
     from scipy.io import loadmat
+    from scipy.io.matlab import MatReadError
 
     parts: dict[str, Arrays] = {}
     for file in used:
@@ -189,7 +190,7 @@ def _svhn(path: Path) -> TileSet | None:
             content = loadmat(io.BytesIO(_raw(file)))
             pictures = np.ascontiguousarray(content["X"].transpose(3, 0, 1, 2))
             labels = content["y"].reshape(-1).astype(np.int64) % 10  # the digit 0 is stored as 10
-        except (KeyError, ValueError, TypeError) as error:
+        except (KeyError, ValueError, TypeError, MatReadError) as error:
             raise BadInput(f"{file} is not a cropped SVHN file ({error}); copy it again") from error
         parts[file.name.split("_")[0]] = pictures, labels
     return _packed("svhn", path, used, parts, None)

@@ -9,11 +9,11 @@ import torch
 
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.export.bundle import export_run, load_run, parity_tiles
-from histoseek.export.onnx_graph import Graph, check_parity, measure_parity, to_onnx
+from histoseek.export.onnx_graph import Graph
 from histoseek.manifest import read_manifest
 from histoseek.tilesets import open_tiles, sample_tiles
 from histoseek.training.fit_arcface import ArcFaceOptions, fit
-from histoseek.training.models import MODELS, build
+from histoseek.training.models import build
 
 
 @pytest.fixture(scope="module")
@@ -22,17 +22,6 @@ def run(tile_folder, tmp_path_factory):
     options = ArcFaceOptions(size_px=64, dim=24, epochs=1, batch=16, folds=3, accelerator="cpu")
     fit(options, open_tiles(tile_folder), folder, lambda *_: None)
     return folder
-
-
-@pytest.mark.parametrize("name", MODELS)
-def test_every_model_keeps_its_embeddings_in_onnx(name, tile_folder):
-    torch.manual_seed(0)
-    encoder = build(name).eval()
-    graph = Graph(encoder, encoder.mean, encoder.std)
-    tiles = sample_tiles(open_tiles(tile_folder), encoder.size_px, 16)
-    parity = measure_parity(graph, to_onnx(graph, encoder.size_px), tiles)
-    check_parity(parity)
-    assert parity.max_abs <= 1e-4 and parity.batch_max_abs <= 1e-5 and parity.tiles == 16
 
 
 def test_the_bundle_is_complete_and_loads_in_older_runtimes(run, tile_folder, tmp_path):
@@ -100,6 +89,42 @@ def test_pca_lives_in_the_graph(run, tile_folder, tmp_path):
     assert np.abs(OnnxEncoder(tmp_path / "b").embed(images) - reduced).max() < 1e-4
     with pytest.raises(BadInput, match="--pca"):
         export_run(run, tmp_path / "c", tiles, build, pca=1.5)
+
+
+def test_clusters_found_in_training_are_those_of_the_atlas(tile_folder, tmp_path, cli_json):
+    """DeepCluster's whole chain ends in the atlas: a new tile gets the cluster that training gave it."""
+    from histoseek.training.checkpoint import load_tensors
+    from histoseek.training.fit_deepcluster import DeepClusterOptions
+    from histoseek.training.fit_deepcluster import fit as fit_deepcluster
+    from histoseek.training.kmeans import assign
+
+    tiles = open_tiles(tile_folder)
+    options = DeepClusterOptions(
+        model="p4m-cnn", model_options="widths=2-4-8", size_px=32, epochs=2, batch=16, folds=3,
+        clusters=5, pca_dim=6, accelerator="cpu",
+    )  # fmt: skip
+    fit_deepcluster(options, tiles, tmp_path / "run", lambda *_: None)
+    manifest = export_run(tmp_path / "run", tmp_path / "b", tiles, build)
+    assert manifest.dim == 6 and (tmp_path / "b/clusters.npz").exists()
+    from histoseek.index.atlas import Atlas
+    from histoseek.serving.encoder import OnnxEncoder
+
+    features = tmp_path / "features"
+    cli_json("embed", tile_folder, "--encoder", tmp_path / "b", "--out", features)
+    cli_json("index", "create", tmp_path / "atlas", "--encoder", tmp_path / "b")
+    cli_json("index", "add", tmp_path / "atlas", features)
+    fitted = cli_json("index", "fit", tmp_path / "atlas", "--method", "encoder")
+    assert fitted["from"] == "encoder" and sum(fitted["sizes"].values()) == 72
+    pictures = sample_tiles(tiles, 32, 20)
+    vectors = OnnxEncoder(tmp_path / "b").embed(pictures)
+    centres = load_tensors(tmp_path / "run/weights.safetensors")[0]["clusters.centres"].numpy()
+    found = Atlas(tmp_path / "atlas").assign(vectors)
+    assert [row["cluster"] for row in found] == assign(vectors, centres).tolist()
+    assert sum(row["unknown"] for row in found) < 10
+    export_run(tmp_path / "run", tmp_path / "four", tiles, build, views=4)
+    assert not (tmp_path / "four/clusters.npz").exists()  # they are of embeddings of one view
+    with pytest.raises(BadInput, match="ships no clusters"):
+        Atlas.create(tmp_path / "plain", tmp_path / "four").fit("encoder")
 
 
 def test_a_graph_that_is_not_the_net_is_refused_and_nothing_is_written(
