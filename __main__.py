@@ -108,16 +108,19 @@ def train(
         commands.show_recipes()
         return
     rules, columns = exclude or [], label_from.split(",")
+    words = list(context.args)
+    if data is not None and str(data).startswith("--"):  # an option of the recipe, and no DATA
+        words, data = [str(data), *words], None
     if dry_run and recipe:
         sources = [data, *(also or [])] if data else []
         commands.dry_run(
-            recipe, sources, lambda given: commands.select(given, rules, columns), context.args
+            recipe, sources, lambda given: commands.select(given, rules, columns), words
         )
         return
     if data is None or out is None:
         raise BadInput("expected: histoseek train RECIPE DATA --out RUN (or --list, or --dry-run)")
     sources = [data, *(also or [])]
-    commands.train(recipe, sources, out, rules, columns, cross_validate, context.args)
+    commands.train(recipe, sources, out, rules, columns, cross_validate, words)
 
 
 @app.command()
@@ -149,7 +152,10 @@ def reproduce(
     ] = "group",
     positive: Annotated[str, typer.Option(help="Label that counts as positive in F1.")] = "",
     parts: Annotated[
-        str, typer.Option(help="More of the paper: table4,grid (ae-dac); lite0 (arcface).")
+        str,
+        typer.Option(
+            help="Parts: table4,grid (ae-dac); lite0 (arcface); AE or CAE (topology-sweep)."
+        ),
     ] = "",
     size_px: Annotated[int, typer.Option(help="Side of a tile, where it is open.")] = 0,
     widths: Annotated[str, typer.Option(help="Of the P4M CNN: published, 32, 16, 8.")] = "",

@@ -270,16 +270,13 @@ def reproduce(name: str, sources: Sequence[Path], choose: Choice, options: Study
 
     def human() -> None:
         for table in document["tables"]:
-            first = next(iter(table["rows"].values()))
-            columns = [f"{c} ({kind})" for c in first for kind in ("published", "ours", "trivial")]
             rows = [
-                (
-                    row,
-                    *(v for c in cells.values() for v in (c["published"], c["mean"], c["trivial"])),
-                )
+                (row, metric, cell["published"], cell["mean"], cell["sd"], cell["trivial"])
                 for row, cells in table["rows"].items()
+                for metric, cell in cells.items()
             ]
-            console.table(table["title"], ("", *columns), rows)
+            columns = ("", "metric", "published", "ours", "sd", "trivial")
+            console.table(table["title"], columns, rows)
         for note in document["notes"]:
             console.say(f"note: {note}")
         console.say(f"{options.out / 'report.md'}: the report with figures; report.json beside it")

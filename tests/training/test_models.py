@@ -130,6 +130,7 @@ def test_what_a_model_cannot_be_is_refused():
         ("topology-ae", {"dim": 20}, "16, 32, 64, 128"),
         ("p4m-cnn", {"widths": "wide"}, "published"),
         ("vae", {"size_px": 50}, "multiple of 16"),
+        ("sobel-alexnet", {"size_px": 62}, "at least 63 px"),
         ("fc-ae", {"dim": 12}, "no option 'dim'"),
     ):
         with pytest.raises(BadInput, match=says):

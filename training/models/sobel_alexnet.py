@@ -7,9 +7,12 @@ import math
 import torch
 from torch import nn
 
+from ...errors import BadInput
 from .embedding import Encoder
 
 FEATURES = 4096
+LEAST_PX = 63
+"""Below it the last pooling has nothing left."""
 _HORIZONTAL = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
 _VERTICAL = ((1.0, 2.0, 1.0), (0.0, 0.0, 0.0), (-1.0, -2.0, -1.0))
 
@@ -41,6 +44,8 @@ def build_sobel_alexnet(size_px: int = 64, classes: int = 200, dropout: float = 
         classes: width of the top layer (the paper's K); training makes a new one every epoch.
         dropout: in the classifier.
     """
+    if size_px < LEAST_PX:
+        raise BadInput(f"size_px is {size_px}; this net needs at least {LEAST_PX} px")
     convolutions = nn.Sequential(
         Sobel(),
         *_conv(2, 96, 11, 4, 2),

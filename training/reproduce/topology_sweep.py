@@ -66,12 +66,17 @@ PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
 
 
 def reproduce(study: Study) -> Report:
-    """Train every net once per code, cluster its codes 20 times per K from random centres."""
+    """Train every net once per code, cluster its codes 20 times per K from random centres.
+
+    ``parts`` AE or CAE leaves the other out.
+    """
     options = study.options
     epochs = study.pick(50, 1, options.epochs)
     repeats = study.pick(INITIALISATIONS, 2, options.seeds)
     side = options.size_px or study.tiles.read(0).shape[0]
-    study.cells = len(CODES) * len(NETS)
+    asked = set(filter(None, options.parts.split(",")))
+    nets = {net: model for net, model in NETS.items() if not asked or net in asked}
+    study.cells = len(CODES) * len(nets)
     report = study.report(
         "Topology, code size and K", "003, tables 1 and 2", epochs=epochs,
         seeds=f"one trained net per cell, {repeats} random initialisations of k-means",
@@ -87,7 +92,7 @@ def reproduce(study: Study) -> Report:
     results: dict[str, dict[int, dict[int, list[float]]]] = {}
     matched: dict[str, dict[int, list[float]]] = {}
     drawn: dict[str, Any] = {}
-    for net, model in NETS.items():
+    for net, model in nets.items():
         results[net], matched[net] = {k: {} for k in CLUSTERS}, {}
         for code in CODES:
             cell = f"{net.lower()}-{code}"
@@ -129,7 +134,7 @@ def _tables(
 ) -> None:
     rng = np.random.default_rng(0)
     columns = [f"code {code}" for code in CODES]
-    for number, net in ((1, "CAE"), (2, "AE")):
+    for number, net in ((number, net) for number, net in ((1, "CAE"), (2, "AE")) if net in results):
         said = PUBLISHED.get((net, study.whole.name), {})
         rows = {}
         near = []

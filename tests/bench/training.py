@@ -1,0 +1,110 @@
+"""Training speed of every recipe beside the same net, loss and optimiser in a bare loop.
+
+The bare loop is given one batch that lies ready on the device, already scaled; what a recipe does beside
+the steps (reading tiles, scaling, checks, records, checkpoints) must cost less than a tenth. Each recipe is
+timed over whole epochs, its own clock being the one that its record states, and the bare loop right before
+and after; the ratio is of medians over rounds.
+"""
+
+import statistics
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from histoseek.tilesets import Tile, TileSet
+from histoseek.training.fit_arcface import ArcFaceOptions
+from histoseek.training.fit_autoencoder import AutoencoderOptions
+from histoseek.training.fit_classifier import ClassifierOptions
+from histoseek.training.fit_dac import DacOptions
+from histoseek.training.fit_deepcluster import DeepClusterOptions
+from histoseek.training.job import Job
+from histoseek.training.recipes import RECIPES
+
+ROUNDS = 3
+CPU = {"accelerator": "auto", "folds": 0, "judge": False}
+AE = {"epochs": 2, "keep_best": False, **CPU}
+CASES = {
+    "autoencoder (cnn-ae)": (160, AutoencoderOptions(model="cnn-ae", batch=32, **AE)),
+    "autoencoder (topology-cae)": (6400, AutoencoderOptions(model="topology-cae", batch=256, **AE)),
+    "classifier (densenet)": (160, ClassifierOptions(batch=32, **AE)),
+    "dac (dac-fmnist)": (12800, DacOptions(method="dac", epochs=2, judge_every=0, **CPU)),
+    "deepcluster (p4m-cnn, widths 8)": (
+        256,
+        DeepClusterOptions(
+            model="p4m-cnn", model_options="widths=8", epochs=2, batch=64, clusters=8, **CPU
+        ),
+    ),
+    "arcface (mobilenet-v3-small)": (256, ArcFaceOptions(epochs=2, **CPU)),
+}
+
+
+def noise(count, size_px):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 256, (count, size_px, size_px, 3), dtype=np.uint8)
+    tiles = tuple(Tile(f"{n:05d}", str(n % 4)) for n in range(count))
+    return TileSet("noise", "noise", tiles, "noise", lambda n: pictures[n])
+
+
+def bare(net, optimizer, tiles, numbers, steps):
+    """Tiles per second of steps on one ready batch."""
+    started = time.monotonic()
+    for _ in range(steps):
+        loss = net(tiles, numbers)["loss"]
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    float(loss.detach())
+    return steps * len(tiles) / (time.monotonic() - started)
+
+
+def measure(recipe, options, tiles):
+    """Tiles/s of the recipe and of the bare loop, which runs after every epoch on the same net."""
+    caught = {}
+    real_epoch = Job._epoch
+
+    def epoch(self, net, model, optimizer, phase, number, done):
+        row = real_epoch(self, net, model, optimizer, phase, number, done)
+        share = self.parts.train[: self._step_size]
+        pixels, numbers = self.data.read(share)
+        ready = self.change(net.encoder, torch.from_numpy(pixels).to(self.fabric.device), None)
+        net.begin_phase(phase)
+        plain = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-9)
+        ids = torch.from_numpy(numbers).to(self.fabric.device)
+        steps = self._steps()
+        bare(net, plain, ready, ids, 1)
+        caught.setdefault("bare", []).append(bare(net, plain, ready, ids, steps))
+        caught.setdefault("recipe", []).append(row["tiles_per_s"])
+        return row
+
+    Job._epoch = epoch
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            RECIPES[recipe].fit(options, tiles, Path(folder) / "run", lambda *_: None)
+    finally:
+        Job._epoch = real_epoch
+    return caught
+
+
+def main():
+    chosen = sys.argv[1:]
+    print(
+        f"torch {torch.__version__}, {torch.get_num_threads()} threads, {torch.cuda.is_available()=}"
+    )
+    print("| recipe | recipe tiles/s | bare loop tiles/s | ratio |\n|---|---|---|---|")
+    for name, (count, options) in CASES.items():
+        recipe = name.split()[0]
+        if chosen and recipe not in chosen:
+            continue
+        tiles = noise(count, options.architecture()["size_px"])
+        rounds = [measure(recipe, options, tiles) for _ in range(ROUNDS)]
+        own = statistics.median(v for r in rounds for v in r["recipe"])
+        loop = statistics.median(v for r in rounds for v in r["bare"])
+        print(f"| {name} | {own:,.0f} | {loop:,.0f} | {own / loop:.2f} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()

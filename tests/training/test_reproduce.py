@@ -1,0 +1,191 @@
+"""The protocols: each runs to a report, goes on after a stop, and counts what it says."""
+
+import json
+
+import numpy as np
+import pytest
+
+from histoseek.errors import BadInput
+from histoseek.tilesets import Tile, TileSet, open_tiles
+from histoseek.training.reproduce import PROTOCOLS, StudyOptions, reproduce
+from histoseek.training.reproduce.report import Cell, Report, Table
+from histoseek.training.reproduce.study import draw, first_classes
+
+
+def silent(done, total, text):
+    pass
+
+
+def quick(name, tiles, out, **options):
+    reproduce(name, StudyOptions(out, quick=True, accelerator="cpu", **options), tiles, silent)
+    return json.loads((out / "report.json").read_text())
+
+
+def digits(count=200, side=28):
+    """scikit-learn's digits as tiles, enlarged; ten classes, no groups."""
+    from PIL import Image
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    pictures = [
+        np.asarray(Image.fromarray((p * 15).astype(np.uint8)).resize((side, side)).convert("RGB"))
+        for p in data.images[:count]
+    ]
+    tiles = tuple(Tile(f"{n:04d}", str(data.target[n])) for n in range(count))
+    return TileSet("mnist", "digits", tiles, "digits", lambda n: pictures[n])
+
+
+@pytest.fixture(scope="module")
+def kinds(tile_folder):
+    return open_tiles(tile_folder)
+
+
+def check(document, out, rows):
+    for table in document["tables"]:
+        for name, cells in table["rows"].items():
+            for column, cell in cells.items():
+                assert cell["ours"], (table["title"], name, column)
+    assert set(document["tables"][0]["rows"]) == set(rows)
+    text = (out / "report.md").read_text()
+    assert "shows that the protocol runs; it measures nothing" in text
+    for figure in document["figures"]:
+        assert (out / figure["file"]).stat().st_size > 5000 and f"]({figure['file']})" in text
+
+
+def test_ae_dac(tmp_path):
+    out = tmp_path / "r"
+    document = quick("ae-dac", digits(), out, parts="table4,grid", epochs=2)
+    methods = ("k-means on pixels", "AE + k-means", "DEC", "DAC", "AE + DAC")
+    check(document, out, methods)
+    assert {f["file"] for f in document["figures"]} == {
+        "accuracy.png", "confusion.png", "tsne.png", "reconstructions.png", "grid.png",
+    }  # fmt: skip
+    assert document["about"]["split"].startswith("none")
+    kmeans = document["tables"][0]["rows"]["k-means on pixels"]
+    assert kmeans["ACC %"]["mean"] > 40 and kmeans["ACC %"]["trivial"] == 10
+    assert all(c["published"] is None for c in kmeans.values())  # the paper has no such set
+    changed = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("run.json")}
+    again = quick("ae-dac", digits(), out, parts="table4,grid", epochs=2)
+    assert again["tables"] == document["tables"]
+    assert changed == {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("run.json")}
+
+
+def test_topology_sweep_has_all_cells_beside_the_papers(tmp_path):
+    document = quick("topology-sweep", digits(), tmp_path / "r")
+    check(document, tmp_path / "r", [f"K = {k}" for k in (10, 20, 30, 40, 50)])
+    cae, ae, _ = document["tables"]
+    assert ae["rows"]["K = 50"]["code 32"]["published"] == 83.52
+    assert cae["rows"]["K = 10"]["code 128"]["published_sd"] == 2.69
+    assert any("within 2 published sd" in note for note in cae["notes"])
+    for table in (cae, ae):
+        for cells in table["rows"].values():
+            assert all(c["mean"] > c["trivial"] for c in cells.values())
+
+
+def test_p4m_deepcluster(kinds, tmp_path):
+    document = quick("p4m-deepcluster", kinds, tmp_path / "r", widths="2-4-8")
+    check(document, tmp_path / "r", ("Sobel-AlexNet", "P4M CNN"))
+    probe = document["tables"][1]["rows"]
+    assert "pixels (16 x 16)" in probe and probe["P4M CNN"]["macro-AUC"]["trivial"] == 0.5
+
+
+def test_arcface(kinds, tmp_path):
+    document = quick("arcface", kinds, tmp_path / "r", size_px=32, parts="lite0", seeds=2, epochs=2)
+    rows = document["tables"][-1]["rows"]
+    assert set(rows) == {
+        "ArcFace", "softmax", "triplet", "ArcFace on EfficientNet-Lite0 (ImageNet)",
+        "random weights", "pixels (16 x 16)",
+    }  # fmt: skip
+    assert len(rows["triplet"]["5-NN of other groups"]["ours"]) == 2
+    assert document["about"]["split"] == "by group"
+
+
+def test_breast_ae(kinds, tmp_path, monkeypatch):
+    """Without the two large nets, which take minutes even for one epoch."""
+    from histoseek.training.reproduce import breast_ae
+
+    small = {name: net for name, net in breast_ae.NETS.items() if not net.large}
+    monkeypatch.setattr(breast_ae, "NETS", small)
+    two = kinds.without("label", ["cat"])
+    document = quick("breast-ae", two, tmp_path / "r", positive="retina", split="tile")
+    rows = ("k-means on pixels", "FC AE", "CNN AE", "CNN AE, no max-pool", "DenseNet, supervised")
+    check(document, tmp_path / "r", rows)
+    assert "LEAKY" in document["about"]["split"]
+    pixels = document["tables"][0]["rows"]["k-means on pixels"]
+    one_to_one = pixels["ACC (one-to-one)"]
+    assert one_to_one["mean"] > one_to_one["trivial"]  # tissue is pale, a retina is dark
+    assert pixels["F1"]["published"] == 0.593
+    assert any("IDC set" in note for note in document["notes"])
+    with pytest.raises(BadInput, match="is no label"):
+        quick("breast-ae", two, tmp_path / "x", positive="tumour")
+    with pytest.raises(BadInput, match=r"1 label\(s\)"):
+        quick("breast-ae", kinds.without("label", ["cat", "retina"]), tmp_path / "y")
+
+
+def test_the_command_line_prints_and_writes_the_report(tmp_path, tile_folder, cli, cli_json):
+    words = (
+        "reproduce", "p4m-deepcluster", "--data", tile_folder, "--out", tmp_path / "r", "--quick",
+        "--widths", "2-4-8", "--accelerator", "cpu",
+    )  # fmt: skip
+    document = cli_json(*words)
+    assert document["command"].startswith("histoseek reproduce p4m-deepcluster --data")
+    shown = cli(*words)  # nothing is trained again
+    assert shown.returncode == 0 and "report.md" in shown.stdout and "NMI(t, t-1)" in shown.stdout
+    wrong = cli("reproduce", "simclr", "--data", tile_folder, "--out", tmp_path / "x")
+    assert wrong.returncode == 1 and all(name in wrong.stderr for name in PROTOCOLS)
+    wrong = cli(
+        "reproduce", "arcface", "--data", tile_folder, "--out", tmp_path / "x", "--split", "slide"
+    )
+    assert wrong.returncode == 1 and "expected group or tile" in wrong.stderr
+
+
+def test_a_cell_has_mean_and_sample_sd():
+    cell = Cell(0.5, (0.4, 0.6, 0.8), 0.1)
+    assert cell.mean == pytest.approx(0.6) and cell.sd == pytest.approx(0.2)
+    assert Cell(None, (0.4,)).sd is None and Cell().mean is None
+    assert Cell(None, (float("nan"),)).as_dict()["ours"] == [None]
+
+
+def test_a_table_is_markdown(tmp_path):
+    table = Table(
+        "T", ("ACC",), {"k-means": [Cell(0.5, (0.4, 0.6), 0.1)]}, "chance", notes=["a note"]
+    )
+    assert table.markdown()[2:5] == [
+        "| | ACC: published | ours | trivial |", "|---|---|---|---|",
+        "| k-means | 0.500 | 0.500 ± 0.141 | 0.100 |",
+    ]  # fmt: skip
+    report = Report("R", "000", "histoseek …", {"data": "d"}, [table])
+    report.write(tmp_path)
+    text = (tmp_path / "report.md").read_text()
+    assert "Trivial: chance." in text and "a note" in text and "| date | 20" in text
+
+
+def test_tiles_are_drawn_by_whole_groups(kinds):
+    some = draw(kinds, 30)
+    assert 20 <= len(some) <= 30 and len(draw(kinds, 0)) == 72
+    sizes = {}
+    for tile in kinds.tiles:
+        sizes[tile.group] = sizes.get(tile.group, 0) + 1
+    found = {}
+    for tile in some.tiles:
+        found[tile.group] = found.get(tile.group, 0) + 1
+    assert all(found[group] == sizes[group] for group in found)
+    assert {t.label for t in first_classes(kinds, 2).tiles} == {"cat", "retina"}
+
+
+def test_listing_and_dry_run(tile_folder, tmp_path, cli, cli_json):
+    listed = cli_json("train", "--list")
+    assert listed["models"]["fc-ae"]["parameters"] == 35_092_692
+    assert listed["models"]["p4m-cnn"]["paper"].startswith("002")
+    assert set(listed["protocols"]) == set(PROTOCOLS)
+    flags = {row["flag"]: row["meaning"] for row in listed["recipes"]["dac"]["options"]}
+    assert "weight of the loss on pairs" in flags["--beta"] and flags["--precision"]
+    assert cli("train", "--list").returncode == 0
+    plan = cli_json(
+        "train", "autoencoder", tile_folder, "--dry-run", "--model", "cnn-ae", "--epochs", 2
+    )
+    assert plan["parameters"] == 10_569_347 and plan["tiles"] == 72
+    assert sum(layer["macs"] for layer in plan["layers"]) == plan["macs_per_tile"]
+    shown = cli("train", "autoencoder", "--dry-run", "--model", "fc-ae")
+    assert shown.returncode == 0 and "35,092,692 parameters" in shown.stdout
+    assert "nothing was trained" in shown.stdout and not list(tmp_path.iterdir())
