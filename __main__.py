@@ -209,9 +209,10 @@ def export(
     _need_torch()
     from .export.bundle import export_run, parity_tiles
     from .files import read_text
+    from .training.layouts import open_data
     from .training.models import build
 
-    source = parity_tiles(run, tiles)
+    source = parity_tiles(run, tiles, open_data)
     about = read_text(notes) if notes else ""
     with console.working("exporting, and proving parity on real tiles"):
         manifest = export_run(run, out, source, build, name, mpp, pca, views, licence, about)

@@ -23,6 +23,7 @@ from .card import model_card
 from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
 
 Build = Callable[..., Any]
+Open = Callable[[Path], TileSet]
 
 
 def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[str, torch.Tensor]]:
@@ -57,19 +58,24 @@ def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[s
     return record, encoder.eval(), beside
 
 
-def parity_tiles(run: Path, tiles: Path | None) -> TileSet:
+def parity_tiles(run: Path, tiles: Path | None, open_source: Open = open_tiles) -> TileSet:
     """Open the tiles on which parity is measured: those given, else the run's own data.
+
+    Args:
+        run: a finished run.
+        tiles: real tiles, or None.
+        open_source: opens what is there; training knows more layouts than a plain tile set.
 
     Raises:
         BadInput: none given, and the run's data is no longer where it was.
     """
     if tiles is not None:
-        return open_tiles(tiles)
+        return open_source(tiles)
     record = read_json(run / "run.json")
     sources = record["data"].get("selection", {}).get("sources", [])
     for source in sources:
         if Path(source).exists():
-            return open_tiles(Path(source))
+            return open_source(Path(source))
     raise BadInput(
         f"the data that {run} was trained on is not at {', '.join(sources) or 'a known place'}; pass "
         "--tiles with real tiles for the parity test"

@@ -41,7 +41,9 @@ def model_card(
         f"Split by {split['by']}: {split['train_tiles']} tiles trained on, "
         f"{split['held_out_tiles']} held out.",
         "",
-        "## Measured on the held-out tiles",
+        "## Measured on the held-out tiles"
+        if split["held_out_tiles"]
+        else "## Measured on the training tiles (nothing was held out)",
     ]
     if manifest.views > 1:
         lines += [

@@ -114,10 +114,10 @@ def test_train_list_shows_recipes_models_and_options(cli, cli_json):
 def test_train_export_embed_search_with_an_encoder_of_ones_own(cli_json, tile_folder, tmp_path):
     run, bundle, atlas = tmp_path / "run", tmp_path / "mine", tmp_path / "atlas"
     record = cli_json(
-        "train", "arcface", tile_folder, "--out", run, "--size-px", 64, "--epochs", 2,
-        "--batch", 16, "--folds", 3, "--accelerator", "cpu",
+        "train", "arcface", tile_folder, "--out", run, "--size-px", 64, "--epochs", 20,
+        "--batch", 8, "--lr", 0.003, "--dropout", 0, "--margin", 0.2, "--folds", 3, "--accelerator", "cpu",
     )  # fmt: skip
-    assert record["split"]["by"] == "group" and len(record["epochs"]) == 2
+    assert record["split"]["by"] == "group" and len(record["epochs"]) == 20
     manifest = cli_json("export", run, "--out", bundle, "--name", "mine", "--mpp", 0.5)
     assert (manifest["size_px"], manifest["dim"], manifest["name"]) == (64, 64, "mine")
     report = cli_json("embed", tile_folder, "--encoder", bundle, "--out", tmp_path / "f")

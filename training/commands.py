@@ -110,7 +110,8 @@ def dry_run(name: str, sources: Sequence[Path], choose: Choice, words: list[str]
             "tiles": tiles,
             "tiles_trained_on": trained,
             "pixels_bytes": tiles * model.size_px**2 * 3,
-            "training_macs": 3 * macs * trained * options.epochs,
+            "epochs": options.all_epochs(),
+            "training_macs": 3 * macs * trained * options.all_epochs(),
         }
 
     def human() -> None:
@@ -127,7 +128,7 @@ def dry_run(name: str, sources: Sequence[Path], choose: Choice, words: list[str]
         if tiles is not None:
             console.say(
                 f"{tiles:,} tiles ({document['pixels_bytes'] / 2**20:,.0f} MiB of pixels), about "
-                f"{document['tiles_trained_on']:,} of them trained on for {options.epochs} epochs: about "
+                f"{document['tiles_trained_on']:,} trained on for {options.all_epochs()} epochs: about "
                 f"{document['training_macs'] / 1e12:,.1f} T multiply-adds (a step costs 3 forwards)"
             )
         console.say("nothing was trained (--dry-run)")
@@ -198,6 +199,8 @@ def _every_fold(
         _one(recipe, replace(options, fold=fold), tiles, out / f"fold-{fold}", selection)
         for fold in range(options.folds)
     ]
+    if not all(records):  # only the first process of several has them
+        return
     summary = {
         side: summarise([flat_rows(r["metrics"][side]) for r in records])
         for side in records[0]["metrics"]

@@ -6,8 +6,13 @@ from functools import partial
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.nn import functional as collective
+
+
+def processes() -> int:
+    """Return how many processes train together."""
+    return distributed.get_world_size() if distributed.is_initialized() else 1
 
 
 def synchronise_norms(net: nn.Module) -> None:
@@ -27,7 +32,8 @@ def _synchronised(norm: Any, x: torch.Tensor) -> torch.Tensor:
         return normed
     axes = [0, *range(2, x.dim())]
     count = x.new_full((1,), x.numel() // x.shape[1], dtype=torch.float32)
-    sums = torch.cat([x.sum(axes).float(), (x.float() ** 2).sum(axes), count])
+    exact = x.float()
+    sums = torch.cat([exact.sum(axes), exact.square().sum(axes), count])
     sums = collective.all_reduce(sums)  # type: ignore[no-untyped-call]
     total = sums[-1].detach()
     mean, square = (sums[:-1] / total).chunk(2)
@@ -38,5 +44,5 @@ def _synchronised(norm: Any, x: torch.Tensor) -> torch.Tensor:
         norm.running_var.lerp_(variance * total / (total - 1), norm.momentum)
     shape = [1, -1, *[1] * (x.dim() - 2)]
     scale = norm.weight * torch.rsqrt(variance + norm.eps)
-    found: torch.Tensor = x * scale.reshape(shape) + (norm.bias - mean * scale).reshape(shape)
-    return found
+    found: torch.Tensor = exact * scale.reshape(shape) + (norm.bias - mean * scale).reshape(shape)
+    return found.to(x.dtype)

@@ -58,11 +58,12 @@ def calibrate(encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64) -> No
     """
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
+    was_training, batch = encoder.training, min(batch, len(tiles))
+    encoder.eval()  # no dropout
     for norm in norms:
         norm.reset_running_stats()
         norm.momentum = None
-    was_training, batch = encoder.training, min(batch, len(tiles))
-    encoder.train()
+        norm.train()
     for start in range(0, len(tiles) - batch + 1, batch):
         encoder(to_input(encoder, tiles[start : start + batch]))
     for norm, momentum in zip(norms, momenta, strict=True):
@@ -145,6 +146,15 @@ def _sample(numbers: Ints, most: int, rng: np.random.Generator) -> Ints:
     if len(numbers) <= most:
         return numbers
     return np.sort(rng.choice(numbers, most, replace=False))
+
+
+def pixels_of(data: LabelledTiles, numbers: Ints, batch: int = 1024) -> NDArray[np.float32]:
+    """Return :func:`pixel_features` of tiles by number; tiles that cannot be read are left out."""
+    parts = [
+        pixel_features(data.read(numbers[start : start + batch])[0])
+        for start in range(0, len(numbers), batch)
+    ]
+    return np.concatenate(parts)
 
 
 @contextmanager

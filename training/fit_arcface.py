@@ -22,6 +22,7 @@ from ..metrics import Ints
 from ..tilesets import TileSet
 from .checkpoint import load_backbone
 from .data import LabelledTiles
+from .evaluate import calibrate
 from .job import Job, Objective, Phase
 from .losses import ArcFace, Contrastive, Softmax, Triplet
 from .models import Encoder, build, model_options
@@ -31,6 +32,8 @@ from .pretrained import LITE0
 TARGETS = ("label", "group", "place")
 LOSSES = ("arcface", "softmax", "triplet", "contrastive")
 TEACHERS = ("", LITE0)
+CALIBRATE = 1024
+"""About so many training tiles set the batch norms' statistics in the end."""
 
 
 @dataclass(frozen=True)
@@ -138,6 +141,10 @@ class ArcFaceOptions(TrainingOptions):
             Phase("last layers", self.epochs_tail, self.lr_tail, tail=True, all_layers=False),
         )
 
+    def all_epochs(self) -> int:
+        """Return the epochs of all phases together."""
+        return sum(phase.epochs for phase in self.phases())
+
     def architecture(self) -> dict[str, Any]:
         """Return what is needed to build the encoder again."""
         names = ("dim", "hidden", "dropout", "relu_embedding")
@@ -150,19 +157,16 @@ class ArcFaceOptions(TrainingOptions):
 
 
 class EmbeddingNet(Objective):
-    """The encoder with one loss per target, and a teacher if there is one.
-
-    Attributes:
-        targets: class numbers of all tiles by target, -1 is unknown and costs nothing.
-    """
+    """The encoder with one loss per target, and a teacher if there is one."""
 
     def __init__(
         self, encoder: Encoder, targets: dict[str, torch.Tensor], options: ArcFaceOptions
     ) -> None:
-        """Make a loss for every target."""
+        """Make a loss for every target: class numbers of all tiles, -1 is unknown and costs nothing."""
         super().__init__()
         self.encoder = encoder
-        self.targets = targets
+        for name, numbers in targets.items():
+            self.register_buffer(f"target_{name}", numbers, persistent=False)
         self.options = options
         self.heads = nn.ModuleDict(
             {
@@ -183,7 +187,7 @@ class EmbeddingNet(Objective):
         loss = embeddings.sum() * 0.0
         parts: dict[str, torch.Tensor] = {}
         for name, head in self.heads.items():
-            labels = self.targets[name][numbers.cpu()].to(embeddings.device)
+            labels = self.get_buffer(f"target_{name}")[numbers]
             known = labels >= 0
             for weight in head.parameters():
                 loss = loss + weight.sum() * 0.0  # every weight has a gradient, as DDP demands
@@ -226,7 +230,8 @@ class EmbeddingNet(Objective):
         size = self.options.per_class
         if not size:
             return rng.permutation(train)
-        labels = next(iter(self.targets.values())).numpy()[train]
+        first = self.options.target.split("+")[0]
+        labels = self.get_buffer(f"target_{first}").cpu().numpy()[train]
         members = {n: train[labels == n] for n in np.unique(labels[labels >= 0])}
         order: list[Ints] = []
         while sum(map(len, order)) < len(train):
@@ -280,6 +285,10 @@ def fit(
     targets = _targets(options, job.data, job.parts.train)
     encoder = job.build()
     job.train(EmbeddingNet(encoder, targets, options), options.phases())
+    if not options.weights:
+        # MobileNetV3's norms move by a hundredth per step: after a short training they lag far behind.
+        few = job.parts.train[:: max(1, len(job.parts.train) // CALIBRATE)]
+        calibrate(encoder, job.data.read(few)[0])
     return job.finish(encoder)
 
 

@@ -16,6 +16,7 @@ import torch
 from ..console import Report
 from ..errors import BadInput
 from ..tilesets import TileSet
+from .distributed import processes
 from .job import Job, Objective, Phase
 from .kmeans import RULES, fit_clusters
 from .losses import gaussian_divergence
@@ -63,8 +64,7 @@ class AutoencoderOptions(TrainingOptions):
 class Reconstruction(Objective):
     """The squared error between a tile and its reconstruction, and for a VAE the divergence.
 
-    The loss of a batch is the mean over its tiles of the error summed over pixels, times the batch for
-    ``sum`` (so that gradients are those of the sum), or divided by the pixels for ``mean``.
+    ``sum``: over pixels, and in training over the tiles of the batch on all processes; ``mean``: over both.
     """
 
     def __init__(self, encoder: AutoEncoder, options: AutoencoderOptions) -> None:
@@ -76,25 +76,24 @@ class Reconstruction(Objective):
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``loss`` and ``mse``, the mean squared error of a pixel."""
         divergence = None
-        if isinstance(self.encoder, VariationalAutoEncoder) and self.training:
+        if isinstance(self.encoder, VariationalAutoEncoder):
             mean, log_variance, drawn, seen = self.encoder.sample(tiles)
             divergence = gaussian_divergence(mean, log_variance)
+            if not self.training:
+                drawn = self.encoder.decoder(mean)
         else:
             _, drawn, seen = self.encoder.reconstruct(tiles)
         error = (drawn.float() - seen.float()).square().flatten(1)
-        mse = error.mean()
-        if self.options.reduction == "sum":
-            loss = mse * error.shape[1] * self.options.batch
-            scale = float(self.options.batch)
-        else:
-            loss, scale = mse, 1 / error.shape[1]
-        if divergence is None:
-            return {"loss": loss, "mse": mse}
-        return {
-            "loss": loss + self.options.beta * scale * divergence,
-            "mse": mse,
-            "divergence": divergence,
-        }
+        mse, pixels = error.mean(), error.shape[1]
+        whole = pixels if self.options.reduction == "sum" else 1
+        loss = mse * whole
+        losses = {"mse": mse}
+        if divergence is not None:
+            loss = loss + self.options.beta * divergence * whole / pixels
+            losses["divergence"] = divergence
+        if self.options.reduction == "sum" and self.training:
+            loss = loss * len(tiles) * processes()
+        return {"loss": loss, **losses}
 
 
 def fit(

@@ -14,7 +14,8 @@ from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints, Metric
 from ..tilesets import TileSet
-from .evaluate import normalise
+from .data import LabelledTiles
+from .evaluate import to_input
 from .job import Job, Objective, Phase
 from .models import Encoder
 from .options import TrainingOptions
@@ -38,12 +39,12 @@ class Classification(Objective):
         """Wrap an encoder with a top layer; ``labels`` are those of all tiles, -1 for none."""
         super().__init__()
         self.encoder = encoder
-        self.labels = torch.from_numpy(labels)
+        self.labels = nn.Buffer(torch.from_numpy(labels), persistent=False)
 
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``loss`` and ``accuracy``."""
         logits = self.encoder.classify(tiles).float()
-        labels = self.labels[numbers.cpu()].to(logits.device)
+        labels = self.labels[numbers]
         loss = nn.functional.cross_entropy(logits, labels, ignore_index=-1)
         return {"loss": loss, "accuracy": (logits.argmax(1) == labels).float().mean()}
 
@@ -85,40 +86,39 @@ def fit(
         )
     encoder = job.build(classes=len(job.data.label_names))
     job.train(Classification(encoder, labels), [Phase("all layers", options.epochs, options.lr)])
-    tiles, kept = job.data.read(job.parts.test)
+    predicted, kept = predict(encoder, job.data, job.parts.test)
     metrics: dict[str, Any] = {}
     if len(kept):
-        metrics["classifier"] = [m.as_dict() for m in _scores(encoder, tiles, labels[kept], job)]
+        metrics["classifier"] = [m.as_dict() for m in _scores(predicted, labels[kept], job)]
     return job.finish(encoder, metrics)
 
 
 @torch.inference_mode()
-def _scores(encoder: Encoder, tiles: np.ndarray[Any, Any], truth: Ints, job: Job) -> list[Metric]:
-    """Accuracy and F1 (of the last class if there are two, as paper 000 has it, and macro)."""
+def predict(
+    encoder: Encoder, data: LabelledTiles, numbers: Ints, batch: int = 256
+) -> tuple[Ints, Ints]:
+    """Return the classes (M,) that the classifier gives tiles by number, and the tiles read."""
+    encoder.eval()
+    found, kept = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
+    for start in range(0, len(numbers), batch):
+        tiles, read = data.read(numbers[start : start + batch])
+        found.append(encoder.classify(to_input(encoder, tiles)).argmax(1).cpu().numpy())
+        kept.append(read)
+    return np.concatenate(found), np.concatenate(kept)
+
+
+def _scores(predicted: Ints, truth: Ints, job: Job) -> list[Metric]:
+    """Accuracy and macro-F1, beside always the largest class of the training part."""
     from sklearn.metrics import f1_score
 
-    encoder.eval()
-    found = []
-    for start in range(0, len(tiles), job.options.batch):
-        pixels = torch.from_numpy(tiles[start : start + job.options.batch]).to(job.fabric.device)
-        scaled = normalise(encoder, pixels.permute(0, 3, 1, 2).float() / 255)
-        found.append(encoder.classify(scaled).argmax(1).cpu().numpy())
-    predicted = np.concatenate(found)
-    counts = np.bincount(job.data.labels[job.parts.train])
-    largest = np.full(len(truth), counts.argmax())
-    rows = [
-        Metric(
-            "accuracy", float(np.mean(predicted == truth)), float(np.mean(largest == truth)),
-            "always the largest class",
-        ),
-        Metric(
-            "macro_f1", float(f1_score(truth, predicted, average="macro", zero_division=0)),
-            float(f1_score(truth, largest, average="macro", zero_division=0)),
-            "always the largest class",
-        ),
-    ]  # fmt: skip
-    if len(job.data.label_names) == 2:
-        ones = np.ones(len(truth), dtype=np.int64)
-        f1 = float(f1_score(truth, predicted, zero_division=0))
-        rows.append(Metric("f1_positive", f1, float(f1_score(truth, ones)), "always positive"))
-    return rows
+    largest = np.full(len(truth), np.bincount(job.data.labels[job.parts.train]).argmax())
+    rule = "always the largest class"
+
+    def f1(given: Ints) -> float:
+        return float(f1_score(truth, given, average="macro", zero_division=0))
+
+    right, base = (float(np.mean(given == truth)) for given in (predicted, largest))
+    return [
+        Metric("accuracy", right, base, rule),
+        Metric("macro_f1", f1(predicted), f1(largest), rule),
+    ]

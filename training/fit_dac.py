@@ -96,6 +96,23 @@ class DacOptions(TrainingOptions):
         "output": OUTPUTS,
     }
 
+    def __post_init__(self) -> None:
+        """Check every value that has a range, and the output.
+
+        Raises:
+            BadInput: naming the option, its value and what was expected.
+        """
+        super().__post_init__()
+        if self.output == "clusters" and self.method not in {"ae-dac", "dac"}:
+            raise BadInput(
+                f"output is 'clusters', but method {self.method} trains no clustering head"
+            )
+
+    def all_epochs(self) -> int:
+        """Return the epochs of all phases together."""
+        before = 0 if self.method == "dac" else self.pretrain
+        return before + (0 if self.method == "ae-kmeans" else self.epochs)
+
     def at(self, epoch: int) -> tuple[float, float]:
         """Return u and l in clustering epoch ``epoch``; they never cross.
 
@@ -160,8 +177,8 @@ class Clustering(Objective):
             return {**told, "upper": self.upper, "lower": self.lower}
         if epoch == 0:
             found = kmeans(codes, self.encoder.clusters, seed=self.options.seed, restarts=20)
-            with torch.no_grad():
-                self.centres.copy_(torch.from_numpy(found))
+            with torch.no_grad():  # every process starts from the same centres
+                self.centres.copy_(torch.from_numpy(job.fabric.broadcast(found)))
         with torch.no_grad():
             vectors = torch.from_numpy(codes).to(self.centres.device)
             target = self.target
@@ -195,11 +212,11 @@ class Clustering(Objective):
         per_tile = error.sum(1) if self.options.reduction == "sum" else error.mean(1)
         return 0.5 * per_tile.mean()
 
-    def clusters_of(self, codes: Floats) -> Ints:
-        """Return the cluster of every code (N, 256), as the method has it."""
+    def clusters_of(self, codes: Floats, fitted_on: Floats | None = None) -> Ints:
+        """Return the cluster of every code (N, 256); k-means is fitted on ``fitted_on``, or on them."""
         k, seed = self.encoder.clusters, self.options.seed
         if self.phase != "clustering":
-            return assign(codes, kmeans(codes, k, seed=seed))
+            return assign(codes, kmeans(codes if fitted_on is None else fitted_on, k, seed=seed))
         if self.options.method == "dec":
             return assign(codes, self.centres.detach().cpu().numpy())
         self.encoder.eval()
@@ -275,15 +292,22 @@ def fit(
         phases.append(Phase("clustering", options.epochs, options.lr_cluster))
     job.train(net, phases)
     net.phase = "pretraining" if options.method == "ae-kmeans" else "clustering"
-    part = job.parts.test if len(job.parts.test) else job.parts.train
-    codes, kept = codes_of(encoder, job.data, part)
-    clusters = net.clusters_of(codes)
+    fitted, kept = codes_of(encoder, job.data, job.parts.train)
+    shipped = _shipped(net, fitted, net.clusters_of(fitted))
+    codes = fitted
+    if len(job.parts.test):
+        codes, kept = codes_of(encoder, job.data, job.parts.test)
+    labels = job.data.labels[kept]
     metrics: dict[str, Any] = {
         "k": encoder.clusters,
         "method": options.method,
-        "assigned": scores(codes, job.data.labels[kept], clusters, options.seed),
+        "assigned": scores(codes, labels, net.clusters_of(codes, fitted), options.seed),
     }
-    return job.finish(encoder, {"clusters": metrics}, _shipped(net, codes, clusters))
+    if options.output == "code":  # what the bundle's clusters will say: the nearest mean code
+        unit = codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
+        near = assign(unit, shipped["clusters.centres"].numpy())
+        metrics["shipped"] = scores(unit, labels, near, options.seed)
+    return job.finish(encoder, {"clusters": metrics}, shipped)
 
 
 def scores(vectors: Floats, labels: Ints, clusters: Ints, seed: int) -> list[dict[str, Any]]:

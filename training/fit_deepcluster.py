@@ -39,7 +39,6 @@ class DeepClusterOptions(TrainingOptions):
         pca_dim: length of the features after PCA and whitening; at most what the net gives.
         iterations: of k-means per epoch.
         uniform: draw evenly from the clusters; --no-uniform draws tiles as they come (the paper's code).
-        lr_top: learning rate of the top layer, which is new in every epoch; 0 for that of the rest.
     """
 
     model: str = "sobel-alexnet"
@@ -53,7 +52,6 @@ class DeepClusterOptions(TrainingOptions):
     pca_dim: int = 128
     iterations: int = 20
     uniform: bool = True
-    lr_top: float = 0.0
 
     VALIDATES: ClassVar[bool] = False
     LEAST: ClassVar[dict[str, int]] = {
@@ -62,7 +60,6 @@ class DeepClusterOptions(TrainingOptions):
         "pca_dim": 1,
         "iterations": 1,
     }
-    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {**TrainingOptions.BOUNDS, "lr_top": (0, 10)}
 
 
 @dataclass(frozen=True)
@@ -144,6 +141,9 @@ class PseudoLabels(Objective):
         from sklearn.metrics import normalized_mutual_info_score as nmi
 
         features, kept = features_of(self.encoder, job.data, job.parts.train)
+        if len(kept) < 3:
+            reason = next(iter(job.data.unreadable.values()), "there are no more")
+            raise BadInput(f"only {len(kept)} tiles to cluster; first reason: {reason}")
         vectors = Chain.fit(features, self.options.pca_dim).apply(features)
         seed = self.options.seed * 1000 + epoch
         _, clusters, inertia = cluster(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -114,6 +115,12 @@ class Job:
         """Start the devices, read the tiles and split them; seeds the weights that are made next."""
         self.fabric, self._scaler = _fabric(self.options)
         self.fabric.launch()
+        started = int(os.environ.get("WORLD_SIZE", "1"))
+        if started != self.fabric.world_size:
+            raise BadInput(
+                f"{started} processes were started and --devices is {self.options.devices}; pass "
+                f"--devices {started}, so that they train together"
+            )
         self.report = self._progress if self.fabric.is_global_zero else _silent
         options = self.options
         side = options.architecture()["size_px"]
@@ -159,8 +166,8 @@ class Job:
     def _run_phase(self, net: Objective, phase: Phase, total: int, log: Log) -> None:
         done = [row for row in self._state.history if row["phase"] == phase.name]
         if len(done) >= phase.epochs or self._is_stopped(done):
-            if done and self._keeps:  # killed after the last epoch
-                self.folder.load_best(net)
+            if done and self._keeps and self._state.history[-1] is done[-1]:
+                self.folder.load_best(net)  # killed after the phase's last epoch
             return
         net.begin_phase(phase)
         plain = _optimizer(self.options, phase, net)
@@ -170,6 +177,7 @@ class Job:
             self.folder.resume_scaler(self._scaler)
         for epoch in range(len(done), phase.epochs):
             row = self._epoch(net, model, optimizer, phase, epoch, done)
+            self._check_weights(net, row)
             done.append(row)
             self._state.history.append(row)
             if self.fabric.is_global_zero:
@@ -245,7 +253,9 @@ class Job:
         """Return the order of the training tiles in epoch ``number``; a net may draw its own."""
         rng = np.random.default_rng((self.options.seed, number))
         draw: Callable[[Ints, np.random.Generator], Ints] | None = getattr(net, "draw", None)
-        return draw(self.parts.train, rng) if draw else rng.permutation(self.parts.train)
+        order = draw(self.parts.train, rng) if draw else rng.permutation(self.parts.train)
+        wanted = self._steps() * self._step_size
+        return order if len(order) >= wanted else np.resize(order, wanted)  # some cannot be read
 
     @property
     def _step_size(self) -> int:
@@ -266,8 +276,13 @@ class Job:
             for step in range(steps)
         ]
 
+        last: dict[str, Any] = {}
+
         def fetch(share: Ints) -> tuple[torch.Tensor, torch.Tensor]:
             tiles, numbers = self.data.read(share)
+            if len(numbers) < 2:  # too few for a batch norm: take the batch before once more
+                tiles, numbers = last.get("batch", (tiles, numbers))
+            last["batch"] = tiles, numbers
             if len(numbers) < 2:
                 raise BadInput(
                     f"only {len(numbers)} of {len(share)} tiles of a batch could be read; first "
@@ -318,6 +333,16 @@ class Job:
             raise BadInput(
                 f"the loss is {float(total)} in epoch {number + 1}, by step {step + 1}; the last whole "
                 "epoch is kept: lower --lr or check the data"
+            )
+
+    def _check_weights(self, net: nn.Module, row: dict[str, Any]) -> None:
+        """Refuse an epoch that ended in weights or a validation loss that are not finite."""
+        finite = all(bool(torch.isfinite(weight).all()) for weight in net.parameters())
+        if not finite or not np.isfinite(_watched(row)):
+            raise BadInput(
+                f"after epoch {row['epoch']} the loss is {_watched(row)} and the weights are "
+                f"{'finite' if finite else 'not all finite'}; the epoch before it is kept: lower --lr, "
+                "check the data, or use --precision 32-true"
             )
 
     def finish(

@@ -11,10 +11,11 @@ from numpy.typing import NDArray
 from ..errors import BadInput, unknown_name
 from ..metrics import Floats, Ints, clustering_report
 from .data import LabelledTiles, Split
-from .evaluate import embed_numbers, pixel_features, quiet_duplicates
+from .evaluate import embed_numbers, pixels_of, quiet_duplicates
 from .models import Encoder
 
 RULES = ("full", "minibatch", "literal")
+ASSIGN_ROWS = 8192
 
 
 def kmeans(
@@ -79,9 +80,11 @@ def literal_minibatch(
 
 def assign(vectors: Floats, centres: Floats) -> Ints:
     """Return the number of the nearest centre for every vector, (N,)."""
-    a, b = vectors.astype(np.float64), centres.astype(np.float64)
-    distance = (b * b).sum(1) - 2 * a @ b.T
-    nearest: Ints = distance.argmin(1)
+    b = centres.astype(np.float64)
+    nearest = np.zeros(len(vectors), dtype=np.int64)
+    for start in range(0, len(vectors), ASSIGN_ROWS):
+        a = vectors[start : start + ASSIGN_ROWS].astype(np.float64)
+        nearest[start : start + len(a)] = ((b * b).sum(1) - 2 * a @ b.T).argmin(1)
     return nearest
 
 
@@ -127,8 +130,8 @@ def fit_clusters(
     held_out = parts.test[data.labels[parts.test] >= 0]
     if len(held_out):
         found, kept = embed_numbers(encoder, data, held_out)
-        pixels = pixel_features(data.read(kept)[0])
-        own = kmeans(pixel_features(data.read(parts.train)[0]), len(centres), rule, seed)
+        pixels = pixels_of(data, kept)
+        own = kmeans(pixels_of(data, parts.train), len(centres), rule, seed)
         truth = np.unique(data.labels[kept], return_inverse=True)[1].astype(np.int64)
         scores = {
             "k": len(centres),

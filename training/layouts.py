@@ -62,6 +62,15 @@ def _packed(
     names: Sequence[str] | None,
 ) -> TileSet:
     """Return a tile set of arrays: uint8 (N, H, W[, 3]) with labels, by part."""
+    for part, (pictures, numbers) in parts.items():
+        if len(pictures) != len(numbers):
+            raise BadInput(
+                f"{path}: part {part} has {len(pictures)} pictures, {len(numbers)} labels"
+            )
+        if names and len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):
+            raise BadInput(f"{path}: part {part} has a label outside of 0 to {len(names) - 1}")
+    if not parts:
+        raise BadInput(f"{path} holds pictures of {name}, but no labels; copy both files")
     images = np.concatenate([pictures for pictures, _ in parts.values()])
     labels = np.concatenate([numbers for _, numbers in parts.values()])
     part_of = [part for part, (pictures, _) in parts.items() for _ in range(len(pictures))]
@@ -99,19 +108,16 @@ def _idx(path: Path) -> TileSet | None:
     for part, prefix in (("train", "train"), ("test", "t10k")):
         images, labels = f"{prefix}-images-idx3-ubyte", f"{prefix}-labels-idx1-ubyte"
         if images in files and labels in files:
-            pictures, numbers = _idx_array(files[images]), _idx_array(files[labels])
-            if pictures.ndim != 3 or numbers.shape != pictures.shape[:1]:
-                raise BadInput(f"{files[labels]} does not have one label per picture")
+            pictures, numbers = _idx_array(files[images], 3), _idx_array(files[labels], 1)
             parts[part] = pictures, numbers.astype(np.int64)
             sources += [files[images], files[labels]]
     return _packed(path.resolve().name, path, sources, parts, None) if parts else None
 
 
-def _idx_array(path: Path) -> NDArray[np.uint8]:
+def _idx_array(path: Path, axes: int) -> NDArray[np.uint8]:
     blob = _raw(path)
-    if len(blob) < 4 or blob[:3] != b"\0\0\x08":
-        raise BadInput(f"{path} is not an idx file of bytes; copy it again")
-    axes = blob[3]
+    if len(blob) < 4 + 4 * axes or blob[:4] != bytes([0, 0, 8, axes]):
+        raise BadInput(f"{path} is not an idx file of bytes with {axes} axes; copy it again")
     shape = np.frombuffer(blob, ">u4", axes, 4).astype(np.int64)
     if len(blob) != 4 + 4 * axes + int(np.prod(shape)):
         raise BadInput(f"{path} is cut short: expected {tuple(shape)} bytes; copy it again")
@@ -145,7 +151,7 @@ def _cifar(path: Path) -> TileSet | None:
             used.append(files["test_batch.bin"])
             parts["test"] = _records(used[-1], 1, 1024)
         return _packed("cifar10", path, used, parts, CIFAR10)
-    if "train.bin" in files and "fine_label_names.txt" in files:
+    if "train.bin" in files and "coarse_label_names.txt" in files:
         names = files["coarse_label_names.txt"].read_text().split()
         used = [files[f"{part}.bin"] for part in ("train", "test") if f"{part}.bin" in files]
         parts = {file.stem: _records(file, 2, 1024) for file in used}

@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import AbstractContextManager
 
 import torch
 from torch import nn
+
+
+def full_precision(like: torch.Tensor) -> AbstractContextManager[None]:
+    """Turn autocast off: in half precision a cosine of 1 - 1e-7 is 1, whose gradients are not finite."""
+    return torch.autocast(like.device.type, enabled=False)
 
 
 class ArcFace(nn.Module):
@@ -40,8 +46,9 @@ class ArcFace(nn.Module):
 
     def logits(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return scaled logits (N, C) with the margin in the column of each label."""
-        unit = nn.functional.normalize(embeddings.float())
-        cosine = unit @ nn.functional.normalize(self.weight.float()).T
+        with full_precision(embeddings):
+            unit = nn.functional.normalize(embeddings.float())
+            cosine = unit @ nn.functional.normalize(self.weight.float()).T
         target = cosine.gather(1, labels[:, None]).clamp(-1 + 1e-7, 1 - 1e-7)
         sine = torch.sqrt(1 - target * target)
         moved = target * math.cos(self.margin) - sine * math.sin(self.margin)
@@ -67,7 +74,8 @@ class Softmax(nn.Module):
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
         """Return the mean cross-entropy of embeddings (N, D) with labels (N,)."""
-        return nn.functional.cross_entropy(self.linear(embeddings.float()), labels)
+        with full_precision(embeddings):
+            return nn.functional.cross_entropy(self.linear(embeddings.float()), labels)
 
 
 class Triplet(nn.Module):
@@ -123,8 +131,9 @@ class Contrastive(nn.Module):
 
 def _distances(embeddings: torch.Tensor) -> torch.Tensor:
     """Return Euclidean distances (N, N) of unit embeddings, with finite gradients at 0."""
-    unit = nn.functional.normalize(embeddings.float())
-    squared = (2 - 2 * unit @ unit.T).clamp(min=0)
+    with full_precision(embeddings):
+        unit = nn.functional.normalize(embeddings.float())
+        squared = (2 - 2 * unit @ unit.T).clamp(min=0)
     return torch.where(squared > 1e-12, squared.clamp(min=1e-12).sqrt(), squared)
 
 
@@ -147,21 +156,25 @@ def pair_loss(probabilities: torch.Tensor, upper: float, lower: float) -> torch.
         upper: u.
         lower: l.
     """
-    unit = nn.functional.normalize(probabilities.float())
-    similarity = unit @ unit.T
+    with full_precision(probabilities):
+        unit = nn.functional.normalize(probabilities.float())
+        similarity = unit @ unit.T
     with torch.no_grad():
         pairs = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
         alike = (similarity >= upper) & pairs
         different = (similarity <= lower) & pairs
         chosen = (alike.sum() + different.sum()).clamp(min=1)
     s = similarity.clamp(1e-7, 1 - 1e-7)
-    return -(torch.log(s)[alike].sum() + torch.log1p(-s)[different].sum()) / chosen
+    loss = -(torch.log(s)[alike].sum() + torch.log1p(-s)[different].sum()) / chosen
+    return loss + 0 * similarity.sum()  # what is not a number chooses no pair, and must show
 
 
 def student_assignment(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
     """Return q (N, K) of DEC (Xie et al. 2016, equation 1): Student's t with one degree of freedom."""
-    distance = (vectors[:, None, :] - centres[None, :, :]).square().sum(2)
-    q = 1 / (1 + distance)
+    with full_precision(vectors):
+        a, b = vectors.float(), centres.float()
+        squared = a.square().sum(1)[:, None] + b.square().sum(1) - 2 * a @ b.T
+    q = 1 / (1 + squared.clamp(min=0))
     return q / q.sum(1, keepdim=True)
 
 

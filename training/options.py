@@ -13,6 +13,7 @@ from .models import model_options, parse_model_options
 SPLITS = ("group", "tile")
 OPTIMISERS = ("adam", "adamw", "sgd", "rmsprop")
 SCHEDULES = ("constant", "cosine", "step")
+PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
 Bounds = dict[str, tuple[float, float]]
 
 
@@ -57,7 +58,7 @@ class TrainingOptions:
         seed: of the split, the initial weights and every random change.
         accelerator: cpu, cuda, mps or auto.
         devices: how many; more than one trains data-parallel (DDP).
-        precision: Lightning's name, such as 32-true, bf16-mixed or 16-mixed (AMP).
+        precision: 32-true, or with automatic mixed precision (AMP) 16-mixed or bf16-mixed.
     """
 
     model: str = ""
@@ -107,6 +108,7 @@ class TrainingOptions:
         "rotation_deg": (0, 360),
     }  # fmt: skip
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
+        "precision": PRECISIONS,
         "split": SPLITS,
         "optimiser": OPTIMISERS,
         "schedule": SCHEDULES,
@@ -137,6 +139,8 @@ class TrainingOptions:
             raise BadInput(
                 f"folds is {self.folds}; plateau, patience and keep_best need a third fold to validate"
             )
+        if self.keep_best and self.folds and not self.VALIDATES:
+            raise BadInput("keep_best: this recipe has no validation loss to choose by")
         if self.size_px and not 8 <= self.size_px <= 4096:
             raise BadInput(
                 f"size_px is {self.size_px}; expected 8 to 4096, or 0 for the model's own"
@@ -156,6 +160,10 @@ class TrainingOptions:
         options = parse_model_options(self.model, self.model_options)
         size_px = self.size_px or options.get("size_px") or model_options(self.model)["size_px"]
         return {"model": self.model, **options, "size_px": size_px}
+
+    def all_epochs(self) -> int:
+        """Return the epochs of all phases together."""
+        return self.epochs
 
     def augmentation(self) -> Augmentation:
         """Return the ranges of the random changes."""

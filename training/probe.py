@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 from ..metrics import Floats, Ints, Metric
 
 BETWEEN_FINDINGS = "|"
+NO_FINDING = "No Finding"
 
 
 def linear_probe(
@@ -69,7 +70,7 @@ def _auc(truth: NDArray[Any], scores: NDArray[Any]) -> float:
 def _macro_auc(given: NDArray[np.float64], truth: Ints, names: tuple[str, ...]) -> float:
     """Mean AUC over findings: the score of one is the sum over the combinations that hold it."""
     parts = [name.split(BETWEEN_FINDINGS) for name in names]
-    findings = sorted({finding for part in parts for finding in part})
+    findings = sorted({finding for part in parts for finding in part} - {NO_FINDING})
     found = []
     for finding in findings:
         holds = np.array([finding in part for part in parts])

@@ -102,7 +102,11 @@ def build(model: str, chain: int = 0, **options: Any) -> Encoder:
     for name in options:
         if name not in known:
             raise _wrong_option(model, name, known)
-    encoder = MODELS[model].build(**options)
+    try:
+        encoder = MODELS[model].build(**options)
+    except (RuntimeError, ValueError, ZeroDivisionError) as error:
+        given = ", ".join(f"{name}={value}" for name, value in options.items())
+        raise BadInput(f"model {model} cannot be built with {given}: {error}") from error
     if chain:
         encoder.attach_chain(chain)
     return encoder

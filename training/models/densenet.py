@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from ...errors import BadInput
 from .embedding import Encoder, feature_encoder
 
 OLD_KEYS = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
@@ -121,6 +122,8 @@ def build_densenet(
     growth: int = 24,
 ) -> Encoder:
     """Return paper 000's supervised DenseNet: five blocks of six layers; its pooled features embed."""
+    if size_px < 16:
+        raise BadInput(f"size_px is {size_px}; five blocks halve it four times: at least 16 px")
     net = DenseNet((6, 6, 6, 6, 6), growth, 2 * growth, large=False)
     tail = ("features.denseblock5", "features.norm5")
     return feature_encoder(

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import BadInput
 from ..data import split
 from ..evaluate import embed_numbers, pca_basis, project
 from ..pretrained import LITE0
@@ -30,6 +31,8 @@ def reproduce(study: Study) -> Report:
     """Train every fold and loss; PCA is fitted on the training part, the held-out fold is clustered."""
     options = study.options
     folds = study.pick(FOLDS, 2, options.seeds)
+    if folds > FOLDS:
+        raise BadInput(f"--seeds is {folds}; the protocol has {FOLDS} folds")
     epochs = study.pick(30, 1, options.epochs)
     size_px = options.size_px or 224
     study.cells = folds * len(LOSSES)

@@ -34,7 +34,8 @@ class StudyOptions:
     Attributes:
         out: folder of the report and its runs; a protocol that was killed goes on where it was.
         command: as it was typed, for the report.
-        preset: authors (what their code does) or paper (what the text says), where they differ.
+        preset: authors (what their code does) or paper (what the text says): of breast-ae, whose text
+            and code differ in clustering, weight decay and learning rate.
         quick: few epochs, seeds and cells: shows that it works, measures nothing.
         seeds: how many seeds (or folds); 0 for the protocol's own.
         epochs: of every training; 0 for the protocol's own.
@@ -69,6 +70,9 @@ class StudyOptions:
         """Check the choices."""
         if self.preset not in PRESETS:
             raise BadInput(f"preset is {self.preset!r}; expected one of: {', '.join(PRESETS)}")
+        for name in ("seeds", "epochs", "limit", "limit_large", "size_px"):
+            if getattr(self, name) < 0:
+                raise BadInput(f"{name} is {getattr(self, name)}; expected 0 or more")
         if self.split not in {"group", "tile"}:
             raise BadInput(f"split is {self.split!r}; expected group or tile")
 
@@ -84,8 +88,10 @@ class Study:
     def __init__(self, options: StudyOptions, tiles: TileSet, progress: Progress) -> None:
         """Draw the tiles; nothing is trained yet."""
         self.options = options
-        self.whole = tiles
-        self.tiles = draw(tiles, options.limit)
+        known = [n for n, tile in enumerate(tiles.tiles) if tile.label is not None]
+        self.unlabelled = len(tiles) - len(known)
+        self.whole = tiles.take(known) if self.unlabelled else tiles
+        self.tiles = draw(self.whole, options.limit)
         self.cells = 0
         self.done = 0
         self._progress = progress
@@ -107,21 +113,39 @@ class Study:
             )
 
         folder = self.options.out / "runs" / cell
-        record = chosen.fit(filled, self.tiles if tiles is None else tiles, folder, report)
+        given = self.tiles if tiles is None else tiles
+        selection = {"sources": [given.source], "exclude": [], "label_from": ["label"]}
+        record = chosen.fit(filled, given, folder, report, selection)
         self.done += 1
         return record
+
+    def only_training_part(self) -> None:
+        """Leave the test part out, where the set has parts."""
+        part = [n for n, tile in enumerate(self.tiles.tiles) if tile.extra.get("part") != "test"]
+        if len(part) < len(self.tiles):
+            self.tiles = self.tiles.take(part)
 
     def pick(self, normal: int, quick: int, asked: int = 0) -> int:
         """Return how many: what was asked for, else the protocol's own number, or the quick one."""
         return asked or (quick if self.options.quick else normal)
 
     def load(self, size_px: int, tiles: TileSet | None = None) -> LabelledTiles:
-        """Decode the tiles."""
-        return load(self.tiles if tiles is None else tiles, size_px, lambda *_: None)
+        """Decode the tiles; all of them are held in memory.
+
+        Raises:
+            BadInput: they do not fit into memory.
+        """
+        data = load(self.tiles if tiles is None else tiles, size_px, lambda *_: None)
+        if data.stream is not None:
+            raise BadInput(
+                f"{len(data)} tiles of {size_px} px do not fit into memory; pass --limit"
+            )
+        return data
 
     def encoder(self, cell: str) -> Encoder:
         """Return the trained encoder of a cell."""
-        return load_encoder(self.options.out / "runs" / cell)
+        gpu = torch.cuda.is_available() and self.options.accelerator in {"auto", "cuda", "gpu"}
+        return load_encoder(self.options.out / "runs" / cell).to("cuda" if gpu else "cpu")
 
     def record(self, cell: str) -> dict[str, Any]:
         """Return the record of a cell's run."""
@@ -144,8 +168,10 @@ class Study:
         split = "by group" if grouped else "by tile (the data names no groups)"
         if options.split == "tile" and grouped:
             split = "by tile ACROSS groups, as the paper has it: LEAKY, siblings are in both parts"
-        said = {"data": used, "split": split, "preset": options.preset, **about}
+        said = {"data": used, "split": split, **about}
         report = Report(title, paper, options.command, said)
+        if self.unlabelled:
+            report.notes.append(f"{self.unlabelled} tiles without a label were left out.")
         if options.quick:
             report.notes.append(
                 "`--quick`: this shows that the protocol runs; it measures nothing."

@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...errors import BadInput
 from ...metrics import Floats, Ints, accuracy, purity
 from ..evaluate import embed_numbers
 from ..models import AutoEncoder
@@ -17,6 +18,7 @@ CODES = (16, 32, 64, 128)
 CLUSTERS = (10, 20, 30, 40, 50)
 NETS = {"CAE": "topology-cae", "AE": "topology-ae"}
 INITIALISATIONS = 20
+SIDES = (28, 32)
 # Purity in %, mean and sd, by K; columns are codes of 16, 32, 64, 128.
 Row = tuple[tuple[float, float], ...]
 PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
@@ -74,6 +76,11 @@ def reproduce(study: Study) -> Report:
     epochs = study.pick(50, 1, options.epochs)
     repeats = study.pick(INITIALISATIONS, 2, options.seeds)
     side = options.size_px or study.tiles.read(0).shape[0]
+    if side not in SIDES:
+        raise BadInput(
+            f"tiles of {side} px: the paper's nets are for 28 and 32 px; pass --size-px 32"
+        )
+    study.only_training_part()
     asked = set(filter(None, options.parts.split(",")))
     nets = {net: model for net, model in NETS.items() if not asked or net in asked}
     study.cells = len(CODES) * len(nets)
