@@ -25,6 +25,12 @@ def synchronise_norms(net: nn.Module) -> None:
             module.forward = partial(_synchronised, module)  # type: ignore[method-assign]
 
 
+def release_norms(net: nn.Module) -> None:
+    """Undo :func:`synchronise_norms`."""
+    for module in net.modules():
+        module.__dict__.pop("forward", None)
+
+
 def _synchronised(norm: Any, x: torch.Tensor) -> torch.Tensor:
     """Normalise x (N, C, …) by mean and variance over all processes, and update the running ones."""
     if not norm.training:

@@ -25,7 +25,7 @@ from ..tilesets import TileSet
 from .augment import Augmentation, augment
 from .checkpoint import load_backbone
 from .data import LabelledTiles, Split, describe, describe_split, load, split
-from .distributed import synchronise_norms
+from .distributed import release_norms, synchronise_norms
 from .evaluate import judge, normalise, to_input
 from .models import Encoder, build
 from .options import TrainingOptions
@@ -162,6 +162,7 @@ class Job:
         with Log(self.folder.path, self.options.tensorboard and self.fabric.is_global_zero) as log:
             for phase in phases:
                 self._run_phase(net, phase, total, log)
+        release_norms(net)
 
     def _run_phase(self, net: Objective, phase: Phase, total: int, log: Log) -> None:
         done = [row for row in self._state.history if row["phase"] == phase.name]

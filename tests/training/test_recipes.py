@@ -466,13 +466,13 @@ kind = RECIPES[recipe]
 common = dict(accelerator="cpu", devices=int(devices), epochs=2, batch=24 // int(devices), folds=3,
               judge=False, lr=0.02, optimiser="sgd")
 own = {
-    "autoencoder": dict(model="topology-cae", size_px=32, keep_best=False, weight_decay=0.0,
-                        reduction="mean"),
+    "autoencoder": dict(model="topology-cae", size_px=32, keep_best=False, weight_decay=0.01,
+                        reduction="sum", lr=1e-6),
     "classifier": dict(model="p4m-cnn", model_options="widths=2-4-8", size_px=32, keep_best=True),
     "arcface": dict(model="p4m-cnn", model_options="widths=2-4-8", size_px=32, dim=8, hidden=16,
                     dropout=0.0, rotation_deg=0, zoom=0, flip=False, stain=0, colour=0),
 }[recipe]
-kind.fit(kind.options(**common, **own), open_tiles(Path(data)), Path(out), lambda *_: None)
+kind.fit(kind.options(**{**common, **own}), open_tiles(Path(data)), Path(out), lambda *_: None)
 """
 
 
@@ -547,3 +547,131 @@ def test_dec_starts_from_kmeans(tile_folder):
     options = change(SMALL["dac"], method="dec")
     net = Clustering(build("dac-cifar", clusters=3), options, 10)
     assert net.centres.shape == (3, 256) and net.target.shape == (10, 3)
+
+
+def test_what_stays_finite_in_half_precision(tmp_path):
+    """Under autocast a cosine of 1 - 1e-7 would be 1, and its gradient infinite."""
+    from histoseek.training.losses import ArcFace, Contrastive, Triplet, pair_loss
+
+    torch.manual_seed(0)
+    labels = torch.arange(12) % 3
+    with torch.autocast("cpu", torch.bfloat16):
+        raw = torch.randn(12, 3, requires_grad=True)
+        pair_loss(torch.softmax(8 * raw, 1), 0.95, 0.5).backward()
+        head = ArcFace(8, 3)
+        near = (head.weight[labels].detach() * 5 + 1e-4).requires_grad_()
+        (head(near, labels) + Triplet()(near, labels) + Contrastive()(near, labels)).backward()
+    assert raw.grad.isfinite().all() and near.grad.isfinite().all()
+    assert torch.isnan(pair_loss(torch.full((4, 3), float("nan")), 0.95, 0.5))
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_every_recipe_trains_in_mixed_precision(recipe, tile_folder, tmp_path):
+    options = change(SMALL[recipe], precision="bf16-mixed", judge=False)
+    record = fit(recipe, options, open_tiles(tile_folder), tmp_path / "run")
+    weights = load_encoder(tmp_path / "run").state_dict()
+    assert all(np.isfinite(row["loss"]) for row in record["epochs"])
+    assert all(v.isfinite().all() for v in weights.values())
+
+
+def test_weights_that_are_not_finite_are_not_kept(tile_folder, tmp_path, monkeypatch):
+    """A step whose gradient is not finite at the end of an epoch, with a loss that still was."""
+    from histoseek.training import job
+
+    real = job.Job._epoch
+
+    def ruin(self, net, model, optimizer, phase, epoch, done):
+        row = real(self, net, model, optimizer, phase, epoch, done)
+        if epoch == 1:
+            with torch.no_grad():
+                next(net.parameters())[0] = float("nan")
+        return row
+
+    monkeypatch.setattr(job.Job, "_epoch", ruin)
+    with pytest.raises(
+        BadInput, match="after epoch 2 .* not all finite; the epoch before it is kept"
+    ):
+        fit("classifier", SMALL["classifier"], open_tiles(tile_folder), tmp_path / "run")
+    stored, about = load_tensors(tmp_path / "run/checkpoint.safetensors")
+    assert len(about["history"]) == 1
+    assert all(v.isfinite().all() for k, v in stored.items() if k.startswith("net."))
+
+
+def test_two_phases_that_keep_their_best_resume_to_the_same_weights(tile_folder, tmp_path):
+    from histoseek.training.fit_arcface import ArcFaceOptions
+
+    torch.manual_seed(2)
+    weights = tmp_path / "backbone.pth"
+    torch.save(build("mobilenet-v3-small").backbone.state_dict(), weights)
+    options = ArcFaceOptions(
+        weights=str(weights), size_px=64, epochs_head=2, epochs_tail=3, batch=8, folds=3,
+        keep_best=True, judge=False, **CPU,
+    )  # fmt: skip
+    tiles = open_tiles(tile_folder)
+    fit("arcface", options, tiles, tmp_path / "whole")
+
+    class Stop(Exception):
+        pass
+
+    def stop(done, total, text):
+        if "loss" in text:
+            raise Stop
+
+    for _ in range(20):
+        try:
+            RECIPES["arcface"].fit(options, tiles, tmp_path / "stopped", stop)
+            break
+        except Stop:
+            pass
+    whole, stopped = (tmp_path / n / "weights.safetensors" for n in ("whole", "stopped"))
+    assert whole.read_bytes() == stopped.read_bytes()
+
+
+@pytest.mark.parametrize("recipe", SMALL)
+def test_a_stream_of_which_much_is_broken_still_trains(recipe, tmp_path):
+    broken = tuple(range(0, 60, 3)) + (1, 4, 7)
+    tiles = fake(60, [str(n % 3) for n in range(60)], broken=broken)
+    options = change(SMALL[recipe], stream=True, batch=8, judge=False)
+    record = fit(recipe, options, tiles, tmp_path / "run")
+    assert len(record["data"]["unreadable"]) >= 10
+
+
+def test_more_processes_than_devices_are_refused(tile_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with pytest.raises(BadInput, match="pass --devices 2"):
+        fit("classifier", SMALL["classifier"], open_tiles(tile_folder), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_shipped_clusters_are_fitted_on_the_training_part_and_scored(tile_folder, tmp_path):
+    record = fit("dac", SMALL["dac"], open_tiles(tile_folder), tmp_path / "run")
+    scores = record["metrics"]["clusters"]
+    assert values(scores["shipped"])["accuracy"] >= 1 / 3
+    with pytest.raises(BadInput, match="trains no clustering head"):
+        change(SMALL["dac"], output="clusters", method="dec")
+    with pytest.raises(BadInput, match="no validation loss"):
+        change(SMALL["deepcluster"], keep_best=True)
+
+
+def test_a_run_on_a_papers_layout_exports_from_its_own_data(tmp_path, cli_json):
+    import gzip
+    import struct
+
+    rng = np.random.default_rng(0)
+    folder = tmp_path / "mnist"
+    folder.mkdir()
+    for name, array in (
+        ("train-images-idx3-ubyte", rng.integers(0, 256, (60, 28, 28), np.uint8)),
+        ("train-labels-idx1-ubyte", (np.arange(60) % 4).astype(np.uint8)),
+    ):
+        head = struct.pack(">HBB", 0, 8, array.ndim) + struct.pack(f">{array.ndim}I", *array.shape)
+        (folder / f"{name}.gz").write_bytes(gzip.compress(head + array.tobytes()))
+    cli_json(
+        "train", "dac", folder, "--out", tmp_path / "run", "--epochs", 1, "--pretrain", 1, "--batch", 20,
+        "--accelerator", "cpu",
+    )  # fmt: skip
+    cli_json("export", tmp_path / "run", "--out", tmp_path / "b")
+    card = (tmp_path / "b/MODEL_CARD.md").read_text()
+    assert "training tiles (nothing was held out)" in card and "clusters.assigned.accuracy" in card
