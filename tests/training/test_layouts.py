@@ -51,6 +51,12 @@ def test_mnist_and_fashion_mnist(tmp_path, rng):
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(pictures[:2])[:-5])
     with pytest.raises(BadInput, match="t10k-images-idx3-ubyte is cut short"):
         open_data(folder)
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(pictures[:2])[:9])
+    with pytest.raises(BadInput, match="not an idx file of bytes with 3 axes"):
+        open_data(folder)
+    (folder / "t10k-images-idx3-ubyte").write_bytes(idx(pictures[:3]))
+    with pytest.raises(BadInput, match="part test has 3 pictures, 2 labels"):
+        open_data(folder)
     (folder / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bgarbage")
     with pytest.raises(BadInput, match="cannot be read"):
         open_data(folder)
@@ -78,6 +84,9 @@ def test_cifar(tmp_path, rng):
         "coarse3",
         "coarse3",
     ]
+    (ten / "data_batch_1.bin").write_bytes(np.hstack([labels + 70, rows]).tobytes())
+    with pytest.raises(BadInput, match="label outside of 0 to 9"):
+        open_data(ten)
     (ten / "data_batch_1.bin").write_bytes(b"x" * 100)
     with pytest.raises(BadInput, match="cut short"):
         open_data(ten)
@@ -95,6 +104,9 @@ def test_stl10(tmp_path, rng):
     tiles = open_data(tmp_path)
     assert [t.label for t in tiles.tiles] == ["airplane", "truck"]
     assert (tiles.read(0) == picture[0]).all()
+    (tmp_path / "train_y.bin").unlink()
+    with pytest.raises(BadInput, match="no labels"):
+        open_data(tmp_path)
 
 
 def test_svhn(tmp_path, rng):

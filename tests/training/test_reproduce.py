@@ -115,6 +115,8 @@ def test_breast_ae(kinds, tmp_path, monkeypatch):
     one_to_one = pixels["ACC (one-to-one)"]
     assert one_to_one["mean"] > one_to_one["trivial"]  # tissue is pale, a retina is dark
     assert pixels["F1"]["published"] == 0.593
+    supervised = document["tables"][0]["rows"]["DenseNet, supervised"]
+    assert 0 <= supervised["F1"]["mean"] <= 1 and supervised["F1"]["published"] == 0.825
     assert any("IDC set" in note for note in document["notes"])
     with pytest.raises(BadInput, match="is no label"):
         quick("breast-ae", two, tmp_path / "x", positive="tumour")
@@ -137,6 +139,40 @@ def test_the_command_line_prints_and_writes_the_report(tmp_path, tile_folder, cl
         "reproduce", "arcface", "--data", tile_folder, "--out", tmp_path / "x", "--split", "slide"
     )
     assert wrong.returncode == 1 and "expected group or tile" in wrong.stderr
+
+
+def test_what_a_protocol_cannot_do_is_refused_before_it_starts(kinds, tmp_path):
+    for name, options, says in (
+        ("breast-ae", {"seeds": 6}, "has 5 folds"),
+        ("arcface", {"seeds": 11}, "has 10 folds"),
+        ("ae-dac", {"size_px": 50}, "28, 32, 96"),
+        ("topology-sweep", {}, "pass --size-px 32"),
+        ("arcface", {"limit": -5}, "expected 0 or more"),
+        ("arcface", {"preset": "mine"}, "authors, paper"),
+    ):
+        with pytest.raises(BadInput, match=says):
+            quick(name, kinds, tmp_path / "r", **options)
+
+
+def test_tiles_without_a_label_are_left_out_and_counted(tmp_path):
+    tiles = digits(120)
+    half = tuple(Tile(t.file, t.label if n % 3 else None) for n, t in enumerate(tiles.tiles))
+    some = TileSet("mnist", "digits", half, "some", tiles._load)
+    document = quick("topology-sweep", some, tmp_path / "r", parts="AE")
+    assert "40 tiles without a label were left out." in document["notes"]
+    assert document["about"]["data"].startswith("80 tiles")
+    assert [table["title"][:7] for table in document["tables"]][0] == "Table 2"
+
+
+def test_the_sweep_takes_the_training_part_where_there_are_parts(tmp_path):
+    tiles = digits(120)
+    parts = tuple(
+        Tile(t.file, t.label, None, {"part": "test" if n < 40 else "train"})
+        for n, t in enumerate(tiles.tiles)
+    )
+    study = TileSet("mnist", "digits", parts, "parts", tiles._load)
+    document = quick("topology-sweep", study, tmp_path / "r", parts="AE")
+    assert document["about"]["data"].startswith("80 tiles")
 
 
 def test_a_cell_has_mean_and_sample_sd():

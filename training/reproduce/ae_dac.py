@@ -114,7 +114,9 @@ def reproduce(study: Study) -> Report:
     report.tables.append(_table(title, found, published, 100 / classes))
     if "table4" in parts:
         report.tables.append(_by_clusters(study, seeds, pretrain, epochs, common))
-    _draw(study, report, size_px, history)
+    every = common["judge_every"]
+    measured = [epoch for epoch in range(every, epochs, every)] + [epochs]
+    _draw(study, report, size_px, history, measured)
     if "grid" in parts:
         _grid(study, report, epochs, common)
     return report
@@ -207,7 +209,11 @@ def _clusters(study: Study, encoder: ClusteringAutoEncoder, codes: np.ndarray[An
 
 
 def _draw(
-    study: Study, report: Report, size_px: int, history: dict[str, list[list[float]]]
+    study: Study,
+    report: Report,
+    size_px: int,
+    history: dict[str, list[list[float]]],
+    measured: list[int],
 ) -> None:
     out = study.options.out
     data = study.load(size_px)
@@ -222,7 +228,7 @@ def _draw(
             figures.curves(
                 out / "accuracy.png",
                 {name: np.mean(runs, 0).tolist() for name, runs in history.items() if len(runs[0]) > 1},
-                "measurement", "Hungarian accuracy, mean over seeds",
+                "epoch of clustering", "Hungarian accuracy, mean over seeds", at=measured,
             ),
             "Accuracy while clustering (paper 001, figure 3)",
         ),
