@@ -115,7 +115,7 @@ def reproduce(study: Study) -> Report:
     if "table4" in parts:
         report.tables.append(_by_clusters(study, seeds, pretrain, epochs, common))
     every = common["judge_every"]
-    measured = [epoch for epoch in range(every, epochs, every)] + [epochs]
+    measured = [*range(every, epochs, every), epochs]
     _draw(study, report, size_px, history, measured)
     if "grid" in parts:
         _grid(study, report, epochs, common)
