@@ -235,7 +235,10 @@ def _folds(data: LabelledTiles, folds: int, seed: int, by: str) -> list[Ints]:
     groups = data.groups if by == "group" else np.arange(len(data.labels))
     found = len(np.unique(groups))
     if found < folds:
-        raise BadInput(f"the data has {found} {by}(s); {folds} folds need at least {folds}")
+        raise BadInput(
+            f"the data has {found} {by}(s); {folds} folds need at least {folds}: lower --folds, or pass "
+            "--folds 0 to train on everything and judge nothing"
+        )
     counts = np.bincount(data.labels[data.labels >= 0], minlength=1)
     by_class = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)
     plain = GroupKFold(folds, shuffle=True, random_state=seed)
