@@ -58,10 +58,11 @@ def augment(tiles: torch.Tensor, ranges: Augmentation, generator: torch.Generato
         basis = torch.tensor(_STAINS, device=device)
         basis = basis / basis.norm(dim=1, keepdim=True)
         density = -torch.log(tiles.clamp(1 / 255, 1))
-        amounts = torch.einsum("nchw,cs->nshw", density, torch.linalg.inv(basis))
-        scale = 1 + ranges.stain * draw(3)[:, :, None, None]
-        offset = 0.1 * ranges.stain * draw(3)[:, :, None, None]
-        density = torch.einsum("nshw,sc->nchw", amounts * scale + offset, basis)
+        scale, offset = 1 + ranges.stain * draw(3), 0.1 * ranges.stain * draw(3)
+        # To stains, scale and offset there, and back: one 3 x 3 matrix and one offset per tile.
+        change = (torch.linalg.inv(basis) * scale[:, None, :]) @ basis
+        shift = (offset @ basis)[:, :, None]
+        density = torch.baddbmm(shift, change.transpose(1, 2), density.flatten(2)).view_as(tiles)
         tiles = torch.exp(-density).clamp(0, 1)
     if ranges.colour:
         contrast = 1 + ranges.colour * draw(3)[:, :, None, None]

@@ -15,6 +15,7 @@ from torch import nn
 from ..metrics import Floats, Ints, clustering_report, retrieval_report, silhouette
 from .data import LabelledTiles, Split
 from .models import Encoder
+from .models.embedding import UNIT_MEAN, UNIT_STD
 
 Basis = dict[str, NDArray[np.float32]]
 JUDGED = ("trained", "random_init", "pixels")
@@ -80,6 +81,8 @@ def to_input(encoder: Encoder, tiles: NDArray[np.uint8] | torch.Tensor) -> torch
 
 def normalise(encoder: Encoder, tiles: torch.Tensor) -> torch.Tensor:
     """Normalise float tiles (N, 3, S, S) of 0..1 by the encoder's mean and standard deviation."""
+    if (encoder.mean, encoder.std) == (UNIT_MEAN, UNIT_STD):
+        return tiles
     mean = torch.tensor(encoder.mean, device=tiles.device)[:, None, None]
     std = torch.tensor(encoder.std, device=tiles.device)[:, None, None]
     return (tiles - mean) / std

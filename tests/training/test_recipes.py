@@ -276,8 +276,12 @@ def test_minibatch_kmeans_by_both_rules():
         distance = np.linalg.norm(centres[:, None] - np.array([[0, 0], [8, 0], [0, 8]]), axis=2)
         assert distance.min(1).max() < 1.0 and set(distance.argmin(1)) == {0, 1, 2}
     start = literal_minibatch(points, 3, seed=0, batch=1, steps=0)
-    after = literal_minibatch(points, 3, seed=0, batch=1, steps=1)  # one tile: two centres have none
-    assert (start == after).all(1).sum() >= 2 and np.isfinite(after).all()  # 0/0 in print; they stay
+    after = literal_minibatch(
+        points, 3, seed=0, batch=1, steps=1
+    )  # one tile: two centres have none
+    assert (start == after).all(1).sum() >= 2 and np.isfinite(
+        after
+    ).all()  # 0/0 in print; they stay
     with pytest.raises(BadInput, match="K = 5"):
         kmeans(points[:3], 5)
     with pytest.raises(BadInput, match="full, literal, minibatch"):
