@@ -2,8 +2,8 @@
 
 The bare loop is given one batch that lies ready on the device, already scaled. The recipe is timed by its
 own record's clock, over the steps of an epoch: reading tiles from memory, scaling, augmentation where it is
-on, checks and sums, but not what comes between epochs (clustering of features, checkpoints). The bare loop runs
-right after each epoch on the same net; the ratio is of medians over epochs and rounds.
+on, checks and sums, but not what comes between epochs (clustering of features, checkpoints). The bare loop
+runs right after each epoch on the same net; the ratio is of medians over epochs and rounds.
 """
 
 import statistics
