@@ -270,7 +270,7 @@ class Job:
     def _batches(
         self, encoder: Encoder, order: Ints, steps: int
     ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield this device's share of every batch, tiles 0..1 and numbers, one batch read ahead."""
+        """Yield this device's share of every batch, uint8 tiles and their numbers, one batch read ahead."""
         rank, ranks, device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
         shares = [
             order[step * self._step_size : (step + 1) * self._step_size][rank::ranks]

@@ -176,7 +176,11 @@ def _draw(
     report.figures += [
         (
             figures.curves(
-                out / "agreement.png", agreement, "epoch", "agreement with the epoch before"
+                out / "agreement.png",
+                agreement,
+                "epoch",
+                "agreement with the epoch before",
+                at=range(2, 1000),
             ),
             "Agreement of the clusters with those of the epoch before, mean over seeds",
         ),
