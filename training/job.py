@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -54,7 +55,7 @@ class Phase:
     all_layers: bool = True
 
 
-class Objective(nn.Module):
+class Objective(nn.Module, ABC):
     """What a recipe trains: an encoder with the heads that its loss needs."""
 
     encoder: Encoder
@@ -67,9 +68,9 @@ class Objective(nn.Module):
         """Do what comes before an epoch of a phase; returns what is to be logged."""
         return {}
 
+    @abstractmethod
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return ``loss`` and its parts, means over tiles (N, 3, S, S) with dataset numbers (N,)."""
-        raise NotImplementedError
 
 
 class Job:
@@ -225,7 +226,7 @@ class Job:
         torch.manual_seed(seed)
         changes = torch.Generator().manual_seed(seed)
         order = self.order(net, number)
-        for step, (tiles, numbers) in enumerate(self._batches(net.encoder, order, steps)):
+        for step, (tiles, numbers) in enumerate(self._batches(order, steps)):
             rate = options.rate(epoch * steps + step, phase.epochs * steps, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * rate * slower
@@ -267,9 +268,7 @@ class Job:
     def _steps(self) -> int:
         return max(1, len(self.parts.train) // self._step_size)
 
-    def _batches(
-        self, encoder: Encoder, order: Ints, steps: int
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    def _batches(self, order: Ints, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Yield this device's share of every batch, uint8 tiles and their numbers, one batch read ahead."""
         rank, ranks, device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
         shares = [

@@ -15,7 +15,7 @@ from histoseek.training.models.cost import parameters, summarise
 from histoseek.training.models.densenet import DenseNet
 from histoseek.training.models.efficientnet_lite import EfficientNetLite0
 from histoseek.training.models.mobilenet_v3 import MobileNetV3Small
-from histoseek.training.models.p4m_cnn import product_table
+from histoseek.training.models.p4m_cnn import BlurPool, product_table
 from histoseek.training.pretrained import find_weights
 
 # From the specification of the papers' architectures; those of 000-003 with decoder or classifier.
@@ -172,6 +172,20 @@ def test_p4m_features_do_not_change_under_all_of_d4(size_px):
             assert (model(moved) - expected).abs().max() <= 1e-12
         shifted = model(tiles.roll(5, 3))
     assert (shifted - expected).abs().max() > 1e-6  # it is not simply constant
+
+
+def test_p4m_would_not_be_invariant_with_the_papers_blur(monkeypatch):
+    """Five taps on an even side sample a grid that a quarter turn does not leave in place."""
+
+    def five_taps(self, x):
+        taps = self.taps5.to(x.dtype).expand(x.shape[1], 1, 5, 5)
+        return torch.nn.functional.conv2d(x, taps, stride=2, padding=2, groups=x.shape[1])
+
+    monkeypatch.setattr(BlurPool, "forward", five_taps)
+    model = lively_p4m(64).double()
+    tiles = torch.rand(2, 3, 64, 64, dtype=torch.float64)
+    with torch.no_grad():
+        assert (model(torch.rot90(tiles, 1, (2, 3))) - model(tiles)).abs().max() > 1e-3
 
 
 def test_p4m_is_invariant_through_onnx_runtime(tissue):

@@ -110,7 +110,7 @@ class BlurPool(nn.Module):
     """Gaussian blur (sigma .66), then every second pixel, on a grid that all of D4 leaves in place.
 
     An even side needs an even filter (4 taps at +-1/2 and +-3/2), an odd side an odd one (5 taps): with
-    an odd filter on an even side the features of a turned tile are off by 1e-2.
+    an odd filter on an even side a turn of the tile changes the features.
     """
 
     taps4: torch.Tensor
