@@ -601,17 +601,31 @@ def test_weights_that_are_not_finite_are_not_kept(tile_folder, tmp_path, monkeyp
     assert all(v.isfinite().all() for k, v in stored.items() if k.startswith("net."))
 
 
-def test_two_phases_that_keep_their_best_resume_to_the_same_weights(tile_folder, tmp_path):
+def test_two_phases_that_keep_their_best_resume_to_the_same_weights(
+    tile_folder, tmp_path, monkeypatch
+):
+    """Both the weights kept and every epoch on the way are those of a run that was not stopped."""
+    from histoseek.training import job
     from histoseek.training.fit_arcface import ArcFaceOptions
 
     torch.manual_seed(2)
     weights = tmp_path / "backbone.pth"
     torch.save(build("mobilenet-v3-small").backbone.state_dict(), weights)
     options = ArcFaceOptions(
-        weights=str(weights), size_px=64, epochs_head=2, epochs_tail=3, batch=8, folds=3,
+        weights=str(weights), size_px=64, epochs_head=2, epochs_tail=5, lr_tail=0.01, batch=8, folds=3,
         keep_best=True, judge=False, **CPU,
     )  # fmt: skip
     tiles = open_tiles(tile_folder)
+    script = (
+        9.0,
+        8.0,
+        5.0,
+        1.0,
+        6.0,
+        7.0,
+        8.0,
+    )  # phase 2 is at its best in its second epoch of five
+    monkeypatch.setattr(job.Job, "_validate", lambda self, net: script[len(self._state.history)])
     fit("arcface", options, tiles, tmp_path / "whole")
 
     class Stop(Exception):
@@ -629,6 +643,11 @@ def test_two_phases_that_keep_their_best_resume_to_the_same_weights(tile_folder,
             pass
     whole, stopped = (tmp_path / n / "weights.safetensors" for n in ("whole", "stopped"))
     assert whole.read_bytes() == stopped.read_bytes()
+    histories = [
+        [row["loss"] for row in json.loads((tmp_path / n / "run.json").read_text())["epochs"]]
+        for n in ("whole", "stopped")
+    ]
+    assert histories[0] == histories[1]
 
 
 @pytest.mark.parametrize("recipe", SMALL)
