@@ -91,7 +91,7 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
         "query": {"x": x, "y": y},
         "best_hit_is_the_place": right[0],
         "turned_by_any_angle": {"crops": TURNED, "found_their_place": sum(right[1:])},
-        "hits": [vars(h) for h in hits],
+        "hits": [h._asdict() for h in hits],
         "assigned": placed,
     }
     console.emit(document, lambda: console.say(f"done; open the page: histoseek ui {path}"))
@@ -101,9 +101,9 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
 def _queries(slide: Slide, atlas: Atlas, size_px: int) -> tuple[list[tuple[int, int]], list[Rgb]]:
     """Cut a tile turned by a quarter, and twenty turned by any angle; returns places and crops."""
     rng = np.random.default_rng(CROP_SEED)
-    tiles = atlas.catalog.rows("SELECT x, y FROM tiles ORDER BY id")
+    tiles = atlas.view().columns.places().tolist()
     chosen = rng.choice(len(tiles), TURNED + 1, replace=len(tiles) <= TURNED)
-    places = [(int(tiles[n]["x"]), int(tiles[n]["y"])) for n in chosen]
+    places = [(tiles[n][0], tiles[n][1]) for n in chosen]
     side = atlas.slides()[0]["size_px_level0"]
     first = np.ascontiguousarray(np.rot90(slide.read_tile(*places[0], side, size_px)))
     return places, [

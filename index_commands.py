@@ -157,7 +157,7 @@ def search(
     opened, vectors, asked, failed = _ask(atlas, images)
     hits = opened.search(vectors, k) if asked else []
     answers = {
-        image: [asdict(hit) for hit in found] for image, found in zip(asked, hits, strict=True)
+        image: [hit._asdict() for hit in found] for image, found in zip(asked, hits, strict=True)
     }
     document = [answers.get(image, failed.get(image)) for image in images]
 

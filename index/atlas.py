@@ -1,37 +1,38 @@
 """The atlas: slides' embeddings with their provenance, searched and clustered; the facade of this stage.
 
-A folder: ``atlas.db`` (the truth), ``encoder/`` (a copy of the bundle), ``features/`` (the vectors),
-``index-<generation>.faiss`` and ``clusters-<name>.npz`` (derived). One process writes at a time, any
-number read.
+A folder: ``atlas.db`` (what there is), ``encoder/`` (a copy of the bundle) and ``features/`` (the vectors)
+are the truth; ``index-<generation>.faiss`` and ``clusters-<name>.npz`` are derived. One process writes at a
+time, any number read, and each reader sees one committed state.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..console import Report
-from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
-from ..feature_files import check_features, parse_features
-from ..files import exclusive, publish_folder, remove_leftovers, write_atomic
+from ..errors import BadInput, Damaged, Mismatch
+from ..files import exclusive, publish_folder
 from ..manifest import Manifest, read_manifest
-from . import clusterings
-from .catalog import Catalog, bump_revision, insert, now
-from .clusters import Clustering, shipped
+from . import cases, cluster_report, clusterings, search, tuning
+from .catalog import Catalog, now
+from .clusters import FIT_SAMPLE, Assigned, Clustering, shipped
 from .clusters import fit as fit_clusters
-from .generations import Generations
-from .records import Added, Hit, plain_name, remove_slide, slide_row, tile_rows
-from .vectors import VectorIndex
+from .generations import Generations, View
+from .records import Added, Hit, plain_name
+from .search import Own
+from .vectors import VectorIndex, prepared
+from .writing import FEATURES, Writer
 
 ENCODER = "encoder"
-FEATURES = "features"
 LOCK = ".lock"
 NAME_LIMIT = 64
 
@@ -55,7 +56,8 @@ class Atlas:
                 f"{path / ENCODER} is encoder {self.manifest.sha256[:12]}…, the atlas is bound to "
                 f"{meta['encoder_sha256'][:12]}…; put the right bundle back"
             )
-        self._generations = Generations(path, self.catalog, self.manifest)
+        self.generations = Generations(path, self.catalog, self.manifest)
+        self._writer = Writer(path, self.catalog, self.manifest, self.generations)
 
     @classmethod
     def create(cls, path: Path, bundle: Path) -> Atlas:
@@ -85,7 +87,18 @@ class Atlas:
         """The folder of the atlas's own encoder."""
         return self.path / ENCODER
 
-    # -- adding ---------------------------------------------------------------------------------
+    @contextmanager
+    def writing(self) -> Iterator[Writer]:
+        """Hold the writer's lock.
+
+        Raises:
+            Busy: another process is writing.
+            StorageFailed: the folder cannot be written.
+        """
+        with exclusive(self.path / LOCK, f"atlas {self.path}"):
+            yield self._writer
+
+    # -- changing -------------------------------------------------------------------------------
 
     def add(
         self,
@@ -98,9 +111,9 @@ class Atlas:
 
         Args:
             files: HDF5 feature files.
-            metadata: by slide name (or file name of the slide): label and patient; also taken over
-                for slides that are there already.
-            replace: put other features of a slide that is there in the place of the old ones.
+            metadata: by slide name (or file name of the slide): label, patient and any other column;
+                also taken over for slides that are there already.
+            replace: put other features of a slide that is there in the place of the old ones (upsert).
             progress: called after each file.
 
         Returns:
@@ -110,105 +123,48 @@ class Atlas:
             Busy: another process is writing.
             StorageFailed: no space; what was added before stays.
         """
-        results: list[Added] = []
-        with exclusive(self.path / LOCK, f"atlas {self.path}"):
-            remove_leftovers([self.path, self.path / FEATURES])
-            for number, file in enumerate(files, start=1):
-                try:
-                    results.append(self._add_one(file, metadata or {}, replace))
-                except StorageFailed:
-                    raise
-                except HistoseekError as error:
-                    results.append(Added(str(file), file.stem, "failed", reason=str(error)))
-                except Exception as error:  # one foreign file must not stop the others
-                    reason = f"{file}: unexpected {type(error).__name__}: {error}"
-                    results.append(Added(str(file), file.stem, "failed", reason=reason))
-                progress(number, len(files), file.stem)
-            self._remove_orphans()
-            self._generations.write()
-            self._assign_new()
-        return results
+        with self.writing() as writer:
+            return writer.add(files, metadata or {}, replace, progress)
 
-    def _add_one(self, file: Path, metadata: dict[str, dict[str, str]], replace: bool) -> Added:
-        if not file.is_file():
-            raise BadInput(f"{file} does not exist; check the path")
-        blob = file.read_bytes()  # once: `embed` may replace the file meanwhile
-        item = parse_features(blob, file)
-        manifest = self.manifest
-        check_features(item, manifest.name, manifest.sha256, manifest.dim, file)
-        digest = hashlib.sha256(blob).hexdigest()
-        target = f"{FEATURES}/{plain_name(item.name)}-{digest[:12]}.h5"
-        row = slide_row(item, target, digest, metadata)
-        found = self.catalog.rows("SELECT * FROM slides WHERE name = ?", (item.name,))
-        if found and found[0]["content_sha256"] == row["content_sha256"]:
-            return self._relabel(file, found[0], row)
-        if found and not replace:
-            raise Mismatch(
-                f"the atlas holds slide {item.name!r} (from {found[0]['source']}) with other features; "
-                "to put these in its place add them with --replace; if it is another slide of the same "
-                "name, embed both in one run, which gives them different names"
-            )
-        write_atomic(self.path / target, blob)
-        with self.catalog.write() as db:
-            if found:
-                remove_slide(db, found[0]["id"])
-            number = insert(db, "slides", row)
-            db.executemany(
-                "INSERT INTO tiles (slide_id, row, x, y, file, label, patient) "
-                "VALUES (?, ?, ?, ?, ?, ?, ?)",
-                tile_rows(item, number),
-            )
-            bump_revision(db)
-        state = "replaced" if found else "added"
-        return Added(str(file), item.name, state, len(item.features), str(row["reason"]))
+    def remove(self, names: Sequence[str]) -> int:
+        """Remove slides or tile sets by name, all or none; their tiles' ids are never used again.
 
-    def _relabel(self, file: Path, found: Any, row: dict[str, Any]) -> Added:
-        """Take over a label or patient that is given now for a slide that is there already."""
-        changed = {
-            key: row[key] for key in ("label", "patient") if row[key] and row[key] != found[key]
-        }
-        if not changed:
-            return Added(str(file), found["name"], "unchanged", found["tiles"])
-        with self.catalog.write() as db:
-            for key, value in changed.items():
-                db.execute(f"UPDATE slides SET {key} = ? WHERE id = ?", (value, found["id"]))
-        text = ", ".join(f"{key} {value!r}" for key, value in changed.items())
-        return Added(str(file), found["name"], "relabelled", found["tiles"], text)
+        Returns:
+            How many tiles went.
 
-    def _assign_new(self) -> None:
-        """Place tiles that came after a fit in its clusters."""
-        pending: dict[str, tuple[int, list[int]]] = {}
-        for row in self.catalog.rows("SELECT id, name FROM clusterings"):
-            new = self.catalog.rows(
-                "SELECT t.id FROM tiles AS t WHERE NOT EXISTS (SELECT 1 FROM assignments AS a "
-                "WHERE a.clustering_id = ? AND a.tile_id = t.id)",
-                (row["id"],),
-            )
-            if new:
-                pending[row["name"]] = row["id"], [r["id"] for r in new]
-        if not pending:
-            return
-        ids, vectors = self.vectors()
-        for name, (number, tiles) in pending.items():
-            try:
-                _, clustering = self.clustering(name)
-            except Damaged:
-                continue  # `verify` names it; a new fit mends it
-            chosen = np.isin(ids, tiles)
-            placed = clustering.assign(vectors[chosen])
-            with self.catalog.write() as db:
-                clusterings.insert_assignments(db, number, ids[chosen], placed)
+        Raises:
+            BadInput: a name that is not there.
+            Busy: another process is writing.
+        """
+        with self.writing() as writer:
+            return writer.remove(names)
 
-    def _remove_orphans(self) -> None:
-        """Delete feature files that no slide names: copies made just before a crash."""
-        named = {
-            row["features_file"] for row in self.catalog.rows("SELECT features_file FROM slides")
-        }
-        for path in (self.path / FEATURES).glob("*.h5"):
-            if f"{FEATURES}/{path.name}" not in named:
-                path.unlink()
+    def relabel(self, rows: Iterable[dict[str, str]]) -> int:
+        """Set labels, patients and further columns of slides, or of tiles of a tile set; all or none.
+
+        Args:
+            rows: ``slide`` and the columns to set; with ``file`` one tile is meant. An empty value takes
+                away what was there.
+
+        Returns:
+            How many slides changed.
+
+        Raises:
+            BadInput: a slide or tile that is not there.
+            Busy: another process is writing.
+        """
+        with self.writing() as writer:
+            return writer.relabel(rows)
 
     # -- vectors --------------------------------------------------------------------------------
+
+    def view(self) -> View:
+        """Return the newest committed state, to read from as long as wanted.
+
+        Raises:
+            Damaged: a feature file is missing or changed whose vectors no index file holds.
+        """
+        return self.generations.view()
 
     def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return tile ids (N,) ascending and vectors (N, D), from the feature files.
@@ -216,42 +172,157 @@ class Atlas:
         Raises:
             Damaged: a feature file is missing or is not the one that was added.
         """
-        return self._generations.vectors()
+        return self.generations.vectors()
+
+    def vectors_of(self, tiles: Sequence[int]) -> NDArray[np.float32]:
+        """Return the vectors (T, D) of tiles by id, from the feature files.
+
+        Raises:
+            BadInput: an id that is not there.
+            Damaged: a feature file is missing or is not the one that was added.
+        """
+        columns = self.view().columns
+        positions = self._positions(tiles)
+        slides = columns.slide_of(positions)
+        found = np.empty((len(positions), self.manifest.dim), dtype=np.float32)
+        for number in np.unique(slides).tolist():
+            rows = slides == number
+            vectors = self.generations.vectors_of(columns.slides[number])
+            found[rows] = vectors[positions[rows] - columns.starts[number]]
+        return found
+
+    def _positions(self, tiles: Sequence[int]) -> NDArray[np.int64]:
+        positions = self.view().columns.positions(np.asarray(tiles, dtype=np.int64))
+        if (positions < 0).any():
+            lost = [int(t) for t, p in zip(tiles, positions.tolist(), strict=True) if p < 0]
+            raise BadInput(f"{self.path} holds no tile {lost[0]} (any more); search again")
+        return positions
 
     def index(self) -> VectorIndex:
-        """Return the index of the newest state, rebuilt in memory if the stored one is stale."""
-        return self._generations.current()
+        """Return the index of the newest state."""
+        return self.view().index
 
     # -- searching ------------------------------------------------------------------------------
 
-    def search(self, queries: NDArray[np.float32], k: int = 10) -> list[list[Hit]]:
+    def search(
+        self,
+        queries: NDArray[np.float32],
+        k: int = 10,
+        where: str | None = None,
+        least: float | None = None,
+        per_slide: bool = False,
+        exact: bool = False,
+    ) -> list[list[Hit]]:
         """Return the k most similar tiles of each query.
 
         Args:
             queries: (Q, D) of this atlas's encoder.
             k: hits per query; all tiles if there are fewer.
+            where: metadata filter such as ``organ = 'colon' and patient != 'P7'``; see
+                :mod:`~histoseek.index.filters`.
+            least: lowest score of a hit (a range search, always exact).
+            per_slide: at most one hit per slide.
+            exact: compare with every tile, whatever the index.
 
         Raises:
-            BadInput: k below 1, an empty atlas, or queries that are not finite.
+            BadInput: k below 1, a filter that cannot be read, an empty atlas, or queries that are not
+                finite.
             Mismatch: queries of another length.
         """
-        if k < 1:
-            raise BadInput(f"k is {k}; expected 1 or more")
-        self._check_queries(queries)
-        index = self.index()
-        if not len(index):
-            raise BadInput(f"{self.path} holds no tiles yet; add features first")
-        scores, ids = index.search(queries, k)
-        known = self.tiles(np.unique(ids).tolist())
-        return [
-            [
-                Hit(rank=rank, score=round(float(score), 6), **known[int(tile)])
-                for rank, (score, tile) in enumerate(zip(*pair, strict=True), start=1)
-            ]
-            for pair in zip(scores, ids, strict=True)
-        ]
+        wanted = search.Wanted(k, where, least, per_slide, exact)
+        self.check_queries(queries)
+        view = self._filled_view()
+        return search.hits(view, *search.find(view, queries, wanted))
 
-    def _check_queries(self, queries: NDArray[np.float32]) -> None:
+    def search_like(
+        self,
+        tiles: Sequence[int],
+        k: int = 10,
+        where: str | None = None,
+        without: Own = "tile",
+        per_slide: bool = False,
+        exact: bool = False,
+    ) -> list[list[Hit]]:
+        """Return the tiles most similar to tiles of the atlas, by id.
+
+        Args:
+            tiles: ids.
+            k: hits per tile.
+            where: metadata filter.
+            without: what of the query's own is left out: its ``tile``, ``slide`` or ``patient``.
+            per_slide: at most one hit per slide.
+            exact: compare with every tile.
+
+        Raises:
+            BadInput: a tile that is not there.
+        """
+        wanted = search.Wanted(k, where, None, per_slide, exact)
+        view = self._filled_view()
+        vectors = self.vectors_of(tiles)
+        found = search.find_like(view, self._positions(tiles), vectors, wanted, without)
+        return search.hits(view, *found)
+
+    def search_combined(
+        self,
+        positive: NDArray[np.float32],
+        negative: NDArray[np.float32] | None = None,
+        k: int = 10,
+        where: str | None = None,
+        per_slide: bool = False,
+    ) -> list[Hit]:
+        """Return the tiles like all of some vectors and unlike others: "more like these, unlike those".
+
+        Args:
+            positive: (P, D), at least one.
+            negative: (M, D).
+            k: hits.
+            where: metadata filter.
+            per_slide: at most one hit per slide.
+        """
+        none = np.zeros((0, self.manifest.dim), dtype=np.float32)
+        other = none if negative is None else negative
+        if not len(positive):
+            raise BadInput("no example to be like was given; expected at least one")
+        self.check_queries(positive)
+        self.check_queries(other)
+        query = search.combined(positive, other, self.manifest.metric)
+        return self.search(query, k, where, per_slide=per_slide)[0]
+
+    def similar_slides(
+        self,
+        query: str | NDArray[np.float32],
+        k: int = 10,
+        by: Literal["slide", "patient"] = "slide",
+        how: cases.How = "median",
+        where: str | None = None,
+    ) -> list[cases.Similar]:
+        """Return the slides or cases most like a slide or case of the atlas, or like new tiles.
+
+        Args:
+            query: name of a slide (or, by patient, of a patient), or the vectors (Q, D) of tiles.
+            k: slides or cases.
+            by: what is ranked. Of the query's own patient nothing is returned, as long as it has one.
+            how: ``median`` of the minimum distances (Yottixel), or ``votes`` of the nearest tiles.
+            where: metadata filter of the tiles that count.
+
+        Raises:
+            BadInput: no such slide or patient, or one without tiles.
+        """
+        return cases.similar_slides(self, query, k, by, how, where)
+
+    def _filled_view(self) -> View:
+        view = self.view()
+        if not len(view.index):
+            raise BadInput(f"{self.path} holds no tiles yet; add features first")
+        return view
+
+    def check_queries(self, queries: NDArray[np.float32]) -> None:
+        """Refuse vectors that cannot be compared with those of this atlas.
+
+        Raises:
+            Mismatch: of another length.
+            BadInput: not finite.
+        """
         if queries.ndim != 2 or queries.shape[1] != self.manifest.dim:
             raise Mismatch(
                 f"queries have shape {queries.shape}; this atlas compares vectors of length "
@@ -261,18 +332,76 @@ class Atlas:
             raise BadInput("queries hold NaN or infinity; embed the images again")
 
     def tiles(self, ids: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """Return what is known of tiles, by id, as the fields of :class:`Hit`."""
-        newest = self.catalog.rows("SELECT id FROM clusterings ORDER BY id DESC LIMIT 1")
-        clustering = newest[0]["id"] if newest else -1
-        rows = self.catalog.rows(
-            "SELECT t.id AS tile, s.name AS slide, t.x, t.y, s.size_px_level0, s.mpp, "
-            "COALESCE(t.label, s.label) AS label, COALESCE(t.patient, s.patient) AS patient, "
-            "a.cluster, t.file FROM json_each(?) AS wanted "
-            "JOIN tiles AS t ON t.id = wanted.value JOIN slides AS s ON s.id = t.slide_id "
-            "LEFT JOIN assignments AS a ON a.tile_id = t.id AND a.clustering_id = ?",
-            (json.dumps([int(n) for n in ids]), clustering),
-        )
-        return {row["tile"]: dict(row) for row in rows}
+        """Return what is known of tiles, by id, as the fields of :class:`Hit` but for rank and score."""
+        positions = self._positions(ids)
+        none = np.zeros((1, len(positions)), dtype=np.float32)
+        (found,) = self.view().columns.hits(positions[None], none)
+        return {
+            hit.tile: {k: v for k, v in hit._asdict().items() if k not in {"rank", "score"}}
+            for hit in found
+        }
+
+    # -- the index ------------------------------------------------------------------------------
+
+    def audit(self, queries: int = 500, k: int = 10, seed: int = 1) -> dict[str, Any]:
+        """Measure what the current index finds of the true neighbours, how fast, and what it takes.
+
+        Args:
+            queries: tiles of the atlas that are asked, each without itself.
+            k: neighbours.
+            seed: of the choice.
+        """
+        view = self._filled_view()
+        index = view.index
+        columns = view.columns
+        there = np.array([bool(s["name"]) for s in columns.slides])
+        alive = np.flatnonzero(np.repeat(there, np.diff(columns.starts)))
+        rng = np.random.default_rng(seed)
+        picked = np.sort(rng.choice(alive, min(queries, len(alive)), replace=False))
+        vectors = prepared(self.vectors_of(columns.ids(picked).tolist()), self.manifest.metric)
+        report = tuning.audit(index, tuning.HeldOut(picked, vectors), k)
+        files = [*self.path.glob("index-*.faiss"), *self.path.glob("vectors-*.npy")]
+        return {
+            "generation": view.generation,
+            "revision": view.revision,
+            "plan": index.plan.as_dict(),
+            "tiles": len(index),
+            "tiles_since_the_index_was_written": index.tail_rows,
+            "removed_since": index.positions - len(index),
+            **report,
+            "bytes": {file.name: file.stat().st_size for file in files},
+            "bytes_of_the_vectors": 4 * len(index) * self.manifest.dim,
+            "when_built": view.about.get("measured", {}),
+        }
+
+    def tune(
+        self,
+        recall: float | None = None,
+        memory_mb: float | None = None,
+        exact_up_to: int | None = None,
+        k: int | None = None,
+    ) -> dict[str, Any]:
+        """Write the index anew for other aims, which hold from then on; None keeps the default.
+
+        Args:
+            recall: share of the true neighbours that a search must find; 1 for exact search.
+            memory_mb: what the index may take; smaller codes are ranked again by the exact vectors.
+            exact_up_to: tiles up to which search is exact anyway.
+            k: how many neighbours the recall is measured on.
+
+        Returns:
+            The plan that was chosen, and what was measured.
+
+        Raises:
+            BadInput: an aim that cannot be reached, with what could be.
+            Busy: another process is writing.
+        """
+        given = {"recall": recall, "memory_mb": memory_mb, "exact_up_to": exact_up_to, "k": k}
+        options = tuning.Options(**{key: v for key, v in given.items() if v is not None})  # type: ignore[arg-type]
+        with self.writing() as writer:
+            writer.tidy()
+            self._filled_view()
+            return self.generations.write(options, store_options=True)
 
     # -- clusters -------------------------------------------------------------------------------
 
@@ -291,7 +420,7 @@ class Atlas:
             k: clusters of k-means; None chooses by silhouette.
             name: of the clustering; the method's name when left out.
             min_cluster_size: of HDBSCAN.
-            seed: of everything random.
+            seed: of everything random, also of the sample that is fitted above 200,000 tiles.
 
         Returns:
             What was fitted, with the size of every cluster.
@@ -303,20 +432,69 @@ class Atlas:
         name = name or method
         if plain_name(name) != name or len(name) > NAME_LIMIT:
             raise BadInput(f"name {name!r}: expected letters, digits, '-', '_' and '.' only")
-        with exclusive(self.path / LOCK, f"atlas {self.path}"):
-            revision = self._generations.revision()
-            ids, vectors = self.vectors()
-            if method == "encoder":
-                clustering = shipped(self.encoder_bundle)
-                placed = clustering.assign(vectors)
+        with self.writing() as writer:
+            writer.tidy()
+            revision = self.catalog.revision()
+            slides = self.generations.slides()
+            given = {"k": k or "auto", "min_cluster_size": min_cluster_size, "seed": seed}
+            clustering, placed = self.fitted(method, slides, given)
+            sizes: Counter[int] = Counter()
+            clusterings.store(
+                self.path, self.catalog, name, clustering, revision, _counted(placed, sizes)
+            )
+        about = clustering.about
+        return {"name": name, "method": method, **about, "sizes": dict(sorted(sizes.items()))}
+
+    def fitted(
+        self, method: str, slides: list[dict[str, Any]], given: dict[str, Any]
+    ) -> tuple[Clustering, Iterator[tuple[int, Assigned]]]:
+        """Fit clusters on some slides, and place their tiles; nothing is stored.
+
+        Args:
+            method: as in :meth:`fit`.
+            slides: as :meth:`Generations.slides` gives them.
+            given: k (or ``auto``), min_cluster_size and seed, as ``about`` of a clustering has them.
+
+        Returns:
+            The clustering, and where each slide's tiles belong, by slide id.
+        """
+        if method == "encoder":
+            return (made := shipped(self.encoder_bundle)), self._place(slides, made, None)
+        k = None if given.get("k") in {None, "auto"} else int(given["k"])
+        sample, groups, whole = self._sample(slides, given["seed"])
+        clustering, placed = fit_clusters(
+            sample, method, k, given.get("min_cluster_size"), given["seed"], groups
+        )
+        return clustering, self._place(slides, clustering, placed if whole else None)
+
+    def _sample(
+        self, slides: list[dict[str, Any]], seed: int
+    ) -> tuple[NDArray[np.float32], NDArray[np.int64], bool]:
+        """Return the vectors to fit (M, D), patient or slide of each (M,), and whether these are all."""
+        total = sum(s["tiles"] for s in slides)
+        rows = np.arange(total)
+        if total > FIT_SAMPLE:
+            rows = np.sort(np.random.default_rng(seed).permutation(total)[:FIT_SAMPLE])
+        chunks = (self.generations.vectors_of(slide) for slide in slides)
+        view = self.view()
+        first = [s["first_tile"] for s in slides]
+        starts = np.concatenate([[0], np.cumsum([s["tiles"] for s in slides])]).astype(np.int64)
+        number = np.searchsorted(starts, rows, side="right") - 1
+        tiles = np.array(first, dtype=np.int64)[number] + rows - starts[number]
+        groups = search.owners(view, "patient")[view.columns.positions(tiles)]
+        return tuning.gather(chunks, rows, self.manifest.dim), groups, len(rows) == total
+
+    def _place(
+        self, slides: list[dict[str, Any]], clustering: Clustering, known: Assigned | None
+    ) -> Iterator[tuple[int, Assigned]]:
+        start = 0
+        for slide in slides:
+            end = start + slide["tiles"]
+            if known is None:
+                yield slide["id"], clustering.assign(self.generations.vectors_of(slide))
             else:
-                clustering, placed = fit_clusters(vectors, method, k, min_cluster_size, seed)
-            clusterings.store(self.path, self.catalog, name, clustering, revision, ids, placed)
-        sizes = {
-            int(c): int(n)
-            for c, n in zip(*np.unique(placed.cluster, return_counts=True), strict=True)
-        }
-        return {"name": name, "method": method, **clustering.about, "sizes": sizes}
+                yield slide["id"], known.part(slice(start, end))
+            start = end
 
     def clustering(self, name: str | None = None) -> tuple[str, Clustering]:
         """Return a fitted clustering by name; the newest when left out.
@@ -328,18 +506,20 @@ class Atlas:
         return clusterings.load(self.path, self.catalog, name)
 
     def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
-        """Place new vectors (Q, D) in clusters: cluster, distance, strength and unknown of each.
+        """Place new vectors (Q, D) in clusters: cluster, its name, distance, strength and unknown of each.
 
         Raises:
             BadInput: no such clustering.
             Mismatch: vectors of another length.
         """
-        self._check_queries(queries)
-        _, clustering = self.clustering(name)
+        self.check_queries(queries)
+        chosen, clustering = self.clustering(name)
         placed = clustering.assign(queries)
+        names = {c: n for c, (n, _) in cluster_report.names(self.catalog, chosen).items()}
         return [
             {
                 "cluster": int(placed.cluster[n]),
+                "name": names.get(int(placed.cluster[n]), ""),
                 "distance": round(float(placed.distance[n]), 6),
                 "strength": round(float(placed.strength[n]), 6),
                 "unknown": bool(placed.unknown[n]),
@@ -347,43 +527,126 @@ class Atlas:
             for n in range(len(queries))
         ]
 
+    def placed(self, name: str | None = None) -> tuple[NDArray[np.int64], Assigned]:
+        """Return tile ids (N,) and where they belong in a clustering, in the order of :meth:`vectors`.
+
+        Raises:
+            BadInput: no such clustering.
+        """
+        return cluster_report.placed(self, name)
+
+    def clusters(self, name: str | None = None, examples: int = 3) -> list[dict[str, Any]]:
+        """Describe the clusters of a clustering: name, size, unknown, labels, example tiles.
+
+        Raises:
+            BadInput: no such clustering.
+        """
+        return cluster_report.describe(self, name, examples)
+
+    def name_cluster(
+        self, cluster: int, text: str, description: str = "", clustering: str | None = None
+    ) -> None:
+        """Give a cluster a name and a description; "" takes the name away.
+
+        Raises:
+            BadInput: no such clustering or cluster, or a text that is too long.
+            Busy: another process is writing.
+        """
+        with self.writing():
+            cluster_report.rename(self, cluster, text, description, clustering)
+
+    def drift(self, name: str | None = None) -> dict[str, Any]:
+        """Report how many of the tiles that came after the fit are unknown to it.
+
+        Raises:
+            BadInput: no such clustering.
+        """
+        return cluster_report.drift(self, name)
+
     # -- facts ----------------------------------------------------------------------------------
 
     def slides(self) -> list[dict[str, Any]]:
-        """Return every slide and tile set with its counts and provenance."""
-        return [dict(row) for row in self.catalog.rows("SELECT * FROM slides ORDER BY name")]
+        """Return every slide and tile set with its counts, labels, metadata and provenance."""
+        rows = self.catalog.rows("SELECT * FROM slides ORDER BY name")
+        return [
+            {k: v for k, v in dict(row).items() if k not in {"metadata", "seal"}}
+            | {"metadata": json.loads(row["metadata"])}
+            for row in rows
+        ]
 
     def stats(self) -> dict[str, Any]:
-        """Return counts, encoder and clusterings."""
-        counts = self.catalog.rows(
-            "SELECT (SELECT COUNT(*) FROM slides) AS slides, (SELECT COUNT(*) FROM tiles) AS tiles, "
-            "(SELECT COUNT(*) FROM slides WHERE tiles = 0) AS slides_without_tiles"
-        )[0]
-        labels = self.catalog.rows(
-            "SELECT COALESCE(t.label, s.label) AS label, COUNT(*) AS tiles FROM tiles AS t "
-            "JOIN slides AS s ON s.id = t.slide_id GROUP BY 1 ORDER BY 2 DESC"
-        )
-        clusterings = self.catalog.rows(
+        """Return counts, encoder, index and clusterings."""
+        view = self.view()
+        columns = view.columns
+        there = [s for s in columns.slides if s["name"]]
+        label = columns.coded("label")
+        alive = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
+        counts = np.bincount(label.codes[alive] + 1, minlength=len(label.names) + 1)
+        labels = dict(zip(["(none)", *label.names], counts.tolist(), strict=True))
+        meta = self.catalog.meta()
+        rows = self.catalog.rows(
             "SELECT name, method, clusters, about, revision, created_at FROM clusterings ORDER BY id"
         )
-        meta = self.catalog.meta()
         return {
             "atlas": str(self.path),
-            **dict(counts),
-            "revision": int(meta["revision"]),
+            "slides": len(there),
+            "tiles": len(view.index),
+            "slides_without_tiles": sum(not s["tiles"] for s in there),
+            "revision": view.revision,
             "created_at": meta["created_at"],
             "encoder": {
                 k: getattr(self.manifest, k)
                 for k in ("name", "sha256", "arch", "dim", "metric", "size_px", "mpp", "licence")
             },
-            "labels": {row["label"] or "(none)": row["tiles"] for row in labels},
-            "clusterings": [
-                {**dict(row), "about": json.loads(row["about"])} for row in clusterings
-            ],
+            "index": {"generation": view.generation, **view.about},
+            "fields": [*columns.names(), "file", "tile", "x", "y", "mpp", "cluster"],
+            "labels": {
+                k: n for k, n in sorted(labels.items(), key=lambda item: (-item[1], item[0])) if n
+            },
+            "clusterings": [{**dict(row), "about": json.loads(row["about"])} for row in rows],
         }
+
+    # -- care -----------------------------------------------------------------------------------
 
     def verify(self) -> list[str]:
         """Check every file against its hash and every count; return what is wrong, [] if nothing is."""
         from .verify import problems
 
-        return problems(self)
+        return [problem.text for problem in problems(self)]
+
+    def repair(self) -> list[str]:
+        """Make again what is derived and missing or damaged; the truth is never touched.
+
+        Returns:
+            What was done.
+
+        Raises:
+            Busy: another process is writing.
+        """
+        from .verify import repair
+
+        with self.writing() as writer:
+            return repair(self, writer)
+
+    def snapshot(self, out: Path) -> dict[str, Any]:
+        """Copy one committed state of the atlas into a new folder, which is an atlas itself.
+
+        Reading and writing may go on meanwhile.
+
+        Raises:
+            BadInput: ``out`` exists.
+            Damaged: the atlas is not whole; nothing is written.
+            StorageFailed: no space.
+        """
+        from .snapshots import take
+
+        return take(self, out)
+
+
+def _counted(
+    placed: Iterable[tuple[int, Assigned]], sizes: Counter[int]
+) -> Iterator[tuple[int, Assigned]]:
+    """Pass placements on and count the sizes of the clusters."""
+    for slide, where in placed:
+        sizes.update(where.cluster.tolist())
+        yield slide, where

@@ -2,89 +2,21 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ..errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
+from .migrations import MIGRATIONS
+from .tile_table import SEAL, seal
 
 FILE = "atlas.db"
-
-
-_TABLES = """
-CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL) WITHOUT ROWID;
-CREATE TABLE slides (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    name TEXT NOT NULL UNIQUE,
-    kind TEXT NOT NULL,
-    source TEXT NOT NULL,
-    features_file TEXT NOT NULL,
-    features_sha256 TEXT NOT NULL,
-    content_sha256 TEXT NOT NULL,
-    tiles INTEGER NOT NULL,
-    size_px_level0 INTEGER NOT NULL,
-    mpp REAL,
-    target_mpp REAL,
-    width INTEGER NOT NULL,
-    height INTEGER NOT NULL,
-    label TEXT,
-    patient TEXT,
-    reason TEXT NOT NULL,
-    added_at TEXT NOT NULL
-);
-CREATE TABLE tiles (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    slide_id INTEGER NOT NULL REFERENCES slides (id),
-    row INTEGER NOT NULL,
-    x INTEGER NOT NULL,
-    y INTEGER NOT NULL,
-    file TEXT,
-    label TEXT,
-    patient TEXT,
-    UNIQUE (slide_id, row)
-);
-CREATE TABLE generations (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    revision INTEGER NOT NULL,
-    file TEXT NOT NULL,
-    sha256 TEXT NOT NULL,
-    vectors INTEGER NOT NULL,
-    created_at TEXT NOT NULL
-);
-CREATE TABLE clusterings (
-    id INTEGER PRIMARY KEY AUTOINCREMENT,
-    name TEXT NOT NULL UNIQUE,
-    method TEXT NOT NULL,
-    about TEXT NOT NULL,
-    file TEXT NOT NULL,
-    sha256 TEXT NOT NULL,
-    clusters INTEGER NOT NULL,
-    revision INTEGER NOT NULL,
-    created_at TEXT NOT NULL
-);
-CREATE TABLE assignments (
-    clustering_id INTEGER NOT NULL REFERENCES clusterings (id),
-    tile_id INTEGER NOT NULL REFERENCES tiles (id),
-    cluster INTEGER NOT NULL,
-    distance REAL NOT NULL,
-    strength REAL NOT NULL,
-    unknown INTEGER NOT NULL,
-    PRIMARY KEY (clustering_id, tile_id)
-) WITHOUT ROWID;
-CREATE INDEX assignments_of_tile ON assignments (tile_id);
-"""
-
-
-def _version_1(db: sqlite3.Connection) -> None:
-    for statement in _TABLES.split(";\n"):
-        db.execute(statement)
-
-
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_version_1,)
-"""Schema changes in order; the database's ``user_version`` is how many were applied."""
+REVISION = "revision"
+NEXT_TILE = "next_tile"
 
 
 class Catalog:
@@ -96,16 +28,17 @@ class Catalog:
 
     def create(self, meta: dict[str, str]) -> None:
         """Make the database with its first rows."""
+        self.path.touch()
         with self._connect() as db:
             db.execute("PRAGMA journal_mode = WAL")
             self._migrate(db)
-        with self.write() as db:
-            db.executemany("INSERT INTO meta VALUES (?, ?)", [*meta.items(), ("revision", "0")])
+            for key, value in {**meta, REVISION: "0"}.items():
+                set_meta(db, key, value)
 
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:
         try:
-            db = sqlite3.connect(self.path, timeout=30, isolation_level=None)
+            db = sqlite3.connect(self._uri(), uri=True, timeout=30, isolation_level=None)
         except sqlite3.OperationalError as error:
             raise BadInput(f"{self.path} cannot be opened ({error}); check the path") from error
         try:
@@ -123,6 +56,15 @@ class Catalog:
         finally:
             db.close()
 
+    def _uri(self) -> str:
+        """Name the database for SQLite; one that nobody can write is read without its log's lock files."""
+        uri = self.path.absolute().as_uri()
+        log = self.path.with_name(self.path.name + "-wal")
+        writable = os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK)
+        if writable or not self.path.exists() or (log.exists() and log.stat().st_size):
+            return f"{uri}?mode=rw"
+        return f"{uri}?mode=ro&immutable=1"
+
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
         """Yield a connection that sees one consistent state.
@@ -131,8 +73,7 @@ class Catalog:
             BadInput: no database, or one of a newer histoseek.
             Damaged: the database is not readable.
         """
-        if not self.path.is_file():
-            raise BadInput(f"{self.path.parent} is not an atlas (no {FILE}); create one first")
+        self._check_there()
         with self._connect() as db:
             self._check_version(db)
             db.execute("BEGIN")
@@ -141,7 +82,16 @@ class Catalog:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection whose changes are committed together when the block ends well."""
+        """Yield a connection whose changes are committed together when the block ends well.
+
+        Every commit counts the revision up by one; readers look again when it changed.
+
+        Raises:
+            BadInput: no database.
+            Busy: locked for longer than half a minute.
+            StorageFailed: it cannot be written.
+        """
+        self._check_there()
         with self._connect() as db:
             self._check_version(db)
             db.execute("BEGIN IMMEDIATE")
@@ -151,7 +101,12 @@ class Catalog:
                 if db.in_transaction:
                     db.execute("ROLLBACK")
                 raise
+            set_meta(db, REVISION, str(int(get_meta(db, REVISION)) + 1))
             db.execute("COMMIT")
+
+    def _check_there(self) -> None:
+        if not self.path.is_file():
+            raise BadInput(f"{self.path.parent} is not an atlas (no {FILE}); create one first")
 
     def _check_version(self, db: sqlite3.Connection) -> None:
         version = db.execute("PRAGMA user_version").fetchone()[0]
@@ -178,6 +133,10 @@ class Catalog:
         with self.read() as db:
             return {row["key"]: row["value"] for row in db.execute("SELECT key, value FROM meta")}
 
+    def revision(self) -> int:
+        """Return how many changes were committed."""
+        return int(self.meta()[REVISION])
+
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
         """Run one query and return all rows."""
         with self.read() as db:
@@ -202,20 +161,42 @@ def _operational(path: Path, error: sqlite3.OperationalError) -> HistoseekError:
 
 
 def insert(db: sqlite3.Connection, table: str, row: dict[str, Any]) -> int:
-    """Insert one row given by column names; return its id."""
-    marks = ", ".join("?" for _ in row)
+    """Insert one row given by column names, with its seal; return its id."""
+    sealed = {**row, SEAL: seal(row)}
+    marks = ", ".join("?" for _ in sealed)
     cursor = db.execute(
-        f"INSERT INTO {table} ({', '.join(row)}) VALUES ({marks})", tuple(row.values())
+        f"INSERT INTO {table} ({', '.join(sealed)}) VALUES ({marks})", tuple(sealed.values())
     )
     return int(cursor.lastrowid or 0)
+
+
+def update(
+    db: sqlite3.Connection, table: str, where: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Change the rows whose columns have the values ``where``, and seal them anew."""
+    found = " AND ".join(f"{key} = ?" for key in where)
+    rows = db.execute(
+        f"SELECT rowid AS at, * FROM {table} WHERE {found}", (*where.values(),)
+    ).fetchall()
+    for row in rows:
+        known = {key: row[key] for key in row.keys() if key != "at"}  # noqa: SIM118 - a sqlite3.Row
+        changed = {**changes, SEAL: seal({**known, **changes})}
+        sets = ", ".join(f"{key} = ?" for key in changed)
+        db.execute(f"UPDATE {table} SET {sets} WHERE rowid = ?", (*changed.values(), row["at"]))
+
+
+def get_meta(db: sqlite3.Connection, key: str, default: str = "") -> str:
+    """Return one of the atlas's own facts."""
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return default if row is None else str(row["value"])
+
+
+def set_meta(db: sqlite3.Connection, key: str, value: str) -> None:
+    """Set one of the atlas's own facts, in the caller's transaction."""
+    row = {"key": key, "value": value}
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (key, value, seal(row)))
 
 
 def now() -> str:
     """Return the time as UTC text."""
     return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-
-
-def bump_revision(db: sqlite3.Connection) -> int:
-    """Count one more change of the vectors, inside the caller's transaction; return the number."""
-    db.execute("UPDATE meta SET value = CAST(value AS INTEGER) + 1 WHERE key = 'revision'")
-    return int(db.execute("SELECT value FROM meta WHERE key = 'revision'").fetchone()[0])

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import sqlite3
-import time
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from ..errors import BadInput, Damaged, unknown_name
 from ..files import sha256_file, write_atomic
-from .catalog import Catalog, insert, now
+from .catalog import Catalog, insert, now, update
 from .clusters import Assigned, Clustering
+from .tile_table import pack_numbers, unpack_numbers
+
+KINDS = {"cluster": "<i4", "distance": "<f4", "strength": "<f4", "unknown": "u1"}
 
 
 def store(
@@ -23,46 +24,94 @@ def store(
     name: str,
     clustering: Clustering,
     revision: int,
-    ids: NDArray[np.int64],
-    placed: Assigned,
+    placed: Iterable[tuple[int, Assigned]],
 ) -> None:
     """Store a clustering with the place of every tile, replacing an earlier one of that name.
 
-    The file has a name of its own and the row goes last, so that a crash leaves the earlier one whole.
+    The file has a name of its own and the rows go last, so that a crash leaves the earlier one whole.
+
+    Args:
+        path: the atlas.
+        catalog: its catalog.
+        name: of the clustering.
+        clustering: what was fitted.
+        revision: of the tiles that it was fitted on.
+        placed: slide ids, and where each one's tiles belong.
     """
-    file = f"clusters-{name}.{time.time_ns():x}.npz"
-    write_atomic(path / file, clustering.to_bytes())
+    file, digest = _write(path, name, clustering)
     row = {
         "name": name,
         "method": clustering.method,
         "about": json.dumps(clustering.about),
         "file": file,
-        "sha256": sha256_file(path / file),
+        "sha256": digest,
         "clusters": clustering.clusters,
         "revision": revision,
         "created_at": now(),
     }
     with catalog.write() as db:
-        old = db.execute("SELECT id FROM clusterings WHERE name = ?", (name,)).fetchone()
-        if old is not None:
-            db.execute("DELETE FROM assignments WHERE clustering_id = ?", (old["id"],))
-            db.execute("DELETE FROM clusterings WHERE id = ?", (old["id"],))
-        insert_assignments(db, insert(db, "clusterings", row), ids, placed)
+        db.execute("DELETE FROM clusterings WHERE name = ?", (name,))
+        number = insert(db, "clusterings", row)
+        for slide, found in placed:
+            insert_placement(db, number, slide, found, fitted=True)
+    remove_orphans(path, catalog)
+
+
+def _write(path: Path, name: str, clustering: Clustering) -> tuple[str, str]:
+    """Write the arrays to a file named by their content; return its name and sha256."""
+    blob = clustering.to_bytes()
+    digest = hashlib.sha256(blob).hexdigest()
+    file = f"clusters-{name}.{digest[:12]}.npz"
+    write_atomic(path / file, blob)
+    return file, digest
+
+
+def replace_file(path: Path, catalog: Catalog, row: dict[str, Any], clustering: Clustering) -> None:
+    """Put the arrays of a clustering back in the place of a lost or damaged file."""
+    file, digest = _write(path, row["name"], clustering)
+    with catalog.write() as db:
+        update(db, "clusterings", {"id": row["id"]}, {"file": file, "sha256": digest})
+    remove_orphans(path, catalog)
+
+
+def remove_orphans(path: Path, catalog: Catalog) -> None:
+    """Delete files of clusterings that no row names."""
     named = {row["file"] for row in catalog.rows("SELECT file FROM clusterings")}
     for stale in path.glob("clusters-*.npz"):
         if stale.name not in named:
             stale.unlink(missing_ok=True)
 
 
-def insert_assignments(
-    db: sqlite3.Connection, clustering: int, ids: NDArray[np.int64], placed: Assigned
+def insert_placement(
+    db: sqlite3.Connection, clustering: int, slide: int, placed: Assigned, fitted: bool
 ) -> None:
-    """Insert the places of tiles ``ids`` (N,), in the caller's transaction."""
-    columns = (placed.cluster, placed.distance, placed.strength, placed.unknown)
-    rows = zip(ids.tolist(), *(column.tolist() for column in columns), strict=True)
-    db.executemany(
-        "INSERT INTO assignments VALUES (?, ?, ?, ?, ?, ?)", ((clustering, *r) for r in rows)
+    """Insert the places of a slide's tiles, in the caller's transaction.
+
+    Args:
+        db: the catalog.
+        clustering: its id.
+        slide: its id.
+        placed: of all its tiles.
+        fitted: whether the slide was there when the clustering was fitted.
+    """
+    columns = {key: pack_numbers(getattr(placed, key), kind) for key, kind in KINDS.items()}
+    row = {"clustering_id": clustering, "slide_id": slide, "fitted": int(fitted), **columns}
+    insert(db, "placements", row)
+
+
+def placements(catalog: Catalog, name: str) -> dict[int, tuple[Assigned, bool]]:
+    """Return where the tiles of each slide id belong, and whether the slide was there at the fit."""
+    rows = catalog.rows(
+        "SELECT p.* FROM placements AS p JOIN clusterings AS c ON c.id = p.clustering_id "
+        "WHERE c.name = ?",
+        (name,),
     )
+    found = {}
+    for row in rows:
+        columns = {key: unpack_numbers(row[key], kind) for key, kind in KINDS.items()}
+        columns["unknown"] = columns["unknown"].astype(bool)
+        found[row["slide_id"]] = Assigned(**columns), bool(row["fitted"])
+    return found
 
 
 def load(path: Path, catalog: Catalog, name: str | None) -> tuple[str, Clustering]:

@@ -18,7 +18,9 @@ from numpy.typing import NDArray
 from ..errors import BadInput, Damaged, unknown_name
 from ..manifest import CLUSTERS
 from ..metrics import silhouette
-from .vectors import CHUNK_VALUES, nearest
+from . import density
+from .density import Arrays, Floats
+from .vectors import CHUNK_VALUES, import_faiss
 
 Method = Literal["kmeans", "hdbscan"]
 FITTED = ("kmeans", "hdbscan")
@@ -26,10 +28,10 @@ METHODS = (*FITTED, "encoder")
 K_RANGE = range(2, 11)
 FIT_SAMPLE = 200_000
 KNOWN_SHARE = 0.99
-"""A k-means cluster calls unknown what lies farther from its centre than this share of its members."""
-
-Floats = NDArray[np.float64]
-Arrays = dict[str, NDArray[Any]]
+"""A k-means cluster calls unknown what lies farther out than this share of tiles of held-out slides."""
+CALIBRATION_FOLDS = 5
+CALIBRATION_LEAST = 100
+"""Held-out tiles that a cluster needs for a limit of its own."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class Assigned:
     distance: Floats
     strength: Floats
     unknown: NDArray[np.bool_]
+
+    def part(self, rows: slice | NDArray[Any]) -> Assigned:
+        """Return some of the images."""
+        return Assigned(
+            self.cluster[rows], self.distance[rows], self.strength[rows], self.unknown[rows]
+        )
 
 
 @dataclass(frozen=True)
@@ -72,7 +80,7 @@ class Clustering:
 
     def assign(self, vectors: NDArray[np.float32]) -> Assigned:
         """Assign vectors (N, D)."""
-        flat = _project(vectors, self.arrays)
+        flat = project(vectors, self.arrays)
         return (
             _assign_kmeans(flat, self.arrays)
             if self.method == "kmeans"
@@ -107,6 +115,7 @@ def fit(
     k: int | None = None,
     min_cluster_size: int | None = None,
     seed: int = 0,
+    groups: NDArray[np.int64] | None = None,
 ) -> tuple[Clustering, Assigned]:
     """Fit clusters and place the fitted vectors in them.
 
@@ -115,7 +124,9 @@ def fit(
         method: kmeans or hdbscan.
         k: clusters of k-means; None tries 2 to 10 and takes the best silhouette (paper 004).
         min_cluster_size: of HDBSCAN; None takes max(15, N / 40), at most N / 2.
-        seed: of k-means, of the silhouette's sample, and of the sample fitted above 200,000 vectors.
+        seed: of k-means, and of the silhouette's sample.
+        groups: (N,) patient or slide of each vector; k-means' limits of what it knows are calibrated on
+            groups held out in turn.
 
     Raises:
         BadInput: an unknown method, or too few vectors; the message says how many are needed.
@@ -129,23 +140,25 @@ def fit(
     least = max(3, (k or 0) + 1) if method == "kmeans" else 10
     if len(vectors) < least:
         raise BadInput(f"{len(vectors)} tiles are too few for {method}; expected at least {least}")
-    sample = vectors
-    if len(vectors) > FIT_SAMPLE:
-        chosen = np.random.default_rng(seed).choice(len(vectors), FIT_SAMPLE, replace=False)
-        sample = vectors[np.sort(chosen)]
-    basis = _basis(sample)
-    flat = _project(sample, basis)
+    basis = basis_of(vectors)
+    flat = project(vectors, basis)
+    fitted = {"fitted_tiles": len(flat), "components": len(basis["components"]), "seed": seed}
     if method == "kmeans":
-        arrays, about = _fit_kmeans(flat, k, seed)
-    else:
-        arrays, about = _fit_hdbscan(flat, min_cluster_size)
-    fitted = {"fitted_tiles": len(sample), "components": len(basis["components"]), "seed": seed}
-    clustering = Clustering(
-        "kmeans" if method == "kmeans" else "hdbscan", basis | arrays, {**about, **fitted}
-    )
-    if method == "kmeans" or len(sample) < len(vectors):
+        arrays, about = _fit_kmeans(flat, k, seed, groups)
+        clustering = Clustering("kmeans", basis | arrays, {**about, **fitted})
         return clustering, clustering.assign(vectors)
-    return clustering, _fitted_hdbscan(arrays)
+    size = min_cluster_size or max(15, len(flat) // 40)
+    size = max(2, min(size, len(flat) // 2))
+    arrays = density.fit_arrays(flat, size)
+    labels = arrays["labels"]
+    about = {
+        "clusters": int(labels.max()) + 1,
+        "min_cluster_size": size,
+        "noise_share": round(float(np.mean(labels < 0)), 4),
+    }
+    clustering = Clustering("hdbscan", basis | arrays, {**about, **fitted})
+    reach = density.distances_of_fitted(arrays)
+    return clustering, Assigned(labels, reach, arrays["strengths"], labels < 0)
 
 
 def shipped(bundle: Path) -> Clustering:
@@ -169,7 +182,8 @@ def shipped(bundle: Path) -> Clustering:
     return Clustering("kmeans", arrays, {"clusters": len(found["centroids"]), "from": "encoder"})
 
 
-def _basis(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:
+def basis_of(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:
+    """Return the mean and the principal components that hold a share of the variance."""
     from sklearn.decomposition import PCA
 
     with np.errstate(invalid="ignore"):  # tiles that are all the same have no variance to share
@@ -179,140 +193,141 @@ def _basis(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:
     return {"mean": fitted.mean_, "components": fitted.components_[:count]}
 
 
-def _project(vectors: NDArray[np.float32], arrays: Arrays) -> Floats:
+def project(vectors: NDArray[np.float32], arrays: Arrays) -> Floats:
+    """Return vectors (N, D) on the components: (N, C)."""
     flat: Floats = (vectors.astype(np.float64) - arrays["mean"]) @ arrays["components"].T
     return flat
 
 
-def _fit_kmeans(flat: Floats, k: int | None, seed: int) -> tuple[Arrays, dict[str, Any]]:
-    from sklearn.cluster import KMeans
+def kmeans(flat: Floats, k: int, seed: int, start: Floats | None = None) -> Floats:
+    """Return centroids (k, C) of points (N, C) by FAISS: the best of ten starts, or from a given one."""
+    faiss = import_faiss()
+    model = faiss.Kmeans(
+        flat.shape[1],
+        k,
+        niter=100 if start is None else 10,
+        nredo=10 if start is None else 1,
+        seed=seed,
+        min_points_per_centroid=1,
+        max_points_per_centroid=len(flat),
+    )
+    plus_plus = getattr(faiss, "ClusteringInitMethod_KMEANS_PLUS_PLUS", None)
+    if plus_plus is not None:
+        model.cp.init_method = plus_plus
+    given = None if start is None else start.astype(np.float32)
+    model.train(flat.astype(np.float32), init_centroids=given)
+    return np.asarray(model.centroids, dtype=np.float64)
 
-    def run(count: int) -> Any:
-        return KMeans(count, n_init=10, max_iter=300, random_state=seed).fit(flat)
 
-    distinct = len(np.unique(flat.round(12), axis=0))
-    if k is not None and k > distinct:
-        raise BadInput(f"k is {k}, but only {distinct} of {len(flat)} tiles differ; lower --k")
-    if distinct < min(K_RANGE):
+def nearest_centroid(flat: Floats, centroids: Floats) -> tuple[NDArray[np.int64], Floats]:
+    """Return the nearest centroid of each point (N,) and the distance (N,)."""
+    distances, order = _to_centroids(flat, centroids)
+    return order[:, 0], distances[:, 0]
+
+
+def _to_centroids(flat: Floats, centroids: Floats) -> tuple[Floats, NDArray[np.int64]]:
+    """Return distances and numbers (N, 2) of the two nearest centroids; of the one, if there is one."""
+    from scipy.spatial.distance import cdist
+
+    count = min(2, len(centroids))
+    distances = np.empty((len(flat), count))
+    order = np.empty((len(flat), count), dtype=np.int64)
+    step = max(1, CHUNK_VALUES // max(1, len(centroids)))
+    for first in range(0, len(flat), step):
+        part = slice(first, first + step)
+        all_ = cdist(flat[part], centroids)
+        order[part] = np.argsort(all_, axis=1, kind="stable")[:, :count]
+        distances[part] = np.take_along_axis(all_, order[part], 1)
+    return distances, order
+
+
+def distinct(flat: Floats) -> int:
+    """Return how many points differ."""
+    return len(np.unique(flat.round(9), axis=0))
+
+
+def _fit_kmeans(
+    flat: Floats, k: int | None, seed: int, groups: NDArray[np.int64] | None
+) -> tuple[Arrays, dict[str, Any]]:
+    different = distinct(flat)
+    if k is not None and k > different:
+        raise BadInput(f"k is {k}, but only {different} of {len(flat)} tiles differ; lower --k")
+    if different < min(K_RANGE):
         raise BadInput(f"all {len(flat)} tiles are the same: there is nothing to cluster")
     curve: dict[str, float | None] = {}
     if k is None:
-        tried = {count: run(count) for count in K_RANGE if count <= distinct and count < len(flat)}
-        scores = {c: silhouette(flat, f.labels_, seed) for c, f in tried.items()}
+        tried = {
+            count: kmeans(flat, count, seed)
+            for count in K_RANGE
+            if count <= different and count < len(flat)
+        }
+        scores = {
+            c: silhouette(flat, nearest_centroid(flat, found)[0], seed)
+            for c, found in tried.items()
+        }
         curve = {str(c): None if np.isnan(s) else s for c, s in scores.items()}
-        best = max(tried, key=lambda count: np.nan_to_num(scores[count], nan=-1))
-        fitted = tried[best]
+        centroids = tried[max(tried, key=lambda count: np.nan_to_num(scores[count], nan=-1))]
     else:
-        fitted = run(k)
-    arrays: Arrays = {"centroids": fitted.cluster_centers_}
-    own = np.linalg.norm(flat - fitted.cluster_centers_[fitted.labels_], axis=1)
-    count = len(fitted.cluster_centers_)
-    arrays["reach"] = np.array(
-        [np.quantile(own[fitted.labels_ == c], KNOWN_SHARE) for c in range(count)]
-    )
-    about: dict[str, Any] = {"clusters": count, "k": "auto" if k is None else k}
+        centroids = kmeans(flat, k, seed)
+    arrays: Arrays = {"centroids": centroids}
+    arrays["reach"], how = _calibrated_reach(flat, centroids, groups, seed)
+    about: dict[str, Any] = {
+        "clusters": len(centroids),
+        "k": "auto" if k is None else k,
+        "unknown_calibrated_on": how,
+    }
     if curve:
         about["silhouette_by_k"] = curve
     return arrays, about
 
 
+def _calibrated_reach(
+    flat: Floats, centroids: Floats, groups: NDArray[np.int64] | None, seed: int
+) -> tuple[Floats, str]:
+    """Return how far from each centroid tiles of slides lie that were not fitted (K,), and how it was read.
+
+    Groups (patients or slides) are held out in turn: the centroids are moved by the others alone, from
+    where they are. Each limit holds :data:`KNOWN_SHARE` of the held-out tiles that fall to the cluster; a
+    cluster with too few of them takes the limit of all, in units of its own spread.
+    """
+    if groups is None or len(np.unique(groups)) < CALIBRATION_FOLDS:
+        groups, how = np.arange(len(flat)), "tiles"
+    else:
+        how = "groups"
+    names, number = np.unique(groups, return_inverse=True)
+    fold = np.random.default_rng(seed).permutation(len(names))[number] % CALIBRATION_FOLDS
+    cluster = np.empty(len(flat), dtype=np.int64)
+    distance = np.empty(len(flat))
+    for part in range(CALIBRATION_FOLDS):
+        held = fold == part
+        if held.all() or not held.any() or (~held).sum() <= len(centroids):
+            moved = centroids
+        else:
+            moved = kmeans(flat[~held], len(centroids), seed, start=centroids)
+        cluster[held], distance[held] = nearest_centroid(flat[held], moved)
+    spread = np.array(
+        [np.sqrt(np.mean(distance[cluster == c] ** 2)) if (cluster == c).any() else 0.0
+         for c in range(len(centroids))]
+    )  # fmt: skip
+    spread = np.maximum(np.where(spread > 0, spread, spread.mean()), 1e-12)
+    usual = float(np.quantile(distance / spread[cluster], KNOWN_SHARE))
+    reach = spread * usual
+    for c in range(len(centroids)):
+        own = distance[cluster == c]
+        if len(own) >= CALIBRATION_LEAST:
+            reach[c] = np.quantile(own, KNOWN_SHARE)
+    return reach, how
+
+
 def _assign_kmeans(flat: Floats, arrays: Arrays) -> Assigned:
     centroids = arrays["centroids"]
-    distances, order = nearest(centroids, flat, 2)
+    distances, order = _to_centroids(flat, centroids)
     cluster, own = order[:, 0], distances[:, 0]
     other = distances[:, -1] if len(centroids) > 1 else np.full(len(own), np.inf)
     strength = np.clip(1 - own / np.maximum(other, 1e-12), 0, 1)
     return Assigned(cluster, own, strength, own > arrays["reach"][cluster] * (1 + 1e-9))
 
 
-def _fit_hdbscan(flat: Floats, min_cluster_size: int | None) -> tuple[Arrays, dict[str, Any]]:
-    from hdbscan import HDBSCAN
-
-    count = len(flat)
-    size = min_cluster_size or max(15, count // 40)
-    size = max(2, min(size, count // 2))
-    model = HDBSCAN(min_cluster_size=size, prediction_data=True).fit(flat)
-    known = model.prediction_data_
-    tree = model.condensed_tree_._raw_tree
-    points = tree[tree["child"] < count]
-    branches = tree[tree["child"] >= count]
-    clusters = int(tree["parent"].max()) - count + 1
-    arrays: Arrays = {
-        "points": flat,
-        "labels": model.labels_.astype(np.int64),
-        "strengths": model.probabilities_,
-        "core_distances": known.core_distances,
-        "point_parent": np.full(count, count, dtype=np.int64),
-        "point_lambda": np.zeros(count),
-        "branch_parent": np.full(clusters, -1, dtype=np.int64),
-        "branch_lambda": np.zeros(clusters),
-        "branch_label": np.full(clusters, -1, dtype=np.int64),
-        "branch_max_lambda": np.zeros(clusters),
-        "min_samples": np.array(size),
-    }
-    arrays["point_parent"][points["child"]] = points["parent"]
-    arrays["point_lambda"][points["child"]] = points["lambda_val"]
-    arrays["branch_parent"][branches["child"] - count] = branches["parent"]
-    arrays["branch_lambda"][branches["child"] - count] = branches["lambda_val"]
-    for branch, label in known.cluster_map.items():
-        arrays["branch_label"][int(branch) - count] = label
-        arrays["branch_max_lambda"][int(branch) - count] = known.max_lambdas[branch]
-    noise = float(np.mean(model.labels_ < 0))
-    about = {
-        "clusters": int(model.labels_.max()) + 1,
-        "min_cluster_size": size,
-        "noise_share": round(noise, 4),
-    }
-    return arrays, about
-
-
-def _fitted_hdbscan(arrays: Arrays) -> Assigned:
-    """Return the fit's own labels; the distance is to the nearest other fitted point."""
-    reach = _mutual_reachability(arrays["points"], arrays, skip_self=True)[0]
-    labels = arrays["labels"]
-    return Assigned(labels, reach, arrays["strengths"], labels < 0)
-
-
-def _mutual_reachability(
-    flat: Floats, arrays: Arrays, skip_self: bool = False
-) -> tuple[Floats, NDArray[np.int64]]:
-    """Return the mutual reachability distance (N,) to the nearest fitted point, and that point (N,)."""
-    points, core = arrays["points"], arrays["core_distances"]
-    least = int(arrays["min_samples"])
-    smallest, neighbour = np.empty(len(flat)), np.empty(len(flat), dtype=np.int64)
-    step = max(1, CHUNK_VALUES // (2 * least + 1))
-    for start in range(0, len(flat), step):
-        part = slice(start, start + step)
-        distances, rows = nearest(points, flat[part], 2 * least + int(skip_self))
-        if skip_self:
-            distances, rows = distances[:, 1:], rows[:, 1:]
-        own_core = distances[:, min(least, distances.shape[1] - 1)]
-        reach = np.maximum(np.maximum(core[rows], own_core[:, None]), distances)
-        best, line = reach.argmin(axis=1), np.arange(len(reach))
-        smallest[part], neighbour[part] = reach[line, best], rows[line, best]
-    return smallest, neighbour
-
-
 def _assign_hdbscan(flat: Floats, arrays: Arrays) -> Assigned:
-    """Place new points in the condensed tree, as hdbscan's ``approximate_predict`` does.
-
-    A point joins its nearest neighbour by mutual reachability, and leaves that neighbour's branch for
-    the one above as long as the branch was born at a higher density than the point's own.
-    """
-    if not len(flat):
-        none = np.zeros(0)
-        return Assigned(none.astype(np.int64), none, none, none.astype(bool))
-    reach, neighbour = _mutual_reachability(flat, arrays)
-    density = np.where(reach > 0, 1 / np.maximum(reach, 1e-300), np.finfo(np.float64).max)
-    count = len(arrays["points"])
-    branch = arrays["point_parent"][neighbour] - count
-    climbing = arrays["point_lambda"][neighbour] > density
-    while True:
-        above = climbing & (branch > 0) & (arrays["branch_lambda"][branch] >= density)
-        if not above.any():
-            break
-        branch = np.where(above, arrays["branch_parent"][branch] - count, branch)
-    cluster = arrays["branch_label"][branch]
-    highest = arrays["branch_max_lambda"][branch]
-    share = np.where(highest > 0, np.minimum(highest, density) / np.maximum(highest, 1e-300), 1.0)
-    return Assigned(cluster, reach, np.where(cluster >= 0, share, 0.0), cluster < 0)
+    cluster, distance, strength = density.place(flat, arrays)
+    return Assigned(cluster, distance, strength, cluster < 0)

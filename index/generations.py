@@ -1,29 +1,109 @@
-"""Generations: the FAISS index of each state of an atlas, derived from the feature files."""
+"""Generations: the FAISS index file of an atlas, derived from its feature files, and what came after it.
+
+A generation covers the slides that were there when it was written. Slides added since are the tail: their
+vectors are read from the feature files and searched exactly. Slides removed since are skipped. So adding
+never rebuilds what is there; once the tail and the removed make up a quarter, a new generation is written.
+"""
 
 from __future__ import annotations
 
 import hashlib
+import json
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import Damaged
+from ..errors import BadInput, Damaged
 from ..feature_files import parse_features
-from ..files import sha256_file
+from ..files import publish_file, sha256_file, temporary
 from ..manifest import Manifest
-from .catalog import Catalog, now
-from .vectors import VectorIndex
+from . import tuning
+from .catalog import Catalog, get_meta, insert, now, set_meta
+from .columns import Columns
+from .mosaic import mosaic
+from .tile_table import pack_numbers, unpack_numbers, unpack_places
+from .vectors import Plan, VectorIndex, new_main, prepared, read_main, write_main
+
+OPTIONS = "index_options"
+FOLD_SHARE = 0.25
+"""Share of the index file that may have been added or removed before a new one is written."""
+HASHED_BYTES = 2**30
+"""Index files up to this size are hashed whenever they are opened; `verify` hashes all."""
+GONE = -(2**62)
+"""First tile of a slide that was removed: no tile has such a number."""
+
+
+@dataclass(frozen=True)
+class View:
+    """One committed state of an atlas, for reading: it does not change when the atlas does.
+
+    Attributes:
+        revision: which state.
+        columns: what is known of the tiles.
+        index: their vectors.
+        generation: of the index file, 0 for none.
+        about: of the index file: plan, target, what was measured.
+    """
+
+    revision: int
+    columns: Columns
+    index: VectorIndex
+    generation: int
+    about: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _State:
+    """What one transaction read of the catalog."""
+
+    revision: int
+    slides: list[dict[str, Any]]
+    generation: dict[str, Any] | None
+    placements: dict[str, dict[int, bytes]]
 
 
 class Generations:
-    """Builds, stores and loads the index of an atlas; a stale or damaged one is built again."""
+    """Builds, stores and opens the index of an atlas."""
 
     def __init__(self, path: Path, catalog: Catalog, manifest: Manifest) -> None:
         """Serve the atlas in ``path``; nothing is loaded yet."""
         self._path, self._catalog, self._manifest = path, catalog, manifest
-        self._index: VectorIndex | None = None
-        self._index_revision = -1
+        self._lock = threading.Lock()
+        self._view: View | None = None
+        self._main: tuple[int, Any, Any] | None = None
+        self._tail: dict[int, NDArray[np.float32]] = {}
+        self._mosaics: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
+
+    # -- the truth ------------------------------------------------------------------------------
+
+    def vectors_of(self, slide: Mapping[str, Any]) -> NDArray[np.float32]:
+        """Return the vectors (N, D) of a slide, from its feature file.
+
+        Raises:
+            Damaged: the file is missing or is not the one that was added.
+        """
+        path = self._path / slide["features_file"]
+        blob = path.read_bytes() if path.is_file() else b""
+        if hashlib.sha256(blob).hexdigest() != slide["features_sha256"]:
+            state = "is changed" if path.is_file() else "is missing"
+            raise Damaged(
+                f"{path} of slide {slide['name']!r} {state}; restore it, or embed the slide again and add "
+                "it with --replace"
+            )
+        return parse_features(blob, path).features
+
+    def slides(self) -> list[dict[str, Any]]:
+        """Return all slides with the number of their first tile, in the order of their ids."""
+        rows = self._catalog.rows(
+            "SELECT s.*, t.first_tile FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id "
+            "ORDER BY s.id"
+        )
+        return [dict(row) for row in rows]
 
     def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return tile ids (N,) ascending and vectors (N, D), from the feature files.
@@ -31,81 +111,289 @@ class Generations:
         Raises:
             Damaged: a feature file is missing or is not the one that was added.
         """
+        ids = [np.zeros(0, dtype=np.int64)]
+        parts = [np.zeros((0, self._manifest.dim), dtype=np.float32)]
+        for slide in self.slides():
+            parts.append(self.vectors_of(slide))
+            ids.append(np.arange(slide["first_tile"], slide["first_tile"] + slide["tiles"]))
+        return np.concatenate(ids).astype(np.int64), np.concatenate(parts)
+
+    def mosaic_of(self, slide: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return the rows (M,) of a slide's mosaic and their prepared vectors (M, D); kept by slide."""
+        with self._lock:
+            if slide["id"] not in self._mosaics:
+                vectors = prepared(self.vectors_of(slide), self._manifest.metric)
+                if slide["mosaic"] is None:  # of an atlas that an earlier version wrote
+                    rows = mosaic(vectors, unpack_places(slide["places"]))
+                else:
+                    rows = unpack_numbers(slide["mosaic"], "<i4").astype(np.int64)
+                self._mosaics[slide["id"]] = rows, vectors[rows]
+            return self._mosaics[slide["id"]]
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def view(self) -> View:
+        """Return the newest committed state; the one of before as long as nothing changed.
+
+        Raises:
+            Damaged: a feature file of a slide that is not in the index file is missing or changed.
+        """
+        with self._lock:
+            revision = self._catalog.revision()
+            if self._view is not None and self._view.revision == revision:
+                return self._view
+            for attempt in range(100):
+                state = self._state()
+                try:
+                    self._view = self._open(state)
+                    return self._view
+                except Damaged:
+                    # A writer may have removed a file of the state that was read: look again.
+                    if attempt == 99 or self._catalog.revision() == state.revision:
+                        raise
+            raise AssertionError("not reached")
+
+    def _state(self) -> _State:
         with self._catalog.read() as db:
             slides = db.execute(
-                "SELECT id, name, features_file, features_sha256, tiles FROM slides ORDER BY id"
+                "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic "
+                "FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY s.id"
             ).fetchall()
-            ids = {
-                s["id"]: [
-                    r["id"]
-                    for r in db.execute(
-                        "SELECT id FROM tiles WHERE slide_id = ? ORDER BY row", (s["id"],)
+            generation = db.execute("SELECT * FROM generations ORDER BY id DESC").fetchone()
+            names = db.execute("SELECT id, name FROM clusterings ORDER BY id").fetchall()
+            placements: dict[str, dict[int, bytes]] = {row["name"]: {} for row in names}
+            for row in db.execute(
+                "SELECT c.name, p.slide_id, p.cluster FROM placements AS p "
+                "JOIN clusterings AS c ON c.id = p.clustering_id"
+            ):
+                placements[row["name"]][row["slide_id"]] = row["cluster"]
+            revision = int(get_meta(db, "revision"))
+        return _State(
+            revision,
+            [dict(row) for row in slides],
+            None if generation is None else dict(generation),
+            placements,
+        )
+
+    def _open(self, state: _State) -> View:
+        known = {slide["id"]: slide for slide in state.slides}
+        about: dict[str, Any] = {}
+        covered: list[dict[str, Any]] = []
+        main = raw = None
+        if state.generation is not None and (opened := self._open_main(state.generation)):
+            main, raw = opened
+            about = json.loads(state.generation["about"])
+            pairs = unpack_numbers(state.generation["slides"], "<i8").reshape(-1, 2)
+            covered = [known.get(n) or _gone(n, tiles) for n, tiles in pairs.tolist()]
+        inside = {slide["id"] for slide in covered}
+        late = [slide for slide in state.slides if slide["id"] not in inside]
+        order = [*covered, *late]
+        alive = None
+        if any(slide["first_tile"] == GONE for slide in covered):
+            there = [slide["first_tile"] != GONE for slide in order]
+            alive = np.repeat(there, [slide["tiles"] for slide in order])
+        index = VectorIndex(
+            self._manifest.dim,
+            self._manifest.metric,
+            self._read_tail(late),
+            main,
+            Plan(**about["plan"]) if about else None,
+            raw,
+            alive,
+        )
+        newest = next(reversed(state.placements), None)
+        number = 0 if main is None or state.generation is None else state.generation["id"]
+        return View(state.revision, Columns(order, state.placements, newest), index, number, about)
+
+    def _open_main(self, row: dict[str, Any]) -> tuple[Any, Any] | None:
+        """Open the index file of a generation; None if it is unusable: then all slides are tail."""
+        if self._main is not None and self._main[0] == row["id"]:
+            return self._main[1:]
+        path = self._path / row["file"]
+        try:
+            if path.stat().st_size != row["bytes"]:
+                return None
+            if row["bytes"] <= HASHED_BYTES and sha256_file(path) != row["sha256"]:
+                return None
+            main = read_main(path, self._manifest.dim)
+            raw = None
+            if row["raw_file"] is not None:
+                raw = np.load(self._path / row["raw_file"], mmap_mode="r", allow_pickle=False)
+        except (Damaged, OSError, ValueError):
+            return None
+        if main.ntotal != row["vectors"] or (raw is not None and len(raw) != row["vectors"]):
+            return None
+        self._main = row["id"], main, raw
+        return main, raw
+
+    def _read_tail(self, late: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
+        """Return the prepared vectors of slides that no index file holds; what was read is kept."""
+        wanted = {slide["id"] for slide in late}
+        self._tail = {n: vectors for n, vectors in self._tail.items() if n in wanted}
+        for slide in late:
+            if slide["id"] not in self._tail:
+                found = prepared(self.vectors_of(slide), self._manifest.metric)
+                if len(found) != slide["tiles"]:
+                    raise Damaged(
+                        f"{slide['features_file']} of slide {slide['name']!r} holds {len(found)} vectors, "
+                        f"the catalog says {slide['tiles']}; embed the slide again"
                     )
-                ]
-                for s in slides
-            }
-        parts = [np.zeros((0, self._manifest.dim), dtype=np.float32)]
-        for slide in slides:
-            path = self._path / slide["features_file"]
-            blob = path.read_bytes() if path.is_file() else b""
-            if hashlib.sha256(blob).hexdigest() != slide["features_sha256"]:
-                state = "is changed" if path.is_file() else "is missing"
-                raise Damaged(
-                    f"{path} of slide {slide['name']!r} {state}; restore it, or embed the slide again "
-                    "into a new atlas"
-                )
-            parts.append(parse_features(blob, path).features)
-        flat = [tile for slide in slides for tile in ids[slide["id"]]]
-        return np.array(flat, dtype=np.int64), np.concatenate(parts)
+                self._tail[slide["id"]] = found
+        empty = np.zeros((0, self._manifest.dim), dtype=np.float32)
+        return np.concatenate([empty, *(self._tail[slide["id"]] for slide in late)])
 
-    def _build(self) -> VectorIndex:
-        ids, vectors = self.vectors()
-        index = VectorIndex(self._manifest.dim, self._manifest.metric)
-        index.add(ids, vectors)
-        return index
+    # -- writing --------------------------------------------------------------------------------
 
-    def revision(self) -> int:
-        """Return how often the vectors were changed."""
-        return int(self._catalog.meta()["revision"])
+    def options(self) -> tuning.Options:
+        """Return how the atlas wants its index built."""
+        text = self._catalog.meta().get(OPTIONS)
+        return tuning.Options(**json.loads(text)) if text else tuning.Options()
 
-    def write(self) -> None:
-        """Write the index of the current revision, unless there is a good one; drop older ones."""
-        revision = self.revision()
-        if self._stored(revision) is not None:
-            return
-        index = self._build()
-        rows = self._catalog.rows("SELECT COALESCE(MAX(id), 0) AS last FROM generations")
-        file = f"index-{int(rows[0]['last']) + 1}.faiss"
-        index.save(self._path / file)
-        digest = sha256_file(self._path / file)
+    def settle(self) -> None:
+        """Write a new generation if there is none that is usable, or too much came after it."""
+        view = self.view()
+        self._mosaics = {
+            s["id"]: self._mosaics[s["id"]] for s in view.columns.slides if s["id"] in self._mosaics
+        }
+        index = view.index
+        late = index.tail_rows + (index.positions - len(index))
+        if (view.generation == 0 and index.positions) or late > FOLD_SHARE * max(
+            1, index.positions - index.tail_rows
+        ):
+            self.write(self.options())
+
+    def write(self, options: tuning.Options, store_options: bool = False) -> dict[str, Any]:
+        """Write the index of the current state as a new generation; earlier ones are dropped.
+
+        Args:
+            options: what the index must reach.
+            store_options: keep them for the generations to come.
+
+        Returns:
+            What was built and measured.
+
+        Raises:
+            StorageFailed: no space; the generation before stays.
+            BadInput: a memory budget that no index of this atlas keeps.
+        """
+        slides = self.slides()
+        total = sum(slide["tiles"] for slide in slides)
+        dim, metric = self._manifest.dim, self._manifest.metric
+        plan = tuning.plan_for(total, dim, options)
+        chunks = _Chunks(self, slides)
+        sample, held_out = tuning.draw(chunks, total, dim, plan, options.seed)
+        index = new_main(dim, metric, plan, sample, options.seed)
+        raw_temp = temporary(self._path / "vectors.npy") if plan.coding != "none" else None
+        temp = temporary(self._path / "index.faiss")
+        try:
+            raw = None
+            if raw_temp is not None:
+                shape = (total, dim)
+                raw = np.lib.format.open_memmap(raw_temp, "w+", dtype=np.float32, shape=shape)
+            start = 0
+            for vectors in chunks:
+                index.add(vectors)
+                if raw is not None:
+                    raw[start : start + len(vectors)] = vectors
+                start += len(vectors)
+            if raw is not None:
+                raw.flush()
+            plan, measured = tuning.tune(index, raw, plan, chunks, held_out, metric, options)
+            write_main(index, temp)
+            return self._publish(
+                temp, raw_temp, slides, total, plan, measured, options, store_options
+            )
+        finally:
+            temp.unlink(missing_ok=True)
+            if raw_temp is not None:
+                raw_temp.unlink(missing_ok=True)
+
+    def _publish(
+        self,
+        temp: Path,
+        raw_temp: Path | None,
+        slides: list[dict[str, Any]],
+        total: int,
+        plan: Plan,
+        measured: dict[str, Any],
+        options: tuning.Options,
+        store_options: bool,
+    ) -> dict[str, Any]:
+        last = self._catalog.rows("SELECT seq FROM sqlite_sequence WHERE name = 'generations'")
+        number = (last[0]["seq"] if last else 0) + 1
+        file = self._path / f"index-{number}.faiss"
+        raw_file = self._path / f"vectors-{number}.npy"
+        about = {"plan": plan.as_dict(), "options": options.as_dict(), "measured": measured}
+        row: dict[str, Any] = {
+            "id": number,
+            "file": file.name,
+            "sha256": sha256_file(temp),
+            "bytes": temp.stat().st_size,
+            "raw_file": None if raw_temp is None else raw_file.name,
+            "raw_sha256": None if raw_temp is None else sha256_file(raw_temp),
+            "slides": pack_numbers([(s["id"], s["tiles"]) for s in slides], "<i8"),
+            "vectors": total,
+            "about": json.dumps(about),
+            "created_at": now(),
+        }
+        publish_file(temp, file)
+        if raw_temp is not None:
+            publish_file(raw_temp, raw_file)
         with self._catalog.write() as db:
             db.execute("DELETE FROM generations")
-            db.execute(
-                "INSERT INTO generations (revision, file, sha256, vectors, created_at) "
-                "VALUES (?, ?, ?, ?, ?)",
-                (revision, file, digest, len(index), now()),
-            )
-        for old in self._path.glob("index-*.faiss"):
-            if old.name != file:
-                old.unlink(missing_ok=True)
+            insert(db, "generations", row)
+            if store_options:
+                set_meta(db, OPTIONS, json.dumps(options.as_dict()))
+        self.remove_orphans()
+        return about
 
-    def _stored(self, revision: int) -> VectorIndex | None:
-        rows = self._catalog.rows(
-            "SELECT file, sha256 FROM generations WHERE revision = ? ORDER BY id DESC", (revision,)
-        )
-        for row in rows:
-            path = self._path / row["file"]
-            try:
-                if path.is_file() and sha256_file(path) == row["sha256"]:
-                    return VectorIndex.load(path, self._manifest.dim, self._manifest.metric)
-            except (Damaged, OSError):
-                continue  # derived: rebuilt from the features below
-        return None
+    def remove_orphans(self) -> None:
+        """Delete index files that no generation names."""
+        named = {
+            row[key]
+            for row in self._catalog.rows("SELECT file, raw_file FROM generations")
+            for key in ("file", "raw_file")
+        }
+        for pattern in ("index-*.faiss", "vectors-*.npy"):
+            for path in self._path.glob(pattern):
+                if path.name not in named:
+                    path.unlink(missing_ok=True)
 
-    def current(self) -> VectorIndex:
-        """Return the index of the current revision, rebuilt in memory if the stored one is stale."""
-        revision = self.revision()
-        if self._index is None or self._index_revision != revision:
-            self._index = self._stored(revision) or self._build()
-            self._index_revision = revision
-        return self._index
+
+def _gone(number: int, tiles: int) -> dict[str, Any]:
+    """Return a stand-in for a slide that was removed after the index file was written."""
+    return {
+        "id": number,
+        "name": "",
+        "kind": None,
+        "tiles": tiles,
+        "first_tile": GONE,
+        "places": bytes(8 * tiles),
+        "files": None,
+        "labels": None,
+        "patients": None,
+        "mosaic": b"",
+        "label": None,
+        "patient": None,
+        "metadata": "{}",
+        "mpp": None,
+        "size_px_level0": 0,
+    }
+
+
+class _Chunks:
+    """The prepared vectors of all slides, one after another, read again at every pass."""
+
+    def __init__(self, generations: Generations, slides: list[dict[str, Any]]) -> None:
+        self._generations, self._slides = generations, slides
+
+    def __iter__(self) -> Iterator[NDArray[np.float32]]:
+        metric = self._generations._manifest.metric
+        for slide in self._slides:
+            vectors = self._generations.vectors_of(slide)
+            if len(vectors) != slide["tiles"]:
+                raise BadInput(
+                    f"slide {slide['name']!r} has {len(vectors)} vectors, the catalog says "
+                    f"{slide['tiles']}; run `histoseek index verify`"
+                )
+            yield prepared(vectors, metric)

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-import sqlite3
+import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..feature_files import Features, content_sha256
 from .catalog import now
+from .mosaic import mosaic
+from .tile_table import pack_coded, pack_numbers, pack_places, pack_texts
+from .vectors import Metric, prepared
 
 
-@dataclass(frozen=True)
-class Hit:
+class Hit(NamedTuple):
     """One similar tile.
 
     Attributes:
@@ -68,12 +70,19 @@ def plain_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:100].lstrip(".") or "_"
 
 
+def further(row: dict[str, Any]) -> dict[str, str]:
+    """Return the columns of a row of metadata that have no place of their own, as text, empty ones not."""
+    known = {"slide", "path", "label", "patient", "mpp", "file"}
+    return {str(k): str(v) for k, v in row.items() if k not in known and v not in (None, "")}
+
+
 def slide_row(
     item: Features, file: str, digest: str, metadata: dict[str, dict[str, str]]
 ) -> dict[str, Any]:
     """Return the row of the table ``slides`` for a feature file; metadata wins over the file."""
     own = item.about.get("row", {})
     given = metadata.get(item.name) or metadata.get(Path(item.source).name) or {}
+    own = own if isinstance(own, dict) else {}
     return {
         "name": item.name,
         "kind": item.kind,
@@ -89,33 +98,19 @@ def slide_row(
         "height": item.height,
         "label": given.get("label") or own.get("label") or None,
         "patient": given.get("patient") or own.get("patient") or None,
+        "metadata": json.dumps(further(own) | further(given), sort_keys=True),
         "reason": str(item.about.get("reason", "")),
         "added_at": now(),
     }
 
 
-def remove_slide(db: sqlite3.Connection, number: int) -> None:
-    """Delete a slide with its tiles and their places in clusters, in the caller's transaction."""
-    tiles = "SELECT id FROM tiles WHERE slide_id = ?"
-    db.execute(f"DELETE FROM assignments WHERE tile_id IN ({tiles})", (number,))
-    db.execute("DELETE FROM tiles WHERE slide_id = ?", (number,))
-    db.execute("DELETE FROM slides WHERE id = ?", (number,))
-
-
-def tile_rows(item: Features, slide: int | None) -> list[tuple[Any, ...]]:
-    """Return the rows of the table ``tiles``: slide, row, x, y, file, label, patient."""
-    count = len(item.features)
-    nothing = (None,) * count
-    columns = (item.files or nothing, item.labels or nothing, item.groups or nothing)
-    return [
-        (
-            slide,
-            row,
-            int(item.coords[row, 0]),
-            int(item.coords[row, 1]),
-            file,
-            label or None,
-            group or None,
-        )
-        for row, (file, label, group) in enumerate(zip(*columns, strict=True))
-    ]
+def tiles_row(item: Features, metric: Metric) -> dict[str, Any]:
+    """Return the row of the table ``slide_tiles``, but for the numbers of slide and first tile."""
+    rows = mosaic(prepared(item.features, metric), item.coords)
+    return {
+        "places": pack_places(item.coords),
+        "files": pack_texts(item.files),
+        "labels": pack_coded(item.labels),
+        "patients": pack_coded(item.groups),
+        "mosaic": pack_numbers(rows, "<i4"),
+    }

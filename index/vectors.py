@@ -1,22 +1,46 @@
-"""Vectors: exact search on a FAISS index that is derived from the feature files, never the truth."""
+"""Vectors: nearest neighbours by FAISS, over an index file that is derived and what was added since.
+
+The main part is a file: exact (``flat``) or inverted lists (``ivf``), whose vectors may be coded in fewer
+bytes (``sq8``, ``pq``) and are then ranked again by their exact values. The tail, vectors that came after
+the file was written, is searched exactly. A position counts through both.
+"""
 
 from __future__ import annotations
 
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import Damaged, MissingPart
-from ..files import write_atomic
+from ..errors import Damaged, MissingPart, StorageFailed
 
 Metric = Literal["cosine", "l2"]
+Coding = Literal["none", "sq8", "pq"]
+Vectors = NDArray[np.float32]
+Positions = NDArray[np.int64]
+Mask = NDArray[np.bool_]
+Found = tuple[NDArray[np.float32], Positions]
+
 CHUNK_VALUES = 4_000_000
 """Differences of coordinates held at once when distances are made exact (32 MB)."""
+SCAN_ROWS = 65_536
+"""Rows of a large matrix that are scanned at once."""
+FILTER_MARGIN = 4
+"""A filtered search reads this many times the matching vectors that an unfiltered one reads vectors."""
+FILTER_LEAST = 2_000
+"""Matching vectors per query below which a filtered search reads them all."""
+GPU_LIMIT = 2048
+"""Hits and probes that FAISS's GPU index allows."""
 
 
-def _faiss() -> Any:
+def import_faiss() -> Any:
+    """Return FAISS.
+
+    Raises:
+        MissingPart: it is not installed.
+    """
     try:
         import faiss
     except ImportError as error:
@@ -26,86 +50,363 @@ def _faiss() -> Any:
     return faiss
 
 
+@dataclass(frozen=True)
+class Plan:
+    """How the main part is built and searched.
+
+    Attributes:
+        kind: ``flat`` (exact) or ``ivf``.
+        coding: how a vector is stored in the lists of ``ivf``.
+        cells: lists.
+        probes: lists that a query reads.
+        widen: candidates per hit that are ranked again, where ``coding`` is not ``none``.
+        code_bytes: bytes per vector of ``pq``.
+    """
+
+    kind: Literal["flat", "ivf"] = "flat"
+    coding: Coding = "none"
+    cells: int = 0
+    probes: int = 0
+    widen: int = 1
+    code_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan, JSON-ready."""
+        return asdict(self)
+
+
+def prepared(vectors: NDArray[Any], metric: Metric) -> Vectors:
+    """Return vectors (N, D) as they are compared: of length 1 for cosine."""
+    ready = np.ascontiguousarray(vectors, dtype=np.float32)
+    if metric == "cosine":
+        lengths = np.linalg.norm(ready, axis=1, keepdims=True)
+        ready = ready / np.maximum(lengths, 1e-12)
+    return ready
+
+
+def new_main(dim: int, metric: Metric, plan: Plan, sample: Vectors, seed: int) -> Any:
+    """Return an empty FAISS index of a plan, trained on a sample (M, D) of prepared vectors."""
+    faiss = import_faiss()
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+    if plan.kind == "flat":
+        return faiss.IndexFlat(dim, kind)
+    cells = faiss.IndexFlat(dim, kind)
+    if plan.coding == "sq8":
+        index = faiss.IndexIVFScalarQuantizer(
+            cells, dim, plan.cells, faiss.ScalarQuantizer.QT_8bit, kind
+        )
+    elif plan.coding == "pq":
+        index = faiss.IndexIVFPQ(cells, dim, plan.cells, plan.code_bytes, 8, kind)
+        index.pq.cp.seed = seed
+    else:
+        index = faiss.IndexIVFFlat(cells, dim, plan.cells, kind)
+    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed, 10, 1
+    index.cp.max_points_per_centroid = max(1, len(sample) // plan.cells + 1)
+    index.train(sample)
+    return index
+
+
+def write_main(index: Any, path: Path) -> None:
+    """Write a FAISS index to a file.
+
+    Raises:
+        StorageFailed: no space, or no permission.
+    """
+    try:
+        import_faiss().write_index(index, str(path))
+    except RuntimeError as error:
+        raise StorageFailed(
+            f"the index {path.name} cannot be written ({_short(error)}); what was added before is stored "
+            "and is searched without it; free space, then run `histoseek index tune`"
+        ) from error
+
+
+def read_main(path: Path, dim: int) -> Any:
+    """Open a FAISS index; its vectors stay in the file until they are read.
+
+    Raises:
+        Damaged: not a FAISS index of this dimension.
+    """
+    faiss = import_faiss()
+    try:
+        index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
+    except (OSError, RuntimeError) as error:
+        raise Damaged(f"{path} is not a readable FAISS index ({_short(error)})") from error
+    if index.d != dim:
+        raise Damaged(f"{path} has dimension {index.d}, the atlas {dim}")
+    return index
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1][:200]
+
+
 class VectorIndex:
-    """Exact nearest neighbours of vectors with ids.
+    """Nearest neighbours of vectors, by position.
 
     For ``cosine`` the score is the cosine similarity (1 is the same direction); for ``l2`` it is minus
     the Euclidean distance. Higher is nearer in both.
     """
 
-    def __init__(self, dim: int, metric: Metric, index: Any = None) -> None:
-        """Make an empty index, or wrap a FAISS one."""
-        faiss = _faiss()
-        flat = faiss.IndexFlatIP(dim) if metric == "cosine" else faiss.IndexFlatL2(dim)
-        self._index = index if index is not None else faiss.IndexIDMap2(flat)
-        self.dim, self.metric = dim, metric
+    def __init__(
+        self,
+        dim: int,
+        metric: Metric,
+        tail: Vectors,
+        main: Any = None,
+        plan: Plan | None = None,
+        raw: Vectors | None = None,
+        alive: Mask | None = None,
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            dim: D.
+            metric: how vectors are compared.
+            tail: (T, D) prepared vectors at the positions after those of ``main``.
+            main: FAISS index, whose own numbers are the first positions.
+            plan: of ``main``.
+            raw: (M, D) exact vectors of ``main``, where it holds codes.
+            alive: (M + T,) positions that are still there; None for all.
+        """
+        self.dim, self.metric, self.plan = dim, metric, plan or Plan()
+        self._main, self._tail, self._raw, self._alive = main, tail, raw, alive
+        self._main_rows = 0 if main is None else int(main.ntotal)
+        self._cells: NDArray[np.int32] | None = None
+        self._gpu: Any = None
 
     def __len__(self) -> int:
-        return int(self._index.ntotal)
+        """How many vectors can be found."""
+        return self.positions if self._alive is None else int(self._alive.sum())
 
-    def add(self, ids: NDArray[np.int64], vectors: NDArray[np.float32]) -> None:
-        """Add vectors (N, D) under ids (N,)."""
-        if len(ids):
-            self._index.add_with_ids(self._prepared(vectors), np.ascontiguousarray(ids))
+    @property
+    def positions(self) -> int:
+        """How many positions there are, those of removed vectors among them."""
+        return self._main_rows + len(self._tail)
+
+    @property
+    def tail_rows(self) -> int:
+        """How many vectors came after the main part was written."""
+        return len(self._tail)
+
+    # -- searching ------------------------------------------------------------------------------
 
     def search(
-        self, queries: NDArray[np.float32], k: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64]]:
-        """Return scores (Q, k') and ids (Q, k'), best first; k' is the smaller of k and the size."""
-        k = min(k, len(self))
-        if k == 0 or not len(queries):
-            empty = (len(queries), 0)
-            return np.zeros(empty, dtype=np.float32), np.zeros(empty, dtype=np.int64)
-        scores, ids = self._index.search(self._prepared(queries), k)
-        if self.metric == "l2":
-            scores = -np.sqrt(np.maximum(scores, 0))
-        return scores, ids
+        self,
+        queries: Vectors,
+        k: int,
+        allowed: Mask | None = None,
+        exact: bool = False,
+    ) -> Found:
+        """Return scores (Q, k') and positions (Q, k'), best first, -1 where there are no more.
 
-    def _prepared(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        vectors = np.ascontiguousarray(vectors, dtype=np.float32)
-        if self.metric == "cosine":
-            lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
-            vectors = vectors / np.maximum(lengths, 1e-12)
-        return vectors
-
-    def save(self, path: Path) -> None:
-        """Write the index atomically."""
-        write_atomic(path, _faiss().serialize_index(self._index).tobytes())
-
-    @classmethod
-    def load(cls, path: Path, dim: int, metric: Metric) -> VectorIndex:
-        """Read what :meth:`save` wrote.
-
-        Raises:
-            Damaged: not a FAISS index of this dimension.
+        Args:
+            queries: (Q, D).
+            k: at most as many as this; k' is smaller if the index is.
+            allowed: (positions,) which may be found; None for all.
+            exact: compare with every vector, whatever the plan says.
         """
-        faiss = _faiss()
-        try:
-            index = faiss.deserialize_index(np.fromfile(path, dtype=np.uint8))
-        except (OSError, RuntimeError) as error:
-            raise Damaged(f"{path} is not a readable FAISS index ({error})") from error
-        if index.d != dim:
-            raise Damaged(f"{path} has dimension {index.d}, the atlas {dim}")
-        return cls(dim, metric, index)
+        mask = self._mask(allowed)
+        k = min(k, self.positions)
+        if k == 0 or not len(queries):
+            return _nothing(len(queries), 0)
+        ready = prepared(queries, self.metric)
+        rows = self._main_rows
+        parts = []
+        if rows:
+            parts.append(self._search_main(ready, k, None if mask is None else mask[:rows], exact))
+        if len(self._tail):
+            part = None if mask is None else mask[rows:]
+            scores, found = scan(ready, self._tail, k, self.metric, part)
+            parts.append((scores, np.where(found >= 0, found + rows, -1)))
+        scores, found = _merged(parts, k)
+        if self.metric == "l2":
+            scores = -np.sqrt(np.maximum(-scores, 0))
+        return scores, found
+
+    def _mask(self, allowed: Mask | None) -> Mask | None:
+        if allowed is None or self._alive is None:
+            return self._alive if allowed is None else allowed
+        return allowed & self._alive
+
+    def _search_main(self, ready: Vectors, k: int, mask: Mask | None, exact: bool) -> Found:
+        if mask is not None and mask.all():
+            mask = None
+        if mask is not None and not mask.any():
+            return _nothing(len(ready), k)
+        if self.plan.kind == "flat":
+            return scan(ready, self._flat(), k, self.metric, mask)
+        if exact and self._raw is not None:
+            return scan(ready, self._raw, k, self.metric, mask)
+        wide = min(k * self.plan.widen, self._main_rows)
+        scores, found = self._search_lists(ready, wide, mask, exact)
+        if self._raw is None:
+            return scores, found
+        return rescored(ready, self._raw, found, k, self.metric)
+
+    def _flat(self) -> Vectors:
+        faiss = import_faiss()
+        values = faiss.rev_swig_ptr(self._main.get_xb(), self._main_rows * self.dim)
+        matrix: Vectors = values.reshape(self._main_rows, self.dim)
+        return matrix
+
+    def _search_lists(self, ready: Vectors, k: int, mask: Mask | None, exact: bool) -> Found:
+        faiss = import_faiss()
+        probes = self.plan.cells if exact else self.plan.probes
+        if mask is None:
+            if self._gpu is not None and max(k, probes) <= GPU_LIMIT:
+                scores, found = self._gpu.search(ready, k)
+            else:
+                parameters = faiss.SearchParametersIVF(nprobe=probes)
+                scores, found = self._main.search(ready, k, params=parameters)
+            return self._signed(scores), found
+        bits = np.packbits(mask, bitorder="little")
+        selector = faiss.IDSelectorBitmap(bits)
+        distances, cells = self._cells_to_read(ready, mask, exact)
+        scores = np.empty((len(ready), k), dtype=np.float32)
+        found = np.empty((len(ready), k), dtype=np.int64)
+        pointer = faiss.swig_ptr
+        self._main.search_preassigned_c(
+            len(ready),
+            pointer(ready),
+            k,
+            pointer(cells),
+            pointer(distances),
+            pointer(scores),
+            pointer(found),
+            False,
+            faiss.SearchParametersIVF(nprobe=cells.shape[1], sel=selector),
+        )
+        return self._signed(scores), found
+
+    def _signed(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return FAISS's values as scores, of which higher is nearer; squared distances below zero."""
+        return scores if self.metric == "cosine" else -scores
+
+    def _cells_to_read(
+        self, ready: Vectors, mask: Mask, exact: bool
+    ) -> tuple[NDArray[np.float32], Positions]:
+        """Return distances and numbers (Q, P) of the nearest cells that hold enough of what is allowed.
+
+        A filter thins the cells out, and may empty those around a query: so cells are counted by what
+        they hold of it, not by their number.
+        """
+        counts = np.bincount(self.cell_of()[mask], minlength=self.plan.cells)
+        usual = self.plan.probes * self._main_rows / self.plan.cells
+        wanted = np.inf if exact else max(FILTER_LEAST, FILTER_MARGIN * usual)
+        distances, cells = self._main.quantizer.search(ready, self.plan.cells)
+        held = counts[cells]
+        before = np.cumsum(held, axis=1) - held
+        read = (held > 0) & (before < wanted)
+        width = max(1, int(read.sum(axis=1).max()))
+        order = np.argsort(~read, axis=1, kind="stable")[:, :width]
+        chosen = np.take_along_axis(np.where(read, cells, -1), order, 1)
+        near = np.take_along_axis(distances, order, 1)
+        return np.ascontiguousarray(near), np.ascontiguousarray(chosen)
+
+    def cell_of(self) -> NDArray[np.int32]:
+        """Return the cell of every vector of the main part (M,); -1 throughout without cells."""
+        if self._cells is None:
+            faiss = import_faiss()
+            found = np.full(self._main_rows, -1, dtype=np.int32)
+            for cell in range(self.plan.cells):
+                lists = self._main.invlists
+                size = lists.list_size(cell)
+                if size:
+                    found[faiss.rev_swig_ptr(lists.get_ids(cell), size)] = cell
+            self._cells = found
+        return self._cells
+
+    def within(
+        self, queries: Vectors, least: float, allowed: Mask | None = None, limit: int = 1_000_000
+    ) -> list[tuple[NDArray[np.float32], Positions]]:
+        """Return scores and positions of all vectors with at least a score, best first, per query; exact.
+
+        Args:
+            queries: (Q, D).
+            least: score.
+            allowed: as in :meth:`search`.
+            limit: at most as many per query.
+        """
+        mask = self._mask(allowed)
+        answers = []
+        for query in queries:
+            # Doubling finds all without holding a score for every vector.
+            k = min(256, max(1, self.positions))
+            while True:
+                scores, found = self.search(query[None], k, mask, exact=True)
+                inside = (found[0] >= 0) & (scores[0] >= least)
+                if inside.sum() < found.shape[1] or k >= min(limit, self.positions):
+                    break
+                k = min(4 * k, limit, self.positions)
+            answers.append((scores[0][inside], found[0][inside]))
+        return answers
+
+    def to_gpu(self) -> bool:
+        """Copy the main part to the GPUs, if FAISS sees any; return whether it did.
+
+        Filtered and exact searches stay on the CPU: FAISS's GPU index knows no selectors.
+        """
+        faiss = import_faiss()
+        if self.plan.kind != "ivf" or not getattr(faiss, "get_num_gpus", lambda: 0)():
+            return False
+        self._gpu = faiss.index_cpu_to_all_gpus(self._main)
+        faiss.GpuParameterSpace().set_index_parameter(self._gpu, "nprobe", self.plan.probes)
+        return True
 
 
-def nearest(
-    points: NDArray[np.floating], queries: NDArray[np.floating], k: int
-) -> tuple[NDArray[np.float64], NDArray[np.int64]]:
-    """Return Euclidean distances (Q, k) and row numbers (Q, k) of the nearest points, exact."""
-    index = _faiss().IndexFlatL2(points.shape[1])
-    index.add(np.ascontiguousarray(points, dtype=np.float32))
-    k = min(k, len(points))
-    distances = np.empty((len(queries), k))
-    rows = np.empty((len(queries), k), dtype=np.int64)
-    step = max(1, CHUNK_VALUES // max(1, k * points.shape[1]))
-    for start in range(0, len(queries), step):
-        part = queries[start : start + step]
-        found = index.search(np.ascontiguousarray(part, dtype=np.float32), k)[1]
-        # FAISS's own distances come from a matrix product that cancels digits; these do not.
-        gap = part[:, None, :].astype(np.float64) - points[found].astype(np.float64)
-        exact = np.linalg.norm(gap, axis=2)
-        order = np.argsort(exact, axis=1, kind="stable")
-        distances[start : start + step] = np.take_along_axis(exact, order, 1)
-        rows[start : start + step] = np.take_along_axis(found, order, 1)
-    return distances, rows
+def _nothing(queries: int, k: int) -> Found:
+    scores = np.full((queries, k), -np.inf, dtype=np.float32)
+    return scores, np.full((queries, k), -1, dtype=np.int64)
+
+
+def _merged(parts: list[Found], k: int) -> Found:
+    """Join parts' hits (Q, k_i), best first."""
+    if len(parts) == 1:
+        scores, found = parts[0]
+        return np.where(found >= 0, scores, -np.inf).astype(np.float32), found
+    scores = np.concatenate([scores for scores, _ in parts], axis=1)
+    return _best(scores, np.concatenate([found for _, found in parts], axis=1), k)
+
+
+def _best(scores: NDArray[np.float32], found: Positions, k: int) -> Found:
+    """Return the best k of candidates (Q, K); what was found nowhere goes last."""
+    scores = np.where(found >= 0, scores, -np.inf).astype(np.float32)
+    order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+    return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
+
+
+def scan(
+    ready: Vectors, matrix: Vectors, k: int, metric: Metric, mask: Mask | None = None
+) -> Found:
+    """Compare queries (Q, D) with all rows (M, D), or those of a mask; scores (Q, k), l2 squared, < 0."""
+    faiss = import_faiss()
+    rows = None if mask is None else np.flatnonzero(mask)
+    total = len(matrix) if rows is None else len(rows)
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+    best = _nothing(len(ready), k)
+    for start in range(0, total, SCAN_ROWS):
+        end = min(start + SCAN_ROWS, total)
+        part = matrix[start:end] if rows is None else matrix[rows[start:end]]
+        count = min(k, len(part))
+        scores, found = faiss.knn(
+            np.ascontiguousarray(ready), np.ascontiguousarray(part), count, metric=kind
+        )
+        found = found + start if rows is None else rows[start:end][found]
+        scores = scores if metric == "cosine" else -scores
+        best = (scores, found) if start == 0 and count == k else _merged([best, (scores, found)], k)
+    return best
+
+
+def rescored(ready: Vectors, raw: Vectors, found: Positions, k: int, metric: Metric) -> Found:
+    """Rank candidates (Q, K) again by their exact vectors, and keep the best k."""
+    exact = np.empty(found.shape, dtype=np.float32)
+    step = max(1, CHUNK_VALUES // max(1, found.shape[1] * raw.shape[1]))
+    for start in range(0, len(found), step):
+        part = slice(start, start + step)
+        vectors = raw[np.maximum(found[part], 0)]
+        if metric == "cosine":
+            exact[part] = np.einsum("qd,qkd->qk", ready[part], vectors)
+        else:
+            exact[part] = -np.square(vectors - ready[part][:, None, :]).sum(axis=2)
+    return _best(exact, found, k)

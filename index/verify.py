@@ -1,77 +1,247 @@
-"""Checking an atlas: every hash, count and link, without changing anything."""
+"""Checking an atlas: every hash, count and link; and making again what is derived."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+import json
+import sqlite3
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from ..errors import HistoseekError
 from ..feature_files import check_features, read_features
 from ..files import sha256_file
 from ..manifest import check_bundle_graph
+from . import clusterings
+from .tile_table import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
 
 if TYPE_CHECKING:
     from .atlas import Atlas
+    from .writing import Writer
+
+SEALED = ("meta", "slides", "slide_tiles", "generations", "clusterings", "placements", "clusters")
 
 
-def problems(atlas: Atlas) -> list[str]:
-    """Return one line for everything that is wrong with an atlas, in the order it was looked at."""
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong.
+
+    Attributes:
+        text: what, where, and what helps.
+        derived: whether it can be made again from the rest.
+    """
+
+    text: str
+    derived: bool = False
+
+
+def problems(atlas: Atlas) -> list[Problem]:
+    """Return everything that is wrong with an atlas, in the order it was looked at."""
     found = _database(atlas)
     try:
         check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
     except HistoseekError as error:
-        found.append(str(error))
-    return found + _slides(atlas) + _derived(atlas)
+        found.append(Problem(str(error)))
+    try:
+        return found + _slides(atlas) + _placements(atlas) + _files(atlas) + _index(atlas)
+    except (HistoseekError, sqlite3.Error, ValueError, KeyError) as error:
+        if not found:  # else that is the reason
+            found.append(Problem(f"atlas.db: {error}"))
+        return found
 
 
-def _database(atlas: Atlas) -> list[str]:
-    found: list[str] = []
+def _database(atlas: Atlas) -> list[Problem]:
+    found: list[Problem] = []
     try:
         rows = atlas.catalog.rows("PRAGMA integrity_check")
-        found += [f"atlas.db: {row[0]}" for row in rows if row[0] != "ok"]
+        found += [Problem(f"atlas.db: {row[0]}") for row in rows if row[0] != "ok"]
         links = atlas.catalog.rows("PRAGMA foreign_key_check")
-        found += [f"atlas.db: row {row[1]} of {row[0]} links to nothing" for row in links]
-    except HistoseekError as error:
-        found.append(str(error))
+        found += [Problem(f"atlas.db: row {row[1]} of {row[0]} links to nothing") for row in links]
+        for table in SEALED:
+            for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
+                if seal(dict(row)) != row[SEAL]:
+                    name = " ".join(str(row[key]) for key in row.keys()[:2])
+                    derived = table in {"generations", "placements"}
+                    found.append(
+                        Problem(f"atlas.db: a row of {table} ({name[:60]}) is damaged", derived)
+                    )
+    except (HistoseekError, sqlite3.Error, UnicodeDecodeError) as error:
+        found.append(Problem(f"atlas.db: {error}"))
     return found
 
 
-def _slides(atlas: Atlas) -> list[str]:
-    found: list[str] = []
-    counts = {
-        row["slide_id"]: row["tiles"]
-        for row in atlas.catalog.rows("SELECT slide_id, COUNT(*) AS tiles FROM tiles GROUP BY 1")
-    }
+def _slides(atlas: Atlas) -> list[Problem]:
+    rows = atlas.catalog.rows(
+        "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic FROM slides AS s "
+        "LEFT JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY t.first_tile, s.id"
+    )
+    found: list[Problem] = []
+    end = 0
+    for slide in map(dict, rows):
+        if slide["places"] is None:
+            found.append(Problem(f"slide {slide['name']!r} has no tiles listed in atlas.db"))
+            continue
+        if slide["first_tile"] < end:
+            found.append(Problem(f"slide {slide['name']!r} has tile ids of another slide"))
+        end = max(end, slide["first_tile"] + slide["tiles"])
+        found += _slide(atlas, slide)
+    if int(atlas.catalog.meta()["next_tile"]) < end:
+        found.append(Problem(f"atlas.db: the next tile id is below {end}, which is in use"))
+    return found
+
+
+def _slide(atlas: Atlas, slide: dict[str, Any]) -> list[Problem]:
+    path = atlas.path / slide["features_file"]
+    title = f"{path} of slide {slide['name']!r}"
+    remedy = "restore it, or embed the slide again and add it with --replace"
+    if not path.is_file():
+        return [Problem(f"{title} is missing; {remedy}")]
+    if sha256_file(path) != slide["features_sha256"]:
+        return [Problem(f"{title} is changed since it was added; {remedy}")]
     manifest = atlas.manifest
-    for slide in atlas.slides():
-        path = atlas.path / slide["features_file"]
-        if not path.is_file():
-            found.append(f"{path} of slide {slide['name']!r} is missing")
-            continue
-        if sha256_file(path) != slide["features_sha256"]:
-            found.append(f"{path} of slide {slide['name']!r} is changed since it was added")
-            continue
-        try:
-            item = read_features(path)
-            check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
-        except HistoseekError as error:
-            found.append(str(error))
-            continue
-        rows = (slide["tiles"], counts.get(slide["id"], 0), len(item.features))
-        if len(set(rows)) != 1:
-            found.append(f"slide {slide['name']!r} has {rows} tiles (said, listed, in features)")
+    try:
+        item = read_features(path)
+        check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
+    except HistoseekError as error:
+        return [Problem(str(error))]
+    found = []
+    count = len(item.features)
+    lengths = {"said": slide["tiles"], "in features": count}
+    places = unpack_places(slide["places"])
+    lengths["listed"] = len(places)
+    if slide["files"] is not None:
+        lengths["file names"] = len(unpack_texts(slide["files"]))
+    for key in ("labels", "patients"):
+        if slide[key] is not None:
+            lengths[key] = len(unpack_coded(slide[key])[1])
+    if len(set(lengths.values())) != 1:
+        said = ", ".join(f"{number} {key}" for key, number in lengths.items())
+        found.append(Problem(f"slide {slide['name']!r}: the numbers of its tiles differ: {said}"))
+    elif not np.array_equal(places, item.coords):
+        found.append(
+            Problem(f"slide {slide['name']!r}: places in atlas.db are not those of {path}")
+        )
+    if slide["mosaic"] is not None:
+        rows = unpack_numbers(slide["mosaic"], "<i4")
+        if len(rows) and (rows.min() < 0 or rows.max() >= count):
+            found.append(
+                Problem(f"slide {slide['name']!r}: its mosaic names tiles that are not there")
+            )
     return found
 
 
-def _derived(atlas: Atlas) -> list[str]:
-    found: list[str] = []
-    total = atlas.catalog.rows("SELECT COUNT(*) AS tiles FROM tiles")[0]["tiles"]
-    for table in ("generations", "clusterings"):
+def _placements(atlas: Atlas) -> list[Problem]:
+    """Every slide has a place in every clustering, for each of its tiles."""
+    found = []
+    slides = {row["id"]: dict(row) for row in atlas.catalog.rows("SELECT * FROM slides")}
+    for row in atlas.catalog.rows("SELECT name FROM clusterings"):
+        placed = clusterings.placements(atlas.catalog, row["name"])
+        for number, slide in slides.items():
+            if number not in placed:
+                text = f"slide {slide['name']!r} is not placed in clustering {row['name']!r}"
+                found.append(Problem(f"{text} (derived: it can be made again)", True))
+                continue
+            where = placed[number][0]
+            columns = (where.cluster, where.distance, where.strength, where.unknown)
+            if {len(column) for column in columns} != {slide["tiles"]}:
+                text = f"slide {slide['name']!r} has other tiles than clustering {row['name']!r} placed"
+                found.append(Problem(f"{text} (derived: it can be made again)", True))
+    return found
+
+
+def _files(atlas: Atlas) -> list[Problem]:
+    """Files that rows name are there and are those; index files can be made again, fits cannot."""
+    found: list[Problem] = []
+    for table, columns in (("generations", ("file", "raw_file")), ("clusterings", ("file",))):
         for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
-            path = atlas.path / row["file"]
-            if not path.is_file():
-                found.append(f"{path} is missing (derived: it can be made again)")
-            elif sha256_file(path) != row["sha256"]:
-                found.append(f"{path} is changed (derived: it can be made again)")
-            if table == "generations" and row["vectors"] != total:
-                found.append(f"{path} has {row['vectors']} vectors, the atlas {total} tiles")
+            for column in columns:
+                if row[column] is None:
+                    continue
+                digest = row["raw_sha256" if column == "raw_file" else "sha256"]
+                hint = "derived: it can be made again"
+                found += _file(atlas.path / row[column], digest, hint, True)
     return found
+
+
+def _file(path: Path, digest: str, hint: str, derived: bool) -> list[Problem]:
+    if not path.is_file():
+        return [Problem(f"{path} is missing ({hint})", derived)]
+    if sha256_file(path) != digest:
+        return [Problem(f"{path} is changed ({hint})", derived)]
+    return []
+
+
+def _index(atlas: Atlas) -> list[Problem]:
+    """The index knows every tile, once."""
+    view = atlas.view()
+    total = atlas.catalog.rows("SELECT COALESCE(SUM(tiles), 0) AS tiles FROM slides")[0]["tiles"]
+    if len(view.index) != total:
+        text = f"the index finds {len(view.index)} vectors, the atlas has {total} tiles"
+        return [Problem(f"{text} (derived: it can be made again)", True)]
+    return []
+
+
+def repair(atlas: Atlas, writer: Writer) -> list[str]:
+    """Make again what is derived and wrong, and remove leftovers; the truth is never touched.
+
+    A clustering whose file is lost is fitted again on the tiles it was fitted on; only if every tile falls
+    where it did is the file put back, so that names which people gave stay right.
+    """
+    writer.tidy()
+    done = [line for row in _lost_fits(atlas) for line in _fit_again(atlas, row)]
+    broken = _broken_placements(atlas)
+    for clustering, slide, fitted in broken:
+        row = atlas.catalog.rows("SELECT name FROM clusterings WHERE id = ?", (clustering,))[0]
+        with atlas.catalog.write() as db:
+            at = (clustering, slide["id"])
+            db.execute("DELETE FROM placements WHERE clustering_id = ? AND slide_id = ?", at)
+            placed = atlas.clustering(row["name"])[1].assign(atlas.generations.vectors_of(slide))
+            clusterings.insert_placement(db, clustering, slide["id"], placed, fitted)
+    if broken:
+        done.append(f"{len(broken)} slides were placed in their clusters again")
+    stale = any(p.derived and ("index" in p.text or "generations" in p.text or "vectors-" in p.text)
+                for p in problems(atlas))  # fmt: skip
+    writer.finish()
+    if stale:
+        atlas.generations.write(atlas.generations.options())
+        done.append("the index was written again")
+    return done
+
+
+def _lost_fits(atlas: Atlas) -> list[dict[str, Any]]:
+    return [
+        dict(row)
+        for row in atlas.catalog.rows("SELECT * FROM clusterings ORDER BY id")
+        if _file(atlas.path / row["file"], row["sha256"], "", True)
+    ]
+
+
+def _fit_again(atlas: Atlas, row: dict[str, Any]) -> list[str]:
+    name = row["name"]
+    known = clusterings.placements(atlas.catalog, name)
+    slides = [s for s in atlas.generations.slides() if known.get(s["id"], (None, False))[1]]
+    clustering, placed = atlas.fitted(row["method"], slides, json.loads(row["about"]))
+    same = all(np.array_equal(where.cluster, known[slide][0].cluster) for slide, where in placed)
+    if not same:
+        return [
+            f"clustering {name!r} cannot be made again as it was (tiles that it was fitted on are gone); "
+            "its tiles keep their clusters; fit it again to place new images"
+        ]
+    clusterings.replace_file(atlas.path, atlas.catalog, row, clustering)
+    return [f"clustering {name!r} was fitted again; every tile is where it was"]
+
+
+def _broken_placements(atlas: Atlas) -> list[tuple[int, dict[str, Any], bool]]:
+    """Return clustering, slide, and whether it was fitted, of placements that are damaged."""
+    slides = {slide["id"]: slide for slide in atlas.generations.slides()}
+    return [
+        (row["clustering_id"], slides[row["slide_id"]], row["fitted"] == 1)
+        for row in atlas.catalog.rows("SELECT * FROM placements")
+        if row["slide_id"] in slides and _is_broken(dict(row), slides[row["slide_id"]]["tiles"])
+    ]
+
+
+def _is_broken(row: dict[str, Any], tiles: int) -> bool:
+    return seal(row) != row[SEAL] or len(row["cluster"]) != 4 * tiles

@@ -197,7 +197,7 @@ class Session:
 
     def map(self, clustering: str | None) -> Map:
         """Return the map of the atlas, coloured by a clustering; kept until the atlas changes."""
-        revision = int(self.atlas.catalog.meta()["revision"])
+        revision = self.atlas.catalog.revision()
         fitted = next(
             (c["created_at"] for c in self.atlas.stats()["clusterings"] if c["name"] == clustering),
             "",
@@ -218,14 +218,10 @@ class Session:
         if len(ids) > MAP_POINTS:
             picked = np.random.default_rng(0).choice(len(ids), MAP_POINTS, replace=False)
             chosen = np.sort(picked)
-        cluster_of = {
-            row["tile_id"]: row["cluster"]
-            for row in self.atlas.catalog.rows(
-                "SELECT a.tile_id, a.cluster FROM assignments AS a "
-                "JOIN clusterings AS c ON c.id = a.clustering_id WHERE c.name = ?",
-                (clustering,),
-            )
-        }
-        clusters = np.array([cluster_of.get(int(n), -1) for n in ids[chosen]], dtype=np.int64)
+        columns = self.atlas.view().columns
+        placed = columns.clusters(clustering)
+        clusters = np.full(len(chosen), -1, dtype=np.int64)
+        if placed is not None:
+            clusters = np.maximum(placed[columns.positions(ids[chosen])], -1).astype(np.int64)
         points = centred[chosen] @ axes.T
         return Map(points, clusters, len(chosen), len(ids), explained, mean, axes)

@@ -137,7 +137,7 @@ def test_replaced_features_take_the_place_of_the_old_and_ids_are_new(atlas, tmp_
     atlas.fit("kmeans", k=2)
     (tmp_path / "new").mkdir()
     new = features(tmp_path / "new/slide-0.h5", seed=77, count=12)
-    old = {r["id"] for r in atlas.catalog.rows("SELECT id FROM tiles")}
+    old = set(atlas.vectors()[0].tolist())
     assert atlas.add([new], replace=True)[0].state == "replaced" and atlas.verify() == []
     assert atlas.stats()["tiles"] == 12 + 31 + 32
     hit = atlas.search(read_features(new).features[:1], 1)[0][0]
@@ -272,7 +272,7 @@ def test_clusters_are_stored_assigned_and_replaced(atlas):
     ids, vectors = atlas.vectors()
     assert {hit.cluster for hit in atlas.search(vectors[:1], k=90)[0]} == {0, 1, 2}
     (placed,) = atlas.assign(vectors[:1])
-    assert set(placed) == {"cluster", "distance", "strength", "unknown"}
+    assert set(placed) == {"cluster", "name", "distance", "strength", "unknown"}
     assert placed["cluster"] == atlas.search(vectors[:1], k=1)[0][0].cluster
     atlas.fit("hdbscan", name="dense", min_cluster_size=5)
     atlas.fit("kmeans", k=4)

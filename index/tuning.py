@@ -1,0 +1,270 @@
+"""Choosing an index and proving what it finds: recall is measured against exact search, never assumed.
+
+Queries are tiles of the atlas itself that the index was not trained on, each asked without itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput
+from .vectors import Metric, Plan, VectorIndex, scan
+
+EXACT_UP_TO = 100_000
+"""Tiles up to which every query is compared with all of them."""
+PER_CELL = 64
+"""Vectors per list that k-means is trained on."""
+QUERIES = 1_000
+"""Tiles asked to measure recall: half to choose by, half to judge the choice."""
+WIDEN = (2, 4, 8, 16, 32, 64)
+LATENCY_RUNS = 20
+LISTS_OVERHEAD = 1.06
+"""Memory of inverted lists beside their codes: numbers, centroids, and room for growth."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an index must reach.
+
+    Attributes:
+        recall: share of the true nearest neighbours that a search must find, 1 for exact.
+        k: how many neighbours that is measured on.
+        memory_mb: what the index may hold in memory, in MB; None for as much as the vectors take.
+        exact_up_to: tiles up to which search is exact anyway.
+        seed: of everything random.
+    """
+
+    recall: float = 0.99
+    k: int = 10
+    memory_mb: float | None = None
+    exact_up_to: int = EXACT_UP_TO
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0.5 <= self.recall <= 1:
+            raise BadInput(f"the recall to reach is {self.recall}; expected 0.5 to 1")
+        if self.k < 1:
+            raise BadInput(f"k is {self.k}; expected 1 or more")
+        if self.memory_mb is not None and self.memory_mb <= 0:
+            raise BadInput(f"the memory budget is {self.memory_mb} MB; expected more than 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options, JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Tiles that are asked.
+
+    Attributes:
+        positions: (Q,) in the index.
+        vectors: (Q, D) prepared.
+    """
+
+    positions: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def part(self, chosen: slice) -> HeldOut:
+        """Return some of them."""
+        return HeldOut(self.positions[chosen], self.vectors[chosen])
+
+
+def plan_for(total: int, dim: int, options: Options) -> Plan:
+    """Return how to build the index of so many vectors; probes come from :func:`tune`.
+
+    Raises:
+        BadInput: a memory budget that no index keeps; says which would do.
+    """
+    budget = None if options.memory_mb is None else options.memory_mb * 1e6
+    whole = total * dim * 4.0
+    if budget is None or whole * LISTS_OVERHEAD + 8 * total <= budget:
+        if total <= options.exact_up_to or options.recall == 1:
+            return Plan()
+        return Plan("ivf", "none", _cells(total))
+    room = budget / LISTS_OVERHEAD / max(1, total) - 8  # bytes per vector beside its number
+    if room >= dim:
+        return Plan("ivf", "sq8", _cells(total))
+    fitting = [m for m in range(1, dim // 2 + 1) if dim % m == 0 and m <= room]
+    if not fitting:
+        least = (1 + 8) * total * LISTS_OVERHEAD / 1e6
+        raise BadInput(
+            f"{total:,} vectors of length {dim} do not fit into {options.memory_mb:g} MB; the smallest "
+            f"index takes about {least:.0f} MB"
+        )
+    return Plan("ivf", "pq", _cells(total), code_bytes=fitting[-1])
+
+
+def _cells(total: int) -> int:
+    """Return a power of two of about 1.5 times the root of the count."""
+    return int(2 ** max(3, round(np.log2(1.5 * np.sqrt(max(1, total))))))
+
+
+def draw(
+    chunks: Iterable[NDArray[np.float32]], total: int, dim: int, plan: Plan, seed: int
+) -> tuple[NDArray[np.float32], HeldOut]:
+    """Draw, in one pass, a sample to train on and tiles to ask that are not in it.
+
+    Returns:
+        The sample (M, D), empty for an exact plan, and the tiles.
+    """
+    nothing = np.zeros((0, dim), dtype=np.float32)
+    if plan.kind == "flat":
+        return nothing, HeldOut(np.zeros(0, dtype=np.int64), nothing)
+    wanted = plan.cells * PER_CELL
+    if plan.coding == "pq":
+        wanted = max(wanted, 256 * PER_CELL)
+    picked = np.random.default_rng(seed).permutation(total)
+    asked = np.sort(picked[: min(QUERIES, max(1, total // 10))])
+    trained = np.sort(picked[len(asked) : len(asked) + wanted])
+    return gather(chunks, trained, dim), HeldOut(asked, gather(chunks, asked, dim))
+
+
+def gather(
+    chunks: Iterable[NDArray[np.float32]], positions: NDArray[np.int64], dim: int
+) -> NDArray[np.float32]:
+    """Return the vectors at positions (P,) ascending: (P, D)."""
+    parts, start = [np.zeros((0, dim), dtype=np.float32)], 0
+    for vectors in chunks:
+        first, last = np.searchsorted(positions, [start, start + len(vectors)])
+        parts.append(vectors[positions[first:last] - start])
+        start += len(vectors)
+    return np.concatenate(parts)
+
+
+def neighbours(
+    chunks: Iterable[NDArray[np.float32]], asked: HeldOut, k: int, metric: Metric
+) -> NDArray[np.int64]:
+    """Return the true k nearest other positions of each tile (Q, k), by exact search."""
+    scores = np.full((len(asked), k), -np.inf, dtype=np.float32)
+    found = np.full((len(asked), k), -1, dtype=np.int64)
+    start = 0
+    for vectors in chunks:
+        if not len(vectors):
+            continue
+        new_scores, new = scan(asked.vectors, vectors, min(k + 1, len(vectors)), metric)
+        new += start
+        own = new == asked.positions[:, None]
+        scores = np.concatenate([scores, np.where(own, -np.inf, new_scores)], axis=1)
+        found = np.concatenate([found, np.where(own, -1, new)], axis=1)
+        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
+        scores = np.take_along_axis(scores, best, 1)
+        found = np.take_along_axis(found, best, 1)
+        start += len(vectors)
+    return found
+
+
+def recall_of(index: VectorIndex, asked: HeldOut, truth: NDArray[np.int64], k: int) -> float:
+    """Return the share of the true neighbours that a search finds."""
+    _, found = index.search(asked.vectors, k + 1)
+    shares = []
+    for own, got, true in zip(asked.positions, found, truth, strict=True):
+        others = [n for n in got.tolist() if n not in (own, -1)][:k]
+        wanted = set(true[true >= 0].tolist())
+        if wanted:
+            shares.append(len(wanted & set(others)) / len(wanted))
+    return float(np.mean(shares)) if shares else 1.0
+
+
+def tune(
+    main: Any,
+    raw: NDArray[np.float32] | None,
+    plan: Plan,
+    chunks: Iterable[NDArray[np.float32]],
+    asked: HeldOut,
+    metric: Metric,
+    options: Options,
+) -> tuple[Plan, dict[str, Any]]:
+    """Choose the fewest probes, and candidates to rank again, that reach the recall.
+
+    They are chosen on half of the held-out tiles and judged on the other half; where the judgement falls
+    short the probes grow until it does not, or until every list is read.
+
+    Returns:
+        The plan, and what was measured.
+    """
+    if plan.kind == "flat":
+        return plan, {"recall": 1.0, "exact": True}
+    k = min(options.k, max(1, main.ntotal - 1))
+    truth = neighbours(chunks, asked, k, metric)
+    half = len(asked) // 2
+    tail = np.zeros((0, main.d), dtype=np.float32)
+
+    def reached(candidate: Plan, part: slice) -> float:
+        index = VectorIndex(main.d, metric, tail, main, candidate, raw)
+        return recall_of(index, asked.part(part), truth[part], k)
+
+    choosing, judging = slice(0, half), slice(half, None)
+    best: Plan | None = None
+    for widen in (1,) if raw is None else WIDEN:
+        candidate = replace(plan, widen=widen, probes=plan.cells)
+        best = candidate
+        if reached(candidate, choosing) >= options.recall:
+            break
+    assert best is not None
+    low, high = 0, best.cells  # the fewest probes that reach it lie in (low, high]
+    while high - low > max(1, low // 8):
+        middle = min(max(low + 1, 2 * low), (low + high) // 2) if low else 1
+        if reached(replace(best, probes=middle), choosing) >= options.recall:
+            high = middle
+        else:
+            low = middle
+    chosen = replace(best, probes=high)
+    judged = reached(chosen, judging)
+    while judged < options.recall and chosen.probes < chosen.cells:
+        chosen = replace(
+            chosen, probes=min(chosen.cells, chosen.probes + max(1, chosen.probes // 4))
+        )
+        judged = reached(chosen, judging)
+    return chosen, {
+        "recall": round(judged, 5),
+        "k": k,
+        "queries": len(asked) - half,
+        "reached": judged >= options.recall,
+    }
+
+
+def audit(index: VectorIndex, asked: HeldOut, k: int) -> dict[str, Any]:
+    """Measure recall@k and latency of an index, and what comparing with every vector takes beside it.
+
+    Args:
+        index: the whole index.
+        asked: tiles of the atlas; each is asked without itself.
+        k: neighbours.
+    """
+    true = index.search(asked.vectors, k + 1, exact=True)[1]
+    own = true == asked.positions[:, None]
+    order = np.argsort(own, axis=1, kind="stable")[:, :k]
+    truth = np.take_along_axis(np.where(own, -1, true), order, 1)
+    report: dict[str, Any] = {
+        "queries": len(asked),
+        "k": k,
+        "recall": round(recall_of(index, asked, truth, k), 5),
+    }
+    batch = asked.vectors[:100]
+    for name, exact in (("index", False), ("exact", True)):
+        one = [
+            _milliseconds(index, asked.vectors[n : n + 1], k, exact)
+            for n in range(min(LATENCY_RUNS, len(asked)))
+        ]
+        whole = [_milliseconds(index, batch, k, exact) for _ in range(3)]
+        report[f"{name}_ms_per_query"] = round(statistics.median(one), 3)
+        report[f"{name}_ms_per_{len(batch)}_queries"] = round(statistics.median(whole), 3)
+    return report
+
+
+def _milliseconds(index: VectorIndex, queries: NDArray[np.float32], k: int, exact: bool) -> float:
+    started = time.perf_counter()
+    index.search(queries, k, exact=exact)
+    return 1000 * (time.perf_counter() - started)

@@ -1,0 +1,263 @@
+"""Changing what an atlas holds: add, put new features in place of old ones, remove, label anew.
+
+Each slide is one transaction; its feature file is in place before the row that names it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..console import Report
+from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
+from ..feature_files import Features, check_features, parse_features
+from ..files import remove_leftovers, write_atomic
+from ..manifest import Manifest
+from . import clusterings
+from .catalog import NEXT_TILE, Catalog, get_meta, insert, set_meta, update
+from .generations import Generations
+from .records import Added, further, plain_name, slide_row, tiles_row
+from .tile_table import pack_coded, unpack_coded, unpack_texts
+
+FEATURES = "features"
+Metadata = dict[str, dict[str, str]]
+
+
+class Writer:
+    """Writes to an atlas; whoever uses it holds the atlas's lock."""
+
+    def __init__(
+        self, path: Path, catalog: Catalog, manifest: Manifest, generations: Generations
+    ) -> None:
+        """Write to the atlas in ``path``."""
+        self._path, self._catalog, self._manifest = path, catalog, manifest
+        self._generations = generations
+
+    def add(
+        self, files: Sequence[Path], metadata: Metadata, replace: bool, progress: Report
+    ) -> list[Added]:
+        """Add feature files; see :meth:`Atlas.add <histoseek.index.atlas.Atlas.add>`."""
+        results: list[Added] = []
+        self.tidy()
+        for number, file in enumerate(files, start=1):
+            try:
+                results.append(self._add_one(file, metadata, replace))
+            except StorageFailed:
+                raise
+            except HistoseekError as error:
+                results.append(Added(str(file), file.stem, "failed", reason=str(error)))
+            except Exception as error:  # one foreign file must not stop the others
+                reason = f"{file}: unexpected {type(error).__name__}: {error}"
+                results.append(Added(str(file), file.stem, "failed", reason=reason))
+            progress(number, len(files), file.stem)
+        self.finish()
+        return results
+
+    def tidy(self) -> None:
+        """Remove what writers that are dead left behind."""
+        remove_leftovers([self._path, self._path / FEATURES])
+
+    def finish(self) -> None:
+        """Bring everything derived up to date with the slides."""
+        self._remove_orphans()
+        self.place_new()
+        self._generations.settle()
+
+    def _add_one(self, file: Path, metadata: Metadata, replace: bool) -> Added:
+        if not file.is_file():
+            raise BadInput(f"{file} does not exist; check the path")
+        blob = file.read_bytes()  # once: `embed` may replace the file meanwhile
+        item = parse_features(blob, file)
+        return self.add_features(item, blob, str(file), metadata, replace)
+
+    def add_features(
+        self, item: Features, blob: bytes, origin: str, metadata: Metadata, replace: bool
+    ) -> Added:
+        """Add one slide.
+
+        Args:
+            item: its features.
+            blob: the same as a feature file.
+            origin: what the report calls it.
+            metadata: label, patient and more, by slide.
+            replace: whether other features of the same name are put aside.
+
+        Raises:
+            Mismatch: of another encoder, or the name is taken by other features.
+            BadInput: features that are not finite.
+            StorageFailed: no space.
+        """
+        manifest = self._manifest
+        check_features(item, manifest.name, manifest.sha256, manifest.dim, Path(origin))
+        digest = hashlib.sha256(blob).hexdigest()
+        target = f"{FEATURES}/{plain_name(item.name)}-{digest[:12]}.h5"
+        row = slide_row(item, target, digest, metadata)
+        found = self._catalog.rows("SELECT * FROM slides WHERE name = ?", (item.name,))
+        if found and found[0]["content_sha256"] == row["content_sha256"]:
+            return self._relabel_known(origin, dict(found[0]), row)
+        if found and not replace:
+            raise Mismatch(
+                f"the atlas holds slide {item.name!r} (from {found[0]['source']}) with other features; "
+                "to put these in its place add them with --replace; if it is another slide of the same "
+                "name, embed both in one run, which gives them different names"
+            )
+        write_atomic(self._path / target, blob)
+        tiles = tiles_row(item, manifest.metric)
+        with self._catalog.write() as db:
+            if found:
+                db.execute("DELETE FROM slides WHERE id = ?", (found[0]["id"],))
+            first = int(get_meta(db, NEXT_TILE))
+            number = insert(db, "slides", row)
+            insert(db, "slide_tiles", {**tiles, "slide_id": number, "first_tile": first})
+            set_meta(db, NEXT_TILE, str(first + len(item.features)))
+        state = "replaced" if found else "added"
+        return Added(origin, item.name, state, len(item.features), str(row["reason"]))
+
+    def _relabel_known(self, origin: str, found: dict[str, Any], row: dict[str, Any]) -> Added:
+        """Take over what is given now for a slide that is there already."""
+        changed = {
+            key: row[key] for key in ("label", "patient") if row[key] and row[key] != found[key]
+        }
+        known = json.loads(found["metadata"])
+        merged = known | json.loads(row["metadata"])
+        text = ", ".join(f"{key} {value!r}" for key, value in changed.items())
+        if merged != known:
+            changed["metadata"] = json.dumps(merged, sort_keys=True)
+            more = (f"{k} {v!r}" for k, v in merged.items() if known.get(k) != v)
+            text = ", ".join([text, *more] if text else more)
+        if not changed:
+            return Added(origin, found["name"], "unchanged", found["tiles"])
+        with self._catalog.write() as db:
+            update(db, "slides", {"id": found["id"]}, changed)
+        return Added(origin, found["name"], "relabelled", found["tiles"], text)
+
+    def remove(self, names: Sequence[str]) -> int:
+        """Remove slides by name, all or none; return how many tiles went.
+
+        Raises:
+            BadInput: a slide that is not there.
+        """
+        self.tidy()
+        slides = {row["name"]: row for row in self._catalog.rows("SELECT * FROM slides")}
+        for name in names:
+            if name not in slides:
+                close = [known for known in slides if name.lower() in known.lower()][:10]
+                raise unknown_name("slide", name, close or sorted(slides)[:10])
+        wanted = set(names)
+        with self._catalog.write() as db:
+            for name in wanted:
+                db.execute("DELETE FROM slides WHERE id = ?", (slides[name]["id"],))
+        self.finish()
+        return sum(slides[name]["tiles"] for name in wanted)
+
+    def relabel(self, rows: Iterable[dict[str, str]]) -> int:
+        """Set label, patient and further columns; all rows in one step.
+
+        Args:
+            rows: ``slide`` and what is to be set; with ``file`` a tile of a tile set is meant. An empty
+                value takes away what was there; a column that is left out is not touched.
+
+        Returns:
+            How many slides changed.
+
+        Raises:
+            BadInput: a slide or file that is not there; nothing is changed then.
+        """
+        of_slide: dict[str, dict[str, str]] = {}
+        of_tiles: dict[str, dict[str, dict[str, str]]] = {}
+        for row in rows:
+            if row.get("file"):
+                of_tiles.setdefault(row["slide"], {})[row["file"]] = row
+            else:
+                of_slide.setdefault(row["slide"], {}).update(row)
+        changed = set()
+        with self._catalog.write() as db:
+            known = {row["name"]: dict(row) for row in db.execute("SELECT * FROM slides")}
+            for name in (*of_slide, *of_tiles):
+                if name not in known:
+                    raise unknown_name("slide", name, sorted(known)[:10])
+            for name, row in of_slide.items():
+                values = _slide_changes(known[name], row)
+                if values:
+                    update(db, "slides", {"id": known[name]["id"]}, values)
+                    changed.add(name)
+            for name, tiles in of_tiles.items():
+                if _relabel_tiles(db, known[name], tiles):
+                    changed.add(name)
+        return len(changed)
+
+    def place_new(self) -> None:
+        """Place the tiles of slides that came after a fit in its clusters."""
+        for row in self._catalog.rows("SELECT id, name FROM clusterings"):
+            missing = self._catalog.rows(
+                "SELECT s.* FROM slides AS s WHERE NOT EXISTS (SELECT 1 FROM placements AS p "
+                "WHERE p.clustering_id = ? AND p.slide_id = s.id) ORDER BY s.id",
+                (row["id"],),
+            )
+            if not missing:
+                continue
+            try:
+                _, clustering = clusterings.load(self._path, self._catalog, row["name"])
+            except Damaged:
+                continue  # `verify` names it; a new fit mends it
+            for slide in missing:
+                placed = clustering.assign(self._generations.vectors_of(dict(slide)))
+                with self._catalog.write() as db:
+                    clusterings.insert_placement(db, row["id"], slide["id"], placed, fitted=False)
+
+    def _remove_orphans(self) -> None:
+        """Delete feature files that no slide names: of removed slides, and copies made before a crash."""
+        named = {
+            row["features_file"] for row in self._catalog.rows("SELECT features_file FROM slides")
+        }
+        for path in (self._path / FEATURES).glob("*.h5"):
+            if f"{FEATURES}/{path.name}" not in named:
+                path.unlink(missing_ok=True)
+        clusterings.remove_orphans(self._path, self._catalog)
+        self._generations.remove_orphans()
+
+
+def _slide_changes(known: dict[str, Any], row: dict[str, str]) -> dict[str, Any]:
+    changes: dict[str, Any] = {
+        key: row[key] or None
+        for key in ("label", "patient")
+        if key in row and (row[key] or None) != known[key]
+    }
+    before: dict[str, str] = json.loads(known["metadata"])
+    emptied = {key for key, value in row.items() if value == ""}
+    after = {k: v for k, v in (before | further(row)).items() if k not in emptied}
+    if after != before:
+        changes["metadata"] = json.dumps(after, sort_keys=True)
+    return changes
+
+
+def _relabel_tiles(
+    db: sqlite3.Connection, slide: dict[str, Any], tiles: dict[str, dict[str, str]]
+) -> bool:
+    row = db.execute("SELECT * FROM slide_tiles WHERE slide_id = ?", (slide["id"],)).fetchone()
+    files = [] if row["files"] is None else unpack_texts(row["files"])
+    place = {file: n for n, file in enumerate(files)}
+    changes: dict[str, Any] = {}
+    for file in tiles:
+        if file not in place:
+            raise BadInput(
+                f"{slide['name']!r} holds no tile {file!r}; expected the name of a tile of a tile set"
+            )
+    for column, key in (("labels", "label"), ("patients", "patient")):
+        given = {place[file]: new[key] for file, new in tiles.items() if key in new}
+        if not given:
+            continue
+        values: list[str | None] = [None] * slide["tiles"]
+        if row[column] is not None:
+            names, codes = unpack_coded(row[column])
+            values = [None if code < 0 else names[code] for code in codes.tolist()]
+        after = [given.get(n, value) or None for n, value in enumerate(values)]
+        if after != values:
+            changes[column] = pack_coded(after)
+    if changes:
+        update(db, "slide_tiles", {"slide_id": slide["id"]}, changes)
+    return bool(changes)

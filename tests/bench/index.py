@@ -1,0 +1,283 @@
+"""The index beside its peers, the whole search beside raw FAISS, and what a large atlas costs.
+
+Everything that is compared runs in this one process (the opening of an atlas in a fresh one), with as many
+threads as there are cores. Absolute times depend on the machine; the ratios are what is claimed. Options:
+``--quick`` for a tenth of the sizes, ``--json FILE`` for the numbers.
+"""
+
+import argparse
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import faiss
+import numpy as np
+from atlases import EMBEDDED, clustered, make_atlas, repeated, write_slide
+
+from histoseek.index import density
+from histoseek.index.atlas import Atlas
+
+QUERIES, K = 2_000, 10
+RESULTS = {}
+
+
+def say(name, **facts):
+    """Print a line and keep it."""
+    RESULTS[name] = facts
+    text = ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
+    print(f"{name:<44} {text}", flush=True)
+
+
+def seconds(run, times=3):
+    """Median time of a call."""
+    took = []
+    for _ in range(times):
+        started = time.perf_counter()
+        run()
+        took.append(time.perf_counter() - started)
+    return statistics.median(took)
+
+
+def recall(found, truth):
+    return float(np.mean([len(set(a) & set(b)) / K for a, b in zip(found, truth, strict=True)]))
+
+
+def peers(name, vectors, queries, truth, ours):
+    """hnswlib and usearch on the same vectors: time to build, queries per second at our recall."""
+    import hnswlib
+    from usearch.index import Index
+
+    started = time.perf_counter()
+    graph = hnswlib.Index("ip", vectors.shape[1])
+    graph.init_index(len(vectors), M=16, ef_construction=200, random_seed=0)
+    graph.add_items(vectors)
+    build = time.perf_counter() - started
+    for ef in (10, 15, 20, 30, 40, 60, 80, 120, 160, 240, 320, 640, 1280):
+        graph.set_ef(ef)
+        reached = recall(graph.knn_query(queries, K)[0].tolist(), truth)
+        if reached >= ours["recall"] - 0.001:
+            break
+    rate = QUERIES / seconds(lambda: graph.knn_query(queries, K))
+    say(f"{name}: hnswlib M 16 efc 200 ef {ef}", build_s=build, recall=reached, qps=rate)
+    say(
+        f"{name}: ours / hnswlib",
+        qps=ours["qps"] / rate,
+        build=build / ours["build_s"],
+        build_with_tuning=build / ours["build_and_tune_s"],
+    )
+    started = time.perf_counter()
+    other = Index(ndim=vectors.shape[1], metric="ip", dtype="f32")
+    other.add(np.arange(len(vectors)), vectors)
+    build = time.perf_counter() - started
+    matches = other.search(queries, K)
+    reached = recall(matches.keys.tolist(), truth)
+    rate = QUERIES / seconds(lambda: other.search(queries, K))
+    say(f"{name}: usearch as it comes", build_s=build, recall=reached, qps=rate)
+    say(
+        f"{name}: ours / usearch",
+        build=build / ours["build_s"],
+        build_with_tuning=build / ours["build_and_tune_s"],
+    )
+
+
+def exact_numbers(vectors, queries):
+    flat = faiss.IndexFlatIP(vectors.shape[1])
+    flat.add(vectors)
+    return flat.search(queries, K)[1].tolist(), flat
+
+
+def searching(name, vectors, queries, folder, with_peers):
+    """One atlas: build, recall, speed, the whole search beside raw FAISS, and filters."""
+    atlas, _ = make_atlas(folder, vectors)
+    view = atlas.view()
+    measured = build_times(atlas)
+    truth, flat = exact_numbers(vectors, queries)
+    found = view.index.search(queries, K)[1]
+    order = view.columns.ids(np.arange(len(vectors))) - 1  # the tile ids count the vectors from 1
+    ours = {
+        "recall": recall(order[found].tolist(), truth),
+        "qps": QUERIES / seconds(lambda: view.index.search(queries, K)),
+        **measured,
+    }
+    say(f"{name}: ours {view.index.plan.cells} cells, {view.index.plan.probes} probes", **ours)
+    say(f"{name}: exact (FAISS flat)", qps=QUERIES / seconds(lambda: flat.search(queries, K)))
+    if with_peers:
+        peers(name, vectors, queries, truth, ours)
+    few = queries[:100]
+    main = view.index._main
+    parameters = faiss.SearchParametersIVF(nprobe=view.index.plan.probes)
+    raw, whole = [], []
+    for _ in range(31):  # in turn, so that both see the same machine
+        raw.append(seconds(lambda: main.search(few, K, params=parameters), 1))
+        whole.append(seconds(lambda: atlas.search(few, K), 1))
+    say(
+        f"{name}: Atlas.search of 100 queries x 10 hits",
+        raw_faiss_ms=1000 * statistics.median(raw),
+        whole_ms=1000 * statistics.median(whole),
+        over_ms=1000 * (statistics.median(whole) - statistics.median(raw)),
+    )
+    filters(name, atlas, vectors, queries[:500])
+
+
+def build_times(atlas):
+    from histoseek.index import generations, tuning
+    from histoseek.index.vectors import new_main
+
+    options = tuning.Options()
+    slides = atlas.generations.slides()
+    chunks = generations._Chunks(atlas.generations, slides)
+    vectors = np.concatenate(list(chunks))
+    started = time.perf_counter()
+    plan = tuning.plan_for(len(vectors), vectors.shape[1], options)
+    sample, held_out = tuning.draw([vectors], len(vectors), vectors.shape[1], plan, 0)
+    index = new_main(vectors.shape[1], "cosine", plan, sample, 0)
+    index.add(vectors)
+    built = time.perf_counter() - started
+    tuning.tune(index, None, plan, [vectors], held_out, "cosine", options)
+    return {"build_s": built, "build_and_tune_s": time.perf_counter() - started}
+
+
+def filters(name, atlas, vectors, queries):
+    """Filters that pass a share of all tiles at random, and one that goes with what tiles look like."""
+    view = atlas.view()
+    columns = view.columns
+    total = len(vectors)
+    plain = seconds(lambda: atlas.search(queries, K))
+    for where, title in (
+        ("percent = '0'", "1 %"),
+        ("percent in ('0','1','2','3','4','5','6','7','8','9')", "10 %"),
+        ("half = 'a'", "50 %"),
+        ("look = '3'", "a tenth, by looks"),
+        ("patient != 'P7'", "all but one patient"),
+    ):
+        mask = columns.mask(where, lambda where=where: __import__(
+            "histoseek.index.filters", fromlist=["select"]
+        ).select(columns, __import__("histoseek.index.filters", fromlist=["parse"]).parse(where)))
+        rows = np.flatnonzero(mask)
+        part = faiss.IndexFlatIP(vectors.shape[1])
+        ordered = vectors[columns.ids(rows) - 1]
+        part.add(ordered)
+        truth = columns.ids(rows)[part.search(queries, K)[1]].tolist()
+        hits = atlas.search(queries, K, where=where)
+        found = [[hit.tile for hit in hit_list] for hit_list in hits]
+        say(
+            f"{name}: filter {title}",
+            passing=len(rows) / total,
+            recall=recall(found, truth),
+            cost=seconds(lambda where=where: atlas.search(queries, K, where=where)) / plain,
+        )
+
+
+OPEN = """
+import sys, time
+from pathlib import Path
+def memory():
+    lines = open("/proc/self/status").read().splitlines()
+    found = {l.split(":")[0]: l.split()[1] for l in lines if ":" in l}
+    return int(found["VmRSS"]) / 1024, int(found["RssAnon"]) / 1024
+import numpy as np
+from histoseek.index.atlas import Atlas
+import faiss, pyparsing
+before = memory()
+started = time.perf_counter()
+atlas = Atlas(Path(sys.argv[1]))
+atlas.view()
+opened = time.perf_counter() - started
+queries = np.random.default_rng(5).normal(size=(100, atlas.manifest.dim)).astype(np.float32)
+atlas.search(queries, 10)
+first = time.perf_counter() - started
+atlas.search(queries, 10, where="half = 'a'", exact=True)
+after = memory()
+print(opened, first, after[0] - before[0], after[1] - before[1])
+"""
+
+
+def large(folder, total):
+    """Open an atlas of a million in a fresh process; add a slide to it."""
+    vectors = clustered(total, seed=8)
+    atlas, _ = make_atlas(folder, vectors)
+    opened = []
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, "-c", OPEN, str(atlas.path)], capture_output=True, text=True, check=True
+        )
+        opened.append([float(v) for v in done.stdout.split()])
+    open_s, first_s, resident, own = (statistics.median(column) for column in zip(*opened, strict=True))
+    raw = vectors.nbytes / 2**20
+    say(
+        f"atlas of {total:,}: opened in a fresh process",
+        open_s=open_s,
+        to_first_100_answers_s=first_s,
+        memory_of_raw_vectors=resident / raw,
+        of_it_not_the_files=own / raw,
+    )
+    generation = atlas.view().generation
+    late = write_slide(folder / "late.h5", clustered(10_000, seed=9), "late")
+    started = time.perf_counter()
+    (added,) = atlas.add([late])
+    took = time.perf_counter() - started
+    assert added.state == "added" and atlas.view().generation == generation
+    say(f"atlas of {total:,}: a slide of 10,000 tiles added", s=took, index_rebuilt="no")
+
+
+def hdbscan_assign(quick):
+    """Our assignment beside hdbscan.approximate_predict: labels and speed."""
+    import hdbscan
+
+    cases = [("20k x 16, min_samples 200", 16, 200), ("20k x 64, min_samples 15", 64, 15)]
+    known, asked = (2_000, 3_000) if quick else (20_000, 30_000)
+    for title, dim, least in cases:
+        rng = np.random.default_rng(0)
+        centres = rng.normal(size=(12, dim))
+
+        def draw(n, rng=rng, centres=centres, dim=dim):
+            spread = 0.35 * rng.uniform(0.5, 2, (n, 1))
+            return centres[rng.integers(0, 12, n)] + rng.normal(size=(n, dim)) * spread
+
+        points, new = draw(known), draw(asked)
+        arrays = density.fit_arrays(points, least)
+        model = hdbscan.HDBSCAN(min_cluster_size=least, prediction_data=True).fit(points)
+        took, theirs = [], []
+        for _ in range(2):
+            took.append(seconds(lambda: density.place(new, arrays), 1))
+            theirs.append(seconds(lambda: hdbscan.approximate_predict(model, new), 1))
+        labels, _ = hdbscan.approximate_predict(model, new)
+        same = float(np.mean(labels == density.place(new, arrays)[0]))
+        say(
+            f"HDBSCAN assign {title}",
+            times_as_fast=min(theirs) / min(took),
+            same_labels=same,
+            noise=float(np.mean(labels < 0)),
+        )
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    parser.add_argument("--json", type=Path)
+    parser.add_argument("--only", choices=["clustered", "real", "large", "hdbscan"])
+    options = parser.parse_args()
+    scale = 10 if options.quick else 1
+    with tempfile.TemporaryDirectory() as temp:
+        folder = Path(temp)
+        if options.only in {None, "clustered"}:
+            both = clustered(500_000 // scale + QUERIES, seed=1)
+            searching("clustered", both[QUERIES:], both[:QUERIES], folder / "clustered", True)
+        if options.only in {None, "real"}:
+            both = repeated(500_000 // scale + QUERIES, seed=2)
+            say("real embeddings", **EMBEDDED)
+            searching("real", both[QUERIES:], both[:QUERIES], folder / "real", True)
+        if options.only in {None, "large"}:
+            large(folder / "large", 1_000_000 // scale)
+        if options.only in {None, "hdbscan"}:
+            hdbscan_assign(options.quick)
+    if options.json:
+        options.json.write_text(json.dumps(RESULTS, indent=2) + "\n")
+
+
+if __name__ == "__main__":
+    main()
