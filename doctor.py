@@ -34,7 +34,7 @@ PARTS = (
     ("triton", ("tritonclient.grpc",), "triton", "encoders on a Triton server", False),
     ("ray", ("ray", "fsspec"), "ray", "embed on many machines", False),
     ("metrics", ("prometheus_client",), "metrics", "embed --metrics", False),
-    ("milvus", ("pymilvus",), "milvus", "atlas on Milvus (not used yet)", False),
+    ("milvus", ("pymilvus",), "milvus", "atlas on Milvus", False),
 )
 DISTRIBUTIONS = {
     "faiss": ("faiss-cpu", "faiss-gpu-cu12"),

@@ -1,23 +1,15 @@
-"""The command group ``histoseek index``: the atlas from the command line."""
+"""The command group ``histoseek index``: what an atlas holds and how it is kept."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import typer
 
-from . import console
+from . import cluster_commands, console, exchange_commands, search_commands
 from .console import Json
-from .errors import BadInput, HistoseekError
-
-if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
-    from .index.atlas import Atlas
+from .errors import BadInput
 
 index_app = typer.Typer(
     help="Keep embeddings in an atlas: search it, cluster it, check it.",
@@ -25,7 +17,7 @@ index_app = typer.Typer(
     rich_markup_mode=None,
 )
 AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
-Images = Annotated[list[Path], typer.Argument(help="Pictures to ask about.")]
+Slides = Annotated[list[str], typer.Argument(help="Names of slides or tile sets.")]
 
 
 @index_app.command()
@@ -47,7 +39,9 @@ def create(
 def add(
     atlas: AtlasPath,
     features: Annotated[list[Path], typer.Argument(help="Feature files, or folders of them.")],
-    metadata: Annotated[Path | None, typer.Option(help="CSV with slide, label, patient.")] = None,
+    metadata: Annotated[
+        Path | None, typer.Option(help="CSV with slide, label, patient and any other column.")
+    ] = None,
     replace: Annotated[
         bool,
         typer.Option("--replace", help="Put new features of a known slide in place of the old."),
@@ -58,27 +52,10 @@ def add(
     from .index.atlas import Atlas
 
     files = find_features(features)
-    table = _metadata(metadata)
+    table = exchange_commands.read_metadata(metadata)
     with console.progress("adding") as progress:
         results = Atlas(atlas).add(files, table, replace, progress)
-    failed = [r for r in results if r.state == "failed"]
-    names = {r.slide for r in results}
-    unused = sorted(key for key in table if not {key, Path(key).stem} & names)
-    document = {
-        "ok": not failed,
-        "added": [asdict(r) for r in results],
-        "metadata_of_other_slides": unused,
-    }
-
-    def human() -> None:
-        rows = [(r.slide, r.state, r.tiles, r.reason) for r in results]
-        console.table("", ("slide", "state", "tiles", "reason"), rows)
-        if unused:
-            console.say(f"metadata of slides that were not added now: {', '.join(unused[:10])}")
-
-    console.emit(document, human)
-    if failed:
-        raise typer.Exit(console.EXIT_FAILED)
+    exchange_commands.report_added(results, table)
 
 
 def find_features(inputs: list[Path]) -> list[Path]:
@@ -101,148 +78,34 @@ def find_features(inputs: list[Path]) -> list[Path]:
     return files
 
 
-def _metadata(path: Path | None) -> dict[str, dict[str, str]]:
-    if path is None:
-        return {}
+@index_app.command()
+def remove(atlas: AtlasPath, slides: Slides, json: Json = False) -> None:
+    """Remove slides or tile sets, all or none; ids of their tiles are never used again."""
+    from .index.atlas import Atlas
+
+    tiles = Atlas(atlas).remove(slides)
+    document = {"removed": sorted(set(slides)), "tiles": tiles}
+    console.emit(
+        document, lambda: console.say(f"{atlas}: {len(set(slides))} slides, {tiles} tiles removed")
+    )
+
+
+@index_app.command()
+def relabel(
+    atlas: AtlasPath,
+    metadata: Annotated[
+        Path, typer.Option(help="CSV: slide (and file, for a tile), then the columns to set.")
+    ],
+    json: Json = False,
+) -> None:
+    """Set labels, patients and other columns; all rows or none. An empty value takes one away."""
+    from .index.atlas import Atlas
     from .tables import read_csv
 
-    return {row["slide"]: row for row in read_csv(path, "slide")}
-
-
-@index_app.command()
-def fit(
-    atlas: AtlasPath,
-    method: Annotated[
-        str, typer.Option(help="kmeans, hdbscan, or encoder: those it was trained with.")
-    ] = "kmeans",
-    k: Annotated[str, typer.Option(help="Clusters of k-means: auto or a number.")] = "auto",
-    name: Annotated[str | None, typer.Option(help="Name of the clustering.")] = None,
-    min_cluster_size: Annotated[int | None, typer.Option(help="Of HDBSCAN.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
-    json: Json = False,
-) -> None:
-    """Fit clusters on the whole atlas; new images are assigned to them."""
-    from .index.atlas import Atlas
-
-    if k != "auto" and not (k.isascii() and k.isdigit() and int(k) >= 1):
-        raise BadInput(f"--k is {k!r}; expected auto or a number of at least 1")
-    count = None if k == "auto" else int(k)
-    with console.working(f"fitting {method}"):
-        result = Atlas(atlas).fit(method, count, name, min_cluster_size, seed)
-
-    def human() -> None:
-        rows = [("noise" if c < 0 else c, n) for c, n in result["sizes"].items()]
-        title = f"{result['name']}: {result['clusters']} clusters of {sum(result['sizes'].values())} tiles"
-        console.table(title, ("cluster", "tiles"), rows)
-        if "silhouette_by_k" in result:
-            curve = ", ".join(
-                f"{k}: {v:.3f}" for k, v in result["silhouette_by_k"].items() if v is not None
-            )
-            console.say(f"silhouette by K: {curve}")
-
-    console.emit(result, human)
-
-
-@index_app.command()
-def search(
-    atlas: AtlasPath,
-    images: Images,
-    k: Annotated[int, typer.Option("-k", help="Hits per picture.")] = 10,
-    json: Json = False,
-) -> None:
-    """Find the tiles of the atlas that look most like each picture.
-
-    JSON: one list of hits per picture, in the order given; {"query", "error"} for one that failed.
-    """
-    opened, vectors, asked, failed = _ask(atlas, images)
-    hits = opened.search(vectors, k) if asked else []
-    answers = {
-        image: [hit._asdict() for hit in found] for image, found in zip(asked, hits, strict=True)
-    }
-    document = [answers.get(image, failed.get(image)) for image in images]
-
-    def human() -> None:
-        for image, found in zip(asked, hits, strict=True):
-            rows = [
-                (h.rank, h.score, h.slide, h.file or f"{h.x}, {h.y}", h.label, h.patient, h.cluster)
-                for h in found
-            ]
-            columns = ("rank", "score", "slide", "place", "label", "patient", "cluster")
-            console.table(str(image), columns, rows)
-
-    _answer(document, human, failed)
-
-
-@index_app.command()
-def assign(
-    atlas: AtlasPath,
-    images: Images,
-    clusters: Annotated[
-        str | None, typer.Option(help="Name of the clustering; the newest if left out.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Place pictures in the atlas's clusters.
-
-    JSON: one object per picture, in the order given; {"query", "error"} for one that failed.
-    """
-    opened, vectors, asked, failed = _ask(atlas, images)
-    placed = opened.assign(vectors, clusters) if asked else []
-    answers = {i: {"query": str(i), **p} for i, p in zip(asked, placed, strict=True)}
-    document = [answers.get(image, failed.get(image)) for image in images]
-
-    def human() -> None:
-        rows = [
-            (
-                image.name,
-                p["cluster"],
-                p["distance"],
-                p["strength"],
-                "unknown" if p["unknown"] else "",
-            )
-            for image, p in zip(asked, placed, strict=True)
-        ]
-        console.table("", ("picture", "cluster", "distance", "strength", ""), rows)
-
-    _answer(document, human, failed)
-
-
-def _ask(
-    atlas: Path, images: list[Path]
-) -> tuple[Atlas, NDArray[np.float32], list[Path], dict[Path, dict[str, Any]]]:
-    """Open an atlas and embed pictures by its own encoder; one bad picture stops no other."""
-    import numpy as np
-
-    from .images import decode, square
-    from .index.atlas import Atlas
-    from .serving.encoder import open_encoder
-
-    opened = Atlas(atlas)
-    encoder = open_encoder(str(opened.encoder_bundle), expect=opened.manifest)
-    size = opened.manifest.size_px
-    tiles: list[NDArray[np.uint8]] = []
-    asked: list[Path] = []
-    failed: dict[Path, dict[str, Any]] = {}
-    for image in images:
-        try:
-            tiles.append(square(decode(image), size))
-            asked.append(image)
-        except HistoseekError as error:
-            reason = {"type": type(error).__name__, "message": str(error)}
-            failed[image] = {"query": str(image), "error": reason}
-    stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
-    return opened, encoder.embed(stacked), asked, failed
-
-
-def _answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str, Any]]) -> None:
-    def tell() -> None:
-        human()
-        for item in failed.values():
-            console.say(f"{item['query']}: {item['error']['message']}")
-
-    console.emit(document, tell)
-    if failed:
-        raise typer.Exit(console.EXIT_FAILED)
+    changed = Atlas(atlas).relabel(read_csv(metadata, "slide", within="file"))
+    console.emit(
+        {"changed": changed}, lambda: console.say(f"{atlas}: {changed} slides have new labels")
+    )
 
 
 @index_app.command()
@@ -259,6 +122,8 @@ def stats(atlas: AtlasPath, json: Json = False) -> None:
             ("of them without tiles", facts["slides_without_tiles"]),
             ("tiles", facts["tiles"]),
             ("encoder", f"{encoder['name']} ({encoder['sha256'][:12]}…), {encoder['dim']}-d"),
+            ("index", _index_line(facts["index"])),
+            ("columns to filter by", ", ".join(facts["fields"])),
             *((f"label {label}", count) for label, count in facts["labels"].items()),
             *((f"clusters {c['name']}", c["clusters"]) for c in facts["clusterings"]),
         ]
@@ -267,19 +132,157 @@ def stats(atlas: AtlasPath, json: Json = False) -> None:
     console.emit(facts, human)
 
 
+def _index_line(facts: dict[str, Any]) -> str:
+    plan = facts.get("plan")
+    if plan is None:
+        return "none written; search is exact"
+    if plan["kind"] == "flat":
+        return f"generation {facts['generation']}, exact"
+    recall = facts["measured"].get("recall")
+    coding = "" if plan["coding"] == "none" else f" {plan['coding']}"
+    return (
+        f"generation {facts['generation']}, {plan['cells']} lists{coding}, {plan['probes']} read, "
+        f"recall {recall} when built"
+    )
+
+
 @index_app.command()
-def verify(atlas: AtlasPath, json: Json = False) -> None:
-    """Check every file and count of an atlas; exit code 1 if anything is wrong."""
+def verify(
+    atlas: AtlasPath,
+    repair: Annotated[
+        bool, typer.Option("--repair", help="Make again what is derived; the truth is not touched.")
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Check every file, row and count of an atlas; exit code 1 if anything is (still) wrong."""
     from .index.atlas import Atlas
 
+    opened = Atlas(atlas)
+    done: list[str] = []
+    if repair:
+        with console.working("repairing"):
+            done = opened.repair()
     with console.working("checking every file"):
-        found = Atlas(atlas).verify()
+        found = opened.verify()
 
     def human() -> None:
-        for line in found:
+        for line in [*done, *found]:
             console.say(line)
         console.say(f"{atlas}: {len(found)} problem(s)" if found else f"{atlas}: all is well")
 
-    console.emit({"ok": not found, "problems": found}, human)
+    console.emit({"ok": not found, "problems": found, "repaired": done}, human)
     if found:
         raise typer.Exit(console.EXIT_FAILED)
+
+
+@index_app.command()
+def snapshot(
+    atlas: AtlasPath,
+    out: Annotated[Path, typer.Option(help="New folder; it is an atlas itself.")],
+    json: Json = False,
+) -> None:
+    """Copy one committed state of an atlas, checked; searching may go on."""
+    from .index.atlas import Atlas
+
+    with console.working("copying and checking"):
+        report = Atlas(atlas).snapshot(out)
+    console.emit(
+        report,
+        lambda: console.say(f"{out}: revision {report['revision']}, {report['bytes']:,} bytes"),
+    )
+
+
+@index_app.command()
+def restore(
+    snapshot: Annotated[Path, typer.Argument(help="What `index snapshot` wrote.")],
+    atlas: AtlasPath,
+    json: Json = False,
+) -> None:
+    """Put a snapshot in the place of an atlas; what was there is kept beside it."""
+    from .index.snapshots import restore as put_back
+
+    with console.working("copying and checking"):
+        report = put_back(snapshot, atlas)
+
+    def human() -> None:
+        console.say(f"{atlas}: revision {report['revision']} is back")
+        if report["kept"]:
+            console.say(f"what was there before is now {report['kept']}")
+
+    console.emit(report, human)
+
+
+@index_app.command()
+def audit(
+    atlas: AtlasPath,
+    queries: Annotated[int, typer.Option(help="Tiles that are asked, each without itself.")] = 500,
+    k: Annotated[int, typer.Option("-k", help="Neighbours.")] = 10,
+    where: Annotated[
+        str | None, typer.Option(help="Metadata filter under which it is measured.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the choice of tiles.")] = 1,
+    json: Json = False,
+) -> None:
+    """Measure what the index finds of the true neighbours, how fast, and what it takes."""
+    from .index.atlas import Atlas
+
+    with console.working("asking"):
+        report = Atlas(atlas).audit(queries, k, seed, where)
+
+    def human() -> None:
+        plan = report["plan"]
+        size = sum(report["bytes"].values())
+        rows = [
+            (f"recall@{report['k']} on {report['queries']} tiles", report["recall"]),
+            ("one query, ms", report["index_ms_per_query"]),
+            ("the same, compared with every tile", report["exact_ms_per_query"]),
+            ("tiles", report["tiles"]),
+            ("of them since the index was written", report["tiles_since_the_index_was_written"]),
+            ("index", plan["kind"] + ("" if plan["coding"] == "none" else f", {plan['coding']}")),
+            ("lists, and how many a query reads", f"{plan['cells']}, {plan['probes']}"),
+            ("index files, MB", round(size / 1e6, 1)),
+            ("vectors as they are, MB", round(report["bytes_of_the_vectors"] / 1e6, 1)),
+        ]
+        console.table(str(atlas), ("what", "measured"), rows)
+
+    console.emit(report, human)
+
+
+@index_app.command()
+def tune(
+    atlas: AtlasPath,
+    recall: Annotated[
+        float | None, typer.Option(help="Share of the true neighbours to find; 1 is exact. [0.99]")
+    ] = None,
+    memory_mb: Annotated[
+        float | None, typer.Option(help="What the index may take; codes are then ranked again.")
+    ] = None,
+    exact_up_to: Annotated[
+        int | None, typer.Option(help="Tiles up to which search is exact. [100000]")
+    ] = None,
+    k: Annotated[int | None, typer.Option("-k", help="Neighbours the recall is of. [10]")] = None,
+    json: Json = False,
+) -> None:
+    """Write the index anew for other aims, which hold from then on."""
+    from .index.atlas import Atlas
+
+    with console.working("building and measuring"):
+        report = Atlas(atlas).tune(recall, memory_mb, exact_up_to, k)
+
+    def human() -> None:
+        plan, measured = report["plan"], report["measured"]
+        if plan["kind"] == "flat":
+            console.say(f"{atlas}: exact search")
+            return
+        reached = "" if measured["reached"] else " (the aim was not reached)"
+        console.say(
+            f"{atlas}: {plan['cells']} lists ({plan['coding']}), {plan['probes']} read per query, recall "
+            f"{measured['recall']} on {measured['queries']} held-out tiles{reached}"
+        )
+
+    console.emit(report, human)
+
+
+for _commands in (search_commands, cluster_commands, exchange_commands):
+    for _name, _function in _commands.COMMANDS.items():
+        index_app.command(_name)(_function)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +21,8 @@ CARD = "MODEL_CARD.md"
 CLUSTERS = "clusters.npz"
 """Clusters that training found, of embeddings as the graph gives them: centroids (K, D), reach (K,)."""
 RUN = "run.json"
+EXTERNAL = "external"
+"""``arch`` of an encoder that histoseek knows by name only: its features come from other tools."""
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 INPUT = "tiles"
 OUTPUT = "embedding"
@@ -72,6 +75,42 @@ class Manifest(BaseModel):
     opset: int
     versions: dict[str, str]
 
+    @property
+    def external(self) -> bool:
+        """Whether the encoder is known by name only, and cannot embed anything here."""
+        return self.arch == EXTERNAL
+
+
+def external_manifest(name: str, dim: int, metric: str, mpp: float | None) -> Manifest:
+    """Return the manifest of an encoder of another tool; its sha256 is that of its name and length.
+
+    Raises:
+        BadInput: a name or length that no encoder has.
+    """
+    try:
+        return Manifest.model_validate(
+            {
+                "name": name,
+                "sha256": hashlib.sha256(f"{EXTERNAL}:{name}:{dim}".encode()).hexdigest(),
+                "arch": EXTERNAL,
+                "size_px": 224,
+                "mpp": mpp,
+                "dim": dim,
+                "metric": metric,
+                "normalised": False,
+                "training": {},
+                "licence": "see the encoder's own",
+                "opset": 0,
+                "versions": {},
+            }
+        )
+    except ValidationError as error:
+        wrong = error.errors()[0]
+        raise BadInput(
+            f"an encoder {name!r} of {dim} dimensions and metric {metric!r} is not possible: "
+            f"{wrong['loc'][0]} {wrong['msg']}"
+        ) from error
+
 
 def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
     """Read and check a bundle's manifest.
@@ -108,8 +147,14 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
     """Compare the graph with the manifest.
 
     Raises:
+        BadInput: an encoder without a graph.
         Damaged: the graph is missing or is another one.
     """
+    if manifest.external:
+        raise BadInput(
+            f"encoder {manifest.name!r} is known by name only: its features were made by another tool, and "
+            "pictures cannot be embedded here; ask with features or with tiles of the atlas"
+        )
     graph = bundle / GRAPH
     if not graph.is_file():
         raise Damaged(f"{graph} is missing; copy the whole bundle again")

@@ -9,8 +9,16 @@ from pathlib import Path
 from .errors import BadInput
 
 
-def read_table(stream: Iterable[str], origin: str, key: str = "file") -> list[dict[str, str]]:
+def read_table(
+    stream: Iterable[str], origin: str, key: str = "file", within: str | None = None
+) -> list[dict[str, str]]:
     """Read CSV rows as dictionaries; the header must have the column ``key``.
+
+    Args:
+        stream: lines.
+        origin: what messages call it.
+        key: column that tells rows apart, never empty.
+        within: further column, if it is there, whose value tells rows of one key apart.
 
     Raises:
         BadInput: no header, no such column, a row without a value there, or a value given twice.
@@ -24,18 +32,19 @@ def read_table(stream: Iterable[str], origin: str, key: str = "file") -> list[di
         clean = {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
         if not clean[key]:
             raise BadInput(f"{origin}, line {number}: no value for {key!r}")
-        if clean[key] in seen:
-            raise BadInput(f"{origin}, line {number}: {clean[key]!r} appears twice")
-        seen.add(clean[key])
+        item = " ".join(filter(None, (clean[key], clean.get(within or "", ""))))
+        if item in seen:
+            raise BadInput(f"{origin}, line {number}: {item!r} appears twice")
+        seen.add(item)
         rows.append(clean)
     return rows
 
 
-def read_csv(path: Path, key: str = "file") -> list[dict[str, str]]:
+def read_csv(path: Path, key: str = "file", within: str | None = None) -> list[dict[str, str]]:
     """Read a CSV file by :func:`read_table`."""
     try:
         with open(path, newline="", encoding="utf-8-sig") as stream:
-            return read_table(stream, str(path), key)
+            return read_table(stream, str(path), key, within)
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
     except (UnicodeDecodeError, csv.Error) as error:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,12 +19,11 @@ from numpy.typing import NDArray
 
 from ..console import Report
 from ..errors import BadInput, Damaged, Mismatch
-from ..files import exclusive, publish_folder
-from ..manifest import Manifest, read_manifest
-from . import cases, cluster_report, clusterings, search, tuning
+from ..files import exclusive, publish_folder, write_json
+from ..manifest import MANIFEST, Manifest, external_manifest, read_manifest
+from . import cases, cluster_report, clusterings, fitting, search, tuning
 from .catalog import Catalog, now
-from .clusters import FIT_SAMPLE, Assigned, Clustering, shipped
-from .clusters import fit as fit_clusters
+from .clusters import Assigned, Clustering
 from .generations import Generations, View
 from .records import Added, Hit, plain_name
 from .search import Own
@@ -70,16 +68,22 @@ class Atlas:
         manifest = read_manifest(bundle)
         with publish_folder(path) as folder:
             shutil.copytree(bundle, folder / ENCODER, ignore=shutil.ignore_patterns("__pycache__"))
-            (folder / FEATURES).mkdir()
-            Catalog(folder).create(
-                {
-                    "encoder_name": manifest.name,
-                    "encoder_sha256": manifest.sha256,
-                    "dim": str(manifest.dim),
-                    "metric": manifest.metric,
-                    "created_at": now(),
-                }
-            )
+            _fill(folder, manifest)
+        return cls(path)
+
+    @classmethod
+    def create_external(
+        cls, path: Path, encoder: str, dim: int, metric: str = "cosine", mpp: float | None = None
+    ) -> Atlas:
+        """Make an empty atlas for features that another tool made, bound to its encoder's name.
+
+        Raises:
+            BadInput: ``path`` exists, or a name, length or metric that is not possible.
+        """
+        manifest = external_manifest(encoder, dim, metric, mpp)
+        with publish_folder(path) as folder:
+            write_json(folder / ENCODER / MANIFEST, manifest.model_dump())
+            _fill(folder, manifest)
         return cls(path)
 
     @property
@@ -343,13 +347,16 @@ class Atlas:
 
     # -- the index ------------------------------------------------------------------------------
 
-    def audit(self, queries: int = 500, k: int = 10, seed: int = 1) -> dict[str, Any]:
+    def audit(
+        self, queries: int = 500, k: int = 10, seed: int = 1, where: str | None = None
+    ) -> dict[str, Any]:
         """Measure what the current index finds of the true neighbours, how fast, and what it takes.
 
         Args:
             queries: tiles of the atlas that are asked, each without itself.
             k: neighbours.
             seed: of the choice.
+            where: metadata filter under which it is measured.
         """
         view = self._filled_view()
         index = view.index
@@ -359,7 +366,8 @@ class Atlas:
         rng = np.random.default_rng(seed)
         picked = np.sort(rng.choice(alive, min(queries, len(alive)), replace=False))
         vectors = prepared(self.vectors_of(columns.ids(picked).tolist()), self.manifest.metric)
-        report = tuning.audit(index, tuning.HeldOut(picked, vectors), k)
+        passing = search.allowed(view, where)
+        report = tuning.audit(index, tuning.HeldOut(picked, vectors), k, passing)
         files = [*self.path.glob("index-*.faiss"), *self.path.glob("vectors-*.npy")]
         return {
             "generation": view.generation,
@@ -434,67 +442,7 @@ class Atlas:
             raise BadInput(f"name {name!r}: expected letters, digits, '-', '_' and '.' only")
         with self.writing() as writer:
             writer.tidy()
-            revision = self.catalog.revision()
-            slides = self.generations.slides()
-            given = {"k": k or "auto", "min_cluster_size": min_cluster_size, "seed": seed}
-            clustering, placed = self.fitted(method, slides, given)
-            sizes: Counter[int] = Counter()
-            clusterings.store(
-                self.path, self.catalog, name, clustering, revision, _counted(placed, sizes)
-            )
-        about = clustering.about
-        return {"name": name, "method": method, **about, "sizes": dict(sorted(sizes.items()))}
-
-    def fitted(
-        self, method: str, slides: list[dict[str, Any]], given: dict[str, Any]
-    ) -> tuple[Clustering, Iterator[tuple[int, Assigned]]]:
-        """Fit clusters on some slides, and place their tiles; nothing is stored.
-
-        Args:
-            method: as in :meth:`fit`.
-            slides: as :meth:`Generations.slides` gives them.
-            given: k (or ``auto``), min_cluster_size and seed, as ``about`` of a clustering has them.
-
-        Returns:
-            The clustering, and where each slide's tiles belong, by slide id.
-        """
-        if method == "encoder":
-            return (made := shipped(self.encoder_bundle)), self._place(slides, made, None)
-        k = None if given.get("k") in {None, "auto"} else int(given["k"])
-        sample, groups, whole = self._sample(slides, given["seed"])
-        clustering, placed = fit_clusters(
-            sample, method, k, given.get("min_cluster_size"), given["seed"], groups
-        )
-        return clustering, self._place(slides, clustering, placed if whole else None)
-
-    def _sample(
-        self, slides: list[dict[str, Any]], seed: int
-    ) -> tuple[NDArray[np.float32], NDArray[np.int64], bool]:
-        """Return the vectors to fit (M, D), patient or slide of each (M,), and whether these are all."""
-        total = sum(s["tiles"] for s in slides)
-        rows = np.arange(total)
-        if total > FIT_SAMPLE:
-            rows = np.sort(np.random.default_rng(seed).permutation(total)[:FIT_SAMPLE])
-        chunks = (self.generations.vectors_of(slide) for slide in slides)
-        view = self.view()
-        first = [s["first_tile"] for s in slides]
-        starts = np.concatenate([[0], np.cumsum([s["tiles"] for s in slides])]).astype(np.int64)
-        number = np.searchsorted(starts, rows, side="right") - 1
-        tiles = np.array(first, dtype=np.int64)[number] + rows - starts[number]
-        groups = search.owners(view, "patient")[view.columns.positions(tiles)]
-        return tuning.gather(chunks, rows, self.manifest.dim), groups, len(rows) == total
-
-    def _place(
-        self, slides: list[dict[str, Any]], clustering: Clustering, known: Assigned | None
-    ) -> Iterator[tuple[int, Assigned]]:
-        start = 0
-        for slide in slides:
-            end = start + slide["tiles"]
-            if known is None:
-                yield slide["id"], clustering.assign(self.generations.vectors_of(slide))
-            else:
-                yield slide["id"], known.part(slice(start, end))
-            start = end
+            return fitting.fit(self, method, name, k, min_cluster_size, seed)
 
     def clustering(self, name: str | None = None) -> tuple[str, Clustering]:
         """Return a fitted clustering by name; the newest when left out.
@@ -643,10 +591,15 @@ class Atlas:
         return take(self, out)
 
 
-def _counted(
-    placed: Iterable[tuple[int, Assigned]], sizes: Counter[int]
-) -> Iterator[tuple[int, Assigned]]:
-    """Pass placements on and count the sizes of the clusters."""
-    for slide, where in placed:
-        sizes.update(where.cluster.tolist())
-        yield slide, where
+def _fill(folder: Path, manifest: Manifest) -> None:
+    """Give a new atlas its places for features and its catalog."""
+    (folder / FEATURES).mkdir()
+    Catalog(folder).create(
+        {
+            "encoder_name": manifest.name,
+            "encoder_sha256": manifest.sha256,
+            "dim": str(manifest.dim),
+            "metric": manifest.metric,
+            "created_at": now(),
+        }
+    )

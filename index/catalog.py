@@ -48,7 +48,10 @@ class Catalog:
             yield db
         except sqlite3.OperationalError as error:
             raise _operational(self.path, error) from error
-        except sqlite3.DatabaseError as error:
+        except (
+            sqlite3.DatabaseError,
+            UnicodeDecodeError,
+        ) as error:  # text that is no text any more
             raise Damaged(
                 f"{self.path} is damaged ({error}); restore the atlas from a copy, or build it again "
                 "from its feature files"
@@ -105,7 +108,13 @@ class Catalog:
             db.execute("COMMIT")
 
     def _check_there(self) -> None:
-        if not self.path.is_file():
+        try:
+            there = self.path.is_file()
+        except OSError as error:
+            raise BadInput(
+                f"{self.path} cannot be read ({error.strerror}); check the permissions"
+            ) from error
+        if not there:
             raise BadInput(f"{self.path.parent} is not an atlas (no {FILE}); create one first")
 
     def _check_version(self, db: sqlite3.Connection) -> None:

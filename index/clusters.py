@@ -199,14 +199,16 @@ def project(vectors: NDArray[np.float32], arrays: Arrays) -> Floats:
     return flat
 
 
-def kmeans(flat: Floats, k: int, seed: int, start: Floats | None = None) -> Floats:
-    """Return centroids (k, C) of points (N, C) by FAISS: the best of ten starts, or from a given one."""
+def kmeans(
+    flat: Floats, k: int, seed: int, start: Floats | None = None, starts: int = 10
+) -> Floats:
+    """Return centroids (k, C) of points (N, C) by FAISS: the best of some starts, or from a given one."""
     faiss = import_faiss()
     model = faiss.Kmeans(
         flat.shape[1],
         k,
         niter=100 if start is None else 10,
-        nredo=10 if start is None else 1,
+        nredo=starts if start is None else 1,
         seed=seed,
         min_points_per_centroid=1,
         max_points_per_centroid=len(flat),

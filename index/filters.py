@@ -155,8 +155,8 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
         choices = [*columns.names(), "file", "tile", "x", "y", "mpp", "cluster"]
         raise unknown_name("field", field, choices)
     coded = columns.coded(field)
-    holds = np.array([_holds(name, wanted) for name in coded.names] + [_holds(None, wanted)])
-    found: Mask = holds[coded.codes]
+    passing = np.array([holds(name, wanted) for name in (*coded.names, None)])
+    found: Mask = passing[coded.codes]
     return found
 
 
@@ -204,7 +204,7 @@ def _files(columns: Columns, wanted: Compare) -> Mask:
         start, end = columns.starts[n], columns.starts[n + 1]
         names = columns.files(n)
         found[start:end] = (
-            _holds(None, wanted) if names is None else [_holds(name, wanted) for name in names]
+            holds(None, wanted) if names is None else [holds(name, wanted) for name in names]
         )
     return found
 
@@ -219,7 +219,7 @@ _ORDER: dict[str, Callable[[Any, Any], Any]] = {
 }
 
 
-def _holds(name: str | None, wanted: Compare) -> bool:
+def holds(name: str | None, wanted: Compare) -> bool:
     """Whether one value passes a comparison."""
     operator, values = wanted.operator, wanted.values
     if operator in {"is null", "is not null"}:

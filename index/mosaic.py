@@ -43,7 +43,7 @@ def mosaic(
         return np.arange(min(len(vectors), clusters * LEAST))
     flat = vectors.astype(np.float64)
     some = np.random.default_rng(seed).permutation(len(flat))[:FIT_SAMPLE]
-    group, _ = nearest_centroid(flat, kmeans(flat[some], count, seed))
+    group, _ = nearest_centroid(flat, kmeans(flat[some], count, seed, starts=1))
     chosen: list[int] = []
     for number in range(count):
         rows = np.flatnonzero(group == number)
@@ -58,6 +58,6 @@ def _spread(places: NDArray[np.float64], count: int, seed: int) -> NDArray[np.in
         return np.arange(len(places))
     if count >= distinct(places):  # a tile set: all places are the same
         return np.linspace(0, len(places) - 1, count).astype(np.int64)
-    group, distance = nearest_centroid(places, kmeans(places, count, seed))
+    group, distance = nearest_centroid(places, kmeans(places, count, seed, starts=1))
     rows = [np.flatnonzero(group == n) for n in range(count)]
     return np.array([r[distance[r].argmin()] for r in rows if len(r)], dtype=np.int64)

@@ -15,10 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput
-from .vectors import Metric, Plan, VectorIndex, scan
+from .vectors import Mask, Metric, Plan, VectorIndex, scan
 
 EXACT_UP_TO = 100_000
 """Tiles up to which every query is compared with all of them."""
+LEAST_FOR_LISTS = 1_000
 PER_CELL = 64
 """Vectors per list that k-means is trained on."""
 QUERIES = 1_000
@@ -90,9 +91,13 @@ def plan_for(total: int, dim: int, options: Options) -> Plan:
     budget = None if options.memory_mb is None else options.memory_mb * 1e6
     whole = total * dim * 4.0
     if budget is None or whole * LISTS_OVERHEAD + 8 * total <= budget:
-        if total <= options.exact_up_to or options.recall == 1:
+        if total <= max(options.exact_up_to, LEAST_FOR_LISTS) or options.recall == 1:
             return Plan()
         return Plan("ivf", "none", _cells(total))
+    if total <= LEAST_FOR_LISTS:
+        raise BadInput(
+            f"{total} vectors are too few for codes; expected more than {LEAST_FOR_LISTS}"
+        )
     room = budget / LISTS_OVERHEAD / max(1, total) - 8  # bytes per vector beside its number
     if room >= dim:
         return Plan("ivf", "sq8", _cells(total))
@@ -165,9 +170,15 @@ def neighbours(
     return found
 
 
-def recall_of(index: VectorIndex, asked: HeldOut, truth: NDArray[np.int64], k: int) -> float:
+def recall_of(
+    index: VectorIndex,
+    asked: HeldOut,
+    truth: NDArray[np.int64],
+    k: int,
+    allowed: Mask | None = None,
+) -> float:
     """Return the share of the true neighbours that a search finds."""
-    _, found = index.search(asked.vectors, k + 1)
+    _, found = index.search(asked.vectors, k + 1, allowed)
     shares = []
     for own, got, true in zip(asked.positions, found, truth, strict=True):
         others = [n for n in got.tolist() if n not in (own, -1)][:k]
@@ -235,36 +246,41 @@ def tune(
     }
 
 
-def audit(index: VectorIndex, asked: HeldOut, k: int) -> dict[str, Any]:
+def audit(
+    index: VectorIndex, asked: HeldOut, k: int, allowed: Mask | None = None
+) -> dict[str, Any]:
     """Measure recall@k and latency of an index, and what comparing with every vector takes beside it.
 
     Args:
         index: the whole index.
         asked: tiles of the atlas; each is asked without itself.
         k: neighbours.
+        allowed: (N,) positions that may be found; None for all.
     """
-    true = index.search(asked.vectors, k + 1, exact=True)[1]
+    true = index.search(asked.vectors, k + 1, allowed, exact=True)[1]
     own = true == asked.positions[:, None]
     order = np.argsort(own, axis=1, kind="stable")[:, :k]
     truth = np.take_along_axis(np.where(own, -1, true), order, 1)
     report: dict[str, Any] = {
         "queries": len(asked),
         "k": k,
-        "recall": round(recall_of(index, asked, truth, k), 5),
+        "recall": round(recall_of(index, asked, truth, k, allowed), 5),
     }
     batch = asked.vectors[:100]
     for name, exact in (("index", False), ("exact", True)):
         one = [
-            _milliseconds(index, asked.vectors[n : n + 1], k, exact)
+            _milliseconds(index, asked.vectors[n : n + 1], k, allowed, exact)
             for n in range(min(LATENCY_RUNS, len(asked)))
         ]
-        whole = [_milliseconds(index, batch, k, exact) for _ in range(3)]
+        whole = [_milliseconds(index, batch, k, allowed, exact) for _ in range(3)]
         report[f"{name}_ms_per_query"] = round(statistics.median(one), 3)
         report[f"{name}_ms_per_{len(batch)}_queries"] = round(statistics.median(whole), 3)
     return report
 
 
-def _milliseconds(index: VectorIndex, queries: NDArray[np.float32], k: int, exact: bool) -> float:
+def _milliseconds(
+    index: VectorIndex, queries: NDArray[np.float32], k: int, allowed: Mask | None, exact: bool
+) -> float:
     started = time.perf_counter()
-    index.search(queries, k, exact=exact)
+    index.search(queries, k, allowed, exact)
     return 1000 * (time.perf_counter() - started)

@@ -7,6 +7,7 @@ the file was written, is searched exactly. A position counts through both.
 
 from __future__ import annotations
 
+import threading
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -27,10 +28,13 @@ CHUNK_VALUES = 4_000_000
 """Differences of coordinates held at once when distances are made exact (32 MB)."""
 SCAN_ROWS = 65_536
 """Rows of a large matrix that are scanned at once."""
+FILTER_EXACT = 200_000
+"""Vectors that pass a filter up to which all of them are compared: what passes may lie far from a query."""
 FILTER_MARGIN = 4
-"""A filtered search reads this many times the matching vectors that an unfiltered one reads vectors."""
-FILTER_LEAST = 2_000
-"""Matching vectors per query below which a filtered search reads them all."""
+"""Above that a filtered search reads this many times the vectors that an unfiltered one reads."""
+FILTER_VALUES = 64_000_000
+"""Coordinates of vectors that pass a filter which are held at once (256 MB)."""
+FILTERS_KEPT = 2
 GPU_LIMIT = 2048
 """Hits and probes that FAISS's GPU index allows."""
 
@@ -97,7 +101,7 @@ def new_main(dim: int, metric: Metric, plan: Plan, sample: Vectors, seed: int) -
         )
     elif plan.coding == "pq":
         index = faiss.IndexIVFPQ(cells, dim, plan.cells, plan.code_bytes, 8, kind)
-        index.pq.cp.seed = seed
+        index.pq.cp.seed, index.pq.cp.min_points_per_centroid = seed, 1
     else:
         index = faiss.IndexIVFFlat(cells, dim, plan.cells, kind)
     index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed, 10, 1
@@ -141,6 +145,25 @@ def _short(error: Exception) -> str:
     return str(error).strip().splitlines()[-1][:200]
 
 
+@dataclass(frozen=True)
+class _Passing:
+    """What a filter lets through of the main part.
+
+    Attributes:
+        mask: (M + T,) of the whole index.
+        rows: (P,) positions that pass.
+        vectors: (P, D) theirs, if they are few: then all are compared.
+        counts: (cells,) how many pass in each cell, if they are many.
+        bits: the mask as FAISS reads it.
+    """
+
+    mask: Mask
+    rows: Positions
+    vectors: Vectors | None
+    counts: Any
+    bits: Any
+
+
 class VectorIndex:
     """Nearest neighbours of vectors, by position.
 
@@ -174,6 +197,9 @@ class VectorIndex:
         self._main_rows = 0 if main is None else int(main.ntotal)
         self._cells: NDArray[np.int32] | None = None
         self._gpu: Any = None
+        self._kept: list[_Passing] = []
+        self._joined: tuple[Mask, Mask] | None = None
+        self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many vectors can be found."""
@@ -214,7 +240,7 @@ class VectorIndex:
         rows = self._main_rows
         parts = []
         if rows:
-            parts.append(self._search_main(ready, k, None if mask is None else mask[:rows], exact))
+            parts.append(self._search_main(ready, k, mask, exact))
         if len(self._tail):
             part = None if mask is None else mask[rows:]
             scores, found = scan(ready, self._tail, k, self.metric, part)
@@ -225,21 +251,30 @@ class VectorIndex:
         return scores, found
 
     def _mask(self, allowed: Mask | None) -> Mask | None:
+        """Return what may be found; the last answer is kept, as one filter is often used again."""
         if allowed is None or self._alive is None:
             return self._alive if allowed is None else allowed
-        return allowed & self._alive
+        with self._lock:
+            if self._joined is None or self._joined[0] is not allowed:
+                self._joined = allowed, allowed & self._alive
+            return self._joined[1]
 
     def _search_main(self, ready: Vectors, k: int, mask: Mask | None, exact: bool) -> Found:
-        if mask is not None and mask.all():
-            mask = None
-        if mask is not None and not mask.any():
+        head = None if mask is None else mask[: self._main_rows]
+        if head is not None and not head.any():
             return _nothing(len(ready), k)
         if self.plan.kind == "flat":
-            return scan(ready, self._flat(), k, self.metric, mask)
+            return scan(ready, self._flat(), k, self.metric, head)
+        passing = None
+        if mask is not None and head is not None and not head.all():
+            passing = self._passing(mask, head)
+            if passing.vectors is not None:
+                scores, found = scan(ready, passing.vectors, k, self.metric)
+                return scores, np.where(found >= 0, passing.rows[found], -1)
         if exact and self._raw is not None:
-            return scan(ready, self._raw, k, self.metric, mask)
+            return scan(ready, self._raw, k, self.metric, head)
         wide = min(k * self.plan.widen, self._main_rows)
-        scores, found = self._search_lists(ready, wide, mask, exact)
+        scores, found = self._search_lists(ready, wide, passing, exact)
         if self._raw is None:
             return scores, found
         return rescored(ready, self._raw, found, k, self.metric)
@@ -250,19 +285,56 @@ class VectorIndex:
         matrix: Vectors = values.reshape(self._main_rows, self.dim)
         return matrix
 
-    def _search_lists(self, ready: Vectors, k: int, mask: Mask | None, exact: bool) -> Found:
+    def _search_lists(self, ready: Vectors, k: int, passing: _Passing | None, exact: bool) -> Found:
         faiss = import_faiss()
         probes = self.plan.cells if exact else self.plan.probes
-        if mask is None:
-            if self._gpu is not None and max(k, probes) <= GPU_LIMIT:
-                scores, found = self._gpu.search(ready, k)
-            else:
-                parameters = faiss.SearchParametersIVF(nprobe=probes)
-                scores, found = self._main.search(ready, k, params=parameters)
-            return self._signed(scores), found
-        bits = np.packbits(mask, bitorder="little")
-        selector = faiss.IDSelectorBitmap(bits)
-        distances, cells = self._cells_to_read(ready, mask, exact)
+        if passing is not None:
+            return self._search_passing(ready, k, passing, exact)
+        if self._gpu is not None and max(k, probes) <= GPU_LIMIT:
+            scores, found = self._gpu.search(ready, k)
+        else:
+            parameters = faiss.SearchParametersIVF(nprobe=probes)
+            scores, found = self._main.search(ready, k, params=parameters)
+        return self._signed(scores), found
+
+    def _passing(self, mask: Mask, head: Mask) -> _Passing:
+        """Return what a filter means for the lists; that of the last filters is kept."""
+        with self._lock:
+            for known in self._kept:
+                if known.mask is mask:
+                    return known
+        rows = np.flatnonzero(head)
+        if len(rows) <= min(FILTER_EXACT, FILTER_VALUES // self.dim):
+            made = _Passing(mask, rows, self._vectors_at(rows), None, None)
+        else:
+            counts = np.bincount(self.cell_of()[rows], minlength=self.plan.cells)
+            made = _Passing(mask, rows, None, counts, np.packbits(head, bitorder="little"))
+        with self._lock:
+            self._kept = [made, *self._kept[: FILTERS_KEPT - 1]]
+        return made
+
+    def _vectors_at(self, rows: Positions) -> Vectors:
+        """Return the exact vectors (P, D) of positions of the main part."""
+        if self._raw is not None:
+            return np.asarray(self._raw[rows])
+        faiss = import_faiss()
+        lists, cells = self._main.invlists, self.cell_of()[rows]
+        found = np.empty((len(rows), self.dim), dtype=np.float32)
+        order = np.argsort(cells, kind="stable")
+        starts = np.searchsorted(cells[order], np.arange(self.plan.cells + 1))
+        for cell in np.unique(cells).tolist():
+            size = lists.list_size(cell)
+            wanted = order[starts[cell] : starts[cell + 1]]
+            numbers = faiss.rev_swig_ptr(lists.get_ids(cell), size)
+            codes = faiss.rev_swig_ptr(lists.get_codes(cell), size * lists.code_size)
+            vectors = codes.view(np.float32).reshape(size, self.dim)
+            found[wanted] = vectors[np.searchsorted(numbers, rows[wanted])]  # ids ascend in a list
+        return found
+
+    def _search_passing(self, ready: Vectors, k: int, passing: _Passing, exact: bool) -> Found:
+        faiss = import_faiss()
+        selector = faiss.IDSelectorBitmap(passing.bits)
+        distances, cells = self._cells_to_read(ready, passing, exact)
         scores = np.empty((len(ready), k), dtype=np.float32)
         found = np.empty((len(ready), k), dtype=np.int64)
         pointer = faiss.swig_ptr
@@ -284,25 +356,32 @@ class VectorIndex:
         return scores if self.metric == "cosine" else -scores
 
     def _cells_to_read(
-        self, ready: Vectors, mask: Mask, exact: bool
+        self, ready: Vectors, passing: _Passing, exact: bool
     ) -> tuple[NDArray[np.float32], Positions]:
-        """Return distances and numbers (Q, P) of the nearest cells that hold enough of what is allowed.
+        """Return distances and numbers (Q, P) of the nearest cells that hold enough of what passes.
 
         A filter thins the cells out, and may empty those around a query: so cells are counted by what
         they hold of it, not by their number.
         """
-        counts = np.bincount(self.cell_of()[mask], minlength=self.plan.cells)
-        usual = self.plan.probes * self._main_rows / self.plan.cells
-        wanted = np.inf if exact else max(FILTER_LEAST, FILTER_MARGIN * usual)
-        distances, cells = self._main.quantizer.search(ready, self.plan.cells)
-        held = counts[cells]
-        before = np.cumsum(held, axis=1) - held
+        cells = self.plan.cells
+        usual = self.plan.probes * self._main_rows / cells
+        wanted = np.inf if exact else FILTER_MARGIN * usual
+        per_cell = len(passing.rows) / cells
+        width = cells if exact else min(cells, 8 + 2 * int(wanted / per_cell))
+        while True:
+            distances, near = self._main.quantizer.search(ready, width)
+            held = passing.counts[near]
+            before = np.cumsum(held, axis=1) - held
+            if width == cells or (before[:, -1] >= wanted).all():
+                break
+            width = min(cells, 4 * width)
         read = (held > 0) & (before < wanted)
-        width = max(1, int(read.sum(axis=1).max()))
-        order = np.argsort(~read, axis=1, kind="stable")[:, :width]
-        chosen = np.take_along_axis(np.where(read, cells, -1), order, 1)
-        near = np.take_along_axis(distances, order, 1)
-        return np.ascontiguousarray(near), np.ascontiguousarray(chosen)
+        order = np.argsort(~read, axis=1, kind="stable")[:, : max(1, int(read.sum(axis=1).max()))]
+        chosen = np.take_along_axis(np.where(read, near, -1), order, 1)
+        return (
+            np.ascontiguousarray(np.take_along_axis(distances, order, 1)),
+            np.ascontiguousarray(chosen),
+        )
 
     def cell_of(self) -> NDArray[np.int32]:
         """Return the cell of every vector of the main part (M,); -1 throughout without cells."""

@@ -15,6 +15,7 @@ from ..feature_files import check_features, read_features
 from ..files import sha256_file
 from ..manifest import check_bundle_graph
 from . import clusterings
+from .fitting import fitted
 from .tile_table import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
 
 if TYPE_CHECKING:
@@ -41,7 +42,8 @@ def problems(atlas: Atlas) -> list[Problem]:
     """Return everything that is wrong with an atlas, in the order it was looked at."""
     found = _database(atlas)
     try:
-        check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
+        if not atlas.manifest.external:
+            check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
     except HistoseekError as error:
         found.append(Problem(str(error)))
     try:
@@ -222,7 +224,7 @@ def _fit_again(atlas: Atlas, row: dict[str, Any]) -> list[str]:
     name = row["name"]
     known = clusterings.placements(atlas.catalog, name)
     slides = [s for s in atlas.generations.slides() if known.get(s["id"], (None, False))[1]]
-    clustering, placed = atlas.fitted(row["method"], slides, json.loads(row["about"]))
+    clustering, placed = fitted(atlas, row["method"], slides, json.loads(row["about"]))
     same = all(np.array_equal(where.cluster, known[slide][0].cluster) for slide, where in placed)
     if not same:
         return [

@@ -9,6 +9,7 @@ import hashlib
 import json
 import sqlite3
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from ..files import remove_leftovers, write_atomic
 from ..manifest import Manifest
 from . import clusterings
 from .catalog import NEXT_TILE, Catalog, get_meta, insert, set_meta, update
+from .clusters import Clustering
 from .generations import Generations
 from .records import Added, further, plain_name, slide_row, tiles_row
 from .tile_table import pack_coded, unpack_coded, unpack_texts
@@ -36,6 +38,8 @@ class Writer:
         """Write to the atlas in ``path``."""
         self._path, self._catalog, self._manifest = path, catalog, manifest
         self._generations = generations
+        self._known: dict[int, str] = {}
+        self._loaded: dict[int, Clustering] = {}
 
     def add(
         self, files: Sequence[Path], metadata: Metadata, replace: bool, progress: Report
@@ -107,6 +111,10 @@ class Writer:
             )
         write_atomic(self._path / target, blob)
         tiles = tiles_row(item, manifest.metric)
+        placed = [
+            (number, clustering.assign(item.features))
+            for number, clustering in self._clusterings().items()
+        ]
         with self._catalog.write() as db:
             if found:
                 db.execute("DELETE FROM slides WHERE id = ?", (found[0]["id"],))
@@ -114,6 +122,8 @@ class Writer:
             number = insert(db, "slides", row)
             insert(db, "slide_tiles", {**tiles, "slide_id": number, "first_tile": first})
             set_meta(db, NEXT_TILE, str(first + len(item.features)))
+            for clustering, where in placed:
+                clusterings.insert_placement(db, clustering, number, where, fitted=False)
         state = "replaced" if found else "added"
         return Added(origin, item.name, state, len(item.features), str(row["reason"]))
 
@@ -190,24 +200,31 @@ class Writer:
                     changed.add(name)
         return len(changed)
 
+    def _clusterings(self) -> dict[int, Clustering]:
+        """Return the clusterings by id, read once, without those whose file is lost: `verify` names them."""
+        rows = self._catalog.rows("SELECT id, name, sha256 FROM clusterings")
+        known = {row["id"]: row["sha256"] for row in rows}
+        if known != self._known:
+            self._loaded = {}
+            for row in rows:
+                with suppress(Damaged):
+                    _, found = clusterings.load(self._path, self._catalog, row["name"])
+                    self._loaded[row["id"]] = found
+            self._known = known
+        return self._loaded
+
     def place_new(self) -> None:
-        """Place the tiles of slides that came after a fit in its clusters."""
-        for row in self._catalog.rows("SELECT id, name FROM clusterings"):
+        """Place slides in clusterings that they are missing from, such as one whose file was lost."""
+        for number, clustering in self._clusterings().items():
             missing = self._catalog.rows(
                 "SELECT s.* FROM slides AS s WHERE NOT EXISTS (SELECT 1 FROM placements AS p "
                 "WHERE p.clustering_id = ? AND p.slide_id = s.id) ORDER BY s.id",
-                (row["id"],),
+                (number,),
             )
-            if not missing:
-                continue
-            try:
-                _, clustering = clusterings.load(self._path, self._catalog, row["name"])
-            except Damaged:
-                continue  # `verify` names it; a new fit mends it
             for slide in missing:
                 placed = clustering.assign(self._generations.vectors_of(dict(slide)))
                 with self._catalog.write() as db:
-                    clusterings.insert_placement(db, row["id"], slide["id"], placed, fitted=False)
+                    clusterings.insert_placement(db, number, slide["id"], placed, fitted=False)
 
     def _remove_orphans(self) -> None:
         """Delete feature files that no slide names: of removed slides, and copies made before a crash."""

@@ -69,8 +69,8 @@ def make_atlas(folder, vectors):
     """An atlas of slides of 10,000 tiles (fewer for few), with columns to filter by.
 
     ``percent`` is one of 100 values per slide, ``half`` one of 2, and ``look`` goes with what tiles look
-    like: slides are sorted by their first coordinate beforehand, so that every tenth is alike. Tile ids
-    count the vectors, from 1, in the order given: slides hold them in that order.
+    like if the vectors come sorted: every tenth of the slides has a value. Tile ids count the vectors
+    from 1.
     """
     folder.mkdir(parents=True)
     atlas = Atlas.create(folder / "atlas", DEFAULT_BUNDLE)
@@ -91,4 +91,4 @@ def make_atlas(folder, vectors):
     assert all(r.state == "added" for r in results)
     for file in files:
         file.unlink()
-    return atlas, metadata
+    return atlas

@@ -18,8 +18,9 @@ import faiss
 import numpy as np
 from atlases import EMBEDDED, clustered, make_atlas, repeated, write_slide
 
-from histoseek.index import density
-from histoseek.index.atlas import Atlas
+from histoseek.index import density, tuning
+from histoseek.index.search import allowed
+from histoseek.index.vectors import new_main
 
 QUERIES, K = 2_000, 10
 RESULTS = {}
@@ -28,7 +29,9 @@ RESULTS = {}
 def say(name, **facts):
     """Print a line and keep it."""
     RESULTS[name] = facts
-    text = ", ".join(f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items())
+    text = ", ".join(
+        f"{k} {v:,.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in facts.items()
+    )
     print(f"{name:<44} {text}", flush=True)
 
 
@@ -92,7 +95,8 @@ def exact_numbers(vectors, queries):
 
 def searching(name, vectors, queries, folder, with_peers):
     """One atlas: build, recall, speed, the whole search beside raw FAISS, and filters."""
-    atlas, _ = make_atlas(folder, vectors)
+    vectors = vectors[np.argsort(vectors[:, 0])]  # slides differ in looks, for the filter by looks
+    atlas = make_atlas(folder, vectors)
     view = atlas.view()
     measured = build_times(atlas)
     truth, flat = exact_numbers(vectors, queries)
@@ -124,13 +128,8 @@ def searching(name, vectors, queries, folder, with_peers):
 
 
 def build_times(atlas):
-    from histoseek.index import generations, tuning
-    from histoseek.index.vectors import new_main
-
     options = tuning.Options()
-    slides = atlas.generations.slides()
-    chunks = generations._Chunks(atlas.generations, slides)
-    vectors = np.concatenate(list(chunks))
+    vectors = atlas.vectors()[1]
     started = time.perf_counter()
     plan = tuning.plan_for(len(vectors), vectors.shape[1], options)
     sample, held_out = tuning.draw([vectors], len(vectors), vectors.shape[1], plan, 0)
@@ -154,10 +153,7 @@ def filters(name, atlas, vectors, queries):
         ("look = '3'", "a tenth, by looks"),
         ("patient != 'P7'", "all but one patient"),
     ):
-        mask = columns.mask(where, lambda where=where: __import__(
-            "histoseek.index.filters", fromlist=["select"]
-        ).select(columns, __import__("histoseek.index.filters", fromlist=["parse"]).parse(where)))
-        rows = np.flatnonzero(mask)
+        rows = np.flatnonzero(allowed(view, where))
         part = faiss.IndexFlatIP(vectors.shape[1])
         ordered = vectors[columns.ids(rows) - 1]
         part.add(ordered)
@@ -180,7 +176,10 @@ def memory():
     found = {l.split(":")[0]: l.split()[1] for l in lines if ":" in l}
     return int(found["VmRSS"]) / 1024, int(found["RssAnon"]) / 1024
 import numpy as np
+from histoseek.index import density, tuning
 from histoseek.index.atlas import Atlas
+from histoseek.index.search import allowed
+from histoseek.index.vectors import new_main
 import faiss, pyparsing
 before = memory()
 started = time.perf_counter()
@@ -199,14 +198,19 @@ print(opened, first, after[0] - before[0], after[1] - before[1])
 def large(folder, total):
     """Open an atlas of a million in a fresh process; add a slide to it."""
     vectors = clustered(total, seed=8)
-    atlas, _ = make_atlas(folder, vectors)
+    atlas = make_atlas(folder, vectors)
     opened = []
     for _ in range(3):
         done = subprocess.run(
-            [sys.executable, "-c", OPEN, str(atlas.path)], capture_output=True, text=True, check=True
+            [sys.executable, "-c", OPEN, str(atlas.path)],
+            capture_output=True,
+            text=True,
+            check=True,
         )
         opened.append([float(v) for v in done.stdout.split()])
-    open_s, first_s, resident, own = (statistics.median(column) for column in zip(*opened, strict=True))
+    open_s, first_s, resident, own = (
+        statistics.median(column) for column in zip(*opened, strict=True)
+    )
     raw = vectors.nbytes / 2**20
     say(
         f"atlas of {total:,}: opened in a fresh process",
@@ -226,33 +230,37 @@ def large(folder, total):
 
 def hdbscan_assign(quick):
     """Our assignment beside hdbscan.approximate_predict: labels and speed."""
-    import hdbscan
-
     cases = [("20k x 16, min_samples 200", 16, 200), ("20k x 64, min_samples 15", 64, 15)]
     known, asked = (2_000, 3_000) if quick else (20_000, 30_000)
     for title, dim, least in cases:
-        rng = np.random.default_rng(0)
-        centres = rng.normal(size=(12, dim))
+        _assign(title, dim, least, known, asked)
 
-        def draw(n, rng=rng, centres=centres, dim=dim):
-            spread = 0.35 * rng.uniform(0.5, 2, (n, 1))
-            return centres[rng.integers(0, 12, n)] + rng.normal(size=(n, dim)) * spread
 
-        points, new = draw(known), draw(asked)
-        arrays = density.fit_arrays(points, least)
-        model = hdbscan.HDBSCAN(min_cluster_size=least, prediction_data=True).fit(points)
-        took, theirs = [], []
-        for _ in range(2):
-            took.append(seconds(lambda: density.place(new, arrays), 1))
-            theirs.append(seconds(lambda: hdbscan.approximate_predict(model, new), 1))
-        labels, _ = hdbscan.approximate_predict(model, new)
-        same = float(np.mean(labels == density.place(new, arrays)[0]))
-        say(
-            f"HDBSCAN assign {title}",
-            times_as_fast=min(theirs) / min(took),
-            same_labels=same,
-            noise=float(np.mean(labels < 0)),
-        )
+def _assign(title, dim, least, known, asked):
+    import hdbscan
+
+    rng = np.random.default_rng(0)
+    centres = rng.normal(size=(12, dim))
+
+    def draw(n):
+        spread = 0.35 * rng.uniform(0.5, 2, (n, 1))
+        return centres[rng.integers(0, 12, n)] + rng.normal(size=(n, dim)) * spread
+
+    points, new = draw(known), draw(asked)
+    arrays = density.fit_arrays(points, least)
+    model = hdbscan.HDBSCAN(min_cluster_size=least, prediction_data=True).fit(points)
+    took, theirs = [], []
+    for _ in range(2):
+        took.append(seconds(lambda: density.place(new, arrays), 1))
+        theirs.append(seconds(lambda: hdbscan.approximate_predict(model, new), 1))
+    labels, _ = hdbscan.approximate_predict(model, new)
+    same = float(np.mean(labels == density.place(new, arrays)[0]))
+    say(
+        f"HDBSCAN assign {title}",
+        times_as_fast=min(theirs) / min(took),
+        same_labels=same,
+        noise=float(np.mean(labels < 0)),
+    )
 
 
 def main():

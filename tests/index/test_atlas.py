@@ -1,6 +1,5 @@
 """The atlas: what goes in stays, what does not belong is refused, what is damaged is named."""
 
-import json
 import os
 import random
 import resource
@@ -14,43 +13,15 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from atlases import DIM, features, unit
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histoseek.errors import BadInput, Busy, Damaged, Mismatch
-from histoseek.feature_files import Features, read_features
-from histoseek.feature_writer import write_features
+from histoseek.feature_files import read_features
 from histoseek.index.atlas import Atlas
 from histoseek.serving.encoder import DEFAULT_BUNDLE
-
-DIM = json.loads((DEFAULT_BUNDLE / "manifest.json").read_text())["dim"]
-SHA = json.loads((DEFAULT_BUNDLE / "manifest.json").read_text())["sha256"]
-
-
-def unit(rng, count, dim=DIM):
-    vectors = rng.normal(size=(count, dim)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-def features(path: Path, count=30, seed=0, **changes) -> Path:
-    rng = np.random.default_rng(seed)
-    known = {
-        "name": path.stem,
-        "encoder": "default",
-        "encoder_sha256": SHA,
-        "features": unit(rng, count),
-        "coords": rng.integers(0, 9999, (count, 2)),
-        "source": f"/slides/{path.stem}.svs",
-        "size_px": 224,
-        "size_px_level0": 448,
-        "mpp": 0.25,
-        "target_mpp": 0.5,
-        "width": 9999,
-        "height": 9999,
-    }
-    write_features(path, Features(**{**known, **changes}))
-    return path
 
 
 @pytest.fixture

@@ -1,0 +1,305 @@
+"""An atlas for other tools: NumPy, Parquet, AnnData, TensorBoard's projector, GeoJSON for QuPath.
+
+Every format carries the vectors (but GeoJSON) and, per tile, what a hit would say of it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput, MissingPart, unknown_name
+from ..files import publish_file, publish_folder, storage_failed, temporary, write_atomic
+from . import cluster_report
+from .columns import NOT_PLACED, Columns
+from .records import plain_name
+from .search import Mask, allowed
+from .vectors import prepared
+
+if TYPE_CHECKING:
+    from .atlas import Atlas
+
+COLOURS = (0x4C78A8, 0xF58518, 0xE45756, 0x72B7B2, 0x54A24B, 0xEECA3B, 0xB279A2, 0xFF9DA6, 0x9D755D)
+UNKNOWN_COLOUR = 0x9E9E9E
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is exported.
+
+    Attributes:
+        vectors: (N, D).
+        columns: by name, each (N,): numbers, or texts in which "" is none.
+        encoder: name and sha256.
+    """
+
+    vectors: NDArray[np.float32]
+    columns: dict[str, NDArray[Any]]
+    encoder: dict[str, Any]
+
+
+def table_of(atlas: Atlas, where: str | None) -> Table:
+    """Gather the tiles of an atlas that pass a filter, in the order of the index.
+
+    Raises:
+        BadInput: no tile passes, or the filter cannot be read.
+    """
+    view = atlas.view()
+    columns = view.columns
+    alive = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
+    passing = allowed(view, where)
+    mask: Mask = alive if passing is None else alive & passing
+    rows = np.flatnonzero(mask)
+    if not len(rows):
+        raise BadInput("no tile passes the filter; loosen it")
+    vectors = np.empty((len(rows), atlas.manifest.dim), dtype=np.float32)
+    at = 0
+    for number, slide in enumerate(columns.slides):
+        start = int(columns.starts[number])
+        inside = np.flatnonzero(mask[start : start + slide["tiles"]])
+        if len(inside):
+            vectors[at : at + len(inside)] = atlas.generations.vectors_of(slide)[inside]
+            at += len(inside)
+    manifest = atlas.manifest
+    encoder = {"name": manifest.name, "sha256": manifest.sha256, "metric": manifest.metric}
+    return Table(vectors, _columns(columns, rows), encoder)
+
+
+def _columns(columns: Columns, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+    places = columns.places()[rows]
+    slide = columns.slide_of(rows)
+    mpp = np.array([np.nan if s["mpp"] is None else s["mpp"] for s in columns.slides])
+    size = np.array([s["size_px_level0"] for s in columns.slides])
+    found: dict[str, NDArray[Any]] = {
+        "tile": columns.ids(rows),
+        "x": places[:, 0],
+        "y": places[:, 1],
+        "size_px_level0": size[slide],
+        "mpp": mpp[slide].astype(np.float64),
+    }
+    for name in columns.names():
+        coded = columns.coded(name)
+        found[name] = np.array([*coded.names, ""])[coded.codes[rows]]
+    files = [columns.files(n) for n in range(len(columns.slides))]
+    if any(f is not None for f in files):
+        inside = rows - columns.starts[slide]
+        found["file"] = np.array(
+            [_name(files[s], r) for s, r in zip(slide.tolist(), inside.tolist(), strict=True)]
+        )
+    for name in columns.clusterings():
+        clusters = columns.clusters(name)
+        if clusters is not None:
+            found[f"cluster.{name}"] = np.where(clusters == NOT_PLACED, -1, clusters)[rows]
+    return found
+
+
+def _name(files: list[str | None] | None, row: int) -> str:
+    return "" if files is None else files[row] or ""
+
+
+def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> int:
+    """Write an atlas, or the tiles that pass a filter, for another tool.
+
+    Args:
+        atlas: to export.
+        out: file or folder that is not there yet.
+        kind: ``numpy``, ``parquet``, ``anndata``, ``projector`` or ``geojson``.
+        where: metadata filter.
+        more: of ``geojson``: ``clustering``, or ``like``, the id of a tile that all are compared with.
+
+    Returns:
+        How many tiles were written.
+
+    Raises:
+        BadInput: an unknown kind, a file that exists, or nothing to export.
+        MissingPart: a package is missing.
+        StorageFailed: no space.
+    """
+    if kind not in KINDS:
+        raise unknown_name("kind of export", kind, KINDS)
+    if out.exists():
+        raise BadInput(f"{out} exists already; choose another name or remove it first")
+    table = table_of(atlas, where)
+    if kind == "geojson":
+        _geojson(atlas, table, out, **more)
+    else:
+        KINDS[kind](table, out)
+    return len(table.vectors)
+
+
+def _numpy(table: Table, out: Path) -> None:
+    """One .npz without pickles: ``vectors`` and a column each."""
+    names = {f"column_{name}": values for name, values in table.columns.items()}
+    _publish(
+        out,
+        ".npz",
+        lambda path: np.savez(
+            path,
+            allow_pickle=False,
+            vectors=table.vectors,
+            encoder=json.dumps(table.encoder),
+            **names,
+        ),
+    )
+
+
+def _parquet(table: Table, out: Path) -> None:
+    """One Parquet file: a column each, ``vector``, and two principal components to draw."""
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as parquet
+    except ImportError as error:
+        raise _missing("pyarrow") from error
+    plane = _plane(table.vectors)
+    flat = pa.array(table.vectors.ravel())
+    columns = {name: pa.array(values) for name, values in table.columns.items()}
+    columns["projection_x"], columns["projection_y"] = pa.array(plane[:, 0]), pa.array(plane[:, 1])
+    columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, table.vectors.shape[1])
+    sheet = pa.table(columns).replace_schema_metadata({"encoder": json.dumps(table.encoder)})
+    _publish(out, ".parquet", lambda path: parquet.write_table(sheet, path))
+
+
+def _anndata(table: Table, out: Path) -> None:
+    """AnnData as .h5ad or .zarr: vectors in ``X``, places in ``obsm['spatial']``, the rest in ``obs``."""
+    try:
+        import anndata
+        import pandas
+    except ImportError as error:
+        raise _missing("anndata") from error
+    obs = pandas.DataFrame(
+        {
+            name: pandas.Categorical(values) if values.dtype.kind == "U" else values
+            for name, values in table.columns.items()
+        },
+        index=[str(tile) for tile in table.columns["tile"].tolist()],
+    )
+    places = np.stack([table.columns["x"], table.columns["y"]], axis=1).astype(np.float64)
+    made = anndata.AnnData(
+        X=table.vectors, obs=obs, obsm={"spatial": places}, uns={"encoder": dict(table.encoder)}
+    )
+    if out.suffix == ".zarr":
+        with publish_folder(out) as folder:
+            made.write_zarr(folder)
+    else:
+        _publish(out, ".h5ad", made.write_h5ad)
+
+
+def _projector(table: Table, out: Path) -> None:
+    """A folder that TensorBoard's projector opens: tensors, metadata, and the file that names them."""
+
+    def lines(names: list[str]) -> list[str]:
+        columns = [table.columns[name].astype(str).tolist() for name in names]
+        clean = [[v.replace("\t", " ").replace("\n", " ") for v in column] for column in columns]
+        return ["\t".join(row) for row in zip(*clean, strict=True)]
+
+    names = list(table.columns)
+    with publish_folder(out) as folder:
+        (folder / "tensors.bytes").write_bytes(table.vectors.astype("<f4").tobytes())
+        text = "\n".join(["\t".join(names), *lines(names)]) + "\n"
+        (folder / "metadata.tsv").write_text(text, encoding="utf-8")
+        count, dim = table.vectors.shape
+        (folder / "projector_config.pbtxt").write_text(
+            "embeddings {\n"
+            f'  tensor_name: "{table.encoder["name"]}"\n'
+            f"  tensor_shape: {count}\n  tensor_shape: {dim}\n"
+            '  tensor_path: "tensors.bytes"\n  metadata_path: "metadata.tsv"\n}\n'
+        )
+
+
+def _geojson(
+    atlas: Atlas, table: Table, out: Path, clustering: str | None = None, like: int | None = None
+) -> None:
+    """A folder with ``<slide>.geojson``: tiles as detections of their cluster, or with their similarity."""
+    values: NDArray[Any]
+    if like is not None:
+        query = prepared(atlas.vectors_of([like]), atlas.manifest.metric)
+        vectors = prepared(table.vectors, atlas.manifest.metric)
+        cosine = atlas.manifest.metric == "cosine"
+        values = vectors @ query[0] if cosine else -np.linalg.norm(vectors - query[0], axis=1)
+        given: dict[int, tuple[str, str]] = {}
+    else:
+        chosen, _ = atlas.clustering(clustering)
+        values = table.columns[f"cluster.{chosen}"]
+        given = cluster_report.names(atlas.catalog, chosen)
+    slides = table.columns["slide"]
+    with publish_folder(out) as folder:
+        for slide in np.unique(slides).tolist():
+            rows = np.flatnonzero((slides == slide) & (table.columns["size_px_level0"] > 0))
+            if len(rows):
+                features = [_feature(table, row, values[row], given, like) for row in rows.tolist()]
+                document = {"type": "FeatureCollection", "features": features}
+                name = f"{plain_name(slide)}.geojson"
+                write_atomic(folder / name, json.dumps(document, ensure_ascii=False))
+        if not any(folder.iterdir()):
+            raise BadInput("none of the tiles lies on a slide; tile sets have no places to draw")
+
+
+def _feature(
+    table: Table, row: int, value: Any, given: dict[int, tuple[str, str]], like: int | None
+) -> dict[str, Any]:
+    x, y, size = (int(table.columns[key][row]) for key in ("x", "y", "size_px_level0"))
+    ring = [[x, y], [x + size, y], [x + size, y + size], [x, y + size], [x, y]]
+    properties: dict[str, Any] = {"objectType": "detection"}
+    if like is not None:
+        properties["measurements"] = {"similarity": round(float(value), 6)}
+    else:
+        number = int(value)
+        name = given.get(number, ("", ""))[0] or ("noise" if number < 0 else f"cluster {number}")
+        colour = UNKNOWN_COLOUR if number < 0 else COLOURS[number % len(COLOURS)]
+        rgb = [colour >> 16, colour >> 8 & 0xFF, colour & 0xFF]
+        properties["classification"] = {"name": name, "color": rgb}
+    return {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": properties,
+    }
+
+
+KINDS: dict[str, Callable[..., None]] = {
+    "numpy": _numpy,
+    "parquet": _parquet,
+    "anndata": _anndata,
+    "projector": _projector,
+    "geojson": _geojson,
+}
+
+
+def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the first two principal components (N, 2)."""
+    centred = vectors - vectors.mean(axis=0)
+    _, axes = np.linalg.eigh((centred.T @ centred).astype(np.float64))
+    plane: NDArray[np.float32] = (centred @ axes[:, ::-1][:, :2]).astype(np.float32)
+    return plane
+
+
+def _publish(out: Path, suffix: str, write: Callable[[Path], Any]) -> None:
+    """Let a library write a file, which appears under its name whole or not at all."""
+    if out.suffix != suffix:
+        raise BadInput(f"{out} is to end in {suffix}")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    temp = temporary(out)
+    named = temp.with_name(temp.name + suffix)  # libraries add the ending that they expect
+    try:
+        write(named)
+        os.replace(named, temp)
+        publish_file(temp, out)
+    except OSError as error:
+        raise storage_failed(out, error) from error
+    finally:
+        temp.unlink(missing_ok=True)
+        if named.is_dir():
+            shutil.rmtree(named)
+        else:
+            named.unlink(missing_ok=True)
+
+
+def _missing(package: str) -> MissingPart:
+    return MissingPart(f"this export needs {package}: pip install 'histoseek[bridges]'")

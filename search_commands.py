@@ -1,0 +1,423 @@
+"""Asking an atlas: ``index search``, ``similar``, ``evaluate``, ``duplicates`` and ``leakage``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from . import console
+from .console import Json
+from .errors import BadInput, HistoseekError, Mismatch
+
+if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
+    from .index.atlas import Atlas
+    from .index.records import Hit
+
+AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
+Where = Annotated[
+    str | None, typer.Option(help="Metadata filter: \"organ = 'colon' and patient != 'P7'\".")
+]
+ENGINE_HELP = "Search there instead: milvus://host:19530/collection, after `index push`."
+COLUMNS = ("rank", "score", "tile", "slide", "place", "label", "patient", "cluster")
+
+
+def search(
+    atlas: AtlasPath,
+    images: Annotated[list[Path] | None, typer.Argument(help="Pictures to ask about.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Hits per picture.")] = 10,
+    where: Where = None,
+    tile: Annotated[
+        list[int] | None, typer.Option(help="Ask with a tile of the atlas, by id.")
+    ] = None,
+    without: Annotated[
+        str, typer.Option(help="With --tile: leave out its own tile, slide or patient.")
+    ] = "tile",
+    together: Annotated[
+        bool, typer.Option("--together", help="One answer: like all of the pictures and tiles.")
+    ] = False,
+    unlike: Annotated[
+        list[str] | None,
+        typer.Option(help="And unlike this picture or tile id; implies --together."),
+    ] = None,
+    least: Annotated[float | None, typer.Option(help="Lowest score of a hit.")] = None,
+    per_slide: Annotated[
+        bool, typer.Option("--per-slide", help="At most one hit per slide.")
+    ] = False,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Compare with every tile, whatever the index.")
+    ] = False,
+    engine: Annotated[str | None, typer.Option(help=ENGINE_HELP)] = None,
+    json: Json = False,
+) -> None:
+    """Find the tiles of the atlas that look most like each picture.
+
+    JSON: one list of hits per picture, in the order given; {"query", "error"} for one that failed.
+    """
+    from .index.atlas import Atlas
+
+    opened = Atlas(atlas)
+    pictures, tiles = images or [], tile or []
+    if not pictures and not tiles:
+        raise BadInput("nothing to look for: give pictures, or --tile with the id of a tile")
+    vectors, asked, failed = embed(opened, pictures)
+    if together or unlike:
+        hits = _together(opened, vectors, tiles, unlike or [], failed, (k, where, per_slide))
+        names: list[str | Path] = ["all together"]
+    else:
+        hits = (
+            _searcher(opened, engine)(vectors, k, where, least, per_slide, exact) if asked else []
+        )
+        names = [*asked, *(f"tile {number}" for number in tiles)]
+        if tiles:
+            if engine or least is not None:
+                raise BadInput("--tile does not go with --engine or --least; ask with pictures")
+            hits += opened.search_like(tiles, k, where, without, per_slide, exact)  # type: ignore[arg-type]
+    answers = {n: [hit._asdict() for hit in found] for n, found in zip(names, hits, strict=True)}
+    keys = names if together or unlike else [*pictures, *names[len(asked) :]]
+    document = [answers.get(key, failed.get(key)) for key in keys]  # type: ignore[arg-type]
+
+    def human() -> None:
+        for name, found in zip(names, hits, strict=True):
+            console.table(str(name), COLUMNS, [_row(hit) for hit in found])
+
+    answer(document, human, failed)
+
+
+def _row(h: Hit) -> tuple[Any, ...]:
+    place = h.file or f"{h.x}, {h.y}"
+    return (h.rank, h.score, h.tile, h.slide, place, h.label, h.patient, h.cluster)
+
+
+def _searcher(atlas: Atlas, engine: str | None) -> Callable[..., list[list[Hit]]]:
+    """Return the search of the atlas, or of the Milvus that it was pushed to."""
+    if engine is None:
+        return atlas.search
+    from .index.milvus import MilvusAtlas
+
+    there = MilvusAtlas(engine)
+    about = there.about
+    if about is not None and about.sha256 != atlas.manifest.sha256:
+        raise Mismatch(
+            f"{engine} holds embeddings of {about.encoder!r}, {atlas.path} is bound to "
+            f"{atlas.manifest.name!r}"
+        )
+    revision = atlas.catalog.revision()
+    if about is not None and about.revision != revision:
+        console.say(
+            f"{engine} holds revision {about.revision}, the atlas is at {revision}: push it again"
+        )
+
+    def run(*arguments: Any) -> list[list[Hit]]:
+        with closing(there):
+            return there.search(*arguments)
+
+    return run
+
+
+def _together(
+    atlas: Atlas,
+    vectors: NDArray[np.float32],
+    tiles: list[int],
+    unlike: list[str],
+    failed: dict[Path, dict[str, Any]],
+    wanted: tuple[int, str | None, bool],
+) -> list[list[Hit]]:
+    import numpy as np
+
+    numbers = [int(name) for name in unlike if name.isdigit()]
+    others, _, refused = embed(atlas, [Path(name) for name in unlike if not name.isdigit()])
+    failed.update(refused)
+    if failed:
+        raise BadInput(next(iter(failed.values()))["error"]["message"])
+    positive = [vectors, *([atlas.vectors_of(tiles)] if tiles else [])]
+    negative = [others, *([atlas.vectors_of(numbers)] if numbers else [])]
+    k, where, per_slide = wanted
+    found = atlas.search_combined(
+        np.concatenate(positive), np.concatenate(negative), k, where, per_slide
+    )
+    return [found]
+
+
+def assign(
+    atlas: AtlasPath,
+    images: Annotated[list[Path], typer.Argument(help="Pictures to ask about.")],
+    clusters: Annotated[
+        str | None, typer.Option(help="Name of the clustering; the newest if left out.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Place pictures in the atlas's clusters.
+
+    JSON: one object per picture, in the order given; {"query", "error"} for one that failed.
+    """
+    from .index.atlas import Atlas
+
+    opened = Atlas(atlas)
+    vectors, asked, failed = embed(opened, images)
+    placed = opened.assign(vectors, clusters) if asked else []
+    answers = {i: {"query": str(i), **p} for i, p in zip(asked, placed, strict=True)}
+    document = [answers.get(image, failed.get(image)) for image in images]
+
+    def human() -> None:
+        rows = [
+            (
+                image.name,
+                p["cluster"],
+                p["name"],
+                p["distance"],
+                p["strength"],
+                "unknown" if p["unknown"] else "",
+            )
+            for image, p in zip(asked, placed, strict=True)
+        ]
+        console.table("", ("picture", "cluster", "name", "distance", "strength", ""), rows)
+
+    answer(document, human, failed)
+
+
+def embed(
+    atlas: Atlas, images: list[Path]
+) -> tuple[NDArray[np.float32], list[Path], dict[Path, dict[str, Any]]]:
+    """Embed pictures by the atlas's own encoder; one bad picture stops no other.
+
+    Returns:
+        Vectors (A, D), the pictures they are of, and an error for each of the others.
+    """
+    import numpy as np
+
+    from .images import decode, square
+    from .serving.encoder import open_encoder
+
+    if not images:
+        return np.zeros((0, atlas.manifest.dim), dtype=np.float32), [], {}
+    encoder = open_encoder(str(atlas.encoder_bundle), expect=atlas.manifest)
+    size = atlas.manifest.size_px
+    tiles: list[NDArray[np.uint8]] = []
+    asked: list[Path] = []
+    failed: dict[Path, dict[str, Any]] = {}
+    for image in images:
+        try:
+            tiles.append(square(decode(image), size))
+            asked.append(image)
+        except HistoseekError as error:
+            reason = {"type": type(error).__name__, "message": str(error)}
+            failed[image] = {"query": str(image), "error": reason}
+    stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
+    return encoder.embed(stacked), asked, failed
+
+
+def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str, Any]]) -> None:
+    """Print answers, and what failed; exit code 1 if anything did."""
+
+    def tell() -> None:
+        human()
+        for item in failed.values():
+            console.say(f"{item['query']}: {item['error']['message']}")
+
+    console.emit(document, tell)
+    if failed:
+        raise typer.Exit(console.EXIT_FAILED)
+
+
+def similar(
+    atlas: AtlasPath,
+    name: Annotated[str, typer.Argument(help="A slide, or a patient with --by patient.")],
+    k: Annotated[int, typer.Option("-k", help="Slides or cases.")] = 10,
+    by: Annotated[str, typer.Option(help="What is ranked: slide or patient.")] = "slide",
+    how: Annotated[
+        str, typer.Option(help="median of the minimum distances (Yottixel), or votes of tiles.")
+    ] = "median",
+    where: Where = None,
+    json: Json = False,
+) -> None:
+    """Find slides or cases like one of the atlas, with the regions that look alike as evidence.
+
+    Nothing of the same patient is returned.
+    """
+    import numpy as np
+
+    from .index.atlas import Atlas
+
+    opened = Atlas(atlas)
+    found = opened.similar_slides(name, k, by, how, where)  # type: ignore[arg-type]
+    columns = opened.view().columns
+
+    def tile(position: int) -> dict[str, Any] | None:
+        if position < 0:
+            return None
+        number = int(columns.ids(np.array([position]))[0])
+        return opened.tiles([number])[number]
+
+    document = [
+        {
+            "rank": rank,
+            "name": s.name,
+            "score": round(s.score, 6),
+            "label": s.label,
+            "evidence": [
+                {"score": p.score, "query": tile(p.query), "match": tile(p.match)} for p in s.pairs
+            ],
+        }
+        for rank, s in enumerate(found, start=1)
+    ]
+
+    def human() -> None:
+        rows = []
+        for rank, s in enumerate(found, start=1):
+            best = tile(s.pairs[0].match) or {}
+            place = best["file"] or f"{best['x']}, {best['y']}"
+            rows.append((rank, s.name, s.score, s.label, place, s.pairs[0].score))
+        columns = ("rank", by, "score", "label", "most alike at", "its score")
+        console.table(f"{name}, by {how}", columns, rows)
+
+    console.emit(document, human)
+
+
+def evaluate(
+    atlas: AtlasPath,
+    label: Annotated[str, typer.Option(help="Column whose value is to be found again.")] = "label",
+    leave_out: Annotated[
+        str, typer.Option(help="Column whose own value is left out: patient, slide, or another.")
+    ] = "patient",
+    without_patients: Annotated[
+        bool, typer.Option("--without-patients", help="Go on where tiles have no patient.")
+    ] = False,
+    unit: Annotated[str, typer.Option(help="tile, or slide by its mosaic.")] = "tile",
+    queries: Annotated[int, typer.Option(help="Tiles that are asked, at most.")] = 20_000,
+    bootstrap: Annotated[int, typer.Option(help="Draws for the intervals.")] = 1_000,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    json: Json = False,
+) -> None:
+    """Ask every labelled tile of all other patients, and count how often the answer has its label."""
+    import numpy as np
+
+    from .index.atlas import Atlas
+    from .index.evaluate import Options
+    from .index.evaluate import evaluate as run
+
+    opened = Atlas(atlas)
+    options = Options(label, leave_out, without_patients, unit, queries, bootstrap, seed)  # type: ignore[arg-type]
+    encode = None
+    if not opened.manifest.external:
+        from .serving.encoder import open_encoder
+
+        encoder = open_encoder(str(opened.encoder_bundle), expect=opened.manifest)
+        size = opened.manifest.size_px
+        noise = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
+        encode = lambda: encoder.embed(noise)  # noqa: E731
+    with console.working("asking every tile"):
+        report = run(opened, options, encode)
+
+    def human() -> None:
+        for warning in report["warnings"]:
+            console.say(f"NOTE: {warning}")
+        rows = [
+            (
+                name,
+                m["value"],
+                "{:.3f} to {:.3f}".format(*m["interval_95"]),
+                m["random"],
+                m["majority"],
+            )
+            for name, m in report["metrics"].items()
+        ]
+        title = (
+            f"{report['queries']} {unit}s of {report['owners']} {leave_out}s, encoder "
+            f"{report['encoder']['name']}"
+        )
+        console.table(title, ("metric", "value", "95 %", "random", "majority"), rows)
+        classes = [
+            (c["class"], c["queries"], c["recall"], c["precision"], c["f1"])
+            for c in report["per_class_mmv5"]
+        ]
+        console.table("majority of 5", ("class", "queries", "recall", "precision", "F1"), classes)
+        latency = report["latency"]
+        both = latency["end_to_end_ms"]
+        console.say(
+            f"one query: search {latency['search_ms']} ms"
+            + ("" if both is None else f", with encoding {both} ms")
+        )
+
+    console.emit(report, human)
+
+
+def duplicates(
+    atlas: AtlasPath,
+    least: Annotated[float, typer.Option(help="Score from which two tiles are the same.")] = 0.999,
+    where: Where = None,
+    json: Json = False,
+) -> None:
+    """Find groups of tiles that are nearly the same picture."""
+    from .index.atlas import Atlas
+    from .index.duplicates import duplicates as run
+
+    with console.progress("comparing") as progress:
+        report = run(Atlas(atlas), least, where, progress)
+
+    def human() -> None:
+        rows = [
+            (n, g["size"], g["slides"], ", ".join(_short(t) for t in g["tiles"][:4]))
+            for n, g in enumerate(report["shown"][:20], start=1)
+        ]
+        console.table("largest groups", ("group", "tiles", "slides", "such as"), rows)
+        console.say(
+            f"{report['groups']} groups of {report['tiles_in_groups']} tiles with a score of at least "
+            f"{least}; {report['across_slides']} groups lie on several slides"
+        )
+
+    console.emit(report, human)
+
+
+def leakage(
+    atlas: AtlasPath,
+    split: Annotated[str, typer.Option(help="Column that names the part, such as train and test.")],
+    least: Annotated[float, typer.Option(help="Score from which two tiles are the same.")] = 0.999,
+    json: Json = False,
+) -> None:
+    """Check that parts of a data set share neither patients nor pictures; exit code 1 if they do."""
+    from .index.atlas import Atlas
+    from .index.duplicates import leakage as run
+
+    with console.progress("comparing") as progress:
+        report = run(Atlas(atlas), split, least, progress)
+
+    def human() -> None:
+        rows = [
+            (
+                " and ".join(p["parts"]),
+                p["patients_in_both"],
+                p["near_duplicates"],
+                "; ".join(" = ".join(_short(t) for t in pair) for pair in p["examples"][:2]),
+            )
+            for p in report["parts"]
+        ]
+        console.table("", ("parts", "patients in both", "near-duplicates", "such as"), rows)
+        if report["tiles_without_patient"]:
+            console.say(f"NOTE: {report['tiles_without_patient']} tiles have no patient")
+        console.say("they LEAK" if report["leaks"] else "no leak was found")
+
+    console.emit(report, human)
+    if report["leaks"]:
+        raise typer.Exit(console.EXIT_FAILED)
+
+
+def _short(tile: dict[str, Any]) -> str:
+    place = tile["file"] or f"{tile['x']},{tile['y']}"
+    return f"{tile['slide']} {place}"
+
+
+COMMANDS = {
+    "search": search,
+    "assign": assign,
+    "similar": similar,
+    "evaluate": evaluate,
+    "duplicates": duplicates,
+    "leakage": leakage,
+}

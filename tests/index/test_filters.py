@@ -1,0 +1,169 @@
+"""Filters: what they let through equals plain Python, and nothing of them is ever run."""
+
+import math
+
+import numpy as np
+import pytest
+from atlases import filled
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from histoseek.errors import BadInput
+from histoseek.index.filters import parse, select
+
+VALUES = {
+    "label": ["a", "b", "it's", None],
+    "organ": ["colon", "lung", "", None],
+    "stage": ["1", "2", "10", "x", None],
+}
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("filters")
+    metadata = {}
+    for number in range(12):
+        row = {key: values[number % len(values)] for key, values in VALUES.items()}
+        metadata[f"slide-{number}"] = {k: v for k, v in row.items() if v is not None}
+        metadata[f"slide-{number}"]["patient"] = f"P{number}"
+    made = filled(folder, slides=12, count=20, metadata=metadata)
+    made.fit("kmeans", k=3)
+    return made
+
+
+def rows_of(atlas):
+    """What plain Python knows of each tile."""
+    columns = atlas.view().columns
+    slides = {s["name"]: s for s in atlas.slides()}
+    clusters = columns.clusters()
+    rows = []
+    for position, hit in enumerate(
+        atlas.tiles(columns.ids(np.arange(len(columns))).tolist()).values()
+    ):
+        slide = slides[hit["slide"]]
+        rows.append(
+            {"slide": hit["slide"], "patient": hit["patient"], "label": hit["label"], "x": hit["x"],
+             "y": hit["y"], "cluster": int(clusters[position]), "mpp": hit["mpp"],
+             "organ": slide["metadata"].get("organ"), "stage": slide["metadata"].get("stage")}
+        )  # fmt: skip
+    return rows
+
+
+def quoted(text):
+    return "'" + text.replace("'", "''") + "'"
+
+
+texts = st.sampled_from(["a", "b", "it's", "colon", "lung", "P3", "1", "10", "zzz"])
+numbers = st.sampled_from([0, 1, 2, 10, 0.25, -1, 4500])
+fields = st.sampled_from(["label", "organ", "stage", "patient", "slide"])
+
+
+@st.composite
+def comparisons(draw):
+    """A comparison as text, and as a function of a row."""
+    if draw(st.booleans()):
+        field, value = draw(st.sampled_from(["x", "y", "cluster", "mpp"])), draw(numbers)
+        sign = draw(st.sampled_from(["=", "!=", "<", "<=", ">", ">="]))
+        name = {"=": "__eq__", "!=": "__ne__", "<": "__lt__", "<=": "__le__", ">": "__gt__",
+                ">=": "__ge__"}[sign]  # fmt: skip
+        return f"{field} {sign} {value}", lambda row: getattr(float(row[field]), name)(float(value))
+    field = draw(fields)
+    kind = draw(st.sampled_from(["=", "!=", "in", "not in", "null", "not null", "<", "like"]))
+    if kind in {"null", "not null"}:
+        text = f"{field} is {kind}"
+        return text, lambda row: (row[field] is None) == (kind == "null")
+    if kind in {"in", "not in"}:
+        values = draw(st.lists(texts, min_size=1, max_size=3))
+        text = f"{field} {kind} ({', '.join(map(quoted, values))})"
+        return text, lambda row: (row[field] in values) == (kind == "in")
+    value = draw(texts)
+    if kind == "like":
+        start = value[:1]
+        return (
+            f"{field} LIKE {quoted(start + '%')}",
+            lambda row: row[field] is not None and row[field].lower().startswith(start.lower()),
+        )
+    if kind == "<":
+        return (
+            f"{field} < {quoted(value)}",
+            lambda row: row[field] is not None and row[field] < value,
+        )
+    return f"{field} {kind} {quoted(value)}", lambda row: (row[field] == value) == (kind == "=")
+
+
+def joined(parts):
+    return st.tuples(st.sampled_from(["and", "or"]), parts, parts).map(
+        lambda t: (
+            f"({t[1][0]} {t[0]} {t[2][0]})",
+            (lambda row: t[1][1](row) and t[2][1](row))
+            if t[0] == "and"
+            else (lambda row: t[1][1](row) or t[2][1](row)),
+        )
+    ) | parts.map(lambda p: (f"NOT ({p[0]})", lambda row: not p[1](row)))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.recursive(comparisons(), joined, max_leaves=5))
+def test_a_filter_lets_through_what_plain_python_does(atlas, wanted):
+    text, holds = wanted
+    mask = select(atlas.view().columns, parse(text))
+    assert mask.tolist() == [bool(holds(row)) for row in rows_of(atlas)], text
+
+
+def test_numbers_in_texts_are_compared_as_numbers(atlas):
+    def stages(where):
+        columns = atlas.view().columns
+        return set(np.array([*columns.coded("stage").names, None])[
+            columns.coded("stage").codes[select(columns, parse(where))]
+        ].tolist())  # fmt: skip
+
+    assert stages("stage >= 2") == {"2", "10"} and stages("stage >= '2'") == {"2", "x"}
+    assert stages("stage = 1.0") == {"1"} and None in stages("stage != 1")
+
+
+def test_and_binds_closer_than_or(atlas):
+    columns = atlas.view().columns
+    bare = select(columns, parse("label = 'a' or label = 'b' and organ = 'lung'"))
+    assert np.array_equal(
+        bare, select(columns, parse("label = 'a' or (label = 'b' and organ = 'lung')"))
+    )
+    assert not np.array_equal(
+        bare, select(columns, parse("(label = 'a' or label = 'b') and organ = 'lung'"))
+    )
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["label =", "= 'a'", "label = 'a", "label 'a'", "label = a", "label = 'a' and", "(label = 'a'",
+     "label in ()", "drop table slides", "label = 'a'; drop table slides", "label like 3", "and = 'a'",
+     "label = 'a' -- x"],
+)  # fmt: skip
+def test_what_is_no_filter_is_refused(atlas, text):
+    with pytest.raises(BadInput, match="cannot be read at character"):
+        select(atlas.view().columns, parse(text))
+
+
+def test_brackets_without_end_do_no_harm(atlas):
+    try:
+        select(atlas.view().columns, parse("(" * 4000 + "label = 'a'" + ")" * 4000))
+    except BadInput as error:
+        assert "cannot be read" in str(error)
+
+
+def test_wrong_fields_and_kinds_are_named(atlas):
+    columns = atlas.view().columns
+    with pytest.raises(BadInput, match="unknown field 'grade'.*organ.*stage"):
+        select(columns, parse("grade = 3"))
+    with pytest.raises(BadInput, match="unknown clustering 'other'.*kmeans"):
+        select(columns, parse("cluster.other = 3"))
+    with pytest.raises(BadInput, match="x is a number"):
+        select(columns, parse("x = 'left'"))
+    with pytest.raises(BadInput, match="characters; at most"):
+        parse("label = '" + "a" * 20_000 + "'")
+
+
+def test_a_value_is_never_part_of_a_query(atlas):
+    evil = "a'); DROP TABLE slides; --"
+    before = atlas.slides()
+    assert not select(atlas.view().columns, parse(f"label = {quoted(evil)}")).any()
+    assert atlas.slides() == before and math.isfinite(len(before))
