@@ -154,13 +154,16 @@ class MilvusAtlas:
             from pymilvus import MilvusClient
         except ImportError as error:
             raise MissingPart("Milvus needs pymilvus: pip install 'histoseek[milvus]'") from error
-        logging.getLogger("pymilvus").setLevel(logging.CRITICAL)  # it logs what it also raises
+        for name in ("pymilvus", "milvus_lite"):
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # they log what they also raise
         self.place = parse_url(url)
         with _calls(self.place):
             self._client: Any = MilvusClient(
                 self.place.uri, token=os.environ.get(TOKEN, ""), timeout=TIMEOUT_S
             )
             there = self._client.has_collection(self._facts)
+            for name in (self._facts, self.place.collection) if there else ():
+                self._client.load_collection(name)  # Milvus Lite forgets that when it is killed
         self.about = self._read_about() if there else None
         if must_exist and self.about is None:
             raise BadInput(f"{url} holds no atlas; run `histoseek index push ATLAS {url}` first")
@@ -362,9 +365,10 @@ class MilvusAtlas:
         answers = []
         for query, hits in zip(ready, found, strict=True):
             kept = _kept(hits, wanted)
-            while per_slide and len(kept) < k and len(hits) == ask and ask < LIMIT:
-                ask = min(LIMIT, 4 * ask)
-                (hits,) = self._found(query[None], ask, expression)
+            more = ask
+            while per_slide and len(kept) < k and len(hits) == more and more < LIMIT:
+                more = min(LIMIT, 4 * more)
+                (hits,) = self._found(query[None], more, expression)
                 kept = _kept(hits, wanted)
             answers.append([hit._replace(rank=rank) for rank, hit in enumerate(kept, start=1)])
         return answers

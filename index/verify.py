@@ -194,13 +194,13 @@ def repair(atlas: Atlas, writer: Writer) -> list[str]:
     writer.tidy()
     done = [line for row in _lost_fits(atlas) for line in _fit_again(atlas, row)]
     broken = _broken_placements(atlas)
-    for clustering, slide, fitted in broken:
+    for clustering, slide, was_fitted in broken:
         row = atlas.catalog.rows("SELECT name FROM clusterings WHERE id = ?", (clustering,))[0]
         with atlas.catalog.write() as db:
             at = (clustering, slide["id"])
             db.execute("DELETE FROM placements WHERE clustering_id = ? AND slide_id = ?", at)
             placed = atlas.clustering(row["name"])[1].assign(atlas.generations.vectors_of(slide))
-            clusterings.insert_placement(db, clustering, slide["id"], placed, fitted)
+            clusterings.insert_placement(db, clustering, slide["id"], placed, was_fitted)
     if broken:
         done.append(f"{len(broken)} slides were placed in their clusters again")
     stale = any(p.derived and ("index" in p.text or "generations" in p.text or "vectors-" in p.text)

@@ -201,7 +201,7 @@ class Writer:
         return len(changed)
 
     def _clusterings(self) -> dict[int, Clustering]:
-        """Return the clusterings by id, read once, without those whose file is lost: `verify` names them."""
+        """Return the clusterings by id, read once; without those whose file is lost."""
         rows = self._catalog.rows("SELECT id, name, sha256 FROM clusterings")
         known = {row["id"]: row["sha256"] for row in rows}
         if known != self._known:

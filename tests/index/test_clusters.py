@@ -15,14 +15,35 @@ def digits():
 def sets():
     blobs = make_blobs(1500, 8, centers=5, cluster_std=1.2, random_state=3)[0].astype(np.float32)
     moons = make_moons(1200, noise=0.07, random_state=1)[0].astype(np.float32)
-    return {"digits": digits(), "blobs": blobs, "moons": moons}
+    rng = np.random.default_rng(7)
+    spread = rng.normal(size=(8, 5))[rng.integers(0, 8, 1500)] * 4 + rng.normal(
+        size=(1500, 5)
+    ) * rng.uniform(0.2, 2.5, (1500, 1))
+    return {
+        "digits": digits(), "blobs": blobs, "moons": moons, "spread": spread.astype(np.float32),
+    }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", ["digits", "blobs", "moons"])
-def test_hdbscan_assignment_equals_approximate_predict(name):
+def tissue_embeddings(request, name):
+    """About 600 real tiles, embedded by the default encoder."""
+    from histoseek.images import square
+    from histoseek.serving.encoder import open_encoder
+    from histoseek.tilesets import open_tiles
+
+    tiles = open_tiles(request.getfixturevalue("shared") / f"{name}.tar")
+    encoder = open_encoder("default")
+    size = encoder.manifest.size_px
+    chosen = range(0, len(tiles.tiles), max(1, len(tiles.tiles) // 600))
+    return encoder.embed(np.stack([square(tiles.read(n), size) for n in chosen]))
+
+
+@pytest.mark.shared
+@pytest.mark.parametrize("name", ["digits", "lc25000", "histo_mix", "blobs", "moons", "spread"])
+def test_hdbscan_assignment_equals_approximate_predict(name, request):
     from hdbscan import HDBSCAN, approximate_predict
 
-    data = sets()[name]
+    made = sets()
+    data = made[name] if name in made else tissue_embeddings(request, name)
     rng = np.random.default_rng(0)
     order = rng.permutation(len(data))
     known, new = data[order[: len(data) * 2 // 3]], data[order[len(data) * 2 // 3 :]]
@@ -108,3 +129,54 @@ def test_identical_tiles_and_few_tiles():
         fit(same[:5], "kmeans", k=5)
     with pytest.raises(BadInput, match="kmeans"):
         fit(same, "ward")
+
+
+def test_unknown_is_calibrated_on_groups_that_were_held_out():
+    """Slides differ: limits read on the tiles that were fitted would call too many new ones unknown."""
+    rng = np.random.default_rng(0)
+
+    def slides(count, seed):
+        own = np.random.default_rng(seed)
+        shift = own.normal(size=(count, 1, 8)) * 0.6
+        centre = np.eye(8)[rng.integers(0, 4, (count, 120))] * 6
+        return (centre + shift + own.normal(size=(count, 120, 8)) * 0.5).astype(np.float32)
+
+    known, new = slides(40, 1).reshape(-1, 8), slides(40, 2).reshape(-1, 8)
+    groups = np.repeat(np.arange(40), 120)
+    calibrated, _ = fit(known, "kmeans", k=4, groups=groups)
+    assert calibrated.about["unknown_calibrated_on"] == "groups"
+    share = calibrated.assign(new).unknown.mean()
+    assert 0.0005 < share < 0.03, share
+    assert fit(known, "kmeans", k=4)[0].about["unknown_calibrated_on"] == "tiles"
+    assert calibrated.assign(new + 20).unknown.all()
+
+
+def test_a_small_cluster_takes_its_limit_from_all():
+    rng = np.random.default_rng(1)
+    many, few = rng.normal(size=(2000, 4)), rng.normal(size=(12, 4)) * 0.5 + 30
+    clustering, placed = fit(np.concatenate([many, few]).astype(np.float32), "kmeans", k=2)
+    small = placed.cluster[-1]
+    assert (placed.cluster == small).sum() == 12 and not placed.unknown[-12:].any()
+    near = clustering.assign((few + rng.normal(size=few.shape) * 0.1).astype(np.float32))
+    assert not near.unknown.any()
+
+
+def test_curves_find_the_number_of_blobs():
+    from histoseek.index.choosing import curve
+
+    data, _ = make_blobs(900, 6, centers=4, cluster_std=0.7, random_state=8)
+    rows = curve(data.astype(np.float32), "kmeans")
+    best = max(rows, key=lambda row: row["silhouette"])
+    assert best["k"] == 4 and best["stability"] > 0.99
+    assert {row["k"]: row["stability"] for row in rows}[
+        10
+    ] < 0.9  # parts of a blob do not come again
+    dense = curve(data.astype(np.float32), "hdbscan")
+    assert [r["min_cluster_size"] for r in dense] == sorted(r["min_cluster_size"] for r in dense)
+    assert any(r["clusters"] == 4 and r["stability"] > 0.9 for r in dense)
+    noise = np.random.default_rng(0).uniform(size=(900, 6)).astype(np.float32)
+    assert max(r["silhouette"] for r in curve(noise, "kmeans")) < 0.3
+    with pytest.raises(BadInput, match="too few"):
+        curve(noise[:10], "kmeans")
+    with pytest.raises(BadInput, match="hdbscan, kmeans"):
+        curve(noise, "ward")

@@ -1,0 +1,261 @@
+"""Bridges: what other tools wrote is read, what we write is read by other tools; duplicates and leaks."""
+
+import json
+import warnings
+
+import h5py
+import numpy as np
+import pytest
+from atlases import features, filled, unit
+
+from histoseek.errors import BadInput, Damaged, Mismatch
+from histoseek.index.atlas import Atlas
+from histoseek.index.duplicates import duplicates, leakage
+from histoseek.index.exports import export
+from histoseek.index.imports import import_features, read_foreign
+from histoseek.serving.encoder import DEFAULT_BUNDLE
+
+
+def vectors_of(count, dim, seed=0):
+    return np.random.default_rng(seed).normal(size=(count, dim)).astype(np.float32)
+
+
+def trident(path, count=30, dim=1536, seed=0, encoder="uni_v2"):
+    """As TRIDENT writes it: attributes on both data sets."""
+    with h5py.File(path, "w") as out:
+        data = out.create_dataset("features", data=vectors_of(count, dim, seed))
+        data.attrs.update({"encoder": encoder, "name": path.stem, "savetodir": "/out"})
+        coords = out.create_dataset("coords", data=np.arange(2 * count).reshape(-1, 2) * 512)
+        coords.attrs.update(
+            {"patch_size": 256, "patch_size_level0": 512, "level0_magnification": 40,
+             "target_magnification": 20, "overlap": 0, "level0_width": 9000, "level0_height": 8000,
+             "name": path.stem, "savetodir": "/out"}
+        )  # fmt: skip
+    return path
+
+
+def clam(path, count=30, dim=1024, seed=0):
+    """As CLAM writes it: no attributes, int32 places."""
+    with h5py.File(path, "w") as out:
+        out["features"] = vectors_of(count, dim, seed)
+        out["coords"] = (np.arange(2 * count).reshape(-1, 2) * 256).astype(np.int32)
+    return path
+
+
+def stamp(path, count=30, dim=4096, seed=0, unit_="um"):
+    """As STAMP writes it: float16, places in micrometres."""
+    with h5py.File(path, "w") as out:
+        out["feats"] = vectors_of(count, dim, seed).astype(np.float16)
+        out["coords"] = (np.arange(2 * count).reshape(-1, 2) * 256.0).astype(np.float32)
+        out.attrs.update(
+            {"unit": unit_, "tile_size_um": 256.0, "tile_size_px": 224, "extractor": "virchow2"}
+        )
+    return path
+
+
+@pytest.mark.parametrize(
+    "write, encoder, dim, mpp",
+    [
+        (trident, "uni_v2", 1536, None),
+        (clam, "resnet50", 1024, 0.25),
+        (stamp, "virchow2", 4096, 0.25),
+    ],
+)
+def test_features_of_other_tools_are_searched_and_clustered(tmp_path, write, encoder, dim, mpp):
+    files = [write(tmp_path / f"s{n}.h5", seed=n) for n in range(3)]
+    atlas, results = import_features(
+        tmp_path / "atlas", files, encoder, {"s1": {"label": "tumour", "patient": "P"}}, mpp
+    )
+    assert [r.state for r in results] == ["added"] * 3 and atlas.manifest.dim == dim
+    assert atlas.manifest.name == encoder and atlas.verify() == []
+    query = vectors_of(30, dim, 1).astype(np.float16 if write is stamp else np.float32)[4:5]
+    best = atlas.search(query.astype(np.float32), 3)[0][0]
+    assert (best.slide, best.label, best.patient) == ("s1", "tumour", "P")
+    assert best.score == pytest.approx(1, abs=1e-5)
+    expected = {trident: (8 * 512, 9 * 512, 512, None), clam: (8 * 256, 9 * 256, 0, 0.25),
+                stamp: (8 * 256 * 4, 9 * 256 * 4, 1024, 0.25)}[write]  # fmt: skip
+    assert (best.x, best.y, best.size_px_level0, best.mpp) == expected
+    atlas.fit("kmeans", k=3)
+    again = import_features(tmp_path / "atlas", files, encoder, {}, mpp)[1]
+    assert [r.state for r in again] == ["unchanged"] * 3
+    assert Atlas(atlas.path).verify() == []
+
+
+def test_foreign_features_that_do_not_fit_are_refused(tmp_path, cli):
+    good = trident(tmp_path / "good.h5")
+    atlas, _ = import_features(tmp_path / "atlas", [good], "uni_v2", {})
+    (tmp_path / "cut.h5").write_bytes(good.read_bytes()[:3000])
+    (tmp_path / "bag.pt").write_bytes(b"PK")
+    with h5py.File(tmp_path / "other.h5", "w") as out:
+        out["embeddings"] = np.zeros((3, 4))
+    with h5py.File(tmp_path / "odd.h5", "w") as out:
+        out["feats"], out["coords"] = np.zeros((3, 4), np.float16), np.zeros((5, 2))
+    bad = {
+        tmp_path / "cut.h5": "make it again|embed its slide again",
+        tmp_path / "bag.pt": "pickle",
+        tmp_path / "other.h5": "embeddings",
+        tmp_path / "odd.h5": "do not fit",
+        stamp(tmp_path / "stamp.h5"): "micrometres.*--mpp",
+        stamp(tmp_path / "px.h5", unit_="px"): "'px'",
+        trident(tmp_path / "gigapath.h5", encoder="gigapath"): "'gigapath'; you said 'uni_v2'",
+        clam(tmp_path / "short.h5", dim=512): "512-dimensional",
+        tmp_path / "absent.h5": "does not exist",
+    }
+    import re
+
+    _, results = import_features(atlas.path, list(bad), "uni_v2", {})
+    for result, said in zip(results, bad.values(), strict=True):
+        assert result.state == "failed" and re.search(said, result.reason), result
+    assert [s["name"] for s in atlas.slides()] == ["good"] and atlas.verify() == []
+    with pytest.raises(Mismatch, match="atlas of their own"):
+        import_features(atlas.path, [good], "conch", {})
+    with pytest.raises(BadInput, match="not possible: metric"):
+        Atlas.create_external(tmp_path / "x", "uni", 5, "dot")
+    with pytest.raises(Damaged):
+        read_foreign(tmp_path / "cut.h5", "uni_v2")
+    asked = cli("index", "search", atlas.path, tmp_path / "bag.pt")
+    assert asked.returncode == 1 and "known by name only" in asked.stderr
+    done = cli("index", "search", atlas.path, "--tile", 3, "-k", 2)
+    assert done.returncode == 0 and "good" in done.stdout
+
+
+@pytest.fixture(scope="module")
+def atlas(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("bridges")
+    made = filled(folder, slides=3, count=50)
+    tiles = features(
+        folder / "set.h5", 10, 30, kind="tiles", files=tuple(f"{n}.png" for n in range(10)),
+        coords=np.zeros((10, 2), int), size_px_level0=0, labels=tuple("xy" * 5),
+    )  # fmt: skip
+    made.add([tiles])
+    made.fit("kmeans", k=4)
+    made.name_cluster(2, "stroma")
+    return made
+
+
+def test_numpy_and_parquet_and_anndata_hold_the_same(atlas, tmp_path):
+    import anndata
+    import pyarrow.parquet as parquet
+
+    ids, stored = atlas.vectors()
+    clusters = atlas.placed("kmeans")[1].cluster
+    assert export(atlas, tmp_path / "a.npz", "numpy") == 160
+    with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
+        assert np.array_equal(found["vectors"], stored)
+        assert np.array_equal(found["column_tile"], ids)
+        assert np.array_equal(found["column_cluster.kmeans"], clusters)
+        assert found["column_label"][-1] == "y" and found["column_organ"][0] == "colon"
+        assert found["column_file"].tolist()[-2:] == ["8.png", "9.png"]
+        assert json.loads(str(found["encoder"]))["sha256"] == atlas.manifest.sha256
+    export(atlas, tmp_path / "a.parquet", "parquet", "organ = 'lung'")
+    table = parquet.read_table(tmp_path / "a.parquet").to_pandas()
+    assert set(table["slide"]) == {"slide-1"} and len(table) == 50
+    assert np.allclose(np.stack(table["vector"]), stored[50:100])
+    assert table["projection_x"].var() >= table["projection_y"].var() > 0
+    for name in ("a.h5ad", "a.zarr"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # anndata's own, about its string columns
+            export(atlas, tmp_path / name, "anndata")
+            read = anndata.read_h5ad if name.endswith("h5ad") else anndata.read_zarr
+            found = read(tmp_path / name)
+        assert np.array_equal(found.X, stored) and found.obs["label"].iloc[-1] == "y"
+        assert (
+            found.obsm["spatial"].shape == (160, 2) and found.uns["encoder"]["metric"] == "cosine"
+        )
+
+
+def test_tensorboards_projector_reads_what_is_written(atlas, tmp_path):
+    from google.protobuf import text_format
+    from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+
+    export(atlas, tmp_path / "projector", "projector")
+    config = text_format.Parse(
+        (tmp_path / "projector/projector_config.pbtxt").read_text(), ProjectorConfig()
+    )
+    (embedding,) = config.embeddings
+    assert list(embedding.tensor_shape) == [160, 64]
+    raw = np.fromfile(tmp_path / "projector" / embedding.tensor_path, "<f4").reshape(160, 64)
+    assert np.array_equal(raw, atlas.vectors()[1])
+    lines = (tmp_path / "projector" / embedding.metadata_path).read_text().splitlines()
+    assert len(lines) == 161 and lines[0].split("\t")[:3] == ["tile", "x", "y"]
+
+
+def test_qupath_gets_tiles_with_their_cluster_or_their_similarity(atlas, tmp_path):
+    from histoseek.serving.geojson import read_annotations
+
+    export(atlas, tmp_path / "clusters", "geojson")
+    files = sorted(p.name for p in (tmp_path / "clusters").iterdir())
+    assert files == [
+        "slide-0.geojson",
+        "slide-1.geojson",
+        "slide-2.geojson",
+    ]  # the set has no places
+    document = json.loads((tmp_path / "clusters/slide-1.geojson").read_text())
+    names = {f["properties"]["classification"]["name"] for f in document["features"]}
+    assert "stroma" in names and names <= {"stroma", "cluster 0", "cluster 1", "cluster 3"}
+    rings = read_annotations(tmp_path / "clusters/slide-1.geojson", ["stroma"])
+    hits = atlas.search(
+        unit(np.random.default_rng(0), 1), 500, where="slide = 'slide-1' and cluster = 2"
+    )[0]
+    assert {tuple(r[0].min(axis=0).astype(int)) for r in rings} == {(h.x, h.y) for h in hits}
+    tile = hits[0].tile
+    export(atlas, tmp_path / "heat", "geojson", "slide = 'slide-1'", like=tile)
+    document = json.loads((tmp_path / "heat/slide-1.geojson").read_text())
+    values = [f["properties"]["measurements"]["similarity"] for f in document["features"]]
+    assert max(values) == pytest.approx(1, abs=1e-5) and len(values) == 50 and min(values) < 0.9
+
+
+def test_exports_that_cannot_be_are_refused(atlas, tmp_path):
+    (tmp_path / "there.npz").write_bytes(b"")
+    with pytest.raises(BadInput, match="exists already"):
+        export(atlas, tmp_path / "there.npz", "numpy")
+    with pytest.raises(BadInput, match="anndata, geojson"):
+        export(atlas, tmp_path / "x", "excel")
+    with pytest.raises(BadInput, match="end in .parquet"):
+        export(atlas, tmp_path / "x.pq", "parquet")
+    with pytest.raises(BadInput, match="no tile passes"):
+        export(atlas, tmp_path / "x.npz", "numpy", "label = 'nothing'")
+    with pytest.raises(BadInput, match="no places"):
+        export(atlas, tmp_path / "g", "geojson", "slide = 'set'")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["there.npz"]
+
+
+def test_duplicates_and_leaks_are_found(tmp_path):
+    rng = np.random.default_rng(0)
+    atlas = Atlas.create(tmp_path / "atlas", DEFAULT_BUNDLE)
+    base = unit(rng, 60)
+    parts = [base[:20].copy(), base[20:40].copy(), base[40:].copy()]
+    parts[1][3] = parts[0][7]  # the same picture on two slides
+    parts[1][4] = parts[0][7]
+    parts[2][5] = parts[2][6] + 1e-4 * unit(rng, 1)[0]
+    files = [features(tmp_path / f"s{n}.h5", 20, n, features=part) for n, part in enumerate(parts)]
+    atlas.add(
+        files,
+        {"s0": {"patient": "A", "split": "train"}, "s1": {"patient": "B", "split": "test"},
+         "s2": {"patient": "B", "split": "train"}},
+    )  # fmt: skip
+    found = duplicates(atlas)
+    assert (found["groups"], found["tiles_in_groups"], found["across_slides"]) == (2, 5, 1)
+    assert found["pairs"] == 4 and found["shown"][0]["size"] == 3
+    assert {t["slide"] for t in found["shown"][0]["tiles"]} == {"s0", "s1"}
+    assert duplicates(atlas, where="slide = 's2'")["groups"] == 1
+    assert duplicates(atlas, 1.1)["groups"] == 0
+    report = leakage(atlas, "split")
+    (both,) = report["parts"]
+    assert report["leaks"] and both["patients"] == ["B"] and both["near_duplicates"] == 2
+    assert {t["slide"] for pair in both["examples"] for t in pair} == {"s0", "s1"}
+    atlas.remove(["s1"])
+    atlas.relabel([{"slide": "s2", "split": "test"}])
+    clean = leakage(atlas, "split")
+    assert not clean["leaks"] and clean["tiles_without_patient"] == 0
+    with pytest.raises(BadInput, match="unknown column 'fold'.*split"):
+        leakage(atlas, "fold")
+
+
+def test_many_copies_of_one_tile_are_one_group(tmp_path):
+    """More copies than neighbours are looked up at first."""
+    atlas = Atlas.create(tmp_path / "atlas", DEFAULT_BUNDLE)
+    same = np.repeat(unit(np.random.default_rng(1), 1), 70, axis=0)
+    atlas.add([features(tmp_path / "s.h5", 70, features=same)])
+    found = duplicates(atlas)
+    assert (found["groups"], found["tiles_in_groups"], found["pairs"]) == (1, 70, 70 * 69 // 2)

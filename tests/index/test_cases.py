@@ -1,0 +1,159 @@
+"""Slides and cases: the most alike come first, with regions that prove it; clusters are described."""
+
+import numpy as np
+import pytest
+from atlases import DIM, features, filled, grouped, unit
+
+from histoseek.errors import BadInput, Mismatch
+from histoseek.feature_files import read_features
+from histoseek.index.atlas import Atlas
+from histoseek.index.mosaic import CLUSTERS, LEAST, SHARE, _spread, mosaic
+from histoseek.serving.encoder import DEFAULT_BUNDLE
+
+KINDS = {"alpha": [0, 1, 2], "beta": [3, 4, 5], "mixed": [0, 3, 4]}
+
+
+def of_kind(rng, kind, count=300):
+    centres = unit(np.random.default_rng(5), 6)
+    vectors = centres[np.array(KINDS[kind])[rng.integers(0, 3, count)]] + unit(rng, count) * 0.3
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def kinds(tmp_path_factory):
+    """Three slides of each of three kinds of tissue; two of alpha are one patient's."""
+    folder = tmp_path_factory.mktemp("kinds")
+    atlas = Atlas.create(folder / "atlas", DEFAULT_BUNDLE)
+    files, metadata = [], {}
+    for kind in KINDS:
+        for number in range(3):
+            rng = np.random.default_rng([number, list(KINDS).index(kind)])
+            name = f"{kind}-{number}"
+            files.append(features(folder / f"{name}.h5", 300, number, features=of_kind(rng, kind)))
+            same = kind == "alpha" and number < 2
+            metadata[name] = {"label": kind, "patient": "PA" if same else f"P-{name}"}
+    atlas.add(files, metadata)
+    return atlas
+
+
+@pytest.mark.parametrize("how", ["median", "votes"])
+@pytest.mark.parametrize("by", ["slide", "patient"])
+def test_slides_of_the_same_kind_come_first_but_never_the_same_patient(kinds, how, by):
+    found = kinds.similar_slides("beta-0" if by == "slide" else "P-beta-0", 5, by, how)
+    kind = [s.label for s in found]
+    assert kind[:2] == ["beta", "beta"] and [s.score for s in found] == sorted(
+        (s.score for s in found), reverse=True
+    )
+    own = kinds.similar_slides("alpha-0" if by == "slide" else "PA", 9, by, how)
+    names = [s.name for s in own]
+    assert names[0] in {"alpha-2", "P-alpha-2"}
+    assert not {"alpha-0", "alpha-1", "PA"} & set(names)  # the same patient is no second opinion
+
+
+def test_evidence_is_pairs_of_regions_that_are_alike(kinds):
+    best = kinds.similar_slides("beta-0", 1)[0]
+    columns = kinds.view().columns
+    ids, stored = kinds.vectors()
+    vector = dict(zip(ids.tolist(), stored, strict=True))
+    assert len(best.pairs) == 5
+    for pair in best.pairs:
+        query, match = columns.ids(np.array([pair.query, pair.match])).tolist()
+        tiles = kinds.tiles([query, match])
+        assert tiles[query]["slide"] == "beta-0" and tiles[match]["slide"] == best.name
+        assert pair.score == pytest.approx(float(vector[query] @ vector[match]), abs=1e-4)
+    assert len({p.match for p in best.pairs}) == len({p.query for p in best.pairs}) == 5
+
+
+def test_the_score_is_yottixels_median_of_minimum_distances(kinds):
+    slides = {s["name"]: s for s in kinds.view().columns.slides}
+    _, a = kinds.generations.mosaic_of(slides["beta-0"])
+    for other in kinds.similar_slides("beta-0", 9):
+        _, b = kinds.generations.mosaic_of(slides[other.name])
+        assert other.score == pytest.approx(float(np.median((a @ b.T).max(axis=1))), abs=1e-5)
+
+
+def test_new_tiles_are_compared_like_a_slide_and_filters_count(kinds):
+    new = of_kind(np.random.default_rng(77), "beta", 40)
+    assert [s.label for s in kinds.similar_slides(new, 3)] == ["beta"] * 3
+    only = kinds.similar_slides(new, 9, where="label != 'beta'")
+    assert {s.label for s in only} == {"alpha", "mixed"} and only[0].label == "mixed"
+    with pytest.raises(BadInput, match="unknown slide 'none'"):
+        kinds.similar_slides("none")
+    with pytest.raises(BadInput, match="median, votes"):
+        kinds.similar_slides(new, how="mean")
+    with pytest.raises(BadInput, match="patient, slide"):
+        kinds.similar_slides(new, by="hospital")
+    with pytest.raises(Mismatch):
+        kinds.similar_slides(new[:, :5])
+    with pytest.raises(BadInput, match="no other slide"):
+        kinds.similar_slides("beta-0", where="slide = 'beta-0'")
+
+
+def test_a_mosaic_is_few_tiles_of_every_kind_that_lie_apart():
+    rng = np.random.default_rng(0)
+    vectors = grouped(rng, 4000, groups=6, spread=0.2)
+    places = rng.integers(0, 100_000, (4000, 2))
+    rows = mosaic(vectors, places)
+    assert CLUSTERS * LEAST <= len(rows) <= SHARE * 4000 + CLUSTERS * LEAST
+    assert len(set(rows.tolist())) == len(rows) and (np.diff(rows) > 0).all()
+    nearest = (vectors @ vectors[rows].T).max(axis=1)
+    assert nearest.min() > 0.5  # nothing is left out
+    kept = places[_spread(places.astype(float), 30, 0)]
+    random = places[rng.choice(4000, 30, replace=False)]
+    assert nearest_gap(kept) > 1.5 * nearest_gap(random)
+
+
+def nearest_gap(places):
+    """Median distance of each place to the nearest other one."""
+    gaps = np.linalg.norm(places[:, None] - places[None], axis=2)
+    np.fill_diagonal(gaps, np.inf)
+    return np.median(gaps.min(axis=1))
+
+
+def test_mosaics_of_few_and_of_identical_tiles():
+    assert mosaic(unit(np.random.default_rng(0), 5), np.zeros((5, 2))).tolist() == [0, 1, 2, 3, 4]
+    assert mosaic(np.zeros((0, DIM), np.float32), np.zeros((0, 2))).tolist() == []
+    assert len(mosaic(np.ones((500, DIM), np.float32), np.zeros((500, 2)))) == 18
+    same_place = mosaic(grouped(np.random.default_rng(1), 900), np.zeros((900, 2)))
+    assert 18 <= len(same_place) <= 70
+
+
+def test_clusters_are_described_named_and_kept(kinds):
+    kinds.fit("kmeans", k=6, name="six")
+    kinds.name_cluster(2, "stroma", "pink fibres", "six")
+    report = kinds.clusters("six")
+    assert [c["cluster"] for c in report] == list(range(6))
+    assert sum(c["tiles"] for c in report) == 2700
+    third = report[2]
+    assert (third["name"], third["description"]) == ("stroma", "pink fibres")
+    assert sum(third["labels"].values()) == third["tiles"]
+    assert len({t["slide"] for t in third["examples"]}) == 3  # of several slides
+    example = kinds.vectors_of([third["examples"][0]["tile"]])
+    (placed,) = kinds.assign(example, "six")
+    assert (placed["cluster"], placed["name"]) == (2, "stroma")
+    kinds.name_cluster(2, "", clustering="six")
+    assert kinds.clusters("six")[2]["name"] == ""
+    with pytest.raises(BadInput, match="no cluster 6.*0 to 5"):
+        kinds.name_cluster(6, "x", clustering="six")
+    with pytest.raises(BadInput, match="longer than"):
+        kinds.name_cluster(1, "x" * 3000, clustering="six")
+
+
+def test_drift_is_told_by_slide_and_only_when_it_is_sure(tmp_path):
+    atlas = filled(tmp_path, slides=6, count=300)
+    atlas.fit("kmeans", k=12)
+    assert atlas.drift()["later"]["tiles"] == 0 and not atlas.drift()["drifted"]
+    usual = features(
+        tmp_path / "usual.h5", 300, 50, features=grouped(np.random.default_rng(50), 300)
+    )
+    atlas.add([usual])
+    report = atlas.drift()
+    assert report["later"]["tiles"] == 300 and not report["drifted"], report
+    atlas.add(
+        [features(tmp_path / "strange.h5", 300, 51)]
+    )  # noise: of no direction that was fitted
+    report = atlas.drift()
+    assert report["drifted"] and report["slides"][0]["slide"] == "strange"
+    low, high = report["later"]["interval_95"]
+    assert low < report["later"]["share"] < high
+    assert read_features(usual).name == "usual"

@@ -1,0 +1,171 @@
+"""Milvus: what FAISS finds, Milvus finds; a push is finished by repeating it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from atlases import features, filled, grouped
+
+from histoseek.errors import BadInput, Mismatch, Unavailable
+from histoseek.index.atlas import Atlas
+from histoseek.index.milvus import MilvusAtlas, parse_url, push
+from histoseek.index.records import Hit
+
+WHERES = (
+    None, "organ = 'colon'", "patient != 'P1' and organ = 'lung'", "label in ('a', 'c') or x < 2000",
+    "not (slide = 'slide-2')", "patient is null", "cluster = 1", "cluster != 1 and y >= 500",
+    "mpp < 1", "tile > 100", "slide like 'slide-%'", "label not in ('a')", "label = 'zzz'",
+    "grade is null", "grade = 'it''s \"3\" {x}'", "x is not null and cluster is null",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def pushed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("milvus")
+    atlas = filled(folder, slides=5, count=120)
+    atlas.add([features(folder / "late.h5", 30, 60)], {"late": {"grade": 'it\'s "3" {x}'}})
+    atlas.fit("kmeans", k=3)
+    url = f"milvus://{folder}/lite.db"
+    push(atlas, url)
+    engine = MilvusAtlas(url)
+    yield atlas, url, engine
+    engine.close()
+
+
+def same(a: list[list[Hit]], b: list[list[Hit]]) -> None:
+    assert [[hit.tile for hit in hits] for hits in a] == [[hit.tile for hit in hits] for hits in b]
+    for one, other in zip(sum(a, []), sum(b, []), strict=True):
+        assert one.score == pytest.approx(other.score, abs=2e-6)
+        assert one._replace(score=0) == other._replace(score=0)
+
+
+@pytest.mark.parametrize("where", WHERES)
+def test_results_equal_exact_faiss(pushed, where):
+    atlas, _, engine = pushed
+    queries = grouped(np.random.default_rng(3), 12)
+    same(
+        atlas.search(queries, 10, where, exact=True), engine.search(queries, 10, where, exact=True)
+    )
+
+
+def test_range_and_one_per_slide_are_the_same_too(pushed):
+    atlas, _, engine = pushed
+    queries = grouped(np.random.default_rng(4), 5)
+    same(atlas.search(queries, 400, least=0.4), engine.search(queries, 400, least=0.4))
+    same(atlas.search(queries, 6, per_slide=True), engine.search(queries, 6, per_slide=True))
+
+
+def test_only_what_changed_is_pushed_again(tmp_path):
+    atlas = filled(tmp_path, slides=4, count=40)
+    url = f"milvus://{tmp_path}/lite.db"
+    assert push(atlas, url)["slides_pushed"] == 4
+    assert push(atlas, url)["slides_pushed"] == 0
+    atlas.relabel([{"slide": "slide-1", "label": "new"}])
+    atlas.remove(["slide-2"])
+    (tmp_path / "new").mkdir()
+    atlas.add([features(tmp_path / "new/slide-3.h5", 25, 70)], replace=True)
+    report = push(atlas, url)
+    assert (report["slides_pushed"], report["slides_removed"]) == (2, 2)
+    engine = MilvusAtlas(url)
+    queries = grouped(np.random.default_rng(3), 6)
+    same(atlas.search(queries, 200), engine.search(queries, 200))
+    same(atlas.search(queries, 5, "label = 'new'"), engine.search(queries, 5, "label = 'new'"))
+    engine.close()
+    atlas.fit("kmeans", k=2)
+    assert push(atlas, url)["slides_pushed"] == 3  # hits show the newest clusters
+
+
+def test_a_push_that_is_killed_is_refused_until_it_is_repeated(tmp_path):
+    atlas = filled(tmp_path, slides=5, count=60)
+    url = f"milvus://{tmp_path}/lite.db"
+    code = (
+        "import os, signal, sys; from pathlib import Path\n"
+        "from histoseek.index.atlas import Atlas\n"
+        "from histoseek.index.milvus import push\n"
+        "def report(done, total, text):\n"
+        "    if done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
+        "push(Atlas(Path(sys.argv[1])), sys.argv[2], progress=report)\n"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code, atlas.path, url], start_new_session=True
+    )
+    assert process.wait() == -signal.SIGKILL
+    for line in subprocess.run(
+        ["ps", "-eo", "pid,args"], capture_output=True, text=True
+    ).stdout.splitlines():
+        if (
+            str(tmp_path) in line and "milvus" in line
+        ):  # the server that the dead process had started
+            os.kill(int(line.split()[0]), signal.SIGKILL)
+    engine = MilvusAtlas(url)
+    with pytest.raises(BadInput, match="not pushed to its end"):
+        engine.search(grouped(np.random.default_rng(0), 1))
+    engine.close()
+    push(atlas, url)
+    engine = MilvusAtlas(url)
+    queries = grouped(np.random.default_rng(3), 6)
+    same(atlas.search(queries, 300), engine.search(queries, 300))
+    engine.close()
+
+
+def test_addresses():
+    place = parse_url("milvus://db.example:1234/cases")
+    assert (place.uri, place.collection) == ("http://db.example:1234", "cases")
+    assert parse_url("milvus+https://db.example").uri == "https://db.example:19530"
+    assert parse_url("milvus:///data/a.db?collection=b2").collection == "b2"
+    for wrong in (
+        "http://x",
+        "milvus://",
+        "milvus:///folder",
+        "milvus://h/a-b",
+        "milvus://u:p@h/a",
+    ):
+        with pytest.raises(BadInput, match="milvus://host|letters"):
+            parse_url(wrong)
+
+
+def test_what_does_not_fit_is_refused(pushed, tmp_path, other_bundle):
+    atlas, url, engine = pushed
+    with pytest.raises(BadInput, match="holds no atlas.*push"):
+        MilvusAtlas(f"milvus://{tmp_path}/other.db")
+    other = Atlas.create(tmp_path / "other", other_bundle)
+    with pytest.raises(Mismatch, match="choose another"):
+        push(other, url)
+    with pytest.raises(Mismatch, match="length 64"):
+        engine.search(np.ones((1, 5), np.float32))
+    with pytest.raises(BadInput, match="16384"):
+        engine.search(np.ones((1, 64), np.float32), 20_000)
+    with pytest.raises(BadInput, match="unknown field of the Milvus collection 'nope'"):
+        engine.search(np.ones((1, 64), np.float32), 3, "nope = 'a'")
+    with pytest.raises(BadInput, match="file"):
+        engine.search(np.ones((1, 64), np.float32), 3, "file = 'a.png'")
+    assert atlas.verify() == []
+
+
+def test_a_server_that_is_not_there_is_named():
+    with pytest.raises(Unavailable, match="milvus://127.0.0.1:9/none.*same command again"):
+        MilvusAtlas("milvus://127.0.0.1:9/none")
+
+
+def test_from_the_command_line(pushed, tmp_path, cli, tissue):
+    from PIL import Image
+
+    atlas, open_here, _ = pushed
+    Image.fromarray(tissue[:224, :224]).save(tmp_path / "q.png")
+    url = f"milvus://{tmp_path}/cli.db"
+    done = cli("index", "push", atlas.path, url, "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["slides_pushed"] == 6, done.stderr
+    taken = cli(
+        "index", "push", atlas.path, open_here
+    )  # one process at a time has a Lite file open
+    assert taken.returncode == 1 and "Traceback" not in taken.stderr, taken.stderr
+    words = ("index", "search", atlas.path, tmp_path / "q.png", "-k", 4, "--json")
+    here = json.loads(cli(*words).stdout)
+    there = cli(*words, "--engine", url)
+    assert there.returncode == 0, there.stderr
+    found = json.loads(there.stdout)
+    assert [h["tile"] for h in found[0]] == [h["tile"] for h in here[0]]
