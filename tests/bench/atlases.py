@@ -26,7 +26,7 @@ def clustered(count, seed, clusters=2_000, spread=0.6):
     """Unit vectors around random directions; noise of a length of 0.6."""
     centres = unit(np.random.default_rng(77).normal(size=(clusters, DIM)).astype(np.float32))
     rng = np.random.default_rng(seed)
-    noise = rng.normal(size=(count, DIM)).astype(np.float32) * (spread / np.sqrt(DIM))
+    noise = rng.normal(size=(count, DIM)).astype(np.float32) * np.float32(spread / DIM**0.5)
     return unit(centres[rng.integers(0, clusters, count)] + noise)
 
 
@@ -42,7 +42,7 @@ def repeated(count, seed, spread=0.3):
     real = np.concatenate(parts)
     EMBEDDED.update(tiles=len(real), encoder=MANIFEST["name"], noise=spread)
     rng = np.random.default_rng(seed)
-    noise = rng.normal(size=(count, DIM)).astype(np.float32) * (spread / np.sqrt(DIM))
+    noise = rng.normal(size=(count, DIM)).astype(np.float32) * np.float32(spread / DIM**0.5)
     return unit(real[rng.integers(0, len(real), count)] + noise)
 
 

@@ -173,13 +173,10 @@ import sys, time
 from pathlib import Path
 def memory():
     lines = open("/proc/self/status").read().splitlines()
-    found = {l.split(":")[0]: l.split()[1] for l in lines if ":" in l}
+    found = {l.split(":")[0]: l.split()[1] for l in lines if l.startswith(("VmRSS", "RssAnon"))}
     return int(found["VmRSS"]) / 1024, int(found["RssAnon"]) / 1024
 import numpy as np
-from histoseek.index import density, tuning
 from histoseek.index.atlas import Atlas
-from histoseek.index.search import allowed
-from histoseek.index.vectors import new_main
 import faiss, pyparsing
 before = memory()
 started = time.perf_counter()
@@ -198,7 +195,30 @@ print(opened, first, after[0] - before[0], after[1] - before[1])
 def large(folder, total):
     """Open an atlas of a million in a fresh process; add a slide to it."""
     vectors = clustered(total, seed=8)
+    started = time.perf_counter()
     atlas = make_atlas(folder, vectors)
+    say(
+        f"atlas of {total:,}: what it takes",
+        add_s=time.perf_counter() - started,
+        write_index_s=seconds(lambda: atlas.tune(), 1),
+        features_mb=size_mb(atlas.path / "features"),
+        index_mb=sum(size_mb(p) for p in atlas.path.glob("index-*.faiss")),
+        database_mb=sum(size_mb(p) for p in atlas.path.glob("atlas.db*")),
+        vectors_mb=vectors.nbytes / 1e6,
+    )
+    for budget in (0.3, 0.1):
+        report = atlas.tune(memory_mb=budget * vectors.nbytes / 1e6)
+        plan = report["plan"]
+        say(
+            f"atlas of {total:,}: in {budget:.0%} of the vectors' memory",
+            coding=plan["coding"],
+            probes=plan["probes"],
+            widen=plan["widen"],
+            recall=report["measured"]["recall"],
+            index_mb=sum(size_mb(p) for p in atlas.path.glob("index-*.faiss")),
+            ms_per_100_queries=atlas.audit(200)["index_ms_per_100_queries"],
+        )
+    atlas.tune()
     opened = []
     for _ in range(3):
         done = subprocess.run(
@@ -226,6 +246,16 @@ def large(folder, total):
     took = time.perf_counter() - started
     assert added.state == "added" and atlas.view().generation == generation
     say(f"atlas of {total:,}: a slide of 10,000 tiles added", s=took, index_rebuilt="no")
+    say(
+        f"atlas of {total:,}: clusters and check",
+        kmeans_8_fit_and_place_s=seconds(lambda: atlas.fit("kmeans", k=8), 1),
+        verify_s=seconds(atlas.verify, 1),
+    )
+
+
+def size_mb(path):
+    files = [p for p in path.rglob("*") if p.is_file()] if path.is_dir() else [path]
+    return sum(p.stat().st_size for p in files) / 1e6
 
 
 def hdbscan_assign(quick):

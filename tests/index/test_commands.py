@@ -1,0 +1,188 @@
+"""The command group `index` as a person and a program use it: answers, exit codes, one JSON document."""
+
+import json
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from atlases import features, filled, grouped
+from PIL import Image
+
+
+@pytest.fixture
+def cli(capsys):
+    """The command line in this process, which spares a second per command."""
+    from histoseek.__main__ import main
+
+    def run(*words, check=False):
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert not check or ended.value.code == 0, err + out
+        return SimpleNamespace(returncode=ended.value.code, stdout=out, stderr=err)
+
+    return run
+
+
+@pytest.fixture
+def cli_json(cli):
+    def run(*words, expect=0):
+        done = cli(*words, "--json")
+        assert done.returncode == expect, done.stderr + done.stdout
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory, tissue):
+    folder = tmp_path_factory.mktemp("commands")
+    filled(folder, slides=6, count=150)
+    for name, corner in (("a", 0), ("b", 128), ("c", 256)):
+        Image.fromarray(tissue[corner : corner + 224, :224]).save(folder / f"{name}.png")
+    (folder / "bad.png").write_bytes(b"no picture")
+    return folder
+
+
+def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
+    atlas = place / "atlas"
+    hits = cli_json(
+        "index", "search", atlas, place / "a.png", "-k", 4, "--where", "organ = 'colon'"
+    )
+    assert len(hits[0]) == 4 and {h["label"] for h in hits[0]} == {"a"}
+    tile = hits[0][0]["tile"]
+    like = cli_json("index", "search", atlas, "--tile", tile, "--without", "patient", "-k", 3)
+    assert hits[0][0]["patient"] not in {h["patient"] for h in like[0]}
+    one = cli_json("index", "search", atlas, place / "a.png", "--tile", tile, "--together",
+                   "--unlike", place / "c.png", "--unlike", 700, "--per-slide", "-k", 5)  # fmt: skip
+    assert len(one) == 1 and len({h["slide"] for h in one[0]}) == 5
+    near = cli_json(
+        "index", "search", atlas, place / "a.png", "-k", 1000, "--least", hits[0][2]["score"]
+    )
+    assert all(h["score"] >= hits[0][2]["score"] for h in near[0]) and len(near[0]) >= 3
+    mixed = cli_json("index", "search", atlas, place / "bad.png", place / "b.png", expect=1)
+    assert "error" in mixed[0] and len(mixed[1]) == 10
+    text = cli("index", "search", atlas, place / "a.png", "-k", 2)
+    assert "slide-" in text.stdout and text.returncode == 0
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["search"], "nothing to look for"),
+        (["search", "--tile", "999999"], "holds no tile 999999"),
+        (["search", "--tile", "1", "--without", "hospital"], "tile, slide, patient"),
+        (["search", "--tile", "1", "--least", "0.5"], "does not go with"),
+        (["search", "{a}", "--where", "organ ="], "cannot be read at character"),
+        (["search", "{a}", "--where", "grade = 1"], "unknown field 'grade'"),
+        (["search", "{a}", "--engine", "http://x"], "no address of Milvus"),
+        (["search", "{bad}", "--together"], "bad.png"),
+        (["similar", "nope"], "unknown slide 'nope'"),
+        (["similar", "slide-0", "--by", "hospital"], "patient, slide"),
+        (["remove", "nope"], "unknown slide 'nope'"),
+        (["relabel", "--metadata", "{bad}.csv"], "cannot be read"),
+        (["tune", "--recall", "2"], "expected 0.5 to 1"),
+        (["tune", "--memory-mb", "0.001"], "too few for codes"),
+        (["name", "0", "x", "--clusters", "none"], "no clusters yet"),
+        (["drift"], "no clusters yet"),
+        (["evaluate", "--label", "grade"], "unknown column 'grade'"),
+        (["leakage", "--split", "grade"], "unknown column 'grade'"),
+        (["export", "--out", "{a}"], "exists already"),
+        (["export", "--out", "x.npz", "--like", "3"], "--to geojson"),
+        (["push", "ftp://x"], "no address of Milvus"),
+        (["import", "{empty}", "--encoder", "uni"], "holds no .h5 files"),
+        (["snapshot", "--out", "{atlas}/inside"], "in the atlas itself"),
+    ],
+)
+def test_what_is_refused_is_refused_in_words(place, cli, words, said):
+    (place / "empty").mkdir(exist_ok=True)
+    known = {"a": place / "a.png", "bad": place / "bad.png", "empty": place / "empty",
+             "atlas": place / "atlas"}  # fmt: skip
+    command, *rest = (word.format(**known) for word in words)
+    done = cli("index", command, place / "atlas", *rest)
+    assert done.returncode == 1 and said in " ".join(done.stderr.split()), done.stderr + done.stdout
+    assert "Traceback" not in done.stderr
+
+
+def test_clusters_are_fitted_shown_named_and_watched(place, cli_json, cli):
+    atlas = place / "atlas"
+    curve = cli_json("index", "curve", atlas)["curve"]
+    assert [row["k"] for row in curve][:3] == [2, 3, 4] and 0 <= curve[0]["stability"] <= 1
+    fitted = cli_json("index", "fit", atlas, "--method", "kmeans", "--k", 4)
+    assert sum(fitted["sizes"].values()) == 900
+    cli("index", "name", atlas, 2, "stroma", "--description", "pink", check=True)
+    rows = cli_json("index", "clusters", atlas, "--examples", 2)
+    assert rows[2]["name"] == "stroma" and len(rows[2]["examples"]) == 2
+    (placed,) = cli_json("index", "assign", atlas, place / "a.png")
+    assert placed["name"] == ("stroma" if placed["cluster"] == 2 else "")
+    assert cli_json("index", "drift", atlas)["drifted"] is False
+    for command in (["curve"], ["clusters"], ["drift"], ["stats"]):
+        text = cli("index", command[0], atlas)
+        assert text.returncode == 0 and text.stdout.strip(), command
+    strange = features(place / "strange.h5", 300, 9)
+    cli("index", "add", atlas, strange, check=True)
+    assert cli_json("index", "drift", atlas, expect=1)["drifted"] is True
+    cli("index", "remove", atlas, "strange", check=True)
+
+
+def test_labels_snapshot_tune_audit_and_repair(place, cli_json, cli):
+    atlas = place / "atlas"
+    (place / "new.csv").write_text("slide,label,stage\nslide-5,c,III\n")
+    assert cli_json("index", "relabel", atlas, "--metadata", place / "new.csv") == {"changed": 1}
+    assert cli_json("index", "stats", atlas)["labels"]["c"] == 150
+    cli("index", "snapshot", atlas, "--out", place / "copy", check=True)
+    cli("index", "remove", atlas, "slide-4", "slide-5", check=True)
+    report = cli_json("index", "audit", atlas, "--queries", 50, "--where", "label = 'a'")
+    assert report["recall"] == 1 and report["tiles"] == 600
+    assert cli_json("index", "tune", atlas, "--recall", 1)["plan"]["kind"] == "flat"
+    next((atlas).glob("index-*.faiss")).unlink()
+    broken = cli_json("index", "verify", atlas, expect=1)
+    assert len(broken["problems"]) == 1
+    mended = cli_json("index", "verify", atlas, "--repair")
+    assert mended["ok"] and mended["repaired"] == ["the index was written again"]
+    back = cli_json("index", "restore", place / "copy", atlas)
+    assert back["kept"].endswith("atlas.before-restore-1")
+    assert cli_json("index", "stats", atlas)["slides"] == 6
+    for words in (["audit", "--queries", "20"], ["tune"], ["verify"]):
+        text = cli("index", words[0], atlas, *words[1:])
+        assert text.returncode == 0 and text.stdout.strip()
+
+
+def test_similar_duplicates_and_leaks(place, cli_json, cli):
+    atlas = place / "atlas"
+    found = cli_json("index", "similar", atlas, "slide-0", "-k", 3)
+    assert [f["rank"] for f in found] == [1, 2, 3] and "slide-1" not in {f["name"] for f in found}
+    assert found[0]["evidence"][0]["match"]["slide"] == found[0]["name"]
+    assert "most alike" in cli("index", "similar", atlas, "P1", "--by", "patient").stdout
+    assert cli_json("index", "duplicates", atlas)["groups"] == 0
+    report = cli_json("index", "leakage", atlas, "--split", "organ", expect=1)
+    assert report["parts"][0]["patients_in_both"] == 3  # each patient has a slide of either organ
+    assert "LEAK" in cli("index", "leakage", atlas, "--split", "organ").stdout
+    assert "0 groups" in cli("index", "duplicates", atlas, "--least", "0.9999").stdout
+
+
+def test_exports_and_imports_from_the_command_line(place, cli_json, cli):
+    atlas = place / "atlas"
+    done = cli_json(
+        "index", "export", atlas, "--out", place / "lung.npz", "--where", "organ = 'lung'"
+    )
+    assert done["tiles"] == 450
+    with np.load(place / "lung.npz") as stored:
+        assert set(stored["column_organ"].tolist()) == {"lung"}
+    import h5py
+
+    (place / "foreign").mkdir()
+    for number in range(2):
+        with h5py.File(place / f"foreign/f{number}.h5", "w") as out:
+            out["features"] = grouped(np.random.default_rng(number), 30)
+            out["coords"] = np.zeros((30, 2), np.int32)
+    (place / "foreign.csv").write_text("slide,label\nf0,x\nf9,y\n")
+    report = cli_json("index", "import", place / "uni", place / "foreign", "--encoder", "uni",
+                      "--metadata", place / "foreign.csv")  # fmt: skip
+    assert report["ok"] and report["metadata_of_other_slides"] == ["f9"]
+    assert (
+        "unchanged"
+        in cli("index", "import", place / "uni", place / "foreign", "--encoder", "uni").stdout
+    )
+    assert cli_json("index", "stats", place / "uni")["tiles"] == 60
