@@ -214,8 +214,9 @@ def kmeans(
         max_points_per_centroid=len(flat),
     )
     plus_plus = getattr(faiss, "ClusteringInitMethod_KMEANS_PLUS_PLUS", None)
-    if plus_plus is not None:
+    if plus_plus is not None:  # FAISS from 1.13 on
         model.cp.init_method = plus_plus
+        model.cp.early_stop_threshold = 1e-6  # relative gain of an iteration
     given = None if start is None else start.astype(np.float32)
     model.train(flat.astype(np.float32), init_centroids=given)
     return np.asarray(model.centroids, dtype=np.float64)
