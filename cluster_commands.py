@@ -34,6 +34,8 @@ def fit(
 
     if k != "auto" and not (k.isascii() and k.isdigit() and int(k) >= 1):
         raise BadInput(f"--k is {k!r}; expected auto or a number of at least 1")
+    if k != "auto" and method != "kmeans":
+        raise BadInput(f"--k is for kmeans; {method} finds its number by itself")
     count = None if k == "auto" else int(k)
     with console.working(f"fitting {method}"):
         result = Atlas(atlas).fit(method, count, name, min_cluster_size, seed)
@@ -64,6 +66,8 @@ def curve(
 
     with console.working("fitting"):
         opened = Atlas(atlas)
+        if seed < 0:
+            raise BadInput(f"--seed is {seed}; expected 0 or more")
         vectors, _, _ = sample(opened, opened.generations.slides(), seed)
         rows = measure(vectors, method, seed)
 
@@ -80,8 +84,8 @@ def curve(
     console.emit({"method": method, "curve": rows}, human)
 
 
-def _bar(share: float) -> str:
-    return "█" * max(0, round(BAR * share))
+def _bar(share: float | None) -> str:
+    return "█" * max(0, round(BAR * (share or 0)))
 
 
 def clusters(

@@ -67,6 +67,9 @@ def import_(
     mpp: Annotated[
         float | None, typer.Option(help="Micrometres per pixel of level 0, where no file says.")
     ] = None,
+    tile_px: Annotated[
+        int | None, typer.Option(help="Side of a tile in pixels of level 0, where no file says.")
+    ] = None,
     metric: Annotated[
         str, typer.Option(help="cosine or l2, for an atlas that is made.")
     ] = "cosine",
@@ -89,7 +92,9 @@ def import_(
             raise BadInput(f"{path} holds no .h5 files{hint}")
     table = read_metadata(metadata)
     with console.progress("importing") as progress:
-        _, results = import_features(atlas, files, encoder, table, mpp, metric, replace, progress)
+        _, results = import_features(
+            atlas, files, encoder, table, mpp, tile_px, metric, replace, progress
+        )
     report_added(results, table)
 
 
@@ -113,6 +118,8 @@ def export(
     from .index.exports import export as write
 
     more: dict[str, Any] = {"clustering": clusters, "like": like} if to == "geojson" else {}
+    if clusters and like is not None:
+        raise BadInput("--clusters and --like say two things; give one")
     if to != "geojson" and (clusters or like is not None):
         raise BadInput("--clusters and --like are for --to geojson")
     with console.working(f"writing {out}"):

@@ -153,7 +153,7 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
     if manifest.external:
         raise BadInput(
             f"encoder {manifest.name!r} is known by name only: its features were made by another tool, and "
-            "pictures cannot be embedded here; ask with features or with tiles of the atlas"
+            "pictures cannot be embedded here; ask with tiles of the atlas, or by `similar --features`"
         )
     graph = bundle / GRAPH
     if not graph.is_file():

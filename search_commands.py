@@ -68,12 +68,17 @@ def search(
         raise BadInput("nothing to look for: give pictures, or --tile with the id of a tile")
     vectors, asked, failed = embed(opened, pictures)
     if together or unlike:
+        if engine or least is not None or exact or without != "tile":
+            raise BadInput(
+                "--together and --unlike do not go with --engine, --least, --exact and --without"
+            )
         hits = _together(opened, vectors, tiles, unlike or [], failed, (k, where, per_slide))
         names: list[str | Path] = ["all together"]
     else:
-        hits = (
-            _searcher(opened, engine)(vectors, k, where, least, per_slide, exact) if asked else []
-        )
+        hits = []
+        if asked:
+            run = _there(opened, engine, "search")
+            hits += run(vectors, k, where, least, per_slide, exact)
         names = [*asked, *(f"tile {number}" for number in tiles)]
         if tiles:
             if engine or least is not None:
@@ -95,10 +100,10 @@ def _row(h: Hit) -> tuple[Any, ...]:
     return (h.rank, h.score, h.tile, h.slide, place, h.label, h.patient, h.cluster)
 
 
-def _searcher(atlas: Atlas, engine: str | None) -> Callable[..., list[list[Hit]]]:
-    """Return the search of the atlas, or of the Milvus that it was pushed to."""
+def _there(atlas: Atlas, engine: str | None, method: str) -> Callable[..., Any]:
+    """Return a method of the atlas, or of the Milvus that it was pushed to."""
     if engine is None:
-        return atlas.search
+        return getattr(atlas, method)  # type: ignore[no-any-return]
     from .index.milvus import MilvusAtlas
 
     there = MilvusAtlas(engine)
@@ -114,9 +119,9 @@ def _searcher(atlas: Atlas, engine: str | None) -> Callable[..., list[list[Hit]]
             f"{engine} holds revision {about.revision}, the atlas is at {revision}: push it again"
         )
 
-    def run(*arguments: Any) -> list[list[Hit]]:
+    def run(*arguments: Any) -> Any:
         with closing(there):
-            return there.search(*arguments)
+            return getattr(there, method)(*arguments)
 
     return run
 
@@ -151,6 +156,7 @@ def assign(
     clusters: Annotated[
         str | None, typer.Option(help="Name of the clustering; the newest if left out.")
     ] = None,
+    engine: Annotated[str | None, typer.Option(help=ENGINE_HELP)] = None,
     json: Json = False,
 ) -> None:
     """Place pictures in the atlas's clusters.
@@ -161,7 +167,7 @@ def assign(
 
     opened = Atlas(atlas)
     vectors, asked, failed = embed(opened, images)
-    placed = opened.assign(vectors, clusters) if asked else []
+    placed = _there(opened, engine, "assign")(vectors, clusters) if asked else []
     answers = {i: {"query": str(i), **p} for i, p in zip(asked, placed, strict=True)}
     document = [answers.get(image, failed.get(image)) for image in images]
 
@@ -228,32 +234,38 @@ def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str
 
 def similar(
     atlas: AtlasPath,
-    name: Annotated[str, typer.Argument(help="A slide, or a patient with --by patient.")],
+    name: Annotated[
+        str | None, typer.Argument(help="A slide, or a patient with --by patient.")
+    ] = None,
     k: Annotated[int, typer.Option("-k", help="Slides or cases.")] = 10,
     by: Annotated[str, typer.Option(help="What is ranked: slide or patient.")] = "slide",
     how: Annotated[
         str, typer.Option(help="median of the minimum distances (Yottixel), or votes of tiles.")
     ] = "median",
     where: Where = None,
+    features: Annotated[
+        Path | None,
+        typer.Option(help="Ask with this feature file instead of a slide of the atlas."),
+    ] = None,
     json: Json = False,
 ) -> None:
-    """Find slides or cases like one of the atlas, with the regions that look alike as evidence.
+    """Find slides or cases like one of the atlas, or a new one, with the regions that look alike.
 
-    Nothing of the same patient is returned.
+    Nothing of the query's own patient is returned.
     """
-    import numpy as np
-
     from .index.atlas import Atlas
+    from .index.imports import read_query
 
+    if (name is None) == (features is None):
+        raise BadInput("give the name of a slide of the atlas, or --features of a new one")
     opened = Atlas(atlas)
-    found = opened.similar_slides(name, k, by, how, where)  # type: ignore[arg-type]
-    columns = opened.view().columns
+    view = opened.view()
+    query = name if features is None else read_query(features, opened.manifest)
+    assert query is not None
+    found = opened.similar_slides(query, k, by, how, where, view)  # type: ignore[arg-type]
 
-    def tile(position: int) -> dict[str, Any] | None:
-        if position < 0:
-            return None
-        number = int(columns.ids(np.array([position]))[0])
-        return opened.tiles([number])[number]
+    def tile(number: int | None) -> dict[str, Any] | None:
+        return None if number is None else opened.tiles([number], view)[number]
 
     document = [
         {
@@ -275,7 +287,7 @@ def similar(
             place = best["file"] or f"{best['x']}, {best['y']}"
             rows.append((rank, s.name, s.score, s.label, place, s.pairs[0].score))
         columns = ("rank", by, "score", "label", "most alike at", "its score")
-        console.table(f"{name}, by {how}", columns, rows)
+        console.table(f"{name or features}, by {how}", columns, rows)
 
     console.emit(document, human)
 
@@ -334,10 +346,18 @@ def evaluate(
         )
         console.table(title, ("metric", "value", "95 %", "random", "majority"), rows)
         classes = [
-            (c["class"], c["queries"], c["recall"], c["precision"], c["f1"])
+            (
+                c["class"],
+                c["queries"],
+                c["recall"],
+                "{:.3f} to {:.3f}".format(*c["recall_interval_95"]),
+                c["precision"],
+                c["f1"],
+            )
             for c in report["per_class_mmv5"]
         ]
-        console.table("majority of 5", ("class", "queries", "recall", "precision", "F1"), classes)
+        names = ("class", "queries", "recall", "95 %", "precision", "F1")
+        console.table("majority of 5", names, classes)
         latency = report["latency"]
         both = latency["end_to_end_ms"]
         console.say(
@@ -350,7 +370,9 @@ def evaluate(
 
 def duplicates(
     atlas: AtlasPath,
-    least: Annotated[float, typer.Option(help="Score from which two tiles are the same.")] = 0.999,
+    least: Annotated[
+        float | None, typer.Option(help="Score from which two tiles are the same. [cosine .999]")
+    ] = None,
     where: Where = None,
     json: Json = False,
 ) -> None:
@@ -369,7 +391,7 @@ def duplicates(
         console.table("largest groups", ("group", "tiles", "slides", "such as"), rows)
         console.say(
             f"{report['groups']} groups of {report['tiles_in_groups']} tiles with a score of at least "
-            f"{least}; {report['across_slides']} groups lie on several slides"
+            f"{report['least']:g}; {report['across_slides']} groups lie on several slides"
         )
 
     console.emit(report, human)
@@ -378,7 +400,9 @@ def duplicates(
 def leakage(
     atlas: AtlasPath,
     split: Annotated[str, typer.Option(help="Column that names the part, such as train and test.")],
-    least: Annotated[float, typer.Option(help="Score from which two tiles are the same.")] = 0.999,
+    least: Annotated[
+        float | None, typer.Option(help="Score from which two tiles are the same. [cosine .999]")
+    ] = None,
     json: Json = False,
 ) -> None:
     """Check that parts of a data set share neither patients nor pictures; exit code 1 if they do."""

@@ -23,18 +23,30 @@ def read_table(
     Raises:
         BadInput: no header, no such column, a row without a value there, or a value given twice.
     """
-    reader = csv.DictReader(stream)
-    if reader.fieldnames is None or key not in reader.fieldnames:
-        raise BadInput(f"{origin} has columns {reader.fieldnames}; expected a column {key!r}")
+    reader = csv.reader(stream)
+    names = [name.strip() for name in next(reader, [])]
+    if key not in names:
+        raise BadInput(f"{origin} has columns {names}; expected a column {key!r}")
+    if len(set(names)) < len(names):
+        raise BadInput(f"{origin} names a column twice: {names}")
     rows: list[dict[str, str]] = []
-    seen: set[str] = set()
-    for number, row in enumerate(reader, start=2):
-        clean = {k: (v or "").strip() for k, v in row.items() if isinstance(k, str)}
+    seen: set[tuple[str, str]] = set()
+    for cells in reader:
+        number = reader.line_num
+        if not any(cell.strip() for cell in cells):
+            continue
+        if len(cells) != len(names):
+            raise BadInput(
+                f"{origin}, line {number}: {len(cells)} values for {len(names)} columns; put a value with "
+                "a comma in double quotes"
+            )
+        clean = {name: cell.strip() for name, cell in zip(names, cells, strict=True)}
         if not clean[key]:
             raise BadInput(f"{origin}, line {number}: no value for {key!r}")
-        item = " ".join(filter(None, (clean[key], clean.get(within or "", ""))))
+        item = clean[key], clean.get(within or "", "")
         if item in seen:
-            raise BadInput(f"{origin}, line {number}: {item!r} appears twice")
+            text = " ".join(filter(None, item))
+            raise BadInput(f"{origin}, line {number}: {text!r} appears twice")
         seen.add(item)
         rows.append(clean)
     return rows

@@ -178,15 +178,20 @@ class Atlas:
         """
         return self.generations.vectors()
 
-    def vectors_of(self, tiles: Sequence[int]) -> NDArray[np.float32]:
+    def vectors_of(self, tiles: Sequence[int], view: View | None = None) -> NDArray[np.float32]:
         """Return the vectors (T, D) of tiles by id, from the feature files.
+
+        Args:
+            tiles: ids.
+            view: the state they are of; the newest when left out.
 
         Raises:
             BadInput: an id that is not there.
             Damaged: a feature file is missing or is not the one that was added.
         """
-        columns = self.view().columns
-        positions = self._positions(tiles)
+        view = view or self.view()
+        columns = view.columns
+        positions = self._positions(tiles, view)
         slides = columns.slide_of(positions)
         found = np.empty((len(positions), self.manifest.dim), dtype=np.float32)
         for number in np.unique(slides).tolist():
@@ -195,8 +200,8 @@ class Atlas:
             found[rows] = vectors[positions[rows] - columns.starts[number]]
         return found
 
-    def _positions(self, tiles: Sequence[int]) -> NDArray[np.int64]:
-        positions = self.view().columns.positions(np.asarray(tiles, dtype=np.int64))
+    def _positions(self, tiles: Sequence[int], view: View) -> NDArray[np.int64]:
+        positions = view.columns.positions(np.asarray(tiles, dtype=np.int64))
         if (positions < 0).any():
             lost = [int(t) for t, p in zip(tiles, positions.tolist(), strict=True) if p < 0]
             raise BadInput(f"{self.path} holds no tile {lost[0]} (any more); search again")
@@ -262,8 +267,8 @@ class Atlas:
         """
         wanted = search.Wanted(k, where, None, per_slide, exact)
         view = self._filled_view()
-        vectors = self.vectors_of(tiles)
-        found = search.find_like(view, self._positions(tiles), vectors, wanted, without)
+        vectors = self.vectors_of(tiles, view)
+        found = search.find_like(view, self._positions(tiles, view), vectors, wanted, without)
         return search.hits(view, *found)
 
     def search_combined(
@@ -299,6 +304,7 @@ class Atlas:
         by: Literal["slide", "patient"] = "slide",
         how: cases.How = "median",
         where: str | None = None,
+        view: View | None = None,
     ) -> list[cases.Similar]:
         """Return the slides or cases most like a slide or case of the atlas, or like new tiles.
 
@@ -308,11 +314,12 @@ class Atlas:
             by: what is ranked. Of the query's own patient nothing is returned, as long as it has one.
             how: ``median`` of the minimum distances (Yottixel), or ``votes`` of the nearest tiles.
             where: metadata filter of the tiles that count.
+            view: the state to search; the newest when left out.
 
         Raises:
             BadInput: no such slide or patient, or one without tiles.
         """
-        return cases.similar_slides(self, query, k, by, how, where)
+        return cases.similar_slides(self, query, k, by, how, where, view)
 
     def _filled_view(self) -> View:
         view = self.view()
@@ -335,11 +342,12 @@ class Atlas:
         if not np.isfinite(queries).all():
             raise BadInput("queries hold NaN or infinity; embed the images again")
 
-    def tiles(self, ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+    def tiles(self, ids: Sequence[int], view: View | None = None) -> dict[int, dict[str, Any]]:
         """Return what is known of tiles, by id, as the fields of :class:`Hit` but for rank and score."""
-        positions = self._positions(ids)
+        view = view or self.view()
+        positions = self._positions(ids, view)
         none = np.zeros((1, len(positions)), dtype=np.float32)
-        (found,) = self.view().columns.hits(positions[None], none)
+        (found,) = view.columns.hits(positions[None], none)
         return {
             hit.tile: {k: v for k, v in hit._asdict().items() if k not in {"rank", "score"}}
             for hit in found
@@ -358,6 +366,8 @@ class Atlas:
             seed: of the choice.
             where: metadata filter under which it is measured.
         """
+        if queries < 1 or k < 1 or seed < 0:
+            raise BadInput(f"{queries} queries, k {k}, seed {seed}: expected at least 1, 1 and 0")
         view = self._filled_view()
         index = view.index
         columns = view.columns
@@ -365,8 +375,11 @@ class Atlas:
         alive = np.flatnonzero(np.repeat(there, np.diff(columns.starts)))
         rng = np.random.default_rng(seed)
         picked = np.sort(rng.choice(alive, min(queries, len(alive)), replace=False))
-        vectors = prepared(self.vectors_of(columns.ids(picked).tolist()), self.manifest.metric)
+        ids = columns.ids(picked).tolist()
+        vectors = prepared(self.vectors_of(ids, view), self.manifest.metric)
         passing = search.allowed(view, where)
+        if passing is not None and not passing.any():
+            raise BadInput(f"no tile passes {where!r}; loosen the filter")
         report = tuning.audit(index, tuning.HeldOut(picked, vectors), k, passing)
         files = [*self.path.glob("index-*.faiss"), *self.path.glob("vectors-*.npy")]
         return {
@@ -462,18 +475,8 @@ class Atlas:
         """
         self.check_queries(queries)
         chosen, clustering = self.clustering(name)
-        placed = clustering.assign(queries)
         names = {c: n for c, (n, _) in cluster_report.names(self.catalog, chosen).items()}
-        return [
-            {
-                "cluster": int(placed.cluster[n]),
-                "name": names.get(int(placed.cluster[n]), ""),
-                "distance": round(float(placed.distance[n]), 6),
-                "strength": round(float(placed.strength[n]), 6),
-                "unknown": bool(placed.unknown[n]),
-            }
-            for n in range(len(queries))
-        ]
+        return clustering.assign(queries).rows(names)
 
     def placed(self, name: str | None = None) -> tuple[NDArray[np.int64], Assigned]:
         """Return tile ids (N,) and where they belong in a clustering, in the order of :meth:`vectors`.

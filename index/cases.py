@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, unknown_name
 from .generations import View
-from .search import Mask, Wanted, allowed, find
+from .search import Mask, Wanted, allowed, find, owners
+from .tile_table import MISSING
 from .vectors import Metric, prepared, scan
 
 if TYPE_CHECKING:
@@ -27,6 +28,9 @@ HOWS: tuple[How, ...] = ("median", "votes")
 VOTES = 10
 """Nearest tiles that vote, per tile of the query's mosaic."""
 EVIDENCE = 5
+BLOCK = 65_536
+"""Tiles of mosaics that are compared at once."""
+CASE_TILES = 200
 
 
 @dataclass(frozen=True)
@@ -35,13 +39,13 @@ class Pair:
 
     Attributes:
         score: as of a hit.
-        query: position of the tile in the query; -1 if the query is not of the atlas.
+        query: id of the tile in the query; None if the query is not of the atlas.
         query_row: its row in the query's mosaic.
-        match: position of the tile in the atlas.
+        match: id of the tile in the atlas.
     """
 
     score: float
-    query: int
+    query: int | None
     query_row: int
     match: int
 
@@ -65,149 +69,161 @@ class Similar:
 
 @dataclass(frozen=True)
 class Mosaics:
-    """The mosaics of all slides of a state, one after another.
+    """The mosaics of slides of a state, one after another.
 
     Attributes:
-        positions: (M,) in the index.
+        positions: (M,) in the index; -1 for tiles that are not of the atlas.
         vectors: (M, D) prepared.
-        slide: (M,) number of the slide.
     """
 
     positions: NDArray[np.int64]
     vectors: NDArray[np.float32]
-    slide: NDArray[np.int64]
+
+    def part(self, rows: NDArray[Any]) -> Mosaics:
+        """Return some of the tiles."""
+        return Mosaics(self.positions[rows], self.vectors[rows])
 
 
 def mosaics_of(
     view: View,
     read: Callable[[Mapping[str, Any]], tuple[NDArray[np.int64], NDArray[np.float32]]],
-    names: Sequence[str] | None = None,
+    chosen: Sequence[int] | None = None,
 ) -> Mosaics:
-    """Return the mosaics of slides, by name, or of all.
+    """Return the mosaics of slides, by number, or of all.
 
     Args:
         view: the state.
         read: gives rows (M,) and prepared vectors (M, D) of the mosaic of a row of ``slides``.
-        names: of slides; None for all.
+        chosen: numbers of slides; None for all.
 
     Raises:
         BadInput: no such slide has tiles.
     """
-    positions, vectors, slides = [], [], []
-    for number, slide in enumerate(view.columns.slides):
-        if slide["tiles"] and slide["name"] and (names is None or slide["name"] in names):
+    positions, vectors = [], []
+    for number in range(len(view.columns.slides)) if chosen is None else chosen:
+        slide = view.columns.slides[number]
+        if slide["tiles"] and slide["name"]:
             rows, own = read(slide)
             positions.append(rows + view.columns.starts[number])
             vectors.append(own)
-            slides.append(np.full(len(rows), number))
     if not positions:
         raise BadInput("there are no slides with tiles to compare; add features first")
-    return Mosaics(np.concatenate(positions), np.concatenate(vectors), np.concatenate(slides))
+    return Mosaics(np.concatenate(positions), np.concatenate(vectors))
 
 
-def similar(
-    view: View,
-    query: NDArray[np.float32],
-    query_positions: NDArray[np.int64],
-    all_: Mosaics,
-    metric: Metric,
-    k: int,
-    by: Literal["slide", "patient"] = "slide",
-    how: How = "median",
-    passing: Mask | None = None,
-) -> list[Similar]:
-    """Rank slides or cases by their likeness to a query's mosaic.
+@dataclass(frozen=True)
+class Owners:
+    """Slides or cases.
+
+    Attributes:
+        number: (N,) whose each position is.
+        names: of the owners; those of patients and of slides without one do not mix.
+        labels: the label of each, None if its tiles differ.
+    """
+
+    number: NDArray[np.int64]
+    names: list[str]
+    labels: list[str | None]
+
+
+def owners_of(view: View, by: str) -> Owners:
+    """Return the slides, or the cases: a patient's tiles; a slide without patient is a case of its own."""
+    if by not in {"slide", "patient"}:
+        raise unknown_name("kind of case", by, ("slide", "patient"))
+    columns = view.columns
+    slides = [s["name"] for s in columns.slides]
+    number = owners(view, "slide" if by == "slide" else "patient")
+    names = [*slides, *columns.coded("patient").names]
+    label = columns.coded("label")
+    first = np.full(len(names), MISSING - 1, dtype=np.int64)
+    first[number[::-1]] = label.codes[::-1]
+    mixed = np.zeros(len(names), dtype=bool)
+    mixed[number[label.codes != first[number]]] = True
+    known = [*label.names, None, None]  # -1 and -2 are no label
+    labels = [None if mixed[n] else known[first[n]] for n in range(len(names))]
+    return Owners(number, names, labels)
+
+
+def rank(
+    query: Mosaics, all_: Mosaics, owner: NDArray[np.int64], metric: Metric
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return owners (O,), most alike first, and the median of the best scores of the query's tiles (O,).
 
     Args:
-        view: the state.
-        query: (Q, D) prepared vectors of the query's mosaic.
-        query_positions: (Q,) theirs in the atlas, -1 if they are not of it.
-        all_: the mosaics of the atlas.
+        query: (Q, D) vectors.
+        all_: the mosaics of the others.
+        owner: (M,) whose each tile of ``all_`` is.
         metric: of the vectors.
-        k: slides or cases.
-        by: what is ranked; a slide without a patient is a case of its own.
-        how: ``median`` of the minimum distances, or ``votes`` of the nearest tiles.
-        passing: (N,) positions that count; None for all.
     """
-    if how not in HOWS:
-        raise unknown_name("way of comparing", how, HOWS)
-    owner, names = _owners(view, by)
-    if how == "votes":
-        return _by_votes(view, query, query_positions, owner, names, k, passing)
-    used = np.ones(len(all_.positions), dtype=bool) if passing is None else passing[all_.positions]
-    ranked: list[Similar] = []
-    for number in np.unique(owner[all_.slide[used]]):
-        rows = np.flatnonzero(used & (owner[all_.slide] == number))
-        scores, best = scan(query, all_.vectors[rows], 1, metric)
-        nearest = scores[:, 0] if metric == "cosine" else -np.sqrt(np.maximum(-scores[:, 0], 0))
-        matches = all_.positions[rows[best[:, 0]]]
-        ranked.append(
-            Similar(
-                names[number],
-                float(np.median(nearest)),
-                _pairs(nearest, query_positions, matches),
-                _label(view, owner, number),
-            )
-        )
-    return sorted(ranked, key=lambda s: -s.score)[:k]
+    order = np.argsort(owner, kind="stable")
+    numbers, starts = np.unique(owner[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    medians = np.empty(len(numbers), dtype=np.float32)
+    first = 0
+    while first < len(numbers):
+        last = first + 1
+        while last < len(numbers) and ends[last] - starts[first] <= BLOCK:
+            last += 1
+        part = all_.vectors[order[starts[first] : ends[last - 1]]]
+        scores = query.vectors @ part.T
+        if metric == "l2":
+            squared = np.square(query.vectors).sum(1)[:, None] + np.square(part).sum(1) - 2 * scores
+            scores = -np.sqrt(np.maximum(squared, 0))
+        best = np.maximum.reduceat(scores, starts[first:last] - starts[first], axis=1)
+        medians[first:last] = np.median(best, axis=0)
+        first = last
+    best_first = np.argsort(-medians, kind="stable")
+    return numbers[best_first], medians[best_first]
 
 
-def _by_votes(
-    view: View,
-    query: NDArray[np.float32],
-    query_positions: NDArray[np.int64],
-    owner: NDArray[np.int64],
-    names: list[str],
-    k: int,
-    passing: Mask | None,
+def _by_median(
+    view: View, query: Mosaics, all_: Mosaics, known: Owners, metric: Metric, k: int
 ) -> list[Similar]:
-    """Let the nearest tiles of the whole atlas vote, each query tile with one vote in all."""
-    scores, found = find(view, query, Wanted(k=VOTES), passing)
-    there = found >= 0
-    votes = np.zeros(len(names))
-    share = 1 / np.maximum(there.sum(axis=1), 1)
-    rows, _ = np.nonzero(there)
-    voted = owner[view.columns.slide_of(found[there])]
-    np.add.at(votes, voted, share[rows])
-    votes /= max(1, len(query))
+    owner = known.number[all_.positions]
+    numbers, medians = rank(query, all_, owner, metric)
     ranked = []
-    for number in np.argsort(-votes, kind="stable")[:k]:
-        if votes[number] == 0:
-            break
-        own = voted == number
-        pairs = _pairs(scores[there][own], query_positions[rows[own]], found[there][own], rows[own])
-        ranked.append(
-            Similar(names[number], float(votes[number]), pairs, _label(view, owner, int(number)))
-        )
+    for number, score in zip(numbers[:k].tolist(), medians[:k].tolist(), strict=True):
+        own = all_.part(np.flatnonzero(owner == number))
+        scores, best = scan(query.vectors, own.vectors, 1, metric)
+        nearest = scores[:, 0] if metric == "cosine" else -np.sqrt(np.maximum(-scores[:, 0], 0))
+        pairs = _pairs(view, nearest, query.positions, own.positions[best[:, 0]], None)
+        ranked.append(Similar(known.names[number], score, pairs, known.labels[number]))
     return ranked
 
 
-def _owners(view: View, by: str) -> tuple[NDArray[np.int64], list[str]]:
-    """Return the number of the slide or case that each slide belongs to (S,), and their names."""
-    slides = view.columns.slides
-    if by == "slide":
-        return np.arange(len(slides)), [s["name"] for s in slides]
-    if by != "patient":
-        raise unknown_name("kind of case", by, ("slide", "patient"))
-    cases = [s["patient"] or s["name"] for s in slides]
-    names = list(dict.fromkeys(cases))
-    number = {name: n for n, name in enumerate(names)}
-    return np.array([number[case] for case in cases], dtype=np.int64), names
-
-
-def _label(view: View, owner: NDArray[np.int64], number: int) -> str | None:
-    labels = {view.columns.slides[n]["label"] for n in np.flatnonzero(owner == number).tolist()}
-    return labels.pop() if len(labels) == 1 else None
+def _by_votes(view: View, query: Mosaics, known: Owners, k: int, passing: Mask) -> list[Similar]:
+    """Let the nearest tiles of the whole atlas vote, each query tile with one vote in all."""
+    scores, found = find(view, query.vectors, Wanted(k=VOTES), passing)
+    there = found >= 0
+    votes = np.zeros(len(known.names))
+    share = 1 / np.maximum(there.sum(axis=1), 1)
+    rows, _ = np.nonzero(there)
+    voted = known.number[found[there]]
+    np.add.at(votes, voted, share[rows])
+    votes /= max(1, len(query.vectors))
+    ranked = []
+    for number in np.argsort(-votes, kind="stable")[:k].tolist():
+        if votes[number] == 0:
+            break
+        own = voted == number
+        pairs = _pairs(
+            view, scores[there][own], query.positions[rows[own]], found[there][own], rows[own]
+        )
+        name, label = known.names[number], known.labels[number]
+        ranked.append(Similar(name, float(votes[number]), pairs, label))
+    return ranked
 
 
 def _pairs(
+    view: View,
     scores: NDArray[np.float32],
     query_positions: NDArray[np.int64],
     matches: NDArray[np.int64],
-    query_rows: NDArray[np.int64] | None = None,
+    query_rows: NDArray[np.int64] | None,
 ) -> list[Pair]:
     """Return the most similar regions, each tile of either side once."""
     rows = np.arange(len(scores)) if query_rows is None else query_rows
+    ids = view.columns.ids
     pairs: list[Pair] = []
     used: set[int] = set()
     asked: set[int] = set()
@@ -216,9 +232,10 @@ def _pairs(
             continue
         used.add(int(matches[n]))
         asked.add(int(rows[n]))
-        pairs.append(
-            Pair(round(float(scores[n]), 6), int(query_positions[n]), int(rows[n]), int(matches[n]))
-        )
+        position = query_positions[n : n + 1]
+        query = None if position[0] < 0 else int(ids(position)[0])
+        match = int(ids(matches[n : n + 1])[0])
+        pairs.append(Pair(round(float(scores[n]), 6), query, int(rows[n]), match))
         if len(pairs) == EVIDENCE:
             break
     return pairs
@@ -231,32 +248,52 @@ def similar_slides(
     by: Literal["slide", "patient"],
     how: How,
     where: str | None,
+    view: View | None = None,
 ) -> list[Similar]:
     """Rank the slides or cases of an atlas; see :meth:`Atlas.similar_slides`."""
     if k < 1:
         raise BadInput(f"k is {k}; expected 1 or more")
-    view = atlas.view()
-    metric = atlas.manifest.metric
-    slides = view.columns.slides
-    owner, names = _owners(view, by)
-    own: set[int] = set()
-    read = atlas.generations.mosaic_of
+    if how not in HOWS:
+        raise unknown_name("way of comparing", how, HOWS)
+    view = view or atlas.view()
+    known = owners_of(view, by)
+    others = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
     if isinstance(query, str):
-        if query not in names:
-            raise unknown_name(by, query, [name for name in names if name][:20])
-        own = set(np.flatnonzero(owner == names.index(query)).tolist())
-        asked = mosaics_of(view, read, [slides[n]["name"] for n in own])
-        vectors, positions = asked.vectors, asked.positions
-        patients = {slides[n]["patient"] for n in own} - {None}
-        own |= {n for n, slide in enumerate(slides) if slide["patient"] in patients}
+        asked, own = _of_the_atlas(atlas, view, known, query, by)
+        others &= ~own
     else:
         atlas.check_queries(query)
-        vectors = prepared(query, metric)
-        positions = np.full(len(query), -1, dtype=np.int64)
+        asked = Mosaics(np.full(len(query), -1), prepared(query, atlas.manifest.metric))
     passing = allowed(view, where)
-    others = np.repeat([n not in own for n in range(len(slides))], np.diff(view.columns.starts))
-    passing = others if passing is None else passing & others
-    if not passing.any():
+    others = others if passing is None else others & passing
+    if not others.any():
         raise BadInput("no other slide passes; loosen the filter, or add slides")
-    all_ = mosaics_of(view, read)
-    return similar(view, vectors, positions, all_, metric, k, by, how, passing)
+    if how == "votes":
+        return _by_votes(view, asked, known, k, others)
+    all_ = mosaics_of(view, atlas.generations.mosaic_of)
+    return _by_median(
+        view, asked, all_.part(others[all_.positions]), known, atlas.manifest.metric, k
+    )
+
+
+def _of_the_atlas(
+    atlas: Atlas, view: View, known: Owners, name: str, by: str
+) -> tuple[Mosaics, NDArray[np.bool_]]:
+    """Return the mosaic of a slide or case, and which positions (N,) are of it or of its patients."""
+    numbers = [n for n, known_name in enumerate(known.names) if known_name == name]
+    there = np.unique(known.number)
+    numbers = [n for n in numbers if n in there]
+    if not numbers:
+        choices = [known.names[n] for n in there.tolist() if known.names[n]]
+        raise unknown_name(by, name, choices[:20])
+    own = known.number == numbers[-1]  # a patient goes before a slide of that name
+    slides = np.unique(view.columns.slide_of(np.flatnonzero(own))).tolist()
+    asked = mosaics_of(view, atlas.generations.mosaic_of, slides)
+    asked = asked.part(own[asked.positions])
+    if not len(asked.positions):  # no tile of the case stands for its tile set: take its own
+        some = np.flatnonzero(own)[:CASE_TILES]
+        vectors = atlas.vectors_of(view.columns.ids(some).tolist(), view)
+        asked = Mosaics(some, prepared(vectors, atlas.manifest.metric))
+    patient = view.columns.coded("patient").codes
+    patients = np.unique(patient[own])
+    return asked, own | np.isin(patient, patients[patients >= 0])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,7 @@ from .tile_table import SEAL, seal
 
 FILE = "atlas.db"
 REVISION = "revision"
+ATLAS_ID = "atlas_id"
 NEXT_TILE = "next_tile"
 
 
@@ -32,7 +34,7 @@ class Catalog:
         with self._connect() as db:
             db.execute("PRAGMA journal_mode = WAL")
             self._migrate(db)
-            for key, value in {**meta, REVISION: "0"}.items():
+            for key, value in {**meta, REVISION: "0", ATLAS_ID: uuid.uuid4().hex}.items():
                 set_meta(db, key, value)
 
     @contextmanager

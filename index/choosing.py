@@ -38,6 +38,8 @@ def curve(vectors: NDArray[np.float32], method: str, seed: int = 0) -> list[dict
     """
     if method not in FITTED:
         raise unknown_name("method", method, FITTED)
+    if seed < 0:
+        raise BadInput(f"seed is {seed}; expected 0 or more")
     if len(vectors) < 20:
         raise BadInput(f"{len(vectors)} tiles are too few for a curve; expected at least 20")
     rng = np.random.default_rng(seed)
@@ -51,9 +53,12 @@ def curve(vectors: NDArray[np.float32], method: str, seed: int = 0) -> list[dict
     return [_hdbscan_row(flat, size, halves, seed) for size in sizes if size <= len(flat) // 4]
 
 
-def _agreement(labels: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float:
+def _agreement(labels: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float | None:
+    """Mean adjusted Rand index; None where a fit found no two clusters, which agree on nothing."""
     from sklearn.metrics import adjusted_rand_score
 
+    if any(len(np.unique(found[found >= 0])) < 2 for pair in labels for found in pair):
+        return None
     return round(float(np.mean([adjusted_rand_score(a, b) for a, b in labels])), 4)
 
 

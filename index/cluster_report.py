@@ -54,10 +54,10 @@ def names(catalog: Catalog, clustering: str) -> dict[int, tuple[str, str]]:
 def rename(atlas: Atlas, cluster: int, text: str, description: str, clustering: str | None) -> None:
     """Give a cluster a name and a description, in the place of earlier ones."""
     chosen, found = atlas.clustering(clustering)
-    if not -1 <= cluster < found.clusters:
+    least = 0 if found.method == "kmeans" else -1
+    if not least <= cluster < found.clusters:
         raise BadInput(
-            f"clustering {chosen!r} has no cluster {cluster}; expected 0 to {found.clusters - 1}, or -1 "
-            "for noise"
+            f"clustering {chosen!r} has no cluster {cluster}; expected {least} to {found.clusters - 1}"
         )
     if max(len(text), len(description)) > TEXT_LIMIT:
         raise BadInput(f"a name or description is longer than {TEXT_LIMIT} characters; shorten it")
@@ -76,9 +76,12 @@ def describe(atlas: Atlas, name: str | None, examples: int) -> list[dict[str, An
     chosen, _ = atlas.clustering(name)
     ids, where = placed(atlas, chosen)
     given = names(atlas.catalog, chosen)
-    columns = atlas.view().columns
+    view = atlas.view()
+    columns = view.columns
     label = columns.coded("label")
     positions = columns.positions(ids)
+    there = positions >= 0  # a writer may have removed a slide since
+    ids, where, positions = ids[there], where.part(there), positions[there]
     slides = columns.slide_of(positions)
     report = []
     for cluster in np.unique(where.cluster).tolist():
@@ -97,7 +100,7 @@ def describe(atlas: Atlas, name: str | None, examples: int) -> list[dict[str, An
                 "slides": len(np.unique(slides[rows])),
                 "unknown": int(where.unknown[rows].sum()),
                 "labels": {k: n for k, n in sorted(labels.items(), key=lambda kv: -kv[1]) if n},
-                "examples": list(atlas.tiles(ids[rows[best]].tolist()).values()),
+                "examples": list(atlas.tiles(ids[rows[best]].tolist(), view).values()),
             }
         )
     return report

@@ -52,6 +52,19 @@ class Assigned:
     strength: Floats
     unknown: NDArray[np.bool_]
 
+    def rows(self, names: dict[int, str]) -> list[dict[str, Any]]:
+        """Return what a caller is told of each image, JSON-ready, with the names of the clusters."""
+        return [
+            {
+                "cluster": int(self.cluster[n]),
+                "name": names.get(int(self.cluster[n]), ""),
+                "distance": round(float(self.distance[n]), 6),
+                "strength": round(float(self.strength[n]), 6),
+                "unknown": bool(self.unknown[n]),
+            }
+            for n in range(len(self.cluster))
+        ]
+
     def part(self, rows: slice | NDArray[Any]) -> Assigned:
         """Return some of the images."""
         return Assigned(

@@ -194,6 +194,10 @@ class Columns:
         kept: NDArray[np.int32] = self.keep(f"clusters {name}", make)
         return kept
 
+    def placement(self, slide: int) -> bytes:
+        """Return the cluster column of a slide (by id) in the newest clustering, as it is stored."""
+        return self._placements.get(self.newest or "", {}).get(slide, b"")
+
     def clusterings(self) -> list[str]:
         """Return the names of the clusterings."""
         return list(self._placements)

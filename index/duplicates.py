@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -10,96 +9,105 @@ from numpy.typing import NDArray
 
 from ..console import Report
 from ..errors import BadInput, unknown_name
-from .search import allowed
+from .search import Mask, allowed
 
 if TYPE_CHECKING:
     from .atlas import Atlas
     from .generations import View
 
-LEAST = 0.999
+SAME = 0.999
 """Cosine similarity from which on two tiles count as the same picture."""
 NEIGHBOURS = 10
 BATCH = 2_048
 SHOWN = 1_000
+MAX_PARTS = 20
 
 
-def pairs(
-    atlas: Atlas,
-    least: float,
-    where: str | None = None,
-    progress: Report = lambda done, total, text: None,
-) -> tuple[View, NDArray[np.int64], NDArray[np.float32]]:
-    """Return the pairs of tiles that are at least so similar.
+def least_score(atlas: Atlas, view: View, least: float | None) -> float:
+    """Return the score from which on two tiles are the same, as given or for the atlas's metric.
 
-    Args:
-        atlas: to look through.
-        least: score, as of a hit.
-        where: only among tiles that pass this filter.
-        progress: called after each slide.
+    For l2 it is the distance of two vectors of usual length with a cosine of :data:`SAME`.
 
-    Returns:
-        The state that was looked at, positions (P, 2) with the smaller first, and scores (P,).
+    Raises:
+        BadInput: a score that no two tiles can have.
     """
-    view = atlas.view()
-    mask = allowed(view, where)
+    cosine = atlas.manifest.metric == "cosine"
+    highest = 1.0 if cosine else 0.0
+    if least is not None:
+        if not -np.inf < least <= highest:
+            raise BadInput(f"a score of {least} is not possible; expected at most {highest:g}")
+        return least
+    if cosine:
+        return SAME
+    some = next((s for s in view.columns.slides if s["name"] and s["tiles"]), None)
+    if some is None:
+        raise BadInput(f"{atlas.path} holds no tiles yet; add features first")
+    length = float(np.median(np.linalg.norm(atlas.generations.vectors_of(some), axis=1)))
+    return -float(np.sqrt(2 - 2 * SAME)) * length
+
+
+def _near(
+    atlas: Atlas,
+    view: View,
+    least: float,
+    asked: Mask | None,
+    allowed_: Mask | None,
+    k: int,
+    progress: Report,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return pairs (P, 2) of a tile that is asked and one near it, and scores (P,)."""
     found: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
     scores: list[NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)]
     slides = view.columns.slides
     for number, slide in enumerate(slides):
         progress(number + 1, len(slides), slide["name"])
-        if not slide["name"]:
-            continue
         start = int(view.columns.starts[number])
         rows = np.arange(slide["tiles"])
-        if mask is not None:
-            rows = rows[mask[start : start + slide["tiles"]]]
+        if asked is not None:
+            rows = rows[asked[start : start + slide["tiles"]]]
+        if not slide["name"] or not len(rows):
+            continue
         vectors = atlas.generations.vectors_of(slide)
         for at in range(0, len(rows), BATCH):
             part = rows[at : at + BATCH]
-            for own, near, score in _near(view, start + part, vectors[part], least, mask):
-                found.append(np.stack([np.minimum(own, near), np.maximum(own, near)], axis=1))
-                scores.append(score)
-    all_, score = np.concatenate(found), np.concatenate(scores)
-    unique, first = np.unique(all_, axis=0, return_index=True)
-    return view, unique.reshape(-1, 2), score[first]
-
-
-def _near(
-    view: View,
-    positions: NDArray[np.int64],
-    vectors: NDArray[np.float32],
-    least: float,
-    mask: NDArray[np.bool_] | None,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """Yield tiles, tiles near them, and scores; looks further where all that were found are near."""
-    k = NEIGHBOURS + 1
-    while len(positions):
-        scores, found = view.index.search(vectors, k, mask)
-        near = (found >= 0) & (scores >= least)
-        more = near.all(axis=1) & (found.shape[1] == k) & (k < view.index.positions)
-        near &= (found != positions[:, None]) & ~more[:, None]
-        rows, columns = np.nonzero(near)
-        yield positions[rows], found[rows, columns], scores[rows, columns]
-        positions, vectors, k = positions[more], vectors[more], 4 * k
+            score, near = view.index.search(vectors[part], k, allowed_)
+            own = (start + part)[:, None]
+            line, column = np.nonzero((near >= 0) & (score >= least) & (near != own))
+            found.append(np.stack([start + part[line], near[line, column]], axis=1))
+            scores.append(score[line, column])
+    return np.concatenate(found), np.concatenate(scores)
 
 
 def duplicates(
     atlas: Atlas,
-    least: float = LEAST,
+    least: float | None = None,
     where: str | None = None,
     progress: Report = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Group the tiles that are nearly the same.
 
+    A tile is compared with the 10 that are nearest to it; whoever is linked by such pairs is one group.
+
+    Args:
+        atlas: to look through.
+        least: score, as of a hit; None takes a cosine of .999.
+        where: only among tiles that pass this filter.
+        progress: called after each slide.
+
     Returns:
         How many tiles and groups, and the groups, largest first, with what is known of their tiles.
     """
-    view, found, scores = pairs(atlas, least, where, progress)
+    view = atlas.view()
+    least = least_score(atlas, view, least)
+    mask = allowed(view, where)
+    found, scores = _near(atlas, view, least, mask, mask, NEIGHBOURS + 1, progress)
     groups = _groups(found)
     slide = view.columns.slide_of
     shown = [
         {
-            "tiles": list(atlas.tiles(view.columns.ids(np.array(group[:20])).tolist()).values()),
+            "tiles": list(
+                atlas.tiles(view.columns.ids(np.array(group[:20])).tolist(), view).values()
+            ),
             "size": len(group),
             "slides": len(np.unique(slide(np.array(group)))),
         }
@@ -107,7 +115,6 @@ def duplicates(
     ]
     return {
         "least": least,
-        "pairs": len(found),
         "groups": len(groups),
         "tiles_in_groups": sum(map(len, groups)),
         "across_slides": sum(len(np.unique(slide(np.array(group)))) > 1 for group in groups),
@@ -136,7 +143,7 @@ def _groups(found: NDArray[np.int64]) -> list[list[int]]:
 def leakage(
     atlas: Atlas,
     split: str,
-    least: float = LEAST,
+    least: float | None = None,
     progress: Report = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Check whether parts of a data set share patients or pictures.
@@ -144,54 +151,52 @@ def leakage(
     Args:
         atlas: to look through.
         split: column that names the part of each slide or tile, such as train and test.
-        least: score from which on two tiles are the same picture.
+        least: score from which on two tiles are the same picture; None takes a cosine of .999.
         progress: called after each slide.
 
     Returns:
-        For each two parts: patients in both, near-duplicates across, and examples.
+        For each two parts: patients in both, tiles of the first that have a near-duplicate in the second,
+        and examples.
 
     Raises:
-        BadInput: no such column, or fewer than two parts.
+        BadInput: no such column, or fewer than two or more than 20 parts.
     """
     view = atlas.view()
     if split not in view.columns.names():
         raise unknown_name("column", split, view.columns.names())
-    part = view.columns.coded(split)
-    if len(part.names) < 2:
-        raise BadInput(f"column {split!r} names {len(part.names)} part(s); expected at least 2")
-    view, found, scores = pairs(atlas, least, None, progress)
     part, patient = view.columns.coded(split), view.columns.coded("patient")
+    if not 2 <= len(part.names) <= MAX_PARTS:
+        raise BadInput(
+            f"column {split!r} names {len(part.names)} part(s); expected 2 to {MAX_PARTS}, such as train "
+            "and test"
+        )
+    least = least_score(atlas, view, least)
     alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
     reports = []
     for a in range(len(part.names)):
         for b in range(a + 1, len(part.names)):
-            codes = part.codes[found]
-            across = ((codes[:, 0] == a) & (codes[:, 1] == b)) | (
-                (codes[:, 0] == b) & (codes[:, 1] == a)
-            )
-            both = set(patient.codes[alive & (part.codes == a)].tolist()) & set(
-                patient.codes[alive & (part.codes == b)].tolist()
-            )
+            of_a, of_b = alive & (part.codes == a), alive & (part.codes == b)
+            both = set(patient.codes[of_a].tolist()) & set(patient.codes[of_b].tolist())
             names = sorted(patient.names[code] for code in both - {-1})
-            examples = found[across][np.argsort(-scores[across])][:20]
+            found, scores = _near(atlas, view, least, of_a, of_b, 1, progress)
+            examples = found[np.argsort(-scores, kind="stable")][:20]
             reports.append(
                 {
                     "parts": [part.names[a], part.names[b]],
                     "patients_in_both": len(names),
                     "patients": names[:50],
-                    "near_duplicates": int(across.sum()),
+                    "near_duplicates": len(found),
                     "examples": [
-                        list(atlas.tiles(view.columns.ids(pair).tolist()).values())
+                        list(atlas.tiles(view.columns.ids(pair).tolist(), view).values())
                         for pair in examples
                     ],
                 }
             )
-    lost = int((alive & (patient.codes < 0)).sum())
     return {
         "split": split,
         "least": least,
         "tiles_without_part": int((alive & (part.codes < 0)).sum()),
-        "tiles_without_patient": lost,
+        "tiles_without_patient": int((alive & (patient.codes < 0)).sum()),
         "leaks": any(r["patients_in_both"] or r["near_duplicates"] for r in reports),
         "parts": reports,
     }

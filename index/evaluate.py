@@ -31,6 +31,7 @@ Unit = Literal["tile", "slide"]
 RANKS = 5
 VOTES = (1, 3, 5)
 LATENCY_RUNS = 30
+RANDOM_DRAWS = 20
 Ints = NDArray[np.int64]
 
 
@@ -60,8 +61,11 @@ class Options:
         """Check the ranges."""
         if self.unit not in {"tile", "slide"}:
             raise unknown_name("unit", self.unit, ("tile", "slide"))
-        if self.queries < 1 or self.bootstrap < 1:
-            raise BadInput("queries and bootstrap are at least 1")
+        if self.queries < 1 or self.bootstrap < 1 or self.seed < 0:
+            raise BadInput(
+                f"queries {self.queries}, bootstrap {self.bootstrap}, seed {self.seed}: expected at least "
+                "1, 1 and 0"
+            )
 
 
 @dataclass(frozen=True)
@@ -104,6 +108,7 @@ def evaluate(
     view = atlas.view()
     label = _column(view, options.label)
     owner, how = _owners(view, options)
+    slide_ms: float | None = None
     alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
     known = alive & (label.codes >= 0)
     warnings = [how] if how else []
@@ -116,7 +121,9 @@ def evaluate(
                 f"{len(asked.label)} of {total} labelled tiles were asked, drawn at random"
             )
     else:
-        asked = _ask_slides(atlas, view, known, label.codes, owner)
+        asked, more, slide_ms = _ask_slides(atlas, view, known, label.codes, owner)
+        warnings += more
+    warnings += _unanswerable(asked, label.names)
     manifest = atlas.manifest
     return {
         "atlas": str(atlas.path),
@@ -131,8 +138,20 @@ def evaluate(
         "classes": {name: int((asked.label == n).sum()) for n, name in enumerate(label.names)},
         "warnings": warnings,
         **_scores(asked, label.names, options),
-        "latency": _latency(atlas, encode),
+        "latency": {**_latency(atlas, encode), "slide_search_ms": slide_ms},
     }
+
+
+def _unanswerable(asked: Asked, names: list[str]) -> list[str]:
+    """Name the classes that only one owner has: no answer to them can be right."""
+    lost = asked.reachable == 0
+    if not lost.any():
+        return []
+    classes = sorted({names[code] for code in asked.label[lost].tolist()})
+    return [
+        f"{int(lost.sum())} queries cannot be answered, since no other owner has their class "
+        f"({', '.join(classes[:5])}); they count as wrong"
+    ]
 
 
 def _column(view: View, name: str) -> Any:
@@ -162,7 +181,21 @@ def _owners(view: View, options: Options) -> tuple[Ints, str]:
         f"{share}; their slide was left out instead. If a patient has several slides, the numbers are too "
         "good"
     )
-    return np.where(owner >= 0, owner, owner.max() + 1 + slide), warning
+    return _joined(owner, slide), warning
+
+
+def _joined(owner: Ints, slide: Ints) -> Ints:
+    """Return owners (N,) that share neither an owner nor a slide with another."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    slides, owners = int(slide.max()) + 1, int(owner.max()) + 1
+    known = owner >= 0
+    size = slides + owners
+    links = (np.ones(int(known.sum())), (slide[known], slides + owner[known]))
+    _, group = connected_components(coo_matrix(links, shape=(size, size)), directed=False)
+    found: Ints = group[slide].astype(np.int64)
+    return found
 
 
 def _check(options: Options, known: Mask, labels: Any, owner: Ints, names: list[str]) -> None:
@@ -196,35 +229,51 @@ def _ask_tiles(
     return Asked(asked, owner[positions], found, reachable, candidates)
 
 
-def _ask_slides(atlas: Atlas, view: View, known: Mask, labels: Any, owner: Ints) -> Asked:
-    """Ask with every slide whose tiles have one label and one owner."""
+def _ask_slides(
+    atlas: Atlas, view: View, known: Mask, labels: Any, owner: Ints
+) -> tuple[Asked, list[str], float]:
+    """Ask with every slide whose tiles have one label and one owner.
+
+    Returns:
+        What came back, warnings, and milliseconds per slide.
+    """
     columns = view.columns
     usable: list[tuple[int, int, int]] = []
+    labelled = 0
     for number, slide in enumerate(columns.slides):
         part = slice(int(columns.starts[number]), int(columns.starts[number + 1]))
+        if not slide["name"] or not known[part].any():
+            continue
+        labelled += 1
         of_one = len(set(labels[part].tolist())) == 1 == len(set(owner[part].tolist()))
-        if slide["name"] and slide["tiles"] and known[part].all() and of_one:
+        if known[part].all() and of_one:
             usable.append((number, int(labels[part][0]), int(owner[part][0])))
     if len({own for _, _, own in usable}) < 2:
         raise BadInput("fewer than 2 slides have one label and one patient; use --unit tile")
-    names = [columns.slides[n]["name"] for n, _, _ in usable]
-    metric = atlas.manifest.metric
-    all_ = cases.mosaics_of(view, atlas.generations.mosaic_of, names)
-    of_slide = {name: n for n, name in enumerate(names)}
+    warnings = []
+    if len(usable) < labelled:
+        lost = labelled - len(usable)
+        warnings.append(
+            f"{lost} of {labelled} slides hold several labels or patients, and were left out"
+        )
+    all_ = cases.mosaics_of(view, atlas.generations.mosaic_of, [n for n, _, _ in usable])
+    row_of = {number: row for row, (number, _, _) in enumerate(usable)}
+    slide_row = np.array([row_of[n] for n in columns.slide_of(all_.positions).tolist()])
     label = np.array([code for _, code, _ in usable])
     own = np.array([who for _, _, who in usable])
     found = np.full((len(usable), RANKS), -1, dtype=np.int64)
     candidates = np.zeros((len(usable), int(labels.max()) + 1), dtype=np.int64)
-    others = {who: known & (owner != who) for who in np.unique(own)}
-    for row, (number, _, who) in enumerate(usable):
-        asked = all_.vectors[all_.slide == number]
-        nothing = np.full(len(asked), -1, dtype=np.int64)
-        ranked = cases.similar(view, asked, nothing, all_, metric, RANKS, passing=others[who])
-        for rank, similar in enumerate(ranked):
-            found[row, rank] = label[of_slide[similar.name]]
+    started = time.perf_counter()
+    for row, who in enumerate(own.tolist()):
+        others = np.flatnonzero(own[slide_row] != who)
+        asked = all_.part(np.flatnonzero(slide_row == row))
+        ranked, _ = cases.rank(asked, all_.part(others), slide_row[others], atlas.manifest.metric)
+        best = label[ranked[:RANKS]]
+        found[row, : len(best)] = best
         candidates[row] = np.bincount(label[own != who], minlength=candidates.shape[1])
+    took = 1000 * (time.perf_counter() - started) / len(usable)
     reachable = candidates[np.arange(len(label)), label]
-    return Asked(label, own, found, reachable, candidates)
+    return Asked(label, own, found, reachable, candidates), warnings, took
 
 
 def votes(found: Ints, k: int) -> Ints:
@@ -250,49 +299,57 @@ def average_precision(found: Ints, label: Ints, reachable: Ints) -> NDArray[np.f
 
 def _scores(asked: Asked, names: list[str], options: Options) -> dict[str, Any]:
     rng = np.random.default_rng(options.seed)
-    chance = _random_answers(asked, rng)
-    majority = np.array([row.argmax() for row in asked.candidates])
+    majority = np.full(len(asked.label), np.bincount(asked.label).argmax())
     weights = _bootstrap_weights(asked.owner, options.bootstrap, rng)
+    classes = len(names)
+    chance = [_random_answers(asked, rng) for _ in range(RANDOM_DRAWS)]
+    by_majority = _Counts.of(asked, majority, classes)
     metrics: dict[str, Any] = {}
     per_class: list[dict[str, Any]] = []
     for k in VOTES:
-        predicted = votes(asked.found, k)
+        counts = _Counts.of(asked, votes(asked.found, k), classes)
         name = "top1" if k == 1 else f"mmv{k}"
-        confusion = _confusions(asked, predicted, len(names))
-        by_chance = _confusions(asked, votes(chance, k), len(names))
-        by_majority = _confusions(asked, majority, len(names))
         for suffix, measure in (("", _accuracy), ("_macro_f1", _macro_f1)):
+            random = [
+                measure(_Counts.of(asked, votes(drawn, k), classes).total()) for drawn in chance
+            ]
             metrics[name + suffix] = {
-                **_with_interval(measure, confusion, weights),
-                "random": float(measure(by_chance.sum(axis=0)[None])[0]),
-                "majority": float(measure(by_majority.sum(axis=0)[None])[0]),
+                "value": float(measure(counts.total())[0]),
+                "interval_95": _interval(measure(counts.weighted(weights))),
+                "random": float(np.mean(random)),
+                "majority": float(measure(by_majority.total())[0]),
             }
         if k == RANKS:
-            per_class = _per_class(confusion.sum(axis=0), names)
+            per_class = _per_class(counts, weights, names)
     precision = average_precision(asked.found, asked.label, asked.reachable)
-    by_chance_ap = average_precision(chance, asked.label, asked.reachable)
+    by_chance = [average_precision(drawn, asked.label, asked.reachable).mean() for drawn in chance]
     sums = _per_owner(asked.owner, np.stack([precision, np.ones(len(precision))], axis=1))
-
-    def mean(totals: NDArray[np.float64]) -> NDArray[np.float64]:
-        found: NDArray[np.float64] = totals[:, 0] / np.maximum(totals[:, 1], 1e-12)
-        return found
-
+    drawn_sums = weights @ sums
     metrics["map5"] = {
-        **_with_interval(mean, sums, weights),
-        "random": float(by_chance_ap.mean()),
+        "value": float(precision.mean()),
+        "interval_95": _interval(drawn_sums[:, 0] / np.maximum(drawn_sums[:, 1], 1e-12)),
+        "random": float(np.mean(by_chance)),
         "majority": None,
     }
     return {"metrics": metrics, "per_class_mmv5": per_class}
 
 
 def _random_answers(asked: Asked, rng: np.random.Generator) -> Ints:
-    """Return what random tiles of other patients would have answered (Q, 5)."""
-    shares = asked.candidates / np.maximum(1, asked.candidates.sum(axis=1, keepdims=True))
-    edges = np.cumsum(shares, axis=1)
-    drawn = rng.random((len(shares), RANKS))
-    found: Ints = (drawn[:, :, None] > edges[:, None, :]).sum(axis=2)
-    capped: Ints = np.minimum(found, shares.shape[1] - 1)
-    return capped
+    """Return what five different random tiles of other patients would have answered (Q, 5)."""
+    found = np.full((len(asked.label), RANKS), -1, dtype=np.int64)
+    for own in np.unique(asked.owner):
+        rows = np.flatnonzero(asked.owner == own)
+        there = asked.candidates[rows[0]]
+        count = min(RANKS, int(there.sum()))
+        if count:
+            drawn = rng.multivariate_hypergeometric(
+                there, count, size=len(rows), method="marginals"
+            )
+            classes = np.repeat(np.tile(np.arange(len(there)), len(rows)), drawn.ravel()).reshape(
+                len(rows), count
+            )
+            found[rows, :count] = rng.permuted(classes, axis=1)
+    return found
 
 
 def _per_owner(owner: Ints, values: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -303,28 +360,49 @@ def _per_owner(owner: Ints, values: NDArray[np.float64]) -> NDArray[np.float64]:
     return sums
 
 
-def _confusions(asked: Asked, predicted: Ints, classes: int) -> NDArray[np.float64]:
-    """Return a table true x predicted per owner (P, C, C + 1); the last column is no answer."""
-    cell = asked.label * (classes + 1) + np.where(predicted < 0, classes, predicted)
-    _, number = np.unique(asked.owner, return_inverse=True)
-    size = classes * (classes + 1)
-    flat = np.bincount(number * size + cell, minlength=(number.max() + 1) * size)
-    return flat.reshape(-1, classes, classes + 1).astype(np.float64)
+@dataclass(frozen=True)
+class _Counts:
+    """Per owner and class (P, C): how many were asked, answered so, and answered so rightly."""
+
+    true: NDArray[np.float64]
+    said: NDArray[np.float64]
+    right: NDArray[np.float64]
+
+    @classmethod
+    def of(cls, asked: Asked, predicted: Ints, classes: int) -> _Counts:
+        _, owner = np.unique(asked.owner, return_inverse=True)
+        size = int(owner.max()) + 1
+
+        def table(rows: NDArray[np.bool_], code: Ints) -> NDArray[np.float64]:
+            flat = np.bincount(owner[rows] * classes + code[rows], minlength=size * classes)
+            return flat.reshape(size, classes).astype(np.float64)
+
+        answered = predicted >= 0
+        right = answered & (predicted == asked.label)
+        everything = np.ones(len(owner), dtype=bool)
+        return cls(
+            table(everything, asked.label), table(answered, predicted), table(right, asked.label)
+        )
+
+    def weighted(self, weights: NDArray[np.float64]) -> _Counts:
+        """Return the sums over owners, drawn as often as the weights (B, P) say: (B, C)."""
+        return _Counts(weights @ self.true, weights @ self.said, weights @ self.right)
+
+    def total(self) -> _Counts:
+        """Return the sums over all owners: (1, C)."""
+        return self.weighted(np.ones((1, len(self.true))))
 
 
-def _accuracy(tables: NDArray[np.float64]) -> NDArray[np.float64]:
-    right = np.trace(tables[:, :, :-1], axis1=1, axis2=2)
-    found: NDArray[np.float64] = right / np.maximum(tables.sum(axis=(1, 2)), 1e-12)
+def _accuracy(counts: _Counts) -> NDArray[np.float64]:
+    found: NDArray[np.float64] = counts.right.sum(1) / np.maximum(counts.true.sum(1), 1e-12)
     return found
 
 
-def _macro_f1(tables: NDArray[np.float64]) -> NDArray[np.float64]:
+def _macro_f1(counts: _Counts) -> NDArray[np.float64]:
     """Mean F1 over the classes that are there."""
-    right = np.diagonal(tables[:, :, :-1], axis1=1, axis2=2)
-    true, predicted = tables.sum(axis=2), tables[:, :, :-1].sum(axis=1)
-    score = 2 * right / np.maximum(true + predicted, 1e-12)
-    there = true > 0
-    found: NDArray[np.float64] = (score * there).sum(axis=1) / np.maximum(there.sum(axis=1), 1)
+    score = 2 * counts.right / np.maximum(counts.true + counts.said, 1e-12)
+    there = counts.true > 0
+    found: NDArray[np.float64] = (score * there).sum(1) / np.maximum(there.sum(1), 1)
     return found
 
 
@@ -334,39 +412,39 @@ def _bootstrap_weights(owner: Ints, draws: int, rng: np.random.Generator) -> NDA
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 
 
-def _with_interval(
-    measure: Callable[[NDArray[np.float64]], NDArray[np.float64]],
-    per_owner: NDArray[np.float64],
-    weights: NDArray[np.float64],
-) -> dict[str, Any]:
-    flat = per_owner.reshape(len(per_owner), -1)
-    drawn = (weights @ flat).reshape(len(weights), *per_owner.shape[1:])
-    low, high = np.quantile(measure(drawn), [0.025, 0.975])
-    value = measure(per_owner.sum(axis=0)[None])[0]
-    return {"value": float(value), "interval_95": [float(low), float(high)]}
+def _interval(drawn: NDArray[np.float64]) -> list[float]:
+    low, high = np.nanquantile(drawn, [0.025, 0.975])
+    return [float(low), float(high)]
 
 
-def _per_class(table: NDArray[np.float64], names: list[str]) -> list[dict[str, Any]]:
+def _per_class(
+    counts: _Counts, weights: NDArray[np.float64], names: list[str]
+) -> list[dict[str, Any]]:
+    whole, drawn = counts.total(), counts.weighted(weights)
     rows = []
     for n, name in enumerate(names):
-        right, true, said = table[n, n], table[n].sum(), table[:, n].sum()
-        if true:
-            rows.append(
-                {
-                    "class": name,
-                    "queries": int(true),
-                    "recall": float(right / true),
-                    "precision": float(right / said) if said else None,
-                    "f1": float(2 * right / (true + said)),
-                }
-            )
+        right, true, said = whole.right[0, n], whole.true[0, n], whole.said[0, n]
+        if not true:
+            continue
+        there = drawn.true[:, n] > 0
+        recalls = drawn.right[there, n] / drawn.true[there, n]
+        rows.append(
+            {
+                "class": name,
+                "queries": int(true),
+                "recall": float(right / true),
+                "recall_interval_95": _interval(recalls),
+                "precision": float(right / said) if said else None,
+                "f1": float(2 * right / (true + said)),
+            }
+        )
     return rows
 
 
 def _latency(
     atlas: Atlas, encode: Callable[[], NDArray[np.float32]] | None
 ) -> dict[str, float | None]:
-    """Median milliseconds of one query: encoding one tile, searching 10 hits, and both."""
+    """Median milliseconds of one query: encoding one tile (decoded already), searching, and both."""
     noise = np.random.default_rng(0).normal(size=(1, atlas.manifest.dim)).astype(np.float32)
     encoding, searching = [], []
     for _ in range(LATENCY_RUNS):

@@ -5,6 +5,7 @@ Every format carries the vectors (but GeoJSON) and, per tile, what a hit would s
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import shutil
@@ -18,8 +19,8 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, MissingPart, unknown_name
 from ..files import publish_file, publish_folder, storage_failed, temporary, write_atomic
-from . import cluster_report
-from .columns import NOT_PLACED, Columns
+from . import cluster_report, clusterings
+from .columns import NOT_PLACED, Coded, Columns
 from .records import plain_name
 from .search import Mask, allowed
 from .vectors import prepared
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 
 COLOURS = (0x4C78A8, 0xF58518, 0xE45756, 0x72B7B2, 0x54A24B, 0xEECA3B, 0xB279A2, 0xFF9DA6, 0x9D755D)
 UNKNOWN_COLOUR = 0x9E9E9E
+UNKNOWN = -3
+"""Stands for a tile that no cluster knows, where it is drawn."""
 
 
 @dataclass(frozen=True)
@@ -37,13 +40,19 @@ class Table:
 
     Attributes:
         vectors: (N, D).
-        columns: by name, each (N,): numbers, or texts in which "" is none.
+        columns: by name, each (N,): numbers, or coded texts.
         encoder: name and sha256.
     """
 
     vectors: NDArray[np.float32]
-    columns: dict[str, NDArray[Any]]
+    columns: dict[str, NDArray[Any] | Coded]
     encoder: dict[str, Any]
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """Return a column of numbers."""
+        column = self.columns[name]
+        assert not isinstance(column, Coded)
+        return column
 
 
 def table_of(atlas: Atlas, where: str | None) -> Table:
@@ -70,15 +79,17 @@ def table_of(atlas: Atlas, where: str | None) -> Table:
             at += len(inside)
     manifest = atlas.manifest
     encoder = {"name": manifest.name, "sha256": manifest.sha256, "metric": manifest.metric}
-    return Table(vectors, _columns(columns, rows), encoder)
+    return Table(vectors, _columns(atlas, columns, rows), encoder)
 
 
-def _columns(columns: Columns, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]]:
+def _columns(
+    atlas: Atlas, columns: Columns, rows: NDArray[np.int64]
+) -> dict[str, NDArray[Any] | Coded]:
     places = columns.places()[rows]
     slide = columns.slide_of(rows)
     mpp = np.array([np.nan if s["mpp"] is None else s["mpp"] for s in columns.slides])
     size = np.array([s["size_px_level0"] for s in columns.slides])
-    found: dict[str, NDArray[Any]] = {
+    found: dict[str, NDArray[Any] | Coded] = {
         "tile": columns.ids(rows),
         "x": places[:, 0],
         "y": places[:, 1],
@@ -87,18 +98,41 @@ def _columns(columns: Columns, rows: NDArray[np.int64]) -> dict[str, NDArray[Any
     }
     for name in columns.names():
         coded = columns.coded(name)
-        found[name] = np.array([*coded.names, ""])[coded.codes[rows]]
+        found[name] = Coded(coded.names, coded.codes[rows])
     files = [columns.files(n) for n in range(len(columns.slides))]
     if any(f is not None for f in files):
         inside = rows - columns.starts[slide]
-        found["file"] = np.array(
-            [_name(files[s], r) for s, r in zip(slide.tolist(), inside.tolist(), strict=True)]
-        )
+        pairs = zip(slide.tolist(), inside.tolist(), strict=True)
+        found["file"] = np.array([_name(files[s], r) for s, r in pairs])
     for name in columns.clusterings():
-        clusters = columns.clusters(name)
-        if clusters is not None:
-            found[f"cluster.{name}"] = np.where(clusters == NOT_PLACED, -1, clusters)[rows]
+        found |= _placed(atlas, columns, name, rows, slide)
     return found
+
+
+def _placed(
+    atlas: Atlas,
+    columns: Columns,
+    name: str,
+    rows: NDArray[np.int64],
+    slide: NDArray[np.int64],
+) -> dict[str, NDArray[Any]]:
+    """Return cluster (-1 noise, -2 not placed), strength and whether unknown, of a clustering."""
+    known = clusterings.placements(atlas.catalog, name)
+    cluster = np.full(len(rows), NOT_PLACED, dtype=np.int64)
+    strength = np.zeros(len(rows))
+    unknown = np.ones(len(rows), dtype=bool)
+    for number in np.unique(slide).tolist():
+        there = slide == number
+        where = known.get(columns.slides[number]["id"])
+        if where is not None:
+            part = where[0].part(rows[there] - columns.starts[number])
+            cluster[there], strength[there] = part.cluster, part.strength
+            unknown[there] = part.unknown
+    return {
+        f"cluster.{name}": cluster,
+        f"strength.{name}": strength,
+        f"unknown.{name}": unknown,
+    }
 
 
 def _name(files: list[str | None] | None, row: int) -> str:
@@ -129,15 +163,20 @@ def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more:
         raise BadInput(f"{out} exists already; choose another name or remove it first")
     table = table_of(atlas, where)
     if kind == "geojson":
-        _geojson(atlas, table, out, **more)
-    else:
-        KINDS[kind](table, out)
+        return _geojson(atlas, table, out, **more)
+    KINDS[kind](table, out)
     return len(table.vectors)
 
 
 def _numpy(table: Table, out: Path) -> None:
-    """One .npz without pickles: ``vectors`` and a column each."""
-    names = {f"column_{name}": values for name, values in table.columns.items()}
+    """One .npz without pickles: ``vectors`` and a column each; texts as ``codes`` of ``names``."""
+    names: dict[str, Any] = {}
+    for name, values in table.columns.items():
+        if isinstance(values, Coded):
+            names[f"codes_{name}"] = values.codes
+            names[f"names_{name}"] = np.array(values.names or [""])
+        else:
+            names[f"column_{name}"] = values
     _publish(
         out,
         ".npz",
@@ -160,11 +199,19 @@ def _parquet(table: Table, out: Path) -> None:
         raise _missing("pyarrow") from error
     plane = _plane(table.vectors)
     flat = pa.array(table.vectors.ravel())
-    columns = {name: pa.array(values) for name, values in table.columns.items()}
+    columns = {
+        name: _dictionary(pa, values) if isinstance(values, Coded) else pa.array(values)
+        for name, values in table.columns.items()
+    }
     columns["projection_x"], columns["projection_y"] = pa.array(plane[:, 0]), pa.array(plane[:, 1])
     columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, table.vectors.shape[1])
     sheet = pa.table(columns).replace_schema_metadata({"encoder": json.dumps(table.encoder)})
     _publish(out, ".parquet", lambda path: parquet.write_table(sheet, path))
+
+
+def _dictionary(pa: Any, values: Coded) -> Any:
+    codes = pa.array(values.codes, mask=values.codes < 0)
+    return pa.DictionaryArray.from_arrays(codes, pa.array(values.names, type=pa.string()))
 
 
 def _anndata(table: Table, out: Path) -> None:
@@ -176,12 +223,14 @@ def _anndata(table: Table, out: Path) -> None:
         raise _missing("anndata") from error
     obs = pandas.DataFrame(
         {
-            name: pandas.Categorical(values) if values.dtype.kind == "U" else values
+            name.replace("/", "_"): pandas.Categorical.from_codes(values.codes, values.names)
+            if isinstance(values, Coded)
+            else values
             for name, values in table.columns.items()
         },
-        index=[str(tile) for tile in table.columns["tile"].tolist()],
+        index=[str(tile) for tile in table.numbers("tile").tolist()],
     )
-    places = np.stack([table.columns["x"], table.columns["y"]], axis=1).astype(np.float64)
+    places = np.stack([table.numbers("x"), table.numbers("y")], axis=1).astype(np.float64)
     made = anndata.AnnData(
         X=table.vectors, obs=obs, obsm={"spatial": places}, uns={"encoder": dict(table.encoder)}
     )
@@ -196,7 +245,7 @@ def _projector(table: Table, out: Path) -> None:
     """A folder that TensorBoard's projector opens: tensors, metadata, and the file that names them."""
 
     def lines(names: list[str]) -> list[str]:
-        columns = [table.columns[name].astype(str).tolist() for name in names]
+        columns = [_texts(table.columns[name]) for name in names]
         clean = [[v.replace("\t", " ").replace("\n", " ") for v in column] for column in columns]
         return ["\t".join(row) for row in zip(*clean, strict=True)]
 
@@ -214,9 +263,16 @@ def _projector(table: Table, out: Path) -> None:
         )
 
 
+def _texts(column: NDArray[Any] | Coded) -> list[str]:
+    if isinstance(column, Coded):
+        names = [*column.names, ""]
+        return [names[code] for code in column.codes.tolist()]
+    return [str(value) for value in column.tolist()]
+
+
 def _geojson(
     atlas: Atlas, table: Table, out: Path, clustering: str | None = None, like: int | None = None
-) -> None:
+) -> int:
     """A folder with ``<slide>.geojson``: tiles as detections of their cluster, or with their similarity."""
     values: NDArray[Any]
     if like is not None:
@@ -227,32 +283,43 @@ def _geojson(
         given: dict[int, tuple[str, str]] = {}
     else:
         chosen, _ = atlas.clustering(clustering)
-        values = table.columns[f"cluster.{chosen}"]
+        values = table.numbers(f"cluster.{chosen}").copy()
+        values[table.numbers(f"unknown.{chosen}")] = UNKNOWN
         given = cluster_report.names(atlas.catalog, chosen)
     slides = table.columns["slide"]
+    assert isinstance(slides, Coded)
+    drawn = np.flatnonzero(table.numbers("size_px_level0") > 0)
+    if not len(drawn):
+        raise BadInput(
+            "none of the tiles has a size on its slide: tile sets have no places, and CLAM's files do not "
+            "say (import them with --tile-px)"
+        )
+    order = drawn[np.argsort(slides.codes[drawn], kind="stable")]
+    parts = np.split(order, np.flatnonzero(np.diff(slides.codes[order])) + 1)
     with publish_folder(out) as folder:
-        for slide in np.unique(slides).tolist():
-            rows = np.flatnonzero((slides == slide) & (table.columns["size_px_level0"] > 0))
-            if len(rows):
-                features = [_feature(table, row, values[row], given, like) for row in rows.tolist()]
-                document = {"type": "FeatureCollection", "features": features}
-                name = f"{plain_name(slide)}.geojson"
-                write_atomic(folder / name, json.dumps(document, ensure_ascii=False))
-        if not any(folder.iterdir()):
-            raise BadInput("none of the tiles lies on a slide; tile sets have no places to draw")
+        for rows in parts:
+            slide = slides.names[int(slides.codes[rows[0]])]
+            features = [_feature(table, row, values[row], given, like) for row in rows.tolist()]
+            document = {"type": "FeatureCollection", "features": features}
+            name = plain_name(slide)
+            if (folder / f"{name}.geojson").exists():  # another slide of nearly that name
+                name = f"{name[:80]}-{hashlib.sha256(slide.encode()).hexdigest()[:8]}"
+            write_atomic(folder / f"{name}.geojson", json.dumps(document, ensure_ascii=False))
+    return len(drawn)
 
 
 def _feature(
     table: Table, row: int, value: Any, given: dict[int, tuple[str, str]], like: int | None
 ) -> dict[str, Any]:
-    x, y, size = (int(table.columns[key][row]) for key in ("x", "y", "size_px_level0"))
+    x, y, size = (int(table.numbers(key)[row]) for key in ("x", "y", "size_px_level0"))
     ring = [[x, y], [x + size, y], [x + size, y + size], [x, y + size], [x, y]]
     properties: dict[str, Any] = {"objectType": "detection"}
     if like is not None:
         properties["measurements"] = {"similarity": round(float(value), 6)}
     else:
         number = int(value)
-        name = given.get(number, ("", ""))[0] or ("noise" if number < 0 else f"cluster {number}")
+        name = "unknown" if number == UNKNOWN else given.get(number, ("", ""))[0]
+        name = name or ("noise" if number < 0 else f"cluster {number}")
         colour = UNKNOWN_COLOUR if number < 0 else COLOURS[number % len(COLOURS)]
         rgb = [colour >> 16, colour >> 8 & 0xFF, colour & 0xFF]
         properties["classification"] = {"name": name, "color": rgb}
@@ -263,7 +330,7 @@ def _feature(
     }
 
 
-KINDS: dict[str, Callable[..., None]] = {
+KINDS: dict[str, Callable[..., Any]] = {
     "numpy": _numpy,
     "parquet": _parquet,
     "anndata": _anndata,

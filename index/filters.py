@@ -7,7 +7,8 @@ Fields: ``slide``, ``kind``, ``label``, ``patient``, ``file``, ``tile``, ``x``, 
 ``cluster`` (of the newest clustering), ``cluster.NAME`` (of another), and every further column of the
 metadata. Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``, ``like`` (``%`` any text, ``_`` one
 character), ``is null``, ``is not null``, ``and``, ``or``, ``not``, brackets. Texts stand in single or
-double quotes, doubled inside. A tile without a value equals nothing, so ``!=`` and ``not in`` hold for it.
+double quotes, doubled inside; a column whose name is not one word in backticks. A tile without a value
+equals nothing, so ``!=`` and ``not in`` hold for it.
 """
 
 from __future__ import annotations
@@ -65,11 +66,11 @@ def _grammar() -> Any:
     import pyparsing as pp
 
     pp.ParserElement.enable_packrat()
-    word = pp.Regex(r"[A-Za-z_][\w.\-]*")
+    word = pp.Regex(r"[^\W\d][\w.\-]*")
     keywords = pp.MatchFirst(
         [pp.CaselessKeyword(w) for w in ("and", "or", "not", "in", "like", "is", "null")]
     )
-    field = ~keywords + word
+    field = (~keywords + word) | pp.QuotedString("`")
     number = pp.Regex(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?").set_parse_action(lambda t: float(t[0]))
     text = pp.QuotedString("'", esc_quote="''") | pp.QuotedString('"', esc_quote='""')
     value = text | number

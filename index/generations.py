@@ -156,7 +156,8 @@ class Generations:
     def _state(self) -> _State:
         with self._catalog.read() as db:
             slides = db.execute(
-                "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic "
+                "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic, "
+                "t.seal AS tiles_seal "
                 "FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY s.id"
             ).fetchall()
             generation = db.execute("SELECT * FROM generations ORDER BY id DESC").fetchone()

@@ -7,20 +7,22 @@ file attributes ``unit`` and ``tile_size_um``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
+from numpy.typing import NDArray
 
 from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
-from ..feature_files import MAX_BYTES, Features, parse_features
+from ..feature_files import MAX_BYTES, Features, check_features, parse_features, read_features
 from ..feature_writer import write_features
 from ..files import temporary
-from .records import Added
+from ..manifest import Manifest
+from .records import Added, row_of
 
 if TYPE_CHECKING:
     from .atlas import Atlas
@@ -81,27 +83,61 @@ def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
         )
     if data.nbytes * 2 + places.nbytes > MAX_BYTES:
         raise BadInput(f"{path} claims {data.shape} features; at most {MAX_BYTES:,} bytes are read")
-    unit = stored.attrs.get("unit", "um")
-    if unit not in {"um", "µm"}:
-        raise BadInput(f"{path} has places in {unit!r}; expected um, as STAMP writes them")
+    places_um, size_um, size_px = _stamp_places(path, stored, np.asarray(places[()], np.float64))
     if mpp is None:
         raise BadInput(
             f"{path} has places in micrometres; say how large a pixel of level 0 is, by --mpp or a column "
             "mpp of --metadata"
         )
-    size_um = float(stored.attrs.get("tile_size_um", 0))
-    size_px = int(stored.attrs.get("tile_size_px", 0))
     return Features(
         name=path.stem,
         encoder=str(stored.attrs.get("extractor", "unknown")),
         encoder_sha256="",
         features=data[()].astype(np.float32),
-        coords=np.rint(np.asarray(places[()], dtype=np.float64) / mpp).astype(np.int64),
+        coords=np.rint(places_um / mpp).astype(np.int64),
         size_px=size_px,
         size_px_level0=round(size_um / mpp),
         mpp=mpp,
         target_mpp=size_um / size_px if size_px else None,
     )
+
+
+def _stamp_places(
+    path: Path, stored: h5py.File, places: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float, int]:
+    """Return places (N, 2) and side of a tile in micrometres, and its side in pixels.
+
+    STAMP's versions differ: ``tile_size_um`` (or ``tile_size``) with the unit um; the first ones had no
+    unit, and counted in pixels of tiles of 256 um and 224 px.
+    """
+    attributes = stored.attrs
+    unit = attributes.get("unit")
+    if unit in {"um", "µm"}:
+        size_um = float(attributes.get("tile_size_um", attributes.get("tile_size", 0)))
+        if size_um > 0:
+            return places, size_um, int(attributes.get("tile_size_px", 0))
+        raise BadInput(f"{path} does not say how large a tile is; make it with a newer STAMP")
+    steps = np.diff(np.unique(places[:, 0])) if len(places) else np.zeros(0)
+    in_pixels = len(steps) and not (steps % 224).any()
+    if unit is None and (round(float(attributes.get("tile_size", 0))) == 224 or in_pixels):
+        return places * (256 / 224), 256.0, 224
+    raise BadInput(f"{path} has places in {unit or 'no unit'!r}; expected um, as STAMP writes them")
+
+
+def read_query(path: Path, manifest: Manifest) -> NDArray[np.float32]:
+    """Read the features (N, D) of a new slide to ask an atlas with: ours, or of an external encoder's tool.
+
+    Raises:
+        BadInput: not readable as such.
+        Mismatch: of another encoder, or length.
+    """
+    item = read_foreign(path, manifest.name, 1.0) if manifest.external else read_features(path)
+    if manifest.external:
+        item = replace(item, encoder_sha256=manifest.sha256)
+    check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
+    if not len(item.features):
+        raise BadInput(f"{path} holds no tiles; there is nothing to ask with")
+    return item.features
 
 
 def import_features(
@@ -110,6 +146,7 @@ def import_features(
     encoder: str,
     metadata: dict[str, dict[str, str]],
     mpp: float | None = None,
+    tile_px: int | None = None,
     metric: str = "cosine",
     replace_known: bool = False,
     progress: Report = lambda done, total, text: None,
@@ -122,6 +159,7 @@ def import_features(
         encoder: name of the encoder that made them all.
         metadata: by slide: label, patient, mpp and any other column.
         mpp: of level 0, where neither file nor metadata says.
+        tile_px: side of a tile in pixels of level 0, where no file says (CLAM's do not).
         metric: cosine or l2, for an atlas that is made.
         replace_known: put other features of a slide that is there in the place of the old ones.
         progress: called after each file.
@@ -136,14 +174,19 @@ def import_features(
     from .atlas import Atlas
 
     def mpp_of(file: Path) -> float | None:
-        given = metadata.get(file.stem, {}).get("mpp") or mpp
+        given = (row_of(metadata, file.stem, "") or {}).get("mpp") or mpp
         try:
-            return float(given) if given else None
+            found = float(given) if given else None
         except ValueError as error:
             raise BadInput(f"mpp of {file.stem!r} is {given!r}; expected a number") from error
+        if found is not None and not 0 < found < 1000:
+            raise BadInput(
+                f"mpp of {file.stem!r} is {found}; expected micrometres per pixel, above 0"
+            )
+        return found
 
     if not path.exists():
-        item = read_foreign(files[0], encoder, mpp_of(files[0]))
+        item = _first_readable(files, lambda file: read_foreign(file, encoder, mpp_of(file)))
         Atlas.create_external(path, encoder, item.features.shape[1], metric, item.target_mpp)
     atlas = Atlas(path)
     if not atlas.manifest.external or atlas.manifest.name != encoder:
@@ -157,7 +200,8 @@ def import_features(
         for number, file in enumerate(files, start=1):
             try:
                 item = read_foreign(file, encoder, mpp_of(file))
-                item = replace(item, encoder_sha256=atlas.manifest.sha256)
+                size = item.size_px_level0 or tile_px or 0
+                item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
                 blob = _as_file(item, atlas.path)
                 results.append(writer.add_features(item, blob, str(file), metadata, replace_known))
             except StorageFailed:
@@ -167,6 +211,17 @@ def import_features(
             progress(number, len(files), file.stem)
         writer.finish()
     return atlas, results
+
+
+def _first_readable(files: Sequence[Path], read: Callable[[Path], Features]) -> Features:
+    first: HistoseekError | None = None
+    for file in files:
+        try:
+            return read(file)
+        except HistoseekError as error:
+            first = first or error
+    assert first is not None
+    raise first
 
 
 def _as_file(item: Features, folder: Path) -> bytes:

@@ -6,6 +6,7 @@ A change is never edited once it was released: a later one is added instead.
 from __future__ import annotations
 
 import sqlite3
+import uuid
 from collections.abc import Callable
 from typing import Any
 
@@ -153,6 +154,7 @@ def _version_2(db: sqlite3.Connection) -> None:
         "INSERT INTO meta (key, value) VALUES ('next_tile', ?)",
         (str(int(last[0]) + 1 if last else 1),),
     )
+    db.execute("INSERT INTO meta (key, value) VALUES ('atlas_id', ?)", (uuid.uuid4().hex,))
     _run(db, _DROP_VERSION_1)
     for table, key in (("slides", "id"), ("clusterings", "id"), ("meta", "key")):
         for row in _rows(db, f"SELECT * FROM {table}"):

@@ -8,13 +8,14 @@ of a person ever stands in a Milvus expression.
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import json
 import logging
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 from urllib.parse import parse_qs, urlsplit
@@ -23,17 +24,21 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..console import Report
-from ..errors import BadInput, Mismatch, MissingPart, Unavailable, unknown_name
+from ..errors import BadInput, Damaged, Mismatch, MissingPart, Unavailable, unknown_name
+from . import cluster_report
+from .clusters import Clustering
 from .columns import NOT_PLACED
 from .filters import Compare, Every, Filter, Not, holds, parse
 from .records import Hit
 from .search import Wanted
 from .tile_table import MISSING, SEAL
-from .vectors import prepared
+from .vectors import Metric, prepared
 
 if TYPE_CHECKING:
     from .atlas import Atlas
     from .generations import View
+
+Row = tuple[float, Mapping[str, Any]]
 
 TOKEN = "HISTOSEEK_MILVUS_TOKEN"
 COLLECTION = "histoseek"
@@ -43,10 +48,16 @@ BATCH_VALUES = 250_000
 LIMIT = 16_384
 """Hits that Milvus gives at most."""
 TEXT = 60_000
+SLOT = 1_000_000
+"""Parts of one text in the second collection; the first part of each says how many there are."""
+FACTS, CLUSTERINGS = 0, 1
 FLAT_UP_TO = 100_000
+INDEXES = ("FLAT", "AUTOINDEX", "IVF_FLAT", "IVF_SQ8", "IVF_PQ", "HNSW", "SCANN", "DISKANN")
 TIMEOUT_S = 60
 SEALED_TOGETHER = 100
 """Slides after which a push notes what is done; as many are sent again after a kill."""
+CLUSTERING_BYTES = 64 * 2**20
+"""Clusterings up to this size go along; HDBSCAN's hold the tiles that were fitted."""
 
 
 @dataclass
@@ -54,21 +65,23 @@ class About:
     """What the second collection says of the first.
 
     Attributes:
+        atlas: identity of the atlas.
         encoder: name of the encoder.
         sha256: its identity.
         dim: D.
         metric: cosine or l2.
-        revision: of the atlas when it was pushed.
+        revision: of the atlas when it was pushed; -1 while a push is under way or was cut off.
         clustering: whose clusters hits show; "" for none.
         index: type of Milvus's index.
         columns: names of the numbers of each column; their order never changes.
         slides: by number of the slide's name: id, seal, size_px_level0 and mpp.
     """
 
+    atlas: str
     encoder: str
     sha256: str
     dim: int
-    metric: str
+    metric: Metric
     revision: int = -1
     clustering: str = ""
     index: str = "FLAT"
@@ -98,23 +111,29 @@ def parse_url(url: str) -> Place:
     The last is Milvus Lite, a file on this machine; ``?collection=`` names another collection in it.
 
     Raises:
-        BadInput: another kind of address.
+        BadInput: another kind of address; what it may hold of secrets is not repeated.
     """
-    parts = urlsplit(url)
     expected = (
         "expected milvus://host:19530/collection, or milvus:///folder/file.db for Milvus Lite"
     )
-    if parts.scheme not in {"milvus", "milvus+https"} or parts.username or parts.password:
-        raise BadInput(f"{url!r} is no address of Milvus; {expected}; a token goes into {TOKEN}")
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise BadInput(f"that is no address of Milvus ({error}); {expected}") from error
+    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    secret = parts.username or parts.password or parts.fragment
+    if parts.scheme not in {"milvus", "milvus+https"} or secret or (parts.hostname and parts.query):
+        raise BadInput(f"{shown!r} is no address of Milvus; {expected}; a token goes into {TOKEN}")
     if not parts.hostname:
         if not parts.path.endswith(".db"):
-            raise BadInput(f"{url!r} names no host and no .db file; {expected}")
+            raise BadInput(f"{shown!r} names no host and no .db file; {expected}")
         collection = parse_qs(parts.query).get("collection", [COLLECTION])[0]
         uri = parts.path
     else:
         collection = parts.path.strip("/") or COLLECTION
         scheme = "https" if parts.scheme.endswith("https") else "http"
-        uri = f"{scheme}://{parts.hostname}:{parts.port or 19530}"
+        uri = f"{scheme}://{parts.hostname}:{port or 19530}"
     if not re.fullmatch(r"[A-Za-z_]\w{0,200}", collection):
         raise BadInput(f"collection {collection!r}: expected letters, digits and _ only")
     return Place(uri, collection, url)
@@ -128,7 +147,8 @@ def _calls(place: Place) -> Iterator[None]:
     try:
         yield
     except (MilvusException, ConnectionError, TimeoutError) as error:
-        text = str(getattr(error, "message", error)).splitlines()[0][:300]
+        lines = str(getattr(error, "message", "") or error).splitlines()
+        text = lines[0][:300] if lines else type(error).__name__
         raise Unavailable(
             f"Milvus at {place.url} did not do what was asked ({text}); see that it runs and that {TOKEN} "
             "is right, then run the same command again"
@@ -136,7 +156,7 @@ def _calls(place: Place) -> Iterator[None]:
 
 
 class MilvusAtlas:
-    """A pushed atlas, open for search; the methods are those of :class:`~histoseek.index.atlas.Atlas`."""
+    """A pushed atlas, open for search and assign as :class:`~histoseek.index.atlas.Atlas` is."""
 
     def __init__(self, url: str, must_exist: bool = True) -> None:
         """Connect.
@@ -163,9 +183,11 @@ class MilvusAtlas:
             )
             there = self._client.has_collection(self._facts)
             for name in (self._facts, self.place.collection) if there else ():
-                self._client.load_collection(name)  # Milvus Lite forgets that when it is killed
-        self.about = self._read_about() if there else None
-        if must_exist and self.about is None:
+                if self._client.has_collection(name):
+                    self._client.load_collection(name)  # Milvus Lite forgets that when it is killed
+        self._seen = ""
+        self.about: About | None = self._read_about() if there else None
+        if must_exist and not there:
             raise BadInput(f"{url} holds no atlas; run `histoseek index push ATLAS {url}` first")
 
     def close(self) -> None:
@@ -176,60 +198,108 @@ class MilvusAtlas:
     def _facts(self) -> str:
         return f"{self.place.collection}_about"
 
-    # -- what the collection says of itself ---------------------------------------------------
+    # -- texts in the second collection --------------------------------------------------------
 
-    def _read_about(self) -> About | None:
+    def _parts(self, first: int, last: int) -> dict[int, str]:
         with _calls(self.place):
             rows = self._client.query(
-                self._facts, filter="part >= 0", output_fields=["part", "text"], limit=LIMIT
+                self._facts,
+                filter=f"part >= {first} and part < {last}",
+                output_fields=["part", "text"],
+                limit=LIMIT,
             )
-        if not rows:
+        return {row["part"]: row["text"] for row in rows}
+
+    def _read_text(self, slot: int) -> str | None:
+        """Return a text; None if it is not there, or was cut off while it was written."""
+        start = slot * SLOT
+        head = self._parts(start, start + 1).get(start)
+        if head is None:
             return None
-        text = "".join(row["text"] for row in sorted(rows, key=lambda row: row["part"]))
+        known = json.loads(head)
+        found: dict[int, str] = {}
+        step = LIMIT // 2
+        for first in range(start + 1, start + 1 + known["parts"], step):
+            found |= self._parts(first, min(first + step, start + 1 + known["parts"]))
+        text = "".join(found[part] for part in sorted(found))
+        if hashlib.sha256(text.encode()).hexdigest() != known["sha256"]:
+            return None
+        return text
+
+    def _write_text(self, slot: int, text: str) -> None:
+        """Write a text: its pieces first, then the part that says which they are."""
+        start = slot * SLOT
+        pieces = [text[at : at + TEXT] for at in range(0, len(text), TEXT)]
+        head = json.dumps(
+            {"parts": len(pieces), "sha256": hashlib.sha256(text.encode()).hexdigest()}
+        )
+        rows = [{"part": start + n, "text": p, "none": [0.0, 0.0]} for n, p in enumerate(pieces, 1)]
+        with _calls(self.place):
+            for at in range(0, len(rows), 50):
+                self._client.upsert(self._facts, rows[at : at + 50])
+            self._client.upsert(self._facts, [{"part": start, "text": head, "none": [0.0, 0.0]}])
+
+    def _read_about(self) -> About | None:
+        text = self._read_text(FACTS)
+        if text is None:
+            return None
         known = json.loads(text)
         if known["format"] > FORMAT:
             raise BadInput(
                 f"{self.place.url} has format {known['format']}; this histoseek knows {FORMAT}: upgrade it"
             )
         known["slides"] = {int(n): slide for n, slide in known["slides"].items()}
+        self._seen = hashlib.sha256(text.encode()).hexdigest()
         return About(**known)
 
     def _write_about(self, about: About) -> None:
-        text = json.dumps(
-            about.__dict__
-        )  # only ASCII, so that a piece has as many bytes as characters
-        pieces = [text[at : at + TEXT] for at in range(0, len(text), TEXT)]
-        rows = [{"part": n, "text": piece, "none": [0.0, 0.0]} for n, piece in enumerate(pieces)]
-        with _calls(self.place):
-            self._client.upsert(self._facts, rows)
-            self._client.delete(self._facts, filter=f"part >= {len(pieces)}")
-        self.about = about
+        # Only ASCII, so that a piece has as many bytes as characters.
+        text = json.dumps(about.__dict__)
+        self._write_text(FACTS, text)
+        self._seen, self.about = hashlib.sha256(text.encode()).hexdigest(), about
 
-    def _create(self, about: About, fields: Sequence[str]) -> None:
+    def _create(self, about: About) -> None:
+        """Make the collections, or those of them that a push which was cut off did not."""
         from pymilvus import DataType
 
         client = self._client
         metric = "COSINE" if about.metric == "cosine" else "L2"
+        strong = {"consistency_level": "Strong"}
         with _calls(self.place):
-            facts = client.create_schema(auto_id=False, enable_dynamic_field=False)
-            facts.add_field("part", DataType.INT64, is_primary=True)
-            facts.add_field("text", DataType.VARCHAR, max_length=TEXT + 1)
-            facts.add_field("none", DataType.FLOAT_VECTOR, dim=2)
-            flat = client.prepare_index_params()
-            flat.add_index("none", index_type="FLAT", metric_type="L2")
+            if not client.has_collection(self._facts):
+                if client.has_collection(self.place.collection):
+                    raise BadInput(
+                        f"collection {self.place.collection!r} is there and not histoseek's; choose another"
+                    )
+                facts = client.create_schema(auto_id=False, enable_dynamic_field=False)
+                facts.add_field("part", DataType.INT64, is_primary=True)
+                facts.add_field("text", DataType.VARCHAR, max_length=TEXT + 1)
+                facts.add_field("none", DataType.FLOAT_VECTOR, dim=2)
+                flat = client.prepare_index_params()
+                flat.add_index("none", index_type="FLAT", metric_type="L2")
+                client.create_collection(self._facts, schema=facts, index_params=flat, **strong)
+            if client.has_collection(self.place.collection):
+                client.drop_collection(
+                    self.place.collection
+                )  # half made: nothing says what it holds
             tiles = client.create_schema(auto_id=False, enable_dynamic_field=False)
             tiles.add_field("tile", DataType.INT64, is_primary=True)
             tiles.add_field("vector", DataType.FLOAT_VECTOR, dim=about.dim)
-            for name in ("slide_id", "x", "y", "cluster", *fields):
+            for name in (
+                "slide_id",
+                "x",
+                "y",
+                "cluster",
+                *(f"c{n}" for n in range(len(about.columns))),
+            ):
                 tiles.add_field(name, DataType.INT64)
             tiles.add_field("file", DataType.VARCHAR, max_length=TEXT)
             index = client.prepare_index_params()
             index.add_index("vector", index_type=about.index, metric_type=metric)
-            strong = {"consistency_level": "Strong"}
             client.create_collection(
                 self.place.collection, schema=tiles, index_params=index, **strong
             )
-            client.create_collection(self._facts, schema=facts, index_params=flat, **strong)
+        self._write_about(about)
 
     # -- pushing --------------------------------------------------------------------------------
 
@@ -238,51 +308,43 @@ class MilvusAtlas:
     ) -> dict[str, Any]:
         """Copy what changed of an atlas; see :func:`push`."""
         view = atlas.view()
-        manifest = atlas.manifest
         columns = view.columns
-        names = columns.names()
-        about = self.about
-        if about is None:
-            kind = index or ("FLAT" if len(view.index) <= FLAT_UP_TO else "AUTOINDEX")
-            about = About(manifest.name, manifest.sha256, manifest.dim, manifest.metric, index=kind)
-            about.columns = {name: [] for name in names}
-            self._create(about, [f"c{n}" for n in range(len(names))])
-            self._write_about(about)
-        elif about.sha256 != manifest.sha256:
-            raise Mismatch(
-                f"{self.place.url} holds embeddings of encoder {about.encoder!r} ({about.sha256[:12]}), "
-                f"the atlas is bound to {manifest.name!r} ({manifest.sha256[:12]}); choose another "
-                "collection"
-            )
-        elif missing := [name for name in names if name not in about.columns]:
-            raise BadInput(
-                f"the atlas has new columns {', '.join(missing)}, which the collection lacks; push to "
-                "another collection, then drop the old one"
-            )
-        seals = _seals(atlas, columns.newest)
-        slides = [s for s in columns.slides if s["name"]]
-        pushed = {slide[0]: (slide[1], number) for number, slide in about.slides.items()}
-        gone = [number for number in pushed if number not in {s["id"] for s in slides}]
-        changed = [s for s in slides if pushed.get(s["id"], ("", 0))[0] != seals[s["id"]]]
+        about = self._opened(atlas, view, index)
+        slides = {s["id"]: s for s in columns.slides if s["name"]}
+        seals = {number: _seal(view, slide) for number, slide in slides.items()}
+        known = {facts[0]: (facts[1], code) for code, facts in about.slides.items()}
+        gone = [number for number in known if number not in slides]
+        changed = [n for n in slides if known.get(n, ("", 0))[0] != seals[n]]
         about.revision = -1  # not whole until the end
-        for number in gone:
-            del about.slides[pushed[number][1]]
-        # Names go before the tiles that use them, a slide's seal after: a push may end anywhere.
-        numbers = {name: _numbers(about.columns[name], columns.coded(name).names) for name in names}
-        codes = {slide["id"]: about.columns["slide"].index(slide["name"]) for slide in changed}
-        for slide in changed:
-            facts = [slide["id"], "", slide["size_px_level0"], slide["mpp"]]
-            about.slides[codes[slide["id"]]] = facts
+        # Names go before the tiles that use them; rows go before they are forgotten; a slide's seal comes
+        # after its tiles: a push may end anywhere, and the next one knows what is left to do.
+        numbers = {
+            name: _numbers(about.columns[name], columns.coded(name).names)
+            for name in columns.names()
+        }
+        code_of = {name: code for code, name in enumerate(about.columns["slide"])}
+        for number in changed:
+            if number in known:
+                about.slides[known[number][1]][1] = ""
         self._write_about(about)
-        for number in gone:
+        for number in (*gone, *(n for n in changed if n in known)):
             with _calls(self.place):
                 self._client.delete(self.place.collection, filter=f"slide_id == {number}")
-        for done, slide in enumerate(changed, start=1):
-            self._push_slide(atlas, view, numbers, slide)
-            about.slides[codes[slide["id"]]][1] = seals[slide["id"]]
+            del about.slides[known[number][1]]
+        for number in changed:
+            slide = slides[number]
+            facts = [number, "", slide["size_px_level0"], slide["mpp"]]
+            about.slides[code_of[slide["name"]]] = facts
+        self._write_about(about)
+        where = {slide["id"]: n for n, slide in enumerate(columns.slides)}
+        for done, number in enumerate(changed, start=1):
+            slide = slides[number]
+            self._push_slide(atlas, view, about, numbers, where[number])
+            about.slides[code_of[slide["name"]]][1] = seals[number]
             if done % SEALED_TOGETHER == 0:
                 self._write_about(about)
             progress(done, len(changed), slide["name"])
+        self._write_text(CLUSTERINGS, json.dumps(_clusterings(atlas)))
         about.revision, about.clustering = view.revision, columns.newest or ""
         self._write_about(about)
         return {
@@ -294,16 +356,52 @@ class MilvusAtlas:
             "revision": view.revision,
         }
 
+    def _opened(self, atlas: Atlas, view: View, index: str | None) -> About:
+        """Return what the collection says of itself, and make the collection if it is not there."""
+        manifest = atlas.manifest
+        identity = atlas.catalog.meta()["atlas_id"]
+        if index is not None and index not in INDEXES:
+            raise unknown_name("index of Milvus", index, INDEXES)
+        if self.about is None:
+            kind = index or ("FLAT" if len(view.index) <= FLAT_UP_TO else "AUTOINDEX")
+            about = About(
+                identity, manifest.name, manifest.sha256, manifest.dim, manifest.metric, index=kind
+            )
+            about.columns = {name: [] for name in view.columns.names()}
+            self._create(about)
+            return about
+        about = self.about
+        if about.sha256 != manifest.sha256:
+            raise Mismatch(
+                f"{self.place.url} holds embeddings of encoder {about.encoder!r} ({about.sha256[:12]}), "
+                f"the atlas is bound to {manifest.name!r} ({manifest.sha256[:12]}); choose another "
+                "collection"
+            )
+        if about.atlas != identity:
+            raise Mismatch(
+                f"{self.place.url} holds another atlas of the same encoder; choose another collection"
+            )
+        if index not in {None, about.index}:
+            raise BadInput(
+                f"{self.place.url} has index {about.index}; for {index} push to another collection"
+            )
+        if missing := [name for name in view.columns.names() if name not in about.columns]:
+            raise BadInput(
+                f"the atlas has new columns {', '.join(missing)}, which the collection lacks; push to "
+                "another collection, then drop the old one"
+            )
+        return about
+
     def _push_slide(
         self,
         atlas: Atlas,
         view: View,
+        about: About,
         numbers: dict[str, NDArray[np.int64]],
-        slide: Mapping[str, Any],
+        number: int,
     ) -> None:
-        columns, about = view.columns, self.about
-        assert about is not None
-        number = next(n for n, s in enumerate(columns.slides) if s["id"] == slide["id"])
+        columns = view.columns
+        slide = columns.slides[number]
         rows = np.arange(columns.starts[number], columns.starts[number + 1])
         codes = {
             f"c{n}": numbers[name][columns.coded(name).codes[rows]].tolist()
@@ -356,24 +454,46 @@ class MilvusAtlas:
         about = self._ready(queries)
         if k > LIMIT:
             raise BadInput(f"k is {k}; Milvus gives at most {LIMIT} hits")
-        if exact and about.index != "FLAT":
-            raise BadInput(f"the collection has index {about.index}; exact search needs FLAT")
+        if about.index != "FLAT" and (exact or least is not None):
+            raise BadInput(
+                f"the collection has index {about.index}; exact search and --least need FLAT"
+            )
         expression = expression_of(about, parse(where)) if where and where.strip() else ""
-        ready = prepared(queries, about.metric)  # type: ignore[arg-type]
-        ask = min(LIMIT, 8 * k) if per_slide else k
-        found = self._found(ready, ask, expression)
+        ready = prepared(queries, about.metric)
+        if per_slide:
+            found = [self._one_per_slide(about, query, wanted, expression) for query in ready]
+        else:
+            found = self._found(about, ready, k, expression)
         answers = []
-        for query, hits in zip(ready, found, strict=True):
-            kept = _kept(hits, wanted)
-            more = ask
-            while per_slide and len(kept) < k and len(hits) == more and more < LIMIT:
-                more = min(LIMIT, 4 * more)
-                (hits,) = self._found(query[None], more, expression)
-                kept = _kept(hits, wanted)
-            answers.append([hit._replace(rank=rank) for rank, hit in enumerate(kept, start=1)])
+        for rows in found:
+            kept = [row for row in rows if least is None or row[0] >= least][:k]
+            hits = [_hit(about, score, row) for score, row in kept]
+            answers.append([hit._replace(rank=rank) for rank, hit in enumerate(hits, start=1)])
         return answers
 
+    def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
+        """Place new vectors (Q, D) in the clusters that were pushed; see ``Atlas.assign``.
+
+        Raises:
+            BadInput: no such clustering there, or one that was too large to be pushed.
+        """
+        about = self._ready(queries)
+        known = json.loads(self._read_text(CLUSTERINGS) or "{}")
+        name = name or about.clustering
+        if name not in known:
+            raise unknown_name("clustering that was pushed", name, known)
+        made = known[name]
+        clustering = Clustering.from_bytes(
+            made["method"], base64.b64decode(made["npz"]), made["about"]
+        )
+        names = {int(cluster): text for cluster, text in made["names"].items()}
+        return clustering.assign(queries).rows(names)
+
     def _ready(self, queries: NDArray[np.float32]) -> About:
+        """Return the newest facts, and check the queries by them."""
+        head = self._parts(0, 1).get(0)
+        if head is None or json.loads(head)["sha256"] != self._seen:
+            self.about = self._read_about()
         about = self.about
         if about is None or about.revision < 0:
             raise BadInput(
@@ -387,9 +507,9 @@ class MilvusAtlas:
             raise BadInput("queries hold NaN or infinity; embed the images again")
         return about
 
-    def _found(self, ready: NDArray[np.float32], k: int, expression: str) -> list[list[Hit]]:
-        about = self.about
-        assert about is not None
+    def _found(
+        self, about: About, ready: NDArray[np.float32], k: int, expression: str
+    ) -> list[list[Row]]:
         fields = ["x", "y", "cluster", "file", *(f"c{n}" for n in range(len(about.columns)))]
         metric = "COSINE" if about.metric == "cosine" else "L2"
         with _calls(self.place):
@@ -401,45 +521,55 @@ class MilvusAtlas:
                 output_fields=fields,
                 search_params={"metric_type": metric},
             )
-        return [[self._hit(about, row) for row in rows] for rows in results]
+        return [[(_score(about, row["distance"]), row) for row in rows] for rows in results]
 
-    def _hit(self, about: About, row: Mapping[str, Any]) -> Hit:
-        entity = row["entity"]
-        order = list(about.columns)
-
-        def name(column: str) -> str | None:
-            code = entity[f"c{order.index(column)}"]
-            return None if code == MISSING else about.columns[column][code]
-
-        _, _, size, mpp = about.slides[entity[f"c{order.index('slide')}"]]
-        score = float(row["distance"])
-        if about.metric == "l2":
-            score = -float(np.sqrt(max(score, 0.0)))
-        return Hit(
-            0,
-            round(score, 6),
-            row["tile"],
-            name("slide") or "",
-            entity["x"],
-            entity["y"],
-            size,
-            mpp,
-            name("label"),
-            name("patient"),
-            None if entity["cluster"] == NOT_PLACED else entity["cluster"],
-            entity["file"] or None,
-        )
+    def _one_per_slide(
+        self, about: About, query: NDArray[np.float32], wanted: Wanted, expression: str
+    ) -> list[Row]:
+        """Return the best tile of each of the k nearest slides."""
+        column = f"c{list(about.columns).index('slide')}"
+        best: dict[int, Row] = {}
+        ask = min(LIMIT, 8 * wanted.k)
+        while len(best) < wanted.k:
+            others = f"{column} not in {sorted(best)}" if best else ""
+            both = " and ".join(f"({part})" for part in (expression, others) if part)
+            (rows,) = self._found(about, query[None], ask, both)
+            for score, row in rows:
+                if len(best) < wanted.k:
+                    best.setdefault(row["entity"][column], (score, row))
+            if len(rows) < ask:
+                break
+            ask = min(LIMIT, 4 * ask)
+        return list(best.values())
 
 
-def _kept(hits: list[Hit], wanted: Wanted) -> list[Hit]:
-    seen: set[str] = set()
-    kept = []
-    for hit in hits:
-        low = wanted.least is not None and hit.score < wanted.least
-        if not low and not (wanted.per_slide and hit.slide in seen):
-            seen.add(hit.slide)
-            kept.append(hit)
-    return kept[: wanted.k]
+def _score(about: About, distance: float) -> float:
+    return distance if about.metric == "cosine" else -float(np.sqrt(max(distance, 0.0)))
+
+
+def _hit(about: About, score: float, row: Mapping[str, Any]) -> Hit:
+    entity = row["entity"]
+    order = list(about.columns)
+
+    def name(column: str) -> str | None:
+        code = entity[f"c{order.index(column)}"]
+        return None if code == MISSING else about.columns[column][code]
+
+    _, _, size, mpp = about.slides[entity[f"c{order.index('slide')}"]]
+    return Hit(
+        0,
+        round(score, 6),
+        row["tile"],
+        name("slide") or "",
+        entity["x"],
+        entity["y"],
+        size,
+        mpp,
+        name("label"),
+        name("patient"),
+        None if entity["cluster"] == NOT_PLACED else entity["cluster"],
+        entity["file"] or None,
+    )
 
 
 def _numbers(known: list[str], names: Sequence[str]) -> NDArray[np.int64]:
@@ -452,21 +582,30 @@ def _numbers(known: list[str], names: Sequence[str]) -> NDArray[np.int64]:
     return np.array([*(number[name] for name in names), MISSING], dtype=np.int64)
 
 
-def _seals(atlas: Atlas, clustering: str | None) -> dict[int, str]:
-    """Return a checksum of everything that a push sends of each slide."""
-    found = {}
-    for row in atlas.catalog.rows(
-        f"SELECT s.id, s.{SEAL} AS one, t.{SEAL} AS two FROM slides AS s "
-        "JOIN slide_tiles AS t ON t.slide_id = s.id"
-    ):
-        found[row["id"]] = hashlib.blake2b(row["one"] + row["two"], digest_size=8)
-    for row in atlas.catalog.rows(
-        f"SELECT p.slide_id, p.{SEAL} AS one FROM placements AS p "
-        "JOIN clusterings AS c ON c.id = p.clustering_id WHERE c.name = ?",
-        (clustering or "",),
-    ):
-        found[row["slide_id"]].update(row["one"])
-    return {number: digest.hexdigest() for number, digest in found.items()}
+def _seal(view: View, slide: Mapping[str, Any]) -> str:
+    """Return a checksum of everything that a push sends of a slide, as one state has it."""
+    digest = hashlib.blake2b(slide[SEAL] + slide["tiles_seal"], digest_size=8)
+    digest.update(view.columns.placement(slide["id"]))
+    return digest.hexdigest()
+
+
+def _clusterings(atlas: Atlas) -> dict[str, dict[str, Any]]:
+    """Return the clusterings that are whole and not too large, JSON-ready."""
+    found: dict[str, dict[str, Any]] = {}
+    for row in atlas.catalog.rows("SELECT name FROM clusterings"):
+        with suppress(Damaged):
+            name, clustering = atlas.clustering(row["name"])
+            blob = clustering.to_bytes()
+            if len(blob) <= CLUSTERING_BYTES:
+                found[name] = {
+                    "method": clustering.method,
+                    "about": clustering.about,
+                    "names": {
+                        c: n for c, (n, _) in cluster_report.names(atlas.catalog, name).items()
+                    },
+                    "npz": base64.b64encode(blob).decode(),
+                }
+    return found
 
 
 def expression_of(about: About, wanted: Filter) -> str:
@@ -481,8 +620,9 @@ def expression_of(about: About, wanted: Filter) -> str:
         word = " and " if isinstance(wanted, Every) else " or "
         return word.join(f"({expression_of(about, part)})" for part in wanted.parts)
     if wanted.field in {"x", "y", "tile"} or wanted.field == "cluster":
-        return _number_expression(wanted)
+        return _number_expression(about, wanted)
     if wanted.field == "mpp":
+        _check_numbers(wanted)
         numbers = [
             number
             for number, (_, _, _, mpp) in about.slides.items()
@@ -497,19 +637,25 @@ def expression_of(about: About, wanted: Filter) -> str:
     return f"c{list(about.columns).index(wanted.field)} in {passing}"
 
 
-def _number_expression(wanted: Compare) -> str:
+def _check_numbers(wanted: Compare) -> None:
     if any(isinstance(value, str) for value in wanted.values):
         raise BadInput(f"{wanted.field} is a number; the filter compares it with {wanted.values}")
+    if wanted.operator in {"like", "not like"}:
+        raise BadInput(f"{wanted.field} is a number; {wanted.operator!r} is for texts")
+
+
+def _number_expression(about: About, wanted: Compare) -> str:
+    _check_numbers(wanted)
+    if wanted.field == "cluster" and not about.clustering:
+        raise BadInput("the atlas had no clusters when it was pushed; fit some and push again")
     missing = f"{wanted.field} == {NOT_PLACED}" if wanted.field == "cluster" else "tile < 0"
     if wanted.operator in {"is null", "is not null"}:
         return missing if wanted.operator == "is null" else f"not ({missing})"
     numbers = [float(value) for value in wanted.values]
     if wanted.operator in {"in", "not in"}:
-        whole = [int(value) for value in numbers if value.is_integer()]
+        whole = [int(v) for v in numbers if v.is_integer() and abs(v) < 2**53 and v != NOT_PLACED]
         inside = f"{wanted.field} in {whole}"
         return inside if wanted.operator == "in" else f"not ({inside})"
-    if wanted.operator in {"like", "not like"}:
-        raise BadInput(f"{wanted.field} is a number; {wanted.operator!r} is for texts")
     sign = {"=": "==", "!=": "!="}.get(wanted.operator, wanted.operator)
     compared = f"{wanted.field} {sign} {numbers[0]!r}"
     return compared if wanted.operator == "!=" else f"({compared}) and not ({missing})"

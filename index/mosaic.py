@@ -6,6 +6,7 @@ colour histograms; here the embeddings are clustered.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -50,6 +51,19 @@ def mosaic(
         keep = min(len(rows), max(LEAST, round(share * len(rows))))
         chosen += rows[_spread(places[rows].astype(np.float64), keep, seed)].tolist()
     return np.array(sorted(chosen), dtype=np.int64)
+
+
+def mosaic_of_groups(
+    vectors: NDArray[np.float32], places: NDArray[Any], groups: Sequence[str] | None
+) -> NDArray[np.int64]:
+    """Return the rows (M,) ascending that represent a tile set: a mosaic of each group (patient)."""
+    if groups is None or not any(groups):
+        return mosaic(vectors, places)
+    _, number = np.unique(np.array(groups), return_inverse=True)
+    order = np.argsort(number, kind="stable")
+    parts = np.split(order, np.flatnonzero(np.diff(number[order])) + 1)
+    chosen = [part[mosaic(vectors[part], places[part])] for part in parts]
+    return np.sort(np.concatenate(chosen))
 
 
 def _spread(places: NDArray[np.float64], count: int, seed: int) -> NDArray[np.int64]:

@@ -7,9 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from ..errors import BadInput
 from ..feature_files import Features, content_sha256
 from .catalog import now
-from .mosaic import mosaic
+from .mosaic import mosaic_of_groups
 from .tile_table import pack_coded, pack_numbers, pack_places, pack_texts
 from .vectors import Metric, prepared
 
@@ -70,10 +71,41 @@ def plain_name(name: str) -> str:
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:100].lstrip(".") or "_"
 
 
+OWN = {
+    "tile",
+    "x",
+    "y",
+    "size_px_level0",
+    "kind",
+    "cluster",
+    "vector",
+    "projection_x",
+    "projection_y",
+}
+"""Columns that histoseek has of its own, or that exports add."""
+
+
 def further(row: dict[str, Any]) -> dict[str, str]:
-    """Return the columns of a row of metadata that have no place of their own, as text, empty ones not."""
+    """Return the columns of a row of metadata that have no place of their own, as text, empty ones not.
+
+    Raises:
+        BadInput: a column that is histoseek's own.
+    """
     known = {"slide", "path", "label", "patient", "mpp", "file"}
+    if taken := sorted(OWN & set(row)):
+        raise BadInput(
+            f"the metadata has a column {taken[0]!r}, which is histoseek's own: rename it"
+        )
     return {str(k): str(v) for k, v in row.items() if k not in known and v not in (None, "")}
+
+
+def row_of(metadata: dict[str, dict[str, str]], name: str, source: str) -> dict[str, str] | None:
+    """Return the metadata of a slide: by its name, its file's name, or either without its ending."""
+    return (
+        metadata.get(name)
+        or metadata.get(Path(source).name)
+        or next((row for key, row in metadata.items() if Path(key).stem == name), None)
+    )
 
 
 def slide_row(
@@ -81,8 +113,9 @@ def slide_row(
 ) -> dict[str, Any]:
     """Return the row of the table ``slides`` for a feature file; metadata wins over the file."""
     own = item.about.get("row", {})
-    given = metadata.get(item.name) or metadata.get(Path(item.source).name) or {}
+    given = row_of(metadata, item.name, item.source) or {}
     own = own if isinstance(own, dict) else {}
+    more = further({k: v for k, v in own.items() if k not in OWN}) | further(given)
     return {
         "name": item.name,
         "kind": item.kind,
@@ -98,7 +131,7 @@ def slide_row(
         "height": item.height,
         "label": given.get("label") or own.get("label") or None,
         "patient": given.get("patient") or own.get("patient") or None,
-        "metadata": json.dumps(further(own) | further(given), sort_keys=True),
+        "metadata": json.dumps(more, sort_keys=True),
         "reason": str(item.about.get("reason", "")),
         "added_at": now(),
     }
@@ -106,7 +139,7 @@ def slide_row(
 
 def tiles_row(item: Features, metric: Metric) -> dict[str, Any]:
     """Return the row of the table ``slide_tiles``, but for the numbers of slide and first tile."""
-    rows = mosaic(prepared(item.features, metric), item.coords)
+    rows = mosaic_of_groups(prepared(item.features, metric), item.coords, item.groups)
     return {
         "places": pack_places(item.coords),
         "files": pack_texts(item.files),

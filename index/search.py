@@ -47,6 +47,8 @@ class Wanted:
         """Check the ranges."""
         if self.k < 1:
             raise BadInput(f"k is {self.k}; expected 1 or more")
+        if self.least is not None and self.least != self.least:
+            raise BadInput("the lowest score is no number; expected one such as 0.8")
 
 
 def allowed(view: View, where: str | None) -> Mask | None:

@@ -54,6 +54,8 @@ class Options:
             raise BadInput(f"the recall to reach is {self.recall}; expected 0.5 to 1")
         if self.k < 1:
             raise BadInput(f"k is {self.k}; expected 1 or more")
+        if self.exact_up_to < 0:
+            raise BadInput(f"exact_up_to is {self.exact_up_to}; expected 0 or more")
         if self.memory_mb is not None and self.memory_mb <= 0:
             raise BadInput(f"the memory budget is {self.memory_mb} MB; expected more than 0")
 

@@ -52,12 +52,11 @@ def test_slides_of_the_same_kind_come_first_but_never_the_same_patient(kinds, ho
 
 def test_evidence_is_pairs_of_regions_that_are_alike(kinds):
     best = kinds.similar_slides("beta-0", 1)[0]
-    columns = kinds.view().columns
     ids, stored = kinds.vectors()
     vector = dict(zip(ids.tolist(), stored, strict=True))
     assert len(best.pairs) == 5
     for pair in best.pairs:
-        query, match = columns.ids(np.array([pair.query, pair.match])).tolist()
+        query, match = pair.query, pair.match
         tiles = kinds.tiles([query, match])
         assert tiles[query]["slide"] == "beta-0" and tiles[match]["slide"] == best.name
         assert pair.score == pytest.approx(float(vector[query] @ vector[match]), abs=1e-4)
@@ -87,6 +86,27 @@ def test_new_tiles_are_compared_like_a_slide_and_filters_count(kinds):
         kinds.similar_slides(new[:, :5])
     with pytest.raises(BadInput, match="no other slide"):
         kinds.similar_slides("beta-0", where="slide = 'beta-0'")
+
+
+def test_patients_of_a_tile_set_are_cases_and_never_their_own_evidence(tmp_path):
+    atlas = Atlas.create(tmp_path / "atlas", DEFAULT_BUNDLE)
+    files = []
+    for n, name in enumerate(("train", "test")):
+        groups = tuple(f"P{i // 4}" for i in range(40))
+        files.append(
+            features(tmp_path / f"{name}.h5", 40, n, kind="tiles", files=tuple(map(str, range(40))),
+                     coords=np.zeros((40, 2), int), groups=groups)
+        )  # fmt: skip
+    files.append(features(tmp_path / "P3.h5", 30, 7))  # a slide without patient, named like one
+    atlas.add(files)
+    found = atlas.similar_slides("P3", 20, by="patient")
+    assert "P3" in {s.name for s in found}  # the slide of that name is another case
+    known = atlas.tiles(atlas.vectors()[0].tolist())
+    for case in found:
+        for pair in case.pairs:
+            assert known[pair.query]["patient"] == "P3" != known[pair.match]["patient"]
+    with pytest.raises(BadInput, match="no other slide"):
+        atlas.similar_slides("train", where="slide = 'test' and patient is not null")
 
 
 def test_a_mosaic_is_few_tiles_of_every_kind_that_lie_apart():

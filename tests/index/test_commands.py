@@ -63,6 +63,9 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
     assert all(h["score"] >= hits[0][2]["score"] for h in near[0]) and len(near[0]) >= 3
     mixed = cli_json("index", "search", atlas, place / "bad.png", place / "b.png", expect=1)
     assert "error" in mixed[0] and len(mixed[1]) == 10
+    assert cli(
+        "index", "search", atlas, "--tile", tile, "--unlike", 7, "--without", "patient"
+    ).returncode
     text = cli("index", "search", atlas, place / "a.png", "-k", 2)
     assert "slide-" in text.stdout and text.returncode == 0
 
@@ -155,6 +158,9 @@ def test_similar_duplicates_and_leaks(place, cli_json, cli):
     assert [f["rank"] for f in found] == [1, 2, 3] and "slide-1" not in {f["name"] for f in found}
     assert found[0]["evidence"][0]["match"]["slide"] == found[0]["name"]
     assert "most alike" in cli("index", "similar", atlas, "P1", "--by", "patient").stdout
+    new = features(place / "new-case.h5", 50, 3)
+    assert len(cli_json("index", "similar", atlas, "--features", new, "-k", 4)) == 4
+    assert cli("index", "similar", atlas).returncode == 1
     assert cli_json("index", "duplicates", atlas)["groups"] == 0
     report = cli_json("index", "leakage", atlas, "--split", "organ", expect=1)
     assert report["parts"][0]["patients_in_both"] == 3  # each patient has a slide of either organ
@@ -169,7 +175,8 @@ def test_exports_and_imports_from_the_command_line(place, cli_json, cli):
     )
     assert done["tiles"] == 450
     with np.load(place / "lung.npz") as stored:
-        assert set(stored["column_organ"].tolist()) == {"lung"}
+        organs = stored["names_organ"][stored["codes_organ"]]
+        assert set(organs.tolist()) == {"lung"} and stored["vectors"].shape == (450, 64)
     import h5py
 
     (place / "foreign").mkdir()

@@ -112,6 +112,75 @@ def test_a_push_that_is_killed_is_refused_until_it_is_repeated(tmp_path):
     engine.close()
 
 
+def test_a_push_that_fails_between_its_deletes_loses_no_track_of_them(tmp_path, monkeypatch):
+    atlas = filled(tmp_path, slides=4, count=40)
+    url = f"milvus://{tmp_path}/lite.db"
+    push(atlas, url)
+    atlas.remove(["slide-1"])
+    atlas.add([features(tmp_path / "slide-1.h5", 25, 70)])
+    engine = MilvusAtlas(url)
+
+    def fail(*args, **kwargs):
+        raise TimeoutError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._client, "delete", fail)
+        with pytest.raises(Unavailable, match="TimeoutError.*same command again"):
+            engine.push(atlas, None)
+    engine.close()
+    push(atlas, url)
+    engine = MilvusAtlas(url)
+    queries = grouped(np.random.default_rng(3), 4)
+    same(atlas.search(queries, 400), engine.search(queries, 400))
+    engine.close()
+
+
+def test_facts_that_were_cut_off_while_they_were_written_are_written_again(tmp_path, monkeypatch):
+    import histoseek.index.milvus as milvus
+
+    monkeypatch.setattr(milvus, "TEXT", 200)  # many pieces
+    atlas = filled(tmp_path, slides=3, count=30)
+    url = f"milvus://{tmp_path}/lite.db"
+    push(atlas, url)
+    engine = MilvusAtlas(url)
+    reader = MilvusAtlas(url)  # open while it is pushed anew
+    atlas.relabel([{"slide": "slide-0", "label": "new"}])
+    real, left = engine._client.upsert, [2]
+
+    def some(name, rows):
+        left[0] -= name.endswith("_about")
+        if left[0] < 0:
+            raise TimeoutError
+        return real(name, rows)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine._client, "upsert", some)
+        with pytest.raises(Unavailable):
+            engine.push(atlas, None)
+    queries = grouped(np.random.default_rng(3), 4)
+    with pytest.raises(BadInput, match="not pushed to its end"):
+        reader.search(queries, 3)
+    engine.close()
+    push(atlas, url)
+    same(atlas.search(queries, 100), reader.search(queries, 100))  # the reader looks again
+    reader.close()
+
+
+def test_another_atlas_of_the_same_encoder_is_refused(pushed, tmp_path):
+    _, url, _ = pushed
+    with pytest.raises(Mismatch, match="another atlas of the same encoder"):
+        push(filled(tmp_path, slides=2, count=10), url)
+
+
+def test_new_images_are_assigned_there_as_here(pushed):
+    atlas, _, engine = pushed
+    queries = grouped(np.random.default_rng(8), 20)
+    assert engine.assign(queries) == atlas.assign(queries)
+    assert engine.assign(queries, "kmeans") == atlas.assign(queries, "kmeans")
+    with pytest.raises(BadInput, match="unknown clustering that was pushed 'other'.*kmeans"):
+        engine.assign(queries, "other")
+
+
 def test_addresses():
     place = parse_url("milvus://db.example:1234/cases")
     assert (place.uri, place.collection) == ("http://db.example:1234", "cases")
