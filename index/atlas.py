@@ -266,10 +266,14 @@ class Atlas:
             BadInput: a tile that is not there.
         """
         wanted = search.Wanted(k, where, None, per_slide, exact)
-        view = self._filled_view()
-        vectors = self.vectors_of(tiles, view)
-        found = search.find_like(view, self._positions(tiles, view), vectors, wanted, without)
-        return search.hits(view, *found)
+
+        def read() -> list[list[Hit]]:
+            view = self._filled_view()
+            vectors = self.vectors_of(tiles, view)
+            found = search.find_like(view, self._positions(tiles, view), vectors, wanted, without)
+            return search.hits(view, *found)
+
+        return self.generations.steady(read)
 
     def search_combined(
         self,
@@ -319,7 +323,9 @@ class Atlas:
         Raises:
             BadInput: no such slide or patient, or one without tiles.
         """
-        return cases.similar_slides(self, query, k, by, how, where, view)
+        return self.generations.steady(
+            lambda: cases.similar_slides(self, query, k, by, how, where, view)
+        )
 
     def _filled_view(self) -> View:
         view = self.view()
@@ -368,6 +374,9 @@ class Atlas:
         """
         if queries < 1 or k < 1 or seed < 0:
             raise BadInput(f"{queries} queries, k {k}, seed {seed}: expected at least 1, 1 and 0")
+        return self.generations.steady(lambda: self._audit(queries, k, seed, where))
+
+    def _audit(self, queries: int, k: int, seed: int, where: str | None) -> dict[str, Any]:
         view = self._filled_view()
         index = view.index
         columns = view.columns
@@ -381,7 +390,6 @@ class Atlas:
         if passing is not None and not passing.any():
             raise BadInput(f"no tile passes {where!r}; loosen the filter")
         report = tuning.audit(index, tuning.HeldOut(picked, vectors), k, passing)
-        files = [*self.path.glob("index-*.faiss"), *self.path.glob("vectors-*.npy")]
         return {
             "generation": view.generation,
             "revision": view.revision,
@@ -390,7 +398,7 @@ class Atlas:
             "tiles_since_the_index_was_written": index.tail_rows,
             "removed_since": index.positions - len(index),
             **report,
-            "bytes": {file.name: file.stat().st_size for file in files},
+            "bytes": self.generations.bytes_on_disk(),
             "bytes_of_the_vectors": 4 * len(index) * self.manifest.dim,
             "when_built": view.about.get("measured", {}),
         }
@@ -563,7 +571,11 @@ class Atlas:
         """Check every file against its hash and every count; return what is wrong, [] if nothing is."""
         from .verify import problems
 
-        return [problem.text for problem in problems(self)]
+        while True:
+            revision = self.catalog.revision()
+            found = [problem.text for problem in problems(self)]
+            if not found or self.catalog.revision() == revision:
+                return found  # else a writer changed what was being looked at
 
     def repair(self) -> list[str]:
         """Make again what is derived and missing or damaged; the truth is never touched.
@@ -582,7 +594,7 @@ class Atlas:
     def snapshot(self, out: Path) -> dict[str, Any]:
         """Copy one committed state of the atlas into a new folder, which is an atlas itself.
 
-        Reading and writing may go on meanwhile.
+        Reading may go on meanwhile; a writer is told to wait.
 
         Raises:
             BadInput: ``out`` exists.

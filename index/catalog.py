@@ -7,7 +7,7 @@ import sqlite3
 import time
 import uuid
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -62,13 +62,20 @@ class Catalog:
             db.close()
 
     def _uri(self) -> str:
-        """Name the database for SQLite; one that nobody can write is read without its log's lock files."""
+        """Name the database for SQLite.
+
+        Who may not write the folder reads beside the writer's log if there is one; else SQLite is told that
+        nobody writes, since it could make no log of its own.
+        """
         uri = self.path.absolute().as_uri()
-        log = self.path.with_name(self.path.name + "-wal")
-        writable = os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK)
-        if writable or not self.path.exists() or (log.exists() and log.stat().st_size):
+        if os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK):
             return f"{uri}?mode=rw"
-        return f"{uri}?mode=ro&immutable=1"
+        try:
+            with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as db:
+                db.execute("SELECT * FROM meta").fetchall()
+            return f"{uri}?mode=ro"
+        except sqlite3.OperationalError:
+            return f"{uri}?mode=ro&immutable=1"
 
     @contextmanager
     def read(self) -> Iterator[sqlite3.Connection]:
@@ -140,9 +147,17 @@ class Catalog:
         db.execute("COMMIT")
 
     def meta(self) -> dict[str, str]:
-        """Return the atlas's own facts: encoder, dim, revision."""
+        """Return the atlas's own facts: encoder, dim, revision.
+
+        Raises:
+            Damaged: one of them is missing.
+        """
         with self.read() as db:
-            return {row["key"]: row["value"] for row in db.execute("SELECT key, value FROM meta")}
+            found = {row["key"]: row["value"] for row in db.execute("SELECT key, value FROM meta")}
+        for key in ("encoder_sha256", REVISION, NEXT_TILE, ATLAS_ID):
+            if key not in found:
+                raise Damaged(f"{self.path} has lost its {key}; restore the atlas from a copy")
+        return found
 
     def revision(self) -> int:
         """Return how many changes were committed."""

@@ -152,9 +152,29 @@ def drift(atlas: Atlas, name: str | None) -> dict[str, Any]:
         }
     limit = DRIFT_FACTOR * (report["fitted"]["interval_95"] or [0, 0])[1]
     later = report["later"]["interval_95"]
-    report["drifted"] = bool(later and later[0] > limit)
+    report["usual_by_slide"] = _usual(known, len(slides))
+    report["drifted"] = bool(
+        later and later[0] > limit and report["later"]["share"] > (report["usual_by_slide"] or 0)
+    )
     report["slides"] = sorted(slides, key=lambda s: -s["share"])
     return report
+
+
+def _usual(known: dict[int, tuple[Assigned, bool]], later: int) -> float | None:
+    """Return what share of unknown tiles as many fitted slides rarely pass (one in a hundred draws).
+
+    Tiles of a slide are alike, so that tiles alone would make any difference look sure.
+    """
+    fitted = [
+        (int(where.unknown.sum()), len(where.unknown))
+        for where, was in known.values()
+        if was and len(where.unknown)
+    ]
+    if not fitted or not later:
+        return None
+    counts = np.array(fitted)
+    drawn = counts[np.random.default_rng(0).integers(0, len(counts), (2_000, later))].sum(axis=1)
+    return round(float(np.quantile(drawn[:, 0] / drawn[:, 1], 0.99)), 4)
 
 
 def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:

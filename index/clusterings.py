@@ -13,7 +13,7 @@ from ..errors import BadInput, Damaged, unknown_name
 from ..files import sha256_file, write_atomic
 from .catalog import Catalog, insert, now, update
 from .clusters import Assigned, Clustering
-from .tile_table import pack_numbers, unpack_numbers
+from .tile_table import SEAL, pack_numbers, unpack_numbers
 
 KINDS = {"cluster": "<i4", "distance": "<f4", "strength": "<f4", "unknown": "u1"}
 
@@ -50,11 +50,20 @@ def store(
         "created_at": now(),
     }
     with catalog.write() as db:
+        old = db.execute("SELECT id, sha256 FROM clusterings WHERE name = ?", (name,)).fetchone()
+        named = [] if old is None or old["sha256"] != digest else _names(db, old["id"])
         db.execute("DELETE FROM clusterings WHERE name = ?", (name,))
         number = insert(db, "clusterings", row)
+        for known in named:  # the very same clusters: what people called them stays
+            insert(db, "clusters", {**known, "clustering_id": number})
         for slide, found in placed:
             insert_placement(db, number, slide, found, fitted=True)
     remove_orphans(path, catalog)
+
+
+def _names(db: sqlite3.Connection, clustering: int) -> list[dict[str, Any]]:
+    rows = db.execute("SELECT * FROM clusters WHERE clustering_id = ?", (clustering,)).fetchall()
+    return [{k: v for k, v in dict(row).items() if k != SEAL} for row in rows]
 
 
 def _write(path: Path, name: str, clustering: Clustering) -> tuple[str, str]:

@@ -29,6 +29,8 @@ K_RANGE = range(2, 11)
 FIT_SAMPLE = 200_000
 KNOWN_SHARE = 0.99
 """A k-means cluster calls unknown what lies farther out than this share of tiles of held-out slides."""
+PIECE = 8_192
+"""Vectors that are in float64 at once."""
 CALIBRATION_FOLDS = 5
 CALIBRATION_LEAST = 100
 """Held-out tiles that a cluster needs for a limit of its own."""
@@ -196,19 +198,30 @@ def shipped(bundle: Path) -> Clustering:
 
 
 def basis_of(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:
-    """Return the mean and the principal components that hold a share of the variance."""
-    from sklearn.decomposition import PCA
+    """Return the mean and the principal components that hold a share of the variance.
 
-    with np.errstate(invalid="ignore"):  # tiles that are all the same have no variance to share
-        fitted = PCA(svd_solver="full").fit(vectors.astype(np.float64))
-    share = np.cumsum(fitted.explained_variance_ratio_)
-    count = min(int((share < keep).sum()) + 1, len(share))
-    return {"mean": fitted.mean_, "components": fitted.components_[:count]}
+    By the covariance, a piece at a time: memory is that of a (D, D) matrix.
+    """
+    count, dim = vectors.shape
+    mean = vectors.mean(axis=0, dtype=np.float64)
+    covariance = np.zeros((dim, dim))
+    for start in range(0, count, PIECE):
+        centred = vectors[start : start + PIECE] - mean
+        covariance += centred.T @ centred
+    values, axes = np.linalg.eigh(covariance)
+    values, axes = np.maximum(values[::-1], 0), axes[:, ::-1]
+    most = min(count, dim)
+    share = np.cumsum(values[:most]) / max(values.sum(), 1e-300)
+    kept = min(int((share < keep).sum()) + 1, most)
+    return {"mean": mean, "components": np.ascontiguousarray(axes[:, :kept].T)}
 
 
 def project(vectors: NDArray[np.float32], arrays: Arrays) -> Floats:
     """Return vectors (N, D) on the components: (N, C)."""
-    flat: Floats = (vectors.astype(np.float64) - arrays["mean"]) @ arrays["components"].T
+    flat: Floats = np.empty((len(vectors), len(arrays["components"])))
+    for start in range(0, len(vectors), PIECE):
+        part = slice(start, start + PIECE)
+        flat[part] = (vectors[part].astype(np.float64) - arrays["mean"]) @ arrays["components"].T
     return flat
 
 
@@ -321,6 +334,11 @@ def _calibrated_reach(
         else:
             moved = kmeans(flat[~held], len(centroids), seed, start=centroids)
         cluster[held], distance[held] = nearest_centroid(flat[held], moved)
+    # A group with a kind of its own falls to a neighbour when it is held out: that says nothing of how far
+    # the neighbour reaches.
+    stays = cluster == nearest_centroid(flat, centroids)[0]
+    if stays.any():
+        cluster, distance = cluster[stays], distance[stays]
     spread = np.array(
         [np.sqrt(np.mean(distance[cluster == c] ** 2)) if (cluster == c).any() else 0.0
          for c in range(len(centroids))]

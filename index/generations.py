@@ -10,28 +10,39 @@ from __future__ import annotations
 import hashlib
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged
 from ..feature_files import parse_features
-from ..files import publish_file, sha256_file, temporary
+from ..files import publish_file, sha256_file, storage_failed, temporary
 from ..manifest import Manifest
 from . import tuning
-from .catalog import Catalog, get_meta, insert, now, set_meta
+from .catalog import REVISION, Catalog, get_meta, insert, now, set_meta
 from .columns import Columns
 from .mosaic import mosaic
-from .tile_table import pack_numbers, unpack_numbers, unpack_places
-from .vectors import Plan, VectorIndex, new_main, prepared, read_main, write_main
+from .tile_table import SEAL, pack_numbers, seal, unpack_numbers, unpack_places
+from .vectors import (
+    Plan,
+    VectorIndex,
+    gpu_copy,
+    new_main,
+    prepared,
+    read_main,
+    write_main,
+)
 
+T = TypeVar("T")
 OPTIONS = "index_options"
 FOLD_SHARE = 0.25
 """Share of the index file that may have been added or removed before a new one is written."""
+FOLD_ROWS = 200_000
+"""Vectors that may have been added or removed before a new one is written, however large it is."""
 HASHED_BYTES = 2**30
 """Index files up to this size are hashed whenever they are opened; `verify` hashes all."""
 GONE = -(2**62)
@@ -67,6 +78,29 @@ class _State:
     placements: dict[str, dict[int, bytes]]
 
 
+@dataclass(frozen=True)
+class _Main:
+    """An index file that is open.
+
+    Attributes:
+        number: of the generation.
+        main: FAISS's index.
+        raw: (M, D) exact vectors, where it holds codes.
+        plan: of it.
+        about: what was asked of it and measured.
+        slides: ids and tiles of the slides it covers, in order.
+        gpu: copy on GPUs.
+    """
+
+    number: int
+    main: Any
+    raw: Any
+    plan: Plan
+    about: dict[str, Any]
+    slides: list[tuple[int, int]]
+    gpu: Any
+
+
 class Generations:
     """Builds, stores and opens the index of an atlas."""
 
@@ -75,7 +109,7 @@ class Generations:
         self._path, self._catalog, self._manifest = path, catalog, manifest
         self._lock = threading.Lock()
         self._view: View | None = None
-        self._main: tuple[int, Any, Any] | None = None
+        self._main: _Main | None = None
         self._tail: dict[int, NDArray[np.float32]] = {}
         self._mosaics: dict[int, tuple[NDArray[np.int64], NDArray[np.float32]]] = {}
 
@@ -85,12 +119,17 @@ class Generations:
         """Return the vectors (N, D) of a slide, from its feature file.
 
         Raises:
-            Damaged: the file is missing or is not the one that was added.
+            Damaged: the file is missing, cannot be read, or is not the one that was added.
         """
         path = self._path / slide["features_file"]
-        blob = path.read_bytes() if path.is_file() else b""
+        state = "is changed"
+        try:
+            blob = path.read_bytes()
+        except FileNotFoundError:
+            blob, state = b"", "is missing"
+        except OSError as error:
+            blob, state = b"", f"cannot be read ({error.strerror})"
         if hashlib.sha256(blob).hexdigest() != slide["features_sha256"]:
-            state = "is changed" if path.is_file() else "is missing"
             raise Damaged(
                 f"{path} of slide {slide['name']!r} {state}; restore it, or embed the slide again and add "
                 "it with --replace"
@@ -111,6 +150,31 @@ class Generations:
         Raises:
             Damaged: a feature file is missing or is not the one that was added.
         """
+        return self.steady(self._vectors)
+
+    def bytes_on_disk(self) -> dict[str, int]:
+        """Return the sizes of the index files of the newest generation."""
+        rows = self._catalog.rows("SELECT file, raw_file FROM generations")
+        names = [row[key] for row in rows for key in ("file", "raw_file") if row[key]]
+        there = {name: self._path / name for name in names}
+        return {name: path.stat().st_size for name, path in there.items() if path.is_file()}
+
+    def steady(self, read: Callable[[], T]) -> T:
+        """Read feature files; once more if a writer replaced some of them meanwhile.
+
+        Raises:
+            Damaged: as ``read`` does, of an atlas that nobody changed.
+        """
+        for _ in range(100):
+            revision = self._catalog.revision()
+            try:
+                return read()
+            except Damaged:
+                if self._catalog.revision() == revision:
+                    raise
+        return read()
+
+    def _vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         ids = [np.zeros(0, dtype=np.int64)]
         parts = [np.zeros((0, self._manifest.dim), dtype=np.float32)]
         for slide in self.slides():
@@ -120,15 +184,15 @@ class Generations:
 
     def mosaic_of(self, slide: Mapping[str, Any]) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return the rows (M,) of a slide's mosaic and their prepared vectors (M, D); kept by slide."""
-        with self._lock:
-            if slide["id"] not in self._mosaics:
-                vectors = prepared(self.vectors_of(slide), self._manifest.metric)
-                if slide["mosaic"] is None:  # of an atlas that an earlier version wrote
-                    rows = mosaic(vectors, unpack_places(slide["places"]))
-                else:
-                    rows = unpack_numbers(slide["mosaic"], "<i4").astype(np.int64)
-                self._mosaics[slide["id"]] = rows, vectors[rows]
-            return self._mosaics[slide["id"]]
+        known = self._mosaics.get(slide["id"])
+        if known is None:
+            vectors = prepared(self.vectors_of(slide), self._manifest.metric)
+            if slide["mosaic"] is None:  # of an atlas that an earlier version wrote
+                rows = mosaic(vectors, unpack_places(slide["places"]))
+            else:
+                rows = unpack_numbers(slide["mosaic"], "<i4").astype(np.int64)
+            known = self._mosaics[slide["id"]] = rows, vectors[rows]
+        return known
 
     # -- reading --------------------------------------------------------------------------------
 
@@ -138,23 +202,26 @@ class Generations:
         Raises:
             Damaged: a feature file of a slide that is not in the index file is missing or changed.
         """
+        view, revision = self._view, self._catalog.revision()
+        if view is not None and view.revision == revision:
+            return view
         with self._lock:
-            revision = self._catalog.revision()
-            if self._view is not None and self._view.revision == revision:
-                return self._view
+            if self._view is not None and self._view.revision == self._catalog.revision():
+                return self._view  # another thread has opened it meanwhile
             for attempt in range(100):
-                state = self._state()
+                before = self._catalog.revision()
                 try:
-                    self._view = self._open(state)
+                    self._view = self._open(self._state())
                     return self._view
                 except Damaged:
                     # A writer may have removed a file of the state that was read: look again.
-                    if attempt == 99 or self._catalog.revision() == state.revision:
+                    if attempt == 99 or self._catalog.revision() == before:
                         raise
             raise AssertionError("not reached")
 
     def _state(self) -> _State:
         with self._catalog.read() as db:
+            revision = int(get_meta(db, REVISION))
             slides = db.execute(
                 "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic, "
                 "t.seal AS tiles_seal "
@@ -168,7 +235,8 @@ class Generations:
                 "JOIN clusterings AS c ON c.id = p.clustering_id"
             ):
                 placements[row["name"]][row["slide_id"]] = row["cluster"]
-            revision = int(get_meta(db, "revision"))
+            if int(get_meta(db, REVISION)) != revision:  # a folder that only others can write
+                raise Damaged(f"{self._path} changed while it was read; try again")
         return _State(
             revision,
             [dict(row) for row in slides],
@@ -178,14 +246,14 @@ class Generations:
 
     def _open(self, state: _State) -> View:
         known = {slide["id"]: slide for slide in state.slides}
-        about: dict[str, Any] = {}
+        self._mosaics = {n: m for n, m in self._mosaics.items() if n in known}
         covered: list[dict[str, Any]] = []
-        main = raw = None
-        if state.generation is not None and (opened := self._open_main(state.generation)):
-            main, raw = opened
-            about = json.loads(state.generation["about"])
-            pairs = unpack_numbers(state.generation["slides"], "<i8").reshape(-1, 2)
-            covered = [known.get(n) or _gone(n, tiles) for n, tiles in pairs.tolist()]
+        opened = None if state.generation is None else self._open_main(state.generation)
+        moved = self._catalog.revision() != state.revision
+        if opened is None and state.generation is not None and moved:
+            raise Damaged("the index file was replaced while it was opened; try again")
+        if opened is not None:
+            covered = [known.get(n) or _gone(n, tiles) for n, tiles in opened.slides]
         inside = {slide["id"] for slide in covered}
         late = [slide for slide in state.slides if slide["id"] not in inside]
         order = [*covered, *late]
@@ -197,35 +265,55 @@ class Generations:
             self._manifest.dim,
             self._manifest.metric,
             self._read_tail(late),
-            main,
-            Plan(**about["plan"]) if about else None,
-            raw,
+            opened.main if opened else None,
+            opened.plan if opened else None,
+            opened.raw if opened else None,
             alive,
+            opened.gpu if opened else None,
         )
         newest = next(reversed(state.placements), None)
-        number = 0 if main is None or state.generation is None else state.generation["id"]
-        return View(state.revision, Columns(order, state.placements, newest), index, number, about)
+        columns = Columns(order, state.placements, newest)
+        return View(
+            state.revision,
+            columns,
+            index,
+            opened.number if opened else 0,
+            opened.about if opened else {},
+        )
 
-    def _open_main(self, row: dict[str, Any]) -> tuple[Any, Any] | None:
+    def _open_main(self, row: dict[str, Any]) -> _Main | None:
         """Open the index file of a generation; None if it is unusable: then all slides are tail."""
-        if self._main is not None and self._main[0] == row["id"]:
-            return self._main[1:]
-        path = self._path / row["file"]
+        if self._main is not None and self._main.number == row["id"]:
+            return self._main
         try:
-            if path.stat().st_size != row["bytes"]:
+            if seal(row) != row[SEAL] or not self._is_whole(
+                row["file"], row["sha256"], row["bytes"]
+            ):
                 return None
-            if row["bytes"] <= HASHED_BYTES and sha256_file(path) != row["sha256"]:
-                return None
-            main = read_main(path, self._manifest.dim)
+            about = json.loads(row["about"])
+            plan = Plan(**about["plan"])
+            main = read_main(self._path / row["file"], self._manifest.dim)
             raw = None
             if row["raw_file"] is not None:
+                if not self._is_whole(row["raw_file"], row["raw_sha256"], None):
+                    return None
                 raw = np.load(self._path / row["raw_file"], mmap_mode="r", allow_pickle=False)
-        except (Damaged, OSError, ValueError):
+            slides = unpack_numbers(row["slides"], "<i8").reshape(-1, 2)
+            pairs = [(int(number), int(tiles)) for number, tiles in slides]
+        except (Damaged, OSError, ValueError, TypeError, KeyError):
             return None
-        if main.ntotal != row["vectors"] or (raw is not None and len(raw) != row["vectors"]):
+        if main.ntotal != row["vectors"] or sum(tiles for _, tiles in pairs) != main.ntotal:
             return None
-        self._main = row["id"], main, raw
-        return main, raw
+        self._main = _Main(row["id"], main, raw, plan, about, pairs, gpu_copy(main, plan))
+        return self._main
+
+    def _is_whole(self, file: str, sha256: str, size: int | None) -> bool:
+        """Whether a file has its size, and, if it is not too large to look, its content."""
+        path = self._path / file
+        found = path.stat().st_size
+        if size is not None and found != size:
+            return False
+        return found > HASHED_BYTES or sha256_file(path) == sha256
 
     def _read_tail(self, late: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
         """Return the prepared vectors of slides that no index file holds; what was read is kept."""
@@ -241,7 +329,12 @@ class Generations:
                     )
                 self._tail[slide["id"]] = found
         empty = np.zeros((0, self._manifest.dim), dtype=np.float32)
-        return np.concatenate([empty, *(self._tail[slide["id"]] for slide in late)])
+        joined = np.concatenate([empty, *(self._tail[slide["id"]] for slide in late)])
+        start = 0
+        for slide in late:  # parts of the whole from now on, not copies
+            self._tail[slide["id"]] = joined[start : start + slide["tiles"]]
+            start += slide["tiles"]
+        return joined
 
     # -- writing --------------------------------------------------------------------------------
 
@@ -252,16 +345,22 @@ class Generations:
 
     def settle(self) -> None:
         """Write a new generation if there is none that is usable, or too much came after it."""
-        view = self.view()
-        self._mosaics = {
-            s["id"]: self._mosaics[s["id"]] for s in view.columns.slides if s["id"] in self._mosaics
-        }
-        index = view.index
-        late = index.tail_rows + (index.positions - len(index))
-        if (view.generation == 0 and index.positions) or late > FOLD_SHARE * max(
-            1, index.positions - index.tail_rows
-        ):
-            self.write(self.options())
+        rows = self._catalog.rows("SELECT * FROM generations ORDER BY id DESC LIMIT 1")
+        opened = self._open_main(dict(rows[0])) if rows else None
+        tiles = {s["id"]: s["tiles"] for s in self._catalog.rows("SELECT id, tiles FROM slides")}
+        if opened is None:
+            late, covered = sum(tiles.values()), 0
+        else:
+            held = dict(opened.slides)
+            covered = sum(held.values())
+            late = sum(n for number, n in tiles.items() if number not in held)
+            late += sum(n for number, n in held.items() if number not in tiles)
+        if late > min(FOLD_ROWS, FOLD_SHARE * covered) or (opened is None and late):
+            options = self.options()
+            try:
+                self.write(options)
+            except BadInput:  # the budget of another day: better a larger index than none
+                self.write(replace(options, memory_mb=None))
 
     def write(self, options: tuning.Options, store_options: bool = False) -> dict[str, Any]:
         """Write the index of the current state as a new generation; earlier ones are dropped.
@@ -287,18 +386,12 @@ class Generations:
         raw_temp = temporary(self._path / "vectors.npy") if plan.coding != "none" else None
         temp = temporary(self._path / "index.faiss")
         try:
-            raw = None
-            if raw_temp is not None:
-                shape = (total, dim)
-                raw = np.lib.format.open_memmap(raw_temp, "w+", dtype=np.float32, shape=shape)
-            start = 0
             for vectors in chunks:
                 index.add(vectors)
-                if raw is not None:
-                    raw[start : start + len(vectors)] = vectors
-                start += len(vectors)
-            if raw is not None:
-                raw.flush()
+            raw = None
+            if raw_temp is not None:
+                _write_rows(raw_temp, chunks, (total, dim))
+                raw = np.load(raw_temp, mmap_mode="r", allow_pickle=False)
             plan, measured = tuning.tune(index, raw, plan, chunks, held_out, metric, options)
             write_main(index, temp)
             return self._publish(
@@ -359,6 +452,18 @@ class Generations:
             for path in self._path.glob(pattern):
                 if path.name not in named:
                     path.unlink(missing_ok=True)
+
+
+def _write_rows(path: Path, chunks: Iterable[NDArray[np.float32]], shape: tuple[int, int]) -> None:
+    """Write an .npy file piece by piece; a full disk is an error here, not a signal as with a mapping."""
+    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+    try:
+        with open(path, "wb") as out:
+            np.lib.format.write_array_header_1_0(out, header)
+            for vectors in chunks:
+                out.write(vectors.astype("<f4").tobytes())
+    except OSError as error:
+        raise storage_failed(path, error) from error
 
 
 def _gone(number: int, tiles: int) -> dict[str, Any]:

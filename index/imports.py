@@ -22,7 +22,7 @@ from ..feature_files import MAX_BYTES, Features, check_features, parse_features,
 from ..feature_writer import write_features
 from ..files import temporary
 from ..manifest import Manifest
-from .records import Added, row_of
+from .records import Added, by_stem, row_of
 
 if TYPE_CHECKING:
     from .atlas import Atlas
@@ -172,6 +172,8 @@ def import_features(
         Mismatch: the atlas is of another encoder.
     """
     from .atlas import Atlas
+
+    metadata = by_stem(metadata)
 
     def mpp_of(file: Path) -> float | None:
         given = (row_of(metadata, file.stem, "") or {}).get("mpp") or mpp

@@ -100,12 +100,13 @@ def further(row: dict[str, Any]) -> dict[str, str]:
 
 
 def row_of(metadata: dict[str, dict[str, str]], name: str, source: str) -> dict[str, str] | None:
-    """Return the metadata of a slide: by its name, its file's name, or either without its ending."""
-    return (
-        metadata.get(name)
-        or metadata.get(Path(source).name)
-        or next((row for key, row in metadata.items() if Path(key).stem == name), None)
-    )
+    """Return the metadata of a slide, by its name or its file's name; see :func:`by_stem`."""
+    return metadata.get(name) or metadata.get(Path(source).name)
+
+
+def by_stem(metadata: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
+    """Return metadata by the names it is given under, and by these without their ending (``.svs``)."""
+    return {Path(key).stem: row for key, row in metadata.items()} | metadata
 
 
 def slide_row(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import sqlite3
 from contextlib import closing
@@ -10,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BadInput, Damaged, StorageFailed
 from ..files import exclusive, publish_folder
-from .catalog import FILE
+from .catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
 from .verify import problems
 
 if TYPE_CHECKING:
@@ -33,7 +34,7 @@ def take(atlas: Atlas, out: Path) -> dict[str, Any]:
                 shutil.copyfile(atlas.path / file, folder / file)
         except FileNotFoundError as error:
             raise Damaged(f"{error.filename} is missing; run `histoseek index verify`") from error
-        except OSError as error:
+        except (OSError, sqlite3.OperationalError) as error:
             raise StorageFailed(
                 f"the snapshot {out} cannot be written ({error}); free space"
             ) from error
@@ -85,13 +86,12 @@ def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
     """
     from .atlas import LOCK, Atlas
 
-    fresh = atlas.with_name(f"{atlas.name}.restoring")
-    if fresh.exists():
-        shutil.rmtree(fresh)
-    report = take(Atlas(snapshot), fresh)
+    fresh = atlas.with_name(f"{atlas.name}.restoring-{os.getpid()}")
+    take(Atlas(snapshot), fresh)
     kept: Path | None = None
     if atlas.exists():
         with exclusive(atlas / LOCK, f"atlas {atlas}"):
+            _go_on_counting(fresh, atlas)
             kept = _free_name(atlas)
             atlas.rename(kept)
             fresh.rename(atlas)
@@ -99,9 +99,26 @@ def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
         fresh.rename(atlas)
     return {
         "atlas": str(atlas),
-        "revision": report["revision"],
+        "revision": Atlas(atlas).catalog.revision(),
         "kept": None if kept is None else str(kept),
     }
+
+
+def _go_on_counting(fresh: Path, atlas: Path) -> None:
+    """Let ids and revisions go on after those of the atlas that is replaced: none is used a second time."""
+    old, new = Catalog(atlas), Catalog(fresh)
+    known = {row["name"]: row["seq"] for row in old.rows("SELECT name, seq FROM sqlite_sequence")}
+    meta = old.meta()
+    with new.write() as db:
+        for name, last in known.items():
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (name,)).fetchone()
+            if row is None:
+                db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (name, last))
+            else:
+                highest = max(last, row["seq"])
+                db.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = ?", (highest, name))
+        for key in (NEXT_TILE, REVISION):
+            set_meta(db, key, str(max(int(meta[key]), int(get_meta(db, key)))))
 
 
 def _free_name(atlas: Path) -> Path:

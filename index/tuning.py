@@ -100,15 +100,16 @@ def plan_for(total: int, dim: int, options: Options) -> Plan:
         raise BadInput(
             f"{total} vectors are too few for codes; expected more than {LEAST_FOR_LISTS}"
         )
-    room = budget / LISTS_OVERHEAD / max(1, total) - 8  # bytes per vector beside its number
+    budget -= 4 * dim * (_cells(total) + 256)  # centroids, and the codebook of pq
+    room = budget / LISTS_OVERHEAD / total - 8  # bytes per vector beside its number
     if room >= dim:
         return Plan("ivf", "sq8", _cells(total))
     fitting = [m for m in range(1, dim // 2 + 1) if dim % m == 0 and m <= room]
     if not fitting:
-        least = (1 + 8) * total * LISTS_OVERHEAD / 1e6
+        least = ((1 + 8) * total * LISTS_OVERHEAD + 4 * dim * (_cells(total) + 256)) / 1e6
         raise BadInput(
             f"{total:,} vectors of length {dim} do not fit into {options.memory_mb:g} MB; the smallest "
-            f"index takes about {least:.0f} MB"
+            f"index takes about {least:.3g} MB"
         )
     return Plan("ivf", "pq", _cells(total), code_bytes=fitting[-1])
 
@@ -121,7 +122,7 @@ def _cells(total: int) -> int:
 def draw(
     chunks: Iterable[NDArray[np.float32]], total: int, dim: int, plan: Plan, seed: int
 ) -> tuple[NDArray[np.float32], HeldOut]:
-    """Draw, in one pass, a sample to train on and tiles to ask that are not in it.
+    """Draw, in two passes, a sample to train on and tiles to ask that are not in it.
 
     Returns:
         The sample (M, D), empty for an exact plan, and the tiles.
@@ -152,42 +153,45 @@ def gather(
 
 def neighbours(
     chunks: Iterable[NDArray[np.float32]], asked: HeldOut, k: int, metric: Metric
-) -> NDArray[np.int64]:
-    """Return the true k nearest other positions of each tile (Q, k), by exact search."""
+) -> NDArray[np.float32]:
+    """Return the scores of the true k nearest other tiles of each tile (Q, k), by exact search."""
     scores = np.full((len(asked), k), -np.inf, dtype=np.float32)
-    found = np.full((len(asked), k), -1, dtype=np.int64)
     start = 0
     for vectors in chunks:
         if not len(vectors):
             continue
         new_scores, new = scan(asked.vectors, vectors, min(k + 1, len(vectors)), metric)
-        new += start
-        own = new == asked.positions[:, None]
+        own = new + start == asked.positions[:, None]
         scores = np.concatenate([scores, np.where(own, -np.inf, new_scores)], axis=1)
-        found = np.concatenate([found, np.where(own, -1, new)], axis=1)
-        best = np.argsort(-scores, axis=1, kind="stable")[:, :k]
-        scores = np.take_along_axis(scores, best, 1)
-        found = np.take_along_axis(found, best, 1)
+        scores = -np.sort(-scores, axis=1)[:, :k]
         start += len(vectors)
-    return found
+    return scores if metric == "cosine" else -np.sqrt(np.maximum(-scores, 0))
 
 
 def recall_of(
     index: VectorIndex,
     asked: HeldOut,
-    truth: NDArray[np.int64],
+    truth: NDArray[np.float32],
     k: int,
     allowed: Mask | None = None,
 ) -> float:
-    """Return the share of the true neighbours that a search finds."""
-    _, found = index.search(asked.vectors, k + 1, allowed)
-    shares = []
-    for own, got, true in zip(asked.positions, found, truth, strict=True):
-        others = [n for n in got.tolist() if n not in (own, -1)][:k]
-        wanted = set(true[true >= 0].tolist())
-        if wanted:
-            shares.append(len(wanted & set(others)) / len(wanted))
-    return float(np.mean(shares)) if shares else 1.0
+    """Return the share of the true neighbours that a search finds.
+
+    Args:
+        index: to search.
+        asked: tiles, each asked without itself.
+        truth: (Q, k) scores of the true neighbours. What scores as high as the last of them is one:
+            of tiles that are the same picture any will do.
+        k: neighbours.
+        allowed: (N,) positions that may be found.
+    """
+    scores, found = index.search(asked.vectors, k + 1, allowed)
+    other = (found >= 0) & (found != asked.positions[:, None])
+    wanted = np.isfinite(truth).sum(axis=1)
+    last = np.where(wanted > 0, truth[np.arange(len(truth)), np.maximum(wanted - 1, 0)], np.inf)
+    near = other & (scores >= last[:, None] - 1e-5 * np.maximum(1, np.abs(last[:, None])))
+    got = np.minimum(near.sum(axis=1), wanted)
+    return float((got[wanted > 0] / wanted[wanted > 0]).mean()) if wanted.any() else 1.0
 
 
 def tune(
@@ -259,10 +263,9 @@ def audit(
         k: neighbours.
         allowed: (N,) positions that may be found; None for all.
     """
-    true = index.search(asked.vectors, k + 1, allowed, exact=True)[1]
-    own = true == asked.positions[:, None]
-    order = np.argsort(own, axis=1, kind="stable")[:, :k]
-    truth = np.take_along_axis(np.where(own, -1, true), order, 1)
+    scores, true = index.search(asked.vectors, k + 1, allowed, exact=True)
+    lost = (true == asked.positions[:, None]) | (true < 0)
+    truth = -np.sort(-np.where(lost, -np.inf, scores), axis=1)[:, :k]
     report: dict[str, Any] = {
         "queries": len(asked),
         "k": k,

@@ -30,11 +30,11 @@ SCAN_ROWS = 65_536
 """Rows of a large matrix that are scanned at once."""
 FILTER_EXACT = 200_000
 """Vectors that pass a filter up to which all of them are compared: what passes may lie far from a query."""
-FILTER_MARGIN = 4
+FILTER_MARGIN = 8
 """Above that a filtered search reads this many times the vectors that an unfiltered one reads."""
-FILTER_VALUES = 64_000_000
-"""Coordinates of vectors that pass a filter which are held at once (256 MB)."""
-FILTERS_KEPT = 2
+FILTER_VALUES = 32_000_000
+"""Coordinates of vectors that pass a filter which are held at once (128 MB)."""
+FILTERS_KEPT = 4
 GPU_LIMIT = 2048
 """Hits and probes that FAISS's GPU index allows."""
 
@@ -153,7 +153,8 @@ class _Passing:
         mask: (M + T,) of the whole index.
         rows: (P,) positions that pass.
         vectors: (P, D) theirs, if they are few: then all are compared.
-        counts: (cells,) how many pass in each cell, if they are many.
+        counts: (cells,) how many pass in each cell, if they are many; None too if only removed vectors
+            do not pass, so that cells need not be counted.
         bits: the mask as FAISS reads it.
     """
 
@@ -180,6 +181,7 @@ class VectorIndex:
         plan: Plan | None = None,
         raw: Vectors | None = None,
         alive: Mask | None = None,
+        gpu: Any = None,
     ) -> None:
         """Join the parts.
 
@@ -191,19 +193,21 @@ class VectorIndex:
             plan: of ``main``.
             raw: (M, D) exact vectors of ``main``, where it holds codes.
             alive: (M + T,) positions that are still there; None for all.
+            gpu: copy of ``main`` on GPUs (:func:`gpu_copy`).
         """
         self.dim, self.metric, self.plan = dim, metric, plan or Plan()
         self._main, self._tail, self._raw, self._alive = main, tail, raw, alive
         self._main_rows = 0 if main is None else int(main.ntotal)
         self._cells: NDArray[np.int32] | None = None
-        self._gpu: Any = None
+        self._gpu = gpu
         self._kept: list[_Passing] = []
-        self._joined: tuple[Mask, Mask] | None = None
+        self._joined: list[tuple[Mask, Mask]] = []
+        self._count = self.positions if alive is None else int(alive.sum())
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
         """How many vectors can be found."""
-        return self.positions if self._alive is None else int(self._alive.sum())
+        return self._count
 
     @property
     def positions(self) -> int:
@@ -254,10 +258,15 @@ class VectorIndex:
         """Return what may be found; the last answer is kept, as one filter is often used again."""
         if allowed is None or self._alive is None:
             return self._alive if allowed is None else allowed
+        if allowed is self._alive:
+            return allowed
         with self._lock:
-            if self._joined is None or self._joined[0] is not allowed:
-                self._joined = allowed, allowed & self._alive
-            return self._joined[1]
+            for known, both in self._joined:
+                if known is allowed or both is allowed:
+                    return both
+            both = allowed & self._alive
+            self._joined = [(allowed, both), *self._joined[: FILTERS_KEPT - 1]]
+            return both
 
     def _search_main(self, ready: Vectors, k: int, mask: Mask | None, exact: bool) -> Found:
         head = None if mask is None else mask[: self._main_rows]
@@ -273,11 +282,26 @@ class VectorIndex:
                 return scores, np.where(found >= 0, passing.rows[found], -1)
         if exact and self._raw is not None:
             return scan(ready, self._raw, k, self.metric, head)
-        wide = min(k * self.plan.widen, self._main_rows)
-        scores, found = self._search_lists(ready, wide, passing, exact)
-        if self._raw is None:
-            return scores, found
-        return rescored(ready, self._raw, found, k, self.metric)
+        there = self._main_rows if passing is None else len(passing.rows)
+        wide = min(k * self.plan.widen, there)
+        scores, found = self._search_enough(ready, wide, passing, exact)
+        if self._raw is not None:
+            return rescored(ready, self._raw, found, k, self.metric)
+        return scores, found
+
+    def _search_enough(
+        self, ready: Vectors, k: int, passing: _Passing | None, exact: bool
+    ) -> Found:
+        """Search the lists, and more of them where those that are usually read hold fewer than k."""
+        usual = self.plan.probes * self._main_rows / self.plan.cells
+        times = 1
+        while times * usual < 2 * k and times < self.plan.cells:
+            times *= 2
+        while True:
+            scores, found = self._search_lists(ready, k, passing, exact, times)
+            if exact or times >= self.plan.cells or (found >= 0).all():
+                return scores, found
+            times *= 4
 
     def _flat(self) -> Vectors:
         faiss = import_faiss()
@@ -285,15 +309,26 @@ class VectorIndex:
         matrix: Vectors = values.reshape(self._main_rows, self.dim)
         return matrix
 
-    def _search_lists(self, ready: Vectors, k: int, passing: _Passing | None, exact: bool) -> Found:
+    def _search_lists(
+        self, ready: Vectors, k: int, passing: _Passing | None, exact: bool, times: int
+    ) -> Found:
+        """Search with so many times the usual probes, or in all lists."""
         faiss = import_faiss()
-        probes = self.plan.cells if exact else self.plan.probes
-        if passing is not None:
-            return self._search_passing(ready, k, passing, exact)
-        if self._gpu is not None and max(k, probes) <= GPU_LIMIT:
+        probes = self.plan.cells if exact else min(self.plan.cells, times * self.plan.probes)
+        if passing is not None and passing.counts is not None:
+            return self._search_passing(ready, k, passing, exact, times)
+        if (
+            self._gpu is not None
+            and passing is None
+            and times == 1
+            and k <= GPU_LIMIT
+            and not exact
+        ):
             scores, found = self._gpu.search(ready, k)
         else:
             parameters = faiss.SearchParametersIVF(nprobe=probes)
+            if passing is not None:  # what was removed is only skipped
+                parameters.sel = selector = faiss.IDSelectorBitmap(passing.bits)  # noqa: F841 - kept alive
             scores, found = self._main.search(ready, k, params=parameters)
         return self._signed(scores), found
 
@@ -304,11 +339,14 @@ class VectorIndex:
                 if known.mask is mask:
                     return known
         rows = np.flatnonzero(head)
-        if len(rows) <= min(FILTER_EXACT, FILTER_VALUES // self.dim):
+        bits = np.packbits(head, bitorder="little")
+        if mask is self._alive:
+            made = _Passing(mask, rows, None, None, bits)
+        elif len(rows) <= min(FILTER_EXACT, FILTER_VALUES // self.dim):
             made = _Passing(mask, rows, self._vectors_at(rows), None, None)
         else:
             counts = np.bincount(self.cell_of()[rows], minlength=self.plan.cells)
-            made = _Passing(mask, rows, None, counts, np.packbits(head, bitorder="little"))
+            made = _Passing(mask, rows, None, counts, bits)
         with self._lock:
             self._kept = [made, *self._kept[: FILTERS_KEPT - 1]]
         return made
@@ -331,10 +369,12 @@ class VectorIndex:
             found[wanted] = vectors[np.searchsorted(numbers, rows[wanted])]  # ids ascend in a list
         return found
 
-    def _search_passing(self, ready: Vectors, k: int, passing: _Passing, exact: bool) -> Found:
+    def _search_passing(
+        self, ready: Vectors, k: int, passing: _Passing, exact: bool, times: int
+    ) -> Found:
         faiss = import_faiss()
         selector = faiss.IDSelectorBitmap(passing.bits)
-        distances, cells = self._cells_to_read(ready, passing, exact)
+        distances, cells = self._cells_to_read(ready, passing, exact, times)
         scores = np.empty((len(ready), k), dtype=np.float32)
         found = np.empty((len(ready), k), dtype=np.int64)
         pointer = faiss.swig_ptr
@@ -356,7 +396,7 @@ class VectorIndex:
         return scores if self.metric == "cosine" else -scores
 
     def _cells_to_read(
-        self, ready: Vectors, passing: _Passing, exact: bool
+        self, ready: Vectors, passing: _Passing, exact: bool, times: int
     ) -> tuple[NDArray[np.float32], Positions]:
         """Return distances and numbers (Q, P) of the nearest cells that hold enough of what passes.
 
@@ -365,9 +405,9 @@ class VectorIndex:
         """
         cells = self.plan.cells
         usual = self.plan.probes * self._main_rows / cells
-        wanted = np.inf if exact else FILTER_MARGIN * usual
+        wanted = np.inf if exact or times >= cells else FILTER_MARGIN * usual * times
         per_cell = len(passing.rows) / cells
-        width = cells if exact else min(cells, 8 + 2 * int(wanted / per_cell))
+        width = cells if wanted == np.inf else min(cells, 8 + 2 * int(wanted / per_cell))
         while True:
             distances, near = self._main.quantizer.search(ready, width)
             held = passing.counts[near]
@@ -421,17 +461,20 @@ class VectorIndex:
             answers.append((scores[0][inside], found[0][inside]))
         return answers
 
-    def to_gpu(self) -> bool:
-        """Copy the main part to the GPUs, if FAISS sees any; return whether it did.
 
-        Filtered and exact searches stay on the CPU: FAISS's GPU index knows no selectors.
-        """
-        faiss = import_faiss()
-        if self.plan.kind != "ivf" or not getattr(faiss, "get_num_gpus", lambda: 0)():
-            return False
-        self._gpu = faiss.index_cpu_to_all_gpus(self._main)
-        faiss.GpuParameterSpace().set_index_parameter(self._gpu, "nprobe", self.plan.probes)
-        return True
+def gpu_copy(main: Any, plan: Plan) -> Any:
+    """Return a copy of the lists on all GPUs that FAISS sees, for unfiltered searches; None without one.
+
+    FAISS's GPU index knows no selectors, so filtered and exact searches stay on the CPU.
+    """
+    faiss = import_faiss()
+    if plan.kind != "ivf" or not getattr(faiss, "get_num_gpus", lambda: 0)():
+        return None
+    if plan.probes > GPU_LIMIT:
+        return None
+    copy = faiss.index_cpu_to_all_gpus(main)
+    faiss.GpuParameterSpace().set_index_parameter(copy, "nprobe", plan.probes)
+    return copy
 
 
 def _nothing(queries: int, k: int) -> Found:
@@ -480,12 +523,15 @@ def scan(
 def rescored(ready: Vectors, raw: Vectors, found: Positions, k: int, metric: Metric) -> Found:
     """Rank candidates (Q, K) again by their exact vectors, and keep the best k."""
     exact = np.empty(found.shape, dtype=np.float32)
-    step = max(1, CHUNK_VALUES // max(1, found.shape[1] * raw.shape[1]))
-    for start in range(0, len(found), step):
-        part = slice(start, start + step)
-        vectors = raw[np.maximum(found[part], 0)]
-        if metric == "cosine":
-            exact[part] = np.einsum("qd,qkd->qk", ready[part], vectors)
-        else:
-            exact[part] = -np.square(vectors - ready[part][:, None, :]).sum(axis=2)
+    wide = max(1, CHUNK_VALUES // raw.shape[1])  # candidates at once
+    step = max(1, wide // max(1, found.shape[1]))
+    for row in range(0, len(found), step):
+        for column in range(0, found.shape[1], wide):
+            part = np.s_[row : row + step, column : column + wide]
+            vectors = raw[np.maximum(found[part], 0)]
+            queries = ready[row : row + step]
+            if metric == "cosine":
+                exact[part] = np.einsum("qd,qkd->qk", queries, vectors)
+            else:
+                exact[part] = -np.square(vectors - queries[:, None, :]).sum(axis=2)
     return _best(exact, found, k)

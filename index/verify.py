@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import json
 import sqlite3
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import HistoseekError
+from ..errors import HistoseekError, StorageFailed
 from ..feature_files import check_features, read_features
 from ..files import sha256_file
 from ..manifest import check_bundle_graph
 from . import clusterings
+from .clusters import Clustering
 from .fitting import fitted
 from .tile_table import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
 
@@ -46,12 +49,13 @@ def problems(atlas: Atlas) -> list[Problem]:
             check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
     except HistoseekError as error:
         found.append(Problem(str(error)))
-    try:
-        return found + _slides(atlas) + _placements(atlas) + _files(atlas) + _index(atlas)
-    except (HistoseekError, sqlite3.Error, ValueError, KeyError) as error:
-        if not found:  # else that is the reason
-            found.append(Problem(f"atlas.db: {error}"))
-        return found
+    for check in (_slides, _placements, _files, _index):
+        try:
+            found += check(atlas)
+        except (HistoseekError, OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
+            if not found:  # else that is the reason
+                found.append(Problem(f"atlas.db: {error}"))
+    return found
 
 
 def _database(atlas: Atlas) -> list[Problem]:
@@ -98,14 +102,16 @@ def _slide(atlas: Atlas, slide: dict[str, Any]) -> list[Problem]:
     path = atlas.path / slide["features_file"]
     title = f"{path} of slide {slide['name']!r}"
     remedy = "restore it, or embed the slide again and add it with --replace"
-    if not path.is_file():
-        return [Problem(f"{title} is missing; {remedy}")]
-    if sha256_file(path) != slide["features_sha256"]:
-        return [Problem(f"{title} is changed since it was added; {remedy}")]
     manifest = atlas.manifest
     try:
+        if not path.is_file():
+            return [Problem(f"{title} is missing; {remedy}")]
+        if sha256_file(path) != slide["features_sha256"]:
+            return [Problem(f"{title} is changed since it was added; {remedy}")]
         item = read_features(path)
         check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
+    except OSError as error:
+        return [Problem(f"{title} cannot be read ({error.strerror}); check the permissions")]
     except HistoseekError as error:
         return [Problem(str(error))]
     found = []
@@ -192,24 +198,48 @@ def repair(atlas: Atlas, writer: Writer) -> list[str]:
     where it did is the file put back, so that names which people gave stay right.
     """
     writer.tidy()
-    done = [line for row in _lost_fits(atlas) for line in _fit_again(atlas, row)]
-    broken = _broken_placements(atlas)
-    for clustering, slide, was_fitted in broken:
-        row = atlas.catalog.rows("SELECT name FROM clusterings WHERE id = ?", (clustering,))[0]
-        with atlas.catalog.write() as db:
-            at = (clustering, slide["id"])
-            db.execute("DELETE FROM placements WHERE clustering_id = ? AND slide_id = ?", at)
-            placed = atlas.clustering(row["name"])[1].assign(atlas.generations.vectors_of(slide))
-            clusterings.insert_placement(db, clustering, slide["id"], placed, was_fitted)
-    if broken:
-        done.append(f"{len(broken)} slides were placed in their clusters again")
-    stale = any(p.derived and ("index" in p.text or "generations" in p.text or "vectors-" in p.text)
+    stale = any(p.derived and any(w in p.text for w in ("index", "generations", "vectors-"))
                 for p in problems(atlas))  # fmt: skip
-    writer.finish()
+    done: list[str] = []
     if stale:
-        atlas.generations.write(atlas.generations.options())
-        done.append("the index was written again")
+        _try(done, lambda: _write_index(atlas))
+    for row in _lost_fits(atlas):
+        _try(done, partial(_fit_again, atlas, row))
+    _try(done, lambda: _place_again(atlas))
+    writer.finish()
     return done
+
+
+def _try(done: list[str], mend: Callable[[], list[str]]) -> None:
+    """Do one repair; what cannot be done stops no other."""
+    try:
+        done += mend()
+    except StorageFailed:
+        raise
+    except HistoseekError as error:
+        done.append(f"not repaired: {error}")
+
+
+def _write_index(atlas: Atlas) -> list[str]:
+    atlas.generations.write(atlas.generations.options())
+    return ["the index was written again"]
+
+
+def _place_again(atlas: Atlas) -> list[str]:
+    broken = _broken_placements(atlas)
+    names = {
+        row["id"]: row["name"] for row in atlas.catalog.rows("SELECT id, name FROM clusterings")
+    }
+    loaded: dict[int, Clustering] = {}
+    for number, slide, was_fitted in broken:
+        if number not in loaded:
+            loaded[number] = atlas.clustering(names[number])[1]
+        placed = loaded[number].assign(atlas.generations.vectors_of(slide))
+        with atlas.catalog.write() as db:
+            at = (number, slide["id"])
+            db.execute("DELETE FROM placements WHERE clustering_id = ? AND slide_id = ?", at)
+            clusterings.insert_placement(db, number, slide["id"], placed, was_fitted)
+    return [f"{len(broken)} slides were placed in their clusters again"] if broken else []
 
 
 def _lost_fits(atlas: Atlas) -> list[dict[str, Any]]:
@@ -224,7 +254,9 @@ def _fit_again(atlas: Atlas, row: dict[str, Any]) -> list[str]:
     name = row["name"]
     known = clusterings.placements(atlas.catalog, name)
     slides = [s for s in atlas.generations.slides() if known.get(s["id"], (None, False))[1]]
-    clustering, placed = fitted(atlas, row["method"], slides, json.loads(row["about"]))
+    about = {"seed": 0, **json.loads(row["about"])}
+    method = "encoder" if about.get("from") == "encoder" else row["method"]
+    clustering, placed = fitted(atlas, method, slides, about)
     same = all(np.array_equal(where.cluster, known[slide][0].cluster) for slide, where in placed)
     if not same:
         return [

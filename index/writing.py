@@ -16,13 +16,13 @@ from typing import Any
 from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
 from ..feature_files import Features, check_features, parse_features
-from ..files import remove_leftovers, write_atomic
+from ..files import remove_leftovers, sha256_file, write_atomic
 from ..manifest import Manifest
 from . import clusterings
 from .catalog import NEXT_TILE, Catalog, get_meta, insert, set_meta, update
 from .clusters import Clustering
 from .generations import Generations
-from .records import Added, further, plain_name, slide_row, tiles_row
+from .records import Added, by_stem, further, plain_name, row_of, slide_row, tiles_row
 from .tile_table import pack_coded, unpack_coded, unpack_texts
 
 FEATURES = "features"
@@ -46,6 +46,7 @@ class Writer:
     ) -> list[Added]:
         """Add feature files; see :meth:`Atlas.add <histoseek.index.atlas.Atlas.add>`."""
         results: list[Added] = []
+        metadata = by_stem(metadata)
         self.tidy()
         for number, file in enumerate(files, start=1):
             try:
@@ -68,8 +69,9 @@ class Writer:
     def finish(self) -> None:
         """Bring everything derived up to date with the slides."""
         self._remove_orphans()
-        self.place_new()
-        self._generations.settle()
+        with suppress(Damaged):  # a slide that cannot be read is for `verify` to name
+            self.place_new()
+            self._generations.settle()
 
     def _add_one(self, file: Path, metadata: Metadata, replace: bool) -> Added:
         if not file.is_file():
@@ -101,14 +103,21 @@ class Writer:
         target = f"{FEATURES}/{plain_name(item.name)}-{digest[:12]}.h5"
         row = slide_row(item, target, digest, metadata)
         found = self._catalog.rows("SELECT * FROM slides WHERE name = ?", (item.name,))
+        given = row_of(metadata, item.name, item.source) or {}
         if found and found[0]["content_sha256"] == row["content_sha256"]:
-            return self._relabel_known(origin, dict(found[0]), row)
+            self._mend(dict(found[0]), row, blob)
+            return self._relabel_known(origin, dict(found[0]), given)
         if found and not replace:
             raise Mismatch(
                 f"the atlas holds slide {item.name!r} (from {found[0]['source']}) with other features; "
                 "to put these in its place add them with --replace; if it is another slide of the same "
                 "name, embed both in one run, which gives them different names"
             )
+        if found:  # what people said of the slide stays, unless something else is said now
+            before = json.loads(found[0]["metadata"])
+            row["metadata"] = json.dumps(before | json.loads(row["metadata"]), sort_keys=True)
+            row["label"] = given.get("label") or found[0]["label"] or row["label"]
+            row["patient"] = given.get("patient") or found[0]["patient"] or row["patient"]
         write_atomic(self._path / target, blob)
         tiles = tiles_row(item, manifest.metric)
         placed = [
@@ -127,22 +136,27 @@ class Writer:
         state = "replaced" if found else "added"
         return Added(origin, item.name, state, len(item.features), str(row["reason"]))
 
-    def _relabel_known(self, origin: str, found: dict[str, Any], row: dict[str, Any]) -> Added:
-        """Take over what is given now for a slide that is there already."""
-        changed = {
-            key: row[key] for key in ("label", "patient") if row[key] and row[key] != found[key]
-        }
-        known = json.loads(found["metadata"])
-        merged = known | json.loads(row["metadata"])
-        text = ", ".join(f"{key} {value!r}" for key, value in changed.items())
-        if merged != known:
-            changed["metadata"] = json.dumps(merged, sort_keys=True)
-            more = (f"{k} {v!r}" for k, v in merged.items() if known.get(k) != v)
-            text = ", ".join([text, *more] if text else more)
-        if not changed:
+    def _mend(self, found: dict[str, Any], row: dict[str, Any], blob: bytes) -> None:
+        """Put the feature file of a known slide back, if it is missing or damaged."""
+        path = self._path / found["features_file"]
+        if path.is_file() and sha256_file(path) == found["features_sha256"]:
+            return
+        write_atomic(self._path / row["features_file"], blob)
+        keys = ("features_file", "features_sha256")
+        with self._catalog.write() as db:
+            update(db, "slides", {"id": found["id"]}, {key: row[key] for key in keys})
+
+    def _relabel_known(self, origin: str, found: dict[str, Any], given: dict[str, str]) -> Added:
+        """Take over what the metadata says now of a slide that is there already."""
+        changes = _slide_changes(found, {k: v for k, v in given.items() if v})
+        if not changes:
             return Added(origin, found["name"], "unchanged", found["tiles"])
         with self._catalog.write() as db:
-            update(db, "slides", {"id": found["id"]}, changed)
+            update(db, "slides", {"id": found["id"]}, changes)
+        known = {**found, **json.loads(found["metadata"])}
+        said = {**changes, **json.loads(changes.get("metadata") or "{}")}
+        said.pop("metadata", None)
+        text = ", ".join(f"{k} {v!r}" for k, v in said.items() if known.get(k) != v)
         return Added(origin, found["name"], "relabelled", found["tiles"], text)
 
     def remove(self, names: Sequence[str]) -> int:
@@ -180,6 +194,10 @@ class Writer:
         of_slide: dict[str, dict[str, str]] = {}
         of_tiles: dict[str, dict[str, dict[str, str]]] = {}
         for row in rows:
+            if not row.get("slide"):
+                raise BadInput(
+                    f"a row of metadata names no slide: {row}; expected a column 'slide'"
+                )
             if row.get("file"):
                 of_tiles.setdefault(row["slide"], {})[row["file"]] = row
             else:
@@ -204,14 +222,13 @@ class Writer:
         """Return the clusterings by id, read once; without those whose file is lost."""
         rows = self._catalog.rows("SELECT id, name, sha256 FROM clusterings")
         known = {row["id"]: row["sha256"] for row in rows}
-        if known != self._known:
-            self._loaded = {}
-            for row in rows:
+        kept = {n: c for n, c in self._loaded.items() if known.get(n) == self._known.get(n)}
+        for row in rows:
+            if row["id"] not in kept:
                 with suppress(Damaged):
-                    _, found = clusterings.load(self._path, self._catalog, row["name"])
-                    self._loaded[row["id"]] = found
-            self._known = known
-        return self._loaded
+                    kept[row["id"]] = clusterings.load(self._path, self._catalog, row["name"])[1]
+        self._known, self._loaded = known, kept
+        return kept
 
     def place_new(self) -> None:
         """Place slides in clusterings that they are missing from, such as one whose file was lost."""
@@ -233,7 +250,7 @@ class Writer:
         }
         for path in (self._path / FEATURES).glob("*.h5"):
             if f"{FEATURES}/{path.name}" not in named:
-                path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)  # who was reading it looks again
         clusterings.remove_orphans(self._path, self._catalog)
         self._generations.remove_orphans()
 

@@ -77,7 +77,7 @@ def test_codes_are_ranked_again_by_the_vectors(tmp_path, budget):
 
 def test_what_cannot_be_reached_is_refused_with_what_could(lists):
     with pytest.raises(
-        BadInput, match=r"do not fit into 0.01 MB; the smallest index takes about 0 MB|MB"
+        BadInput, match=r"do not fit into 0.01 MB; the smallest index takes about 0.1\d* MB"
     ):
         lists.tune(memory_mb=0.01)
     with pytest.raises(BadInput, match="recall"):
@@ -117,7 +117,7 @@ def test_filters_hold_on_lists_and_find_what_brute_force_does(lists, monkeypatch
         assert all(keep(hit._asdict()) for answer in hits for hit in answer)
         found = [[hit.tile for hit in answer] for answer in hits]
         same = np.mean([len(set(a) & set(b)) / 10 for a, b in zip(found, truth, strict=True)])
-        assert same >= (0.999 if few else 0.9), where
+        assert same >= (0.999 if few else 0.95), where
         exact = lists.search(queries, 10, where=where, exact=True)
         assert [[hit.tile for hit in answer] for answer in exact] == truth
     assert lists.search(queries[:1], 5, where="label = 'none such'") == [[]]
@@ -232,10 +232,32 @@ def test_recall_is_measured_without_the_tile_itself():
     truth = tuning.neighbours([data[:120], data[120:]], asked, 3, "cosine")
     scores = data[[5, 9]] @ data.T
     scores[0, 5] = scores[1, 9] = -2
-    assert truth.tolist() == np.argsort(-scores, axis=1, kind="stable")[:, :3].tolist()
+    assert truth == pytest.approx(-np.sort(-scores, axis=1)[:, :3], abs=1e-6)
     index = vectors.VectorIndex(DIM, "cosine", data)
     assert tuning.recall_of(index, asked, truth, 3) == 1
-    assert tuning.recall_of(index, asked, np.full((2, 3), 77), 3) == 0
+    assert tuning.recall_of(index, asked, truth + 0.5, 3) == 0
+    worse = vectors.VectorIndex(DIM, "cosine", data[100:])
+    assert tuning.recall_of(worse, asked, truth, 3) < 1
+
+
+def test_copies_of_one_picture_do_not_spoil_the_measurement(tmp_path):
+    """Of 400 white tiles any ten are the nearest of each other."""
+    atlas = Atlas.create(tmp_path / "atlas", DEFAULT_BUNDLE)
+    data = grouped(np.random.default_rng(1), 3000)
+    data[:400] = data[0]
+    atlas.add([features(tmp_path / "s.h5", 3000, features=data)])
+    report = atlas.tune(exact_up_to=0)
+    assert report["measured"]["reached"] and report["plan"]["probes"] < report["plan"]["cells"]
+
+
+def test_more_hits_than_the_usual_lists_hold(lists):
+    queries = grouped(np.random.default_rng(8), 4)
+    for k, where in ((1000, None), (10_000, None), (2_500, "organ = 'colon'")):
+        hits = lists.search(queries, k, where)
+        exact = lists.search(queries, k, where, exact=True)
+        assert [len(answer) for answer in hits] == [len(answer) for answer in exact]
+    slides = [{h.slide for h in answer} for answer in lists.search(queries, 13, per_slide=True)]
+    assert [len(found) for found in slides] == [13] * 4
 
 
 class AtlasEqualsAModel(RuleBasedStateMachine):
@@ -280,7 +302,6 @@ class AtlasEqualsAModel(RuleBasedStateMachine):
             assert result.state == "unchanged"
         else:
             assert result.state == ("replaced" if name in self.model else "added")
-            self.labels.pop(name, None)
         self.model[name] = data
 
     @precondition(lambda self: self.model)
@@ -307,6 +328,16 @@ class AtlasEqualsAModel(RuleBasedStateMachine):
     def tune(self):
         self.atlas.tune()
 
+    @precondition(lambda self: sum(map(len, self.model.values())) > 40)
+    @rule(budget=st.sampled_from([None, 0.09, 0.085]))
+    def tune_lists(self, budget):
+        with pytest.MonkeyPatch.context() as patch:  # lists and codes are for more tiles than these
+            patch.setattr(tuning, "LEAST_FOR_LISTS", 10)
+            try:
+                self.atlas.tune(exact_up_to=0, memory_mb=budget)
+            except BadInput as error:
+                assert "do not fit" in str(error)
+
     @invariant()
     def search_equals_brute_force(self):
         self.asked += 1
@@ -322,14 +353,15 @@ class AtlasEqualsAModel(RuleBasedStateMachine):
             return
         everything.sort(key=lambda item: -item[0])
         for atlas in (self.atlas, self.reader):
-            hits = atlas.search(query, 7)[0]
+            hits = atlas.search(query, 7, exact=True)[0]
             assert [h.score for h in hits] == pytest.approx(
                 [s for s, _, _ in everything[:7]], abs=1e-5
             )
-            assert [h.slide for h in hits][:1] == [everything[0][1]] or len(everything) > 1
+            if len(everything) == 1 or everything[0][0] > everything[1][0] + 1e-5:
+                assert hits[0].slide == everything[0][1]
             assert all((h.label or "") == self.labels.get(h.slide, "") for h in hits)
         labelled = [s for s, name, _ in everything if self.labels.get(name) == "x"]
-        found = self.atlas.search(query, 5, where="label = 'x'")[0]
+        found = self.atlas.search(query, 5, where="label = 'x'", exact=True)[0]
         assert [h.score for h in found] == pytest.approx(labelled[:5], abs=1e-5)
         ids = self.atlas.vectors()[0].tolist()
         assert len(ids) == len(everything) == len(set(ids))
