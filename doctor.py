@@ -35,6 +35,7 @@ PARTS = (
     ("ray", ("ray", "fsspec"), "ray", "embed on many machines", False),
     ("metrics", ("prometheus_client",), "metrics", "embed --metrics", False),
     ("milvus", ("pymilvus",), "milvus", "atlas on Milvus", False),
+    ("bridges", ("pyarrow", "anndata"), "bridges", "index export to Parquet and AnnData", False),
 )
 DISTRIBUTIONS = {
     "faiss": ("faiss-cpu", "faiss-gpu-cu12"),
