@@ -31,6 +31,7 @@ from .vectors import (
     Plan,
     VectorIndex,
     gpu_copy,
+    import_faiss,
     new_main,
     prepared,
     read_main,
@@ -297,7 +298,7 @@ class Generations:
             if row["raw_file"] is not None:
                 if not self._is_whole(row["raw_file"], row["raw_sha256"], None):
                     return None
-                raw = np.load(self._path / row["raw_file"], mmap_mode="r", allow_pickle=False)
+                raw = read_main(self._path / row["raw_file"], self._manifest.dim)
             slides = unpack_numbers(row["slides"], "<i8").reshape(-1, 2)
             pairs = [(int(number), int(tiles)) for number, tiles in slides]
         except (Damaged, OSError, ValueError, TypeError, KeyError):
@@ -383,15 +384,15 @@ class Generations:
         chunks = _Chunks(self, slides)
         sample, held_out = tuning.draw(chunks, total, dim, plan, options.seed)
         index = new_main(dim, metric, plan, sample, options.seed)
-        raw_temp = temporary(self._path / "vectors.npy") if plan.coding != "none" else None
+        raw_temp = temporary(self._path / "vectors.faiss") if plan.kind == "ivf" else None
         temp = temporary(self._path / "index.faiss")
         try:
             for vectors in chunks:
                 index.add(vectors)
             raw = None
             if raw_temp is not None:
-                _write_rows(raw_temp, chunks, (total, dim))
-                raw = np.load(raw_temp, mmap_mode="r", allow_pickle=False)
+                _write_flat(raw_temp, chunks, index, total)
+                raw = read_main(raw_temp, dim)
             plan, measured = tuning.tune(index, raw, plan, chunks, held_out, metric, options)
             write_main(index, temp)
             return self._publish(
@@ -416,7 +417,7 @@ class Generations:
         last = self._catalog.rows("SELECT seq FROM sqlite_sequence WHERE name = 'generations'")
         number = (last[0]["seq"] if last else 0) + 1
         file = self._path / f"index-{number}.faiss"
-        raw_file = self._path / f"vectors-{number}.npy"
+        raw_file = self._path / f"vectors-{number}.faiss"
         about = {"plan": plan.as_dict(), "options": options.as_dict(), "measured": measured}
         row: dict[str, Any] = {
             "id": number,
@@ -448,18 +449,36 @@ class Generations:
             for row in self._catalog.rows("SELECT file, raw_file FROM generations")
             for key in ("file", "raw_file")
         }
-        for pattern in ("index-*.faiss", "vectors-*.npy"):
+        for pattern in ("index-*.faiss", "vectors-*.faiss"):
             for path in self._path.glob(pattern):
                 if path.name not in named:
                     path.unlink(missing_ok=True)
 
 
-def _write_rows(path: Path, chunks: Iterable[NDArray[np.float32]], shape: tuple[int, int]) -> None:
-    """Write an .npy file piece by piece; a full disk is an error here, not a signal as with a mapping."""
-    header = {"descr": "<f4", "fortran_order": False, "shape": shape}
+def _write_flat(path: Path, chunks: Iterable[NDArray[np.float32]], like: Any, total: int) -> None:
+    """Write a FAISS flat index a piece at a time, which FAISS itself writes only from memory.
+
+    A full disk is an error here, not a signal as with a mapped file.
+
+    Raises:
+        StorageFailed: no space.
+    """
+    faiss = import_faiss()
+    flat = faiss.IndexFlat(like.d, like.metric_type)
+    header: bytes = faiss.serialize_index(flat).tobytes()
+
+    def counted(vectors: int) -> bytes:
+        """The number of vectors stands after name and length, that of their values at the end."""
+        values = (vectors * like.d).to_bytes(8, "little")
+        return header[:8] + vectors.to_bytes(8, "little") + header[16:-8] + values
+
+    flat.add(np.zeros((1, like.d), dtype=np.float32))
+    assert faiss.serialize_index(flat).tobytes()[: len(header)] == counted(1), (
+        "FAISS's format changed"
+    )
     try:
         with open(path, "wb") as out:
-            np.lib.format.write_array_header_1_0(out, header)
+            out.write(counted(total))
             for vectors in chunks:
                 out.write(vectors.astype("<f4").tobytes())
     except OSError as error:

@@ -24,7 +24,7 @@ PER_CELL = 64
 """Vectors per list that k-means is trained on."""
 QUERIES = 1_000
 """Tiles asked to measure recall: half to choose by, half to judge the choice."""
-WIDEN = (2, 4, 8, 16, 32, 64)
+WIDEN = (2, 3, 4, 6, 8, 16, 32, 64)
 LATENCY_RUNS = 20
 LISTS_OVERHEAD = 1.06
 """Memory of inverted lists beside their codes: numbers, centroids, and room for growth."""
@@ -37,7 +37,7 @@ class Options:
     Attributes:
         recall: share of the true nearest neighbours that a search must find, 1 for exact.
         k: how many neighbours that is measured on.
-        memory_mb: what the index may hold in memory, in MB; None for as much as the vectors take.
+        memory_mb: what the lists may hold in memory, in MB; None for one byte per coordinate.
         exact_up_to: tiles up to which search is exact anyway.
         seed: of everything random.
     """
@@ -90,12 +90,13 @@ def plan_for(total: int, dim: int, options: Options) -> Plan:
     Raises:
         BadInput: a memory budget that no index keeps; says which would do.
     """
-    budget = None if options.memory_mb is None else options.memory_mb * 1e6
-    whole = total * dim * 4.0
-    if budget is None or whole * LISTS_OVERHEAD + 8 * total <= budget:
-        if total <= max(options.exact_up_to, LEAST_FOR_LISTS) or options.recall == 1:
-            return Plan()
-        return Plan("ivf", "none", _cells(total))
+    few = total <= max(options.exact_up_to, LEAST_FOR_LISTS)
+    if options.memory_mb is None:
+        exact = few or options.recall == 1
+        return Plan() if exact else Plan("ivf", "sq8", _cells(total))
+    budget = options.memory_mb * 1e6
+    if few and 4.0 * total * dim <= budget:
+        return Plan()
     if total <= LEAST_FOR_LISTS:
         raise BadInput(
             f"{total} vectors are too few for codes; expected more than {LEAST_FOR_LISTS}"
@@ -196,7 +197,7 @@ def recall_of(
 
 def tune(
     main: Any,
-    raw: NDArray[np.float32] | None,
+    raw: Any,
     plan: Plan,
     chunks: Iterable[NDArray[np.float32]],
     asked: HeldOut,
@@ -224,7 +225,7 @@ def tune(
 
     choosing, judging = slice(0, half), slice(half, None)
     best: Plan | None = None
-    for widen in (1,) if raw is None else WIDEN:
+    for widen in WIDEN:
         candidate = replace(plan, widen=widen, probes=plan.cells)
         best = candidate
         if reached(candidate, choosing) >= options.recall:

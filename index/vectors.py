@@ -1,8 +1,8 @@
 """Vectors: nearest neighbours by FAISS, over an index file that is derived and what was added since.
 
-The main part is a file: exact (``flat``) or inverted lists (``ivf``), whose vectors may be coded in fewer
-bytes (``sq8``, ``pq``) and are then ranked again by their exact values. The tail, vectors that came after
-the file was written, is searched exactly. A position counts through both.
+The main part is a file: exact (``flat``), or inverted lists (``ivf``) of codes of fewer bytes (``sq8``,
+``pq``), whose candidates are ranked again by the exact vectors in a second file. The tail, vectors that
+came after the file was written, is searched exactly. A position counts through both.
 """
 
 from __future__ import annotations
@@ -60,10 +60,10 @@ class Plan:
 
     Attributes:
         kind: ``flat`` (exact) or ``ivf``.
-        coding: how a vector is stored in the lists of ``ivf``.
+        coding: how a vector is stored in the lists of ``ivf``; ``none`` for ``flat``.
         cells: lists.
         probes: lists that a query reads.
-        widen: candidates per hit that are ranked again, where ``coding`` is not ``none``.
+        widen: candidates per hit that are ranked again by their exact vectors.
         code_bytes: bytes per vector of ``pq``.
     """
 
@@ -96,14 +96,11 @@ def new_main(dim: int, metric: Metric, plan: Plan, sample: Vectors, seed: int) -
         return faiss.IndexFlat(dim, kind)
     cells = faiss.IndexFlat(dim, kind)
     if plan.coding == "sq8":
-        index = faiss.IndexIVFScalarQuantizer(
-            cells, dim, plan.cells, faiss.ScalarQuantizer.QT_8bit, kind
-        )
-    elif plan.coding == "pq":
+        codes = faiss.ScalarQuantizer.QT_8bit_uniform
+        index = faiss.IndexIVFScalarQuantizer(cells, dim, plan.cells, codes, kind)
+    else:
         index = faiss.IndexIVFPQ(cells, dim, plan.cells, plan.code_bytes, 8, kind)
         index.pq.cp.seed, index.pq.cp.min_points_per_centroid = seed, 1
-    else:
-        index = faiss.IndexIVFFlat(cells, dim, plan.cells, kind)
     index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed, 10, 1
     index.cp.max_points_per_centroid = max(1, len(sample) // plan.cells + 1)
     index.train(sample)
@@ -179,7 +176,7 @@ class VectorIndex:
         tail: Vectors,
         main: Any = None,
         plan: Plan | None = None,
-        raw: Vectors | None = None,
+        raw: Any = None,
         alive: Mask | None = None,
         gpu: Any = None,
     ) -> None:
@@ -191,13 +188,16 @@ class VectorIndex:
             tail: (T, D) prepared vectors at the positions after those of ``main``.
             main: FAISS index, whose own numbers are the first positions.
             plan: of ``main``.
-            raw: (M, D) exact vectors of ``main``, where it holds codes.
+            raw: FAISS's flat index of the exact vectors of ``main``, where that holds codes.
             alive: (M + T,) positions that are still there; None for all.
             gpu: copy of ``main`` on GPUs (:func:`gpu_copy`).
         """
         self.dim, self.metric, self.plan = dim, metric, plan or Plan()
-        self._main, self._tail, self._raw, self._alive = main, tail, raw, alive
+        self._main, self._tail, self._alive = main, tail, alive
         self._main_rows = 0 if main is None else int(main.ntotal)
+        self._refined: Any = None if raw is None else import_faiss().IndexRefine(main, raw)
+        self._raw_index = main if raw is None else raw  # owns the memory of the next
+        self._raw: Any = None if main is None else matrix_of(self._raw_index)
         self._cells: NDArray[np.int32] | None = None
         self._gpu = gpu
         self._kept: list[_Passing] = []
@@ -273,64 +273,46 @@ class VectorIndex:
         if head is not None and not head.any():
             return _nothing(len(ready), k)
         if self.plan.kind == "flat":
-            return scan(ready, self._flat(), k, self.metric, head)
+            return scan(ready, self._raw, k, self.metric, head)
         passing = None
         if mask is not None and head is not None and not head.all():
             passing = self._passing(mask, head)
             if passing.vectors is not None:
                 scores, found = scan(ready, passing.vectors, k, self.metric)
                 return scores, np.where(found >= 0, passing.rows[found], -1)
-        if exact and self._raw is not None:
+        if exact:
             return scan(ready, self._raw, k, self.metric, head)
         there = self._main_rows if passing is None else len(passing.rows)
-        wide = min(k * self.plan.widen, there)
-        scores, found = self._search_enough(ready, wide, passing, exact)
-        if self._raw is not None:
-            return rescored(ready, self._raw, found, k, self.metric)
-        return scores, found
+        return self._search_enough(ready, min(k, there), passing)
 
-    def _search_enough(
-        self, ready: Vectors, k: int, passing: _Passing | None, exact: bool
-    ) -> Found:
+    def _search_enough(self, ready: Vectors, k: int, passing: _Passing | None) -> Found:
         """Search the lists, and more of them where those that are usually read hold fewer than k."""
         usual = self.plan.probes * self._main_rows / self.plan.cells
         times = 1
         while times * usual < 2 * k and times < self.plan.cells:
             times *= 2
         while True:
-            scores, found = self._search_lists(ready, k, passing, exact, times)
-            if exact or times >= self.plan.cells or (found >= 0).all():
+            scores, found = self._search_lists(ready, k, passing, times)
+            if times >= self.plan.cells or (found >= 0).all():
                 return scores, found
             times *= 4
 
-    def _flat(self) -> Vectors:
+    def _search_lists(self, ready: Vectors, k: int, passing: _Passing | None, times: int) -> Found:
+        """Search with so many times the usual probes."""
         faiss = import_faiss()
-        values = faiss.rev_swig_ptr(self._main.get_xb(), self._main_rows * self.dim)
-        matrix: Vectors = values.reshape(self._main_rows, self.dim)
-        return matrix
-
-    def _search_lists(
-        self, ready: Vectors, k: int, passing: _Passing | None, exact: bool, times: int
-    ) -> Found:
-        """Search with so many times the usual probes, or in all lists."""
-        faiss = import_faiss()
-        probes = self.plan.cells if exact else min(self.plan.cells, times * self.plan.probes)
+        wide = min(self._main_rows, k * self.plan.widen)
         if passing is not None and passing.counts is not None:
-            return self._search_passing(ready, k, passing, exact, times)
-        if (
-            self._gpu is not None
-            and passing is None
-            and times == 1
-            and k <= GPU_LIMIT
-            and not exact
-        ):
-            scores, found = self._gpu.search(ready, k)
-        else:
-            parameters = faiss.SearchParametersIVF(nprobe=probes)
-            if passing is not None:  # what was removed is only skipped
-                parameters.sel = selector = faiss.IDSelectorBitmap(passing.bits)  # noqa: F841 - kept alive
-            scores, found = self._main.search(ready, k, params=parameters)
-        return self._signed(scores), found
+            found = self._search_passing(ready, wide, passing, times)
+            return rescored(ready, self._raw, found, k, self.metric)
+        if self._gpu is not None and passing is None and times == 1 and wide <= GPU_LIMIT:
+            return rescored(ready, self._raw, self._gpu.search(ready, wide)[1], k, self.metric)
+        probes = min(self.plan.cells, times * self.plan.probes)
+        lists = faiss.SearchParametersIVF(nprobe=probes)
+        if passing is not None:  # what was removed is only skipped
+            lists.sel = selector = faiss.IDSelectorBitmap(passing.bits)  # noqa: F841 - kept alive
+        parameters = faiss.IndexRefineSearchParameters(k_factor=wide / k, base_index_params=lists)
+        scores, found = self._refined.search(ready, k, params=parameters)
+        return scores if self.metric == "cosine" else -scores, found
 
     def _passing(self, mask: Mask, head: Mask) -> _Passing:
         """Return what a filter means for the lists; that of the last filters is kept."""
@@ -343,7 +325,7 @@ class VectorIndex:
         if mask is self._alive:
             made = _Passing(mask, rows, None, None, bits)
         elif len(rows) <= min(FILTER_EXACT, FILTER_VALUES // self.dim):
-            made = _Passing(mask, rows, self._vectors_at(rows), None, None)
+            made = _Passing(mask, rows, self._raw[rows], None, None)
         else:
             counts = np.bincount(self.cell_of()[rows], minlength=self.plan.cells)
             made = _Passing(mask, rows, None, counts, bits)
@@ -351,30 +333,11 @@ class VectorIndex:
             self._kept = [made, *self._kept[: FILTERS_KEPT - 1]]
         return made
 
-    def _vectors_at(self, rows: Positions) -> Vectors:
-        """Return the exact vectors (P, D) of positions of the main part."""
-        if self._raw is not None:
-            return np.asarray(self._raw[rows])
-        faiss = import_faiss()
-        lists, cells = self._main.invlists, self.cell_of()[rows]
-        found = np.empty((len(rows), self.dim), dtype=np.float32)
-        order = np.argsort(cells, kind="stable")
-        starts = np.searchsorted(cells[order], np.arange(self.plan.cells + 1))
-        for cell in np.unique(cells).tolist():
-            size = lists.list_size(cell)
-            wanted = order[starts[cell] : starts[cell + 1]]
-            numbers = faiss.rev_swig_ptr(lists.get_ids(cell), size)
-            codes = faiss.rev_swig_ptr(lists.get_codes(cell), size * lists.code_size)
-            vectors = codes.view(np.float32).reshape(size, self.dim)
-            found[wanted] = vectors[np.searchsorted(numbers, rows[wanted])]  # ids ascend in a list
-        return found
-
-    def _search_passing(
-        self, ready: Vectors, k: int, passing: _Passing, exact: bool, times: int
-    ) -> Found:
+    def _search_passing(self, ready: Vectors, k: int, passing: _Passing, times: int) -> Positions:
+        """Return candidates (Q, k) of those that pass, by their codes."""
         faiss = import_faiss()
         selector = faiss.IDSelectorBitmap(passing.bits)
-        distances, cells = self._cells_to_read(ready, passing, exact, times)
+        distances, cells = self._cells_to_read(ready, passing, times)
         scores = np.empty((len(ready), k), dtype=np.float32)
         found = np.empty((len(ready), k), dtype=np.int64)
         pointer = faiss.swig_ptr
@@ -389,14 +352,10 @@ class VectorIndex:
             False,
             faiss.SearchParametersIVF(nprobe=cells.shape[1], sel=selector),
         )
-        return self._signed(scores), found
-
-    def _signed(self, scores: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return FAISS's values as scores, of which higher is nearer; squared distances below zero."""
-        return scores if self.metric == "cosine" else -scores
+        return found
 
     def _cells_to_read(
-        self, ready: Vectors, passing: _Passing, exact: bool, times: int
+        self, ready: Vectors, passing: _Passing, times: int
     ) -> tuple[NDArray[np.float32], Positions]:
         """Return distances and numbers (Q, P) of the nearest cells that hold enough of what passes.
 
@@ -405,7 +364,7 @@ class VectorIndex:
         """
         cells = self.plan.cells
         usual = self.plan.probes * self._main_rows / cells
-        wanted = np.inf if exact or times >= cells else FILTER_MARGIN * usual * times
+        wanted = np.inf if times >= cells else FILTER_MARGIN * usual * times
         per_cell = len(passing.rows) / cells
         width = cells if wanted == np.inf else min(cells, 8 + 2 * int(wanted / per_cell))
         while True:
@@ -475,6 +434,13 @@ def gpu_copy(main: Any, plan: Plan) -> Any:
     copy = faiss.index_cpu_to_all_gpus(main)
     faiss.GpuParameterSpace().set_index_parameter(copy, "nprobe", plan.probes)
     return copy
+
+
+def matrix_of(flat: Any) -> Vectors:
+    """Return the vectors (M, D) of a FAISS flat index, without copying them; it must outlive them."""
+    values = import_faiss().rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d)
+    matrix: Vectors = values.reshape(flat.ntotal, flat.d)
+    return matrix
 
 
 def _nothing(queries: int, k: int) -> Found:
