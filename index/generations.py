@@ -470,7 +470,8 @@ def _write_flat(path: Path, chunks: Iterable[NDArray[np.float32]], like: Any, to
     def counted(vectors: int) -> bytes:
         """The number of vectors stands after name and length, that of their values at the end."""
         values = (vectors * like.d).to_bytes(8, "little")
-        return header[:8] + vectors.to_bytes(8, "little") + header[16:-8] + values
+        found: bytes = header[:8] + vectors.to_bytes(8, "little") + header[16:-8] + values
+        return found
 
     flat.add(np.zeros((1, like.d), dtype=np.float32))
     assert faiss.serialize_index(flat).tobytes()[: len(header)] == counted(1), (
