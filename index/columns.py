@@ -36,11 +36,6 @@ class Coded:
     names: list[str]
     codes: Codes
 
-    def text(self, position: int) -> str | None:
-        """Return one value."""
-        code = int(self.codes[position])
-        return None if code == MISSING else self.names[code]
-
 
 class Columns:
     """The columns of one state of an atlas; safe to use from several threads."""
