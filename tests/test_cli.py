@@ -73,7 +73,11 @@ def test_one_bad_picture_stops_no_other_and_the_exit_code_tells(
 def test_stats_and_verify(cli_json, atlas):
     facts = cli_json("index", "stats", atlas)
     assert (facts["slides"], facts["tiles"]) == (1, 72) and facts["labels"]["cat"] == 24
-    assert cli_json("index", "verify", atlas) == {"ok": True, "problems": []}
+    assert cli_json("index", "verify", atlas) == {
+        "ok": True,
+        "problems": [],
+        "repaired": [],
+    }
 
 
 def test_errors_are_one_json_document_and_exit_1(cli, cli_json, tmp_path, tile_folder):
