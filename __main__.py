@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+import signal
 import sys
 import threading
 from pathlib import Path
@@ -64,7 +65,9 @@ def demo(
 
     atlas, found = run_demo(dir)
     if not no_ui:
-        _open_page(atlas, "127.0.0.1", port, quiet=json, browser=True)
+        from .ui.server import ServeOptions
+
+        _open_page(atlas, ServeOptions(port=port), quiet=json, browser=True)
     if not found:
         raise typer.Exit(console.EXIT_FAILED)
 
@@ -276,10 +279,30 @@ def ui(
     encoder: Annotated[
         str | None, typer.Option(help="Where the atlas's encoder runs, such as triton://….")
     ] = None,
+    slides: Annotated[
+        list[Path] | None, typer.Option(help="Folder to add slides from by path; repeatable.")
+    ] = None,
+    users: Annotated[
+        Path | None, typer.Option(help="File with lines user:password, readable by you only.")
+    ] = None,
+    allow_host: Annotated[
+        list[str] | None, typer.Option(help="Further name it is asked for by, as of a proxy.")
+    ] = None,
+    audit_log: Annotated[
+        Path | None, typer.Option(help="File of the audit log; in the atlas if left out.")
+    ] = None,
+    no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API only.")] = False,
     json: Json = False,
 ) -> None:
-    """Open the page on an atlas: find similar, upload and cluster, about."""
-    _open_page(atlas, host, port, encoder)
+    """Serve the page and the HTTP API of an atlas (API: /docs)."""
+    from .ui.access import access_for
+    from .ui.server import ServeOptions
+
+    access = access_for(host, users, tuple(allow_host or ()))
+    options = ServeOptions(
+        host, port, access, encoder, tuple(slides or ()), audit_log, page=not no_page
+    )
+    _open_page(atlas, options)
 
 
 def _need_torch() -> None:
@@ -293,19 +316,14 @@ def _need_torch() -> None:
         )
 
 
-def _open_page(
-    atlas: Path,
-    host: str,
-    port: int,
-    encoder: str | None = None,
-    quiet: bool = False,
-    browser: bool = False,
-) -> None:
-    from .ui.app import serve
+def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = False) -> None:
+    from .ui.server import Running
 
-    page, address = serve(atlas, host, port, encoder)
-    document = {"atlas": str(atlas), "address": address}
-    text = f"histoseek is at {address} (Ctrl-C stops it)"
+    stopped = threading.Event()
+    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
+    running = Running(atlas, options)
+    document = {"atlas": str(atlas), "address": running.address}
+    text = f"histoseek is at {running.address} (Ctrl-C stops it)"
     if quiet:  # the caller has printed its one JSON document already
         console.say(text)
     else:
@@ -314,11 +332,11 @@ def _open_page(
     if browser:
         import webbrowser
 
-        webbrowser.open(address)
+        webbrowser.open(running.address)
     try:
-        threading.Event().wait()
+        stopped.wait()
     finally:
-        page.close(verbose=False)
+        running.close()
 
 
 @app.command()

@@ -44,6 +44,10 @@ def fit(
         rows = [("noise" if c < 0 else c, n) for c, n in result["sizes"].items()]
         title = f"{result['name']}: {result['clusters']} clusters of {sum(result['sizes'].values())} tiles"
         console.table(title, ("cluster", "tiles"), rows)
+        if result["names_dropped"]:
+            console.say(
+                f"{result['names_dropped']} names that were given are gone: these are other clusters"
+            )
         if "silhouette_by_k" in result:
             curve = ", ".join(
                 f"{k}: {v:.3f}" for k, v in result["silhouette_by_k"].items() if v is not None
@@ -151,15 +155,49 @@ def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
         slides = [(s["slide"], s["tiles"], s["unknown"], s["share"]) for s in report["slides"][:20]]
         if slides:
             console.table("slides that came later", ("slide", "tiles", "unknown", "share"), slides)
-        console.say(
-            "DRIFT: what came later is not what was fitted; fit again, or look at these slides"
-            if report["drifted"]
-            else "no drift"
-        )
+        if report["drifted"]:
+            text = (
+                "DRIFT: what came later is not what was fitted; fit again, or look at these slides"
+            )
+        else:
+            text = "no drift" if report["later"]["tiles"] else "nothing came since the fit"
+        console.say(text)
 
     console.emit(report, human)
     if report["drifted"]:
         raise typer.Exit(console.EXIT_FAILED)
 
 
-COMMANDS = {"fit": fit, "curve": curve, "clusters": clusters, "name": name, "drift": drift}
+def make_map(
+    atlas: AtlasPath,
+    seed: Annotated[int, typer.Option(help="Of t-SNE.")] = 0,
+    json: Json = False,
+) -> None:
+    """Make the map of the atlas that the page shows (t-SNE); the page makes one if there is none."""
+    from .index.atlas import Atlas
+
+    with console.working("laying tiles out by t-SNE"):
+        made = Atlas(atlas).make_layout(seed)
+    document = {
+        "method": made.method,
+        "tiles": made.tiles,
+        "landmarks": len(made.points),
+        "trustworthiness": made.trust,
+    }
+    console.emit(
+        document,
+        lambda: console.say(
+            f"map of {made.tiles:,} tiles by {made.method} of {len(made.points):,}; "
+            f"trustworthiness {made.trust:.3f} of 1"
+        ),
+    )
+
+
+COMMANDS = {
+    "fit": fit,
+    "map": make_map,
+    "curve": curve,
+    "clusters": clusters,
+    "name": name,
+    "drift": drift,
+}

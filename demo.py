@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import http.client
+import shutil
+import sys
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -64,7 +66,11 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
         raise BadInput(f"{added.reason} (remove {folder} to start afresh)")
     console.say(f"2  atlas {path}: {added.tiles} tiles of tissue")
     for method in ("hdbscan", "kmeans"):  # the last one fitted is the one that hits show
-        fitted = atlas.fit(method)
+        try:
+            fitted = atlas.fit(method)
+        except BadInput as error:  # a small slide may be all of one kind
+            console.say(f"3  {error}")
+            continue
         sizes = ", ".join(f"{'noise' if c < 0 else c}: {n}" for c, n in fitted["sizes"].items())
         console.say(f"3  {method}: {fitted['clusters']} clusters ({sizes})")
     with open_slide(slide) as opened:
@@ -94,8 +100,15 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
         "hits": [h._asdict() for h in hits],
         "assigned": placed,
     }
-    console.emit(document, lambda: console.say(f"done; open the page: histoseek ui {path}"))
+    console.emit(document, lambda: console.say(f"done; open the page: {_program()} ui {path}"))
     return path, right[0]
+
+
+def _program() -> str:
+    """Return how this program is called from here."""
+    here = Path(sys.executable).with_name("histoseek")
+    on_path = shutil.which("histoseek")
+    return "histoseek" if on_path and Path(on_path).resolve() == here.resolve() else str(here)
 
 
 def _queries(slide: Slide, atlas: Atlas, size_px: int) -> tuple[list[tuple[int, int]], list[Rgb]]:

@@ -22,7 +22,7 @@ PARTS = (
         "read whole slides",
         True,
     ),
-    ("page", ("gradio", "plotly"), "ui", "histoseek ui", False),
+    ("page", ("gradio", "fastapi", "uvicorn", "plotly", "openTSNE"), "ui", "histoseek ui", False),
     (
         "training",
         ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript"),

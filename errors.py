@@ -4,6 +4,9 @@
 
     HistoseekError          anything histoseek refuses or could not finish
     ├── BadInput            an image, slide, table or option is wrong: correct or replace it
+    │   ├── TooLarge        more bytes, pixels or items than are accepted: crop, downsample or split it
+    │   ├── Unsupported     a format or kind of picture that is not read: convert it
+    │   └── NotFound        a tile, slide, cluster or result of that name is not there (any more)
     ├── Mismatch            two artifacts do not belong together (other encoder, other dimension)
     ├── Damaged             a stored artifact fails its own check: rebuild or restore it
     ├── MissingPart         an optional package is not installed: install the extra that is named
@@ -25,6 +28,18 @@ class HistoseekError(Exception):
 
 class BadInput(HistoseekError):
     """An input must be corrected or replaced by the caller."""
+
+
+class TooLarge(BadInput):
+    """An input has more bytes, pixels or items than are accepted."""
+
+
+class Unsupported(BadInput):
+    """An input is of a format or kind that is not read."""
+
+
+class NotFound(BadInput):
+    """What was asked for by name or id is not there."""
 
 
 class Mismatch(HistoseekError):
@@ -51,6 +66,12 @@ class StorageFailed(HistoseekError):
     """Writing failed for a reason outside of histoseek (space, permission, quota)."""
 
 
-def unknown_name(kind: str, name: str, choices: Iterable[str]) -> BadInput:
+SHOWN = 30
+"""Choices that a message names."""
+
+
+def unknown_name(kind: str, name: str, choices: Iterable[str]) -> NotFound:
     """Return the error for a name that is not in a registry, with the choices listed."""
-    return BadInput(f"unknown {kind} {name!r}; choose one of: {', '.join(sorted(choices))}")
+    known = sorted(choices)
+    more = f" … and {len(known) - SHOWN:,} more" if len(known) > SHOWN else ""
+    return NotFound(f"unknown {kind} {name!r}; choose one of: {', '.join(known[:SHOWN])}{more}")

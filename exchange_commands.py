@@ -116,6 +116,7 @@ def export(
     """Write vectors and metadata for other tools, or tiles with their clusters for QuPath."""
     from .index.atlas import Atlas
     from .index.exports import export as write
+    from .index.exports import without_size
 
     more: dict[str, Any] = {"clustering": clusters, "like": like} if to == "geojson" else {}
     if clusters and like is not None:
@@ -123,9 +124,21 @@ def export(
     if to != "geojson" and (clusters or like is not None):
         raise BadInput("--clusters and --like are for --to geojson")
     with console.working(f"writing {out}"):
-        tiles = write(Atlas(atlas), out, to, where, **more)
-    document = {"out": str(out), "to": to, "tiles": tiles}
-    console.emit(document, lambda: console.say(f"{out}: {tiles} tiles"))
+        opened = Atlas(atlas)
+        tiles = write(opened, out, to, where, **more)
+    left_out = without_size(opened, where) if to == "geojson" else {}
+    document = {"out": str(out), "to": to, "tiles": tiles, "left_out": left_out}
+
+    def human() -> None:
+        console.say(f"{out}: {tiles:,} tiles")
+        if left_out:
+            few = ", ".join(list(left_out)[:5]) + (" …" if len(left_out) > 5 else "")
+            count = sum(left_out.values())
+            console.say(
+                f"left out, for nothing says how large they are on a slide: {count:,} of {few}"
+            )
+
+    console.emit(document, human)
 
 
 def push(

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
-from .errors import BadInput
+from .errors import BadInput, TooLarge, Unsupported
 
 Rgb = NDArray[np.uint8]
 
@@ -43,7 +43,9 @@ def decode(
         uint8 RGB, shape (H, W, 3), upright.
 
     Raises:
-        BadInput: missing, empty, truncated, not a picture, too large, 16-bit, CMYK or animated.
+        BadInput: missing, empty or truncated.
+        TooLarge: too many bytes or pixels.
+        Unsupported: not a picture, 16-bit, CMYK or animated.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, name or "array")
@@ -52,7 +54,7 @@ def decode(
     if not blob:
         raise BadInput(f"{label} is empty (0 bytes); copy or export it again")
     if len(blob) > MAX_BYTES:
-        raise BadInput(f"{label} has {len(blob):,} bytes; at most {MAX_BYTES:,} are accepted")
+        raise TooLarge(f"{label} has {len(blob):,} bytes; at most {MAX_BYTES:,} are accepted")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -60,11 +62,11 @@ def decode(
                 _check_header(picture, blob, label, max_pixels)
                 return _to_rgb(picture)
     except UnidentifiedImageError as error:
-        raise BadInput(
+        raise Unsupported(
             f"{label} is not a picture that can be read; expected {', '.join(FORMATS)}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise BadInput(
+        raise TooLarge(
             f"{label} claims too many pixels ({error}); crop or downsample it"
         ) from error
     except BadInput:
@@ -79,7 +81,7 @@ def _read(path: Path, label: str) -> bytes:
     try:
         size = path.stat().st_size
         if size > MAX_BYTES:
-            raise BadInput(f"{label} has {size:,} bytes; at most {MAX_BYTES:,} are accepted")
+            raise TooLarge(f"{label} has {size:,} bytes; at most {MAX_BYTES:,} are accepted")
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BadInput(f"{label} does not exist; check the path") from error
@@ -92,29 +94,29 @@ def _read(path: Path, label: str) -> bytes:
 def _check_header(picture: ImageFile.ImageFile, blob: bytes, label: str, max_pixels: int) -> None:
     width, height = picture.size
     if width * height > max_pixels:
-        raise BadInput(
+        raise TooLarge(
             f"{label} is {width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are "
             "decoded as one picture: crop it, or embed it as a slide"
         )
     frames = getattr(picture, "n_frames", 1)
     if frames > 1:
         kind = f"has {frames} pages" if picture.format == "TIFF" else "is animated"
-        raise BadInput(f"{label} {kind}; expected one still picture: export a single one")
+        raise Unsupported(f"{label} {kind}; expected one still picture: export a single one")
     png_depth = blob[24] if picture.format == "PNG" and len(blob) > 24 else 8
     bits = picture.tag_v2.get(258, (8,)) if hasattr(picture, "tag_v2") else (8,)
     deepest = max(bits) if isinstance(bits, tuple) else bits
     if picture.mode == "CMYK" or picture.mode == "YCCK":
-        raise BadInput(
+        raise Unsupported(
             f"{label} is CMYK (print colours), which has no single RGB reading; "
             "expected RGB: convert it with its colour profile first"
         )
     if picture.mode.startswith(("I", "F")) or png_depth > 8 or deepest > 8:
-        raise BadInput(
+        raise Unsupported(
             f"{label} has more than 8 bits per channel (mode {picture.mode}); expected 8-bit RGB: "
             "rescale it to 0-255 with the window that you want to see"
         )
     if picture.mode not in _EIGHT_BIT and picture.mode not in {"YCbCr"}:
-        raise BadInput(f"{label} has mode {picture.mode}; expected 8-bit grey, RGB or RGBA")
+        raise Unsupported(f"{label} has mode {picture.mode}; expected 8-bit grey, RGB or RGBA")
 
 
 def _to_rgb(picture: Image.Image) -> Rgb:

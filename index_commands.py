@@ -237,11 +237,12 @@ def audit(
             ("one query, ms", report["index_ms_per_query"]),
             ("the same, compared with every tile", report["exact_ms_per_query"]),
             ("tiles", report["tiles"]),
+            *([(f"of them pass {where}", report["passing"])] if where else []),
             ("of them since the index was written", report["tiles_since_the_index_was_written"]),
             ("index", plan["kind"] + ("" if plan["coding"] == "none" else f", {plan['coding']}")),
             ("lists, and how many a query reads", f"{plan['cells']}, {plan['probes']}"),
-            ("index files, MB", round(size / 1e6, 1)),
-            ("vectors as they are, MB", round(report["bytes_of_the_vectors"] / 1e6, 1)),
+            ("index files, MB", f"{size / 1e6:.3g}"),
+            ("vectors as they are, MB", f"{report['bytes_of_the_vectors'] / 1e6:.3g}"),
         ]
         console.table(str(atlas), ("what", "measured"), rows)
 

@@ -91,6 +91,10 @@ def search(
     def human() -> None:
         for name, found in zip(names, hits, strict=True):
             console.table(str(name), COLUMNS, [_row(hit) for hit in found])
+            if not found:
+                console.say(
+                    "no tile passes; loosen the filter" if where else "no tile is that near"
+                )
 
     answer(document, human, failed)
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,13 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..console import Report
-from ..errors import BadInput, Damaged, Mismatch
-from ..files import exclusive, publish_folder, write_json
+from ..errors import BadInput, Damaged, Mismatch, NotFound, StorageFailed
+from ..files import exclusive, publish_folder, write_atomic, write_json
 from ..manifest import MANIFEST, Manifest, external_manifest, read_manifest
-from . import cases, cluster_report, clusterings, fitting, search, tuning
-from .catalog import Catalog, now
+from . import cases, cluster_report, clusterings, fitting, layout, search, tuning
+from .catalog import ATLAS_ID, Catalog, now
 from .clusters import Assigned, Clustering
 from .generations import Generations, View
+from .layout import Layout
 from .records import Added, Hit, plain_name
 from .search import Own
 from .vectors import VectorIndex, prepared
@@ -56,6 +57,7 @@ class Atlas:
             )
         self.generations = Generations(path, self.catalog, self.manifest)
         self._writer = Writer(path, self.catalog, self.manifest, self.generations)
+        self._clusterings: dict[str, Clustering] = {}
 
     @classmethod
     def create(cls, path: Path, bundle: Path) -> Atlas:
@@ -204,7 +206,7 @@ class Atlas:
         positions = view.columns.positions(np.asarray(tiles, dtype=np.int64))
         if (positions < 0).any():
             lost = [int(t) for t, p in zip(tiles, positions.tolist(), strict=True) if p < 0]
-            raise BadInput(f"{self.path} holds no tile {lost[0]} (any more); search again")
+            raise NotFound(f"{self.path} holds no tile {lost[0]} (any more); search again")
         return positions
 
     def index(self) -> VectorIndex:
@@ -292,14 +294,21 @@ class Atlas:
             where: metadata filter.
             per_slide: at most one hit per slide.
         """
+        query = self.combined(positive, negative)
+        return self.search(query[None], k, where, per_slide=per_slide)[0]
+
+    def combined(
+        self, positive: NDArray[np.float32], negative: NDArray[np.float32] | None = None
+    ) -> NDArray[np.float32]:
+        """Return the query (D,) that is like some vectors (P, D) and unlike others (M, D)."""
         none = np.zeros((0, self.manifest.dim), dtype=np.float32)
         other = none if negative is None else negative
         if not len(positive):
             raise BadInput("no example to be like was given; expected at least one")
         self.check_queries(positive)
         self.check_queries(other)
-        query = search.combined(positive, other, self.manifest.metric)
-        return self.search(query, k, where, per_slide=per_slide)[0]
+        found: NDArray[np.float32] = search.combined(positive, other, self.manifest.metric)[0]
+        return found
 
     def similar_slides(
         self,
@@ -326,6 +335,27 @@ class Atlas:
         return self.generations.steady(
             lambda: cases.similar_slides(self, query, k, by, how, where, view)
         )
+
+    def scores_in(
+        self, slide: str, query: NDArray[np.float32], view: View | None = None
+    ) -> NDArray[np.float32]:
+        """Return the score (N,) of every tile of a slide for one query (D,).
+
+        Raises:
+            NotFound: no such slide.
+        """
+        view = view or self.view()
+        row = next((s for s in view.columns.slides if s["name"] == slide and slide), None)
+        if row is None:
+            raise NotFound(f"{self.path} holds no slide {slide!r}")
+        metric = self.manifest.metric
+        own = prepared(self.generations.vectors_of(row), metric)
+        asked = prepared(query[None], metric)
+        if metric == "cosine":
+            scores: NDArray[np.float32] = own @ asked[0]
+            return scores
+        distances: NDArray[np.float32] = np.linalg.norm(own - asked, axis=1)
+        return -distances
 
     def _filled_view(self) -> View:
         view = self.view()
@@ -380,8 +410,7 @@ class Atlas:
         view = self._filled_view()
         index = view.index
         columns = view.columns
-        there = np.array([bool(s["name"]) for s in columns.slides])
-        alive = np.flatnonzero(np.repeat(there, np.diff(columns.starts)))
+        alive = columns.present()
         rng = np.random.default_rng(seed)
         picked = np.sort(rng.choice(alive, min(queries, len(alive)), replace=False))
         ids = columns.ids(picked).tolist()
@@ -393,6 +422,8 @@ class Atlas:
         return {
             "generation": view.generation,
             "revision": view.revision,
+            "where": where,
+            "passing": len(alive) if passing is None else int(passing[alive].sum()),
             "plan": index.plan.as_dict(),
             "tiles": len(index),
             "tiles_since_the_index_was_written": index.tail_rows,
@@ -472,7 +503,7 @@ class Atlas:
             BadInput: none fitted yet, or none of that name.
             Damaged: its file is missing or changed.
         """
-        return clusterings.load(self.path, self.catalog, name)
+        return clusterings.load(self.path, self.catalog, name, self._clusterings)
 
     def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
         """Place new vectors (Q, D) in clusters: cluster, its name, distance, strength and unknown of each.
@@ -483,8 +514,7 @@ class Atlas:
         """
         self.check_queries(queries)
         chosen, clustering = self.clustering(name)
-        names = {c: n for c, (n, _) in cluster_report.names(self.catalog, chosen).items()}
-        return clustering.assign(queries).rows(names)
+        return clustering.assign(queries).rows(self.cluster_names(chosen))
 
     def placed(self, name: str | None = None) -> tuple[NDArray[np.int64], Assigned]:
         """Return tile ids (N,) and where they belong in a clustering, in the order of :meth:`vectors`.
@@ -514,6 +544,15 @@ class Atlas:
         with self.writing():
             cluster_report.rename(self, cluster, text, description, clustering)
 
+    def cluster_names(self, name: str | None = None) -> dict[int, str]:
+        """Return the names that people gave to clusters, by number.
+
+        Raises:
+            BadInput: no such clustering.
+        """
+        chosen, _ = self.clustering(name)
+        return {c: n for c, (n, _) in cluster_report.names(self.catalog, chosen).items() if n}
+
     def drift(self, name: str | None = None) -> dict[str, Any]:
         """Report how many of the tiles that came after the fit are unknown to it.
 
@@ -521,6 +560,64 @@ class Atlas:
             BadInput: no such clustering.
         """
         return cluster_report.drift(self, name)
+
+    # -- the map --------------------------------------------------------------------------------
+
+    def layout(self) -> Layout | None:
+        """Return the map of the atlas; None if none was made, or if it has grown to twice its tiles.
+
+        Raises:
+            Damaged: its file is not whole.
+        """
+        found = layout.read(self.path)
+        meta = self.catalog.meta()
+        fits = layout.fits(found, meta[ATLAS_ID], len(self.view().index), self.manifest.dim)
+        return found if fits else None
+
+    def make_layout(self, seed: int = 0) -> Layout:
+        """Make the map of the atlas and keep it there, if its folder can be written.
+
+        Raises:
+            BadInput: an empty atlas.
+            MissingPart: openTSNE is not installed.
+        """
+
+        def landmarks() -> tuple[NDArray[np.float32], int]:
+            view = self._filled_view()
+            rows = view.columns.present()
+            some = rows[layout.sample(len(rows), seed)]
+            return self.vectors_of(view.columns.ids(some).tolist(), view), len(rows)
+
+        vectors, tiles = self.generations.steady(landmarks)
+        metric = self.manifest.metric
+        number = self.catalog.meta()[ATLAS_ID]
+        made = layout.make(number, tiles, prepared(vectors, metric), metric, seed)
+        with suppress(StorageFailed):  # a folder that is only read: the caller has the map
+            write_atomic(self.path / layout.FILE, made.to_bytes())
+        return made
+
+    def usual_nearness(self, tiles: int = 200, seed: int = 0) -> NDArray[np.float32]:
+        """Return how similar some tiles are to their nearest of another patient, ascending (T',).
+
+        A tile without patient leaves out its slide; where there is no other, only the tile itself. With
+        these one can say how near a new image's nearest tile is, compared with tiles of the atlas.
+        """
+
+        def read() -> NDArray[np.float32]:
+            view = self._filled_view()
+            rows = view.columns.present()
+            rng = np.random.default_rng(seed)
+            some = np.sort(rng.choice(rows, min(tiles, len(rows)), replace=False))
+            vectors = self.vectors_of(view.columns.ids(some).tolist(), view)
+            for without in ("patient", "tile"):
+                scores, at = search.find_like(view, some, vectors, search.Wanted(k=1), without)
+                if scores.shape[1] and (at[:, 0] >= 0).any():
+                    break
+            else:
+                return np.zeros(0, dtype=np.float32)
+            return np.sort(scores[:, 0][at[:, 0] >= 0])
+
+        return self.generations.steady(read)
 
     # -- facts ----------------------------------------------------------------------------------
 
@@ -539,7 +636,7 @@ class Atlas:
         columns = view.columns
         there = [s for s in columns.slides if s["name"]]
         label = columns.coded("label")
-        alive = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
+        alive = columns.present()
         counts = np.bincount(label.codes[alive] + 1, minlength=len(label.names) + 1)
         labels = dict(zip(["(none)", *label.names], counts.tolist(), strict=True))
         meta = self.catalog.meta()

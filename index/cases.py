@@ -285,7 +285,7 @@ def _of_the_atlas(
     numbers = [n for n in numbers if n in there]
     if not numbers:
         choices = [known.names[n] for n in there.tolist() if known.names[n]]
-        raise unknown_name(by, name, choices[:20])
+        raise unknown_name(by, name, choices)
     own = known.number == numbers[-1]  # a patient goes before a slide of that name
     slides = np.unique(view.columns.slide_of(np.flatnonzero(own))).tolist()
     asked = mosaics_of(view, atlas.generations.mosaic_of, slides)

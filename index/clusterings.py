@@ -25,7 +25,7 @@ def store(
     clustering: Clustering,
     revision: int,
     placed: Iterable[tuple[int, Assigned]],
-) -> None:
+) -> int:
     """Store a clustering with the place of every tile, replacing an earlier one of that name.
 
     The file has a name of its own and the rows go last, so that a crash leaves the earlier one whole.
@@ -37,6 +37,9 @@ def store(
         clustering: what was fitted.
         revision: of the tiles that it was fitted on.
         placed: slide ids, and where each one's tiles belong.
+
+    Returns:
+        How many names that people gave went with the earlier clusters, which are others now.
     """
     file, digest = _write(path, name, clustering)
     row = {
@@ -51,7 +54,8 @@ def store(
     }
     with catalog.write() as db:
         old = db.execute("SELECT id, sha256 FROM clusterings WHERE name = ?", (name,)).fetchone()
-        named = [] if old is None or old["sha256"] != digest else _names(db, old["id"])
+        given = [] if old is None else _names(db, old["id"])
+        named = given if old is not None and old["sha256"] == digest else []
         db.execute("DELETE FROM clusterings WHERE name = ?", (name,))
         number = insert(db, "clusterings", row)
         for known in named:  # the very same clusters: what people called them stays
@@ -59,6 +63,7 @@ def store(
         for slide, found in placed:
             insert_placement(db, number, slide, found, fitted=True)
     remove_orphans(path, catalog)
+    return len(given) - len(named)
 
 
 def _names(db: sqlite3.Connection, clustering: int) -> list[dict[str, Any]]:
@@ -123,8 +128,16 @@ def placements(catalog: Catalog, name: str) -> dict[int, tuple[Assigned, bool]]:
     return found
 
 
-def load(path: Path, catalog: Catalog, name: str | None) -> tuple[str, Clustering]:
+def load(
+    path: Path, catalog: Catalog, name: str | None, kept: dict[str, Clustering] | None = None
+) -> tuple[str, Clustering]:
     """Return a clustering by name; the newest when left out.
+
+    Args:
+        path: the atlas.
+        catalog: its catalog.
+        name: of the clustering.
+        kept: clusterings that were read before, by sha256; taken from there, and put there.
 
     Raises:
         BadInput: none fitted yet, or none of that name.
@@ -137,8 +150,16 @@ def load(path: Path, catalog: Catalog, name: str | None) -> tuple[str, Clusterin
     if not chosen:
         raise unknown_name("clustering", str(name), [row["name"] for row in rows])
     row = chosen[0]
+    if kept and row["sha256"] in kept:
+        return row["name"], kept[row["sha256"]]
     file = path / row["file"]
     if not file.is_file() or sha256_file(file) != row["sha256"]:
         raise Damaged(f"{file} is missing or changed; fit clustering {row['name']!r} again")
     about: dict[str, Any] = json.loads(row["about"])
-    return row["name"], Clustering.from_bytes(row["method"], file.read_bytes(), about)
+    loaded = Clustering.from_bytes(row["method"], file.read_bytes(), about)
+    if kept is not None:
+        others = {other["sha256"] for other in rows}
+        for stale in set(kept) - others:
+            kept.pop(stale, None)
+        kept[row["sha256"]] = loaded
+    return row["name"], loaded

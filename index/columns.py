@@ -105,6 +105,16 @@ class Columns:
         inside = (row >= 0) & (row < np.diff(self.starts)[slide])
         return np.where(inside, self.starts[slide] + row, -1)
 
+    def present(self) -> NDArray[np.int64]:
+        """Return the positions of all tiles but those of slides that were removed, ascending."""
+
+        def make() -> NDArray[np.int64]:
+            there = [bool(s["name"]) for s in self.slides]
+            return np.flatnonzero(np.repeat(np.array(there, dtype=bool), np.diff(self.starts)))
+
+        found: NDArray[np.int64] = self.keep("present", make)
+        return found
+
     def places(self) -> NDArray[np.int32]:
         """Return level-0 x, y of every tile (N, 2)."""
 

@@ -106,6 +106,8 @@ def evaluate(
         BadInput: no such column, fewer than two classes or patients, or tiles without a patient.
     """
     view = atlas.view()
+    if not len(view.index):
+        raise BadInput(f"{atlas.path} holds no tiles yet; add features first")
     label = _column(view, options.label)
     owner, how = _owners(view, options)
     slide_ms: float | None = None

@@ -308,6 +308,20 @@ def _geojson(
     return len(drawn)
 
 
+def without_size(atlas: Atlas, where: str | None = None) -> dict[str, int]:
+    """Return how many tiles of which slides have no size on a slide, and so no outline to draw."""
+    view = atlas.view()
+    passing = allowed(view, where)
+    columns = view.columns
+    found = {}
+    for number, slide in enumerate(columns.slides):
+        rows = slice(int(columns.starts[number]), int(columns.starts[number + 1]))
+        count = slide["tiles"] if passing is None else int(passing[rows].sum())
+        if slide["name"] and not slide["size_px_level0"] and count:
+            found[slide["name"]] = count
+    return found
+
+
 def _feature(
     table: Table, row: int, value: Any, given: dict[int, tuple[str, str]], like: int | None
 ) -> dict[str, Any]:

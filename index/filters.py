@@ -83,7 +83,7 @@ def _grammar() -> Any:
     sign = pp.one_of("= == != <> < <= > >=")
     tail = (
         is_not | is_null | (not_in | lower("in")) + several | (not_like | lower("like")) + text
-        | sign + value
+        | sign - value
     )  # fmt: skip
 
     def compare(tokens: Any) -> Compare:
@@ -91,7 +91,7 @@ def _grammar() -> Any:
         operator = {"==": "=", "<>": "!="}.get(operator, operator)
         return Compare(name, operator, tuple(values))
 
-    comparison = (field + tail).set_parse_action(compare)
+    comparison = (field - tail).set_parse_action(compare)
 
     def fold(kind: Callable[[tuple[Filter, ...]], Filter]) -> Callable[[Any], Filter]:
         return lambda tokens: kind(tuple(tokens[0][::2]))
@@ -107,6 +107,11 @@ def _grammar() -> Any:
     )
 
 
+def quoted(text: str) -> str:
+    """Return a text as it stands in a filter."""
+    return "'" + text.replace("'", "''") + "'"
+
+
 def parse(text: str) -> Filter:
     """Read a filter.
 
@@ -115,6 +120,8 @@ def parse(text: str) -> Filter:
     """
     import pyparsing as pp
 
+    if not text.strip():
+        raise BadInput("the filter is empty; leave it out, or give one such as label = 'tumour'")
     if len(text) > LENGTH_LIMIT:
         raise BadInput(f"the filter has {len(text)} characters; at most {LENGTH_LIMIT} are read")
     try:
@@ -154,7 +161,7 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
         return _files(columns, wanted)
     if field not in columns.names():
         choices = [*columns.names(), "file", "tile", "x", "y", "mpp", "cluster"]
-        raise unknown_name("field", field, choices)
+        raise BadInput(str(unknown_name("field", field, choices)))
     coded = columns.coded(field)
     passing = np.array([holds(name, wanted) for name in (*coded.names, None)])
     found: Mask = passing[coded.codes]
@@ -175,7 +182,7 @@ def _numbers(columns: Columns, field: str) -> NDArray[np.float64] | None:
         found = columns.clusters(name)
         if found is None:
             if name is not None:
-                raise unknown_name("clustering", name, columns.clusterings())
+                raise BadInput(str(unknown_name("clustering", name, columns.clusterings())))
             raise BadInput("the atlas has no clusters yet; run `histoseek index fit` first")
         return np.where(found == NOT_PLACED, np.nan, found)
     return None

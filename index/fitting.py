@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..errors import BadInput
 from . import clusterings
 from .clusters import FIT_SAMPLE, Assigned, Clustering, shipped
 from .clusters import fit as fit_clusters
@@ -30,11 +31,23 @@ def fit(
     slides = atlas.generations.slides()
     given = {"k": k or "auto", "min_cluster_size": min_cluster_size, "seed": seed}
     clustering, placed = fitted(atlas, method, slides, given)
+    if not clustering.clusters:
+        total = sum(s["tiles"] for s in slides)
+        raise BadInput(
+            f"{method} finds no clusters among the {total:,} tiles: to it all are noise. Nothing was "
+            "stored; lower --min-cluster-size, or fit kmeans"
+        )
     sizes: Counter[int] = Counter()
     where = _counted(placed, sizes)
-    clusterings.store(atlas.path, atlas.catalog, name, clustering, revision, where)
+    dropped = clusterings.store(atlas.path, atlas.catalog, name, clustering, revision, where)
     about = clustering.about
-    return {"name": name, "method": method, **about, "sizes": dict(sorted(sizes.items()))}
+    return {
+        "name": name,
+        "method": method,
+        **about,
+        "sizes": dict(sorted(sizes.items())),
+        "names_dropped": dropped,
+    }
 
 
 def fitted(

@@ -205,7 +205,11 @@ def import_features(
                 size = item.size_px_level0 or tile_px or 0
                 item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
                 blob = _as_file(item, atlas.path)
-                results.append(writer.add_features(item, blob, str(file), metadata, replace_known))
+                added = writer.add_features(item, blob, str(file), metadata, replace_known)
+                if not size and not added.reason:
+                    text = "no file says how large its tiles are: import it again with --tile-px"
+                    added = replace(added, reason=text)
+                results.append(added)
             except StorageFailed:
                 raise
             except HistoseekError as error:

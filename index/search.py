@@ -53,7 +53,7 @@ class Wanted:
 
 def allowed(view: View, where: str | None) -> Mask | None:
     """Return which positions a filter lets through (N,), None for all; kept for the next time."""
-    if where is None or not where.strip():
+    if where is None:
         return None
     return view.columns.mask(where, lambda: select(view.columns, parse(where)))
 

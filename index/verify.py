@@ -12,11 +12,11 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ..errors import HistoseekError, StorageFailed
+from ..errors import Damaged, HistoseekError, StorageFailed
 from ..feature_files import check_features, read_features
 from ..files import sha256_file
 from ..manifest import check_bundle_graph
-from . import clusterings
+from . import clusterings, layout
 from .clusters import Clustering
 from .fitting import fitted
 from .tile_table import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
@@ -49,7 +49,7 @@ def problems(atlas: Atlas) -> list[Problem]:
             check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
     except HistoseekError as error:
         found.append(Problem(str(error)))
-    for check in (_slides, _placements, _files, _index):
+    for check in (_slides, _placements, _files, _index, _map):
         try:
             found += check(atlas)
         except (HistoseekError, OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
@@ -76,6 +76,14 @@ def _database(atlas: Atlas) -> list[Problem]:
     except (HistoseekError, sqlite3.Error, UnicodeDecodeError) as error:
         found.append(Problem(f"atlas.db: {error}"))
     return found
+
+
+def _map(atlas: Atlas) -> list[Problem]:
+    try:
+        layout.read(atlas.path)
+    except Damaged as error:
+        return [Problem(str(error), derived=True)]
+    return []
 
 
 def _slides(atlas: Atlas) -> list[Problem]:
@@ -206,6 +214,9 @@ def repair(atlas: Atlas, writer: Writer) -> list[str]:
     for row in _lost_fits(atlas):
         _try(done, partial(_fit_again, atlas, row))
     _try(done, lambda: _place_again(atlas))
+    if _map(atlas):
+        (atlas.path / layout.FILE).unlink()
+        done.append("the damaged map was deleted; it is made again when it is asked for")
     writer.finish()
     return done
 

@@ -25,6 +25,8 @@ from .generations import Generations
 from .records import Added, by_stem, further, plain_name, row_of, slide_row, tiles_row
 from .tile_table import pack_coded, unpack_coded, unpack_texts
 
+SCALE = ("size_px_level0", "mpp")
+"""What another import may know of a slide whose features are the same."""
 FEATURES = "features"
 Metadata = dict[str, dict[str, str]]
 
@@ -104,10 +106,13 @@ class Writer:
         row = slide_row(item, target, digest, metadata)
         found = self._catalog.rows("SELECT * FROM slides WHERE name = ?", (item.name,))
         given = row_of(metadata, item.name, item.source) or {}
-        if found and found[0]["content_sha256"] == row["content_sha256"]:
+        same = bool(found) and found[0]["content_sha256"] == row["content_sha256"]
+        changed = [key for key in SCALE if same and row[key] and row[key] != found[0][key]]
+        if same and not changed:
             self._mend(dict(found[0]), row, blob)
             return self._relabel_known(origin, dict(found[0]), given)
-        if found and not replace:
+        learnt = bool(changed) and not any(found[0][key] for key in changed)
+        if found and not replace and not learnt:
             raise Mismatch(
                 f"the atlas holds slide {item.name!r} (from {found[0]['source']}) with other features; "
                 "to put these in its place add them with --replace; if it is another slide of the same "

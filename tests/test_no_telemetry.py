@@ -13,10 +13,10 @@ PAGE = """
 import sys, urllib.request
 from pathlib import Path
 from histoseek.__main__ import main  # sets what must be set before imports
-from histoseek.ui.app import serve
-page, address = serve(Path(sys.argv[1]), "127.0.0.1", 17861)
-urllib.request.urlopen(address, timeout=20).read()
-page.close(verbose=False)
+from histoseek.ui.server import Running, ServeOptions
+running = Running(Path(sys.argv[1]), ServeOptions(port=17861))
+urllib.request.urlopen(running.address, timeout=20).read()
+running.close()
 """
 LOOKUP = """
 import urllib.request

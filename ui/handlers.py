@@ -1,136 +1,47 @@
-"""What the page does, as plain functions over an open atlas: no widget, no global."""
+"""What the page and the API do, as plain functions over an open atlas: no widget, no request, no global."""
 
 from __future__ import annotations
 
+import secrets
 import threading
-from collections import OrderedDict
+import time
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput, HistoseekError
+from ..errors import BadInput, HistoseekError, MissingPart, NotFound, TooLarge
 from ..images import Rgb, decode, square
 from ..index.atlas import Atlas
+from ..index.cases import How
+from ..index.cases import Similar as SimilarSlide
+from ..index.filters import quoted
+from ..index.layout import Layout
 from ..index.records import Hit
 from ..serving.encoder import Encoder, open_encoder
-from ..serving.slides import Slide, open_slide
-from ..tilesets import TileSet, open_tiles
+from ..serving.engines import cores
+from .answers import MAX_K, Clustered, Found, Points, Query, Verdict, now
+from .background import Background
+from .gate import Gate
+from .pictures import Pictures
 
-MAX_UPLOADS = 200
-MAP_POINTS = 5000
-OPEN_SOURCES = 8
-
-
-@dataclass(frozen=True)
-class Similar:
-    """The answer to one query image.
-
-    Attributes:
-        query: the image as the encoder saw it.
-        hits: the similar tiles, best first.
-        pictures: the pixels of each hit, or the reason why they cannot be shown.
-        placed: cluster, distance, strength and unknown of the query; None without a clustering.
-    """
-
-    query: Rgb
-    hits: list[Hit]
-    pictures: list[Rgb | str]
-    placed: dict[str, Any] | None
+MAX_IMAGES = 256
+"""Images that are embedded or placed at once."""
+MAX_PIXELS = 32_000_000
+MAP_POINTS = 200_000
+LAYOUT_S = 20.0
+RESULTS_KEPT = 512
+RESULTS_BYTES = 256 * 2**20
+"""Images that kept answers may hold."""
+UNUSUAL = 0.01
+"""A query is unusual if no more than this share of the atlas's own tiles are as far from the others."""
 
 
-@dataclass(frozen=True)
-class Clustered:
-    """The answer to several images.
-
-    Attributes:
-        clustering: its name.
-        names: of the images that could be placed.
-        placed: cluster, distance, strength and unknown of each.
-        points: (N, 2) their places on the map.
-        refused: names of images that could not be read, with the reason.
-    """
-
-    clustering: str
-    names: list[str]
-    placed: list[dict[str, Any]]
-    points: NDArray[np.float64]
-    refused: list[tuple[str, str]]
-
-
-@dataclass(frozen=True)
-class Map:
-    """The atlas in two dimensions: its first two principal components.
-
-    Attributes:
-        points: (M, 2) of a sample of the tiles.
-        clusters: (M,) their clusters, -1 for none.
-        shown: M.
-        total: tiles in the atlas.
-        explained: share of the variance that the two axes hold.
-        mean: (D,) of all tiles.
-        axes: (2, D).
-    """
-
-    points: NDArray[np.float64]
-    clusters: NDArray[np.int64]
-    shown: int
-    total: int
-    explained: float
-    mean: NDArray[np.float64] = field(repr=False)
-    axes: NDArray[np.float64] = field(repr=False)
-
-    def place(self, vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-        """Return the places (N, 2) of new vectors (N, D) without moving the others."""
-        placed: NDArray[np.float64] = (vectors.astype(np.float64) - self.mean) @ self.axes.T
-        return placed
-
-
-class TilePictures:
-    """Reads the pixels of tiles from where they came; keeps a few slides open."""
-
-    def __init__(self, atlas: Atlas) -> None:
-        """Read nothing yet."""
-        self._atlas = atlas
-        self._lock = threading.Lock()
-        self._open: OrderedDict[str, Slide | tuple[TileSet, dict[str, int]]] = OrderedDict()
-
-    def read(self, hit: Hit) -> Rgb | str:
-        """Return the tile as the encoder saw it (S, S, 3), or why it cannot be shown."""
-        size = self._atlas.manifest.size_px
-        with self._lock:
-            try:
-                source = self._source(hit.slide)
-                if isinstance(source, Slide):
-                    return source.read_tile(hit.x, hit.y, hit.size_px_level0, size)
-                tiles, rows = source
-                if hit.file not in rows:
-                    raise BadInput(f"{tiles.source} no longer holds {hit.file}")
-                return square(tiles.read(rows[hit.file]), size)
-            except (HistoseekError, OSError) as error:
-                return f"the tile cannot be shown: {error}"
-
-    def _source(self, slide: str) -> Slide | tuple[TileSet, dict[str, int]]:
-        if slide in self._open:
-            self._open.move_to_end(slide)
-            return self._open[slide]
-        row = next(s for s in self._atlas.slides() if s["name"] == slide)
-        path = Path(row["source"])
-        opened: Slide | tuple[TileSet, dict[str, int]]
-        if row["kind"] == "slide":
-            opened = open_slide(path, row["mpp"])
-        else:
-            tiles = open_tiles(path)
-            opened = tiles, {tile.file: number for number, tile in enumerate(tiles.tiles)}
-        self._open[slide] = opened
-        if len(self._open) > OPEN_SOURCES:
-            _, oldest = self._open.popitem(last=False)
-            if isinstance(oldest, Slide):
-                oldest.close()
-        return opened
+Answer = TypeVar("Answer", "Found", "Clustered")
 
 
 class Session:
@@ -138,6 +49,9 @@ class Session:
 
     def __init__(self, path: Path, encoder: str | None = None) -> None:
         """Open the atlas and its encoder, and load the index.
+
+        An atlas of another tool's features has no encoder here: its own tiles can be searched by, new
+        images cannot.
 
         Args:
             path: the atlas.
@@ -147,81 +61,378 @@ class Session:
             HistoseekError: whatever is wrong with either.
         """
         self.atlas = Atlas(path)
-        spec = encoder or str(self.atlas.encoder_bundle)
-        self.encoder: Encoder = open_encoder(spec, expect=self.atlas.manifest)
-        self.pictures = TilePictures(self.atlas)
+        self.spec = encoder or str(self.atlas.encoder_bundle)
+        self.encoder: Encoder | None = None
+        self.gate: Gate | None = None
+        if encoder or not self.atlas.manifest.external:
+            self.encoder = open_encoder(self.spec, expect=self.atlas.manifest)
+            self.gate = Gate(self.encoder)
+        self.pictures = Pictures(self.atlas)
+        self._results: OrderedDict[str, Found | Clustered] = OrderedDict()
+        self._held = 0
+        self._lock = threading.Lock()
+        self._decoders = threading.BoundedSemaphore(2 * cores())
+        self._background = Background()
+        self._points: Points | None = None
         self.atlas.index()
-        self._map: tuple[tuple[int, str | None], Map] | None = None
 
-    def find_similar(self, image: Path | bytes | Rgb, k: int) -> Similar:
-        """Search for the k most similar tiles.
+    def close(self) -> None:
+        """Turn away who waits and free what is held."""
+        if self.gate is not None:
+            self.gate.close()
+        self._background.close()
+        if self.encoder is not None:
+            self.encoder.close()
+        self.pictures.close()
+
+    # -- images ---------------------------------------------------------------------------------
+
+    def read(
+        self,
+        image: Path | bytes,
+        name: str,
+        crop: tuple[float, float, float, float] | None = None,
+    ) -> Rgb:
+        """Return an image as the encoder sees it (S, S, 3).
+
+        Args:
+            image: a file or its bytes.
+            name: to call it by in messages.
+            crop: left, top, width and height as shares of the upright picture; all of it when None.
 
         Raises:
-            BadInput: no readable picture, or an empty atlas.
+            BadInput: no readable picture, or a crop that leaves nothing.
         """
-        query = square(decode(image), self.atlas.manifest.size_px)
-        vector = self.encoder.embed(query[None])
-        hits = self.atlas.search(vector, k)[0]
-        placed = self.atlas.assign(vector)[0] if self.clusterings() else None
-        return Similar(query, hits, [self.pictures.read(hit) for hit in hits], placed)
+        with self._decoders:  # large pictures take much memory while they are decoded
+            pixels = decode(image, name=name, max_pixels=MAX_PIXELS)
+            if crop is not None:
+                pixels = cropped(pixels, crop, name)
+            return square(pixels, self.atlas.manifest.size_px)
+
+    def embed(self, tiles: Sequence[Rgb]) -> NDArray[np.float32]:
+        """Embed tiles (S, S, 3) -> (N, D), in turn with everyone else.
+
+        Raises:
+            BadInput: none, or an atlas without an encoder here.
+            TooLarge: too many.
+            Busy: too many wait already.
+        """
+        if self.gate is None:
+            raise BadInput(
+                f"this atlas holds features of {self.atlas.manifest.name}, which is not here, so images "
+                "cannot be embedded; search by tiles of the atlas"
+            )
+        if not tiles:
+            raise BadInput("no image was given; expected at least one")
+        if len(tiles) > MAX_IMAGES:
+            raise TooLarge(f"{len(tiles)} images at once; at most {MAX_IMAGES} are embedded")
+        return self.gate.embed(np.stack(tiles))
+
+    # -- searching ------------------------------------------------------------------------------
+
+    def search(self, query: Query) -> Found:
+        """Search for similar tiles.
+
+        Raises:
+            BadInput: a filter that cannot be read, an empty atlas, or no encoder for images.
+            NotFound: a tile that is not there.
+            Busy: too many wait for the encoder.
+        """
+        started = time.perf_counter()
+        like, unlike = self._vectors(query)
+        embedded = time.perf_counter()
+        single = len(like) == 1 and not len(unlike)
+        where = self._where(query)
+        own = set(query.like)
+        if single and not query.per_slide:
+            asked = self.atlas.search(like, query.k + len(own), where, query.least)[0]
+            vector = like[0]
+        else:
+            if own:
+                where = both(where, f"tile not in ({', '.join(map(str, sorted(own)))})")
+            vector = self.atlas.combined(like, unlike)
+            asked = self.atlas.search(vector[None], query.k, where, query.least, query.per_slide)[0]
+        rest = [hit for hit in asked if hit.tile not in own][: query.k]
+        hits = [hit._replace(rank=rank) for rank, hit in enumerate(rest, 1)]
+        searched = time.perf_counter()
+        view = self.atlas.view()
+        return self._keep(
+            Found(
+                id=secrets.token_urlsafe(12),
+                at=now(),
+                query=query,
+                vector=vector,
+                hits=hits,
+                verdict=self._verdict(query, hits, vector if single else None, where),
+                generation=view.generation,
+                revision=view.revision,
+                milliseconds={
+                    "embed": round(1000 * (embedded - started), 2),
+                    "search": round(1000 * (searched - embedded), 2),
+                },
+            )
+        )
+
+    def _vectors(self, query: Query) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the vectors to be like (P, D) and to be unlike (M, D)."""
+        images = [*query.images, *query.unlike_images]
+        tiles = [*query.like, *query.unlike]
+        none = np.zeros((0, self.atlas.manifest.dim), dtype=np.float32)
+        seen = self.embed(images) if images else none
+        known = self.atlas.vectors_of(tiles) if tiles else none
+        like = np.concatenate([seen[: len(query.images)], known[: len(query.like)]])
+        unlike = np.concatenate([seen[len(query.images) :], known[len(query.like) :]])
+        return like, unlike
+
+    def _where(self, query: Query) -> str | None:
+        """Return the query's filter with what is to be left out of its own."""
+        where = query.where.strip() if query.where else None
+        where = where or None
+        if not query.leave_out or not query.like:
+            return where
+        for tile in self.atlas.tiles(query.like).values():
+            where = both(where, f"slide != {quoted(tile['slide'])}")
+            if query.leave_out == "patient" and tile["patient"]:
+                where = both(where, f"patient != {quoted(tile['patient'])}")
+        return where
+
+    def _verdict(
+        self, query: Query, hits: list[Hit], vector: NDArray[np.float32] | None, where: str | None
+    ) -> Verdict:
+        placed = nearer = None
+        if vector is not None and self.clusterings():
+            placed = self.atlas.assign(vector[None], query.clustering)[0]
+        usual = self._background.get("usual", self._state(), self.atlas.usual_nearness)
+        if vector is not None and usual is not None and len(usual):
+            best = hits
+            if where or query.least is not None:  # near or far is meant of the whole atlas
+                own = set(query.like)
+                best = [
+                    h for h in self.atlas.search(vector[None], 1 + len(own))[0] if h.tile not in own
+                ]
+            if best:
+                nearer = float(np.searchsorted(usual, best[0].score, side="left") / len(usual))
+        return Verdict(
+            labels=Counter(hit.label for hit in hits).most_common(),
+            slides=Counter(hit.slide for hit in hits).most_common(),
+            placed=placed,
+            nearer_than=nearer,
+            unknown=bool(placed and placed["unknown"]) or (nearer is not None and nearer < UNUSUAL),
+        )
+
+    def warm(self) -> None:
+        """Begin to make what the first answers are better with: the batch, and what nearness is usual."""
+        self._background.get("usual", self._state(), self.atlas.usual_nearness)
+        if self.gate is not None:
+            self._background.get("batch", 0, self.gate.measure)
+        with suppress(MissingPart):
+            self.layout()
+
+    def _state(self) -> int:
+        return self.atlas.catalog.revision()
+
+    # -- clusters -------------------------------------------------------------------------------
 
     def clusterings(self) -> list[str]:
         """Return the names of the fitted clusterings, newest first."""
-        return [c["name"] for c in reversed(self.atlas.stats()["clusterings"])]
+        rows = self.atlas.catalog.rows("SELECT name FROM clusterings ORDER BY id DESC")
+        return [row["name"] for row in rows]
 
-    def cluster(self, images: Sequence[tuple[str, Path | bytes]], name: str | None) -> Clustered:
+    def cluster(
+        self, images: Sequence[tuple[str, Path | bytes]], name: str | None = None
+    ) -> Clustered:
         """Place images in the clusters of a clustering; a bad one is refused by name.
 
         Raises:
-            BadInput: no image, too many, none readable, or no such clustering.
+            BadInput: no image, none readable, or no such clustering.
+            TooLarge: too many.
         """
         if not images:
             raise BadInput("no image was given; expected at least one")
-        if len(images) > MAX_UPLOADS:
-            raise BadInput(f"{len(images)} images at once; at most {MAX_UPLOADS} are accepted")
-        chosen, clustering = self.atlas.clustering(name)
+        if len(images) > MAX_IMAGES:
+            raise TooLarge(f"{len(images)} images at once; at most {MAX_IMAGES} are placed")
+        chosen, _ = self.atlas.clustering(name)
         tiles: list[Rgb] = []
         names: list[str] = []
         refused: list[tuple[str, str]] = []
         for label, image in images:
             try:
-                tiles.append(square(decode(image, name=label), self.atlas.manifest.size_px))
+                tiles.append(self.read(image, label))
                 names.append(label)
             except BadInput as error:
                 refused.append((label, str(error)))
         if not tiles:
             raise BadInput(f"none of the {len(images)} images could be read: {refused[0][1]}")
-        vectors = self.encoder.embed(np.stack(tiles))
-        placed = self.atlas.assign(vectors, chosen)
-        return Clustered(chosen, names, placed, self.map(chosen).place(vectors), refused)
-
-    def map(self, clustering: str | None) -> Map:
-        """Return the map of the atlas, coloured by a clustering; kept until the atlas changes."""
-        revision = self.atlas.catalog.revision()
-        fitted = next(
-            (c["created_at"] for c in self.atlas.stats()["clusterings"] if c["name"] == clustering),
-            "",
+        vectors = self.embed(tiles)
+        layout = self.layout()
+        return self._keep(
+            Clustered(
+                id=secrets.token_urlsafe(12),
+                at=now(),
+                clustering=chosen,
+                names=names,
+                tiles=tiles,
+                placed=self.atlas.assign(vectors, chosen),
+                nearest=[found[0] for found in self.atlas.search(vectors, 1)],
+                points=None if layout is None else layout.place(vectors),
+                refused=refused,
+            )
         )
-        key = (revision, f"{clustering}@{fitted}")
-        if self._map is None or self._map[0] != key:
-            self._map = key, self._make_map(clustering)
-        return self._map[1]
 
-    def _make_map(self, clustering: str | None) -> Map:
+    # -- slides and cases -----------------------------------------------------------------------
+
+    def similar_slides(
+        self, name: str, k: int = 6, by: Literal["slide", "patient"] = "slide", how: How = "median"
+    ) -> list[SimilarSlide]:
+        """Return the slides or cases most like one, with the regions that are alike.
+
+        Raises:
+            NotFound: no such slide or patient.
+        """
+        if not 1 <= k <= MAX_K:
+            raise BadInput(f"k is {k}; expected 1 to {MAX_K}")
+        return self.atlas.similar_slides(name, k, by, how)
+
+    # -- the map --------------------------------------------------------------------------------
+
+    def layout(self) -> Layout | None:
+        """Return the map; None while it is being made in the background.
+
+        Raises:
+            MissingPart: openTSNE is not installed.
+        """
+
+        def find() -> Layout:
+            try:
+                found = self.atlas.layout()
+            except HistoseekError:  # damaged: it is made anew
+                found = None
+            return found or self.atlas.make_layout()
+
+        tiles = len(self.atlas.index())
+        return self._background.get("layout", tiles.bit_length(), find)
+
+    def wait_for_layout(self, patience_s: float = LAYOUT_S) -> None:
+        """Wait until there is a map, at most so long."""
+        deadline = time.monotonic() + patience_s
+        while self.layout() is None and time.monotonic() < deadline:
+            time.sleep(0.1)
+
+    def points(self) -> Points | None:
+        """Return where the tiles of the atlas lie on the map; None while it is being made."""
+        layout = self.layout()
+        if layout is None:
+            return None
+        kept = self._points
+        if kept is not None and kept.revision == self._state() and kept.layout is layout:
+            return kept
+        found = self._background.get("points", self._state(), lambda: self._place_all(layout))
+        self._points = found or self._points
+        return found
+
+    def _place_all(self, layout: Layout) -> Points:
         ids, vectors = self.atlas.vectors()
-        mean = vectors.mean(axis=0, dtype=np.float64)
-        centred = vectors.astype(np.float64) - mean
-        values, axes = np.linalg.eigh(centred.T @ centred)
-        explained = float(values[-2:].sum() / max(values.sum(), 1e-12))
-        axes = axes[:, ::-1][:, :2].T
-        chosen = np.arange(len(ids))
-        if len(ids) > MAP_POINTS:
-            picked = np.random.default_rng(0).choice(len(ids), MAP_POINTS, replace=False)
-            chosen = np.sort(picked)
+        rows = np.arange(len(ids))
+        if len(rows) > MAP_POINTS:
+            rows = np.sort(np.random.default_rng(0).choice(rows, MAP_POINTS, replace=False))
+        places = layout.place(vectors[rows])
+        return Points(ids[rows], places, len(ids), layout, self._state())
+
+    def colours(self, points: Points, by: str) -> tuple[list[str], NDArray[np.int32]]:
+        """Return names and numbers (M,) of what colours the points: -1 for none.
+
+        Args:
+            points: on the map.
+            by: ``cluster``, ``cluster.NAME``, ``label``, ``slide``, ``patient`` or a metadata column.
+        """
         columns = self.atlas.view().columns
-        placed = columns.clusters(clustering)
-        clusters = np.full(len(chosen), -1, dtype=np.int64)
-        if placed is not None:
-            clusters = np.maximum(placed[columns.positions(ids[chosen])], -1).astype(np.int64)
-        points = centred[chosen] @ axes.T
-        return Map(points, clusters, len(chosen), len(ids), explained, mean, axes)
+        at = columns.positions(points.ids)
+        if by == "cluster" or by.startswith("cluster."):
+            name = by.partition(".")[2] or next(iter(self.clusterings()), None)
+            placed = columns.clusters(name)
+            if placed is None:
+                raise NotFound(f"the atlas has no clustering {name!r}")
+            codes = np.where(at >= 0, np.maximum(placed[at], -1), -1).astype(np.int32)
+            given = self.cluster_names(name)
+            count = int(codes.max(initial=-1)) + 1
+            return [given.get(c) or f"cluster {c}" for c in range(count)], codes
+        if by not in columns.names():
+            raise NotFound(f"the atlas has no column {by!r}; it has {', '.join(columns.names())}")
+        coded = columns.coded(by)
+        found: NDArray[np.int32] = np.where(at >= 0, coded.codes[at], -1).astype(np.int32)
+        return coded.names, found
+
+    def cluster_names(self, clustering: str | None) -> dict[int, str]:
+        """Return the names that people gave to clusters."""
+        return self.atlas.cluster_names(clustering)
+
+    # -- results --------------------------------------------------------------------------------
+
+    def _keep(self, result: Answer) -> Answer:
+        with self._lock:
+            self._results[result.id] = result
+            self._held += _image_bytes(result)
+            while len(self._results) > RESULTS_KEPT or self._held > RESULTS_BYTES:
+                _, oldest = self._results.popitem(last=False)
+                self._held -= _image_bytes(oldest)
+        return result
+
+    def result(self, number: str) -> Found | Clustered:
+        """Return an earlier answer by its id; the last few hundred are kept.
+
+        Raises:
+            NotFound: no such answer (any more).
+        """
+        with self._lock:
+            if number not in self._results:
+                raise NotFound(f"there is no result {number!r} (any more); search again")
+            return self._results[number]
+
+    def ready(self) -> str:
+        """Return why the server is not ready to answer; "" if it is.
+
+        The encoder is asked for one tile, ahead of which whatever waits is answered.
+        """
+        try:
+            self.atlas.view()
+            if self.gate is not None:
+                size = self.atlas.manifest.size_px
+                self.gate.embed(np.zeros((1, size, size, 3), dtype=np.uint8), patience_s=5)
+        except HistoseekError as error:
+            return str(error)
+        return ""
+
+
+def _image_bytes(result: Found | Clustered) -> int:
+    """Return how much memory the images of an answer take."""
+    if isinstance(result, Clustered):
+        return sum(tile.nbytes for tile in result.tiles)
+    return sum(tile.nbytes for tile in (*result.query.images, *result.query.unlike_images))
+
+
+def both(where: str | None, other: str) -> str:
+    """Return a filter that lets through what passes both."""
+    return f"({where}) and {other}" if where else other
+
+
+def cropped(pixels: Rgb, crop: tuple[float, float, float, float], name: str) -> Rgb:
+    """Return part of a picture (H, W, 3), given as shares: left, top, width, height.
+
+    Raises:
+        BadInput: it lies outside, or holds less than 8 x 8 pixels.
+    """
+    left, top, width, height = crop
+    fits = all(np.isfinite(crop)) and left >= 0 and top >= 0 and width > 0 and height > 0
+    if not fits or left + width > 1 + 1e-6 or top + height > 1 + 1e-6:
+        raise BadInput(
+            f"crop is {left:g}, {top:g}, {width:g}, {height:g}; expected left, top, width and height as "
+            "shares of the picture, from 0 to 1"
+        )
+    high, wide = pixels.shape[:2]
+    x0, y0 = round(left * wide), round(top * high)
+    x1, y1 = round((left + width) * wide), round((top + height) * high)
+    if x1 - x0 < 8 or y1 - y0 < 8:
+        raise BadInput(
+            f"the crop of {name} is {x1 - x0} x {y1 - y0} pixels; expected at least 8 x 8"
+        )
+    return np.ascontiguousarray(pixels[y0:y1, x0:x1])

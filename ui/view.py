@@ -1,39 +1,44 @@
-"""How answers look: captions, tables, the map, the text of the about tab."""
+"""How answers look: cards, sentences, tables, as HTML whose every text is escaped."""
 
 from __future__ import annotations
 
-import base64
-import re
-from collections import Counter
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
 from html import escape
 from typing import Any
+from urllib.parse import quote
 
 from ..images import Rgb, encode_jpeg
+from ..index.cases import Similar
 from ..index.records import Hit
-from .handlers import Clustered, Map, Similar
+from .additions import Addition
+from .answers import Clustered, Found
+from .colours import VIRIDIS, colour_of
 
-NOTICE = "**Research use only.** Similarity is no diagnosis."
-HIT_COLUMNS = ["rank", "score", "slide", "place", "label", "patient", "cluster"]
-PLACED_COLUMNS = ["image", "cluster", "strength", "distance", "note"]
-# Okabe & Ito's palette without black: told apart with any colour vision.
-COLOURS = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
-SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross"]
-NONE_COLOUR = "#9a9a9a"
+NOTICE_TEXT = "Research use only. Similarity is no diagnosis."
+EXAMPLES = 6
+LABELS_SHOWN = 4
 
 
-NO_HITS = '<div class="no-hits">The most similar tiles appear here, best first.</div>'
-
-
-def holds(stats: dict[str, Any]) -> str:
+def holds(stats: Mapping[str, Any]) -> str:
     """Say how much an atlas holds."""
     slides = stats["slides"]
     noun = "slide or tile set" if slides == 1 else "slides and tile sets"
     return f"{stats['tiles']:,} tiles of {slides:,} {noun}"
 
 
-def plain(text: object) -> str:
-    """Escape text for Markdown, so that a name is only ever a name."""
-    return re.sub(r"([^\w\s])", lambda m: f"&#{ord(m.group())};", str(text))
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it must be."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def header(stats: Mapping[str, Any], atlas: str) -> str:
+    """Return the page's head: name, what the atlas holds, the notice."""
+    return (
+        '<header class="hs-head"><h1>histoseek</h1>'
+        f"<p><b>{escape(atlas)}</b> {escape(holds(stats))}</p>"
+        f'<p class="hs-notice" role="note">{escape(NOTICE_TEXT)}</p></header>'
+    )
 
 
 def place(hit: Hit) -> str:
@@ -41,157 +46,403 @@ def place(hit: Hit) -> str:
     return hit.file.rsplit("/", 1)[-1] if hit.file else f"x {hit.x}, y {hit.y}"
 
 
-def cluster_name(cluster: int) -> str:
+def cluster_name(cluster: int, names: Mapping[int, str] | None = None) -> str:
     """Return how a cluster is called on the page."""
-    return "no cluster" if cluster < 0 else f"cluster {cluster}"
+    if cluster < 0:
+        return "no cluster"
+    return (names or {}).get(cluster) or f"cluster {cluster}"
 
 
-def gallery(answer: Similar) -> str:
-    """Return the hits as HTML cards: the tile, and under it score, label, slide, place, cluster.
-
-    A tile whose pixels cannot be read becomes a card with the reason. Every text is escaped.
-    """
-    cards = [_card(hit, picture) for hit, picture in zip(answer.hits, answer.pictures, strict=True)]
-    return f'<div class="hits" role="list">{"".join(cards)}</div>'
+def cluster_title(placed: Mapping[str, Any]) -> str:
+    """Return how the cluster of a placed image is called."""
+    return str(placed["name"] or cluster_name(placed["cluster"]))
 
 
-def _card(hit: Hit, picture: Rgb | str) -> str:
-    facts = [hit.label, None if hit.cluster is None else cluster_name(hit.cluster)]
-    known = " · ".join(escape(fact) for fact in facts if fact)
+def empty(title: str, text: str) -> str:
+    """Return what stands where nothing is yet."""
+    return f'<div class="hs-empty"><b>{escape(title)}</b><span>{escape(text)}</span></div>'
+
+
+def problem(text: str) -> str:
+    """Return how an error is shown."""
+    return f'<div class="hs-problem" role="alert">{escape(text)}</div>'
+
+
+# -- hits -------------------------------------------------------------------------------------------
+
+
+def gallery(hits: Iterable[Hit], names: Mapping[int, str] | None = None) -> str:
+    """Return hits as cards: the tile, which opens in its context, what is known, two buttons."""
+    cards = "".join(_card(hit, names) for hit in hits)
+    return f'<ul class="hs-hits">{cards}</ul>' if cards else no_hits()
+
+
+def no_hits() -> str:
+    """Say that nothing passed."""
+    return empty("No tile passes.", "Loosen the filter, or leave less out.")
+
+
+def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
     where = f"{hit.slide}, {place(hit)}"
-    if isinstance(picture, str):
-        image = f'<div class="missing">{escape(picture)}</div>'
-    else:
-        data = base64.b64encode(encode_jpeg(picture)).decode()
-        alt = escape(f"hit {hit.rank}: {where}", quote=True)
-        image = f'<img src="data:image/jpeg;base64,{data}" alt="{alt}">'
+    title = escape(f"hit {hit.rank}: {where}", quote=True)
+    cluster = "" if hit.cluster is None else cluster_name(hit.cluster, names)
+    facts = " · ".join(escape(fact) for fact in (hit.label, cluster) if fact)
+    patient = f"patient {escape(hit.patient)}" if hit.patient else ""
     return (
-        f'<figure role="listitem">{image}<figcaption><b>#{hit.rank}</b> score {hit.score:.3f}<br>'
-        f"{known}{'<br>' if known else ''}<small>{escape(where)}</small></figcaption></figure>"
+        f'<li class="hs-card" data-tile="{hit.tile}">'
+        f'<button class="hs-open" data-open="{hit.tile}" aria-label="Open {title} in context">'
+        f'<img src="/v1/tiles/{hit.tile}.jpg" alt="{title}" width="224" height="224"></button>'
+        f'<div class="hs-facts"><div><b>#{hit.rank}</b> <span class="hs-score">score {hit.score:.3f}</span>'
+        f"</div><div>{facts}</div><small>{escape(where)}</small><small>{patient}</small></div>"
+        f'<div class="hs-two"><button data-like="{hit.tile}" aria-label="+ like {title}">+ like</button>'
+        f'<button data-unlike="{hit.tile}" aria-label="− unlike {title}">− unlike</button></div></li>'
     )
 
 
-def hit_rows(hits: list[Hit]) -> list[list[Any]]:
-    """Return the table of hits."""
-    return [
-        [h.rank, f"{h.score:.3f}", h.slide, place(h), h.label or "", h.patient or "",
-         "" if h.cluster is None else cluster_name(h.cluster)]
-        for h in hits
-    ]  # fmt: skip
-
-
-def verdict(answer: Similar) -> str:
-    """Return one line on what the nearest tiles are and whether the image fits the atlas."""
-    labels = Counter(hit.label or "no label" for hit in answer.hits)
+def verdict_text(answer: Found) -> str:
+    """Return in words what the nearest tiles are and whether the query fits the atlas."""
+    found = answer.verdict
+    count = len(answer.hits)
+    if not count:
+        return "No tile passes the filter."
     parts = []
-    if set(labels) != {"no label"}:
-        counted = ", ".join(f"{plain(label)} ({count})" for label, count in labels.most_common())
-        parts.append(f"Labels of the {len(answer.hits)} nearest tiles: **{counted}**.")
+    if any(label for label, _ in found.labels):
+        counted = ", ".join(
+            f"{label or 'no label'} {n} of {count}" for label, n in found.labels[:LABELS_SHOWN]
+        )
+        parts.append(f"Nearest labels: {counted}.")
     else:
-        slides = Counter(hit.slide for hit in answer.hits)
-        counted = ", ".join(f"{plain(slide)} ({count})" for slide, count in slides.most_common(5))
-        parts.append(f"The {len(answer.hits)} nearest tiles come from **{counted}**.")
-    if answer.placed is not None:
-        placed = answer.placed
-        if placed["unknown"]:
-            parts.append("It fits **no cluster** of this atlas: read the hits with care.")
+        counted = ", ".join(f"{slide} ({n})" for slide, n in found.slides[:LABELS_SHOWN])
+        parts.append(f"The nearest tiles come from {counted}.")
+    if found.placed is not None:
+        if found.placed["unknown"]:
+            parts.append("It fits no cluster of this atlas.")
         else:
-            name = cluster_name(placed["cluster"])
-            parts.append(f"It belongs to **{name}** (strength {placed['strength']:.2f}).")
+            name = cluster_title(found.placed)
+            parts.append(f"It belongs to {name} (strength {found.placed['strength']:.2f}).")
+    if found.nearer_than is not None:
+        parts.append(
+            f"The nearest tile of the atlas is nearer than that of {found.nearer_than:.0%} of its own "
+            "tiles (of other patients)."
+        )
     return " ".join(parts)
 
 
-def placed_rows(answer: Clustered) -> list[list[Any]]:
-    """Return the table of placed and refused images."""
-    rows: list[list[Any]] = [
-        [name, cluster_name(p["cluster"]), f"{p['strength']:.2f}", f"{p['distance']:.3f}",
-         "unknown: fits no cluster" if p["unknown"] else ""]
-        for name, p in zip(answer.names, answer.placed, strict=True)
-    ]  # fmt: skip
-    return rows + [[name, "", "", "", f"refused: {why}"] for name, why in answer.refused]
-
-
-def map_figure(atlas: Map, answer: Clustered | None, clustering: str | None) -> Any:
-    """Return the plotly figure: the atlas's tiles by cluster, new images as labelled stars."""
-    from plotly import graph_objects as go
-
-    figure = go.Figure()
-    for cluster in sorted(set(atlas.clusters.tolist())):
-        rows = atlas.clusters == cluster
-        style = {"size": 6, "opacity": 0.65, "color": NONE_COLOUR, "symbol": "circle-open"}
-        if cluster >= 0:
-            style["color"] = COLOURS[cluster % len(COLOURS)]
-            style["symbol"] = SYMBOLS[cluster // len(COLOURS) % len(SYMBOLS)]
-        figure.add_trace(
-            go.Scattergl(
-                x=atlas.points[rows, 0],
-                y=atlas.points[rows, 1],
-                mode="markers",
-                marker=style,
-                name=f"{cluster_name(cluster)} ({int(rows.sum())})",
-                hoverinfo="name",
-            )
+def verdict(answer: Found) -> str:
+    """Return the verdict line, with a warning where the query is unlike anything in the atlas."""
+    text = escape(verdict_text(answer))
+    warning = ""
+    if answer.verdict.unknown:
+        warning = (
+            '<strong class="hs-unknown">Unlike anything here: read the hits with care.</strong> '
         )
-    if answer is not None:
-        figure.add_trace(
-            go.Scatter(
-                x=answer.points[:, 0],
-                y=answer.points[:, 1],
-                mode="markers+text" if len(answer.names) <= 20 else "markers",
-                text=answer.names,
-                textposition="top center",
-                marker={"size": 15, "symbol": "star", "color": "#111111",
-                        "line": {"color": "#ffffff", "width": 1.5}},
-                name=f"new images ({len(answer.names)})",
-                hovertext=[
-                    f"{n}: {cluster_name(p['cluster'])}, strength {p['strength']:.2f}"
-                    for n, p in zip(answer.names, answer.placed, strict=True)
-                ],
-                hoverinfo="text",
-            )
-        )  # fmt: skip
-    shown = (
-        f"{atlas.shown:,} of {atlas.total:,} tiles"
-        if atlas.shown < atlas.total
-        else (f"all {atlas.total:,} tiles")
+    links = " ".join(
+        f'<a href="/v1/results/{answer.id}/{kind}" download>{name}</a>'
+        for kind, name in (("html", "Report"), ("csv", "CSV"), ("json", "JSON"))
     )
-    figure.update_layout(
-        template="plotly_white",
-        height=520,
-        margin={"l": 10, "r": 10, "t": 50, "b": 10},
-        title={"text": f"{clustering or 'not clustered'}: {shown}, first two principal components "
-                       f"({atlas.explained:.0%} of the variance)", "font": {"size": 14}},
-        legend={"orientation": "h", "y": -0.08},
-        xaxis={"showticklabels": False, "title": "component 1"},
-        yaxis={"showticklabels": False, "title": "component 2", "scaleanchor": "x"},
-    )  # fmt: skip
-    return figure
+    spent = sum(answer.milliseconds.values())
+    return (
+        f'<div class="hs-verdict" role="status"><p>{warning}{text}</p>'
+        f'<p class="hs-save">Save: {links} <span>{spent:.0f} ms</span></p></div>'
+    )
 
 
-def about(stats: dict[str, Any], card: str) -> str:
-    """Return the about tab as Markdown: what the atlas holds and by which encoder."""
-    encoder = stats["encoder"]
-    labels = ", ".join(f"{plain(name)} ({count:,})" for name, count in stats["labels"].items())
-    fitted = ", ".join(f"{c['name']} ({c['clusters']} clusters)" for c in stats["clusterings"])
-    lines = [
-        NOTICE,
-        "",
-        "| this atlas | |",
-        "|---|---|",
-        f"| slides and tile sets | {stats['slides']:,} |",
-        f"| tiles | {stats['tiles']:,} |",
-        f"| labels | {labels or '–'} |",
-        f"| clusterings | {fitted or 'none fitted'} |",
-        f"| encoder | {encoder['name']} ({encoder['arch']}), {encoder['dim']}-d, "
-        f"{encoder['metric']} |",
-        f"| encoder sha256 | `{encoder['sha256']}` |",
-        f"| slides are read at | {encoder['mpp'] or '–'} µm per pixel |",
-        f"| created | {stats['created_at']} |",
-        "",
-        "<details><summary>The encoder's card</summary>",
-        "",
-        escape(card).replace("![", "&#33;["),
-        "",
-        "</details>",
+def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) -> str:
+    """Return what is searched for: the image as the encoder sees it, and tiles that can be dropped."""
+    if not len(images) and not like and not unlike:
+        return ""
+    seen = "".join(
+        f'<img class="hs-seen" src="data:image/jpeg;base64,{b64encode(encode_jpeg(image)).decode()}" '
+        'alt="your image as the encoder sees it" width="64" height="64">'
+        for image in images
+    )
+
+    def tiles(kind: str, numbers: Sequence[int]) -> str:
+        return "".join(
+            f'<button class="hs-chip" data-drop="{tile}" aria-label="Drop tile {tile} ({kind})">'
+            f'<img src="/v1/tiles/{tile}.jpg" alt="tile {tile}" width="48" height="48">×</button>'
+            for tile in numbers
+        )
+
+    rows = [
+        f'<div class="hs-basket-row"><b>{title}</b>{shown}</div>'
+        for title, shown in (
+            ("like", seen + tiles("like", like)),
+            ("unlike", tiles("unlike", unlike)),
+        )
+        if shown
     ]
-    return "\n".join(lines)
+    clear = '<button data-clear="1">Clear tiles</button>' if like or unlike else ""
+    return f'<div class="hs-basket">{"".join(rows)}{clear}</div>'
+
+
+# -- clusters ---------------------------------------------------------------------------------------
+
+
+def placed_table(answer: Clustered) -> str:
+    """Return the placed images with the nearest tile of each, and the refused ones."""
+    rows = []
+    for number, (name, placed, hit) in enumerate(
+        zip(answer.names, answer.placed, answer.nearest, strict=True)
+    ):
+        title = escape(cluster_title(placed))
+        note = (
+            '<span class="hs-unknown">unknown: fits no cluster</span>' if placed["unknown"] else ""
+        )
+        rows.append(
+            f'<tr><td data-label="image">{escape(name)}</td>'
+            f'<td data-label="cluster">{_dot(placed["cluster"])}{title}</td>'
+            f'<td data-label="strength">{placed["strength"]:.2f}</td>'
+            f'<td data-label="distance">{placed["distance"]:.3f}</td>'
+            f'<td data-label="nearest tile"><button class="hs-open hs-mini" data-open="{hit.tile}" '
+            f'aria-label="Open the nearest tile of image {number + 1}"><img src="/v1/tiles/{hit.tile}.jpg" '
+            f'alt="nearest tile of {escape(name, quote=True)}" width="56" height="56"></button> '
+            f"{escape(hit.label or hit.slide)} ({hit.score:.3f})</td>"
+            f'<td data-label="">{note}</td></tr>'
+        )
+    rows += [
+        f'<tr class="hs-refused"><td data-label="image">{escape(name)}</td>'
+        f'<td colspan="5">refused: {escape(why)}</td></tr>'
+        for name, why in answer.refused
+    ]
+    unknown = sum(bool(placed["unknown"]) for placed in answer.placed)
+    summary = (
+        f"{len(answer.names)} placed in {escape(answer.clustering)}, {unknown} of them unknown, "
+        f"{len(answer.refused)} refused."
+    )
+    links = " ".join(
+        f'<a href="/v1/results/{answer.id}/{kind}" download>{title}</a>'
+        for kind, title in (("csv", "CSV"), ("json", "JSON"), ("html", "Report"))
+    )
+    heads = ("image", "cluster", "strength", "distance", "nearest tile", "note")
+    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    return (
+        f'<p role="status" id="placed-note">{summary} Save: {links}</p><table class="hs-table" id="placed">'
+        f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _dot(cluster: int) -> str:
+    return (
+        f'<span class="hs-dot" style="background:{colour_of(cluster)}" aria-hidden="true"></span>'
+    )
+
+
+def cluster_cards(clusters: Sequence[Mapping[str, Any]], clustering: str) -> str:
+    """Return the clusters as cards: examples, size, labels, and a name that can be changed."""
+    cards = "".join(_cluster_card(cluster, clustering) for cluster in clusters)
+    return f'<div class="hs-clusters">{cards}</div>'
+
+
+def _cluster_card(cluster: Mapping[str, Any], clustering: str) -> str:
+    number = cluster["cluster"]
+    called = escape(cluster_name(number), quote=True)
+    tiles = "".join(
+        f'<button class="hs-open" data-open="{tile["tile"]}" aria-label="Open tile {tile["tile"]} of '
+        f'{called}"><img loading="lazy" src="/v1/tiles/{tile["tile"]}.jpg" alt="example of {called}" '
+        'width="96" height="96"></button>'
+        for tile in cluster["examples"][:EXAMPLES]
+    )
+    total = max(1, cluster["tiles"])
+    named = [(name, n) for name, n in cluster["labels"].items() if name != "(none)"]
+    bars = "".join(
+        f'<li><span class="hs-bar" style="width:{100 * n / total:.1f}%"></span>'
+        f"<span>{escape(name)}</span> <span>{n / total:.0%}</span></li>"
+        for name, n in named[:LABELS_SHOWN]
+    )
+    title = "No cluster" if number < 0 else f"Cluster {number}"
+    shown = f"hs-name-{number}"
+    return (
+        f'<section class="hs-cluster" data-cluster="{number}" aria-label="{title}">'
+        f"<h2>{_dot(number)}{title}</h2>"
+        f"<p>{counted(cluster['tiles'], 'tile')}, {counted(cluster['slides'], 'slide')}"
+        + (f", {cluster['unknown']:,} unknown" if cluster["unknown"] else "")
+        + f'</p><div class="hs-examples">{tiles}</div>'
+        + (f'<ul class="hs-labels">{bars}</ul>' if bars else "")
+        + f'<form class="hs-rename" data-clustering="{escape(clustering, quote=True)}">'
+        f'<label for="{shown}">Name</label><input id="{shown}" name="name" maxlength="200" '
+        f'value="{escape(cluster["name"], quote=True)}" placeholder="what it shows">'
+        f'<label for="{shown}-d">Description</label><input id="{shown}-d" name="description" '
+        f'maxlength="1000" value="{escape(cluster["description"], quote=True)}">'
+        '<button type="submit">Save</button><span role="status"></span></form></section>'
+    )
+
+
+# -- slides -----------------------------------------------------------------------------------------
+
+
+def slide_cards(rows: Sequence[Mapping[str, Any]], total: int, chosen: str | None) -> str:
+    """Return slides as cards with thumbnails."""
+    if not rows:
+        return empty("No slide of that name.", "Search for another part of it.")
+    cards = "".join(_slide_card(row, row["name"] == chosen) for row in rows)
+    more = f"<p>{len(rows)} of {total:,} shown; type part of a name to find others.</p>"
+    return f'<ul class="hs-slides">{cards}</ul>{more if len(rows) < total else ""}'
+
+
+def _slide_card(row: Mapping[str, Any], chosen: bool) -> str:
+    name = escape(row["name"], quote=True)
+    facts = " · ".join(
+        escape(str(fact))
+        for fact in (row["label"], row["patient"], f"{row['tiles']:,} tiles")
+        if fact
+    )
+    return (
+        f'<li><button class="hs-slide" data-slide="{name}" aria-pressed="{str(chosen).lower()}">'
+        f'<img loading="lazy" src="/v1/slides/{quote(row["name"], safe="")}/thumbnail.jpg" '
+        f'alt="thumbnail of {name}" height="110"><b>{name}</b><small>{facts}</small></button></li>'
+    )
+
+
+def slide_detail(
+    row: Mapping[str, Any],
+    shows: str,
+    clustering: str | None,
+    result: str | None,
+    names: Mapping[int, str],
+    counts: Mapping[int, int],
+    similar: Sequence[Similar],
+    by: str,
+) -> str:
+    """Return one slide: its picture, with clusters or a heat map, and what is like it.
+
+    Args:
+        row: of the slide.
+        shows: ``slide``, ``clusters`` or ``similarity``.
+        clustering: that is laid over.
+        result: id of the search that is laid over.
+        names: of clusters, given by people.
+        counts: tiles of the slide by cluster.
+        similar: slides or cases.
+        by: ``slide`` or ``patient``.
+    """
+    name = quote(row["name"], safe="")
+    source, legend = f"/v1/slides/{name}/thumbnail.jpg?longest=1024", ""
+    if shows == "clusters" and clustering:
+        source = f"/v1/slides/{name}/clusters.jpg?clustering={quote(clustering, safe='')}"
+        items = "".join(
+            f"<li>{_dot(c)}{escape(cluster_name(c, names))} ({n:,})</li>" for c, n in counts.items()
+        )
+        legend = f'<ul class="hs-legend" aria-label="Clusters of this slide">{items}</ul>'
+    elif shows == "similarity" and result:
+        source = f"/v1/slides/{name}/heat.jpg?result={quote(result, safe='')}"
+        ramp = ", ".join(VIRIDIS)
+        legend = (
+            '<div class="hs-scale"><span>least like the last search on this slide</span>'
+            f'<span class="hs-ramp" style="background:linear-gradient(90deg, {ramp})"></span>'
+            "<span>most</span></div>"
+        )
+    facts = [
+        ("label", row["label"]), ("patient", row["patient"]), ("tiles", f"{row['tiles']:,}"),
+        ("µm per pixel", row["mpp"]), ("size", _size(row)), ("added", row["added_at"]),
+        *row["metadata"].items(), ("no tiles because", row["reason"]),
+    ]  # fmt: skip
+    table = "".join(
+        f"<tr><th scope='row'>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>"
+        for k, v in facts
+        if v not in (None, "")
+    )
+    return (
+        f'<article class="hs-detail"><h2>{escape(row["name"])}</h2><div class="hs-detail-two">'
+        f'<figure><img class="hs-overview" src="{source}" alt="{escape(row["name"], quote=True)}, '
+        f'{escape(shows, quote=True)}">{legend}</figure>'
+        f'<table class="hs-facts-table">{table}</table></div>{_similar(similar, by)}</article>'
+    )
+
+
+def _size(row: Mapping[str, Any]) -> str:
+    return f"{row['width']:,} × {row['height']:,}" if row["width"] and row["height"] else ""
+
+
+def _similar(similar: Sequence[Similar], by: str) -> str:
+    what = "slides" if by == "slide" else "cases"
+    if not similar:
+        return f"<h3>Similar {what}</h3>" + empty(
+            "None.", "The atlas holds nothing else to compare."
+        )
+    rows = []
+    for found in similar:
+        pairs = "".join(
+            '<span class="hs-pair">'
+            + "".join(
+                f'<button class="hs-open hs-mini" data-open="{tile}" aria-label="Open tile {tile}">'
+                f'<img loading="lazy" src="/v1/tiles/{tile}.jpg" alt="tile {tile}" width="72" height="72">'
+                "</button>"
+                for tile in (pair.query, pair.match)
+                if tile is not None
+            )
+            + f"<small>{pair.score:.3f}</small></span>"
+            for pair in found.pairs[:4]
+        )
+        label = f" · {escape(found.label)}" if found.label else ""
+        rows.append(
+            f"<li><div><b>{escape(found.name)}</b>{label} <small>score {found.score:.3f}</small></div>"
+            f'<div class="hs-pairs">{pairs}</div></li>'
+        )
+    return (
+        f"<h3>Similar {what}, with the regions that are alike (here, there)</h3>"
+        f'<ol class="hs-similar">{"".join(rows)}</ol>'
+    )
+
+
+# -- additions --------------------------------------------------------------------------------------
+
+
+def job_list(jobs: Sequence[Addition]) -> str:
+    """Return slides on their way, with bars."""
+    if not jobs:
+        return empty("No slide has been added here yet.", "Upload one, or give its path.")
+    return f'<ul class="hs-jobs">{"".join(_job(job) for job in jobs[:20])}</ul>'
+
+
+def _job(job: Addition) -> str:
+    share = job.done / job.total if job.total else float(job.state == "done")
+    count = f"{job.done:,} of {job.total:,} tiles" if job.total else ""
+    title = escape(job.slide, quote=True)
+    return (
+        f'<li class="hs-job hs-{job.state}"><b>{escape(job.slide)}</b> <span>{job.state}</span> '
+        f'<progress max="1" value="{share:.3f}" aria-label="progress of {title}"></progress> '
+        f"<span>{count}</span> <span>{escape(job.message)}</span></li>"
+    )
+
+
+# -- about ------------------------------------------------------------------------------------------
+
+
+def about(stats: Mapping[str, Any], card: str, versions: Mapping[str, str]) -> str:
+    """Return what the atlas holds, by which encoder, how well the index finds, and the versions."""
+    encoder = stats["encoder"]
+    labels = ", ".join(f"{name} ({count:,})" for name, count in list(stats["labels"].items())[:20])
+    fitted = ", ".join(f"{c['name']} ({c['clusters']} clusters)" for c in stats["clusterings"])
+    rows = [
+        ("slides and tile sets", f"{stats['slides']:,}"), ("tiles", f"{stats['tiles']:,}"),
+        ("labels", labels or "–"), ("clusterings", fitted or "none fitted"),
+        ("encoder", f"{encoder['name']} ({encoder['arch']}), {encoder['dim']}-d, {encoder['metric']}"),
+        ("encoder sha256", encoder["sha256"]),
+        ("slides are read at", f"{encoder['mpp']} µm per pixel" if encoder["mpp"] else "–"),
+        ("index", _index(stats["index"])), ("created", stats["created_at"]),
+        *((f"{name} version", version) for name, version in versions.items()),
+    ]  # fmt: skip
+    table = "".join(
+        f'<tr><th scope="row">{escape(k)}</th><td>{escape(str(v))}</td></tr>' for k, v in rows
+    )
+    return (
+        f'<table class="hs-facts-table" id="about">{table}</table>'
+        '<p><a href="/docs">HTTP API</a> · <a href="/openapi.json">OpenAPI</a> · '
+        '<a href="/metrics">Prometheus</a></p>'
+        f"<details><summary>The encoder's card</summary><pre>{escape(card)}</pre></details>"
+    )
+
+
+def _index(index: Mapping[str, Any]) -> str:
+    return f"generation {index['generation']}" + (
+        f", {index['plan']['kind']}" if isinstance(index.get("plan"), dict) else ""
+    )
+
+
+def audit_text(report: Mapping[str, Any]) -> str:
+    """Return the measured recall of the index in a line."""
+    return (
+        f'<p role="status">Recall@{report["k"]} {report["recall"]:.4f} of exact search, measured on '
+        f"{report['queries']} tiles of this atlas; {report['index_ms_per_query']:.2f} ms per query.</p>"
+    )

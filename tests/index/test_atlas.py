@@ -245,8 +245,13 @@ def test_clusters_are_stored_assigned_and_replaced(atlas):
     (placed,) = atlas.assign(vectors[:1])
     assert set(placed) == {"cluster", "name", "distance", "strength", "unknown"}
     assert placed["cluster"] == atlas.search(vectors[:1], k=1)[0][0].cluster
-    atlas.fit("hdbscan", name="dense", min_cluster_size=5)
-    atlas.fit("kmeans", k=4)
+    with pytest.raises(BadInput, match="finds no clusters among the 93 tiles"):
+        atlas.fit("hdbscan")
+    assert atlas.clustering()[0] == "kmeans", "what finds nothing does not become the newest"
+    atlas.fit("kmeans", k=2, name="dense")
+    atlas.name_cluster(0, "stroma", clustering="kmeans")
+    assert atlas.fit("kmeans", k=4)["names_dropped"] == 1
+    assert atlas.fit("kmeans", k=4)["names_dropped"] == 0
     names = [c["name"] for c in atlas.stats()["clusterings"]]
     assert sorted(names) == ["dense", "kmeans"] and atlas.clustering()[1].clusters == 4
     assert len(list(atlas.path.glob("clusters-*.npz"))) == 2 and atlas.verify() == []

@@ -304,3 +304,22 @@ def test_a_leak_is_found_in_an_l2_atlas_too(tmp_path):
     atlas.add(files, {"a": {"split": "train"}, "b": {"split": "test"}})
     assert leakage(atlas, "split")["parts"][0]["near_duplicates"] == 40
     assert duplicates(atlas)["groups"] == 40
+
+
+def test_a_tile_size_that_is_learnt_later_is_taken_over(tmp_path, cli_json):
+    """CLAM's files do not say it; the geojson export names what it cannot draw."""
+    files = [clam(tmp_path / "a.h5", seed=1), clam(tmp_path / "b.h5", seed=2)]
+    _, added = import_features(tmp_path / "atlas", files, "resnet50", {}, 0.25)
+    assert "--tile-px" in added[0].reason and added[0].state == "added"
+    _, (known, *_) = import_features(tmp_path / "atlas", files[:1], "resnet50", {}, 0.25, 512)
+    assert known.state == "replaced" and known.reason == ""
+    atlas = Atlas(tmp_path / "atlas")
+    sizes = {s["name"]: (s["size_px_level0"], s["mpp"], s["tiles"]) for s in atlas.slides()}
+    assert sizes == {"a": (512, 0.25, 30), "b": (0, 0.25, 30)} and atlas.verify() == []
+    _, (same, *_) = import_features(tmp_path / "atlas", files[:1], "resnet50", {}, 0.25, 512)
+    assert same.state == "unchanged"
+    _, (other, *_) = import_features(tmp_path / "atlas", files[:1], "resnet50", {}, 0.25, 256)
+    assert other.state == "failed" and "--replace" in other.reason
+    atlas.fit("kmeans", k=2)
+    report = cli_json("index", "export", atlas.path, "--to", "geojson", "--out", tmp_path / "out")
+    assert report["tiles"] == 30 and report["left_out"] == {"b": 30}

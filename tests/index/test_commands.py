@@ -193,3 +193,19 @@ def test_exports_and_imports_from_the_command_line(place, cli_json, cli):
         in cli("index", "import", place / "uni", place / "foreign", "--encoder", "uni").stdout
     )
     assert cli_json("index", "stats", place / "uni")["tiles"] == 60
+
+
+def test_an_empty_atlas_and_empty_answers_are_said(tmp_path, cli):
+    atlas = filled(tmp_path, slides=2, count=40)
+    atlas.fit("kmeans", k=3)
+    cli("index", "create", tmp_path / "empty", check=True)
+    done = cli("index", "evaluate", tmp_path / "empty", "--label", "label")
+    assert done.returncode == 1 and "holds no tiles yet" in done.stderr
+    done = cli("index", "search", atlas.path, "--tile", 1, "--where", "organ = 'colom'", check=True)
+    assert "no tile passes" in done.stdout
+    done = cli("index", "search", atlas.path, "--tile", 1, "--where", "")
+    assert done.returncode == 1 and "the filter is empty" in done.stderr
+    done = cli("index", "audit", atlas.path, "--where", "organ = 'colon'", check=True)
+    assert "of them pass organ = 'colon'" in done.stdout and "40" in done.stdout
+    done = cli("index", "drift", atlas.path, check=True)
+    assert "nothing came since the fit" in done.stdout

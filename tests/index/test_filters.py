@@ -167,3 +167,9 @@ def test_a_value_is_never_part_of_a_query(atlas):
     before = atlas.slides()
     assert not select(atlas.view().columns, parse(f"label = {quoted(evil)}")).any()
     assert atlas.slides() == before and math.isfinite(len(before))
+
+
+@pytest.mark.parametrize("text, place", [("organ = colon", 9), ("a = 1 and organ colon", 17)])
+def test_an_error_points_to_its_place(text, place):
+    with pytest.raises(BadInput, match=f"at character {place}"):
+        parse(text)

@@ -1,130 +1,315 @@
-"""The page's functions without the page."""
+"""What the page and the API do, without either of them."""
+
+import threading
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from histoseek.errors import BadInput
-from histoseek.index.atlas import Atlas
-from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.pipeline import embed_jobs
-from histoseek.serving.results import EmbedOptions
-from histoseek.ui import view
-from histoseek.ui.app import _credentials
-from histoseek.ui.handlers import Session
+from histoseek.errors import BadInput, NotFound, TooLarge
+from histoseek.index.records import Hit
+from histoseek.ui import report, view
+from histoseek.ui.answers import Found, Query, Verdict
+from histoseek.ui.handlers import Session, cropped
 
 
 @pytest.fixture(scope="module")
-def atlas_path(tmp_path_factory, make_slide, tile_folder):
-    folder = tmp_path_factory.mktemp("page")
-    slide = make_slide(folder / "case-1.tiff", side=1400)
-    encoder = open_encoder("default")
-    jobs = find_jobs([slide, tile_folder])
-    results = embed_jobs(jobs, encoder, folder / "features", EmbedOptions(), lambda *_: None)
-    atlas = Atlas.create(folder / "atlas", DEFAULT_BUNDLE)
-    atlas.add([folder / r.features for r in results])
-    atlas.fit("kmeans", k=4)
-    return folder / "atlas"
+def session(ui_atlas):
+    opened = Session(ui_atlas)
+    yield opened
+    opened.close()
 
 
-@pytest.fixture(scope="module")
-def session(atlas_path):
-    return Session(atlas_path)
+def image_of(session, path):
+    return session.read(path, path.name)
+
+
+def wait(ask, seconds=60):
+    import time
+
+    deadline = time.monotonic() + seconds
+    while (found := ask()) is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    return found
 
 
 def test_a_tile_finds_itself_and_its_picture_is_shown(session, tile_folder):
-    path = tile_folder / "retina/05.png"
-    answer = session.find_similar(path, 6)
-    best = answer.hits[0]
+    image = image_of(session, tile_folder / "retina/05.png")
+    found = session.search(Query(images=(image,), k=6))
+    best = found.hits[0]
     # tiles 4 to 7 are quarter turns of one place, which the default encoder holds to be the same
     assert (best.label, best.patient) == ("retina", "retina-1") and best.score > 0.999
-    turns = [np.rot90(answer.query, k) for k in range(4)]
-    assert len(answer.pictures) == 6
-    assert min(np.abs(answer.pictures[0].astype(int) - t).mean() for t in turns) < 2
-    html = view.gallery(answer)
-    assert html.count("<figure") == 6 and "retina" in html and "cluster" in html
-    assert "**retina (" in view.verdict(answer)
+    assert [hit.rank for hit in found.hits] == [1, 2, 3, 4, 5, 6]
+    import io
+
+    shown = np.asarray(Image.open(io.BytesIO(session.pictures.tile(best.tile))))
+    turns = [np.rot90(image, k) for k in range(4)]
+    assert min(np.abs(shown.astype(int) - t).mean() for t in turns) < 4
+    assert found.verdict.labels[0][0] == "retina"
+    assert "retina" in view.verdict_text(found)
+    cards = view.gallery(found.hits)
+    assert cards.count("<li") == 6 and f"/v1/tiles/{best.tile}.jpg" in cards
 
 
-def test_a_slides_tile_is_read_from_the_slide(session, atlas_path):
-    ids, vectors = session.atlas.vectors()
-    hits = session.atlas.search(vectors[:60], 1)
-    on_slide = next(h[0] for h in hits if h[0].slide == "case-1")
-    picture = session.pictures.read(on_slide)
-    assert picture.shape == (224, 224, 3) and picture.std() > 5
-
-
-def test_a_source_that_is_gone_is_said_on_the_card(session, tile_folder, tmp_path, atlas_path):
-    gone = Session(atlas_path)
-    gone.pictures._source = lambda slide: (_ for _ in ()).throw(BadInput("/x/y.svs does not exist"))
-    answer = gone.find_similar(tile_folder / "cat/00.png", 2)
-    assert "does not exist" in answer.pictures[0] and "does not exist" in view.gallery(answer)
-
-
-def test_names_cannot_inject_markup(session):
-    from histoseek.index.records import Hit
-    from histoseek.ui.handlers import Similar
-
-    evil = "<script>alert(1)</script>"
-    hit = Hit(1, 0.5, 1, evil, 0, 0, 224, 0.5, evil, evil, 0, f'"><img src=x onerror=1>{evil}')
-    html = view.gallery(Similar(np.zeros((4, 4, 3), np.uint8), [hit], [evil], None))
-    html += view.gallery(
-        Similar(np.zeros((4, 4, 3), np.uint8), [hit], [np.zeros((4, 4, 3), np.uint8)], None)
+def test_tiles_of_the_atlas_are_searched_by_without_finding_themselves(session):
+    everything = session.atlas.slides()
+    slide = next(s for s in everything if s["name"] == "case-1")
+    ids, _ = session.atlas.vectors()
+    known = session.atlas.tiles(ids[:40].tolist())
+    first = next(t["tile"] for t in known.values() if t["slide"] == slide["name"])
+    found = session.search(Query(like=(first,), k=5))
+    assert len(found.hits) == 5 and first not in {hit.tile for hit in found.hits}
+    away = session.search(Query(like=(first,), k=5, leave_out="patient"))
+    assert {hit.patient for hit in away.hits}.isdisjoint({"P1"})
+    elsewhere = session.search(Query(like=(first,), k=5, leave_out="slide"))
+    assert "case-1" not in {hit.slide for hit in elsewhere.hits}
+    several = session.search(
+        Query(like=(first, found.hits[0].tile), unlike=(away.hits[0].tile,), k=4)
     )
-    assert "<script" not in html and "<img src=x" not in html
-    tracker = "![](https://example.org/p.gif)"
-    spy = Hit(1, 0.5, 1, tracker, 0, 0, 224, 0.5, tracker, None, 0, None)
-    said = view.verdict(Similar(np.zeros((4, 4, 3), np.uint8), [spy], [tracker], None))
-    stats = {**session.atlas.stats(), "labels": {tracker: 1}}
-    assert "![" not in said + view.about(stats, f"# card {tracker} <img src=x>")
+    assert {first, found.hits[0].tile}.isdisjoint({hit.tile for hit in several.hits})
+    assert several.verdict.placed is None
+    with pytest.raises(NotFound, match="no tile 999999"):
+        session.search(Query(like=(999999,)))
+
+
+def test_filters_are_kept_to(session, tile_folder):
+    image = image_of(session, tile_folder / "cat/00.png")
+    colon = session.search(Query(images=(image,), k=5, where="organ = 'colon'"))
+    assert {hit.slide for hit in colon.hits} == {"case-1"}
+    one = session.search(Query(images=(image,), k=5, per_slide=True))
+    assert len({hit.slide for hit in one.hits}) == len(one.hits) == 3
+    none = session.search(Query(images=(image,), k=5, least=2.0))
+    assert none.hits == [] and "No tile passes" in view.gallery(none.hits)
+    with pytest.raises(BadInput, match="filter"):
+        session.search(Query(images=(image,), where="organ = "))
+
+
+@pytest.mark.parametrize(
+    "wrong, says",
+    [
+        ({}, "nothing to search for"),
+        ({"like": (1,), "k": 0}, "k is 0"),
+        ({"like": (1,), "k": 1001}, "k is 1001"),
+        ({"like": tuple(range(65))}, "65 examples"),
+        ({"like": (1,), "leave_out": "x"}, "leave_out"),
+    ],
+)
+def test_wrong_queries_are_refused(wrong, says):
+    with pytest.raises(BadInput, match=says):
+        Query(**wrong)
+
+
+def test_a_part_of_a_picture_is_searched_for(session, pictures):
+    whole = pictures["retina"]
+    part = cropped(whole, (0.25, 0.5, 0.5, 0.25), "retina")
+    high, wide = whole.shape[:2]
+    rows = slice(round(high * 0.5), round(high * 0.75))
+    columns = slice(round(wide * 0.25), round(wide * 0.75))
+    assert np.array_equal(part, whole[rows, columns])
+    for crop in ((0.5, 0, 0.6, 1), (-0.1, 0, 1, 1), (0, 0, float("nan"), 1), (0, 0, 0, 1)):
+        with pytest.raises(BadInput, match="shares of the picture"):
+            cropped(whole, crop, "retina")
+    with pytest.raises(BadInput, match="at least 8 x 8"):
+        cropped(whole, (0, 0, 0.001, 0.5), "retina")
+
+
+def test_how_usual_the_nearness_is_told(session, tile_folder):
+    wait(lambda: session._background.get("usual", session._state(), session.atlas.usual_nearness))
+    image = image_of(session, tile_folder / "cat/00.png")
+    near = session.search(Query(images=(image,))).verdict.nearer_than
+    noise = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
+    far = session.search(Query(images=(noise,))).verdict
+    assert near > far.nearer_than
+    other = session.search(Query(images=(image,), where="label = 'retina'")).verdict
+    assert other.nearer_than == near, "a filter does not make an image strange"
+    usual = session.atlas.usual_nearness()
+    assert (np.diff(usual) >= 0).all() and 0 < len(usual) <= 200
+    assert far.unknown == (far.placed["unknown"] or far.nearer_than < 0.01)
 
 
 def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"bad")
     images = [(p.name, p) for p in (tile_folder / "cat/01.png", tmp_path / "bad.png")]
+    wait(session.layout)
     answer = session.cluster(images, "kmeans")
     assert answer.names == ["01.png"] and answer.refused[0][0] == "bad.png"
-    assert answer.points.shape == (1, 2)
-    rows = view.placed_rows(answer)
-    assert rows[0][1].startswith("cluster") and rows[1][4].startswith("refused")
-    figure = view.map_figure(session.map("kmeans"), answer, "kmeans")
-    assert figure.data[-1].name == "new images (1)"
-    assert sum(len(trace.x) for trace in figure.data[:-1]) == session.atlas.stats()["tiles"]
+    assert answer.points.shape == (1, 2) and answer.nearest[0].score > 0.999
+    table = view.placed_table(answer)
+    assert "1 placed in kmeans" in table and "1 refused" in table and "not a picture" in table
     with pytest.raises(BadInput, match="none of the 1"):
         session.cluster([("bad.png", tmp_path / "bad.png")], None)
     with pytest.raises(BadInput, match="at least one"):
         session.cluster([], None)
-    with pytest.raises(BadInput, match="at most"):
-        session.cluster([("x", tmp_path / "bad.png")] * 201, None)
+    with pytest.raises(TooLarge, match="at most"):
+        session.cluster([("x", tmp_path / "bad.png")] * 257, None)
 
 
-def test_a_new_point_lies_where_the_atlas_has_the_same_vector(session):
-    ids, vectors = session.atlas.vectors()
-    atlas_map = session.map("kmeans")
-    assert np.allclose(atlas_map.place(vectors), atlas_map.points, atol=1e-5)
+def test_the_map_shows_every_tile_and_places_the_same_image_there(session, tile_folder):
+    points = wait(session.points)
+    stats = session.atlas.stats()
+    assert len(points.ids) == points.total == stats["tiles"]
+    names, codes = session.colours(points, "label")
+    assert sorted(names) == ["cat", "retina", "tissue"]
+    known = session.atlas.tiles(points.ids.tolist())
+    for tile, code in zip(points.ids.tolist(), codes.tolist(), strict=True):
+        assert (names[code] if code >= 0 else None) == known[tile]["label"]
+    names, codes = session.colours(points, "cluster.kmeans")
+    assert len(names) == 4 and codes.max() == 3
+    with pytest.raises(NotFound, match="no column 'nothing'"):
+        session.colours(points, "nothing")
+    answer = session.cluster([("a", tile_folder / "cat/01.png")])
+    (row,) = np.flatnonzero(points.ids == answer.nearest[0].tile)
+    assert np.abs(answer.points[0] - points.places[row]).max() < 0.05
 
 
-def test_unknown_images_are_called_so(session, tmp_path):
-    noise = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
-    Image.fromarray(noise).save(tmp_path / "noise.png")
-    answer = session.find_similar(tmp_path / "noise.png", 3)
-    assert answer.placed["unknown"] == ("no cluster" in view.verdict(answer))
+def test_results_are_kept_and_written(session, tile_folder):
+    import csv
+    import io
+    import json
+
+    image = image_of(session, tile_folder / "cat/02.png")
+    found = session.search(Query(images=(image,), k=3, where="label != 'retina'"))
+    assert session.result(found.id) is found
+    document = json.loads(report.write(session, found, "json"))
+    assert [h["tile"] for h in document["hits"]] == [h.tile for h in found.hits]
+    about = document["provenance"]
+    assert about["encoder_sha256"] == session.atlas.manifest.sha256
+    assert about["filter"] == "label != 'retina'" and about["index_generation"] == found.generation
+    rows = list(csv.DictReader(io.StringIO(report.write(session, found, "csv").decode())))
+    assert [int(r["tile"]) for r in rows] == [h.tile for h in found.hits]
+    page = report.write(session, found, "html").decode()
+    assert page.count("data:image/jpeg;base64,") == 4 and "no diagnosis" in page
+    assert session.atlas.manifest.sha256 in page and "<script" not in page
+    placed = session.cluster([("a.png", tile_folder / "cat/01.png"), ("b", b"")])
+    rows = list(csv.DictReader(io.StringIO(report.write(session, placed, "csv").decode())))
+    assert rows[0]["image"] == "a.png" and "empty" in rows[1]["refused"]
+    assert "data:image/jpeg" in report.write(session, placed, "html").decode()
+    with pytest.raises(NotFound, match="search again"):
+        session.result("gone")
 
 
-def test_other_hosts_need_a_password(monkeypatch):
-    monkeypatch.delenv("HISTOSEEK_UI_AUTH", raising=False)
-    assert _credentials("127.0.0.1") is None and _credentials("localhost") is None
-    for host in ("0.0.0.0", "192.0.2.7", "myhost", "::"):
-        with pytest.raises(BadInput, match="HISTOSEEK_UI_AUTH"):
-            _credentials(host)
-    monkeypatch.setenv("HISTOSEEK_UI_AUTH", "only-a-password")
-    with pytest.raises(BadInput, match="user:password"):
-        _credentials("127.0.0.1")
-    monkeypatch.setenv("HISTOSEEK_UI_AUTH", "ann:secret")
-    assert _credentials("0.0.0.0") == ("ann", "secret")
+def test_kept_answers_take_bounded_memory(session, tile_folder, monkeypatch):
+    monkeypatch.setattr("histoseek.ui.handlers.RESULTS_BYTES", 1_000_000)
+    image = image_of(session, tile_folder / "cat/02.png")
+    found = [session.search(Query(images=(image,) * 2, k=1)) for _ in range(6)]
+    assert session.result(found[-1].id) is found[-1]
+    with pytest.raises(NotFound):
+        session.result(found[0].id)
+    assert session._held <= 1_000_000
 
 
-def test_about_names_the_encoder(session):
-    text = view.about(session.atlas.stats(), "card")
-    assert session.atlas.manifest.sha256 in text and "Research use only" in text
+def test_formulas_in_names_stay_text(session, tile_folder):
+    placed = session.cluster([("=HYPERLINK(1)", tile_folder / "cat/01.png")])
+    assert "\n'=HYPERLINK(1)," in report.write(session, placed, "csv").decode()
+
+
+def test_names_cannot_inject_markup(session):
+    evil = '"><img src=x onerror=1><script>alert(1)</script>'
+    hit = Hit(1, 0.5, 1, evil, 0, 0, 224, 0.5, evil, evil, 0, evil)
+    verdict = Verdict([(evil, 1)], [(evil, 1)], {"cluster": 0, "name": evil, "distance": 1.0,
+                      "strength": 0.1, "unknown": True}, None, True)  # fmt: skip
+    found = Found(
+        "r", "now", Query(like=(1,)), np.zeros(4, np.float32), [hit], verdict, 1, 1, {"a": 1.0}
+    )
+    cluster = {"cluster": 0, "name": evil, "description": evil, "tiles": 1, "slides": 1, "unknown": 0,
+               "labels": {evil: 1}, "examples": [hit._asdict()]}  # fmt: skip
+    row = {"name": evil, "kind": "slide", "label": evil, "patient": evil, "tiles": 1, "mpp": 1,
+           "width": 1, "height": 1, "added_at": "", "metadata": {evil: evil}, "reason": evil}  # fmt: skip
+    stats = {**session.atlas.stats(), "labels": {evil: 1}}
+    html = "".join(
+        [
+            view.gallery([hit], {0: evil}), view.verdict(found), view.problem(evil),
+            view.cluster_cards([cluster], evil), view.slide_cards([row], 2, evil),
+            view.slide_detail(row, "clusters", evil, evil, {0: evil}, {0: 1}, [], "slide"),
+            view.about(stats, evil, {evil: evil}), view.header(stats, evil),
+            report._html(session, found, {evil: evil}).decode(),
+        ]
+    )  # fmt: skip
+    assert "<script" not in html and "<img src=x" not in html
+
+
+def test_a_source_that_is_gone_is_said(own_atlas, tile_folder, tmp_path):
+    from histoseek.index.atlas import Atlas
+    from histoseek.index.catalog import update
+
+    atlas = Atlas(own_atlas)
+    with atlas.catalog.write() as db:
+        row = db.execute("SELECT id FROM slides WHERE name = 'case-1'").fetchone()
+        update(db, "slides", {"id": row["id"]}, {"source": str(tmp_path / "secret/y.svs")})
+    session = Session(own_atlas)
+    tile = next(
+        t for t in atlas.tiles(atlas.vectors()[0].tolist()).values() if t["slide"] == "case-1"
+    )
+    with pytest.raises(NotFound, match="y.svs does not exist") as error:
+        session.pictures.tile(tile["tile"])
+    assert "secret" not in str(error.value), "where files lie is nobody's business"
+    session.close()
+
+
+def test_pictures_of_slides_are_drawn(session):
+    import io
+
+    def pixels(blob):
+        return np.asarray(Image.open(io.BytesIO(blob)).convert("RGB")).astype(int)
+
+    ids = session.atlas.vectors()[0]
+    known = session.atlas.tiles(ids.tolist())
+    tile = next(t for t in known.values() if t["slide"] == "case-1" and t["x"] > 0)
+    plain = pixels(session.pictures.thumbnail("case-1", 1024))
+    boxed = pixels(session.pictures.place(tile["tile"]))
+    assert plain.shape == boxed.shape
+    changed = np.argwhere(np.abs(plain - boxed).sum(axis=2) > 150)
+    down = 1400 / plain.shape[1]
+    assert abs(changed[:, 1].min() * down - tile["x"]) < 12
+    assert abs(changed[:, 0].min() * down - tile["y"]) < 12
+    assert pixels(session.pictures.field(tile["tile"])).shape == (640, 640, 3)
+    painted = pixels(session.pictures.clusters("case-1", "kmeans"))
+    assert np.abs(painted - plain).mean() > 5
+    heat, low, high = session.pictures.heat("case-1", session.atlas.vectors_of([tile["tile"]])[0])
+    assert high > 0.999 and low < high and np.abs(pixels(heat) - plain).mean() > 5
+    contact = pixels(session.pictures.thumbnail("kinds"))
+    assert contact.shape[0] == contact.shape[1]
+    with pytest.raises(NotFound, match="ready tiles"):
+        session.pictures.clusters("kinds", "kmeans")
+    for ask in (lambda: session.pictures.thumbnail("x"), lambda: session.pictures.tile(10**9)):
+        with pytest.raises(NotFound):
+            ask()
+
+
+def test_many_threads_read_many_sources(session, monkeypatch):
+    """Sources are closed and opened again while others read them."""
+    monkeypatch.setattr("histoseek.ui.pictures.OPEN_SOURCES", 1)
+    monkeypatch.setattr("histoseek.ui.pictures.KEPT_BYTES", 0)
+    ids = session.atlas.vectors()[0]
+    failed = []
+
+    def work(seed):
+        rng = np.random.default_rng(seed)
+        try:
+            for tile in rng.choice(ids, 12):
+                session.pictures.tile(int(tile))
+        except Exception as error:
+            failed.append(error)
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in range(6)]
+    [thread.start() for thread in threads]
+    [thread.join() for thread in threads]
+    assert failed == []
+
+
+def test_an_atlas_of_other_features_is_searched_by_its_own_tiles(tmp_path):
+    from atlases import features
+
+    from histoseek.index.atlas import Atlas
+
+    atlas = Atlas.create_external(tmp_path / "uni", "uni_v2", 16)
+    own = {"encoder": "uni_v2", "encoder_sha256": atlas.manifest.sha256}
+    vectors = np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)
+    atlas.add([features(tmp_path / "a.h5", features=vectors, **own)])
+    session = Session(tmp_path / "uni")
+    found = session.search(Query(like=(3,), k=4))
+    assert len(found.hits) == 4
+    with pytest.raises(BadInput, match="uni_v2, which is not here"):
+        session.embed([np.zeros((224, 224, 3), np.uint8)])
+    session.close()

@@ -1,83 +1,86 @@
-"""The page in a real browser: upload a real tile in both tabs and read what comes back."""
+"""The page in a real browser, on a real atlas: lc25000 tiles and a slide of CMU, every tab and state."""
 
+import io
 import os
 import re
 import signal
 import subprocess
 import sys
+import tarfile
+import zipfile
 from pathlib import Path
 
 import pytest
+from loopback import free_port, up
+from PIL import Image
+
+from histoseek.index.atlas import Atlas
+
+pytestmark = pytest.mark.shared
 
 FLAGS = [
     "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
     "--disable-component-update", "--disable-sync", "--no-first-run",
 ]  # fmt: skip
 CHROMIUM = Path("/usr/bin/chromium")
+PATIENCE = 20_000
+HELD_OUT = "colon_n"
 
 
 @pytest.fixture(scope="module")
-def served(atlas_with_tiles, tmp_path_factory):
-    log = tmp_path_factory.mktemp("ui") / "log.txt"
-    port = free_port()
-    command = [
-        sys.executable,
-        "-u",
-        "-m",
-        "histoseek",
-        "ui",
-        str(atlas_with_tiles),
-        "--port",
-        str(port),
-    ]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        wait_for(f"http://127.0.0.1:{port}/", process, log)
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.send_signal(signal.SIGINT)
-        process.wait(20)
+def tiles(tmp_path_factory, shared):
+    """120 groups of lc25000, as a folder with a manifest; and a tile of another group, turned."""
+    folder = tmp_path_factory.mktemp("lc25000")
+    with tarfile.open(shared / "lc25000.tar") as pack:
+        rows = pack.extractfile("manifest.csv").read().decode().splitlines()
+        head, rows = rows[0].split(","), [row.split(",") for row in rows[1:]]
+        group, label, file = (head.index(name) for name in ("group", "label", "file"))
+        groups = sorted({row[group] for row in rows})[::8]
+        chosen = [row for row in rows if row[group] in set(groups)]
+        for row in chosen:
+            path = folder / "tiles" / row[file]
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(pack.extractfile(row[file]).read())
+        lines = [f"{row[file]},{row[label]},{row[group]}" for row in chosen]
+        (folder / "tiles/manifest.csv").write_text("\n".join(["file,label,group", *lines]) + "\n")
+        asked = next(r for r in rows if r[group] not in set(groups) and r[label] == HELD_OUT)
+        picture = Image.open(io.BytesIO(pack.extractfile(asked[file]).read()))
+        picture.rotate(90).save(folder / "query.png")
+    return folder
 
 
 @pytest.fixture(scope="module")
-def atlas_with_tiles(tmp_path_factory, tile_folder, make_slide):
+def atlas(tiles, cmu_slide, tmp_path_factory):
     folder = tmp_path_factory.mktemp("atlas")
-    make_slide(folder / "case-1.tiff", side=1200)
-    run = [sys.executable, "-m", "histoseek"]
-    atlas = str(folder / "atlas")
+    metadata = "slide,patient,organ\nCMU-1-Small-Region,P-CMU,skin\ntiles,,mixed\n"
+    (folder / "cases.csv").write_text(metadata)
+    path, features = str(folder / "atlas"), str(folder / "features")
     for words in (
-        ["embed", str(folder / "case-1.tiff"), str(tile_folder), "--out", str(folder / "features")],
-        ["index", "create", atlas],
-        ["index", "add", atlas, str(folder / "features")],
-        ["index", "fit", atlas, "--k", "4"],
+        ["embed", str(cmu_slide), str(tiles / "tiles"), "--out", features, "--overlap", "112"],
+        ["index", "create", path],
+        ["index", "add", path, features, "--metadata", str(folder / "cases.csv")],
+        ["index", "fit", path, "--method", "hdbscan"],
+        ["index", "fit", path, "--k", "6"],
     ):
-        subprocess.run([*run, *words], check=True, capture_output=True)
+        subprocess.run([sys.executable, "-m", "histoseek", *words], check=True, capture_output=True)
     return folder / "atlas"
 
 
-def free_port():
-    import socket
-
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
-def wait_for(url, process, log, seconds=90):
-    import time
-    import urllib.request
-
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline:
-        assert process.poll() is None, log.read_text()
-        try:
-            with urllib.request.urlopen(url, timeout=2) as answer:
-                if answer.status == 200:
-                    return
-        except OSError:
-            time.sleep(0.2)
-    raise AssertionError(f"the page did not come up: {log.read_text()}")
+@pytest.fixture(scope="module")
+def served(atlas, tmp_path_factory):
+    log = tmp_path_factory.mktemp("ui") / "log.txt"
+    port = free_port()
+    command = [sys.executable, "-u", "-m", "histoseek", "ui", str(atlas), "--port", str(port)]
+    with log.open("w") as stream:
+        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
+    try:
+        up(port, process)
+        yield f"http://127.0.0.1:{port}/"
+    finally:
+        process.send_signal(signal.SIGINT)
+        assert process.wait(40) == 130
+    said = log.read_text()
+    assert "Traceback" not in said and "Warning" not in said, said
 
 
 @pytest.fixture(scope="module")
@@ -91,87 +94,382 @@ def browser():
         opened.close()
 
 
+def opened(browser, served, width=1280, theme="light", bypass_csp=False):
+    page = browser.new_page(
+        viewport={"width": width, "height": 900}, bypass_csp=bypass_csp, reduced_motion="reduce"
+    )
+    page.set_default_timeout(PATIENCE)
+    page.requested, page.said = [], []
+    page.on("request", lambda request: page.requested.append(request.url))
+    page.on("pageerror", lambda error: page.said.append(str(error)))
+    page.on("console", lambda m: page.said.append(m.text) if m.type == "error" else None)
+    page.goto(f"{served}?__theme={theme}")
+    page.locator("#find").wait_for()
+    return page
+
+
 @pytest.fixture
 def page(browser, served):
-    opened = browser.new_page(viewport={"width": 1280, "height": 900})
-    requests = []
-    opened.on("request", lambda request: requests.append(request.url))
-    opened.goto(served, wait_until="networkidle")
-    yield opened
-    foreign = [u for u in requests if not u.startswith((served, "data:", "blob:"))]
+    made = opened(browser, served)
+    yield made
+    foreign = [u for u in made.requested if not u.startswith((served, "data:", "blob:"))]
     assert foreign == [], "the page asks other servers"
-    opened.close()
+    assert [text for text in made.said if "Failed to load resource" not in text] == []
+    made.close()
+
+
+def tab(page, name):
+    """Open a tab, from the menu where the window is narrow."""
+    shown = page.get_by_role("tab", name=name)
+    if shown.count() and shown.first.is_visible():
+        shown.first.click()
+    else:
+        page.locator(".overflow-menu button").first.click()
+        page.locator(".overflow-dropdown button", has_text=name).click()
+
+
+def find(page, path):
+    page.set_input_files("#hs-query-file", path)
+    page.locator("#hits .hs-card").first.wait_for()
+
+
+def pictures_are_there(page, where):
+    page.wait_for_function(
+        """(where) => { const all = [...document.querySelectorAll(where)];
+        return all.length && all.every((i) => i.complete && i.naturalWidth > 0); }""",
+        arg=where,
+    )
 
 
 def shot(page, name):
     """Save a screenshot where HISTOSEEK_SCREENSHOTS says, for the README and for looking at."""
     folder = os.environ.get("HISTOSEEK_SCREENSHOTS")
     if folder:
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(400)
         page.screenshot(path=f"{folder}/{name}.png", full_page=True)
 
 
-def test_find_similar(page, tile_folder):
-    page.set_input_files("#query input[type=file]", tile_folder / "tissue/09.png")
-    first = page.locator("#hits figure").first
-    first.wait_for(timeout=30_000)
-    text = first.inner_text()
-    # tiles 08 to 11 are quarter turns of one place, which the default encoder holds to be the same
-    assert "#1" in text and re.search(r"(08|09|10|11)\.png", text) and "tissue" in text
-    assert "cluster" in text and "score 1.000" in text and "kinds" in text
-    page.wait_for_function("document.querySelector('#hits img').naturalWidth === 224")
-    assert page.locator("#hits figure").count() == 12
-    assert "tissue" in page.locator("#verdict").inner_text()
-    page.locator("#hit-table").get_by_text("tissue-2").locator("visible=true").first.wait_for(
-        timeout=10_000
-    )
-    assert "kinds" in page.locator("#hit-table").inner_text()
+def test_find_similar(page, browser, tiles):
+    shot(page, "empty")
+    find(page, tiles / "query.png")
+    pictures_are_there(page, "#hits img")
+    cards = page.locator("#hits .hs-card")
+    assert cards.count() == 12
+    first = cards.first.inner_text()
+    assert "#1" in first and HELD_OUT in first and "score 0." in first and "cluster" in first
+    verdict = page.locator("#verdict").inner_text()
+    assert HELD_OUT in verdict and "Nearest labels" in verdict and "belongs to" in verdict
+    assert "Research use only" in page.locator(".hs-notice").inner_text()
     shot(page, "find-similar")
+    with page.expect_download() as got:
+        page.locator("#verdict a", has_text="CSV").click()
+    rows = Path(got.value.path()).read_text().splitlines()
+    assert rows[0].startswith("rank,score,tile,slide") and len(rows) == 13
+    with page.expect_download() as got:
+        page.locator("#verdict a", has_text="Report").click()
+    html = Path(got.value.path())
+    report = browser.new_page(viewport={"width": 1000, "height": 900})
+    report.set_content(html.read_text())
+    assert report.locator("figure img").count() == 13
+    shot(report, "report")
+    report.close()
 
 
-def test_a_bad_upload_is_refused_on_the_page(page, tmp_path, tissue):
+def test_filters_and_how_many(page, tiles):
+    page.locator("#filters button").first.click()
+    page.get_by_label("Further filter").fill("organ = 'skin'")
+    find(page, tiles / "query.png")
+    assert set(page.locator("#hits small").filter(has_text="CMU").all_inner_texts())
+    assert page.locator("#hits .hs-card", has_text="CMU-1-Small-Region").count() == 12
+    page.get_by_label("Further filter").fill("")
+    label = page.get_by_label("Label", exact=True).first
+    label.click()
+    page.get_by_role("option", name="lung_scc").click()
+    page.keyboard.press("Escape")
+    page.locator("#find").click()
+    page.locator("#hits .hs-card", has_text="lung_scc").first.wait_for()
+    assert page.locator("#hits .hs-card", has_text="lung_scc").count() == 12
+    shot(page, "filters")
+    page.get_by_label("Further filter").fill("organ = ")
+    page.locator("#find").click()
+    page.locator("#verdict [role=alert]", has_text="filter").wait_for()
+    shot(page, "error")
+
+
+def test_a_part_is_searched_for_by_mouse_and_by_keyboard(page, tiles, tmp_path):
+    tile = Image.open(tiles / "query.png")
+    wide = Image.new("RGB", (448, 224), "white")
+    wide.paste(tile, (224, 0))
+    wide.save(tmp_path / "wide.png")
+    find(page, tmp_path / "wide.png")
+    whole = page.locator("#hits .hs-score").first.inner_text()
+    box = page.locator(".hs-stage").bounding_box()
+    page.mouse.move(box["x"] + box["width"] * 0.502, box["y"] + 1)
+    page.mouse.down()
+    page.mouse.move(box["x"] + box["width"] - 1, box["y"] + box["height"] - 1, steps=5)
+    page.mouse.up()
+    page.wait_for_function(
+        "(old) => document.querySelector('#hits .hs-score')?.innerText !== old", arg=whole
+    )
+    assert HELD_OUT in page.locator("#hits .hs-card").first.inner_text()
+    assert page.locator(".hs-crop").is_visible()
+    shot(page, "crop")
+    cropped = page.locator("#hits .hs-score").first.inner_text()
+    page.locator(".hs-stage").focus()
+    for _ in range(6):
+        page.keyboard.press("ArrowLeft")
+    page.wait_for_function(
+        "(old) => document.querySelector('#hits .hs-score')?.innerText !== old", arg=cropped
+    )
+    page.locator(".hs-whole").click()
+    page.wait_for_function(
+        "(old) => document.querySelector('#hits .hs-score')?.innerText === old", arg=whole
+    )
+
+
+def test_more_like_this_and_less_like_that(page, tiles):
+    find(page, tiles / "query.png")
+    liked = page.locator("#hits [data-like]").nth(1).get_attribute("data-like")
+    page.locator("#hits [data-like]").nth(1).click()
+    page.locator(f"#basket [data-drop='{liked}']").wait_for()
+    assert page.locator(f"#hits [data-tile='{liked}']").count() == 0
+    hated = page.locator("#hits [data-unlike]").nth(3).get_attribute("data-unlike")
+    page.locator("#hits [data-unlike]").nth(3).click()
+    page.locator("#basket", has_text="unlike").wait_for()
+    page.locator(f"#hits [data-tile='{hated}']").wait_for(state="detached")
+    shot(page, "like-unlike")
+    page.locator("#basket [data-clear]").click()
+    page.locator("#basket [data-drop]").first.wait_for(state="detached")
+
+
+def test_a_hit_is_opened_in_its_context(page, tiles):
+    page.locator("#filters button").first.click()
+    page.get_by_label("Further filter").fill("organ = 'skin'")
+    find(page, tiles / "query.png")
+    card = page.locator("#hits [data-open]").first
+    card.focus()
+    page.keyboard.press("Enter")
+    dialog = page.locator("dialog[open]")
+    dialog.get_by_text("on the slide").wait_for()
+    pictures_are_there(page, "dialog img")
+    assert dialog.locator("img").count() == 3 and "P-CMU" in dialog.inner_text()
+    shot(page, "in-context")
+    page.keyboard.press("Escape")
+    assert page.locator("dialog[open]").count() == 0
+    assert card.evaluate("e => e === document.activeElement"), "focus goes back"
+    card.click()
+    dialog.get_by_text("+ More like this").click()
+    page.locator("#basket [data-drop]").wait_for()
+
+
+def test_bad_uploads_are_refused_on_the_page(page, tmp_path, tissue):
     import numpy as np
-    from PIL import Image
 
     deep = Image.fromarray(tissue[..., 0].astype(np.uint16) * 200)
     deep.save(tmp_path / "deep.png")
     (tmp_path / "text.png").write_text("no picture")
     for name, says in (("deep.png", "8 bits"), ("text.png", "not a picture")):
-        page.set_input_files("#query input[type=file]", tmp_path / name)
-        page.locator("#verdict", has_text=says).wait_for(timeout=30_000)
+        page.set_input_files("#hs-query-file", tmp_path / name)
+        page.locator("#verdict [role=alert]", has_text=says).wait_for()
         assert name in page.locator("#verdict").inner_text()
-        page.reload(wait_until="networkidle")
+        assert "/tmp" not in page.locator("#verdict").inner_text()
 
 
-def test_nothing_uploaded_says_so(page):
+def test_nothing_chosen_says_so(page):
     page.click("#find")
-    page.locator("#verdict", has_text="No image yet").wait_for(timeout=20_000)
-    assert page.locator("#hits figure").count() == 0
+    page.locator("#verdict", has_text="No image yet").wait_for()
+    assert page.locator("#hits .hs-card").count() == 0
 
 
-def test_upload_and_cluster(page, tile_folder, tmp_path):
-    (tmp_path / "broken.png").write_bytes(b"no picture")
-    page.get_by_role("tab", name="Upload and cluster").click()
-    files = [tile_folder / "cat/02.png", tile_folder / "retina/07.png", tmp_path / "broken.png"]
-    page.set_input_files("#uploads input[type=file]", files)
-    page.locator("#uploads").get_by_text("broken").wait_for(timeout=20_000)
+def test_upload_and_cluster(page, tiles, tmp_path):
+    tab(page, "Upload and cluster")
     page.click("#place")
-    page.locator("#placed-note", has_text="2 placed").wait_for(timeout=30_000)
-    assert "1 refused" in page.locator("#placed-note").inner_text()
-    page.locator("#placed").get_by_text("broken.png").locator("visible=true").first.wait_for(
-        timeout=10_000
+    page.locator("#placed-box", has_text="No image yet").wait_for()
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    some = sorted((tiles / "tiles").rglob("*.jpeg"))
+    with zipfile.ZipFile(tmp_path / "more.zip", "w") as pack:
+        for n in (5, 150, 300):
+            pack.write(some[n], f"folder/{n}.jpeg")
+    page.set_input_files(
+        "#uploads-input", [tiles / "query.png", tmp_path / "broken.png", tmp_path / "more.zip"]
     )
+    page.locator("#uploads .hs-files li").nth(2).wait_for()
+    page.wait_for_function("!document.querySelector('#uploads .hs-picker-note').textContent")
+    page.click("#place")
+    page.locator("#placed-note", has_text="4 placed").wait_for()
+    assert "1 refused" in page.locator("#placed-note").inner_text()
     table = page.locator("#placed").inner_text()
-    assert re.search(r"02\.png\s+cluster \d", table) and re.search(r"07\.png\s+cluster \d", table)
-    assert "refused" in table and "broken.png" in table
-    page.locator("#map .legendtext", has_text="new images (2)").wait_for(timeout=20_000)
+    assert "query.png" in table and "more.zip: 300.jpeg" in table and "refused: broken.png" in table
+    page.locator("#map .legendtext", has_text="new images (4)").wait_for()
+    pictures_are_there(page, "#placed img")
     page.wait_for_timeout(500)
     shot(page, "upload-and-cluster")
+    with page.expect_download() as got:
+        page.locator("#placed-note a", has_text="CSV").click()
+    assert Path(got.value.path()).read_text().count("\n") == 6
+    page.get_by_label("Take broken.png off the list").click()
+    page.click("#place")
+    page.locator("#placed-note", has_text="0 refused").wait_for()
 
 
-def test_about(page):
-    page.get_by_role("tab", name="About").click()
-    table = page.get_by_role("table").filter(has_text="encoder sha256")
-    table.wait_for(timeout=10_000)
-    assert "mobilenet-v3-small" in table.inner_text()
-    assert page.get_by_text("Research use only").locator("visible=true").count() >= 1
+def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
+    tab(page, "Atlas")
+    page.locator("#atlas-map .legendtext").first.wait_for()
+    note = page.locator("#atlas-map .hs-map-note").inner_text()
+    assert f"All {Atlas(atlas).stats()['tiles']:,} tiles" in note and "trustworthiness" in note
+    page.wait_for_timeout(500)
+    box = page.locator("#atlas-map .nsewdrag").bounding_box()
+    corners = [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.05)]
+    for number, (x, y) in enumerate(corners):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=8)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+    page.locator(".hs-lassoed", has_text="tiles chosen").wait_for()
+    assert re.search(
+        r"\d+ tiles chosen, \d+ of them shown", page.locator(".hs-lassoed").inner_text()
+    )
+    pictures_are_there(page, ".hs-lassoed li:nth-child(-n+5) img")
+    shot(page, "atlas")
+    page.locator(".hs-lassoed [data-open]").first.click()
+    page.locator("dialog[open] img").first.wait_for()
+    page.keyboard.press("Escape")
+    page.select_option("#hs-colour", "label")
+    page.locator("#atlas-map .legendtext", has_text=HELD_OUT).wait_for()
+    card = page.locator(".hs-cluster[data-cluster='2']")
+    card.get_by_label("Name").fill("<b>stroma</b> & glands")
+    card.get_by_label("Description").fill("seen by nobody")
+    card.get_by_role("button", name="Save").click()
+    card.get_by_text("Saved.").wait_for()
+    names = {c["cluster"]: c["name"] for c in Atlas(atlas).clusters("kmeans")}
+    assert names[2] == "<b>stroma</b> & glands"
+    page.reload()
+    page.locator("#find").wait_for()
+    tab(page, "Atlas")
+    card.get_by_label("Name").wait_for()
+    assert card.get_by_label("Name").input_value() == "<b>stroma</b> & glands"
+    page.locator("#atlas-map .legendtext", has_text="<b>stroma</b> & glands").wait_for()
+
+
+def test_slides_and_cases(page, tiles):
+    find(page, tiles / "query.png")
+    tab(page, "Slides and cases")
+    page.locator("[data-slide='CMU-1-Small-Region']").click()
+    page.locator(".hs-detail", has_text="P-CMU").wait_for()
+    pictures_are_there(page, ".hs-overview, .hs-slide img")
+    assert "clusters.jpg" in page.locator(".hs-overview").get_attribute("src")
+    assert "cluster" in page.locator(".hs-legend").inner_text()
+    similar = page.locator(".hs-similar").inner_text()
+    assert "tiles" in similar and "score" in similar
+    page.locator(".hs-pair img").first.scroll_into_view_if_needed()
+    shot(page, "slide")
+    page.get_by_label("similarity to the last search").click()
+    page.locator(".hs-overview[src*=heat]").wait_for()
+    pictures_are_there(page, ".hs-overview")
+    shot(page, "heat")
+    page.get_by_label("cases").click()
+    page.get_by_text("Similar cases").wait_for()
+    page.locator("#slide-name input, #slide-name textarea").fill("nothing")
+    page.get_by_text("No slide of that name.").wait_for()
+
+
+def test_a_new_slide_is_added_and_searched(page, make_slide, tmp_path, atlas):
+    before = Atlas(atlas).stats()["tiles"]
+    tab(page, "New slide")
+    page.click("#add")
+    page.locator("#add-note", has_text="either a file or a path").wait_for()
+    page.set_input_files("#new-file-input", make_slide(tmp_path / "fresh.tiff", side=1500, seed=5))
+    page.locator("#new-file .hs-files li").wait_for()
+    page.wait_for_function("!document.querySelector('#new-file .hs-picker-note').textContent")
+    page.get_by_label("Patient").last.fill("P-new")
+    page.click("#add")
+    page.locator("#jobs .hs-done", has_text="fresh").wait_for()
+    shot(page, "new-slide")
+    after = Atlas(atlas).stats()["tiles"]
+    assert after > before
+    page.locator(".hs-head", has_text=f"{after:,} tiles").wait_for()
+    page.reload()
+    page.locator("#find").wait_for()
+    tab(page, "Slides and cases")
+    page.locator("[data-slide='fresh']", has_text="P-new").click()
+    page.locator(".hs-detail", has_text="P-new").wait_for()
+
+
+def test_about_and_the_measured_recall(page, atlas):
+    tab(page, "About")
+    table = page.locator("#about")
+    table.wait_for()
+    assert Atlas(atlas).manifest.sha256 in table.inner_text()
+    page.click("#audit")
+    page.locator("#audit-note", has_text="Recall@10 1.0000").wait_for()
     shot(page, "about")
+
+
+def test_a_server_that_is_gone_is_said(browser, own_atlas, tile_folder, histoseek_ui):
+    port = free_port()
+    process = histoseek_ui(own_atlas, "--port", port)
+    up(port, process)
+    page = opened(browser, f"http://127.0.0.1:{port}/")
+    process.kill()
+    process.wait()
+    page.set_input_files("#hs-query-file", tile_folder / "cat/00.png")
+    page.locator(".hs-picker-note", has_text="could not be sent").first.wait_for()
+    page.close()
+
+
+TABS = ["Find similar", "Upload and cluster", "Atlas", "Slides and cases", "New slide", "About"]
+
+
+@pytest.mark.parametrize("width, theme", [(1280, "light"), (1280, "dark"), (390, "light")])
+def test_everyone_can_use_it(browser, served, tiles, width, theme):
+    """No serious violation by axe-core, nothing wider than the window, in both themes."""
+    from axe_playwright_python.sync_playwright import Axe
+
+    page = opened(browser, served, width, theme, bypass_csp=True)
+    axe = Axe()
+    found = []
+    for name in TABS:
+        tab(page, name)
+        page.wait_for_timeout(400)
+        if name == "Find similar":
+            check(axe, page, f"{name}, empty", found)
+            find(page, tiles / "query.png")
+            page.locator("#hits [data-like]").nth(1).click()
+            page.locator("#basket [data-drop]").wait_for()
+            page.locator("#filters button").first.click()
+            pictures_are_there(page, "#hits img")
+        elif name == "Upload and cluster":
+            page.set_input_files("#uploads-input", tiles / "query.png")
+            page.locator("#uploads .hs-files li").wait_for()
+            page.wait_for_function(
+                "!document.querySelector('#uploads .hs-picker-note').textContent"
+            )
+            page.click("#place")
+            page.locator("#placed-note").wait_for()
+        elif name == "Atlas":
+            page.locator("#atlas-map .legendtext").first.wait_for()
+            page.locator(".hs-cluster").first.wait_for()
+        elif name == "Slides and cases":
+            page.locator("[data-slide='CMU-1-Small-Region']").click()
+            page.locator(".hs-detail").wait_for()
+        page.mouse.move(0, 0)
+        page.wait_for_timeout(500)
+        check(axe, page, name, found)
+        shot(page, f"{name.lower().replace(' ', '-')}-{width}-{theme}")
+    tab(page, "Find similar")
+    page.locator("#hits [data-open]").first.click()
+    page.locator("dialog[open] dl").wait_for()
+    check(axe, page, "context", found)
+    assert found == []
+    page.close()
+
+
+def check(axe, page, name, found):
+    for violation in axe.run(page).response["violations"]:
+        if violation["impact"] in {"serious", "critical"}:
+            where = [node["html"][:120] for node in violation["nodes"][:3]]
+            found.append((name, violation["id"], where))
+    wider = page.evaluate("document.documentElement.scrollWidth - window.innerWidth")
+    if wider > 0:
+        found.append((name, "wider than the window", wider))

@@ -1,0 +1,279 @@
+"""The page and the API under load: start-up, clicks, 64 users, 10,000 broken uploads.
+
+    make bench-ui                     # everything, about 8 minutes
+    python tests/bench/ui.py --quick  # the same, shorter
+
+Server and callers share this machine's cores; everything goes over loopback.
+"""
+
+import argparse
+import http.client
+import io
+import json
+import os
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+sys.path.insert(
+    0, str(Path(__file__).parents[1])
+)  # before this folder, which has an atlases.py too
+from atlases import features
+from loopback import free_port
+from mutated import mutated_uploads
+
+from histoseek.index.atlas import Atlas
+from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
+from histoseek.ui.gate import Gate
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+         "--disable-component-update", "--disable-sync", "--no-first-run"]  # fmt: skip
+DIM = 64
+
+
+def real_tiles(count):
+    """JPEGs of lc25000."""
+    with tarfile.open(SHARED / "lc25000.tar") as pack:
+        names = [m for m in pack.getmembers() if m.name.endswith(".jpeg")][:: 2843 // count]
+        return [pack.extractfile(member).read() for member in names[:count]]
+
+
+def large_atlas(folder, slides, tiles):
+    """An atlas of the default encoder's length, its vectors around a few directions."""
+    atlas = Atlas.create(folder / "atlas", DEFAULT_BUNDLE)
+    files = []
+    for number in range(slides):
+        rng = np.random.default_rng(number)
+        vectors = grouped64(rng, tiles)
+        path = folder / f"s{number}.h5"
+        files.append(features(path, tiles, number, features=vectors))
+    atlas.add(files, {f"s{n}": {"label": "ab"[n % 2], "patient": f"P{n}"} for n in range(slides)})
+    atlas.fit("kmeans", k=12)
+    return atlas.path
+
+
+def grouped64(rng, count):
+    centres = np.random.default_rng(99).normal(size=(40, DIM))
+    vectors = centres[rng.integers(0, 40, count)] + rng.normal(size=(count, DIM)) * 0.5
+    return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+
+
+class Server:
+    def __init__(self, atlas):
+        self.port = free_port()
+        command = [sys.executable, "-m", "histoseek", "ui", atlas, "--port", self.port]
+        self.started = time.perf_counter()
+        self.process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
+        while True:
+            try:
+                self.ask("GET", "/")
+                break
+            except OSError:
+                assert self.process.poll() is None
+                time.sleep(0.02)
+        self.up_s = time.perf_counter() - self.started
+
+    def ask(self, method, path, body=None, headers=None):
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        try:
+            connection.request(method, path, body, headers or {})
+            answer = connection.getresponse()
+            return answer.status, answer.read()
+        finally:
+            connection.close()
+
+    def memory_mb(self):
+        text = Path(f"/proc/{self.process.pid}/status").read_text()
+        return int(text.split("VmRSS:")[1].split()[0]) / 1024
+
+    def stop(self):
+        self.process.send_signal(signal.SIGTERM)
+        assert self.process.wait(60) == 0
+
+
+def form(blob, **fields):
+    """A body with one image, and its content type."""
+    mark = "mark-7d1f"
+    parts = [
+        f'--{mark}\r\nContent-Disposition: form-data; name="{k}"\r\n\r\n{v}\r\n'.encode()
+        for k, v in fields.items()
+    ]
+    head = f'--{mark}\r\nContent-Disposition: form-data; name="images"; filename="a.png"\r\n\r\n'
+    body = b"".join([*parts, head.encode(), blob, f"\r\n--{mark}--\r\n".encode()])
+    return body, {"content-type": f"multipart/form-data; boundary={mark}"}
+
+
+def percentiles(values):
+    cut = statistics.quantiles(values, n=100)
+    return {name: round(cut[n - 1], 1) for name, n in (("p50", 50), ("p95", 95), ("p99", 99))}
+
+
+def clicks(server, blobs, count):
+    """Milliseconds of searches one after another, over HTTP."""
+    times = []
+    for number in range(count):
+        body, headers = form(blobs[number % len(blobs)], k=12)
+        started = time.perf_counter()
+        status, _ = server.ask("POST", "/v1/search", body, headers)
+        times.append(1000 * (time.perf_counter() - started))
+        assert status == 200
+    return percentiles(times)
+
+
+def page_clicks(server, blobs, count):
+    """Milliseconds from choosing a file on the page to twelve cards, in Chromium."""
+    from playwright.sync_api import sync_playwright
+
+    times = []
+    with sync_playwright() as playwright, tempfile.TemporaryDirectory() as folder:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
+        page = browser.new_page()
+        page.goto(f"http://127.0.0.1:{server.port}/")
+        page.locator("#find").wait_for()
+        for number in range(count + 1):
+            path = Path(folder) / f"{number}.png"
+            Image.open(io.BytesIO(blobs[number % len(blobs)])).save(path)
+            # From the change of the input to the answer that names the file's result.
+            page.evaluate("""() => { window.seen = null; window.began = null;
+              document.querySelector('#hs-query-file').addEventListener('change',
+                () => { window.began = performance.now(); }, {once: true, capture: true});
+              const old = document.querySelector('#verdict a')?.href;
+              const watch = new MutationObserver(() => {
+                const link = document.querySelector('#verdict a');
+                if (link && link.href !== old && document.querySelectorAll('#hits .hs-card').length) {
+                  window.seen = performance.now(); watch.disconnect(); } });
+              watch.observe(document.body, {childList: true, subtree: true}); }""")
+            page.set_input_files("#hs-query-file", path)
+            page.wait_for_function("window.seen !== null", timeout=20_000)
+            times.append(page.evaluate("window.seen - window.began"))
+        browser.close()
+    return round(statistics.median(times[1:]), 1)
+
+
+def load(server, blobs, users, seconds):
+    """Many users who each search again as soon as they have their answer."""
+    times, statuses, lock = [], Counter(), threading.Lock()
+    until = time.perf_counter() + seconds
+
+    def user(number):
+        rng = random.Random(number)
+        connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=60)
+        own, seen = [], Counter()
+        while time.perf_counter() < until:
+            body, headers = form(rng.choice(blobs), k=12)
+            started = time.perf_counter()
+            try:
+                connection.request("POST", "/v1/search", body, headers)
+                answer = connection.getresponse()
+                answer.read()
+                seen[answer.status] += 1
+            except (OSError, http.client.HTTPException) as error:
+                seen[type(error).__name__] += 1
+                connection.close()
+            own.append(1000 * (time.perf_counter() - started))
+        with lock:
+            times.extend(own)
+            statuses.update(seen)
+
+    before = server.memory_mb()
+    marks = []
+    threads = [threading.Thread(target=user, args=(n,)) for n in range(users)]
+    started = time.perf_counter()
+    [thread.start() for thread in threads]
+    while time.perf_counter() < until:
+        time.sleep(max(0.2, min(seconds / 20, until - time.perf_counter())))
+        marks.append(round(server.memory_mb()))
+    [thread.join() for thread in threads]
+    spent = time.perf_counter() - started
+    return {
+        "users": users, "seconds": round(spent), "searches": sum(statuses.values()),
+        "per_s": round(sum(statuses.values()) / spent, 1), "statuses": dict(statuses), **percentiles(times),
+        "memory_mb": {"before": round(before), "fifth": marks[len(marks) // 5], "end": marks[-1]},
+    }  # fmt: skip
+
+
+def broken(server, blobs, count):
+    """Statuses of mutated uploads by kind, and the memory they leave."""
+    statuses, marks = Counter(), []
+    for number, (_, blob) in enumerate(mutated_uploads(blobs[:6], count, random.Random(0))):
+        body, headers = form(blob)
+        status, answer = server.ask("POST", "/v1/embeddings", body, headers)
+        statuses[status] += 1
+        assert status == 200 or json.loads(answer)["error"]["code"]
+        if number % (count // 10) == 0:
+            marks.append(round(server.memory_mb()))
+    assert server.ask("GET", "/ready")[0] == 200
+    return {"uploads": count, "statuses": dict(sorted(statuses.items())), "memory_mb": marks}
+
+
+def batching(blobs, users=16, seconds=8):
+    """Images/s through the gate with and without batches, in turn."""
+    encoder = open_encoder("default")
+    gate = Gate(encoder)
+    measured = gate.measure()
+    chosen = gate.batch
+    size = encoder.manifest.size_px
+    tiles = [
+        np.asarray(Image.open(io.BytesIO(b)).convert("RGB").resize((size, size))) for b in blobs
+    ]
+    rates = {1: [], 8: []}
+    for _ in range(2):
+        for batch, found in rates.items():
+            gate.batch = batch
+            done, until = Counter(), time.perf_counter() + seconds / 2
+
+            def ask(number, done=done, until=until):
+                while time.perf_counter() < until:
+                    gate.embed(tiles[number][None])
+                    done[number] += 1
+
+            threads = [threading.Thread(target=ask, args=(n,)) for n in range(users)]
+            [thread.start() for thread in threads]
+            [thread.join() for thread in threads]
+            found.append(sum(done.values()) / (seconds / 2))
+    gate.close()
+    speeds = {f"images_per_s_batch_{b}": round(statistics.median(r), 1) for b, r in rates.items()}
+    return {**measured, "chosen_batch": chosen, **speeds}
+
+
+def main():
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--quick", action="store_true")
+    quick = parser.parse_args().quick
+    blobs = real_tiles(32)
+    report = {"cores": os.cpu_count()}
+    with tempfile.TemporaryDirectory() as folder:
+        slides, tiles = (20, 500) if quick else (20, 5_000)
+        path = large_atlas(Path(folder), slides, tiles)
+        report["tiles"] = slides * tiles
+        starts = []
+        for _ in range(3):
+            server = Server(path)
+            starts.append(server.up_s)
+            server.stop()
+        report["start_to_first_page_s"] = [round(s, 2) for s in starts]
+        server = Server(path)
+        time.sleep(15)  # what is made once in the background after a start
+        report["search_over_http_ms"] = clicks(server, blobs, 20 if quick else 200)
+        report["click_on_the_page_ms"] = page_clicks(server, blobs, 5 if quick else 25)
+        report["load"] = load(server, blobs, 64, 20 if quick else 300)
+        report["broken"] = broken(server, blobs, 500 if quick else 10_000)
+        server.stop()
+    report["batching"] = batching(blobs)
+    print(json.dumps(report, indent=2))
+
+
+if __name__ == "__main__":
+    main()

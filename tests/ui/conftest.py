@@ -1,0 +1,118 @@
+"""A real atlas with slides, tile sets and two clusterings, and a server of it without a network."""
+
+import json
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from histoseek.index.atlas import Atlas
+from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
+from histoseek.serving.jobs import find_jobs
+from histoseek.serving.pipeline import embed_jobs
+from histoseek.serving.results import EmbedOptions
+from histoseek.ui.access import Access
+from histoseek.ui.additions import Additions
+from histoseek.ui.audit import Audit
+from histoseek.ui.handlers import Session
+from histoseek.ui.server import make_app
+
+
+@pytest.fixture(scope="session")
+def ui_atlas(tmp_path_factory, make_slide, tile_folder):
+    """Two slides with patient and organ, and a set of labelled tiles."""
+    folder = tmp_path_factory.mktemp("page")
+    slides = [make_slide(folder / f"case-{n}.tiff", side=1400, seed=n) for n in (1, 2)]
+    jobs = find_jobs([*slides, tile_folder])
+    results = embed_jobs(
+        jobs, open_encoder("default"), folder / "features", EmbedOptions(), lambda *_: None
+    )
+    atlas = Atlas.create(folder / "atlas", DEFAULT_BUNDLE)
+    metadata = {
+        f"case-{n}": {"slide": f"case-{n}", "patient": f"P{n}", "organ": organ}
+        for n, organ in ((1, "colon"), (2, "lung"))
+    }
+    atlas.add([folder / r.features for r in results], metadata)
+    atlas.fit("hdbscan")
+    atlas.fit("kmeans", k=4)
+    return folder / "atlas"
+
+
+@pytest.fixture
+def own_atlas(ui_atlas, tmp_path):
+    """A copy that a test may change."""
+    return shutil.copytree(ui_atlas, tmp_path / "atlas")
+
+
+class Served:
+    """The app of an atlas with a client that speaks to it directly."""
+
+    def __init__(self, atlas, access=None, folders=()):
+        from starlette.testclient import TestClient
+
+        self.session = Session(atlas)
+        self.log = atlas / "audit.jsonl"
+        self.audit = Audit(self.log, self.session)
+        self.additions = Additions(self.session, folders)
+        app = make_app(
+            self.session, self.additions, self.audit, access or Access(), with_page=False
+        )
+        self.client = TestClient(
+            app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False
+        )
+
+    def lines(self):
+        return [json.loads(line) for line in self.log.read_text().splitlines()]
+
+    def close(self):
+        self.client.close()
+        self.additions.close()
+        self.audit.close()
+        self.session.close()
+
+
+@pytest.fixture
+def serve():
+    """Serve an atlas as long as the test runs."""
+    made = []
+
+    def start(atlas, access=None, folders=()):
+        made.append(Served(atlas, access, folders))
+        return made[-1]
+
+    yield start
+    for one in made:
+        one.close()
+
+
+@pytest.fixture(scope="module")
+def served(ui_atlas, tmp_path_factory):
+    """A server that tests only read from."""
+    one = Served(shutil.copytree(ui_atlas, tmp_path_factory.mktemp("read") / "atlas"))
+    yield one
+    one.close()
+
+
+@pytest.fixture(scope="module")
+def client(served):
+    return served.client
+
+
+@pytest.fixture
+def histoseek_ui():
+    """Start ``histoseek ui`` in a process of its own; ended when the test is over."""
+    running = []
+
+    def start(atlas, *options, env=None):
+        command = [sys.executable, "-u", "-m", "histoseek", "ui", str(atlas), *map(str, options)]
+        running.append(
+            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
+        )
+        return running[-1]
+
+    yield start
+    for process in running:
+        process.kill()
+        process.wait()
+        process.stdout.close()

@@ -1,0 +1,184 @@
+"""Adding slides from the page and the API, also when it is killed, refused or fed nonsense."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+from loopback import free_port, up
+
+from histoseek.errors import BadInput, Busy, NotFound, Unavailable
+from histoseek.index.atlas import Atlas
+from histoseek.ui.additions import MAX_WAITING, Additions
+from histoseek.ui.client import Client
+
+
+def over(additions, number, seconds=120):
+    deadline = time.monotonic() + seconds
+    while not (job := additions.get(number)).over:
+        assert time.monotonic() < deadline, job
+        time.sleep(0.05)
+    return job
+
+
+def test_a_slide_from_an_allowed_folder_is_searchable_soon(serve, own_atlas, tmp_path, make_slide):
+    folder = tmp_path / "slides"
+    folder.mkdir()
+    slide = make_slide(folder / "new-1.tiff", side=900, seed=9)
+    one = serve(own_atlas, folders=[folder])
+    before = one.session.atlas.stats()["tiles"]
+    body = {"path": str(slide), "label": "tumour", "patient": "P9"}
+    answer = one.client.post("/v1/slides", json=body)
+    assert answer.status_code == 202, answer.text
+    job = over(one.additions, answer.json()["id"])
+    assert job.state == "done" and job.done == job.total > 0, job
+    row = one.client.get("/v1/slides/new-1").json()
+    assert (row["label"], row["patient"], row["tiles"]) == ("tumour", "P9", job.total)
+    assert one.session.atlas.stats()["tiles"] == before + job.total
+    found = one.client.post(
+        "/v1/search", json={"like": [1], "where": "slide = 'new-1'", "k": 3}
+    ).json()
+    assert {h["slide"] for h in found["hits"]} == {"new-1"}
+    assert [line["action"] for line in one.lines()][-2:] == ["add", "search"]
+    again = one.client.post("/v1/slides", json=body)
+    assert again.status_code == 422 and "in the atlas already" in again.json()["error"]["message"]
+    body["replace"] = True
+    assert (
+        over(one.additions, one.client.post("/v1/slides", json=body).json()["id"]).state == "done"
+    )
+    gone = one.client.delete("/v1/slides/new-1").json()
+    assert gone == {"slide": "new-1", "tiles": job.total} and slide.exists(), "not ours to delete"
+    assert one.client.get("/v1/slides/new-1").status_code == 404
+
+
+def test_an_upload_is_kept_with_the_atlas_and_goes_with_its_slide(
+    serve, own_atlas, tmp_path, make_slide
+):
+    slide = make_slide(tmp_path / "up.tiff", side=700, mpp=None)
+    one = serve(own_atlas)
+    files = [("file", ("up.tiff", slide.read_bytes(), "image/tiff"))]
+    job = over(one.additions, one.client.post("/v1/slides", files=files).json()["id"])
+    assert job.state == "failed" and "micrometres per pixel" in job.message
+    assert str(own_atlas) not in job.message, "where files lie is nobody's business"
+    assert not (own_atlas / "uploads/up.tiff").exists(), "what cannot be added is not kept"
+    data = {"mpp": "0.5", "label": "x", "replace": "false"}
+    job = over(one.additions, one.client.post("/v1/slides", files=files, data=data).json()["id"])
+    assert job.state == "done", job.message
+    kept = own_atlas / "uploads/up.tiff"
+    assert kept.read_bytes() == slide.read_bytes()
+    tile = one.client.post("/v1/search", json={"like": [1], "where": "slide = 'up'", "k": 1}).json()
+    assert one.client.get(f"/v1/tiles/{tile['hits'][0]['tile']}.jpg").status_code == 200
+    assert Atlas(own_atlas).verify() == []
+    one.client.delete("/v1/slides/up")
+    assert not kept.exists() and list((own_atlas / "uploads").iterdir()) == []
+
+
+@pytest.mark.parametrize("blob", [b"", b"no slide", b"II*\0" + b"\xff" * 500])
+def test_nonsense_fails_by_itself_and_the_next_one_is_added(
+    serve, own_atlas, tmp_path, make_slide, blob
+):
+    one = serve(own_atlas)
+    files = [("file", ("bad.tiff", blob, "image/tiff"))]
+    bad = one.client.post("/v1/slides", files=files).json()
+    good = [
+        (
+            "file",
+            ("good.tiff", make_slide(tmp_path / "g.tiff", side=700).read_bytes(), "image/tiff"),
+        )
+    ]
+    good = one.client.post("/v1/slides", files=good).json()
+    assert over(one.additions, bad["id"]).state == "failed"
+    assert over(one.additions, good["id"]).state == "done"
+
+
+def test_what_is_no_slide_by_name_is_refused_at_once(serve, own_atlas):
+    one = serve(own_atlas)
+    for name in ("a.exe", "a.zip", "a.h5", "a"):
+        answer = one.client.post("/v1/slides", files=[("file", (name, b"x", "image/tiff"))])
+        assert answer.status_code == 415, name
+    assert one.client.post("/v1/slides", json={"path": ""}).status_code == 422
+    files = [("file", ("a.tiff", b"x", "image/tiff"))]
+    assert one.client.post("/v1/slides", files=files, data={"path": "/x.svs"}).status_code == 422
+    long = {"label": "x" * 300}
+    assert one.client.post("/v1/slides", files=files, data=long).status_code == 422
+
+
+def test_a_full_line_is_said(served, monkeypatch, own_atlas, tmp_path, make_slide):
+    session = served.session
+    monkeypatch.setattr(Additions, "_work", lambda self: None)  # nobody works
+    folder = tmp_path / "many"
+    folder.mkdir()
+    first = make_slide(folder / "s0.tiff", side=600)
+    additions = Additions(session, [folder])
+    for number in range(MAX_WAITING):
+        path = folder / f"s{number}.tiff"
+        path.write_bytes(first.read_bytes()) if number else None
+        additions.path(path, {}, False)
+    (folder / "last.tiff").write_bytes(first.read_bytes())
+    with pytest.raises(Busy, match="wait already"):
+        additions.path(folder / "last.tiff", {}, False)
+    with pytest.raises(NotFound):
+        additions.get("999")
+    additions.close()
+
+
+def test_a_killed_server_takes_an_upload_up_again(histoseek_ui, own_atlas, tmp_path, make_slide):
+    port = free_port()
+    client = Client(f"http://127.0.0.1:{port}", token="")
+    process = histoseek_ui(own_atlas, "--port", port, "--no-page")
+    up(port, process)
+    slide = make_slide(tmp_path / "late.tiff", side=4000, seed=3)
+    job = client.upload(slide, label="late", patient="P7")
+    assert job["state"] in {"waiting", "embedding"}
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert "late" not in {s["name"] for s in Atlas(own_atlas).slides()}
+    (own_atlas / "uploads/.half.tiff.part").write_bytes(b"x")
+    process = histoseek_ui(own_atlas, "--port", port, "--no-page")
+    up(port, process)
+    (job,) = client._json("GET", "/v1/jobs")["jobs"]
+    assert client.wait(job, 200)["state"] == "done"
+    row = client.slides("late")["slides"][0]
+    assert (row["label"], row["patient"]) == ("late", "P7") and row["tiles"] > 0
+    assert not (own_atlas / "uploads/.half.tiff.part").exists()
+    process.send_signal(signal.SIGINT)
+    assert process.wait(30) == 130
+    assert Atlas(own_atlas).verify() == []
+
+
+def test_the_client_speaks_to_a_real_server(histoseek_ui, own_atlas, tile_folder, tmp_path):
+    port = free_port()
+    env = {**os.environ, "HISTOSEEK_UI_TOKEN": "0123456789abcdef"}
+    process = histoseek_ui(own_atlas, "--port", port, "--no-page", env=env)
+    up(port, process)
+    client = Client(f"http://127.0.0.1:{port}", token="0123456789abcdef")
+    file = tile_folder / "cat/00.png"
+    assert client.info()["tiles"] == Atlas(own_atlas).stats()["tiles"]
+    found = client.search([file, file.read_bytes()], k=3, per_slide=False, where="label = 'cat'")
+    assert len(found["hits"]) == 3 and found["hits"][0]["label"] == "cat"
+    assert client.search(like=[found["hits"][0]["tile"]], k=2)["hits"]
+    assert len(client.embed([file])[0]) == 64
+    assert client.assign([file], "kmeans")["images"][0]["image"] == "00.png"
+    assert client.clusters("kmeans")["clustering"] == "kmeans"
+    assert client.tile(found["hits"][0]["tile"])[:2] == b"\xff\xd8"
+    assert client.remove("case-2")["slide"] == "case-2"
+    with pytest.raises(NotFound, match="no slide 'case-2'"):
+        client.remove("case-2")
+    with pytest.raises(BadInput, match="k: "):
+        client.search([file], k=0)
+    with pytest.raises(BadInput, match="say who you are"):
+        Client(f"http://127.0.0.1:{port}", token="").info()
+    with pytest.raises(BadInput, match="none.png"):
+        client.search([tmp_path / "none.png"])
+    with pytest.raises(Unavailable, match="does not answer"):
+        Client(f"http://127.0.0.1:{free_port()}").info()
+    code = f"""
+import sys
+from histoseek.ui.client import Client
+Client('http://127.0.0.1:{port}', token='0123456789abcdef').info()
+print([m for m in ('fastapi', 'numpy', 'gradio') if m in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr

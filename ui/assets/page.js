@@ -1,0 +1,394 @@
+/* What the page does in the browser: picking and cropping an image, the map, a tile in its context. */
+"use strict";
+(() => {
+  const hs = (window.histoseek = window.histoseek || {});
+  const el = (tag, attributes = {}, ...children) => {
+    const made = document.createElement(tag);
+    for (const [key, value] of Object.entries(attributes)) {
+      if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
+      else if (value !== null && value !== false) made.setAttribute(key, value === true ? "" : value);
+    }
+    made.append(...children);
+    return made;
+  };
+  const tileUrl = (tile) => `/v1/tiles/${tile}.jpg`;
+
+  async function ask(url) {
+    const answer = await fetch(url);
+    if (!answer.ok) {
+      const body = await answer.json().catch(() => null);
+      throw Object.assign(new Error(body?.error?.message ?? `the server answered ${answer.status}`), {
+        status: answer.status,
+      });
+    }
+    return answer;
+  }
+
+  /* ---- the query image: choose, drop or paste it, and draw the part that is searched for ---------- */
+  hs.picker = (element, trigger, upload) => {
+    const input = element.querySelector("input");
+    const stage = element.querySelector(".hs-stage");
+    const image = stage.querySelector("img");
+    const box = stage.querySelector(".hs-crop");
+    const note = element.querySelector(".hs-picker-note");
+    const whole = element.querySelector(".hs-whole");
+    const drop = element.querySelector(".hs-drop");
+    const limit = Number(element.querySelector(".hs-picker").dataset.limit);
+    let path = null, name = "", crop = null, start = null, url = null;
+
+    const send = () => trigger("upload", { path, name, crop });
+    const draw = () => {
+      whole.hidden = !crop;
+      box.hidden = !crop;
+      if (!crop) return;
+      const [x, y, w, h] = crop.map((v) => `${100 * v}%`);
+      Object.assign(box.style, { left: x, top: y, width: w, height: h });
+    };
+    async function take(file) {
+      if (!file) return;
+      if (file.size > limit) {
+        note.textContent = `${file.name} has ${file.size.toLocaleString()} bytes; at most ` +
+          `${limit.toLocaleString()} are taken. Crop or downsample it.`;
+        return;
+      }
+      note.textContent = `Sending ${file.name} …`;
+      if (url) URL.revokeObjectURL(url);
+      url = URL.createObjectURL(file);
+      let seen = true;
+      image.onload = () => { stage.hidden = false; };
+      image.onerror = () => { stage.hidden = true; seen = false; };
+      image.src = url;
+      image.alt = `your image, ${file.name}`;
+      crop = null;
+      draw();
+      try {
+        path = (await upload(file)).path;
+      } catch (error) {
+        note.textContent = `${file.name} could not be sent: ${error.message ?? error}. Try again.`;
+        return;
+      }
+      name = file.name;
+      note.textContent = seen ? `${name}. Drag over the picture to search for a part of it.`
+        : `${name}. This browser does not show such files, so the whole picture is searched for.`;
+      send();
+    }
+    input.addEventListener("change", () => take(input.files[0]));
+    for (const kind of ["dragenter", "dragover"])
+      drop.addEventListener(kind, (e) => { e.preventDefault(); drop.classList.add("hs-over"); });
+    for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("hs-over"));
+    drop.addEventListener("drop", (e) => { e.preventDefault(); take(e.dataTransfer.files[0]); });
+    document.addEventListener("paste", (e) => {
+      const file = [...(e.clipboardData?.files ?? [])].find((f) => f.type.startsWith("image/"));
+      if (file && element.offsetParent) take(file);
+    });
+
+    const at = (e) => {
+      const frame = image.getBoundingClientRect();
+      const share = (v, low, size) => Math.min(1, Math.max(0, (v - low) / size));
+      return [share(e.clientX, frame.left, frame.width), share(e.clientY, frame.top, frame.height)];
+    };
+    stage.addEventListener("pointerdown", (e) => {
+      if (!path) return;
+      e.preventDefault();
+      stage.setPointerCapture(e.pointerId);
+      start = at(e);
+    });
+    stage.addEventListener("pointermove", (e) => {
+      if (!start) return;
+      const end = at(e);
+      crop = [Math.min(start[0], end[0]), Math.min(start[1], end[1]),
+              Math.abs(end[0] - start[0]), Math.abs(end[1] - start[1])];
+      draw();
+    });
+    stage.addEventListener("pointerup", () => {
+      if (!start) return;
+      start = null;
+      if (crop && (crop[2] < 0.02 || crop[3] < 0.02)) crop = null;
+      draw();
+      send();
+    });
+    /* By keyboard: arrows move the box, with Shift they change its size, Escape takes the whole picture. */
+    stage.addEventListener("keydown", (e) => {
+      const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key];
+      if (e.key === "Escape") crop = null;
+      else if (!step || !path) return;
+      else {
+        e.preventDefault();
+        crop = crop ?? [0.25, 0.25, 0.5, 0.5];
+        let [x, y, w, h] = crop;
+        if (e.shiftKey) { w += step[0] * 0.05; h += step[1] * 0.05; }
+        else { x += step[0] * 0.05; y += step[1] * 0.05; }
+        w = Math.min(1, Math.max(0.05, w)); h = Math.min(1, Math.max(0.05, h));
+        crop = [Math.min(1 - w, Math.max(0, x)), Math.min(1 - h, Math.max(0, y)), w, h];
+      }
+      draw();
+      clearTimeout(stage.timer);
+      stage.timer = setTimeout(send, 400);
+    });
+    whole.addEventListener("click", () => { crop = null; draw(); send(); });
+    hs.clearPicker = () => {
+      path = null; crop = null; name = ""; input.value = ""; stage.hidden = true; draw();
+      note.textContent = "";
+    };
+  };
+
+  /* ---- files to upload: chosen or dropped, listed, and taken off the list again ------------------ */
+  const choosers = {};
+  hs.chosen = (name) => JSON.stringify(choosers[name]?.() ?? {});
+  hs.files = (element, upload) => {
+    const root = element.querySelector(".hs-picker");
+    const input = root.querySelector("input");
+    const drop = root.querySelector(".hs-drop");
+    const list = root.querySelector(".hs-files");
+    const note = root.querySelector(".hs-picker-note");
+    const limit = Number(root.dataset.limit), many = input.multiple;
+    let files = [], sending = 0;
+    choosers[input.id.replace(/-input$/, "")] = () => ({ files, sending });
+    const draw = () => list.replaceChildren(...files.map((file, n) => el("li", {}, el("span", {}, file.name),
+      el("button", { type: "button", "aria-label": `Take ${file.name} off the list`, onclick: () => {
+        files = files.filter((_, m) => m !== n); draw(); } }, "×"))));
+    async function take(chosen) {
+      const wanted = many ? [...chosen] : [...chosen].slice(0, 1);
+      const refused = [];
+      sending++;
+      for (const [n, file] of wanted.entries()) {
+        note.textContent = `Sending ${n + 1} of ${wanted.length}: ${file.name} …`;
+        if (file.size > limit) { refused.push(`${file.name} is larger than ${(limit / 2 ** 20).toLocaleString()} MB`); continue; }
+        try {
+          const { path } = await upload(file);
+          files = many ? [...files, { path, name: file.name }] : [{ path, name: file.name }];
+        } catch (error) { refused.push(`${file.name} could not be sent: ${error.message ?? error}`); }
+        draw();
+      }
+      note.textContent = refused.join("; ");
+      input.value = "";
+      sending--;
+    }
+    input.addEventListener("change", () => take(input.files));
+    for (const kind of ["dragenter", "dragover"])
+      drop.addEventListener(kind, (e) => { e.preventDefault(); drop.classList.add("hs-over"); });
+    for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("hs-over"));
+    drop.addEventListener("drop", (e) => { e.preventDefault(); take(e.dataTransfer.files); });
+    root.addEventListener("hs-clear", () => { files = []; draw(); });
+  };
+
+  /* ---- choosing tiles anywhere on the page ----------------------------------------------------- */
+  document.addEventListener("click", (e) => {
+    const button = e.target.closest?.("[data-open],[data-like],[data-unlike]");
+    if (!button) return;
+    if (button.dataset.open) hs.open(Number(button.dataset.open), button);
+    else if (button.dataset.like) hs.pick?.("like", Number(button.dataset.like));
+    else hs.pick?.("unlike", Number(button.dataset.unlike));
+  });
+  document.addEventListener("error", (e) => {
+    const image = e.target;
+    if (!(image instanceof HTMLImageElement) || !image.src.includes("/v1/")) return;
+    const told = el("span", { class: "hs-missing", role: "img", "aria-label": image.alt }, "picture not there");
+    image.replaceWith(told);
+    fetch(image.src).then(async (r) => {
+      if (!r.ok) told.textContent = (await r.json())?.error?.message ?? told.textContent;
+    }).catch(() => {});
+  }, true);
+
+  /* ---- a tile in its context ------------------------------------------------------------------- */
+  let dialog = null;
+  hs.open = async (tile, from) => {
+    if (!dialog) {
+      dialog = el("dialog", { class: "hs-dialog", "aria-labelledby": "hs-dialog-title" });
+      dialog.addEventListener("click", (e) => { if (e.target === dialog) dialog.close(); });
+      document.body.append(dialog);
+    }
+    const close = el("button", { class: "hs-close", "aria-label": "Close", onclick: () => dialog.close() }, "×");
+    dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `Tile ${tile}`), el("p", {}, "Loading …"));
+    if (!dialog.open) dialog.showModal();
+    dialog.onclose = () => from?.focus?.();
+    let facts;
+    try {
+      facts = await (await ask(`/v1/tiles/${tile}`)).json();
+    } catch (error) {
+      dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `Tile ${tile}`),
+        el("p", { role: "alert" }, error.message));
+      return;
+    }
+    const where = facts.file ?? `x ${facts.x}, y ${facts.y}`;
+    const figure = (url, alt, caption) => {
+      const shown = el("figure", {}, el("img", { src: url, alt }), el("figcaption", {}, caption));
+      return shown;
+    };
+    const list = el("dl", { class: "hs-facts-list" });
+    const known = { slide: facts.slide, place: where, label: facts.label, patient: facts.patient,
+      cluster: facts.cluster === null || facts.cluster < 0 ? null : facts.cluster,
+      "µm per pixel of level 0": facts.mpp };
+    for (const [key, value] of Object.entries(known))
+      if (value !== null && value !== undefined && value !== "")
+        list.append(el("dt", {}, key), el("dd", {}, String(value)));
+    const act = (kind, text) => el("button", {
+      class: "hs-act", onclick: () => { dialog.close(); hs.pick?.(kind, tile); } }, text);
+    const pictures = el("div", { class: "hs-context" },
+      figure(tileUrl(tile), `tile ${tile}`, "the tile"),
+      figure(`/v1/tiles/${tile}/field.jpg`, `tile ${tile} amid its neighbours`,
+        facts.file ? "the whole picture; the encoder saw the box" : "around it, at a lower magnification"));
+    if (!facts.file) pictures.append(figure(`/v1/tiles/${tile}/place.jpg`, `where tile ${tile} lies`, "on the slide"));
+    dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `${facts.slide}, ${where}`),
+      pictures, list, el("div", { class: "hs-acts" }, act("like", "+ More like this"), act("unlike", "− Unlike this")));
+    close.focus();
+  };
+
+  /* ---- the map --------------------------------------------------------------------------------- */
+  const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
+  const PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"];
+  const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star"];
+  const NONE = "#9a9a9a";
+  const LEGEND = 28;
+
+  function unpack(buffer) {
+    const length = new DataView(buffer).getUint32(0, true);
+    const about = JSON.parse(new TextDecoder().decode(new Uint8Array(buffer, 4, length)));
+    const at = 4 + length, n = about.shown;
+    return { about, ids: new Float64Array(buffer, at, n), places: new Float32Array(buffer, at + 8 * n, 2 * n),
+      codes: new Int32Array(buffer, at + 16 * n, n) };
+  }
+
+  const script = (() => {
+    let loading = null;
+    return () => (loading ??= new Promise((done, failed) => {
+      document.head.append(el("script", { src: "/page-assets/plotly.min.js", onload: done,
+        onerror: () => failed(new Error("the map's program could not be loaded")) }));
+    }));
+  })();
+
+  hs.map = (element, { fields = null, by = "cluster", stars = () => [] }) => {
+    const plot = element.querySelector(".hs-plot");
+    const note = element.querySelector(".hs-map-note");
+    const gallery = element.querySelector(".hs-lassoed");
+    const select = element.querySelector("select");
+    const peek = element.querySelector(".hs-peek");
+    let data = null, wanted = by, drawing = 0, hidden = new Set();
+
+    async function load() {
+      const mine = ++drawing;
+      for (let wait = 0; ; wait++) {
+        try {
+          const answer = await ask(`/v1/map?by=${encodeURIComponent(wanted)}`);
+          if (answer.status === 200) { data = unpack(await answer.arrayBuffer()); break; }
+        } catch (error) {
+          note.textContent = `No map: ${error.message}`;
+          return;
+        }
+        if (mine !== drawing) return;
+        if (wait > 3) note.textContent = "Laying the tiles out … this happens once, and takes some seconds.";
+        await new Promise((r) => setTimeout(r, wait < 4 ? 300 : 1500));
+      }
+      if (mine === drawing) { hidden = new Set(); await draw(); }
+    }
+
+    const dark = () => document.body.classList.contains("dark");
+
+    async function draw() {
+      if (!data) return;
+      await script();
+      const { about, ids, places, codes } = data;
+      const few = about.names.length <= LEGEND;
+      const groups = new Map();
+      for (let n = 0; n < ids.length; n++) {
+        const key = few ? codes[n] : 0;
+        if (!groups.has(key)) groups.set(key, []);
+        groups.get(key).push(n);
+      }
+      const size = ids.length > 50000 ? 3 : ids.length > 5000 ? 4 : 6;
+      const colour = (code) => (code < 0 ? NONE : PALETTE[code % PALETTE.length]);
+      const traces = [...groups.keys()].sort((a, b) => a - b).map((key) => {
+        const rows = groups.get(key);
+        const name = few ? (key < 0 ? `none (${rows.length.toLocaleString()})`
+          : `${plain(about.names[key])} (${rows.length.toLocaleString()})`) : "tiles";
+        return {
+          type: "scattergl", mode: "markers", name, hoverinfo: "none", customdata: rows.map((n) => ids[n]),
+          x: Float32Array.from(rows, (n) => places[2 * n]), y: Float32Array.from(rows, (n) => places[2 * n + 1]),
+          marker: { size, opacity: 0.7, color: few ? colour(key) : rows.map((n) => colour(codes[n])),
+            symbol: few && key >= 0 ? SYMBOLS[Math.floor(key / PALETTE.length) % SYMBOLS.length] : "circle" },
+        };
+      });
+      const extra = stars();
+      if (extra.length) traces.push({
+        type: "scatter", mode: extra.length <= 8 ? "markers+text" : "markers", name: `new images (${extra.length})`,
+        x: extra.map((s) => s.x), y: extra.map((s) => s.y), text: extra.map((s) => plain(s.name)),
+        textposition: "top center", hovertext: extra.map((s) => plain(`${s.name}: ${s.cluster}`)), hoverinfo: "text",
+        marker: { size: 15, symbol: "star", color: dark() ? "#ffffff" : "#111111",
+          line: { color: dark() ? "#111111" : "#ffffff", width: 1.5 } },
+      });
+      const ink = dark() ? "#e7e7ea" : "#27272a";
+      const axis = { visible: false, zeroline: false };
+      await Plotly.react(plot, traces, {
+        height: window.innerWidth < 600 ? 420 : 560, margin: { l: 5, r: 5, t: 5, b: 5 },
+        xaxis: axis, yaxis: { ...axis, scaleanchor: "x" }, dragmode: "lasso", hovermode: "closest",
+        paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink },
+        legend: { orientation: "h", y: -0.02, font: { size: 12 } }, showlegend: few || extra.length > 0, uirevision: wanted,
+      }, { displaylogo: false, responsive: true, scrollZoom: true,
+        modeBarButtons: [["lasso2d", "select2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] });
+      const shown = about.shown < about.total
+        ? `${about.shown.toLocaleString()} of ${about.total.toLocaleString()} tiles, drawn at random`
+        : `All ${about.total.toLocaleString()} tiles`;
+      note.textContent = `${shown}. ${about.method} of ${about.landmarks.toLocaleString()}; trustworthiness ` +
+        `${about.trust.toFixed(3)} of 1: near points are alike, distances between islands mean little.` +
+        (few ? "" : ` ${about.names.length.toLocaleString()} values share seven colours.`);
+      if (plot.dataset.wired) return;
+      plot.dataset.wired = "1";
+      plot.on("plotly_selected", (e) => show(e ? e.points.filter((p) => p.customdata !== undefined).map((p) => p.customdata) : []));
+      plot.on("plotly_click", (e) => { const p = e.points[0]; if (p.customdata !== undefined) hs.open(p.customdata, plot); });
+      plot.on("plotly_hover", (e) => {
+        const p = e.points[0];
+        if (p.customdata === undefined) return;
+        peek.replaceChildren(el("img", { src: tileUrl(p.customdata), alt: "", width: 112, height: 112 }));
+        const frame = element.getBoundingClientRect();
+        peek.style.left = `${Math.min(e.event.clientX - frame.left + 14, frame.width - 120)}px`;
+        peek.style.top = `${e.event.clientY - frame.top + 14}px`;
+        peek.hidden = false;
+      });
+      plot.on("plotly_unhover", () => { peek.hidden = true; });
+    }
+
+    function show(ids) {
+      if (!gallery) return;
+      const some = ids.length > 60 ? ids.filter((_, n) => n % Math.ceil(ids.length / 60) === 0) : ids;
+      const head = ids.length
+        ? `${ids.length.toLocaleString()} tiles chosen` + (some.length < ids.length ? `, ${some.length} of them shown` : "")
+        : "Draw around points to see their tiles; click one to open it.";
+      gallery.replaceChildren(el("p", { role: "status" }, head), el("ul", { class: "hs-strip" }, ...some.map((tile) =>
+        el("li", {}, el("button", { class: "hs-open", "data-open": tile, "aria-label": `Open tile ${tile}` },
+          el("img", { src: tileUrl(tile), alt: `tile ${tile}`, width: 96, height: 96, loading: "lazy" }))))));
+    }
+
+    if (select) {
+      (fields ?? []).forEach(([value, text]) => select.append(el("option", { value }, text)));
+      select.value = wanted;
+      select.addEventListener("change", () => { wanted = select.value; load(); });
+    }
+    show([]);
+    /* Drawn when it is first seen: a hidden tab has no width, and nobody waits for what is not looked at. */
+    new IntersectionObserver((seen, watcher) => {
+      if (seen.some((s) => s.isIntersecting)) { watcher.disconnect(); load().catch((e) => { note.textContent = `No map: ${e.message}`; }); }
+    }).observe(element);
+    new MutationObserver(() => data && draw()).observe(document.body, { attributeFilter: ["class"] });
+    return { draw, load, set: (value) => { wanted = value; return load(); } };
+  };
+
+  /* ---- clusters: names that people give -------------------------------------------------------- */
+  document.addEventListener("submit", async (e) => {
+    const form = e.target.closest?.(".hs-rename");
+    if (!form) return;
+    e.preventDefault();
+    const cluster = form.closest("[data-cluster]").dataset.cluster;
+    const told = form.querySelector("[role=status]");
+    told.textContent = "Saving …";
+    const body = { name: form.elements.name.value, description: form.elements.description.value,
+      clustering: form.dataset.clustering };
+    try {
+      const answer = await fetch(`/v1/clusters/${cluster}`, {
+        method: "PUT", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
+      const said = await answer.json();
+      told.textContent = answer.ok ? "Saved." : said.error.message;
+    } catch (error) {
+      told.textContent = `Not saved: ${error.message}. Is the server up?`;
+    }
+  });
+})();

@@ -1,0 +1,35 @@
+"""Colours that mean something: of clusters and of a scale, told apart with any colour vision."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
+"""Okabe & Ito's palette without black."""
+NONE = "#9a9a9a"
+VIRIDIS = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725"]
+"""Six steps of matplotlib's viridis, which is even in lightness."""
+
+
+def rgb(colour: str) -> tuple[int, int, int]:
+    """Return ``#rrggbb`` as numbers."""
+    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+
+
+def colour_of(number: int) -> str:
+    """Return the colour of the n-th value; negative numbers are none."""
+    return NONE if number < 0 else PALETTE[number % len(PALETTE)]
+
+
+def cluster_colour(cluster: int) -> tuple[int, int, int]:
+    """Return the colour of a cluster."""
+    return rgb(colour_of(cluster))
+
+
+def ramp(share: NDArray[np.floating]) -> NDArray[np.uint8]:
+    """Return colours (N, 3) of shares (N,) from 0 to 1, by viridis."""
+    steps = np.array([rgb(colour) for colour in VIRIDIS], dtype=np.float64)
+    at = np.linspace(0, 1, len(steps))
+    found = np.stack([np.interp(share, at, steps[:, n]) for n in range(3)], axis=1)
+    return found.round().astype(np.uint8)

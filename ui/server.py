@@ -1,0 +1,169 @@
+"""Running the page and the API: one process, on uvicorn, with everything opened before and closed after."""
+
+from __future__ import annotations
+
+import os
+import socket
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..console import say
+from ..errors import BadInput, Busy, MissingPart, StorageFailed
+from .access import Access, Guard
+from .additions import Additions
+from .audit import FILE, Audit
+from .handlers import Session
+from .traffic import Traffic
+
+GRACE_S = 5
+
+
+@dataclass(frozen=True)
+class ServeOptions:
+    """How the page is served.
+
+    Attributes:
+        host: address to listen on.
+        port: to listen on.
+        access: who may ask.
+        encoder: where the atlas's encoder runs, such as ``triton://…``; in this process when None.
+        slides: folders from which slides may be added by their path.
+        audit_log: file of the audit log; in the atlas's folder when None.
+        page: whether there is a page beside the API.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 7860
+    access: Access = Access()
+    encoder: str | None = None
+    slides: Sequence[Path] = ()
+    audit_log: Path | None = None
+    page: bool = True
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 1 <= self.port <= 65535:
+            raise BadInput(f"--port is {self.port}; expected 1 to 65535")
+        for folder in self.slides:
+            if not folder.is_dir():
+                raise BadInput(f"--slides {folder} is no folder; check the path")
+
+
+class Running:
+    """A server that is up; :meth:`close` takes it down."""
+
+    def __init__(self, atlas: Path, options: ServeOptions) -> None:
+        """Open everything and listen; answers as soon as this returns.
+
+        Raises:
+            Busy: the port is taken.
+            MissingPart: FastAPI, uvicorn or Gradio is not installed.
+            HistoseekError: whatever is wrong with atlas, encoder or audit log.
+        """
+        listening = _listen(options.host, options.port)
+        self._closing: list[Any] = [listening.close]
+        try:
+            self._start(atlas, options, listening)
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self, atlas: Path, options: ServeOptions, listening: socket.socket) -> None:
+        uvicorn = _need("uvicorn")
+        self.session = Session(atlas, options.encoder)
+        self._closing.append(self.session.close)
+        audit = _open_audit(atlas, options, self.session)
+        if audit is not None:
+            self._closing.append(audit.close)
+        additions = Additions(self.session, options.slides)
+        self._closing.append(additions.close)
+        app = make_app(self.session, additions, audit, options.access, options.page)
+        self._guard = app
+        config = uvicorn.Config(
+            app, log_level="warning", access_log=False, server_header=False, proxy_headers=False,
+            timeout_graceful_shutdown=GRACE_S, ws="none",
+        )  # fmt: skip
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(
+            target=self._server.run, args=([listening],), name="server", daemon=True
+        )
+        self._thread.start()
+        self._closing.append(self._stop)
+        while not self._server.started:
+            if not self._thread.is_alive():
+                raise Busy(f"the server did not start on {options.host}:{options.port}; see above")
+            self._thread.join(0.01)
+        name = f"[{options.host}]" if ":" in options.host else options.host
+        self.address = f"http://{name}:{options.port}/"
+        self.session.warm()
+
+    def _stop(self) -> None:
+        self._guard.close()
+        self._server.should_exit = True
+        self._thread.join(GRACE_S + 5)
+
+    def close(self) -> None:
+        """Answer what is under way, then close everything in turn."""
+        while self._closing:
+            self._closing.pop()()
+
+
+def make_app(
+    session: Session,
+    additions: Additions,
+    audit: Audit | None,
+    access: Access,
+    with_page: bool = True,
+) -> Guard:
+    """Return the whole ASGI app: the API, the page, and the guard around both."""
+    _need("fastapi")
+    from .api import make_api
+    from .service import Server
+
+    traffic = Traffic()
+    server = Server(session, additions, audit, traffic)
+    app = make_api(server)
+    if with_page:
+        _need("gradio")
+        from .app import mount
+
+        app = mount(app, server)
+    return Guard(app, access, traffic)
+
+
+def _open_audit(atlas: Path, options: ServeOptions, session: Session) -> Audit | None:
+    """Open the audit log; an atlas that can only be read has one only where one is named."""
+    try:
+        return Audit(options.audit_log or atlas / FILE, session)
+    except StorageFailed as error:
+        if options.audit_log is not None or options.access.guarded:
+            raise
+        say(f"no audit log: {error}")
+        return None
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    made = socket.socket(family, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        made.bind((host, port))
+        made.listen(2048)
+    except OSError as error:
+        made.close()
+        raise Busy(
+            f"port {port} on {host} cannot be used ({error}); choose another --port"
+        ) from error
+    return made
+
+
+def _need(module: str) -> Any:
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    try:
+        return __import__(module)
+    except ImportError as error:
+        raise MissingPart(f"the page needs {module}: pip install 'histoseek[ui]'") from error
