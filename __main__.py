@@ -292,6 +292,9 @@ def ui(
         Path | None, typer.Option(help="File of the audit log; in the atlas if left out.")
     ] = None,
     no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API only.")] = False,
+    log_requests: Annotated[
+        bool, typer.Option("--log-requests", help="Log every request, not only refused ones.")
+    ] = False,
     json: Json = False,
 ) -> None:
     """Serve the page and the HTTP API of an atlas (API: /docs)."""
@@ -299,6 +302,7 @@ def ui(
     from .ui.server import ServeOptions
 
     access = access_for(host, users, tuple(allow_host or ()))
+    console.log_to_stderr(log_requests)
     options = ServeOptions(
         host, port, access, encoder, tuple(slides or ()), audit_log, page=not no_page
     )

@@ -7,6 +7,7 @@ standard error. An error becomes ``{"error": {...}}`` there, and the exit code i
 from __future__ import annotations
 
 import json
+import logging
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -48,6 +49,15 @@ def emit(document: Any, human: Callable[[], None]) -> None:
         print(json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False, default=str))
     else:
         human()
+
+
+def log_to_stderr(everything: bool) -> None:
+    """Write our log to standard error: warnings, or everything."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    ours = logging.getLogger("histoseek")
+    ours.addHandler(handler)
+    ours.setLevel(logging.INFO if everything else logging.WARNING)
 
 
 def say(text: str) -> None:

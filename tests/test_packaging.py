@@ -47,7 +47,14 @@ def test_the_wheel_holds_every_module_and_the_default_encoder(tmp_path):
     }
     assert modules <= inside
     assert {n for n in inside if n.endswith(".py")} == modules
-    for extra in ("py.typed", "ui/page.css", "serving/default_encoder/encoder.onnx"):
+    for extra in (
+        "py.typed",
+        "ui/assets/page.css",
+        "ui/assets/page.js",
+        "ui/assets/docs.css",
+        "ui/assets/report.css",
+        "serving/default_encoder/encoder.onnx",
+    ):
         assert f"histoseek/{extra}" in inside
 
 

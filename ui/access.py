@@ -22,9 +22,10 @@ import threading
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, MutableMapping
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 from urllib.parse import urlsplit
 
 from ..errors import BadInput, TooLarge
@@ -54,12 +55,16 @@ HEADERS = {
     b"permissions-policy": b"camera=(), microphone=(), geolocation=()",
 }
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-LARGE = ("/v1/slides", "/gradio_api/upload")
-"""Where slides are uploaded, which are larger than pictures."""
+LARGE = "/v1/slides"
+"""Where slides are uploaded, as a form: they are larger than pictures, and go to the disk."""
 
 STREAMS = ("/gradio_api/heartbeat", "/gradio_api/queue/data")
 """What a page keeps open as long as it is looked at; it does not count as a request under way."""
 
+READ_S = 60.0
+"""For which a caller may neither send nor take anything."""
+PIECE_BYTES = 2**18
+DRAIN_S = 3.0
 CLOSING_S = 0.3
 """How often what is kept open looks whether the server closes."""
 
@@ -122,7 +127,7 @@ class Access:
             return None
         try:
             user, _, password = base64.b64decode(value, validate=True).decode().partition(":")
-        except (binascii.Error, UnicodeDecodeError):
+        except (binascii.Error, ValueError):
             return None
         found = None
         for name, known in self.users.items():
@@ -266,9 +271,12 @@ class _Exchange:
         self.status = 0
         self.received = 0
         self.held = 0
+        self.over = False
+        self.pending: asyncio.Future[Message] | None = None
         self.cut: tuple[int, str, str] | None = None
         self.started = time.perf_counter()
-        large = self.path.startswith(LARGE) and self.method == "POST"
+        form = self.text("content-type").lower().startswith("multipart/form-data")
+        large = self.path == LARGE and self.method == "POST" and form
         limits = self.access.limits
         self.limit = limits.slide_bytes if large else limits.body_bytes
         self.large = large
@@ -278,8 +286,11 @@ class _Exchange:
         return str(self.headers.get(name.encode(), b"").decode("latin-1"))
 
     async def run(self) -> None:
-        refused = self._refusal()
         counted = False
+        try:
+            refused = self._refusal()
+        except ValueError:  # a header that is none, such as an origin that is no address
+            refused = 422, "bad_input", "a header of the request cannot be read", {}
         if refused is None and self.path != "/health" and not self.stream:
             with self.guard._lock:
                 if self.guard._under_way >= self.access.limits.requests:
@@ -296,16 +307,19 @@ class _Exchange:
                 self._hand_on()
                 await self._let_through()
         finally:
+            if self.pending is not None:
+                self.pending.cancel()
             with self.guard._lock:
                 self.guard._under_way -= counted
                 self.guard._bytes -= self.held
             seconds = time.perf_counter() - self.started
             self.guard._traffic.count(self.scope, self.method, self.status, seconds)
-            if self.path.startswith("/v1") or self.status >= 400:
-                log.info(
-                    "%s %s %s %d %.0f ms user=%s id=%s",
-                    self.address, self.method, self.path, self.status, 1000 * seconds, self.user, self.id,
-                )  # fmt: skip
+            refused_or_failed = self.status in {0, 401, 429} or self.status >= 500
+            log.log(
+                logging.WARNING if refused_or_failed else logging.INFO,
+                "%s %s %s %d %.0f ms user=%s id=%s",
+                self.address, self.method, self.path, self.status, 1000 * seconds, self.user, self.id,
+            )  # fmt: skip
 
     @property
     def address(self) -> str:
@@ -390,7 +404,16 @@ class _Exchange:
 
     async def _bounded(self) -> Message:
         """Pass the body on as long as it is not too long, and say when the server closes."""
-        message = await self._until_closing() if self.stream else await self._receive()
+        if self.stream:
+            message = await self._until_closing()
+        elif self.over:  # asked whether the caller is still there
+            message = await self._receive()
+        else:
+            try:
+                message = await asyncio.wait_for(self._receive(), READ_S)
+            except TimeoutError:
+                self._cut(408, "timeout", "the body did not come in time; send it again")
+        self.over = self.over or not message.get("more_body", False)
         if message["type"] == "http.request":
             self.received += len(message.get("body", b""))
             if self.received > self.limit:
@@ -412,30 +435,55 @@ class _Exchange:
         if full and self.guard._bytes > self.held:  # alone, a request may be as long as is allowed
             self._cut(429, "busy", "too many bytes are being sent at once; ask again in a moment")
 
-    def _cut(self, status: int, code: str, text: str) -> None:
+    def _cut(self, status: int, code: str, text: str) -> NoReturn:
         """Stop reading the body, and have the answer say why."""
         self.cut = status, code, text
         raise TooLarge(text)
 
     async def _until_closing(self) -> Message:
-        task = asyncio.ensure_future(self._receive())
+        task = self.pending = self.pending or asyncio.ensure_future(self._receive())
         while not task.done():
             if self.guard._closing:
-                task.cancel()
                 return {"type": "http.disconnect"}
             await asyncio.wait({task}, timeout=CLOSING_S)
+        self.pending = None
         return task.result()
 
     async def _answer(self, message: Message) -> None:
         """Pass the answer on with our headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            headers = [(k, v) for k, v in message.get("headers", []) if k.lower() not in HEADERS]
+            # Gradio would let pages of other sites read its answers.
+            headers = [
+                (k, v)
+                for k, v in message.get("headers", [])
+                if k.lower() not in HEADERS and not k.lower().startswith(b"access-control-")
+            ]
             if not any(k.lower() == b"cache-control" for k, _ in headers):
                 headers.append((b"cache-control", b"no-store"))
             headers += [*HEADERS.items(), (REQUEST_ID.encode(), self.id.encode())]
             message = {**message, "headers": headers}
-        await self._send(message)
+            await self._send(message)
+            return
+        await self._send_slowly(message)
+
+    async def _send_slowly(self, message: Message) -> None:
+        """Send a body in pieces, each taken in time: who does not read keeps a place, and not for ever."""
+        body = message.get("body", b"")
+        if len(body) <= PIECE_BYTES:
+            await asyncio.wait_for(self._send(message), READ_S)
+            return
+        for start in range(0, len(body), PIECE_BYTES):
+            piece = {**message, "body": body[start : start + PIECE_BYTES], "more_body": True}
+            await asyncio.wait_for(self._send(piece), READ_S)
+        await self._send({**message, "body": b""})
+
+    async def _drain(self) -> None:
+        """Take what is still being sent, for a moment: else the caller may not see the answer."""
+        with suppress(Exception):
+            async with asyncio.timeout(DRAIN_S):
+                while (await self._receive()).get("more_body", False):
+                    pass
 
     async def _refuse(self, status: int, code: str, text: str, more: dict[bytes, bytes]) -> None:
         body = json.dumps(error_body(code, text, self.id)).encode()
@@ -444,6 +492,8 @@ class _Exchange:
             (b"content-length", str(len(body)).encode()),
             *more.items(),
         ]
+        if status in {413, 429} and not self.over and self.method not in SAFE:
+            await self._drain()
         await self._answer({"type": "http.response.start", "status": status, "headers": headers})
         await self._send(
             {"type": "http.response.body", "body": b"" if self.method == "HEAD" else body}

@@ -1,19 +1,21 @@
 """Adding slides while people search: a bounded queue, one slide at a time embedded in the background.
 
-A slide that was uploaded is kept in the atlas's folder ``uploads/``, with what was said of it beside it;
-one that a kill left there before it was added is taken up again at the next start.
+A slide that was uploaded is kept in a folder of its own in the atlas's ``uploads/``, with what was said of
+it beside it until it is in the atlas; one that a kill left there is taken up again at the next start.
 """
 
 from __future__ import annotations
 
+import logging
+import os
 import queue
 import re
+import secrets
 import shutil
 import tempfile
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -24,7 +26,7 @@ from ..errors import (
     HistoseekError,
     NotFound,
     StorageFailed,
-    TooLarge,
+    Unavailable,
     Unsupported,
 )
 from ..files import read_json, write_json
@@ -39,10 +41,17 @@ from .answers import now
 from .handlers import Session
 
 UPLOADS = "uploads"
+PENDING = "pending.json"
+"""Beside an upload as long as it is not in the atlas: what was said of it, and how often it was tried."""
+TRIES = 3
+WAITS_S = (1, 2, 5, 15, 30)
+PASSING = (Busy, Unavailable, StorageFailed)
+INDEXES = frozenset({".mrxs", ".vms", ".vmu"})
 MAX_WAITING = 32
 JOBS_KEPT = 200
 COPY_BYTES = 2**20
 FIELD_LIMIT = 200
+log = logging.getLogger("histoseek.additions")
 State = Literal["waiting", "embedding", "adding", "done", "failed"]
 
 
@@ -100,7 +109,8 @@ class Additions:
         self._uploads = session.atlas.path / UPLOADS
         self._jobs: OrderedDict[str, Addition] = OrderedDict()
         self._lock = threading.Lock()
-        self._queue: queue.Queue[str | None] = queue.Queue(MAX_WAITING)
+        self._queue: queue.Queue[str | None] = queue.Queue()  # the jobs are what is bounded
+        self._stop = threading.Event()
         self._number = 0
         self._closing = False
         self._worker = threading.Thread(target=self._work, name="additions", daemon=True)
@@ -115,40 +125,46 @@ class Additions:
     # -- asking ---------------------------------------------------------------------------------
 
     def upload(self, stream: BinaryIO, name: str, row: dict[str, str], replace: bool) -> Addition:
-        """Keep an uploaded slide and line it up.
+        """Keep an uploaded slide, in a folder of its own, and line it up.
 
         Args:
             stream: of its bytes.
             name: of its file; only the last part counts.
             row: label, patient and mpp.
-            replace: put it in the place of a slide of that name.
+            replace: put it in the place of a slide of that name; that one stays until this one is in.
 
         Raises:
             BadInput: no name, a kind of file that is no slide, or a slide of that name is there.
             Busy: too many wait.
             StorageFailed: no space.
         """
-        self._ready()
         file = plain(Path(name.replace("\\", "/")).name)
-        self._check(Path(file), row, replace)
-        target = self._uploads / file
-        if target.exists() and not replace:
-            raise BadInput(
-                f"an upload of the name {file} is there already; rename it, or replace it"
+        if Path(file).suffix.lower() in INDEXES:
+            raise Unsupported(
+                f"{file} is an index of other files, which one upload cannot hold; put the slide in a "
+                "folder that the server was started with (--slides), and give its path"
             )
-        part = target.with_name(f".{file}.part")
+        folder = self._uploads / secrets.token_hex(8)
+        job = self._reserve(folder / file, row, replace)
         try:
-            self._uploads.mkdir(mode=0o700, exist_ok=True)
-            with part.open("wb") as out:
+            folder.mkdir(mode=0o700, parents=True)
+            with (folder / file).open("xb") as out:
                 shutil.copyfileobj(stream, out, COPY_BYTES)
-            write_json(_sidecar(target), {"row": row, "replace": replace})
-            part.replace(target)
-        except OSError as error:
-            part.unlink(missing_ok=True)
+                out.flush()
+                os.fsync(out.fileno())
+            write_json(folder / PENDING, {"row": row, "replace": replace, "tries": 0})
+        except (OSError, StorageFailed) as error:
+            self._forget(job)
+            shutil.rmtree(folder, ignore_errors=True)
             raise StorageFailed(
-                f"{file} cannot be kept ({error.strerror}); free space on the atlas's disk"
+                f"{file} cannot be kept ({error}); free space on the atlas's disk"
             ) from error
-        return self._line_up(target, row, replace)
+        except BaseException:
+            self._forget(job)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._queue.put(job.id)
+        return job
 
     def path(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
         """Line up a slide that lies in an allowed folder.
@@ -158,7 +174,6 @@ class Additions:
             BadInput: it is no slide, or a slide of that name is there.
             Busy: too many wait.
         """
-        self._ready()
         try:
             real = path.resolve(strict=True)
         except (OSError, RuntimeError, ValueError):
@@ -169,8 +184,9 @@ class Additions:
                 f"{path.name} is not in a folder from which slides may be added; start the server "
                 "with --slides FOLDER, or upload the slide"
             )
-        self._check(real, row, replace)
-        return self._line_up(real, row, replace)
+        job = self._reserve(real, row, replace)
+        self._queue.put(job.id)
+        return job
 
     def all(self) -> list[Addition]:
         """Return the jobs, newest first."""
@@ -204,87 +220,121 @@ class Additions:
         if source is None:
             raise NotFound(f"the atlas holds no slide {slide!r}")
         tiles = self._session.atlas.remove([slide])
-        path = Path(source)
-        if path.parent == self._uploads.resolve() or path.parent == self._uploads:
-            path.unlink(missing_ok=True)
-            _sidecar(path).unlink(missing_ok=True)
+        self._delete_upload(Path(source))
         return tiles
 
     def close(self) -> None:
         """Let the slide under way be; it is taken up again at the next start if it was uploaded."""
         self._closing = True
-        with suppress(queue.Full):
-            self._queue.put_nowait(None)
+        self._stop.set()
+        self._queue.put(None)
         self._worker.join(5)
 
     # -- doing ----------------------------------------------------------------------------------
 
-    def _ready(self) -> None:
+    def _reserve(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
+        """Take a place in the line for a slide that can be added, or say why it cannot."""
         if self._session.encoder is None:
             raise BadInput(
                 "this atlas has no encoder here, so slides cannot be embedded; embed them with the tool "
                 "that made its features, and use `histoseek index import`"
             )
-        if self._queue.full():
-            raise Busy(f"{MAX_WAITING} slides wait already; ask again when some are through")
-
-    def _check(self, path: Path, row: dict[str, str], replace: bool) -> None:
         for key, value in row.items():
             if len(value) > FIELD_LIMIT or not value.isprintable():
-                raise TooLarge(f"{key} is longer than {FIELD_LIMIT} characters, or not plain text")
+                raise BadInput(f"{key} is longer than {FIELD_LIMIT} characters, or not plain text")
         if path.suffix.lower() not in SLIDE_SUFFIXES | SUFFIXES:
             raise Unsupported(
-                f"{path.name}: expected a slide (.svs, .ndpi, .mrxs as one file, .scn, .bif, .tif, .tiff, "
-                ".dcm …) or a picture"
+                f"{path.name}: expected a slide (.svs, .ndpi, .mrxs, .scn, .bif, .tif, .tiff, .dcm …) or a "
+                "picture"
             )
         there = {slide["name"] for slide in self._session.atlas.slides()}
-        waiting = {job.slide for job in self.all() if not job.over}
-        if path.stem in waiting:
-            raise BadInput(f"slide {path.stem!r} is on its way already")
-        if path.stem in there and not replace:
-            raise BadInput(f"slide {path.stem!r} is in the atlas already; rename it, or replace it")
-
-    def _line_up(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
         with self._lock:
+            under_way = [job for job in self._jobs.values() if not job.over]
+            if len(under_way) >= MAX_WAITING:
+                raise Busy(f"{MAX_WAITING} slides wait already; ask again when some are through")
+            if path.stem in {job.slide for job in under_way}:
+                raise BadInput(f"slide {path.stem!r} is on its way already")
+            if path.stem in there and not replace:
+                raise BadInput(
+                    f"slide {path.stem!r} is in the atlas already; rename it, or replace it"
+                )
             self._number += 1
-            job = Addition(
-                f"{self._number}", path.stem, "waiting", 0, 0, "", now(), path, row, replace
-            )
-            self._jobs[job.id] = job
+            number = str(self._number)
+            job = Addition(number, path.stem, "waiting", 0, 0, "", now(), path, row, replace)
+            self._jobs[number] = job
             while len(self._jobs) > JOBS_KEPT:
                 self._jobs.popitem(last=False)
-        try:
-            self._queue.put_nowait(job.id)
-        except queue.Full:
-            with self._lock:
-                del self._jobs[job.id]
-            raise Busy(
-                f"{MAX_WAITING} slides wait already; ask again when some are through"
-            ) from None
         return job
 
+    def _forget(self, job: Addition) -> None:
+        with self._lock:
+            self._jobs.pop(job.id, None)
+
     def _take_up(self) -> None:
-        """Line up uploads that are not in the atlas; drop parts of broken ones."""
+        """Line up uploads that a kill kept from the atlas; one that was tried too often is left alone."""
         if not self._uploads.is_dir() or self._session.encoder is None:
             return
-        there = {Path(slide["source"]).name for slide in self._session.atlas.slides()}
-        for file in sorted(self._uploads.iterdir()):
-            if file.name.endswith(".part"):
-                file.unlink(missing_ok=True)
-            elif file.suffix != ".json" and file.name not in there and _sidecar(file).is_file():
-                with suppress(HistoseekError, KeyError, TypeError):
-                    about = read_json(_sidecar(file))
-                    self._line_up(file, dict(about["row"]), bool(about["replace"]))
+        for folder in sorted(self._uploads.iterdir()):
+            files = [f for f in folder.iterdir() if f.name != PENDING] if folder.is_dir() else []
+            if len(files) != 1 or not (folder / PENDING).is_file():
+                if (
+                    folder.is_dir()
+                    and not (folder / PENDING).is_file()
+                    and not self._is_source(folder)
+                ):
+                    shutil.rmtree(folder, ignore_errors=True)  # cut off while it was sent
+                continue
+            try:
+                about = read_json(folder / PENDING)
+                row, replace_known, tries = (
+                    dict(about["row"]),
+                    bool(about["replace"]),
+                    int(about["tries"]),
+                )
+                if tries >= TRIES:
+                    log.error("%s was tried %d times and is left alone", files[0], tries)
+                    continue
+                write_json(folder / PENDING, {**about, "tries": tries + 1})
+                self._queue.put(self._reserve(files[0], row, replace_known).id)
+            except (HistoseekError, KeyError, TypeError, ValueError) as error:
+                log.error("%s cannot be taken up: %s", files[0], error)
+
+    def _is_source(self, folder: Path) -> bool:
+        return any(Path(s["source"]).parent == folder for s in self._session.atlas.slides())
 
     def _work(self) -> None:
         while (number := self._queue.get()) is not None and not self._closing:
             try:
+                self._try(number)
+            except Exception:  # whatever it is, the next one has its turn
+                log.exception("job %s", number)
+                self._set(number, state="failed", message="a fault of the server; its log has more")
+
+    def _try(self, number: str) -> None:
+        """Add one slide; wait for what passes, such as another writer, and keep the upload meanwhile."""
+        path = self.get(number).path
+        for wait in (*WAITS_S, None):
+            try:
                 self._add(number)
-            except Exception as error:  # one bad slide must not stop the next
-                text = str(error) or type(error).__name__
-                path = self._jobs[number].path
-                self._set(number, state="failed", message=text.replace(str(path), path.name))
-                self._drop_upload(path)
+                return
+            except PASSING as error:
+                text = self._session.hide(str(error))
+                if wait is None or self._closing:
+                    text += "; the upload is kept, and tried again at the next start"
+                    self._set(number, state="failed", message=text)
+                    return
+                self._set(number, state="waiting", message=f"{text}; trying again")
+                self._stop.wait(wait)
+            except HistoseekError as error:
+                text = self._session.hide(str(error)).replace(str(path), path.name)
+                self._set(number, state="failed", message=text)
+                self._delete_upload(path)
+                return
+
+    def _delete_upload(self, path: Path) -> None:
+        """Delete a slide that was uploaded, with its folder; any other file is not ours."""
+        if path.parent.parent in {self._uploads, self._uploads.resolve()}:
+            shutil.rmtree(path.parent, ignore_errors=True)
 
     def _add(self, number: str) -> None:
         job = self.get(number)
@@ -296,6 +346,7 @@ class Additions:
                 raise KeyboardInterrupt
 
         atlas = self._session.atlas
+        before = [s["source"] for s in atlas.slides() if s["name"] == job.slide]
         # An encoder of its own: a run that fails closes it, and people go on searching.
         encoder = open_encoder(self._session.spec, expect=atlas.manifest)
         options = EmbedOptions(overlays=False, jobs=max(1, cores() - 1))
@@ -315,15 +366,12 @@ class Additions:
             encoder.close()
         if added.state == "failed":
             raise BadInput(added.reason)
+        (job.path.parent / PENDING).unlink(missing_ok=True)
+        for source in before:
+            if Path(source) != job.path:
+                self._delete_upload(Path(source))
         text = f"{added.tiles:,} tiles" if added.tiles else f"no tiles: {added.reason}"
         self._set(number, state="done", message=text)
-
-    def _drop_upload(self, path: Path) -> None:
-        if path.parent == self._uploads and self._jobs:
-            there = {Path(slide["source"]).name for slide in self._session.atlas.slides()}
-            if path.name not in there:
-                path.unlink(missing_ok=True)
-                _sidecar(path).unlink(missing_ok=True)
 
     def _set(self, number: str, **changes: Any) -> None:
         with self._lock:
@@ -341,7 +389,3 @@ def plain(name: str) -> str:
     if not found or not Path(found).stem.strip("._ "):
         raise BadInput(f"{name!r} is no name for a slide; expected one such as case-1.svs")
     return found
-
-
-def _sidecar(path: Path) -> Path:
-    return path.with_name(path.name + ".json")

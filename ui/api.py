@@ -66,6 +66,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
         401: "who asks is not known",
         403: "a page of another site asks",
         404: "not there (any more)",
+        408: "the body did not come in time",
         409: "another encoder",
         413: "too many bytes, pixels or items",
         415: "a format that is not read",
@@ -89,7 +90,7 @@ def make_api(server: Server) -> FastAPI:
         title=TITLE, version=__version__, description=ABOUT, lifespan=lifespan,
         responses=REFUSALS, docs_url=None, redoc_url=None,
     )  # fmt: skip
-    _errors(app)
+    _errors(app, server)
     _service(app, server)
     add_queries(app, server)
     add_pictures(app, server)
@@ -126,7 +127,7 @@ def status_of(error: HistoseekError) -> tuple[int, str]:
     return next((number, code) for kind, number, code in STATUS if isinstance(error, kind))
 
 
-def _errors(app: FastAPI) -> None:
+def _errors(app: FastAPI, server: Server) -> None:
     def answer(request: Request, status: int, code: str, text: str) -> JSONResponse:
         body = error_body(code, text, request.headers.get(REQUEST_ID, "-"))
         headers = {"Retry-After": "2"} if status in {429, 503} else None
@@ -137,7 +138,7 @@ def _errors(app: FastAPI) -> None:
         status, code = status_of(error)
         if isinstance(error, Damaged):
             log.error("%s", error)
-        return answer(request, status, code, str(error))
+        return answer(request, status, code, server.session.hide(str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -54,12 +54,15 @@ class Audit:
         blob = (json.dumps(line, ensure_ascii=False, default=str) + "\n").encode()
         with self._lock:
             try:
-                os.write(self._file, blob)
+                while blob:
+                    blob = blob[os.write(self._file, blob) :]
             except OSError as error:
                 raise StorageFailed(
                     f"the audit log {self._path} cannot be written ({error.strerror}); free space"
                 ) from error
 
     def close(self) -> None:
-        """Close the file."""
-        os.close(self._file)
+        """Close the file; what comes after is refused."""
+        with self._lock:
+            os.close(self._file)
+            self._file = -1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -10,6 +11,11 @@ from typing import Any, TypeVar
 from ..errors import MissingPart
 
 T = TypeVar("T")
+AGAIN_S = 30.0
+"""After how long what failed is tried again."""
+
+
+log = logging.getLogger("histoseek.background")
 
 
 class Background:
@@ -20,7 +26,7 @@ class Background:
         self._lock = threading.Lock()
         self._made: dict[str, tuple[Any, Any]] = {}
         self._making: dict[str, threading.Thread] = {}
-        self._failed: dict[str, tuple[Any, Exception]] = {}
+        self._failed: dict[str, tuple[Any, Exception, float]] = {}
 
     def get(self, name: str, state: Any, make: Callable[[], T]) -> T | None:
         """Return what ``make`` gives for a state, an earlier state's while it is made, or None.
@@ -32,8 +38,9 @@ class Background:
             state_made, made = self._made.get(name, (None, None))
             if made is not None and state_made == state:
                 return made  # type: ignore[no-any-return]
-            state_failed, error = self._failed.get(name, (None, None))
-            if state_failed == state and error is not None:
+            state_failed, error, at = self._failed.get(name, (None, None, 0.0))
+            fresh = time.monotonic() - at < AGAIN_S
+            if state_failed == state and error is not None and fresh:
                 if isinstance(error, MissingPart):
                     raise error
                 return made  # type: ignore[no-any-return]
@@ -49,8 +56,9 @@ class Background:
         try:
             made = make()
         except Exception as error:
+            log.warning("%s could not be made: %s", name, error)
             with self._lock:
-                self._failed[name] = state, error
+                self._failed[name] = state, error, time.monotonic()
                 self._making.pop(name, None)
             return
         with self._lock:

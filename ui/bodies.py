@@ -84,7 +84,7 @@ async def read_body(
             f"content type {kind[:100] or 'none'!r}; expected application/json or multipart/form-data"
         )
     try:
-        form = await request.form(max_files=MAX_IMAGES, max_fields=1000)
+        form = await request.form(max_files=MAX_IMAGES, max_fields=300)
     except HTTPException as error:
         raise BadInput(f"the form cannot be read: {error.detail}") from error
     except Exception as error:  # python-multipart's own, and encodings that do not exist

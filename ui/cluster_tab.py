@@ -17,6 +17,7 @@ from .service import Server
 from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told, with_files
 
 ZIP_BYTES = 512 * 2**20
+ENTRIES = 4 * MAX_IMAGES
 MAP_JS = """
 const box = document.getElementById('stars');
 const read = () => { try { return JSON.parse(box.textContent.trim() || '[]'); } catch { return []; } };
@@ -91,7 +92,13 @@ def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]
             found.append((name, path))
             continue
         try:
+            if path.stat().st_size > UPLOAD_BYTES:
+                raise TooLarge(f"{name} has more than {UPLOAD_BYTES:,} bytes; split it")
             with zipfile.ZipFile(path) as pack:
+                if len(pack.infolist()) > ENTRIES:
+                    raise TooLarge(
+                        f"{name} lists more than {ENTRIES:,} files and folders; split it"
+                    )
                 for item in pack.infolist():
                     inner = item.filename.rsplit("/", 1)[-1]
                     if (

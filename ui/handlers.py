@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 import secrets
+import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput, HistoseekError, MissingPart, NotFound, TooLarge
+from ..errors import BadInput, Busy, HistoseekError, MissingPart, NotFound, TooLarge
 from ..images import Rgb, decode, square
 from ..index.atlas import Atlas
 from ..index.cases import How
@@ -34,6 +35,7 @@ MAX_IMAGES = 256
 MAX_PIXELS = 32_000_000
 MAP_POINTS = 200_000
 LAYOUT_S = 20.0
+DECODING_S = 30.0
 RESULTS_KEPT = 512
 RESULTS_BYTES = 256 * 2**20
 """Images that kept answers may hold."""
@@ -103,11 +105,21 @@ class Session:
         Raises:
             BadInput: no readable picture, or a crop that leaves nothing.
         """
-        with self._decoders:  # large pictures take much memory while they are decoded
+        with self._decoding():
             pixels = decode(image, name=name, max_pixels=MAX_PIXELS)
             if crop is not None:
                 pixels = cropped(pixels, crop, name)
             return square(pixels, self.atlas.manifest.size_px)
+
+    @contextmanager
+    def _decoding(self) -> Iterator[None]:
+        """Hold one of the few places to decode: large pictures take much memory while they are decoded."""
+        if not self._decoders.acquire(timeout=DECODING_S):
+            raise Busy("too many pictures are being decoded; ask again in a moment")
+        try:
+            yield
+        finally:
+            self._decoders.release()
 
     def embed(self, tiles: Sequence[Rgb]) -> NDArray[np.float32]:
         """Embed tiles (S, S, 3) -> (N, D), in turn with everyone else.
@@ -220,6 +232,13 @@ class Session:
             unknown=bool(placed and placed["unknown"]) or (nearer is not None and nearer < UNUSUAL),
         )
 
+    def hide(self, text: str) -> str:
+        """Return a text without the folders that nobody outside needs to know."""
+        for folder in {str(self.atlas.path.resolve()), str(self.atlas.path), tempfile.gettempdir()}:
+            if len(folder) > 1:
+                text = text.replace(folder + "/", "").replace(folder, self.atlas.path.name)
+        return text
+
     def warm(self) -> None:
         """Begin to make what the first answers are better with: the batch, and what nearness is usual."""
         self._background.get("usual", self._state(), self.atlas.usual_nearness)
@@ -331,12 +350,13 @@ class Session:
         return found
 
     def _place_all(self, layout: Layout) -> Points:
+        revision = self._state()  # before what it is of: a commit meanwhile makes it old, not wrong
         ids, vectors = self.atlas.vectors()
         rows = np.arange(len(ids))
         if len(rows) > MAP_POINTS:
             rows = np.sort(np.random.default_rng(0).choice(rows, MAP_POINTS, replace=False))
         places = layout.place(vectors[rows])
-        return Points(ids[rows], places, len(ids), layout, self._state())
+        return Points(ids[rows], places, len(ids), layout, revision)
 
     def colours(self, points: Points, by: str) -> tuple[list[str], NDArray[np.int32]]:
         """Return names and numbers (M,) of what colours the points: -1 for none.

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from html import escape
-from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ..errors import BadInput, HistoseekError
 from . import view
 from .service import Server
-from .widgets import EVENT, HIDDEN, SLIDE_BYTES, chooser, chosen, html, told, with_files
+from .widgets import EVENT, HIDDEN, chooser, html
 
-CLEAR_JS = """() => { if (document.querySelector('#add-note [role=status]'))
-  document.querySelector('#new-file .hs-picker').dispatchEvent(new Event('hs-clear')); }"""
+ADD_JS = "(...row) => histoseek.addSlide('new-file')(...row)"
+"""Sends the slide to the API, which has room for it, and puts what it says in the place of the path."""
 
 
 def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]) -> None:
@@ -30,7 +29,7 @@ def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]
     additions = server.additions
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            file = chooser("new-file", "Choose a slide", "", SLIDE_BYTES)
+            chooser("new-file", "Choose a slide", "", 0, local=True)
             path = gr.Textbox(
                 label="Or its path on the server", placeholder="/slides/case-7.svs",
                 visible=additions.takes_paths, elem_id="new-path",
@@ -50,43 +49,21 @@ def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]
     def busy() -> bool:
         return any(not job.over for job in additions.all())
 
-    def add(
-        listed: str,
-        where: str,
-        tag: str,
-        who: str,
-        scale: str,
-        over: bool,
-        request: gr.Request,
-    ) -> Any:
-        tag, who, scale, where = ((text or "").strip() for text in (tag, who, scale, where))
-        row = {"label": tag, "patient": who, "mpp": scale}
-        try:
-            given = chosen(listed)
-            if bool(given) == bool(where):
-                raise BadInput("no slide yet: give either a file or a path")
-            if given:
-                with Path(given[0]["path"]).open("rb") as stream:
-                    job = additions.upload(stream, given[0]["name"], row, over)
-            else:
-                job = additions.path(Path(where), row, over)
-            server.note(request, "add", slide=job.slide, job=job.id)
-        except HistoseekError as error:
-            return told(error), view.job_list(additions.all()), gr.Timer(active=busy())
-        text = f'<p role="status">{escape(job.slide)} is on its way.</p>'
-        return text, view.job_list(additions.all()), gr.Timer(active=True)
+    def added(said: str, *row: Any) -> Any:
+        answer = json.loads(said or "{}")
+        text = str(answer.get("text", ""))
+        shown = f'<p role="status">{escape(text)}</p>' if answer.get("ok") else view.problem(text)
+        return shown, view.job_list(additions.all()), gr.Timer(active=busy())
 
     def tick() -> Any:
         return view.job_list(additions.all()), gr.Timer(active=busy()), header()
 
     button.click(
-        add,
-        [file, path, label, patient, mpp, again],
+        added,
+        [path, label, patient, mpp, again],
         [note, jobs, timer],
-        js=with_files("new-file"),
+        js=ADD_JS,
         **EVENT,
     )
-    # What was sent is gone from the list, and the next slide can be chosen.
-    note.change(None, None, None, js=CLEAR_JS, **HIDDEN)
     timer.tick(tick, None, [jobs, timer, head], **HIDDEN)
     tab.select(tick, None, [jobs, timer, head], **HIDDEN)

@@ -130,6 +130,8 @@ class Pictures:
         view = self._atlas.view()
         number = slide_number(view, slide)
         scores = self._atlas.scores_in(slide, query, view)
+        if not len(scores):
+            raise NotFound(f"slide {slide!r} has no tiles")
         low, high = float(scores.min()), float(scores.max())
         share = (scores - low) / max(high - low, 1e-9)
         picture = self._painted(view, number, ramp(share), 0.6)
@@ -203,6 +205,8 @@ class Pictures:
     def _contact(self, view: View, number: int, longest: int) -> Rgb:
         """Return some tiles of a tile set side by side."""
         start, end = view.columns.starts[number : number + 2].tolist()
+        if start == end:
+            raise NotFound(f"{view.columns.slides[number]['name']!r} has no tiles")
         rows = np.unique(np.linspace(start, end - 1, CONTACT * CONTACT).astype(int))
         side = longest // CONTACT
         sheet = Image.new("RGB", (side * CONTACT, side * CONTACT), "white")

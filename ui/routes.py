@@ -164,9 +164,12 @@ def add_pictures(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/slides/{slide}/heat.jpg", tags=["slides"], responses=JPEG,
              response_class=Response)  # fmt: skip
-    def heat(slide: str, result: Annotated[str, Query(max_length=64)]) -> Response:
+    def heat(
+        slide: str, result: Annotated[str, Query(max_length=64)], request: Request
+    ) -> Response:
         """Return a slide with its tiles coloured by their similarity to an earlier search."""
         found = session.result(result)
+        server.note(request, "heat", slide=slide, result=result)
         if not isinstance(found, Found):
             raise BadInput("that result is no search; give the id of one")
         return jpeg(pictures.heat(slide, found.vector)[0], 0)
@@ -271,8 +274,8 @@ def add_slides(app: FastAPI, server: Server) -> None:
     @app.delete("/v1/slides/{slide}", tags=["slides"], response_model=models.Removed)
     def remove(slide: str, request: Request) -> Any:
         """Take a slide out of the atlas; a file that was uploaded goes too."""
+        server.note(request, "remove", slide=slide)  # before: what is done is never unseen
         tiles = additions.remove(slide)
-        server.note(request, "remove", slide=slide, tiles=tiles)
         return {"slide": slide, "tiles": tiles}
 
     @app.get("/v1/slides/{slide}/similar", tags=["slides"], response_model=models.SimilarSlides)
@@ -325,7 +328,7 @@ def add_clusters(app: FastAPI, server: Server) -> None:
     ) -> Any:
         """Say what people call a cluster."""
         name, _ = session.atlas.clustering(body.clustering)
-        session.atlas.name_cluster(cluster, body.name, body.description, name)
         server.note(request, "rename", clustering=name, cluster=cluster, name=body.name)
+        session.atlas.name_cluster(cluster, body.name, body.description, name)
         rows = [c for c in session.atlas.clusters(name, 6) if c["cluster"] == cluster]
         return {"clustering": name, "clusters": rows}

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shutil
 import socket
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,13 +14,14 @@ from typing import Any
 
 from ..console import say
 from ..errors import BadInput, Busy, MissingPart, StorageFailed
-from .access import Access, Guard
+from .access import Access, Guard, is_local
 from .additions import Additions
 from .audit import FILE, Audit
 from .handlers import Session
 from .traffic import Traffic
 
 GRACE_S = 5
+CONNECTIONS = 1024
 
 
 @dataclass(frozen=True)
@@ -47,6 +50,10 @@ class ServeOptions:
         """Check the ranges."""
         if not 1 <= self.port <= 65535:
             raise BadInput(f"--port is {self.port}; expected 1 to 65535")
+        if not is_local(self.host) and not self.access.guarded:
+            raise BadInput(
+                f"host {self.host} lets other machines in; give users or a token in access"
+            )
         for folder in self.slides:
             if not folder.is_dir():
                 raise BadInput(f"--slides {folder} is no folder; check the path")
@@ -80,11 +87,15 @@ class Running:
             self._closing.append(audit.close)
         additions = Additions(self.session, options.slides)
         self._closing.append(additions.close)
+        # What people upload to the page is theirs: a folder of its own, gone with the server.
+        private = tempfile.mkdtemp(prefix="histoseek-ui-")
+        self._closing.append(lambda: shutil.rmtree(private, ignore_errors=True))
+        os.environ["GRADIO_TEMP_DIR"] = private
         app = make_app(self.session, additions, audit, options.access, options.page)
         self._guard = app
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, proxy_headers=False,
-            timeout_graceful_shutdown=GRACE_S, ws="none",
+            timeout_graceful_shutdown=GRACE_S, ws="none", limit_concurrency=CONNECTIONS,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(

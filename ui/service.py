@@ -50,7 +50,7 @@ def who(request: Any) -> dict[str, str]:
     client = getattr(request, "client", None)
     headers = request.headers
     return {
-        "user": headers.get(USER, "-"),
+        "user": headers.get(USER, "-").encode("latin-1").decode("utf-8", "replace"),
         "address": getattr(client, "host", None) or "-",
         "request_id": headers.get(REQUEST_ID, "-"),
     }

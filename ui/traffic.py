@@ -9,6 +9,7 @@ from typing import Any
 
 from .handlers import Session
 
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
@@ -28,6 +29,7 @@ class Traffic:
         name = str(route) if route and route != "/" else "page"
         if status in {401, 421}:
             name = "refused"
+        method = method if method in METHODS else "other"
         with self._lock:
             self._requests[name, method, status] += 1
             sums = self._seconds.setdefault(name, [0.0, 0.0])

@@ -12,13 +12,12 @@ from ..errors import BadInput
 from . import view
 
 UPLOAD_BYTES = 64 * 2**20
-SLIDE_BYTES = 8 * 2**30
 EVENT: dict[str, Any] = {"api_visibility": "private"}
 """Events of the page are no API: that one is beside it, and documented."""
 HIDDEN: dict[str, Any] = {**EVENT, "show_progress": "hidden"}
 
 _FILES = """
-<div class="hs-picker" data-limit="{limit}">
+<div class="hs-picker" data-limit="{limit}" {local}>
   <div class="hs-drop"><input type="file" id="{name}-input" {options}>
   <label for="{name}-input">{title}</label>, or drop it here</div>
   <ul class="hs-files" aria-label="Files to upload"></ul><p class="hs-picker-note" role="status"></p>
@@ -43,7 +42,7 @@ def told(error: Exception) -> str:
     return view.problem(str(error))
 
 
-def chooser(name: str, title: str, options: str, limit: int) -> Any:
+def chooser(name: str, title: str, options: str, limit: int, local: bool = False) -> Any:
     """Return a place to choose or drop files: the field that :func:`with_files` fills with what is there.
 
     Args:
@@ -51,8 +50,10 @@ def chooser(name: str, title: str, options: str, limit: int) -> Any:
         title: of the link.
         options: of the input, such as ``multiple``.
         limit: bytes of a file.
+        local: leave the file in the browser; JavaScript of the tab sends it.
     """
-    template = _FILES.format(name=name, title=title, options=options, limit=limit)
+    kind = 'data-local="1"' if local else ""
+    template = _FILES.format(name=name, title=title, options=options, limit=limit, local=kind)
     html(html_template=template, js_on_load=_FILES_JS, elem_id=name)
     return gr.Textbox(visible="hidden")
 

@@ -248,30 +248,88 @@ def batching(blobs, users=16, seconds=8):
     return {**measured, "chosen_batch": chosen, **speeds}
 
 
+def map_drawn(path, rounds=3):
+    """Seconds until the map of an atlas is drawn in Chromium, and milliseconds of a lasso and of a drag."""
+    from playwright.sync_api import sync_playwright
+
+    server = Server(path)
+    while server.ask("GET", "/v1/map?by=cluster")[0] == 202:
+        time.sleep(0.5)
+    found = {"drawn_s": [], "lasso_ms": [], "zoom_ms": []}
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
+        for _ in range(rounds):
+            page = browser.new_page(viewport={"width": 1280, "height": 900})
+            page.goto(f"http://127.0.0.1:{server.port}/")
+            page.locator("#find").wait_for()
+            started = time.perf_counter()
+            page.get_by_role("tab", name="Atlas").click()
+            page.locator("#atlas-map .legendtext").first.wait_for(timeout=120_000)
+            found["drawn_s"].append(round(time.perf_counter() - started, 2))
+            found["shown"] = page.locator("#atlas-map .hs-map-note").inner_text().split(".")[0]
+            page.wait_for_timeout(500)
+            box = page.locator("#atlas-map .nsewdrag").bounding_box()
+            started = time.perf_counter()
+            for number, (x, y) in enumerate([(0.3, 0.3), (0.7, 0.3), (0.7, 0.7), (0.3, 0.7)]):
+                page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=6)
+                page.mouse.down() if number == 0 else None
+            page.mouse.up()
+            page.locator(".hs-lassoed", has_text="tiles chosen").wait_for(timeout=60_000)
+            found["lasso_ms"].append(round(1000 * (time.perf_counter() - started)))
+            started = time.perf_counter()
+            page.mouse.wheel(0, -400)
+            page.evaluate(
+                "new Promise((r) => requestAnimationFrame(() => requestAnimationFrame(r)))"
+            )
+            found["zoom_ms"].append(round(1000 * (time.perf_counter() - started)))
+            page.close()
+        browser.close()
+    server.stop()
+    return found
+
+
+PARTS = ("start", "clicks", "load", "broken", "batching", "map")
+
+
 def main():
     parser = argparse.ArgumentParser()
     parser.add_argument("--quick", action="store_true")
-    quick = parser.parse_args().quick
+    parser.add_argument("--only", choices=PARTS, help="one part")
+    arguments = parser.parse_args()
+    quick = arguments.quick
+    parts = {arguments.only} if arguments.only else set(PARTS)
     blobs = real_tiles(32)
     report = {"cores": os.cpu_count()}
     with tempfile.TemporaryDirectory() as folder:
-        slides, tiles = (20, 500) if quick else (20, 5_000)
-        path = large_atlas(Path(folder), slides, tiles)
-        report["tiles"] = slides * tiles
-        starts = []
-        for _ in range(3):
+        path = None
+        if parts - {"batching", "map"}:
+            slides, tiles = (20, 500) if quick else (20, 5_000)
+            path = large_atlas(Path(folder), slides, tiles)
+            report["tiles"] = slides * tiles
+        if "start" in parts:
+            starts = []
+            for _ in range(3):
+                server = Server(path)
+                starts.append(server.up_s)
+                server.stop()
+            report["start_to_first_page_s"] = [round(s, 2) for s in starts]
+        if parts & {"clicks", "load", "broken"}:
             server = Server(path)
-            starts.append(server.up_s)
+            time.sleep(15)  # what is made once in the background after a start
+            if "clicks" in parts:
+                report["search_over_http_ms"] = clicks(server, blobs, 20 if quick else 200)
+                report["click_on_the_page_ms"] = page_clicks(server, blobs, 5 if quick else 25)
+            if "load" in parts:
+                report["load"] = load(server, blobs, 64, 20 if quick else 300)
+            if "broken" in parts:
+                report["broken"] = broken(server, blobs, 500 if quick else 10_000)
             server.stop()
-        report["start_to_first_page_s"] = [round(s, 2) for s in starts]
-        server = Server(path)
-        time.sleep(15)  # what is made once in the background after a start
-        report["search_over_http_ms"] = clicks(server, blobs, 20 if quick else 200)
-        report["click_on_the_page_ms"] = page_clicks(server, blobs, 5 if quick else 25)
-        report["load"] = load(server, blobs, 64, 20 if quick else 300)
-        report["broken"] = broken(server, blobs, 500 if quick else 10_000)
-        server.stop()
-    report["batching"] = batching(blobs)
+        if "map" in parts:
+            (Path(folder) / "map").mkdir()
+            slides, tiles = (20, 500) if quick else (44, 5_000)
+            report["map"] = map_drawn(large_atlas(Path(folder) / "map", slides, tiles))
+    if "batching" in parts:
+        report["batching"] = batching(blobs)
     print(json.dumps(report, indent=2))
 
 

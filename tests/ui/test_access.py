@@ -115,6 +115,9 @@ def test_without_credentials_nothing_but_health_answers(histoseek_ui, own_atlas,
                 {"authorization": f"Bearer {TOKEN}"}):  # fmt: skip
         assert ask("GET", "/", who)[0] == ask("GET", "/info", who)[0] == 200
     who = basic("ann", "sesame")
+    for path in ("/config", "/info", "/"):
+        _, headers = ask("GET", path, {**who, "origin": "https://evil.example"})
+        assert not [name for name in headers if name.startswith("access-control-")], path
     secret = own_atlas / "atlas.db"
     for path in (f"/gradio_api/file={secret}", "/gradio_api/file=/etc/passwd", f"/file={secret}",
                  "/page-assets/..%2f..%2fapp.py", "/page-assets/page.css",
@@ -222,6 +225,29 @@ def test_bytes_of_all_requests_together_are_bounded(serve, own_atlas):
     assert one.client.post("/v1/search", json={"like": [1]}).status_code == 200
 
 
+def test_who_sends_or_reads_too_slowly_is_let_go(histoseek_ui, own_atlas, monkeypatch, serve):
+    import threading
+    import time
+
+    monkeypatch.setattr("histoseek.ui.access.READ_S", 0.3)
+    one = serve(own_atlas)
+    headers = {"content-type": "application/json"}
+    go = threading.Event()
+
+    def slow():
+        yield b"{"
+        go.wait(3)
+        yield b"}"
+
+    timer = threading.Timer(2, go.set)
+    timer.start()
+    started = time.monotonic()
+    answer = one.client.post("/v1/search", content=slow(), headers=headers)
+    assert answer.status_code in {408, 422} and time.monotonic() - started < 10
+    assert one.client.app._under_way == 0
+    timer.join()
+
+
 def test_more_requests_than_are_allowed_are_turned_away(serve, own_atlas, monkeypatch):
     import threading
 
@@ -280,7 +306,7 @@ def test_names_of_uploads_stay_in_their_folder(serve, own_atlas, name):
     one = serve(own_atlas)
     before = set(own_atlas.parent.rglob("*"))
     job = one.additions.upload(io.BytesIO(b"no slide"), name, {}, False)
-    assert job.path.parent == own_atlas / "uploads" and not job.path.name.startswith(".")
+    assert job.path.parent.parent == own_atlas / "uploads" and not job.path.name.startswith(".")
     new = set(own_atlas.parent.rglob("*")) - before
     assert all(own_atlas / "uploads" in [p, *p.parents] for p in new)
 

@@ -62,12 +62,12 @@ def test_an_upload_is_kept_with_the_atlas_and_goes_with_its_slide(
     job = over(one.additions, one.client.post("/v1/slides", files=files).json()["id"])
     assert job.state == "failed" and "micrometres per pixel" in job.message
     assert str(own_atlas) not in job.message, "where files lie is nobody's business"
-    assert not (own_atlas / "uploads/up.tiff").exists(), "what cannot be added is not kept"
+    assert list((own_atlas / "uploads").iterdir()) == [], "what cannot be added is not kept"
     data = {"mpp": "0.5", "label": "x", "replace": "false"}
     job = over(one.additions, one.client.post("/v1/slides", files=files, data=data).json()["id"])
     assert job.state == "done", job.message
-    kept = own_atlas / "uploads/up.tiff"
-    assert kept.read_bytes() == slide.read_bytes()
+    (kept,) = (own_atlas / "uploads").glob("*/up.tiff")
+    assert kept.read_bytes() == slide.read_bytes() and not (kept.parent / "pending.json").exists()
     tile = one.client.post("/v1/search", json={"like": [1], "where": "slide = 'up'", "k": 1}).json()
     assert one.client.get(f"/v1/tiles/{tile['hits'][0]['tile']}.jpg").status_code == 200
     assert Atlas(own_atlas).verify() == []
@@ -95,7 +95,7 @@ def test_nonsense_fails_by_itself_and_the_next_one_is_added(
 
 def test_what_is_no_slide_by_name_is_refused_at_once(serve, own_atlas):
     one = serve(own_atlas)
-    for name in ("a.exe", "a.zip", "a.h5", "a"):
+    for name in ("a.exe", "a.zip", "a.h5", "a", "a.mrxs", "a.vms"):
         answer = one.client.post("/v1/slides", files=[("file", (name, b"x", "image/tiff"))])
         assert answer.status_code == 415, name
     assert one.client.post("/v1/slides", json={"path": ""}).status_code == 422
@@ -124,6 +124,92 @@ def test_a_full_line_is_said(served, monkeypatch, own_atlas, tmp_path, make_slid
     additions.close()
 
 
+def test_a_replacement_that_fails_leaves_the_slide_as_it_was(
+    serve, own_atlas, tmp_path, make_slide
+):
+    one = serve(own_atlas)
+    blob = make_slide(tmp_path / "x.tiff", side=700).read_bytes()
+    first = one.client.post("/v1/slides", files=[("file", ("x.tiff", blob, "image/tiff"))]).json()
+    assert over(one.additions, first["id"]).state == "done"
+    (kept,) = (own_atlas / "uploads").glob("*/x.tiff")
+    bad = [("file", ("x.tiff", b"rubbish", "image/tiff"))]
+    job = one.client.post("/v1/slides", files=bad, data={"replace": "true"}).json()
+    assert over(one.additions, job["id"]).state == "failed"
+    assert kept.read_bytes() == blob and Atlas(own_atlas).verify() == []
+    assert [s["tiles"] > 0 for s in one.session.atlas.slides() if s["name"] == "x"] == [True]
+    other = make_slide(tmp_path / "y.tiff", side=900, seed=4).read_bytes()
+    files = [("file", ("x.tiff", other, "image/tiff"))]
+    job = one.client.post("/v1/slides", files=files, data={"replace": "true"}).json()
+    assert over(one.additions, job["id"]).state == "done"
+    (now,) = (own_atlas / "uploads").glob("*/x.tiff")
+    assert now.read_bytes() == other and not kept.exists()
+
+
+def test_another_writer_is_waited_for_and_nothing_is_lost(serve, own_atlas, tmp_path, make_slide):
+    one = serve(own_atlas)
+    blob = make_slide(tmp_path / "w.tiff", side=700).read_bytes()
+    with Atlas(own_atlas).writing():
+        job = one.client.post("/v1/slides", files=[("file", ("w.tiff", blob, "image/tiff"))]).json()
+        deadline = time.monotonic() + 60
+        while "trying again" not in one.additions.get(job["id"]).message:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        assert str(own_atlas) not in one.additions.get(job["id"]).message
+    assert over(one.additions, job["id"]).state == "done"
+
+
+def test_two_uploads_of_a_name_do_not_mix(serve, own_atlas, tmp_path, make_slide):
+    import threading
+
+    one = serve(own_atlas)
+    blobs = [make_slide(tmp_path / f"{n}.tiff", side=700, seed=n).read_bytes() for n in (1, 2)]
+    answers = []
+
+    def send(blob):
+        files = [("file", ("same.tiff", blob, "image/tiff"))]
+        answers.append(one.client.post("/v1/slides", files=files))
+
+    with one.client:
+        threads = [threading.Thread(target=send, args=(blob,)) for blob in blobs]
+        [thread.start() for thread in threads]
+        [thread.join() for thread in threads]
+    assert sorted(a.status_code for a in answers) == [202, 422]
+    (kept,) = (own_atlas / "uploads").glob("*/same.tiff")
+    assert kept.read_bytes() in blobs
+
+
+def test_what_kills_the_server_is_not_tried_for_ever(
+    serve, own_atlas, tmp_path, make_slide, monkeypatch
+):
+    import json
+
+    folder = own_atlas / "uploads/0123"
+    folder.mkdir(parents=True)
+    (folder / "poison.tiff").write_bytes(make_slide(tmp_path / "p.tiff", side=600).read_bytes())
+    (folder / "pending.json").write_text(json.dumps({"row": {}, "replace": False, "tries": 3}))
+    one = serve(own_atlas)
+    assert one.additions.all() == [] and (folder / "poison.tiff").exists()
+
+
+def test_a_fault_while_adding_stops_no_other(serve, own_atlas, tmp_path, make_slide, monkeypatch):
+    one = serve(own_atlas)
+    add = Additions._add
+
+    def broken(self, number):
+        if self.get(number).slide == "bad":
+            raise RuntimeError("/secret")
+        add(self, number)
+
+    monkeypatch.setattr(Additions, "_add", broken)
+    blob = make_slide(tmp_path / "s.tiff", side=700).read_bytes()
+    jobs = [
+        one.client.post("/v1/slides", files=[("file", (f"{name}.tiff", blob, "image/tiff"))]).json()
+        for name in ("bad", "good")
+    ]
+    assert over(one.additions, jobs[0]["id"]).message == "a fault of the server; its log has more"
+    assert over(one.additions, jobs[1]["id"]).state == "done"
+
+
 def test_a_killed_server_takes_an_upload_up_again(histoseek_ui, own_atlas, tmp_path, make_slide):
     port = free_port()
     client = Client(f"http://127.0.0.1:{port}", token="")
@@ -135,14 +221,16 @@ def test_a_killed_server_takes_an_upload_up_again(histoseek_ui, own_atlas, tmp_p
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "late" not in {s["name"] for s in Atlas(own_atlas).slides()}
-    (own_atlas / "uploads/.half.tiff.part").write_bytes(b"x")
+    half = own_atlas / "uploads/0123/half.tiff"
+    half.parent.mkdir()
+    half.write_bytes(b"x")
     process = histoseek_ui(own_atlas, "--port", port, "--no-page")
     up(port, process)
     (job,) = client._json("GET", "/v1/jobs")["jobs"]
     assert client.wait(job, 200)["state"] == "done"
     row = client.slides("late")["slides"][0]
     assert (row["label"], row["patient"]) == ("late", "P7") and row["tiles"] > 0
-    assert not (own_atlas / "uploads/.half.tiff.part").exists()
+    assert not half.exists(), "it was cut off while it was sent"
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert Atlas(own_atlas).verify() == []
@@ -151,7 +239,7 @@ def test_a_killed_server_takes_an_upload_up_again(histoseek_ui, own_atlas, tmp_p
 def test_the_client_speaks_to_a_real_server(histoseek_ui, own_atlas, tile_folder, tmp_path):
     port = free_port()
     env = {**os.environ, "HISTOSEEK_UI_TOKEN": "0123456789abcdef"}
-    process = histoseek_ui(own_atlas, "--port", port, "--no-page", env=env)
+    process = histoseek_ui(own_atlas, "--port", port, "--no-page", "--log-requests", env=env)
     up(port, process)
     client = Client(f"http://127.0.0.1:{port}", token="0123456789abcdef")
     file = tile_folder / "cat/00.png"
@@ -182,3 +270,7 @@ print([m for m in ('fastapi', 'numpy', 'gradio') if m in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout.strip() == "[]", done.stderr
+    process.send_signal(signal.SIGTERM)
+    said = process.communicate(timeout=40)[0].decode()
+    assert "INFO 127.0.0.1 POST /v1/search 200" in said and "user=token id=" in said
+    assert "WARNING 127.0.0.1 GET /info 401" in said and "Traceback" not in said

@@ -381,7 +381,6 @@ def test_a_new_slide_is_added_and_searched(page, make_slide, tmp_path, atlas):
     page.locator("#add-note", has_text="either a file or a path").wait_for()
     page.set_input_files("#new-file-input", make_slide(tmp_path / "fresh.tiff", side=1500, seed=5))
     page.locator("#new-file .hs-files li").wait_for()
-    page.wait_for_function("!document.querySelector('#new-file .hs-picker-note').textContent")
     page.get_by_label("Patient").last.fill("P-new")
     page.click("#add")
     page.locator("#jobs .hs-done", has_text="fresh").wait_for()

@@ -146,8 +146,14 @@
     choosers[input.id.replace(/-input$/, "")] = () => ({ files, sending });
     const draw = () => list.replaceChildren(...files.map((file, n) => el("li", {}, el("span", {}, file.name),
       el("button", { type: "button", "aria-label": `Take ${file.name} off the list`, onclick: () => {
-        files = files.filter((_, m) => m !== n); draw(); } }, "×"))));
+        files = files.filter((_, m) => m !== n); if (root.dataset.local) input.value = ""; draw(); } }, "×"))));
     async function take(chosen) {
+      if (root.dataset.local) {
+        if (chosen !== input.files) input.files = chosen;
+        files = [...input.files].map((file) => ({ name: file.name }));
+        draw();
+        return;
+      }
       const wanted = many ? [...chosen] : [...chosen].slice(0, 1);
       const refused = [];
       sending++;
@@ -170,6 +176,46 @@
     for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("hs-over"));
     drop.addEventListener("drop", (e) => { e.preventDefault(); take(e.dataTransfer.files); });
     root.addEventListener("hs-clear", () => { files = []; draw(); });
+  };
+
+  /* ---- a new slide: straight to the API, which has room for it --------------------------------- */
+  hs.addSlide = (name) => async (path, label, patient, mpp, replace) => {
+    const root = document.querySelector(`#${name} .hs-picker`);
+    const input = root.querySelector("input");
+    const note = root.querySelector(".hs-picker-note");
+    const row = { label: label ?? "", patient: patient ?? "", mpp: mpp ?? "", replace: Boolean(replace) };
+    const file = input.files[0];
+    const done = (ok, text) => [JSON.stringify({ ok, text }), label, patient, mpp, replace];
+    if (Boolean(file) === Boolean(path?.trim())) return done(false, "give either a file or a path");
+    let body, kind = null;
+    if (file) {
+      body = new FormData();
+      for (const [key, value] of Object.entries(row)) body.append(key, String(value));
+      body.append("file", file);
+    } else {
+      body = JSON.stringify({ path: path.trim(), ...row });
+      kind = "application/json";
+    }
+    return new Promise((resolve) => {
+      const request = new XMLHttpRequest();
+      request.open("POST", "/v1/slides");
+      if (kind) request.setRequestHeader("content-type", kind);
+      request.upload.onprogress = (e) => {
+        note.textContent = `Sending: ${Math.round((100 * e.loaded) / e.total)} % of ${(e.total / 2 ** 20).toFixed(1)} MB`;
+      };
+      request.onerror = () => resolve(done(false, "the server does not answer; try again"));
+      request.onload = () => {
+        note.textContent = "";
+        let said = {};
+        try { said = JSON.parse(request.responseText); } catch { /* told by its status */ }
+        if (request.status === 202) {
+          input.value = "";
+          root.dispatchEvent(new Event("hs-clear"));
+          resolve(done(true, `${said.slide} is on its way.`));
+        } else resolve(done(false, said.error?.message ?? `the server answered ${request.status}`));
+      };
+      request.send(body);
+    });
   };
 
   /* ---- choosing tiles anywhere on the page ----------------------------------------------------- */
