@@ -25,9 +25,10 @@ _FILES = """
 _FILES_JS = "histoseek.files(element, upload);"
 _MAP = """
 <div class="hs-mapbox">
-  <div class="hs-mapbar">{select}
+  <div class="hs-mapbar">{select}{tools}
     <p class="hs-map-note" role="status">The map is drawn when it is looked at.</p></div>
-  <div class="hs-plot" role="region" aria-label="Map of the atlas's tiles"></div>
+  <div class="hs-canvas"><div class="hs-plot" role="region" aria-label="Map of the atlas's tiles"></div>
+    <svg class="hs-lasso" hidden aria-hidden="true"><polygon></polygon></svg></div>
   <div class="hs-peek" hidden></div>{gallery}
 </div>"""
 
@@ -94,6 +95,12 @@ def uploaded(data: Any) -> dict[str, Any]:
     return {"path": str(path), "name": Path(str(data.get("name", "image"))).name, "crop": crop}
 
 
+_TOOLS = """
+<span role="group" aria-label="What dragging does"><button type="button" class="hs-tool" data-tool="lasso"
+ aria-pressed="true">Lasso</button><button type="button" class="hs-tool" data-tool="move"
+ aria-pressed="false">Move</button></span>"""
+
+
 def atlas_map(js: str, elem_id: str, select: str = "", gallery: str = "") -> Any:
     """Return the map of the atlas; it is drawn when it is first seen.
 
@@ -104,5 +111,7 @@ def atlas_map(js: str, elem_id: str, select: str = "", gallery: str = "") -> Any
         gallery: HTML of the place for the tiles of a lasso.
     """
     return html(
-        html_template=_MAP.format(select=select, gallery=gallery), js_on_load=js, elem_id=elem_id
+        html_template=_MAP.format(select=select, gallery=gallery, tools=_TOOLS if gallery else ""),
+        js_on_load=js,
+        elem_id=elem_id,
     )

@@ -268,7 +268,7 @@ def map_drawn(path, rounds=3):
             found["drawn_s"].append(round(time.perf_counter() - started, 2))
             found["shown"] = page.locator("#atlas-map .hs-map-note").inner_text().split(".")[0]
             page.wait_for_timeout(500)
-            box = page.locator("#atlas-map .nsewdrag").bounding_box()
+            box = page.locator("#atlas-map .hs-lasso").bounding_box()
             started = time.perf_counter()
             for number, (x, y) in enumerate([(0.3, 0.3), (0.7, 0.3), (0.7, 0.7), (0.3, 0.7)]):
                 page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=6)

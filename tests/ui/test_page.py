@@ -319,7 +319,7 @@ def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
     note = page.locator("#atlas-map .hs-map-note").inner_text()
     assert f"All {Atlas(atlas).stats()['tiles']:,} tiles" in note and "trustworthiness" in note
     page.wait_for_timeout(500)
-    box = page.locator("#atlas-map .nsewdrag").bounding_box()
+    box = page.locator("#atlas-map .hs-lasso").bounding_box()
     corners = [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.05)]
     for number, (x, y) in enumerate(corners):
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=8)
@@ -331,10 +331,25 @@ def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
         r"\d+ tiles chosen, \d+ of them shown", page.locator(".hs-lassoed").inner_text()
     )
     pictures_are_there(page, ".hs-lassoed li:nth-child(-n+5) img")
-    shot(page, "atlas")
+    everything = page.locator(".hs-lassoed [role=status]").inner_text()
+    assert everything.startswith(f"{Atlas(atlas).stats()['tiles']:,} tiles chosen"), (
+        "all are inside"
+    )
+    page.locator("#atlas-map .legendtoggle").first.click()  # a cluster that is hidden is not chosen
+    page.wait_for_timeout(600)
+    for number, (x, y) in enumerate(corners):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=8)
+        if number == 0:
+            page.mouse.down()
+    page.mouse.up()
+    page.wait_for_function(
+        "(old) => document.querySelector('.hs-lassoed [role=status]').innerText !== old",
+        arg=everything,
+    )
     page.locator(".hs-lassoed [data-open]").first.click()
     page.locator("dialog[open] img").first.wait_for()
     page.keyboard.press("Escape")
+    shot(page, "atlas")
     page.select_option("#hs-colour", "label")
     page.locator("#atlas-map .legendtext", has_text=HELD_OUT).wait_for()
     card = page.locator(".hs-cluster[data-cluster='2']")

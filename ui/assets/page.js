@@ -365,30 +365,30 @@
       const ink = dark() ? "#e7e7ea" : "#27272a";
       const axis = { visible: false, zeroline: false };
       await Plotly.react(plot, traces, {
-        height: window.innerWidth < 600 ? 420 : 560, margin: { l: 5, r: 5, t: 5, b: 5 },
-        xaxis: axis, yaxis: { ...axis, scaleanchor: "x" }, dragmode: "lasso", hovermode: "closest",
+        height: window.innerWidth < 600 ? 420 : 560, margin: { l: 5, r: 5, t: lasso ? 34 : 5, b: 5 },
+        xaxis: axis, yaxis: { ...axis, scaleanchor: "x" }, dragmode: "pan", hovermode: "closest",
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink },
         legend: { orientation: "h", y: -0.02, font: { size: 12 } }, showlegend: few || extra.length > 0, uirevision: wanted,
       }, { displaylogo: false, responsive: true, scrollZoom: true,
-        modeBarButtons: [["lasso2d", "select2d", "pan2d", "zoomIn2d", "zoomOut2d", "resetScale2d"]] });
+        modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d"]] });
       const shown = about.shown < about.total
         ? `${about.shown.toLocaleString()} of ${about.total.toLocaleString()} tiles, drawn at random`
         : `All ${about.total.toLocaleString()} tiles`;
       note.textContent = `${shown}. ${about.method} of ${about.landmarks.toLocaleString()}; trustworthiness ` +
         `${about.trust.toFixed(3)} of 1: near points are alike, distances between islands mean little.` +
         (few ? "" : ` ${about.names.length.toLocaleString()} values share seven colours.`);
+      fit();
       if (plot.dataset.wired) return;
       plot.dataset.wired = "1";
-      plot.on("plotly_selected", (e) => show(e ? e.points.filter((p) => p.customdata !== undefined).map((p) => p.customdata) : []));
+      plot.on("plotly_relayout", () => { lasso?.querySelector("polygon").setAttribute("points", ""); fit(); });
+      plot.on("plotly_afterplot", fit);
+      if (lasso) new ResizeObserver(() => setTimeout(fit, 200)).observe(plot);
       plot.on("plotly_click", (e) => { const p = e.points[0]; if (p.customdata !== undefined) hs.open(p.customdata, plot); });
       plot.on("plotly_hover", (e) => {
         const p = e.points[0];
         if (p.customdata === undefined) return;
-        peek.replaceChildren(el("img", { src: tileUrl(p.customdata), alt: "", width: 112, height: 112 }));
         const frame = element.getBoundingClientRect();
-        peek.style.left = `${Math.min(e.event.clientX - frame.left + 14, frame.width - 120)}px`;
-        peek.style.top = `${e.event.clientY - frame.top + 14}px`;
-        peek.hidden = false;
+        peekShow(p.customdata, e.event.clientX - frame.left, e.event.clientY - frame.top, frame.width);
       });
       plot.on("plotly_unhover", () => { peek.hidden = true; });
     }
@@ -402,6 +402,103 @@
       gallery.replaceChildren(el("p", { role: "status" }, head), el("ul", { class: "hs-strip" }, ...some.map((tile) =>
         el("li", {}, el("button", { class: "hs-open", "data-open": tile, "aria-label": `Open tile ${tile}` },
           el("img", { src: tileUrl(tile), alt: `tile ${tile}`, width: 96, height: 96, loading: "lazy" }))))));
+    }
+
+    /* Plotly's own lasso asks every point at every move of the mouse; this one asks once, at its end. */
+    const lasso = gallery && element.querySelector(".hs-lasso");
+    if (lasso) {
+      const polygon = lasso.querySelector("polygon");
+      let path = null;
+      const at = (e) => {
+        const frame = lasso.getBoundingClientRect();
+        return [e.clientX - frame.left, e.clientY - frame.top];
+      };
+      const paint = () => polygon.setAttribute("points", (path ?? []).map((p) => p.join(",")).join(" "));
+      const tools = [...element.querySelectorAll(".hs-tool")];
+      const use = (tool) => {
+        for (const button of tools) button.setAttribute("aria-pressed", String(button.dataset.tool === tool));
+        lasso.toggleAttribute("hidden", tool !== "lasso");
+      };
+      for (const button of tools) button.addEventListener("click", () => use(button.dataset.tool));
+      lasso.addEventListener("pointerdown", (e) => {
+        if (!plot._fullLayout) return;
+        e.preventDefault();
+        lasso.setPointerCapture(e.pointerId);
+        path = [at(e)];
+      });
+      lasso.addEventListener("pointermove", (e) => { if (path) { path.push(at(e)); paint(); } else peekAt(e); });
+      lasso.addEventListener("pointerup", (e) => {
+        const drawn = path;
+        path = null;
+        if (!drawn) return;
+        const moved = drawn.some(([x, y]) => Math.abs(x - drawn[0][0]) + Math.abs(y - drawn[0][1]) > 6);
+        if (moved) show(inside(drawn));
+        else { const tile = nearest(at(e)); if (tile !== null) hs.open(tile, lasso); }
+      });
+      lasso.addEventListener("wheel", (e) => {
+        e.preventDefault();
+        plot.querySelector(".nsewdrag")?.dispatchEvent(new WheelEvent("wheel", e));
+      }, { passive: false });
+      lasso.addEventListener("pointerleave", () => { if (peek) peek.hidden = true; });
+      use("lasso");
+    }
+    /* The lasso lies over the points alone: legend and buttons stay within reach. */
+    function fit() {
+      if (!lasso || !plot._fullLayout) return;
+      const { xaxis, yaxis } = plot._fullLayout;
+      Object.assign(lasso.style, { left: `${xaxis._offset}px`, top: `${yaxis._offset}px`,
+        width: `${xaxis._length}px`, height: `${yaxis._length}px` });
+    }
+    /* Every point that is shown, with its place in pixels of the overlay. */
+    function* shownPoints() {
+      const { xaxis, yaxis } = plot._fullLayout;
+      for (const trace of plot.data) {
+        if (!trace.customdata || trace.visible === "legendonly") continue;
+        for (let n = 0; n < trace.x.length; n++)
+          yield [xaxis.l2p(trace.x[n]), yaxis.l2p(trace.y[n]), trace.customdata[n]];
+      }
+    }
+    function inside(polygon) {
+      const xs = polygon.map((p) => p[0]), ys = polygon.map((p) => p[1]);
+      const [left, right, top, bottom] = [Math.min(...xs), Math.max(...xs), Math.min(...ys), Math.max(...ys)];
+      const found = [];
+      for (const [x, y, tile] of shownPoints()) {
+        if (x < left || x > right || y < top || y > bottom) continue;
+        let odd = false;
+        for (let a = 0, b = polygon.length - 1; a < polygon.length; b = a++) {
+          const [ax, ay] = polygon[a], [bx, by] = polygon[b];
+          if (ay > y !== by > y && x < ((bx - ax) * (y - ay)) / (by - ay) + ax) odd = !odd;
+        }
+        if (odd) found.push(tile);
+      }
+      return found;
+    }
+    function nearest([x, y], reach = 9) {
+      let best = null, least = reach * reach;
+      for (const [px, py, tile] of shownPoints()) {
+        const apart = (px - x) ** 2 + (py - y) ** 2;
+        if (apart < least) { least = apart; best = tile; }
+      }
+      return best;
+    }
+    let peeking = 0;
+    function peekAt(e) {
+      cancelAnimationFrame(peeking);
+      peeking = requestAnimationFrame(() => {
+        if (!plot._fullLayout || !data || data.ids.length > 50000) return;
+        const frame = lasso.getBoundingClientRect(), whole = element.getBoundingClientRect();
+        const tile = nearest([e.clientX - frame.left, e.clientY - frame.top], 7);
+        if (tile === null) { peek.hidden = true; return; }
+        peekShow(tile, e.clientX - whole.left, e.clientY - whole.top, whole.width);
+      });
+    }
+    function peekShow(tile, x, y, width) {
+      if (peek.dataset.tile !== String(tile))
+        peek.replaceChildren(el("img", { src: tileUrl(tile), alt: "", width: 112, height: 112 }));
+      peek.dataset.tile = tile;
+      peek.style.left = `${Math.min(x + 14, width - 120)}px`;
+      peek.style.top = `${y + 14}px`;
+      peek.hidden = false;
     }
 
     if (select) {
