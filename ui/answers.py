@@ -130,6 +130,8 @@ class Clustered:
         nearest: the most similar tile of the atlas of each.
         points: (N, 2) their places on the map; None while there is no map.
         refused: names of images that could not be read, with the reason.
+        generation: of the index.
+        revision: of the atlas.
     """
 
     id: str
@@ -141,6 +143,8 @@ class Clustered:
     nearest: list[Hit]
     points: NDArray[np.float32] | None
     refused: list[tuple[str, str]]
+    generation: int
+    revision: int
 
 
 @dataclass(frozen=True)

@@ -30,7 +30,10 @@ def atlas_tab(session: Session, tab: Any) -> None:
     atlas_map(js, "atlas-map", select, '<div class="hs-lassoed"></div>')
     if not names:
         html(
-            view.empty("This atlas has no clusters yet.", "Run `histoseek index fit`, and reload.")
+            view.empty(
+                "This atlas has no clusters yet.",
+                "Run `histoseek index fit` and restart the page.",
+            )
         )
         return
     chosen = gr.Dropdown(names, value=names[0], label="Clusters of")

@@ -20,9 +20,10 @@ ZIP_BYTES = 512 * 2**20
 ENTRIES = 4 * MAX_IMAGES
 MAP_JS = """
 const box = document.getElementById('stars');
-const read = () => { try { return JSON.parse(box.textContent.trim() || '[]'); } catch { return []; } };
-const map = histoseek.map(element, {stars: read});
-new MutationObserver(() => map.draw()).observe(box, {childList: true, characterData: true, subtree: true});
+const read = () => { try { return JSON.parse(box.textContent.trim()); } catch { return {stars: []}; } };
+const map = histoseek.map(element, {stars: () => read().stars ?? []});
+new MutationObserver(() => read().by ? map.set(read().by) : map.draw())
+  .observe(box, {childList: true, characterData: true, subtree: true});
 """
 
 
@@ -32,7 +33,10 @@ def cluster_tab(server: Server) -> None:
     names = session.clusterings()
     if not names:
         html(
-            view.empty("This atlas has no clusters yet.", "Run `histoseek index fit`, and reload.")
+            view.empty(
+                "This atlas has no clusters yet.",
+                "Run `histoseek index fit` and restart the page.",
+            )
         )
         return
     with gr.Row():
@@ -45,20 +49,20 @@ def cluster_tab(server: Server) -> None:
                 view.empty("Where your images belong appears here.", "Choose some on the left."),
                 elem_id="placed-box",
             )
-            stars = html("[]", visible="hidden", elem_id="stars")
+            stars = html("{}", visible="hidden", elem_id="stars")
             atlas_map(MAP_JS, "map")
 
     def place(given: str, name: str, request: gr.Request) -> Any:
         try:
             files = chosen(given)
             if not files:
-                return view.problem("No image yet. Choose one or more first."), "[]"
+                return view.problem("No image yet. Choose one or more first."), "{}"
             session.wait_for_layout()
             images = unpacked([(f["name"], Path(f["path"])) for f in files])
             answer = session.cluster(images, name)
             server.note_assign(request, answer)
         except HistoseekError as error:
-            return told(error), "[]"
+            return told(error), "{}"
         shown = []
         if answer.points is not None:
             for title, (x, y), placed in zip(
@@ -66,7 +70,8 @@ def cluster_tab(server: Server) -> None:
             ):
                 cluster = view.cluster_title(placed)
                 shown.append({"name": title, "x": x, "y": y, "cluster": cluster})
-        return view.placed_table(answer), json.dumps(shown).replace("<", "\\u003c")
+        drawn = {"by": f"cluster.{answer.clustering}", "stars": shown}
+        return view.placed_table(answer), json.dumps(drawn).replace("<", "\\u003c")
 
     button.click(
         place,

@@ -5,8 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"]
-"""Okabe & Ito's palette without black."""
+PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#C8B400", "#0072B2", "#D55E00", "#CC79A7"]
+"""Okabe & Ito's palette without black, its yellow darkened so that it is seen on white."""
 NONE = "#9a9a9a"
 VIRIDIS = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725"]
 """Six steps of matplotlib's viridis, which is even in lightness."""

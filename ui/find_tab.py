@@ -36,8 +36,9 @@ histoseek.picker(element, (name, data) => trigger('upload', data), upload);
 BASKET_JS = """
 histoseek.pick = (kind, tile) => trigger('select', {kind, tile});
 element.addEventListener('click', (e) => {
-  const button = e.target.closest('[data-drop],[data-clear]');
+  const button = e.target.closest('[data-drop],[data-clear],[data-image]');
   if (!button) return;
+  if (button.dataset.image) { histoseek.clearPicker(); trigger('select', {kind: 'image'}); return; }
   const tile = Number(button.dataset.drop);
   trigger('select', button.dataset.clear ? {kind: 'clear'} : {kind: 'drop', tile});
 });
@@ -65,7 +66,7 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
                 fields = _filters(session)
             button = gr.Button("Find similar tiles", variant="primary", elem_id="find")
         with gr.Column(scale=3, min_width=320):
-            note = html("", elem_id="verdict")
+            note = html("", js_on_load="histoseek.answered(element);", elem_id="verdict")
             hits = html(
                 view.empty(
                     "The most similar tiles appear here, best first.",
@@ -94,7 +95,12 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
     def chosen_image(
         event: gr.EventData, request: gr.Request, asked: dict[str, Any], k: float, *values: Any
     ) -> Any:
-        return search({**asked, "upload": uploaded(event._data)}, k, values, request)
+        try:
+            asked = {**asked, "upload": uploaded(event._data)}
+        except HistoseekError as error:
+            shown = view.basket((), asked["like"], asked["unlike"])
+            return asked, shown, told(error), view.empty("Not searched.", "See above."), ""
+        return search(asked, k, values, request)
 
     def picked(
         event: gr.EventData, request: gr.Request, asked: dict[str, Any], k: float, *values: Any
@@ -109,8 +115,8 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
         return search(asked, k, values, request)
 
     events: dict[str, Any] = {**EVENT, "show_progress_on": [hits]}
-    picker.upload(chosen_image, inputs, outputs, **events)
-    basket.select(picked, inputs, outputs, **events)
+    picker.upload(chosen_image, inputs, outputs, trigger_mode="always_last", **events)
+    basket.select(picked, inputs, outputs, trigger_mode="multiple", **events)
     button.click(clicked, inputs, outputs, **events)
 
     def refresh(page: Any) -> None:
@@ -199,9 +205,13 @@ def _field(name: str) -> str:
 def _picked(asked: dict[str, Any], data: Any) -> dict[str, Any]:
     """Return the state after a tile was chosen, dropped, or all were cleared."""
     kind = data.get("kind")
+    if kind == "image":
+        return {**asked, "upload": None}
     if kind == "clear":
         return {**asked, "like": [], "unlike": []}
-    tile = int(data["tile"])
+    if kind not in {"like", "unlike", "drop"} or not isinstance(data.get("tile"), int):
+        return asked
+    tile = data["tile"]
     like = [t for t in asked["like"] if t != tile]
     unlike = [t for t in asked["unlike"] if t != tile]
     if kind == "like":

@@ -283,7 +283,10 @@ class Session:
         if not tiles:
             raise BadInput(f"none of the {len(images)} images could be read: {refused[0][1]}")
         vectors = self.embed(tiles)
-        layout = self.layout()
+        layout = None
+        with suppress(MissingPart):  # without the map's package images are placed all the same
+            layout = self.layout()
+        view = self.atlas.view()
         return self._keep(
             Clustered(
                 id=secrets.token_urlsafe(12),
@@ -295,6 +298,8 @@ class Session:
                 nearest=[found[0] for found in self.atlas.search(vectors, 1)],
                 points=None if layout is None else layout.place(vectors),
                 refused=refused,
+                generation=view.generation,
+                revision=view.revision,
             )
         )
 
@@ -334,6 +339,10 @@ class Session:
     def wait_for_layout(self, patience_s: float = LAYOUT_S) -> None:
         """Wait until there is a map, at most so long."""
         deadline = time.monotonic() + patience_s
+        with suppress(MissingPart):
+            self._wait_for_layout(deadline)
+
+    def _wait_for_layout(self, deadline: float) -> None:
         while self.layout() is None and time.monotonic() < deadline:
             time.sleep(0.1)
 

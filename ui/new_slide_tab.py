@@ -53,7 +53,8 @@ def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]
         answer = json.loads(said or "{}")
         text = str(answer.get("text", ""))
         shown = f'<p role="status">{escape(text)}</p>' if answer.get("ok") else view.problem(text)
-        return shown, view.job_list(additions.all()), gr.Timer(active=busy())
+        cleared = ["", "", ""] if answer.get("ok") else [gr.skip()] * 3
+        return shown, view.job_list(additions.all()), gr.Timer(active=busy()), *cleared
 
     def tick() -> Any:
         return view.job_list(additions.all()), gr.Timer(active=busy()), header()
@@ -61,7 +62,7 @@ def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]
     button.click(
         added,
         [path, label, patient, mpp, again],
-        [note, jobs, timer],
+        [note, jobs, timer, path, label, patient],
         js=ADD_JS,
         **EVENT,
     )

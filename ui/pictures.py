@@ -123,19 +123,25 @@ class Pictures:
         return encode_jpeg(self._painted(view, number, colours, 0.45), 85)
 
     def heat(self, slide: str, query: NDArray[np.float32]) -> tuple[bytes, float, float]:
-        """Return a slide with its tiles coloured by similarity to a query (D,), and the range shown.
-
-        The range goes from the slide's lowest to its highest score.
-        """
+        """Return a slide with its tiles coloured by similarity to a query (D,), and the range shown."""
         view = self._atlas.view()
         number = slide_number(view, slide)
         scores = self._atlas.scores_in(slide, query, view)
         if not len(scores):
             raise NotFound(f"slide {slide!r} has no tiles")
-        low, high = float(scores.min()), float(scores.max())
-        share = (scores - low) / max(high - low, 1e-9)
+        low, high = self.scale(scores)
+        share = np.clip((scores - low) / max(high - low, 1e-9), 0, 1)
         picture = self._painted(view, number, ramp(share), 0.6)
         return encode_jpeg(picture, 85), low, high
+
+    def scale(self, scores: NDArray[np.float32]) -> tuple[float, float]:
+        """Return the scores at the ends of a heat map: 0 and 1 of a cosine, so that slides compare.
+
+        Distances have no such ends: the slide's own lowest and highest score.
+        """
+        if self._atlas.manifest.metric == "cosine":
+            return 0.0, 1.0
+        return float(scores.min()), float(scores.max())
 
     # -- reading --------------------------------------------------------------------------------
 

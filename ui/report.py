@@ -22,7 +22,7 @@ KINDS = {"csv": "text/csv", "json": "application/json", "html": "text/html"}
 def write(session: Session, answer: Found | Clustered, kind: str) -> bytes:
     """Return an answer as ``csv``, ``json`` or ``html``."""
     if kind == "csv":
-        return _csv(answer)
+        return _csv(answer, provenance(session, answer))
     document = as_json(session, answer)
     if kind == "json":
         return json.dumps(document, ensure_ascii=False, indent=2).encode()
@@ -47,6 +47,9 @@ def provenance(session: Session, answer: Found | Clustered) -> dict[str, Any]:
             "atlas_revision": answer.revision,
             "k": query.k,
             "filter": query.where,
+            "least": query.least,
+            "per_slide": query.per_slide,
+            "leave_out": query.leave_out,
             "examples": {
                 "images": len(query.images),
                 "images_unlike": len(query.unlike_images),
@@ -54,7 +57,11 @@ def provenance(session: Session, answer: Found | Clustered) -> dict[str, Any]:
                 "tiles_unlike": list(query.unlike),
             },
         }
-    return about | {"clustering": answer.clustering}
+    return about | {
+        "clustering": answer.clustering,
+        "index_generation": answer.generation,
+        "atlas_revision": answer.revision,
+    }
 
 
 def as_json(session: Session, answer: Found | Clustered) -> dict[str, Any]:
@@ -95,7 +102,7 @@ def placed_rows(answer: Clustered) -> list[dict[str, Any]]:
     ]
 
 
-def _csv(answer: Found | Clustered) -> bytes:
+def _csv(answer: Found | Clustered, about: dict[str, Any]) -> bytes:
     if isinstance(answer, Found):
         rows = [hit._asdict() for hit in answer.hits]
         columns = list(rows[0]) if rows else ["rank", "score", "tile", "slide"]
@@ -109,6 +116,17 @@ def _csv(answer: Found | Clustered) -> bytes:
         rows += [{"image": name, "refused": why} for name, why in answer.refused]
         columns = ["image", "cluster", "name", "distance", "strength", "unknown", "nearest_tile",
                    "nearest_slide", "nearest_score", "nearest_label", "refused"]  # fmt: skip
+    known = (
+        "at",
+        "atlas",
+        "encoder",
+        "encoder_sha256",
+        "index_generation",
+        "atlas_revision",
+        "filter",
+    )
+    more = {f"from_{key}": about.get(key) for key in known}
+    rows, columns = [row | more for row in rows], [*columns, *more]
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
@@ -151,6 +169,10 @@ def _found(session: Session, answer: Found) -> str:
     )
     query += "".join(
         _figure(_tile(session, tile), f"tile {tile} of the atlas") for tile in answer.query.like
+    )
+    query += "".join(
+        _figure(_tile(session, tile), f"tile {tile}, not to be like")
+        for tile in answer.query.unlike
     )
     hits = "".join(
         _figure(

@@ -9,6 +9,7 @@ import numpy as np
 
 from ..errors import BadInput, HistoseekError, NotFound
 from . import view
+from .answers import Found
 from .service import Server
 from .widgets import EVENT, HIDDEN, html, told
 
@@ -94,6 +95,7 @@ def slides_tab(server: Server, last: Any, tab: Any) -> None:
         widget.change(again, [chosen, *inputs], detail, **EVENT)
     text.change(listed, [text, chosen], cards, **HIDDEN)
     tab.select(listed, [text, chosen], cards, **HIDDEN)
+    tab.select(again, [chosen, *inputs], detail, **HIDDEN)
 
 
 def _detail(
@@ -123,6 +125,11 @@ def _detail(
             counts = dict(zip(found.tolist(), sizes.tolist(), strict=True))
     if shows == "similarity" and not result:
         raise BadInput("no search has been made yet; find similar tiles first, then come back here")
+    scale = (0.0, 1.0)
+    if shows == "similarity":
+        found_before = session.result(result)
+        if isinstance(found_before, Found) and row["tiles"]:
+            scale = session.pictures.scale(session.atlas.scores_in(name, found_before.vector))
     asked = row["patient"] if by == "patient" and row["patient"] else name
     try:
         similar = session.similar_slides(asked, by="patient" if by == "patient" else "slide")
@@ -130,4 +137,4 @@ def _detail(
     except BadInput:  # nothing else to compare
         similar = []
     names = session.cluster_names(clustering) if clustering else {}
-    return view.slide_detail(row, shows, clustering, result, names, counts, similar, by)
+    return view.slide_detail(row, shows, clustering, result, names, counts, similar, by, scale)

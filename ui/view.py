@@ -35,7 +35,7 @@ def counted(number: int, noun: str) -> str:
 def header(stats: Mapping[str, Any], atlas: str) -> str:
     """Return the page's head: name, what the atlas holds, the notice."""
     return (
-        '<header class="hs-head"><h1>histoseek</h1>'
+        f'<header class="hs-head" data-revision="{stats["revision"]}"><h1>histoseek</h1>'
         f"<p><b>{escape(atlas)}</b> {escape(holds(stats))}</p>"
         f'<p class="hs-notice" role="note">{escape(NOTICE_TEXT)}</p></header>'
     )
@@ -122,9 +122,11 @@ def verdict_text(answer: Found) -> str:
             parts.append(f"It belongs to {name} (strength {found.placed['strength']:.2f}).")
     if found.nearer_than is not None:
         parts.append(
-            f"The nearest tile of the atlas is nearer than that of {found.nearer_than:.0%} of its own "
-            "tiles (of other patients)."
+            f"It is nearer to the atlas than {found.nearer_than:.0%} of the atlas's own tiles are to "
+            "those of other patients."
         )
+    if len(answer.query.images) + len(answer.query.like) > 1 or answer.query.unlike:
+        parts.append("Of several examples together it is not judged whether they fit the atlas.")
     return " ".join(parts)
 
 
@@ -152,8 +154,9 @@ def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) ->
     if not len(images) and not like and not unlike:
         return ""
     seen = "".join(
+        '<button class="hs-chip" data-image="1" aria-label="Drop your image">'
         f'<img class="hs-seen" src="data:image/jpeg;base64,{b64encode(encode_jpeg(image)).decode()}" '
-        'alt="your image as the encoder sees it" width="64" height="64">'
+        'alt="your image as the encoder sees it" width="64" height="64">×</button>'
         for image in images
     )
 
@@ -251,10 +254,11 @@ def _cluster_card(cluster: Mapping[str, Any], clustering: str) -> str:
         for name, n in named[:LABELS_SHOWN]
     )
     title = "No cluster" if number < 0 else f"Cluster {number}"
+    named_title = f"{title}: {escape(cluster['name'])}" if cluster["name"] else title
     shown = f"hs-name-{number}"
     return (
         f'<section class="hs-cluster" data-cluster="{number}" aria-label="{title}">'
-        f"<h2>{_dot(number)}{title}</h2>"
+        f"<h2>{_dot(number)}{named_title}</h2>"
         f"<p>{counted(cluster['tiles'], 'tile')}, {counted(cluster['slides'], 'slide')}"
         + (f", {cluster['unknown']:,} unknown" if cluster["unknown"] else "")
         + f'</p><div class="hs-examples">{tiles}</div>'
@@ -303,6 +307,7 @@ def slide_detail(
     counts: Mapping[int, int],
     similar: Sequence[Similar],
     by: str,
+    scale: tuple[float, float] = (0.0, 1.0),
 ) -> str:
     """Return one slide: its picture, with clusters or a heat map, and what is like it.
 
@@ -315,6 +320,7 @@ def slide_detail(
         counts: tiles of the slide by cluster.
         similar: slides or cases.
         by: ``slide`` or ``patient``.
+        scale: scores at the ends of the heat map's colours.
     """
     name = quote(row["name"], safe="")
     source, legend = f"/v1/slides/{name}/thumbnail.jpg?longest=1024", ""
@@ -328,10 +334,12 @@ def slide_detail(
         source = f"/v1/slides/{name}/heat.jpg?result={quote(result, safe='')}"
         ramp = ", ".join(VIRIDIS)
         legend = (
-            '<div class="hs-scale"><span>least like the last search on this slide</span>'
+            f'<div class="hs-scale"><span>similarity to the last search: {scale[0]:.2f}</span>'
             f'<span class="hs-ramp" style="background:linear-gradient(90deg, {ramp})"></span>'
-            "<span>most</span></div>"
+            f"<span>{scale[1]:.2f}</span></div>"
         )
+    if row["kind"] != "slide":
+        legend = "<p>A set of ready tiles has no picture as a whole to lay anything over.</p>"
     facts = [
         ("label", row["label"]), ("patient", row["patient"]), ("tiles", f"{row['tiles']:,}"),
         ("µm per pixel", row["mpp"]), ("size", _size(row)), ("added", row["added_at"]),
@@ -397,7 +405,8 @@ def job_list(jobs: Sequence[Addition]) -> str:
 
 def _job(job: Addition) -> str:
     share = job.done / job.total if job.total else float(job.state == "done")
-    count = f"{job.done:,} of {job.total:,} tiles" if job.total else ""
+    going = job.total and not job.over
+    count = f"{job.done:,} of {job.total:,} tiles" if going else ""
     title = escape(job.slide, quote=True)
     return (
         f'<li class="hs-job hs-{job.state}"><b>{escape(job.slide)}</b> <span>{job.state}</span> '

@@ -241,6 +241,9 @@ def test_more_like_this_and_less_like_that(page, tiles):
     shot(page, "like-unlike")
     page.locator("#basket [data-clear]").click()
     page.locator("#basket [data-drop]").first.wait_for(state="detached")
+    page.locator("#basket [data-image]").click()
+    page.locator("#hits", has_text="Nothing to search for").wait_for()
+    assert page.locator(".hs-stage").is_hidden()
 
 
 def test_a_hit_is_opened_in_its_context(page, tiles):
@@ -352,6 +355,11 @@ def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
     shot(page, "atlas")
     page.select_option("#hs-colour", "label")
     page.locator("#atlas-map .legendtext", has_text=HELD_OUT).wait_for()
+    page.locator(".hs-lassoed [data-open]").first.click()
+    page.locator("dialog[open]").get_by_text("+ More like this").click()
+    page.locator("#hits .hs-card").first.wait_for()  # in the first tab, which is shown
+    assert page.locator("#basket [data-drop]").is_visible()
+    tab(page, "Atlas")
     card = page.locator(".hs-cluster[data-cluster='2']")
     card.get_by_label("Name").fill("<b>stroma</b> & glands")
     card.get_by_label("Description").fill("seen by nobody")
@@ -381,6 +389,7 @@ def test_slides_and_cases(page, tiles):
     shot(page, "slide")
     page.get_by_label("similarity to the last search").click()
     page.locator(".hs-overview[src*=heat]").wait_for()
+    assert "similarity to the last search: 0.00" in page.locator(".hs-scale").inner_text()
     pictures_are_there(page, ".hs-overview")
     shot(page, "heat")
     page.get_by_label("cases").click()

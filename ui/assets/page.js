@@ -34,7 +34,7 @@
     const whole = element.querySelector(".hs-whole");
     const drop = element.querySelector(".hs-drop");
     const limit = Number(element.querySelector(".hs-picker").dataset.limit);
-    let path = null, name = "", crop = null, start = null, url = null;
+    let path = null, name = "", crop = null, start = null, url = null, latest = 0;
 
     const send = () => trigger("upload", { path, name, crop });
     const draw = () => {
@@ -51,6 +51,9 @@
           `${limit.toLocaleString()} are taken. Crop or downsample it.`;
         return;
       }
+      const mine = ++latest;
+      path = null;  // what is drawn from now on is of the new picture
+      input.value = "";
       note.textContent = `Sending ${file.name} …`;
       if (url) URL.revokeObjectURL(url);
       url = URL.createObjectURL(file);
@@ -61,12 +64,15 @@
       image.alt = `your image, ${file.name}`;
       crop = null;
       draw();
+      let sent;
       try {
-        path = (await upload(file)).path;
+        sent = (await upload(file)).path;
       } catch (error) {
-        note.textContent = `${file.name} could not be sent: ${error.message ?? error}. Try again.`;
+        if (mine === latest) note.textContent = `${file.name} could not be sent: ${error.message ?? error}. Try again.`;
         return;
       }
+      if (mine !== latest) return;
+      path = sent;
       name = file.name;
       note.textContent = seen ? `${name}. Drag over the picture to search for a part of it.`
         : `${name}. This browser does not show such files, so the whole picture is searched for.`;
@@ -110,8 +116,9 @@
     /* By keyboard: arrows move the box, with Shift they change its size, Escape takes the whole picture. */
     stage.addEventListener("keydown", (e) => {
       const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key];
+      if (!path) return;
       if (e.key === "Escape") crop = null;
-      else if (!step || !path) return;
+      else if (!step) return;
       else {
         e.preventDefault();
         crop = crop ?? [0.25, 0.25, 0.5, 0.5];
@@ -125,9 +132,10 @@
       clearTimeout(stage.timer);
       stage.timer = setTimeout(send, 400);
     });
+    stage.addEventListener("pointercancel", () => { start = null; });
     whole.addEventListener("click", () => { crop = null; draw(); send(); });
     hs.clearPicker = () => {
-      path = null; crop = null; name = ""; input.value = ""; stage.hidden = true; draw();
+      latest++; path = null; crop = null; name = ""; input.value = ""; stage.hidden = true; draw();
       note.textContent = "";
     };
   };
@@ -211,7 +219,7 @@
         if (request.status === 202) {
           input.value = "";
           root.dispatchEvent(new Event("hs-clear"));
-          resolve(done(true, `${said.slide} is on its way.`));
+          resolve(done(true, `${said.slide} was taken; how far it is stands below.`));
         } else resolve(done(false, said.error?.message ?? `the server answered ${request.status}`));
       };
       request.send(body);
@@ -223,9 +231,16 @@
     const button = e.target.closest?.("[data-open],[data-like],[data-unlike]");
     if (!button) return;
     if (button.dataset.open) hs.open(Number(button.dataset.open), button);
-    else if (button.dataset.like) hs.pick?.("like", Number(button.dataset.like));
-    else hs.pick?.("unlike", Number(button.dataset.unlike));
+    else if (button.dataset.like) pick("like", Number(button.dataset.like));
+    else pick("unlike", Number(button.dataset.unlike));
   });
+  /* A tile that is chosen anywhere is searched for in the first tab, which is shown then. */
+  function pick(kind, tile) {
+    const tabs = [...document.querySelectorAll("[role=tab], .overflow-dropdown button")];
+    const first = tabs.find((tab) => tab.textContent.trim() === "Find similar");
+    if (first && first.getAttribute("aria-selected") !== "true") first.click();
+    hs.pick?.(kind, tile);
+  }
   document.addEventListener("error", (e) => {
     const image = e.target;
     if (!(image instanceof HTMLImageElement) || !image.src.includes("/v1/")) return;
@@ -237,7 +252,7 @@
   }, true);
 
   /* ---- a tile in its context ------------------------------------------------------------------- */
-  let dialog = null;
+  let dialog = null, opening = 0;
   hs.open = async (tile, from) => {
     if (!dialog) {
       dialog = el("dialog", { class: "hs-dialog", "aria-labelledby": "hs-dialog-title" });
@@ -248,6 +263,7 @@
     dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `Tile ${tile}`), el("p", {}, "Loading …"));
     if (!dialog.open) dialog.showModal();
     dialog.onclose = () => from?.focus?.();
+    const mine = ++opening;
     let facts;
     try {
       facts = await (await ask(`/v1/tiles/${tile}`)).json();
@@ -256,6 +272,7 @@
         el("p", { role: "alert" }, error.message));
       return;
     }
+    if (mine !== opening) return;
     const where = facts.file ?? `x ${facts.x}, y ${facts.y}`;
     const figure = (url, alt, caption) => {
       const shown = el("figure", {}, el("img", { src: url, alt }), el("figcaption", {}, caption));
@@ -269,7 +286,7 @@
       if (value !== null && value !== undefined && value !== "")
         list.append(el("dt", {}, key), el("dd", {}, String(value)));
     const act = (kind, text) => el("button", {
-      class: "hs-act", onclick: () => { dialog.close(); hs.pick?.(kind, tile); } }, text);
+      class: "hs-act", onclick: () => { dialog.close(); pick(kind, tile); } }, text);
     const pictures = el("div", { class: "hs-context" },
       figure(tileUrl(tile), `tile ${tile}`, "the tile"),
       figure(`/v1/tiles/${tile}/field.jpg`, `tile ${tile} amid its neighbours`,
@@ -282,7 +299,7 @@
 
   /* ---- the map --------------------------------------------------------------------------------- */
   const plain = (text) => String(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;");
-  const PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#F0E442", "#0072B2", "#D55E00", "#CC79A7"];
+  const PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#C8B400", "#0072B2", "#D55E00", "#CC79A7"];
   const SYMBOLS = ["circle", "square", "diamond", "triangle-up", "cross", "x", "star"];
   const NONE = "#9a9a9a";
   const LEGEND = 28;
@@ -299,7 +316,7 @@
     let loading = null;
     return () => (loading ??= new Promise((done, failed) => {
       document.head.append(el("script", { src: "/page-assets/plotly.min.js", onload: done,
-        onerror: () => failed(new Error("the map's program could not be loaded")) }));
+        onerror: () => { loading = null; failed(new Error("the map's program could not be loaded")); } }));
     }));
   })();
 
@@ -309,14 +326,21 @@
     const gallery = element.querySelector(".hs-lassoed");
     const select = element.querySelector("select");
     const peek = element.querySelector(".hs-peek");
-    let data = null, wanted = by, drawing = 0, hidden = new Set();
+    let data = null, wanted = by, drawing = 0, loaded = null;
+    const revision = () => `${document.querySelector(".hs-head")?.dataset.revision} ${hs.changes ?? 0}`;
 
     async function load() {
       const mine = ++drawing;
+      loaded = revision();
       for (let wait = 0; ; wait++) {
         try {
           const answer = await ask(`/v1/map?by=${encodeURIComponent(wanted)}`);
-          if (answer.status === 200) { data = unpack(await answer.arrayBuffer()); break; }
+          if (answer.status === 200) {
+            const found = unpack(await answer.arrayBuffer());
+            if (mine !== drawing) return;
+            data = found;
+            break;
+          }
         } catch (error) {
           note.textContent = `No map: ${error.message}`;
           return;
@@ -325,7 +349,7 @@
         if (wait > 3) note.textContent = "Laying the tiles out … this happens once, and takes some seconds.";
         await new Promise((r) => setTimeout(r, wait < 4 ? 300 : 1500));
       }
-      if (mine === drawing) { hidden = new Set(); await draw(); }
+      await draw();
     }
 
     const dark = () => document.body.classList.contains("dark");
@@ -435,12 +459,13 @@
         if (moved) show(inside(drawn));
         else { const tile = nearest(at(e)); if (tile !== null) hs.open(tile, lasso); }
       });
+      lasso.addEventListener("pointercancel", () => { path = null; paint(); });
       lasso.addEventListener("wheel", (e) => {
         e.preventDefault();
         plot.querySelector(".nsewdrag")?.dispatchEvent(new WheelEvent("wheel", e));
       }, { passive: false });
       lasso.addEventListener("pointerleave", () => { if (peek) peek.hidden = true; });
-      use("lasso");
+      use(window.innerWidth < 700 ? "move" : "lasso");  // a finger shall be able to scroll past
     }
     /* The lasso lies over the points alone: legend and buttons stay within reach. */
     function fit() {
@@ -508,12 +533,19 @@
     }
     show([]);
     /* Drawn when it is first seen: a hidden tab has no width, and nobody waits for what is not looked at. */
-    new IntersectionObserver((seen, watcher) => {
-      if (seen.some((s) => s.isIntersecting)) { watcher.disconnect(); load().catch((e) => { note.textContent = `No map: ${e.message}`; }); }
+    new IntersectionObserver((seen) => {
+      if (seen.some((s) => s.isIntersecting) && loaded !== revision())
+        load().catch((e) => { loaded = null; note.textContent = `No map: ${e.message}`; });
     }).observe(element);
     new MutationObserver(() => data && draw()).observe(document.body, { attributeFilter: ["class"] });
-    return { draw, load, set: (value) => { wanted = value; return load(); } };
+    return { draw, load, set: (value) => { if (value === wanted && data) return draw(); wanted = value; return load(); } };
   };
+
+  /* ---- where there is little room, the answer comes to the reader ------------------------------- */
+  hs.answered = (element) => new MutationObserver(() => {
+    if (window.innerWidth < 700 && element.querySelector(".hs-verdict, .hs-problem"))
+      element.scrollIntoView({ block: "start" });
+  }).observe(element, { childList: true, subtree: true });
 
   /* ---- clusters: names that people give -------------------------------------------------------- */
   document.addEventListener("submit", async (e) => {
@@ -530,6 +562,7 @@
         method: "PUT", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
       const said = await answer.json();
       told.textContent = answer.ok ? "Saved." : said.error.message;
+      if (answer.ok) hs.changes = (hs.changes ?? 0) + 1;
     } catch (error) {
       told.textContent = `Not saved: ${error.message}. Is the server up?`;
     }
