@@ -393,7 +393,7 @@
         xaxis: axis, yaxis: { ...axis, scaleanchor: "x" }, dragmode: "pan", hovermode: "closest",
         paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink },
         legend: { orientation: "h", y: -0.02, font: { size: 12 } }, showlegend: few || extra.length > 0, uirevision: wanted,
-      }, { displaylogo: false, responsive: true, scrollZoom: true,
+      }, { displaylogo: false, responsive: true, showTips: false, scrollZoom: true,
         modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d"]] });
       const shown = about.shown < about.total
         ? `${about.shown.toLocaleString()} of ${about.total.toLocaleString()} tiles, drawn at random`
