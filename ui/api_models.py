@@ -123,11 +123,9 @@ class Embeddings(BaseModel):
     embeddings: list[list[float]]
 
 
-class Hit(BaseModel):
-    """A similar tile; see :class:`histoseek.index.records.Hit`."""
+class Tile(BaseModel):
+    """What is known of a tile."""
 
-    rank: int
-    score: float
     tile: int
     slide: str
     x: int
@@ -138,6 +136,13 @@ class Hit(BaseModel):
     patient: str | None
     cluster: int | None
     file: str | None
+
+
+class Hit(Tile):
+    """A similar tile; see :class:`histoseek.index.records.Hit`."""
+
+    rank: int
+    score: float
 
 
 class Placed(BaseModel):
@@ -246,21 +251,6 @@ class Removed(BaseModel):
 
     slide: str
     tiles: int
-
-
-class Tile(BaseModel):
-    """What is known of a tile."""
-
-    tile: int
-    slide: str
-    x: int
-    y: int
-    size_px_level0: int
-    mpp: float | None
-    label: str | None
-    patient: str | None
-    cluster: int | None
-    file: str | None
 
 
 class Cluster(BaseModel):

@@ -397,3 +397,10 @@ def test_help_of_the_command_names_its_options():
     )
     for option in ("--slides", "--users", "--allow-host", "--audit-log", "--no-page"):
         assert option in done.stdout
+
+
+def test_where_no_token_is_set_none_is_one():
+    access = Access({"ann": "sesame"})
+    assert access.who("Bearer ") is None and access.who(basic("x", "")["authorization"]) is None
+    assert access.who(basic("ann", "sesame")["authorization"]) == "ann"
+    assert not Access().guarded and Access(token=TOKEN).guarded
