@@ -16,6 +16,8 @@ from .handlers import MAX_IMAGES
 from .service import Server
 from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told, with_files
 
+EXAMPLES = 3
+"""Tiles that stand for the cluster of each image."""
 ZIP_BYTES = 512 * 2**20
 ENTRIES = 4 * MAX_IMAGES
 MAP_JS = """
@@ -61,6 +63,7 @@ def cluster_tab(server: Server) -> None:
             images = unpacked([(f["name"], Path(f["path"])) for f in files])
             answer = session.cluster(images, name)
             server.note_assign(request, answer)
+            described = session.atlas.clusters(answer.clustering, EXAMPLES)
         except HistoseekError as error:
             return told(error), "{}"
         shown = []
@@ -71,7 +74,8 @@ def cluster_tab(server: Server) -> None:
                 cluster = view.cluster_title(placed)
                 shown.append({"name": title, "x": x, "y": y, "cluster": cluster})
         drawn = {"by": f"cluster.{answer.clustering}", "stars": shown}
-        return view.placed_table(answer), json.dumps(drawn).replace("<", "\\u003c")
+        examples = {c["cluster"]: [t["tile"] for t in c["examples"]] for c in described}
+        return view.placed_table(answer, examples), json.dumps(drawn).replace("<", "\\u003c")
 
     button.click(
         place,

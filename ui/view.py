@@ -182,8 +182,13 @@ def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) ->
 # -- clusters ---------------------------------------------------------------------------------------
 
 
-def placed_table(answer: Clustered) -> str:
-    """Return the placed images with the nearest tile of each, and the refused ones."""
+def placed_table(answer: Clustered, examples: Mapping[int, Sequence[int]]) -> str:
+    """Return the placed images with the nearest tile of each, and the refused ones.
+
+    Args:
+        answer: what was placed.
+        examples: ids of tiles that stand for each cluster.
+    """
     rows = []
     for number, (name, placed, hit) in enumerate(
         zip(answer.names, answer.placed, answer.nearest, strict=True)
@@ -201,11 +206,12 @@ def placed_table(answer: Clustered) -> str:
             f'aria-label="Open the nearest tile of image {number + 1}"><img src="/v1/tiles/{hit.tile}.jpg" '
             f'alt="nearest tile of {escape(name, quote=True)}" width="56" height="56"></button> '
             f"{escape(hit.label or hit.slide)} ({hit.score:.3f})</td>"
+            f'<td data-label="its cluster">{_minis(examples.get(placed["cluster"], ()))}</td>'
             f'<td data-label="">{note}</td></tr>'
         )
     rows += [
         f'<tr class="hs-refused"><td data-label="image">{escape(name)}</td>'
-        f'<td colspan="5">refused: {escape(why)}</td></tr>'
+        f'<td colspan="6">refused: {escape(why)}</td></tr>'
         for name, why in answer.refused
     ]
     unknown = sum(bool(placed["unknown"]) for placed in answer.placed)
@@ -217,11 +223,27 @@ def placed_table(answer: Clustered) -> str:
         f'<a href="/v1/results/{answer.id}/{kind}" download>{title}</a>'
         for kind, title in (("csv", "CSV"), ("json", "JSON"), ("html", "Report"))
     )
-    heads = ("image", "cluster", "strength", "distance", "nearest tile", "note")
+    heads = (
+        "image",
+        "cluster",
+        "strength",
+        "distance",
+        "nearest tile",
+        "examples of its cluster",
+        "note",
+    )
     head = "".join(f'<th scope="col">{name}</th>' for name in heads)
     return (
         f'<p role="status" id="placed-note">{summary} Save: {links}</p><table class="hs-table" id="placed">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
+    )
+
+
+def _minis(tiles: Sequence[int]) -> str:
+    return "".join(
+        f'<button class="hs-open hs-mini" data-open="{tile}" aria-label="Open tile {tile}"><img '
+        f'loading="lazy" src="/v1/tiles/{tile}.jpg" alt="tile {tile}" width="56" height="56"></button>'
+        for tile in tiles
     )
 
 

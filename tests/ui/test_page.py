@@ -306,6 +306,9 @@ def test_upload_and_cluster(page, tiles, tmp_path):
     assert "query.png" in table and "more.zip: 300.jpeg" in table and "refused: broken.png" in table
     page.locator("#map .legendtext", has_text="new images (4)").wait_for()
     pictures_are_there(page, "#placed img")
+    assert page.locator("#placed tbody tr").first.locator("img").count() == 4, (
+        "nearest, three examples"
+    )
     page.wait_for_timeout(500)
     shot(page, "upload-and-cluster")
     with page.expect_download() as got:
