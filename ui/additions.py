@@ -14,6 +14,7 @@ import secrets
 import shutil
 import tempfile
 import threading
+import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -44,6 +45,8 @@ UPLOADS = "uploads"
 PENDING = "pending.json"
 """Beside an upload as long as it is not in the atlas: what was said of it, and how often it was tried."""
 TRIES = 3
+CUT_OFF_S = 3600
+"""For which nothing was written to an upload that is not whole, after which nobody sends it any more."""
 WAITS_S = (1, 2, 5, 15, 30)
 PASSING = (Busy, Unavailable, StorageFailed)
 INDEXES = frozenset({".mrxs", ".vms", ".vmu"})
@@ -106,7 +109,7 @@ class Additions:
         """
         self._session = session
         self._folders = [folder.resolve() for folder in folders]
-        self._uploads = session.atlas.path / UPLOADS
+        self._uploads = session.atlas.path.resolve() / UPLOADS
         self._jobs: OrderedDict[str, Addition] = OrderedDict()
         self._lock = threading.Lock()
         self._queue: queue.Queue[str | None] = queue.Queue()  # the jobs are what is bounded
@@ -277,12 +280,7 @@ class Additions:
         for folder in sorted(self._uploads.iterdir()):
             files = [f for f in folder.iterdir() if f.name != PENDING] if folder.is_dir() else []
             if len(files) != 1 or not (folder / PENDING).is_file():
-                if (
-                    folder.is_dir()
-                    and not (folder / PENDING).is_file()
-                    and not self._is_source(folder)
-                ):
-                    shutil.rmtree(folder, ignore_errors=True)  # cut off while it was sent
+                self._clear(folder, files)
                 continue
             try:
                 about = read_json(folder / PENDING)
@@ -299,8 +297,16 @@ class Additions:
             except (HistoseekError, KeyError, TypeError, ValueError) as error:
                 log.error("%s cannot be taken up: %s", files[0], error)
 
-    def _is_source(self, folder: Path) -> bool:
-        return any(Path(s["source"]).parent == folder for s in self._session.atlas.slides())
+    def _clear(self, folder: Path, files: list[Path]) -> None:
+        """Delete what was cut off while it was sent: of no slide, not waiting, no longer written to."""
+        if not folder.is_dir() or (folder / PENDING).exists():
+            return
+        # By name, not by path: the atlas may have been moved since, and a slide's file is not ours to lose.
+        if any(Path(s["source"]).parent.name == folder.name for s in self._session.atlas.slides()):
+            return
+        newest = max((file.stat().st_mtime for file in [folder, *files]), default=0.0)
+        if time.time() - newest > CUT_OFF_S:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def _work(self) -> None:
         while (number := self._queue.get()) is not None and not self._closing:
@@ -333,7 +339,7 @@ class Additions:
 
     def _delete_upload(self, path: Path) -> None:
         """Delete a slide that was uploaded, with its folder; any other file is not ours."""
-        if path.parent.parent in {self._uploads, self._uploads.resolve()}:
+        if path.resolve().parent.parent == self._uploads:
             shutil.rmtree(path.parent, ignore_errors=True)
 
     def _add(self, number: str) -> None:

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 from loopback import free_port, up
@@ -224,13 +225,18 @@ def test_a_killed_server_takes_an_upload_up_again(histoseek_ui, own_atlas, tmp_p
     half = own_atlas / "uploads/0123/half.tiff"
     half.parent.mkdir()
     half.write_bytes(b"x")
+    for old in (half, half.parent):
+        os.utime(old, (0, 0))
+    young = own_atlas / "uploads/4567/young.tiff"
+    young.parent.mkdir()
+    young.write_bytes(b"x")
     process = histoseek_ui(own_atlas, "--port", port, "--no-page")
     up(port, process)
     (job,) = client._json("GET", "/v1/jobs")["jobs"]
     assert client.wait(job, 200)["state"] == "done"
     row = client.slides("late")["slides"][0]
     assert (row["label"], row["patient"]) == ("late", "P7") and row["tiles"] > 0
-    assert not half.exists(), "it was cut off while it was sent"
+    assert not half.exists() and young.exists(), "one was cut off, the other may still be sent"
     process.send_signal(signal.SIGINT)
     assert process.wait(30) == 130
     assert Atlas(own_atlas).verify() == []
@@ -274,3 +280,22 @@ print([m for m in ('fastapi', 'numpy', 'gradio') if m in sys.modules])
     said = process.communicate(timeout=40)[0].decode()
     assert "INFO 127.0.0.1 POST /v1/search 200" in said and "user=token id=" in said
     assert "WARNING 127.0.0.1 GET /info 401" in said and "Traceback" not in said
+
+
+def test_an_atlas_that_was_moved_keeps_the_slides_uploaded_to_it(
+    serve, own_atlas, tmp_path, make_slide, monkeypatch
+):
+    monkeypatch.chdir(own_atlas.parent)
+    one = serve(Path("atlas"))  # by a path that means something else elsewhere
+    blob = make_slide(tmp_path / "m.tiff", side=700).read_bytes()
+    job = one.client.post("/v1/slides", files=[("file", ("m.tiff", blob, "image/tiff"))]).json()
+    assert over(one.additions, job["id"]).state == "done"
+    (source,) = (s["source"] for s in one.session.atlas.slides() if s["name"] == "m")
+    assert Path(source).is_absolute()
+    one.additions.close()
+    moved = own_atlas.rename(tmp_path / "moved")
+    (kept,) = (moved / "uploads").glob("*/m.tiff")
+    for old in (kept, kept.parent):
+        os.utime(old, (0, 0))
+    Additions(one.session.__class__(moved)).close()
+    assert kept.read_bytes() == blob
