@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import io
 import json
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,23 @@ def write_features(path: Path, item: Features) -> None:
     with FeatureWriter(path, item.features.shape[1], len(item.features)) as out:
         out.append(item.features)
         out.publish(item)
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Keep a Ctrl-C until this is over: an exception in the middle of HDF5 breaks the process."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[tuple[Any, Any]] = []
+    signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 class FeatureWriter:
@@ -54,6 +75,14 @@ class FeatureWriter:
             self._file = _TolerantFile(self._temp)
         except OSError as error:
             raise storage_failed(path, error) from error
+        try:
+            self._start(dim)
+        except BaseException:
+            self._temp.unlink()
+            raise
+
+    @_undisturbed()
+    def _start(self, dim: int) -> None:
         self._out = h5py.File(self._file, "w")
         self._data = self._out.create_dataset(
             "features",
@@ -76,6 +105,7 @@ class FeatureWriter:
         if error is not None:
             raise error
 
+    @_undisturbed()
     def append(self, features: NDArray[np.float32]) -> None:
         """Add rows (n, D); they are written a chunk at a time."""
         self._spool.append(np.asarray(features, dtype=np.float32))
@@ -90,6 +120,7 @@ class FeatureWriter:
         self._count += len(rows)
         self._check()
 
+    @_undisturbed()
     def publish(self, item: Features) -> None:
         """Write everything but ``item.features``, which were appended, and show the file.
 
@@ -103,6 +134,7 @@ class FeatureWriter:
         self._file.close()
         publish_file(self._temp, self._path)
 
+    @_undisturbed()
     def discard(self) -> None:
         """Remove the temporary file, if it was not published."""
         self._out.close()
@@ -111,15 +143,12 @@ class FeatureWriter:
 
 
 class _TolerantFile(io.RawIOBase):
-    """A file that keeps its first error for later: an error in the middle of HDF5 breaks the process.
-
-    That is a full disk as well as a Ctrl-C that falls into a write.
-    """
+    """A file that keeps its first error, of a full disk for instance, until HDF5 is out of it."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()
         self._raw = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
-        self.error: BaseException | None = None
+        self.error: Exception | None = None
 
     def readable(self) -> bool:
         return True
@@ -148,14 +177,14 @@ class _TolerantFile(io.RawIOBase):
         try:
             while done < len(view):
                 done += self._raw.write(view[done:]) or 0
-        except BaseException as error:
+        except Exception as error:
             self.error = self.error or error
         return len(view)
 
     def truncate(self, size: int | None = None) -> int:
         try:
             return self._raw.truncate(size)
-        except BaseException as error:
+        except Exception as error:
             self.error = self.error or error
             return size or 0
 

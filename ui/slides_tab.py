@@ -62,10 +62,6 @@ def slides_tab(server: Server, last: Any, tab: Any) -> None:
     def detailed(
         name: str, how: str, fitted: str | None, kind: str, result: str, request: Any
     ) -> str:
-        if not name:
-            return view.empty(
-                "Choose a slide below.", "Its clusters and the slides like it appear here."
-            )
         try:
             return _detail(server, name, how, fitted, kind, result, request)
         except HistoseekError as error:
@@ -80,8 +76,8 @@ def slides_tab(server: Server, last: Any, tab: Any) -> None:
 
     def again(
         name: str, how: str, fitted: str | None, kind: str, result: str, request: gr.Request
-    ) -> str:
-        return detailed(name, how, fitted, kind, result, request)
+    ) -> Any:
+        return detailed(name, how, fitted, kind, result, request) if name else gr.skip()
 
     inputs = [shows, clustering, by, last]
     cards.select(

@@ -311,6 +311,37 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["slide.h5"]
 
 
+def test_ctrl_c_at_any_moment_of_writing_ends_cleanly(tmp_path):
+    """An exception inside a call of HDF5 would break the process."""
+    code = (
+        "import os, random, signal, sys, threading, time\n"
+        "import numpy as np\n"
+        "from pathlib import Path\n"
+        "from histoseek.feature_files import Features\n"
+        "from histoseek.feature_writer import FeatureWriter\n"
+        "random.seed(0)\n"
+        "rows, stopped = np.ones((5, 64), np.float32), 0\n"
+        "item = Features('s', 'e', '0' * 64, np.ones((400, 64), np.float32), np.zeros((400, 2), int))\n"
+        "for n in range(60):\n"
+        "    wait = random.uniform(0, .02)\n"
+        "    timer = threading.Timer(wait, os.kill, (os.getpid(), signal.SIGINT))\n"
+        "    try:\n"
+        "        timer.start()\n"
+        "        with FeatureWriter(Path(sys.argv[1]) / f'{n}.h5', 64, 5) as out:\n"
+        "            for _ in range(80):\n"
+        "                out.append(rows)\n"
+        "            out.publish(item)\n"
+        "        time.sleep(1)\n"
+        "    except KeyboardInterrupt:\n"
+        "        stopped += 1\n"
+        "print('stopped', stopped)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
+    assert done.stdout == "stopped 60\n" and done.stderr == "", (done.returncode, done.stderr)
+    for path in tmp_path.glob("*.h5"):
+        assert read_features(path).features.shape == (400, 64)
+
+
 def test_a_full_disk_in_the_middle_of_embed_keeps_what_is_done(make_slide, cli, tmp_path):
     slides = tmp_path / "slides"
     slides.mkdir()

@@ -401,6 +401,21 @@ def test_slides_and_cases(page, tiles):
     page.get_by_text("No slide of that name.").wait_for()
 
 
+def test_a_click_as_soon_as_there_is_something_to_click_is_not_lost(page):
+    """An event may be sent at any moment, also just when the answer to the one before has come."""
+    click = """(wait) => new MutationObserver((changes, observer) => {
+        if (!document.querySelector('[data-slide]')) return;
+        observer.disconnect();
+        setTimeout(() => document.querySelector('[data-slide]').click(), wait);
+    }).observe(document.body, {childList: true, subtree: true})"""
+    for wait in range(50, 100, 8):
+        page.reload()
+        page.locator("#find").wait_for()
+        page.evaluate(click, wait)
+        tab(page, "Slides and cases")
+        page.locator(".hs-detail").wait_for()
+
+
 def test_a_new_slide_is_added_and_searched(page, make_slide, tmp_path, atlas):
     before = Atlas(atlas).stats()["tiles"]
     tab(page, "New slide")
