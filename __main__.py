@@ -199,8 +199,14 @@ def export(
     pca: Annotated[
         float | None, typer.Option(help="Keep this share of the variance by PCA in the graph.")
     ] = None,
+    whiten: Annotated[
+        float, typer.Option(help="With --pca: 0 keeps the components' scale, 1 makes all alike.")
+    ] = 0.0,
     views: Annotated[
-        int, typer.Option(help="Average over 4 quarter turns, or 8 with mirror images; 1: none.")
+        int,
+        typer.Option(
+            help="Average over 2 half turns, 4 quarter turns, 8 with mirror images; 1: none."
+        ),
     ] = 1,
     licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
     notes: Annotated[
@@ -218,7 +224,9 @@ def export(
     source = parity_tiles(run, tiles, open_data)
     about = read_text(notes) if notes else ""
     with console.working("exporting, and proving parity on real tiles"):
-        manifest = export_run(run, out, source, build, name, mpp, pca, views, licence, about)
+        manifest = export_run(
+            run, out, source, build, name, mpp, pca, whiten, views, licence, about
+        )
     document = {"bundle": str(out), **manifest.model_dump()}
     console.emit(
         document,

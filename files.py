@@ -21,6 +21,14 @@ TEMP = ".histoseek-tmp"
 _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: ``$HISTOSEEK_CACHE``, else in the user's cache."""
+    if os.environ.get("HISTOSEEK_CACHE"):
+        return Path(os.environ["HISTOSEEK_CACHE"])
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "histoseek"
+
+
 def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
     with open(path, "rb") as stream:

@@ -25,6 +25,9 @@ from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
 Build = Callable[..., Any]
 Open = Callable[[Path], TileSet]
 
+LEAST_SPREAD = 1e-4
+"""Components that vary less than this share of the first are noise, and are left out."""
+
 
 def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[str, torch.Tensor]]:
     """Read a run folder: its record, its encoder with weights, its PCA basis and clusters.
@@ -90,6 +93,7 @@ def export_run(
     name: str | None = None,
     mpp: float | None = None,
     pca: float | None = None,
+    whiten: float = 0.0,
     views: int = 1,
     licence: str = "not stated",
     notes: str = "",
@@ -104,7 +108,10 @@ def export_run(
         name: of the encoder; the folder's name when left out.
         mpp: micrometres per pixel at which slides are to be read, if known.
         pca: keep the components with this share of the variance inside the graph.
-        views: average over 4 quarter turns, or 8 with mirror images, inside the graph; 1 does not.
+        whiten: with ``pca``, divide each component by its standard deviation to this power: 0 does
+            not, 1 makes all count alike.
+        views: average over 2 half turns, 4 quarter turns, or 8 with mirror images, inside the graph; 1
+            does not.
         licence: of the weights, as the card will state it.
         notes: Markdown that is added to the card.
 
@@ -117,7 +124,7 @@ def export_run(
     """
     _check_names(name or out.name, mpp)
     record, encoder, beside = load_run(run, build)
-    graph = Graph(encoder, encoder.mean, encoder.std, _components(beside, pca, run), views)  # type: ignore[arg-type]
+    graph = Graph(encoder, encoder.mean, encoder.std, _components(beside, pca, whiten, run), views)  # type: ignore[arg-type]
     size_px = int(encoder.size_px)  # type: ignore[arg-type]
     dim = len(graph.pca_components) if graph.has_pca else int(encoder.dim)  # type: ignore[arg-type]
     tiles = sample_tiles(tileset, size_px)
@@ -168,9 +175,15 @@ def _check_names(name: str, mpp: float | None) -> None:
 
 
 def _components(
-    basis: dict[str, torch.Tensor], keep: float | None, run: Path
+    basis: dict[str, torch.Tensor], keep: float | None, whiten: float, run: Path
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    if not 0 <= whiten <= 1:
+        raise BadInput(f"--whiten is {whiten}; expected 0 (not at all) to 1 (wholly)")
     if keep is None:
+        if whiten:
+            raise BadInput(
+                f"--whiten {whiten} needs --pca: principal components are what is whitened"
+            )
         return None
     if not 0 < keep <= 1:
         raise BadInput(f"--pca is {keep}; expected a share of the variance, over 0 and up to 1")
@@ -178,7 +191,10 @@ def _components(
         raise BadInput(f"{run} holds no PCA basis; train it again with this version")
     shares = torch.cumsum(basis["pca.variance"], 0)
     count = min(int((shares < keep).sum()) + 1, len(shares))
-    return basis["pca.mean"], basis["pca.components"][:count]
+    spread = basis["pca.variance"][:count].sqrt()
+    counts = spread > LEAST_SPREAD * spread[0]
+    weights = (spread[0] / spread[counts]) ** whiten
+    return basis["pca.mean"], basis["pca.components"][:count][counts] * weights[:, None]
 
 
 def _provenance(record: dict[str, Any]) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from ..manifest import INPUT, OUTPUT
 OPSET = 18
 """Loads in ONNX Runtime 1.24 (Triton 26.04) and in far older ones."""
 
-VIEWS = (1, 4, 8)
+VIEWS = (1, 2, 4, 8)
 MAX_ABS = 1e-4
 MAX_COSINE = 1e-6
 MAX_BATCH_ABS = 1e-5
@@ -28,15 +28,16 @@ MAX_BATCH_ABS = 1e-5
 class Graph(nn.Module):
     """Raw pixels to embedding: scaling, normalisation, the net, optional PCA, length 1.
 
-    With four views the embedding is the mean over the tile's quarter turns, with eight over its
-    mirror image's too: exactly the same for a tile however it lies, at that many times the cost.
+    With two views the embedding is the mean over the tile and its half turn, with four over its quarter
+    turns, with eight over its mirror image's too: exactly the same for a tile that lies so, at that many
+    times the cost.
 
     Args:
         encoder: float (N, 3, S, S) normalised -> (N, D).
         mean: per channel, for pixels in 0..1.
         std: per channel.
-        pca: ``mean`` (D,) and ``components`` (R, D) of unit embeddings, or None.
-        views: 1, 4 or 8.
+        pca: ``mean`` (D,) and ``components`` (R, D), of any scale, of unit embeddings, or None.
+        views: 1, 2, 4 or 8.
     """
 
     def __init__(
@@ -79,7 +80,8 @@ class Graph(nn.Module):
         if self.views == 1:
             return tiles
         sides = [tiles, tiles.flip(3)] if self.views == 8 else [tiles]
-        return torch.cat([torch.rot90(side, k, (2, 3)) for side in sides for k in range(4)])
+        turns = (0, 2) if self.views == 2 else range(4)
+        return torch.cat([torch.rot90(side, k, (2, 3)) for side in sides for k in turns])
 
 
 def to_onnx(graph: Graph, size_px: int) -> bytes:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -17,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, HistoseekError, MissingPart, unknown_name
-from ..files import read_json, write_json
+from ..files import cache_folder, read_json, write_json
 from ..manifest import Manifest
 from .engines import (
     ENGINES,
@@ -37,7 +36,6 @@ MARGIN = 1.05
 
 _TRIAL_S = 0.15
 _BUDGET_S = 6.0
-_CACHE = "HISTOSEEK_CACHE"
 
 
 def open_engine(
@@ -177,14 +175,6 @@ def rate_of(engine: Engine, tiles: NDArray[np.uint8], seconds: float) -> float:
     together = Barrier(streams)
     with ThreadPoolExecutor(streams) as pool:
         return sum(pool.map(work, range(streams)))
-
-
-def cache_folder() -> Path:
-    """Return where measurements of this machine are kept: ``$HISTOSEEK_CACHE``, else the user's cache."""
-    if os.environ.get(_CACHE):
-        return Path(os.environ[_CACHE])
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    return Path(home) / "histoseek"
 
 
 def _machine_key(manifest: Manifest, precision: str, streams: int) -> str:

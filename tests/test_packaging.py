@@ -9,6 +9,10 @@ import tomllib
 import zipfile
 from pathlib import Path
 
+import yaml
+
+import histoseek
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = ("training", "export", "serving", "index", "ui")
 
@@ -18,6 +22,14 @@ def test_every_folder_with_an_init_is_listed():
     inits = [p for folder in FOLDERS for p in (ROOT / folder).rglob("__init__.py")]
     found = [".".join(("histoseek", *p.parent.relative_to(ROOT).parts)) for p in inits]
     assert sorted(listed) == sorted(["histoseek", *found])
+
+
+def test_one_version_and_licence_everywhere():
+    cited = yaml.safe_load((ROOT / "CITATION.cff").read_text())
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    assert cited["version"] == histoseek.__version__
+    assert cited["license"] == project["license"]
+    assert f"## {histoseek.__version__}" in (ROOT / "CHANGELOG.md").read_text()
 
 
 def test_the_wheel_holds_every_module_and_the_default_encoder(tmp_path):

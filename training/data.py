@@ -91,7 +91,7 @@ _POOL = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="dec
 
 
 def load(
-    tileset: TileSet, size_px: int, progress: Report, cut: bool = False, stream: bool = False
+    tileset: TileSet, size_px: int, progress: Report, cut: int = 0, stream: bool = False
 ) -> LabelledTiles:
     """Decode a tile set; an unreadable tile is left out, counted and named.
 
@@ -99,7 +99,8 @@ def load(
         tileset: what to read.
         size_px: S, the side that every tile is brought to.
         progress: called after each tile.
-        cut: cut pictures of at least 2 S x 2 S into tiles at their own scale, instead of shrinking.
+        cut: cut pictures of at least so many times S into tiles at their own scale, instead of
+            shrinking them; 0 shrinks all.
         stream: decode tiles when they are asked for; so is done with more than 16 GiB of them.
 
     Raises:
@@ -114,7 +115,7 @@ def load(
     def one(number: int) -> dict[str, Rgb] | BadInput:
         try:
             picture = tileset.read(number)
-            return cut_up(picture, size_px) if cut else {"": square(picture, size_px)}
+            return cut_up(picture, size_px, cut) if cut else {"": square(picture, size_px)}
         except BadInput as error:
             return error
 
@@ -163,13 +164,14 @@ def _labelled(
     )
 
 
-def cut_up(picture: Rgb, size_px: int) -> dict[str, Rgb]:
+def cut_up(picture: Rgb, size_px: int, least: int = 2) -> dict[str, Rgb]:
     """Cut a picture into tiles on a centred grid, by ``@x,y``; a small one is resized whole, by ''.
 
-    Blank cut-outs are left out; a picture of which all are blank gives none.
+    Small is what has less than ``least`` tiles one way or the other. Blank cut-outs are left
+    out; a picture of which all are blank gives none.
     """
     down, across = picture.shape[0] // size_px, picture.shape[1] // size_px
-    if min(down, across) < 2:
+    if min(down, across) < least:
         return {"": square(picture, size_px)}
     top = (picture.shape[0] - down * size_px) // 2
     left = (picture.shape[1] - across * size_px) // 2

@@ -14,20 +14,21 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
 from ..tilesets import TileSet
-from .checkpoint import load_backbone
 from .data import LabelledTiles
 from .evaluate import calibrate
 from .job import Job, Objective, Phase
 from .losses import ArcFace, Contrastive, Softmax, Triplet
-from .models import Encoder, build, model_options
+from .models import Encoder, model_options
 from .options import TrainingOptions
 from .pretrained import LITE0
+from .teacher import teacher_features, whitened
 
 TARGETS = ("label", "group", "place")
 LOSSES = ("arcface", "softmax", "triplet", "contrastive")
@@ -49,13 +50,18 @@ class ArcFaceOptions(TrainingOptions):
         target: what the loss tells apart, one or several joined by +: label, group (source picture or
             patient), place (as group, but each cut-out of a large picture by itself).
         per_class: tiles of one class (of the first target) that come together in a batch; 0 draws freely.
-        cut: cut pictures of at least twice size_px into tiles, instead of shrinking them.
+        cut: cut pictures of at least so many times size_px either way into tiles, instead of
+            shrinking them; 0 shrinks all.
+        label_weight: of the loss on labels, where group or place have one too.
         scale: s of ArcFace.
         margin: m of ArcFace, radians; of triplet and contrastive, a distance.
         easy_margin: apply ArcFace's margin only where the cosine is positive.
-        teacher: efficientnet-lite0 (ImageNet, from a PyPI package), whose features the embedding must
-            also predict through a linear layer; empty has none.
+        teacher: efficientnet-lite0 (ImageNet, from a PyPI package): through a linear layer the embedding
+            of a changed tile must also predict the teacher's features of the tile as it is, averaged
+            over turns and mirror images; empty has none.
         teacher_weight: of one minus the cosine of that prediction and the teacher's features.
+        teacher_dim: principal components of these features, whitened, that are predicted; 0 takes the
+            features as they are.
         epochs: of training from scratch.
         epochs_head: of phase 1 (with weights).
         epochs_tail: of phase 2 (with weights).
@@ -83,12 +89,14 @@ class ArcFaceOptions(TrainingOptions):
     loss: str = "arcface"
     target: str = "label"
     per_class: int = 0
-    cut: bool = False
+    cut: int = 0
+    label_weight: float = 1.0
     scale: float = 30.0
     margin: float = 0.5
     easy_margin: bool = False
     teacher: str = ""
     teacher_weight: float = 1.0
+    teacher_dim: int = 128
     epochs_head: int = 10
     epochs_tail: int = 20
     lr_tail: float = 1e-4
@@ -98,6 +106,8 @@ class ArcFaceOptions(TrainingOptions):
         "hidden": 1,
         "dim": 1,
         "per_class": 0,
+        "cut": 0,
+        "teacher_dim": 0,
         "epochs_head": 0,
         "epochs_tail": 0,
     }
@@ -108,6 +118,7 @@ class ArcFaceOptions(TrainingOptions):
         "margin": (0, 3.1),
         "scale": (1e-3, 1000),
         "teacher_weight": (0, 1000),
+        "label_weight": (0, 1000),
     }
     CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
         **TrainingOptions.CHOICES,
@@ -160,9 +171,16 @@ class EmbeddingNet(Objective):
     """The encoder with one loss per target, and a teacher if there is one."""
 
     def __init__(
-        self, encoder: Encoder, targets: dict[str, torch.Tensor], options: ArcFaceOptions
+        self,
+        encoder: Encoder,
+        targets: dict[str, torch.Tensor],
+        options: ArcFaceOptions,
+        teacher: NDArray[np.float32] | None = None,
     ) -> None:
-        """Make a loss for every target: class numbers of all tiles, -1 is unknown and costs nothing."""
+        """Make a loss for every target: class numbers of all tiles, -1 is unknown and costs nothing.
+
+        ``teacher`` (N, F) is what the embedding of each tile is to predict; zeros cost nothing.
+        """
         super().__init__()
         self.encoder = encoder
         for name, numbers in targets.items():
@@ -174,12 +192,10 @@ class EmbeddingNet(Objective):
                 for name, numbers in targets.items()
             }
         )
-        self._teacher: list[Encoder] = []  # in a list: no part of this net's weights
-        if options.teacher:
-            teacher = build(options.teacher)
-            load_backbone(teacher.backbone, options.teacher)
-            self._teacher.append(teacher.eval().requires_grad_(False))
-            self.predict = nn.Linear(encoder.dim, teacher.dim)
+        self.has_teacher = teacher is not None
+        if teacher is not None:
+            self.register_buffer("teacher", torch.from_numpy(teacher), persistent=False)
+            self.predict = nn.Linear(encoder.dim, teacher.shape[1])
 
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the summed loss of tiles (N, 3, S, S), and its parts where there are several."""
@@ -193,23 +209,14 @@ class EmbeddingNet(Objective):
                 loss = loss + weight.sum() * 0.0  # every weight has a gradient, as DDP demands
             if known.any():
                 parts[name] = head(embeddings[known], labels[known])
-                loss = loss + parts[name]
-        if self._teacher:
-            parts["teacher"] = self._distance_to_teacher(embeddings, tiles)
+                alone = name != "label" or len(self.heads) == 1
+                loss = loss + (1.0 if alone else self.options.label_weight) * parts[name]
+        if self.has_teacher:
+            wanted = self.get_buffer("teacher")[numbers]
+            near = nn.functional.cosine_similarity(self.predict(embeddings).float(), wanted)
+            parts["teacher"] = (1 - near)[wanted.any(1)].sum() / len(wanted)
             loss = loss + self.options.teacher_weight * parts["teacher"]
         return {"loss": loss, **(parts if len(parts) > 1 else {})}
-
-    def _distance_to_teacher(self, embeddings: torch.Tensor, tiles: torch.Tensor) -> torch.Tensor:
-        teacher = self._teacher[0].to(tiles.device)
-
-        def column(values: tuple[float, ...]) -> torch.Tensor:
-            return torch.tensor(values, device=tiles.device)[:, None, None]
-
-        pixels = tiles * column(self.encoder.std) + column(self.encoder.mean)
-        with torch.no_grad():
-            wanted = teacher((pixels - column(teacher.mean)) / column(teacher.std))
-        found = self.predict(embeddings)
-        return 1 - nn.functional.cosine_similarity(found.float(), wanted.float()).mean()
 
     def begin_phase(self, phase: Phase) -> None:
         """Freeze what the phase does not train; frozen batch norms keep their statistics."""
@@ -284,12 +291,24 @@ def fit(
     job.prepare(options.cut)
     targets = _targets(options, job.data, job.parts.train)
     encoder = job.build()
-    job.train(EmbeddingNet(encoder, targets, options), options.phases())
+    job.train(EmbeddingNet(encoder, targets, options, _teacher(job, options)), options.phases())
     if not options.weights:
         # MobileNetV3's norms move by a hundredth per step: after a short training they lag far behind.
         few = job.parts.train[:: max(1, len(job.parts.train) // CALIBRATE)]
         calibrate(encoder, job.data.read(few)[0])
     return job.finish(encoder)
+
+
+def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float32] | None:
+    """Return what the embedding of every tile is to predict, (N, F), fitted on the training tiles."""
+    if not options.teacher:
+        return None
+    if not job.fabric.is_global_zero:
+        job.fabric.barrier()  # the first process asks, the others find it in the cache
+    found = teacher_features(options.teacher, job.data, job.fabric.device, job.report)
+    if job.fabric.is_global_zero:
+        job.fabric.barrier()
+    return whitened(found, job.parts.train, options.teacher_dim)
 
 
 def _targets(options: ArcFaceOptions, data: LabelledTiles, train: Ints) -> dict[str, torch.Tensor]:

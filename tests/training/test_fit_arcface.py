@@ -10,6 +10,7 @@ import time
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from histoseek.errors import BadInput, Mismatch
 from histoseek.metrics import codes
@@ -26,6 +27,35 @@ SMALL = {"size_px": 64, "epochs": 3, "batch": 16, "folds": 3, "accelerator": "cp
 
 def silent(done, total, text):
     pass
+
+
+def test_large_pictures_are_cut_and_the_label_counts_as_much_as_it_is_given(tmp_path, tissue):
+    folder, lines = tmp_path / "tiles", ["file,label,group"]
+    for label, rows in (("a", slice(0, 200)), ("b", slice(200, 400))):
+        (folder / label).mkdir(parents=True)
+        for n in range(4):
+            picture = Image.fromarray(tissue[rows, n * 50 : n * 50 + 200])
+            picture.save(folder / label / f"{n}.png")
+            lines.append(f"{label}/{n}.png,{label},{label}{n}")
+    (folder / "manifest.csv").write_text("\n".join(lines) + "\n")
+    assert (
+        len(load(open_tiles(folder), 64, silent))
+        == len(load(open_tiles(folder), 64, silent, 4))
+        == 8
+    )
+    whole = load(open_tiles(folder), 64, silent, cut=3)
+    assert len(whole) == 72 and whole.files[0] == "a/0.png@4,4"
+    assert len(np.unique(whole.places)) == 72 and len(np.unique(whole.groups)) == 8
+    records = [
+        fit(
+            ArcFaceOptions(**SMALL, cut=3, target="label+place", label_weight=weight, dropout=0.0),
+            open_tiles(folder), tmp_path / f"run{weight}", silent,
+        )
+        for weight in (0.0, 2.0)
+    ]  # fmt: skip
+    for weight, record in zip((0.0, 2.0), records, strict=True):
+        row = record["epochs"][0]
+        assert row["loss"] == pytest.approx(weight * row["label"] + row["place"], rel=1e-4)
 
 
 def test_a_run_repeats_to_the_byte(tile_folder, tmp_path):

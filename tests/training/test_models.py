@@ -311,6 +311,21 @@ def test_mobilenet_v3_small_is_torchvisions():
     assert sum(p.numel() for p in tail) == 736_488
 
 
+def test_mean_and_deviation_of_every_map():
+    plain = build("mobilenet-v3-small", size_px=64, dim=0).eval()
+    torch.manual_seed(0)
+    both = build("mobilenet-v3-small", size_px=64, dim=0, deviation=True).eval()
+    both.load_state_dict(plain.state_dict())
+    tiles = torch.rand(3, 3, 64, 64)
+    with torch.no_grad():
+        maps, found = both.backbone.features(tiles), both(tiles)
+    assert found.shape == (3, 1152) and torch.equal(found[:, :576], plain(tiles))
+    expected = maps.flatten(2).std(2, correction=0)
+    assert torch.allclose(found[:, 576:], expected, atol=4e-3)
+    with pytest.raises(BadInput, match="deviation"):
+        build("sobel-alexnet", deviation=True)
+
+
 def test_a_torchvision_checkpoint_loads_by_key(tmp_path):
     torch.manual_seed(1)
     whole = MobileNetV3Small()

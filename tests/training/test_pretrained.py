@@ -1,9 +1,11 @@
 """Weights by path, by address with a hash, and from a package; against a local server."""
 
 import threading
+from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
+import numpy as np
 import pytest
 import torch
 
@@ -11,10 +13,12 @@ from histoseek.errors import BadInput, Mismatch, MissingPart, Unavailable
 from histoseek.files import sha256_file
 from histoseek.tilesets import open_tiles
 from histoseek.training.checkpoint import load_backbone, load_encoder
+from histoseek.training.data import load
 from histoseek.training.fit_arcface import ArcFaceOptions, EmbeddingNet, fit
 from histoseek.training.models import build
 from histoseek.training.models.mobilenet_v3 import MobileNetV3Small
 from histoseek.training.pretrained import find_weights
+from histoseek.training.teacher import teacher_features, whitened
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -113,18 +117,62 @@ def test_lite0_is_a_backbone_with_its_own_scaling(tile_folder, tmp_path):
     assert load_encoder(tmp_path / "run").mean == (127 / 255,) * 3
 
 
-def test_lite0_is_a_teacher(tile_folder, tmp_path):
+def test_lite0_is_a_teacher(tile_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HISTOSEEK_CACHE", str(tmp_path / "cache"))
     options = ArcFaceOptions(
         size_px=64, epochs=6, batch=16, folds=3, lr=3e-3, teacher="efficientnet-lite0",
-        teacher_weight=5.0, accelerator="cpu",
+        teacher_weight=5.0, teacher_dim=4, accelerator="cpu",
     )  # fmt: skip
     record = fit(options, open_tiles(tile_folder), tmp_path / "run", lambda *_: None)
     distance = [row["teacher"] for row in record["epochs"]]
     assert distance[-1] < 0.8 * distance[0]
+    assert sorted(p.name for p in (tmp_path / "run").iterdir()) == [
+        "run.json",
+        "weights.safetensors",
+    ]
     net = EmbeddingNet(
-        build("mobilenet-v3-small", size_px=64), {"label": torch.tensor([0, 1])}, options
+        build("mobilenet-v3-small", size_px=64),
+        {"label": torch.tensor([0, 1])},
+        options,
+        np.ones((2, 4), np.float32),
     )
     assert not any("teacher" in key for key in net.state_dict())
+    tiles, numbers = torch.zeros(2, 3, 64, 64), torch.arange(2)
+    whole = net(tiles, numbers)
+    net.get_buffer("teacher")[1] = 0  # not needed or not read: it costs nothing
+    assert float(net(tiles, numbers)["teacher"]) == pytest.approx(
+        float(whole["teacher"]) / 2,
+        rel=0.01,  # dropout is drawn anew
+    )
+
+
+def test_a_teacher_sees_a_tile_however_it_lies(tile_folder, tmp_path, monkeypatch):
+    monkeypatch.setenv("HISTOSEEK_CACHE", str(tmp_path))
+    data = load(open_tiles(tile_folder), 64, lambda *_: None)
+    numbers = np.arange(len(data))
+    turned = replace(data, tiles=np.rot90(data.tiles, 1, (1, 2))[:, :, ::-1].copy())
+    asked = []
+    seen = [
+        teacher_features("efficientnet-lite0", d, torch.device("cpu"), lambda *_: asked.append(1))
+        for d in (data, turned, data)
+    ]
+    assert len(asked) == 2 * -(-len(data) // 32)  # the third time it is known
+    np.testing.assert_allclose(seen[0], seen[1], atol=2e-3)
+    assert (seen[0] == seen[2]).all()
+    seen[0][:2] = 0  # could not be read
+    for dim in (0, 5):
+        found = whitened(seen[0], numbers, dim)
+        assert found.shape == (len(data), dim or 1280) and not found[:2].any()
+        np.testing.assert_allclose(np.linalg.norm(found[2:], axis=1), 1, atol=1e-5)
+    assert whitened(seen[1], numbers[::2], 999).shape[1] < len(numbers[::2])  # as many as vary
+
+
+def test_whitened_components_count_alike():
+    rng = np.random.default_rng(0)
+    features = (rng.normal(size=(400, 6)) * [5, 4, 3, 2, 1, 0] + 1).astype(np.float16)
+    found = whitened(features, np.arange(300), 5)
+    assert found.shape == (400, 5)
+    assert found.std(0).max() / found.std(0).min() < 1.2
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch):

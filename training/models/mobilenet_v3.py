@@ -87,11 +87,14 @@ class MobileNetV3Small(nn.Module):
     Args:
         classes: width of the classifier; 0 leaves it out and returns the pooled 576 features
             (927,008 parameters).
+        deviation: without a classifier, return beside the mean of every map its standard deviation,
+            1,152 features: how a pattern is spread over the tile.
     """
 
-    def __init__(self, classes: int = 1000) -> None:
+    def __init__(self, classes: int = 1000, deviation: bool = False) -> None:
         """Build the layers and initialise them as torchvision does."""
         super().__init__()
+        self.deviation = deviation
         layers: list[nn.Module] = [_conv_norm(3, 16, 3, 2, nn.Hardswish)]
         inside = 16
         for kernel, expanded, out, se, hs, stride in BLOCKS:
@@ -116,8 +119,12 @@ class MobileNetV3Small(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 3, S, S) -> (N, classes), or (N, 576) without a classifier."""
-        pooled = self.features(x).mean((2, 3))
+        """(N, 3, S, S) -> (N, classes), or without a classifier (N, 576) or (N, 1152)."""
+        maps = self.features(x)
+        pooled = maps.mean((2, 3))
+        if self.deviation:
+            spread = maps.var((2, 3), correction=0).add(1e-5).sqrt()
+            return torch.cat([pooled, spread], 1)
         result: torch.Tensor = self.classifier(pooled)
         return result
 
@@ -129,10 +136,14 @@ def build_mobilenet_v3_small(
     dropout: float = 0.3,
     relu_embedding: bool = False,
     classes: int = 0,
+    deviation: bool = False,
 ) -> Encoder:
-    """Return paper 004's encoder: MobileNetV3-Small to its pooled 576 features, head 576-256-64."""
+    """Return paper 004's encoder: MobileNetV3-Small to its pooled 576 features, head 576-256-64.
+
+    ``deviation`` pools by mean and standard deviation instead (1,152 features); not of the paper.
+    """
     tail = ("features.9", "features.10", "features.11", "features.12")
     return feature_encoder(
-        MobileNetV3Small(classes=0), FEATURES, size_px, dim, hidden, dropout, relu_embedding, classes,
-        tail,
+        MobileNetV3Small(classes=0, deviation=deviation), (1 + deviation) * FEATURES, size_px, dim,
+        hidden, dropout, relu_embedding, classes, tail,
     )  # fmt: skip

@@ -1,0 +1,128 @@
+"""What each part of the default encoder's recipe is worth: the recipe, and the recipe without one part.
+
+Every variant is trained alike for fewer epochs than the shipped encoder, with three seeds (of the weights
+and of the split), and judged on the tiles that its own seed holds out. A run that was cut off goes on where
+it was; those that are done are not repeated. Writes docs/results/encoder/ablation.
+"""
+
+import argparse
+import json
+import os
+import platform
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from encoder import METRICS, OUT, nearest, summary, table
+from judged import SHARED, never_trained, trained_and_held_out
+
+from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.training.checkpoint import load_encoder
+from histoseek.training.commands import train
+from histoseek.training.evaluate import embed
+
+SEEDS = (0, 1, 2)
+SAME = {"epochs": 24, "crop_px": 128}
+"""What differs from the shipped encoder's options in every variant."""
+VARIANTS = {
+    "the recipe": {},
+    "softmax instead of ArcFace": {"loss": "softmax"},
+    "no distillation": {"teacher": ""},
+    "distillation alone": {"target": "label", "label_weight": 0.0},
+    "labels alone": {"target": "label", "label_weight": 1.0, "teacher": ""},
+    "no rotation or mirroring": {"rotation_deg": 0.0, "flip": False},
+    "no stain augmentation": {"stain": 0.0},
+    "mean pooling": {"model_options": ""},
+}
+
+
+def words(options):
+    """Options as the command line takes them."""
+    found = []
+    for name, value in options.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            found.append(f"--{flag}" if value else f"--no-{flag}")
+        else:
+            found += [f"--{flag}", str(value)]
+    return found
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    given = parser.parse_args()
+    shipped = json.loads((given.bundle / "run.json").read_text())
+    selection = shipped["data"]["selection"]
+    sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
+    report = {}
+    for variant in given.only:
+        values = []
+        for seed in given.seeds:
+            options = {**shipped["options"], **SAME, **VARIANTS[variant], "seed": seed}
+            out = given.work / f"{variant.replace(' ', '-')}-{seed}"
+            train(
+                "arcface", sources, out, selection["exclude"], selection["label_from"], False,
+                words(options),
+            )  # fmt: skip
+            values.append(judged(out))
+            print(
+                variant,
+                seed,
+                {k: {m: round(x, 3) for m, x in v.items()} for k, v in values[-1].items()},
+            )
+        report[variant] = values
+    facts = {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "torch": torch.__version__,
+        "seeds": given.seeds,
+        "options": {**shipped["options"], **SAME},
+        "variants": VARIANTS,
+        "values": report,
+    }
+    (OUT / "ablation.json").write_text(json.dumps(facts, indent=1) + "\n")
+    (OUT / "ablation.md").write_text(page(facts))
+
+
+def judged(run):
+    """Metrics of a run's net, one view, on what the run held out and on sources never trained on."""
+    encoder = load_encoder(run)
+    _, held_out = trained_and_held_out(run)
+    sets = {**held_out, "never trained on": never_trained(encoder.size_px, run)}
+    found = {}
+    for name, data in sets.items():
+        vectors = embed(encoder, data.tiles)
+        rows = nearest(vectors, data.groups, data.labels)
+        scores = {key: summary(values, data.groups) for key, values in rows.items()}
+        found[name] = {key: score["value"] for key, score in scores.items() if score}
+    return found
+
+
+def page(facts):
+    """The report as Markdown."""
+    shown = ", ".join(f"{name} {value}" for name, value in SAME.items())
+    lines = [
+        "# What each part of the recipe is worth",
+        "",
+        f"`make bench-ablation`, {facts['date']}, {facts['machine']}, torch {facts['torch']}; the shipped "
+        f"encoder's options but {shown}; one view, no whitening; mean ± standard deviation over seeds "
+        f"{', '.join(map(str, facts['seeds']))}, each with its own split by groups.",
+        "",
+    ]
+    sets = next(iter(facts["values"].values()))[0]
+    for name, metrics in sets.items():
+        rows = []
+        for variant, runs in facts["values"].items():
+            cells = [[run[name][key] for run in runs] for key in metrics]
+            rows.append([variant, *(f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" for v in cells)])
+        lines += [f"## {name}", "", *table(["", *(METRICS[key] for key in metrics)], rows)]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,369 @@
+"""The default encoder beside what people would otherwise pick, judged by groups only.
+
+Peers in the same run: EfficientNet-Lite0 (ImageNet, 4.65 M parameters), the same averaged over the tile's
+eight turns and mirror images, the encoder's own net with random weights, and pixels. Writes
+docs/results/encoder. `--bundle` judges another bundle, `--quick` leaves out what takes long.
+"""
+
+import argparse
+import json
+import os
+import platform
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from judged import CHANGES, FOREIGN, changed, foreign, never_trained, trained_and_held_out
+
+from histoseek.export.onnx_graph import Graph, to_onnx
+from histoseek.feature_files import Features
+from histoseek.feature_writer import write_features
+from histoseek.files import sha256_file
+from histoseek.index.atlas import Atlas
+from histoseek.index.evaluate import average_precision, votes
+from histoseek.manifest import INPUT, OUTPUT
+from histoseek.metrics import clustering_report
+from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.training.checkpoint import load_backbone
+from histoseek.training.evaluate import _clusterings, calibrate, embed, pca_basis, project
+from histoseek.training.models import build
+
+OUT = Path(__file__).parents[2] / "docs" / "results" / "encoder"
+LITE0, LITE0_D4 = "EfficientNet-Lite0", "EfficientNet-Lite0, 8 views"
+DRAWS = 1000
+ROUNDS = 5
+CLUSTER_SCORES = ("ari", "nmi", "ami", "noise_share")
+METRICS = {
+    "same_r1": "same source R@1",
+    "mmv5": "mMV@5",
+    "map5": "mAP@5",
+    "top1": "1-NN",
+    "knn5": "5-NN",
+}
+
+
+class OnnxEncoder:
+    """A graph from raw pixels to embeddings in ONNX Runtime on the CPU."""
+
+    def __init__(self, model):
+        self.session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+
+    def embed(self, tiles, batch=16):
+        parts = [
+            self.session.run([OUTPUT], {INPUT: tiles[n : n + batch]})[0]
+            for n in range(0, len(tiles), batch)
+        ]
+        return np.concatenate(parts)
+
+
+def lite0(views):
+    """EfficientNet-Lite0's pooled features as a graph like ours."""
+    net = build("efficientnet-lite0")
+    load_backbone(net.backbone, "efficientnet-lite0")
+    return OnnxEncoder(to_onnx(Graph(net.eval(), net.mean, net.std, views=views), 224))
+
+
+def random_net(arch, some):
+    """The encoder's net before training, with batch norms set on tiles."""
+    torch.manual_seed(0)
+    net = build(**arch)
+    calibrate(net, some)
+    return lambda tiles: embed(net, tiles)
+
+
+def pixels(tiles):
+    """Tiles shrunk to 16 x 16, less their mean."""
+    small = tiles[:, ::14, ::14].reshape(len(tiles), -1).astype(np.float32)
+    return small - small.mean(1, keepdims=True)
+
+
+def unit(vectors):
+    """Vectors of length 1."""
+    return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+
+
+def nearest(vectors, groups, labels):
+    """Per tile: is the nearest other tile of its group (nan: no partner), and what others say of it."""
+    similarity = unit(vectors.astype(np.float64))
+    similarity = similarity @ similarity.T
+    np.fill_diagonal(similarity, -np.inf)
+    same = groups[:, None] == groups[None, :]
+    partner = same.sum(1) > 1
+    hit = np.where(partner, groups[similarity.argmax(1)] == groups, np.nan)
+    similarity[same] = -np.inf
+    order = np.argsort(-similarity, 1)[:, :5]
+    found = labels[order]
+    found[~np.isfinite(np.take_along_axis(similarity, order, 1))] = -1
+    reachable = ((labels[:, None] == labels[None, :]) & ~same).sum(1)
+    asked = (labels >= 0) & (reachable > 0)
+    none = np.full(len(labels), np.nan)
+    return {
+        "same_r1": hit,
+        "mmv5": np.where(asked, votes(found, 5) == labels, none),
+        "map5": np.where(asked, average_precision(found, labels, reachable), none),
+        "top1": np.where(asked, found[:, 0] == labels, none),
+        "knn5": np.where(asked, (found == labels[:, None]).sum(1) >= 3, none),
+    }
+
+
+def summary(values, groups, seed=0):
+    """Mean with 95 % of a bootstrap over groups; None where nothing could be asked."""
+    if not np.isfinite(values).any():
+        return None
+    number = np.unique(groups, return_inverse=True)[1]
+    known = np.isfinite(values)
+    total = np.bincount(number, np.where(known, values, 0))
+    count = np.bincount(number, known.astype(float))
+    weights = np.random.default_rng(seed).multinomial(
+        len(total), np.full(len(total), 1 / len(total)), DRAWS
+    )
+    drawn = (weights @ total) / np.maximum(weights @ count, 1e-12)
+    return {
+        "value": float(total.sum() / count.sum()),
+        "interval_95": [float(v) for v in np.percentile(drawn, (2.5, 97.5))],
+        "asked": int(known.sum()),
+    }
+
+
+def retrieval(encoders, sets):
+    """Every metric of every encoder on every set."""
+    report = {}
+    for name, data in sets.items():
+        report[name] = {"tiles": len(data.tiles), "groups": len(np.unique(data.groups)), "of": {}}
+        for who, encode in encoders.items():
+            values = nearest(encode(data.tiles), data.groups, data.labels)
+            found = {key: summary(v, data.groups) for key, v in values.items()}
+            report[name]["of"][who] = found
+            print(name, who, {k: v and round(v["value"], 3) for k, v in found.items()}, flush=True)
+    return report
+
+
+def robustness(encoders, data):
+    """Changed tiles asked of all others unchanged: same-source R@1, and how near their own original."""
+    report = {}
+    looked = {who: unit(encode(data.tiles).astype(np.float64)) for who, encode in encoders.items()}
+    partner = np.array([(data.groups == g).sum() > 1 for g in data.groups])
+    for how in ("unchanged", *CHANGES):
+        tiles = data.tiles if how == "unchanged" else changed(data.tiles, how)
+        report[how] = {}
+        for who, encode in encoders.items():
+            asked = unit(encode(tiles).astype(np.float64))
+            similarity = asked @ looked[who].T
+            own = float(similarity.diagonal().mean())
+            np.fill_diagonal(similarity, -np.inf)
+            hit = (data.groups[similarity.argmax(1)] == data.groups)[partner]
+            report[how][who] = {"same_r1": float(hit.mean()), "own_similarity": own}
+        print(how, {w: round(v["same_r1"], 3) for w, v in report[how].items()}, flush=True)
+    return report
+
+
+def clustering(encoders, train, data):
+    """k-means and HDBSCAN with K unknown, against the labels."""
+    report = {}
+    for who, encode in encoders.items():
+        basis = pca_basis(unit(encode(train.tiles[::4])))
+        flat = project(unit(encode(data.tiles)), basis)
+        truth = np.unique(data.labels, return_inverse=True)[1].astype(np.int64)
+        report[who] = {}
+        for method, clusters in _clusterings(flat, int(truth.max()) + 1, 0).items():
+            scores = {m.name: m.value for m in clustering_report(flat, truth, clusters)}
+            report[who][method] = {"k": int(clusters.max()) + 1, **scores}
+        shown = {m: round(r["ami"], 3) for m, r in report[who].items()}
+        print("clusters, AMI", who, shown, flush=True)
+    return report
+
+
+def unknown(encoders, train, held_out, others):
+    """Shares called `unknown` by the clusters that `index fit` makes of the training tiles."""
+    report = {}
+    for who, encode in encoders.items():
+        with tempfile.TemporaryDirectory() as temp:
+            atlas = atlas_of(Path(temp), unit(encode(train.tiles)), train)
+            report[who] = {}
+            for method in ("kmeans", "hdbscan"):
+                try:
+                    atlas.fit(method)
+                except Exception as error:
+                    report[who][method] = {"error": str(error)}
+                    continue
+                _, clusters = atlas.clustering(method)
+                shares = {
+                    name: float(clusters.assign(unit(encode(tiles))).unknown.mean())
+                    for name, tiles in {
+                        **{k: v.tiles for k, v in held_out.items()},
+                        **others,
+                    }.items()
+                }
+                report[who][method] = shares
+                print(who, method, {k: round(v, 3) for k, v in shares.items()}, flush=True)
+    return report
+
+
+def atlas_of(folder, vectors, data):
+    """An atlas of vectors of tiles, each group a patient."""
+    atlas = Atlas.create_external(folder / "atlas", "judged", vectors.shape[1])
+    item = Features(
+        name="tiles", encoder="judged", encoder_sha256=atlas.manifest.sha256,
+        features=vectors.astype(np.float32), coords=np.zeros((len(vectors), 2), int), kind="tiles",
+        files=tuple(str(n) for n in range(len(vectors))), labels=None,
+        groups=tuple(str(g) for g in data.groups),
+    )  # fmt: skip
+    write_features(folder / "tiles.h5", item)
+    assert atlas.add([folder / "tiles.h5"])[0].state == "added"
+    return atlas
+
+
+def speed(graphs, tiles):
+    """Tiles per second of each graph in ONNX Runtime, batches of 16, the median of rounds taken in turn."""
+    rates = {name: [] for name in graphs}
+    for _ in range(ROUNDS + 1):
+        for name, graph in graphs.items():
+            started = time.perf_counter()
+            graph.embed(tiles)
+            rates[name].append(len(tiles) / (time.perf_counter() - started))
+    return {name: float(np.median(values[1:])) for name, values in rates.items()}
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
+    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--quick", action="store_true")
+    options = parser.parse_args()
+    run = json.loads((options.bundle / "run.json").read_text())
+    manifest = json.loads((options.bundle / "manifest.json").read_text())
+    train, held_out = trained_and_held_out(options.bundle)
+    size = manifest["size_px"]
+    sets = {f"{name}, held out": data for name, data in held_out.items()}
+    sets["histo_mix, sources never trained on"] = never_trained(size, options.bundle)
+    graphs = {
+        manifest["name"]: OnnxEncoder(str(options.bundle / "encoder.onnx")),
+        LITE0: lite0(1),
+        LITE0_D4: lite0(8),
+    }
+    encoders = {name: graph.embed for name, graph in graphs.items()}
+    if not options.quick:
+        encoders["random weights"] = random_net(run["architecture"], train.tiles[::8])
+        encoders["pixels 16 x 16"] = pixels
+    main_set = next(data for name, data in sets.items() if name.startswith("lc25000"))
+    report = {
+        "bundle": {
+            "name": manifest["name"],
+            "sha256": sha256_file(options.bundle / "encoder.onnx"),
+        },
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
+        "onnxruntime": onnxruntime.__version__,
+        "seed": run["options"]["seed"],
+        "tiles_per_s": speed(graphs, main_set.tiles[:64]),
+        "retrieval": retrieval(encoders, sets),
+    }
+    print(report["tiles_per_s"])
+    if not options.quick:
+        few = {k: v for k, v in encoders.items() if k != LITE0_D4}
+        report["robustness"] = robustness(few, main_set)
+        report["clustering"] = clustering(few, train, main_set)
+        report["unknown"] = unknown(few, train, sets, foreign(size))
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+    (options.out / "report.md").write_text(page(report))
+
+
+def page(report):
+    """The report as Markdown."""
+    own = report["bundle"]["name"]
+    rates = report["tiles_per_s"]
+    lines = [
+        f"# {own} beside its peers",
+        "",
+        f"`make bench-encoder`, {report['date']}, {report['machine']}, ONNX Runtime "
+        f"{report['onnxruntime']}; encoder sha256 `{report['bundle']['sha256']}`, split by groups with "
+        f"seed {report['seed']}. In brackets: 95 % of {DRAWS:,} bootstrap draws of groups.",
+        "",
+        "## Speed",
+        "Batches of 16, median of rounds taken in turn.",
+        "",
+        *table(
+            ["", "tiles/s", f"times {LITE0}"],
+            [[n, f"{r:.0f}", f"{r / rates[LITE0]:.2f}"] for n, r in rates.items()],
+        ),
+        "## Retrieval",
+        "Same source: the nearest other tile is of the same source picture, slide or patient. All else "
+        "is asked of tiles of other groups only.",
+        "",
+    ]
+    for name, found in report["retrieval"].items():
+        lines += [
+            f"### {name}",
+            f"{found['tiles']} tiles of {found['groups']} groups.",
+            "",
+            *table(
+                ["", *METRICS.values()],
+                [[w, *(_cell(v[k]) for k in METRICS)] for w, v in found["of"].items()],
+            ),
+        ]
+    if "robustness" in report:
+        lines += _more(report)
+    return "\n".join(lines)
+
+
+def _more(report):
+    changes = report["robustness"]
+    names = list(changes["unchanged"])
+    lines = [
+        "## Robustness",
+        "Held-out LC25000 tiles, changed, asked of all others unchanged: same source R@1, in brackets the "
+        "mean similarity of a changed tile to itself.",
+        "",
+        *table(
+            ["", *names],
+            [
+                [how, *(f"{v[n]['same_r1']:.3f} ({v[n]['own_similarity']:.3f})" for n in names)]
+                for how, v in changes.items()
+            ],
+        ),
+        "## Clusters, K unknown",
+        "Held-out LC25000 tiles: k-means with K from 2 to 10 by silhouette, HDBSCAN; and k-means with the "
+        "number of classes.",
+        "",
+    ]
+    rows = [
+        [who, method, str(r["k"]), *(f"{r[k]:.3f}" for k in CLUSTER_SCORES)]
+        for who, found in report["clustering"].items()
+        for method, r in found.items()
+    ]  # fmt: skip
+    lines += table(["", "method", "K", "ARI", "NMI", "AMI", "noise"], rows)
+    first = next(iter(report["unknown"].values()))
+    kinds = list(next(iter(first.values())))
+    lines += [
+        "## Unknown",
+        "Shares called `unknown` by the clusters of an atlas of the training tiles (`index fit`): false "
+        f"alarms on tissue, catches on {FOREIGN} pictures of each foreign kind.",
+        "",
+    ]
+    rows = [
+        [who, method, *(f"{r[k]:.3f}" if k in r else "–" for k in kinds)]
+        for who, found in report["unknown"].items()
+        for method, r in found.items()
+    ]
+    return lines + table(["", "method", *kinds], rows)
+
+
+def table(head, rows):
+    """A table in Markdown."""
+    lines = [head, ["---"] * len(head), *rows]
+    return ["| " + " | ".join(cells) + " |" for cells in lines] + [""]
+
+
+def _cell(found):
+    if found is None:
+        return "–"
+    low, high = found["interval_95"]
+    return f"{found['value']:.3f} [{low:.3f}, {high:.3f}]"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""What encoders are judged on: tiles of groups that were not trained on, changed tiles, foreign pictures.
+
+Groups are source pictures, slides or patients; none is on both sides of a comparison's split.
+"""
+
+import io
+import json
+import math
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageFilter
+
+from histoseek.images import square
+from histoseek.metrics import codes
+from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.tilesets import open_tiles
+from histoseek.training.commands import select
+from histoseek.training.data import load, split
+
+SHARED = Path(__file__).parents[3] / "shared" / "data"
+FOREIGN = 200
+"""Pictures of each foreign kind."""
+NO_PATIENTS = {"crc_val7k"}
+"""Sources whose tiles are not told apart by patient: one group, in which everything is found."""
+HAEMATOXYLIN_EOSIN = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles uint8 (N, S, S, 3) with class and group numbers (N,)."""
+
+    tiles: np.ndarray
+    labels: np.ndarray
+    groups: np.ndarray
+
+    def part(self, rows):
+        """Some of them."""
+        return Tiles(self.tiles[rows], self.labels[rows], self.groups[rows])
+
+
+def trained_and_held_out(bundle=DEFAULT_BUNDLE):
+    """The tiles that a bundle's run trained on, and those held out, by collection."""
+    run = json.loads((bundle / "run.json").read_text())
+    selection, options = run["data"]["selection"], run["options"]
+    sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
+    tiles = select(sources, selection["exclude"], selection["label_from"])
+    data = load(tiles, options["size_px"], lambda *_: None, options["cut"])
+    parts = split(data, options["folds"], options["fold"], options["seed"])
+    assert len(parts.test) == run["split"]["held_out_tiles"]
+    whole = Tiles(data.tiles, data.labels, data.groups)
+    origin = np.array([data.files[n].split("/")[0] for n in parts.test])
+    held_out = {name: whole.part(parts.test[origin == name]) for name in np.unique(origin)}
+    return whole.part(parts.train), held_out
+
+
+def never_trained(size, bundle=DEFAULT_BUNDLE):
+    """The sources of histo_mix that a bundle's run left out; the class of a tile is its source."""
+    run = json.loads((bundle / "run.json").read_text())
+    rules = [r.split("=", 1) for r in run["data"]["selection"]["exclude"]]
+    left_out = {v for column, values in rules if column == "source_id" for v in values.split(",")}
+    data = load(select([SHARED / "histo_mix.tar"], [], ["source_id"]), size, lambda *_: None)
+    source = np.array([data.label_names[n] for n in data.labels])
+    rows = np.flatnonzero(np.isin(source, sorted(left_out - NO_PATIENTS)))
+    return Tiles(data.tiles[rows], codes(source[rows].tolist()), data.groups[rows])
+
+
+def changed(tiles, how):
+    """The same tiles, seen another way."""
+    return np.stack([np.asarray(CHANGES[how](Image.fromarray(tile))) for tile in tiles])
+
+
+def _turned(picture, degrees):
+    side = picture.width
+    pad = math.ceil(side * 0.25)
+    wide = Image.fromarray(
+        np.pad(np.asarray(picture), ((pad, pad), (pad, pad), (0, 0)), "reflect")
+    ).rotate(degrees, Image.Resampling.BICUBIC)
+    return wide.crop((pad, pad, pad + side, pad + side))
+
+
+def _zoomed(picture, factor):
+    side = picture.width
+    pad = math.ceil(side * max(0, 1 / factor - 1) / 2)
+    wide = np.pad(np.asarray(picture), ((pad, pad), (pad, pad), (0, 0)), "reflect")
+    large = round(len(wide) * factor)
+    scaled = Image.fromarray(wide).resize((large, large), Image.Resampling.BICUBIC)
+    at = (large - side) // 2
+    return scaled.crop((at, at, at + side, at + side))
+
+
+def _compressed(picture, quality):
+    buffer = io.BytesIO()
+    picture.save(buffer, "JPEG", quality=quality)
+    return Image.open(io.BytesIO(buffer.getvalue())).convert("RGB")
+
+
+def _stained(picture, haematoxylin, eosin):
+    """Scale two stains in optical density (matrix of Ruifrok and Johnston 2001)."""
+    basis = np.array(HAEMATOXYLIN_EOSIN)
+    basis /= np.linalg.norm(basis, axis=1, keepdims=True)
+    density = -np.log(np.maximum(np.asarray(picture, np.float64), 1) / 255)
+    stains = density @ np.linalg.inv(basis) * (haematoxylin, eosin, 1.0)
+    return Image.fromarray(np.clip(255 * np.exp(-stains @ basis), 0, 255).astype(np.uint8))
+
+
+CHANGES = {
+    "quarter turn": lambda p: p.transpose(Image.Transpose.ROTATE_90),
+    "half turn": lambda p: p.transpose(Image.Transpose.ROTATE_180),
+    "mirrored": lambda p: p.transpose(Image.Transpose.FLIP_LEFT_RIGHT),
+    "turned by 37°": lambda p: _turned(p, 37),
+    "JPEG quality 50": lambda p: _compressed(p, 50),
+    "blurred, radius 1.5 px": lambda p: p.filter(ImageFilter.GaussianBlur(1.5)),
+    "haematoxylin x 1.3, eosin x 0.8": lambda p: _stained(p, 1.3, 0.8),
+    "haematoxylin x 0.8, eosin x 1.3": lambda p: _stained(p, 0.8, 1.3),
+    "0.8 x scale": lambda p: _zoomed(p, 0.8),
+    "1.25 x scale": lambda p: _zoomed(p, 1.25),
+}
+
+
+def foreign(size):
+    """Pictures that are no stained tissue, uint8 (N, S, S, 3) each."""
+    kinds = {
+        "ultrasound (BUSI)": _of_pack("busi.tar", size),
+        "chest X-rays": _of_pack("cxr_pneumonia.tar", size),
+        "photographs (CIFAR-10)": _of_cifar(size),
+    }
+    rng = np.random.default_rng(0)
+    level = rng.integers(200, 256, (FOREIGN, 1, 1, 3))
+    noise = rng.normal(0, 2, (FOREIGN, size, size, 3))
+    kinds["blank tiles"] = np.clip(level + noise, 0, 255).astype(np.uint8)
+    return kinds
+
+
+def _of_pack(name, size):
+    source = open_tiles(SHARED / name)
+    rows = range(0, len(source.tiles), max(1, len(source.tiles) // FOREIGN))
+    return np.stack([square(source.read(n), size) for n in rows][:FOREIGN])
+
+
+def _of_cifar(size):
+    found = []
+    with tarfile.open(SHARED / "cifar10.tar.gz") as pack:
+        for number, member in enumerate(m for m in pack if m.name.endswith((".jpg", ".png"))):
+            if number % 40 == 0:
+                picture = Image.open(io.BytesIO(pack.extractfile(member).read())).convert("RGB")
+                found.append(square(np.asarray(picture), size))
+            if len(found) == FOREIGN:
+                break
+    return np.stack(found)
