@@ -47,7 +47,8 @@ def trained_and_held_out(bundle=DEFAULT_BUNDLE):
     selection, options = run["data"]["selection"], run["options"]
     sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
     tiles = select(sources, selection["exclude"], selection["label_from"])
-    data = load(tiles, options["size_px"], lambda *_: None, options["cut"])
+    side = run["architecture"]["size_px"]
+    data = load(tiles, side, lambda *_: None, int(options["cut"]))
     parts = split(data, options["folds"], options["fold"], options["seed"])
     assert len(parts.test) == run["split"]["held_out_tiles"]
     whole = Tiles(data.tiles, data.labels, data.groups)
