@@ -51,6 +51,6 @@ def test_every_command_of_the_tutorial_works(tmp_path, cmu_slide, make_slide):
     assert done.returncode == 0, done.stdout + done.stderr
     assert "Traceback" not in done.stderr, done.stderr
     answer = json.loads((tmp_path / "answer.json").read_text())
-    assert answer["results"][0]["hits"][0]["slide"] == cmu_slide.stem
+    assert answer["hits"][0]["slide"] == cmu_slide.stem
     assert (tmp_path / "backup").is_dir() and len(list((tmp_path / "features").rglob("*.h5"))) == 3
     assert "connective tissue" in done.stdout
