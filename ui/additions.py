@@ -333,8 +333,8 @@ class Additions:
                 self._stop.wait(wait)
             except HistoseekError as error:
                 text = self._session.hide(str(error)).replace(str(path), path.name)
+                self._delete_upload(path)  # first: who is told that it failed finds nothing left
                 self._set(number, state="failed", message=text)
-                self._delete_upload(path)
                 return
 
     def _delete_upload(self, path: Path) -> None:
