@@ -1,4 +1,8 @@
-"""Augmentation of a whole batch on its device: geometry in one warp, then stain and colour."""
+"""Augmentation of a whole batch on its device: geometry in one warp, then stain and colour.
+
+Where the warp looks at each tile is drawn first (:func:`placement`), so that a loss may look at what lies
+at the same place.
+"""
 
 from __future__ import annotations
 
@@ -37,18 +41,27 @@ class Augmentation:
     crop_px: int = 0
 
 
-def augment(tiles: torch.Tensor, ranges: Augmentation, generator: torch.Generator) -> torch.Tensor:
+def augment(
+    tiles: torch.Tensor,
+    ranges: Augmentation,
+    generator: torch.Generator,
+    where: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Change every tile of a batch at random.
 
     Args:
         tiles: float (N, 3, S, S), 0..1.
         ranges: what may change and how far.
         generator: CPU generator; the same state gives the same result on any device.
+        where: what :func:`placement` drew; drawn here if it is None.
 
     Returns:
         float (N, 3, S', S'), 0..1; S' is ``crop_px``, or S when that is 0.
     """
-    tiles = warp(tiles, ranges, generator)
+    side = tiles.shape[-1]
+    if where is None:
+        where = placement(len(tiles), side, ranges, generator).to(tiles.device)
+    tiles = look(tiles, where, ranges.crop_px or side)
     count, device = len(tiles), tiles.device
 
     def draw(*shape: int) -> torch.Tensor:
@@ -76,11 +89,15 @@ def augment(tiles: torch.Tensor, ranges: Augmentation, generator: torch.Generato
     return tiles
 
 
-def warp(tiles: torch.Tensor, ranges: Augmentation, generator: torch.Generator) -> torch.Tensor:
-    """Rotate, zoom, shift, mirror and crop each tile by one bilinear warp; outside is mirrored."""
-    count, side = len(tiles), tiles.shape[-1]
-    out_px = ranges.crop_px or side
-    share = out_px / side
+def placement(
+    count: int, side: int, ranges: Augmentation, generator: torch.Generator
+) -> torch.Tensor:
+    """Draw how each of ``count`` tiles of a side is rotated, zoomed, shifted, mirrored and cropped.
+
+    Returns:
+        float (N, 2, 3): from the result to the tile, both from -1 to 1 (torch's ``affine_grid``).
+    """
+    share = (ranges.crop_px or side) / side
 
     def draw() -> torch.Tensor:
         return torch.rand(count, generator=generator) * 2 - 1
@@ -95,8 +112,13 @@ def warp(tiles: torch.Tensor, ranges: Augmentation, generator: torch.Generator) 
         torch.stack([cos * mirror, -sin, shift_x], 1),
         torch.stack([sin * mirror, cos, shift_y], 1),
     ]
-    theta = torch.stack(rows, 1).to(tiles.device, tiles.dtype)
-    grid = nn.functional.affine_grid(theta, [count, 3, out_px, out_px], align_corners=False)
+    return torch.stack(rows, 1)
+
+
+def look(maps: torch.Tensor, where: torch.Tensor, out_px: int) -> torch.Tensor:
+    """Return (N, C, P, P), P = ``out_px``, of maps (N, C, S, S) by a bilinear warp; outside is mirrored."""
+    shape = [len(maps), maps.shape[1], out_px, out_px]
+    grid = nn.functional.affine_grid(where.to(maps), shape, align_corners=False)
     return nn.functional.grid_sample(
-        tiles, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+        maps, grid, mode="bilinear", padding_mode="reflection", align_corners=False
     )

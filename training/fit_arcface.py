@@ -21,18 +21,27 @@ from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
 from ..tilesets import TileSet
+from .augment import look
 from .data import LabelledTiles
-from .evaluate import calibrate
+from .evaluate import calibrate, embed_numbers
+from .foreign import fit_gate, judge_gate
 from .job import Job, Objective, Phase
 from .losses import ArcFace, Contrastive, Softmax, Triplet
 from .models import Encoder, model_options
+from .models.gate import StainGate
 from .options import TrainingOptions
 from .pretrained import LITE0
-from .teacher import teacher_features, whitened
+from .teacher import teacher_maps
 
 TARGETS = ("label", "group", "place")
 LOSSES = ("arcface", "softmax", "triplet", "contrastive")
 TEACHERS = ("", LITE0)
+JUDGED = 1000
+"""At most so many tiles judge a gate."""
+FITTED = 20_000
+"""At most so many training tiles give the principal components that stand for a dropped head."""
+LEAST_SPREAD = 1e-4
+"""What varies less, beside the first component or the largest feature, is noise."""
 CALIBRATE = 1024
 """About so many training tiles set the batch norms' statistics in the end."""
 
@@ -43,6 +52,9 @@ class ArcFaceOptions(TrainingOptions):
 
     Attributes:
         dim: length of the embedding.
+        drop_head: leave the head out once training has ended. The embedding is then ``dim`` principal
+            components of the backbone's pooled features, half whitened: what the head keeps of them is
+            what tells the classes of training apart.
         hidden: width of the head's hidden layer.
         dropout: in the head.
         relu_embedding: end the head with a ReLU.
@@ -57,11 +69,13 @@ class ArcFaceOptions(TrainingOptions):
         margin: m of ArcFace, radians; of triplet and contrastive, a distance.
         easy_margin: apply ArcFace's margin only where the cosine is positive.
         teacher: efficientnet-lite0 (ImageNet, from a PyPI package): through a linear layer the embedding
-            of a changed tile must also predict the teacher's features of the tile as it is, averaged
-            over turns and mirror images; empty has none.
+            of a changed tile must also predict the teacher's features of the same part of the tile,
+            averaged over turns and mirror images; empty has none.
         teacher_weight: of one minus the cosine of that prediction and the teacher's features.
-        teacher_dim: principal components of these features, whitened, that are predicted; 0 takes the
-            features as they are.
+        teacher_dim: principal components of these features, whitened, that are predicted.
+        gate: also learn to tell stained tissue from other pictures by their colours; the exported
+            embedding has one component more, which turns a foreign picture away from all tissue. Not
+            for ultrasound, X-ray or other grey pictures.
         epochs: of training from scratch.
         epochs_head: of phase 1 (with weights).
         epochs_tail: of phase 2 (with weights).
@@ -83,6 +97,7 @@ class ArcFaceOptions(TrainingOptions):
     colour: float = 0.1
     folds: int = 10
     dim: int = 64
+    drop_head: bool = False
     hidden: int = 256
     dropout: float = 0.3
     relu_embedding: bool = False
@@ -97,6 +112,7 @@ class ArcFaceOptions(TrainingOptions):
     teacher: str = ""
     teacher_weight: float = 1.0
     teacher_dim: int = 128
+    gate: bool = False
     epochs_head: int = 10
     epochs_tail: int = 20
     lr_tail: float = 1e-4
@@ -107,7 +123,7 @@ class ArcFaceOptions(TrainingOptions):
         "dim": 1,
         "per_class": 0,
         "cut": 0,
-        "teacher_dim": 0,
+        "teacher_dim": 1,
         "epochs_head": 0,
         "epochs_tail": 0,
     }
@@ -175,11 +191,12 @@ class EmbeddingNet(Objective):
         encoder: Encoder,
         targets: dict[str, torch.Tensor],
         options: ArcFaceOptions,
-        teacher: NDArray[np.float32] | None = None,
+        teacher: NDArray[np.float16] | None = None,
     ) -> None:
         """Make a loss for every target: class numbers of all tiles, -1 is unknown and costs nothing.
 
-        ``teacher`` (N, F) is what the embedding of each tile is to predict; zeros cost nothing.
+        ``teacher`` (N, F, H, H) are maps of each tile; their mean over what is looked at is what the
+        embedding is to predict; zeros cost nothing.
         """
         super().__init__()
         self.encoder = encoder
@@ -192,12 +209,14 @@ class EmbeddingNet(Objective):
                 for name, numbers in targets.items()
             }
         )
-        self.has_teacher = teacher is not None
+        self.looks = self.has_teacher = teacher is not None
         if teacher is not None:
-            self.register_buffer("teacher", torch.from_numpy(teacher), persistent=False)
+            self.maps = teacher  # no buffer: it may be large, and every process has its own
             self.predict = nn.Linear(encoder.dim, teacher.shape[1])
 
-    def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+    def forward(
+        self, tiles: torch.Tensor, numbers: torch.Tensor, where: torch.Tensor | None = None
+    ) -> dict[str, torch.Tensor]:
         """Return the summed loss of tiles (N, 3, S, S), and its parts where there are several."""
         embeddings = self.encoder(tiles)
         loss = embeddings.sum() * 0.0
@@ -212,7 +231,10 @@ class EmbeddingNet(Objective):
                 alone = name != "label" or len(self.heads) == 1
                 loss = loss + (1.0 if alone else self.options.label_weight) * parts[name]
         if self.has_teacher:
-            wanted = self.get_buffer("teacher")[numbers]
+            maps = torch.from_numpy(self.maps[numbers.cpu().numpy()]).to(embeddings.device).float()
+            if where is not None:
+                maps = look(maps, where, maps.shape[-1])
+            wanted = maps.mean((2, 3))
             near = nn.functional.cosine_similarity(self.predict(embeddings).float(), wanted)
             parts["teacher"] = (1 - near)[wanted.any(1)].sum() / len(wanted)
             loss = loss + self.options.teacher_weight * parts["teacher"]
@@ -296,19 +318,72 @@ def fit(
         # MobileNetV3's norms move by a hundredth per step: after a short training they lag far behind.
         few = job.parts.train[:: max(1, len(job.parts.train) // CALIBRATE)]
         calibrate(encoder, job.data.read(few)[0])
-    return job.finish(encoder)
+    if options.drop_head:
+        drop_head(encoder, job.data, job.parts.train, options.dim)
+        job.architecture |= {"dim": 0, "chain": encoder.dim}
+    metrics = None
+    if options.gate:
+        encoder.gate = StainGate()
+        job.architecture["gate"] = True
+        if job.fabric.is_global_zero:
+            fit_gate(encoder.gate, job.data, job.parts.train, options.seed)
+            asked = job.parts.test if len(job.parts.test) else job.parts.train
+            metrics = judge_gate(encoder.gate, job.data.read(asked[:JUDGED])[0], options.seed)
+    return job.finish(encoder, metrics)
 
 
-def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float32] | None:
-    """Return what the embedding of every tile is to predict, (N, F), fitted on the training tiles."""
+def drop_head(encoder: Encoder, data: LabelledTiles, train: Ints, dim: int) -> None:
+    """Make principal components of the pooled features the encoder's last layer, in place of its head.
+
+    The features (F,) are standardised; each component is divided by the root of its standard deviation
+    (half whitened), so that the first ones do not decide alone what is near.
+
+    Args:
+        encoder: as trained; is changed.
+        data: tiles.
+        train: (K,) numbers of those to fit to; at most :data:`FITTED` are taken, evenly.
+        dim: components to keep; fewer where the features have fewer.
+
+    Raises:
+        BadInput: all features are the same.
+    """
+    from sklearn.decomposition import PCA
+
+    assert isinstance(encoder.head, nn.Sequential) and isinstance(encoder.head[0], nn.Linear)
+    encoder.dim, encoder.head = encoder.head[0].in_features, nn.Identity()
+    some = train[:: -(-len(train) // FITTED)]
+    features = embed_numbers(encoder, data, some, unit=False)[0]
+    spread = features.std(0)
+    if spread.max() <= LEAST_SPREAD * np.abs(features).max():
+        raise BadInput("the features of all training tiles are the same; check the tiles")
+    spread += 1e-6
+    fitted = PCA(min(dim, *features.shape), random_state=0).fit(features / spread)
+    deviation = np.sqrt(fitted.explained_variance_)
+    kept = deviation > LEAST_SPREAD * deviation[0]
+    weight = fitted.components_[kept] / np.sqrt(deviation[kept] / deviation[0])[:, None] / spread
+    layer = encoder.attach_chain(len(weight)).to(next(encoder.backbone.parameters()).device)
+    with torch.no_grad():
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(-weight @ features.mean(0)))
+
+
+def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float16] | None:
+    """Return maps of what the embedding of every tile is to predict, fitted on the training tiles."""
     if not options.teacher:
         return None
     if not job.fabric.is_global_zero:
-        job.fabric.barrier()  # the first process asks, the others find it in the cache
-    found = teacher_features(options.teacher, job.data, job.fabric.device, job.report)
+        job.fabric.barrier()  # the first asks, the others find it in the cache (or, streamed, ask too)
+    found = teacher_maps(
+        options.teacher,
+        job.data,
+        job.parts.train,
+        options.teacher_dim,
+        job.fabric.device,
+        job.report,
+    )
     if job.fabric.is_global_zero:
         job.fabric.barrier()
-    return whitened(found, job.parts.train, options.teacher_dim)
+    return found
 
 
 def _targets(options: ArcFaceOptions, data: LabelledTiles, train: Ints) -> dict[str, torch.Tensor]:

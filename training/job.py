@@ -23,7 +23,7 @@ from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
 from ..tilesets import TileSet
-from .augment import Augmentation, augment
+from .augment import Augmentation, augment, placement
 from .checkpoint import load_backbone
 from .data import LabelledTiles, Split, describe, describe_split, load, split
 from .distributed import release_norms, synchronise_norms
@@ -59,6 +59,8 @@ class Objective(nn.Module, ABC):
     """What a recipe trains: an encoder with the heads that its loss needs."""
 
     encoder: Encoder
+    looks: bool = False
+    """Whether ``forward`` is also told where each tile is looked at, (N, 2, 3), by augment.placement."""
 
     def begin_phase(self, phase: Phase) -> None:
         """Set what the phase trains; here everything that is not fixed."""
@@ -230,7 +232,8 @@ class Job:
             rate = options.rate(epoch * steps + step, phase.epochs * steps, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * rate * slower
-            losses = model(self.change(net.encoder, tiles, changes), numbers)
+            tiles, where = self.change(net.encoder, tiles, changes)
+            losses = model(tiles, numbers, where) if net.looks else model(tiles, numbers)
             loss = losses["loss"]
             optimizer.zero_grad()
             self.fabric.backward(loss)
@@ -302,15 +305,20 @@ class Job:
 
     def change(
         self, encoder: Encoder, pixels: torch.Tensor, generator: torch.Generator | None
-    ) -> torch.Tensor:
-        """Turn uint8 tiles (N, S, S, 3) into the net's input, changed at random if there is a generator."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Turn uint8 tiles (N, S, S, 3) into the net's input, changed at random if there is a generator.
+
+        Returns with it where each tile is looked at, (N, 2, 3); None where it is seen as it is.
+        """
         ranges = self.options.augmentation()
+        where = None
         if generator is None or ranges == STILL:
             tiles = to_input(encoder, pixels)
         else:
             tiles = pixels.permute(0, 3, 1, 2).float() / 255
-            tiles = normalise(encoder, augment(tiles, ranges, generator))
-        return tiles.contiguous(memory_format=torch.channels_last)
+            where = placement(len(tiles), tiles.shape[-1], ranges, generator).to(tiles.device)
+            tiles = normalise(encoder, augment(tiles, ranges, generator, where))
+        return tiles.contiguous(memory_format=torch.channels_last), where
 
     @torch.no_grad()
     def _validate(self, net: Objective) -> float:
@@ -323,7 +331,7 @@ class Job:
                 continue
             pixels = torch.from_numpy(tiles).to(self.fabric.device)
             ids = torch.from_numpy(numbers).to(self.fabric.device)
-            loss = net(self.change(net.encoder, pixels, None), ids)["loss"]
+            loss = net(self.change(net.encoder, pixels, None)[0], ids)["loss"]
             total, count = total + float(loss) * len(numbers), count + len(numbers)
         net.train()
         return total / max(1, count)

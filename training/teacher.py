@@ -1,107 +1,178 @@
-"""What a larger net says of every training tile, once, for a small one to learn.
+"""What a larger net sees at every place of every training tile, once, for a small one to learn.
 
-The teacher's features of a tile are averaged over its eight turns and mirror images and whitened: so a
-small net learns what the large one sees in a tile however it lies, at no cost per step.
+The teacher's maps are averaged over the tile's eight turns and mirror images, each turned back, and brought
+to whitened principal components. A changed part of a tile is then asked for the mean of the maps over that
+very part: a small net learns what the large one sees there however the tile lies, at no cost per step.
 """
 
 from __future__ import annotations
 
 import hashlib
-import io
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
 
 import numpy as np
 import torch
+from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
-from torch import nn
 
 from ..console import Report
-from ..files import cache_folder, write_atomic
+from ..files import cache_folder, publish_file, storage_failed, temporary
 from ..metrics import Ints
 from .checkpoint import load_backbone
 from .data import LabelledTiles
 from .evaluate import to_input
-from .models import build
+from .models import Encoder, build
 
 BATCH = 32
+FITTED_ON = 2048
+"""About so many training tiles are what the components are fitted on."""
 LEAST_SPREAD = 1e-4
 """Components that vary less than this share of the first are noise, and are left out."""
 
 
-def teacher_features(
-    name: str, data: LabelledTiles, device: torch.device, progress: Report
-) -> NDArray[np.float16]:
-    """Return the teacher's unit features of every tile, averaged over its eight turns and mirror images.
+Maps = Callable[[torch.Tensor], torch.Tensor]
+Ask = Callable[[Ints], tuple[torch.Tensor, Ints]]
+"""From numbers (N,) to maps, float (M, F, H, H), and the numbers (M,) of the tiles that could be read."""
 
-    Those of tiles in memory are kept in the user's cache (HISTOSEEK_CACHE, else ~/.cache/histoseek), by
-    the tiles' bytes: the folds of a cross-validation and a run that is taken up ask the teacher once.
+
+def teacher_maps(
+    name: str,
+    data: LabelledTiles,
+    train: Ints,
+    dim: int,
+    device: torch.device,
+    progress: Report,
+) -> NDArray[np.float16]:
+    """Return the teacher's maps of every tile as whitened components, fitted on training tiles.
+
+    What the teacher says of tiles in memory is kept in the user's cache (HISTOSEEK_CACHE, else
+    ~/.cache/histoseek; 122 KiB for a tile of 224 px), by the tiles' bytes: folds, seeds and a run that is
+    taken up ask it once.
 
     Args:
         name: of a registered model whose weights have the same name.
         data: the tiles.
+        train: (K,) numbers of the tiles that components may be fitted on.
+        dim: components that are kept at most, D.
         device: where the teacher runs.
         progress: called with what is done, of how many, and a text.
 
     Returns:
-        float16 (N, F); zeros for tiles that cannot be read.
+        float16 (N, D, H, H); zeros for tiles that cannot be read.
 
     Raises:
         MissingPart: the teacher's weights are not installed.
         StorageFailed: the cache cannot be written.
     """
-    path = None
-    if data.stream is None:
-        key = hashlib.sha256(f"{name} {data.tiles.shape}".encode())
+    text = f"asking the teacher {name}"
+    ask: Ask
+    if data.stream is not None:
+        ask = _live(name, data, device)
+    else:
+        key = hashlib.sha256(f"maps {name} {data.tiles.shape}".encode())
         key.update(np.ascontiguousarray(data.tiles).data)
         path = cache_folder() / "teacher" / f"{key.hexdigest()}.npy"
-        if path.is_file():
-            known: NDArray[np.float16] = np.load(path, allow_pickle=False)
-            return known
+        if not path.is_file():
+            _keep(
+                path, _live(name, data, device), len(data), lambda n: progress(n, len(data), text)
+            )
+        known = np.load(path, mmap_mode="r", allow_pickle=False)
+        ask = lambda numbers: (torch.from_numpy(known[numbers]).to(device).float(), numbers)  # noqa: E731
+    pooled = [
+        ask(part)[0].mean((2, 3)).cpu().numpy()
+        for part in _batches(train[:: max(1, len(train) // FITTED_ON)])
+    ]
+    mean, axes = components(np.concatenate(pooled), dim)
+    shift, turn = torch.from_numpy(mean).to(device), torch.from_numpy(axes).to(device)
+    found: NDArray[np.float16] | None = None
+    for part in _batches(np.arange(len(data))):
+        maps, read = ask(part)
+        maps = torch.einsum("nchw,cd->ndhw", maps - shift[:, None, None], turn)
+        if found is None:
+            found = np.zeros((len(data), *maps.shape[1:]), dtype=np.float16)
+        found[read] = maps.half().cpu().numpy()
+        if data.stream is not None:
+            progress(int(part[-1]) + 1, len(data), text)
+    assert found is not None  # there is a tile
+    return found
+
+
+def _live(name: str, data: LabelledTiles, device: torch.device) -> Ask:
+    """Return what asks the teacher itself."""
     teacher = build(name)
     load_backbone(teacher.backbone, name)
     teacher.eval().requires_grad_(False)
     teacher.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload]
-    seen = np.zeros((len(data), teacher.dim), dtype=np.float16)
-    for start in range(0, len(data), BATCH):
-        numbers = np.arange(start, min(start + BATCH, len(data)))
+
+    def ask(numbers: Ints) -> tuple[torch.Tensor, Ints]:
         tiles, read = data.read(numbers)
-        if len(read):
-            seen[read] = _all_views(teacher, to_input(teacher, tiles)).half().cpu().numpy()
-        progress(int(numbers[-1]) + 1, len(data), f"asking the teacher {name}")
-    if path is not None:
-        buffer = io.BytesIO()
-        np.save(buffer, seen, allow_pickle=False)
-        write_atomic(path, buffer.getvalue())
-    return seen
+        return all_views(teacher, tiles), read
+
+    return ask
+
+
+def _keep(path: Path, ask: Ask, count: int, progress: Callable[[int], None]) -> None:
+    """Write the maps of ``count`` tiles as float16 (N, F, H, H); all of them or nothing."""
+    temp = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp = temporary(path)
+        with open(temp, "wb") as stream:
+            for part in _batches(np.arange(count)):
+                maps = ask(part)[0].half().cpu().numpy()
+                if not stream.tell():
+                    head = {
+                        "descr": "<f2",
+                        "fortran_order": False,
+                        "shape": (count, *maps.shape[1:]),
+                    }
+                    write_array_header_1_0(stream, head)
+                stream.write(np.ascontiguousarray(maps, "<f2").data)
+                progress(int(part[-1]) + 1)
+        publish_file(temp, path)
+    except OSError as error:
+        raise storage_failed(path, error) from error
+    finally:
+        if temp is not None:
+            temp.unlink(missing_ok=True)
+
+
+def _batches(numbers: Ints) -> Iterator[Ints]:
+    for start in range(0, len(numbers), BATCH):
+        yield numbers[start : start + BATCH]
 
 
 @torch.inference_mode()
-def _all_views(teacher: nn.Module, tiles: torch.Tensor) -> torch.Tensor:
-    """Return the mean of the unit features (N, F) over the eight turns and mirror images of tiles."""
-    sides = (tiles, tiles.flip(3))
-    views = [torch.rot90(side, turn, (2, 3)) for side in sides for turn in range(4)]
-    seen = [teacher(view.contiguous(memory_format=torch.channels_last)) for view in views]
-    return torch.stack([nn.functional.normalize(features) for features in seen]).mean(0)
+def all_views(teacher: Encoder, tiles: NDArray[np.uint8]) -> torch.Tensor:
+    """Return the mean of the maps (N, F, H, H) over the eight turns and mirror images of tiles.
 
-
-def whitened(features: NDArray[np.float16], fitted: Ints, dim: int) -> NDArray[np.float32]:
-    """Return features (N, F) as whitened principal components of length 1, float32 (N, D).
-
-    Args:
-        features: a row of zeros is a tile that is not known, and stays so.
-        fitted: (K,) rows that mean and components are fitted on.
-        dim: components that are kept, D; 0 keeps the features as they are, centred.
+    Every view is turned back, and divided by the length of its pooled features: views count alike.
     """
-    known = np.asarray(features.any(axis=1))
-    sample = features[fitted[known[fitted]]].astype(np.float64)
-    mean = sample.mean(axis=0)
-    axes = np.eye(features.shape[1])
-    if dim:
-        variance, directions = np.linalg.eigh((sample - mean).T @ (sample - mean))
-        spread = np.sqrt(np.maximum(variance[::-1][:dim], 0))
-        kept = spread > LEAST_SPREAD * spread[0]
-        axes = directions[:, ::-1][:, :dim][:, kept] / spread[kept]
-    found = np.zeros((len(features), axes.shape[1]), dtype=np.float32)
-    found[known] = (features[known] - mean) @ axes
-    length = np.linalg.norm(found, axis=1, keepdims=True)
-    unit: NDArray[np.float32] = found / np.maximum(length, 1e-12)
-    return unit
+    pixels, see = to_input(teacher, tiles), cast(Maps, teacher.backbone.maps)
+    total: torch.Tensor | None = None
+    for mirrored in (False, True):
+        side = pixels.flip(3) if mirrored else pixels
+        for turn in range(4):
+            view = torch.rot90(side, turn, (2, 3))
+            maps = see(view.contiguous(memory_format=torch.channels_last))
+            length = maps.mean((2, 3), keepdim=True).norm(dim=1, keepdim=True).clamp(min=1e-12)
+            back = torch.rot90(maps / length, -turn, (2, 3))
+            back = back.flip(3) if mirrored else back
+            total = back if total is None else total + back
+    assert total is not None
+    return total / 8
+
+
+def components(
+    sample: NDArray[np.float32], dim: int
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Return the mean (F,) and whitened principal directions (F, D) of a sample (K, F); D <= ``dim``."""
+    exact = sample.astype(np.float64)
+    mean = exact.mean(axis=0)
+    variance, directions = np.linalg.eigh((exact - mean).T @ (exact - mean) / len(exact))
+    spread = np.sqrt(np.maximum(variance[::-1][:dim], 0))
+    kept = spread > LEAST_SPREAD * spread[0]
+    axes = directions[:, ::-1][:, :dim][:, kept] / spread[kept]
+    return mean.astype(np.float32), axes.astype(np.float32)

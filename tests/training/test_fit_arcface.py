@@ -15,9 +15,11 @@ from PIL import Image
 from histoseek.errors import BadInput, Mismatch
 from histoseek.metrics import codes
 from histoseek.tilesets import open_tiles
-from histoseek.training.augment import Augmentation, augment, warp
+from histoseek.training.augment import Augmentation, augment, look, placement
+from histoseek.training.checkpoint import load_encoder
 from histoseek.training.commands import select
 from histoseek.training.data import load, split
+from histoseek.training.evaluate import embed, to_input
 from histoseek.training.fit_arcface import ArcFaceOptions, EmbeddingNet, fit
 from histoseek.training.models import build
 from histoseek.training.recipes import describe_options, find_recipe, parse_options
@@ -301,7 +303,7 @@ def test_augmentation_repeats_by_seed_and_stays_in_range(tissue):
 
 def test_rotation_by_a_quarter_is_a_quarter():
     tile = torch.rand(1, 3, 32, 32)
-    turned = warp(tile, _QuarterTurn(), torch.Generator())
+    turned = look(tile, placement(1, 32, _QuarterTurn(), torch.Generator()), 32)
     assert torch.allclose(turned, torch.rot90(tile, 1, (2, 3)), atol=1e-4) or torch.allclose(
         turned, torch.rot90(tile, -1, (2, 3)), atol=1e-4
     )
@@ -343,3 +345,37 @@ def test_on_lc25000_same_group_recall_beats_random_weights(shared, tmp_path):
     )
     print(f"same-group R@1 {reached:.3f}, random weights {random:.3f}")
     assert reached >= random + 0.10
+
+
+def test_a_dropped_head_leaves_half_whitened_components_of_the_pooled_features(
+    tile_folder, tmp_path
+):
+    options = ArcFaceOptions(**SMALL, dim=6, drop_head=True)
+    tiles = open_tiles(tile_folder)
+    record = fit(options, tiles, tmp_path / "run", silent)
+    assert record["architecture"]["dim"] == 0 and record["architecture"]["chain"] == 6
+    encoder = load_encoder(tmp_path / "run")
+    assert not [name for name in encoder.state_dict() if name.startswith("head.")]
+    data = load(tiles, 64, silent)
+    parts = split(data, options.folds, options.fold, options.seed)
+    found = embed(encoder, data.tiles[parts.train], unit=False)
+    covariance = np.cov(found.T)
+    np.testing.assert_allclose(found.mean(0), 0, atol=1e-3 * found.std())
+    assert np.abs(covariance - np.diag(covariance.diagonal())).max() < 1e-3 * covariance.max()
+    pooled = encoder.features(to_input(encoder, data.tiles[parts.train])).detach().numpy()
+    spread = np.linalg.svd((pooled - pooled.mean(0)) / (pooled.std(0) + 1e-6), compute_uv=False)[:6]
+    # a half whitened component's standard deviation is the root of what it was
+    np.testing.assert_allclose(
+        found.std(0) / found.std(0)[0], np.sqrt(spread / spread[0]), rtol=1e-2
+    )
+    with pytest.raises(Mismatch, match="drop_head"):
+        fit(ArcFaceOptions(**SMALL, dim=6), tiles, tmp_path / "run", silent)
+    same = tmp_path / "same"
+    same.mkdir()
+    for number in range(8):
+        Image.new("RGB", (64, 64), "pink").save(same / f"{number}.png")
+    (same / "manifest.csv").write_text(
+        "file,label,group\n" + "".join(f"{n}.png,{'ab'[n % 2]},{n}\n" for n in range(8))
+    )
+    with pytest.raises(BadInput, match="features of all training tiles are the same"):
+        fit(options, open_tiles(same), tmp_path / "pink", silent)

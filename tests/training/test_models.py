@@ -14,7 +14,7 @@ from histoseek.training.models.alexnet_ae import AlexNet
 from histoseek.training.models.cost import parameters, summarise
 from histoseek.training.models.densenet import DenseNet
 from histoseek.training.models.efficientnet_lite import EfficientNetLite0
-from histoseek.training.models.mobilenet_v3 import MobileNetV3Small
+from histoseek.training.models.mobilenet_v3 import MobileNetV3Small, symmetric
 from histoseek.training.models.p4m_cnn import BlurPool, product_table
 from histoseek.training.pretrained import find_weights
 
@@ -324,6 +324,36 @@ def test_mean_and_deviation_of_every_map():
     assert torch.allclose(found[:, 576:], expected, atol=4e-3)
     with pytest.raises(BadInput, match="deviation"):
         build("sobel-alexnet", deviation=True)
+
+
+def test_symmetric_kernels_see_the_same_in_every_turn_and_mirror_image(tmp_path):
+    torch.manual_seed(0)
+    tiles = torch.rand(4, 3, 96, 96, dtype=torch.float64)
+    apart = {}
+    for options in ({}, {"symmetry": True}):
+        net = build("mobilenet-v3-small", size_px=96, dim=8, dropout=0, deviation=True, **options)
+        net.double().train()  # norms by the batch: features of random weights that do differ
+        found = net(tiles)
+        turned = [torch.rot90(side, k, (2, 3)) for side in (tiles, tiles.flip(3)) for k in range(4)]
+        apart[bool(options)] = max(
+            float((net(seen) - found).detach().abs().max()) for seen in turned
+        )
+        assert found.std(0).min() > 0.5
+    assert apart[True] < 1e-9 and apart[False] > 0.1
+    found.square().sum().backward()
+    kernels = {n: p for n, p in net.backbone.named_parameters() if p.ndim == 4 and p.shape[-1] > 1}
+    assert sorted({tuple(p.shape[2:]) for p in kernels.values()}) == [
+        (3, 3),
+        (4, 4),
+        (5, 5),
+        (6, 6),
+    ]
+    for parameter in kernels.values():  # what is learnt is symmetric too
+        assert parameter.grad is not None
+        torch.testing.assert_close(symmetric(parameter.grad), parameter.grad)
+    torch.save(MobileNetV3Small().state_dict(), tmp_path / "weights.pth")
+    with pytest.raises(Mismatch, match="5 of 240 tensors"):
+        load_backbone(net.backbone, str(tmp_path / "weights.pth"))
 
 
 def test_a_torchvision_checkpoint_loads_by_key(tmp_path):

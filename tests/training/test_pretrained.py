@@ -18,7 +18,7 @@ from histoseek.training.fit_arcface import ArcFaceOptions, EmbeddingNet, fit
 from histoseek.training.models import build
 from histoseek.training.models.mobilenet_v3 import MobileNetV3Small
 from histoseek.training.pretrained import find_weights
-from histoseek.training.teacher import teacher_features, whitened
+from histoseek.training.teacher import components, teacher_maps
 
 
 class Quiet(SimpleHTTPRequestHandler):
@@ -134,45 +134,77 @@ def test_lite0_is_a_teacher(tile_folder, tmp_path, monkeypatch):
         build("mobilenet-v3-small", size_px=64),
         {"label": torch.tensor([0, 1])},
         options,
-        np.ones((2, 4), np.float32),
+        np.ones((2, 4, 2, 2), np.float16),
     )
     assert not any("teacher" in key for key in net.state_dict())
     tiles, numbers = torch.zeros(2, 3, 64, 64), torch.arange(2)
     whole = net(tiles, numbers)
-    net.get_buffer("teacher")[1] = 0  # not needed or not read: it costs nothing
-    assert float(net(tiles, numbers)["teacher"]) == pytest.approx(
+    net.maps[1] = 0  # not needed or not read: it costs nothing
+    assert float(net(tiles, numbers)["teacher"].detach()) == pytest.approx(
         float(whole["teacher"]) / 2,
         rel=0.01,  # dropout is drawn anew
     )
 
 
+def test_a_changed_tile_learns_what_the_teacher_sees_in_that_part(tile_folder):
+    maps = np.zeros((2, 2, 4, 4), np.float16)
+    maps[:, 0, :, :2] = maps[:, 1, :, 2:] = (
+        1  # the left half is of one kind, the right of the other
+    )
+    net = EmbeddingNet(
+        build("mobilenet-v3-small", size_px=64),
+        {"label": torch.tensor([0, 1])},
+        ArcFaceOptions(size_px=64, teacher="efficientnet-lite0"),
+        maps,
+    )
+    with torch.no_grad():
+        net.predict.weight.zero_()
+        net.predict.bias.copy_(torch.tensor([1.0, 0.0]))  # always says: the left kind
+    tiles, numbers = torch.rand(2, 3, 32, 32), torch.arange(2)
+    half = torch.tensor([[0.5, 0, 0], [0, 0.5, 0]])
+    left, right = (half + torch.tensor([[0, 0, x], [0, 0, 0]]) for x in (-0.5, 0.5))
+    whole = 1 - 0.5**0.5
+    for where, far in ((left, 0.0), (right, 1.0), (half, whole), (None, whole)):
+        placed = where if where is None else torch.stack([where] * 2)
+        assert float(net(tiles, numbers, placed)["teacher"].detach()) == pytest.approx(
+            far, abs=0.07
+        )
+
+
 def test_a_teacher_sees_a_tile_however_it_lies(tile_folder, tmp_path, monkeypatch):
     monkeypatch.setenv("HISTOSEEK_CACHE", str(tmp_path))
     data = load(open_tiles(tile_folder), 64, lambda *_: None)
-    numbers = np.arange(len(data))
+    train = np.arange(0, len(data), 2)
     turned = replace(data, tiles=np.rot90(data.tiles, 1, (1, 2))[:, :, ::-1].copy())
     asked = []
-    seen = [
-        teacher_features("efficientnet-lite0", d, torch.device("cpu"), lambda *_: asked.append(1))
+    one, two, again = (
+        teacher_maps(
+            "efficientnet-lite0", d, train, 5, torch.device("cpu"), lambda *_: asked.append(1)
+        )
         for d in (data, turned, data)
-    ]
-    assert len(asked) == 2 * -(-len(data) // 32)  # the third time it is known
-    np.testing.assert_allclose(seen[0], seen[1], atol=2e-3)
-    assert (seen[0] == seen[2]).all()
-    seen[0][:2] = 0  # could not be read
-    for dim in (0, 5):
-        found = whitened(seen[0], numbers, dim)
-        assert found.shape == (len(data), dim or 1280) and not found[:2].any()
-        np.testing.assert_allclose(np.linalg.norm(found[2:], axis=1), 1, atol=1e-5)
-    assert whitened(seen[1], numbers[::2], 999).shape[1] < len(numbers[::2])  # as many as vary
+    )
+    assert len(asked) == 2 * -(-len(data) // 32)  # then it is known
+    assert one.shape == (len(data), 5, 2, 2) and (one == again).all()
+    signs = np.sign((one.mean((2, 3)) * two.mean((2, 3))).sum(0))  # of the directions: arbitrary
+    back = np.rot90(one, 1, (2, 3))[:, :, :, ::-1] * signs[None, :, None, None]
+    np.testing.assert_allclose(back, two, atol=0.05)
+    pooled = one[train].mean((2, 3), dtype=np.float32)
+    np.testing.assert_allclose(np.cov(pooled.T, bias=True), np.eye(5), atol=0.02)
+    assert (
+        teacher_maps(
+            "efficientnet-lite0", data, train[:7], 999, torch.device("cpu"), lambda *_: None
+        ).shape[1]
+        < 7
+    )  # as many as vary
 
 
 def test_whitened_components_count_alike():
     rng = np.random.default_rng(0)
-    features = (rng.normal(size=(400, 6)) * [5, 4, 3, 2, 1, 0] + 1).astype(np.float16)
-    found = whitened(features, np.arange(300), 5)
-    assert found.shape == (400, 5)
-    assert found.std(0).max() / found.std(0).min() < 1.2
+    features = (rng.normal(size=(400, 6)) * [5, 4, 3, 2, 1, 0] + 1).astype(np.float32)
+    mean, axes = components(features, 6)
+    assert axes.shape == (6, 5)
+    found = (features - mean) @ axes
+    np.testing.assert_allclose(np.cov(found.T, bias=True), np.eye(5), atol=1e-3)
 
 
 def test_without_the_package_it_says_how_to_get_it(monkeypatch):

@@ -17,6 +17,7 @@ from .densenet import build_densenet, build_densenet121
 from .efficientnet_lite import build_efficientnet_lite0
 from .embedding import AutoEncoder, Encoder
 from .fc_ae import build_fc_ae
+from .gate import StainGate
 from .mobilenet_v3 import build_mobilenet_v3_small
 from .p4m_cnn import build_p4m_cnn
 from .resnet_ae import build_resnet_ae
@@ -87,12 +88,13 @@ def parse_model_options(model: str, text: str) -> dict[str, Any]:
     return result
 
 
-def build(model: str, chain: int = 0, **options: Any) -> Encoder:
+def build(model: str, chain: int = 0, gate: bool = False, **options: Any) -> Encoder:
     """Build a registered model by name, with the options of its builder.
 
     Args:
         model: name in the registry.
         chain: length of the embedding after a fitted PCA and whitening; 0 has none.
+        gate: with a gate that tells stained tissue from other pictures, to be fitted.
         options: of the model's builder.
 
     Raises:
@@ -109,6 +111,8 @@ def build(model: str, chain: int = 0, **options: Any) -> Encoder:
         raise BadInput(f"model {model} cannot be built with {given}: {error}") from error
     if chain:
         encoder.attach_chain(chain)
+    if gate:
+        encoder.gate = StainGate()
     return encoder
 
 

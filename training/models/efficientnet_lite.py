@@ -94,11 +94,14 @@ class EfficientNetLite0(nn.Module):
         self._bn1 = _norm(FEATURES)
         self._fc = nn.Linear(FEATURES, classes) if classes else nn.Identity()
 
+    def maps(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, 3, S, S) -> (N, 1280, S / 32, S / 32), what is pooled in the end."""
+        y = nn.functional.relu6(self._bn0(self._conv_stem(x)))
+        return nn.functional.relu6(self._bn1(self._conv_head(self._blocks(y))))
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, 3, S, S) -> (N, 1280), or (N, classes) with a classifier."""
-        y = nn.functional.relu6(self._bn0(self._conv_stem(x)))
-        y = nn.functional.relu6(self._bn1(self._conv_head(self._blocks(y))))
-        result: torch.Tensor = self._fc(y.mean((2, 3)))
+        result: torch.Tensor = self._fc(self.maps(x).mean((2, 3)))
         return result
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ...errors import BadInput
+from .gate import StainGate
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -31,6 +32,8 @@ class Encoder(nn.Module):
         top: linear classifier (F, classes) that training may use, or None; not part of ``forward``.
         chain: affine map (F, D) after the head that was fitted to the features (PCA, whitening), or
             None; F is D where there is none.
+        gate: tells from shrunken pixels how foreign a tile is, (N,), or None; not part of ``forward``,
+            but of the exported graph.
     """
 
     def __init__(
@@ -53,6 +56,7 @@ class Encoder(nn.Module):
         self.top = nn.Linear(dim, classes) if classes else None
         self.relu_before_top = relu_before_top
         self.chain: nn.Linear | None = None
+        self.gate: StainGate | None = None
         self.size_px = size_px
         self.dim = dim
         self.tail = tuple(tail)

@@ -32,10 +32,40 @@ def _divisible(value: float, by: int = 8) -> int:
     return rounded + by if rounded < 0.9 * value else rounded
 
 
+class SymmetricConv2d(nn.Conv2d):
+    """A convolution whose kernels are the mean of their turns and mirror images.
+
+    Its maps turn and mirror with its input. With a stride of two this takes kernels and inputs of even
+    sides: an odd kernel would look at every other pixel from one side only.
+    """
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C', H', W')."""
+        weight = symmetric(self.weight)
+        return nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding, 1, self.groups)
+
+
+def symmetric(kernels: torch.Tensor) -> torch.Tensor:
+    """Return the mean of kernels (O, I, K, K) over the eight turns and mirror images of a square."""
+    across = (kernels + kernels.flip(3)) / 2
+    both = (across + across.flip(2)) / 2
+    return (both + both.transpose(2, 3)) / 2
+
+
 def _conv_norm(
-    inside: int, out: int, kernel: int, stride: int, act: type[nn.Module] | None, groups: int = 1
+    inside: int,
+    out: int,
+    kernel: int,
+    stride: int,
+    act: type[nn.Module] | None,
+    groups: int = 1,
+    symmetry: bool = False,
 ) -> nn.Sequential:
-    conv = nn.Conv2d(inside, out, kernel, stride, kernel // 2, groups=groups, bias=False)
+    kind, pad = nn.Conv2d, kernel // 2
+    if symmetry and kernel > 1:
+        kind = SymmetricConv2d
+        kernel += stride == 2
+    conv = kind(inside, out, kernel, stride, pad, groups=groups, bias=False)
     return nn.Sequential(conv, _norm(out), *([act(inplace=True)] if act else []))
 
 
@@ -60,7 +90,15 @@ class InvertedResidual(nn.Module):
     """Expand 1x1, depthwise, squeeze-excite, project 1x1; a skip where shapes agree."""
 
     def __init__(
-        self, inside: int, kernel: int, expanded: int, out: int, se: bool, hs: bool, stride: int
+        self,
+        inside: int,
+        kernel: int,
+        expanded: int,
+        out: int,
+        se: bool,
+        hs: bool,
+        stride: int,
+        symmetry: bool = False,
     ) -> None:
         """Build the parts that exist, numbered without gaps as torchvision does."""
         super().__init__()
@@ -68,7 +106,7 @@ class InvertedResidual(nn.Module):
         layers: list[nn.Module] = []
         if expanded != inside:
             layers.append(_conv_norm(inside, expanded, 1, 1, act))
-        layers.append(_conv_norm(expanded, expanded, kernel, stride, act, groups=expanded))
+        layers.append(_conv_norm(expanded, expanded, kernel, stride, act, expanded, symmetry))
         if se:
             layers.append(SqueezeExcite(expanded))
         layers.append(_conv_norm(expanded, out, 1, 1, None))
@@ -89,16 +127,21 @@ class MobileNetV3Small(nn.Module):
             (927,008 parameters).
         deviation: without a classifier, return beside the mean of every map its standard deviation,
             1,152 features: how a pattern is spread over the tile.
+        symmetry: kernels wider than one pixel are their own turns and mirror images, so that a tile,
+            of a side that 32 divides, has the same features whichever way it lies (up to rounding).
+            Kernels of stride two are one pixel wider, so torchvision's weights do not fit.
     """
 
-    def __init__(self, classes: int = 1000, deviation: bool = False) -> None:
+    def __init__(
+        self, classes: int = 1000, deviation: bool = False, symmetry: bool = False
+    ) -> None:
         """Build the layers and initialise them as torchvision does."""
         super().__init__()
         self.deviation = deviation
-        layers: list[nn.Module] = [_conv_norm(3, 16, 3, 2, nn.Hardswish)]
+        layers: list[nn.Module] = [_conv_norm(3, 16, 3, 2, nn.Hardswish, symmetry=symmetry)]
         inside = 16
         for kernel, expanded, out, se, hs, stride in BLOCKS:
-            layers.append(InvertedResidual(inside, kernel, expanded, out, se, hs, stride))
+            layers.append(InvertedResidual(inside, kernel, expanded, out, se, hs, stride, symmetry))
             inside = out
         layers.append(_conv_norm(inside, FEATURES, 1, 1, nn.Hardswish))
         self.features = nn.Sequential(*layers)
@@ -137,13 +180,15 @@ def build_mobilenet_v3_small(
     relu_embedding: bool = False,
     classes: int = 0,
     deviation: bool = False,
+    symmetry: bool = False,
 ) -> Encoder:
     """Return paper 004's encoder: MobileNetV3-Small to its pooled 576 features, head 576-256-64.
 
-    ``deviation`` pools by mean and standard deviation instead (1,152 features); not of the paper.
+    Not of the paper: ``deviation`` pools by mean and standard deviation instead (1,152 features),
+    ``symmetry`` makes every embedding the same for all turns and mirror images of a tile.
     """
     tail = ("features.9", "features.10", "features.11", "features.12")
     return feature_encoder(
-        MobileNetV3Small(classes=0, deviation=deviation), (1 + deviation) * FEATURES, size_px, dim,
+        MobileNetV3Small(0, deviation, symmetry), (1 + deviation) * FEATURES, size_px, dim,
         hidden, dropout, relu_embedding, classes, tail,
     )  # fmt: skip

@@ -1,0 +1,63 @@
+"""Pictures that are no stained tissue, and the gate that learns to tell them from it."""
+
+import numpy as np
+import torch
+
+from histoseek.training.data import LabelledTiles
+from histoseek.training.foreign import fit_gate, foreign_tiles, judge_gate, restained
+from histoseek.training.models.gate import STATISTICS, StainGate, colour_statistics, shrink
+
+
+def test_foreign_pictures_repeat_by_seed_and_have_no_tissues_colours(tissue):
+    tiles = np.stack([tissue[:96, :96], tissue[100:196, 100:196]])
+    made = foreign_tiles(tiles, 28, 3)
+    assert made.shape == (28, 96, 96, 3) and made.dtype == np.uint8
+    assert (made == foreign_tiles(tiles, 28, 3)).all() and (
+        made != foreign_tiles(tiles, 28, 4)
+    ).any()
+    grey, plain = made[0::7], made[4::7]
+    assert (grey == grey[:, :, :, :1]).all()
+    assert plain.std((1, 2)).max() < 12
+    everything = made.reshape(28, -1).astype(float)
+    assert (
+        len(np.unique(everything.mean(1).round(3))) > 20
+    )  # no kind is one picture again and again
+
+
+def test_restained_tiles_are_bright_where_the_tile_is_and_coloured_otherwise():
+    picture = np.full((64, 64, 3), 245, np.uint8)
+    picture[16:32, 16:32] = 255 * np.exp(-np.array((0.650, 0.704, 0.286)))  # haematoxylin alone
+    picture[40:56, 40:56] = 255 * np.exp(-np.array((0.072, 0.990, 0.105)))  # eosin alone
+    made = restained(np.stack([picture] * 10), 1)
+    assert made.shape == (10, 64, 64, 3) and (made == restained(np.stack([picture] * 10), 1)).all()
+    assert (made[:, :10] > 200).all()
+    brown = [made[n, 48, 48].astype(int) for n in (0, 5)]  # haematoxylin and DAB: red over blue
+    assert max(red - blue for red, _, blue in brown) > 30
+
+
+def test_colour_statistics_do_not_depend_on_how_a_tile_lies(tissue):
+    pixels = torch.from_numpy(tissue[:128, :128].copy()).permute(2, 0, 1)[None].float() / 255
+    found = colour_statistics(shrink(pixels))
+    assert found.shape == (1, STATISTICS) and torch.isfinite(found).all()
+    for turned in (torch.rot90(pixels, 1, (2, 3)), pixels.flip(3), pixels.flip(2)):
+        torch.testing.assert_close(colour_statistics(shrink(turned)), found, atol=1e-4, rtol=1e-4)
+    blank = colour_statistics(torch.ones(1, 3, 128, 128))
+    assert torch.isfinite(blank).all() and not torch.allclose(blank, found, atol=0.1)
+
+
+def test_a_gate_learns_from_tissue_alone_to_refuse_what_is_none(tissue):
+    from skimage.data import chelsea
+
+    corners = np.random.default_rng(0).integers(0, 512 - 64, (60, 2))
+    tiles = np.stack([tissue[y : y + 64, x : x + 64] for y, x in corners])
+    numbers = np.arange(60)
+    data = LabelledTiles(tiles, numbers * 0, numbers, numbers, ("a",), (), {}, True)
+    gate = StainGate()
+    fit_gate(gate, data, numbers[:40], 0)
+    alarms, caught = (row["value"] for row in judge_gate(gate, tiles[40:], 0)["gate"])
+    assert alarms < 0.1 and caught > 0.9
+    again = StainGate()
+    fit_gate(again, data, numbers[:40], 0)
+    assert torch.equal(gate.weight, again.weight)
+    cat = torch.from_numpy(chelsea()[100:164, 150:214].copy()).permute(2, 0, 1)[None].float() / 255
+    assert gate(gate.shrink(cat)) > 0.5

@@ -1,0 +1,232 @@
+"""Pictures that are no stained tissue, made from tiles and from noise, and a gate that learns from them.
+
+The gate is fitted without a single real photograph, ultrasound or X-ray picture: what it says of those was
+not taught to it.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw, ImageFilter
+
+from ..metrics import Ints, Metric
+from .augment import Augmentation, augment
+from .data import LabelledTiles
+from .models.gate import LIMIT, StainGate, colour_statistics, shrink
+
+SAMPLES = 2400
+"""So many tiles, and as many foreign pictures, are what a gate is fitted to."""
+BATCH = 64
+OTHER_LABS = Augmentation(rotation_deg=180, zoom=0.25, stain=0.3, colour=0.1)
+HAEMATOXYLIN_EOSIN = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105))
+OTHER_STAINS = {
+    "haematoxylin, DAB": ((0.650, 0.704, 0.286), (0.268, 0.570, 0.776)),
+    "haematoxylin, AEC": ((0.650, 0.704, 0.286), (0.274, 0.680, 0.680)),
+    "haematoxylin, PAS": ((0.644, 0.717, 0.267), (0.175, 0.972, 0.155)),
+    "Masson's trichrome": ((0.800, 0.591, 0.105), (0.100, 0.737, 0.668)),
+    "alcian blue, haematoxylin": ((0.875, 0.458, 0.158), (0.553, 0.754, 0.354)),
+}
+"""Optical densities per RGB channel: Ruifrok & Johnston 2001, as in Landini's Colour Deconvolution."""
+Rng = np.random.Generator
+Picture = NDArray[np.float32]
+
+
+def foreign_tiles(tiles: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.uint8]:
+    """Return ``count`` pictures that no microscope made of a stained section, uint8 (count, S, S, 3).
+
+    They are, in turn: tiles without colour, with exchanged or turned colours, inverted, or blurred and
+    recoloured; plain fields with noise; noise with the spectrum of natural pictures; overlapping shapes.
+
+    Args:
+        tiles: uint8 (N, S, S, 3), real ones to change.
+        count: how many to make.
+        seed: of all that is drawn.
+    """
+    rng = np.random.default_rng(seed)
+    kinds = (_grey, _exchanged, _inverted, _recoloured, _plain, _noise, _shapes)
+    made = np.empty((count, *tiles.shape[1:]), dtype=np.uint8)
+    for number in range(count):
+        tile = tiles[rng.integers(len(tiles))].astype(np.float32) / 255
+        made[number] = np.clip(kinds[number % len(kinds)](tile, rng), 0, 1) * 255
+    return made
+
+
+def _grey(tile: Picture, rng: Rng) -> Picture:
+    """Lose the colour; any contrast, dark on light or light on dark."""
+    grey = tile.mean(axis=2, keepdims=True)
+    grey = 1 - grey if rng.random() < 0.5 else grey
+    grey = np.clip((grey - grey.mean()) * rng.uniform(0.4, 2) + rng.uniform(0.1, 0.9), 0, 1)
+    grey = np.clip(_softened(grey, rng), 0, 1) if rng.random() < 0.5 else grey
+    return np.repeat(grey ** rng.uniform(0.5, 2), 3, axis=2).astype(np.float32)
+
+
+def _exchanged(tile: Picture, rng: Rng) -> Picture:
+    """Exchange red, green and blue, or turn the hue by 60 to 300 degrees."""
+    if rng.random() < 0.5:
+        orders = ((1, 0, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1))
+        return tile[:, :, orders[rng.integers(len(orders))]]
+    angle = np.radians(rng.uniform(60, 300))
+    diagonal = np.full((3, 3), 1 / 3)
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    turn = np.cos(angle) * (np.eye(3) - diagonal) + np.sin(angle) * across + diagonal
+    turned: Picture = (tile @ turn.T).astype(np.float32)
+    return turned
+
+
+def _inverted(tile: Picture, rng: Rng) -> Picture:
+    """As on a negative."""
+    return 1 - tile * np.float32(rng.uniform(0.7, 1))
+
+
+def _recoloured(tile: Picture, rng: Rng) -> Picture:
+    """Blurred, with colours mixed at random: a scene out of focus."""
+    soft = _softened(tile, rng)
+    mixed = (soft - soft.mean((0, 1))) @ rng.normal(0, 1, (3, 3)) * rng.uniform(0.5, 2)
+    scene: Picture = (mixed + rng.uniform(0.1, 0.9, 3)).astype(np.float32)
+    return scene
+
+
+def _plain(tile: Picture, rng: Rng) -> Picture:
+    """One colour, often near white, with little noise."""
+    level = rng.uniform(0.75, 1, 3) if rng.random() < 0.7 else rng.uniform(0, 1, 3)
+    return (level + rng.normal(0, rng.uniform(0, 0.02), tile.shape)).astype(np.float32)
+
+
+def _noise(tile: Picture, rng: Rng) -> Picture:
+    """Noise whose amplitude falls with frequency as in natural pictures, in any colours."""
+    side = tile.shape[0]
+    frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
+    frequency[0, 0] = 1
+    spectrum = np.fft.rfft2(rng.normal(size=(3, side, side))) / frequency ** rng.uniform(0.6, 2)
+    field = np.fft.irfft2(spectrum, (side, side)).transpose(1, 2, 0)
+    field = field / field.std() @ rng.normal(0, 1, (3, 3)) * rng.uniform(0.08, 0.25)
+    noise: Picture = (field + rng.uniform(0.1, 0.9, 3)).astype(np.float32)
+    return noise
+
+
+def _shapes(tile: Picture, rng: Rng) -> Picture:
+    """Overlapping discs, boxes and bars in any colours, more or less sharp."""
+    side = tile.shape[0]
+    picture = Image.new("RGB", (side, side), tuple(int(v) for v in rng.integers(0, 256, 3)))
+    draw = ImageDraw.Draw(picture)
+    for _ in range(int(rng.integers(3, 60))):
+        x, y = rng.uniform(-0.2, 1, 2) * side
+        wide, high = rng.uniform(0.03, 0.6, 2) * side
+        colour = tuple(int(v) for v in rng.integers(0, 256, 3))
+        shape = draw.ellipse if rng.random() < 0.5 else draw.rectangle
+        shape((x, y, x + wide, y + high), fill=colour)
+    soft = picture.filter(ImageFilter.GaussianBlur(rng.uniform(0, 6)))
+    return np.asarray(soft, np.float32) / np.float32(255)
+
+
+def _softened(tile: Picture, rng: Rng) -> Picture:
+    """Shrink and enlarge: details are lost."""
+    side = tile.shape[0]
+    small = int(rng.integers(max(2, side // 16), max(3, side // 3)))
+    planes = [
+        Image.fromarray(tile[:, :, n]).resize((small, small)).resize((side, side), Image.Resampling.BICUBIC)
+        for n in range(tile.shape[2])
+    ]  # fmt: skip
+    return np.stack([np.asarray(plane, np.float32) for plane in planes], axis=2)
+
+
+def restained(tiles: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
+    """Return H&E tiles as other stains would show them, uint8 (N, S, S, 3).
+
+    The densities of haematoxylin and eosin are taken apart and given the colours of another pair of stains,
+    the second one in a random share of the tile and strength, as an antibody marks some cells or none.
+
+    Args:
+        tiles: uint8 (N, S, S, 3).
+        seed: of all that is drawn.
+    """
+    rng = np.random.default_rng(seed)
+    third = np.cross(*HAEMATOXYLIN_EOSIN)
+    apart = np.linalg.inv(np.stack([*HAEMATOXYLIN_EOSIN, third]))
+    pairs = list(OTHER_STAINS.values())
+    made = np.empty_like(tiles)
+    for number, tile in enumerate(tiles):
+        density = -np.log(np.maximum(tile, 1) / 255.0) @ apart
+        first, second = np.maximum(density[:, :, 0], 0), np.maximum(density[:, :, 1], 0)
+        if rng.random() < 0.5:
+            second = np.where(second > np.quantile(second, rng.random()), second, 0)
+        stains = np.stack([first * rng.uniform(0.3, 1.2), second * rng.uniform(0, 2)], 2)
+        made[number] = 255 * np.exp(-stains @ np.array(pairs[number % len(pairs)]))
+    return made
+
+
+def fit_gate(gate: StainGate, data: LabelledTiles, train: Ints, seed: int) -> None:
+    """Fit a gate to tell training tiles, also from other labs and with other stains, from foreign pictures.
+
+    Tiles are drawn by the square root of their class's size, so that a large collection does not decide
+    alone what tissue looks like.
+
+    Args:
+        gate: is filled in place.
+        data: labelled tiles.
+        train: (K,) numbers of the tiles to learn from.
+        seed: of all that is drawn.
+    """
+    from sklearn.linear_model import LogisticRegression
+
+    rng = np.random.default_rng(seed)
+    classes, sizes = np.unique(data.labels[train], return_counts=True)
+    drawn = rng.choice(classes, SAMPLES, p=np.sqrt(sizes) / np.sqrt(sizes).sum())
+    numbers = np.sort([rng.choice(train[data.labels[train] == label]) for label in drawn])
+    tiles, _ = data.read(numbers.astype(np.int64))
+    tiles = tiles[rng.permutation(len(tiles))]
+    plain, other = len(tiles) // 3, len(tiles) * 2 // 3
+    generator = torch.Generator().manual_seed(seed)
+    found = np.concatenate(
+        [
+            _statistics(tiles[:plain], None, generator),
+            _statistics(tiles[plain:other], OTHER_LABS, generator),
+            _statistics(restained(tiles[other:], seed), OTHER_LABS, generator),
+            _statistics(foreign_tiles(tiles, len(tiles), seed), None, generator),
+        ]
+    )
+    is_foreign = np.arange(len(found)) >= len(tiles)
+    centre, spread = found.mean(0), found.std(0) + 1e-6
+    near = np.clip((found - centre) / spread, -LIMIT, LIMIT)
+    model = LogisticRegression(C=0.1, max_iter=5000).fit(near, is_foreign)
+    for name, value in {
+        "centre": centre, "scale": 1 / spread, "weight": model.coef_[0], "bias": model.intercept_,
+    }.items():  # fmt: skip
+        gate.get_buffer(name).copy_(torch.from_numpy(np.asarray(value, np.float32)))
+
+
+def judge_gate(gate: StainGate, tiles: NDArray[np.uint8], seed: int) -> dict[str, Any]:
+    """Return metrics of a gate on tiles (N, S, S, 3) that it was not fitted to, and on pictures of them."""
+    with torch.inference_mode():
+        alarms, catches = (
+            float(np.mean([_is_foreign(gate, part) for part in np.array_split(shown, len(shown))]))
+            for shown in (tiles, foreign_tiles(tiles, len(tiles), seed + 1))
+        )
+    return {
+        "gate": [
+            Metric("false_alarms", alarms, 0.5, "a coin").as_dict(),
+            Metric("caught", catches, 0.5, "a coin").as_dict(),
+        ]
+    }
+
+
+def _is_foreign(gate: StainGate, tiles: NDArray[np.uint8]) -> bool:
+    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
+    return bool(gate(gate.shrink(pixels))[0] > 0.5)
+
+
+@torch.inference_mode()
+def _statistics(
+    tiles: NDArray[np.uint8], ranges: Augmentation | None, generator: torch.Generator
+) -> NDArray[np.float64]:
+    parts = []
+    for start in range(0, len(tiles), BATCH):
+        pixels = torch.from_numpy(tiles[start : start + BATCH]).permute(0, 3, 1, 2).float() / 255
+        if ranges is not None:
+            pixels = augment(pixels, ranges, generator)
+        parts.append(colour_statistics(shrink(pixels)).double().numpy())
+    return np.concatenate(parts)

@@ -1,0 +1,90 @@
+"""Is this stained tissue at all? A linear look at a tile's colours, beside whatever the net sees in it.
+
+A net that was trained on tissue alone puts a photograph somewhere among tissue. How stains absorb light is
+simpler to tell: the gate reads means, spreads and correlations of the channels' optical densities.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+POOL = 4
+LIMIT = 5.0
+"""Statistics further than so many standard deviations from the mean count as that far."""
+SHARPNESS = 2.0
+STATISTICS = 25
+
+
+def shrink(tiles: torch.Tensor) -> torch.Tensor:
+    """Return the means (N, C, S / 4, S / 4) of squares of 4 x 4 pixels of tiles (N, C, S, S)."""
+    return nn.functional.avg_pool2d(tiles, POOL)
+
+
+def colour_statistics(small: torch.Tensor) -> torch.Tensor:
+    """Return what the gate reads of shrunken pixels (N, 3, H, H) in 0..1, float (N, 25).
+
+    Optical densities: mean, standard deviation (also its logarithm and
+    direction), covariances, correlations, direction of the mean; then the saturation's mean and standard
+    deviation, and how much neighbours differ. The same for every turn and mirror image of a tile whose
+    side is a multiple of 4.
+    """
+    density = -torch.log(small.clamp(min=1 / 255)).flatten(2)
+    mean = density.mean(2)
+    rest = density - mean[:, :, None]
+    spread = (rest.square().mean(2) + 1e-6).sqrt()
+    pairs = torch.stack([(rest[:, a] * rest[:, b]).mean(1) for a, b in ((0, 1), (0, 2), (1, 2))], 1)
+    product = torch.stack(
+        [spread[:, 0] * spread[:, 1], spread[:, 0] * spread[:, 2], spread[:, 1] * spread[:, 2]], 1
+    )
+    saturation = (small.amax(1) - small.amin(1)).flatten(1)
+    around = saturation.mean(1, keepdim=True)
+    varies = ((saturation - around).square().mean(1, keepdim=True) + 1e-6).sqrt()
+    grey = small.mean(1)
+    down = (grey[:, 1:] - grey[:, :-1]).abs().mean((1, 2))
+    across = (grey[:, :, 1:] - grey[:, :, :-1]).abs().mean((1, 2))
+    return torch.cat(
+        [
+            mean,
+            spread,
+            pairs,
+            pairs / product,
+            mean / (mean.norm(dim=1, keepdim=True) + 1e-3),
+            spread / (spread.norm(dim=1, keepdim=True) + 1e-3),
+            around,
+            varies,
+            ((down + across) / 2)[:, None],
+            torch.log(spread),
+            torch.log(varies),
+        ],
+        1,
+    )
+
+
+class StainGate(nn.Module):
+    """From shrunken pixels (N, 3, H, H) in 0..1 to how foreign they are, 0 (tissue) to 1, float (N,).
+
+    Attributes:
+        centre: (25,) means of the statistics.
+        scale: (25,) one over their standard deviations.
+        weight: (25,) of a logistic regression.
+        bias: (1,) of it.
+    """
+
+    def __init__(self) -> None:
+        """Make a gate that takes everything for half foreign, until it is fitted."""
+        super().__init__()
+        self.centre = nn.Buffer(torch.zeros(STATISTICS))
+        self.scale = nn.Buffer(torch.ones(STATISTICS))
+        self.weight = nn.Buffer(torch.zeros(STATISTICS))
+        self.bias = nn.Buffer(torch.zeros(1))
+
+    def shrink(self, tiles: torch.Tensor) -> torch.Tensor:
+        """Return tiles (N, 3, S, S), on any scale of values, at the size that ``forward`` takes."""
+        return shrink(tiles)
+
+    def forward(self, small: torch.Tensor) -> torch.Tensor:
+        """Return how foreign each tile is, 0 to 1."""
+        found = (colour_statistics(small) - self.centre) * self.scale
+        logit = (found.clamp(-LIMIT, LIMIT) * self.weight).sum(1) + self.bias
+        return torch.sigmoid(SHARPNESS * logit)
