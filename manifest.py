@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +22,10 @@ CARD = "MODEL_CARD.md"
 CLUSTERS = "clusters.npz"
 """Clusters that training found, of embeddings as the graph gives them: centroids (K, D), reach (K,)."""
 RUN = "run.json"
+FOREIGN_ANGLE = math.pi / 3
+"""By so much the embedding of a picture that is surely foreign is turned towards its last component."""
+FOREIGN = math.sin(FOREIGN_ANGLE / 2)
+"""A last component over this, half of that turn, says that a picture is foreign."""
 EXTERNAL = "external"
 """``arch`` of an encoder that histoseek knows by name only: its features come from other tools."""
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
@@ -52,6 +57,8 @@ class Manifest(BaseModel):
         metric: how two embeddings are compared.
         normalised: whether embeddings have length 1.
         views: over how many turned and mirrored views the graph averages; 1 is the tile alone.
+        gate: whether the last component tells how foreign a picture is to what the encoder was made
+            for: the sine of an angle from 0 to :data:`FOREIGN_ANGLE`; all others are scaled by its cosine.
         training: where the weights come from.
         licence: of the weights.
         opset: ONNX operator set of the graph.
@@ -70,10 +77,18 @@ class Manifest(BaseModel):
     metric: Literal["cosine", "l2"]
     normalised: bool
     views: int = Field(default=1, ge=1, le=8)
+    gate: bool = False
     training: dict[str, Any]
     licence: str
     opset: int
     versions: dict[str, str]
+
+    def foreign(self, vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """Return which embeddings (N, dim) are of foreign pictures, (N,); none if there is no gate."""
+        if not self.gate:
+            return np.zeros(len(vectors), dtype=bool)
+        found: NDArray[np.bool_] = vectors[:, -1] > FOREIGN
+        return found
 
     @property
     def external(self) -> bool:

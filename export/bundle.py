@@ -127,6 +127,7 @@ def export_run(
     graph = Graph(encoder, encoder.mean, encoder.std, _components(beside, pca, whiten, run), views)  # type: ignore[arg-type]
     size_px = int(encoder.size_px)  # type: ignore[arg-type]
     dim = len(graph.pca_components) if graph.has_pca else int(encoder.dim)  # type: ignore[arg-type]
+    dim += graph.gate is not None
     tiles = sample_tiles(tileset, size_px)
     with publish_folder(out) as folder:
         write_atomic(folder / GRAPH, to_onnx(graph, size_px))
@@ -143,6 +144,7 @@ def export_run(
             metric="cosine",
             normalised=True,
             views=views,
+            gate=graph.gate is not None,
             training=_provenance(record),
             licence=licence,
             opset=OPSET,
@@ -151,7 +153,7 @@ def export_run(
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / PARITY, parity.as_dict())
         write_json(folder / RUN, record)
-        if "clusters.reach" in beside and pca is None and views == 1:
+        if "clusters.reach" in beside and pca is None and views == 1 and graph.gate is None:
             write_atomic(folder / CLUSTERS, _clusters(beside))
         write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict(), notes))
     return manifest

@@ -20,7 +20,8 @@ def model_card(
         f"# {manifest.name}",
         "",
         f"A {manifest.arch} encoder: {manifest.size_px} x {manifest.size_px} RGB tiles to "
-        f"{manifest.dim}-dimensional embeddings of length 1, compared by cosine.",
+        f"{manifest.dim}-dimensional embeddings of length 1, compared by cosine."
+        + (" The last component tells how foreign a picture is." if manifest.gate else ""),
         "",
         "**For research only.** Similarity is no diagnosis.",
         "",

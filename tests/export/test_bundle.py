@@ -10,8 +10,11 @@ import torch
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.export.bundle import export_run, load_run, parity_tiles
 from histoseek.export.onnx_graph import Graph
+from histoseek.images import square
 from histoseek.manifest import read_manifest
 from histoseek.tilesets import open_tiles, sample_tiles
+from histoseek.training.commands import select
+from histoseek.training.data import load, split
 from histoseek.training.fit_arcface import ArcFaceOptions, fit
 from histoseek.training.models import build
 
@@ -110,6 +113,35 @@ def test_whitening_makes_the_components_count_alike(run, tile_folder, tmp_path):
     for wrong in ({"whiten": 2.0, "pca": 0.9}, {"whiten": 0.5}):
         with pytest.raises(BadInput, match="--whiten"):
             export_run(run, tmp_path / "c", tiles, build, **wrong)
+
+
+@pytest.mark.shared
+def test_a_gate_puts_foreign_pictures_at_a_right_angle_to_tissue(shared, tmp_path):
+    from histoseek.serving.encoder import OnnxEncoder
+
+    chosen = select([shared / "histo_mix.tar"], [], ["label"])
+    options = ArcFaceOptions(size_px=64, dim=24, epochs=1, folds=3, gate=True, accelerator="cpu")
+    fit(options, chosen, tmp_path / "run", lambda *_: None)
+    assert export_run(tmp_path / "run", tmp_path / "b", chosen, build).dim == 25
+    gated = OnnxEncoder(tmp_path / "b")
+    _, encoder, _ = load_run(tmp_path / "run", build)
+    encoder.gate = None
+    other = Graph(encoder, encoder.mean, encoder.std)
+    data = load(chosen, 64, lambda *_: None)
+    tissue = data.tiles[split(data, 3, 0, 0).test]
+    grey = [square(p, 64) for p in map(open_tiles(shared / "busi.tar").read, range(40))]
+    seen, foreign = gated.embed(tissue), gated.embed(np.stack(grey))
+    np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-5)
+    assert gated.manifest.foreign(seen).mean() < 0.1 and gated.manifest.foreign(foreign).all()
+    known = ~gated.manifest.foreign(seen)
+    surely = foreign[foreign[:, -1] > 0.8] @ seen[seen[:, -1] < 0.1].T
+    assert surely.shape[0] > 20 and surely.shape[1] > 100 and surely.max() < 0.7  # whatever it sees
+    # tissue is told apart as without a gate
+    flat = seen[known, :-1] / np.linalg.norm(seen[known, :-1], axis=1, keepdims=True)
+    with torch.inference_mode():
+        np.testing.assert_allclose(flat, other(torch.from_numpy(tissue[known])), atol=1e-4)
+    turned = np.rot90(tissue, 1, (1, 2))[:, :, ::-1].copy()
+    np.testing.assert_allclose(gated.embed(turned)[:, -1], seen[:, -1], atol=1e-4)
 
 
 def test_clusters_found_in_training_are_those_of_the_atlas(tile_folder, tmp_path, cli_json):

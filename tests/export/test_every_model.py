@@ -3,10 +3,13 @@
 import json
 
 import numpy as np
+import onnx
+import onnxruntime
 import pytest
 import torch
 
 from histoseek.export.bundle import export_run
+from histoseek.export.onnx_graph import Graph, to_onnx
 from histoseek.export.triton import TritonOptions, write_repository
 from histoseek.serving.encoder import OnnxEncoder, open_encoder
 from histoseek.tilesets import open_tiles, sample_tiles
@@ -58,6 +61,25 @@ def test_the_graph_is_the_net_on_real_tiles(name, bundles, tile_folder):
     weights = sum(p.numel() * 4 for p in build(name).backbone.parameters())
     graph = (bundles / name / "encoder.onnx").stat().st_size
     assert graph < 1.1 * weights + 75_000_000 * (name == "sobel-alexnet") + 2_000_000  # no decoder
+
+
+def test_kernels_that_are_computed_from_weights_are_constants_of_the_graph(tile_folder, tmp_path):
+    torch.manual_seed(0)
+    encoder = build("mobilenet-v3-small", size_px=64, dim=8, symmetry=True)
+    tiles = load(open_tiles(tile_folder), 64, lambda *_: None).tiles
+    calibrate(encoder, tiles)
+    graph = Graph(encoder.eval(), encoder.mean, encoder.std)
+    model = onnx.load_from_string(to_onnx(graph, 64))
+    constants = {tensor.name for tensor in model.graph.initializer}
+    convolutions = [node for node in model.graph.node if node.op_type == "Conv"]
+    assert len(convolutions) == 52 and all(node.input[1] in constants for node in convolutions)
+    assert not [node for node in model.graph.node if node.op_type == "BatchNormalization"]
+    (tmp_path / "encoder.onnx").write_bytes(model.SerializeToString())
+    session = onnxruntime.InferenceSession(tmp_path / "encoder.onnx")
+    seen = [tiles[:5], np.rot90(tiles[:5], 1, (1, 2)).copy(), tiles[:5, :, ::-1].copy()]
+    plain, turned, mirrored = (session.run(None, {"tiles": one})[0] for one in seen)
+    assert np.abs(turned - plain).max() < 1e-5 and np.abs(mirrored - plain).max() < 1e-5
+    assert np.abs(plain[0] - plain[1]).max() > 1e-2
 
 
 def test_triton_serves_every_model(bundles, tile_folder, tmp_path, triton):
