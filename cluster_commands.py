@@ -66,6 +66,7 @@ def curve(
     """Show how well several numbers of clusters part the tiles, and whether they come out again."""
     from .index.atlas import Atlas
     from .index.choosing import curve as measure
+    from .index.clusters import to_fit
     from .index.fitting import sample
 
     with console.working("fitting"):
@@ -73,7 +74,7 @@ def curve(
         if seed < 0:
             raise BadInput(f"--seed is {seed}; expected 0 or more")
         vectors, _, _ = sample(opened, opened.generations.slides(), seed)
-        rows = measure(vectors, method, seed)
+        rows = measure(vectors[to_fit(vectors, opened.manifest.gate)], method, seed)
 
     def human() -> None:
         first = "k" if method == "kmeans" else "min_cluster_size"

@@ -7,7 +7,7 @@ cluster, a distance, a strength from 0 to 1, and ``unknown`` where it fits none.
 from __future__ import annotations
 
 import io
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 from zipfile import BadZipFile
@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, unknown_name
-from ..manifest import CLUSTERS
+from ..manifest import CLUSTERS, FOREIGN
 from ..metrics import silhouette
 from . import density
 from .density import Arrays, Floats
@@ -46,7 +46,7 @@ class Assigned:
             (HDBSCAN); in the space of the principal components.
         strength: 0 to 1. k-means: 1 - distance to own centre / distance to the next. HDBSCAN: membership
             probability of ``approximate_predict``.
-        unknown: whether the image fits no cluster.
+        unknown: whether the image fits no cluster, or is foreign to the encoder.
     """
 
     cluster: NDArray[np.int64]
@@ -96,11 +96,8 @@ class Clustering:
     def assign(self, vectors: NDArray[np.float32]) -> Assigned:
         """Assign vectors (N, D)."""
         flat = project(vectors, self.arrays)
-        return (
-            _assign_kmeans(flat, self.arrays)
-            if self.method == "kmeans"
-            else _assign_hdbscan(flat, self.arrays)
-        )
+        assign = _assign_kmeans if self.method == "kmeans" else _assign_hdbscan
+        return _gated(assign(flat, self.arrays), vectors, self.arrays)
 
     def to_bytes(self) -> bytes:
         """Serialise the arrays as .npz."""
@@ -131,6 +128,7 @@ def fit(
     min_cluster_size: int | None = None,
     seed: int = 0,
     groups: NDArray[np.int64] | None = None,
+    gate: bool = False,
 ) -> tuple[Clustering, Assigned]:
     """Fit clusters and place the fitted vectors in them.
 
@@ -142,6 +140,9 @@ def fit(
         seed: of k-means, and of the silhouette's sample.
         groups: (N,) patient or slide of each vector; k-means' limits of what it knows are calibrated on
             groups held out in turn.
+        gate: whether the encoder has a gate (``Manifest.gate``); what it calls foreign is unknown, and
+            not fitted. Where it calls most tiles foreign, this is an atlas of something else than what the
+            encoder was made for: the gate is ignored, and ``about`` says so.
 
     Raises:
         BadInput: an unknown method, or too few vectors; the message says how many are needed.
@@ -153,15 +154,27 @@ def fit(
     if min_cluster_size is not None and (min_cluster_size < 2 or method != "hdbscan"):
         raise BadInput(f"min_cluster_size is {min_cluster_size}; expected 2 or more, for hdbscan")
     least = max(3, (k or 0) + 1) if method == "kmeans" else 10
+    everything, known = vectors, to_fit(vectors, gate)
+    vectors, groups = vectors[known], None if groups is None else groups[known]
+    left_out = len(everything) - len(vectors)
     if len(vectors) < least:
-        raise BadInput(f"{len(vectors)} tiles are too few for {method}; expected at least {least}")
+        also = f" ({left_out} more do not look like stained tissue)" if left_out else ""
+        raise BadInput(
+            f"{len(vectors)} tiles{also} are too few for {method}; expected at least {least}"
+        )
     basis = basis_of(vectors)
     flat = project(vectors, basis)
+    heeded = gate and not _foreign(vectors).any()
+    if heeded:
+        basis["foreign"] = np.asarray(FOREIGN)
     fitted = {"fitted_tiles": len(flat), "components": len(basis["components"]), "seed": seed}
+    if gate:
+        fitted["foreign_tiles"] = int(_foreign(everything).sum())
+        fitted["gate_ignored"] = not heeded
     if method == "kmeans":
         arrays, about = _fit_kmeans(flat, k, seed, groups)
         clustering = Clustering("kmeans", basis | arrays, {**about, **fitted})
-        return clustering, clustering.assign(vectors)
+        return clustering, clustering.assign(everything)
     size = min_cluster_size or max(15, len(flat) // 40)
     size = max(2, min(size, len(flat) // 2))
     arrays = density.fit_arrays(flat, size)
@@ -173,7 +186,38 @@ def fit(
     }
     clustering = Clustering("hdbscan", basis | arrays, {**about, **fitted})
     reach = density.distances_of_fitted(arrays)
-    return clustering, Assigned(labels, reach, arrays["strengths"], labels < 0)
+    placed = clustering.assign(everything) if left_out else None
+    own = Assigned(labels, reach, arrays["strengths"], labels < 0)
+    return clustering, own if placed is None else _joined(placed, own, known)
+
+
+def to_fit(vectors: NDArray[np.float32], gate: bool) -> NDArray[np.bool_]:
+    """Return which vectors (N, D) clusters are fitted to, (N,): those that an encoder's gate lets pass.
+
+    All of them where there is no gate, or where it calls more than half of them foreign.
+    """
+    if not gate or 2 * np.sum(_foreign(vectors)) > len(vectors):
+        return np.ones(len(vectors), dtype=bool)
+    return ~_foreign(vectors)
+
+
+def _foreign(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+    over: NDArray[np.bool_] = vectors[:, -1] > FOREIGN
+    return over
+
+
+def _joined(placed: Assigned, own: Assigned, known: NDArray[np.bool_]) -> Assigned:
+    """Return the fitted tiles where the fit has them, and the others where they were placed."""
+    for name in ("cluster", "distance", "strength", "unknown"):
+        getattr(placed, name)[known] = getattr(own, name)
+    return placed
+
+
+def _gated(placed: Assigned, vectors: NDArray[np.float32], arrays: Arrays) -> Assigned:
+    """Call unknown what the encoder's gate calls foreign, if it has one."""
+    if "foreign" not in arrays:
+        return placed
+    return replace(placed, unknown=placed.unknown | (vectors[:, -1] > arrays["foreign"]))
 
 
 def shipped(bundle: Path) -> Clustering:

@@ -69,7 +69,9 @@ def fitted(
     k = None if given.get("k") in {None, "auto"} else int(given["k"])
     vectors, groups, whole = sample(atlas, slides, given["seed"])
     least = given.get("min_cluster_size")
-    clustering, placed = fit_clusters(vectors, method, k, least, given["seed"], groups)
+    clustering, placed = fit_clusters(
+        vectors, method, k, least, given["seed"], groups, atlas.manifest.gate
+    )
     return clustering, _place(atlas, slides, clustering, placed if whole else None)
 
 

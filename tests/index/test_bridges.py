@@ -6,7 +6,7 @@ import warnings
 import h5py
 import numpy as np
 import pytest
-from atlases import features, filled, unit
+from atlases import DIM, features, filled, unit
 
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.index.atlas import Atlas
@@ -202,8 +202,8 @@ def test_tensorboards_projector_reads_what_is_written(atlas, tmp_path):
         (tmp_path / "projector/projector_config.pbtxt").read_text(), ProjectorConfig()
     )
     (embedding,) = config.embeddings
-    assert list(embedding.tensor_shape) == [160, 64]
-    raw = np.fromfile(tmp_path / "projector" / embedding.tensor_path, "<f4").reshape(160, 64)
+    assert list(embedding.tensor_shape) == [160, DIM]
+    raw = np.fromfile(tmp_path / "projector" / embedding.tensor_path, "<f4").reshape(160, DIM)
     assert np.array_equal(raw, atlas.vectors()[1])
     lines = (tmp_path / "projector" / embedding.metadata_path).read_text().splitlines()
     assert len(lines) == 161 and lines[0].split("\t")[:3] == ["tile", "x", "y"]
@@ -295,7 +295,7 @@ def test_many_copies_of_one_tile_are_one_group(tmp_path):
 
 
 def test_a_leak_is_found_in_an_l2_atlas_too(tmp_path):
-    atlas = Atlas.create_external(tmp_path / "atlas", "uni", 64, "l2")
+    atlas = Atlas.create_external(tmp_path / "atlas", "uni", DIM, "l2")
     data = unit(np.random.default_rng(1), 40) * 7
     known = {"encoder": "uni", "encoder_sha256": atlas.manifest.sha256}
     files = [

@@ -6,6 +6,7 @@ from sklearn.datasets import load_digits, make_blobs, make_moons
 
 from histoseek.errors import BadInput, Damaged
 from histoseek.index.clusters import Clustering, fit
+from histoseek.manifest import FOREIGN
 
 
 def digits():
@@ -149,6 +150,35 @@ def test_unknown_is_calibrated_on_groups_that_were_held_out():
     assert 0.0005 < share < 0.03, share
     assert fit(known, "kmeans", k=4)[0].about["unknown_calibrated_on"] == "tiles"
     assert calibrated.assign(new + 20).unknown.all()
+
+
+@pytest.mark.parametrize("method", ["kmeans", "hdbscan"])
+def test_what_the_gate_calls_foreign_is_unknown_and_takes_no_part_in_a_fit(method):
+    flat = make_blobs(600, 8, centers=3, cluster_std=0.4, random_state=3)[0]
+    flat /= np.linalg.norm(flat, axis=1, keepdims=True)
+    angle = np.zeros((600, 1))
+    angle[:60] = np.arcsin(FOREIGN) * np.linspace(0.9, 1.1, 60)[:, None]  # half just past the limit
+    vectors = np.concatenate([flat * np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
+    size = {"min_cluster_size": 20} if method == "hdbscan" else {"k": 3}
+    foreign = vectors[:, -1] > FOREIGN
+    assert foreign.sum() == 30
+    clustering, placed = fit(vectors, method, **size, groups=np.arange(600) // 5, gate=True)
+    alone, own = fit(vectors[~foreign], method, **size, groups=(np.arange(600) // 5)[~foreign])
+    assert clustering.about["foreign_tiles"] == 30 and "foreign_tiles" not in alone.about
+    assert placed.unknown[foreign].all() and clustering.assign(vectors).unknown[foreign].all()
+    for name in ("cluster", "distance", "strength", "unknown"):
+        np.testing.assert_array_equal(getattr(placed, name)[~foreign], getattr(own, name))
+    assert not own.unknown[:20].all()
+    stored = Clustering.from_bytes(method, clustering.to_bytes(), clustering.about)
+    assert stored.assign(vectors).unknown[foreign].all()
+    few = np.concatenate([vectors[foreign][:2], vectors[~foreign][:2]])
+    with pytest.raises(BadInput, match=r"2 tiles \(2 more do not look like stained tissue\)"):
+        fit(few, method, gate=True)
+    mostly = np.concatenate([vectors[foreign], vectors[~foreign][-20:]])
+    size = {"min_cluster_size": 5} if method == "hdbscan" else {"k": 3}
+    ignored, placed = fit(mostly, method, **size, gate=True)
+    assert ignored.about["gate_ignored"] and ignored.about["fitted_tiles"] == 50
+    assert ignored.about["foreign_tiles"] == 30 and not placed.unknown[:30].all()
 
 
 def test_a_small_cluster_takes_its_limit_from_all():

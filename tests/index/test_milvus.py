@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from atlases import features, filled, grouped
+from atlases import DIM, features, filled, grouped
 
 from histoseek.errors import BadInput, Mismatch, Unavailable
 from histoseek.index.atlas import Atlas
@@ -204,14 +204,14 @@ def test_what_does_not_fit_is_refused(pushed, tmp_path, other_bundle):
     other = Atlas.create(tmp_path / "other", other_bundle)
     with pytest.raises(Mismatch, match="choose another"):
         push(other, url)
-    with pytest.raises(Mismatch, match="length 64"):
+    with pytest.raises(Mismatch, match=f"length {DIM}"):
         engine.search(np.ones((1, 5), np.float32))
     with pytest.raises(BadInput, match="16384"):
-        engine.search(np.ones((1, 64), np.float32), 20_000)
+        engine.search(np.ones((1, DIM), np.float32), 20_000)
     with pytest.raises(BadInput, match="unknown field of the Milvus collection 'nope'"):
-        engine.search(np.ones((1, 64), np.float32), 3, "nope = 'a'")
+        engine.search(np.ones((1, DIM), np.float32), 3, "nope = 'a'")
     with pytest.raises(BadInput, match="file"):
-        engine.search(np.ones((1, 64), np.float32), 3, "file = 'a.png'")
+        engine.search(np.ones((1, DIM), np.float32), 3, "file = 'a.png'")
     assert atlas.verify() == []
 
 
