@@ -224,12 +224,17 @@ class Session:
                 ]
             if best:
                 nearer = float(np.searchsorted(usual, best[0].score, side="left") / len(usual))
+        foreign = vector is not None and bool(self.atlas.manifest.foreign(vector[None])[0])
+        foreign = foreign and (placed is None or placed["unknown"])  # clusters may ignore the gate
         return Verdict(
             labels=Counter(hit.label for hit in hits).most_common(),
             slides=Counter(hit.slide for hit in hits).most_common(),
             placed=placed,
             nearer_than=nearer,
-            unknown=bool(placed and placed["unknown"]) or (nearer is not None and nearer < UNUSUAL),
+            unknown=foreign
+            or bool(placed and placed["unknown"])
+            or (nearer is not None and nearer < UNUSUAL),
+            foreign=foreign,
         )
 
     def hide(self, text: str) -> str:
@@ -287,6 +292,9 @@ class Session:
         with suppress(MissingPart):  # without the map's package images are placed all the same
             layout = self.layout()
         view = self.atlas.view()
+        placed = self.atlas.assign(vectors, chosen)
+        for row, foreign in zip(placed, self.atlas.manifest.foreign(vectors), strict=True):
+            row["foreign"] = bool(foreign) and row["unknown"]  # clusters may ignore the gate
         return self._keep(
             Clustered(
                 id=secrets.token_urlsafe(12),
@@ -294,7 +302,7 @@ class Session:
                 clustering=chosen,
                 names=names,
                 tiles=tiles,
-                placed=self.atlas.assign(vectors, chosen),
+                placed=placed,
                 nearest=[found[0] for found in self.atlas.search(vectors, 1)],
                 points=None if layout is None else layout.place(vectors),
                 refused=refused,

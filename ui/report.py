@@ -91,6 +91,7 @@ def verdict(answer: Found) -> dict[str, Any]:
         "placed": found.placed,
         "nearer_than": found.nearer_than,
         "unknown": found.unknown,
+        "foreign": found.foreign,
     }
 
 
@@ -114,8 +115,9 @@ def _csv(answer: Found | Clustered, about: dict[str, Any]) -> bytes:
             for row in placed_rows(answer)
         ]
         rows += [{"image": name, "refused": why} for name, why in answer.refused]
-        columns = ["image", "cluster", "name", "distance", "strength", "unknown", "nearest_tile",
-                   "nearest_slide", "nearest_score", "nearest_label", "refused"]  # fmt: skip
+        columns = ["image", "cluster", "name", "distance", "strength", "unknown", "foreign",
+                   "nearest_tile", "nearest_slide", "nearest_score", "nearest_label",
+                   "refused"]  # fmt: skip
     known = (
         "at",
         "atlas",
@@ -194,7 +196,8 @@ def _clustered(answer: Clustered) -> str:
         _figure(
             encode_jpeg(tile),
             f"{name}: {view.cluster_title(placed)}, strength {placed['strength']:.2f}"
-            + (", unknown" if placed["unknown"] else ""),
+            + (", unknown" if placed["unknown"] else "")
+            + (", does not look like stained tissue" if placed["foreign"] else ""),
         )
         for name, tile, placed in zip(answer.names, answer.tiles, answer.placed, strict=True)
     )
