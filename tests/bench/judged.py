@@ -7,15 +7,18 @@ import io
 import json
 import math
 import tarfile
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageFilter
 
+from histoseek.demo import covers, rotated_crop
 from histoseek.images import square
 from histoseek.metrics import codes
 from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.serving.slides import open_slide
 from histoseek.tilesets import open_tiles
 from histoseek.training.commands import select
 from histoseek.training.data import load, split
@@ -30,15 +33,16 @@ HAEMATOXYLIN_EOSIN = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.57
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles uint8 (N, S, S, 3) with class and group numbers (N,)."""
+    """Tiles uint8 (N, S, S, 3) with class and group numbers (N,), and the classes' names."""
 
     tiles: np.ndarray
     labels: np.ndarray
     groups: np.ndarray
+    names: tuple[str, ...] = ()
 
     def part(self, rows):
         """Some of them."""
-        return Tiles(self.tiles[rows], self.labels[rows], self.groups[rows])
+        return Tiles(self.tiles[rows], self.labels[rows], self.groups[rows], self.names)
 
 
 def trained_and_held_out(bundle=DEFAULT_BUNDLE):
@@ -51,9 +55,9 @@ def trained_and_held_out(bundle=DEFAULT_BUNDLE):
     data = load(tiles, side, lambda *_: None, int(options["cut"]))
     parts = split(data, options["folds"], options["fold"], options["seed"])
     assert len(parts.test) == run["split"]["held_out_tiles"]
-    whole = Tiles(data.tiles, data.labels, data.groups)
+    whole = Tiles(data.tiles, data.labels, data.groups, data.label_names)
     origin = np.array([data.files[n].split("/")[0] for n in parts.test])
-    held_out = {name: whole.part(parts.test[origin == name]) for name in np.unique(origin)}
+    held_out = {str(name): whole.part(parts.test[origin == name]) for name in np.unique(origin)}
     return whole.part(parts.train), held_out
 
 
@@ -68,9 +72,61 @@ def never_trained(size, bundle=DEFAULT_BUNDLE):
     return Tiles(data.tiles[rows], codes(source[rows].tolist()), data.groups[rows])
 
 
-def changed(tiles, how):
+def other_kinds(size):
+    """Pictures that are no tissue, with classes and patients: what an H&E encoder was not made for."""
+    found = {}
+    for name, pack in (("chest X-rays", "cxr_pneumonia.tar"), ("breast ultrasound", "busi.tar")):
+        data = load(select([SHARED / pack], [], ["label"]), size, lambda *_: None)
+        found[name] = Tiles(data.tiles, data.labels, data.groups, data.label_names)
+    return found
+
+
+def immunohistochemistry(size):
+    """Tiles that an antibody marked brown, of sources that the default encoder was not trained on."""
+    data = load(select([SHARED / "histo_mix.tar"], [], ["source_id"]), size, lambda *_: None)
+    source = np.array([data.label_names[n] for n in data.labels])
+    rows = np.flatnonzero(np.isin(source, ("deepliif_ihc", "skimage_ihc")))
+    return Tiles(data.tiles[rows], data.labels[rows], data.groups[rows])
+
+
+def changed(tiles, change):
     """The same tiles, seen another way."""
-    return np.stack([np.asarray(CHANGES[how](Image.fromarray(tile))) for tile in tiles])
+    return np.stack([np.asarray(change(Image.fromarray(tile))) for tile in tiles])
+
+
+def crops_found(encode, overlap, anywhere, size=224, mpp=0.5, count=100):
+    """Of turned crops of CMU-1-Small-Region, how many have the best hit's tile cover their centre.
+
+    Crops lie on the atlas's grid without overlap, or anywhere between its tiles.
+    """
+    with tempfile.TemporaryDirectory() as folder, tarfile.open(SHARED / "wsi_regions.tar") as pack:
+        member = next(m for m in pack if m.name.endswith("CMU-1-Small-Region.svs"))
+        pack.extract(member, folder, filter="data")
+        with open_slide(Path(folder) / member.name) as slide:
+            base = slide.grid(size, mpp, min_tissue=0.5)
+            grid = slide.grid(size, mpp, overlap)
+            side = grid.size_px_level0
+            tiles = [slide.read_tile(int(x), int(y), side, size) for x, y in grid.coords]
+            vectors = encode(np.stack(tiles))
+            rng, places, crops = np.random.default_rng(2024), [], []
+            for _ in range(count):
+                x, y = (int(v) for v in base.coords[rng.integers(len(base.coords))])
+                if anywhere:
+                    x = _nudged(x, slide.width, side, rng)
+                    y = _nudged(y, slide.height, side, rng)
+                places.append((x, y))
+                crops.append(rotated_crop(slide, x, y, side, size, rng))
+            best = (encode(np.stack(crops)) @ vectors.T).argmax(1)
+            hits = [
+                covers(*(int(v) for v in grid.coords[row]), side, *place)
+                for row, place in zip(best, places, strict=True)
+            ]
+            return sum(hits), len(tiles)
+
+
+def _nudged(place, limit, side, rng):
+    """Move a place by up to half a tile, within the slide."""
+    return int(np.clip(place + int(rng.integers(-side // 2, side // 2)), 0, limit - side))
 
 
 def _turned(picture, degrees):
@@ -119,6 +175,21 @@ CHANGES = {
     "0.8 x scale": lambda p: _zoomed(p, 0.8),
     "1.25 x scale": lambda p: _zoomed(p, 1.25),
 }
+"""What is asked of a robust encoder, one strength each."""
+CURVES = {
+    "turned, degrees": ((0, 10, 20, 30, 45, 60, 75, 90), _turned),
+    "JPEG quality": ((95, 80, 65, 50, 35, 20, 10), _compressed),
+    "blur, radius in px": (
+        (0, 0.5, 1, 1.5, 2, 3, 4),
+        lambda p, r: p.filter(ImageFilter.GaussianBlur(r)),
+    ),
+    "scale": ((0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.4, 1.6), _zoomed),
+    "haematoxylin x s, eosin / s": (
+        (0.6, 0.7, 0.8, 0.9, 1, 1.1, 1.25, 1.4, 1.6),
+        lambda p, s: _stained(p, s, 1 / s),
+    ),
+}
+"""The same with growing strength."""
 
 
 def foreign(size):

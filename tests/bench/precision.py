@@ -3,13 +3,12 @@
 Run by `make bench-serving`. The default encoder on the part of LC25000 that it was not trained on.
 """
 
-import json
 import statistics
 import tempfile
 from pathlib import Path
 
 import numpy as np
-from made import SHARED
+from judged import trained_and_held_out
 
 from histoseek.export.half_precision import to_fp16
 from histoseek.manifest import GRAPH
@@ -17,28 +16,8 @@ from histoseek.metrics import retrieval_report
 from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
 from histoseek.serving.engine_choice import rate_of
 from histoseek.serving.engines import ENGINES, Plan, cores
-from histoseek.training.commands import select
-from histoseek.training.data import load, split
 
 ROUNDS = 3
-
-
-def parts():
-    """Held-out tiles of LC25000 with labels and groups, and training tiles to calibrate on."""
-    chosen = json.loads((DEFAULT_BUNDLE / "run.json").read_text())
-    selection, options = chosen["data"]["selection"], chosen["options"]
-    sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
-    tiles = select(sources, selection["exclude"], selection["label_from"])
-    data = load(tiles, options["size_px"], lambda *_: None, options["cut"])
-    parts = split(data, options["folds"], options["fold"], options["seed"])
-    train, held_out = parts.train, parts.test
-    colon_and_lung = [n for n in held_out if data.files[n].startswith("lc25000/")]
-    return (
-        data.tiles[colon_and_lung],
-        data.labels[colon_and_lung],
-        data.groups[colon_and_lung],
-        data.tiles[train[:: max(1, len(train) // 128)]],
-    )
 
 
 def to_int8(graph, out, tiles, operators):
@@ -65,7 +44,10 @@ def to_int8(graph, out, tiles, operators):
 
 
 def main():
-    tiles, labels, groups, calibration = parts()
+    train, held_out = trained_and_held_out()
+    asked = held_out["lc25000"]
+    tiles = asked.tiles
+    calibration = train.tiles[:: max(1, len(train.tiles) // 128)]
     manifest = OnnxEncoder(DEFAULT_BUNDLE).manifest
     print(
         f"\nprecision, {manifest.name}, {len(tiles)} held-out tiles of LC25000, {cores()} streams"
@@ -96,7 +78,7 @@ def main():
             pairs = [tiles[n : n + 2] for n in range(0, len(tiles), 2)]
             vectors = np.concatenate([engines[key].run(pair) for pair in pairs])
             exact = vectors if exact is None else exact
-            recall = retrieval_report(vectors, labels, groups)[0]
+            recall = retrieval_report(vectors, asked.labels, asked.groups)[0]
             name, engine, precision = key
             size = (files[name] / GRAPH).stat().st_size / 1e6
             speed = statistics.median(speeds[key])

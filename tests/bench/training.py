@@ -72,7 +72,7 @@ def measure(recipe, options, tiles):
         row = real_epoch(self, net, model, optimizer, phase, number, done)
         share = self.parts.train[: self._step_size]
         pixels, numbers = self.data.read(share)
-        ready = self.change(net.encoder, torch.from_numpy(pixels).to(self.fabric.device), None)
+        ready = self.change(net.encoder, torch.from_numpy(pixels).to(self.fabric.device), None)[0]
         net.begin_phase(phase)
         plain = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-9)
         ids = torch.from_numpy(numbers).to(self.fabric.device)

@@ -1,0 +1,52 @@
+"""The encoder that ships: the same everywhere it is named, and made again from its committed run."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from histoseek.export.bundle import export_run
+from histoseek.files import sha256_file
+from histoseek.manifest import CARD, GRAPH, read_manifest
+from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
+from histoseek.tilesets import open_tiles, sample_tiles
+from histoseek.training.models import build
+
+ROOT = Path(__file__).parents[2]
+RUN = ROOT / "training" / "default_run"
+NOTES = ROOT / "docs" / "model-cards" / "histoseek-he-small-2.notes.md"
+
+
+def test_its_hash_is_the_same_in_manifest_card_docs_and_results():
+    sha256 = sha256_file(DEFAULT_BUNDLE / GRAPH)
+    manifest = read_manifest(DEFAULT_BUNDLE)
+    report = json.loads((ROOT / "docs/results/encoder/report.json").read_text())
+    assert manifest.sha256 == report["bundle"]["sha256"] == sha256
+    assert manifest.name == report["bundle"]["name"]
+    for page in (
+        DEFAULT_BUNDLE / CARD,
+        ROOT / "docs/model-cards/README.md",
+        ROOT / "docs/results.md",
+    ):
+        text = page.read_text()
+        assert sha256 in text and manifest.name in text
+        assert set(re.findall(r"\b[0-9a-f]{64}\b", text)) <= {sha256}
+    assert NOTES.read_text().strip() in (DEFAULT_BUNDLE / CARD).read_text()
+    assert (DEFAULT_BUNDLE / GRAPH).stat().st_size <= 6e6 and manifest.dim - manifest.gate <= 128
+
+
+@pytest.mark.shared
+def test_it_is_exported_again_from_its_run(shared, tmp_path):
+    assert (RUN / "run.json").read_text() == (DEFAULT_BUNDLE / "run.json").read_text()
+    shipped = read_manifest(DEFAULT_BUNDLE)
+    source = open_tiles(shared / "lc25000.tar")
+    made = export_run(
+        RUN, tmp_path / "again", source, build, shipped.name, shipped.mpp, views=shipped.views,
+        licence=shipped.licence, notes=NOTES.read_text(),
+    )  # fmt: skip
+    assert (made.dim, made.gate, made.size_px) == (shipped.dim, shipped.gate, shipped.size_px)
+    tiles = sample_tiles(source, shipped.size_px, 64)
+    again, ours = (OnnxEncoder(b).embed(tiles) for b in (tmp_path / "again", DEFAULT_BUNDLE))
+    assert np.abs(again - ours).max() <= 1e-5
