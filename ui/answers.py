@@ -80,7 +80,7 @@ class Verdict:
             patient than the query is from its nearest hit; None while that is not known.
         unknown: whether it is unlike anything in the atlas: fits no cluster, or is farther from all tiles
             than all but 1 % of the atlas's own, or foreign.
-        foreign: whether the encoder takes it for no stained tissue at all (``Manifest.gate``).
+        foreign: whether it is unlike the stained tissue that the encoder was made for (``Manifest.gate``).
     """
 
     labels: list[tuple[str | None, int]]
@@ -128,7 +128,7 @@ class Clustered:
         clustering: its name.
         names: of the images that could be placed.
         tiles: their pixels as the encoder saw them.
-        placed: cluster, name, distance, strength, unknown and foreign (no stained tissue) of each.
+        placed: cluster, name, distance, strength, unknown and foreign of each.
         nearest: the most similar tile of the atlas of each.
         points: (N, 2) their places on the map; None while there is no map.
         refused: names of images that could not be read, with the reason.

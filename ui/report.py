@@ -197,7 +197,7 @@ def _clustered(answer: Clustered) -> str:
             encode_jpeg(tile),
             f"{name}: {view.cluster_title(placed)}, strength {placed['strength']:.2f}"
             + (", unknown" if placed["unknown"] else "")
-            + (", does not look like stained tissue" if placed["foreign"] else ""),
+            + (", unlike the stained tissue that the encoder knows" if placed["foreign"] else ""),
         )
         for name, tile, placed in zip(answer.names, answer.tiles, answer.placed, strict=True)
     )

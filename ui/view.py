@@ -115,7 +115,9 @@ def verdict_text(answer: Found) -> str:
         counted = ", ".join(f"{slide} ({n})" for slide, n in found.slides[:LABELS_SHOWN])
         parts.append(f"The nearest tiles come from {counted}.")
     if found.foreign:
-        parts.append("It does not look like stained tissue: what is nearest says little.")
+        parts.append(
+            "It is unlike the stained tissue that the encoder knows: what is nearest says little."
+        )
     elif found.placed is not None:
         if found.placed["unknown"]:
             parts.append("It fits no cluster of this atlas.")
@@ -196,7 +198,11 @@ def placed_table(answer: Clustered, examples: Mapping[int, Sequence[int]]) -> st
         zip(answer.names, answer.placed, answer.nearest, strict=True)
     ):
         title = escape(cluster_title(placed))
-        why = "does not look like stained tissue" if placed["foreign"] else "fits no cluster"
+        why = (
+            "unlike the stained tissue that the encoder knows"
+            if placed["foreign"]
+            else "fits no cluster"
+        )
         note = f'<span class="hs-unknown">unknown: {why}</span>' if placed["unknown"] else ""
         rows.append(
             f'<tr><td data-label="image">{escape(name)}</td>'

@@ -34,7 +34,7 @@ def ui_atlas(tmp_path_factory, make_slide, tile_folder):
         for n, organ in ((1, "colon"), (2, "lung"))
     }
     atlas.add([folder / r.features for r in results], metadata)
-    atlas.fit("hdbscan")
+    atlas.fit("hdbscan", min_cluster_size=5)
     atlas.fit("kmeans", k=4)
     return folder / "atlas"
 

@@ -1,5 +1,7 @@
 """What the page and the API do, without either of them."""
 
+import csv
+import io
 import threading
 
 import numpy as np
@@ -7,7 +9,13 @@ import pytest
 from PIL import Image
 
 from histoseek.errors import BadInput, NotFound, TooLarge
+from histoseek.index.atlas import Atlas
 from histoseek.index.records import Hit
+from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
+from histoseek.serving.jobs import find_jobs
+from histoseek.serving.pipeline import embed_jobs
+from histoseek.serving.results import EmbedOptions
+from histoseek.tilesets import open_tiles
 from histoseek.ui import report, view
 from histoseek.ui.answers import Found, Query, Verdict
 from histoseek.ui.handlers import Session, cropped
@@ -41,8 +49,6 @@ def test_a_tile_finds_itself_and_its_picture_is_shown(session, tile_folder):
     # tiles 4 to 7 are quarter turns of one place, which the default encoder holds to be the same
     assert (best.label, best.patient) == ("retina", "retina-1") and best.score > 0.999
     assert [hit.rank for hit in found.hits] == [1, 2, 3, 4, 5, 6]
-    import io
-
     shown = np.asarray(Image.open(io.BytesIO(session.pictures.tile(best.tile))))
     turns = [np.rot90(image, k) for k in range(4)]
     assert min(np.abs(shown.astype(int) - t).mean() for t in turns) < 4
@@ -146,6 +152,43 @@ def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder
         session.cluster([("x", tmp_path / "bad.png")] * 257, None)
 
 
+@pytest.mark.shared
+def test_what_is_no_stained_tissue_is_said_to_be_that(shared, tmp_path):
+    source = open_tiles(shared / "lc25000.tar")
+    folder = tmp_path / "tiles"
+    folder.mkdir()
+    for number in range(40):
+        Image.fromarray(source.read(number * 70)).save(folder / f"{number}.png")
+    options = EmbedOptions()
+    (done,) = embed_jobs(
+        find_jobs([folder]), open_encoder("default"), tmp_path, options, lambda *_: None
+    )
+    atlas = Atlas.create(tmp_path / "atlas", DEFAULT_BUNDLE)
+    atlas.add([tmp_path / done.features])
+    atlas.fit("kmeans", k=4)
+
+    green = np.zeros((224, 224, 3), np.uint8)
+    green[:, :, 1] = np.random.default_rng(0).integers(120, 250, (224, 224))
+    png = io.BytesIO()
+    Image.fromarray(green).save(png, "PNG")
+    known, says = folder / "7.png", "unlike the stained tissue that the encoder knows"
+    opened = Session(tmp_path / "atlas")
+    try:
+        found = opened.search(Query(images=(green,)))
+        assert found.verdict.foreign and found.verdict.unknown and report.verdict(found)["foreign"]
+        assert says in view.verdict_text(found)
+        found = opened.search(Query(images=(image_of(opened, known),)))
+        assert not found.verdict.foreign and says not in view.verdict_text(found)
+        placed = opened.cluster([("green.png", png.getvalue()), ("known.png", known)])
+        assert [row["foreign"] for row in report.placed_rows(placed)] == [True, False]
+        assert view.placed_table(placed, {}).count(f"unknown: {says}") == 1
+        assert says in report.write(opened, placed, "html").decode()
+        first, second = csv.DictReader(io.StringIO(report.write(opened, placed, "csv").decode()))
+        assert (first["foreign"], second["foreign"]) == ("True", "False")
+    finally:
+        opened.close()
+
+
 def test_the_map_shows_every_tile_and_places_the_same_image_there(session, tile_folder):
     points = wait(session.points)
     stats = session.atlas.stats()
@@ -165,8 +208,6 @@ def test_the_map_shows_every_tile_and_places_the_same_image_there(session, tile_
 
 
 def test_results_are_kept_and_written(session, tile_folder):
-    import csv
-    import io
     import json
 
     image = image_of(session, tile_folder / "cat/02.png")
