@@ -34,6 +34,7 @@ VARIANTS = {
     "no stain augmentation": {"stain": 0.0},
     "mean pooling": {"model_options": "symmetry=true"},
     "kernels not symmetric": {"model_options": "deviation=true"},
+    "head kept": {"drop_head": False},
 }
 
 
@@ -109,7 +110,7 @@ def page(facts):
         "# What each part of the recipe is worth",
         "",
         f"`make bench-ablation`, {facts['date']}, {facts['machine']}, torch {facts['torch']}; the shipped "
-        f"encoder's options but {shown}; one view, no whitening; mean ± standard deviation over seeds "
+        f"encoder's options but {shown}; mean ± standard deviation over seeds "
         f"{', '.join(map(str, facts['seeds']))}, each with its own split by groups.",
         "",
     ]

@@ -55,13 +55,13 @@ def test_lists_reach_the_recall_they_were_tuned_for(lists):
 
 @pytest.mark.parametrize("budget", [None, 1.1, 0.3])
 def test_codes_are_ranked_again_by_the_vectors(tmp_path, budget):
-    """6,000 vectors of 104 take 2.5 MB: their codes take less, and they are found all the same."""
+    """6,000 vectors of 129 take 3.1 MB: their codes take less, and they are found all the same."""
     atlas = filled(tmp_path, slides=12, count=500)
     report = atlas.tune(memory_mb=budget, exact_up_to=0)
     plan = atlas.index().plan
     assert plan.coding == {None: "sq8", 1.1: "sq8", 0.3: "pq"}[budget]
     files = list(atlas.path.glob("index-*.faiss"))
-    assert len(files) == 1 and files[0].stat().st_size < 1e6 * (budget or 0.8)
+    assert len(files) == 1 and files[0].stat().st_size < 1e6 * (budget or 1.0)
     assert report["measured"]["reached"], report
     queries = grouped(np.random.default_rng(5), 40)
     truth, scores = brute(atlas, queries, 10)
@@ -236,7 +236,7 @@ def test_recall_is_measured_without_the_tile_itself():
     index = vectors.VectorIndex(DIM, "cosine", data)
     assert tuning.recall_of(index, asked, truth, 3) == 1
     assert tuning.recall_of(index, asked, truth + 0.5, 3) == 0
-    worse = vectors.VectorIndex(DIM, "cosine", data[100:])
+    worse = vectors.VectorIndex(DIM, "cosine", data[190:])
     assert tuning.recall_of(worse, asked, truth, 3) < 1
 
 
