@@ -2,6 +2,8 @@
 
 import json
 import re
+import shlex
+from dataclasses import asdict
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +15,7 @@ from histoseek.manifest import CARD, GRAPH, read_manifest
 from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
 from histoseek.tilesets import open_tiles, sample_tiles
 from histoseek.training.models import build
+from histoseek.training.recipes import find_recipe, parse_options
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "training" / "default_run"
@@ -35,6 +38,26 @@ def test_its_hash_is_the_same_in_manifest_card_docs_and_results():
         assert set(re.findall(r"\b[0-9a-f]{64}\b", text)) <= {sha256}
     assert NOTES.read_text().strip() in (DEFAULT_BUNDLE / CARD).read_text()
     assert (DEFAULT_BUNDLE / GRAPH).stat().st_size <= 6e6 and manifest.dim - manifest.gate <= 128
+
+
+def test_the_documented_command_is_that_of_its_run():
+    page = (ROOT / "docs/training.md").read_text()
+    (command,) = re.findall(r"    histoseek train arcface \.\./shared(?:.*\\\n)+.*", page)
+    words = shlex.split(command.replace("\\\n", " "))[3:]
+    record = json.loads((RUN / "run.json").read_text())
+    selection = record["data"]["selection"]
+    assert words[:3] == selection["sources"]
+    kept = []
+    asked = {"--exclude": [], "--label-from": [], "--out": []}
+    rest = iter(words[3:])
+    for word in rest:
+        if word in asked:
+            asked[word].append(next(rest))
+        else:
+            kept.append(word)
+    assert asked["--exclude"] == selection["exclude"]
+    assert asked["--label-from"] == selection["label_from"]
+    assert asdict(parse_options(find_recipe("arcface"), kept)) == record["options"]
 
 
 @pytest.mark.shared
