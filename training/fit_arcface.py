@@ -51,10 +51,10 @@ class ArcFaceOptions(TrainingOptions):
     """Options of the recipe ``arcface``.
 
     Attributes:
-        dim: length of the embedding.
-        drop_head: leave the head out once training has ended. The embedding is then ``dim`` principal
-            components of the backbone's pooled features, half whitened: what the head keeps of them is
-            what tells the classes of training apart.
+        dim: length of the head's embedding, and of the one that stands for it with ``drop_head``.
+        drop_head: leave the head out once training has ended. The embedding is then principal
+            components of the backbone's pooled features, half whitened, ``dim`` of them or with ``gate``
+            one less: what the head keeps of the features is what tells the classes of training apart.
         hidden: width of the head's hidden layer.
         dropout: in the head.
         relu_embedding: end the head with a ReLU.
@@ -74,8 +74,8 @@ class ArcFaceOptions(TrainingOptions):
         teacher_weight: of one minus the cosine of that prediction and the teacher's features.
         teacher_dim: principal components of these features, whitened, that are predicted.
         gate: also learn to tell stained tissue from other pictures by their colours; the exported
-            embedding has one component more, which turns a foreign picture away from all tissue. Not
-            for ultrasound, X-ray or other grey pictures.
+            embedding has one component for it, last, which turns a foreign picture away from all
+            tissue. Not for ultrasound, X-ray or other grey pictures.
         epochs: of training from scratch.
         epochs_head: of phase 1 (with weights).
         epochs_tail: of phase 2 (with weights).
@@ -157,6 +157,10 @@ class ArcFaceOptions(TrainingOptions):
         if self.per_class and self.batch % self.per_class:
             raise BadInput(
                 f"per_class is {self.per_class}; expected a divisor of batch ({self.batch})"
+            )
+        if self.dim == 1 and self.gate and self.drop_head:
+            raise BadInput(
+                "dim is 1; expected at least 2 with gate and drop_head, one for the gate"
             )
 
     def phases(self) -> tuple[Phase, ...]:
@@ -319,7 +323,7 @@ def fit(
         few = job.parts.train[:: max(1, len(job.parts.train) // CALIBRATE)]
         calibrate(encoder, job.data.read(few)[0])
     if options.drop_head:
-        drop_head(encoder, job.data, job.parts.train, options.dim)
+        drop_head(encoder, job.data, job.parts.train, options.dim - options.gate)
         job.architecture |= {"dim": 0, "chain": encoder.dim}
     metrics = None
     if options.gate:

@@ -120,9 +120,12 @@ def test_a_gate_puts_foreign_pictures_at_a_right_angle_to_tissue(shared, tmp_pat
     from histoseek.serving.encoder import OnnxEncoder
 
     chosen = select([shared / "histo_mix.tar"], [], ["label"])
-    options = ArcFaceOptions(size_px=64, dim=24, epochs=1, folds=3, gate=True, accelerator="cpu")
+    made = {"gate": True, "drop_head": True}
+    options = ArcFaceOptions(size_px=64, dim=24, epochs=1, folds=3, accelerator="cpu", **made)
     fit(options, chosen, tmp_path / "run", lambda *_: None)
-    assert export_run(tmp_path / "run", tmp_path / "b", chosen, build).dim == 25
+    assert export_run(tmp_path / "run", tmp_path / "b", chosen, build).dim == 24
+    with pytest.raises(BadInput, match="at least 2 with gate"):
+        ArcFaceOptions(dim=1, **made)
     gated = OnnxEncoder(tmp_path / "b")
     _, encoder, _ = load_run(tmp_path / "run", build)
     encoder.gate = None

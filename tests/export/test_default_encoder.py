@@ -37,7 +37,7 @@ def test_its_hash_is_the_same_in_manifest_card_docs_and_results():
         assert sha256 in text and manifest.name in text
         assert set(re.findall(r"\b[0-9a-f]{64}\b", text)) <= {sha256}
     assert NOTES.read_text().strip() in (DEFAULT_BUNDLE / CARD).read_text()
-    assert (DEFAULT_BUNDLE / GRAPH).stat().st_size <= 6e6 and manifest.dim - manifest.gate <= 128
+    assert (DEFAULT_BUNDLE / GRAPH).stat().st_size <= 6e6 and manifest.dim <= 128
 
 
 def test_the_documented_command_is_that_of_its_run():

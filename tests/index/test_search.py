@@ -55,7 +55,7 @@ def test_lists_reach_the_recall_they_were_tuned_for(lists):
 
 @pytest.mark.parametrize("budget", [None, 1.1, 0.3])
 def test_codes_are_ranked_again_by_the_vectors(tmp_path, budget):
-    """6,000 vectors of 129 take 3.1 MB: their codes take less, and they are found all the same."""
+    """6,000 vectors of 128 take 3.1 MB: their codes take less, and they are found all the same."""
     atlas = filled(tmp_path, slides=12, count=500)
     report = atlas.tune(memory_mb=budget, exact_up_to=0)
     plan = atlas.index().plan
