@@ -48,6 +48,15 @@ def fit(
             console.say(
                 f"{result['names_dropped']} names that were given are gone: these are other clusters"
             )
+        foreign = result.get("foreign_tiles", 0)
+        if foreign and result["gate_ignored"]:
+            console.say(
+                f"{foreign} tiles do not look like stained tissue: more than half, so all were fitted to"
+            )
+        elif foreign:
+            console.say(
+                f"{foreign} tiles do not look like stained tissue: they are unknown and took no part"
+            )
         if "silhouette_by_k" in result:
             curve = ", ".join(
                 f"{k}: {v:.3f}" for k, v in result["silhouette_by_k"].items() if v is not None

@@ -40,6 +40,12 @@ TRITON_PRECISION = "precision"
 TRITON_PROBE = "probe_embedding"
 
 
+def passed_limit(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+    """Return which embeddings (N, dim) with a gate's component are of foreign pictures, (N,)."""
+    found: NDArray[np.bool_] = vectors[:, -1] > FOREIGN
+    return found
+
+
 class Manifest(BaseModel):
     """An encoder's identity and contract.
 
@@ -87,8 +93,7 @@ class Manifest(BaseModel):
         """Return which embeddings (N, dim) are of foreign pictures, (N,); none if there is no gate."""
         if not self.gate:
             return np.zeros(len(vectors), dtype=bool)
-        found: NDArray[np.bool_] = vectors[:, -1] > FOREIGN
-        return found
+        return passed_limit(vectors)
 
     @property
     def external(self) -> bool:

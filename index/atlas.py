@@ -619,6 +619,18 @@ class Atlas:
 
         return self.generations.steady(read)
 
+    def foreign_share(self, tiles: int = 1000, seed: int = 0) -> float:
+        """Return which share of some tiles the encoder's gate calls foreign; 0 where it has none."""
+
+        def read() -> float:
+            view = self._filled_view()
+            rows = view.columns.present()
+            some = np.random.default_rng(seed).choice(rows, min(tiles, len(rows)), replace=False)
+            vectors = self.vectors_of(view.columns.ids(np.sort(some)).tolist(), view)
+            return float(np.mean(self.manifest.foreign(vectors)))
+
+        return self.generations.steady(read) if self.manifest.gate else 0.0
+
     # -- facts ----------------------------------------------------------------------------------
 
     def slides(self) -> list[dict[str, Any]]:

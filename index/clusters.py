@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, unknown_name
-from ..manifest import CLUSTERS, FOREIGN
+from ..manifest import CLUSTERS, FOREIGN, passed_limit
 from ..metrics import silhouette
 from . import density
 from .density import Arrays, Floats
@@ -164,12 +164,12 @@ def fit(
         )
     basis = basis_of(vectors)
     flat = project(vectors, basis)
-    heeded = gate and not _foreign(vectors).any()
+    heeded = gate and not passed_limit(vectors).any()
     if heeded:
         basis["foreign"] = np.asarray(FOREIGN)
     fitted = {"fitted_tiles": len(flat), "components": len(basis["components"]), "seed": seed}
     if gate:
-        fitted["foreign_tiles"] = int(_foreign(everything).sum())
+        fitted["foreign_tiles"] = int(passed_limit(everything).sum())
         fitted["gate_ignored"] = not heeded
     if method == "kmeans":
         arrays, about = _fit_kmeans(flat, k, seed, groups)
@@ -196,14 +196,9 @@ def to_fit(vectors: NDArray[np.float32], gate: bool) -> NDArray[np.bool_]:
 
     All of them where there is no gate, or where it calls more than half of them foreign.
     """
-    if not gate or 2 * np.sum(_foreign(vectors)) > len(vectors):
+    if not gate or 2 * np.sum(passed_limit(vectors)) > len(vectors):
         return np.ones(len(vectors), dtype=bool)
-    return ~_foreign(vectors)
-
-
-def _foreign(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
-    over: NDArray[np.bool_] = vectors[:, -1] > FOREIGN
-    return over
+    return ~passed_limit(vectors)
 
 
 def _joined(placed: Assigned, own: Assigned, known: NDArray[np.bool_]) -> Assigned:

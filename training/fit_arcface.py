@@ -331,8 +331,9 @@ def fit(
         job.architecture["gate"] = True
         if job.fabric.is_global_zero:
             fit_gate(encoder.gate, job.data, job.parts.train, options.seed)
-            asked = job.parts.test if len(job.parts.test) else job.parts.train
-            metrics = judge_gate(encoder.gate, job.data.read(asked[:JUDGED])[0], options.seed)
+            asked = job.parts.test[:: -(-len(job.parts.test) // JUDGED) or 1]
+            tiles, _ = job.data.read(asked)
+            metrics = judge_gate(encoder.gate, tiles, options.seed) if len(tiles) else None
     return job.finish(encoder, metrics)
 
 

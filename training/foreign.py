@@ -13,6 +13,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFilter
 
+from ..errors import BadInput
 from ..metrics import Ints, Metric
 from .augment import Augmentation, augment
 from .data import LabelledTiles
@@ -20,6 +21,8 @@ from .models.gate import LIMIT, StainGate, colour_statistics, shrink
 
 SAMPLES = 2400
 """So many tiles, and as many foreign pictures, are what a gate is fitted to."""
+LEAST = 3
+"""Fewer tiles cannot be shown as they are, as of other labs and as of other stains."""
 BATCH = 64
 OTHER_LABS = Augmentation(rotation_deg=180, zoom=0.25, stain=0.3, colour=0.1)
 HAEMATOXYLIN_EOSIN = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105))
@@ -170,6 +173,9 @@ def fit_gate(gate: StainGate, data: LabelledTiles, train: Ints, seed: int) -> No
         data: labelled tiles.
         train: (K,) numbers of the tiles to learn from.
         seed: of all that is drawn.
+
+    Raises:
+        BadInput: hardly any of them can be read.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -178,6 +184,11 @@ def fit_gate(gate: StainGate, data: LabelledTiles, train: Ints, seed: int) -> No
     drawn = rng.choice(classes, SAMPLES, p=np.sqrt(sizes) / np.sqrt(sizes).sum())
     numbers = np.sort([rng.choice(train[data.labels[train] == label]) for label in drawn])
     tiles, _ = data.read(numbers.astype(np.int64))
+    if len(tiles) < LEAST:
+        raise BadInput(
+            f"{len(tiles)} of the training tiles drawn for the gate could be read; expected at least "
+            f"{LEAST}; check that the files are still there"
+        )
     tiles = tiles[rng.permutation(len(tiles))]
     plain, other = len(tiles) // 3, len(tiles) * 2 // 3
     generator = torch.Generator().manual_seed(seed)

@@ -170,6 +170,7 @@ class Verdict(BaseModel):
     placed: Placed | None
     nearer_than: float | None
     unknown: bool
+    foreign: bool
 
 
 class SearchAnswer(BaseModel):
@@ -185,6 +186,7 @@ class SearchAnswer(BaseModel):
 class PlacedImage(Placed):
     """An image with its cluster and the most similar tile."""
 
+    foreign: bool
     image: str
     nearest: Hit
 

@@ -225,7 +225,11 @@ class Session:
             if best:
                 nearer = float(np.searchsorted(usual, best[0].score, side="left") / len(usual))
         foreign = vector is not None and bool(self.atlas.manifest.foreign(vector[None])[0])
-        foreign = foreign and (placed is None or placed["unknown"])  # clusters may ignore the gate
+        if foreign and placed is not None:
+            foreign = placed["unknown"]  # clusters may ignore the gate
+        elif foreign:  # an atlas of other pictures ignores it, too
+            share = self._background.get("foreign", self._state(), self.atlas.foreign_share)
+            foreign = share is None or share <= 0.5
         return Verdict(
             labels=Counter(hit.label for hit in hits).most_common(),
             slides=Counter(hit.slide for hit in hits).most_common(),
@@ -247,6 +251,7 @@ class Session:
     def warm(self) -> None:
         """Begin to make what the first answers are better with: the batch, and what nearness is usual."""
         self._background.get("usual", self._state(), self.atlas.usual_nearness)
+        self._background.get("foreign", self._state(), self.atlas.foreign_share)
         if self.gate is not None:
             self._background.get("batch", 0, self.gate.measure)
         with suppress(MissingPart):

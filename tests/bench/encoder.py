@@ -363,7 +363,8 @@ def page(report):
         ),
         "## Retrieval",
         "Same source: the nearest other tile is of the same source picture, slide or patient. All else "
-        "is asked of tiles of other groups only.",
+        "is asked of tiles of other groups only. The class of a tile of a source never trained on is that "
+        "source; immunohistochemistry is among them.",
         "",
     ]
     for name, found in {**report["retrieval"], **report.get("other_kinds", {})}.items():

@@ -67,10 +67,11 @@ def examples_figure(encode, data, path, count=4):
     right = (data.labels[order] == data.labels[:, None]).sum(1)
     rng = np.random.default_rng(0)
     chosen = []
-    for rows in (np.flatnonzero(right == NEIGHBOURS), np.argsort(right, kind="stable")):
+    good, failed = np.flatnonzero(right == NEIGHBOURS), np.flatnonzero(right < NEIGHBOURS)
+    failed = failed[np.argsort(right[failed], kind="stable")]
+    for rows, worst in ((rng.permutation(good), False), (failed, True)):
         groups, labels = set(), set()
-        worst = right[rows[0]] < NEIGHBOURS
-        for row in rows if worst else rng.permutation(rows):
+        for row in rows:
             if data.groups[row] in groups or (not worst and data.labels[row] in labels):
                 continue  # no picture and, of what went well, no class twice
             groups.add(data.groups[row])

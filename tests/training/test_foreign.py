@@ -1,8 +1,10 @@
 """Pictures that are no stained tissue, and the gate that learns to tell them from it."""
 
 import numpy as np
+import pytest
 import torch
 
+from histoseek.errors import BadInput
 from histoseek.training.data import LabelledTiles
 from histoseek.training.foreign import fit_gate, foreign_tiles, judge_gate, restained
 from histoseek.training.models.gate import STATISTICS, StainGate, colour_statistics, shrink
@@ -61,3 +63,12 @@ def test_a_gate_learns_from_tissue_alone_to_refuse_what_is_none(tissue):
     assert torch.equal(gate.weight, again.weight)
     cat = torch.from_numpy(chelsea()[100:164, 150:214].copy()).permute(2, 0, 1)[None].float() / 255
     assert gate(gate.shrink(cat)) > 0.5
+
+
+def test_a_gate_for_which_no_tile_can_be_read_is_refused(tissue, monkeypatch):
+    numbers = np.arange(8)
+    tiles = np.stack([tissue[:64, :64]] * 8)
+    data = LabelledTiles(tiles, numbers * 0, numbers, numbers, ("a",), (), {}, True)
+    monkeypatch.setattr(LabelledTiles, "read", lambda self, rows: (tiles[:2], rows[:2]))
+    with pytest.raises(BadInput, match="2 of the training tiles drawn for the gate"):
+        fit_gate(StainGate(), data, numbers, 0)

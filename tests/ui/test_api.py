@@ -53,6 +53,7 @@ def test_search_by_form_and_by_json_is_the_same(client, tile_folder):
     assert one.json()["hits"] == two["hits"] and len(two["hits"]) == 4
     assert {h["label"] for h in two["hits"]} == {"cat"}
     assert two["verdict"]["labels"] == [{"label": "cat", "hits": 4}]
+    assert two["verdict"]["foreign"] is False
     found = client.get(f"/v1/results/{two['result']}/json").json()
     assert found["hits"] == two["hits"]
     assert client.get(f"/v1/results/{two['result']}/csv").text.startswith("rank,score,tile")
@@ -82,6 +83,7 @@ def test_assign_names_and_refuses(client, tile_folder, tmp_path):
     answer = client.post("/v1/assign", files=files, data={"clustering": "kmeans"}).json()
     assert [i["image"] for i in answer["images"]] == ["00.png"]
     assert answer["images"][0]["nearest"]["label"] == "cat"
+    assert answer["images"][0]["foreign"] is False
     assert answer["refused"][0]["name"] == "bad.png"
     assert client.get(f"/v1/results/{answer['result']}/csv").status_code == 200
     heat = client.get(f"/v1/slides/case-1/heat.jpg?result={answer['result']}")

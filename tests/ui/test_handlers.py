@@ -152,41 +152,62 @@ def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder
         session.cluster([("x", tmp_path / "bad.png")] * 257, None)
 
 
-@pytest.mark.shared
-def test_what_is_no_stained_tissue_is_said_to_be_that(shared, tmp_path):
-    source = open_tiles(shared / "lc25000.tar")
-    folder = tmp_path / "tiles"
-    folder.mkdir()
-    for number in range(40):
-        Image.fromarray(source.read(number * 70)).save(folder / f"{number}.png")
-    options = EmbedOptions()
-    (done,) = embed_jobs(
-        find_jobs([folder]), open_encoder("default"), tmp_path, options, lambda *_: None
-    )
-    atlas = Atlas.create(tmp_path / "atlas", DEFAULT_BUNDLE)
-    atlas.add([tmp_path / done.features])
-    atlas.fit("kmeans", k=4)
+def atlas_of(folder, pictures):
+    """An atlas of pictures; returns it and the folder where they lie, numbered."""
+    tiles = folder / "tiles"
+    tiles.mkdir()
+    for number, picture in enumerate(pictures):
+        Image.fromarray(picture).save(tiles / f"{number}.png")
+    jobs = find_jobs([tiles])
+    (done,) = embed_jobs(jobs, open_encoder("default"), folder, EmbedOptions(), lambda *_: None)
+    atlas = Atlas.create(folder / "atlas", DEFAULT_BUNDLE)
+    atlas.add([folder / done.features])
+    return atlas, tiles
 
+
+@pytest.mark.shared
+def test_what_is_no_stained_tissue_is_said_to_be_that(shared, tmp_path, serve):
+    source = open_tiles(shared / "lc25000.tar")
+    atlas, tiles = atlas_of(tmp_path, [source.read(number * 70) for number in range(40)])
+    atlas.fit("kmeans", k=4)
     green = np.zeros((224, 224, 3), np.uint8)
     green[:, :, 1] = np.random.default_rng(0).integers(120, 250, (224, 224))
-    png = io.BytesIO()
-    Image.fromarray(green).save(png, "PNG")
-    known, says = folder / "7.png", "unlike the stained tissue that the encoder knows"
-    opened = Session(tmp_path / "atlas")
-    try:
-        found = opened.search(Query(images=(green,)))
-        assert found.verdict.foreign and found.verdict.unknown and report.verdict(found)["foreign"]
-        assert says in view.verdict_text(found)
-        found = opened.search(Query(images=(image_of(opened, known),)))
-        assert not found.verdict.foreign and says not in view.verdict_text(found)
-        placed = opened.cluster([("green.png", png.getvalue()), ("known.png", known)])
-        assert [row["foreign"] for row in report.placed_rows(placed)] == [True, False]
-        assert view.placed_table(placed, {}).count(f"unknown: {says}") == 1
-        assert says in report.write(opened, placed, "html").decode()
-        first, second = csv.DictReader(io.StringIO(report.write(opened, placed, "csv").decode()))
-        assert (first["foreign"], second["foreign"]) == ("True", "False")
-    finally:
-        opened.close()
+    Image.fromarray(green).save(tmp_path / "green.png")
+    strange, known = tmp_path / "green.png", tiles / "7.png"
+    says = "unlike the stained tissue that the encoder knows"
+    one = serve(atlas.path)
+    opened = one.session
+
+    found = opened.search(Query(images=(green,)))
+    assert found.verdict.foreign and found.verdict.unknown and report.verdict(found)["foreign"]
+    assert says in view.verdict_text(found)
+    found = opened.search(Query(images=(image_of(opened, known),)))
+    assert not found.verdict.foreign and says not in view.verdict_text(found)
+    placed = opened.cluster([(path.name, path) for path in (strange, known)])
+    assert [row["foreign"] for row in report.placed_rows(placed)] == [True, False]
+    assert view.placed_table(placed, {}).count(f"unknown: {says}") == 1
+    assert says in report.write(opened, placed, "html").decode()
+    first, second = csv.DictReader(io.StringIO(report.write(opened, placed, "csv").decode()))
+    assert (first["foreign"], second["foreign"]) == ("True", "False")
+
+    files = [("images", (path.name, path.read_bytes())) for path in (strange, known)]
+    verdict = one.client.post("/v1/search", files=files[:1]).json()["verdict"]
+    assert verdict["foreign"] and verdict["unknown"] and says in verdict["text"]
+    images = one.client.post("/v1/assign", files=files).json()["images"]
+    assert [image["foreign"] for image in images] == [True, False]
+
+
+def test_an_atlas_of_what_is_no_tissue_ignores_the_gate(tmp_path, serve, cli):
+    rng = np.random.default_rng(0)
+    pictures = rng.integers(0, 255, (12, 224, 224, 1), np.uint8).repeat(3, axis=3)
+    atlas, tiles = atlas_of(tmp_path, pictures)
+    assert atlas.foreign_share() == 1
+    opened = serve(atlas.path).session
+    asked = Query(images=(image_of(opened, tiles / "7.png"),))
+    wait(lambda: None if opened.search(asked).verdict.foreign else True)
+    text = cli("index", "fit", atlas.path, "--k", 2, check=True).stdout
+    assert "12 tiles do not look like stained tissue: more than half" in " ".join(text.split())
+    assert not opened.search(asked).verdict.foreign
 
 
 def test_the_map_shows_every_tile_and_places_the_same_image_there(session, tile_folder):

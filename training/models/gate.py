@@ -24,10 +24,9 @@ def shrink(tiles: torch.Tensor) -> torch.Tensor:
 def colour_statistics(small: torch.Tensor) -> torch.Tensor:
     """Return what the gate reads of shrunken pixels (N, 3, H, H) in 0..1, float (N, 25).
 
-    Optical densities: mean, standard deviation (also its logarithm and
-    direction), covariances, correlations, direction of the mean; then the saturation's mean and standard
-    deviation, and how much neighbours differ. The same for every turn and mirror image of a tile whose
-    side is a multiple of 4.
+    Optical densities: mean, standard deviation (also its logarithm and direction), covariances,
+    correlations, direction of the mean; then the saturation's mean and standard deviation, and how much
+    neighbours differ. The same for every turn and mirror image of a tile whose side is a multiple of 4.
     """
     density = -torch.log(small.clamp(min=1 / 255)).flatten(2)
     mean = density.mean(2)
