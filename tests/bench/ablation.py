@@ -9,6 +9,7 @@ import argparse
 import json
 import os
 import platform
+import shlex
 import time
 from pathlib import Path
 
@@ -106,10 +107,13 @@ def judged(run):
 def page(facts):
     """The report as Markdown."""
     shown = ", ".join(f"{name} {value}" for name, value in SAME.items())
+    command = "make bench-ablation"
+    if facts["variants"].keys() != VARIANTS.keys():
+        command = f"tests/bench/ablation.py --only {shlex.join(facts['variants'])}"
     lines = [
         "# What each part of the recipe is worth",
         "",
-        f"`make bench-ablation`, {facts['date']}, {facts['machine']}, torch {facts['torch']}; the shipped "
+        f"`{command}`, {facts['date']}, {facts['machine']}, torch {facts['torch']}; the shipped "
         f"encoder's options but {shown}; mean ± standard deviation over seeds "
         f"{', '.join(map(str, facts['seeds']))}, each with its own split by groups.",
         "",
