@@ -10,12 +10,19 @@ from histoseek.index.atlas import Atlas
 from histoseek.index.mosaic import CLUSTERS, LEAST, SHARE, _spread, mosaic
 from histoseek.serving.encoder import DEFAULT_BUNDLE
 
-KINDS = {"alpha": [0, 1, 2], "beta": [3, 4, 5], "mixed": [0, 0, 3]}
+KINDS = {
+    "alpha": [[0], [1], [2]],
+    "beta": [[3], [4], [5]],
+    "mixed": [[0, 3], [1, 4], [2, 5]],
+}
+"""Directions that the tiles of a kind lie around: sums of some of six; mixed ones between the others."""
 
 
 def of_kind(rng, kind, count=300):
-    centres = unit(np.random.default_rng(5), 6)
-    vectors = centres[np.array(KINDS[kind])[rng.integers(0, 3, count)]] + unit(rng, count) * 0.3
+    six = unit(np.random.default_rng(5), 6)
+    centres = np.array([six[parts].sum(0) for parts in KINDS[kind]])
+    centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+    vectors = centres[rng.integers(0, 3, count)] + unit(rng, count) * 0.3
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
 
 
