@@ -67,12 +67,22 @@ def write_atomic(path: Path, data: bytes | str) -> None:
     Raises:
         StorageFailed: the disk is full or the folder cannot be written; ``path`` is as it was.
     """
-    blob = data.encode() if isinstance(data, str) else data
+    with replacing(path) as temp:
+        temp.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write to, which takes the place of ``path`` in one step if nothing was raised.
+
+    Raises:
+        StorageFailed: the disk is full or the folder cannot be written; ``path`` is as it was.
+    """
     temp: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = temporary(path)
-        temp.write_bytes(blob)
+        yield temp
         publish_file(temp, path)
     except OSError as error:
         raise storage_failed(path, error) from error

@@ -18,7 +18,7 @@ from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 
 from ..console import Report
-from ..files import cache_folder, publish_file, storage_failed, temporary
+from ..files import cache_folder, replacing
 from ..metrics import Ints
 from .checkpoint import load_backbone
 from .data import LabelledTiles
@@ -115,28 +115,15 @@ def _live(name: str, data: LabelledTiles, device: torch.device) -> Ask:
 
 def _keep(path: Path, ask: Ask, count: int, progress: Callable[[int], None]) -> None:
     """Write the maps of ``count`` tiles as float16 (N, F, H, H); all of them or nothing."""
-    temp = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temp = temporary(path)
-        with open(temp, "wb") as stream:
-            for part in _batches(np.arange(count)):
-                maps = ask(part)[0].half().cpu().numpy()
-                if not stream.tell():
-                    head = {
-                        "descr": "<f2",
-                        "fortran_order": False,
-                        "shape": (count, *maps.shape[1:]),
-                    }
-                    write_array_header_1_0(stream, head)
-                stream.write(np.ascontiguousarray(maps, "<f2").data)
-                progress(int(part[-1]) + 1)
-        publish_file(temp, path)
-    except OSError as error:
-        raise storage_failed(path, error) from error
-    finally:
-        if temp is not None:
-            temp.unlink(missing_ok=True)
+    with replacing(path) as temp, open(temp, "wb") as stream:
+        for part in _batches(np.arange(count)):
+            maps = ask(part)[0].half().cpu().numpy()
+            if not stream.tell():
+                shape = (count, *maps.shape[1:])
+                head = {"descr": "<f2", "fortran_order": False, "shape": shape}
+                write_array_header_1_0(stream, head)
+            stream.write(np.ascontiguousarray(maps, "<f2").data)
+            progress(int(part[-1]) + 1)
 
 
 def _batches(numbers: Ints) -> Iterator[Ints]:
