@@ -55,14 +55,25 @@ def embed(
         float | None,
         typer.Option(help="µm per pixel of slides whose file and manifest do not say."),
     ] = None,
+    override_mpp: Annotated[
+        float | None,
+        typer.Option(help="µm per pixel of all slides of this run, whatever their files say."),
+    ] = None,
+    series: Annotated[
+        int | None,
+        typer.Option(help="Number of the picture that is the slide, in a TIFF with several."),
+    ] = None,
     manifest: Annotated[
-        Path | None, typer.Option(help="CSV: file, label, group; for slides mpp, label, patient.")
+        Path | None,
+        typer.Option(help="CSV: file, label, group; for slides file, mpp, series, label, patient."),
     ] = None,
     overlap: Annotated[int, typer.Option(help="Overlap of tiles, in pixels.")] = 0,
     min_tissue: Annotated[float, typer.Option(help="Least share of tissue in a tile.")] = 0.25,
     regions: Annotated[
         Path | None,
-        typer.Option(help="GeoJSON (QuPath) of what to embed: a file, or a folder by slide."),
+        typer.Option(
+            help="GeoJSON (QuPath) of what to embed: a file for one slide, or a folder of <slide>.geojson."
+        ),
     ] = None,
     region_class: Annotated[
         list[str] | None, typer.Option(help="Only annotations of this class; repeatable.")
@@ -86,7 +97,8 @@ def embed(
     json: Json = False,
 ) -> None:
     """Embed slides and tile sets into feature files; a repeated run finishes what is not done."""
-    from .serving.jobs import find_jobs
+    from .serving.jobs import find_inputs
+    from .serving.regions import unused_regions, with_regions
     from .serving.report import record_end, report_results
     from .serving.results import EmbedOptions
     from .serving.run import EncoderChoice, run_here
@@ -94,6 +106,8 @@ def embed(
     options = EmbedOptions(
         mpp=_scale(mpp, magnification),
         assume_mpp=assume_mpp,
+        override_mpp=override_mpp,
+        series=series,
         overlap_px=overlap,
         min_tissue=min_tissue,
         manifest=manifest,
@@ -113,7 +127,9 @@ def embed(
     if ray is not None and metrics is not None:
         raise BadInput("--metrics tells of this process; with --ray the work is elsewhere")
     chosen = EncoderChoice(encoder, bundle, engine, precision, batch)
-    found = find_jobs(inputs, kind.value, manifest)
+    given = find_inputs(inputs, kind.value, manifest)
+    found = with_regions(given.jobs, regions)
+    facts = {**given.as_dict(), "regions_unused": unused_regions(found, regions)}
     if ray is not None:
         from .serving.cluster_run import run_on_ray
 
@@ -126,9 +142,9 @@ def embed(
             with console.progress("embedding") as progress:
                 ran = run_here(found, chosen, Path(out), options, progress, metrics)
         except BaseException as error:
-            record_end(error, len(found), out)
+            record_end(error, len(found), out, facts)
             raise
-    if not report_results(ran, out):
+    if not report_results(ran, out, facts):
         raise typer.Exit(console.EXIT_FAILED)
 
 

@@ -12,45 +12,97 @@ import typer
 from . import console
 from .console import Json
 from .errors import BadInput
-from .tables import read_csv
+from .tables import Table, read_csv
+from .walking import LeftOut, once, summarised, walk
 
 if TYPE_CHECKING:
-    from .index.records import Added
+    from .index.metadata import AddedSlides
+
+FEW = 10
+PICKLES = frozenset({".pt", ".pth", ".pkl"})
 
 AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
 
 
-def read_metadata(path: Path | None) -> dict[str, dict[str, str]]:
-    """Read a CSV of slides; by slide.
+def read_metadata(path: Path | None) -> Table | None:
+    """Read a CSV of slides.
 
     Raises:
-        BadInput: it cannot be read, or has no column ``slide``.
+        BadInput: it cannot be read, or has no column ``slide`` (or ``file``).
     """
-    if path is None:
-        return {}
-    return {row["slide"]: row for row in read_csv(path, "slide")}
+    return None if path is None else read_csv(path, "slide", "file")
 
 
-def report_added(results: Sequence[Added], table: dict[str, dict[str, str]]) -> None:
-    """Say what became of each file; exit code 1 if one failed."""
+def rows_of(table: Table | None) -> dict[str, dict[str, str]]:
+    """Return the rows of a table by the name that each gives its slide."""
+    return {} if table is None else {row[table.key]: row for row in table.rows}
+
+
+def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:
+    """Expand folders to the feature files in them; also return what else they hold.
+
+    Raises:
+        BadInput: a path that does not exist, or a folder without feature files.
+    """
+    files: list[Path] = []
+    left_out: list[LeftOut] = []
+    for path in inputs:
+        if not path.exists():
+            raise BadInput(f"{path} does not exist; check the path")
+        if not path.is_dir():
+            files.append(path)
+            continue
+        walked = walk(path)
+        inside = [file for file in walked.files if file.suffix.lower() == ".h5"]
+        pickles = [file for file in walked.files if file.suffix.lower() in PICKLES]
+        if not inside:
+            hint = "; its .pt files are pickles, which are not read" if pickles else ""
+            raise BadInput(
+                f"{path} holds no feature files (.h5){hint}; run `histoseek embed` first, or check the path"
+            )
+        files += inside
+        left_out += walked.left_out
+        left_out += [LeftOut(str(file), "a pickle, which can run code") for file in pickles]
+    found = once(files)
+    return [file for file in dict.fromkeys(files) if file in set(found.files)], left_out
+
+
+def report_added(
+    results: AddedSlides, table: Table | None, left_out: Sequence[LeftOut] = ()
+) -> None:
+    """Say what became of each file and of each row of the table; exit code 1 if a file failed."""
     failed = [r for r in results if r.state == "failed"]
-    names = {r.slide for r in results}
-    unused = sorted(key for key in table if not {key, Path(key).stem} & names)
+    rows = results.rows
+    notes = [] if table is None else list(table.notes)
     document = {
         "ok": not failed,
         "added": [asdict(r) for r in results],
-        "metadata_of_other_slides": unused,
+        "metadata_of_other_slides": sorted([*rows.unused, *rows.of_others]),
+        "rows_unused": list(rows.unused),
+        "slides_without_row": list(rows.without),
+        "left_out": [left._asdict() for left in left_out],
+        "notes": notes,
     }
 
     def human() -> None:
-        rows = [(r.slide, r.state, r.tiles, r.reason) for r in results]
-        console.table("", ("slide", "state", "tiles", "reason"), rows)
-        if unused:
-            console.say(f"metadata of slides that were not added now: {', '.join(unused[:10])}")
+        shown = [(r.slide, r.state, r.tiles, r.reason) for r in results]
+        console.table("", ("slide", "state", "tiles", "reason"), shown)
+        for line in [*notes, *summarised(left_out)]:
+            console.say(line)
+        say_names("rows of the metadata that mean no slide", rows.unused)
+        say_names("rows of slides that were not added now (see `index relabel`)", rows.of_others)
+        say_names("slides without a row in the metadata", rows.without)
 
     console.emit(document, human)
     if failed:
         raise typer.Exit(console.EXIT_FAILED)
+
+
+def say_names(what: str, names: Sequence[str]) -> None:
+    """Print how many there are and the first few; nothing if there are none."""
+    if names:
+        few = ", ".join(names[:FEW]) + (" …" if len(names) > FEW else "")
+        console.say(f"{what}: {len(names)} ({few})")
 
 
 def import_(
@@ -82,20 +134,13 @@ def import_(
     """Take in features of any encoder that other tools made; makes the atlas if it is not there."""
     from .index.imports import import_features
 
-    files: list[Path] = []
-    for path in features:
-        inside = sorted(p for p in path.rglob("*.h5") if not p.name.startswith("."))
-        files += inside if path.is_dir() else [path]
-        if path.is_dir() and not inside:
-            pickles = any(path.rglob("*.pt"))
-            hint = "; its .pt files are pickles, which are not read" if pickles else ""
-            raise BadInput(f"{path} holds no .h5 files{hint}")
+    files, left_out = find_feature_files(features)
     table = read_metadata(metadata)
     with console.progress("importing") as progress:
         _, results = import_features(
-            atlas, files, encoder, table, mpp, tile_px, metric, replace, progress
+            atlas, files, encoder, rows_of(table), mpp, tile_px, metric, replace, progress
         )
-    report_added(results, table)
+    report_added(results, table, left_out)
 
 
 def export(

@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BadInput, Damaged, HistoseekError, Mismatch
+from .slide_names import SlideName
 
 MAX_ROWS = 20_000_000
 MAX_BYTES = 16 * 2**30
@@ -117,6 +118,20 @@ def read_about(path: Path) -> dict[str, Any] | None:
             return about if isinstance(about, dict) else None
     except (OSError, RuntimeError, ValueError, KeyError):
         return None
+
+
+def name_in(path: Path) -> SlideName:
+    """Return what the slide of a feature file may be called; of a damaged one, its file's name."""
+    try:
+        with h5py.File(path, "r", locking=False) as stored:
+            data = stored.get("features")
+            name = str(data.attrs.get("name", "")) if isinstance(data, h5py.Dataset) else ""
+            source = str(stored.attrs.get("source", ""))
+    except (OSError, RuntimeError, ValueError, KeyError):
+        name = source = ""
+    if name in {"", "features", "coords"}:
+        name = path.stem
+    return SlideName(name, (source,) if source else ())
 
 
 def _parse(path: Path, stored: h5py.File) -> Features:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import shutil
 import signal
 import threading
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .feature_files import Features, magnification
-from .files import publish_file, storage_failed, temporary
+from .files import publish_file, replacing, storage_failed, temporary
 
 CHUNK_ROWS = 512
 
@@ -30,6 +31,17 @@ def write_features(path: Path, item: Features) -> None:
     with FeatureWriter(path, item.features.shape[1], len(item.features)) as out:
         out.append(item.features)
         out.publish(item)
+
+
+def set_source(path: Path, source: str) -> None:
+    """Write into a feature file that its slide or tile set lies elsewhere now; in one step.
+
+    Raises:
+        StorageFailed: no space or no permission; the file is as it was.
+    """
+    with replacing(path) as temp:
+        shutil.copyfile(path, temp)
+        _set_source(temp, source)
 
 
 @contextmanager
@@ -47,6 +59,14 @@ def _undisturbed() -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
         if came:
             handler(*came[0])
+
+
+@_undisturbed()
+def _set_source(path: Path, source: str) -> None:
+    with h5py.File(path, "r+") as stored:
+        about = json.loads(str(stored.attrs["about"]))
+        stored.attrs["source"] = source
+        stored.attrs["about"] = json.dumps({**about, "source": source}, sort_keys=True)
 
 
 class FeatureWriter:

@@ -18,6 +18,7 @@ from filelock import FileLock, Timeout
 from .errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
 
 TEMP = ".histoseek-tmp"
+EDGE_BYTES = 2**20
 _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -33,6 +34,17 @@ def sha256_file(path: Path) -> str:
     """Return the SHA-256 of a file as hexadecimal text."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_mark(path: Path) -> str:
+    """Return a quick mark of a file's content: sha256 of its size, first and last mebibyte."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as stream:
+        digest.update(stream.read(EDGE_BYTES))
+        stream.seek(max(0, size - EDGE_BYTES))
+        digest.update(stream.read(EDGE_BYTES))
+    return digest.hexdigest()
 
 
 def storage_failed(path: Path, error: OSError) -> HistoseekError:

@@ -51,31 +51,12 @@ def add(
     """Add features; each file whole or not at all, and none twice."""
     from .index.atlas import Atlas
 
-    files = find_features(features)
+    files, left_out = exchange_commands.find_feature_files(features)
     table = exchange_commands.read_metadata(metadata)
+    rows = exchange_commands.rows_of(table)
     with console.progress("adding") as progress:
-        results = Atlas(atlas).add(files, table, replace, progress)
-    exchange_commands.report_added(results, table)
-
-
-def find_features(inputs: list[Path]) -> list[Path]:
-    """Expand folders to the feature files in them.
-
-    Raises:
-        BadInput: a path that does not exist, or a folder without feature files.
-    """
-    files: list[Path] = []
-    for path in inputs:
-        if path.is_dir():
-            inside = sorted(p for p in path.rglob("*.h5") if not p.name.startswith("."))
-            if not inside:
-                raise BadInput(f"{path} holds no feature files (.h5); run `histoseek embed` first")
-            files += inside
-        elif path.exists():
-            files.append(path)
-        else:
-            raise BadInput(f"{path} does not exist; check the path")
-    return files
+        results = Atlas(atlas).add(files, rows, replace, progress)
+    exchange_commands.report_added(results, table, left_out)
 
 
 @index_app.command()
@@ -102,10 +83,49 @@ def relabel(
     from .index.atlas import Atlas
     from .tables import read_csv
 
-    changed = Atlas(atlas).relabel(read_csv(metadata, "slide", within="file"))
-    console.emit(
-        {"changed": changed}, lambda: console.say(f"{atlas}: {changed} slides have new labels")
-    )
+    table = read_csv(metadata, "slide", within="file")
+    opened = Atlas(atlas)
+    changed = opened.relabel(table.rows)
+    without = opened.slides_without_row({row["slide"] for row in table.rows})
+    document = {"changed": changed, "slides_without_row": without, "notes": list(table.notes)}
+
+    def human() -> None:
+        for note in table.notes:
+            console.say(note)
+        exchange_commands.say_names("slides without a row, left as they are", without)
+        console.say(f"{atlas}: {changed} slides have new labels")
+
+    console.emit(document, human)
+
+
+@index_app.command()
+def relocate(
+    atlas: AtlasPath,
+    old: Annotated[str | None, typer.Option("--from", help="Folder where slides were.")] = None,
+    new: Annotated[Path | None, typer.Option("--to", help="Folder where they are now.")] = None,
+    slides: Annotated[
+        list[Path] | None, typer.Option(help="Folder to look for slides in; repeatable.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Tell an atlas where its slides lie now; each is taken only if its content is the same."""
+    from .index.atlas import Atlas
+
+    if (old is None) != (new is None) or (old is None) == (not slides):
+        raise BadInput("expected --from OLD --to NEW, or --slides FOLDER")
+    opened = Atlas(atlas)
+    with console.working("comparing"):
+        found = opened.relocate(old, new, slides or [])
+    refused = [one for one in found if one.state not in {"moved", "there"}]
+
+    def human() -> None:
+        rows = [(one.slide, one.state, one.source, one.reason) for one in found]
+        console.table("", ("slide", "state", "source", "reason"), rows)
+
+    document = {"ok": not refused, "slides": [one._asdict() for one in found]}
+    console.emit(document, human)
+    if refused:
+        raise typer.Exit(console.EXIT_FAILED)
 
 
 @index_app.command()

@@ -8,11 +8,9 @@ source picture or patient, and must never be split between training and validati
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
-import os
 import tarfile
+import unicodedata
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -26,7 +24,8 @@ from numpy.typing import NDArray
 from .errors import BadInput
 from .files import sha256_file
 from .images import MAX_BYTES, SUFFIXES, Rgb, decode, square
-from .tables import read_csv, read_table
+from .tables import parse_table, read_csv, same_text, value_of
+from .walking import LeftOut, is_hidden, walk
 
 MANIFEST = "manifest.csv"
 MAX_UNPACKED = 4 * 2**30
@@ -50,13 +49,24 @@ class Tile:
 
 @dataclass(frozen=True)
 class TileSet:
-    """Tiles that are read by number; nothing is decoded before it is asked for."""
+    """Tiles that are read by number; nothing is decoded before it is asked for.
+
+    Attributes:
+        name: of the set.
+        source: the folder or file.
+        tiles: in the order of their numbers.
+        fingerprint: of the content.
+        notes: what was recognised while its table was read.
+        left_out: files and folders that were found and not taken, with the reason.
+    """
 
     name: str
     source: str
     tiles: tuple[Tile, ...]
     fingerprint: str
     _load: Callable[[int], bytes | Rgb] = field(repr=False, compare=False)
+    notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
 
     def __len__(self) -> int:
         return len(self.tiles)
@@ -92,7 +102,12 @@ class TileSet:
 
     def relabelled(self, columns: Sequence[str]) -> TileSet:
         """Return the tile set with labels joined from several manifest columns by ``/``."""
-        tiles = (replace(t, label="/".join(t.column(c) for c in columns)) for t in self.tiles)
+
+        def label_of(tile: Tile) -> str | None:
+            parts = [tile.column(column) for column in columns]
+            return "/".join(parts) if any(parts) else None
+
+        tiles = (replace(tile, label=label_of(tile)) for tile in self.tiles)
         return replace(self, tiles=tuple(tiles))
 
 
@@ -167,6 +182,8 @@ def concatenate(sets: Sequence[TileSet]) -> TileSet:
         tiles=tuple(tiles),
         fingerprint=content_hash([part.fingerprint for part in sets]),
         _load=lambda n: places[n][0]._load(places[n][1]),
+        notes=tuple(note for part in sets for note in part.notes),
+        left_out=tuple(left for part in sets for left in part.left_out),
     )
 
 
@@ -185,7 +202,7 @@ def _rows_fingerprint(tiles: Sequence[Tile], content: str) -> str:
 
 def _is_picture(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in SUFFIXES and not any(map(is_hidden, path.parts))
 
 
 def _class_of(name: str) -> str | None:
@@ -200,15 +217,25 @@ def _tile(row: dict[str, str]) -> Tile:
 
 
 def _open_csv(path: Path, root: Path, name: str) -> TileSet:
-    tiles = tuple(_tile(row) for row in read_csv(path))
-    places = [root / tile.file for tile in tiles]
+    table = read_csv(path, "file")
+    tiles = tuple(_tile(row) for row in table.rows)
+    places = [_as_written(root / tile.file) for tile in tiles]
     return TileSet(
         name=name,
         source=str(path),
         tiles=tiles,
         fingerprint=_rows_fingerprint(tiles, _stamps(places)),
         _load=lambda n: _file_bytes(places[n]),
+        notes=table.notes,
     )
+
+
+def _as_written(path: Path) -> Path:
+    """Return a path as the disk has it, where that differs only in how accents are composed."""
+    if path.exists():
+        return path
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((form for form in forms if form.exists()), path)
 
 
 def _stamps(paths: Iterable[Path]) -> str:
@@ -238,7 +265,7 @@ def _check_inside(folder: Path, manifest: Path) -> None:
     if manifest.parent != folder:
         return  # given by the caller, who may name what he likes
     root = folder.resolve()
-    for row in read_csv(manifest):
+    for row in read_csv(manifest, "file").rows:
         if not (folder / row["file"]).resolve().is_relative_to(root):
             raise BadInput(f"{manifest} names {row['file']!r}, which is outside of {folder}")
 
@@ -249,12 +276,11 @@ def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
     if manifest is not None:
         _check_inside(folder, manifest)
         return replace(_open_csv(manifest, folder, folder.resolve().name), source=str(folder))
-    names = sorted(
-        os.path.relpath(os.path.join(top, file), folder).replace(os.sep, "/")
-        for top, _, files in os.walk(folder)
-        for file in files
-        if _is_picture(file)
-    )
+    walked = walk(folder)
+    names = [file.relative_to(folder).as_posix() for file in walked.files]
+    others = [name for name in names if not _is_picture(name)]
+    names = sorted(name for name in names if _is_picture(name))
+    left_out = [*walked.left_out, *(LeftOut(str(folder / n), "not a picture") for n in others)]
     tiles = tuple(Tile(name, _class_of(name)) for name in names)
     sizes = _stamps(folder / name for name in names)
     return TileSet(
@@ -263,26 +289,31 @@ def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
         tiles=tiles,
         fingerprint=_rows_fingerprint(tiles, sizes),
         _load=lambda n: _file_bytes(folder / tiles[n].file),
+        left_out=tuple(left_out),
     )
 
 
 def _open_tar(path: Path, manifest: Path | None) -> TileSet:
     try:
-        places, blobs, inner = _tar_members(path)
+        places, blobs, inner, left_out = _tar_members(path)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} is not a readable tar ({error}); copy it again") from error
-    if manifest is not None:
-        rows = read_csv(manifest)
-    elif inner is not None:
-        rows = _inner_table(inner, f"{path}:{MANIFEST}")
+    notes: tuple[str, ...] = ()
+    if manifest is not None or inner is not None:
+        table = (
+            read_csv(manifest, "file")
+            if manifest is not None
+            else parse_table(inner or b"", f"{path}:{MANIFEST}", "file")
+        )
+        tiles, notes = tuple(_tile(row) for row in table.rows), table.notes
     else:
-        rows = [{"file": n, "label": _class_of(n) or ""} for n in sorted(places) if _is_picture(n)]
-    tiles = tuple(_tile(row) for row in rows)
+        tiles = tuple(Tile(n, _class_of(n)) for n in sorted(places) if _is_picture(n))
+    written = {same_text(name): name for name in places}
 
     def load(number: int) -> bytes:
-        name = tiles[number].file
-        if name not in places:
-            raise BadInput(f"{path}: {name} is in the manifest but not in the tar")
+        name = written.get(same_text(tiles[number].file), "")
+        if not name:
+            raise BadInput(f"{path}: {tiles[number].file} is in the manifest but not in the tar")
         if name in blobs:
             return blobs[name]
         offset, size = places[name]
@@ -292,29 +323,28 @@ def _open_tar(path: Path, manifest: Path | None) -> TileSet:
 
     name = path.name.split(".tar")[0].removesuffix(".tgz")
     fingerprint = _rows_fingerprint(tiles, sha256_file(path))
-    return TileSet(name, str(path), tiles, fingerprint, load)
-
-
-def _inner_table(blob: bytes, origin: str) -> list[dict[str, str]]:
-    try:
-        return read_table(io.StringIO(blob.decode("utf-8-sig")), origin)
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise BadInput(f"{origin} is not a UTF-8 CSV table ({error})") from error
+    others = tuple(LeftOut(f"{path}:{name}", reason) for name, reason in sorted(left_out.items()))
+    return TileSet(name, str(path), tiles, fingerprint, load, notes, others)
 
 
 def _tar_members(
     path: Path,
-) -> tuple[dict[str, tuple[int, int]], dict[str, bytes], bytes | None]:
-    """Return places by name, the bytes of a compressed tar's members, and the manifest."""
+) -> tuple[dict[str, tuple[int, int]], dict[str, bytes], bytes | None, dict[str, str]]:
+    """Return places by name, a compressed tar's bytes, the manifest, and what is left out and why."""
     places: dict[str, tuple[int, int]] = {}
     blobs: dict[str, bytes] = {}
     inner: bytes | None = None
+    left_out: dict[str, str] = {}
     unpacked = 0
     plain = _is_plain_tar(path)
     with tarfile.open(path, "r:" if plain else "r:*") as pack:
         for member in pack:
             name = member.name.removeprefix("./")
-            if not member.isfile() or not (_is_picture(name) or name == MANIFEST):
+            if not member.isfile():
+                continue
+            if not (_is_picture(name) or name == MANIFEST):
+                hidden = any(map(is_hidden, PurePosixPath(name).parts))
+                left_out[name] = "hidden or system file" if hidden else "not a picture"
                 continue
             places[name] = (member.offset_data, member.size)
             unpacked += member.size
@@ -326,7 +356,7 @@ def _tar_members(
             elif stream is not None:
                 blobs[name] = stream.read()
     places.pop(MANIFEST, None)
-    return places, blobs, inner
+    return places, blobs, inner, left_out
 
 
 def _is_plain_tar(path: Path) -> bool:
@@ -366,11 +396,11 @@ def _open_npz(path: Path) -> TileSet:
             return None
         value = labels[row]
         if names is None or not np.issubdtype(labels.dtype, np.integer):
-            return str(value)
+            return value_of(value) or None
         return str(names[value]) if 0 <= value < len(names) else None
 
     def group_of(row: int) -> str | None:
-        return str(arrays["group"][row]) if "group" in arrays else None
+        return value_of(arrays["group"][row]) or None if "group" in arrays else None
 
     ids = arrays.get("ids")
     tiles = tuple(

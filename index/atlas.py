@@ -26,7 +26,9 @@ from .catalog import ATLAS_ID, Catalog, now
 from .clusters import Assigned, Clustering
 from .generations import Generations, View
 from .layout import Layout
-from .records import Added, Hit, plain_name
+from .metadata import AddedSlides, Metadata, slides_meant
+from .records import Hit, plain_name
+from .relocation import Relocated, relocate
 from .search import Own
 from .vectors import VectorIndex, prepared
 from .writing import FEATURES, Writer
@@ -109,16 +111,17 @@ class Atlas:
     def add(
         self,
         files: Sequence[Path],
-        metadata: dict[str, dict[str, str]] | None = None,
+        metadata: Metadata | None = None,
         replace: bool = False,
         progress: Report = lambda done, total, text: None,
-    ) -> list[Added]:
+    ) -> AddedSlides:
         """Add feature files, each whole or not at all; what is there already is left alone.
 
         Args:
             files: HDF5 feature files.
-            metadata: by slide name (or file name of the slide): label, patient and any other column;
-                also taken over for slides that are there already.
+            metadata: label, patient and any other column, by what names the slide: its name in the atlas,
+                its file's name, or the end of its path (:mod:`histoseek.slide_names`); also taken over
+                for slides that are there already.
             replace: put other features of a slide that is there in the place of the old ones (upsert).
             progress: called after each file.
 
@@ -126,6 +129,7 @@ class Atlas:
             What became of each file; a file that does not fit is reported, not raised.
 
         Raises:
+            BadInput: a row of the metadata that means two slides, or two rows that mean one.
             Busy: another process is writing.
             StorageFailed: no space; what was added before stays.
         """
@@ -149,8 +153,8 @@ class Atlas:
         """Set labels, patients and further columns of slides, or of tiles of a tile set; all or none.
 
         Args:
-            rows: ``slide`` and the columns to set; with ``file`` one tile is meant. An empty value takes
-                away what was there.
+            rows: ``slide`` (as for :meth:`add`) and the columns to set; with ``file`` one tile is meant. An
+                empty value takes away what was there.
 
         Returns:
             How many slides changed.
@@ -161,6 +165,19 @@ class Atlas:
         """
         with self.writing() as writer:
             return writer.relabel(rows)
+
+    def slides_without_row(self, names: Iterable[str]) -> list[str]:
+        """Return the slides that none of the names of a table's rows means, sorted."""
+        slides = self.slides()
+        meant = set(slides_meant(set(names), slides).values())
+        return sorted(slide["name"] for slide in slides if slide["name"] not in meant)
+
+    def relocate(
+        self, old: str | None, new: Path | None, folders: Sequence[Path]
+    ) -> list[Relocated]:
+        """Take over where slides lie now; see :func:`~histoseek.index.relocation.relocate`."""
+        with self.writing():
+            return relocate(self.path, self.catalog, old, new, folders)
 
     # -- vectors --------------------------------------------------------------------------------
 

@@ -18,11 +18,20 @@ from numpy.typing import NDArray
 
 from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
-from ..feature_files import MAX_BYTES, Features, check_features, parse_features, read_features
+from ..feature_files import (
+    MAX_BYTES,
+    Features,
+    check_features,
+    name_in,
+    parse_features,
+    read_features,
+)
 from ..feature_writer import write_features
 from ..files import temporary
 from ..manifest import Manifest
-from .records import Added, by_stem, row_of
+from ..tables import number_of
+from .metadata import AddedSlides, Metadata, Row, match_rows
+from .records import Added
 
 if TYPE_CHECKING:
     from .atlas import Atlas
@@ -144,13 +153,13 @@ def import_features(
     path: Path,
     files: Sequence[Path],
     encoder: str,
-    metadata: dict[str, dict[str, str]],
+    metadata: Metadata,
     mpp: float | None = None,
     tile_px: int | None = None,
     metric: str = "cosine",
     replace_known: bool = False,
     progress: Report = lambda done, total, text: None,
-) -> tuple[Atlas, list[Added]]:
+) -> tuple[Atlas, AddedSlides]:
     """Take features of another tool into an atlas, which is made if it is not there.
 
     Args:
@@ -173,17 +182,18 @@ def import_features(
     """
     from .atlas import Atlas
 
-    metadata = by_stem(metadata)
+    slides = Atlas(path).slides() if path.exists() else []
+    rows = match_rows(metadata, files, slides)
+
+    def row_of(file: Path) -> Row:
+        return rows.by_slide.get(name_in(file).name, {})
 
     def mpp_of(file: Path) -> float | None:
-        given = (row_of(metadata, file.stem, "") or {}).get("mpp") or mpp
-        try:
-            found = float(given) if given else None
-        except ValueError as error:
-            raise BadInput(f"mpp of {file.stem!r} is {given!r}; expected a number") from error
-        if found is not None and not 0 < found < 1000:
+        given = row_of(file).get("mpp") or mpp
+        found = number_of(str(given)) if given else None
+        if given and (found is None or not 0 < found < 1000):
             raise BadInput(
-                f"mpp of {file.stem!r} is {found}; expected micrometres per pixel, above 0"
+                f"mpp of {file.stem!r} is {given!r}; expected micrometres per pixel, above 0"
             )
         return found
 
@@ -205,7 +215,7 @@ def import_features(
                 size = item.size_px_level0 or tile_px or 0
                 item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
                 blob = _as_file(item, atlas.path)
-                added = writer.add_features(item, blob, str(file), metadata, replace_known)
+                added = writer.add_features(item, blob, str(file), row_of(file), replace_known)
                 if not size and not added.reason:
                     text = "no file says how large its tiles are: import it again with --tile-px"
                     added = replace(added, reason=text)
@@ -216,7 +226,7 @@ def import_features(
                 results.append(Added(str(file), file.stem, "failed", reason=str(error)))
             progress(number, len(files), file.stem)
         writer.finish()
-    return atlas, results
+    return atlas, AddedSlides(results, rows)
 
 
 def _first_readable(files: Sequence[Path], read: Callable[[Path], Features]) -> Features:

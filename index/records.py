@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from ..errors import BadInput
@@ -54,7 +53,8 @@ class Added:
     Attributes:
         file: the file.
         slide: the name it has in the atlas.
-        state: added, unchanged (it was there), relabelled, replaced or failed.
+        state: added, unchanged (it was there), relabelled, moved (its slide lies elsewhere now), replaced
+            or failed.
         tiles: how many.
         reason: why it failed, or why it has no tiles.
     """
@@ -99,22 +99,9 @@ def further(row: dict[str, Any]) -> dict[str, str]:
     return {str(k): str(v) for k, v in row.items() if k not in known and v not in (None, "")}
 
 
-def row_of(metadata: dict[str, dict[str, str]], name: str, source: str) -> dict[str, str] | None:
-    """Return the metadata of a slide, by its name or its file's name; see :func:`by_stem`."""
-    return metadata.get(name) or metadata.get(Path(source).name)
-
-
-def by_stem(metadata: dict[str, dict[str, str]]) -> dict[str, dict[str, str]]:
-    """Return metadata by the names it is given under, and by these without their ending (``.svs``)."""
-    return {Path(key).stem: row for key, row in metadata.items()} | metadata
-
-
-def slide_row(
-    item: Features, file: str, digest: str, metadata: dict[str, dict[str, str]]
-) -> dict[str, Any]:
-    """Return the row of the table ``slides`` for a feature file; metadata wins over the file."""
+def slide_row(item: Features, file: str, digest: str, given: dict[str, str]) -> dict[str, Any]:
+    """Return the row of the table ``slides`` for a feature file; ``given`` metadata wins over the file."""
     own = item.about.get("row", {})
-    given = row_of(metadata, item.name, item.source) or {}
     own = own if isinstance(own, dict) else {}
     more = further({k: v for k, v in own.items() if k not in OWN}) | further(given)
     return {

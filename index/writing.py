@@ -22,13 +22,13 @@ from . import clusterings
 from .catalog import NEXT_TILE, Catalog, get_meta, insert, set_meta, update
 from .clusters import Clustering
 from .generations import Generations
-from .records import Added, by_stem, further, plain_name, row_of, slide_row, tiles_row
+from .metadata import AddedSlides, Metadata, Row, Rows, clean, match_rows, slides_meant
+from .records import Added, further, plain_name, slide_row, tiles_row
 from .tile_table import pack_coded, unpack_coded, unpack_texts
 
 SCALE = ("size_px_level0", "mpp")
 """What another import may know of a slide whose features are the same."""
 FEATURES = "features"
-Metadata = dict[str, dict[str, str]]
 
 
 class Writer:
@@ -45,14 +45,14 @@ class Writer:
 
     def add(
         self, files: Sequence[Path], metadata: Metadata, replace: bool, progress: Report
-    ) -> list[Added]:
+    ) -> AddedSlides:
         """Add feature files; see :meth:`Atlas.add <histoseek.index.atlas.Atlas.add>`."""
         results: list[Added] = []
-        metadata = by_stem(metadata)
+        rows = self.match_rows(metadata, files)
         self.tidy()
         for number, file in enumerate(files, start=1):
             try:
-                results.append(self._add_one(file, metadata, replace))
+                results.append(self._add_one(file, rows, replace))
             except StorageFailed:
                 raise
             except HistoseekError as error:
@@ -62,7 +62,11 @@ class Writer:
                 results.append(Added(str(file), file.stem, "failed", reason=reason))
             progress(number, len(files), file.stem)
         self.finish()
-        return results
+        return AddedSlides(results, rows)
+
+    def match_rows(self, metadata: Metadata, files: Sequence[Path]) -> Rows:
+        """Find the row of each slide; see :func:`~histoseek.index.metadata.match_rows`."""
+        return match_rows(metadata, files, self._catalog.rows("SELECT name, source FROM slides"))
 
     def tidy(self) -> None:
         """Remove what writers that are dead left behind."""
@@ -75,15 +79,15 @@ class Writer:
             self.place_new()
             self._generations.settle()
 
-    def _add_one(self, file: Path, metadata: Metadata, replace: bool) -> Added:
+    def _add_one(self, file: Path, rows: Rows, replace: bool) -> Added:
         if not file.is_file():
             raise BadInput(f"{file} does not exist; check the path")
         blob = file.read_bytes()  # once: `embed` may replace the file meanwhile
         item = parse_features(blob, file)
-        return self.add_features(item, blob, str(file), metadata, replace)
+        return self.add_features(item, blob, str(file), rows.by_slide.get(item.name, {}), replace)
 
     def add_features(
-        self, item: Features, blob: bytes, origin: str, metadata: Metadata, replace: bool
+        self, item: Features, blob: bytes, origin: str, given: Row, replace: bool
     ) -> Added:
         """Add one slide.
 
@@ -91,7 +95,7 @@ class Writer:
             item: its features.
             blob: the same as a feature file.
             origin: what the report calls it.
-            metadata: label, patient and more, by slide.
+            given: label, patient and more of the slide.
             replace: whether other features of the same name are put aside.
 
         Raises:
@@ -103,14 +107,14 @@ class Writer:
         check_features(item, manifest.name, manifest.sha256, manifest.dim, Path(origin))
         digest = hashlib.sha256(blob).hexdigest()
         target = f"{FEATURES}/{plain_name(item.name)}-{digest[:12]}.h5"
-        row = slide_row(item, target, digest, metadata)
+        row = slide_row(item, target, digest, given)
         found = self._catalog.rows("SELECT * FROM slides WHERE name = ?", (item.name,))
-        given = row_of(metadata, item.name, item.source) or {}
         same = bool(found) and found[0]["content_sha256"] == row["content_sha256"]
         changed = [key for key in SCALE if same and row[key] and row[key] != found[0][key]]
         if same and not changed:
             self._mend(dict(found[0]), row, blob)
-            return self._relabel_known(origin, dict(found[0]), given)
+            source = row["source"] or found[0]["source"]
+            return self._relabel_known(origin, dict(found[0]), given, source)
         learnt = bool(changed) and not any(found[0][key] for key in changed)
         if found and not replace and not learnt:
             raise Mismatch(
@@ -151,9 +155,12 @@ class Writer:
         with self._catalog.write() as db:
             update(db, "slides", {"id": found["id"]}, {key: row[key] for key in keys})
 
-    def _relabel_known(self, origin: str, found: dict[str, Any], given: dict[str, str]) -> Added:
-        """Take over what the metadata says now of a slide that is there already."""
+    def _relabel_known(self, origin: str, found: dict[str, Any], given: Row, source: str) -> Added:
+        """Take over what metadata and features say now of a slide that is there already."""
         changes = _slide_changes(found, {k: v for k, v in given.items() if v})
+        state = "relabelled" if changes else "moved"
+        if source != found["source"]:
+            changes["source"] = source
         if not changes:
             return Added(origin, found["name"], "unchanged", found["tiles"])
         with self._catalog.write() as db:
@@ -162,7 +169,7 @@ class Writer:
         said = {**changes, **json.loads(changes.get("metadata") or "{}")}
         said.pop("metadata", None)
         text = ", ".join(f"{k} {v!r}" for k, v in said.items() if known.get(k) != v)
-        return Added(origin, found["name"], "relabelled", found["tiles"], text)
+        return Added(origin, found["name"], state, found["tiles"], text)
 
     def remove(self, names: Sequence[str]) -> int:
         """Remove slides by name, all or none; return how many tiles went.
@@ -196,23 +203,24 @@ class Writer:
         Raises:
             BadInput: a slide or file that is not there; nothing is changed then.
         """
-        of_slide: dict[str, dict[str, str]] = {}
-        of_tiles: dict[str, dict[str, dict[str, str]]] = {}
-        for row in rows:
+        of_slide: dict[str, Row] = {}
+        of_tiles: dict[str, dict[str, Row]] = {}
+        given = [clean(row) for row in rows]
+        for row in given:
             if not row.get("slide"):
                 raise BadInput(
                     f"a row of metadata names no slide: {row}; expected a column 'slide'"
                 )
-            if row.get("file"):
-                of_tiles.setdefault(row["slide"], {})[row["file"]] = row
-            else:
-                of_slide.setdefault(row["slide"], {}).update(row)
         changed = set()
         with self._catalog.write() as db:
             known = {row["name"]: dict(row) for row in db.execute("SELECT * FROM slides")}
-            for name in (*of_slide, *of_tiles):
-                if name not in known:
-                    raise unknown_name("slide", name, sorted(known)[:10])
+            meant = slides_meant({row["slide"] for row in given}, list(known.values()))
+            for row in given:
+                name = meant[row["slide"]]
+                if row.get("file"):
+                    of_tiles.setdefault(name, {})[row["file"]] = row
+                else:
+                    of_slide.setdefault(name, {}).update(row)
             for name, row in of_slide.items():
                 values = _slide_changes(known[name], row)
                 if values:

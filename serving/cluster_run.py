@@ -26,6 +26,7 @@ from .encoder import Encoder
 from .jobs import Job, distinct_name
 from .meter import STAGES, Meter
 from .pipeline import embed_jobs
+from .regions import with_regions
 from .results import EmbedOptions, Result
 from .run import EncoderChoice, Ran
 from .work import failed
@@ -76,7 +77,11 @@ def run_on_ray(
     encoder.close()
     if about["engine"] != "triton":
         choice = replace(choice, engine=about["engine"], batch=about["batch"])
-    sent = [replace(job, source=job.source.resolve()) for job in jobs]
+    jobs = with_regions(jobs, options.regions)
+    sent = [
+        replace(job, source=Path(job.location), aliases=(), regions=_absolute(job.regions))
+        for job in jobs
+    ]
     waiting = {task.remote(job, choice, place, options): n for n, job in enumerate(sent)}
     found: dict[int, tuple[Result, dict[str, Any]]] = {}
     try:

@@ -1,4 +1,8 @@
-"""GeoJSON as QuPath reads and writes it: annotations in, tissue outlines and tiles out; level-0 pixels."""
+"""GeoJSON as QuPath reads and writes it: annotations in, tissue outlines and tiles out.
+
+QuPath shows the scanned area of a slide (``openslide.bounds-*``) with (0, 0) at its corner. Files are in
+that frame; everything else is in pixels of level 0, and :func:`moved` leads from one to the other.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +31,8 @@ def read_annotations(path: Path, classes: Sequence[str] = ()) -> list[list[Ring]
         classes: keep only annotations classified so; all when empty.
 
     Returns:
-        For each polygon its rings, (n, 2) of x, y in level-0 pixels, outline first, then holes.
+        For each polygon its rings, (n, 2) of x, y in pixels as the file has them (QuPath's frame), outline
+        first, then holes.
 
     Raises:
         BadInput: no such file, too large, no GeoJSON, or no polygon (of the classes) in it.
@@ -54,6 +59,11 @@ def read_annotations(path: Path, classes: Sequence[str] = ()) -> list[list[Ring]
         wanted = f" of class {', '.join(classes)}" if classes else ""
         raise BadInput(f"{path} holds no polygon{wanted}; classes in it: {found}")
     return polygons
+
+
+def moved(polygons: Sequence[Sequence[Ring]], x: float, y: float) -> list[list[Ring]]:
+    """Return polygons with every point moved by (x, y) pixels."""
+    return [[ring + (x, y) for ring in rings] for rings in polygons]
 
 
 def _class_of(feature: dict[str, Any]) -> str:
@@ -150,7 +160,7 @@ def write_tissue(path: Path, polygons: Sequence[Sequence[Ring]]) -> None:
 
 
 def write_tiles(path: Path, coords: NDArray[np.int64], side: int) -> None:
-    """Write tiles, (N, 2) level-0 top-left x, y and their side, as QuPath tiles, numbered as rows."""
+    """Write tiles, (N, 2) top-left x, y in QuPath's frame and their side, as QuPath tiles, by row."""
     features = []
     for row, (x, y) in enumerate(coords.tolist()):
         ring = [[x, y], [x + side, y], [x + side, y + side], [x, y + side], [x, y]]

@@ -5,19 +5,21 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from ..errors import BadInput
 from ..images import SUFFIXES
-from ..tables import read_csv
+from ..slide_names import SlideName, match, without_last_ending
+from ..tables import read_csv, same_text
 from ..tilesets import MANIFEST
-from .slide_sources import is_slide
+from ..walking import LeftOut, once, walk
+from .slide_sources import is_dicom, is_slide
+from .unread import belongs_to, parts_of, why_unread
 
 Kind = Literal["auto", "slides", "tiles"]
-EDGE_BYTES = 2**20
 
 
 @dataclass(frozen=True)
@@ -29,104 +31,182 @@ class Job:
         source: the file or folder.
         kind: ``slide`` or ``tiles``.
         row: what the manifest says of a slide (mpp, label, patient, …).
+        aliases: further paths that lead to the same file.
+        regions: GeoJSON file of what to embed of a slide, if one was given.
     """
 
     name: str
     source: Path
     kind: Literal["slide", "tiles"]
     row: dict[str, str] = field(default_factory=dict)
+    aliases: tuple[Path, ...] = ()
+    regions: Path | None = None
 
     @property
     def stem(self) -> str:
         """The name before any suffix that tells it from others."""
-        return self.source.name.split(".")[0] if self.kind == "tiles" else self.source.stem
+        return _name_of(self.source, self.kind)
+
+    @property
+    def location(self) -> str:
+        """The absolute path under which the source was found; links in it are kept."""
+        return os.path.abspath(self.source)
+
+    def names(self) -> SlideName:
+        """Return what a table or a file may call this slide."""
+        paths = dict.fromkeys(
+            [self.location, os.path.realpath(self.source), *map(os.path.abspath, self.aliases)]
+        )
+        return SlideName(self.name, tuple(paths))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run of embedding was given.
+
+    Attributes:
+        jobs: what to embed.
+        left_out: files and folders that were found and not taken, each with the reason.
+        rows_unused: rows of the manifest that mean none of the inputs.
+        slides_without_row: slides that no row of the manifest means.
+        notes: what else was recognised or decided while looking.
+    """
+
+    jobs: list[Job]
+    left_out: tuple[LeftOut, ...] = ()
+    rows_unused: tuple[str, ...] = ()
+    slides_without_row: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all but the jobs, JSON-ready."""
+        return {
+            "left_out": [left._asdict() for left in self.left_out],
+            "rows_unused": list(self.rows_unused),
+            "slides_without_row": list(self.slides_without_row),
+            "notes": list(self.notes),
+        }
 
 
 def find_jobs(
     inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
 ) -> list[Job]:
+    """Return the jobs of :func:`find_inputs` alone."""
+    return find_inputs(inputs, kind, manifest).jobs
+
+
+def find_inputs(
+    inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
+) -> Inputs:
     """Expand inputs: a slide is a job, a folder of slides many, a folder or pack of tiles one.
 
     Args:
         inputs: slides, pictures, folders, tar, npz or CSV.
-        kind: what a folder of pictures holds; ``auto`` takes slides if it finds any slide file,
-            else tiles.
-        manifest: CSV with a column ``file`` (or ``slide``), for slides with any of mpp, label and
-            patient.
+        kind: what a folder holds; ``auto`` takes slides if it finds any slide file, else tiles.
+        manifest: CSV with a column ``file`` (or ``slide``), for slides with any of mpp, series, label
+            and patient. A row means a slide as :mod:`histoseek.slide_names` says.
 
     Raises:
-        BadInput: an input that does not exist, holds nothing, or holds slides and pictures mixed.
+        BadInput: a folder that holds nothing, or slides and pictures mixed; a row that means two slides,
+            two rows that mean one; a manifest that means none of the inputs, or whose rows could be
+            both slides and tiles.
     """
     found: list[Job] = []
+    left_out: list[LeftOut] = []
     for source in inputs:
-        if not source.exists():
-            found.append(Job(source.stem, source, "slide"))  # refused when its turn comes, by name
-        elif source.is_dir():
-            found += _folder_jobs(source, kind)
-        elif source.suffix.lower() in {".csv", ".npz", ".tgz"} or ".tar" in source.suffixes:
-            found.append(Job(source.name.split(".")[0], source, "tiles"))
-        else:
-            found.append(Job(source.stem, source, "slide"))
-    rows = _rows(manifest) if manifest else {}
-    jobs = [replace(job, row=_row_of(job, rows)) for job in found]
-    if manifest and rows and not any(job.row or job.kind == "tiles" for job in jobs):
-        raise BadInput(f"{manifest} names none of the inputs; its column 'file' holds {_few(rows)}")
-    return _unique(jobs)
+        if source.is_dir():
+            jobs, others = _folder_jobs(source, kind)
+            found += jobs
+            left_out += others
+        else:  # what does not exist is refused when its turn comes, by name
+            kind_of: Literal["slide", "tiles"] = "tiles" if _is_pack(source) else "slide"
+            found.append(Job(_name_of(source, kind_of), source, kind_of))
+    jobs = _unique(_each_once(found, left_out))
+    if manifest is None:
+        return Inputs(jobs, tuple(left_out))
+    left_out = [
+        left for left in left_out if os.path.abspath(left.path) != os.path.abspath(manifest)
+    ]
+    return _with_rows(jobs, manifest, tuple(left_out))
 
 
-def _few(rows: dict[str, dict[str, str]]) -> str:
-    return ", ".join(sorted(rows)[:3]) + (" …" if len(rows) > 3 else "")
+def _is_pack(source: Path) -> bool:
+    return source.suffix.lower() in {".csv", ".npz", ".tgz"} or ".tar" in source.suffixes
 
 
-def _rows(manifest: Path) -> dict[str, dict[str, str]]:
-    try:
-        rows = read_csv(manifest, "file")
-    except BadInput as error:
-        if "expected a column" not in str(error):
-            raise
-        rows = [{**row, "file": row["slide"]} for row in read_csv(manifest, "slide")]
-    return {row["file"]: row for row in rows}
+def _name_of(source: Path, kind: str) -> str:
+    return source.name.split(".")[0] if kind == "tiles" else without_last_ending(source.name)
 
 
-def _row_of(job: Job, rows: dict[str, dict[str, str]]) -> dict[str, str]:
-    for key in (str(job.source), job.source.name, job.source.stem):
-        if key in rows:
-            return rows[key]
-    return {}
-
-
-def _folder_jobs(folder: Path, kind: Kind) -> list[Job]:
-    if kind == "tiles":
-        return [Job(folder.resolve().name, folder, "tiles")]
-    files = sorted(
-        Path(top) / name
-        for top, _, names in os.walk(folder, onerror=_unreadable_folder)
-        for name in names
-        if not name.startswith(".")
-    )
-    pictures = [f for f in files if f.suffix.lower() in SUFFIXES]
-    slides = [f for f in files if is_slide(f)]
-    plain = [f for f in pictures if f not in set(slides)]
-    if kind == "slides":
-        chosen = sorted({*slides, *plain})
-    elif slides and plain and not (folder / MANIFEST).is_file():
+def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -> Inputs:
+    """Give each slide its row of the manifest."""
+    slides = [number for number, job in enumerate(jobs) if job.kind == "slide"]
+    sets = len(jobs) - len(slides)
+    if sets > 1 or (sets and slides):
         raise BadInput(
-            f"{folder} holds {len(slides)} slides and {len(plain)} pictures; say what the pictures "
-            "are: --as slides (large pictures to be tiled) or --as tiles (one picture, one tile)"
+            f"--manifest {manifest}: its rows name either slides or the tiles of one set; the inputs are "
+            f"{len(slides)} slide(s) and {sets} tile set(s): embed them in separate runs"
         )
-    else:
-        chosen = [] if plain and (folder / MANIFEST).is_file() else slides
-    if chosen:
-        return [Job(f.stem, f, "slide") for f in _one_per_series(chosen)]
-    if not plain:
-        raise BadInput(f"{folder} holds neither slides nor pictures; check the path")
-    return [Job(folder.resolve().name, folder, "tiles")]
+    if sets:
+        return Inputs(jobs, left_out)  # the tile set reads it
+    table = read_csv(manifest, "file", "slide")
+    rows = {row[table.key]: row for row in table.rows}
+    matched = match(rows, [jobs[n].names() for n in slides], str(manifest), "row")
+    if rows and slides and not matched.by_slide:
+        raise BadInput(
+            f"{manifest} names none of the inputs; its column {table.key!r} holds {_few(rows)}"
+        )
+    for at, name in matched.by_slide.items():
+        jobs[slides[at]] = replace(jobs[slides[at]], row={**rows[name], "file": name})
+    without = tuple(jobs[slides[at]].name for at in matched.without)
+    return Inputs(jobs, left_out, tuple(matched.unused), without, table.notes)
 
 
-def _unreadable_folder(error: OSError) -> None:
-    raise BadInput(
-        f"{error.filename} cannot be read ({error.strerror}); check its permissions, or name the slides"
-    ) from error
+def _few(names: Iterable[str]) -> str:
+    known = sorted(names)
+    return ", ".join(known[:3]) + (" …" if len(known) > 3 else "")
+
+
+def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
+    if kind == "tiles":
+        return [Job(folder.resolve().name, folder, "tiles")], []
+    walked = walk(folder, belongs_to)
+    parts = parts_of(walked.files)
+    files = [file for file in walked.files if file not in parts]
+    slides = [file for file in files if is_slide(file)]
+    taken = set(slides)
+    plain = [file for file in files if file not in taken and file.suffix.lower() in SUFFIXES]
+    taken.update(plain)
+    left_out = [
+        *walked.left_out,
+        *(LeftOut(str(file), why_unread(file)) for file in files if file not in taken),
+    ]
+    has_manifest = (folder / MANIFEST).is_file()
+    if kind == "auto" and slides and plain and not has_manifest:
+        raise BadInput(
+            f"{folder} holds {len(slides)} slides and {len(plain)} pictures; say which to take: --as "
+            "slides (the slides; the pictures are left out) or --as tiles (one picture, one tile)"
+        )
+    if kind == "auto" and plain and (has_manifest or not slides):
+        return [Job(folder.resolve().name, folder, "tiles")], []
+    if slides and plain:
+        left_out += [LeftOut(str(file), "picture beside slides (--as slides)") for file in plain]
+    chosen = slides or plain
+    if not chosen:
+        raise BadInput(f"{folder} holds neither slides nor pictures{_found_instead(left_out)}")
+    jobs = [
+        Job(_name_of(file, "slide"), file, "slide", aliases=walked.aliases.get(file, ()))
+        for file in _one_per_series(chosen)
+    ]
+    return jobs, left_out
+
+
+def _found_instead(left_out: Sequence[LeftOut]) -> str:
+    if not left_out:
+        return "; check the path"
+    few = "; ".join(f"{Path(left.path).name} ({left.reason})" for left in left_out[:5])
+    more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+    return f"; it holds {few}{more}"
 
 
 def _one_per_series(slides: list[Path]) -> list[Path]:
@@ -136,7 +216,7 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
     seen: set[str] = set()
     kept: list[Path] = []
     for slide in slides:
-        if slide.suffix.lower() == ".dcm":
+        if is_dicom(slide):
             try:
                 with openslide.OpenSlide(str(slide)) as opened:
                     mark = opened.properties.get("openslide.quickhash-1", str(slide))
@@ -150,24 +230,29 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
     return kept
 
 
+def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
+    """Keep one job of each source, under its real name where that was given."""
+    by_source = {job.source: job for job in reversed(jobs)}
+    walked = once(list(by_source))
+    left_out += walked.left_out
+    kept = []
+    for source in dict.fromkeys(job.source for job in jobs):
+        if source in set(walked.files):
+            job = by_source[source]
+            aliases = dict.fromkeys([*job.aliases, *walked.aliases.get(source, ())])
+            kept.append(replace(job, aliases=tuple(aliases)))
+    return kept
+
+
 def _unique(jobs: list[Job]) -> list[Job]:
     """Give jobs of the same name a suffix from their path, so that none overwrites another."""
-    once = list({job.source.resolve(): job for job in jobs}.values())
-    counts = Counter(job.name for job in once)
-    return [replace(job, name=distinct_name(job)) if counts[job.name] > 1 else job for job in once]
+    counts = Counter(same_text(job.name) for job in jobs)
+    return [
+        replace(job, name=distinct_name(job)) if counts[same_text(job.name)] > 1 else job
+        for job in jobs
+    ]
 
 
 def distinct_name(job: Job) -> str:
     """Return the job's name with eight digits of the hash of its path."""
-    return f"{job.name}-{hashlib.sha256(os.fsencode(job.source.resolve())).hexdigest()[:8]}"
-
-
-def content_mark(path: Path) -> str:
-    """Return a quick mark of a file's content: sha256 of its size, first and last mebibyte."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
-    with open(path, "rb") as stream:
-        digest.update(stream.read(EDGE_BYTES))
-        stream.seek(max(0, size - EDGE_BYTES))
-        digest.update(stream.read(EDGE_BYTES))
-    return digest.hexdigest()
+    return f"{job.stem}-{hashlib.sha256(os.fsencode(job.source.resolve())).hexdigest()[:8]}"

@@ -26,6 +26,8 @@ _UNSUPPORTED = re.compile(
     "unsupported|not supported|transfer syntax|bitsallocated|samplesperpixel|photometric|image flavor",
     re.IGNORECASE,
 )
+MAX_LOOK = 64_000_000
+"""Pixels of the coarsest level up to which it is looked at for what was scanned."""
 _DIRECT = {"aperio", "generic-tiff"}
 _NEAR = 1e-3
 """Furthest from a whole pixel that a place on a level may lie and still be read directly."""
@@ -130,7 +132,7 @@ class OpenSlideSource:
     def regions(
         self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
-        """Read several regions; see :class:`~histoseek.serving.slide_sources.Source`."""
+        """Read several regions; see :class:`~histoseek.serving.overview.Source`."""
         down = self.levels[level][0]
         scaled = [(x / down, y / down) for x, y in places]
         exact = all(_off(value) < _NEAR for place in scaled for value in place)
@@ -181,6 +183,20 @@ class OpenSlideSource:
             raise Damaged(
                 f"{self._path} can no longer be opened ({error}): copy it again"
             ) from error
+
+    def scanned(self) -> NDArray[np.bool_] | None:
+        """Return where the coarsest level is opaque; see :class:`~histoseek.serving.overview.Source`."""
+        level = len(self.levels) - 1
+        width, height = self.levels[level][1]
+        if width * height > MAX_LOOK:
+            return None
+        try:
+            picture = self._slide.read_region((0, 0), level, (width, height))
+        except (self._openslide.OpenSlideError, ValueError):
+            self._slide = self._reopened()
+            return None
+        opaque: NDArray[np.bool_] = np.asarray(picture.getchannel("A")) > 0
+        return opaque
 
     def forget(self) -> None:
         """Free the segments that were decoded directly."""

@@ -28,6 +28,7 @@ from .encoder import Encoder
 from .engines import cores
 from .jobs import Job
 from .meter import Meter
+from .regions import with_regions
 from .results import EmbedOptions, Result, State
 from .work import Work, failed, prepare, printable, refuse_if_broken
 
@@ -99,6 +100,7 @@ def embed_jobs(
             f"{encoder.manifest.size_px} pixels"
         )
     remove_leftovers(_folders(out))
+    jobs = with_regions(jobs, options.regions)
     return _Run(jobs, encoder, out, options, progress, meter or Meter()).all()
 
 
@@ -291,6 +293,7 @@ class _Run:
             len(slide.kept),
             slide.unreadable,
             features=str(work.path),
+            notes=list(work.notes),
         )
 
     def _finish(self, job: Job, result: Result, started: float, opened: bool) -> None:

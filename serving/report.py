@@ -13,33 +13,44 @@ from typing import Any
 from .. import console
 from ..errors import HistoseekError
 from ..files import write_json
+from ..walking import LeftOut, summarised
 from .results import Result
 from .run import Ran
 
 SHOWN = 40
-
-
+FEW = 5
+NOT_USED = {
+    "rows_unused": "rows of the manifest that mean none of the inputs",
+    "slides_without_row": "slides without a row in the manifest",
+    "regions_unused": "GeoJSON files that mean none of the slides",
+}
 SLOWEST = 3
 
 
-def report_results(ran: Ran, out: str) -> bool:
+def report_results(ran: Ran, out: str, inputs: dict[str, Any] | None = None) -> bool:
     """Write ``run.json`` into ``out`` and print the outcome; return whether all was done.
 
-    ``out`` is a folder, or the URL of one.
+    Args:
+        ran: what became of the run.
+        out: a folder, or the URL of one.
+        inputs: what was left out of the inputs and of their tables, and why.
     """
-    document = summary(ran)
+    document = {**summary(ran), "inputs": inputs or {}}
     write_document(document, out)
     console.emit(document, lambda: _show(ran.results, document, out))
     return bool(document["ok"])
 
 
-def record_end(error: BaseException, jobs: int, out: str) -> None:
+def record_end(
+    error: BaseException, jobs: int, out: str, inputs: dict[str, Any] | None = None
+) -> None:
     """Write into ``run.json`` that a run ended early, why, and what was through by then.
 
     Args:
         error: that ended it; the pipeline hangs its results on it.
         jobs: how many there were.
         out: the folder of features.
+        inputs: what was left out of the inputs and of their tables, and why.
     """
     results: list[Result] = getattr(error, "results", [])
     states: dict[str, int] = Counter(result.state for result in results)
@@ -48,6 +59,7 @@ def record_end(error: BaseException, jobs: int, out: str) -> None:
         "ended": f"{type(error).__name__}: {error}",
         "states": {**states, "not reached": jobs - len(results)},
         "results": [asdict(result) for result in results],
+        "inputs": inputs or {},
     }
     with suppress(HistoseekError):  # a full disk is what may have ended it
         if Path(out).is_dir():
@@ -92,10 +104,31 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
         for reason in result.unreadable[:3]:
             console.say(f"{result.name}: {reason}")
     _show_speed(results, document)
+    for line in _told(results, document["inputs"]):
+        console.say(line)
     for note in document["encoder"].get("notes", []):
         console.say(f"note: {note}")
     states = ", ".join(f"{count} {state}" for state, count in document["states"].items())
     console.say(f"{states}; features, overlays and run.json in {out}")
+
+
+def _told(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
+    """Return a line for all that was left out, not used, guessed or overruled."""
+    lines = [f"note: {note}" for note in inputs.get("notes", [])]
+    lines += summarised([LeftOut(**left) for left in inputs.get("left_out", [])])
+    for key, what in NOT_USED.items():
+        names = inputs.get(key) or []
+        if names:
+            few = ", ".join(names[:FEW]) + (" …" if len(names) > FEW else "")
+            lines.append(f"{what}: {len(names)} ({few})")
+    by_note: dict[str, list[str]] = {}
+    for result in results:
+        for note in result.notes:
+            by_note.setdefault(note, []).append(result.name)
+    for note, names in by_note.items():
+        few = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+        lines.append(f"{few}: {note}")
+    return lines
 
 
 def _percent(share: float | None) -> str:

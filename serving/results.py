@@ -18,11 +18,13 @@ class EmbedOptions:
     Attributes:
         mpp: micrometres per pixel of the tiles; None takes the encoder's.
         assume_mpp: micrometres per pixel of slides whose file and manifest do not say.
+        override_mpp: micrometres per pixel of every slide of the run, whatever file and manifest say.
+        series: number of the picture that is the slide, in TIFF files that hold several.
         overlap_px: overlap of neighbouring tiles.
         min_tissue: least share of tissue in a tile.
         manifest: CSV of the inputs; for tile sets their labels and groups.
-        regions: GeoJSON file for every slide, or a folder with ``<slide>.geojson``: polygons that
-            count as tissue, instead of what is found.
+        regions: GeoJSON file of the one slide, or a folder of them, each named after its slide:
+            polygons in QuPath's frame that count as tissue, instead of what is found.
         region_classes: take only annotations classified so.
         overlays: write ``overlays/<slide>.jpg``.
         geojson: write ``geojson/<slide>.tissue.geojson`` and ``.tiles.geojson``.
@@ -31,6 +33,8 @@ class EmbedOptions:
 
     mpp: float | None = None
     assume_mpp: float | None = None
+    override_mpp: float | None = None
+    series: int | None = None
     overlap_px: int = 0
     min_tissue: float = 0.25
     manifest: Path | None = None
@@ -46,10 +50,14 @@ class EmbedOptions:
         Raises:
             BadInput: naming the option, its value and what was expected.
         """
-        for name in ("mpp", "assume_mpp"):
+        for name in ("mpp", "assume_mpp", "override_mpp"):
             value = getattr(self, name)
             if value is not None and not 0.01 <= value <= 100:
                 raise BadInput(f"--{name.replace('_', '-')} is {value}; expected 0.01 to 100 µm")
+        if self.series is not None and self.series < 0:
+            raise BadInput(f"--series is {self.series}; expected 0 or more")
+        if self.override_mpp is not None and self.assume_mpp is not None:
+            raise BadInput("--override-mpp and --assume-mpp say the same thing; pass one of them")
         if self.jobs is not None and not 1 <= self.jobs <= 512:
             raise BadInput(f"--jobs is {self.jobs}; expected 1 to 512 decoder workers")
         if self.overlap_px < 0:
@@ -77,6 +85,7 @@ class Result:
         seconds: from opening to writing; slides overlap in time.
         features: the feature file, if there is one.
         tissue: share of the slide that is tissue; None for tile sets and what was not opened.
+        notes: what was guessed, overruled, left out or taken over, one sentence each.
     """
 
     name: str
@@ -88,6 +97,7 @@ class Result:
     seconds: float = 0.0
     features: str | None = None
     tissue: float | None = None
+    notes: list[str] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:

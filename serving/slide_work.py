@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,51 @@ from ..feature_files import Features
 from ..files import write_atomic
 from ..images import encode_jpeg
 from ..manifest import Manifest
-from .geojson import outlines, write_tiles, write_tissue
+from ..tables import number_of
+from .geojson import moved, outlines, write_tiles, write_tissue
 from .jobs import Job
 from .overlay import draw_overlay
 from .results import EmbedOptions
 from .slides import Grid, Slide
+
+
+@dataclass(frozen=True)
+class Said:
+    """What people say of one slide.
+
+    Attributes:
+        mpp: micrometres per pixel of level 0, or None.
+        by: who says so: ``override`` or ``manifest``.
+        series: number of the picture of a TIFF that is the slide, or None.
+    """
+
+    mpp: float | None = None
+    by: str = ""
+    series: int | None = None
+
+
+def said_of(job: Job, options: EmbedOptions) -> Said:
+    """Return what the options and the manifest say of a slide.
+
+    Raises:
+        BadInput: the manifest's mpp or series is not a number in range.
+    """
+    series, text = options.series, job.row.get("series", "")
+    if text and series is None:
+        if not text.isdigit():
+            raise BadInput(
+                f"the manifest gives {job.source.name} series {text!r}; expected a number"
+            )
+        series = int(text)
+    if options.override_mpp is not None:
+        return Said(options.override_mpp, "override", series)
+    stated = job.row.get("mpp", "")
+    if not stated:
+        return Said(series=series)
+    value = number_of(stated)
+    if value is None or not 0.01 <= value <= 100:
+        raise BadInput(f"the manifest gives {job.source.name} mpp {stated!r}; expected 0.01 to 100")
+    return Said(value, "manifest", series)
 
 
 class SlideWork:
@@ -35,6 +76,7 @@ class SlideWork:
         name: str,
         path: Path,
         key: dict[str, Any],
+        said: Said,
     ) -> None:
         """Keep what is needed to read and describe the slide's tiles; the pictures are not kept."""
         self.job, self.name, self.path, self.count = job, name, path, len(grid.coords)
@@ -42,6 +84,12 @@ class SlideWork:
         self._slide, self._manifest, self._key = slide, manifest, key
         self._coords, self._side, self._size = grid.coords, grid.size_px_level0, grid.size_px
         self._grid = (grid.overlap_px, grid.mpp, grid.target_mpp, grid.candidates)
+        self._bounds = None if grid.bounds is None else list(grid.bounds)
+        self._mpp_from = said.by if slide.mpp_from == "stated" else slide.mpp_from
+        self._row = (
+            dict(key["row"]) if said.series is None else {**key["row"], "series": str(said.series)}
+        )
+        self.notes = list(slide.notes)
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
@@ -67,7 +115,7 @@ class SlideWork:
             encoder_sha256=self._manifest.sha256,
             features=np.zeros((0, self._manifest.dim), dtype=np.float32),
             coords=self._coords[np.asarray(kept, dtype=np.int64)],
-            source=str(self.job.source.resolve()),
+            source=self.job.location,
             size_px=self._size,
             size_px_level0=self._side,
             overlap_px=overlap_px,
@@ -77,41 +125,21 @@ class SlideWork:
             height=self._slide.height,
             about={
                 "key": self._key,
-                "source": str(self.job.source.resolve()),
+                "source": self.job.location,
                 "reason": reason,
                 "unreadable": unreadable,
                 "tiles": len(kept),
                 "tissue_share": self.tissue,
-                "mpp_from": self._mpp_from(),
-                "row": self._key["row"],
+                "mpp_from": self._mpp_from,
+                "bounds": self._bounds,
+                "notes": self.notes,
+                "row": self._row,
             },
         )
-
-    def _mpp_from(self) -> str | None:
-        """``file``, ``manifest``, ``assumed`` or None."""
-        by_row = self._slide.mpp_from == "assumed" and self.job.row.get("mpp")
-        return "manifest" if by_row else self._slide.mpp_from
 
     def close(self) -> None:
         """Close the slide."""
         self._slide.close()
-
-
-def regions_of(job: Job, options: EmbedOptions) -> Path | None:
-    """Return the GeoJSON file of a slide.
-
-    Raises:
-        BadInput: the folder of regions has none for it.
-    """
-    if options.regions is None or options.regions.is_file():
-        return options.regions
-    names = [f"{job.source.stem}.geojson", f"{job.source.name}.geojson"]
-    for name in names:
-        if (options.regions / name).is_file():
-            return options.regions / name
-    raise BadInput(
-        f"{options.regions} holds no regions of {job.source.name}; expected {' or '.join(names)}"
-    )
 
 
 def pictures(name: str, out: Path, options: EmbedOptions) -> list[Path]:
@@ -134,5 +162,8 @@ def write_pictures(grid: Grid, name: str, out: Path, options: EmbedOptions) -> N
         picture = draw_overlay(grid, polygons, caption)
         write_atomic(out / "overlays" / f"{name}.jpg", encode_jpeg(picture, 85))
     if options.geojson:
-        write_tissue(out / "geojson" / f"{name}.tissue.geojson", polygons)
-        write_tiles(out / "geojson" / f"{name}.tiles.geojson", grid.coords, grid.size_px_level0)
+        left, top = grid.origin
+        drawn = moved(polygons, -left, -top)
+        write_tissue(out / "geojson" / f"{name}.tissue.geojson", drawn)
+        corners = grid.coords - (left, top)
+        write_tiles(out / "geojson" / f"{name}.tiles.geojson", corners, grid.size_px_level0)

@@ -13,8 +13,9 @@ from PIL import Image
 from ..errors import BadInput, HistoseekError
 from ..images import Rgb
 from .geojson import Ring, draw_mask
-from .slide_sources import open_source, overview
-from .tiff_source import BY_TAG
+from .overview import overview
+from .slide_sources import open_source
+from .tiff_source import BY_TAG, SERIES
 from .tissue import Mask, tissue_mask, tissue_share
 
 THUMBNAIL_PX = 2048
@@ -31,6 +32,8 @@ MAX_READ = 64 * 2**20
 """Bytes that are read at once before they are resampled."""
 
 _ANISOTROPY = 1.05
+_SAME_MPP = 0.01
+"""Relative difference up to which two values of µm per pixel are the same."""
 
 
 @dataclass(frozen=True)
@@ -42,6 +45,7 @@ class Grid:
             that tiles that are read together lie together.
         width: of the slide in level-0 pixels.
         size_px_level0: side of a tile in level-0 pixels.
+        bounds: left, top, width and height of the scanned area, or None where the file names none.
         mpp: micrometres per pixel of level 0.
         target_mpp: micrometres per pixel of the tiles.
         size_px: side of a tile in its own pixels.
@@ -55,6 +59,7 @@ class Grid:
     coords: NDArray[np.int64]
     width: int
     size_px_level0: int
+    bounds: tuple[int, int, int, int] | None
     mpp: float
     target_mpp: float
     size_px: int
@@ -69,6 +74,11 @@ class Grid:
         """Level-0 pixels per pixel of the mask."""
         return self.width / int(self.mask.shape[1])
 
+    @property
+    def origin(self) -> tuple[int, int]:
+        """Left and top of QuPath's picture of the slide, in level-0 pixels."""
+        return self.bounds[:2] if self.bounds is not None else (0, 0)
+
 
 class Slide:
     """An open slide.
@@ -77,17 +87,28 @@ class Slide:
         path: the file.
         width: of level 0, in pixels.
         height: of level 0, in pixels.
-        mpp: micrometres per pixel of level 0, or None if the file does not say.
-        mpp_from: ``file``, ``assumed`` or None.
+        mpp: micrometres per pixel of level 0, or None if nobody says.
+        mpp_from: ``file``, ``stated``, ``assumed`` or None.
+        bounds: left, top, width and height of the area that was scanned, in level-0 pixels, where the
+            file says (.mrxs, .scn, .bif); QuPath shows this area only, with (0, 0) at its corner.
         objective: nominal magnification, or None.
+        notes: what the file says and a person overruled, or the other way round.
     """
 
-    def __init__(self, path: Path, assume_mpp: float | None = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        assume_mpp: float | None = None,
+        stated_mpp: float | None = None,
+        series: int | None = None,
+    ) -> None:
         """Open a slide.
 
         Args:
             path: the file.
             assume_mpp: micrometres per pixel to take where the file does not say.
+            stated_mpp: micrometres per pixel that a person says of this very slide; wins over the file.
+            series: number of the picture of a TIFF that is the slide; found if left out.
 
         Raises:
             BadInput: missing, empty, not readable, or with pixels that are not square.
@@ -97,22 +118,61 @@ class Slide:
         if path.is_file() and path.stat().st_size == 0:
             raise BadInput(f"{path} is empty (0 bytes); copy it again")
         self.path = path
-        self._source = open_source(path)
+        self.notes: list[str] = []
+        self._source = open_source(path, series)
         try:
-            self._read_properties(self._source.properties, assume_mpp)
+            self._read_properties(self._source.properties, assume_mpp, stated_mpp)
         except BadInput:
             self._source.close()
             raise
 
-    def _read_properties(self, properties: dict[str, str], assume_mpp: float | None) -> None:
+    def _read_properties(
+        self, properties: dict[str, str], assume_mpp: float | None, stated_mpp: float | None
+    ) -> None:
         self.width, self.height = self._source.levels[0][1]
-        file_mpp = _file_mpp(self.path, properties)
-        if file_mpp is not None and assume_mpp and file_mpp > PRINT_MPP and BY_TAG in properties:
-            file_mpp = None  # 300 dpi is the scale of a print, and somebody knows the slide's
-        self.mpp = file_mpp if file_mpp is not None else assume_mpp
-        self.mpp_from = "file" if file_mpp is not None else "assumed" if assume_mpp else None
+        if SERIES in properties:
+            self.notes.append(f"the slide is picture {properties[SERIES]} in the file")
+        sides = _file_sides(properties)
+        of_a_print = sides is not None and BY_TAG in properties and max(sides) > PRINT_MPP
+        if sides is not None and of_a_print and assume_mpp and stated_mpp is None:
+            self.notes.append(
+                f"µm per pixel is {assume_mpp:g} as assumed; the file's resolution tags say {_by(sides)}, "
+                "which is the scale of a print"
+            )
+            sides = None
+        self.mpp, self.mpp_from = self._chosen_mpp(sides, assume_mpp, stated_mpp)
+        self.bounds = _bounds(properties, self.width, self.height)
         power = properties.get("openslide.objective-power", "")
         self.objective = float(power) if power.replace(".", "", 1).isdigit() else None
+
+    def _chosen_mpp(
+        self,
+        sides: tuple[float, float] | None,
+        assume_mpp: float | None,
+        stated_mpp: float | None,
+    ) -> tuple[float | None, str | None]:
+        """Return µm per pixel and where it is from: a person's word, the file's, an assumption."""
+        said = "" if sides is None else _by(sides)
+        if stated_mpp is not None:
+            if sides is not None and not _agree(stated_mpp, sides):
+                self.notes.append(
+                    f"µm per pixel is {stated_mpp:g} as stated; the file says {said}, which was overruled"
+                )
+            return stated_mpp, "stated"
+        if sides is None:
+            return assume_mpp, "assumed" if assume_mpp else None
+        if max(sides) / min(sides) > _ANISOTROPY:
+            raise BadInput(
+                f"{self.path} says that its pixels are {said} µm; expected square ones: if that is wrong, "
+                "state the right value by --override-mpp, or in the manifest's column mpp; if it is right, "
+                "resample the slide"
+            )
+        if assume_mpp and not _agree(assume_mpp, sides):
+            self.notes.append(
+                f"µm per pixel is {said} as the file says; --assume-mpp {assume_mpp:g} is for files that "
+                "do not say (--override-mpp overrules them)"
+            )
+        return sum(sides) / 2, "file"
 
     def __enter__(self) -> Slide:
         return self
@@ -133,7 +193,8 @@ class Slide:
         if self.mpp is None:
             raise BadInput(
                 f"{self.path} does not say its micrometres per pixel, so tiles cannot be cut at the "
-                "encoder's scale; pass --assume-mpp if you know it (about 0.25 at 40x, 0.5 at 20x)"
+                "encoder's scale; pass --assume-mpp, or a manifest with a column mpp, if you know it "
+                "(about 0.25 at 40x, 0.5 at 20x)"
             )
         return self.mpp
 
@@ -155,8 +216,8 @@ class Slide:
     ) -> Grid:
         """Lay tiles over the slide and keep those with enough tissue.
 
-        Tiles at the right and bottom border that do not fit whole are left out; a slide smaller than
-        one tile gives none.
+        Tiles at the right and bottom border that do not fit whole are left out, and so are tiles that
+        lie wholly outside what was scanned; a slide smaller than one tile gives none.
 
         Args:
             size_px: side of a tile.
@@ -173,7 +234,8 @@ class Slide:
         if scale < MIN_SCALE:
             raise BadInput(
                 f"{self.path} has {mpp:g} µm per pixel; tiles at {target_mpp:g} would be invented from "
-                f"{scale:.2f} pixels each: pass a larger --mpp, or check --assume-mpp"
+                f"{scale:.2f} pixels each: pass a larger --mpp; if the slide's own value is wrong, state "
+                "the right one by --override-mpp or in the manifest's column mpp"
             )
         if scale * size_px > MAX_SIDE:
             raise BadInput(
@@ -193,7 +255,7 @@ class Slide:
         else:
             size = thumbnail.shape[1], thumbnail.shape[0]
             mask = draw_mask(regions, size, self.width / thumbnail.shape[1])
-        coords = _places(self.width, self.height, side, step)
+        coords = self._scanned(_places(self.width, self.height, side, step), side)
         kept = coords
         if len(coords):
             to_mask = mask.shape[1] / self.width, mask.shape[0] / self.height
@@ -203,6 +265,7 @@ class Slide:
             coords=np.ascontiguousarray(kept),
             width=self.width,
             size_px_level0=side,
+            bounds=self.bounds,
             mpp=mpp,
             target_mpp=target_mpp,
             size_px=size_px,
@@ -212,6 +275,22 @@ class Slide:
             thumbnail=thumbnail,
             mask=mask,
         )
+
+    def _scanned(self, coords: NDArray[np.int64], side: int) -> NDArray[np.int64]:
+        """Return the places of tiles, (N, 2), that hold anything that was scanned."""
+        if self.bounds is None or not len(coords):
+            return coords
+        left, top, width, height = self.bounds
+        near = coords - (left, top)
+        inside = ((near > -side) & (near < (width, height))).all(axis=1)
+        coords = coords[inside]
+        scanned = self._source.scanned()
+        if scanned is None or not len(coords):
+            return coords
+        to_mask = np.array([scanned.shape[1] / self.width, scanned.shape[0] / self.height])
+        corners = coords * to_mask
+        boxes = np.concatenate([corners - 1, corners + side * to_mask + 1], axis=1)
+        return coords[tissue_share(scanned, boxes) > 0]
 
     def read_tile(self, x: int, y: int, size_px_level0: int, size_px: int) -> Rgb:
         """Read one tile; see :meth:`read_tiles`.
@@ -281,25 +360,49 @@ def _resample(tile: Rgb, size_px: int) -> Rgb:
     return np.asarray(Image.fromarray(tile).resize((size_px, size_px), resample))
 
 
-def _file_mpp(path: Path, properties: dict[str, str]) -> float | None:
+def _file_sides(properties: dict[str, str]) -> tuple[float, float] | None:
+    """Return width and height of a pixel in µm as the file says; None if it says nothing usable."""
     try:
-        mpp_x = float(properties["openslide.mpp-x"])
-        mpp_y = float(properties["openslide.mpp-y"])
+        sides = float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"])
     except (KeyError, ValueError):
         return None
-    if not (0.01 <= mpp_x <= 100 and 0.01 <= mpp_y <= 100):
+    if not all(0.01 <= side <= 100 for side in sides):
         return None  # resolution of a screen (72 dpi = 353 µm), not of a microscope
-    if max(mpp_x, mpp_y) / min(mpp_x, mpp_y) > _ANISOTROPY:
-        raise BadInput(
-            f"{path} has pixels of {mpp_x:.3f} x {mpp_y:.3f} µm; expected square ones: resample it"
+    return sides
+
+
+def _by(sides: tuple[float, float]) -> str:
+    return f"{sides[0]:.4g} x {sides[1]:.4g}"
+
+
+def _agree(mpp: float, sides: tuple[float, float]) -> bool:
+    return all(abs(mpp - side) <= _SAME_MPP * mpp for side in sides)
+
+
+def _bounds(
+    properties: dict[str, str], width: int, height: int
+) -> tuple[int, int, int, int] | None:
+    """Return left, top, width and height of the scanned area, cut to the slide."""
+    try:
+        left, top, across, down = (
+            int(properties[f"openslide.bounds-{key}"]) for key in ("x", "y", "width", "height")
         )
-    return (mpp_x + mpp_y) / 2
+    except (KeyError, ValueError):
+        return None
+    left, top = max(0, left), max(0, top)
+    across, down = min(across, width - left), min(down, height - top)
+    return (left, top, across, down) if across > 0 and down > 0 else None
 
 
-def open_slide(path: Path, assume_mpp: float | None = None) -> Slide:
+def open_slide(
+    path: Path,
+    assume_mpp: float | None = None,
+    stated_mpp: float | None = None,
+    series: int | None = None,
+) -> Slide:
     """Open a slide; every failure is an error of ours that names the file."""
     try:
-        return Slide(path, assume_mpp)
+        return Slide(path, assume_mpp, stated_mpp, series)
     except HistoseekError:
         raise
     except Exception as error:

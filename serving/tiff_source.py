@@ -16,24 +16,31 @@ from .tiff_pixels import Level, TiffPixels, level_of
 
 _UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _ORIENTATIONS = {0, 1}
+SERIES = "histoseek.series"
+"""Property that says which picture of a TIFF was taken, of how many, where it holds several."""
 BY_TAG = "histoseek.mpp-by-resolution-tag"
 """Property of slides whose scale is only that of a print (72 or 300 dpi), if it is coarse."""
 
 
 class TiffSource:
-    """The first picture of a TIFF file with its pyramid, if it has one."""
+    """A picture of a TIFF file with its pyramid, if it has one."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, series: int = 0) -> None:
         """Open a TIFF.
 
+        Args:
+            path: the file.
+            series: number of the picture that is the slide.
+
         Raises:
-            BadInput: not a TIFF, damaged, or pixels that have no single reading as 8-bit RGB.
+            BadInput: not a TIFF, damaged, pixels that have no single reading as 8-bit RGB, or no picture
+                of that number.
         """
         try:
-            with _open(path) as opened:
-                pages = _pyramid(opened, path)
+            with open_tiff(path) as opened:
+                pages = _pyramid(opened, path, series)
                 levels = [level_of(page, path) for page in pages]
-                self.properties = _properties(opened, pages[0], path.name)
+                self.properties = _properties(opened, pages[0], path.name, series)
         except HistoseekError:
             raise
         except Exception as error:  # a damaged header can make the parser fail in any way
@@ -52,17 +59,20 @@ class TiffSource:
     def regions(
         self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
-        """Read several regions; see :class:`~histoseek.serving.slide_sources.Source`."""
+        """Read several regions; see :class:`~histoseek.serving.overview.Source`."""
         down = self.levels[level][0]
         scaled = [(round(x / down), round(y / down)) for x, y in places]
         return self._pixels.squares(level, scaled, out)
+
+    def scanned(self) -> None:
+        """All of it was; see :class:`~histoseek.serving.overview.Source`."""
 
     def close(self) -> None:
         """Close the file."""
         self._pixels.close()
 
 
-def _open(path: Path) -> Any:
+def open_tiff(path: Path) -> Any:
     """Open this file alone: OME-XML may name others, which are slides of their own."""
     import tifffile
 
@@ -79,10 +89,14 @@ def whole_segments(level: Level, about: int = 1024) -> tuple[int, int]:
     return wide, max(1, high // level.tile_height) * level.tile_height
 
 
-def _pyramid(opened: Any, path: Path) -> list[Any]:
+def _pyramid(opened: Any, path: Path, number: int) -> list[Any]:
     if not opened.series:
         raise BadInput(f"{path} holds no picture; copy it again")
-    series = opened.series[0]
+    if not 0 <= number < len(opened.series):
+        raise BadInput(
+            f"{path} has no series {number}; it holds {len(opened.series)} picture(s), numbered from 0"
+        )
+    series = opened.series[number]
     first = series.levels[0]
     if len(first.pages) != 1:
         raise BadInput(
@@ -101,25 +115,26 @@ def _pyramid(opened: Any, path: Path) -> list[Any]:
     return [p for n, p in enumerate(pages) if n == 0 or p.imagewidth < min(widths[:n])]
 
 
-def _properties(opened: Any, page: Any, name: str) -> dict[str, str]:
-    sizes = _ome_mpp(opened.ome_metadata, name) if opened.is_ome else None
+def _properties(opened: Any, page: Any, name: str, number: int) -> dict[str, str]:
+    found = {SERIES: f"{number} of {len(opened.series)}"} if len(opened.series) > 1 else {}
+    sizes = _ome_mpp(opened.ome_metadata, name, number) if opened.is_ome else None
     if sizes is not None:
-        return {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
+        return {**found, "openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
     sizes = _tag_mpp(page)
     if sizes is None:
-        return {}
-    found = {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
+        return found
+    found |= {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
     return {**found, BY_TAG: "yes"}
 
 
-def _ome_mpp(document: str | None, name: str) -> tuple[float, float] | None:
-    """Return µm per pixel of the picture of an OME-XML document that is in the file ``name``."""
+def _ome_mpp(document: str | None, name: str, number: int) -> tuple[float, float] | None:
+    """Return µm per pixel of picture ``number`` of those that an OME-XML document has in a file."""
     if not document or "<!DOCTYPE" in document:
         return None
     try:
         every = [e for e in ElementTree.fromstring(document).iter() if e.tag.endswith("Pixels")]
         mine = [e for e in every if any(n.get("FileName") == name for n in e.iter())]
-        pixels = (mine or every)[0]
+        pixels = (mine or every)[number]
         values = []
         for axis in "XY":
             unit = _UNITS[pixels.get(f"PhysicalSize{axis}Unit", "µm")]
@@ -151,7 +166,7 @@ def looks_like_tiff(path: Path) -> bool:
 def is_ome(path: Path) -> bool:
     """Whether a TIFF carries OME-XML; False for what cannot be read."""
     try:
-        with _open(path) as opened:
+        with open_tiff(path) as opened:
             return bool(opened.is_ome)
     except Exception:  # opening it for good will tell what is wrong
         return False

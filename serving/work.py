@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,14 +13,16 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch
 from ..feature_files import Features, magnification, read_about
-from ..files import sha256_file
+from ..feature_writer import set_source
+from ..files import content_mark, sha256_file
 from ..images import square
 from ..manifest import Manifest
 from ..tilesets import TileSet, open_tiles
-from .geojson import read_annotations
-from .jobs import Job, content_mark, distinct_name
+from ..walking import summarised
+from .geojson import moved, read_annotations
+from .jobs import Job, distinct_name
 from .results import EmbedOptions, Result
-from .slide_work import SlideWork, pictures, regions_of, write_pictures
+from .slide_work import Said, SlideWork, pictures, said_of, write_pictures
 from .slides import Slide, open_slide
 
 MAX_UNREADABLE = 0.1
@@ -35,6 +38,7 @@ class Work(Protocol):
         path: the feature file.
         count: how many tiles.
         tissue: share of the slide that is tissue, or None.
+        notes: what was guessed, overruled or left out.
         seconds: that opening it and finding its tiles took.
     """
 
@@ -44,6 +48,7 @@ class Work(Protocol):
     path: Path
     count: int
     tissue: float | None
+    notes: list[str]
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """Read tiles from number ``start`` on into ``out``, uint8 (N, S, S, 3).
@@ -107,9 +112,10 @@ def _prepare(
         raise Mismatch(
             f"encoder {manifest.name} names no mpp to read slides at; pass --mpp or --magnification"
         )
-    slide = open_slide(job.source, _assumed_mpp(job, options))
+    said = said_of(job, options)
+    slide = open_slide(job.source, options.assume_mpp, said.mpp, said.series)
     try:
-        made = _prepare_slide(job, slide, mpp, manifest, lower, out, options)
+        made = _prepare_slide(job, slide, said, mpp, manifest, lower, out, options)
     except BaseException:
         slide.close()
         raise
@@ -131,19 +137,6 @@ def refuse_if_broken(work: Work, unreadable: list[str]) -> None:
         )
 
 
-def _assumed_mpp(job: Job, options: EmbedOptions) -> float | None:
-    stated = job.row.get("mpp", "")
-    if not stated:
-        return options.assume_mpp
-    try:
-        value = float(stated)
-    except ValueError:
-        value = float("nan")
-    if not 0.01 <= value <= 100:
-        raise BadInput(f"the manifest gives {job.source.name} mpp {stated!r}; expected 0.01 to 100")
-    return value
-
-
 def _place(
     out: Path, folder: str, job: Job, manifest: Manifest, key: dict[str, Any]
 ) -> tuple[Path, str, bool]:
@@ -151,8 +144,10 @@ def _place(
     parent = out / folder / f"features_{manifest.name}"
     names = dict.fromkeys((job.name, distinct_name(job)))
     plain = read_about(parent / f"{job.stem}.h5")
-    if plain is not None and plain.get("source") == str(job.source.resolve()):
+    if plain is not None and _is_here(plain, job):
         names = {job.stem: None, **names}  # it was embedded before another slide of its name came
+    if left_behind := _left_behind(parent, job, key["content"]):
+        names = {left_behind: None, **names}
     for name in names:
         path = parent / f"{name}.h5"
         about = read_about(path)
@@ -160,15 +155,37 @@ def _place(
             return path, name, False
         if about.get("key") == key:
             return path, name, not about.get("unreadable")
-        if about.get("key", {}).get("content") == key["content"]:
-            return path, name, False
-        if about.get("source") == str(job.source.resolve()):
+        if about.get("key", {}).get("content") == key["content"] or _is_here(about, job):
             return path, name, False
     return path, name, False
 
 
+def _is_here(about: dict[str, Any], job: Job) -> bool:
+    """Whether features were made of the file that a job names, wherever links lead to it."""
+    return about.get("source") in {job.location, str(job.source.resolve())}
+
+
+def _left_behind(parent: Path, job: Job, content: str) -> str | None:
+    """Return the name of features of the same file that was elsewhere and is not there any more."""
+    if (parent / f"{job.name}.h5").exists() or not parent.is_dir():
+        return None
+    for path in sorted(parent.glob(f"{glob.escape(job.stem)}-????????.h5")):
+        about = read_about(path)
+        same = about is not None and about.get("key", {}).get("content") == content
+        if about is not None and same and not Path(str(about.get("source"))).exists():
+            return path.stem
+    return None
+
+
 def _done_before(job: Job, name: str, path: Path) -> Result:
+    """Return the result of a job that was done before; features take over a new place of the slide."""
     about = read_about(path) or {}
+    notes = [str(note) for note in about.get("notes", [])]
+    if about and not _is_here(about, job):
+        notes.append(
+            f"the slide was at {about.get('source')} when it was embedded; took over its new place"
+        )
+        set_source(path, job.location)
     return Result(
         name,
         str(job.source),
@@ -177,12 +194,14 @@ def _done_before(job: Job, name: str, path: Path) -> Result:
         about.get("tiles", 0),
         features=str(path),
         tissue=about.get("tissue_share"),
+        notes=notes,
     )
 
 
 def _prepare_slide(
     job: Job,
     slide: Slide,
+    said: Said,
     target_mpp: float,
     manifest: Manifest,
     lower: dict[str, Any],
@@ -190,7 +209,12 @@ def _prepare_slide(
     options: EmbedOptions,
 ) -> Work | Result:
     folder = f"{magnification(target_mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
-    given = regions_of(job, options)
+    given = job.regions
+    if given is None and options.regions is not None:
+        raise BadInput(
+            f"--regions {options.regions} holds no regions of {job.source.name}; expected a file such as "
+            f"{job.stem}.geojson or {job.source.name}.geojson"
+        )
     key = {
         "content": content_mark(job.source),
         "encoder": manifest.sha256,
@@ -200,17 +224,24 @@ def _prepare_slide(
         "row": {k: v for k, v in job.row.items() if k != "file"},
         **lower,
     }
+    if said.series is not None:
+        key["series"] = said.series
     if given is not None:
         key["regions"] = [sha256_file(given), *options.region_classes]
+        if slide.bounds is not None:
+            key["regions"].append("QuPath's frame")
     path, name, ready = _place(out, folder, job, manifest, key)
     if ready and all(picture.is_file() for picture in pictures(name, out, options)):
         return _done_before(job, name, path)
-    regions = read_annotations(given, options.region_classes) if given is not None else None
+    regions = None
+    if given is not None:
+        left, top = slide.bounds[:2] if slide.bounds is not None else (0, 0)
+        regions = moved(read_annotations(given, options.region_classes), left, top)
     grid = slide.grid(manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions)
     write_pictures(grid, name, out, options)
     if ready:
         return _done_before(job, name, path)
-    return SlideWork(job, slide, grid, manifest, name, path, key)
+    return SlideWork(job, slide, grid, manifest, name, path, key, said)
 
 
 class TilesWork:
@@ -231,6 +262,7 @@ class TilesWork:
         """Keep what is needed to read and describe the tiles."""
         self.job, self.name, self.path, self.count = job, name, path, len(tileset)
         self._tileset, self._manifest, self._key = tileset, manifest, key
+        self.notes = [*tileset.notes, *summarised(tileset.left_out)]
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
@@ -253,16 +285,17 @@ class TilesWork:
             coords=np.zeros((len(kept), 2), dtype=np.int64),
             files=tuple(t.file for t in tiles),
             kind="tiles",
-            source=str(self.job.source.resolve()),
+            source=self.job.location,
             size_px=self._manifest.size_px,
             labels=tuple(t.label or "" for t in tiles),
             groups=tuple(t.group or "" for t in tiles),
             about={
                 "key": self._key,
-                "source": str(self.job.source.resolve()),
+                "source": self.job.location,
                 "unreadable": unreadable,
                 "tiles": len(kept),
                 "reason": "",
+                "notes": self.notes,
             },
         )
 

@@ -15,6 +15,7 @@ from ..errors import BadInput
 from ..files import write_json
 from ..metrics import flat_rows
 from ..tilesets import TileSet, concatenate
+from ..walking import summarised
 from .evaluate import JUDGED
 from .layouts import open_data
 from .models import MODELS, build, model_options
@@ -154,7 +155,14 @@ def select(sources: Sequence[Path], exclude: Sequence[str], label_from: Sequence
     if list(label_from) != ["label"]:
         parts = [part.relabelled(label_from) for part in parts]
     whole = concatenate(parts)
+    for line in [*whole.notes, *summarised(whole.left_out)]:
+        console.say(line)
     return whole
+
+
+def _of_data(tiles: TileSet) -> dict[str, Any]:
+    """Return what was recognised and left out while the data was read, JSON-ready."""
+    return {"notes": list(tiles.notes), "left_out": [left._asdict() for left in tiles.left_out]}
 
 
 def train(
@@ -180,7 +188,7 @@ def train(
         return
     record = _one(recipe, options, tiles, out, selection)
     if record:  # only the first process of several has one
-        console.emit(record, lambda: show_run(record, out))
+        console.emit({**record, **_of_data(tiles)}, lambda: show_run(record, out))
 
 
 def _one(
@@ -205,7 +213,7 @@ def _every_fold(
         side: summarise([flat_rows(r["metrics"][side]) for r in records])
         for side in records[0]["metrics"]
     }
-    document = {"folds": options.folds, "summary": summary}
+    document = {"folds": options.folds, "summary": summary, **_of_data(tiles)}
     write_json(out / "cross_validation.json", document)
 
     def human() -> None:

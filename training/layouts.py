@@ -22,6 +22,7 @@ from ..files import sha256_file
 from ..images import SUFFIXES
 from ..tables import read_csv
 from ..tilesets import Tile, TileSet, content_hash, open_tiles
+from ..walking import walk
 
 CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",
@@ -205,8 +206,7 @@ def _svhn(path: Path) -> TileSet | None:
 def _idc(path: Path) -> TileSet | None:
     """Recognise by the file names; the patient becomes the group."""
     if path.is_dir():
-        first = next((p for p in path.rglob("*_class[01].*") if IDC.match(p.name)), None)
-        if first is None:
+        if not any(IDC.match(file.name) for file in walk(path).files):
             return None
     elif not _tar_names_match(path, lambda name: bool(IDC.match(name))):
         return None
@@ -237,12 +237,12 @@ def _chest(path: Path) -> TileSet | None:
     table = path if path.is_file() else next(iter(sorted(path.glob(f"{CHEST}*.csv"))), None)
     if table is None or not table.name.startswith(CHEST):
         return None
-    pictures = {
-        file.name: file for file in table.parent.rglob("*") if file.suffix.lower() in SUFFIXES
-    }
+    walked = walk(table.parent)
+    pictures = {file.name: file for file in walked.files if file.suffix.lower() in SUFFIXES}
     tiles = []
     places = []
-    for row in read_csv(table, key="Image Index"):
+    listed = read_csv(table, "Image Index")
+    for row in listed.rows:
         if row["Image Index"] in pictures:
             findings, patient = row.get("Finding Labels", ""), row.get("Patient ID", "")
             tiles.append(Tile(row["Image Index"], findings or None, patient or None, row))
@@ -251,5 +251,11 @@ def _chest(path: Path) -> TileSet | None:
         raise BadInput(f"{table} names no picture that lies in {table.parent} or below it")
     content = content_hash([sha256_file(table), *(t.file for t in tiles)])
     return TileSet(
-        "chestxray14", str(table), tuple(tiles), content, lambda n: places[n].read_bytes()
+        "chestxray14",
+        str(table),
+        tuple(tiles),
+        content,
+        lambda n: places[n].read_bytes(),
+        listed.notes,
+        walked.left_out,
     )

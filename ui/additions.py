@@ -38,6 +38,7 @@ from ..serving.jobs import Job
 from ..serving.pipeline import embed_jobs
 from ..serving.results import EmbedOptions
 from ..serving.slide_sources import SLIDE_SUFFIXES
+from ..slide_names import without_last_ending
 from .answers import now
 from .handlers import Session
 
@@ -250,20 +251,30 @@ class Additions:
                 f"{path.name}: expected a slide (.svs, .ndpi, .mrxs, .scn, .bif, .tif, .tiff, .dcm …) or a "
                 "picture"
             )
+        name = without_last_ending(path.name)
         there = {slide["name"] for slide in self._session.atlas.slides()}
         with self._lock:
             under_way = [job for job in self._jobs.values() if not job.over]
             if len(under_way) >= MAX_WAITING:
                 raise Busy(f"{MAX_WAITING} slides wait already; ask again when some are through")
-            if path.stem in {job.slide for job in under_way}:
-                raise BadInput(f"slide {path.stem!r} is on its way already")
-            if path.stem in there and not replace:
-                raise BadInput(
-                    f"slide {path.stem!r} is in the atlas already; rename it, or replace it"
-                )
+            if name in {job.slide for job in under_way}:
+                raise BadInput(f"slide {name!r} is on its way already")
+            if name in there and not replace:
+                raise BadInput(f"slide {name!r} is in the atlas already; rename it, or replace it")
             self._number += 1
             number = str(self._number)
-            job = Addition(number, path.stem, "waiting", 0, 0, "", now(), path, row, replace)
+            job = Addition(
+                number,
+                name,
+                "waiting",
+                0,
+                0,
+                "",
+                now(),
+                path,
+                row,
+                replace,
+            )
             self._jobs[number] = job
             while len(self._jobs) > JOBS_KEPT:
                 self._jobs.popitem(last=False)
@@ -364,7 +375,7 @@ class Additions:
                 if result.features is None:
                     raise BadInput(result.reason)
                 self._set(number, state="adding", done=result.tiles, total=result.tiles)
-                metadata = {job.slide: {k: v for k, v in row.items() if k != "mpp"}}
+                metadata = {work.location: {k: v for k, v in row.items() if k != "mpp"}}
                 (added,) = self._session.atlas.add([Path(result.features)], metadata, job.replace)
         except KeyboardInterrupt:
             return  # closing: the upload stays, and is taken up again

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -274,7 +275,9 @@ class Pictures:
         path = Path(slide["source"])
         source: _Source
         if slide["kind"] == "slide":
-            source = open_slide(path, slide["mpp"])
+            series = json.loads(slide["metadata"]).get("series", "")
+            chosen = int(series) if series.isdigit() else None
+            source = open_slide(path, stated_mpp=slide["mpp"], series=chosen)
         else:
             tiles = open_tiles(path)
             source = tiles, {tile.file: number for number, tile in enumerate(tiles.tiles)}
