@@ -58,7 +58,8 @@ def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut
         if not inside:
             hint = "; its .pt files are pickles, which are not read" if pickles else ""
             raise BadInput(
-                f"{path} holds no feature files (.h5){hint}; run `histoseek embed` first, or check the path"
+                f"{path} holds no .h5 files{hint}; expected features as `histoseek embed` or another "
+                "tool writes them"
             )
         files += inside
         left_out += walked.left_out
@@ -161,7 +162,7 @@ def export(
     """Write vectors and metadata for other tools, or tiles with their clusters for QuPath."""
     from .index.atlas import Atlas
     from .index.exports import export as write
-    from .index.exports import without_size
+    from .index.exports import origins, without_size
 
     more: dict[str, Any] = {"clustering": clusters, "like": like} if to == "geojson" else {}
     if clusters and like is not None:
@@ -172,7 +173,11 @@ def export(
         opened = Atlas(atlas)
         tiles = write(opened, out, to, where, **more)
     left_out = without_size(opened, where) if to == "geojson" else {}
-    document = {"out": str(out), "to": to, "tiles": tiles, "left_out": left_out}
+    corners = origins(opened) if to == "geojson" else {}
+    unknown = sorted(name for name, corner in corners.items() if corner is None)
+    document = {
+        "out": str(out), "to": to, "tiles": tiles, "left_out": left_out, "frame_unknown": unknown
+    }  # fmt: skip
 
     def human() -> None:
         console.say(f"{out}: {tiles:,} tiles")
@@ -182,6 +187,11 @@ def export(
             console.say(
                 f"left out, for nothing says how large they are on a slide: {count:,} of {few}"
             )
+        say_names(
+            "slides whose scanned area is not known, so their tiles are in level-0 pixels (not in "
+            "QuPath's frame for .mrxs, .scn and .bif: embed these again)",
+            unknown,
+        )
 
     console.emit(document, human)
 

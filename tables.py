@@ -10,7 +10,7 @@ import csv
 import io
 import unicodedata
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -71,6 +71,11 @@ def value_of(given: Any) -> str:
     """Return a cell as text; the empty text where it means *no value* (None, NaN, ``N/A`` …)."""
     text = "" if given is None else str(given).strip()
     return "" if text in NO_VALUE else text
+
+
+def clean_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    """Return a row with texts for values; see :func:`value_of`."""
+    return {str(key): value_of(value) for key, value in row.items()}
 
 
 def number_of(text: str) -> float | None:

@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, MissingPart, unknown_name
+from ..feature_files import read_about
 from ..files import publish_file, publish_folder, storage_failed, temporary, write_atomic
 from . import cluster_report, clusterings
 from .columns import NOT_PLACED, Coded, Columns
@@ -273,7 +274,10 @@ def _texts(column: NDArray[Any] | Coded) -> list[str]:
 def _geojson(
     atlas: Atlas, table: Table, out: Path, clustering: str | None = None, like: int | None = None
 ) -> int:
-    """A folder with ``<slide>.geojson``: tiles as detections of their cluster, or with their similarity."""
+    """A folder with ``<slide>.geojson``: tiles as detections of their cluster, or with their similarity.
+
+    Tiles are in QuPath's frame: (0, 0) is the corner of the scanned area.
+    """
     values: NDArray[Any]
     if like is not None:
         query = prepared(atlas.vectors_of([like]), atlas.manifest.metric)
@@ -295,17 +299,36 @@ def _geojson(
             "say (import them with --tile-px)"
         )
     order = drawn[np.argsort(slides.codes[drawn], kind="stable")]
+    corners = origins(atlas)
     parts = np.split(order, np.flatnonzero(np.diff(slides.codes[order])) + 1)
     with publish_folder(out) as folder:
         for rows in parts:
             slide = slides.names[int(slides.codes[rows[0]])]
-            features = [_feature(table, row, values[row], given, like) for row in rows.tolist()]
+            origin = corners.get(slide) or (0, 0)
+            features = [
+                _feature(table, row, values[row], given, like, origin) for row in rows.tolist()
+            ]
             document = {"type": "FeatureCollection", "features": features}
             name = plain_name(slide)
             if (folder / f"{name}.geojson").exists():  # another slide of nearly that name
                 name = f"{name[:80]}-{hashlib.sha256(slide.encode()).hexdigest()[:8]}"
             write_atomic(folder / f"{name}.geojson", json.dumps(document, ensure_ascii=False))
     return len(drawn)
+
+
+def origins(atlas: Atlas) -> dict[str, tuple[int, int] | None]:
+    """Return by slide the corner of its scanned area in level-0 pixels, which QuPath shows as (0, 0).
+
+    None where nobody wrote it down: in features of other tools, or made before it was kept.
+    """
+    found: dict[str, tuple[int, int] | None] = {}
+    for slide in atlas.slides():
+        if slide["kind"] != "slide":
+            continue
+        about = read_about(atlas.path / slide["features_file"]) or {}
+        bounds = about.get("bounds") or [0, 0]
+        found[slide["name"]] = (int(bounds[0]), int(bounds[1])) if "bounds" in about else None
+    return found
 
 
 def without_size(atlas: Atlas, where: str | None = None) -> dict[str, int]:
@@ -323,9 +346,15 @@ def without_size(atlas: Atlas, where: str | None = None) -> dict[str, int]:
 
 
 def _feature(
-    table: Table, row: int, value: Any, given: dict[int, tuple[str, str]], like: int | None
+    table: Table,
+    row: int,
+    value: Any,
+    given: dict[int, tuple[str, str]],
+    like: int | None,
+    origin: tuple[int, int],
 ) -> dict[str, Any]:
     x, y, size = (int(table.numbers(key)[row]) for key in ("x", "y", "size_px_level0"))
+    x, y = x - origin[0], y - origin[1]
     ring = [[x, y], [x + size, y], [x + size, y + size], [x, y + size], [x, y]]
     properties: dict[str, Any] = {"objectType": "detection"}
     if like is not None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..errors import NotFound, unknown_name
 from ..feature_files import name_in
 from ..slide_names import SlideName, match
-from ..tables import value_of
+from ..tables import clean_row
 from .records import Added
 
 Row = dict[str, str]
@@ -49,11 +49,6 @@ class AddedSlides(list[Added]):
         self.rows = rows
 
 
-def clean(row: Mapping[str, Any]) -> Row:
-    """Return a row with texts for values; what means *no value* (None, NaN …) is the empty text."""
-    return {str(key): value_of(value) for key, value in row.items()}
-
-
 def names_in_atlas(slides: Iterable[Any]) -> list[SlideName]:
     """Return what the slides of an atlas (rows of its table) may be called."""
     return [SlideName(row["name"], (row["source"],) if row["source"] else ()) for row in slides]
@@ -83,7 +78,7 @@ def match_rows(metadata: Metadata, files: Sequence[Path], slides: Iterable[Any])
     found = match(metadata, every, TABLE, "row")
     by_slide = {every[n].name: name for n, name in found.by_slide.items()}
     return Rows(
-        {name: clean(metadata[row]) for name, row in by_slide.items()},
+        {name: clean_row(metadata[row]) for name, row in by_slide.items()},
         tuple(found.unused),
         tuple(sorted(row for name, row in by_slide.items() if name not in added)),
         tuple(sorted(name for name in added if name not in by_slide)),

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 from ..errors import BadInput
 from ..feature_files import Features, content_sha256
+from ..tables import clean_row
 from .catalog import now
 from .mosaic import mosaic_of_groups
 from .tile_table import pack_coded, pack_numbers, pack_places, pack_texts
@@ -102,7 +103,7 @@ def further(row: dict[str, Any]) -> dict[str, str]:
 def slide_row(item: Features, file: str, digest: str, given: dict[str, str]) -> dict[str, Any]:
     """Return the row of the table ``slides`` for a feature file; ``given`` metadata wins over the file."""
     own = item.about.get("row", {})
-    own = own if isinstance(own, dict) else {}
+    own = clean_row(own) if isinstance(own, dict) else {}
     more = further({k: v for k, v in own.items() if k not in OWN}) | further(given)
     return {
         "name": item.name,

@@ -18,11 +18,12 @@ from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed,
 from ..feature_files import Features, check_features, parse_features
 from ..files import remove_leftovers, sha256_file, write_atomic
 from ..manifest import Manifest
+from ..tables import clean_row
 from . import clusterings
 from .catalog import NEXT_TILE, Catalog, get_meta, insert, set_meta, update
 from .clusters import Clustering
 from .generations import Generations
-from .metadata import AddedSlides, Metadata, Row, Rows, clean, match_rows, slides_meant
+from .metadata import AddedSlides, Metadata, Row, Rows, match_rows, slides_meant
 from .records import Added, further, plain_name, slide_row, tiles_row
 from .tile_table import pack_coded, unpack_coded, unpack_texts
 
@@ -205,7 +206,7 @@ class Writer:
         """
         of_slide: dict[str, Row] = {}
         of_tiles: dict[str, dict[str, Row]] = {}
-        given = [clean(row) for row in rows]
+        given = [clean_row(row) for row in rows]
         for row in given:
             if not row.get("slide"):
                 raise BadInput(

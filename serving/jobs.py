@@ -204,6 +204,7 @@ def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
 def _found_instead(left_out: Sequence[LeftOut]) -> str:
     if not left_out:
         return "; check the path"
+    left_out = sorted(left_out, key=lambda left: left.reason.startswith("hidden"))
     few = "; ".join(f"{Path(left.path).name} ({left.reason})" for left in left_out[:5])
     more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
     return f"; it holds {few}{more}"

@@ -131,7 +131,9 @@ class Slide:
     ) -> None:
         self.width, self.height = self._source.levels[0][1]
         if SERIES in properties:
-            self.notes.append(f"the slide is picture {properties[SERIES]} in the file")
+            self.notes.append(
+                f"the file holds several pictures; the slide is series {properties[SERIES]}"
+            )
         sides = _file_sides(properties)
         of_a_print = sides is not None and BY_TAG in properties and max(sides) > PRINT_MPP
         if sides is not None and of_a_print and assume_mpp and stated_mpp is None:

@@ -116,7 +116,7 @@ def _pyramid(opened: Any, path: Path, number: int) -> list[Any]:
 
 
 def _properties(opened: Any, page: Any, name: str, number: int) -> dict[str, str]:
-    found = {SERIES: f"{number} of {len(opened.series)}"} if len(opened.series) > 1 else {}
+    found = {SERIES: f"{number} of 0 to {len(opened.series) - 1}"} if len(opened.series) > 1 else {}
     sizes = _ome_mpp(opened.ome_metadata, name, number) if opened.is_ome else None
     if sizes is not None:
         return {**found, "openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}

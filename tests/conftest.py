@@ -12,6 +12,7 @@ import tarfile
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -205,6 +206,34 @@ def cli_json(cli: Callable[..., Any]) -> Callable[..., Any]:
 
     def run(*words: object, expect: int = 0) -> Any:
         done = cli(*words, "--json")
+        assert done.returncode == expect, done.stderr + done.stdout
+        return json.loads(done.stdout)
+
+    return run
+
+
+@pytest.fixture
+def cli_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Run the command line in this process, which spares a second per command."""
+    from histoseek.__main__ import main
+
+    def run(*words: object, check: bool = False) -> SimpleNamespace:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as ended:
+            main([str(word) for word in words])
+        out, err = capsys.readouterr()
+        assert not check or ended.value.code == 0, err + out
+        return SimpleNamespace(returncode=ended.value.code, stdout=out, stderr=err)
+
+    return run
+
+
+@pytest.fixture
+def cli_here_json(cli_here: Callable[..., SimpleNamespace]) -> Callable[..., Any]:
+    """Run the command line in this process with --json and parse what it prints."""
+
+    def run(*words: object, expect: int = 0) -> Any:
+        done = cli_here(*words, "--json")
         assert done.returncode == expect, done.stderr + done.stdout
         return json.loads(done.stdout)
 

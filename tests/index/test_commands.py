@@ -1,8 +1,5 @@
 """The command group `index` as a person and a program use it: answers, exit codes, one JSON document."""
 
-import json
-from types import SimpleNamespace
-
 import numpy as np
 import pytest
 from atlases import DIM, features, filled, grouped
@@ -10,29 +7,13 @@ from PIL import Image
 
 
 @pytest.fixture
-def cli(capsys):
-    """The command line in this process, which spares a second per command."""
-    from histoseek.__main__ import main
-
-    def run(*words, check=False):
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as ended:
-            main([str(word) for word in words])
-        out, err = capsys.readouterr()
-        assert not check or ended.value.code == 0, err + out
-        return SimpleNamespace(returncode=ended.value.code, stdout=out, stderr=err)
-
-    return run
+def cli(cli_here):
+    return cli_here
 
 
 @pytest.fixture
-def cli_json(cli):
-    def run(*words, expect=0):
-        done = cli(*words, "--json")
-        assert done.returncode == expect, done.stderr + done.stdout
-        return json.loads(done.stdout)
-
-    return run
+def cli_json(cli_here_json):
+    return cli_here_json
 
 
 @pytest.fixture(scope="module")
@@ -131,7 +112,9 @@ def test_clusters_are_fitted_shown_named_and_watched(place, cli_json, cli):
 def test_labels_snapshot_tune_audit_and_repair(place, cli_json, cli):
     atlas = place / "atlas"
     (place / "new.csv").write_text("slide,label,stage\nslide-5,c,III\n")
-    assert cli_json("index", "relabel", atlas, "--metadata", place / "new.csv") == {"changed": 1}
+    assert cli_json("index", "relabel", atlas, "--metadata", place / "new.csv") == {
+        "changed": 1, "slides_without_row": [f"slide-{n}" for n in range(5)], "notes": []
+    }  # fmt: skip
     assert cli_json("index", "stats", atlas)["labels"]["c"] == 150
     cli("index", "snapshot", atlas, "--out", place / "copy", check=True)
     cli("index", "remove", atlas, "slide-4", "slide-5", check=True)
