@@ -64,8 +64,8 @@ def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut
         files += inside
         left_out += walked.left_out
         left_out += [LeftOut(str(file), "a pickle, which can run code") for file in pickles]
-    found = once(files)
-    return [file for file in dict.fromkeys(files) if file in set(found.files)], left_out
+    taken = set(once(files).files)
+    return [file for file in dict.fromkeys(files) if file in taken], left_out
 
 
 def report_added(

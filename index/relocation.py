@@ -97,8 +97,11 @@ class _Marks:
 
 def _below(source: str, folder: str) -> str | None:
     """Return a path relative to a folder above it; None if it does not lie below it."""
-    inside = os.path.relpath(source, os.path.abspath(folder)) if source else ".."
-    return None if inside.split(os.sep)[0] == ".." else inside
+    for above in dict.fromkeys([os.path.abspath(folder), os.path.realpath(folder)]):
+        inside = os.path.relpath(source, above) if source else ".."
+        if inside.split(os.sep)[0] != "..":
+            return inside
+    return None
 
 
 def _candidates(

@@ -236,9 +236,10 @@ def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
     by_source = {job.source: job for job in reversed(jobs)}
     walked = once(list(by_source))
     left_out += walked.left_out
+    taken = set(walked.files)
     kept = []
     for source in dict.fromkeys(job.source for job in jobs):
-        if source in set(walked.files):
+        if source in taken:
             job = by_source[source]
             aliases = dict.fromkeys([*job.aliases, *walked.aliases.get(source, ())])
             kept.append(replace(job, aliases=tuple(aliases)))

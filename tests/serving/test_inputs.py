@@ -251,6 +251,18 @@ def test_an_mrxs_without_its_folder_names_it(encoder, tmp_path):
     assert "needs the folder case7/ beside it" in result.reason
 
 
+def test_pictures_that_an_index_file_names_are_parts_of_its_slide(tissue, tmp_path):
+    """A Hamamatsu .vms lies among the JPEG files that make up its slide."""
+    for name in ("scan_0.jpg", "scan_map.jpg", "photo.jpg"):
+        Image.fromarray(tissue).save(tmp_path / name)
+    (tmp_path / "scan.vms").write_text(
+        "[Virtual Microscope Specimen]\nImageFile=scan_0.jpg\nMapFile=scan_map.jpg\nNoLayers=1\n"
+    )
+    found = find_inputs([tmp_path], "slides")
+    assert [job.source.name for job in found.jobs] == ["scan.vms"]
+    assert [left.path for left in found.left_out] == [str(tmp_path / "photo.jpg")]
+
+
 @pytest.mark.shared
 def test_dicom_is_found_by_its_content_and_named_by_its_whole_uid(shared, tmp_path):
     with tarfile.open(shared / "formats.tar") as pack:
