@@ -135,8 +135,8 @@ class Slide:
                 f"the file holds several pictures; the slide is series {properties[SERIES]}"
             )
         sides = _file_sides(properties)
-        of_a_print = sides is not None and BY_TAG in properties and max(sides) > PRINT_MPP
-        if sides is not None and of_a_print and assume_mpp and stated_mpp is None:
+        self._of_a_print = sides is not None and BY_TAG in properties and max(sides) > PRINT_MPP
+        if sides is not None and self._of_a_print and assume_mpp and stated_mpp is None:
             self.notes.append(
                 f"µm per pixel is {assume_mpp:g} as assumed; the file's resolution tags say {_by(sides)}, "
                 "which is the scale of a print"
@@ -234,10 +234,11 @@ class Slide:
         mpp = self.require_mpp()
         scale = target_mpp / mpp
         if scale < MIN_SCALE:
+            options = "--assume-mpp, --override-mpp" if self._of_a_print else "--override-mpp"
             raise BadInput(
                 f"{self.path} has {mpp:g} µm per pixel; tiles at {target_mpp:g} would be invented from "
                 f"{scale:.2f} pixels each: pass a larger --mpp; if the slide's own value is wrong, state "
-                "the right one by --override-mpp or in the manifest's column mpp"
+                f"the right one by {options} or in the manifest's column mpp"
             )
         if scale * size_px > MAX_SIDE:
             raise BadInput(
