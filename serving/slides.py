@@ -14,8 +14,9 @@ from ..errors import BadInput, HistoseekError
 from ..images import Rgb
 from .geojson import Ring, draw_mask
 from .overview import overview
+from .scale import choose_mpp, is_of_a_print, sides_of
 from .slide_sources import open_source
-from .tiff_source import BY_TAG, SERIES
+from .tiff_source import SERIES
 from .tissue import Mask, tissue_mask, tissue_share
 
 THUMBNAIL_PX = 2048
@@ -23,17 +24,10 @@ MIN_SCALE = 0.4
 """Least ratio of wanted to given µm per pixel: 20x tiles from a 10x slide are the limit."""
 
 MAX_SIDE = 32_768
-PRINT_MPP = 10.0
-"""A coarser scale that only a TIFF's resolution tags name gives way to one that a person states."""
-
 MAX_PLACES = 20_000_000
 BLOCK_TILES = (8, 8)
 MAX_READ = 64 * 2**20
 """Bytes that are read at once before they are resampled."""
-
-_ANISOTROPY = 1.05
-_SAME_MPP = 0.01
-"""Relative difference up to which two values of µm per pixel are the same."""
 
 
 @dataclass(frozen=True)
@@ -134,47 +128,14 @@ class Slide:
             self.notes.append(
                 f"the file holds several pictures; the slide is series {properties[SERIES]}"
             )
-        sides = _file_sides(properties)
-        self._of_a_print = sides is not None and BY_TAG in properties and max(sides) > PRINT_MPP
-        if sides is not None and self._of_a_print and assume_mpp and stated_mpp is None:
-            self.notes.append(
-                f"µm per pixel is {assume_mpp:g} as assumed; the file's resolution tags say {_by(sides)}, "
-                "which is the scale of a print"
-            )
-            sides = None
-        self.mpp, self.mpp_from = self._chosen_mpp(sides, assume_mpp, stated_mpp)
+        sides = sides_of(properties)
+        self._of_a_print = is_of_a_print(sides, properties)
+        chosen = choose_mpp(self.path, sides, self._of_a_print, assume_mpp, stated_mpp)
+        self.mpp, self.mpp_from = chosen.mpp, chosen.said_by
+        self.notes += chosen.notes
         self.bounds = _bounds(properties, self.width, self.height)
         power = properties.get("openslide.objective-power", "")
         self.objective = float(power) if power.replace(".", "", 1).isdigit() else None
-
-    def _chosen_mpp(
-        self,
-        sides: tuple[float, float] | None,
-        assume_mpp: float | None,
-        stated_mpp: float | None,
-    ) -> tuple[float | None, str | None]:
-        """Return µm per pixel and where it is from: a person's word, the file's, an assumption."""
-        said = "" if sides is None else _by(sides)
-        if stated_mpp is not None:
-            if sides is not None and not _agree(stated_mpp, sides):
-                self.notes.append(
-                    f"µm per pixel is {stated_mpp:g} as stated; the file says {said}, which was overruled"
-                )
-            return stated_mpp, "stated"
-        if sides is None:
-            return assume_mpp, "assumed" if assume_mpp else None
-        if max(sides) / min(sides) > _ANISOTROPY:
-            raise BadInput(
-                f"{self.path} says that its pixels are {said} µm; expected square ones: if that is wrong, "
-                "state the right value by --override-mpp, or in the manifest's column mpp; if it is right, "
-                "resample the slide"
-            )
-        if assume_mpp and not _agree(assume_mpp, sides):
-            self.notes.append(
-                f"µm per pixel is {said} as the file says; --assume-mpp {assume_mpp:g} is for files that "
-                "do not say (--override-mpp overrules them)"
-            )
-        return sum(sides) / 2, "file"
 
     def __enter__(self) -> Slide:
         return self
@@ -361,25 +322,6 @@ def _resample(tile: Rgb, size_px: int) -> Rgb:
     if side > size_px and side % size_px:
         resample = Image.Resampling.LANCZOS
     return np.asarray(Image.fromarray(tile).resize((size_px, size_px), resample))
-
-
-def _file_sides(properties: dict[str, str]) -> tuple[float, float] | None:
-    """Return width and height of a pixel in µm as the file says; None if it says nothing usable."""
-    try:
-        sides = float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"])
-    except (KeyError, ValueError):
-        return None
-    if not all(0.01 <= side <= 100 for side in sides):
-        return None  # resolution of a screen (72 dpi = 353 µm), not of a microscope
-    return sides
-
-
-def _by(sides: tuple[float, float]) -> str:
-    return f"{sides[0]:.4g} x {sides[1]:.4g}"
-
-
-def _agree(mpp: float, sides: tuple[float, float]) -> bool:
-    return all(abs(mpp - side) <= _SAME_MPP * mpp for side in sides)
 
 
 def _bounds(
