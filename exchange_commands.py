@@ -58,8 +58,8 @@ def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut
         if not inside:
             hint = "; its .pt files are pickles, which are not read" if pickles else ""
             raise BadInput(
-                f"{path} holds no .h5 files{hint}; expected features as `histoseek embed` or another "
-                "tool writes them"
+                f"{path} holds no .h5 files{hint}; run `histoseek embed` first, or name features of "
+                "another tool"
             )
         files += inside
         left_out += walked.left_out
@@ -81,6 +81,7 @@ def report_added(
         "metadata_of_other_slides": sorted([*rows.unused, *rows.of_others]),
         "rows_unused": list(rows.unused),
         "slides_without_row": list(rows.without),
+        "rows_by_name_only": list(rows.by_name_only),
         "left_out": [left._asdict() for left in left_out],
         "notes": notes,
     }
@@ -93,6 +94,10 @@ def report_added(
         say_names("rows of the metadata that mean no slide", rows.unused)
         say_names("rows of slides that were not added now (see `index relabel`)", rows.of_others)
         say_names("slides without a row in the metadata", rows.without)
+        say_names(
+            "rows matched by the slide's name alone, as its features do not say where it lies",
+            rows.by_name_only,
+        )
 
     console.emit(document, human)
     if failed:

@@ -33,15 +33,15 @@ def write_features(path: Path, item: Features) -> None:
         out.publish(item)
 
 
-def set_source(path: Path, source: str) -> None:
-    """Write into a feature file that its slide or tile set lies elsewhere now; in one step.
+def amend(path: Path, source: str, about: dict[str, Any]) -> None:
+    """Write into a feature file where its slide or tile set lies now, and what is known of it; in one step.
 
     Raises:
         StorageFailed: no space or no permission; the file is as it was.
     """
     with replacing(path) as temp:
         shutil.copyfile(path, temp)
-        _set_source(temp, source)
+        _amend(temp, source, about)
 
 
 @contextmanager
@@ -62,11 +62,11 @@ def _undisturbed() -> Iterator[None]:
 
 
 @_undisturbed()
-def _set_source(path: Path, source: str) -> None:
+def _amend(path: Path, source: str, about: dict[str, Any]) -> None:
     with h5py.File(path, "r+") as stored:
-        about = json.loads(str(stored.attrs["about"]))
+        known = json.loads(str(stored.attrs["about"]))
         stored.attrs["source"] = source
-        stored.attrs["about"] = json.dumps({**about, "source": source}, sort_keys=True)
+        stored.attrs["about"] = json.dumps({**known, **about, "source": source}, sort_keys=True)
 
 
 class FeatureWriter:

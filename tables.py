@@ -185,7 +185,10 @@ def _separator(lines: Sequence[str], keys: Sequence[str]) -> str:
     """Return the separator by which the header has one of ``keys``, else the most frequent one."""
     header = next((line for line in lines if line.strip()), "")
     for separator in SEPARATORS:
-        names = {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
+        try:
+            names = {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
+        except csv.Error:  # reading the table for good says what is wrong
+            continue
         if names & set(keys):
             return separator
     return max(SEPARATORS, key=header.count)

@@ -25,6 +25,7 @@ from .errors import BadInput
 from .files import sha256_file
 from .images import MAX_BYTES, SUFFIXES, Rgb, decode, square
 from .tables import parse_table, read_csv, same_text, value_of
+from .unread import why_unread
 from .walking import LeftOut, is_hidden, walk
 
 MANIFEST = "manifest.csv"
@@ -280,7 +281,10 @@ def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
     names = [file.relative_to(folder).as_posix() for file in walked.files]
     others = [name for name in names if not _is_picture(name)]
     names = sorted(name for name in names if _is_picture(name))
-    left_out = [*walked.left_out, *(LeftOut(str(folder / n), "not a picture") for n in others)]
+    left_out = [
+        *walked.left_out,
+        *(LeftOut(str(folder / n), why_unread(folder / n)) for n in others),
+    ]
     tiles = tuple(Tile(name, _class_of(name)) for name in names)
     sizes = _stamps(folder / name for name in names)
     return TileSet(
@@ -344,7 +348,7 @@ def _tar_members(
                 continue
             if not (_is_picture(name) or name == MANIFEST):
                 hidden = any(map(is_hidden, PurePosixPath(name).parts))
-                left_out[name] = "hidden or system file" if hidden else "not a picture"
+                left_out[name] = "hidden or system file" if hidden else why_unread(Path(name))
                 continue
             places[name] = (member.offset_data, member.size)
             unpacked += member.size

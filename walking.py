@@ -65,8 +65,8 @@ def is_hidden(name: str) -> bool:
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
 
 
-Prune = Callable[[Sequence[str], Sequence[str]], dict[str, str | None]]
-"""Takes the names of the sub-folders and of the files of a folder; returns by name the sub-folders that
+Prune = Callable[[Path, Sequence[str], Sequence[str]], dict[str, str | None]]
+"""Takes a folder and the names of its sub-folders and files; returns by name the sub-folders that
 are not walked, with the reason to report, or None where they belong to a file of the folder."""
 
 
@@ -114,7 +114,7 @@ class _Walking:
         for top, folders, names in os.walk(folder, onerror=_unreadable):
             here = Path(top)
             self.visited.add(os.path.realpath(here))
-            skipped = {} if self._prune is None else self._prune(folders, names)
+            skipped = {} if self._prune is None else self._prune(here, folders, names)
             kept = []
             for name in sorted(folders):
                 if is_hidden(name):

@@ -22,7 +22,6 @@ from ..feature_files import (
     MAX_BYTES,
     Features,
     check_features,
-    name_in,
     parse_features,
     read_features,
 )
@@ -186,7 +185,7 @@ def import_features(
     rows = match_rows(metadata, files, slides)
 
     def row_of(file: Path) -> Row:
-        return rows.by_slide.get(name_in(file).name, {})
+        return rows.of(file)
 
     def mpp_of(file: Path) -> float | None:
         given = row_of(file).get("mpp") or mpp

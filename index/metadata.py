@@ -21,19 +21,25 @@ TABLE = "the metadata"
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a table, by the slides that they mean.
+    """The rows of a table, by the feature files whose slides they mean.
 
     Attributes:
-        by_slide: by the slide's name in the atlas, its row.
+        by_file: by feature file, the row of its slide.
         unused: names of rows that mean no slide at all, sorted.
         of_others: names of rows that mean slides of the atlas which are not being added.
         without: names of slides that are being added and that no row means.
+        by_name_only: names of rows with folders in them, whose slides are known by their name only.
     """
 
-    by_slide: dict[str, Row] = field(default_factory=dict)
+    by_file: dict[Path, Row] = field(default_factory=dict)
     unused: tuple[str, ...] = ()
     of_others: tuple[str, ...] = ()
     without: tuple[str, ...] = ()
+    by_name_only: tuple[str, ...] = ()
+
+    def of(self, file: Path) -> Row:
+        """Return the row of a feature file's slide; empty if it has none."""
+        return self.by_file.get(file, {})
 
 
 class AddedSlides(list[Added]):
@@ -67,21 +73,32 @@ def match_rows(metadata: Metadata, files: Sequence[Path], slides: Iterable[Any])
     """
     if not metadata:
         return Rows()
-    known = {slide.name: slide for slide in names_in_atlas(slides)}
-    added: dict[str, SlideName] = {}
+    # Two files of one name and place are one slide (at two magnifications); of two places they are two.
+    files_of: dict[SlideName, list[Path]] = {}
     for file in files:
-        slide = name_in(file)
-        before = added.get(slide.name)
-        paths = dict.fromkeys([*(before.paths if before else ()), *slide.paths])
-        added[slide.name] = SlideName(slide.name, tuple(paths))
-    every = list((known | added).values())
+        files_of.setdefault(name_in(file), []).append(file)
+    added = list(files_of)
+    names = {slide.name for slide in added}
+    others = [slide for slide in names_in_atlas(slides) if slide.name not in names]
+    every = [*added, *others]
     found = match(metadata, every, TABLE, "row")
-    by_slide = {every[n].name: name for n, name in found.by_slide.items()}
     return Rows(
-        {name: clean_row(metadata[row]) for name, row in by_slide.items()},
+        {
+            file: clean_row(metadata[row])
+            for number, row in found.by_slide.items()
+            if number < len(added)
+            for file in files_of[every[number]]
+        },
         tuple(found.unused),
-        tuple(sorted(row for name, row in by_slide.items() if name not in added)),
-        tuple(sorted(name for name in added if name not in by_slide)),
+        tuple(sorted(row for number, row in found.by_slide.items() if number >= len(added))),
+        tuple(sorted(every[number].name for number in found.without if number < len(added))),
+        tuple(
+            sorted(
+                row
+                for number, row in found.by_slide.items()
+                if not every[number].paths and row.replace("\\", "/").strip("./").count("/")
+            )
+        ),
     )
 
 

@@ -11,6 +11,7 @@ from ..errors import BadInput
 from ..feature_files import Features, read_features
 from ..files import content_mark
 from ..tilesets import open_tiles
+from ..unread import INDEXES, belongs_to
 from ..walking import walk
 from .catalog import Catalog, update
 
@@ -64,20 +65,49 @@ def relocate(
             raise BadInput(
                 f"no slide of the atlas lies below {old!r}; its slides lie in {', '.join(known)}"
             )
+        files = None
         wanted = {slide["id"]: [new / (_below(slide["source"], old) or "")] for slide in below}
         slides = below
     else:
-        wanted = _candidates(slides, folders)
+        files = _Files(folders)
+        wanted = {slide["id"]: files.named(slide) for slide in slides}
     marks = _Marks()
     found = []
     for slide in slides:
         features = read_features(atlas / slide["features_file"])
         result = _relocated(slide, features, wanted[slide["id"]], marks)
+        if result.state in {"not found", "other content"} and files is not None:
+            result = _anywhere(slide, features, files, marks) or result
         if result.state == "moved":
             with catalog.write() as db:
                 update(db, "slides", {"id": slide["id"]}, {"source": result.source})
         found.append(result)
     return found
+
+
+class _Files:
+    """What lies in the folders that are searched."""
+
+    def __init__(self, folders: Sequence[Path]) -> None:
+        self.every = [file for folder in folders for file in walk(folder, belongs_to).files]
+        self._named: dict[str, list[Path]] = {}
+        above = {parent for file in self.every for parent in file.parents}
+        inside = [p for p in above if any(p == f or p.is_relative_to(f) for f in folders)]
+        for path in sorted([*self.every, *inside]):
+            self._named.setdefault(path.name, []).append(path)
+        self._by_mark: dict[str, list[Path]] | None = None
+
+    def named(self, slide: Mapping[str, Any]) -> list[Path]:
+        """Return the files and folders with the file name of a slide or tile set."""
+        return self._named.get(Path(slide["source"]).name, [])
+
+    def with_mark(self, mark: str, marks: _Marks) -> list[Path]:
+        """Return the files with a content mark; all files are looked at once, when first asked."""
+        if self._by_mark is None:
+            self._by_mark = {}
+            for file in self.every:
+                self._by_mark.setdefault(marks.of(file), []).append(file)
+        return self._by_mark.get(mark, [])
 
 
 class _Marks:
@@ -104,20 +134,6 @@ def _below(source: str, folder: str) -> str | None:
     return None
 
 
-def _candidates(
-    slides: Sequence[Mapping[str, Any]], folders: Sequence[Path]
-) -> dict[int, list[Path]]:
-    """Return by slide the files that could be it: those of its file name first, then all others."""
-    files = [file for folder in folders for file in walk(folder).files]
-    sub_folders = sorted({parent for file in files for parent in file.parents})
-    found = {}
-    for slide in slides:
-        name = Path(slide["source"]).name
-        every = files if slide["kind"] == "slide" else [*files, *sub_folders]
-        found[slide["id"]] = sorted(every, key=lambda path: path.name != name)
-    return found
-
-
 def _relocated(
     slide: Mapping[str, Any], features: Features, candidates: Sequence[Path], marks: _Marks
 ) -> Relocated:
@@ -135,11 +151,31 @@ def _relocated(
         if same:
             place = os.path.abspath(path)
             return Relocated(name, "there" if place == source else "moved", place, reason)
-    of_its_name = [path for path in there if path.name == Path(source).name]
-    if of_its_name:
-        reason = f"{of_its_name[0]} has other content; embed it as a new slide, or look elsewhere"
+    if source and _is_same(slide, features, mark, Path(source), marks)[0]:
+        return Relocated(name, "there", source)
+    if there:
+        reason = f"{there[0]} has other content; embed it as a new slide, or look elsewhere"
         return Relocated(name, "other content", source, reason)
     return Relocated(name, "not found", source, "no file there has its content")
+
+
+def _anywhere(
+    slide: Mapping[str, Any], features: Features, files: _Files, marks: _Marks
+) -> Relocated | None:
+    """Look for a slide under another file name, by its content.
+
+    An index file (``.mrxs``, ``.vms``) is small, and many have the same content: it must keep its name.
+    """
+    mark = features.about.get("key", {}).get("content")
+    if mark is None or slide["kind"] != "slide" or _is_index(Path(slide["source"])):
+        return None
+    for path in files.with_mark(mark, marks):
+        return Relocated(str(slide["name"]), "moved", os.path.abspath(path))
+    return None
+
+
+def _is_index(path: Path) -> bool:
+    return path.suffix.lower() in {".mrxs", *INDEXES}
 
 
 def _is_same(
@@ -147,7 +183,8 @@ def _is_same(
 ) -> tuple[bool, str]:
     """Return whether a path is a slide or tile set, and what could not be checked."""
     if slide["kind"] == "slide":
-        return path.is_file() and marks.of(path) == mark, ""
+        whole = path.suffix.lower() != ".mrxs" or path.with_suffix("").is_dir()
+        return whole and path.is_file() and marks.of(path) == mark, ""
     if path.name != Path(slide["source"]).name:
         return False, ""
     try:

@@ -15,7 +15,7 @@ from typing import Any
 
 from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
-from ..feature_files import Features, check_features, parse_features
+from ..feature_files import Features, check_features, parse_features, read_about
 from ..files import remove_leftovers, sha256_file, write_atomic
 from ..manifest import Manifest
 from ..tables import clean_row
@@ -85,7 +85,7 @@ class Writer:
             raise BadInput(f"{file} does not exist; check the path")
         blob = file.read_bytes()  # once: `embed` may replace the file meanwhile
         item = parse_features(blob, file)
-        return self.add_features(item, blob, str(file), rows.by_slide.get(item.name, {}), replace)
+        return self.add_features(item, blob, str(file), rows.of(file), replace)
 
     def add_features(
         self, item: Features, blob: bytes, origin: str, given: Row, replace: bool
@@ -113,8 +113,8 @@ class Writer:
         same = bool(found) and found[0]["content_sha256"] == row["content_sha256"]
         changed = [key for key in SCALE if same and row[key] and row[key] != found[0][key]]
         if same and not changed:
-            self._mend(dict(found[0]), row, blob)
-            source = row["source"] or found[0]["source"]
+            self._mend(dict(found[0]), row, blob, item.about)
+            source = _place_now(found[0]["source"], row["source"])
             return self._relabel_known(origin, dict(found[0]), given, source)
         learnt = bool(changed) and not any(found[0][key] for key in changed)
         if found and not replace and not learnt:
@@ -123,7 +123,19 @@ class Writer:
                 "to put these in its place add them with --replace; if it is another slide of the same "
                 "name, embed both in one run, which gives them different names"
             )
-        if found:  # what people said of the slide stays, unless something else is said now
+        reason = str(row["reason"])
+        if found and self._is_another(dict(found[0]), item):
+            reason = "; ".join(
+                filter(
+                    None,
+                    [
+                        reason,
+                        f"another slide than the one at {found[0]['source']}: its label, patient and other "
+                        "columns were not taken over",
+                    ],
+                )
+            )
+        elif found:  # what people said of the slide stays, unless something else is said now
             before = json.loads(found[0]["metadata"])
             row["metadata"] = json.dumps(before | json.loads(row["metadata"]), sort_keys=True)
             row["label"] = given.get("label") or found[0]["label"] or row["label"]
@@ -144,12 +156,22 @@ class Writer:
             for clustering, where in placed:
                 clusterings.insert_placement(db, clustering, number, where, fitted=False)
         state = "replaced" if found else "added"
-        return Added(origin, item.name, state, len(item.features), str(row["reason"]))
+        return Added(origin, item.name, state, len(item.features), reason)
 
-    def _mend(self, found: dict[str, Any], row: dict[str, Any], blob: bytes) -> None:
-        """Put the feature file of a known slide back, if it is missing or damaged."""
+    def _is_another(self, found: dict[str, Any], item: Features) -> bool:
+        """Whether features are of another slide file than those in the atlas: other content, elsewhere."""
+        before = read_about(self._path / found["features_file"]) or {}
+        marks = [about.get("key", {}).get("content") for about in (before, item.about)]
+        return None not in marks and marks[0] != marks[1] and found["source"] != item.source
+
+    def _mend(
+        self, found: dict[str, Any], row: dict[str, Any], blob: bytes, about: dict[str, Any]
+    ) -> None:
+        """Put the feature file of a known slide back, if it is damaged or knows less than a new one."""
         path = self._path / found["features_file"]
-        if path.is_file() and sha256_file(path) == found["features_sha256"]:
+        whole = path.is_file() and sha256_file(path) == found["features_sha256"]
+        knows_more = "bounds" in about and "bounds" not in (read_about(path) or {})
+        if whole and not knows_more:
             return
         write_atomic(self._path / row["features_file"], blob)
         keys = ("features_file", "features_sha256")
@@ -267,6 +289,13 @@ class Writer:
                 path.unlink(missing_ok=True)  # who was reading it looks again
         clusterings.remove_orphans(self._path, self._catalog)
         self._generations.remove_orphans()
+
+
+def _place_now(known: str, given: str) -> str:
+    """Return where a slide lies: where new features say, unless it is only there where the atlas says."""
+    if not given or (Path(known).exists() and not Path(given).exists()):
+        return known
+    return given
 
 
 def _slide_changes(known: dict[str, Any], row: dict[str, str]) -> dict[str, Any]:

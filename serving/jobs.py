@@ -15,9 +15,9 @@ from ..images import SUFFIXES
 from ..slide_names import SlideName, match, without_last_ending
 from ..tables import read_csv, same_text
 from ..tilesets import MANIFEST
+from ..unread import belongs_to, is_dicom, parts_of, why_unread
 from ..walking import LeftOut, once, walk
-from .slide_sources import is_dicom, is_slide
-from .unread import belongs_to, parts_of, why_unread
+from .slide_sources import is_slide
 
 Kind = Literal["auto", "slides", "tiles"]
 
@@ -55,7 +55,12 @@ class Job:
     def names(self) -> SlideName:
         """Return what a table or a file may call this slide."""
         paths = dict.fromkeys(
-            [self.location, os.path.realpath(self.source), *map(os.path.abspath, self.aliases)]
+            [
+                self.location,
+                os.path.realpath(self.source),
+                str(self.source),
+                *map(os.path.abspath, self.aliases),
+            ]
         )
         return SlideName(self.name, tuple(paths))
 

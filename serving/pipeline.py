@@ -294,6 +294,7 @@ class _Run:
             slide.unreadable,
             features=str(work.path),
             notes=list(work.notes),
+            left_out=list(work.left_out),
         )
 
     def _finish(self, job: Job, result: Result, started: float, opened: bool) -> None:

@@ -115,7 +115,8 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
 def _told(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
     """Return a line for all that was left out, not used, guessed or overruled."""
     lines = [f"note: {note}" for note in inputs.get("notes", [])]
-    lines += summarised([LeftOut(**left) for left in inputs.get("left_out", [])])
+    of_sets = [left for result in results for left in result.left_out]
+    lines += summarised([LeftOut(**left) for left in [*inputs.get("left_out", []), *of_sets]])
     for key, what in NOT_USED.items():
         names = inputs.get(key) or []
         if names:

@@ -85,7 +85,8 @@ class Result:
         seconds: from opening to writing; slides overlap in time.
         features: the feature file, if there is one.
         tissue: share of the slide that is tissue; None for tile sets and what was not opened.
-        notes: what was guessed, overruled, left out or taken over, one sentence each.
+        notes: what was guessed, overruled or taken over, one sentence each.
+        left_out: of a tile set, the files that were not taken, each with the reason.
     """
 
     name: str
@@ -98,6 +99,7 @@ class Result:
     features: str | None = None
     tissue: float | None = None
     notes: list[str] = field(default_factory=list)
+    left_out: list[dict[str, str]] = field(default_factory=list)
 
     @property
     def ok(self) -> bool:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput
 from ..images import SUFFIXES, decode
+from ..unread import is_dicom
 from .openslide_source import OpenSlideSource
 from .overview import Source
 from .tiff_series import is_largest, the_slide
@@ -143,13 +144,4 @@ def is_slide(path: Path) -> bool:
         return is_openslide(path) or is_ome(path)
     if suffix == ".czi":
         return is_openslide(path)
-    return suffix not in SUFFIXES and is_dicom(path)
-
-
-def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its first bytes: many archives keep slides without ``.dcm``."""
-    try:
-        with open(path, "rb") as stream:
-            return stream.read(132)[128:] == b"DICM"
-    except OSError:
-        return False
+    return suffix not in SUFFIXES and is_dicom(path) and is_openslide(path)

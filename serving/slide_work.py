@@ -31,11 +31,13 @@ class Said:
         mpp: micrometres per pixel of level 0, or None.
         by: who says so: ``override`` or ``manifest``.
         series: number of the picture of a TIFF that is the slide, or None.
+        notes: what one of them says and another overrules.
     """
 
     mpp: float | None = None
     by: str = ""
     series: int | None = None
+    notes: tuple[str, ...] = ()
 
 
 def said_of(job: Job, options: EmbedOptions) -> Said:
@@ -44,28 +46,38 @@ def said_of(job: Job, options: EmbedOptions) -> Said:
     Raises:
         BadInput: the manifest's mpp or series is not a number in range.
     """
+    notes = []
     series, text = options.series, job.row.get("series", "")
+    if text and not (text.isdecimal() and len(text) < 10):
+        raise BadInput(f"the manifest gives {job.source.name} series {text!r}; expected a number")
     if text and series is None:
-        if not text.isdigit():
-            raise BadInput(
-                f"the manifest gives {job.source.name} series {text!r}; expected a number"
-            )
         series = int(text)
-    if options.override_mpp is not None:
-        return Said(options.override_mpp, "override", series)
+    elif text and series != int(text):
+        notes.append(f"series is {series} by --series; the manifest's {text} was overruled")
     stated = job.row.get("mpp", "")
-    if not stated:
-        return Said(series=series)
-    value = number_of(stated)
-    if value is None or not 0.01 <= value <= 100:
+    value = number_of(stated) if stated else None
+    if stated and (value is None or not 0.01 <= value <= 100):
         raise BadInput(f"the manifest gives {job.source.name} mpp {stated!r}; expected 0.01 to 100")
-    return Said(value, "manifest", series)
+    chosen, by = value, "manifest" if stated else ""
+    if options.override_mpp is not None:
+        chosen, by = options.override_mpp, "override"
+        if value is not None and value != chosen:
+            notes.append(
+                f"µm per pixel is {chosen:g} by --override-mpp; the manifest's {value:g} was overruled"
+            )
+    elif value is not None and options.assume_mpp not in {None, value}:
+        notes.append(
+            f"µm per pixel is {value:g} by the manifest; --assume-mpp {options.assume_mpp:g} is for slides "
+            "of which nothing says it"
+        )
+    return Said(chosen, by, series, tuple(notes))
 
 
 class SlideWork:
     """A slide; see :class:`Work`."""
 
     seconds = 0.0
+    left_out: Sequence[dict[str, str]] = ()
 
     def __init__(
         self,
@@ -86,10 +98,7 @@ class SlideWork:
         self._grid = (grid.overlap_px, grid.mpp, grid.target_mpp, grid.candidates)
         self._bounds = None if grid.bounds is None else list(grid.bounds)
         self._mpp_from = said.by if slide.mpp_from == "stated" else slide.mpp_from
-        self._row = (
-            dict(key["row"]) if said.series is None else {**key["row"], "series": str(said.series)}
-        )
-        self.notes = list(slide.notes)
+        self.notes = [*said.notes, *slide.notes]
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
@@ -133,7 +142,7 @@ class SlideWork:
                 "mpp_from": self._mpp_from,
                 "bounds": self._bounds,
                 "notes": self.notes,
-                "row": self._row,
+                "row": self._key["row"],
             },
         )
 

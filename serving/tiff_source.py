@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 from xml.etree import ElementTree
 
 import numpy as np
@@ -20,6 +20,14 @@ SERIES = "histoseek.series"
 """Property that says which picture of a TIFF was taken, of how many, where it holds several."""
 BY_TAG = "histoseek.mpp-by-resolution-tag"
 """Property of slides whose scale is only that of a print (72 or 300 dpi), if it is coarse."""
+
+
+class Picture(NamedTuple):
+    """Name and size in pixels of a picture of a TIFF."""
+
+    name: str
+    width: int
+    height: int
 
 
 class TiffSource:
@@ -117,7 +125,8 @@ def _pyramid(opened: Any, path: Path, number: int) -> list[Any]:
 
 def _properties(opened: Any, page: Any, name: str, number: int) -> dict[str, str]:
     found = {SERIES: f"{number} of 0 to {len(opened.series) - 1}"} if len(opened.series) > 1 else {}
-    sizes = _ome_mpp(opened.ome_metadata, name, number) if opened.is_ome else None
+    picture = Picture(str(opened.series[number].name), page.imagewidth, page.imagelength)
+    sizes = _ome_mpp(opened.ome_metadata, name, picture) if opened.is_ome else None
     if sizes is not None:
         return {**found, "openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
     sizes = _tag_mpp(page)
@@ -127,21 +136,45 @@ def _properties(opened: Any, page: Any, name: str, number: int) -> dict[str, str
     return {**found, BY_TAG: "yes"}
 
 
-def _ome_mpp(document: str | None, name: str, number: int) -> tuple[float, float] | None:
-    """Return µm per pixel of picture ``number`` of those that an OME-XML document has in a file."""
+def _ome_mpp(document: str | None, file: str, picture: Picture) -> tuple[float, float] | None:
+    """Return µm per pixel of a picture of a file; None if the OME-XML does not say it without doubt.
+
+    Pictures are told apart by their size and name: their order is not that of the file where the document
+    describes pictures that other files hold.
+    """
     if not document or "<!DOCTYPE" in document:
         return None
     try:
-        every = [e for e in ElementTree.fromstring(document).iter() if e.tag.endswith("Pixels")]
-        mine = [e for e in every if any(n.get("FileName") == name for n in e.iter())]
-        pixels = (mine or every)[number]
-        values = []
-        for axis in "XY":
-            unit = _UNITS[pixels.get(f"PhysicalSize{axis}Unit", "µm")]
-            values.append(float(pixels.attrib[f"PhysicalSize{axis}"]) * unit)
-    except (ElementTree.ParseError, IndexError, KeyError, ValueError):
+        images = [e for e in ElementTree.fromstring(document).iter() if e.tag.endswith("Image")]
+        every = [
+            (image.get("Name", ""), pixels)
+            for image in images
+            for pixels in image
+            if pixels.tag.endswith("Pixels")
+        ]
+        mine = [
+            (name, pixels)
+            for name, pixels in every
+            if any(child.get("FileName") == file for child in pixels.iter())
+        ]
+        given = mine or every
+        if len(given) > 1:
+            size = str(picture.width), str(picture.height)
+            given = [(n, p) for n, p in given if (p.get("SizeX"), p.get("SizeY")) == size]
+        named = [(n, p) for n, p in given if n == picture.name]
+        sizes = {_physical_size(pixels) for _, pixels in named or given}
+    except (ElementTree.ParseError, KeyError, ValueError):
         return None
-    return values[0], values[1]
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _physical_size(pixels: ElementTree.Element) -> tuple[float, float]:
+    x, y = (
+        float(pixels.attrib[f"PhysicalSize{axis}"])
+        * _UNITS[pixels.get(f"PhysicalSize{axis}Unit", "µm")]
+        for axis in "XY"
+    )
+    return x, y
 
 
 def _tag_mpp(page: Any) -> tuple[float, float] | None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import glob
+import itertools
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,12 +14,11 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch
 from ..feature_files import Features, magnification, read_about
-from ..feature_writer import set_source
+from ..feature_writer import amend
 from ..files import content_mark, sha256_file
 from ..images import square
 from ..manifest import Manifest
 from ..tilesets import TileSet, open_tiles
-from ..walking import summarised
 from .geojson import moved, read_annotations
 from .jobs import Job, distinct_name
 from .results import EmbedOptions, Result
@@ -38,7 +38,8 @@ class Work(Protocol):
         path: the feature file.
         count: how many tiles.
         tissue: share of the slide that is tissue, or None.
-        notes: what was guessed, overruled or left out.
+        notes: what was guessed, overruled or taken over.
+        left_out: of a tile set, the files that were not taken, each with the reason.
         seconds: that opening it and finding its tiles took.
     """
 
@@ -49,6 +50,7 @@ class Work(Protocol):
     count: int
     tissue: float | None
     notes: list[str]
+    left_out: Sequence[dict[str, str]]
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """Read tiles from number ``start`` on into ``out``, uint8 (N, S, S, 3).
@@ -143,9 +145,10 @@ def _place(
     """Return the feature file, the name, and whether it is there already, made the same way."""
     parent = out / folder / f"features_{manifest.name}"
     names = dict.fromkeys((job.name, distinct_name(job)))
-    plain = read_about(parent / f"{job.stem}.h5")
-    if plain is not None and _is_here(plain, job):
-        names = {job.stem: None, **names}  # it was embedded before another slide of its name came
+    for plain in (job.source.stem, job.stem):
+        about = read_about(parent / f"{plain}.h5")
+        if about is not None and _is_here(about, job):
+            names = {plain: None, **names}  # embedded before another slide of its name came
     if left_behind := _left_behind(parent, job, key["content"]):
         names = {left_behind: None, **names}
     for name in names:
@@ -166,26 +169,44 @@ def _is_here(about: dict[str, Any], job: Job) -> bool:
 
 
 def _left_behind(parent: Path, job: Job, content: str) -> str | None:
-    """Return the name of features of the same file that was elsewhere and is not there any more."""
+    """Return the name of features of the same file that was elsewhere and is not there any more.
+
+    Of several such files (copies of one slide) it is the one whose path ended most like the job's.
+    """
     if (parent / f"{job.name}.h5").exists() or not parent.is_dir():
         return None
+    alike: dict[str, int] = {}
     for path in sorted(parent.glob(f"{glob.escape(job.stem)}-????????.h5")):
         about = read_about(path)
-        same = about is not None and about.get("key", {}).get("content") == content
-        if about is not None and same and not Path(str(about.get("source"))).exists():
-            return path.stem
-    return None
+        if about is None or about.get("key", {}).get("content") != content:
+            continue
+        source = Path(str(about.get("source")))
+        if not source.exists():
+            alike[path.stem] = _same_end(source, Path(job.location))
+    best = [name for name, parts in alike.items() if parts == max(alike.values())]
+    return best[0] if len(best) == 1 else None
+
+
+def _same_end(one: Path, other: Path) -> int:
+    """Return how many parts at the end of two paths are equal."""
+    pairs = zip(reversed(one.parts), reversed(other.parts), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _moved_from(path: Path, job: Job) -> list[str]:
+    """Say where the file of a job lay when the features at ``path`` were made, if not where it lies now."""
+    about = read_about(path)
+    if about is None or _is_here(about, job):
+        return []
+    return [f"the slide was at {about.get('source')} when it was embedded; took over its new place"]
 
 
 def _done_before(job: Job, name: str, path: Path) -> Result:
     """Return the result of a job that was done before; features take over a new place of the slide."""
     about = read_about(path) or {}
-    notes = [str(note) for note in about.get("notes", [])]
-    if about and not _is_here(about, job):
-        notes.append(
-            f"the slide was at {about.get('source')} when it was embedded; took over its new place"
-        )
-        set_source(path, job.location)
+    notes = [*map(str, about.get("notes", [])), *_moved_from(path, job)]
+    if not _is_here(about, job) or "bounds" not in about:
+        amend(path, job.location, {"bounds": about.get("bounds")})
     return Result(
         name,
         str(job.source),
@@ -231,6 +252,10 @@ def _prepare_slide(
         if slide.bounds is not None:
             key["regions"].append("QuPath's frame")
     path, name, ready = _place(out, folder, job, manifest, key)
+    if (
+        ready and slide.bounds is not None
+    ):  # features of before the bounds were heeded are made anew
+        ready = "bounds" in (read_about(path) or {})
     if ready and all(picture.is_file() for picture in pictures(name, out, options)):
         return _done_before(job, name, path)
     regions = None
@@ -241,7 +266,10 @@ def _prepare_slide(
     write_pictures(grid, name, out, options)
     if ready:
         return _done_before(job, name, path)
-    return SlideWork(job, slide, grid, manifest, name, path, key, said)
+    work = SlideWork(job, slide, grid, manifest, name, path, key, said)
+    if key["content"] == (read_about(path) or {}).get("key", {}).get("content"):
+        work.notes += _moved_from(path, job)
+    return work
 
 
 class TilesWork:
@@ -262,7 +290,8 @@ class TilesWork:
         """Keep what is needed to read and describe the tiles."""
         self.job, self.name, self.path, self.count = job, name, path, len(tileset)
         self._tileset, self._manifest, self._key = tileset, manifest, key
-        self.notes = [*tileset.notes, *summarised(tileset.left_out)]
+        self.notes = list(tileset.notes)
+        self.left_out: Sequence[dict[str, str]] = [left._asdict() for left in tileset.left_out]
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""

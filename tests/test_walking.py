@@ -77,7 +77,7 @@ def test_a_folder_that_belongs_to_a_file_is_not_walked(tmp_path):
     (tmp_path / "store.zarr").mkdir()
     for path in ("case.mrxs", "case/Data0001.dat", "store.zarr/0"):
         (tmp_path / path).write_text(path)
-    walked = walk(tmp_path, lambda folders, files: {"case": None, "store.zarr": "a zarr"})
+    walked = walk(tmp_path, lambda here, folders, files: {"case": None, "store.zarr": "a zarr"})
     assert names(walked, tmp_path) == ["case.mrxs"]
     assert [left.reason for left in walked.left_out] == ["a zarr"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import threading
 from collections import OrderedDict
 from collections.abc import Callable
@@ -14,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
 from ..errors import BadInput, HistoseekError, NotFound
+from ..feature_files import read_about
 from ..images import Rgb, encode_jpeg, square
 from ..index.atlas import Atlas
 from ..index.generations import View
@@ -275,9 +275,19 @@ class Pictures:
         path = Path(slide["source"])
         source: _Source
         if slide["kind"] == "slide":
-            series = json.loads(slide["metadata"]).get("series", "")
-            chosen = int(series) if series.isdigit() else None
-            source = open_slide(path, stated_mpp=slide["mpp"], series=chosen)
+            about = read_about(self._atlas.path / slide["features_file"]) or {}
+            series = about.get("key", {}).get("series")
+            source = open_slide(path, stated_mpp=slide["mpp"], series=series)
+            if slide["width"] and (source.width, source.height) != (
+                slide["width"],
+                slide["height"],
+            ):
+                size = f"{source.width} x {source.height}"
+                source.close()
+                raise BadInput(
+                    f"{path} has {size} pixels; the slide that was embedded has {slide['width']} x "
+                    f"{slide['height']}: it was replaced, or is another picture of the file"
+                )
         else:
             tiles = open_tiles(path)
             source = tiles, {tile.file: number for number, tile in enumerate(tiles.tiles)}

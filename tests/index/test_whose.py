@@ -67,6 +67,44 @@ def test_a_row_that_means_two_slides_adds_nothing(atlas, tmp_path):
         atlas.relabel([{"slide": "slide_a", "label": "x"}, {"slide": "A/slide.svs", "label": "y"}])
 
 
+def test_two_files_of_one_name_are_two_slides_if_they_lie_apart(atlas, tmp_path):
+    (b,) = made(tmp_path / "fb", slide="/s/B/slide.svs")
+    (a,) = made(tmp_path / "fa", slide="/s/A/slide.svs")
+    features(a, 4, 9, source="/s/A/slide.svs", name="slide")
+    added = atlas.add([b, a], {"A/slide.svs": {"patient": "PA"}})
+    assert [one.state for one in added] == ["added", "failed"]
+    assert people(atlas) == {"slide": (None, None)}  # B's features, and nothing of A
+    coarse = features(tmp_path / "coarse.h5", 3, 0, source="/s/B/slide.svs", name="slide")
+    found = atlas.add([b, coarse], {"slide": {"patient": "PB"}})  # one slide twice is one slide
+    assert people(atlas) == {"slide": ("PB", None)} and found.rows.unused == ()
+
+
+def test_another_slide_in_the_place_of_one_does_not_inherit_its_patient(atlas, tmp_path):
+    def of(folder, seed, source, content):
+        folder.mkdir()
+        about = {"key": {"content": content}}
+        return features(folder / "slide.h5", 3, seed, source=source, about=about)
+
+    atlas.add([of(tmp_path / "1", 1, "/a/slide.svs", "one")], {"slide": {"patient": "PA"}})
+    again = of(tmp_path / "2", 2, "/b/slide.svs", "one")  # the same slide, cut anew, elsewhere
+    assert atlas.add([again], replace=True)[0].state == "replaced"
+    assert people(atlas) == {"slide": ("PA", None)}
+    other = of(tmp_path / "3", 3, "/c/slide.svs", "two")
+    (result,) = atlas.add([other], replace=True)
+    assert result.state == "replaced" and "label, patient" in result.reason
+    assert people(atlas) == {"slide": (None, None)}
+
+
+def test_rows_with_folders_for_slides_of_unknown_place_are_named(atlas, cli_here_json, tmp_path):
+    made(tmp_path / "f", case="")
+    (tmp_path / "t.csv").write_text("slide,patient\npatientA/case.svs,PA\n")
+    said = cli_here_json(
+        "index", "add", atlas.path, tmp_path / "f", "--metadata", tmp_path / "t.csv"
+    )
+    assert said["rows_by_name_only"] == ["patientA/case.svs"]
+    assert people(atlas) == {"case": ("PA", None)}
+
+
 def test_rows_of_other_slides_and_of_none_are_told_apart(atlas, cli_here_json, cli_here, tmp_path):
     files = made(tmp_path / "f", one="/s/one.svs", two="/s/two.svs")
     atlas.add(files[:1])
@@ -144,7 +182,11 @@ def moved(embedded, tmp_path):
     shutil.copytree(embedded / "atlas", tmp_path / "atlas")
     shutil.copytree(embedded / "here", tmp_path / "there")
     shutil.copytree(embedded / "sets", tmp_path / "sets")
-    return Atlas(tmp_path / "atlas")
+    for name in ("here", "sets"):
+        shutil.move(embedded / name, embedded / f"{name}-away")
+    yield Atlas(tmp_path / "atlas")
+    for name in ("here", "sets"):
+        shutil.move(embedded / f"{name}-away", embedded / name)
 
 
 def sources(atlas):
@@ -193,23 +235,27 @@ def test_slides_are_found_by_content_in_a_folder(moved, cli_here_json, tmp_path)
     }
     again = moved.relocate(None, None, [tmp_path / "there", tmp_path / "sets"])
     assert {one.state for one in again} == {"there"}
+    (tmp_path / "there/a.tiff").unlink()
     (missing,) = [
         one for one in moved.relocate(None, None, [tmp_path / "sets"]) if one.slide == "a"
     ]
     assert missing.state == "not found"
 
 
+def test_old_features_do_not_move_a_slide_back(moved, embedded, tmp_path):
+    moved.relocate(str(embedded / "here"), tmp_path / "there", [])
+    files = sorted((embedded / "f").glob("20x*/*/a.h5"))
+    (added,) = moved.add(files, {"a": {"label": "later"}})
+    assert added.state == "relabelled" and sources(moved)["a"] == str(tmp_path / "there/a.tiff")
+
+
 def test_adding_from_a_new_place_takes_it_over(moved, embedded, tmp_path):
     encoder = open_encoder("default")
     shutil.copytree(embedded / "f", tmp_path / "f")
-    shutil.move(embedded / "here", embedded / "away")
-    try:
-        results = embed_jobs(
-            find_jobs([tmp_path / "there"]), encoder, tmp_path / "f", EmbedOptions(overlays=False),
-            lambda *_: None,
-        )  # fmt: skip
-    finally:
-        shutil.move(embedded / "away", embedded / "here")
+    jobs = find_jobs([tmp_path / "there"])
+    results = embed_jobs(
+        jobs, encoder, tmp_path / "f", EmbedOptions(overlays=False), lambda *_: None
+    )
     assert [result.state for result in results] == ["skipped", "skipped"]
     added = moved.add([tmp_path / result.features for result in results], {"a": {"label": "new"}})
     assert {one.slide: one.state for one in added} == {"a": "relabelled", "b": "moved"}

@@ -113,10 +113,12 @@ def test_a_person_wins_over_the_file_and_it_is_said(make_slide, encoder, tmp_pat
     (stated,) = embed([slide], encoder, tmp_path / "1", manifest=tmp_path / "m.csv", assume_mpp=0.7)
     about = read_features(tmp_path / stated.features).about
     assert about["key"]["mpp"] == 0.25 and about["mpp_from"] == "manifest"
-    assert "0.25 as stated; the file says 2.5 x 2.5" in stated.notes[0] == about["notes"][0]
+    assert "0.25 as stated; the file says 2.5 x 2.5" in stated.notes[1] == about["notes"][1]
     (over,) = embed([slide], encoder, tmp_path / "2", manifest=tmp_path / "m.csv", override_mpp=0.5)
     about = read_features(tmp_path / over.features).about
     assert about["key"]["mpp"] == 0.5 and about["mpp_from"] == "override"
+    assert "--override-mpp; the manifest's 0.25 was overruled" in over.notes[0]
+    assert "0.25 by the manifest; --assume-mpp 0.7" in stated.notes[0]
     (assumed,) = embed([slide], encoder, tmp_path / "3", mpp=2.5, assume_mpp=0.5)
     assert read_features(tmp_path / assumed.features).mpp == 2.5
     assert "--assume-mpp 0.5 is for files that do not say" in assumed.notes[0]
@@ -184,7 +186,7 @@ def test_pictures_of_one_size_are_told_apart_by_tissue_or_a_number(tissue, encod
     assert "--series N" in refused.reason and refused.state == "failed"
     (chosen,) = embed([tmp_path / "two.ome.tif"], encoder, tmp_path / "1", series=1)
     about = read_features(tmp_path / chosen.features).about
-    assert about["key"]["mpp"] == 0.25 and about["row"]["series"] == "1"
+    assert about["key"]["mpp"] == 0.25 and about["key"]["series"] == 1
     (tmp_path / "m.csv").write_text("slide,series\ntwo,0\n")
     (by_row,) = embed(
         [tmp_path / "two.ome.tif"], encoder, tmp_path / "2", manifest=tmp_path / "m.csv"
@@ -245,6 +247,38 @@ def test_slides_alone_leave_out_pictures_beside_them(make_slide, tissue, tmp_pat
     assert [job.name for job in find_inputs([tmp_path], "slides").jobs] == ["photo"]
 
 
+def test_slides_in_a_folder_named_like_an_mrxs_are_found(make_slide, tmp_path):
+    for name, has_data in (("case", False), ("true", True)):
+        (tmp_path / name).mkdir()
+        (tmp_path / f"{name}.mrxs").write_bytes(b"x" * 30)
+        make_slide(tmp_path / name / f"in-{name}.tiff", side=448)
+        if has_data:
+            (tmp_path / name / "Slidedat.ini").write_text("")
+    found = find_inputs([tmp_path], "slides")
+    assert sorted(job.source.name for job in found.jobs) == [
+        "case.mrxs",
+        "in-case.tiff",
+        "true.mrxs",
+    ]
+
+
+def test_the_scale_is_that_of_the_picture_itself(tissue, tmp_path):
+    """OME-XML may describe pictures of other files first, which have no place in this one."""
+    path = tmp_path / "a.ome.tif"
+    tifffile.imwrite(path, tissue, ome=True, **{**TILE, "metadata": _ome("slide", 0.5)})
+    other = (
+        '<Image ID="Image:9" Name="macro"><Pixels ID="Pixels:9" DimensionOrder="XYCZT" Type="uint8" '
+        'SizeX="99" SizeY="99" SizeC="3" SizeZ="1" SizeT="1" PhysicalSizeX="2.0" PhysicalSizeY="2.0">'
+        "<MetadataOnly/></Pixels></Image>"
+    )
+    with tifffile.TiffFile(path) as opened:
+        document = opened.ome_metadata.replace("<Image ", f"{other}<Image ", 1)
+    with tifffile.TiffWriter(path) as out:
+        out.write(tissue, description=document.encode(), **TILE)
+    with open_slide(path) as slide:
+        assert slide.mpp == 0.5
+
+
 def test_an_mrxs_without_its_folder_names_it(encoder, tmp_path):
     (tmp_path / "case7.mrxs").write_bytes(b"x" * 30)
     (result,) = embed([tmp_path / "case7.mrxs"], encoder, tmp_path / "out")
@@ -283,7 +317,7 @@ def test_hidden_copies_are_no_tiles(tile_folder, tmp_path):
     tiles = open_tiles(tmp_path / "t")
     assert [(tile.file, tile.label) for tile in tiles.tiles] == [("tumour/a.png", "tumour")]
     assert sorted(left.reason for left in tiles.left_out) == [
-        "hidden or system folder", "hidden or system folder", "hidden or system folder", "not a picture"
+        *["hidden or system folder"] * 3, "neither a slide nor a picture"
     ]  # fmt: skip
     with tarfile.open(tmp_path / "t.tar", "w") as pack:
         pack.add(tmp_path / "t", arcname=".")
@@ -449,6 +483,44 @@ def test_features_take_over_a_new_place_of_their_slide(two_patients, encoder, tm
     assert all(not any("new place" in note for note in r.notes) for r in third)
     with h5py.File(again[0].features) as stored:
         assert stored["features"].shape[0] == first[0].tiles
+
+
+def test_copies_that_moved_keep_their_own_features(two_patients, encoder, tmp_path):
+    shutil.copy(two_patients / "patientA/slide.tiff", two_patients / "patientB/slide.tiff")
+    table = tmp_path / "m.csv"
+    table.write_text("file,patient\npatientA/slide.tiff,PA\npatientB/slide.tiff,PB\n")
+    embed([two_patients], encoder, tmp_path / "out", manifest=table)
+    two_patients.rename(tmp_path / "there")
+    table.write_text("file,patient,label\npatientA/slide.tiff,PA,x\npatientB/slide.tiff,PB,y\n")
+    results = embed([tmp_path / "there"], encoder, tmp_path / "out", manifest=table)
+    assert [r.state for r in results] == ["done", "done"] and len(
+        {r.features for r in results}
+    ) == 2
+    for result in results:
+        assert "took over its new place" in result.notes[-1]
+        item = read_features(tmp_path / result.features)
+        assert item.source == result.source
+        assert (
+            item.about["row"]["patient"]
+            == {"patientA": "PA", "patientB": "PB"}[item.source.split("/")[-2]]
+        )
+
+
+def test_features_of_before_bounds_were_heeded_are_made_anew(
+    bounded, make_slide, encoder, tmp_path
+):
+    plain = make_slide(tmp_path / "plain.tiff", side=448)
+    first = embed([bounded, plain], encoder, tmp_path / "out")
+    for result in first:  # as an earlier version wrote them
+        with h5py.File(result.features, "r+") as stored:
+            about = json.loads(stored.attrs["about"])
+            del about["bounds"]
+            stored.attrs["about"] = json.dumps(about)
+    again = embed([bounded, plain], encoder, tmp_path / "out")
+    assert [r.state for r in again] == ["done", "skipped"]
+    assert read_features(tmp_path / again[0].features).about["bounds"] == [LEFT, TOP, SIDE, SIDE]
+    assert read_features(tmp_path / again[1].features).about["bounds"] is None
+    assert [r.state for r in embed([bounded, plain], encoder, tmp_path / "out")] == ["skipped"] * 2
 
 
 def test_a_copy_of_a_slide_is_a_slide_of_its_own(two_patients, encoder, tmp_path):

@@ -1,4 +1,4 @@
-"""What lies in a folder of slides and is not read: other vendors' formats, parts of slides, other files."""
+"""What lies in a folder and is not taken: other vendors' formats, parts of slides, other files."""
 
 from __future__ import annotations
 
@@ -42,17 +42,26 @@ def why_unread(path: Path) -> str:
         return f"slide format that is not read ({UNREAD_FORMATS[suffix]}): convert it to SVS or OME-TIFF"
     if suffix in ARCHIVES:
         return "archive: unpack it first"
-    return "neither a slide nor a picture"
+    return "DICOM, but no slide" if is_dicom(path) else "neither a slide nor a picture"
 
 
-def belongs_to(folders: Sequence[str], files: Sequence[str]) -> dict[str, str | None]:
-    """Return the sub-folders that hold the data of a slide beside them; see :func:`..walking.walk`."""
+def is_dicom(path: Path) -> bool:
+    """Whether a file is DICOM, by its first bytes: many archives keep slides without ``.dcm``."""
+    try:
+        with open(path, "rb") as stream:
+            return stream.read(132)[128:] == b"DICM"
+    except OSError:
+        return False
+
+
+def belongs_to(here: Path, folders: Sequence[str], files: Sequence[str]) -> dict[str, str | None]:
+    """Return the sub-folders that hold the data of a slide beside them; see :data:`..walking.Prune`."""
     found: dict[str, str | None] = {}
     for name in files:
         stem, suffix = Path(name).stem, Path(name).suffix.lower()
-        if suffix == ".mrxs":
+        if suffix == ".mrxs" and (here / stem / "Slidedat.ini").is_file():
             found[stem] = None
-        elif suffix == ".vsi":
+        elif suffix == ".vsi" and any((here / f"_{stem}_").glob("*/*.ets")):
             found[f"_{stem}_"] = None
     for name in folders:
         if name.lower().endswith(".zarr"):
@@ -66,7 +75,8 @@ def parts_of(files: Iterable[Path]) -> set[Path]:
     for file in files:
         if file.suffix.lower() not in INDEXES:
             continue
-        text = file.read_bytes()[: 2**20].decode("utf-8", errors="replace")
+        with open(file, "rb") as stream:
+            text = stream.read(2**20).decode("utf-8", errors="replace")
         for line in text.splitlines():
             _, _, name = line.partition("=")
             if name.strip():
