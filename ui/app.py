@@ -41,7 +41,7 @@ def mount(app: Any, server: Server) -> Any:
         max_file_size=None,  # the guard counts bytes, and more for slides
         theme=_theme(),
         css_paths=ASSETS / "page.css",
-        head='<script src="/page-assets/page.js"></script>',
+        head='<script src="page-assets/page.js"></script>',
     )
 
 

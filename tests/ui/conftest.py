@@ -48,18 +48,16 @@ def own_atlas(ui_atlas, tmp_path):
 class Served:
     """The app of an atlas with a client that speaks to it directly."""
 
-    def __init__(self, atlas, access=None, folders=()):
+    def __init__(self, atlas, access=None, folders=(), peer="testclient", with_page=False):
         from starlette.testclient import TestClient
 
         self.session = Session(atlas)
         self.log = atlas / "audit.jsonl"
         self.audit = Audit(self.log, self.session)
         self.additions = Additions(self.session, folders)
-        app = make_app(
-            self.session, self.additions, self.audit, access or Access(), with_page=False
-        )
+        app = make_app(self.session, self.additions, self.audit, access or Access(), with_page)
         self.client = TestClient(
-            app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False
+            app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False, client=(peer, 5)
         )
 
     def lines(self):
@@ -77,8 +75,8 @@ def serve():
     """Serve an atlas as long as the test runs."""
     made = []
 
-    def start(atlas, access=None, folders=()):
-        made.append(Served(atlas, access, folders))
+    def start(atlas, *options, **more):
+        made.append(Served(atlas, *options, **more))
         return made[-1]
 
     yield start
