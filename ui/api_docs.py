@@ -36,7 +36,8 @@ def page(document: dict[str, Any], address: str) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>histoseek API</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main><h1>histoseek {escape(about['version'])}: HTTP API</h1>"
+        f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body><main>'
+        f"<h1>histoseek {escape(about['version'])}: HTTP API</h1>"
         f'<p>{escape(about["description"])} <a href="openapi.json">openapi.json</a></p>'
         f"<pre>{escape(example)}</pre>"
         '<p>Every error is <code>{"error": {"code", "message", "request_id"}}</code>; 429 and 503 carry '

@@ -11,10 +11,15 @@
     made.append(...children);
     return made;
   };
-  const tileUrl = (tile) => `v1/tiles/${tile}.jpg`;
+  /* A page whose server does not know where it is cannot reach it: say which header the proxy leaves out. */
+  const here = new URL(".", location.href), believed = new URL(window.gradio_config?.root || here, here);
+  const missing = believed.hostname !== here.hostname ? "Host or X-Forwarded-Host"
+    : believed.pathname.replace(/\/?$/, "/") !== here.pathname ? "X-Forwarded-Prefix (or start with --root-path)" : "";
+  if (missing) document.body.prepend(el("p", { class: "hs-problem", role: "alert" },
+    `This page is at ${here.href}, but the server takes it to be at ${believed.href}. The proxy in between must send ` +
+    `${missing}; see "Behind a proxy" in docs/ui.md. Until then the page cannot search.`));
 
-  /* Gradio links its manifest from the root of the host, where this page may not be. */
-  document.addEventListener("DOMContentLoaded", () => document.querySelector("link[rel=manifest]")?.remove());
+  const tileUrl = (tile) => `v1/tiles/${tile}.jpg`;
 
   /* A reader is not shown what only an editor may do; the server refuses it in any case. */
   fetch("v1/me").then((answer) => answer.json()).then((me) => {
