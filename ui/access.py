@@ -105,7 +105,7 @@ class Access:
     def check(self, claim: Claim) -> str | None:
         """Return the user that a claim proves; None if it proves none.
 
-        Takes as long for a wrong user as for a wrong password, and tens of milliseconds with hashes.
+        Takes as long for a wrong user as for a wrong password, and a tenth of a second or more with hashes.
         """
         if claim.bearer:
             return "token" if self._is_token(claim.secret) else None

@@ -115,7 +115,7 @@ class Logins:
         place = _place(address)
         user_key = self._hash("user", claim.user if claim else "", place)
         address_key = self._hash("address", place)
-        right_key = self._hash("right", header)
+        right_key = self._hash("right", header, place)
         check_key = self._hash("check", header, place)
         with self._lock:
             if self._by_user.full(user_key):
@@ -127,19 +127,23 @@ class Logins:
             check = self._checks.get(check_key)
             if check is None:
                 if self._by_address.full(address_key):
+                    self._by_user.add(user_key)  # else who guesses on could tell what is remembered
                     text = "too many wrong passwords from this address; wait a minute"
                     raise MustWait(text, 60)
                 check = self._start(claim, check_key)
                 # Counted before it is known: many at once are no way around the limit.
                 self._by_user.add(user_key)
                 self._by_address.add(address_key)
-        user = await asyncio.shield(asyncio.wrap_future(check))
+        try:
+            user = await asyncio.shield(asyncio.wrap_future(check))
+        finally:
+            with self._lock:
+                first = self._checks.pop(check_key, None) is not None
         with self._lock:
-            first = self._checks.pop(check_key, None) is not None
             if user is None:
                 return None
+            self._by_user.clear(user_key)
             if first:
-                self._by_user.clear(user_key)
                 self._by_address.take_back(address_key)
             self._right[right_key] = user, time.monotonic() + REMEMBER_S
             self._right.move_to_end(right_key)

@@ -20,6 +20,8 @@ READER: Role = "reader"
 EDITOR: Role = "editor"
 ROLES: tuple[Role, ...] = (READER, EDITOR)
 HASH = "$argon2id$"
+HASH_BYTES = 32
+"""Of what argon2 computes; a line that was cut has fewer."""
 TAKEN = frozenset({"token", "-"})
 """Names that the audit log uses for others."""
 EXPECTED = "expected user:HASH or user:HASH:ROLE, with HASH from `histoseek ui --hash-password`"
@@ -155,9 +157,11 @@ def _argon2() -> Any:
 def _check_hash(text: str, where: str) -> None:
     argon2 = _argon2()
     try:
-        argon2.extract_parameters(text)
-    except argon2.exceptions.InvalidHashError as error:
-        raise BadInput(f"{where}: the hash is cut or changed; {EXPECTED}") from error
+        whole = argon2.extract_parameters(text).hash_len == HASH_BYTES
+    except (argon2.exceptions.InvalidHashError, ValueError):
+        whole = False
+    if not whole:
+        raise BadInput(f"{where}: the hash is cut or changed; {EXPECTED}")
 
 
 def hash_password(password: str) -> str:
@@ -173,7 +177,7 @@ def hash_password(password: str) -> str:
 
 
 def matches(secret: str, password: str) -> bool:
-    """Whether a password is the one that a secret stands for; a hash takes tens of milliseconds."""
+    """Whether a password is the one that a secret stands for; a hash takes a tenth of a second or more."""
     if not secret.startswith(HASH):
         return hmac.compare_digest(secret.encode(), password.encode())
     argon2 = _argon2()

@@ -1,5 +1,6 @@
 """A real atlas with slides, tile sets and two clusterings, and a server of it without a network."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -51,6 +52,10 @@ class Served:
     def __init__(self, atlas, access=None, folders=(), peer="testclient", with_page=False):
         from starlette.testclient import TestClient
 
+        self.loop = None
+        if with_page:  # Gradio makes a loop where there is none, and never closes it
+            self.loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self.loop)
         self.session = Session(atlas)
         self.log = atlas / "audit.jsonl"
         self.audit = Audit(self.log, self.session)
@@ -68,6 +73,9 @@ class Served:
         self.additions.close()
         self.audit.close()
         self.session.close()
+        if self.loop is not None:
+            asyncio.set_event_loop(None)
+            self.loop.close()
 
 
 @pytest.fixture

@@ -398,7 +398,8 @@ def test_help_of_the_command_names_its_options():
     done = subprocess.run(
         [sys.executable, "-m", "histoseek", "ui", "--help"], capture_output=True, text=True
     )
-    for option in ("--slides", "--users", "--allow-host", "--audit-log", "--no-page"):
+    for option in ("--slides", "--users", "--allow-host", "--audit-log", "--no-page", "--root-path",
+                   "--trusted-proxy", "--user-header", "--editor", "--hash-password"):  # fmt: skip
         assert option in done.stdout
 
 

@@ -237,7 +237,7 @@ def asks(histoseek_ui, own_atlas):
 
     def start(*options):
         port = free_port()
-        up(port, histoseek_ui(own_atlas, "--port", port, *options))
+        up(port, histoseek_ui(own_atlas, "--port", port, *options), seconds=240)
 
         def ask(path, **headers):
             connection = http.client.HTTPConnection("127.0.0.1", port, timeout=20)
