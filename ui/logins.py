@@ -115,7 +115,7 @@ class Logins:
         place = _place(address)
         user_key = self._hash("user", claim.user if claim else "", place)
         address_key = self._hash("address", place)
-        right_key = self._hash("right", header, place)
+        right_key = self._hash("right", header)
         check_key = self._hash("check", header, place)
         with self._lock:
             if self._by_user.full(user_key):
