@@ -78,6 +78,29 @@ class Served:
             self.loop.close()
 
 
+def every_route(routes):
+    """Return every route of an app with its methods, those of routers and of the mounted page too."""
+    from fastapi.routing import iter_route_contexts
+    from starlette.routing import Mount
+
+    for route in iter_route_contexts(routes):
+        if isinstance(route.original_route, Mount):
+            yield from every_route(route.original_route.routes)
+        else:
+            yield route.path, frozenset(getattr(route, "methods", None) or ())
+
+
+@pytest.fixture
+def served_routes(serve, own_atlas):
+    """The server of an atlas with its page, and every path of it with its methods."""
+
+    def start(access=None):
+        one = serve(own_atlas, access, with_page=True)
+        return one, sorted({*every_route(one.client.app._app.routes)}, key=str)
+
+    return start
+
+
 @pytest.fixture
 def serve():
     """Serve an atlas as long as the test runs."""

@@ -286,14 +286,8 @@ def test_page_and_api_answer_under_the_prefix_and_without(asks):
     assert ask("/histo/v1/nothing")[0] == ask("/histology/x")[0] == 404
 
 
-def test_no_prefix_can_be_a_path_of_the_server(serve, own_atlas):
-    from starlette.routing import Mount, Route
-
-    app = serve(own_atlas, with_page=True).client.app._app
-    paths = [r.path for r in app.routes if isinstance(r, Route)]
-    paths += [
-        r.path for m in app.routes if isinstance(m, Mount) for r in m.routes if hasattr(r, "path")
-    ]
-    assert len(paths) > 50
-    firsts = {path.split("/")[1].partition("=")[0] for path in paths if path}
+def test_no_prefix_can_be_a_path_of_the_server(served_routes):
+    _, found = served_routes()
+    firsts = {path.split("/")[1].partition("=")[0] for path, _ in found if path}
+    assert {"v1", "gradio_api", "config", "page-assets"} < firsts
     assert firsts - OWN_PATHS == set()
