@@ -19,6 +19,7 @@ demo: $(DEMO_VENV)/.ready
 
 test: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh tests/get_chromium.sh
+	sh tests/get_nginx.sh
 	$(BIN)/python -m pytest $(PYTEST_FLAGS)
 
 check: $(VENV)/.ready

@@ -279,9 +279,28 @@ def repository(
     )
 
 
+def _hash_password(wanted: bool) -> None:
+    if not wanted:
+        return
+    from .ui.users import ask_password, hash_password
+
+    made = hash_password(ask_password())
+    console.emit({"hash": made}, lambda: print(made))
+    raise typer.Exit
+
+
 @app.command()
 def ui(
     atlas: Annotated[Path, typer.Argument(help="Folder of the atlas.")],
+    hash_password: Annotated[
+        bool,
+        typer.Option(
+            "--hash-password",
+            callback=_hash_password,
+            is_eager=True,
+            help="Ask for a password, print its hash for --users, and stop.",
+        ),
+    ] = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
     encoder: Annotated[
@@ -291,10 +310,25 @@ def ui(
         list[Path] | None, typer.Option(help="Folder to add slides from by path; repeatable.")
     ] = None,
     users: Annotated[
-        Path | None, typer.Option(help="File with lines user:password, readable by you only.")
+        Path | None,
+        typer.Option(help="File with lines user:HASH or user:HASH:ROLE, readable by you only."),
     ] = None,
     allow_host: Annotated[
         list[str] | None, typer.Option(help="Further name it is asked for by, as of a proxy.")
+    ] = None,
+    root_path: Annotated[
+        str, typer.Option(help="Path under which a proxy shows the page, such as /histo.")
+    ] = "",
+    trusted_proxy: Annotated[
+        list[str] | None,
+        typer.Option(help="Address or network whose X-Forwarded-… headers count; repeatable."),
+    ] = None,
+    user_header: Annotated[
+        str, typer.Option(help="Header by which the trusted proxy names the user.")
+    ] = "",
+    editor: Annotated[
+        list[str] | None,
+        typer.Option(help="User of that header who may change the atlas, * for all; repeatable."),
     ] = None,
     audit_log: Annotated[
         Path | None, typer.Option(help="File of the audit log; in the atlas if left out.")
@@ -307,9 +341,11 @@ def ui(
 ) -> None:
     """Serve the page and the HTTP API of an atlas (API: /docs)."""
     from .ui.access import access_for
+    from .ui.proxies import proxies_for
     from .ui.server import ServeOptions
 
-    access = access_for(host, users, tuple(allow_host or ()))
+    proxies = proxies_for(trusted_proxy or (), root_path, user_header, editor or ())
+    access = access_for(host, users, tuple(allow_host or ()), proxies=proxies)
     console.log_to_stderr(log_requests)
     options = ServeOptions(
         host, port, access, encoder, tuple(slides or ()), audit_log, page=not no_page
@@ -334,8 +370,8 @@ def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = F
     stopped = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     running = Running(atlas, options)
-    document = {"atlas": str(atlas), "address": running.address}
-    text = f"histoseek is at {running.address} (Ctrl-C stops it)"
+    document = {"atlas": str(atlas), "address": running.address, "notes": running.notes}
+    text = "\n".join([*running.notes, f"histoseek is at {running.address} (Ctrl-C stops it)"])
     if quiet:  # the caller has printed its one JSON document already
         console.say(text)
     else:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import audit_chain
 from ..errors import Damaged, HistoseekError, StorageFailed
 from ..feature_files import check_features, read_features
 from ..files import sha256_file
@@ -49,7 +50,7 @@ def problems(atlas: Atlas) -> list[Problem]:
             check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
     except HistoseekError as error:
         found.append(Problem(str(error)))
-    for check in (_slides, _placements, _files, _index, _map):
+    for check in (_slides, _placements, _files, _index, _map, _audit):
         try:
             found += check(atlas)
         except (HistoseekError, OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
@@ -84,6 +85,11 @@ def _map(atlas: Atlas) -> list[Problem]:
     except Damaged as error:
         return [Problem(str(error), derived=True)]
     return []
+
+
+def _audit(atlas: Atlas) -> list[Problem]:
+    """The audit log of the page, if there is one, has all its lines."""
+    return [Problem(text) for text in audit_chain.problems(atlas.path / audit_chain.FILE)]
 
 
 def _slides(atlas: Atlas) -> list[Problem]:

@@ -30,10 +30,10 @@ from ..errors import (
 )
 from . import answers, handlers
 from . import api_models as models
-from .access import REQUEST_ID, error_body
+from .access import REQUEST_ID, ROLE, error_body
 from .bodies import said
 from .routes import add_clusters, add_pictures, add_queries, add_slides
-from .service import Server
+from .service import Server, who
 from .traffic import Collector
 
 ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
@@ -64,7 +64,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
     number: {"model": models.Error, "description": text}
     for number, text in {
         401: "who asks is not known",
-        403: "a page of another site asks",
+        403: "a page of another site asks, or only an editor may",
         404: "not there (any more)",
         408: "the body did not come in time",
         409: "another encoder",
@@ -191,6 +191,11 @@ def _service(app: FastAPI, server: Server) -> None:
         }
         return {"histoseek": __version__, **stats, "limits": limits}
 
+    @app.get("/v1/me", tags=["service"], response_model=models.Me)
+    def me(request: Request) -> Any:
+        """Return who asks, and the role: a reader may search and look, an editor may change the atlas."""
+        return {"user": who(request)["user"], "role": request.headers.get(ROLE, "reader")}
+
     @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
     def metrics() -> Response:
         """Return the server's numbers for Prometheus."""
@@ -203,7 +208,7 @@ def _service(app: FastAPI, server: Server) -> None:
         return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
 
     @app.get("/docs", include_in_schema=False)
-    async def docs() -> HTMLResponse:
+    async def docs(request: Request) -> HTMLResponse:
         from .api_docs import page
 
-        return HTMLResponse(page(app.openapi()))
+        return HTMLResponse(page(app.openapi(), str(request.base_url).rstrip("/")))

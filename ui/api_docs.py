@@ -8,17 +8,23 @@ from pathlib import Path
 from typing import Any
 
 _STYLE = (Path(__file__).parent / "assets" / "docs.css").read_text(encoding="utf-8")
-_EXAMPLE = """curl -F images=@region.png -F k=5 -F "where=organ = 'colon'" http://127.0.0.1:7860/v1/search
-curl -H 'content-type: application/json' -d '{"like": [17], "k": 5}' http://127.0.0.1:7860/v1/search
-curl -H "authorization: Bearer $HISTOSEEK_UI_TOKEN" https://…/v1/slides        # or: curl -u user:password
+_EXAMPLE = """curl -F images=@region.png -F k=5 -F "where=organ = 'colon'" ADDRESS/v1/search
+curl -H 'content-type: application/json' -d '{"like": [17], "k": 5}' ADDRESS/v1/search
+curl -H "authorization: Bearer $HISTOSEEK_UI_TOKEN" ADDRESS/v1/slides   # or: curl -u user:password
 
 from histoseek.ui.client import Client
-for hit in Client("http://127.0.0.1:7860").search(["region.png"], k=5)["hits"]:
+for hit in Client("ADDRESS").search(["region.png"], k=5)["hits"]:
     print(hit["slide"], hit["score"])"""
 
 
-def page(document: dict[str, Any]) -> str:
-    """Return the page."""
+def page(document: dict[str, Any], address: str) -> str:
+    """Return the page.
+
+    Args:
+        document: OpenAPI's.
+        address: of the server, as the reader's browser knows it, without a slash at its end.
+    """
+    example = _EXAMPLE.replace("ADDRESS", address)
     tags: dict[str, list[str]] = {}
     for path, verbs in document["paths"].items():
         for verb, operation in verbs.items():
@@ -30,9 +36,10 @@ def page(document: dict[str, Any]) -> str:
     return (
         f'<!doctype html><html lang="en"><head><meta charset="utf-8"><title>histoseek API</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<style>{_STYLE}</style></head><body><main><h1>histoseek {escape(about['version'])}: HTTP API</h1>"
-        f'<p>{escape(about["description"])} <a href="/openapi.json">openapi.json</a></p>'
-        f"<pre>{escape(_EXAMPLE)}</pre>"
+        f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body><main>'
+        f"<h1>histoseek {escape(about['version'])}: HTTP API</h1>"
+        f'<p>{escape(about["description"])} <a href="openapi.json">openapi.json</a></p>'
+        f"<pre>{escape(example)}</pre>"
         '<p>Every error is <code>{"error": {"code", "message", "request_id"}}</code>; 429 and 503 carry '
         f"<code>Retry-After</code>.</p>{parts}<h2>schemas</h2><details><summary>all</summary>"
         f"<pre>{escape(schemas)}</pre></details></main></body></html>"

@@ -22,6 +22,13 @@ class Request(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
 
+class Me(BaseModel):
+    """Who asks: ``-`` where nobody need say so."""
+
+    user: str
+    role: Literal["reader", "editor"]
+
+
 class EmbeddingsRequest(Request):
     """Images to embed, as base64 (with or without ``data:…;base64,`` before it)."""
 

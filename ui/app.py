@@ -24,10 +24,14 @@ ASSETS = Path(__file__).parent / "assets"
 FONTS = ["system-ui", "Segoe UI", "Helvetica", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
 
+AT_ROOT = '<link rel="manifest" href="/manifest.json" />'
+FROM_HERE = '<link rel="icon" href="favicon.ico" /><link rel="manifest" href="manifest.json" />'
+
 
 def mount(app: Any, server: Server) -> Any:
     """Put the page before the API; returns the app with both."""
     _fetch_nothing()
+    _link_from_here()
     _assets(app)
     return gr.mount_gradio_app(
         app,
@@ -41,7 +45,7 @@ def mount(app: Any, server: Server) -> Any:
         max_file_size=None,  # the guard counts bytes, and more for slides
         theme=_theme(),
         css_paths=ASSETS / "page.css",
-        head='<script src="/page-assets/page.js"></script>',
+        head='<script src="page-assets/page.js"></script>',
     )
 
 
@@ -89,6 +93,24 @@ def _fetch_nothing() -> None:
     for name in ("save_url_to_cache", "async_save_url_to_cache", "ssrf_protected_download"):
         if hasattr(processing_utils, name):
             setattr(processing_utils, name, refuse)
+
+
+def _link_from_here() -> None:
+    """Have Gradio's page link manifest and icon from where it is: the root of the host may be another's."""
+    from gradio.routes import templates
+    from jinja2 import BaseLoader
+
+    environment = templates.env
+    inner = environment.loader
+
+    class FromHere(BaseLoader):
+        def get_source(self, asked: Any, template: str) -> Any:
+            source, *rest = inner.get_source(asked, template)
+            return source.replace(AT_ROOT, FROM_HERE), *rest
+
+    if inner.__class__.__name__ != FromHere.__name__:
+        environment.loader = FromHere()
+        environment.cache.clear()
 
 
 def _assets(app: Any) -> None:

@@ -27,8 +27,9 @@ def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]
         header: that writes it.
     """
     additions = server.additions
+    html(view.readers_only(), elem_id="readers-note")
     with gr.Row():
-        with gr.Column(scale=1, min_width=300):
+        with gr.Column(scale=1, min_width=300, elem_id="new-form"):
             chooser("new-file", "Choose a slide", "", 0, local=True)
             path = gr.Textbox(
                 label="Or its path on the server", placeholder="/slides/case-7.svs",

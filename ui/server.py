@@ -14,9 +14,10 @@ from typing import Any
 
 from ..console import say
 from ..errors import BadInput, Busy, MissingPart, StorageFailed
-from .access import Access, Guard, is_local
+from .access import Access, is_local
 from .additions import Additions
 from .audit import FILE, Audit
+from .guard import Guard
 from .handlers import Session
 from .traffic import Traffic
 
@@ -109,6 +110,7 @@ class Running:
             self._thread.join(0.01)
         name = f"[{options.host}]" if ":" in options.host else options.host
         self.address = f"http://{name}:{options.port}/"
+        self.notes = list(options.access.notes)
         self.session.warm()
 
     def _stop(self) -> None:

@@ -91,7 +91,7 @@ def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
     return (
         f'<li class="hs-card" data-tile="{hit.tile}">'
         f'<button class="hs-open" data-open="{hit.tile}" aria-label="Open {title} in context">'
-        f'<img src="/v1/tiles/{hit.tile}.jpg" alt="{title}" width="224" height="224"></button>'
+        f'<img src="v1/tiles/{hit.tile}.jpg" alt="{title}" width="224" height="224"></button>'
         f'<div class="hs-facts"><div><b>#{hit.rank}</b> <span class="hs-score">score {hit.score:.3f}</span>'
         f"</div><div>{facts}</div><small>{escape(where)}</small><small>{patient}</small></div>"
         f'<div class="hs-two"><button data-like="{hit.tile}" aria-label="+ like {title}">+ like</button>'
@@ -143,7 +143,7 @@ def verdict(answer: Found) -> str:
             '<strong class="hs-unknown">Unlike anything here: read the hits with care.</strong> '
         )
     links = " ".join(
-        f'<a href="/v1/results/{answer.id}/{kind}" download>{name}</a>'
+        f'<a href="v1/results/{answer.id}/{kind}" download>{name}</a>'
         for kind, name in (("html", "Report"), ("csv", "CSV"), ("json", "JSON"))
     )
     spent = sum(answer.milliseconds.values())
@@ -167,7 +167,7 @@ def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) ->
     def tiles(kind: str, numbers: Sequence[int]) -> str:
         return "".join(
             f'<button class="hs-chip" data-drop="{tile}" aria-label="Drop tile {tile} ({kind})">'
-            f'<img src="/v1/tiles/{tile}.jpg" alt="tile {tile}" width="48" height="48">×</button>'
+            f'<img src="v1/tiles/{tile}.jpg" alt="tile {tile}" width="48" height="48">×</button>'
             for tile in numbers
         )
 
@@ -210,7 +210,7 @@ def placed_table(answer: Clustered, examples: Mapping[int, Sequence[int]]) -> st
             f'<td data-label="strength">{placed["strength"]:.2f}</td>'
             f'<td data-label="distance">{placed["distance"]:.3f}</td>'
             f'<td data-label="nearest tile"><button class="hs-open hs-mini" data-open="{hit.tile}" '
-            f'aria-label="Open the nearest tile of image {number + 1}"><img src="/v1/tiles/{hit.tile}.jpg" '
+            f'aria-label="Open the nearest tile of image {number + 1}"><img src="v1/tiles/{hit.tile}.jpg" '
             f'alt="nearest tile of {escape(name, quote=True)}" width="56" height="56"></button> '
             f"{escape(hit.label or hit.slide)} ({hit.score:.3f})</td>"
             f'<td data-label="its cluster">{_minis(examples.get(placed["cluster"], ()))}</td>'
@@ -227,7 +227,7 @@ def placed_table(answer: Clustered, examples: Mapping[int, Sequence[int]]) -> st
         f"{len(answer.refused)} refused."
     )
     links = " ".join(
-        f'<a href="/v1/results/{answer.id}/{kind}" download>{title}</a>'
+        f'<a href="v1/results/{answer.id}/{kind}" download>{title}</a>'
         for kind, title in (("csv", "CSV"), ("json", "JSON"), ("html", "Report"))
     )
     heads = (
@@ -249,7 +249,7 @@ def placed_table(answer: Clustered, examples: Mapping[int, Sequence[int]]) -> st
 def _minis(tiles: Sequence[int]) -> str:
     return "".join(
         f'<button class="hs-open hs-mini" data-open="{tile}" aria-label="Open tile {tile}"><img '
-        f'loading="lazy" src="/v1/tiles/{tile}.jpg" alt="tile {tile}" width="56" height="56"></button>'
+        f'loading="lazy" src="v1/tiles/{tile}.jpg" alt="tile {tile}" width="56" height="56"></button>'
         for tile in tiles
     )
 
@@ -271,7 +271,7 @@ def _cluster_card(cluster: Mapping[str, Any], clustering: str) -> str:
     called = escape(cluster_name(number), quote=True)
     tiles = "".join(
         f'<button class="hs-open" data-open="{tile["tile"]}" aria-label="Open tile {tile["tile"]} of '
-        f'{called}"><img loading="lazy" src="/v1/tiles/{tile["tile"]}.jpg" alt="example of {called}" '
+        f'{called}"><img loading="lazy" src="v1/tiles/{tile["tile"]}.jpg" alt="example of {called}" '
         'width="96" height="96"></button>'
         for tile in cluster["examples"][:EXAMPLES]
     )
@@ -322,7 +322,7 @@ def _slide_card(row: Mapping[str, Any], chosen: bool) -> str:
     )
     return (
         f'<li><button class="hs-slide" data-slide="{name}" aria-pressed="{str(chosen).lower()}">'
-        f'<img loading="lazy" src="/v1/slides/{quote(row["name"], safe="")}/thumbnail.jpg" '
+        f'<img loading="lazy" src="v1/slides/{quote(row["name"], safe="")}/thumbnail.jpg" '
         f'alt="thumbnail of {name}" height="110"><b>{name}</b><small>{facts}</small></button></li>'
     )
 
@@ -352,15 +352,15 @@ def slide_detail(
         scale: scores at the ends of the heat map's colours.
     """
     name = quote(row["name"], safe="")
-    source, legend = f"/v1/slides/{name}/thumbnail.jpg?longest=1024", ""
+    source, legend = f"v1/slides/{name}/thumbnail.jpg?longest=1024", ""
     if shows == "clusters" and clustering:
-        source = f"/v1/slides/{name}/clusters.jpg?clustering={quote(clustering, safe='')}"
+        source = f"v1/slides/{name}/clusters.jpg?clustering={quote(clustering, safe='')}"
         items = "".join(
             f"<li>{_dot(c)}{escape(cluster_name(c, names))} ({n:,})</li>" for c, n in counts.items()
         )
         legend = f'<ul class="hs-legend" aria-label="Clusters of this slide">{items}</ul>'
     elif shows == "similarity" and result:
-        source = f"/v1/slides/{name}/heat.jpg?result={quote(result, safe='')}"
+        source = f"v1/slides/{name}/heat.jpg?result={quote(result, safe='')}"
         ramp = ", ".join(VIRIDIS)
         legend = (
             f'<div class="hs-scale"><span>similarity to the last search: {scale[0]:.2f}</span>'
@@ -403,7 +403,7 @@ def _similar(similar: Sequence[Similar], by: str) -> str:
             '<span class="hs-pair">'
             + "".join(
                 f'<button class="hs-open hs-mini" data-open="{tile}" aria-label="Open tile {tile}">'
-                f'<img loading="lazy" src="/v1/tiles/{tile}.jpg" alt="tile {tile}" width="72" height="72">'
+                f'<img loading="lazy" src="v1/tiles/{tile}.jpg" alt="tile {tile}" width="72" height="72">'
                 "</button>"
                 for tile in (pair.query, pair.match)
                 if tile is not None
@@ -444,6 +444,13 @@ def _job(job: Addition) -> str:
     )
 
 
+def readers_only() -> str:
+    """Return what a reader is told in the place of the form; editors do not see it."""
+    return empty(
+        "You are a reader here.", "Slides are added by editors; how far they are stands below."
+    )
+
+
 # -- about ------------------------------------------------------------------------------------------
 
 
@@ -466,8 +473,8 @@ def about(stats: Mapping[str, Any], card: str, versions: Mapping[str, str]) -> s
     )
     return (
         f'<table class="hs-facts-table" id="about">{table}</table>'
-        '<p><a href="/docs">HTTP API</a> · <a href="/openapi.json">OpenAPI</a> · '
-        '<a href="/metrics">Prometheus</a></p>'
+        '<p><a href="docs">HTTP API</a> · <a href="openapi.json">OpenAPI</a> · '
+        '<a href="metrics">Prometheus</a></p>'
         f"<details><summary>The encoder's card</summary><pre>{escape(card)}</pre></details>"
     )
 

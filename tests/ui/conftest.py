@@ -1,5 +1,6 @@
 """A real atlas with slides, tile sets and two clusterings, and a server of it without a network."""
 
+import asyncio
 import json
 import shutil
 import subprocess
@@ -48,18 +49,20 @@ def own_atlas(ui_atlas, tmp_path):
 class Served:
     """The app of an atlas with a client that speaks to it directly."""
 
-    def __init__(self, atlas, access=None, folders=()):
+    def __init__(self, atlas, access=None, folders=(), peer="testclient", with_page=False):
         from starlette.testclient import TestClient
 
+        self.loop = None
+        if with_page:  # Gradio makes a loop where there is none, and never closes it
+            self.loop = asyncio.new_event_loop()
+            asyncio.set_event_loop(self.loop)
         self.session = Session(atlas)
         self.log = atlas / "audit.jsonl"
         self.audit = Audit(self.log, self.session)
         self.additions = Additions(self.session, folders)
-        app = make_app(
-            self.session, self.additions, self.audit, access or Access(), with_page=False
-        )
+        app = make_app(self.session, self.additions, self.audit, access or Access(), with_page)
         self.client = TestClient(
-            app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False
+            app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False, client=(peer, 5)
         )
 
     def lines(self):
@@ -70,6 +73,32 @@ class Served:
         self.additions.close()
         self.audit.close()
         self.session.close()
+        if self.loop is not None:
+            asyncio.set_event_loop(None)
+            self.loop.close()
+
+
+def every_route(routes):
+    """Return every route of an app with its methods, those of routers and of the mounted page too."""
+    from fastapi.routing import iter_route_contexts
+    from starlette.routing import Mount
+
+    for route in iter_route_contexts(routes):
+        if isinstance(route.original_route, Mount):
+            yield from every_route(route.original_route.routes)
+        else:
+            yield route.path, frozenset(getattr(route, "methods", None) or ())
+
+
+@pytest.fixture
+def served_routes(serve, own_atlas):
+    """The server of an atlas with its page, and every path of it with its methods."""
+
+    def start(access=None):
+        one = serve(own_atlas, access, with_page=True)
+        return one, sorted({*every_route(one.client.app._app.routes)}, key=str)
+
+    return start
 
 
 @pytest.fixture
@@ -77,8 +106,8 @@ def serve():
     """Serve an atlas as long as the test runs."""
     made = []
 
-    def start(atlas, access=None, folders=()):
-        made.append(Served(atlas, access, folders))
+    def start(atlas, *options, **more):
+        made.append(Served(atlas, *options, **more))
         return made[-1]
 
     yield start

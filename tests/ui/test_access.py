@@ -129,14 +129,17 @@ def test_without_credentials_nothing_but_health_answers(histoseek_ui, own_atlas,
 
 def test_wrong_passwords_are_refused_and_soon_not_even_looked_at(serve, own_atlas):
     one = serve(own_atlas, GUARDED)
-    wrong = [basic("ann", "x"), basic("ann", ""), basic("", ""), basic("eve", "sesame"),
-             basic("ann", TOKEN[:-1]), {"authorization": "Bearer "}, {"authorization": "Bearer x"},
-             {"authorization": "Basic %%%"},
-             {"authorization": "Digest x"}, {"authorization": "Basic " + "A" * 50}]  # fmt: skip
-    for header in wrong:
+    strange = [basic("", ""), basic("eve", "sesame"), {"authorization": "Bearer "},
+               {"authorization": "Bearer x"}, {"authorization": "Basic %%%"},
+               {"authorization": "Digest x"}, {"authorization": "Basic " + "A" * 50}]  # fmt: skip
+    for header in strange:
         assert one.client.get("/info", headers=header).status_code == 401
+    for password in ["x", "", TOKEN[:-1], *"abcdefg"]:
+        assert one.client.get("/info", headers=basic("ann", password)).status_code == 401
     answer = one.client.get("/info", headers=basic("ann", "sesame"))
     assert answer.status_code == 429 and answer.headers["retry-after"] == "60"
+    assert "for this user" in answer.json()["error"]["message"]
+    assert one.client.get("/info", headers=basic("bob", "pw:with:colons")).status_code == 200
     assert one.client.get("/health").status_code == 200
 
 
@@ -229,7 +232,7 @@ def test_who_sends_or_reads_too_slowly_is_let_go(histoseek_ui, own_atlas, monkey
     import threading
     import time
 
-    monkeypatch.setattr("histoseek.ui.access.READ_S", 0.3)
+    monkeypatch.setattr("histoseek.ui.guard.READ_S", 0.3)
     one = serve(own_atlas)
     headers = {"content-type": "application/json"}
     go = threading.Event()
@@ -395,7 +398,8 @@ def test_help_of_the_command_names_its_options():
     done = subprocess.run(
         [sys.executable, "-m", "histoseek", "ui", "--help"], capture_output=True, text=True
     )
-    for option in ("--slides", "--users", "--allow-host", "--audit-log", "--no-page"):
+    for option in ("--slides", "--users", "--allow-host", "--audit-log", "--no-page", "--root-path",
+                   "--trusted-proxy", "--user-header", "--editor", "--hash-password"):  # fmt: skip
         assert option in done.stdout
 
 

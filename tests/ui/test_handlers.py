@@ -55,7 +55,11 @@ def test_a_tile_finds_itself_and_its_picture_is_shown(session, tile_folder):
     assert found.verdict.labels[0][0] == "retina"
     assert "retina" in view.verdict_text(found)
     cards = view.gallery(found.hits)
-    assert cards.count("<li") == 6 and f"/v1/tiles/{best.tile}.jpg" in cards
+    assert (
+        cards.count("<li") == 6
+        and 'src="v1/tiles/' in cards
+        and f"v1/tiles/{best.tile}.jpg" in cards
+    )
 
 
 def test_tiles_of_the_atlas_are_searched_by_without_finding_themselves(session):

@@ -11,7 +11,20 @@
     made.append(...children);
     return made;
   };
-  const tileUrl = (tile) => `/v1/tiles/${tile}.jpg`;
+  /* A page whose server does not know where it is cannot reach it: say which header the proxy leaves out. */
+  const here = new URL(".", location.href), believed = new URL(window.gradio_config?.root || here, here);
+  const missing = believed.hostname !== here.hostname ? "Host or X-Forwarded-Host"
+    : believed.pathname.replace(/\/?$/, "/") !== here.pathname ? "X-Forwarded-Prefix (or start with --root-path)" : "";
+  if (missing) document.body.prepend(el("p", { class: "hs-problem", role: "alert" },
+    `This page is at ${here.href}, but the server takes it to be at ${believed.href}. The proxy in between must send ` +
+    `${missing}; see "Behind a proxy" in docs/ui.md. Until then the page cannot search.`));
+
+  const tileUrl = (tile) => `v1/tiles/${tile}.jpg`;
+
+  /* A reader is not shown what only an editor may do; the server refuses it in any case. */
+  fetch("v1/me").then((answer) => answer.json()).then((me) => {
+    if (me.role === "reader") document.documentElement.dataset.role = "reader";
+  }).catch(() => {});
 
   async function ask(url) {
     const answer = await fetch(url);
@@ -206,7 +219,7 @@
     }
     return new Promise((resolve) => {
       const request = new XMLHttpRequest();
-      request.open("POST", "/v1/slides");
+      request.open("POST", "v1/slides");
       if (kind) request.setRequestHeader("content-type", kind);
       request.upload.onprogress = (e) => {
         note.textContent = `Sending: ${Math.round((100 * e.loaded) / e.total)} % of ${(e.total / 2 ** 20).toFixed(1)} MB`;
@@ -266,7 +279,7 @@
     const mine = ++opening;
     let facts;
     try {
-      facts = await (await ask(`/v1/tiles/${tile}`)).json();
+      facts = await (await ask(`v1/tiles/${tile}`)).json();
     } catch (error) {
       dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `Tile ${tile}`),
         el("p", { role: "alert" }, error.message));
@@ -289,9 +302,9 @@
       class: "hs-act", onclick: () => { dialog.close(); pick(kind, tile); } }, text);
     const pictures = el("div", { class: "hs-context" },
       figure(tileUrl(tile), `tile ${tile}`, "the tile"),
-      figure(`/v1/tiles/${tile}/field.jpg`, `tile ${tile} amid its neighbours`,
+      figure(`v1/tiles/${tile}/field.jpg`, `tile ${tile} amid its neighbours`,
         facts.file ? "the whole picture; the encoder saw the box" : "around it, at a lower magnification"));
-    if (!facts.file) pictures.append(figure(`/v1/tiles/${tile}/place.jpg`, `where tile ${tile} lies`, "on the slide"));
+    if (!facts.file) pictures.append(figure(`v1/tiles/${tile}/place.jpg`, `where tile ${tile} lies`, "on the slide"));
     dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `${facts.slide}, ${where}`),
       pictures, list, el("div", { class: "hs-acts" }, act("like", "+ More like this"), act("unlike", "− Unlike this")));
     close.focus();
@@ -315,7 +328,7 @@
   const script = (() => {
     let loading = null;
     return () => (loading ??= new Promise((done, failed) => {
-      document.head.append(el("script", { src: "/page-assets/plotly.min.js", onload: done,
+      document.head.append(el("script", { src: "page-assets/plotly.min.js", onload: done,
         onerror: () => { loading = null; failed(new Error("the map's program could not be loaded")); } }));
     }));
   })();
@@ -334,7 +347,7 @@
       loaded = revision();
       for (let wait = 0; ; wait++) {
         try {
-          const answer = await ask(`/v1/map?by=${encodeURIComponent(wanted)}`);
+          const answer = await ask(`v1/map?by=${encodeURIComponent(wanted)}`);
           if (answer.status === 200) {
             const found = unpack(await answer.arrayBuffer());
             if (mine !== drawing) return;
@@ -558,7 +571,7 @@
     const body = { name: form.elements.name.value, description: form.elements.description.value,
       clustering: form.dataset.clustering };
     try {
-      const answer = await fetch(`/v1/clusters/${cluster}`, {
+      const answer = await fetch(`v1/clusters/${cluster}`, {
         method: "PUT", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
       const said = await answer.json();
       told.textContent = answer.ok ? "Saved." : said.error.message;

@@ -1,0 +1,365 @@
+"""The hash chain of the audit log: appending lines to it, and checking them.
+
+Every line ends with its number and a SHA-256: over the hash of the line before, whatever was written
+between the two, and the line itself. So a line that is changed, removed or inserted breaks the chain there.
+A log from before there was a chain, or a line that a crash cut off, is covered by the next line. The number
+and the hash of the last line are kept in ``<log>.head`` too, so that lines missing at the end are seen.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+FILE = "audit.jsonl"
+HEAD = ".head"
+START = "0" * 64
+"""Stands for the hash of the line before the first one."""
+TAIL_BYTES = 2**20
+PIECE_BYTES = 2**20
+LINE = re.compile(rb'(\{.*, "n": ([0-9]{1,18})), "chain": "([0-9a-f]{64})"\}\n')
+HEAD_LINE = re.compile(rb"([0-9]{1,18}) ([0-9a-f]{64})\n *\n?")
+HEAD_BYTES = 96
+KEEP = "keep the files as they are, find out who wrote to them, and restore the log from a copy"
+
+
+@dataclass(frozen=True)
+class Link:
+    """A place in the chain: number and hash of a line."""
+
+    number: int = 0
+    sha256: str = START
+
+
+def _hash(before: str, *parts: bytes) -> str:
+    made = hashlib.sha256(before.encode())
+    for part in parts:
+        made.update(part)
+    return made.hexdigest()
+
+
+def head_path(log: Path) -> Path:
+    """Return where the head of a log is kept."""
+    return log.with_name(log.name + HEAD)
+
+
+def read_head(log: Path) -> Link | None:
+    """Return the last line of a log as its head names it; None where there is no head.
+
+    Raises:
+        OSError: it cannot be read.
+        ValueError: it is damaged.
+    """
+    try:
+        blob = head_path(log).read_bytes()
+    except FileNotFoundError:
+        return None
+    found = HEAD_LINE.fullmatch(blob)
+    if found is None:
+        raise ValueError(f"{head_path(log)} is damaged; expected a number and a SHA-256")
+    return Link(int(found[1]), found[2].decode())
+
+
+# -- writing ----------------------------------------------------------------------------------------
+
+
+class ChainedLog:
+    """A log that lines are appended to; several processes may share it.
+
+    Attributes:
+        last: the last line written or found.
+        notes: what a person should be told of what was found when it was opened.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open the log for appending, readable by its owner only.
+
+        Raises:
+            OSError: the log or its head cannot be written.
+        """
+        self._path = path
+        self.notes: list[str] = []
+        self.last = Link()
+        self._file = self._head = -1
+        self._size = 0
+        self._jump = False
+        self._pending = hashlib.sha256()
+        try:
+            self._open()
+            with self._locked():
+                self._find_end()
+        except BaseException:
+            self.close()
+            raise
+
+    def append(self, line: dict[str, Any]) -> None:
+        """Append a line, with its number and hash, and then write the head.
+
+        Args:
+            line: JSON-ready; ``n``, ``chain`` and ``follows`` are ours.
+
+        Raises:
+            OSError: nothing was appended.
+        """
+        self._follow_rename()
+        with self._locked():
+            if os.fstat(self._file).st_size != self._size:  # another process wrote, or emptied it
+                self._find_end()
+            number = self.last.number + 1
+            told = {**line, **({"follows": self.last.sha256} if self._jump else {}), "n": number}
+            content = json.dumps(told, ensure_ascii=False, default=str)[:-1].encode()
+            made = self._pending.copy()
+            made.update(content)
+            self._write(content + b', "chain": "%s"}\n' % made.hexdigest().encode())
+            self._advance(Link(number, made.hexdigest()))
+            os.pwrite(self._head, _head_line(self.last), 0)
+
+    def close(self) -> None:
+        """Close the files; what comes after is refused."""
+        for handle in (self._file, self._head):
+            if handle >= 0:
+                os.close(handle)
+        self._file = self._head = -1
+
+    def _open(self) -> None:
+        flags = os.O_RDWR | os.O_CREAT
+        self._file = os.open(self._path, flags | os.O_APPEND, 0o600)
+        if self._head < 0:
+            self._head = os.open(head_path(self._path), flags, 0o600)
+
+    def _follow_rename(self) -> None:
+        """Open the log anew where it was renamed, as log rotation does."""
+        try:
+            there = os.stat(self._path)
+            same = os.path.samestat(there, os.fstat(self._file))
+        except FileNotFoundError:
+            same = False
+        if not same:
+            os.close(self._file)
+            self._file = -1
+            self._open()
+            self._size = -1
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        fcntl.flock(self._head, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:
+            fcntl.flock(self._head, fcntl.LOCK_UN)
+
+    def _write(self, blob: bytes) -> None:
+        start = self._size
+        try:
+            while blob:
+                blob = blob[os.write(self._file, blob) :]
+        except OSError:
+            os.ftruncate(self._file, start)  # a part of a line that was never acknowledged
+            raise
+
+    def _advance(self, last: Link) -> None:
+        self.last = last
+        self._jump = False
+        self._pending = hashlib.sha256(last.sha256.encode())
+        self._size = os.fstat(self._file).st_size
+
+    def _find_end(self) -> None:
+        """Find the last chained line, and what was written after it."""
+        with open(self._path, "rb") as stream:
+            size = stream.seek(0, os.SEEK_END)
+            end, last = _last_link(stream, size)
+            stream.seek(max(0, size - 1))
+            torn = size > 0 and stream.read(1) != b"\n"
+            head = self._known_head(last)
+            self._advance(head or last)
+            self._jump = head is not None
+            stream.seek(end)
+            while piece := stream.read(PIECE_BYTES):
+                self._pending.update(piece)
+        if torn:
+            os.write(self._file, b"\n")
+            self._pending.update(b"\n")
+            self._size += 1
+            self.notes.append(f"the last line of {self._path} is cut off; the next line covers it")
+        if not end and size:
+            self.notes.append(f"the lines in {self._path} have no hash chain; it begins now")
+
+    def _known_head(self, last: Link) -> Link | None:
+        """Return the head if it names a line that the log does not end with (any more)."""
+        blob = os.pread(self._head, HEAD_BYTES, 0)
+        found = HEAD_LINE.fullmatch(blob)
+        if found is None:
+            if blob.strip():
+                self.notes.append(f"{head_path(self._path)} is damaged; it is written anew")
+            elif last.number:
+                self.notes.append(f"{head_path(self._path)} is missing; it is written anew")
+            return None
+        head = Link(int(found[1]), found[2].decode())
+        if head.number < last.number or head == last:
+            return None
+        self.notes.append(
+            f"{self._path} does not end with line {head.number}, which its head names (it was rotated, "
+            f"emptied or cut); the next line says that it follows on line {head.number}"
+        )
+        return head
+
+
+def _head_line(last: Link) -> bytes:
+    """Return a head of a fixed length, so that it is replaced in one write."""
+    return f"{last.number} {last.sha256}\n".encode().ljust(HEAD_BYTES - 1) + b"\n"
+
+
+def _last_link(stream: BinaryIO, size: int) -> tuple[int, Link]:
+    """Return where the last chained line ends, and its number and hash; 0 if there is none."""
+    for start in (max(0, size - TAIL_BYTES), 0):
+        stream.seek(start)
+        at = start + (len(stream.readline()) if start else 0)
+        end, last = 0, Link()
+        for line in stream:
+            at += len(line)
+            found = LINE.fullmatch(line)
+            if found:
+                end, last = at, Link(int(found[2]), found[3].decode())
+        if end:
+            return end, last
+    return 0, Link()
+
+
+# -- checking ---------------------------------------------------------------------------------------
+
+
+def problems(log: Path) -> list[str]:
+    """Return what is wrong with a log and its head: the first line that breaks the chain, and the end.
+
+    A log whose lines never had a chain is not judged.
+    """
+    found = _problems(log)
+    return _problems(log) if found else found  # else a server was just writing
+
+
+def _problems(log: Path) -> list[str]:
+    try:
+        head = read_head(log)
+    except OSError as error:
+        return [f"{head_path(log)} cannot be read ({error.strerror}); run this as its owner"]
+    except ValueError as error:
+        return [f"{error}; {KEEP}"]
+    try:
+        with log.open("rb") as stream:
+            found = _Check(log, head).run(stream)
+    except FileNotFoundError:
+        if head is None:
+            return []
+        return [f"{log} is missing, and {head.number} lines with it; {KEEP}"]
+    except OSError as error:
+        return [f"{log} cannot be read ({error.strerror}); run this as its owner"]
+    return [f"{text}; {KEEP}" for text in found]
+
+
+class _Check:
+    """One reading of a log from its first line to its last."""
+
+    def __init__(self, log: Path, head: Link | None) -> None:
+        self._log, self._head = log, head
+        self._last = Link()
+        self._begun = False
+        self._gap: list[bytes] = []
+        self._gap_at = 0
+        self._matches_head = False
+
+    def run(self, stream: BinaryIO) -> list[str]:
+        found: list[str] = []
+        lines = enumerate(stream, 1)
+        for at, line in lines:
+            match = LINE.fullmatch(line)
+            if match is None:
+                self._gap_at = self._gap_at or at
+                self._gap.append(line)
+                continue
+            link = Link(int(match[2]), match[3].decode())
+            before, said = self._before(at, match[1], link)
+            if _hash(before, *self._gap, match[1]) != link.sha256:
+                following = next((n for n in (LINE.fullmatch(x) for _, x in lines) if n), None)
+                return [*found, self._what(at, match[1], link, following)]
+            found += said
+            self._last, self._begun, self._gap, self._gap_at = link, True, [], 0
+            self._matches_head = self._matches_head or link == self._head
+        return [*found, *self._end()]
+
+    def _before(self, at: int, content: bytes, link: Link) -> tuple[str, list[str]]:
+        """Return the hash that a line builds on, and what is wrong if that is not the line before."""
+        follows = _follows(content)
+        if follows is None or follows == self._last.sha256:
+            return self._last.sha256, []
+        missing = _numbers(self._last.number + 1, link.number - 1)
+        if not self._begun and self._rotated(follows):
+            return follows, []
+        where = "no file beside it ends with them" if not self._begun else "they were cut off"
+        return follows, [f"{self._log}: before line {at}, {missing} missing: {where}"]
+
+    def _rotated(self, last: str) -> bool:
+        """Whether an older file of the log, such as ``audit.jsonl.1``, ends with a hash."""
+        for path in sorted(self._log.parent.glob(self._log.name + "[.-]*")):
+            if path == head_path(self._log) or not path.is_file():
+                continue
+            with path.open("rb") as stream:
+                if _last_link(stream, path.stat().st_size)[1].sha256 == last:
+                    return True
+        return False
+
+    def _what(self, at: int, content: bytes, link: Link, following: re.Match[bytes] | None) -> str:
+        """Say what was done to the first line that does not fit."""
+        last, number, title = self._last, link.number, f"{self._log}, line {at}"
+        if self._gap and not self._begun:
+            first = f"lines {self._gap_at} to {at}" if self._gap_at < at else f"line {at}"
+            return f"{first} of {self._log}: one was changed, removed or inserted since the chain began"
+        if self._gap and _hash(last.sha256, content) == link.sha256:
+            return f"{self._log}, line {self._gap_at}: it was inserted"
+        if self._gap:
+            return f"{self._log}, line {self._gap_at}: it was changed or inserted"
+        if following is not None and _hash(last.sha256, following[1]) == following[3].decode():
+            return f"{title}: it was inserted (number {number})"
+        if number > last.number + 1:
+            return f"{title}: before it, {_numbers(last.number + 1, number - 1)} missing (removed)"
+        if number <= last.number:
+            return f"{title}: it was inserted or moved (number {number} after {last.number})"
+        return f"{title}: it was changed (number {number})"
+
+    def _end(self) -> list[str]:
+        last, head, log = self._last, self._head, self._log
+        found = []
+        if self._gap and self._begun:
+            text = "was cut off" if not self._gap[-1].endswith(b"\n") else "has no hash"
+            found.append(f"{log}, line {self._gap_at}: it {text}, and no line after it covers it")
+        if head is None:
+            if self._begun:
+                text = "so that nobody sees whether lines are missing at the end"
+                found.append(f"{head_path(log)} is missing, {text}")
+        elif head.number > last.number:
+            found.append(f"{log}: {_numbers(last.number + 1, head.number)} missing at its end")
+        elif not self._matches_head:
+            found.append(f"{log}: it has no line {head.number} with the hash that its head names")
+        return found
+
+
+def _follows(content: bytes) -> str | None:
+    """Return the hash that a line says it follows on, where that is not the line before."""
+    if b'"follows": "' not in content:
+        return None
+    try:
+        told = json.loads(content + b"}").get("follows")
+    except (ValueError, AttributeError):
+        return None
+    return told if isinstance(told, str) else None
+
+
+def _numbers(first: int, last: int) -> str:
+    return f"number {first} is" if first >= last else f"numbers {first} to {last} are"
