@@ -291,6 +291,8 @@ class _Run:
             len(slide.kept),
             slide.unreadable,
             features=str(work.path),
+            icc_profile=item.about.get("icc_profile"),
+            icc_applied=item.about.get("icc_applied", False),
         )
 
     def _finish(self, job: Job, result: Result, started: float, opened: bool) -> None:

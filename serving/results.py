@@ -77,6 +77,8 @@ class Result:
         seconds: from opening to writing; slides overlap in time.
         features: the feature file, if there is one.
         tissue: share of the slide that is tissue; None for tile sets and what was not opened.
+        icc_profile: name of the slide's colour profile; None without one.
+        icc_applied: whether its pixels were converted by it to sRGB; those of slides are not.
     """
 
     name: str
@@ -88,6 +90,8 @@ class Result:
     seconds: float = 0.0
     features: str | None = None
     tissue: float | None = None
+    icc_profile: str | None = None
+    icc_applied: bool = False
 
     @property
     def ok(self) -> bool:

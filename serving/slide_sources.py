@@ -11,8 +11,9 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ..errors import BadInput
-from ..images import SUFFIXES, decode
+from ..images import SUFFIXES, decode, profile_of
 from .openslide_source import OpenSlideSource
+from .slide_profiles import of_picture
 from .tiff_source import TiffSource, is_ome, looks_like_tiff
 
 SLIDE_SUFFIXES = frozenset(
@@ -153,7 +154,7 @@ class PictureSource:
         self._picture = decode(path, max_pixels=MAX_SLIDE_PICTURE)
         height, width = self._picture.shape[:2]
         self.levels: tuple[tuple[float, tuple[int, int]], ...] = ((1.0, (width, height)),)
-        self.properties: dict[str, str] = {}
+        self.properties: dict[str, str] = of_picture(profile_of(path))
         self.block_px = (width, height)
 
     def regions(

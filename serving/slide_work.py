@@ -83,6 +83,7 @@ class SlideWork:
                 "tiles": len(kept),
                 "tissue_share": self.tissue,
                 "mpp_from": self._mpp_from(),
+                **self._slide.colour_profile,
                 "row": self._key["row"],
             },
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +14,9 @@ from PIL import Image
 from ..errors import BadInput, HistoseekError
 from ..images import Rgb
 from .geojson import Ring, draw_mask
+from .slide_profiles import about_profile
 from .slide_sources import open_source, overview
+from .tiff_depth import check_source
 from .tiff_source import BY_TAG
 from .tissue import Mask, tissue_mask, tissue_share
 
@@ -99,6 +102,7 @@ class Slide:
         self.path = path
         self._source = open_source(path)
         try:
+            check_source(path, self._source)
             self._read_properties(self._source.properties, assume_mpp)
         except BadInput:
             self._source.close()
@@ -123,6 +127,11 @@ class Slide:
     def close(self) -> None:
         """Close the file."""
         self._source.close()
+
+    @property
+    def colour_profile(self) -> dict[str, Any]:
+        """``icc_profile``, its name or None, and ``icc_applied``."""
+        return about_profile(self._source.properties)
 
     def require_mpp(self) -> float:
         """Return the slide's mpp.

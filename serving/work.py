@@ -177,6 +177,8 @@ def _done_before(job: Job, name: str, path: Path) -> Result:
         about.get("tiles", 0),
         features=str(path),
         tissue=about.get("tissue_share"),
+        icc_profile=about.get("icc_profile"),
+        icc_applied=about.get("icc_applied", False),
     )
 
 
