@@ -18,6 +18,13 @@ if TYPE_CHECKING:
     from .index.records import Added
 
 AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
+MixedScales = Annotated[
+    bool,
+    typer.Option(
+        "--mixed-scales",
+        help="Let the atlas hold tiles of different µm per pixel (over 5 % apart), from now on.",
+    ),
+]
 
 
 def read_metadata(path: Path | None) -> dict[str, dict[str, str]]:
@@ -31,8 +38,16 @@ def read_metadata(path: Path | None) -> dict[str, dict[str, str]]:
     return {row["slide"]: row for row in read_csv(path, "slide")}
 
 
-def report_added(results: Sequence[Added], table: dict[str, dict[str, str]]) -> None:
-    """Say what became of each file; exit code 1 if one failed."""
+def report_added(
+    results: Sequence[Added], table: dict[str, dict[str, str]], encoder: str = ""
+) -> None:
+    """Say what became of each file; exit code 1 if one failed.
+
+    Args:
+        results: of each file.
+        table: the metadata, by slide.
+        encoder: that a person named, for files of other tools.
+    """
     failed = [r for r in results if r.state == "failed"]
     names = {r.slide for r in results}
     unused = sorted(key for key in table if not {key, Path(key).stem} & names)
@@ -41,12 +56,18 @@ def report_added(results: Sequence[Added], table: dict[str, dict[str, str]]) -> 
         "added": [asdict(r) for r in results],
         "metadata_of_other_slides": unused,
     }
+    unsaid = sum(r.encoder_by == "your word" for r in results)
+    if encoder:
+        document["files_that_say_no_encoder"] = unsaid
 
     def human() -> None:
         rows = [(r.slide, r.state, r.tiles, r.reason) for r in results]
         console.table("", ("slide", "state", "tiles", "reason"), rows)
         if unused:
             console.say(f"metadata of slides that were not added now: {', '.join(unused[:10])}")
+        if unsaid:
+            files = "1 file does not say its" if unsaid == 1 else f"{unsaid} files do not say their"
+            console.say(f"{files} encoder; your word {encoder!r} was taken")
 
     console.emit(document, human)
     if failed:
@@ -77,6 +98,7 @@ def import_(
         bool,
         typer.Option("--replace", help="Put new features of a known slide in place of the old."),
     ] = False,
+    mixed_scales: MixedScales = False,
     json: Json = False,
 ) -> None:
     """Take in features of any encoder that other tools made; makes the atlas if it is not there."""
@@ -93,9 +115,9 @@ def import_(
     table = read_metadata(metadata)
     with console.progress("importing") as progress:
         _, results = import_features(
-            atlas, files, encoder, table, mpp, tile_px, metric, replace, progress
+            atlas, files, encoder, table, mpp, tile_px, metric, replace, mixed_scales, progress
         )
-    report_added(results, table)
+    report_added(results, table, encoder)
 
 
 def export(

@@ -46,6 +46,7 @@ def add(
         bool,
         typer.Option("--replace", help="Put new features of a known slide in place of the old."),
     ] = False,
+    mixed_scales: exchange_commands.MixedScales = False,
     json: Json = False,
 ) -> None:
     """Add features; each file whole or not at all, and none twice."""
@@ -54,7 +55,7 @@ def add(
     files = find_features(features)
     table = exchange_commands.read_metadata(metadata)
     with console.progress("adding") as progress:
-        results = Atlas(atlas).add(files, table, replace, progress)
+        results = Atlas(atlas).add(files, table, replace, progress, mixed_scales)
     exchange_commands.report_added(results, table)
 
 
@@ -112,6 +113,7 @@ def relabel(
 def stats(atlas: AtlasPath, json: Json = False) -> None:
     """Count slides, tiles, labels and clusters."""
     from .index.atlas import Atlas
+    from .index.scales import scales_line
 
     facts = Atlas(atlas).stats()
 
@@ -121,6 +123,7 @@ def stats(atlas: AtlasPath, json: Json = False) -> None:
             ("slides and tile sets", facts["slides"]),
             ("of them without tiles", facts["slides_without_tiles"]),
             ("tiles", facts["tiles"]),
+            ("scale of the tiles", scales_line(facts["scales"])),
             ("encoder", f"{encoder['name']} ({encoder['sha256'][:12]}…), {encoder['dim']}-d"),
             ("index", _index_line(facts["index"])),
             ("columns to filter by", ", ".join(facts["fields"])),
