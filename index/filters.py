@@ -8,7 +8,8 @@ Fields: ``slide``, ``kind``, ``label``, ``patient``, ``file``, ``tile``, ``x``, 
 every further column of the metadata. Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``, ``like``
 (``%`` any text, ``_`` one character), ``is null``, ``is not null``, ``and``, ``or``, ``not``, brackets.
 Texts stand in single or double quotes, doubled inside; a column whose name is not one word in backticks.
-A tile without a value equals nothing, so ``!=`` and ``not in`` hold for it."""
+A tile without a value equals nothing, so ``!=`` and ``not in`` hold for it.
+"""
 
 from __future__ import annotations
 
