@@ -137,8 +137,7 @@ def export(
 ) -> None:
     """Write vectors and metadata for other tools, or tiles with their clusters for QuPath."""
     from .index.atlas import Atlas
-    from .index.exports import export as write
-    from .index.exports import without_size
+    from .index.exports import without_size, write
 
     more: dict[str, Any] = {"clustering": clusters, "like": like} if to == "geojson" else {}
     if clusters and like is not None:
@@ -147,12 +146,20 @@ def export(
         raise BadInput("--clusters and --like are for --to geojson")
     with console.working(f"writing {out}"):
         opened = Atlas(atlas)
-        tiles = write(opened, out, to, where, **more)
+        wrote = write(opened, out, to, where, **more)
     left_out = without_size(opened, where) if to == "geojson" else {}
-    document = {"out": str(out), "to": to, "tiles": tiles, "left_out": left_out}
+    document = {
+        "out": str(out),
+        "to": to,
+        "tiles": wrote.tiles,
+        "left_out": left_out,
+        "renamed_columns": wrote.renamed,
+    }
 
     def human() -> None:
-        console.say(f"{out}: {tiles:,} tiles")
+        console.say(f"{out}: {wrote.tiles:,} tiles")
+        for column, called in wrote.renamed.items():
+            console.say(f"the column {column!r} is named {called!r} there")
         if left_out:
             few = ", ".join(list(left_out)[:5]) + (" …" if len(left_out) > 5 else "")
             count = sum(left_out.values())
