@@ -70,9 +70,12 @@ def _grammar() -> Any:
     keywords = pp.MatchFirst(
         [pp.CaselessKeyword(w) for w in ("and", "or", "not", "in", "like", "is", "null")]
     )
-    field = (~keywords + word) | pp.QuotedString("`")
+    exact: Any = {"multiline": True, "convert_whitespace_escapes": False}
+    field = (~keywords + word) | pp.QuotedString("`", **exact)
     number = pp.Regex(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?").set_parse_action(lambda t: float(t[0]))
-    text = pp.QuotedString("'", esc_quote="''") | pp.QuotedString('"', esc_quote='""')
+    text = pp.QuotedString("'", esc_quote="''", **exact) | pp.QuotedString(
+        '"', esc_quote='""', **exact
+    )
     value = text | number
     several = pp.Suppress("(") + pp.DelimitedList(value) + pp.Suppress(")")
     lower = pp.CaselessKeyword
@@ -97,7 +100,7 @@ def _grammar() -> Any:
         return lambda tokens: kind(tuple(tokens[0][::2]))
 
     infix: Any = pp.infix_notation
-    return infix(
+    found = infix(
         comparison,
         [
             (lower("not"), 1, pp.OpAssoc.RIGHT, lambda tokens: Not(tokens[0][1])),
@@ -105,6 +108,7 @@ def _grammar() -> Any:
             (lower("or"), 2, pp.OpAssoc.LEFT, fold(Some)),
         ],
     )
+    return found.parse_with_tabs()  # else a tab in a text becomes blanks
 
 
 def quoted(text: str) -> str:
