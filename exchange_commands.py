@@ -22,6 +22,13 @@ FEW = 10
 PICKLES = frozenset({".pt", ".pth", ".pkl"})
 
 AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
+MixedScales = Annotated[
+    bool,
+    typer.Option(
+        "--mixed-scales",
+        help="Let the atlas hold tiles of different µm per pixel (over 5 % apart), from now on.",
+    ),
+]
 
 
 def read_metadata(path: Path | None) -> Table | None:
@@ -69,9 +76,19 @@ def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut
 
 
 def report_added(
-    results: AddedSlides, table: Table | None, left_out: Sequence[LeftOut] = ()
+    results: AddedSlides,
+    table: Table | None,
+    left_out: Sequence[LeftOut] = (),
+    encoder: str = "",
 ) -> None:
-    """Say what became of each file and of each row of the table; exit code 1 if a file failed."""
+    """Say what became of each file and of each row of the table; exit code 1 if a file failed.
+
+    Args:
+        results: of each file, and the rows that they had.
+        table: the metadata.
+        left_out: what else the folders hold.
+        encoder: that a person named, for files of other tools.
+    """
     failed = [r for r in results if r.state == "failed"]
     rows = results.rows
     notes = [] if table is None else list(table.notes)
@@ -85,6 +102,9 @@ def report_added(
         "left_out": [left._asdict() for left in left_out],
         "notes": notes,
     }
+    unsaid = sum(r.encoder_by == "your word" for r in results)
+    if encoder:
+        document["files_that_say_no_encoder"] = unsaid
 
     def human() -> None:
         shown = [(r.slide, r.state, r.tiles, r.reason) for r in results]
@@ -98,6 +118,9 @@ def report_added(
             "rows matched by the slide's name alone, as its features do not say where it lies",
             rows.by_name_only,
         )
+        if unsaid:
+            files = "1 file does not say its" if unsaid == 1 else f"{unsaid} files do not say their"
+            console.say(f"{files} encoder; your word {encoder!r} was taken")
 
     console.emit(document, human)
     if failed:
@@ -135,6 +158,7 @@ def import_(
         bool,
         typer.Option("--replace", help="Put new features of a known slide in place of the old."),
     ] = False,
+    mixed_scales: MixedScales = False,
     json: Json = False,
 ) -> None:
     """Take in features of any encoder that other tools made; makes the atlas if it is not there."""
@@ -144,9 +168,18 @@ def import_(
     table = read_metadata(metadata)
     with console.progress("importing") as progress:
         _, results = import_features(
-            atlas, files, encoder, rows_of(table), mpp, tile_px, metric, replace, progress
+            atlas,
+            files,
+            encoder,
+            rows_of(table),
+            mpp,
+            tile_px,
+            metric,
+            replace,
+            mixed_scales,
+            progress,
         )
-    report_added(results, table, left_out)
+    report_added(results, table, left_out, encoder)
 
 
 def export(
@@ -166,8 +199,7 @@ def export(
 ) -> None:
     """Write vectors and metadata for other tools, or tiles with their clusters for QuPath."""
     from .index.atlas import Atlas
-    from .index.exports import export as write
-    from .index.exports import origins, without_size
+    from .index.exports import origins, without_size, write
 
     more: dict[str, Any] = {"clustering": clusters, "like": like} if to == "geojson" else {}
     if clusters and like is not None:
@@ -176,16 +208,23 @@ def export(
         raise BadInput("--clusters and --like are for --to geojson")
     with console.working(f"writing {out}"):
         opened = Atlas(atlas)
-        tiles = write(opened, out, to, where, **more)
+        wrote = write(opened, out, to, where, **more)
     left_out = without_size(opened, where) if to == "geojson" else {}
     corners = origins(opened) if to == "geojson" else {}
     unknown = sorted(name for name, corner in corners.items() if corner is None)
     document = {
-        "out": str(out), "to": to, "tiles": tiles, "left_out": left_out, "frame_unknown": unknown
-    }  # fmt: skip
+        "out": str(out),
+        "to": to,
+        "tiles": wrote.tiles,
+        "left_out": left_out,
+        "frame_unknown": unknown,
+        "renamed_columns": wrote.renamed,
+    }
 
     def human() -> None:
-        console.say(f"{out}: {tiles:,} tiles")
+        console.say(f"{out}: {wrote.tiles:,} tiles")
+        for column, called in wrote.renamed.items():
+            console.say(f"the column {column!r} is named {called!r} there")
         if left_out:
             few = ", ".join(list(left_out)[:5]) + (" …" if len(left_out) > 5 else "")
             count = sum(left_out.values())

@@ -8,7 +8,6 @@ is known of it. Written by serving, read by index.
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BadInput, Damaged, HistoseekError, Mismatch
+from .hdf5_files import open_hdf5
 from .slide_names import SlideName
 
 MAX_ROWS = 20_000_000
@@ -97,7 +97,7 @@ def parse_features(blob: bytes, path: Path) -> Features:
         Damaged: not a readable HDF5 file.
     """
     try:
-        with h5py.File(io.BytesIO(blob), "r") as stored:
+        with open_hdf5(blob, path) as stored:
             return _parse(path, stored)
     except HistoseekError:
         raise
@@ -109,25 +109,25 @@ def parse_features(blob: bytes, path: Path) -> Features:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """Return what a feature file says of its making, or None if it is missing or damaged."""
+    """Return what a feature file says of its making, or None if it is missing, damaged or refused."""
     try:
-        with h5py.File(path, "r", locking=False) as stored:
+        with open_hdf5(path) as stored:
             if "features" not in stored or "coords" not in stored:
                 return None
             about = json.loads(str(stored.attrs["about"]))
             return about if isinstance(about, dict) else None
-    except (OSError, RuntimeError, ValueError, KeyError):
+    except (OSError, RuntimeError, ValueError, KeyError, BadInput):
         return None
 
 
 def name_in(path: Path) -> SlideName:
     """Return what the slide of a feature file may be called; of a damaged one, its file's name."""
     try:
-        with h5py.File(path, "r", locking=False) as stored:
+        with open_hdf5(path) as stored:
             data = stored.get("features")
             name = str(data.attrs.get("name", "")) if isinstance(data, h5py.Dataset) else ""
             source = str(stored.attrs.get("source", ""))
-    except (OSError, RuntimeError, ValueError, KeyError):
+    except (HistoseekError, OSError, RuntimeError, ValueError, KeyError):
         name = source = ""
     if name in {"", "features", "coords"}:
         name = path.stem
@@ -141,24 +141,23 @@ def _parse(path: Path, stored: h5py.File) -> Features:
                 f"{path} has datasets {sorted(stored)}; expected 'features' and 'coords'"
             )
     data, places = stored["features"], stored["coords"]
-    if data.ndim != 2 or places.shape != (data.shape[0], 2):
+    rows, sites = plain_shape(data), plain_shape(places)
+    if len(rows) != 2 or sites != (rows[0], 2):
         raise BadInput(
             f"{path}: features {data.shape} and coords {places.shape}; expected (N, D) and (N, 2)"
         )
     if data.nbytes + places.nbytes > MAX_BYTES:
         raise BadInput(f"{path} claims {data.shape} features; at most {MAX_BYTES:,} bytes are read")
-    if data.shape[0] > MAX_ROWS or data.dtype.kind != "f" or places.dtype.kind not in "iu":
+    if rows[0] > MAX_ROWS or data.dtype.kind != "f" or places.dtype.kind not in "iuf":
         raise BadInput(f"{path}: features are {data.dtype} {data.shape}, coords {places.dtype}")
-    attributes, about = places.attrs, str(stored.attrs.get("about", "{}"))
+    attributes, about = places.attrs, text_of(stored.attrs.get("about", "{}"))
 
     def text(key: str) -> tuple[str, ...] | None:
         if key not in stored:
             return None
         values = tuple(v.decode("utf-8") for v in stored[key][()])
-        if len(values) != data.shape[0]:
-            raise BadInput(
-                f"{path}: {key!r} has {len(values)} rows, 'features' has {data.shape[0]}"
-            )
+        if len(values) != rows[0]:
+            raise BadInput(f"{path}: {key!r} has {len(values)} rows, 'features' has {rows[0]}")
         return values
 
     def number(key: str) -> float | None:
@@ -168,14 +167,14 @@ def _parse(path: Path, stored: h5py.File) -> Features:
     if not isinstance(known, dict):
         raise BadInput(f"{path}: its attribute 'about' is no JSON object; embed its slide again")
     return Features(
-        name=str(data.attrs.get("name", path.stem)),
-        encoder=str(data.attrs.get("encoder", "unknown")),
-        encoder_sha256=str(data.attrs.get("encoder_sha256", "")),
-        features=data[()].astype(np.float32),
-        coords=places[()].astype(np.int64),
+        name=text_of(data.attrs.get("name", path.stem)),
+        encoder=text_of(data.attrs.get("encoder", "unknown")),
+        encoder_sha256=text_of(data.attrs.get("encoder_sha256", "")),
+        features=data[()].reshape(rows).astype(np.float32),
+        coords=whole_places(np.asarray(places[()]).reshape(sites), path),
         files=text("files"),
-        kind=str(stored.attrs.get("kind", "slide")),
-        source=str(stored.attrs.get("source", "")),
+        kind=text_of(stored.attrs.get("kind", "slide")),
+        source=text_of(stored.attrs.get("source", "")),
         size_px=int(attributes.get("patch_size", 0)),
         size_px_level0=int(attributes.get("patch_size_level0", 0)),
         overlap_px=int(attributes.get("overlap", 0)),
@@ -187,6 +186,35 @@ def _parse(path: Path, stored: h5py.File) -> Features:
         groups=text("groups"),
         about=known,
     )
+
+
+def plain_shape(data: h5py.Dataset) -> tuple[int, ...]:
+    """Return a dataset's shape without a first axis of 1, which some tools add for one slide."""
+    shape = tuple(int(n) for n in data.shape)
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+
+
+def text_of(value: Any) -> str:
+    """Return an attribute as text; some tools store bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def whole_places(places: NDArray[Any], path: Path) -> NDArray[np.int64]:
+    """Return places (N, 2) in pixels; floating-point numbers are taken where they are whole.
+
+    Raises:
+        BadInput: a fraction, or no number: then the places are in another unit, or are not level 0's.
+    """
+    if places.dtype.kind == "f" and len(places):
+        wrong = ~(np.isfinite(places) & (places == np.rint(places))).all(axis=1)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise BadInput(
+                f"{path}: {int(wrong.sum())} of {len(places)} coords are no whole pixels, first row {row}: "
+                f"{places[row].tolist()}; expected level-0 pixels: convert micrometres, or round them"
+            )
+    found: NDArray[np.int64] = places.astype(np.int64)
+    return found
 
 
 def content_sha256(item: Features) -> str:

@@ -3,7 +3,7 @@
 Every input is untrusted: size and format are read from the header and checked before a pixel is
 allocated. What a picture means must not be guessed, so pictures whose pixels have no single reading
 as 8-bit RGB (16-bit, CMYK, animated) are refused with the remedy; alpha is laid over white (the
-background of a slide), and an EXIF rotation is applied.
+background of a slide), an EXIF rotation is applied, and an embedded colour profile is converted to sRGB.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
 
+from .colour_profiles import profile_name, to_srgb
 from .errors import BadInput, TooLarge, Unsupported
 
 Rgb = NDArray[np.uint8]
@@ -32,7 +33,7 @@ _EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX"}
 def decode(
     source: Path | bytes | Rgb, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Rgb:
-    """Decode one picture.
+    """Decode one picture; of an MPO, which phones and stereo cameras write, the first one.
 
     Args:
         source: a file, its bytes, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8.
@@ -40,7 +41,7 @@ def decode(
         max_pixels: refuse more than this many pixels, before any is decoded.
 
     Returns:
-        uint8 RGB, shape (H, W, 3), upright.
+        uint8 sRGB, shape (H, W, 3), upright. Without a colour profile the values are the file's own.
 
     Raises:
         BadInput: missing, empty or truncated.
@@ -60,7 +61,7 @@ def decode(
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(blob), formats=FORMATS) as picture:
                 _check_header(picture, blob, label, max_pixels)
-                return _to_rgb(picture)
+                return _to_rgb(picture, label)
     except UnidentifiedImageError as error:
         raise Unsupported(
             f"{label} is not a picture that can be read; expected {', '.join(FORMATS)}"
@@ -99,7 +100,7 @@ def _check_header(picture: ImageFile.ImageFile, blob: bytes, label: str, max_pix
             "decoded as one picture: crop it, or embed it as a slide"
         )
     frames = getattr(picture, "n_frames", 1)
-    if frames > 1:
+    if frames > 1 and picture.format != "MPO":  # its others are a preview, or the other eye's
         kind = f"has {frames} pages" if picture.format == "TIFF" else "is animated"
         raise Unsupported(f"{label} {kind}; expected one still picture: export a single one")
     png_depth = blob[24] if picture.format == "PNG" and len(blob) > 24 else 8
@@ -119,8 +120,16 @@ def _check_header(picture: ImageFile.ImageFile, blob: bytes, label: str, max_pix
         raise Unsupported(f"{label} has mode {picture.mode}; expected 8-bit grey, RGB or RGBA")
 
 
-def _to_rgb(picture: Image.Image) -> Rgb:
-    upright = ImageOps.exif_transpose(picture)
+def profile_of(path: Path) -> str | None:
+    """Return the name of a picture's colour profile, which :func:`decode` converts; None without one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as picture:
+            return profile_name(picture.info.get("icc_profile"))
+
+
+def _to_rgb(picture: Image.Image, label: str) -> Rgb:
+    upright = to_srgb(ImageOps.exif_transpose(picture), label)
     if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
         layer = upright.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -134,7 +143,7 @@ def _from_array(array: Rgb, label: str) -> Rgb:
     if array.ndim == 2:
         return np.repeat(array[:, :, None], 3, axis=2)
     if array.ndim == 3 and array.shape[2] == 4:
-        return _to_rgb(Image.fromarray(array))
+        return _to_rgb(Image.fromarray(array), label)
     if array.ndim == 3 and array.shape[2] == 3 and array.size:
         return array
     raise BadInput(f"{label} has shape {array.shape}; expected (H, W), (H, W, 3) or (H, W, 4)")

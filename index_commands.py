@@ -46,6 +46,7 @@ def add(
         bool,
         typer.Option("--replace", help="Put new features of a known slide in place of the old."),
     ] = False,
+    mixed_scales: exchange_commands.MixedScales = False,
     json: Json = False,
 ) -> None:
     """Add features; each file whole or not at all, and none twice."""
@@ -55,7 +56,7 @@ def add(
     table = exchange_commands.read_metadata(metadata)
     rows = exchange_commands.rows_of(table)
     with console.progress("adding") as progress:
-        results = Atlas(atlas).add(files, rows, replace, progress)
+        results = Atlas(atlas).add(files, rows, replace, progress, mixed_scales)
     exchange_commands.report_added(results, table, left_out)
 
 
@@ -132,6 +133,7 @@ def relocate(
 def stats(atlas: AtlasPath, json: Json = False) -> None:
     """Count slides, tiles, labels and clusters."""
     from .index.atlas import Atlas
+    from .index.scales import scales_line
 
     facts = Atlas(atlas).stats()
 
@@ -141,6 +143,7 @@ def stats(atlas: AtlasPath, json: Json = False) -> None:
             ("slides and tile sets", facts["slides"]),
             ("of them without tiles", facts["slides_without_tiles"]),
             ("tiles", facts["tiles"]),
+            ("scale of the tiles", scales_line(facts["scales"])),
             ("encoder", f"{encoder['name']} ({encoder['sha256'][:12]}…), {encoder['dim']}-d"),
             ("index", _index_line(facts["index"])),
             ("columns to filter by", ", ".join(facts["fields"])),

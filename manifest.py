@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from .errors import BadInput, Damaged
 from .files import read_json, sha256_file
+from .onnx_files import check_graph_whole
 
 FORMAT = 1
 GRAPH = "encoder.onnx"
@@ -140,7 +142,7 @@ def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
         check_graph: also compare the graph's sha256 with the manifest's.
 
     Raises:
-        BadInput: the folder is no bundle, or of a newer format.
+        BadInput: the folder is no bundle, of a newer format, or refers to files outside of it.
         Damaged: the manifest or the graph is not what it should be.
     """
     path = bundle / MANIFEST
@@ -148,6 +150,7 @@ def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
         raise BadInput(
             f"{bundle} is not an encoder bundle (no {MANIFEST}); make one with `histoseek export`"
         )
+    _check_links(bundle)
     document = read_json(path)
     found = document.get("format") if isinstance(document, dict) else None
     if isinstance(found, int) and found > FORMAT:
@@ -163,11 +166,28 @@ def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
     return manifest
 
 
+def _check_links(bundle: Path) -> None:
+    """Refuse a bundle of which a file lies elsewhere: whoever copies or shows it would follow the link.
+
+    Raises:
+        BadInput: a symbolic link that leaves the folder; says where to.
+    """
+    root = bundle.resolve()
+    for top, folders, files in os.walk(root):
+        for name in (*folders, *files):
+            path = Path(top) / name
+            if path.is_symlink() and not path.resolve().is_relative_to(root):
+                raise BadInput(
+                    f"{bundle / path.relative_to(root)} is a link to {path.resolve()}, outside of the "
+                    "bundle; expected the files themselves: copy the bundle with `cp -rL`"
+                )
+
+
 def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
     """Compare the graph with the manifest.
 
     Raises:
-        BadInput: an encoder without a graph.
+        BadInput: an encoder without a graph, or parts of the graph lie in other files.
         Damaged: the graph is missing or is another one.
     """
     if manifest.external:
@@ -184,6 +204,7 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
             f"{graph} has sha256 {actual[:12]}…, the manifest says {manifest.sha256[:12]}…; "
             "copy the whole bundle again"
         )
+    check_graph_whole(graph)
 
 
 def probe_tile(size_px: int) -> NDArray[np.uint8]:

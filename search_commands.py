@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -87,16 +87,24 @@ def search(
     answers = {n: [hit._asdict() for hit in found] for n, found in zip(names, hits, strict=True)}
     keys = names if together or unlike else [*pictures, *names[len(asked) :]]
     document = [answers.get(key, failed.get(key)) for key in keys]  # type: ignore[arg-type]
+    several = opened.mixed_scales
 
     def human() -> None:
         for name, found in zip(names, hits, strict=True):
-            console.table(str(name), COLUMNS, [_row(hit) for hit in found])
+            _table(str(name), found, several)
             if not found:
                 console.say(
                     "no tile passes; loosen the filter" if where else "no tile is that near"
                 )
 
     answer(document, human, failed)
+
+
+def _table(title: str, found: Sequence[Hit], several: bool) -> None:
+    """Show hits; with the scale of each tile where the atlas holds several."""
+    more = ("µm per pixel",) if several else ()
+    rows = [(*_row(h), *([h.target_mpp] if several else ())) for h in found]
+    console.table(title, (*COLUMNS, *more), rows)
 
 
 def _row(h: Hit) -> tuple[Any, ...]:

@@ -29,6 +29,7 @@ from .layout import Layout
 from .metadata import AddedSlides, Metadata, slides_meant
 from .records import Hit, plain_name
 from .relocation import Relocated, relocate
+from .scales import MIXED, scales_of
 from .search import Own
 from .vectors import VectorIndex, prepared
 from .writing import FEATURES, Writer
@@ -114,6 +115,7 @@ class Atlas:
         metadata: Metadata | None = None,
         replace: bool = False,
         progress: Report = lambda done, total, text: None,
+        mixed_scales: bool = False,
     ) -> AddedSlides:
         """Add feature files, each whole or not at all; what is there already is left alone.
 
@@ -124,6 +126,7 @@ class Atlas:
                 for slides that are there already.
             replace: put other features of a slide that is there in the place of the old ones (upsert).
             progress: called after each file.
+            mixed_scales: let the atlas hold tiles of different µm per pixel, from now on.
 
         Returns:
             What became of each file; a file that does not fit is reported, not raised.
@@ -134,6 +137,8 @@ class Atlas:
             StorageFailed: no space; what was added before stays.
         """
         with self.writing() as writer:
+            if mixed_scales:
+                writer.allow_mixed_scales()
             return writer.add(files, metadata or {}, replace, progress)
 
     def remove(self, names: Sequence[str]) -> int:
@@ -659,6 +664,11 @@ class Atlas:
             for row in rows
         ]
 
+    @property
+    def mixed_scales(self) -> bool:
+        """Whether tiles of different µm per pixel were allowed."""
+        return MIXED in self.catalog.meta()
+
     def stats(self) -> dict[str, Any]:
         """Return counts, encoder, index and clusterings."""
         view = self.view()
@@ -684,7 +694,8 @@ class Atlas:
                 for k in ("name", "sha256", "arch", "dim", "metric", "size_px", "mpp", "licence")
             },
             "index": {"generation": view.generation, **view.about},
-            "fields": [*columns.names(), "file", "tile", "x", "y", "mpp", "cluster"],
+            "scales": scales_of(there, MIXED in meta),
+            "fields": [*columns.names(), "file", "tile", "x", "y", "mpp", "target_mpp", "cluster"],
             "labels": {
                 k: n for k, n in sorted(labels.items(), key=lambda item: (-item[1], item[0])) if n
             },

@@ -20,6 +20,9 @@ from .records import Hit
 from .tile_table import MISSING, Codes, unpack_coded, unpack_numbers, unpack_places, unpack_texts
 
 KEPT_MASKS = 16
+FACTS = ("name", "size_px_level0", "mpp", "target_mpp")
+"""What a hit says of its slide."""
+
 NOT_PLACED = -2
 """Cluster of a tile that a clustering does not know (yet)."""
 
@@ -227,10 +230,7 @@ class Columns:
         # One more name at the end answers the code -1.
         labels = [*label.names, None]
         patients = [*patient.names, None]
-        facts = {
-            n: (*(self.slides[n][key] for key in ("name", "size_px_level0", "mpp")), self.files(n))
-            for n in set(numbers)
-        }
+        facts = {n: (*(self.slides[n][key] for key in FACTS), self.files(n)) for n in set(numbers)}
         made = []
         for rank, score, tile, number, row, place, code, who, group in zip(
             ranks.tolist(),
@@ -244,12 +244,12 @@ class Columns:
             cluster,
             strict=True,
         ):
-            name, size, mpp, files = facts[number]
+            name, size, mpp, scale, files = facts[number]
             made.append(
                 Hit(
                     rank, score, tile, name, place[0], place[1], size, mpp, labels[code],
                     patients[who], None if group == NOT_PLACED else group,
-                    None if files is None else files[row],
+                    None if files is None else files[row], scale,
                 )
             )  # fmt: skip
         found, start = [], 0

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +20,9 @@ from numpy.typing import NDArray
 from ..errors import BadInput, MissingPart, unknown_name
 from ..feature_files import read_about
 from ..files import publish_file, publish_folder, storage_failed, temporary, write_atomic
+from ..spreadsheets import inert
 from . import cluster_report, clusterings
+from .column_names import for_anndata, for_numpy, for_tsv, one_cell, unique_names
 from .columns import NOT_PLACED, Coded, Columns
 from .records import plain_name
 from .search import Mask, allowed
@@ -28,6 +30,9 @@ from .vectors import prepared
 
 if TYPE_CHECKING:
     from .atlas import Atlas
+
+FIRST = 6
+"""Own columns that stand before those of the metadata."""
 
 COLOURS = (0x4C78A8, 0xF58518, 0xE45756, 0x72B7B2, 0x54A24B, 0xEECA3B, 0xB279A2, 0xFF9DA6, 0x9D755D)
 UNKNOWN_COLOUR = 0x9E9E9E
@@ -43,11 +48,13 @@ class Table:
         vectors: (N, D).
         columns: by name, each (N,): numbers, or coded texts.
         encoder: name and sha256.
+        original: by name of a column the name in the metadata, where that was taken by another column.
     """
 
     vectors: NDArray[np.float32]
     columns: dict[str, NDArray[Any] | Coded]
     encoder: dict[str, Any]
+    original: dict[str, str] = field(default_factory=dict)
 
     def numbers(self, name: str) -> NDArray[Any]:
         """Return a column of numbers."""
@@ -80,26 +87,36 @@ def table_of(atlas: Atlas, where: str | None) -> Table:
             at += len(inside)
     manifest = atlas.manifest
     encoder = {"name": manifest.name, "sha256": manifest.sha256, "metric": manifest.metric}
-    return Table(vectors, _columns(atlas, columns, rows), encoder)
+    own = _own_columns(atlas, columns, rows)
+    names = unique_names(columns.names(), taken=own)
+    given: dict[str, NDArray[Any] | Coded] = {}
+    for name, called in names.items():
+        coded = columns.coded(name)
+        given[called] = Coded(coded.names, coded.codes[rows])
+    first = dict(list(own.items())[:FIRST])
+    original = {called: name for name, called in names.items() if called != name}
+    return Table(vectors, {**first, **given, **own}, encoder, original)
 
 
-def _columns(
+def _own_columns(
     atlas: Atlas, columns: Columns, rows: NDArray[np.int64]
 ) -> dict[str, NDArray[Any] | Coded]:
+    """Return what histoseek itself says of each tile; no column of the metadata may take its place."""
     places = columns.places()[rows]
     slide = columns.slide_of(rows)
-    mpp = np.array([np.nan if s["mpp"] is None else s["mpp"] for s in columns.slides])
+    scales = {
+        key: np.array([np.nan if s[key] is None else s[key] for s in columns.slides], np.float64)
+        for key in ("mpp", "target_mpp")
+    }
     size = np.array([s["size_px_level0"] for s in columns.slides])
     found: dict[str, NDArray[Any] | Coded] = {
         "tile": columns.ids(rows),
         "x": places[:, 0],
         "y": places[:, 1],
         "size_px_level0": size[slide],
-        "mpp": mpp[slide].astype(np.float64),
+        "mpp": scales["mpp"][slide],
+        "target_mpp": scales["target_mpp"][slide],
     }
-    for name in columns.names():
-        coded = columns.coded(name)
-        found[name] = Coded(coded.names, coded.codes[rows])
     files = [columns.files(n) for n in range(len(columns.slides))]
     if any(f is not None for f in files):
         inside = rows - columns.starts[slide]
@@ -158,21 +175,47 @@ def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more:
         MissingPart: a package is missing.
         StorageFailed: no space.
     """
+    return write(atlas, out, kind, where, **more).tiles
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What an export wrote.
+
+    Attributes:
+        tiles: how many.
+        renamed: by column of the metadata the name that it has there, where it could not keep its own.
+    """
+
+    tiles: int
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+def write(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> Exported:
+    """Write an atlas as :func:`export` does, and say which columns were renamed."""
     if kind not in KINDS:
         raise unknown_name("kind of export", kind, KINDS)
     if out.exists():
         raise BadInput(f"{out} exists already; choose another name or remove it first")
     table = table_of(atlas, where)
     if kind == "geojson":
-        return _geojson(atlas, table, out, **more)
-    KINDS[kind](table, out)
-    return len(table.vectors)
+        return Exported(_geojson(atlas, table, out, **more))
+    return Exported(len(table.vectors), KINDS[kind](table, out))
 
 
-def _numpy(table: Table, out: Path) -> None:
+def _renamed(table: Table, names: dict[str, str]) -> dict[str, str]:
+    """Return by the name in the metadata the name in the export, of those that differ."""
+    before = {name: table.original.get(name, name) for name in names}
+    return {before[name]: called for name, called in names.items() if called != before[name]}
+
+
+def _numpy(table: Table, out: Path) -> dict[str, str]:
     """One .npz without pickles: ``vectors`` and a column each; texts as ``codes`` of ``names``."""
     names: dict[str, Any] = {}
-    for name, values in table.columns.items():
+    called = unique_names(table.columns, for_numpy)
+    renamed = _renamed(table, called)
+    for column, values in table.columns.items():
+        name = called[column]
         if isinstance(values, Coded):
             names[f"codes_{name}"] = values.codes
             names[f"names_{name}"] = np.array(values.names or [""])
@@ -186,12 +229,14 @@ def _numpy(table: Table, out: Path) -> None:
             allow_pickle=False,
             vectors=table.vectors,
             encoder=json.dumps(table.encoder),
+            renamed_columns=json.dumps(renamed),
             **names,
         ),
     )
+    return renamed
 
 
-def _parquet(table: Table, out: Path) -> None:
+def _parquet(table: Table, out: Path) -> dict[str, str]:
     """One Parquet file: a column each, ``vector``, and two principal components to draw."""
     try:
         import pyarrow as pa
@@ -200,14 +245,18 @@ def _parquet(table: Table, out: Path) -> None:
         raise _missing("pyarrow") from error
     plane = _plane(table.vectors)
     flat = pa.array(table.vectors.ravel())
+    called = unique_names(table.columns, taken=("vector", "projection_x", "projection_y"))
+    renamed = _renamed(table, called)
     columns = {
-        name: _dictionary(pa, values) if isinstance(values, Coded) else pa.array(values)
+        called[name]: _dictionary(pa, values) if isinstance(values, Coded) else pa.array(values)
         for name, values in table.columns.items()
     }
     columns["projection_x"], columns["projection_y"] = pa.array(plane[:, 0]), pa.array(plane[:, 1])
     columns["vector"] = pa.FixedSizeListArray.from_arrays(flat, table.vectors.shape[1])
-    sheet = pa.table(columns).replace_schema_metadata({"encoder": json.dumps(table.encoder)})
+    about = {"encoder": json.dumps(table.encoder), "renamed_columns": json.dumps(renamed)}
+    sheet = pa.table(columns).replace_schema_metadata(about)
     _publish(out, ".parquet", lambda path: parquet.write_table(sheet, path))
+    return renamed
 
 
 def _dictionary(pa: Any, values: Coded) -> Any:
@@ -215,16 +264,18 @@ def _dictionary(pa: Any, values: Coded) -> Any:
     return pa.DictionaryArray.from_arrays(codes, pa.array(values.names, type=pa.string()))
 
 
-def _anndata(table: Table, out: Path) -> None:
+def _anndata(table: Table, out: Path) -> dict[str, str]:
     """AnnData as .h5ad or .zarr: vectors in ``X``, places in ``obsm['spatial']``, the rest in ``obs``."""
     try:
         import anndata
         import pandas
     except ImportError as error:
         raise _missing("anndata") from error
+    called = unique_names(table.columns, for_anndata, taken=("_index",))
+    renamed = _renamed(table, called)
     obs = pandas.DataFrame(
         {
-            name.replace("/", "_"): pandas.Categorical.from_codes(values.codes, values.names)
+            called[name]: pandas.Categorical.from_codes(values.codes, values.names)
             if isinstance(values, Coded)
             else values
             for name, values in table.columns.items()
@@ -232,28 +283,29 @@ def _anndata(table: Table, out: Path) -> None:
         index=[str(tile) for tile in table.numbers("tile").tolist()],
     )
     places = np.stack([table.numbers("x"), table.numbers("y")], axis=1).astype(np.float64)
-    made = anndata.AnnData(
-        X=table.vectors, obs=obs, obsm={"spatial": places}, uns={"encoder": dict(table.encoder)}
-    )
+    uns = {"encoder": dict(table.encoder), "renamed_columns": json.dumps(renamed)}
+    made = anndata.AnnData(X=table.vectors, obs=obs, obsm={"spatial": places}, uns=uns)
     if out.suffix == ".zarr":
         with publish_folder(out) as folder:
             made.write_zarr(folder)
     else:
         _publish(out, ".h5ad", made.write_h5ad)
+    return renamed
 
 
-def _projector(table: Table, out: Path) -> None:
+def _projector(table: Table, out: Path) -> dict[str, str]:
     """A folder that TensorBoard's projector opens: tensors, metadata, and the file that names them."""
 
     def lines(names: list[str]) -> list[str]:
         columns = [_texts(table.columns[name]) for name in names]
-        clean = [[v.replace("\t", " ").replace("\n", " ") for v in column] for column in columns]
+        clean = [[inert(one_cell(v)) for v in column] for column in columns]
         return ["\t".join(row) for row in zip(*clean, strict=True)]
 
     names = list(table.columns)
+    called = unique_names(names, for_tsv)
     with publish_folder(out) as folder:
         (folder / "tensors.bytes").write_bytes(table.vectors.astype("<f4").tobytes())
-        text = "\n".join(["\t".join(names), *lines(names)]) + "\n"
+        text = "\n".join(["\t".join(called.values()), *lines(names)]) + "\n"
         (folder / "metadata.tsv").write_text(text, encoding="utf-8")
         count, dim = table.vectors.shape
         (folder / "projector_config.pbtxt").write_text(
@@ -262,6 +314,7 @@ def _projector(table: Table, out: Path) -> None:
             f"  tensor_shape: {count}\n  tensor_shape: {dim}\n"
             '  tensor_path: "tensors.bytes"\n  metadata_path: "metadata.tsv"\n}\n'
         )
+    return _renamed(table, called)
 
 
 def _texts(column: NDArray[Any] | Coded) -> list[str]:

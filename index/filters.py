@@ -4,11 +4,11 @@ The text never reaches a database: it is parsed by a grammar, and every comparis
 distinct value of a column, then looked up for each tile.
 
 Fields: ``slide``, ``kind``, ``label``, ``patient``, ``file``, ``tile``, ``x``, ``y``, ``mpp``,
-``cluster`` (of the newest clustering), ``cluster.NAME`` (of another), and every further column of the
-metadata. Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``, ``like`` (``%`` any text, ``_`` one
-character), ``is null``, ``is not null``, ``and``, ``or``, ``not``, brackets. Texts stand in single or
-double quotes, doubled inside; a column whose name is not one word in backticks. A tile without a value
-equals nothing, so ``!=`` and ``not in`` hold for it.
+``target_mpp`` (of the tiles), ``cluster`` (of the newest clustering), ``cluster.NAME`` (of another), and
+every further column of the metadata. Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``, ``like``
+(``%`` any text, ``_`` one character), ``is null``, ``is not null``, ``and``, ``or``, ``not``, brackets.
+Texts stand in single or double quotes, doubled inside; a column whose name is not one word in backticks.
+A tile without a value equals nothing, so ``!=`` and ``not in`` hold for it.
 """
 
 from __future__ import annotations
@@ -70,9 +70,12 @@ def _grammar() -> Any:
     keywords = pp.MatchFirst(
         [pp.CaselessKeyword(w) for w in ("and", "or", "not", "in", "like", "is", "null")]
     )
-    field = (~keywords + word) | pp.QuotedString("`")
+    exact: Any = {"multiline": True, "convert_whitespace_escapes": False}
+    field = (~keywords + word) | pp.QuotedString("`", **exact)
     number = pp.Regex(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?").set_parse_action(lambda t: float(t[0]))
-    text = pp.QuotedString("'", esc_quote="''") | pp.QuotedString('"', esc_quote='""')
+    text = pp.QuotedString("'", esc_quote="''", **exact) | pp.QuotedString(
+        '"', esc_quote='""', **exact
+    )
     value = text | number
     several = pp.Suppress("(") + pp.DelimitedList(value) + pp.Suppress(")")
     lower = pp.CaselessKeyword
@@ -97,7 +100,7 @@ def _grammar() -> Any:
         return lambda tokens: kind(tuple(tokens[0][::2]))
 
     infix: Any = pp.infix_notation
-    return infix(
+    found = infix(
         comparison,
         [
             (lower("not"), 1, pp.OpAssoc.RIGHT, lambda tokens: Not(tokens[0][1])),
@@ -105,6 +108,7 @@ def _grammar() -> Any:
             (lower("or"), 2, pp.OpAssoc.LEFT, fold(Some)),
         ],
     )
+    return found.parse_with_tabs()  # else a tab in a text becomes blanks
 
 
 def quoted(text: str) -> str:
@@ -160,7 +164,7 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
     if field == "file":
         return _files(columns, wanted)
     if field not in columns.names():
-        choices = [*columns.names(), "file", "tile", "x", "y", "mpp", "cluster"]
+        choices = [*columns.names(), "file", "tile", "x", "y", "mpp", "target_mpp", "cluster"]
         raise BadInput(str(unknown_name("field", field, choices)))
     coded = columns.coded(field)
     passing = np.array([holds(name, wanted) for name in (*coded.names, None)])
@@ -174,8 +178,8 @@ def _numbers(columns: Columns, field: str) -> NDArray[np.float64] | None:
         return columns.places()[:, "xy".index(field)].astype(np.float64)
     if field == "tile":
         return columns.ids(np.arange(len(columns))).astype(np.float64)
-    if field == "mpp":
-        per_slide = np.array([np.nan if s["mpp"] is None else s["mpp"] for s in columns.slides])
+    if field == "mpp" or (field == "target_mpp" and field not in columns.names()):
+        per_slide = np.array([np.nan if s[field] is None else s[field] for s in columns.slides])
         return np.repeat(per_slide.astype(np.float64), np.diff(columns.starts))
     if field == "cluster" or field.startswith("cluster."):
         name = field.partition(".")[2] or None

@@ -503,6 +503,7 @@ def _gone(number: int, tiles: int) -> dict[str, Any]:
         "patient": None,
         "metadata": "{}",
         "mpp": None,
+        "target_mpp": None,
         "size_px_level0": 0,
     }
 

@@ -23,17 +23,24 @@ from ..feature_files import (
     Features,
     check_features,
     parse_features,
+    plain_shape,
     read_features,
+    text_of,
 )
 from ..feature_writer import write_features
 from ..files import temporary
+from ..hdf5_files import open_hdf5
 from ..manifest import Manifest
 from ..tables import number_of
+from .encoder_marks import Mark, check_one_encoder, mark_of
 from .metadata import AddedSlides, Metadata, Row, match_rows
 from .records import Added
 
 if TYPE_CHECKING:
     from .atlas import Atlas
+
+YOUR_WORD = "your word"
+"""What says the encoder of a file that names none."""
 
 
 def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features:
@@ -57,9 +64,12 @@ def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features
     if not path.is_file():
         raise BadInput(f"{path} does not exist; check the path")
     try:
-        with h5py.File(path, "r") as stored:
-            keys = set(stored)
-            item = _read_stamp(path, stored, mpp) if "feats" in keys else None
+        blob = path.read_bytes()
+        with open_hdf5(blob, path) as stored:
+            mark = mark_of(stored, path)
+            _check_encoder(path, mark, encoder)
+            nominal = _nominal_mpp(stored)
+            item = _read_stamp(path, stored, mpp) if "feats" in stored else None
     except HistoseekError:
         raise
     except Exception as error:  # a foreign file can make HDF5 fail in any way
@@ -68,30 +78,68 @@ def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features
         ) from error
     layout = "stamp"
     if item is None:
-        item = parse_features(path.read_bytes(), path)
+        item = parse_features(blob, path)
         layout = "trident" if item.size_px_level0 else "clam"
-        item = replace(item, mpp=item.mpp or mpp)
-    if item.encoder not in {"unknown", encoder}:
-        raise Mismatch(
-            f"{path} says that its features are of encoder {item.encoder!r}; you said {encoder!r}"
-        )
+        scale = item.target_mpp or nominal or _scale_of(item, item.mpp or mpp)
+        item = replace(item, mpp=item.mpp or mpp, target_mpp=scale)
     name = path.stem if item.name in {"", "features", "coords"} else item.name
-    about = {**item.about, "imported_from": str(path), "layout": layout}
+    about = {
+        **item.about,
+        "imported_from": str(path),
+        "layout": layout,
+        "encoder_by": YOUR_WORD if mark is None else mark.place,
+    }
     return replace(item, name=name, encoder=encoder, about=about, labels=None, groups=None)
+
+
+def _check_encoder(path: Path, mark: Mark | None, encoder: str) -> None:
+    """Compare what a file says of its encoder with what a person says.
+
+    Raises:
+        Mismatch: they differ; says where the file says so.
+    """
+    if mark is not None and mark.encoder != encoder:
+        raise Mismatch(
+            f"{path} says by {mark.place} that its features are of encoder {mark.encoder!r}; you said "
+            f"{encoder!r} (--encoder): pass the name that the file gives, or import other files"
+        )
+
+
+def _nominal_mpp(stored: h5py.File) -> float | None:
+    """Return µm per pixel of the tiles by TRIDENT's ``target_magnification`` (20 is 0.5), if given."""
+    places = stored.get("coords")
+    given = places.attrs.get("target_magnification") if isinstance(places, h5py.Dataset) else None
+    power = float(given) if given is not None else 0.0
+    return 10 / power if 0 < power < 1000 else None
+
+
+def _scale_of(item: Features, mpp: float | None) -> float | None:
+    """Return µm per pixel of the tiles by their two sizes and the scale of level 0, if all are known."""
+    if not (mpp and item.size_px and item.size_px_level0):
+        return None
+    return mpp * item.size_px_level0 / item.size_px
 
 
 def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
     for key in ("feats", "coords"):
         if not isinstance(stored.get(key), h5py.Dataset):
             raise BadInput(f"{path} has datasets {sorted(stored)}; expected 'feats' and 'coords'")
+    kind = text_of(stored.attrs.get("feat_type", "tile"))
+    if kind != "tile":
+        raise BadInput(
+            f"{path} holds one vector of a whole {kind} (STAMP's feat_type), not features of tiles; "
+            "import the folder of the tile features"
+        )
     data, places = stored["feats"], stored["coords"]
-    if data.ndim != 2 or places.shape != (data.shape[0], 2) or data.dtype.kind != "f":
+    rows, sites = plain_shape(data), plain_shape(places)
+    if len(rows) != 2 or sites != (rows[0], 2) or data.dtype.kind != "f":
         raise BadInput(
             f"{path}: feats {data.dtype} {data.shape} and coords {places.shape} do not fit"
         )
     if data.nbytes * 2 + places.nbytes > MAX_BYTES:
         raise BadInput(f"{path} claims {data.shape} features; at most {MAX_BYTES:,} bytes are read")
-    places_um, size_um, size_px = _stamp_places(path, stored, np.asarray(places[()], np.float64))
+    flat = np.asarray(places[()], np.float64).reshape(sites)
+    places_um, size_um, size_px = _stamp_places(path, stored, flat)
     if mpp is None:
         raise BadInput(
             f"{path} has places in micrometres; say how large a pixel of level 0 is, by --mpp or a column "
@@ -99,9 +147,9 @@ def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
         )
     return Features(
         name=path.stem,
-        encoder=str(stored.attrs.get("extractor", "unknown")),
+        encoder=text_of(stored.attrs.get("extractor", "unknown")),
         encoder_sha256="",
-        features=data[()].astype(np.float32),
+        features=data[()].reshape(rows).astype(np.float32),
         coords=np.rint(places_um / mpp).astype(np.int64),
         size_px=size_px,
         size_px_level0=round(size_um / mpp),
@@ -119,7 +167,7 @@ def _stamp_places(
     unit, and counted in pixels of tiles of 256 um and 224 px.
     """
     attributes = stored.attrs
-    unit = attributes.get("unit")
+    unit = text_of(attributes["unit"]) if "unit" in attributes else None
     if unit in {"um", "µm"}:
         size_um = float(attributes.get("tile_size_um", attributes.get("tile_size", 0)))
         if size_um > 0:
@@ -157,6 +205,7 @@ def import_features(
     tile_px: int | None = None,
     metric: str = "cosine",
     replace_known: bool = False,
+    mixed_scales: bool = False,
     progress: Report = lambda done, total, text: None,
 ) -> tuple[Atlas, AddedSlides]:
     """Take features of another tool into an atlas, which is made if it is not there.
@@ -170,6 +219,7 @@ def import_features(
         tile_px: side of a tile in pixels of level 0, where no file says (CLAM's do not).
         metric: cosine or l2, for an atlas that is made.
         replace_known: put other features of a slide that is there in the place of the old ones.
+        mixed_scales: let the atlas hold tiles of different µm per pixel, from now on.
         progress: called after each file.
 
     Returns:
@@ -177,10 +227,11 @@ def import_features(
 
     Raises:
         BadInput: no file could be read for an atlas that is to be made.
-        Mismatch: the atlas is of another encoder.
+        Mismatch: the atlas is of another encoder, or the files name several; nothing is written then.
     """
     from .atlas import Atlas
 
+    check_one_encoder(files)
     slides = Atlas(path).slides() if path.exists() else []
     rows = match_rows(metadata, files, slides)
 
@@ -208,6 +259,8 @@ def import_features(
     results: list[Added] = []
     with atlas.writing() as writer:
         writer.tidy()
+        if mixed_scales:
+            writer.allow_mixed_scales()
         for number, file in enumerate(files, start=1):
             try:
                 item = read_foreign(file, encoder, mpp_of(file))
@@ -218,7 +271,7 @@ def import_features(
                 if not size and not added.reason:
                     text = "no file says how large its tiles are: import it again with --tile-px"
                     added = replace(added, reason=text)
-                results.append(added)
+                results.append(replace(added, encoder_by=str(item.about["encoder_by"])))
             except StorageFailed:
                 raise
             except HistoseekError as error:

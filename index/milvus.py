@@ -74,7 +74,8 @@ class About:
         clustering: whose clusters hits show; "" for none.
         index: type of Milvus's index.
         columns: names of the numbers of each column; their order never changes.
-        slides: by number of the slide's name: id, seal, size_px_level0 and mpp.
+        slides: by number of the slide's name: id, seal, size_px_level0, mpp and target_mpp (the last is
+            missing for slides that an older histoseek pushed).
     """
 
     atlas: str
@@ -333,7 +334,7 @@ class MilvusAtlas:
             del about.slides[known[number][1]]
         for number in changed:
             slide = slides[number]
-            facts = [number, "", slide["size_px_level0"], slide["mpp"]]
+            facts = [number, "", slide["size_px_level0"], slide["mpp"], slide["target_mpp"]]
             about.slides[code_of[slide["name"]]] = facts
         self._write_about(about)
         where = {slide["id"]: n for n, slide in enumerate(columns.slides)}
@@ -555,7 +556,7 @@ def _hit(about: About, score: float, row: Mapping[str, Any]) -> Hit:
         code = entity[f"c{order.index(column)}"]
         return None if code == MISSING else about.columns[column][code]
 
-    _, _, size, mpp = about.slides[entity[f"c{order.index('slide')}"]]
+    _, _, size, mpp, *scale = about.slides[entity[f"c{order.index('slide')}"]]
     return Hit(
         0,
         round(score, 6),
@@ -569,6 +570,7 @@ def _hit(about: About, score: float, row: Mapping[str, Any]) -> Hit:
         name("patient"),
         None if entity["cluster"] == NOT_PLACED else entity["cluster"],
         entity["file"] or None,
+        scale[0] if scale else None,
     )
 
 
@@ -621,12 +623,16 @@ def expression_of(about: About, wanted: Filter) -> str:
         return word.join(f"({expression_of(about, part)})" for part in wanted.parts)
     if wanted.field in {"x", "y", "tile"} or wanted.field == "cluster":
         return _number_expression(about, wanted)
-    if wanted.field == "mpp":
+    if wanted.field == "mpp" or (
+        wanted.field == "target_mpp" and "target_mpp" not in about.columns
+    ):
         _check_numbers(wanted)
+        place = {"mpp": 3, "target_mpp": 4}[wanted.field]
+        values = {number: [*facts, None][place] for number, facts in about.slides.items()}
         numbers = [
             number
-            for number, (_, _, _, mpp) in about.slides.items()
-            if holds(None if mpp is None else repr(float(mpp)), wanted)
+            for number, value in values.items()
+            if holds(None if value is None else repr(float(value)), wanted)
         ]
         return f"c{list(about.columns).index('slide')} in {numbers}"
     if wanted.field not in about.columns:

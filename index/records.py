@@ -31,6 +31,7 @@ class Hit(NamedTuple):
         patient: of the tile (its group), else of the slide.
         cluster: in the newest clustering; None before one is fitted.
         file: name of the tile in a tile set.
+        target_mpp: micrometres per pixel of the tile as the encoder saw it; None if unknown.
     """
 
     rank: int
@@ -45,6 +46,7 @@ class Hit(NamedTuple):
     patient: str | None
     cluster: int | None
     file: str | None
+    target_mpp: float | None = None
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,7 @@ class Added:
             or failed.
         tiles: how many.
         reason: why it failed, or why it has no tiles.
+        encoder_by: of a file of another tool, what says which encoder made it.
     """
 
     file: str
@@ -65,6 +68,7 @@ class Added:
     state: str
     tiles: int = 0
     reason: str = ""
+    encoder_by: str = ""
 
 
 def plain_name(name: str) -> str:

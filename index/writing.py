@@ -25,6 +25,7 @@ from .clusters import Clustering
 from .generations import Generations
 from .metadata import AddedSlides, Metadata, Row, Rows, match_rows, slides_meant
 from .records import Added, further, plain_name, slide_row, tiles_row
+from .scales import MIXED, check_scale
 from .tile_table import pack_coded, unpack_coded, unpack_texts
 
 SCALE = ("size_px_level0", "mpp")
@@ -69,6 +70,12 @@ class Writer:
         """Find the row of each slide; see :func:`~histoseek.index.metadata.match_rows`."""
         return match_rows(metadata, files, self._catalog.rows("SELECT name, source FROM slides"))
 
+    def allow_mixed_scales(self) -> None:
+        """Let the atlas hold tiles of different scale from now on."""
+        if MIXED not in self._catalog.meta():
+            with self._catalog.write() as db:
+                set_meta(db, MIXED, "yes")
+
     def tidy(self) -> None:
         """Remove what writers that are dead left behind."""
         remove_leftovers([self._path, self._path / FEATURES])
@@ -100,7 +107,7 @@ class Writer:
             replace: whether other features of the same name are put aside.
 
         Raises:
-            Mismatch: of another encoder, or the name is taken by other features.
+            Mismatch: of another encoder or another scale, or the name is taken by other features.
             BadInput: features that are not finite.
             StorageFailed: no space.
         """
@@ -117,6 +124,8 @@ class Writer:
             source = _place_now(found[0]["source"], row["source"])
             return self._relabel_known(origin, dict(found[0]), given, source)
         learnt = bool(changed) and not any(found[0][key] for key in changed)
+        with self._catalog.read() as db:
+            check_scale(db, item.name, item.target_mpp if len(item.features) else None, origin)
         if found and not replace and not learnt:
             raise Mismatch(
                 f"the atlas holds slide {item.name!r} (from {found[0]['source']}) with other features; "

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ..errors import BadInput, Damaged, HistoseekError
 from ..images import Rgb
+from .slide_profiles import of_openslide
 from .tiff_pixels import Level, TiffPixels, decodes_exactly, level_of
 from .tiff_source import BY_TAG, whole_segments
 
@@ -69,6 +70,7 @@ class OpenSlideSource:
         self.properties: dict[str, str] = dict(self._slide.properties)
         if self.properties.get("openslide.vendor") == "generic-tiff":
             self.properties[BY_TAG] = "yes"
+        self.properties |= of_openslide(self._slide)
         self._background = f"#{self.properties.get('openslide.background-color', 'ffffff')}"
         self.block_px = (1024, 1024)
         self._pixels: TiffPixels | None = None

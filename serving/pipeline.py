@@ -295,6 +295,8 @@ class _Run:
             features=str(work.path),
             notes=list(work.notes),
             left_out=list(work.left_out),
+            icc_profile=item.about.get("icc_profile"),
+            icc_applied=item.about.get("icc_applied", False),
         )
 
     def _finish(self, job: Job, result: Result, started: float, opened: bool) -> None:

@@ -108,6 +108,7 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
         console.say(line)
     for note in document["encoder"].get("notes", []):
         console.say(f"note: {note}")
+    _show_profiles(results)
     states = ", ".join(f"{count} {state}" for state, count in document["states"].items())
     console.say(f"{states}; features, overlays and run.json in {out}")
 
@@ -130,6 +131,17 @@ def _told(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
         few = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
         lines.append(f"{few}: {note}")
     return lines
+
+
+def _show_profiles(results: Sequence[Result]) -> None:
+    kept = Counter(r.icc_profile for r in results if r.icc_profile and not r.icc_applied)
+    for name, count in kept.most_common(SLOWEST):
+        console.say(
+            f"colour profile {name!r} of {count} slide{'' if count == 1 else 's'} was not applied: the "
+            "pixels were embedded as they are stored"
+        )
+    if len(kept) > SLOWEST:
+        console.say(f"… and {len(kept) - SLOWEST} more colour profiles; run.json has all")
 
 
 def _percent(share: float | None) -> str:

@@ -87,6 +87,8 @@ class Result:
         tissue: share of the slide that is tissue; None for tile sets and what was not opened.
         notes: what was guessed, overruled or taken over, one sentence each.
         left_out: of a tile set, the files that were not taken, each with the reason.
+        icc_profile: name of the slide's colour profile; None without one.
+        icc_applied: whether its pixels were converted by it to sRGB; those of slides are not.
     """
 
     name: str
@@ -100,6 +102,8 @@ class Result:
     tissue: float | None = None
     notes: list[str] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
+    icc_profile: str | None = None
+    icc_applied: bool = False
 
     @property
     def ok(self) -> bool:

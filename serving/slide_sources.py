@@ -9,10 +9,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput
-from ..images import SUFFIXES, decode
+from ..images import SUFFIXES, decode, profile_of
 from ..unread import is_dicom
 from .openslide_source import OpenSlideSource
 from .overview import Source
+from .slide_profiles import of_picture
 from .tiff_series import is_largest, the_slide
 from .tiff_source import BY_TAG, TiffSource, is_ome, looks_like_tiff
 
@@ -41,7 +42,7 @@ class PictureSource:
         self._picture = decode(path, max_pixels=MAX_SLIDE_PICTURE)
         height, width = self._picture.shape[:2]
         self.levels: tuple[tuple[float, tuple[int, int]], ...] = ((1.0, (width, height)),)
-        self.properties: dict[str, str] = {}
+        self.properties: dict[str, str] = of_picture(profile_of(path))
         self.block_px = (width, height)
 
     def regions(

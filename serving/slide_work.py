@@ -142,6 +142,7 @@ class SlideWork:
                 "mpp_from": self._mpp_from,
                 "bounds": self._bounds,
                 "notes": self.notes,
+                **self._slide.colour_profile,
                 "row": self._key["row"],
             },
         )

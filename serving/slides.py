@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +16,9 @@ from ..images import Rgb
 from .geojson import Ring, draw_mask
 from .overview import overview
 from .scale import choose_mpp, is_of_a_print, sides_of
+from .slide_profiles import about_profile
 from .slide_sources import open_source
+from .tiff_depth import check_source
 from .tiff_source import SERIES
 from .tissue import Mask, tissue_mask, tissue_share
 
@@ -115,6 +118,7 @@ class Slide:
         self.notes: list[str] = []
         self._source = open_source(path, series)
         try:
+            check_source(path, self._source)
             self._read_properties(self._source.properties, assume_mpp, stated_mpp)
         except BadInput:
             self._source.close()
@@ -146,6 +150,11 @@ class Slide:
     def close(self) -> None:
         """Close the file."""
         self._source.close()
+
+    @property
+    def colour_profile(self) -> dict[str, Any]:
+        """``icc_profile``, its name or None, and ``icc_applied``."""
+        return about_profile(self._source.properties)
 
     def require_mpp(self) -> float:
         """Return the slide's mpp.

@@ -23,6 +23,7 @@ from PIL import Image
 
 from ..errors import BadInput
 from ..images import Rgb
+from .tiff_depth import check_page
 
 MAX_SEGMENT_PX = 64_000_000
 CACHE_BYTES = 64 * 2**20
@@ -86,17 +87,13 @@ def level_of(page: Any, path: Path) -> Level:
     """
     width, height = int(page.imagewidth), int(page.imagelength)
     samples, photometric = int(page.samplesperpixel), int(page.photometric)
+    check_page(page, path)
     bits = page.bitspersample
-    if page.dtype != np.uint8 or bits != 8:
-        raise BadInput(
-            f"{path} has {bits} bits per channel ({page.dtype}); expected 8-bit RGB: rescale it to "
-            "0-255 with the window that you want to see"
-        )
-    if (photometric, samples) not in {(_RGB, 3), (_RGB, 4), (_YCBCR, 3), (_GREY, 1)}:
+    if page.dtype != np.uint8 or bits != 8 or photometric not in {_RGB, _YCBCR, _GREY}:
         name = getattr(page.photometric, "name", photometric)
         raise BadInput(
-            f"{path} has {samples} channels as {name}; expected RGB, YCbCr or grey (fluorescence is "
-            "not read): convert it to 8-bit RGB"
+            f"{path} has {bits} bits per channel as {name}; expected 8 bits as RGB, YCbCr or grey: "
+            "convert it to 8-bit RGB"
         )
     compression = int(page.compression)
     if compression not in {_JPEG, *_LOSSLESS, *_WITH_HEADER}:
@@ -259,6 +256,8 @@ class TiffPixels:
         if int(page.compression) in _WITH_HEADER:
             _check_size(level, blob)
         decoded = np.asarray(page.decode(blob, index, jpegtables=page.jpegtables)[0])
+        if decoded.dtype != np.uint8:
+            raise ValueError(f"it holds {decoded.dtype}, not 8 bits per channel")
         return decoded.reshape(decoded.shape[-3:])
 
     @staticmethod

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, HistoseekError
+from .slide_profiles import of_page
 from .tiff_pixels import Level, TiffPixels, level_of
 
 _UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
@@ -48,7 +49,10 @@ class TiffSource:
             with open_tiff(path) as opened:
                 pages = _pyramid(opened, path, series)
                 levels = [level_of(page, path) for page in pages]
-                self.properties = _properties(opened, pages[0], path.name, series)
+                self.properties = {
+                    **_properties(opened, pages[0], path.name, series),
+                    **of_page(pages[0]),
+                }
         except HistoseekError:
             raise
         except Exception as error:  # a damaged header can make the parser fail in any way

@@ -216,6 +216,8 @@ def _done_before(job: Job, name: str, path: Path) -> Result:
         features=str(path),
         tissue=about.get("tissue_share"),
         notes=notes,
+        icc_profile=about.get("icc_profile"),
+        icc_applied=about.get("icc_applied", False),
     )
 
 

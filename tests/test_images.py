@@ -5,10 +5,12 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image
+from colour import ADOBE, DISPLAY_P3, SRGB, grey_profile, rgb_profile
+from PIL import Image, ImageCms
 
 from histoseek.errors import BadInput
 from histoseek.images import decode, square
+from histoseek.serving.encoder import open_encoder
 
 
 def encoded(picture, kind="PNG", **options):
@@ -109,3 +111,102 @@ def test_square_keeps_the_centre_and_leaves_a_fitting_tile_alone(tissue):
     tall = np.zeros((60, 20, 3), np.uint8)
     tall[20:40] = 200
     assert (square(tall, 20) == 200).all()
+
+
+def test_of_a_phones_mpo_the_first_picture_is_taken(tissue):
+    first, second = Image.fromarray(tissue[:96, :96]), Image.fromarray(255 - tissue[:48, :48])
+    blob = encoded(first, "MPO", save_all=True, append_images=[second], quality=95)
+    alone = encoded(first, "JPEG", quality=95)
+    assert b"MPF\0" in blob and Image.open(io.BytesIO(blob)).n_frames == 2
+    assert np.array_equal(decode(blob), decode(alone))
+
+
+def test_a_multi_page_tiff_is_still_refused(tissue):
+    first, second = Image.fromarray(tissue[:96, :96]), Image.fromarray(tissue[:48, :48])
+    with pytest.raises(BadInput, match="2 pages"):
+        decode(encoded(first, "TIFF", save_all=True, append_images=[second]))
+
+
+def in_space(tissue, profile):
+    """The same colours as in ``tissue``, stored in the space of a profile."""
+    stored = ImageCms.profileToProfile(
+        Image.fromarray(tissue),
+        ImageCms.createProfile("sRGB"),
+        ImageCms.ImageCmsProfile(io.BytesIO(profile)),
+        ImageCms.Intent.PERCEPTUAL,
+    )
+    return Image.fromarray(np.asarray(stored))  # without the profile, which Pillow would save
+
+
+WIDE = rgb_profile(DISPLAY_P3, "srgb", "Display P3")
+LARGE = rgb_profile(ADOBE, 2.19921875, "large RGB")
+
+
+@pytest.mark.parametrize("profile", [WIDE, LARGE], ids=["p3", "large"])
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "TIFF", "WEBP"])
+def test_a_colour_profile_is_converted_to_srgb(tissue, profile, kind):
+    stored = in_space(tissue, profile)
+    exact = {"quality": 100, "subsampling": 0} if kind == "JPEG" else {}
+    exact = {"lossless": True} if kind == "WEBP" else exact
+    found = decode(encoded(stored, kind, icc_profile=profile, **exact)).astype(int)
+    without = decode(encoded(stored, kind, **exact)).astype(int)
+    assert np.abs(found - tissue).mean() < 1
+    assert np.abs(without - tissue).mean() > 2  # so the profile did matter
+
+
+def test_a_photograph_of_wide_gamut_embeds_like_the_original(tissue):
+    encoder = open_encoder("default")
+    size = encoder.manifest.size_px
+    for profile in (WIDE, LARGE):
+        stored = in_space(tissue, profile)
+        with_profile = encoded(stored, "JPEG", icc_profile=profile, quality=95)
+        pictures = [tissue, decode(with_profile), decode(encoded(stored, "JPEG", quality=95))]
+        original, photograph, unread = encoder.embed(np.stack([square(p, size) for p in pictures]))
+        assert original @ photograph >= 0.99 > original @ unread
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "RGB", "RGBA", "LA"])
+def test_without_a_profile_and_with_srgb_nothing_changes(tissue, mode):
+    picture = Image.fromarray(tissue).convert(mode)
+    plain = decode(encoded(picture))
+    if mode == "RGB":
+        assert np.array_equal(plain, tissue)
+    builtin = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    for profile in (builtin, rgb_profile(SRGB, "srgb", "a name that says nothing")):
+        assert np.array_equal(decode(encoded(picture, icc_profile=profile)), plain)
+
+
+def test_grey_profiles_alpha_and_rotation_go_with_the_conversion(tissue):
+    grey = Image.fromarray(tissue).convert("L")
+    found = decode(encoded(grey, icc_profile=grey_profile(1.0, "linear grey")))
+    linear = np.asarray(grey)[..., None] / 255
+    expected = np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
+    assert np.abs(found - 255 * expected).max() <= 2
+    stored = in_space(tissue, WIDE).convert("RGBA")
+    stored.putalpha(Image.fromarray(np.where(tissue[..., 0] > 128, 255, 0).astype(np.uint8)))
+    laid = decode(encoded(stored, icc_profile=WIDE)).astype(int)
+    kept = tissue[..., 0] > 128
+    assert (laid[~kept] == 255).all() and np.abs(laid[kept] - tissue[kept]).mean() < 1
+    exif = stored.getexif()
+    exif[0x0112] = 6
+    upright = decode(encoded(in_space(tissue, WIDE), icc_profile=WIDE, exif=exif))
+    assert np.abs(upright.astype(int) - np.rot90(tissue, -1)).mean() < 1
+
+
+@pytest.mark.parametrize(
+    ("mode", "profile"),
+    [
+        ("RGB", b"no profile at all"),
+        ("RGB", WIDE[:200]),
+        ("RGB", grey_profile(2.2, "grey")),
+        ("RGB", WIDE + b"\0" * 5_000_000),
+    ],
+    ids=["text", "cut", "of grey", "large"],
+)
+def test_a_profile_that_cannot_be_used_is_ignored_and_said(tissue, caplog, mode, profile):
+    picture = Image.fromarray(tissue).convert(mode)
+    name = f"scan-{len(profile)}.tif"
+    found = decode(encoded(picture, "TIFF", icc_profile=profile), name=name)
+    assert np.array_equal(found, tissue)
+    (said,) = [r.getMessage() for r in caplog.records if r.name == "histoseek"]
+    assert name in said and "cannot be used" in said and "taken as sRGB" in said

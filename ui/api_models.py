@@ -143,6 +143,7 @@ class Tile(BaseModel):
     patient: str | None
     cluster: int | None
     file: str | None
+    target_mpp: float | None = None
 
 
 class Hit(Tile):

@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
+from urllib.parse import unquote
 
 from fastapi import Request
 from pydantic import BaseModel, ValidationError
@@ -135,15 +136,21 @@ def _plain_name(name: str | None) -> str:
 
 
 def _pixels(text: str) -> bytes:
-    """Return the bytes of an image in base64.
+    """Return the bytes of an image in base64, with or without line breaks, or in a data URL.
 
     Raises:
         BadInput: it is none.
     """
-    if text.startswith("data:"):
-        text = text.partition(",")[2]
+    text = text.strip()
+    if text[:5].lower() == "data:":
+        kind, comma, text = text.partition(",")
+        if not comma or not kind.lower().endswith(";base64"):
+            raise BadInput(
+                f"an image is a data URL of the kind {kind[:40]!r}; expected one that ends in ';base64'"
+            )
+        text = unquote(text)
     try:
-        return base64.b64decode(text, validate=True)
+        return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
         raise BadInput(f"an image is no base64 ({error})") from error
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import HistoseekError
 from ..images import encode_jpeg
+from ..spreadsheets import inert
 from . import view
 from .answers import Clustered, Found
 from .handlers import Session
@@ -132,13 +133,8 @@ def _csv(answer: Found | Clustered, about: dict[str, Any]) -> bytes:
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, columns, lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: _inert(v) for k, v in row.items()} for row in rows)
+    writer.writerows({k: inert(v) for k, v in row.items()} for row in rows)
     return buffer.getvalue().encode()
-
-
-def _inert(value: Any) -> Any:
-    """Return a text that no spreadsheet takes for a formula."""
-    return f"'{value}" if isinstance(value, str) and value[:1] in "=+-@\t\r" else value
 
 
 _STYLE = (Path(__file__).parent / "assets" / "report.css").read_text(encoding="utf-8")

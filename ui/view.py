@@ -11,6 +11,7 @@ from urllib.parse import quote
 from ..images import Rgb, encode_jpeg
 from ..index.cases import Similar
 from ..index.records import Hit
+from ..index.scales import scales_line
 from .additions import Addition
 from .answers import Clustered, Found
 from .colours import VIRIDIS, colour_of
@@ -88,12 +89,13 @@ def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
     cluster = "" if hit.cluster is None else cluster_name(hit.cluster, names)
     facts = " · ".join(escape(fact) for fact in (hit.label, cluster) if fact)
     patient = f"patient {escape(hit.patient)}" if hit.patient else ""
+    scale = f" · {hit.target_mpp:.3g} µm per pixel" if hit.target_mpp else ""
     return (
         f'<li class="hs-card" data-tile="{hit.tile}">'
         f'<button class="hs-open" data-open="{hit.tile}" aria-label="Open {title} in context">'
         f'<img src="v1/tiles/{hit.tile}.jpg" alt="{title}" width="224" height="224"></button>'
         f'<div class="hs-facts"><div><b>#{hit.rank}</b> <span class="hs-score">score {hit.score:.3f}</span>'
-        f"</div><div>{facts}</div><small>{escape(where)}</small><small>{patient}</small></div>"
+        f"</div><div>{facts}</div><small>{escape(where)}{scale}</small><small>{patient}</small></div>"
         f'<div class="hs-two"><button data-like="{hit.tile}" aria-label="+ like {title}">+ like</button>'
         f'<button data-unlike="{hit.tile}" aria-label="− unlike {title}">− unlike</button></div></li>'
     )
@@ -464,6 +466,7 @@ def about(stats: Mapping[str, Any], card: str, versions: Mapping[str, str]) -> s
         ("labels", labels or "–"), ("clusterings", fitted or "none fitted"),
         ("encoder", f"{encoder['name']} ({encoder['arch']}), {encoder['dim']}-d, {encoder['metric']}"),
         ("encoder sha256", encoder["sha256"]),
+        ("scale of the tiles", scales_line(stats["scales"])),
         ("slides are read at", f"{encoder['mpp']} µm per pixel" if encoder["mpp"] else "–"),
         ("index", _index(stats["index"])), ("created", stats["created_at"]),
         *((f"{name} version", version) for name, version in versions.items()),

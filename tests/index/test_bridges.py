@@ -42,13 +42,13 @@ def clam(path, count=30, dim=1024, seed=0):
     return path
 
 
-def stamp(path, count=30, dim=4096, seed=0, unit_="um"):
+def stamp(path, count=30, dim=4096, seed=0, unit_="um", extractor="virchow2"):
     """As STAMP writes it: float16, places in micrometres."""
     with h5py.File(path, "w") as out:
         out["feats"] = vectors_of(count, dim, seed).astype(np.float16)
         out["coords"] = (np.arange(2 * count).reshape(-1, 2) * 256.0).astype(np.float32)
         out.attrs.update(
-            {"unit": unit_, "tile_size_um": 256.0, "tile_size_px": 224, "extractor": "virchow2"}
+            {"unit": unit_, "tile_size_um": 256.0, "tile_size_px": 224, "extractor": extractor}
         )
     return path
 
@@ -95,16 +95,16 @@ def test_foreign_features_that_do_not_fit_are_refused(tmp_path, cli):
         tmp_path / "bag.pt": "pickle",
         tmp_path / "other.h5": "embeddings",
         tmp_path / "odd.h5": "do not fit",
-        stamp(tmp_path / "stamp.h5"): "micrometres.*--mpp",
-        stamp(tmp_path / "px.h5", unit_="px"): "'px'",
+        stamp(tmp_path / "stamp.h5", extractor="uni_v2"): "micrometres.*--mpp",
+        stamp(tmp_path / "px.h5", unit_="px", extractor="uni_v2"): "'px'",
         trident(tmp_path / "gigapath.h5", encoder="gigapath"): "'gigapath'; you said 'uni_v2'",
         clam(tmp_path / "short.h5", dim=512): "512-dimensional",
         tmp_path / "absent.h5": "does not exist",
     }
     import re
 
-    _, results = import_features(atlas.path, list(bad), "uni_v2", {})
-    for result, said in zip(results, bad.values(), strict=True):
+    for file, said in bad.items():
+        _, (result,) = import_features(atlas.path, [file], "uni_v2", {})
         assert result.state == "failed" and re.search(said, result.reason), result
     assert [s["name"] for s in atlas.slides()] == ["good"] and atlas.verify() == []
     with pytest.raises(Mismatch, match="atlas of their own"):

@@ -9,7 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histoseek.errors import BadInput
-from histoseek.index.filters import parse, select
+from histoseek.index import filters
+from histoseek.index.filters import Compare, Some, parse, select
 
 VALUES = {
     "label": ["a", "b", "it's", None],
@@ -173,3 +174,27 @@ def test_a_value_is_never_part_of_a_query(atlas):
 def test_an_error_points_to_its_place(text, place):
     with pytest.raises(BadInput, match=f"at character {place}"):
         parse(text)
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        "two\nlines",
+        "two\r\nlines",
+        "a\ttab",
+        "C:\\temp\\new",
+        "it's",
+        'a "word"',
+        "end\\",
+        "\\'",
+        "",
+    ],
+)
+@pytest.mark.parametrize("field", ["organ", "two\nlines", "a\\tb"])
+def test_a_text_in_quotes_is_taken_as_it_stands(value, field):
+    found = parse(f"`{field}` = {filters.quoted(value)}\n or\tx > 3")
+    assert found == Some((Compare(field, "=", (value,)), Compare("x", ">", (3.0,))))
+    double = '"' + value.replace('"', '""') + '"'
+    assert parse(f"`{field}` in ({double},\n{filters.quoted(value)})") == Compare(
+        field, "in", (value,) * 2
+    )

@@ -1,0 +1,44 @@
+"""Images in JSON: base64 as mail programs, shells and browsers write it."""
+
+import base64
+import textwrap
+from urllib.parse import quote
+
+import pytest
+
+from histoseek.errors import BadInput
+from histoseek.ui.bodies import _pixels
+
+BLOB = bytes(range(256)) * 3
+TEXT = base64.b64encode(BLOB).decode()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        TEXT,
+        base64.encodebytes(BLOB).decode(),
+        "\r\n".join(textwrap.wrap(TEXT, 64)) + "\r\n",
+        f"  {TEXT}\n",
+        f"data:image/png;base64,{TEXT}",
+        f"data:image/png;name=a.png;base64,\n{base64.encodebytes(BLOB).decode()}",
+        f"DATA:image/jpeg;BASE64,{quote(TEXT, safe='')}",
+    ],
+)
+def test_base64_is_read_with_line_breaks_and_in_data_urls(text):
+    assert _pixels(text) == BLOB
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("not base64!", "no base64"),
+        (TEXT[:-1] + "é", "no base64"),
+        (TEXT[:-3], "no base64"),
+        ("data:image/png,%89PNG", "';base64'"),
+        ("data:image/png;base64", "';base64'|no base64"),
+    ],
+)
+def test_other_texts_are_refused(text, says):
+    with pytest.raises(BadInput, match=says):
+        _pixels(text)
