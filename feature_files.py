@@ -155,10 +155,11 @@ def _parse(path: Path, stored: h5py.File) -> Features:
     def text(key: str) -> tuple[str, ...] | None:
         if key not in stored:
             return None
-        values = tuple(v.decode("utf-8") for v in stored[key][()])
-        if len(values) != rows[0]:
-            raise BadInput(f"{path}: {key!r} has {len(values)} rows, 'features' has {rows[0]}")
-        return values
+        if stored[key].shape != rows[:1]:  # before anything is read
+            raise BadInput(
+                f"{path}: {key!r} has shape {stored[key].shape}, 'features' has {rows[0]} rows"
+            )
+        return tuple(v.decode("utf-8") for v in stored[key][()])
 
     def number(key: str) -> float | None:
         return float(attributes[key]) if key in attributes else None

@@ -18,6 +18,16 @@ import h5py
 from .errors import BadInput
 
 MAX_OBJECTS = 100_000
+_FILTERS = {
+    h5py.h5z.FILTER_DEFLATE,
+    h5py.h5z.FILTER_SHUFFLE,
+    h5py.h5z.FILTER_FLETCHER32,
+    h5py.h5z.FILTER_SZIP,
+    h5py.h5z.FILTER_NBIT,
+    h5py.h5z.FILTER_SCALEOFFSET,
+    h5py.h5z.FILTER_LZF,
+}
+"""Filters that come with HDF5 and h5py; any other is code that HDF5 loads from a folder."""
 
 
 @contextmanager
@@ -44,7 +54,8 @@ def check_self_contained(stored: h5py.File, name: Path) -> None:
     """Refuse a file that takes data or objects from other files; reads none of them.
 
     Raises:
-        BadInput: external storage, an external link or a virtual dataset; says which, and where.
+        BadInput: external storage, an external link, a virtual dataset, references, or a filter that needs
+            a plugin; says which, and where.
     """
     todo: list[h5py.Group] = [stored]
     seen = {_address(stored)}
@@ -91,6 +102,17 @@ def _check_dataset(data: h5py.Dataset, place: str, name: Path) -> None:
     if data.is_virtual:
         files = ", ".join(sorted({repr(str(s.file_name)) for s in data.virtual_sources()})[:3])
         raise BadInput(f"{name}: {place} is a virtual dataset of the file {files}; {_REMEDY}")
+    if h5py.check_ref_dtype(data.dtype) is not None:
+        raise BadInput(f"{name}: {place} holds references to other objects; {_REMEDY}")
+    settings: Any = data.id.get_create_plist()
+    for number in range(settings.get_nfilters()):
+        code, _, _, label = settings.get_filter(number)
+        if code not in _FILTERS:
+            kind = label.decode("utf-8", "replace") or "an unknown filter"
+            raise BadInput(
+                f"{name}: {place} is compressed by {kind!r} (HDF5 filter {code}), which would load a "
+                "plugin; write it with gzip, or without compression"
+            )
 
 
 _REMEDY = "expected data in the file itself: write its datasets into one plain file"
