@@ -6,6 +6,9 @@ from collections.abc import Callable, Collection, Iterable
 
 from ..spreadsheets import inert
 
+LONGEST = 200
+"""Bytes of a name in AnnData; Zarr makes a folder of each column."""
+
 
 def unique_names(
     names: Iterable[str],
@@ -38,9 +41,10 @@ def unique_names(
 
 
 def for_anndata(name: str) -> str:
-    """Return a name without what HDF5 and Zarr take for a path."""
+    """Return a name without what HDF5 and Zarr take for a path, and no longer than a folder's may be."""
     flat = name.replace("/", "_").replace("\\", "_").replace("\0", "_")
-    return f"_{flat}" if flat.startswith(".") else flat
+    short = flat.encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
+    return f"_{short}" if short.startswith(".") else short
 
 
 def for_numpy(name: str) -> str:
