@@ -27,6 +27,7 @@ from .columns import NOT_PLACED, Columns
 Mask = NDArray[np.bool_]
 Value = str | float
 LENGTH_LIMIT = 10_000
+_KEYWORDS = ("and", "or", "not", "in", "like", "is", "null")
 
 
 @dataclass(frozen=True)
@@ -67,11 +68,9 @@ def _grammar() -> Any:
 
     pp.ParserElement.enable_packrat()
     word = pp.Regex(r"[^\W\d][\w.\-]*")
-    keywords = pp.MatchFirst(
-        [pp.CaselessKeyword(w) for w in ("and", "or", "not", "in", "like", "is", "null")]
-    )
+    keywords = pp.MatchFirst([pp.CaselessKeyword(word) for word in _KEYWORDS])
     exact: Any = {"multiline": True, "convert_whitespace_escapes": False}
-    field = (~keywords + word) | pp.QuotedString("`", **exact)
+    field = (~keywords + word) | pp.QuotedString("`", esc_quote="``", **exact)
     number = pp.Regex(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?").set_parse_action(lambda t: float(t[0]))
     text = pp.QuotedString("'", esc_quote="''", **exact) | pp.QuotedString(
         '"', esc_quote='""', **exact
@@ -114,6 +113,12 @@ def _grammar() -> Any:
 def quoted(text: str) -> str:
     """Return a text as it stands in a filter."""
     return "'" + text.replace("'", "''") + "'"
+
+
+def quoted_field(name: str) -> str:
+    """Return the name of a column as it stands in a filter: in backticks where it is not one word."""
+    plain = re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in _KEYWORDS
+    return name if plain else "`" + name.replace("`", "``") + "`"
 
 
 def parse(text: str) -> Filter:

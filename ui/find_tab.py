@@ -9,7 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ..errors import HistoseekError
-from ..index.filters import quoted
+from ..index.filters import quoted, quoted_field
 from . import view
 from .answers import Query
 from .handlers import Session, both
@@ -185,7 +185,7 @@ def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, An
         operator, _, field = name.rpartition(" ")
         if chosen:
             listed = ", ".join(str(v) if field == "cluster" else quoted(v) for v in chosen)
-            clause = f"{_field(field)} {operator} ({listed})"
+            clause = f"{quoted_field(field)} {operator} ({listed})"
             where = both(where, clause) if where else clause
     images = []
     if asked["upload"]:
@@ -196,10 +196,6 @@ def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, An
         tuple(images), like=tuple(asked["like"]), unlike=tuple(asked["unlike"]), k=k, where=where,
         per_slide=bool(per_slide), leave_out=leave_out,
     )  # fmt: skip
-
-
-def _field(name: str) -> str:
-    return name if name.isidentifier() else f"`{name}`"
 
 
 def _picked(asked: dict[str, Any], data: Any) -> dict[str, Any]:

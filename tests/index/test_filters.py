@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from histoseek.errors import BadInput
 from histoseek.index import filters
-from histoseek.index.filters import Compare, Some, parse, select
+from histoseek.index.filters import Compare, Some, parse, quoted_field, select
 
 VALUES = {
     "label": ["a", "b", "it's", None],
@@ -198,3 +198,17 @@ def test_a_text_in_quotes_is_taken_as_it_stands(value, field):
     assert parse(f"`{field}` in ({double},\n{filters.quoted(value)})") == Compare(
         field, "in", (value,) * 2
     )
+
+
+def test_columns_of_any_name_and_texts_of_any_characters_are_asked_as_they_stand(tmp_path):
+    columns = ["note", "two\nlines", "a`b", "in", "Not", "größe", "ER/PR", "1st", "a.b", r"a\n"]
+    values = sorted(
+        {"line 1\nline 2", "a\r\nb", "tab\there", r"C:\new\table", 'it\'s "so"\n', "\n"}
+    )
+    given = {f"slide-{n}": dict.fromkeys(columns, value) for n, value in enumerate(values)}
+    known = filled(tmp_path, slides=len(values), count=2, metadata=given).view().columns
+    for number, value in enumerate(values):
+        for column in columns:
+            text = f"{quoted_field(column)}\n =\r\n\t{quoted(value)}\n"
+            found = known.slide_of(np.flatnonzero(select(known, parse(text))))
+            assert {known.slides[n]["name"] for n in found} == {f"slide-{number}"}, text
