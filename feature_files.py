@@ -19,6 +19,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .errors import BadInput, Damaged, HistoseekError, Mismatch
+from .stopping import shielded
 
 MAX_ROWS = 20_000_000
 MAX_BYTES = 16 * 2**30
@@ -96,7 +97,7 @@ def parse_features(blob: bytes, path: Path) -> Features:
         Damaged: not a readable HDF5 file.
     """
     try:
-        with h5py.File(io.BytesIO(blob), "r") as stored:
+        with shielded(), h5py.File(io.BytesIO(blob), "r") as stored:
             return _parse(path, stored)
     except HistoseekError:
         raise
@@ -110,7 +111,7 @@ def parse_features(blob: bytes, path: Path) -> Features:
 def read_about(path: Path) -> dict[str, Any] | None:
     """Return what a feature file says of its making, or None if it is missing or damaged."""
     try:
-        with h5py.File(path, "r", locking=False) as stored:
+        with shielded(), h5py.File(path, "r", locking=False) as stored:
             if "features" not in stored or "coords" not in stored:
                 return None
             about = json.loads(str(stored.attrs["about"]))

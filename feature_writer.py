@@ -4,10 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .feature_files import Features, magnification
-from .files import publish_file, storage_failed, temporary
+from .files import discard, publish_file, storage_failed, temporary
+from .stopping import shielded
 
 CHUNK_ROWS = 512
 
@@ -30,23 +27,6 @@ def write_features(path: Path, item: Features) -> None:
     with FeatureWriter(path, item.features.shape[1], len(item.features)) as out:
         out.append(item.features)
         out.publish(item)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep a Ctrl-C until this is over: an exception in the middle of HDF5 breaks the process."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    came: list[tuple[Any, Any]] = []
-    signal.signal(signal.SIGINT, lambda *args: came.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
 
 
 class FeatureWriter:
@@ -78,10 +58,10 @@ class FeatureWriter:
         try:
             self._start(dim)
         except BaseException:
-            self._temp.unlink()
+            discard(self._temp)
             raise
 
-    @_undisturbed()
+    @shielded()
     def _start(self, dim: int) -> None:
         self._out = h5py.File(self._file, "w")
         self._data = self._out.create_dataset(
@@ -105,7 +85,7 @@ class FeatureWriter:
         if error is not None:
             raise error
 
-    @_undisturbed()
+    @shielded()
     def append(self, features: NDArray[np.float32]) -> None:
         """Add rows (n, D); they are written a chunk at a time."""
         self._spool.append(np.asarray(features, dtype=np.float32))
@@ -120,7 +100,7 @@ class FeatureWriter:
         self._count += len(rows)
         self._check()
 
-    @_undisturbed()
+    @shielded()
     def publish(self, item: Features) -> None:
         """Write everything but ``item.features``, which were appended, and show the file.
 
@@ -134,12 +114,12 @@ class FeatureWriter:
         self._file.close()
         publish_file(self._temp, self._path)
 
-    @_undisturbed()
+    @shielded()
     def discard(self) -> None:
         """Remove the temporary file, if it was not published."""
         self._out.close()
         self._file.close()
-        self._temp.unlink(missing_ok=True)
+        discard(self._temp)
 
 
 class _TolerantFile(io.RawIOBase):

@@ -18,7 +18,14 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..errors import BadInput, MissingPart, unknown_name
-from ..files import publish_file, publish_folder, storage_failed, temporary, write_atomic
+from ..files import (
+    discard,
+    publish_file,
+    publish_folder,
+    storage_failed,
+    temporary,
+    write_atomic,
+)
 from . import cluster_report, clusterings
 from .columns import NOT_PLACED, Coded, Columns
 from .records import plain_name
@@ -375,7 +382,7 @@ def _publish(out: Path, suffix: str, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         raise storage_failed(out, error) from error
     finally:
-        temp.unlink(missing_ok=True)
+        discard(temp)
         if named.is_dir():
             shutil.rmtree(named)
         else:

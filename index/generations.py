@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, Damaged
 from ..feature_files import parse_features
-from ..files import publish_file, sha256_file, storage_failed, temporary
+from ..files import discard, publish_file, sha256_file, storage_failed, temporary
 from ..manifest import Manifest
 from . import tuning
 from .catalog import REVISION, Catalog, get_meta, insert, now, set_meta
@@ -399,9 +399,9 @@ class Generations:
                 temp, raw_temp, slides, total, plan, measured, options, store_options
             )
         finally:
-            temp.unlink(missing_ok=True)
+            discard(temp)
             if raw_temp is not None:
-                raw_temp.unlink(missing_ok=True)
+                discard(raw_temp)
 
     def _publish(
         self,

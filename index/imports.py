@@ -20,7 +20,7 @@ from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..feature_files import MAX_BYTES, Features, check_features, parse_features, read_features
 from ..feature_writer import write_features
-from ..files import temporary
+from ..files import discard, temporary
 from ..manifest import Manifest
 from .records import Added, by_stem, row_of
 
@@ -237,4 +237,4 @@ def _as_file(item: Features, folder: Path) -> bytes:
         write_features(temp, item)
         return temp.read_bytes()
     finally:
-        temp.unlink(missing_ok=True)
+        discard(temp)

@@ -8,7 +8,7 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from ..errors import BadInput, Mismatch, MissingPart, Unavailable
-from ..files import cache_folder, publish_file, sha256_file, temporary
+from ..files import cache_folder, discard, publish_file, sha256_file, temporary
 
 LITE0 = "efficientnet-lite0"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -87,5 +87,5 @@ def _fetched(address: str, sha256: str) -> Path:
             f"{address} cannot be fetched ({error}); check the address and the network, or pass a file"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
     return path
