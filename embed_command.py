@@ -88,7 +88,7 @@ def embed(
     """Embed slides and tile sets into feature files; a repeated run finishes what is not done."""
     from .serving.jobs import find_jobs
     from .serving.report import record_end, report_results
-    from .serving.results import EmbedOptions
+    from .serving.results import EmbedOptions, Result
     from .serving.run import EncoderChoice, run_here
 
     options = EmbedOptions(
@@ -114,20 +114,20 @@ def embed(
         raise BadInput("--metrics tells of this process; with --ray the work is elsewhere")
     chosen = EncoderChoice(encoder, bundle, engine, precision, batch)
     found = find_jobs(inputs, kind.value, manifest)
-    if ray is not None:
-        from .serving.cluster_run import run_on_ray
-
-        with console.progress("embedding") as progress:
-            ran = run_on_ray(found, chosen, out, options, ray, progress)
-    elif "://" in out:
+    if ray is None and "://" in out:
         raise BadInput(f"--out {out!r}: expected a folder; URLs are for --ray")
-    else:
-        try:
-            with console.progress("embedding") as progress:
-                ran = run_here(found, chosen, Path(out), options, progress, metrics)
-        except BaseException as error:
-            record_end(error, len(found), out)
-            raise
+    ended: list[Result] = []
+    try:
+        with console.progress("embedding") as progress:
+            if ray is not None:
+                from .serving.cluster_run import run_on_ray
+
+                ran = run_on_ray(found, chosen, out, options, ray, progress, ended)
+            else:
+                ran = run_here(found, chosen, Path(out), options, progress, metrics, ended)
+    except BaseException as error:
+        record_end(error, ended, len(found), out)
+        raise
     if not report_results(ran, out):
         raise typer.Exit(console.EXIT_FAILED)
 

@@ -39,11 +39,3 @@ def fill_descriptors() -> None:
             if opened != number:
                 os.dup2(opened, number)
                 os.close(opened)
-
-
-def run() -> None:
-    """Run the command ``histoseek``."""
-    begin()
-    from .__main__ import main
-
-    main()

@@ -20,8 +20,8 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Iterator
-from concurrent.futures import Future, wait
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import FrameType
@@ -59,6 +59,8 @@ class _State:
         self.number: int | None = None
         self.heard = 0.0
         self.unfinished: set[Path] = set()
+        self.ours: socket.socket | None = None
+        self.theirs: socket.socket | None = None
 
 
 _state = _State()
@@ -69,18 +71,42 @@ def arm() -> None:
 
     A Ctrl-C that the parent process has told us to ignore (``nohup``) stays ignored.
     """
-    if _state.armed:
+    if not _state.armed:
+        _take(_SIGNALS)
+        atexit.register(_last)  # the first to be registered is the last to be called
+
+
+@contextmanager
+def armed() -> Iterator[None]:
+    """Take over Ctrl-C for one task in a process that is not ours, such as a worker of a cluster.
+
+    Elsewhere than in the main thread, and in the command line, this changes nothing.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if _state.armed or threading.current_thread() is not threading.main_thread() or before is None:
+        yield
         return
-    _state.armed = True
-    ours, theirs = socket.socketpair()
-    theirs.setblocking(False)
-    for number in _SIGNALS:
+    _take((signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, before)
+        _state.armed, _state.number = False, None
+
+
+def _take(numbers: tuple[signal.Signals, ...]) -> None:
+    """Install the handlers and the thread that listens."""
+    if _state.ours is None or _state.theirs is None:
+        _state.ours, _state.theirs = socket.socketpair()
+        _state.theirs.setblocking(False)
+        os.register_at_fork(after_in_child=_disarm)
+        threading.Thread(target=_listen, args=(_state.ours,), name="signals", daemon=True).start()
+    for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _nothing)
-    signal.set_wakeup_fd(theirs.fileno(), warn_on_full_buffer=False)
-    os.register_at_fork(after_in_child=_disarm)
-    atexit.register(_last)  # the first to be registered is the last to be called
-    threading.Thread(target=_listen, args=(ours, theirs), name="signals", daemon=True).start()
+    signal.set_wakeup_fd(_state.theirs.fileno(), warn_on_full_buffer=False)
+    _state.armed = True
 
 
 def rearm() -> None:
@@ -105,6 +131,7 @@ def _disarm() -> None:
     """Give a forked child Python's own handling back; its signals are not this process's."""
     _state.armed, _state.number = False, None
     _state.unfinished = set()
+    _state.ours = _state.theirs = None
     with suppress(ValueError):  # forked by another thread than the main one
         signal.set_wakeup_fd(-1)
         if signal.getsignal(signal.SIGINT) is _nothing:
@@ -113,8 +140,8 @@ def _disarm() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _listen(ours: socket.socket, theirs: socket.socket) -> None:
-    """Wait for signals: the first sets the flag, a second one ends the process; ``theirs`` is kept open."""
+def _listen(ours: socket.socket) -> None:
+    """Wait for signals: the first sets the flag, a second one ends the process at once."""
     told = False
     while True:
         waiting = _state.number is not None and not told
@@ -141,13 +168,18 @@ def _tell(text: str) -> None:
 
 def _end_at_once(number: int) -> NoReturn:
     """End the process without asking anybody; what is half written is removed first."""
-    for path in list(_state.unfinished):
-        with suppress(OSError):
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
+    _remove_unfinished()
     if os.isatty(2):
         _tell("\x1b[?25h")  # a progress bar may have hidden the cursor
     _tell("ended at once; repeat the command to go on where it was")
     os._exit(128 + number)
+
+
+def _remove_unfinished() -> None:
+    """Remove what is half written."""
+    for path in list(_state.unfinished):
+        with suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def requested() -> bool:
@@ -189,6 +221,25 @@ def result(future: Future[T]) -> T:
     return future.result()
 
 
+def aside(call: Callable[[], T]) -> T:
+    """Return what a long call of foreign code returns; the wait for it ends when the command is to stop.
+
+    The call goes on in a thread of its own then, until the process ends soon after. So it may only compute
+    or ask: what it writes to nobody would clean up. A library user's call is simply made.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came before it was over.
+        Exception: whatever the call raised.
+    """
+    if not _state.armed or threading.current_thread() is not threading.main_thread():
+        return call()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="aside")
+    try:
+        return result(pool.submit(call))
+    finally:
+        pool.shutdown(wait=False)
+
+
 def wait_for_signal() -> NoReturn:
     """Wait until the command is asked to stop.
 
@@ -211,6 +262,7 @@ def leave(code: int) -> NoReturn:
             with suppress(OSError, ValueError):
                 stream.flush()
     if _state.armed:
+        _remove_unfinished()
         os._exit(code)
     sys.exit(code)
 
