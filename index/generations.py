@@ -60,6 +60,8 @@ class View:
         index: their vectors.
         generation: of the index file, 0 for none.
         about: of the index file: plan, target, what was measured.
+        clusterings: the catalog's rows of the fitted clusterings, newest first.
+        cluster_names: names that people gave to clusters, by clustering and number.
     """
 
     revision: int
@@ -67,6 +69,8 @@ class View:
     index: VectorIndex
     generation: int
     about: dict[str, Any]
+    clusterings: list[dict[str, Any]]
+    cluster_names: dict[str, dict[int, str]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +81,8 @@ class _State:
     slides: list[dict[str, Any]]
     generation: dict[str, Any] | None
     placements: dict[str, dict[int, bytes]]
+    clusterings: list[dict[str, Any]]
+    cluster_names: dict[str, dict[int, str]]
 
 
 @dataclass(frozen=True)
@@ -175,6 +181,18 @@ class Generations:
                     raise
         return read()
 
+    def unmoved(self, read: Callable[[], T]) -> T:
+        """Read the catalog in several steps; once more if a writer committed in between.
+
+        Of an atlas that changes all the time the last reading is taken.
+        """
+        for _ in range(10):
+            revision = self._catalog.revision()
+            found = read()
+            if self._catalog.revision() == revision:
+                break
+        return found
+
     def _vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         ids = [np.zeros(0, dtype=np.int64)]
         parts = [np.zeros((0, self._manifest.dim), dtype=np.float32)]
@@ -229,8 +247,14 @@ class Generations:
                 "FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY s.id"
             ).fetchall()
             generation = db.execute("SELECT * FROM generations ORDER BY id DESC").fetchone()
-            names = db.execute("SELECT id, name FROM clusterings ORDER BY id").fetchall()
-            placements: dict[str, dict[int, bytes]] = {row["name"]: {} for row in names}
+            fits = [dict(row) for row in db.execute("SELECT * FROM clusterings ORDER BY id")]
+            placements: dict[str, dict[int, bytes]] = {row["name"]: {} for row in fits}
+            given: dict[str, dict[int, str]] = {row["name"]: {} for row in fits}
+            for row in db.execute(
+                "SELECT c.name AS clustering, n.cluster, n.name FROM clusters AS n "
+                "JOIN clusterings AS c ON c.id = n.clustering_id WHERE n.name != ''"
+            ):
+                given[row["clustering"]][row["cluster"]] = row["name"]
             for row in db.execute(
                 "SELECT c.name, p.slide_id, p.cluster FROM placements AS p "
                 "JOIN clusterings AS c ON c.id = p.clustering_id"
@@ -243,6 +267,8 @@ class Generations:
             [dict(row) for row in slides],
             None if generation is None else dict(generation),
             placements,
+            fits[::-1],
+            given,
         )
 
     def _open(self, state: _State) -> View:
@@ -280,6 +306,8 @@ class Generations:
             index,
             opened.number if opened else 0,
             opened.about if opened else {},
+            state.clusterings,
+            state.cluster_names,
         )
 
     def _open_main(self, row: dict[str, Any]) -> _Main | None:

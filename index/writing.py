@@ -225,13 +225,13 @@ class Writer:
 
     def _clusterings(self) -> dict[int, Clustering]:
         """Return the clusterings by id, read once; without those whose file is lost."""
-        rows = self._catalog.rows("SELECT id, name, sha256 FROM clusterings")
-        known = {row["id"]: row["sha256"] for row in rows}
+        fits = clusterings.stored(self._catalog)
+        known = {row["id"]: row["sha256"] for row in fits}
         kept = {n: c for n, c in self._loaded.items() if known.get(n) == self._known.get(n)}
-        for row in rows:
+        for row in fits:
             if row["id"] not in kept:
                 with suppress(Damaged):
-                    kept[row["id"]] = clusterings.load(self._path, self._catalog, row["name"])[1]
+                    kept[row["id"]] = clusterings.load(self._path, fits, row["name"])[1]
         self._known, self._loaded = known, kept
         return kept
 
