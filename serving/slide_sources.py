@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import BadInput
+from ..errors import BadInput, BrokenFile
 from ..images import SUFFIXES, decode
 from .openslide_source import OpenSlideSource
 from .tiff_source import TiffSource, is_ome, looks_like_tiff
@@ -114,8 +114,13 @@ class _Overview:
         return block
 
 
-def overview(source: Source, longest: int) -> Image.Image:
+def overview(source: Source, longest: int, path: Path) -> Image.Image:
     """Return the whole slide in RGB, at most ``longest`` pixels on its longer side.
+
+    Args:
+        source: of the slide.
+        longest: pixels of the longer side, at most.
+        path: what messages call the slide.
 
     Raises:
         BadInput: no part of it can be read, or its smallest usable level is too large.
@@ -125,7 +130,7 @@ def overview(source: Source, longest: int) -> Image.Image:
     across, down = source.levels[level][1]
     if across * down > MAX_OVERVIEW:
         raise BadInput(
-            f"its smallest usable level is {across} x {down} pixels; at most {MAX_OVERVIEW:,} are "
+            f"{path}: its smallest usable level is {across} x {down} pixels; at most {MAX_OVERVIEW:,} are "
             "read to find tissue: save it as a pyramid"
         )
     whole = _Overview(source, level)
@@ -215,7 +220,7 @@ def _by_tifffile(path: Path) -> Source:
             return OpenSlideSource(path)
         except BadInput as other:
             # what tifffile knows to be unsupported is the better reason; of damage OpenSlide knows more
-            raise (other if "copy it again" in str(error) else error) from other
+            raise (other if isinstance(error, BrokenFile) else error) from other
 
 
 def is_openslide(path: Path) -> bool:

@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput, HistoseekError
+from ..errors import BadInput, BrokenFile, HistoseekError
 from .tiff_pixels import Level, TiffPixels, level_of
 
 _UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
@@ -37,7 +37,7 @@ class TiffSource:
         except HistoseekError:
             raise
         except Exception as error:  # a damaged header can make the parser fail in any way
-            raise BadInput(
+            raise BrokenFile(
                 f"{path} is no slide: it cannot be read as TIFF ({type(error).__name__}: {error}); it "
                 "is truncated or damaged: copy it again"
             ) from error
@@ -81,7 +81,7 @@ def whole_segments(level: Level, about: int = 1024) -> tuple[int, int]:
 
 def _pyramid(opened: Any, path: Path) -> list[Any]:
     if not opened.series:
-        raise BadInput(f"{path} holds no picture; copy it again")
+        raise BrokenFile(f"{path} holds no picture; copy it again")
     series = opened.series[0]
     first = series.levels[0]
     if len(first.pages) != 1:
