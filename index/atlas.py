@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import stopping
 from ..console import Report
 from ..errors import BadInput, Damaged, Mismatch, NotFound, StorageFailed
 from ..files import exclusive, publish_folder, write_atomic, write_json
@@ -632,7 +633,9 @@ class Atlas:
         vectors, tiles = self.generations.steady(landmarks)
         metric = self.manifest.metric
         number = self.catalog.meta()[ATLAS_ID]
-        made = layout.make(number, tiles, prepared(vectors, metric), metric, seed)
+        made = stopping.aside(
+            lambda: layout.make(number, tiles, prepared(vectors, metric), metric, seed)
+        )
         with suppress(StorageFailed):  # a folder that is only read: the caller has the map
             write_atomic(self.path / layout.FILE, made.to_bytes())
         return made

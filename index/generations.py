@@ -12,12 +12,14 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import stopping
 from ..errors import BadInput, Damaged
 from ..feature_files import parse_features
 from ..files import discard, publish_file, sha256_file, storage_failed, temporary
@@ -411,17 +413,20 @@ class Generations:
         plan = tuning.plan_for(total, dim, options)
         chunks = _Chunks(self, slides)
         sample, held_out = tuning.draw(chunks, total, dim, plan, options.seed)
-        index = new_main(dim, metric, plan, sample, options.seed)
+        index = stopping.aside(lambda: new_main(dim, metric, plan, sample, options.seed))
         raw_temp = temporary(self._path / "vectors.faiss") if plan.kind == "ivf" else None
         temp = temporary(self._path / "index.faiss")
         try:
             for vectors in chunks:
+                stopping.check()
                 index.add(vectors)
             raw = None
             if raw_temp is not None:
                 _write_flat(raw_temp, chunks, index, total)
                 raw = read_main(raw_temp, dim)
-            plan, measured = tuning.tune(index, raw, plan, chunks, held_out, metric, options)
+            plan, measured = stopping.aside(
+                partial(tuning.tune, index, raw, plan, chunks, held_out, metric, options)
+            )
             write_main(index, temp)
             return self._publish(
                 temp, raw_temp, slides, total, plan, measured, options, store_options

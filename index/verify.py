@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from .. import stopping
 from ..errors import Damaged, HistoseekError, StorageFailed
 from ..feature_files import check_features, read_features
 from ..files import sha256_file
@@ -119,6 +120,7 @@ def _slides(atlas: Atlas) -> list[Problem]:
     found: list[Problem] = []
     end = 0
     for slide in map(dict, rows):
+        stopping.check()
         if slide["places"] is None:
             found.append(Problem(f"slide {slide['name']!r} has no tiles listed in atlas.db"))
             continue

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .. import stopping
 from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
 from ..feature_files import Features, check_features, parse_features
@@ -244,6 +245,7 @@ class Writer:
                 (number,),
             )
             for slide in missing:
+                stopping.check()
                 placed = clustering.assign(self._generations.vectors_of(dict(slide)))
                 with self._catalog.write() as db:
                     clusterings.insert_placement(db, number, slide["id"], placed, fitted=False)

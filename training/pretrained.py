@@ -7,6 +7,7 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlparse
 
+from .. import stopping
 from ..errors import BadInput, Mismatch, MissingPart, Unavailable
 from ..files import cache_folder, discard, publish_file, sha256_file, temporary
 
@@ -79,6 +80,7 @@ def _fetched(address: str, sha256: str) -> Path:
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer, open(part, "wb") as out:
             while chunk := answer.read(CHUNK):
+                stopping.check()
                 out.write(chunk)
         _check(part, sha256, address)
         publish_file(part, path)
