@@ -54,7 +54,7 @@ def test_any_encoding_gets_plain_text_and_valid_json(encoding, said):
     done = run("shout", encoding=encoding)
     text = done.stdout.decode(encoding)
     assert (done.returncode, done.stderr) == (0, b"")
-    assert text.splitlines()[0] == said and text.splitlines()[-1] == said
+    assert text.splitlines()[0].rstrip() == said and text.splitlines()[-1] == said
     done = run("shout", "--json", encoding=encoding)
     assert json.loads(done.stdout.decode(encoding)) == {"name": NAME}
     done = run("refuse", encoding=encoding)
