@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from . import start
+
+if __name__ == "__main__":
+    start.begin()  # before the imports below, during which Ctrl-C may come already
+
 import os
 import shlex
 import signal
 import sys
-import threading
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from . import __version__, console
+from . import __version__, console, outlets, stopping
 from .console import Json
 from .embed_command import embed
 from .errors import BadInput, HistoseekError, MissingPart
@@ -367,8 +371,6 @@ def _need_torch() -> None:
 def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = False) -> None:
     from .ui.server import Running
 
-    stopped = threading.Event()
-    signal.signal(signal.SIGTERM, lambda *_: stopped.set())
     running = Running(atlas, options)
     document = {"atlas": str(atlas), "address": running.address, "notes": running.notes}
     text = "\n".join([*running.notes, f"histoseek is at {running.address} (Ctrl-C stops it)"])
@@ -382,7 +384,11 @@ def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = F
 
         webbrowser.open(running.address)
     try:
-        stopped.wait()
+        stopping.wait_for_signal()
+    except stopping.Stopped as stopped:
+        if stopped.number != signal.SIGTERM:
+            raise
+        stopping.settle()  # this is how a service manager ends a server: nothing was cut short
     finally:
         running.close()
 
@@ -401,6 +407,17 @@ def doctor(json: Json = False) -> None:
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; errors of ours exit 1, wrong usage 2, Ctrl-C 130, each with a message."""
     console.mode.json = "--json" in (sys.argv[1:] if arguments is None else arguments)
+    if start.is_command_line():
+        outlets.take_over()
+    code = _run(arguments)
+    if stopping.requested() or code == console.EXIT_STOPPED:
+        console.tell_stop(done=code == console.EXIT_DONE)
+        stopping.leave(stopping.exit_code())
+    sys.exit(console.exit_code(code))
+
+
+def _run(arguments: list[str] | None) -> int:
+    """Run the command line; return the exit code."""
     try:
         code = app(arguments, standalone_mode=False)
     except HistoseekError as error:
@@ -409,13 +426,12 @@ def main(arguments: list[str] | None = None) -> Any:
     except (KeyboardInterrupt, typer.Abort):
         code = console.EXIT_STOPPED
     except Exception as error:
-        if not hasattr(error, "format_message"):
+        usage = hasattr(error, "format_message")  # click's own: wrong usage
+        if not usage and not stopping.requested():
             raise
-        console.fail(error)  # click's own: wrong usage
-        code = console.EXIT_USAGE
-    if code == console.EXIT_STOPPED:  # typer turns Ctrl-C into this code by itself
-        print("stopped; repeat the command to go on where it was", file=sys.stderr)
-    sys.exit(code if isinstance(code, int) else 0)
+        console.fail(error)
+        code = console.EXIT_USAGE if usage else console.EXIT_FAILED
+    return code if isinstance(code, int) else 0
 
 
 if __name__ == "__main__":

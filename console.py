@@ -2,12 +2,18 @@
 
 With ``--json`` a command prints exactly one JSON document on standard output; everything else goes to
 standard error. An error becomes ``{"error": {...}}`` there, and the exit code is not 0.
+
+Exit codes: 0 done; 1 failed, or something in it failed; 2 wrong usage; 74 done, but standard output did
+not take the answer (full disk, closed); 130 stopped by Ctrl-C; 141 done, but the reader of the pipe went
+away; 143 stopped by SIGTERM.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -16,11 +22,18 @@ from typing import Annotated, Any
 
 import typer
 
+from . import outlets, stopping
+
 Report = Callable[[int, int, str], None]
 
+EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 130
+EXIT_NOT_SAID = 74
+"""Standard output did not take the answer: sysexits' EX_IOERR."""
+EXIT_NO_READER = 141
+"""The reader of a pipe went away: what a shell shows for SIGPIPE."""
 
 
 @dataclass
@@ -46,9 +59,50 @@ Json = Annotated[
 def emit(document: Any, human: Callable[[], None]) -> None:
     """Print ``document`` as JSON if that was asked for, else call ``human`` to print text."""
     if mode.json:
-        print(json.dumps(document, ensure_ascii=False, indent=2, allow_nan=False, default=str))
+        _print_json(document, indent=2)
     else:
         human()
+
+
+def _print_json(document: Any, indent: int | None = None) -> None:
+    """Print JSON that is valid in any encoding of standard output."""
+    escape = not outlets.speaks_unicode(sys.stdout)
+    print(
+        json.dumps(document, ensure_ascii=escape, indent=indent, allow_nan=False, default=str),
+        flush=True,
+    )
+
+
+def tell_stop(done: bool) -> None:
+    """Say that the command was stopped, or that it was ``done`` by the time it was asked to stop."""
+    if done:
+        text = "asked to stop when all was done: the answer is complete"
+    else:
+        text = "stopped; repeat the command to go on where it was"
+        if mode.json:
+            _print_json({"error": {"type": "Stopped", "message": text}})
+    print(text, file=sys.stderr, flush=True)
+
+
+def exit_code(code: int) -> int:
+    """Return the exit code of a command that ended with ``code``, once all its output is written.
+
+    A failure to print changes only the code of a command that did what it was asked for.
+    """
+    error = outlets.failure(sys.stdout)
+    outlets.failure(sys.stderr)  # who cannot hear it cannot be told; what was done is done
+    if error is None or code != 0:
+        return code
+    if error.errno == errno.EPIPE:
+        return EXIT_NO_READER
+    reason = os.strerror(error.errno or 0)
+    print(
+        f"standard output did not take all of the answer ({reason}); what was done stays done; "
+        "print it to another place to see it",
+        file=sys.stderr,
+        flush=True,
+    )
+    return EXIT_NOT_SAID
 
 
 def log_to_stderr(everything: bool) -> None:
@@ -92,7 +146,7 @@ def fail(error: Exception) -> None:
     """Report an error: on stderr for a person, as a JSON document for a program."""
     if mode.json:
         kind = type(error).__name__
-        print(json.dumps({"error": {"type": kind, "message": str(error)}}, ensure_ascii=False))
+        _print_json({"error": {"type": kind, "message": str(error)}})
     else:
         from rich.console import Console
         from rich.text import Text
@@ -105,9 +159,10 @@ def fail(error: Exception) -> None:
 def progress(title: str) -> Iterator[Report]:
     """Yield ``report(done, total, text)``, drawn as a bar with rate and time left on a terminal.
 
-    Where stderr is no terminal a line is printed every ten seconds instead.
+    Where stderr is no terminal a line is printed every ten seconds instead. A report is also the point
+    where a loop stops after Ctrl-C.
     """
-    if not sys.stderr.isatty():
+    if not _on_terminal():
         yield _line_reporter(title)
         return
     from rich.console import Console
@@ -132,6 +187,7 @@ def progress(title: str) -> Iterator[Report]:
         task = bar.add_task("", title=title, total=None)
 
         def report(done: int, total: int, text: str) -> None:
+            stopping.check()
             bar.update(task, completed=done, total=total, description=text[:100])
 
         yield report
@@ -140,13 +196,17 @@ def progress(title: str) -> Iterator[Report]:
 @contextmanager
 def working(text: str) -> Iterator[None]:
     """Show that something of unknown length goes on: a spinner on a terminal, else nothing."""
-    if not sys.stderr.isatty():
+    if not _on_terminal():
         yield
         return
     from rich.console import Console
 
     with Console(stderr=True).status(text):
         yield
+
+
+def _on_terminal() -> bool:
+    return sys.stderr is not None and sys.stderr.isatty()
 
 
 def _line_reporter(title: str) -> Report:
@@ -156,6 +216,7 @@ def _line_reporter(title: str) -> Report:
 
     def report(done: int, total: int, text: str) -> None:
         nonlocal last
+        stopping.check()
         now = time.monotonic()
         if now - last >= 10:
             last = now

@@ -100,7 +100,7 @@ def embed(
     from .serving.jobs import find_inputs
     from .serving.regions import unused_regions, with_regions
     from .serving.report import record_end, report_results
-    from .serving.results import EmbedOptions
+    from .serving.results import EmbedOptions, Result
     from .serving.run import EncoderChoice, run_here
 
     options = EmbedOptions(
@@ -130,20 +130,20 @@ def embed(
     given = find_inputs(inputs, kind.value, manifest)
     found = with_regions(given.jobs, regions)
     facts = {**given.as_dict(), "regions_unused": unused_regions(found, regions)}
-    if ray is not None:
-        from .serving.cluster_run import run_on_ray
-
-        with console.progress("embedding") as progress:
-            ran = run_on_ray(found, chosen, out, options, ray, progress)
-    elif "://" in out:
+    if ray is None and "://" in out:
         raise BadInput(f"--out {out!r}: expected a folder; URLs are for --ray")
-    else:
-        try:
-            with console.progress("embedding") as progress:
-                ran = run_here(found, chosen, Path(out), options, progress, metrics)
-        except BaseException as error:
-            record_end(error, len(found), out, facts)
-            raise
+    ended: list[Result] = []
+    try:
+        with console.progress("embedding") as progress:
+            if ray is not None:
+                from .serving.cluster_run import run_on_ray
+
+                ran = run_on_ray(found, chosen, out, options, ray, progress, ended)
+            else:
+                ran = run_here(found, chosen, Path(out), options, progress, metrics, ended)
+    except BaseException as error:
+        record_end(error, ended, len(found), out, facts)
+        raise
     if not report_results(ran, out, facts):
         raise typer.Exit(console.EXIT_FAILED)
 

@@ -6,6 +6,7 @@
     ├── BadInput            an image, slide, table or option is wrong: correct or replace it
     │   ├── TooLarge        more bytes, pixels or items than are accepted: crop, downsample or split it
     │   ├── Unsupported     a format or kind of picture that is not read: convert it
+    │   ├── BrokenFile      an input file is truncated or damaged: copy it again
     │   └── NotFound        a tile, slide, cluster or result of that name is not there (any more)
     ├── Mismatch            two artifacts do not belong together (other encoder, other dimension)
     ├── Damaged             a stored artifact fails its own check: rebuild or restore it
@@ -36,6 +37,10 @@ class TooLarge(BadInput):
 
 class Unsupported(BadInput):
     """An input is of a format or kind that is not read."""
+
+
+class BrokenFile(BadInput):
+    """An input file is truncated or damaged."""
 
 
 class NotFound(BadInput):

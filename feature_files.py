@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 from .errors import BadInput, Damaged, HistoseekError, Mismatch
 from .hdf5_files import open_hdf5
 from .slide_names import SlideName
+from .stopping import shielded
 
 MAX_ROWS = 20_000_000
 MAX_BYTES = 16 * 2**30
@@ -97,7 +98,7 @@ def parse_features(blob: bytes, path: Path) -> Features:
         Damaged: not a readable HDF5 file.
     """
     try:
-        with open_hdf5(blob, path) as stored:
+        with shielded(), open_hdf5(blob, path) as stored:
             return _parse(path, stored)
     except HistoseekError:
         raise
@@ -111,7 +112,7 @@ def parse_features(blob: bytes, path: Path) -> Features:
 def read_about(path: Path) -> dict[str, Any] | None:
     """Return what a feature file says of its making, or None if it is missing, damaged or refused."""
     try:
-        with open_hdf5(path) as stored:
+        with shielded(), open_hdf5(path) as stored:
             if "features" not in stored or "coords" not in stored:
                 return None
             about = json.loads(str(stored.attrs["about"]))

@@ -5,10 +5,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .feature_files import Features, magnification
-from .files import publish_file, replacing, storage_failed, temporary
+from .files import discard, publish_file, replacing, storage_failed, temporary
+from .stopping import shielded
 
 CHUNK_ROWS = 512
 
@@ -39,34 +36,12 @@ def amend(path: Path, source: str, about: dict[str, Any]) -> None:
     Raises:
         StorageFailed: no space or no permission; the file is as it was.
     """
-    with replacing(path) as temp:
+    with replacing(path) as temp, shielded():
         shutil.copyfile(path, temp)
-        _amend(temp, source, about)
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Keep a Ctrl-C until this is over: an exception in the middle of HDF5 breaks the process."""
-    handler = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(handler):
-        yield
-        return
-    came: list[tuple[Any, Any]] = []
-    signal.signal(signal.SIGINT, lambda *args: came.append(args))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, handler)
-        if came:
-            handler(*came[0])
-
-
-@_undisturbed()
-def _amend(path: Path, source: str, about: dict[str, Any]) -> None:
-    with h5py.File(path, "r+") as stored:
-        known = json.loads(str(stored.attrs["about"]))
-        stored.attrs["source"] = source
-        stored.attrs["about"] = json.dumps({**known, **about, "source": source}, sort_keys=True)
+        with h5py.File(temp, "r+") as stored:
+            known = json.loads(str(stored.attrs["about"]))
+            stored.attrs["source"] = source
+            stored.attrs["about"] = json.dumps({**known, **about, "source": source}, sort_keys=True)
 
 
 class FeatureWriter:
@@ -98,10 +73,10 @@ class FeatureWriter:
         try:
             self._start(dim)
         except BaseException:
-            self._temp.unlink()
+            discard(self._temp)
             raise
 
-    @_undisturbed()
+    @shielded()
     def _start(self, dim: int) -> None:
         self._out = h5py.File(self._file, "w")
         self._data = self._out.create_dataset(
@@ -125,7 +100,7 @@ class FeatureWriter:
         if error is not None:
             raise error
 
-    @_undisturbed()
+    @shielded()
     def append(self, features: NDArray[np.float32]) -> None:
         """Add rows (n, D); they are written a chunk at a time."""
         self._spool.append(np.asarray(features, dtype=np.float32))
@@ -140,7 +115,7 @@ class FeatureWriter:
         self._count += len(rows)
         self._check()
 
-    @_undisturbed()
+    @shielded()
     def publish(self, item: Features) -> None:
         """Write everything but ``item.features``, which were appended, and show the file.
 
@@ -154,12 +129,12 @@ class FeatureWriter:
         self._file.close()
         publish_file(self._temp, self._path)
 
-    @_undisturbed()
+    @shielded()
     def discard(self) -> None:
         """Remove the temporary file, if it was not published."""
         self._out.close()
         self._file.close()
-        self._temp.unlink(missing_ok=True)
+        discard(self._temp)
 
 
 class _TolerantFile(io.RawIOBase):

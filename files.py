@@ -15,6 +15,7 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
+from . import stopping
 from .errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
 
 TEMP = ".histoseek-tmp"
@@ -100,7 +101,7 @@ def replacing(path: Path) -> Iterator[Path]:
         raise storage_failed(path, error) from error
     finally:
         if temp is not None:
-            temp.unlink(missing_ok=True)
+            discard(temp)
 
 
 def _temp_prefix(path: Path) -> str:
@@ -133,7 +134,14 @@ def temporary(path: Path) -> Path:
     """Return an unused name beside ``path`` for a file that :func:`publish_file` will rename."""
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP)
     os.close(handle)
+    stopping.mark(Path(name))
     return Path(name)
+
+
+def discard(temp: Path) -> None:
+    """Delete a file of :func:`temporary`, if it was not published."""
+    temp.unlink(missing_ok=True)
+    stopping.unmark(temp)
 
 
 def publish_file(temp: Path, path: Path) -> None:
@@ -147,6 +155,7 @@ def publish_file(temp: Path, path: Path) -> None:
             os.fsync(stream.fileno())
         os.chmod(temp, 0o666 & ~_umask())
         os.replace(temp, path)
+        stopping.unmark(temp)
         _sync_folder(path.parent)
     except OSError as error:
         raise storage_failed(path, error) from error
@@ -201,6 +210,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
         temp = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP))
     except OSError as error:
         raise storage_failed(path, error) from error
+    stopping.mark(temp)
     try:
         yield temp
         for child in temp.rglob("*"):
@@ -214,6 +224,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
         raise storage_failed(path, error) from error
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+        stopping.unmark(temp)
 
 
 def remove_leftovers(folders: Iterable[Path], own: bool = False) -> int:

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from .index.atlas import Atlas
+    from .index.cases import Similar
+    from .index.generations import View
     from .index.records import Hit
 
 AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
@@ -67,25 +69,35 @@ def search(
     if not pictures and not tiles:
         raise BadInput("nothing to look for: give pictures, or --tile with the id of a tile")
     vectors, asked, failed = embed(opened, pictures)
-    if together or unlike:
-        if engine or least is not None or exact or without != "tile":
-            raise BadInput(
-                "--together and --unlike do not go with --engine, --least, --exact and --without"
-            )
-        hits = _together(opened, vectors, tiles, unlike or [], failed, (k, where, per_slide))
-        names: list[str | Path] = ["all together"]
-    else:
+    joined = together or bool(unlike)
+    if joined and (engine or least is not None or exact or without != "tile"):
+        raise BadInput(
+            "--together and --unlike do not go with --engine, --least, --exact and --without"
+        )
+    if tiles and not joined and (engine or least is not None):
+        raise BadInput("--tile does not go with --engine or --least; ask with pictures")
+
+    def ask(view: View) -> list[list[Hit]]:
+        if joined:
+            wanted = k, where, per_slide
+            return _together(opened, vectors, tiles, unlike or [], failed, wanted, view)
         hits = []
         if asked:
-            run = _there(opened, engine, "search")
-            hits += run(vectors, k, where, least, per_slide, exact)
-        names = [*asked, *(f"tile {number}" for number in tiles)]
+            hits += opened.search(vectors, k, where, least, per_slide, exact, view)
         if tiles:
-            if engine or least is not None:
-                raise BadInput("--tile does not go with --engine or --least; ask with pictures")
-            hits += opened.search_like(tiles, k, where, without, per_slide, exact)  # type: ignore[arg-type]
+            hits += opened.search_like(tiles, k, where, without, per_slide, exact, view)  # type: ignore[arg-type]
+        return hits
+
+    if engine:
+        arguments = vectors, k, where, least, per_slide, exact
+        hits = _there(opened, engine, "search")(*arguments) if asked else []
+    else:
+        hits = opened.ask(ask)
+    names: list[str | Path] = ["all together"]
+    if not joined:
+        names = [*asked, *(f"tile {number}" for number in tiles)]
     answers = {n: [hit._asdict() for hit in found] for n, found in zip(names, hits, strict=True)}
-    keys = names if together or unlike else [*pictures, *names[len(asked) :]]
+    keys = names if joined else [*pictures, *names[len(asked) :]]
     document = [answers.get(key, failed.get(key)) for key in keys]  # type: ignore[arg-type]
     several = opened.mixed_scales
 
@@ -145,6 +157,7 @@ def _together(
     unlike: list[str],
     failed: dict[Path, dict[str, Any]],
     wanted: tuple[int, str | None, bool],
+    view: View,
 ) -> list[list[Hit]]:
     import numpy as np
 
@@ -153,11 +166,11 @@ def _together(
     failed.update(refused)
     if failed:
         raise BadInput(next(iter(failed.values()))["error"]["message"])
-    positive = [vectors, *([atlas.vectors_of(tiles)] if tiles else [])]
-    negative = [others, *([atlas.vectors_of(numbers)] if numbers else [])]
+    positive = [vectors, *([atlas.vectors_of(tiles, view)] if tiles else [])]
+    negative = [others, *([atlas.vectors_of(numbers, view)] if numbers else [])]
     k, where, per_slide = wanted
     found = atlas.search_combined(
-        np.concatenate(positive), np.concatenate(negative), k, where, per_slide
+        np.concatenate(positive), np.concatenate(negative), k, where, per_slide, view
     )
     return [found]
 
@@ -271,37 +284,41 @@ def similar(
     if (name is None) == (features is None):
         raise BadInput("give the name of a slide of the atlas, or --features of a new one")
     opened = Atlas(atlas)
-    view = opened.view()
     query = name if features is None else read_query(features, opened.manifest)
     assert query is not None
-    found = opened.similar_slides(query, k, by, how, where, view)  # type: ignore[arg-type]
 
-    def tile(number: int | None) -> dict[str, Any] | None:
-        return None if number is None else opened.tiles([number], view)[number]
+    def ask(view: View) -> tuple[list[Similar], list[dict[str, Any]]]:
+        found = opened.similar_slides(query, k, by, how, where, view)  # type: ignore[arg-type]
+        return found, [_case(opened, view, *ranked) for ranked in enumerate(found, start=1)]
 
-    document = [
-        {
-            "rank": rank,
-            "name": s.name,
-            "score": round(s.score, 6),
-            "label": s.label,
-            "evidence": [
-                {"score": p.score, "query": tile(p.query), "match": tile(p.match)} for p in s.pairs
-            ],
-        }
-        for rank, s in enumerate(found, start=1)
-    ]
+    found, document = opened.ask(ask)
 
     def human() -> None:
         rows = []
         for rank, s in enumerate(found, start=1):
-            best = tile(s.pairs[0].match) or {}
+            best = document[rank - 1]["evidence"][0]["match"] or {}
             place = best["file"] or f"{best['x']}, {best['y']}"
             rows.append((rank, s.name, s.score, s.label, place, s.pairs[0].score))
         columns = ("rank", by, "score", "label", "most alike at", "its score")
         console.table(f"{name or features}, by {how}", columns, rows)
 
     console.emit(document, human)
+
+
+def _case(atlas: Atlas, view: View, rank: int, s: Similar) -> dict[str, Any]:
+    """Return a similar slide or case, and the pairs of tiles that speak for it."""
+
+    def tile(number: int | None) -> dict[str, Any] | None:
+        return None if number is None else atlas.tiles([number], view)[number]
+
+    pairs = [{"score": p.score, "query": tile(p.query), "match": tile(p.match)} for p in s.pairs]
+    return {
+        "rank": rank,
+        "name": s.name,
+        "score": round(s.score, 6),
+        "label": s.label,
+        "evidence": pairs,
+    }
 
 
 def evaluate(

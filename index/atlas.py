@@ -9,14 +9,15 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import stopping
 from ..console import Report
 from ..errors import BadInput, Damaged, Mismatch, NotFound, StorageFailed
 from ..files import exclusive, publish_folder, write_atomic, write_json
@@ -37,6 +38,7 @@ from .writing import FEATURES, Writer
 ENCODER = "encoder"
 LOCK = ".lock"
 NAME_LIMIT = 64
+T = TypeVar("T")
 
 
 class Atlas:
@@ -194,6 +196,20 @@ class Atlas:
         """
         return self.generations.view()
 
+    def ask(self, question: Callable[[View], T]) -> T:
+        """Answer a question of several steps from one committed state.
+
+        A writer may delete files that an earlier state needs: then the question is asked again, of the
+        newest state.
+
+        Args:
+            question: given a view, reads everything from it; may be called more than once.
+
+        Raises:
+            Damaged: a file is missing or changed, and no writer did it.
+        """
+        return self.generations.steady(lambda: question(self.view()))
+
     def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         """Return tile ids (N,) ascending and vectors (N, D), from the feature files.
 
@@ -245,6 +261,7 @@ class Atlas:
         least: float | None = None,
         per_slide: bool = False,
         exact: bool = False,
+        view: View | None = None,
     ) -> list[list[Hit]]:
         """Return the k most similar tiles of each query.
 
@@ -256,6 +273,7 @@ class Atlas:
             least: lowest score of a hit (a range search, always exact).
             per_slide: at most one hit per slide.
             exact: compare with every tile, whatever the index.
+            view: the state to search; the newest when left out.
 
         Raises:
             BadInput: k below 1, a filter that cannot be read, an empty atlas, or queries that are not
@@ -264,7 +282,7 @@ class Atlas:
         """
         wanted = search.Wanted(k, where, least, per_slide, exact)
         self.check_queries(queries)
-        view = self._filled_view()
+        view = self._filled_view(view)
         return search.hits(view, *search.find(view, queries, wanted))
 
     def search_like(
@@ -275,6 +293,7 @@ class Atlas:
         without: Own = "tile",
         per_slide: bool = False,
         exact: bool = False,
+        view: View | None = None,
     ) -> list[list[Hit]]:
         """Return the tiles most similar to tiles of the atlas, by id.
 
@@ -285,19 +304,21 @@ class Atlas:
             without: what of the query's own is left out: its ``tile``, ``slide`` or ``patient``.
             per_slide: at most one hit per slide.
             exact: compare with every tile.
+            view: the state to search; the newest when left out.
 
         Raises:
             BadInput: a tile that is not there.
+            Damaged: a feature file is missing or changed, or was replaced since ``view``.
         """
         wanted = search.Wanted(k, where, None, per_slide, exact)
 
-        def read() -> list[list[Hit]]:
-            view = self._filled_view()
+        def read(view: View) -> list[list[Hit]]:
+            view = self._filled_view(view)
             vectors = self.vectors_of(tiles, view)
             found = search.find_like(view, self._positions(tiles, view), vectors, wanted, without)
             return search.hits(view, *found)
 
-        return self.generations.steady(read)
+        return self.ask(read) if view is None else read(view)
 
     def search_combined(
         self,
@@ -306,6 +327,7 @@ class Atlas:
         k: int = 10,
         where: str | None = None,
         per_slide: bool = False,
+        view: View | None = None,
     ) -> list[Hit]:
         """Return the tiles like all of some vectors and unlike others: "more like these, unlike those".
 
@@ -315,9 +337,10 @@ class Atlas:
             k: hits.
             where: metadata filter.
             per_slide: at most one hit per slide.
+            view: the state to search; the newest when left out.
         """
         query = self.combined(positive, negative)
-        return self.search(query[None], k, where, per_slide=per_slide)[0]
+        return self.search(query[None], k, where, per_slide=per_slide, view=view)[0]
 
     def combined(
         self, positive: NDArray[np.float32], negative: NDArray[np.float32] | None = None
@@ -379,8 +402,8 @@ class Atlas:
         distances: NDArray[np.float32] = np.linalg.norm(own - asked, axis=1)
         return -distances
 
-    def _filled_view(self) -> View:
-        view = self.view()
+    def _filled_view(self, view: View | None = None) -> View:
+        view = view or self.view()
         if not len(view.index):
             raise BadInput(f"{self.path} holds no tiles yet; add features first")
         return view
@@ -518,25 +541,43 @@ class Atlas:
             writer.tidy()
             return fitting.fit(self, method, name, k, min_cluster_size, seed)
 
-    def clustering(self, name: str | None = None) -> tuple[str, Clustering]:
+    def clustering(
+        self, name: str | None = None, view: View | None = None
+    ) -> tuple[str, Clustering]:
         """Return a fitted clustering by name; the newest when left out.
+
+        Args:
+            name: of the clustering.
+            view: the state that it is of; the newest when left out.
 
         Raises:
             BadInput: none fitted yet, or none of that name.
             Damaged: its file is missing or changed.
         """
-        return clusterings.load(self.path, self.catalog, name, self._clusterings)
+        rows = clusterings.stored(self.catalog) if view is None else view.clusterings
+        return clusterings.load(self.path, rows, name, self._clusterings)
 
-    def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
+    def assign(
+        self, queries: NDArray[np.float32], name: str | None = None, view: View | None = None
+    ) -> list[dict[str, Any]]:
         """Place new vectors (Q, D) in clusters: cluster, its name, distance, strength and unknown of each.
+
+        Args:
+            queries: (Q, D) of this atlas's encoder.
+            name: of the clustering; the newest when left out.
+            view: the state whose clusters and names count; the newest when left out.
 
         Raises:
             BadInput: no such clustering.
             Mismatch: vectors of another length.
         """
         self.check_queries(queries)
-        chosen, clustering = self.clustering(name)
-        return clustering.assign(queries).rows(self.cluster_names(chosen))
+
+        def read(view: View) -> list[dict[str, Any]]:
+            chosen, clustering = self.clustering(name, view)
+            return clustering.assign(queries).rows(view.cluster_names[chosen])
+
+        return self.ask(read) if view is None else read(view)
 
     def placed(self, name: str | None = None) -> tuple[NDArray[np.int64], Assigned]:
         """Return tile ids (N,) and where they belong in a clustering, in the order of :meth:`vectors`.
@@ -544,7 +585,7 @@ class Atlas:
         Raises:
             BadInput: no such clustering.
         """
-        return cluster_report.placed(self, name)
+        return self.generations.unmoved(lambda: cluster_report.placed(self, name))
 
     def clusters(self, name: str | None = None, examples: int = 3) -> list[dict[str, Any]]:
         """Describe the clusters of a clustering: name, size, unknown, labels, example tiles.
@@ -552,7 +593,7 @@ class Atlas:
         Raises:
             BadInput: no such clustering.
         """
-        return cluster_report.describe(self, name, examples)
+        return self.generations.unmoved(lambda: cluster_report.describe(self, name, examples))
 
     def name_cluster(
         self, cluster: int, text: str, description: str = "", clustering: str | None = None
@@ -572,8 +613,9 @@ class Atlas:
         Raises:
             BadInput: no such clustering.
         """
-        chosen, _ = self.clustering(name)
-        return {c: n for c, (n, _) in cluster_report.names(self.catalog, chosen).items() if n}
+        view = self.view()
+        chosen, _ = self.clustering(name, view)
+        return view.cluster_names[chosen]
 
     def drift(self, name: str | None = None) -> dict[str, Any]:
         """Report how many of the tiles that came after the fit are unknown to it.
@@ -581,7 +623,7 @@ class Atlas:
         Raises:
             BadInput: no such clustering.
         """
-        return cluster_report.drift(self, name)
+        return self.generations.unmoved(lambda: cluster_report.drift(self, name))
 
     # -- the map --------------------------------------------------------------------------------
 
@@ -613,7 +655,9 @@ class Atlas:
         vectors, tiles = self.generations.steady(landmarks)
         metric = self.manifest.metric
         number = self.catalog.meta()[ATLAS_ID]
-        made = layout.make(number, tiles, prepared(vectors, metric), metric, seed)
+        made = stopping.aside(
+            lambda: layout.make(number, tiles, prepared(vectors, metric), metric, seed)
+        )
         with suppress(StorageFailed):  # a folder that is only read: the caller has the map
             write_atomic(self.path / layout.FILE, made.to_bytes())
         return made
@@ -679,9 +723,8 @@ class Atlas:
         counts = np.bincount(label.codes[alive] + 1, minlength=len(label.names) + 1)
         labels = dict(zip(["(none)", *label.names], counts.tolist(), strict=True))
         meta = self.catalog.meta()
-        rows = self.catalog.rows(
-            "SELECT name, method, clusters, about, revision, created_at FROM clusterings ORDER BY id"
-        )
+        shown = ("name", "method", "clusters", "about", "revision", "created_at")
+        rows = [{key: row[key] for key in shown} for row in reversed(view.clusterings)]
         return {
             "atlas": str(self.path),
             "slides": len(there),
@@ -699,7 +742,7 @@ class Atlas:
             "labels": {
                 k: n for k, n in sorted(labels.items(), key=lambda item: (-item[1], item[0])) if n
             },
-            "clusterings": [{**dict(row), "about": json.loads(row["about"])} for row in rows],
+            "clusterings": [{**row, "about": json.loads(row["about"])} for row in rows],
         }
 
     # -- care -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,14 +128,22 @@ def placements(catalog: Catalog, name: str) -> dict[int, tuple[Assigned, bool]]:
     return found
 
 
+def stored(catalog: Catalog) -> list[dict[str, Any]]:
+    """Return the catalog's rows of the clusterings, newest first."""
+    return [dict(row) for row in catalog.rows("SELECT * FROM clusterings ORDER BY id DESC")]
+
+
 def load(
-    path: Path, catalog: Catalog, name: str | None, kept: dict[str, Clustering] | None = None
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    name: str | None,
+    kept: dict[str, Clustering] | None = None,
 ) -> tuple[str, Clustering]:
     """Return a clustering by name; the newest when left out.
 
     Args:
         path: the atlas.
-        catalog: its catalog.
+        rows: of the clusterings in the catalog, newest first; see :func:`stored`.
         name: of the clustering.
         kept: clusterings that were read before, by sha256; taken from there, and put there.
 
@@ -143,7 +151,6 @@ def load(
         BadInput: none fitted yet, or none of that name.
         Damaged: its file is missing or changed.
     """
-    rows = catalog.rows("SELECT * FROM clusterings ORDER BY id DESC")
     if not rows:
         raise BadInput(f"{path} has no clusters yet; run `histoseek index fit` first")
     chosen = [row for row in rows if name is None or row["name"] == name]
@@ -158,8 +165,7 @@ def load(
     about: dict[str, Any] = json.loads(row["about"])
     loaded = Clustering.from_bytes(row["method"], file.read_bytes(), about)
     if kept is not None:
-        others = {other["sha256"] for other in rows}
-        for stale in set(kept) - others:
+        for stale in set(kept) - {other["sha256"] for other in rows}:
             kept.pop(stale, None)
         kept[row["sha256"]] = loaded
     return row["name"], loaded

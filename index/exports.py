@@ -19,7 +19,14 @@ from numpy.typing import NDArray
 
 from ..errors import BadInput, MissingPart, unknown_name
 from ..feature_files import read_about
-from ..files import publish_file, publish_folder, storage_failed, temporary, write_atomic
+from ..files import (
+    discard,
+    publish_file,
+    publish_folder,
+    storage_failed,
+    temporary,
+    write_atomic,
+)
 from ..spreadsheets import inert
 from . import cluster_report, clusterings
 from .column_names import for_anndata, for_numpy, for_tsv, one_cell, unique_names
@@ -457,7 +464,7 @@ def _publish(out: Path, suffix: str, write: Callable[[Path], Any]) -> None:
     except OSError as error:
         raise storage_failed(out, error) from error
     finally:
-        temp.unlink(missing_ok=True)
+        discard(temp)
         if named.is_dir():
             shutil.rmtree(named)
         else:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import stopping
 from ..errors import BadInput
 from . import clusterings
 from .clusters import FIT_SAMPLE, Assigned, Clustering, shipped
@@ -69,8 +70,9 @@ def fitted(
     k = None if given.get("k") in {None, "auto"} else int(given["k"])
     vectors, groups, whole = sample(atlas, slides, given["seed"])
     least = given.get("min_cluster_size")
-    clustering, placed = fit_clusters(
-        vectors, method, k, least, given["seed"], groups, atlas.manifest.gate
+    gate = atlas.manifest.gate
+    clustering, placed = stopping.aside(
+        lambda: fit_clusters(vectors, method, k, least, given["seed"], groups, gate)
     )
     return clustering, _place(atlas, slides, clustering, placed if whole else None)
 
@@ -96,6 +98,7 @@ def sample(
 def _place(atlas: Atlas, slides: Slides, clustering: Clustering, known: Assigned | None) -> Placed:
     start = 0
     for slide in slides:
+        stopping.check()
         end = start + slide["tiles"]
         if known is None:
             yield slide["id"], clustering.assign(atlas.generations.vectors_of(slide))

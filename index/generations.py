@@ -12,15 +12,17 @@ import json
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import stopping
 from ..errors import BadInput, Damaged
 from ..feature_files import parse_features
-from ..files import publish_file, sha256_file, storage_failed, temporary
+from ..files import discard, publish_file, sha256_file, storage_failed, temporary
 from ..manifest import Manifest
 from . import tuning
 from .catalog import REVISION, Catalog, get_meta, insert, now, set_meta
@@ -60,6 +62,8 @@ class View:
         index: their vectors.
         generation: of the index file, 0 for none.
         about: of the index file: plan, target, what was measured.
+        clusterings: the catalog's rows of the fitted clusterings, newest first.
+        cluster_names: names that people gave to clusters, by clustering and number.
     """
 
     revision: int
@@ -67,6 +71,8 @@ class View:
     index: VectorIndex
     generation: int
     about: dict[str, Any]
+    clusterings: list[dict[str, Any]]
+    cluster_names: dict[str, dict[int, str]]
 
 
 @dataclass(frozen=True)
@@ -77,6 +83,8 @@ class _State:
     slides: list[dict[str, Any]]
     generation: dict[str, Any] | None
     placements: dict[str, dict[int, bytes]]
+    clusterings: list[dict[str, Any]]
+    cluster_names: dict[str, dict[int, str]]
 
 
 @dataclass(frozen=True)
@@ -175,6 +183,18 @@ class Generations:
                     raise
         return read()
 
+    def unmoved(self, read: Callable[[], T]) -> T:
+        """Read the catalog in several steps; once more if a writer committed in between.
+
+        Of an atlas that changes all the time the last reading is taken.
+        """
+        for _ in range(10):
+            revision = self._catalog.revision()
+            found = read()
+            if self._catalog.revision() == revision:
+                break
+        return found
+
     def _vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
         ids = [np.zeros(0, dtype=np.int64)]
         parts = [np.zeros((0, self._manifest.dim), dtype=np.float32)]
@@ -229,8 +249,14 @@ class Generations:
                 "FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY s.id"
             ).fetchall()
             generation = db.execute("SELECT * FROM generations ORDER BY id DESC").fetchone()
-            names = db.execute("SELECT id, name FROM clusterings ORDER BY id").fetchall()
-            placements: dict[str, dict[int, bytes]] = {row["name"]: {} for row in names}
+            fits = [dict(row) for row in db.execute("SELECT * FROM clusterings ORDER BY id")]
+            placements: dict[str, dict[int, bytes]] = {row["name"]: {} for row in fits}
+            given: dict[str, dict[int, str]] = {row["name"]: {} for row in fits}
+            for row in db.execute(
+                "SELECT c.name AS clustering, n.cluster, n.name FROM clusters AS n "
+                "JOIN clusterings AS c ON c.id = n.clustering_id WHERE n.name != ''"
+            ):
+                given[row["clustering"]][row["cluster"]] = row["name"]
             for row in db.execute(
                 "SELECT c.name, p.slide_id, p.cluster FROM placements AS p "
                 "JOIN clusterings AS c ON c.id = p.clustering_id"
@@ -243,6 +269,8 @@ class Generations:
             [dict(row) for row in slides],
             None if generation is None else dict(generation),
             placements,
+            fits[::-1],
+            given,
         )
 
     def _open(self, state: _State) -> View:
@@ -280,6 +308,8 @@ class Generations:
             index,
             opened.number if opened else 0,
             opened.about if opened else {},
+            state.clusterings,
+            state.cluster_names,
         )
 
     def _open_main(self, row: dict[str, Any]) -> _Main | None:
@@ -383,25 +413,28 @@ class Generations:
         plan = tuning.plan_for(total, dim, options)
         chunks = _Chunks(self, slides)
         sample, held_out = tuning.draw(chunks, total, dim, plan, options.seed)
-        index = new_main(dim, metric, plan, sample, options.seed)
+        index = stopping.aside(lambda: new_main(dim, metric, plan, sample, options.seed))
         raw_temp = temporary(self._path / "vectors.faiss") if plan.kind == "ivf" else None
         temp = temporary(self._path / "index.faiss")
         try:
             for vectors in chunks:
+                stopping.check()
                 index.add(vectors)
             raw = None
             if raw_temp is not None:
                 _write_flat(raw_temp, chunks, index, total)
                 raw = read_main(raw_temp, dim)
-            plan, measured = tuning.tune(index, raw, plan, chunks, held_out, metric, options)
+            plan, measured = stopping.aside(
+                partial(tuning.tune, index, raw, plan, chunks, held_out, metric, options)
+            )
             write_main(index, temp)
             return self._publish(
                 temp, raw_temp, slides, total, plan, measured, options, store_options
             )
         finally:
-            temp.unlink(missing_ok=True)
+            discard(temp)
             if raw_temp is not None:
-                raw_temp.unlink(missing_ok=True)
+                discard(raw_temp)
 
     def _publish(
         self,

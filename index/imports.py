@@ -28,7 +28,7 @@ from ..feature_files import (
     text_of,
 )
 from ..feature_writer import write_features
-from ..files import temporary
+from ..files import discard, temporary
 from ..hdf5_files import open_hdf5
 from ..manifest import Manifest
 from ..tables import number_of
@@ -299,4 +299,4 @@ def _as_file(item: Features, folder: Path) -> bytes:
         write_features(temp, item)
         return temp.read_bytes()
     finally:
-        temp.unlink(missing_ok=True)
+        discard(temp)

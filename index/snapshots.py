@@ -9,6 +9,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .. import stopping
 from ..errors import BadInput, Damaged, StorageFailed
 from ..files import exclusive, publish_folder
 from .catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
@@ -31,6 +32,7 @@ def take(atlas: Atlas, out: Path) -> dict[str, Any]:
             shutil.copytree(atlas.encoder_bundle, folder / ENCODER)
             (folder / "features").mkdir()
             for file in _named_files(atlas):
+                stopping.check()
                 shutil.copyfile(atlas.path / file, folder / file)
         except FileNotFoundError as error:
             raise Damaged(f"{error.filename} is missing; run `histoseek index verify`") from error

@@ -6,13 +6,14 @@ import json
 import sqlite3
 from collections.abc import Callable
 from dataclasses import dataclass
+from enum import Enum
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from .. import audit_chain
+from .. import audit_chain, stopping
 from ..errors import Damaged, HistoseekError, StorageFailed
 from ..feature_files import check_features, read_features
 from ..files import sha256_file
@@ -29,17 +30,41 @@ if TYPE_CHECKING:
 SEALED = ("meta", "slides", "slide_tiles", "generations", "clusterings", "placements", "clusters")
 
 
+class Kind(Enum):
+    """What a problem concerns; decides what a repair does."""
+
+    TRUTH = "truth"
+    """Slides, their features, the encoder or the catalog itself: nothing here can make it again."""
+    INDEX = "index"
+    """The index file of a generation, or its row."""
+    CLUSTERS = "clusters"
+    """The file of a fitted clustering."""
+    PLACEMENT = "placement"
+    """Where the tiles of one slide belong in one clustering."""
+    MAP = "map"
+    """The map that the page shows."""
+
+
 @dataclass(frozen=True)
 class Problem:
     """Something that is wrong.
 
     Attributes:
         text: what, where, and what helps.
-        derived: whether it can be made again from the rest.
+        kind: what it concerns.
     """
 
     text: str
-    derived: bool = False
+    kind: Kind = Kind.TRUTH
+
+    @property
+    def derived(self) -> bool:
+        """Whether it can be made again from the rest."""
+        return self.kind is not Kind.TRUTH
+
+
+ROWS = {"generations": Kind.INDEX, "placements": Kind.PLACEMENT}
+"""Tables whose rows can be made again."""
 
 
 def problems(atlas: Atlas) -> list[Problem]:
@@ -70,9 +95,9 @@ def _database(atlas: Atlas) -> list[Problem]:
             for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
                 if seal(dict(row)) != row[SEAL]:
                     name = " ".join(str(row[key]) for key in row.keys()[:2])
-                    derived = table in {"generations", "placements"}
+                    kind = ROWS.get(table, Kind.TRUTH)
                     found.append(
-                        Problem(f"atlas.db: a row of {table} ({name[:60]}) is damaged", derived)
+                        Problem(f"atlas.db: a row of {table} ({name[:60]}) is damaged", kind)
                     )
     except (HistoseekError, sqlite3.Error, UnicodeDecodeError) as error:
         found.append(Problem(f"atlas.db: {error}"))
@@ -83,7 +108,7 @@ def _map(atlas: Atlas) -> list[Problem]:
     try:
         layout.read(atlas.path)
     except Damaged as error:
-        return [Problem(str(error), derived=True)]
+        return [Problem(str(error), Kind.MAP)]
     return []
 
 
@@ -100,6 +125,7 @@ def _slides(atlas: Atlas) -> list[Problem]:
     found: list[Problem] = []
     end = 0
     for slide in map(dict, rows):
+        stopping.check()
         if slide["places"] is None:
             found.append(Problem(f"slide {slide['name']!r} has no tiles listed in atlas.db"))
             continue
@@ -163,35 +189,33 @@ def _placements(atlas: Atlas) -> list[Problem]:
         for number, slide in slides.items():
             if number not in placed:
                 text = f"slide {slide['name']!r} is not placed in clustering {row['name']!r}"
-                found.append(Problem(f"{text} (derived: it can be made again)", True))
+                found.append(Problem(f"{text} (derived: it can be made again)", Kind.PLACEMENT))
                 continue
             where = placed[number][0]
             columns = (where.cluster, where.distance, where.strength, where.unknown)
             if {len(column) for column in columns} != {slide["tiles"]}:
                 text = f"slide {slide['name']!r} has other tiles than clustering {row['name']!r} placed"
-                found.append(Problem(f"{text} (derived: it can be made again)", True))
+                found.append(Problem(f"{text} (derived: it can be made again)", Kind.PLACEMENT))
     return found
 
 
 def _files(atlas: Atlas) -> list[Problem]:
-    """Files that rows name are there and are those; index files can be made again, fits cannot."""
+    """Every file that a row of the catalog names is there and has the hash that was recorded."""
     found: list[Problem] = []
-    for table, columns in (("generations", ("file", "raw_file")), ("clusterings", ("file",))):
-        for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
-            for column in columns:
-                if row[column] is None:
-                    continue
-                digest = row["raw_sha256" if column == "raw_file" else "sha256"]
-                hint = "derived: it can be made again"
-                found += _file(atlas.path / row[column], digest, hint, True)
+    for row in atlas.catalog.rows("SELECT * FROM generations"):
+        found += _file(atlas.path / row["file"], row["sha256"], Kind.INDEX)
+        if row["raw_file"] is not None:
+            found += _file(atlas.path / row["raw_file"], row["raw_sha256"], Kind.INDEX)
+    for row in atlas.catalog.rows("SELECT * FROM clusterings"):
+        found += _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS)
     return found
 
 
-def _file(path: Path, digest: str, hint: str, derived: bool) -> list[Problem]:
+def _file(path: Path, digest: str, kind: Kind) -> list[Problem]:
     if not path.is_file():
-        return [Problem(f"{path} is missing ({hint})", derived)]
+        return [Problem(f"{path} is missing (derived: it can be made again)", kind)]
     if sha256_file(path) != digest:
-        return [Problem(f"{path} is changed ({hint})", derived)]
+        return [Problem(f"{path} is changed (derived: it can be made again)", kind)]
     return []
 
 
@@ -201,7 +225,7 @@ def _index(atlas: Atlas) -> list[Problem]:
     total = atlas.catalog.rows("SELECT COALESCE(SUM(tiles), 0) AS tiles FROM slides")[0]["tiles"]
     if len(view.index) != total:
         text = f"the index finds {len(view.index)} vectors, the atlas has {total} tiles"
-        return [Problem(f"{text} (derived: it can be made again)", True)]
+        return [Problem(f"{text} (derived: it can be made again)", Kind.INDEX)]
     return []
 
 
@@ -212,8 +236,7 @@ def repair(atlas: Atlas, writer: Writer) -> list[str]:
     where it did is the file put back, so that names which people gave stay right.
     """
     writer.tidy()
-    stale = any(p.derived and any(w in p.text for w in ("index", "generations", "vectors-"))
-                for p in problems(atlas))  # fmt: skip
+    stale = any(problem.kind is Kind.INDEX for problem in problems(atlas))
     done: list[str] = []
     if stale:
         _try(done, lambda: _write_index(atlas))
@@ -263,7 +286,7 @@ def _lost_fits(atlas: Atlas) -> list[dict[str, Any]]:
     return [
         dict(row)
         for row in atlas.catalog.rows("SELECT * FROM clusterings ORDER BY id")
-        if _file(atlas.path / row["file"], row["sha256"], "", True)
+        if _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS)
     ]
 
 

@@ -13,6 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from .. import stopping
 from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
 from ..feature_files import Features, check_features, parse_features, read_about
@@ -265,13 +266,13 @@ class Writer:
 
     def _clusterings(self) -> dict[int, Clustering]:
         """Return the clusterings by id, read once; without those whose file is lost."""
-        rows = self._catalog.rows("SELECT id, name, sha256 FROM clusterings")
-        known = {row["id"]: row["sha256"] for row in rows}
+        fits = clusterings.stored(self._catalog)
+        known = {row["id"]: row["sha256"] for row in fits}
         kept = {n: c for n, c in self._loaded.items() if known.get(n) == self._known.get(n)}
-        for row in rows:
+        for row in fits:
             if row["id"] not in kept:
                 with suppress(Damaged):
-                    kept[row["id"]] = clusterings.load(self._path, self._catalog, row["name"])[1]
+                    kept[row["id"]] = clusterings.load(self._path, fits, row["name"])[1]
         self._known, self._loaded = known, kept
         return kept
 
@@ -284,6 +285,7 @@ class Writer:
                 (number,),
             )
             for slide in missing:
+                stopping.check()
                 placed = clustering.assign(self._generations.vectors_of(dict(slide)))
                 with self._catalog.write() as db:
                     clusterings.insert_placement(db, number, slide["id"], placed, fitted=False)

@@ -20,12 +20,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from .. import stopping
 from ..console import Report
 from ..errors import BadInput, HistoseekError, MissingPart, Unavailable
+from ..files import remove_leftovers
 from .encoder import Encoder
 from .jobs import Job, distinct_name
 from .meter import STAGES, Meter
-from .pipeline import embed_jobs
+from .pipeline import embed_jobs, folders_of
 from .regions import with_regions
 from .results import EmbedOptions, Result
 from .run import EncoderChoice, Ran
@@ -33,6 +35,8 @@ from .work import failed
 
 LOCAL = "local"
 RETRIES = 5
+CLOSING_S = 5.0
+"""How long tasks that are cancelled may take to end."""
 _NOWHERE = "http://127.0.0.1:9"
 
 
@@ -43,6 +47,7 @@ def run_on_ray(
     options: EmbedOptions,
     address: str,
     progress: Report,
+    results: list[Result] | None = None,
 ) -> Ran:
     """Embed jobs on a Ray cluster.
 
@@ -53,6 +58,7 @@ def run_on_ray(
         options: how to cut tiles; ``jobs`` is the number of cores per slide, 1 when None.
         address: of the cluster, or ``local`` for one on this machine.
         progress: draws progress.
+        results: filled with the result of each job as it ends.
 
     Raises:
         MissingPart: Ray is not installed.
@@ -84,9 +90,14 @@ def run_on_ray(
     ]
     waiting = {task.remote(job, choice, place, options): n for n, job in enumerate(sent)}
     found: dict[int, tuple[Result, dict[str, Any]]] = {}
+    ended = [] if results is None else results
     try:
         while waiting:
-            (ready, *_), _ = ray.wait(list(waiting), num_returns=1)
+            stopping.check()
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=stopping.POLL_S)
+            if not done:
+                continue
+            ready = done[0]
             number = waiting.pop(ready)
             try:
                 found[number] = ray.get(ready)
@@ -95,19 +106,29 @@ def run_on_ray(
             except ray.exceptions.RayError as error:
                 lost = Unavailable(f"lost {RETRIES + 1} times by the cluster: {error}")
                 found[number] = failed(jobs[number], lost), Meter().read()
+            ended.append(found[number][0])
             tiles = sum(result.tiles for result, _ in found.values())
             text = f"{len(found)}/{len(jobs)} slides, {jobs[number].name}"
             progress(tiles, round(tiles * len(jobs) / len(found)), text)
     finally:
-        for left in waiting:
-            ray.cancel(left)
-        if mine:
-            ray.shutdown()
+        _end(ray, list(waiting), mine, place)
     ordered = [found[number] for number in range(len(jobs))]
     speed = _together([counted for _, counted in ordered], time.monotonic() - started)
     return Ran(
         [result for result, _ in ordered], manifest, {**about, "cluster": f"ray {address}"}, speed
     )
+
+
+def _end(ray: Any, waiting: list[Any], mine: bool, out: str) -> None:
+    """Cancel the tasks that are left, let them clean up for a while, and leave the cluster."""
+    for left in waiting:
+        ray.cancel(left)
+    if waiting:
+        ray.wait(waiting, num_returns=len(waiting), timeout=CLOSING_S)
+    if mine:
+        ray.shutdown()
+    if waiting and "://" not in out:  # of workers of this machine that did not end in time
+        remove_leftovers(folders_of(Path(out)))
 
 
 def _connect(address: str) -> tuple[Any, bool]:
@@ -117,6 +138,7 @@ def _connect(address: str) -> tuple[Any, bool]:
         import ray
     except ImportError as error:
         raise MissingPart("--ray needs Ray: pip install 'histoseek[ray]'") from error
+    stopping.rearm()  # Ray sets a handler of its own for SIGTERM
     if ray.is_initialized():
         return ray, False
     _knock(address)
@@ -128,6 +150,7 @@ def _connect(address: str) -> tuple[Any, bool]:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
         raise Unavailable(f"no Ray cluster answers at {address!r} ({error})") from error
+    stopping.rearm()
     return ray, True
 
 
@@ -201,7 +224,8 @@ def embed_one(
         del os.environ["http_proxy"]
     try:
         encoder = _encoder(choice)
-        with _staged(job, encoder, out) as folder:
+        # Ray cancels a task by a Ctrl-C in its worker: the flag, not an exception in foreign code.
+        with stopping.armed(), _staged(job, encoder, out) as folder:
             (result,) = embed_jobs([job], encoder, folder, options, _no_report, meter)
             if "://" in out and result.features:
                 inside = Path(result.features).relative_to(folder).as_posix()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import numpy as np
@@ -98,8 +99,13 @@ class _Overview:
         return block
 
 
-def overview(source: Source, longest: int) -> Image.Image:
+def overview(source: Source, longest: int, path: Path) -> Image.Image:
     """Return the whole slide in RGB, at most ``longest`` pixels on its longer side.
+
+    Args:
+        source: of the slide.
+        longest: pixels of the longer side, at most.
+        path: what messages call the slide.
 
     Raises:
         BadInput: no part of it can be read, or its smallest usable level is too large.
@@ -109,7 +115,7 @@ def overview(source: Source, longest: int) -> Image.Image:
     across, down = source.levels[level][1]
     if across * down > MAX_OVERVIEW:
         raise BadInput(
-            f"its smallest usable level is {across} x {down} pixels; at most {MAX_OVERVIEW:,} are "
+            f"{path}: its smallest usable level is {across} x {down} pixels; at most {MAX_OVERVIEW:,} are "
             "read to find tissue: save it as a pyramid"
         )
     whole = _Overview(source, level)

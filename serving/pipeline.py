@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import stopping
 from ..console import Report
 from ..errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
 from ..feature_writer import FeatureWriter
@@ -75,6 +76,7 @@ def embed_jobs(
     options: EmbedOptions,
     progress: Report,
     meter: Meter | None = None,
+    results: list[Result] | None = None,
 ) -> list[Result]:
     """Embed every job and write its features under ``out``.
 
@@ -88,6 +90,10 @@ def embed_jobs(
         options: how to cut tiles.
         progress: called with tiles done, tiles expected, and a line about the run.
         meter: counts tiles and seconds; a new one when left out.
+        results: filled with the result of each job as it ends, so that a run that ends early has them.
+
+    Returns:
+        The result of every job, in the order of the jobs.
 
     Raises:
         StorageFailed: the disk is full or ``out`` cannot be written; earlier results stay.
@@ -99,12 +105,13 @@ def embed_jobs(
             f"--overlap is {options.overlap_px}; expected less than the tile's "
             f"{encoder.manifest.size_px} pixels"
         )
-    remove_leftovers(_folders(out))
+    remove_leftovers(folders_of(out))
     jobs = with_regions(jobs, options.regions)
-    return _Run(jobs, encoder, out, options, progress, meter or Meter()).all()
+    ended = [] if results is None else results
+    return _Run(jobs, encoder, out, options, progress, meter or Meter(), ended).all()
 
 
-def _folders(out: Path) -> list[Path]:
+def folders_of(out: Path) -> list[Path]:
     """Return every folder of a run's files."""
     beside = (out / name for name in ("status", "overlays", "geojson"))
     return [out, *beside, *out.glob("*/features_*")]
@@ -121,7 +128,9 @@ class _Run:
         options: EmbedOptions,
         progress: Report,
         meter: Meter,
+        ended: list[Result],
     ) -> None:
+        self._ended = ended
         self._jobs, self._encoder, self._out, self._options = jobs, encoder, out, options
         self._progress, self._meter = progress, meter
         meter.jobs = len(jobs)
@@ -140,7 +149,7 @@ class _Run:
         self._stopping = False
 
     def all(self) -> list[Result]:
-        """Run to the end; on a fatal error or Ctrl-C stop soon, and leave nothing half."""
+        """Run to the end; on a fatal error or a stop end soon, and leave nothing half."""
         opening: deque[tuple[Job, float, Future[Work | Result]]] = deque()
         waiting = deque(self._jobs)
         try:
@@ -159,9 +168,8 @@ class _Run:
                     self._launch(_Slide(made))
             while self._flying:
                 self._land()
-        except BaseException as error:
+        except BaseException:
             self._stopping = True
-            error.results = self._ordered()  # type: ignore[attr-defined]  # for the run's record
             self._encoder.close()  # nobody shall wait for a server any longer
             raise
         finally:
@@ -176,7 +184,7 @@ class _Run:
     def _opened(self, future: Future[Work | Result]) -> Work | Result:
         """Return what became of opening a job; what ends the run waits for the slides before it."""
         try:
-            return future.result()
+            return stopping.result(future)
         except FATAL:
             while self._flying:
                 self._land()
@@ -191,7 +199,7 @@ class _Run:
                 made = future.result()
                 if not isinstance(made, Result):
                     made.close()
-        remove_leftovers(_folders(self._out), own=self._stopping)
+        remove_leftovers(folders_of(self._out), own=self._stopping)
 
     def _open(self, job: Job) -> Work | Result:
         precision = str(self._encoder.describe().get("precision", "f32"))
@@ -249,7 +257,7 @@ class _Run:
             if future is None:
                 result = self._write(slide)
             else:
-                self._take(slide, future.result())
+                self._take(slide, stopping.result(future))
         except (*FATAL, Mismatch):  # another encoder than the run began with is every slide's
             raise
         except Exception as error:  # a failed piece fails its own slide
@@ -308,6 +316,7 @@ class _Run:
             seconds=round(time.monotonic() - started, 3),
         )
         self._results[self._numbers[id(job)]] = result
+        self._ended.append(result)
         self._meter.end(result.state, opened)
         self._meter.tell(self._progress, result.name)
         status = self._out / "status" / f"{result.name}.json"

@@ -42,17 +42,21 @@ def report_results(ran: Ran, out: str, inputs: dict[str, Any] | None = None) -> 
 
 
 def record_end(
-    error: BaseException, jobs: int, out: str, inputs: dict[str, Any] | None = None
+    error: BaseException,
+    results: Sequence[Result],
+    jobs: int,
+    out: str,
+    inputs: dict[str, Any] | None = None,
 ) -> None:
     """Write into ``run.json`` that a run ended early, why, and what was through by then.
 
     Args:
-        error: that ended it; the pipeline hangs its results on it.
+        error: that ended it.
+        results: of the jobs that were through.
         jobs: how many there were.
         out: the folder of features.
         inputs: what was left out of the inputs and of their tables, and why.
     """
-    results: list[Result] = getattr(error, "results", [])
     states: dict[str, int] = Counter(result.state for result in results)
     document = {
         "ok": False,

@@ -69,6 +69,7 @@ def run_here(
     options: EmbedOptions,
     progress: Report,
     metrics: str | None = None,
+    results: list[Result] | None = None,
 ) -> Ran:
     """Embed jobs in this process; see :func:`~histoseek.serving.pipeline.embed_jobs`.
 
@@ -79,11 +80,12 @@ def run_here(
         options: how to cut tiles.
         progress: draws progress.
         metrics: ``[HOST:]PORT`` of a Prometheus page while it runs.
+        results: filled with the result of each job as it ends.
     """
     encoder, meter = choice.open(), Meter()
     try:
         with metrics_page(metrics, meter):
-            results = embed_jobs(jobs, encoder, out, options, progress, meter)
-        return Ran(results, encoder.manifest, encoder.describe(), meter.read())
+            found = embed_jobs(jobs, encoder, out, options, progress, meter, results)
+        return Ran(found, encoder.manifest, encoder.describe(), meter.read())
     finally:
         encoder.close()

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput
+from ..errors import BadInput, BrokenFile
 from ..images import SUFFIXES, decode, profile_of
 from ..unread import is_dicom
 from .openslide_source import OpenSlideSource
@@ -123,7 +123,7 @@ def _by_tifffile(path: Path) -> Source:
             return OpenSlideSource(path)
         except BadInput as other:
             # what tifffile knows to be unsupported is the better reason; of damage OpenSlide knows more
-            raise (other if "copy it again" in str(error) else error) from other
+            raise (other if isinstance(error, BrokenFile) else error) from other
 
 
 def is_openslide(path: Path) -> bool:

@@ -172,11 +172,7 @@ class Slide:
 
     def thumbnail(self, longest: int = THUMBNAIL_PX) -> Rgb:
         """Return the whole slide, at most ``longest`` pixels on its longer side, (H, W, 3)."""
-        try:
-            return np.asarray(overview(self._source, longest))
-        except BadInput as error:
-            named = str(self.path) in str(error)
-            raise error if named else BadInput(f"{self.path}: {error}") from error
+        return np.asarray(overview(self._source, longest, self.path))
 
     def grid(
         self,

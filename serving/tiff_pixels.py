@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ..errors import BadInput
+from ..errors import BadInput, BrokenFile
 from ..images import Rgb
 from .tiff_depth import check_page
 
@@ -112,7 +112,7 @@ def level_of(page: Any, path: Path) -> Level:
     tile_width = int(page.tilewidth) if tiled else width
     tile_height = int(page.tilelength) if tiled else min(height, int(page.rowsperstrip))
     if min(width, height, tile_width, tile_height) < 1:
-        raise BadInput(f"{path} has {width} x {height} pixels; it is damaged: copy it again")
+        raise BrokenFile(f"{path} has {width} x {height} pixels; it is damaged: copy it again")
     if tile_width * tile_height > MAX_SEGMENT_PX:
         raise BadInput(
             f"{path} is stored in pieces of {tile_width} x {tile_height} pixels; at most "
@@ -124,7 +124,7 @@ def level_of(page: Any, path: Path) -> Level:
     level = Level(width, height, tile_width, tile_height, page, planes, alpha)
     expected = level.across * level.down * planes
     if min(len(page.dataoffsets), len(page.databytecounts)) < expected:
-        raise BadInput(
+        raise BrokenFile(
             f"{path} lists {len(page.dataoffsets)} pieces of its {width} x {height} pixels; expected "
             f"{expected}: it is damaged, copy it again"
         )

@@ -69,7 +69,7 @@ def _shows_tissue(path: Path, number: int) -> bool:
     try:
         source = TiffSource(path, number)
         try:
-            return bool(tissue_mask(np.asarray(overview(source, LOOK_PX))).any())
+            return bool(tissue_mask(np.asarray(overview(source, LOOK_PX, path))).any())
         finally:
             source.close()
     except BadInput:

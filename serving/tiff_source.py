@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput, HistoseekError
+from ..errors import BadInput, BrokenFile, HistoseekError
 from .slide_profiles import of_page
 from .tiff_pixels import Level, TiffPixels, level_of
 
@@ -56,7 +56,7 @@ class TiffSource:
         except HistoseekError:
             raise
         except Exception as error:  # a damaged header can make the parser fail in any way
-            raise BadInput(
+            raise BrokenFile(
                 f"{path} is no slide: it cannot be read as TIFF ({type(error).__name__}: {error}); it "
                 "is truncated or damaged: copy it again"
             ) from error
@@ -103,7 +103,7 @@ def whole_segments(level: Level, about: int = 1024) -> tuple[int, int]:
 
 def _pyramid(opened: Any, path: Path, number: int) -> list[Any]:
     if not opened.series:
-        raise BadInput(f"{path} holds no picture; copy it again")
+        raise BrokenFile(f"{path} holds no picture; copy it again")
     if not 0 <= number < len(opened.series):
         raise BadInput(
             f"{path} has no series {number}; it holds {len(opened.series)} picture(s), numbered from 0"

@@ -6,14 +6,15 @@ import atexit
 import random
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from queue import Empty, SimpleQueue
 from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from .. import console
+from .. import console, stopping
 from ..errors import BadInput, HistoseekError, Mismatch, MissingPart, Unavailable
 from ..manifest import (
     Manifest,
@@ -69,31 +70,36 @@ class TritonEncoder:
         self._known = False
         self._told = threading.Event()
         self._slots: SimpleQueue[Slot] = SimpleQueue()
-        self._made = 0
+        self._calls = 0
+        self._idle = threading.Condition()
         self.version = ""
         self._checked = self._answered = 0.0
         self.notes: list[str] = []
         self._grpc = load_grpc()
         self._headers = token_headers(self.address)
         self._client = connect(self.address)
-        atexit.register(self.close)  # shared memory must be given back
+        atexit.register(self.close)  # for who forgets to: shared memory must be given back
         try:
-            self._served = self._retry(self._identify)
-            self.version, limit = self._served.version, self._served.max_batch
-            self._known = True
-            self._checked = self._answered = time.monotonic()
-            if batch is not None and batch > limit:
-                raise BadInput(
-                    f"--batch is {batch}; {self.address.model} takes at most {limit} tiles at once"
-                )
-            self._batch = batch or limit
-            for slot in self._make_slots():
-                self._slots.put(slot)
-                self._made += 1
-            self._retry(self._prove)
+            stopping.aside(lambda: self._begin(batch))
         except BaseException:
             self.close()
             raise
+
+    def _begin(self, batch: int | None) -> None:
+        """Ask the server who it is, take room for tiles, and send the known picture."""
+        self._served = self._retry(self._identify)
+        self.version, limit = self._served.version, self._served.max_batch
+        self._known = True
+        self._checked = self._answered = time.monotonic()
+        if batch is not None and batch > limit:
+            raise BadInput(
+                f"--batch is {batch}; {self.address.model} takes at most {limit} tiles at once"
+            )
+        self._batch = batch or limit
+        with self._under_way():
+            for slot in self._make_slots():
+                self._slots.put(slot)
+        self._retry(self._prove)
 
     @property
     def manifest(self) -> Manifest:
@@ -136,27 +142,60 @@ class TritonEncoder:
         return in_batches(tiles, self.manifest, self._batch, self.parallel, self._send)
 
     def close(self) -> None:
-        """Stop waiting, and give shared memory back; requests under way are cut off after a while."""
-        if self._closed.is_set():
-            return
-        self._closed.set()
+        """Stop waiting, give shared memory back, and close the channel, in this order.
+
+        Calls under way may end by themselves for a while; then they are cut off. Nothing is freed that a
+        call still uses.
+        """
+        with self._idle:
+            if self._closed.is_set():
+                return
+            self._closed.set()
         atexit.unregister(self.close)
-        end = time.monotonic() + CLOSING_S
-        for _ in range(self._made):
-            try:
-                self._slots.get(timeout=max(0.0, end - time.monotonic())).close(self._client)
-            except Empty:  # its thread gives it back when its request is cut off
-                continue
-        self._client.close()
+        client = self._client
+        if not self._all_back():
+            client.close()  # cuts them off; their threads come back with an error
+            self._all_back()
+            client = connect(
+                self.address
+            )  # the server must hear that the memory is not ours any more
+        with suppress(Empty):
+            while True:
+                self._slots.get_nowait().close(client)
+        client.close()
+
+    def _all_back(self) -> bool:
+        """Wait a while for calls under way; return whether all have ended."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._calls, timeout=CLOSING_S)
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Count a call, for which :meth:`close` waits.
+
+        Raises:
+            Unavailable: the connection was closed.
+        """
+        with self._idle:
+            if self._closed.is_set():
+                raise Unavailable(f"{self.address.where} the connection was closed")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._calls -= 1
+                self._idle.notify_all()
 
     # -- requests -------------------------------------------------------------------------------
 
     def _send(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        slot = self._take_slot()
-        try:
-            return self._retry(lambda: self._infer(slot, tiles))
-        finally:
-            self._slots.put(slot)
+        with self._under_way():
+            slot = self._take_slot()
+            try:
+                return self._retry(lambda: self._infer(slot, tiles))
+            finally:
+                self._slots.put(slot)
 
     def _take_slot(self) -> Slot:
         while not self._closed.is_set():
@@ -197,9 +236,14 @@ class TritonEncoder:
 
     def _retry(self, call: Callable[[], T]) -> T:
         """Call until it works, an error says that it never will, or the deadline is over."""
+        with self._under_way():
+            return self._try(call)
+
+    def _try(self, call: Callable[[], T]) -> T:
         end = time.monotonic() + self.address.deadline_s
         wait, away = FIRST_WAIT_S, False
         while True:
+            stopping.check()
             try:
                 if away:
                     self._check_again()

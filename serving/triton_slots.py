@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from .. import stopping
 from ..errors import MissingPart
 from ..manifest import INPUT, OUTPUT, Manifest
+
+SHM = Path("/dev/shm")
 
 
 class Slot(Protocol):
@@ -95,6 +99,7 @@ class SharedSlot:
             else:
                 handle = self._memory.create_shared_memory_region(name, f"/{name}", size, True)
                 self._regions.append((name, handle))
+                stopping.mark(SHM / name)
                 _fill(name, size)
                 client.register_system_shared_memory(name, f"/{name}", size, **asking)
 
@@ -123,6 +128,7 @@ class SharedSlot:
             except Exception:  # nobody to tell
                 pass
             self._memory.destroy_shared_memory_region(handle)
+            stopping.unmark(SHM / name)
         self._regions = []
 
 
@@ -143,7 +149,7 @@ def _module(cuda: bool) -> Any:
 
 def _fill(name: str, size: int) -> None:
     """Take the region's pages now: a full /dev/shm is an error here, and a dead process later."""
-    handle = os.open(f"/dev/shm/{name}", os.O_RDWR)
+    handle = os.open(SHM / name, os.O_RDWR)
     try:
         os.posix_fallocate(handle, 0, size)
     finally:

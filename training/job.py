@@ -19,6 +19,7 @@ from lightning_fabric.plugins.precision import MixedPrecision
 from numpy.typing import NDArray
 from torch import nn
 
+from .. import stopping
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
@@ -229,6 +230,7 @@ class Job:
         changes = torch.Generator().manual_seed(seed)
         order = self.order(net, number)
         for step, (tiles, numbers) in enumerate(self._batches(order, steps)):
+            stopping.check()
             rate = options.rate(epoch * steps + step, phase.epochs * steps, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * rate * slower

@@ -7,8 +7,9 @@ import urllib.request
 from pathlib import Path
 from urllib.parse import urlparse
 
+from .. import stopping
 from ..errors import BadInput, Mismatch, MissingPart, Unavailable
-from ..files import cache_folder, publish_file, sha256_file, temporary
+from ..files import cache_folder, discard, publish_file, sha256_file, temporary
 
 LITE0 = "efficientnet-lite0"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"
@@ -79,6 +80,7 @@ def _fetched(address: str, sha256: str) -> Path:
     try:
         with urllib.request.urlopen(address, timeout=TIMEOUT_S) as answer, open(part, "wb") as out:
             while chunk := answer.read(CHUNK):
+                stopping.check()
                 out.write(chunk)
         _check(part, sha256, address)
         publish_file(part, path)
@@ -87,5 +89,5 @@ def _fetched(address: str, sha256: str) -> Path:
             f"{address} cannot be fetched ({error}); check the address and the network, or pass a file"
         ) from error
     finally:
-        part.unlink(missing_ok=True)
+        discard(part)
     return path

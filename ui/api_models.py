@@ -171,7 +171,7 @@ class LabelCount(BaseModel):
 
 
 class Verdict(BaseModel):
-    """What the nearest tiles say; see :class:`histoseek.ui.handlers.Verdict`."""
+    """What the nearest tiles say; see :class:`histoseek.ui.answers.Verdict`."""
 
     text: str
     labels: list[LabelCount]

@@ -21,6 +21,7 @@ from ..index.atlas import Atlas
 from ..index.cases import How
 from ..index.cases import Similar as SimilarSlide
 from ..index.filters import quoted
+from ..index.generations import View
 from ..index.layout import Layout
 from ..index.records import Hit
 from ..serving.encoder import Encoder, open_encoder
@@ -151,77 +152,93 @@ class Session:
             Busy: too many wait for the encoder.
         """
         started = time.perf_counter()
-        like, unlike = self._vectors(query)
-        embedded = time.perf_counter()
+        images = [*query.images, *query.unlike_images]
+        none = np.zeros((0, self.atlas.manifest.dim), dtype=np.float32)
+        seen = self.embed(images) if images else none
+        milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
+        return self._keep(
+            self.atlas.ask(lambda view: self._answer(query, seen, milliseconds, view))
+        )
+
+    def _answer(
+        self,
+        query: Query,
+        seen: NDArray[np.float32],
+        milliseconds: dict[str, float],
+        view: View,
+    ) -> Found:
+        """Answer a query whose images are embedded (I, D), all from one state of the atlas."""
+        started = time.perf_counter()
+        like, unlike = self._vectors(query, seen, view)
         single = len(like) == 1 and not len(unlike)
-        where = self._where(query)
+        where = self._where(query, view)
         own = set(query.like)
         if single and not query.per_slide:
-            asked = self.atlas.search(like, query.k + len(own), where, query.least)[0]
+            asked = self.atlas.search(like, query.k + len(own), where, query.least, view=view)[0]
             vector = like[0]
         else:
             if own:
                 where = both(where, f"tile not in ({', '.join(map(str, sorted(own)))})")
             vector = self.atlas.combined(like, unlike)
-            asked = self.atlas.search(vector[None], query.k, where, query.least, query.per_slide)[0]
+            asked = self.atlas.search(
+                vector[None], query.k, where, query.least, query.per_slide, view=view
+            )[0]
         rest = [hit for hit in asked if hit.tile not in own][: query.k]
         hits = [hit._replace(rank=rank) for rank, hit in enumerate(rest, 1)]
-        searched = time.perf_counter()
-        view = self.atlas.view()
-        return self._keep(
-            Found(
-                id=secrets.token_urlsafe(12),
-                at=now(),
-                query=query,
-                vector=vector,
-                hits=hits,
-                verdict=self._verdict(query, hits, vector if single else None, where),
-                generation=view.generation,
-                revision=view.revision,
-                milliseconds={
-                    "embed": round(1000 * (embedded - started), 2),
-                    "search": round(1000 * (searched - embedded), 2),
-                },
-            )
+        searched = round(1000 * (time.perf_counter() - started), 2)
+        return Found(
+            id=secrets.token_urlsafe(12),
+            at=now(),
+            query=query,
+            vector=vector,
+            hits=hits,
+            verdict=self._verdict(query, hits, vector if single else None, where, view),
+            generation=view.generation,
+            revision=view.revision,
+            milliseconds={**milliseconds, "search": searched},
         )
 
-    def _vectors(self, query: Query) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-        """Return the vectors to be like (P, D) and to be unlike (M, D)."""
-        images = [*query.images, *query.unlike_images]
+    def _vectors(
+        self, query: Query, seen: NDArray[np.float32], view: View
+    ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        """Return the vectors to be like (P, D) and to be unlike (M, D); ``seen`` (I, D) are the images'."""
         tiles = [*query.like, *query.unlike]
         none = np.zeros((0, self.atlas.manifest.dim), dtype=np.float32)
-        seen = self.embed(images) if images else none
-        known = self.atlas.vectors_of(tiles) if tiles else none
+        known = self.atlas.vectors_of(tiles, view) if tiles else none
         like = np.concatenate([seen[: len(query.images)], known[: len(query.like)]])
         unlike = np.concatenate([seen[len(query.images) :], known[len(query.like) :]])
         return like, unlike
 
-    def _where(self, query: Query) -> str | None:
+    def _where(self, query: Query, view: View) -> str | None:
         """Return the query's filter with what is to be left out of its own."""
         where = query.where.strip() if query.where else None
         where = where or None
         if not query.leave_out or not query.like:
             return where
-        for tile in self.atlas.tiles(query.like).values():
+        for tile in self.atlas.tiles(query.like, view).values():
             where = both(where, f"slide != {quoted(tile['slide'])}")
             if query.leave_out == "patient" and tile["patient"]:
                 where = both(where, f"patient != {quoted(tile['patient'])}")
         return where
 
     def _verdict(
-        self, query: Query, hits: list[Hit], vector: NDArray[np.float32] | None, where: str | None
+        self,
+        query: Query,
+        hits: list[Hit],
+        vector: NDArray[np.float32] | None,
+        where: str | None,
+        view: View,
     ) -> Verdict:
         placed = nearer = None
-        if vector is not None and self.clusterings():
-            placed = self.atlas.assign(vector[None], query.clustering)[0]
+        if vector is not None and view.clusterings:
+            placed = self.atlas.assign(vector[None], query.clustering, view)[0]
         usual = self._background.get("usual", self._state(), self.atlas.usual_nearness)
         if vector is not None and usual is not None and len(usual):
             best = hits
             if where or query.least is not None:  # near or far is meant of the whole atlas
                 own = set(query.like)
-                best = [
-                    h for h in self.atlas.search(vector[None], 1 + len(own))[0] if h.tile not in own
-                ]
+                near = self.atlas.search(vector[None], 1 + len(own), view=view)[0]
+                best = [h for h in near if h.tile not in own]
             if best:
                 nearer = float(np.searchsorted(usual, best[0].score, side="left") / len(usual))
         foreign = vector is not None and bool(self.atlas.manifest.foreign(vector[None])[0])
@@ -296,25 +313,27 @@ class Session:
         layout = None
         with suppress(MissingPart):  # without the map's package images are placed all the same
             layout = self.layout()
-        view = self.atlas.view()
-        placed = self.atlas.assign(vectors, chosen)
-        for row, foreign in zip(placed, self.atlas.manifest.foreign(vectors), strict=True):
-            row["foreign"] = bool(foreign) and row["unknown"]  # clusters may ignore the gate
-        return self._keep(
-            Clustered(
+        points = None if layout is None else layout.place(vectors)
+
+        def answer(view: View) -> Clustered:
+            placed = self.atlas.assign(vectors, chosen, view)
+            for row, foreign in zip(placed, self.atlas.manifest.foreign(vectors), strict=True):
+                row["foreign"] = bool(foreign) and row["unknown"]  # clusters may ignore the gate
+            return Clustered(
                 id=secrets.token_urlsafe(12),
                 at=now(),
                 clustering=chosen,
                 names=names,
                 tiles=tiles,
                 placed=placed,
-                nearest=[found[0] for found in self.atlas.search(vectors, 1)],
-                points=None if layout is None else layout.place(vectors),
+                nearest=[found[0] for found in self.atlas.search(vectors, 1, view=view)],
+                points=points,
                 refused=refused,
                 generation=view.generation,
                 revision=view.revision,
             )
-        )
+
+        return self._keep(self.atlas.ask(answer))
 
     # -- slides and cases -----------------------------------------------------------------------
 

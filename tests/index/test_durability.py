@@ -19,6 +19,7 @@ from histoseek.errors import BadInput, Busy, Damaged
 from histoseek.feature_files import read_features
 from histoseek.index.atlas import Atlas
 from histoseek.index.snapshots import restore
+from histoseek.index.verify import Kind, problems
 
 KILLING = Path(__file__).with_name("killing.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -504,3 +505,39 @@ def test_writing_into_a_locked_atlas_says_busy(atlas):
             with pytest.raises(Busy, match="try again"):
                 write()
         assert other.search(unit(np.random.default_rng(0), 1), 3)
+
+
+@pytest.mark.parametrize("folder", ["index", "generations", "vectors-1"])
+def test_a_repair_does_not_depend_on_words_in_a_path(tmp_path, folder):
+    """One lost clusters file, in a folder that is called like a part: the index file stays as it is."""
+    atlas = filled(tmp_path / folder, slides=3, count=60)
+    atlas.fit("kmeans", k=3)
+    (index,) = atlas.path.glob("index-*.faiss")
+    before = index.name, index.stat().st_mtime_ns
+    next(atlas.path.glob("clusters-kmeans.*.npz")).unlink()
+    done = Atlas(atlas.path).repair()
+    assert done == ["clustering 'kmeans' was fitted again; every tile is where it was"]
+    (index,) = atlas.path.glob("index-*.faiss")
+    assert (index.name, index.stat().st_mtime_ns) == before
+    assert Atlas(atlas.path).verify() == []
+
+
+def test_every_problem_has_its_kind(tmp_path):
+    atlas = filled(tmp_path / "x", slides=3, count=60)
+    atlas.fit("kmeans", k=3)
+    assert problems(atlas) == []
+    for pattern, kind in (
+        ("clusters-*.npz", Kind.CLUSTERS),
+        ("index-*.faiss", Kind.INDEX),
+        ("features/slide-1-*.h5", Kind.TRUTH),
+    ):
+        (path,) = atlas.path.glob(pattern)
+        blob = path.read_bytes()
+        path.unlink()
+        found = problems(Atlas(atlas.path))
+        assert kind in {p.kind for p in found if path.name in p.text}
+        assert all(p.derived == (p.kind is not Kind.TRUTH) for p in found)
+        path.write_bytes(blob)
+    with atlas.catalog.write() as db:
+        db.execute("DELETE FROM placements WHERE slide_id = 1")
+    assert [p.kind for p in problems(Atlas(atlas.path))] == [Kind.PLACEMENT]

@@ -311,14 +311,17 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path):
     assert path.read_bytes() == before and [p.name for p in tmp_path.iterdir()] == ["slide.h5"]
 
 
-def test_ctrl_c_at_any_moment_of_writing_ends_cleanly(tmp_path):
+@pytest.mark.parametrize("whose", ["library", "command line"])
+def test_ctrl_c_at_any_moment_of_writing_ends_cleanly(tmp_path, whose):
     """An exception inside a call of HDF5 would break the process."""
     code = (
         "import os, random, signal, sys, threading, time\n"
         "import numpy as np\n"
         "from pathlib import Path\n"
         "from histoseek.feature_files import Features\n"
+        "from histoseek import stopping\n"
         "from histoseek.feature_writer import FeatureWriter\n"
+        "if sys.argv[2] == 'command line': stopping.arm()\n"
         "random.seed(0)\n"
         "rows, stopped = np.ones((5, 64), np.float32), 0\n"
         "item = Features('s', 'e', '0' * 64, np.ones((400, 64), np.float32), np.zeros((400, 2), int))\n"
@@ -330,14 +333,20 @@ def test_ctrl_c_at_any_moment_of_writing_ends_cleanly(tmp_path):
         "        with FeatureWriter(Path(sys.argv[1]) / f'{n}.h5', 64, 5) as out:\n"
         "            for _ in range(80):\n"
         "                out.append(rows)\n"
+        "                stopping.check()\n"
         "            out.publish(item)\n"
-        "        time.sleep(1)\n"
+        "        for _ in range(100): stopping.check(), time.sleep(.01)\n"
         "    except KeyboardInterrupt:\n"
         "        stopped += 1\n"
+        "    stopping.settle()\n"
         "print('stopped', stopped)\n"
     )
-    done = subprocess.run([sys.executable, "-c", code, tmp_path], capture_output=True, text=True)
-    assert done.stdout == "stopped 60\n" and done.stderr == "", (done.returncode, done.stderr)
+    command = [sys.executable, "-X", "faulthandler", "-c", code, tmp_path, whose]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    if whose == "command line":
+        assert done.stdout == "stopped 60\n" and done.stderr == ""
+    assert list(tmp_path.glob("*.histoseek-tmp")) == []
     for path in tmp_path.glob("*.h5"):
         assert read_features(path).features.shape == (400, 64)
 

@@ -380,3 +380,89 @@ def test_an_atlas_of_other_features_is_searched_by_its_own_tiles(tmp_path):
     with pytest.raises(BadInput, match="uni_v2, which is not here"):
         session.embed([np.zeros((224, 224, 3), np.uint8)])
     session.close()
+
+
+@pytest.fixture
+def moving(tmp_path, tile_folder, monkeypatch):
+    """A session whose atlas another writer changes in the middle of every question."""
+    path = tmp_path / "atlas"
+    opened = Atlas.create(path, DEFAULT_BUNDLE)
+    encoder = open_encoder("default")
+    options = EmbedOptions()
+    results = embed_jobs(
+        find_jobs([tile_folder]), encoder, tmp_path / "f", options, lambda *_: None
+    )
+    opened.add([tmp_path / "f" / results[0].features])
+    opened.fit("kmeans", k=3)
+    tiles = opened.tiles(opened.vectors()[0].tolist()).values()
+    slide, files = opened.slides()[0]["name"], [tile["file"] for tile in tiles]
+    session = Session(path)
+    commits = []
+
+    def commit():
+        other = Atlas(path)
+        number = len(commits)
+        commits.append(other.catalog.revision())
+        other.relabel([{"slide": slide, "file": file, "patient": f"P{number}"} for file in files])
+        for cluster in range(3):
+            other.name_cluster(cluster, f"name {number}")
+
+    def between(name):
+        real = getattr(Atlas, name)
+
+        def step(self, *args, **kwargs):
+            found = real(self, *args, **kwargs)
+            if self is session.atlas:
+                commit()
+            return found
+
+        monkeypatch.setattr(Atlas, name, step)
+
+    yield session, between, commits
+    monkeypatch.undo()
+    session.close()
+
+
+@pytest.mark.parametrize("step", ["search", "vectors_of", "assign"])
+def test_an_answer_names_the_state_that_was_searched(moving, step):
+    """A writer commits after each step: revision, labels, clusters and names are of one state."""
+    session, between, commits = moving
+    tile = int(session.atlas.vectors()[0][0])
+    before = session.atlas.view()
+    between(step)
+    found = session.search(Query(like=(tile,), k=3, where="tile > 0"))
+    assert commits and commits[0] == before.revision, "nobody wrote in between"
+    assert found.revision == before.revision and found.generation == before.generation
+    assert len(found.hits) == 3
+    expected = session.atlas.tiles([hit.tile for hit in found.hits], before)
+    for hit in found.hits:
+        known = expected[hit.tile]
+        assert (hit.patient, hit.cluster) == (known["patient"], known["cluster"])
+    assert not found.verdict.placed["name"], "a name that was given later"
+
+
+def test_placed_images_name_the_state_that_placed_them(moving, tile_folder):
+    session, between, commits = moving
+    before = session.atlas.view()
+    between("assign")
+    answer = session.cluster([("one", tile_folder / "cat/00.png")])
+    assert commits and answer.revision == before.revision
+    assert not answer.placed[0]["name"], "a name that was given later"
+    (near,) = answer.nearest
+    known = session.atlas.tiles([near.tile], before)[near.tile]
+    assert (near.patient, near.cluster) == (known["patient"], known["cluster"])
+
+
+def test_a_question_whose_files_a_writer_took_is_asked_again_of_the_newest_state(moving):
+    session, _, _ = moving
+    asked = []
+
+    def question(view):
+        asked.append(view.revision)
+        if len(asked) == 1:
+            other = Atlas(session.atlas.path)
+            other.fit("kmeans", k=5)  # its clusters file goes with the fit before
+        return session.atlas.clustering(None, view)[1].clusters
+
+    assert session.atlas.ask(question) == 5
+    assert len(asked) == 2 and asked[1] > asked[0]

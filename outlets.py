@@ -1,0 +1,105 @@
+"""Standard output and error that cannot break a command: any encoding, closed, full, or without a reader.
+
+What was asked for is done by the time its outcome is printed. So a stream that does not take the text is
+remembered, what follows is dropped, and the exit code says so at the end (:func:`failure`).
+"""
+
+from __future__ import annotations
+
+import codecs
+import errno
+import io
+import os
+import select
+import sys
+from contextlib import suppress
+from typing import Any, TextIO
+
+PLAIN = "histoseek-plain"
+"""Name of the rule for characters that a stream's encoding does not have."""
+_LOOKALIKES = {
+    "–": "-", "—": "-", "−": "-", "…": "...", "µ": "u", "μ": "u", "×": "x", "█": "#", "·": ".",
+    "•": "*", "→": "->", "≥": ">=", "≤": "<=", "±": "+-", "’": "'", "‘": "'", "“": '"', "”": '"',
+}  # fmt: skip
+
+
+class _Outlet(io.FileIO):
+    """A file descriptor whose first failure is kept; what is written after it is dropped.
+
+    Attributes:
+        error: the first failure, None so far.
+    """
+
+    def __init__(self, descriptor: int, closed: bool = False) -> None:
+        """Write to a descriptor that stays open; ``closed`` says that it was closed at the start."""
+        super().__init__(descriptor, "w", closefd=False)
+        self.error: OSError | None = None
+        self._was_closed = closed
+
+    def write(self, data: Any, /) -> int:
+        """Write all of ``data``, or remember why not."""
+        view = memoryview(data).cast("B")
+        done = 0
+        if self._was_closed and self.error is None:
+            self.error = OSError(errno.EBADF, os.strerror(errno.EBADF))
+        while self.error is None and done < len(view):
+            try:
+                written = super().write(view[done:])
+            except OSError as error:
+                self.error = error
+                break
+            if written is None:  # a pipe that was made not to wait: wait here
+                select.select([], [self.fileno()], [])
+            done += written or 0
+        return len(view)
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """Replace characters that an encoding does not have: by a similar one, else by its escape."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    found = error.object[error.start : error.end]
+    text = "".join(
+        _LOOKALIKES.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found
+    )
+    return text, error.end
+
+
+def take_over() -> None:
+    """Put careful streams in the place of ``sys.stdout`` and ``sys.stderr``; for the command line only."""
+    codecs.register_error(PLAIN, plain)
+    sys.stdout = _careful(sys.stdout, 1)
+    sys.stderr = _careful(sys.stderr, 2)
+
+
+def _careful(stream: TextIO | None, descriptor: int) -> TextIO:
+    """Return a stream like ``stream``, which is None if it was closed when Python started."""
+    raw = _Outlet(descriptor, closed=stream is None)
+    if stream is not None:
+        with suppress(OSError):
+            stream.flush()
+    return io.TextIOWrapper(
+        io.BufferedWriter(raw),
+        encoding=stream.encoding if stream is not None else "utf-8",
+        errors=PLAIN,
+        line_buffering=descriptor == 2 or raw.isatty(),
+        write_through=isinstance(stream, io.TextIOWrapper) and stream.write_through,
+    )
+
+
+def failure(stream: TextIO | None) -> OSError | None:
+    """Flush a stream; return why it did not take what was printed, None if it did."""
+    if stream is None:
+        return None
+    try:
+        stream.flush()
+    except OSError as error:
+        return error
+    raw = getattr(getattr(stream, "buffer", None), "raw", None)
+    return raw.error if isinstance(raw, _Outlet) else None
+
+
+def speaks_unicode(stream: TextIO | None) -> bool:
+    """Whether a stream can take any character."""
+    encoding = getattr(stream, "encoding", None) or "utf-8"
+    return encoding.lower().replace("_", "-").startswith(("utf-8", "utf8", "utf-16", "utf-32"))

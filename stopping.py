@@ -1,0 +1,301 @@
+"""Stopping a command: Ctrl-C and SIGTERM set a flag, and our own loops look at it.
+
+Python's own handler raises ``KeyboardInterrupt`` wherever the main thread is. Inside HDF5, gRPC, FAISS or
+Ray that can break the process. So the command line installs handlers that raise nothing (:func:`arm`). A
+thread hears of the signal even while the main thread is in foreign code, and sets the flag. :func:`check`,
+called between the steps of our loops, raises :class:`Stopped` there. A second signal ends the process.
+
+A program that uses histoseek as a library keeps its own handling of Ctrl-C: nothing is installed by an
+import, and then :func:`check` does nothing.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import select
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn, TypeVar
+
+T = TypeVar("T")
+POLL_S = 0.1
+"""How often a wait looks at the flag."""
+SAME_S = 0.2
+"""Signals closer together are one: a terminal and a wrapper such as ``make`` may both send it."""
+NOTICE_S = 1.0
+"""How long a command may take to stop before it says that it is stopping."""
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+
+
+class Stopped(KeyboardInterrupt):
+    """The user (Ctrl-C) or the system (SIGTERM) asked the command to stop.
+
+    Attributes:
+        number: of the signal.
+    """
+
+    def __init__(self, number: int) -> None:
+        """Name the signal."""
+        super().__init__(_NAMES.get(signal.Signals(number), str(number)))
+        self.number = number
+
+
+class _State:
+    """The flag, and what a sudden end must clean up."""
+
+    def __init__(self) -> None:
+        self.armed = False
+        self.number: int | None = None
+        self.heard = 0.0
+        self.unfinished: set[Path] = set()
+        self.ours: socket.socket | None = None
+        self.theirs: socket.socket | None = None
+
+
+_state = _State()
+
+
+def arm() -> None:
+    """Take over Ctrl-C and SIGTERM in this process; called once, by the command line's main thread.
+
+    A Ctrl-C that the parent process has told us to ignore (``nohup``) stays ignored.
+    """
+    if not _state.armed:
+        _take(_SIGNALS)
+        atexit.register(_last)  # the first to be registered is the last to be called
+
+
+@contextmanager
+def armed() -> Iterator[None]:
+    """Take over Ctrl-C for one task in a process that is not ours, such as a worker of a cluster.
+
+    Elsewhere than in the main thread, and in the command line, this changes nothing.
+    """
+    before = signal.getsignal(signal.SIGINT)
+    if _state.armed or threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    _take((signal.SIGINT,))
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(-1)
+        signal.signal(signal.SIGINT, before)
+        _state.armed, _state.number = False, None
+
+
+def _take(numbers: tuple[signal.Signals, ...]) -> None:
+    """Install the handlers and the thread that listens."""
+    if _state.ours is None or _state.theirs is None:
+        _state.ours, _state.theirs = socket.socketpair()
+        _state.theirs.setblocking(False)
+        os.register_at_fork(after_in_child=_disarm)
+        threading.Thread(target=_listen, args=(_state.ours,), name="signals", daemon=True).start()
+    for number in numbers:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _nothing)
+    signal.set_wakeup_fd(_state.theirs.fileno(), warn_on_full_buffer=False)
+    _state.armed = True
+
+
+def rearm() -> None:
+    """Take the signals over again after a library has set handlers of its own."""
+    if _state.armed:
+        for number in _SIGNALS:
+            if signal.getsignal(number) not in (signal.SIG_IGN, _nothing):
+                signal.signal(number, _nothing)
+
+
+def _nothing(number: int, frame: FrameType | None) -> None:
+    """Raise nothing: the thread that listens sets the flag."""
+
+
+def _last() -> None:
+    """While Python takes itself apart a signal must not change the exit code any more."""
+    with suppress(ValueError):
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def _disarm() -> None:
+    """Give a forked child Python's own handling back; its signals are not this process's."""
+    _state.armed, _state.number = False, None
+    _state.unfinished = set()
+    _state.ours = _state.theirs = None
+    with suppress(ValueError):  # forked by another thread than the main one
+        signal.set_wakeup_fd(-1)
+        if signal.getsignal(signal.SIGINT) is _nothing:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+        if signal.getsignal(signal.SIGTERM) is _nothing:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+
+
+def _listen(ours: socket.socket) -> None:
+    """Wait for signals: the first sets the flag, a second one ends the process at once."""
+    told = False
+    while True:
+        waiting = _state.number is not None and not told
+        ready, _, _ = select.select([ours], [], [], NOTICE_S if waiting else None)
+        if not ready:
+            told = True
+            _tell("stopping after the current step; press Ctrl-C again to end at once")
+            continue
+        numbers = [number for number in ours.recv(64) if number in _SIGNALS]
+        if not numbers:
+            continue
+        now = time.monotonic()
+        if _state.number is None:
+            _state.heard, _state.number, told = now, numbers[0], False
+        elif now - _state.heard > SAME_S:
+            _end_at_once(numbers[-1])
+
+
+def _tell(text: str) -> None:
+    """Write a line to standard error from any thread, whatever the main thread is doing."""
+    with suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+def _end_at_once(number: int) -> NoReturn:
+    """End the process without asking anybody; what is half written is removed first."""
+    _remove_unfinished()
+    if os.isatty(2):
+        _tell("\x1b[?25h")  # a progress bar may have hidden the cursor
+    _tell("ended at once; repeat the command to go on where it was")
+    os._exit(128 + number)
+
+
+def _remove_unfinished() -> None:
+    """Remove what is half written."""
+    for path in list(_state.unfinished):
+        with suppress(OSError):
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+
+
+def requested() -> bool:
+    """Whether somebody asked this command to stop."""
+    return _state.number is not None
+
+
+def exit_code() -> int:
+    """Return the exit code of a command that was asked to stop: 130 for Ctrl-C, 143 for SIGTERM."""
+    return 128 + (_state.number or signal.SIGINT)
+
+
+def settle() -> None:
+    """Forget a request that was answered in full, such as SIGTERM to a server."""
+    _state.number = None
+
+
+def check() -> None:
+    """Stop here if somebody asked for it; for the safe points of our own loops.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came.
+    """
+    number = _state.number
+    if number is not None:
+        raise Stopped(number)
+
+
+def result(future: Future[T]) -> T:
+    """Return the result of a future; the wait ends when the command is asked to stop.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came before it was done.
+        Exception: whatever the future raised.
+    """
+    while not future.done():
+        check()
+        wait([future], timeout=POLL_S)
+    return future.result()
+
+
+def aside(call: Callable[[], T]) -> T:
+    """Return what a long call of foreign code returns; the wait for it ends when the command is to stop.
+
+    The call goes on in a thread of its own then, until the process ends soon after. So it may only compute
+    or ask: what it writes to nobody would clean up. A library user's call is simply made.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came before it was over.
+        Exception: whatever the call raised.
+    """
+    if not _state.armed or threading.current_thread() is not threading.main_thread():
+        return call()
+    pool = ThreadPoolExecutor(1, thread_name_prefix="aside")
+    try:
+        return result(pool.submit(call))
+    finally:
+        pool.shutdown(wait=False)
+
+
+def wait_for_signal() -> NoReturn:
+    """Wait until the command is asked to stop.
+
+    Raises:
+        Stopped: Ctrl-C or SIGTERM came.
+    """
+    while True:
+        check()
+        time.sleep(POLL_S)
+
+
+def leave(code: int) -> NoReturn:
+    """End the process after a stop.
+
+    Everything of ours is closed by now. Foreign threads may still be in a call that was given up, and
+    Python must not be taken apart under them: so the armed command line ends without that.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            with suppress(OSError, ValueError):
+                stream.flush()
+    if _state.armed:
+        _remove_unfinished()
+        os._exit(code)
+    sys.exit(code)
+
+
+def mark(path: Path) -> None:
+    """Have a sudden end remove ``path``, a file or folder that is not whole yet."""
+    _state.unfinished.add(path)
+
+
+def unmark(path: Path) -> None:
+    """Take back :func:`mark`: the path is whole, or gone."""
+    _state.unfinished.discard(path)
+
+
+@contextmanager
+def shielded() -> Iterator[None]:
+    """Keep Ctrl-C out of a call of foreign code; it is raised when the call is over.
+
+    For programs that use histoseek as a library: the armed command line raises nothing there anyway.
+    """
+    handler = signal.getsignal(signal.SIGINT)
+    if (
+        _state.armed
+        or threading.current_thread() is not threading.main_thread()
+        or not callable(handler)
+    ):
+        yield
+        return
+    came: list[tuple[Any, Any]] = []
+    signal.signal(signal.SIGINT, lambda *args: came.append(args))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
