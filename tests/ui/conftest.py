@@ -1,6 +1,7 @@
 """A real atlas with slides, tile sets and two clusterings, and a server of it without a network."""
 
 import asyncio
+import gc
 import json
 import shutil
 import subprocess
@@ -98,7 +99,8 @@ def served_routes(serve, own_atlas):
         one = serve(own_atlas, access, with_page=True)
         return one, sorted({*every_route(one.client.app._app.routes)}, key=str)
 
-    return start
+    yield start
+    gc.collect()  # loops that Gradio made and left: their warnings belong to this test
 
 
 @pytest.fixture
