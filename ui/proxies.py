@@ -23,7 +23,8 @@ USER_CHARS = 200
 OWN_PATHS = frozenset({
     "", "v1", "health", "ready", "info", "metrics", "docs", "redoc", "openapi.json", "page-assets",
     "gradio_api", "static", "assets", "theme.css", "config", "svelte", "login", "logout", "robots.txt",
-    "manifest.json", "favicon.ico", "pwa_icon", "monitoring", "custom_component", "file", "{page}", "_app", "__gradio",
+    "manifest.json", "favicon.ico", "pwa_icon", "monitoring", "custom_component", "file",
+    "{page}", "_app", "__gradio",
 })  # fmt: skip
 """First parts of paths that the server answers itself; a prefix may not begin with one."""
 
