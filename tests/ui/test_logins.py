@@ -292,7 +292,6 @@ def test_a_right_password_is_remembered_for_minutes_only(monkeypatch):
 # -- roles ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_every_route_that_may_change_something_refuses_a_reader(served_routes):
     one, found = served_routes(HASHED)
     safe = {"GET", "HEAD", "OPTIONS"}

@@ -286,7 +286,6 @@ def test_page_and_api_answer_under_the_prefix_and_without(asks):
     assert ask("/histo/v1/nothing")[0] == ask("/histology/x")[0] == 404
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_no_prefix_can_be_a_path_of_the_server(served_routes):
     _, found = served_routes()
     firsts = {path.split("/")[1].partition("=")[0] for path, _ in found if path}
