@@ -5,6 +5,7 @@ import json
 import shutil
 import subprocess
 import sys
+from contextlib import contextmanager
 
 import pytest
 
@@ -46,21 +47,37 @@ def own_atlas(ui_atlas, tmp_path):
     return shutil.copytree(ui_atlas, tmp_path / "atlas")
 
 
+@contextmanager
+def loops_made():
+    """Give the event loops that are made meanwhile: Gradio makes some with its page and closes none."""
+    policy, made = asyncio.get_event_loop_policy(), []
+    make = policy.new_event_loop
+
+    def noted():
+        made.append(make())
+        return made[-1]
+
+    policy.new_event_loop = noted
+    try:
+        yield made
+    finally:
+        del policy.new_event_loop
+
+
 class Served:
     """The app of an atlas with a client that speaks to it directly."""
 
     def __init__(self, atlas, access=None, folders=(), peer="testclient", with_page=False):
         from starlette.testclient import TestClient
 
-        self.loop = None
-        if with_page:  # Gradio makes a loop where there is none, and never closes it
-            self.loop = asyncio.new_event_loop()
-            asyncio.set_event_loop(self.loop)
         self.session = Session(atlas)
         self.log = atlas / "audit.jsonl"
         self.audit = Audit(self.log, self.session)
         self.additions = Additions(self.session, folders)
-        app = make_app(self.session, self.additions, self.audit, access or Access(), with_page)
+        with loops_made() as self.loops:
+            app = make_app(
+                self.session, self.additions, self.audit, access or Access(), with_page
+            )  # fmt: skip
         self.client = TestClient(
             app, base_url="http://127.0.0.1:7860", raise_server_exceptions=False, client=(peer, 5)
         )
@@ -73,9 +90,10 @@ class Served:
         self.additions.close()
         self.audit.close()
         self.session.close()
-        if self.loop is not None:
+        if self.loops:
             asyncio.set_event_loop(None)
-            self.loop.close()
+        for loop in self.loops:
+            loop.close()
 
 
 def every_route(routes):
