@@ -266,11 +266,15 @@ def import_features(
                 item = read_foreign(file, encoder, mpp_of(file))
                 size = item.size_px_level0 or tile_px or 0
                 item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
+                item, overruled = _with_stated_mpp(item, row_of(file))
                 blob = _as_file(item, atlas.path)
                 added = writer.add_features(item, blob, str(file), row_of(file), replace_known)
                 if not size and not added.reason:
                     text = "no file says how large its tiles are: import it again with --tile-px"
                     added = replace(added, reason=text)
+                if overruled:
+                    reason = "; ".join(filter(None, [added.reason, overruled]))
+                    added = replace(added, reason=reason)
                 results.append(replace(added, encoder_by=str(item.about["encoder_by"])))
             except StorageFailed:
                 raise
@@ -279,6 +283,15 @@ def import_features(
             progress(number, len(files), file.stem)
         writer.finish()
     return atlas, AddedSlides(results, rows)
+
+
+def _with_stated_mpp(item: Features, row: Row) -> tuple[Features, str]:
+    """Let the metadata's mpp win over the file's; returns what was overruled, if the two differ."""
+    stated = number_of(row.get("mpp", ""))
+    if stated is None or item.mpp is None or abs(stated - item.mpp) <= 0.01 * stated:
+        return item, ""
+    note = f"µm per pixel is {stated:g} by the metadata; the file's {item.mpp:g} was overruled"
+    return replace(item, mpp=stated), note
 
 
 def _first_readable(files: Sequence[Path], read: Callable[[Path], Features]) -> Features:

@@ -95,6 +95,26 @@ def test_another_slide_in_the_place_of_one_does_not_inherit_its_patient(atlas, t
     assert people(atlas) == {"slide": (None, None)}
 
 
+def test_a_stated_scale_wins_over_another_tools_file(cli_here_json, tmp_path):
+    made(tmp_path / "f", one="", two="")
+    for name in ("one", "two"):
+        features(
+            tmp_path / f"f/{name}.h5", 3, len(name), encoder="uni_v1", encoder_sha256="", mpp=0.25
+        )
+    (tmp_path / "t.csv").write_text("slide;mpp\none;0,5\ntwo;0,2501\n")
+    said = cli_here_json(
+        "index", "import", tmp_path / "a", tmp_path / "f", "--encoder", "uni_v1",
+        "--metadata", tmp_path / "t.csv",
+    )  # fmt: skip
+    reasons = {one["slide"]: one["reason"] for one in said["added"]}
+    assert "0.5 by the metadata; the file's 0.25 was overruled" in reasons["one"]
+    assert reasons["two"] == ""
+    assert {s["name"]: s["mpp"] for s in Atlas(tmp_path / "a").slides()} == {
+        "one": 0.5,
+        "two": 0.25,
+    }
+
+
 def test_rows_with_folders_for_slides_of_unknown_place_are_named(atlas, cli_here_json, tmp_path):
     made(tmp_path / "f", case="")
     (tmp_path / "t.csv").write_text("slide,patient\npatientA/case.svs,PA\n")
