@@ -145,7 +145,13 @@ def _connect(address: str) -> tuple[Any, bool]:
     try:
         if address == LOCAL:
             with _nowhere_to_report():
-                ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+                # "local" by name: without an address Ray joins whatever cluster ran here last, dead or not.
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
         else:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
     except (ConnectionError, ValueError, RuntimeError) as error:
