@@ -355,6 +355,7 @@ def ui(
         host, port, access, encoder, tuple(slides or ()), audit_log, page=not no_page
     )
     _open_page(atlas, options)
+    stopping.leave(console.EXIT_DONE)  # a map may still be computed by a foreign thread
 
 
 def _need_torch() -> None:

@@ -344,8 +344,10 @@ def test_ctrl_c_at_any_moment_of_writing_ends_cleanly(tmp_path, whose):
     command = [sys.executable, "-X", "faulthandler", "-c", code, tmp_path, whose]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    if whose == "command line":
-        assert done.stdout == "stopped 60\n" and done.stderr == ""
+    # Python itself drops an exception that meets a callback of a weak reference; it says so, and goes on.
+    dropped = done.stderr.count("Exception ignored") if whose == "library" else 0
+    assert done.stdout == f"stopped {60 - dropped}\n" and dropped <= 2
+    assert dropped or done.stderr == ""
     assert list(tmp_path.glob("*.histoseek-tmp")) == []
     for path in tmp_path.glob("*.h5"):
         assert read_features(path).features.shape == (400, 64)
