@@ -69,8 +69,8 @@ def same_text(text: str) -> str:
 
 def value_of(given: Any) -> str:
     """Return a cell as text; the empty text where it means *no value* (None, NaN, ``N/A`` …)."""
-    text = "" if given is None else str(given).strip()
-    return "" if text in NO_VALUE else text
+    text = "" if given is None else str(given)
+    return "" if text.strip() in NO_VALUE else text
 
 
 def clean_row(row: Mapping[Any, Any]) -> dict[str, str]:
@@ -225,7 +225,7 @@ def _rows(
             )
         clean: dict[str, str] = {}
         for name, cell in zip(names, row, strict=True):
-            clean[name] = value_of(cell)
+            clean[name] = value_of(cell.strip())
             if not clean[name] and cell.strip():
                 words[cell.strip()] += 1
         if not clean[key]:
