@@ -70,7 +70,7 @@ def same_text(text: str) -> str:
 def value_of(given: Any) -> str:
     """Return a cell as text; the empty text where it means *no value* (None, NaN, ``N/A`` …)."""
     text = "" if given is None else str(given)
-    return "" if text.strip() in NO_VALUE else text
+    return "" if text in NO_VALUE else text
 
 
 def clean_row(row: Mapping[Any, Any]) -> dict[str, str]:
