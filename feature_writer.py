@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -66,7 +67,9 @@ class FeatureWriter:
         self._count = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            self._temp = temporary(path)
+            with shielded():  # a Ctrl-C right after this still finds the file to delete
+                self._temp = temporary(path)
+                weakref.finalize(self, discard, self._temp)
             self._file = _TolerantFile(self._temp)
         except OSError as error:
             raise storage_failed(path, error) from error

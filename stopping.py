@@ -97,16 +97,18 @@ def armed() -> Iterator[None]:
 
 def _take(numbers: tuple[signal.Signals, ...]) -> None:
     """Install the handlers and the thread that listens."""
+    first = _state.ours is None or _state.theirs is None
     if _state.ours is None or _state.theirs is None:
         _state.ours, _state.theirs = socket.socketpair()
         _state.theirs.setblocking(False)
         os.register_at_fork(after_in_child=_disarm)
-        threading.Thread(target=_listen, args=(_state.ours,), name="signals", daemon=True).start()
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _nothing)
     signal.set_wakeup_fd(_state.theirs.fileno(), warn_on_full_buffer=False)
     _state.armed = True
+    if first:  # last, so that whoever sees the thread knows that the handlers are there
+        threading.Thread(target=_listen, args=(_state.ours,), name="signals", daemon=True).start()
 
 
 def rearm() -> None:
