@@ -310,7 +310,7 @@ def test_names_of_uploads_stay_in_their_folder(serve, own_atlas, name):
     before = set(own_atlas.parent.rglob("*"))
     job = one.additions.upload(io.BytesIO(b"no slide"), name, {}, False)
     assert job.path.parent.parent == own_atlas / "uploads" and not job.path.name.startswith(".")
-    # The server may write files of its own meanwhile (the map, the database's log): not these bytes, no folders.
+    # The server may write files of its own meanwhile (map, database's log): not these bytes, no folders.
     new = set(own_atlas.parent.rglob("*")) - before
     written = [p for p in new if p.is_dir() or (p.is_file() and b"no slide" in p.read_bytes())]
     assert written and all(own_atlas / "uploads" in [p, *p.parents] for p in written)
