@@ -18,6 +18,7 @@ from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told
 
 EXAMPLES = 3
 """Tiles that stand for the cluster of each image."""
+TRIES = 3
 ZIP_BYTES = 512 * 2**20
 ENTRIES = 4 * MAX_IMAGES
 MAP_JS = """
@@ -61,9 +62,16 @@ def cluster_tab(server: Server) -> None:
                 return view.problem("No image yet. Choose one or more first."), "{}"
             session.wait_for_layout()
             images = unpacked([(f["name"], Path(f["path"])) for f in files])
-            answer = session.cluster(images, name)
+            for _ in range(
+                TRIES
+            ):  # the examples must be of the state that the images were placed in
+                answer = session.cluster(images, name)
+                described = session.atlas.clusters(answer.clustering, EXAMPLES)
+                if session.atlas.view().revision == answer.revision:
+                    break
+            else:
+                described = []  # a writer commits all the time: the answer stands without examples
             server.note_assign(request, answer)
-            described = session.atlas.clusters(answer.clustering, EXAMPLES)
         except HistoseekError as error:
             return told(error), "{}"
         shown = []
