@@ -407,14 +407,18 @@ def doctor(json: Json = False) -> None:
 
 def main(arguments: list[str] | None = None) -> Any:
     """Run the command line; errors of ours exit 1, wrong usage 2, Ctrl-C 130, each with a message."""
+    before = console.mode.json
     console.mode.json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     if start.is_command_line():
         outlets.take_over()
-    code = _run(arguments)
-    if stopping.requested() or code == console.EXIT_STOPPED:
-        console.tell_stop(done=code == console.EXIT_DONE)
-        stopping.leave(stopping.exit_code())
-    sys.exit(console.exit_code(code))
+    try:
+        code = _run(arguments)
+        if stopping.requested() or code == console.EXIT_STOPPED:
+            console.tell_stop(done=code == console.EXIT_DONE)
+            stopping.leave(stopping.exit_code())
+        sys.exit(console.exit_code(code))
+    finally:
+        console.mode.json = before  # a program may call this and then print for a person
 
 
 def _run(arguments: list[str] | None) -> int:

@@ -5,7 +5,7 @@ import json
 import pytest
 from PIL import Image
 
-from histoseek import __version__
+from histoseek import __version__, console
 
 
 @pytest.fixture(scope="module")
@@ -160,3 +160,9 @@ def test_demo_finds_the_place_the_crop_was_cut_from(cli_json, tmp_path):
 def test_json_is_the_only_thing_on_stdout(cli, tile_folder, tmp_path):
     done = cli("embed", tile_folder, "--out", tmp_path / "f", "--json")
     assert json.loads(done.stdout)["ok"]
+
+
+def test_json_ends_with_the_command(cli_here_json, cli_here, tmp_path):
+    cli_here_json("index", "stats", tmp_path / "none", expect=1)
+    console.say("for a person")
+    assert not console.mode.json
