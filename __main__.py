@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from . import start
+from .ui.cli import start
 
 if __name__ == "__main__":
     start.begin()  # before the imports below, during which Ctrl-C may come already
@@ -18,9 +18,9 @@ import typer
 
 from . import __version__, console, outlets, stopping
 from .console import Json
-from .embed_command import embed
 from .errors import BadInput, HistoseekError, MissingPart
-from .index_commands import index_app
+from .ui.cli.embed import embed
+from .ui.cli.index import index_app
 
 # Medical data: no part of this program reports to anyone. Set before any of them is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -65,7 +65,7 @@ def demo(
     json: Json = False,
 ) -> None:
     """Run the whole path on one real slide: embed, index, cluster, search, page."""
-    from .demo import run_demo
+    from .ui.cli.demo import run_demo
 
     atlas, found = run_demo(dir)
     if not no_ui:
@@ -220,8 +220,8 @@ def export(
 ) -> None:
     """Export a run to an encoder bundle: ONNX graph, manifest, parity proof, model card."""
     _need_torch()
+    from .artifacts.files import read_text
     from .export.bundle import export_run, parity_tiles
-    from .files import read_text
     from .training.layouts import open_data
     from .training.models import build
 
@@ -265,9 +265,9 @@ def repository(
     """Write a Triton model repository: one model per bundle; a changed encoder adds a version."""
     from dataclasses import asdict
 
+    from .artifacts.tileset_files import open_tiles
     from .export.triton import TritonOptions, write_repository
-    from .serving.encoder import bundle_path
-    from .tilesets import open_tiles
+    from .serving.encoders.open import bundle_path
 
     options = TritonOptions(max_batch, instances, queue, delay_us, fp16)
     with console.working("writing the repository, and measuring parity"):
@@ -286,7 +286,7 @@ def repository(
 def _hash_password(wanted: bool) -> None:
     if not wanted:
         return
-    from .ui.users import ask_password, hash_password
+    from .ui.access.users import ask_password, hash_password
 
     made = hash_password(ask_password())
     console.emit({"hash": made}, lambda: print(made))
@@ -344,8 +344,8 @@ def ui(
     json: Json = False,
 ) -> None:
     """Serve the page and the HTTP API of an atlas (API: /docs)."""
-    from .ui.access import access_for
-    from .ui.proxies import proxies_for
+    from .ui.access.policy import access_for
+    from .ui.access.proxies import proxies_for
     from .ui.server import ServeOptions
 
     proxies = proxies_for(trusted_proxy or (), root_path, user_header, editor or ())
@@ -397,7 +397,7 @@ def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = F
 @app.command()
 def doctor(json: Json = False) -> None:
     """Say what is installed, which accelerators there are, and how to get what is missing."""
-    from .doctor import examine, show
+    from .ui.cli.doctor import examine, show
 
     report = examine()
     console.emit(report, lambda: show(report))

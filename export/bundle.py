@@ -15,10 +15,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from ..artifacts.files import publish_folder, read_json, sha256_file, write_atomic, write_json
+from ..artifacts.manifest import CARD, CLUSTERS, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
+from ..artifacts.tileset_files import open_tiles
+from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Damaged
-from ..files import publish_folder, read_json, sha256_file, write_atomic, write_json
-from ..manifest import CARD, CLUSTERS, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
-from ..tilesets import TileSet, open_tiles, sample_tiles
 from .card import model_card
 from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ..manifest import Manifest
+from ..artifacts.manifest import Manifest
 from ..metrics import flat_rows
 
 JUDGED = ("trained", "random_init", "pixels")

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
+from ..artifacts.manifest import FOREIGN_ANGLE, INPUT, OUTPUT
 from ..errors import BadInput, Mismatch, MissingPart
-from ..manifest import FOREIGN_ANGLE, INPUT, OUTPUT
 
 OPSET = 18
 """Loads in ONNX Runtime 1.24 (Triton 26.04) and in far older ones."""

@@ -18,9 +18,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ..errors import BadInput, Mismatch, MissingPart
-from ..files import publish_folder, read_json, write_atomic, write_json
-from ..manifest import (
+from ..artifacts.files import publish_folder, read_json, write_atomic, write_json
+from ..artifacts.manifest import (
     GRAPH,
     INPUT,
     OUTPUT,
@@ -32,7 +31,8 @@ from ..manifest import (
     probe_tile,
     read_manifest,
 )
-from ..tilesets import TileSet, sample_tiles
+from ..artifacts.tilesets import TileSet, sample_tiles
+from ..errors import BadInput, Mismatch, MissingPart
 
 MODEL = "model.onnx"
 CONFIG = "config.pbtxt"

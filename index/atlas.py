@@ -18,22 +18,29 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .. import stopping
+from ..artifacts.files import exclusive, publish_folder, write_atomic, write_json
+from ..artifacts.manifest import MANIFEST, Manifest, external_manifest, read_manifest
 from ..console import Report
 from ..errors import BadInput, Damaged, Mismatch, NotFound, StorageFailed
-from ..files import exclusive, publish_folder, write_atomic, write_json
-from ..manifest import MANIFEST, Manifest, external_manifest, read_manifest
-from . import cases, cluster_report, clusterings, fitting, layout, search, tuning
-from .catalog import ATLAS_ID, Catalog, now
-from .clusters import Assigned, Clustering
-from .generations import Generations, View
-from .layout import Layout
-from .metadata import AddedSlides, Metadata, slides_meant
-from .records import Hit, plain_name
-from .relocation import Relocated, relocate
-from .scales import MIXED, scales_of
-from .search import Own
-from .vectors import VectorIndex, prepared
-from .writing import FEATURES, Writer
+from .clusters import fitting
+from .clusters import report as cluster_report
+from .clusters import stored as clusterings
+from .clusters.clustering import Assigned, Clustering
+from .search import cases
+from .search import map as layout
+from .search import tiles as search
+from .search.map import Layout
+from .search.tiles import Own
+from .store.catalog import ATLAS_ID, Catalog, now
+from .store.metadata import AddedSlides, Metadata, slides_meant
+from .store.relocation import Relocated, relocate
+from .store.rows import Hit, plain_name
+from .store.scales import MIXED, scales_of
+from .vectors import tuning
+from .vectors.generations import Generations, View
+from .vectors.index import VectorIndex
+from .vectors.scan import prepared
+from .writer import FEATURES, Writer
 
 ENCODER = "encoder"
 LOCK = ".lock"
@@ -124,7 +131,7 @@ class Atlas:
         Args:
             files: HDF5 feature files.
             metadata: label, patient and any other column, by what names the slide: its name in the atlas,
-                its file's name, or the end of its path (:mod:`histoseek.slide_names`); also taken over
+                its file's name, or the end of its path (see ``slide_names``); also taken over
                 for slides that are there already.
             replace: put other features of a slide that is there in the place of the old ones (upsert).
             progress: called after each file.
@@ -182,7 +189,7 @@ class Atlas:
     def relocate(
         self, old: str | None, new: Path | None, folders: Sequence[Path]
     ) -> list[Relocated]:
-        """Take over where slides lie now; see :func:`~histoseek.index.relocation.relocate`."""
+        """Take over where slides lie now; see :func:`~histoseek.index.store.relocation.relocate`."""
         with self.writing():
             return relocate(self.path, self.catalog, old, new, folders)
 
@@ -269,7 +276,7 @@ class Atlas:
             queries: (Q, D) of this atlas's encoder.
             k: hits per query; all tiles if there are fewer.
             where: metadata filter such as ``organ = 'colon' and patient != 'P7'``; see
-                :mod:`~histoseek.index.filters`.
+                :mod:`~histoseek.index.search.filters`.
             least: lowest score of a hit (a range search, always exact).
             per_slide: at most one hit per slide.
             exact: compare with every tile, whatever the index.
@@ -749,7 +756,7 @@ class Atlas:
 
     def verify(self) -> list[str]:
         """Check every file against its hash and every count; return what is wrong, [] if nothing is."""
-        from .verify import problems
+        from .care.verify import problems
 
         while True:
             revision = self.catalog.revision()
@@ -766,7 +773,7 @@ class Atlas:
         Raises:
             Busy: another process is writing.
         """
-        from .verify import repair
+        from .care.verify import repair
 
         with self.writing() as writer:
             return repair(self, writer)
@@ -781,7 +788,7 @@ class Atlas:
             Damaged: the atlas is not whole; nothing is written.
             StorageFailed: no space.
         """
-        from .snapshots import take
+        from .care.snapshots import take
 
         return take(self, out)
 

@@ -5,10 +5,10 @@ from pathlib import Path
 
 import numpy as np
 
-from histoseek.feature_files import Features
-from histoseek.feature_writer import write_features
+from histoseek.artifacts.feature_files import Features
+from histoseek.artifacts.feature_writer import write_features
 from histoseek.index.atlas import Atlas
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 DIM = json.loads((DEFAULT_BUNDLE / "manifest.json").read_text())["dim"]
 SHA = json.loads((DEFAULT_BUNDLE / "manifest.json").read_text())["sha256"]

@@ -160,8 +160,8 @@ def tile_folder(tmp_path_factory: pytest.TempPathFactory, pictures: dict[str, np
 @pytest.fixture(scope="session")
 def other_bundle(tmp_path_factory: pytest.TempPathFactory, tile_folder: Path) -> Path:
     """A second encoder, of another dimension: random weights, exported for real."""
+    from histoseek.artifacts.tileset_files import open_tiles
     from histoseek.export.bundle import export_run
-    from histoseek.tilesets import open_tiles
     from histoseek.training.fit_arcface import ArcFaceOptions, fit
     from histoseek.training.models import build
 

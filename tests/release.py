@@ -25,16 +25,16 @@ TOOLS = ["cyclonedx-bom==7.5.0", "pip-licenses==5.5.5", "twine==7.0.0"]
 SHIPPED = "cpu,ui"
 """The extras that the demo and the page need, whose dependencies are reported."""
 IMPORTS = {
-    "": "histoseek.__main__, histoseek.serving.slides, histoseek.tilesets",
-    "cpu": "histoseek.serving.encoder, histoseek.index.atlas",
-    "cpu,ui": "histoseek.ui.app, histoseek.ui.server, histoseek.index.layout",
+    "": "histoseek.__main__, histoseek.serving.slides.slide, histoseek.artifacts.tilesets",
+    "cpu": "histoseek.serving.encoders.protocol, histoseek.index.atlas",
+    "cpu,ui": "histoseek.ui.page.app, histoseek.ui.server, histoseek.index.search.map",
     "cpu,train": "histoseek.training.commands, histoseek.training.recipes, histoseek.export.bundle",
-    "cpu,openvino": "openvino, histoseek.serving.engines",
+    "cpu,openvino": "openvino, histoseek.serving.encoders.engines",
     "triton": "tritonclient.grpc, histoseek.export.triton",
     "cpu,ray": "ray, fsspec",
     "metrics": "prometheus_client",
-    "cpu,milvus": "pymilvus, histoseek.index.milvus",
-    "cpu,bridges": "anndata, zarr, pyarrow, histoseek.index.exports",
+    "cpu,milvus": "pymilvus, histoseek.index.exchange.milvus",
+    "cpu,bridges": "anndata, zarr, pyarrow, histoseek.index.exchange.exports",
 }
 ONLY_RESOLVED = ("gpu",)
 """Extras of several GB for machines with a GPU: only that pip finds versions is checked."""

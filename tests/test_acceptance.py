@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histoseek.demo import covers, rotated_crop
-from histoseek.serving.slides import open_slide
+from histoseek.serving.slides.slide.slide import open_slide
+from histoseek.ui.cli.demo import covers, rotated_crop
 
 ROOT = Path(__file__).parents[1]
 CROPS = 100
@@ -24,7 +24,7 @@ def test_a_rotated_crop_of_the_slide_finds_its_own_place(cmu_slide, cli_json, tm
     atlas = tmp_path / "atlas"
     cli_json("index", "create", atlas)
     cli_json("index", "add", atlas, tmp_path / "features")
-    from histoseek.feature_files import read_features
+    from histoseek.artifacts.feature_files import read_features
 
     item = read_features(Path(report["results"][0]["features"]))
     rng = np.random.default_rng(2024)

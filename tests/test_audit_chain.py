@@ -9,8 +9,8 @@ import sys
 
 import pytest
 
-from histoseek import audit_chain
-from histoseek.audit_chain import ChainedLog, head_path, problems
+from histoseek.artifacts import audit_chain
+from histoseek.artifacts.audit_chain import ChainedLog, head_path, problems
 
 
 @pytest.fixture
@@ -173,7 +173,7 @@ def test_a_log_that_is_emptied_while_it_is_open_says_so(path):
 WRITER = """
 import sys
 from pathlib import Path
-from histoseek.audit_chain import ChainedLog
+from histoseek.artifacts.audit_chain import ChainedLog
 log = ChainedLog(Path(sys.argv[1]))
 for n in range(200):
     log.append({"action": f"{sys.argv[2]} {n}"})

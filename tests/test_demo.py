@@ -7,9 +7,9 @@ import threading
 import numpy as np
 import pytest
 
-from histoseek.demo import covers, fetch, make_tissue_slide, rotated_crop
 from histoseek.errors import BadInput, Damaged
-from histoseek.serving.slides import open_slide
+from histoseek.serving.slides.slide.slide import open_slide
+from histoseek.ui.cli.demo import covers, fetch, make_tissue_slide, rotated_crop
 
 
 @pytest.fixture

@@ -7,8 +7,7 @@ import threading
 
 import pytest
 
-from histoseek.errors import BadInput, Busy, Damaged, StorageFailed
-from histoseek.files import (
+from histoseek.artifacts.files import (
     exclusive,
     publish_folder,
     read_json,
@@ -16,6 +15,7 @@ from histoseek.files import (
     write_atomic,
     write_json,
 )
+from histoseek.errors import BadInput, Busy, Damaged, StorageFailed
 
 
 def test_a_failed_write_leaves_the_old_file(tmp_path, monkeypatch):

@@ -4,9 +4,9 @@ import h5py
 import numpy as np
 import pytest
 
+from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput
-from histoseek.feature_files import read_features
-from histoseek.index.imports import read_foreign
+from histoseek.index.exchange.imports import read_foreign
 
 COORDS = np.arange(20).reshape(10, 2)
 VECTORS = np.arange(160, dtype=np.float32).reshape(10, 16)

@@ -8,9 +8,9 @@ import pytest
 from colour import ADOBE, DISPLAY_P3, SRGB, grey_profile, rgb_profile
 from PIL import Image, ImageCms
 
+from histoseek.artifacts.images import decode, square
 from histoseek.errors import BadInput
-from histoseek.images import decode, square
-from histoseek.serving.encoder import open_encoder
+from histoseek.serving.encoders.open import open_encoder
 
 
 def encoded(picture, kind="PNG", **options):

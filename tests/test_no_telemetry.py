@@ -84,7 +84,7 @@ def hook(event, args):
         seen.append((event, args[-1] if event == "socket.connect" else args[0]))
 sys.addaudithook(hook)
 from histoseek.__main__ import app
-from histoseek.doctor import examine
+from histoseek.ui.cli.doctor import examine
 examine()
 import os, gradio
 assert os.environ["ORT_DISABLE_TELEMETRY"] == "1"

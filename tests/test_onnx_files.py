@@ -9,13 +9,14 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
+from histoseek.artifacts.files import sha256_file
+from histoseek.artifacts.manifest import read_manifest
+from histoseek.artifacts.onnx_files import check_graph_whole
 from histoseek.errors import BadInput, Damaged
 from histoseek.export.triton import TritonOptions, write_repository
-from histoseek.files import sha256_file
 from histoseek.index.atlas import Atlas
-from histoseek.manifest import read_manifest
-from histoseek.onnx_files import check_graph_whole
-from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 
 @pytest.fixture

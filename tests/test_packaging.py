@@ -84,8 +84,9 @@ def test_torch_is_named_only_in_training_and_export():
 def test_stages_without_torch_import_where_torch_is_forbidden(tmp_path):
     (tmp_path / "torch.py").write_text("raise ImportError('torch is not installed here')\n")
     code = (
-        "import histoseek.serving.pipeline, histoseek.serving.encoder, histoseek.serving.jobs\n"
-        "import histoseek.index.atlas, histoseek.ui.app, histoseek.ui.view, histoseek.demo\n"
+        "import histoseek.serving.embedding.pipeline, histoseek.serving.encoders.open\n"
+        "import histoseek.serving.embedding.jobs, histoseek.index.atlas, histoseek.ui.page.app\n"
+        "import histoseek.ui.page.view, histoseek.ui.cli.demo\n"
         "import sys; print('torch' in sys.modules)\n"
     )
     done = subprocess.run(

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histoseek.artifacts.slide_names import SlideName, match, without_ending, without_last_ending
 from histoseek.errors import BadInput
-from histoseek.slide_names import SlideName, match, without_ending, without_last_ending
 
 SLIDES = [
     SlideName("case", ("/data/s/case.svs",)),
@@ -83,7 +83,7 @@ PARTS = st.lists(
 
 @given(st.lists(PARTS, min_size=1, max_size=5, unique_by=tuple), PARTS)
 def test_a_name_never_goes_to_a_slide_whose_path_does_not_end_so(paths, name):
-    from histoseek.tables import same_text
+    from histoseek.artifacts.tables import same_text
 
     slides = [SlideName(f"n{n}", (f"/r/{'/'.join(p)}.svs",)) for n, p in enumerate(paths)]
     asked = "/".join(name)

@@ -7,8 +7,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histoseek.artifacts.tables import (
+    NO_VALUE,
+    clean_row,
+    number_of,
+    parse_table,
+    read_csv,
+    value_of,
+)
 from histoseek.errors import BadInput
-from histoseek.tables import NO_VALUE, clean_row, number_of, parse_table, read_csv, value_of
 
 ROWS = ({"slide": "Präparat 7", "label": "gutartig"}, {"slide": "b", "label": ""})
 

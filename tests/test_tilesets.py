@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.artifacts.tilesets import concatenate
 from histoseek.errors import BadInput
-from histoseek.tilesets import concatenate, open_tiles
 
 
 def png(value):

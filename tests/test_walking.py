@@ -4,8 +4,8 @@ import os
 
 import pytest
 
+from histoseek.artifacts.walking import once, summarised, walk
 from histoseek.errors import BadInput
-from histoseek.walking import once, summarised, walk
 
 
 def names(walked, root):

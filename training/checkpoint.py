@@ -10,8 +10,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
+from ..artifacts.files import write_atomic
 from ..errors import BadInput, Damaged, Mismatch
-from ..files import write_atomic
 from .models import Encoder, build
 from .pretrained import find_weights
 

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 
 from .. import console
+from ..artifacts.files import write_json
+from ..artifacts.tilesets import TileSet, concatenate
+from ..artifacts.walking import summarised
 from ..errors import BadInput
-from ..files import write_json
 from ..metrics import flat_rows
-from ..tilesets import TileSet, concatenate
-from ..walking import summarised
 from .evaluate import JUDGED
 from .layouts import open_data
 from .models import MODELS, build, model_options

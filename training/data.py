@@ -11,11 +11,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifacts.images import Rgb, square
+from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
-from ..images import Rgb, square
 from ..metrics import Ints, codes
-from ..tilesets import TileSet
 
 MAX_BYTES = 16 * 2**30
 BLANK = 12.0

@@ -13,9 +13,9 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 
+from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
-from ..tilesets import TileSet
 from .distributed import processes
 from .job import Job, Objective, Phase
 from .kmeans import RULES, fit_clusters

@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints, Metric
-from ..tilesets import TileSet
 from .data import LabelledTiles
 from .evaluate import to_input
 from .job import Job, Objective, Phase

@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Floats, Ints, clustering_report
-from ..tilesets import TileSet
 from .checkpoint import load_run_weights
 from .data import LabelledTiles
 from .evaluate import to_input

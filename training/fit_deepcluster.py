@@ -17,10 +17,10 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
-from ..tilesets import TileSet
 from .data import LabelledTiles
 from .evaluate import embed_numbers, quiet_duplicates
 from .job import Job, Objective, Phase

@@ -20,10 +20,10 @@ from numpy.typing import NDArray
 from torch import nn
 
 from .. import stopping
+from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
-from ..tilesets import TileSet
 from .augment import Augmentation, augment, placement
 from .checkpoint import load_backbone
 from .data import LabelledTiles, Split, describe, describe_split, load, split

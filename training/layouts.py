@@ -17,12 +17,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifacts.files import sha256_file
+from ..artifacts.images import SUFFIXES
+from ..artifacts.tables import read_csv
+from ..artifacts.tileset_files import open_tiles
+from ..artifacts.tilesets import Tile, TileSet, content_hash
+from ..artifacts.walking import walk
 from ..errors import BadInput
-from ..files import sha256_file
-from ..images import SUFFIXES
-from ..tables import read_csv
-from ..tilesets import Tile, TileSet, content_hash, open_tiles
-from ..walking import walk
 
 CIFAR10 = (
     "airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck",

@@ -8,8 +8,8 @@ from pathlib import Path
 from urllib.parse import urlparse
 
 from .. import stopping
+from ..artifacts.files import cache_folder, discard, publish_file, sha256_file, temporary
 from ..errors import BadInput, Mismatch, MissingPart, Unavailable
-from ..files import cache_folder, discard, publish_file, sha256_file, temporary
 
 LITE0 = "efficientnet-lite0"
 LITE0_SHA256 = "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db"

@@ -10,15 +10,9 @@ from typing import Any
 import numpy as np
 import torch
 
+from ..artifacts.files import read_json, write_json
 from ..errors import Mismatch
-from ..files import read_json, write_json
-from .checkpoint import (
-    Tensors,
-    flatten_optimizer,
-    load_tensors,
-    restore_optimizer,
-    save_tensors,
-)
+from .checkpoint import Tensors, flatten_optimizer, load_tensors, restore_optimizer, save_tensors
 
 RECORD = "run.json"
 WEIGHTS = "weights.safetensors"

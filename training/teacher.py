@@ -17,8 +17,8 @@ import torch
 from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 
+from ..artifacts.files import cache_folder, replacing
 from ..console import Report
-from ..files import cache_folder, replacing
 from ..metrics import Ints
 from .checkpoint import load_backbone
 from .data import LabelledTiles

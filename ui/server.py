@@ -14,12 +14,12 @@ from typing import Any
 
 from ..console import say
 from ..errors import BadInput, Busy, MissingPart, StorageFailed
-from .access import Access, is_local
-from .additions import Additions
-from .audit import FILE, Audit
-from .guard import Guard
-from .handlers import Session
-from .traffic import Traffic
+from .access.audit import FILE, Audit
+from .access.guard import Guard
+from .access.policy import Access, is_local
+from .access.traffic import Traffic
+from .session.additions import Additions
+from .session.session import Session
 
 GRACE_S = 5
 CONNECTIONS = 1024
@@ -133,15 +133,15 @@ def make_app(
 ) -> Guard:
     """Return the whole ASGI app: the API, the page, and the guard around both."""
     _need("fastapi")
-    from .api import make_api
-    from .service import Server
+    from .access.service import Server
+    from .api.app import make_api
 
     traffic = Traffic()
     server = Server(session, additions, audit, traffic)
     app = make_api(server)
     if with_page:
         _need("gradio")
-        from .app import mount
+        from .page.app import mount
 
         app = mount(app, server)
     return Guard(app, access, traffic)

@@ -18,7 +18,7 @@ import torch
 from encoder import FEWEST, METRICS, OUT, nearest, summary, table
 from judged import SHARED, never_trained, trained_and_held_out
 
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 from histoseek.training.checkpoint import load_encoder
 from histoseek.training.commands import train
 from histoseek.training.evaluate import embed

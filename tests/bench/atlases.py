@@ -5,11 +5,11 @@ from pathlib import Path
 
 import numpy as np
 
-from histoseek.feature_files import Features
-from histoseek.feature_writer import write_features
+from histoseek.artifacts.feature_files import Features
+from histoseek.artifacts.feature_writer import write_features
+from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.index.atlas import Atlas
-from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
-from histoseek.tilesets import open_tiles
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 MANIFEST = json.loads((DEFAULT_BUNDLE / "manifest.json").read_text())
@@ -47,7 +47,7 @@ def repeated(count, seed, spread=0.3):
 
 
 def _square(picture):
-    from histoseek.images import square
+    from histoseek.artifacts.images import square
 
     return square(picture, MANIFEST["size_px"])
 

@@ -30,16 +30,16 @@ from judged import (
     trained_and_held_out,
 )
 
+from histoseek.artifacts.feature_files import Features
+from histoseek.artifacts.feature_writer import write_features
+from histoseek.artifacts.files import sha256_file
+from histoseek.artifacts.manifest import INPUT, OUTPUT
 from histoseek.export.onnx_graph import Graph, to_onnx
-from histoseek.feature_files import Features
-from histoseek.feature_writer import write_features
-from histoseek.files import sha256_file
 from histoseek.index.atlas import Atlas
-from histoseek.index.clusters import fit as fit_clusters
-from histoseek.index.evaluate import average_precision, votes
-from histoseek.manifest import INPUT, OUTPUT
+from histoseek.index.clusters.fit.fit import fit as fit_clusters
+from histoseek.index.studies.scores import average_precision, votes
 from histoseek.metrics import clustering_report
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 from histoseek.training.checkpoint import load_backbone
 from histoseek.training.evaluate import calibrate, embed
 from histoseek.training.models import build

@@ -14,14 +14,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageFilter
 
-from histoseek.demo import covers, rotated_crop
-from histoseek.images import square
+from histoseek.artifacts.images import square
+from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.metrics import codes
-from histoseek.serving.encoder import DEFAULT_BUNDLE
-from histoseek.serving.slides import open_slide
-from histoseek.tilesets import open_tiles
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
+from histoseek.serving.slides.slide.slide import open_slide
 from histoseek.training.commands import select
 from histoseek.training.data import load, split
+from histoseek.ui.cli.demo import covers, rotated_crop
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FOREIGN = 200

@@ -65,9 +65,9 @@ def torch_graph(views, seed=0):
 
 def bundle_of(folder, views):
     """The same network exported to a bundle; speed does not depend on what its weights are."""
+    from histoseek.artifacts.files import sha256_file, write_json
+    from histoseek.artifacts.manifest import GRAPH, MANIFEST, Manifest
     from histoseek.export.onnx_graph import OPSET, to_onnx
-    from histoseek.files import sha256_file, write_json
-    from histoseek.manifest import GRAPH, MANIFEST, Manifest
 
     folder.mkdir(parents=True)
     (folder / GRAPH).write_bytes(to_onnx(torch_graph(views), 224))

@@ -11,12 +11,13 @@ from pathlib import Path
 import numpy as np
 from judged import trained_and_held_out
 
+from histoseek.artifacts.manifest import GRAPH
 from histoseek.export.half_precision import to_fp16
-from histoseek.manifest import GRAPH
 from histoseek.metrics import retrieval_report
-from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
-from histoseek.serving.engine_choice import rate_of
-from histoseek.serving.engines import ENGINES, Plan, cores
+from histoseek.serving.encoders.engine_choice import rate_of
+from histoseek.serving.encoders.engines import ENGINES, Plan, cores
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 ROUNDS = 3
 

@@ -29,14 +29,15 @@ from made import bundle_of, large_pyramid
 from triton_server import TritonServer
 
 from histoseek.export.triton import TritonOptions, write_repository
-from histoseek.serving.encoder import OnnxEncoder, open_encoder
-from histoseek.serving.engines import cores
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.meter import Meter
-from histoseek.serving.openslide_source import OpenSlideSource
-from histoseek.serving.pipeline import PIECE, embed_jobs
-from histoseek.serving.results import EmbedOptions
-from histoseek.serving.slides import open_slide
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.meter import Meter
+from histoseek.serving.embedding.pipeline import PIECE, embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.engines import cores
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import open_encoder
+from histoseek.serving.slides.slide.openslide_source import OpenSlideSource
+from histoseek.serving.slides.slide.slide import open_slide
 
 ROUNDS = 3
 

@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from histoseek.tilesets import Tile, TileSet
+from histoseek.artifacts.tilesets import Tile, TileSet
 from histoseek.training.fit_arcface import ArcFaceOptions
 from histoseek.training.fit_autoencoder import AutoencoderOptions
 from histoseek.training.fit_classifier import ClassifierOptions

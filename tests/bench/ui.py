@@ -34,8 +34,8 @@ from loopback import free_port
 from mutated import mutated_uploads
 
 from histoseek.index.atlas import Atlas
-from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
-from histoseek.ui.gate import Gate
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
+from histoseek.ui.session.batching import Gate
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",

@@ -7,12 +7,13 @@ import onnx
 import pytest
 import torch
 
+from histoseek.artifacts.images import square
+from histoseek.artifacts.manifest import read_manifest
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.export.bundle import export_run, load_run, parity_tiles
 from histoseek.export.onnx_graph import Graph
-from histoseek.images import square
-from histoseek.manifest import read_manifest
-from histoseek.tilesets import open_tiles, sample_tiles
 from histoseek.training.commands import select
 from histoseek.training.data import load, split
 from histoseek.training.fit_arcface import ArcFaceOptions, fit
@@ -28,7 +29,7 @@ def run(tile_folder, tmp_path_factory):
 
 
 def test_the_bundle_is_complete_and_loads_in_older_runtimes(run, tile_folder, tmp_path):
-    from histoseek.serving.encoder import OnnxEncoder
+    from histoseek.serving.encoders.onnx import OnnxEncoder
 
     manifest = export_run(
         run, tmp_path / "b", open_tiles(tile_folder), build, mpp=0.5, licence="CC0"
@@ -59,7 +60,7 @@ def test_the_bundle_is_complete_and_loads_in_older_runtimes(run, tile_folder, tm
 
 @pytest.mark.parametrize("views", [2, 4, 8])
 def test_averaged_views_make_a_turned_tile_the_same(run, tile_folder, tmp_path, views):
-    from histoseek.serving.encoder import OnnxEncoder
+    from histoseek.serving.encoders.onnx import OnnxEncoder
 
     tiles = open_tiles(tile_folder)
     assert export_run(run, tmp_path / "b", tiles, build, views=views).views == views
@@ -76,7 +77,7 @@ def test_averaged_views_make_a_turned_tile_the_same(run, tile_folder, tmp_path, 
 
 
 def test_pca_lives_in_the_graph(run, tile_folder, tmp_path):
-    from histoseek.serving.encoder import OnnxEncoder
+    from histoseek.serving.encoders.onnx import OnnxEncoder
 
     tiles = open_tiles(tile_folder)
     manifest = export_run(run, tmp_path / "b", tiles, build, pca=0.9)
@@ -95,7 +96,7 @@ def test_pca_lives_in_the_graph(run, tile_folder, tmp_path):
 
 
 def test_whitening_makes_the_components_count_alike(run, tile_folder, tmp_path):
-    from histoseek.serving.encoder import OnnxEncoder
+    from histoseek.serving.encoders.onnx import OnnxEncoder
 
     tiles = open_tiles(tile_folder)
     images = sample_tiles(tiles, 64, 12)
@@ -117,7 +118,7 @@ def test_whitening_makes_the_components_count_alike(run, tile_folder, tmp_path):
 
 @pytest.mark.shared
 def test_a_gate_puts_foreign_pictures_at_a_right_angle_to_tissue(shared, tmp_path):
-    from histoseek.serving.encoder import OnnxEncoder
+    from histoseek.serving.encoders.onnx import OnnxEncoder
 
     chosen = select([shared / "histo_mix.tar"], [], ["label"])
     made = {"gate": True, "drop_head": True}
@@ -163,7 +164,7 @@ def test_clusters_found_in_training_are_those_of_the_atlas(tile_folder, tmp_path
     manifest = export_run(tmp_path / "run", tmp_path / "b", tiles, build)
     assert manifest.dim == 6 and (tmp_path / "b/clusters.npz").exists()
     from histoseek.index.atlas import Atlas
-    from histoseek.serving.encoder import OnnxEncoder
+    from histoseek.serving.encoders.onnx import OnnxEncoder
 
     features = tmp_path / "features"
     cli_json("embed", tile_folder, "--encoder", tmp_path / "b", "--out", features)

@@ -9,11 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from histoseek.artifacts.files import sha256_file
+from histoseek.artifacts.manifest import CARD, GRAPH, read_manifest
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.export.bundle import export_run
-from histoseek.files import sha256_file
-from histoseek.manifest import CARD, GRAPH, read_manifest
-from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
-from histoseek.tilesets import open_tiles, sample_tiles
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 from histoseek.training.models import build
 from histoseek.training.recipes import find_recipe, parse_options
 

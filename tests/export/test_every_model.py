@@ -8,11 +8,13 @@ import onnxruntime
 import pytest
 import torch
 
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.export.bundle import export_run
 from histoseek.export.onnx_graph import Graph, to_onnx
 from histoseek.export.triton import TritonOptions, write_repository
-from histoseek.serving.encoder import OnnxEncoder, open_encoder
-from histoseek.tilesets import open_tiles, sample_tiles
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import open_encoder
 from histoseek.training.data import load
 from histoseek.training.evaluate import calibrate
 from histoseek.training.models import MODELS, build

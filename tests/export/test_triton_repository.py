@@ -9,11 +9,13 @@ import pytest
 from google.protobuf import text_format
 from tritonclient.grpc import model_config_pb2
 
+from histoseek.artifacts.manifest import read_manifest
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.errors import BadInput, Mismatch
 from histoseek.export.triton import TritonOptions, write_repository
-from histoseek.manifest import read_manifest
-from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder, open_encoder
-from histoseek.tilesets import open_tiles, sample_tiles
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 
 
 def parse(path):
@@ -108,7 +110,7 @@ def test_writing_again_changes_nothing_and_a_new_encoder_adds_a_version(
     changed = onnx.numpy_helper.from_array((values * 0.5).astype(np.float32), weight.name)
     weight.CopyFrom(changed)
     onnx.save(model, bundle / "encoder.onnx")
-    from histoseek.files import sha256_file
+    from histoseek.artifacts.files import sha256_file
 
     manifest = json.loads((bundle / "manifest.json").read_text())
     manifest["sha256"] = sha256_file(bundle / "encoder.onnx")

@@ -22,8 +22,8 @@ import sklearn.decomposition
 import sklearn.metrics  # noqa: F401
 from atlases import features, filled, grouped
 
-from histoseek.index import vectors
 from histoseek.index.atlas import Atlas
+from histoseek.index.vectors.index import index as vectors
 
 NAMES = [f"slide-{n}" for n in range(4)] + ["late-0", "late-1"]
 
@@ -88,7 +88,7 @@ def die_at(count):
         setattr(os, name, before(getattr(os, name)))
     Path.write_bytes = before(Path.write_bytes)
     vectors.write_main = before(vectors.write_main)
-    import histoseek.index.generations as generations
+    import histoseek.index.vectors.generations as generations
 
     generations.write_main = before(generations.write_main)
     connect = sqlite3.connect

@@ -18,10 +18,10 @@ from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Busy, Damaged, Mismatch
-from histoseek.feature_files import read_features
 from histoseek.index.atlas import Atlas
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 
 @pytest.fixture

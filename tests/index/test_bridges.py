@@ -10,10 +10,10 @@ from atlases import DIM, features, filled, unit
 
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.index.atlas import Atlas
-from histoseek.index.duplicates import duplicates, leakage
-from histoseek.index.exports import export
-from histoseek.index.imports import import_features, read_foreign
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.index.exchange.exports import export
+from histoseek.index.exchange.imports import import_features, read_foreign
+from histoseek.index.studies.duplicates import duplicates, leakage
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 
 def vectors_of(count, dim, seed=0):
@@ -210,7 +210,7 @@ def test_tensorboards_projector_reads_what_is_written(atlas, tmp_path):
 
 
 def test_qupath_gets_tiles_with_their_cluster_or_their_similarity(atlas, tmp_path):
-    from histoseek.serving.geojson import read_annotations
+    from histoseek.serving.slides.slide.geojson import read_annotations
 
     export(atlas, tmp_path / "clusters", "geojson")
     files = sorted(p.name for p in (tmp_path / "clusters").iterdir())

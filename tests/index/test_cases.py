@@ -4,11 +4,11 @@ import numpy as np
 import pytest
 from atlases import DIM, features, filled, grouped, unit
 
+from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Mismatch
-from histoseek.feature_files import read_features
 from histoseek.index.atlas import Atlas
-from histoseek.index.mosaic import CLUSTERS, LEAST, SHARE, _spread, mosaic
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.index.clusters.fit.mosaic import CLUSTERS, LEAST, SHARE, _spread, mosaic
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 KINDS = {
     "alpha": [[0], [1], [2]],

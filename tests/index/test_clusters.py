@@ -4,9 +4,10 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, make_blobs, make_moons
 
+from histoseek.artifacts.manifest import FOREIGN
 from histoseek.errors import BadInput, Damaged
-from histoseek.index.clusters import Clustering, fit
-from histoseek.manifest import FOREIGN
+from histoseek.index.clusters.fit.clustering import Clustering
+from histoseek.index.clusters.fit.fit import fit
 
 
 def digits():
@@ -27,9 +28,9 @@ def sets():
 
 def tissue_embeddings(request, name):
     """About 600 real tiles, embedded by the default encoder."""
-    from histoseek.images import square
-    from histoseek.serving.encoder import open_encoder
-    from histoseek.tilesets import open_tiles
+    from histoseek.artifacts.images import square
+    from histoseek.artifacts.tileset_files import open_tiles
+    from histoseek.serving.encoders.open import open_encoder
 
     tiles = open_tiles(request.getfixturevalue("shared") / f"{name}.tar")
     encoder = open_encoder("default")
@@ -192,7 +193,7 @@ def test_a_small_cluster_takes_its_limit_from_all():
 
 
 def test_curves_find_the_number_of_blobs():
-    from histoseek.index.choosing import curve
+    from histoseek.index.clusters.fit.curve import curve
 
     data, _ = make_blobs(900, 6, centers=4, cluster_std=0.7, random_state=8)
     rows = curve(data.astype(np.float32), "kmeans")

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from atlases import features, filled, grouped, unit
 
+from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Busy, Damaged
-from histoseek.feature_files import read_features
 from histoseek.index.atlas import Atlas
-from histoseek.index.snapshots import restore
-from histoseek.index.verify import Kind, problems
+from histoseek.index.care.snapshots import restore
+from histoseek.index.care.verify import Kind, problems
 
 KILLING = Path(__file__).with_name("killing.py")
 ONE_THREAD = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}

@@ -9,8 +9,9 @@ from sklearn.metrics import accuracy_score, f1_score
 
 from histoseek.errors import BadInput
 from histoseek.index.atlas import Atlas
-from histoseek.index.evaluate import Options, average_precision, evaluate, votes
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.index.studies.retrieval import evaluate
+from histoseek.index.studies.scores import Options, average_precision, votes
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 FOUND = np.array([[0, 1, 1, 0, 0], [2, 1, 0, 1, 2], [1, -1, -1, -1, -1], [-1] * 5, [0, 1, 2, 0, 1]])
 

@@ -9,11 +9,11 @@ from atlases import features
 from hypothesis import given
 from hypothesis import strategies as st
 
+from histoseek.artifacts.spreadsheets import inert
 from histoseek.index.atlas import Atlas
-from histoseek.index.column_names import for_anndata, for_numpy, for_tsv, unique_names
-from histoseek.index.exports import export, write
-from histoseek.serving.encoder import DEFAULT_BUNDLE
-from histoseek.spreadsheets import inert
+from histoseek.index.exchange.column_names import for_anndata, for_numpy, for_tsv, unique_names
+from histoseek.index.exchange.exports import export, write
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 ODD = {
     "ER/PR": "1",

@@ -7,12 +7,12 @@ import h5py
 import numpy as np
 import pytest
 
+from histoseek.artifacts.feature_files import parse_features, read_about, read_features
+from histoseek.artifacts.hdf5_files import open_hdf5
 from histoseek.errors import BadInput, Damaged, Mismatch
-from histoseek.feature_files import parse_features, read_about, read_features
-from histoseek.hdf5_files import open_hdf5
 from histoseek.index.atlas import Atlas
-from histoseek.index.imports import import_features, read_foreign
-from histoseek.ui.view import gallery
+from histoseek.index.exchange.imports import import_features, read_foreign
+from histoseek.ui.page.view import gallery
 
 DIM = 16
 PLACES = np.stack(np.meshgrid(np.arange(4) * 512, np.arange(3) * 512), -1).reshape(-1, 2)

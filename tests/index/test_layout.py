@@ -5,8 +5,8 @@ import pytest
 from atlases import features, filled, grouped
 
 from histoseek.errors import BadInput, Damaged
-from histoseek.index import layout
 from histoseek.index.atlas import Atlas
+from histoseek.index.search.tiles import map as layout
 
 
 @pytest.fixture(scope="module")

@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 from atlases import SHA, features
 
+from histoseek.artifacts.feature_files import content_sha256, read_features
+from histoseek.artifacts.files import sha256_file
 from histoseek.errors import BadInput
-from histoseek.feature_files import content_sha256, read_features
-from histoseek.files import sha256_file
 from histoseek.index.atlas import Atlas
-from histoseek.index.clusters import fit
-from histoseek.index.migrations import MIGRATIONS
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.index.clusters.fit.fit import fit
+from histoseek.index.store.schema import MIGRATIONS
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 
 def version_1(folder):

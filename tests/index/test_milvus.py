@@ -12,8 +12,9 @@ from atlases import DIM, features, filled, grouped
 
 from histoseek.errors import BadInput, Mismatch, Unavailable
 from histoseek.index.atlas import Atlas
-from histoseek.index.milvus import MilvusAtlas, parse_url, push
-from histoseek.index.records import Hit
+from histoseek.index.exchange.milvus import MilvusAtlas, push
+from histoseek.index.exchange.milvus_address import parse_url
+from histoseek.index.store.rows import Hit
 
 WHERES = (
     None, "organ = 'colon'", "patient != 'P1' and organ = 'lung'", "label in ('a', 'c') or x < 2000",
@@ -90,7 +91,7 @@ def test_a_push_that_is_killed_is_refused_until_it_is_repeated(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from histoseek.index.atlas import Atlas\n"
-        "from histoseek.index.milvus import push\n"
+        "from histoseek.index.exchange.milvus import push\n"
         "def report(done, total, text):\n"
         "    if done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "push(Atlas(Path(sys.argv[1])), sys.argv[2], progress=report)\n"
@@ -141,7 +142,7 @@ def test_a_push_that_fails_between_its_deletes_loses_no_track_of_them(tmp_path, 
 
 
 def test_facts_that_were_cut_off_while_they_were_written_are_written_again(tmp_path, monkeypatch):
-    import histoseek.index.milvus as milvus
+    import histoseek.index.exchange.milvus as milvus
 
     monkeypatch.setattr(milvus, "TEXT", 200)  # many pieces
     atlas = filled(tmp_path, slides=3, count=30)

@@ -9,11 +9,12 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Damaged
-from histoseek.feature_files import read_features
-from histoseek.index import tuning, vectors
 from histoseek.index.atlas import Atlas
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.index.vectors.index import index as vectors
+from histoseek.index.vectors.index import tuning
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 
 def brute(atlas, queries, k, keep=lambda hit: True):
@@ -135,7 +136,7 @@ def test_a_range_search_finds_all_and_only_what_is_near(lists):
 
 
 def test_one_hit_per_slide_even_when_one_slide_holds_all_the_best(tmp_path, monkeypatch):
-    monkeypatch.setattr("histoseek.index.search.SLIDE_STEP", 32)
+    monkeypatch.setattr("histoseek.index.search.tiles.SLIDE_STEP", 32)
     rng = np.random.default_rng(0)
     centre = unit(rng, 1)
     near = centre + unit(rng, 300) * 0.1

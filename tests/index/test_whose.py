@@ -8,13 +8,13 @@ import sqlite3
 import pytest
 from atlases import features
 
+from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, NotFound
-from histoseek.feature_files import read_features
 from histoseek.index.atlas import Atlas
-from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.pipeline import embed_jobs
-from histoseek.serving.results import EmbedOptions
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 
 
 @pytest.fixture

@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 
 from histoseek.errors import BadInput, Damaged, Mismatch
-from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder, open_encoder
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 
 
 @pytest.fixture(scope="module")

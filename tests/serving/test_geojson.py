@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput
-from histoseek.feature_files import read_features
-from histoseek.serving.encoder import open_encoder
-from histoseek.serving.geojson import draw_mask, outlines, read_annotations
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.pipeline import embed_jobs
-from histoseek.serving.results import EmbedOptions
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.open import open_encoder
+from histoseek.serving.slides.slide.geojson import draw_mask, outlines, read_annotations
 
 
 def square(x, y, side):

@@ -12,14 +12,14 @@ import pytest
 import tifffile
 from PIL import Image
 
+from histoseek.artifacts.feature_files import read_features
+from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput
-from histoseek.feature_files import read_features
-from histoseek.serving.encoder import open_encoder
-from histoseek.serving.jobs import find_inputs, find_jobs
-from histoseek.serving.pipeline import embed_jobs
-from histoseek.serving.results import EmbedOptions
-from histoseek.serving.slides import open_slide
-from histoseek.tilesets import open_tiles
+from histoseek.serving.embedding.jobs import find_inputs, find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.open import open_encoder
+from histoseek.serving.slides.slide.slide import open_slide
 
 TILE = {"tile": (224, 224), "photometric": "rgb", "compression": "jpeg", "metadata": None}
 HALF_MICRON = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}

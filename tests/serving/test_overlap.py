@@ -13,14 +13,15 @@ import numpy as np
 import pytest
 from triton_server import free_ports
 
+from histoseek.artifacts.manifest import read_manifest
 from histoseek.errors import BadInput, Busy
-from histoseek.manifest import read_manifest
-from histoseek.serving import pipeline
-from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.meter import Meter
-from histoseek.serving.metrics_page import metrics_page
-from histoseek.serving.results import EmbedOptions
+from histoseek.serving.embedding import pipeline
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.meter import Meter
+from histoseek.serving.embedding.metrics_page import metrics_page
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 sys.path.append(str(Path(__file__).parents[1] / "bench"))
 

@@ -16,13 +16,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histoseek.artifacts.feature_files import Features, read_features
+from histoseek.artifacts.feature_writer import write_features
 from histoseek.errors import BadInput, StorageFailed
-from histoseek.feature_files import Features, read_features
-from histoseek.feature_writer import write_features
-from histoseek.serving.encoder import open_encoder
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.pipeline import embed_jobs
-from histoseek.serving.results import EmbedOptions
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.open import open_encoder
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +57,7 @@ def test_a_slide_becomes_a_file_in_tridents_layout(make_slide, encoder, tmp_path
 
 
 def test_features_are_the_encoders_own(make_slide, encoder, tmp_path):
-    from histoseek.serving.slides import open_slide
+    from histoseek.serving.slides.slide.slide import open_slide
 
     path = make_slide(tmp_path / "a.tiff")
     (result,) = embed([path], encoder, tmp_path / "out", jobs=3)
@@ -297,8 +297,8 @@ def test_a_full_disk_is_named_and_what_was_there_stays(tmp_path):
     code = (
         "import numpy as np, resource, sys\n"
         "from pathlib import Path\n"
-        "from histoseek.feature_files import Features\n"
-        "from histoseek.feature_writer import write_features\n"
+        "from histoseek.artifacts.feature_files import Features\n"
+        "from histoseek.artifacts.feature_writer import write_features\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, 50_000))\n"
         "big = Features('s', 'e', '0' * 64, np.ones((9000, 64), np.float32), np.zeros((9000, 2), int))\n"
         "try:\n"
@@ -318,9 +318,9 @@ def test_ctrl_c_at_any_moment_of_writing_ends_cleanly(tmp_path, whose):
         "import os, random, signal, sys, threading, time\n"
         "import numpy as np\n"
         "from pathlib import Path\n"
-        "from histoseek.feature_files import Features\n"
+        "from histoseek.artifacts.feature_files import Features\n"
         "from histoseek import stopping\n"
-        "from histoseek.feature_writer import FeatureWriter\n"
+        "from histoseek.artifacts.feature_writer import FeatureWriter\n"
         "if sys.argv[2] == 'command line': stopping.arm()\n"
         "random.seed(0)\n"
         "rows, stopped = np.ones((5, 64), np.float32), 0\n"

@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from histoseek.errors import BadInput
-from histoseek.serving.slides import Slide, open_slide
-from histoseek.serving.tissue import tissue_mask, tissue_share
+from histoseek.serving.slides.slide.slide import Slide, open_slide
+from histoseek.serving.slides.slide.tissue import tissue_mask, tissue_share
 
 
 def test_mpp_comes_from_the_file(make_slide, tmp_path):
@@ -52,7 +52,7 @@ def test_overlap_makes_the_grid_denser(make_slide, tmp_path):
 
 
 def test_the_best_level_of_a_pyramid_is_read(tmp_path):
-    from histoseek.demo import make_tissue_slide
+    from histoseek.ui.cli.demo import make_tissue_slide
 
     make_tissue_slide(tmp_path / "pyramid.tiff")
     with open_slide(tmp_path / "pyramid.tiff") as slide:

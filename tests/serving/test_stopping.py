@@ -17,10 +17,10 @@ from pathlib import Path
 
 import pytest
 
+from histoseek.artifacts.feature_files import read_features
+from histoseek.artifacts.manifest import read_manifest
 from histoseek.export.triton import TritonOptions, write_repository
-from histoseek.feature_files import read_features
-from histoseek.manifest import read_manifest
-from histoseek.serving.encoder import DEFAULT_BUNDLE
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 ROUNDS = int(os.environ.get("HISTOSEEK_STOP_ROUNDS", "2"))
 KINDS = os.environ.get("HISTOSEEK_STOP_KINDS", "here,triton").split(",")

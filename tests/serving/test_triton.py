@@ -15,17 +15,19 @@ import numpy as np
 import onnx
 import pytest
 
+from histoseek.artifacts.feature_files import read_features
+from histoseek.artifacts.files import sha256_file
+from histoseek.artifacts.manifest import read_manifest
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.errors import BadInput, Mismatch, Unavailable
 from histoseek.export.triton import TritonOptions, write_repository
-from histoseek.feature_files import read_features
-from histoseek.files import sha256_file
-from histoseek.manifest import read_manifest
-from histoseek.serving.encoder import DEFAULT_BUNDLE, OnnxEncoder, open_encoder
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.pipeline import embed_jobs
-from histoseek.serving.results import EmbedOptions
-from histoseek.serving.triton_address import parse_address
-from histoseek.tilesets import open_tiles, sample_tiles
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
+from histoseek.serving.encoders.triton_address import parse_address
 
 MODEL = "other"
 

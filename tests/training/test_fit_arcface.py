@@ -12,9 +12,9 @@ import pytest
 import torch
 from PIL import Image
 
+from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput, Mismatch
 from histoseek.metrics import codes
-from histoseek.tilesets import open_tiles
 from histoseek.training.augment import Augmentation, augment, look, placement
 from histoseek.training.checkpoint import load_encoder
 from histoseek.training.commands import select

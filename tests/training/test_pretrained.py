@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 import torch
 
+from histoseek.artifacts.files import sha256_file
+from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput, Mismatch, MissingPart, Unavailable
-from histoseek.files import sha256_file
-from histoseek.tilesets import open_tiles
 from histoseek.training.checkpoint import load_backbone, load_encoder
 from histoseek.training.data import load
 from histoseek.training.fit_arcface import ArcFaceOptions, EmbeddingNet, fit

@@ -11,8 +11,9 @@ import numpy as np
 import pytest
 import torch
 
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.artifacts.tilesets import Tile, TileSet
 from histoseek.errors import BadInput, Mismatch
-from histoseek.tilesets import Tile, TileSet, open_tiles
 from histoseek.training.checkpoint import load_encoder, load_tensors
 from histoseek.training.data import load
 from histoseek.training.evaluate import embed, embed_numbers
@@ -464,7 +465,7 @@ DDP = """
 import sys
 import numpy as np
 from pathlib import Path
-from histoseek.tilesets import open_tiles
+from histoseek.artifacts.tilesets import open_tiles
 from histoseek.training.recipes import RECIPES
 recipe, devices, data, out = sys.argv[1:]
 kind = RECIPES[recipe]

@@ -5,8 +5,9 @@ import json
 import numpy as np
 import pytest
 
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.artifacts.tilesets import Tile, TileSet
 from histoseek.errors import BadInput
-from histoseek.tilesets import Tile, TileSet, open_tiles
 from histoseek.training.reproduce import PROTOCOLS, StudyOptions, reproduce
 from histoseek.training.reproduce.report import Cell, Report, Table
 from histoseek.training.reproduce.study import draw, first_classes

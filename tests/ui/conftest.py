@@ -10,15 +10,15 @@ from contextlib import contextmanager
 import pytest
 
 from histoseek.index.atlas import Atlas
-from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.pipeline import embed_jobs
-from histoseek.serving.results import EmbedOptions
-from histoseek.ui.access import Access
-from histoseek.ui.additions import Additions
-from histoseek.ui.audit import Audit
-from histoseek.ui.handlers import Session
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
+from histoseek.ui.access.policy.audit import Audit
+from histoseek.ui.access.policy.policy import Access
 from histoseek.ui.server import make_app
+from histoseek.ui.session.additions import Additions
+from histoseek.ui.session.session import Session
 
 
 @pytest.fixture(scope="session")

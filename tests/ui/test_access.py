@@ -13,9 +13,9 @@ import pytest
 from loopback import free_port, up
 
 from histoseek.errors import BadInput, TooLarge
-from histoseek.ui.access import Access, Limits, access_for
-from histoseek.ui.cluster_tab import unpacked
-from histoseek.ui.widgets import uploaded
+from histoseek.ui.access.policy.policy import Access, Limits, access_for
+from histoseek.ui.page.cluster_tab import unpacked
+from histoseek.ui.page.widgets import uploaded
 
 TOKEN = "0123456789abcdef0123"
 GUARDED = Access({"ann": "sesame", "bob": "pw:with:colons"}, TOKEN)
@@ -232,7 +232,7 @@ def test_who_sends_or_reads_too_slowly_is_let_go(histoseek_ui, own_atlas, monkey
     import threading
     import time
 
-    monkeypatch.setattr("histoseek.ui.guard.READ_S", 0.3)
+    monkeypatch.setattr("histoseek.ui.access.guard.READ_S", 0.3)
     one = serve(own_atlas)
     headers = {"content-type": "application/json"}
     go = threading.Event()
@@ -332,7 +332,7 @@ def test_the_page_reads_no_file_that_was_not_uploaded(tmp_path):
 def test_gradio_fetches_no_address():
     from gradio import processing_utils
 
-    from histoseek.ui.app import _fetch_nothing
+    from histoseek.ui.page.app import _fetch_nothing
 
     _fetch_nothing()
     with pytest.raises(ValueError, match="not fetched"):
@@ -355,8 +355,8 @@ def test_zips_are_read_without_writing_anything(tmp_path, tile_folder):
 
 
 def test_zips_that_are_bombs_or_broken_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("histoseek.ui.cluster_tab.UPLOAD_BYTES", 10_000)
-    monkeypatch.setattr("histoseek.ui.cluster_tab.ZIP_BYTES", 25_000)
+    monkeypatch.setattr("histoseek.ui.page.cluster_tab.UPLOAD_BYTES", 10_000)
+    monkeypatch.setattr("histoseek.ui.page.cluster_tab.ZIP_BYTES", 25_000)
     packs = {"large": {"a.png": 20_000}, "sum": dict.fromkeys("abc", 9_000),
              "many": dict.fromkeys(map(str, range(300)), 1)}  # fmt: skip
     for name, files in packs.items():

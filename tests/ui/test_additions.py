@@ -12,8 +12,8 @@ from loopback import free_port, up
 
 from histoseek.errors import BadInput, Busy, NotFound, Unavailable
 from histoseek.index.atlas import Atlas
-from histoseek.ui.additions import MAX_WAITING, Additions
-from histoseek.ui.client import Client
+from histoseek.ui.api.app.client import Client
+from histoseek.ui.session.additions import MAX_WAITING, Additions
 
 
 def over(additions, number, seconds=120):
@@ -270,7 +270,7 @@ def test_the_client_speaks_to_a_real_server(histoseek_ui, own_atlas, tile_folder
         Client(f"http://127.0.0.1:{free_port()}").info()
     code = f"""
 import sys
-from histoseek.ui.client import Client
+from histoseek.ui.api.client import Client
 Client('http://127.0.0.1:{port}', token='0123456789abcdef').info()
 print([m for m in ('fastapi', 'numpy', 'gradio') if m in sys.modules])
 """

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histoseek.ui import answers, handlers
+from histoseek.ui.session import answers
+from histoseek.ui.session import session as handlers
 
 
 def form(*files, field="images"):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from histoseek.errors import Busy, Unavailable
-from histoseek.ui.gate import Gate
+from histoseek.ui.session.batching import Gate
 
 
 class Slow:

@@ -8,17 +8,18 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput, NotFound, TooLarge
 from histoseek.index.atlas import Atlas
-from histoseek.index.records import Hit
-from histoseek.serving.encoder import DEFAULT_BUNDLE, open_encoder
-from histoseek.serving.jobs import find_jobs
-from histoseek.serving.pipeline import embed_jobs
-from histoseek.serving.results import EmbedOptions
-from histoseek.tilesets import open_tiles
-from histoseek.ui import report, view
-from histoseek.ui.answers import Found, Query, Verdict
-from histoseek.ui.handlers import Session, cropped
+from histoseek.index.store.rows import Hit
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
+from histoseek.ui.page import cluster_view, slide_view, view
+from histoseek.ui.session import report, words
+from histoseek.ui.session.answers import Found, Query, Verdict
+from histoseek.ui.session.session import Session, cropped
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +54,7 @@ def test_a_tile_finds_itself_and_its_picture_is_shown(session, tile_folder):
     turns = [np.rot90(image, k) for k in range(4)]
     assert min(np.abs(shown.astype(int) - t).mean() for t in turns) < 4
     assert found.verdict.labels[0][0] == "retina"
-    assert "retina" in view.verdict_text(found)
+    assert "retina" in words.verdict_text(found)
     cards = view.gallery(found.hits)
     assert (
         cards.count("<li") == 6
@@ -145,7 +146,7 @@ def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder
     answer = session.cluster(images, "kmeans")
     assert answer.names == ["01.png"] and answer.refused[0][0] == "bad.png"
     assert answer.points.shape == (1, 2) and answer.nearest[0].score > 0.999
-    table = view.placed_table(answer, {answer.placed[0]["cluster"]: [1, 2]})
+    table = cluster_view.placed_table(answer, {answer.placed[0]["cluster"]: [1, 2]})
     assert 'data-open="2"' in table
     assert "1 placed in kmeans" in table and "1 refused" in table and "not a picture" in table
     with pytest.raises(BadInput, match="none of the 1"):
@@ -184,12 +185,12 @@ def test_what_is_no_stained_tissue_is_said_to_be_that(shared, tmp_path, serve):
 
     found = opened.search(Query(images=(green,)))
     assert found.verdict.foreign and found.verdict.unknown and report.verdict(found)["foreign"]
-    assert says in view.verdict_text(found)
+    assert says in words.verdict_text(found)
     found = opened.search(Query(images=(image_of(opened, known),)))
-    assert not found.verdict.foreign and says not in view.verdict_text(found)
+    assert not found.verdict.foreign and says not in words.verdict_text(found)
     placed = opened.cluster([(path.name, path) for path in (strange, known)])
     assert [row["foreign"] for row in report.placed_rows(placed)] == [True, False]
-    assert view.placed_table(placed, {}).count(f"unknown: {says}") == 1
+    assert cluster_view.placed_table(placed, {}).count(f"unknown: {says}") == 1
     assert says in report.write(opened, placed, "html").decode()
     first, second = csv.DictReader(io.StringIO(report.write(opened, placed, "csv").decode()))
     assert (first["foreign"], second["foreign"]) == ("True", "False")
@@ -257,7 +258,7 @@ def test_results_are_kept_and_written(session, tile_folder):
 
 
 def test_kept_answers_take_bounded_memory(session, tile_folder, monkeypatch):
-    monkeypatch.setattr("histoseek.ui.handlers.RESULTS_BYTES", 1_000_000)
+    monkeypatch.setattr("histoseek.ui.session.session.RESULTS_BYTES", 1_000_000)
     image = image_of(session, tile_folder / "cat/02.png")
     found = [session.search(Query(images=(image,) * 2, k=1)) for _ in range(6)]
     assert session.result(found[-1].id) is found[-1]
@@ -287,8 +288,8 @@ def test_names_cannot_inject_markup(session):
     html = "".join(
         [
             view.gallery([hit], {0: evil}), view.verdict(found), view.problem(evil),
-            view.cluster_cards([cluster], evil), view.slide_cards([row], 2, evil),
-            view.slide_detail(row, "clusters", evil, evil, {0: evil}, {0: 1}, [], "slide"),
+            cluster_view.cluster_cards([cluster], evil), slide_view.slide_cards([row], 2, evil),
+            slide_view.slide_detail(row, "clusters", evil, evil, {0: evil}, {0: 1}, [], "slide"),
             view.about(stats, evil, {evil: evil}), view.header(stats, evil),
             report._html(session, found, {evil: evil}).decode(),
         ]
@@ -298,7 +299,7 @@ def test_names_cannot_inject_markup(session):
 
 def test_a_source_that_is_gone_is_said(own_atlas, tile_folder, tmp_path):
     from histoseek.index.atlas import Atlas
-    from histoseek.index.catalog import update
+    from histoseek.index.store.catalog import update
 
     atlas = Atlas(own_atlas)
     with atlas.catalog.write() as db:
@@ -346,8 +347,8 @@ def test_pictures_of_slides_are_drawn(session):
 
 def test_many_threads_read_many_sources(session, monkeypatch):
     """Sources are closed and opened again while others read them."""
-    monkeypatch.setattr("histoseek.ui.pictures.OPEN_SOURCES", 1)
-    monkeypatch.setattr("histoseek.ui.pictures.KEPT_BYTES", 0)
+    monkeypatch.setattr("histoseek.ui.session.pictures.OPEN_SOURCES", 1)
+    monkeypatch.setattr("histoseek.ui.session.pictures.KEPT_BYTES", 0)
     ids = session.atlas.vectors()[0]
     failed = []
 

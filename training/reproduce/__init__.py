@@ -6,9 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from ...artifacts.tilesets import TileSet
 from ...console import Report as Progress
 from ...errors import unknown_name
-from ...tilesets import TileSet
 from . import ae_dac, arcface, breast_ae, p4m_deepcluster, topology_sweep
 from .report import Report
 from .study import Study, StudyOptions

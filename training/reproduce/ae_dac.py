@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 
+from ...artifacts.tilesets import TileSet
 from ...errors import BadInput
 from ...metrics import Ints, clustering_report, contingency
-from ...tilesets import TileSet
 from ..fit_dac import codes_of
 from ..kmeans import assign, kmeans
 from ..models.dac import ClusteringAutoEncoder

@@ -7,9 +7,9 @@ from typing import Any
 
 import numpy as np
 
+from ...artifacts.tilesets import TileSet
 from ...errors import BadInput
 from ...metrics import Floats, Ints, contingency, match, purity
-from ...tilesets import TileSet
 from ..data import LabelledTiles, Split, split
 from ..evaluate import embed_numbers
 from ..fit_classifier import predict

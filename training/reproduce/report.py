@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ...files import write_atomic, write_json
+from ...artifacts.files import write_atomic, write_json
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,11 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from ...artifacts.files import read_json
+from ...artifacts.tilesets import TileSet
 from ...console import Report as Progress
 from ...errors import BadInput
-from ...files import read_json
 from ...metrics import Ints
-from ...tilesets import TileSet
 from ..checkpoint import load_encoder, load_tensors
 from ..data import LabelledTiles, load
 from ..evaluate import to_input

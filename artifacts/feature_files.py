@@ -1,0 +1,255 @@
+"""Feature files: one HDF5 per slide or tile set, in TRIDENT's layout, written and read the same way.
+
+Source of the layout: TRIDENT (Mahmood lab), ``features`` (N, D) float32 and ``coords`` (N, 2) int64
+with their attributes. Added here: ``files`` for tile sets, and attributes that name the source and what
+is known of it. Written by serving, read by index.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput, Damaged, HistoseekError, Mismatch
+from ..stopping import shielded
+from .hdf5_files import open_hdf5
+from .slide_names import SlideName
+
+MAX_ROWS = 20_000_000
+MAX_BYTES = 16 * 2**30
+
+
+@dataclass(frozen=True)
+class Features:
+    """The embeddings of one slide or tile set.
+
+    Attributes:
+        name: the slide's name.
+        encoder: name of the encoder.
+        encoder_sha256: its identity.
+        features: (N, D) float32.
+        coords: (N, 2) int64, level-0 top-left x, y; all 0 for a tile set.
+        files: (N,) names of the tiles of a tile set, or None for a slide.
+        kind: ``slide`` or ``tiles``.
+        source: where the pixels are.
+        size_px: side of a tile as the encoder saw it.
+        size_px_level0: side of a tile in level-0 pixels; 0 for a tile set.
+        overlap_px: overlap of neighbours in tile pixels.
+        mpp: micrometres per pixel of level 0, or None.
+        target_mpp: micrometres per pixel of the tiles, or None.
+        width: of level 0; 0 for a tile set.
+        height: of level 0; 0 for a tile set.
+        labels: (N,) label per tile ("" for none), or None.
+        groups: (N,) group per tile ("" for none), or None.
+        about: anything else worth keeping, JSON-ready.
+    """
+
+    name: str
+    encoder: str
+    encoder_sha256: str
+    features: NDArray[np.float32]
+    coords: NDArray[np.int64]
+    files: tuple[str, ...] | None = None
+    kind: str = "slide"
+    source: str = ""
+    size_px: int = 0
+    size_px_level0: int = 0
+    overlap_px: int = 0
+    mpp: float | None = None
+    target_mpp: float | None = None
+    width: int = 0
+    height: int = 0
+    labels: tuple[str, ...] | None = None
+    groups: tuple[str, ...] | None = None
+    about: dict[str, Any] = field(default_factory=dict)
+
+
+def magnification(mpp: float | None) -> int:
+    """Return the nominal objective of a pixel size (0.25 µm is 40x, 0.5 µm 20x); 0 if unknown."""
+    return max(1, round(10 / mpp)) if mpp else 0
+
+
+def read_features(path: Path) -> Features:
+    """Read and check a feature file.
+
+    Raises:
+        BadInput: no such file, or arrays that do not fit each other.
+        Damaged: not a readable HDF5 file.
+    """
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; check the path")
+    if path.suffix.lower() in {".pt", ".pth", ".pkl"}:
+        raise BadInput(f"{path} is a pickle, which can run code when opened; expected .h5 features")
+    return parse_features(path.read_bytes(), path)
+
+
+def parse_features(blob: bytes, path: Path) -> Features:
+    """Read and check the bytes of a feature file; ``path`` is what messages call it.
+
+    Raises:
+        BadInput: arrays that do not fit each other, or too large ones.
+        Damaged: not a readable HDF5 file.
+    """
+    try:
+        with shielded(), open_hdf5(blob, path) as stored:
+            return _parse(path, stored)
+    except HistoseekError:
+        raise
+    except Exception as error:  # a foreign file can make HDF5 and its attributes fail in any way
+        raise Damaged(
+            f"{path} is not a whole feature file ({type(error).__name__}: {error}); embed its slide "
+            "again"
+        ) from error
+
+
+def read_about(path: Path) -> dict[str, Any] | None:
+    """Return what a feature file says of its making, or None if it is missing, damaged or refused."""
+    try:
+        with shielded(), open_hdf5(path) as stored:
+            if "features" not in stored or "coords" not in stored:
+                return None
+            about = json.loads(str(stored.attrs["about"]))
+            return about if isinstance(about, dict) else None
+    except (OSError, RuntimeError, ValueError, KeyError, BadInput):
+        return None
+
+
+def name_in(path: Path) -> SlideName:
+    """Return what the slide of a feature file may be called; of a damaged one, its file's name."""
+    try:
+        with open_hdf5(path) as stored:
+            data = stored.get("features")
+            name = str(data.attrs.get("name", "")) if isinstance(data, h5py.Dataset) else ""
+            source = str(stored.attrs.get("source", ""))
+    except (HistoseekError, OSError, RuntimeError, ValueError, KeyError):
+        name = source = ""
+    if name in {"", "features", "coords"}:
+        name = path.stem
+    return SlideName(name, (source,) if source else ())
+
+
+def _parse(path: Path, stored: h5py.File) -> Features:
+    for key in ("features", "coords"):
+        if not isinstance(stored.get(key), h5py.Dataset):
+            raise BadInput(
+                f"{path} has datasets {sorted(stored)}; expected 'features' and 'coords'"
+            )
+    data, places = stored["features"], stored["coords"]
+    rows, sites = plain_shape(data), plain_shape(places)
+    if len(rows) != 2 or sites != (rows[0], 2):
+        raise BadInput(
+            f"{path}: features {data.shape} and coords {places.shape}; expected (N, D) and (N, 2)"
+        )
+    if data.nbytes + places.nbytes > MAX_BYTES:
+        raise BadInput(f"{path} claims {data.shape} features; at most {MAX_BYTES:,} bytes are read")
+    if rows[0] > MAX_ROWS or data.dtype.kind != "f" or places.dtype.kind not in "iuf":
+        raise BadInput(f"{path}: features are {data.dtype} {data.shape}, coords {places.dtype}")
+    attributes, about = places.attrs, text_of(stored.attrs.get("about", "{}"))
+
+    def text(key: str) -> tuple[str, ...] | None:
+        if key not in stored:
+            return None
+        if stored[key].shape != rows[:1]:  # before anything is read
+            raise BadInput(
+                f"{path}: {key!r} has shape {stored[key].shape}, 'features' has {rows[0]} rows"
+            )
+        return tuple(v.decode("utf-8") for v in stored[key][()])
+
+    def number(key: str) -> float | None:
+        return float(attributes[key]) if key in attributes else None
+
+    known = json.loads(about)
+    if not isinstance(known, dict):
+        raise BadInput(f"{path}: its attribute 'about' is no JSON object; embed its slide again")
+    return Features(
+        name=text_of(data.attrs.get("name", path.stem)),
+        encoder=text_of(data.attrs.get("encoder", "unknown")),
+        encoder_sha256=text_of(data.attrs.get("encoder_sha256", "")),
+        features=data[()].reshape(rows).astype(np.float32),
+        coords=whole_places(np.asarray(places[()]).reshape(sites), path),
+        files=text("files"),
+        kind=text_of(stored.attrs.get("kind", "slide")),
+        source=text_of(stored.attrs.get("source", "")),
+        size_px=int(attributes.get("patch_size", 0)),
+        size_px_level0=int(attributes.get("patch_size_level0", 0)),
+        overlap_px=int(attributes.get("overlap", 0)),
+        mpp=number("mpp"),
+        target_mpp=number("target_mpp"),
+        width=int(attributes.get("level0_width", 0)),
+        height=int(attributes.get("level0_height", 0)),
+        labels=text("labels"),
+        groups=text("groups"),
+        about=known,
+    )
+
+
+def plain_shape(data: h5py.Dataset) -> tuple[int, ...]:
+    """Return a dataset's shape without a first axis of 1, which some tools add for one slide."""
+    shape = tuple(int(n) for n in data.shape)
+    return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
+
+
+def text_of(value: Any) -> str:
+    """Return an attribute as text; some tools store bytes."""
+    return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
+
+
+def whole_places(places: NDArray[Any], path: Path) -> NDArray[np.int64]:
+    """Return places (N, 2) in pixels; floating-point numbers are taken where they are whole.
+
+    Raises:
+        BadInput: a fraction, or no number: then the places are in another unit, or are not level 0's.
+    """
+    if places.dtype.kind == "f" and len(places):
+        wrong = ~(np.isfinite(places) & (places == np.rint(places))).all(axis=1)
+        if wrong.any():
+            row = int(wrong.argmax())
+            raise BadInput(
+                f"{path}: {int(wrong.sum())} of {len(places)} coords are no whole pixels, first row {row}: "
+                f"{places[row].tolist()}; expected level-0 pixels: convert micrometres, or round them"
+            )
+    found: NDArray[np.int64] = places.astype(np.int64)
+    return found
+
+
+def content_sha256(item: Features) -> str:
+    """Return a hash of what was embedded: vectors, places and names, wherever the file lies."""
+    digest = hashlib.sha256(item.encoder_sha256.encode())
+    digest.update(np.ascontiguousarray(item.features).tobytes())
+    digest.update(np.ascontiguousarray(item.coords).tobytes())
+    for names in (item.files, item.labels, item.groups):
+        digest.update(json.dumps(names).encode())
+    return digest.hexdigest()
+
+
+def check_features(item: Features, encoder: str, sha256: str, dim: int, origin: Path) -> None:
+    """Check that features belong to an encoder and hold numbers.
+
+    Raises:
+        Mismatch: made by another encoder, or of another length; names both.
+        BadInput: values that are not finite; says how many and where first.
+    """
+    if item.encoder_sha256 != sha256:
+        found = item.encoder_sha256[:12] or "no sha256"
+        raise Mismatch(
+            f"{origin} holds features of encoder {item.encoder!r} ({found}); this atlas is bound to "
+            f"{encoder!r} ({sha256[:12]}): embed the slide with the atlas's encoder"
+        )
+    if item.features.shape[1] != dim:
+        raise Mismatch(
+            f"{origin} holds {item.features.shape[1]}-dimensional features; encoder {encoder!r} gives "
+            f"{dim}: embed the slide again"
+        )
+    broken = np.asarray(~np.isfinite(item.features).all(axis=1))
+    if broken.any():
+        raise BadInput(
+            f"{origin}: {int(broken.sum())} of {len(broken)} feature rows hold NaN or infinity, first "
+            f"row {int(broken.argmax())}; embed the slide again"
+        )

@@ -1,0 +1,275 @@
+"""Publishing files so that a reader sees all of one or nothing: temp, fsync, rename, fsync folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from filelock import FileLock, Timeout
+
+from .. import stopping
+from ..errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
+
+TEMP = ".histoseek-tmp"
+EDGE_BYTES = 2**20
+_SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+
+
+def cache_folder() -> Path:
+    """Return the folder of what can be made again: ``$HISTOSEEK_CACHE``, else in the user's cache."""
+    if os.environ.get("HISTOSEEK_CACHE"):
+        return Path(os.environ["HISTOSEEK_CACHE"])
+    home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    return Path(home) / "histoseek"
+
+
+def sha256_file(path: Path) -> str:
+    """Return the SHA-256 of a file as hexadecimal text."""
+    with open(path, "rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def content_mark(path: Path) -> str:
+    """Return a quick mark of a file's content: sha256 of its size, first and last mebibyte."""
+    size = path.stat().st_size
+    digest = hashlib.sha256(str(size).encode())
+    with open(path, "rb") as stream:
+        digest.update(stream.read(EDGE_BYTES))
+        stream.seek(max(0, size - EDGE_BYTES))
+        digest.update(stream.read(EDGE_BYTES))
+    return digest.hexdigest()
+
+
+def storage_failed(path: Path, error: OSError) -> HistoseekError:
+    """Turn an ``OSError`` met while writing ``path`` into an error that names the remedy.
+
+    A name that no file can have is the input's fault, and stops nothing else.
+    """
+    if error.errno in {errno.ENAMETOOLONG, errno.EINVAL}:
+        return BadInput(
+            f"a file cannot be named {path.name!r} ({error.strerror}); rename the input"
+        )
+    if error.errno in _SPACE:
+        why = f"no space left for {path} ({error.strerror})"
+        remedy = "free space or choose another folder, then run the same command again"
+    else:
+        why = f"cannot write {path} ({error.strerror or error})"
+        remedy = "check the folder's permissions, then run the same command again"
+    return StorageFailed(f"{why}; nothing already stored was changed; {remedy}")
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_atomic(path: Path, data: bytes | str) -> None:
+    """Replace ``path`` by ``data`` in one step that survives a crash or a full disk.
+
+    Raises:
+        StorageFailed: the disk is full or the folder cannot be written; ``path`` is as it was.
+    """
+    with replacing(path) as temp:
+        temp.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a file to write to, which takes the place of ``path`` in one step if nothing was raised.
+
+    Raises:
+        StorageFailed: the disk is full or the folder cannot be written; ``path`` is as it was.
+    """
+    temp: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp = temporary(path)
+        yield temp
+        publish_file(temp, path)
+    except OSError as error:
+        raise storage_failed(path, error) from error
+    finally:
+        if temp is not None:
+            discard(temp)
+
+
+def _temp_prefix(path: Path) -> str:
+    """Name the writer in its temporary files, so that nobody cleans up after a living one."""
+    name = os.fsencode(path.name)[:60].decode(errors="ignore")  # a name has at most 255 bytes
+    return f".{name}.{os.uname().nodename}~{os.getpid()}~"
+
+
+def _writer_is_gone(temp: Path) -> bool:
+    host, _, rest = temp.name.rpartition(".")[0].partition("~")
+    pid = rest.partition("~")[0]
+    if not host.endswith(f".{os.uname().nodename}") or not pid.isdigit():
+        return False
+    try:
+        os.kill(int(pid), 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        return False
+    return False
+
+
+def _umask() -> int:
+    mask = os.umask(0o022)
+    os.umask(mask)
+    return mask
+
+
+def temporary(path: Path) -> Path:
+    """Return an unused name beside ``path`` for a file that :func:`publish_file` will rename."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP)
+    os.close(handle)
+    stopping.mark(Path(name))
+    return Path(name)
+
+
+def discard(temp: Path) -> None:
+    """Delete a file of :func:`temporary`, if it was not published."""
+    temp.unlink(missing_ok=True)
+    stopping.unmark(temp)
+
+
+def publish_file(temp: Path, path: Path) -> None:
+    """Rename a finished temporary file to ``path`` in a way that survives a crash.
+
+    Raises:
+        StorageFailed: the folder cannot be written; ``path`` is as it was.
+    """
+    try:
+        with open(temp, "rb") as stream:
+            os.fsync(stream.fileno())
+        os.chmod(temp, 0o666 & ~_umask())
+        os.replace(temp, path)
+        stopping.unmark(temp)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_failed(path, error) from error
+
+
+def write_json(path: Path, document: Any) -> None:
+    """Write a JSON document atomically, indented and with a closing newline."""
+    write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+
+
+def read_text(path: Path) -> str:
+    """Read a UTF-8 text file.
+
+    Raises:
+        BadInput: it is not there or not text.
+    """
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"{path} cannot be read as text ({error}); check the path") from error
+
+
+def read_json(path: Path) -> Any:
+    """Read a JSON document.
+
+    Raises:
+        BadInput: the file is not there.
+        Damaged: the file is not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise BadInput(f"{path} does not exist; check the path") from error
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise Damaged(f"{path} is not valid JSON ({error}); restore it or make it again") from error
+
+
+@contextmanager
+def publish_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside ``path`` that becomes ``path`` when the block ends well.
+
+    Raises:
+        BadInput: ``path`` exists already.
+        StorageFailed: the folder cannot be written.
+    """
+    if path.exists():
+        raise BadInput(f"{path} exists already; choose another name or remove it first")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temp = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP))
+    except OSError as error:
+        raise storage_failed(path, error) from error
+    stopping.mark(temp)
+    try:
+        yield temp
+        for child in temp.rglob("*"):
+            if child.is_file():
+                with open(child, "rb") as stream:
+                    os.fsync(stream.fileno())
+        os.chmod(temp, 0o777 & ~_umask())
+        os.replace(temp, path)
+        _sync_folder(path.parent)
+    except OSError as error:
+        raise storage_failed(path, error) from error
+    finally:
+        shutil.rmtree(temp, ignore_errors=True)
+        stopping.unmark(temp)
+
+
+def remove_leftovers(folders: Iterable[Path], own: bool = False) -> int:
+    """Delete temporary files and folders directly in ``folders`` whose writer on this machine is dead.
+
+    Args:
+        folders: to look in.
+        own: also those of this process, which must not be writing any more.
+
+    Returns:
+        How many were deleted.
+    """
+    mine = _temp_prefix(Path("")).lstrip(".")
+    dead = [
+        t
+        for f in folders
+        for t in f.glob(f".*~*~*{TEMP}")
+        if _writer_is_gone(t) or (own and mine in t.name)
+    ]
+    for temp in dead:
+        if temp.is_dir():
+            shutil.rmtree(temp, ignore_errors=True)
+        else:
+            temp.unlink(missing_ok=True)
+    return len(dead)
+
+
+@contextmanager
+def exclusive(lock: Path, what: str) -> Iterator[None]:
+    """Hold a lock file; the operating system releases it when the process dies.
+
+    Raises:
+        Busy: another process holds it.
+        StorageFailed: the lock file cannot be made.
+    """
+    holder = FileLock(lock, timeout=0)
+    try:
+        holder.acquire()
+    except Timeout as error:
+        raise Busy(
+            f"{what} is being written by another process; wait until it ends and try again"
+        ) from error
+    except OSError as error:
+        raise storage_failed(lock, error) from error
+    try:
+        yield
+    finally:
+        holder.release()

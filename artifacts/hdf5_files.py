@@ -1,0 +1,123 @@
+"""Opening HDF5 of others: only data that lie in the file itself are read.
+
+HDF5 can take a dataset's bytes from any other file of the machine (external storage), or point to
+objects of other files (external links, virtual datasets). A feature file of that kind would read files
+that nobody named, and its checksum would not cover them.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+
+from ..errors import BadInput
+
+MAX_OBJECTS = 100_000
+_FILTERS = {
+    h5py.h5z.FILTER_DEFLATE,
+    h5py.h5z.FILTER_SHUFFLE,
+    h5py.h5z.FILTER_FLETCHER32,
+    h5py.h5z.FILTER_SZIP,
+    h5py.h5z.FILTER_NBIT,
+    h5py.h5z.FILTER_SCALEOFFSET,
+    h5py.h5z.FILTER_LZF,
+}
+"""Filters that come with HDF5 and h5py; any other is code that HDF5 loads from a folder."""
+
+
+@contextmanager
+def open_hdf5(source: Path | bytes, name: Path | None = None) -> Iterator[h5py.File]:
+    """Open an HDF5 file for reading and check that it refers to no other file.
+
+    Args:
+        source: the file, or its bytes.
+        name: what messages call it; the path when left out.
+
+    Raises:
+        BadInput: data or links outside of the file; names them.
+        OSError: not an HDF5 file.
+    """
+    label = name or (source if isinstance(source, Path) else Path("the HDF5 file"))
+    opened: Any = source if isinstance(source, Path) else io.BytesIO(source)
+    more: dict[str, Any] = {"locking": False} if isinstance(source, Path) else {}
+    with h5py.File(opened, "r", **more) as stored:
+        check_self_contained(stored, label)
+        yield stored
+
+
+def check_self_contained(stored: h5py.File, name: Path) -> None:
+    """Refuse a file that takes data or objects from other files; reads none of them.
+
+    Raises:
+        BadInput: external storage, an external link, a virtual dataset, references, or a filter that needs
+            a plugin; says which, and where.
+    """
+    todo: list[h5py.Group] = [stored]
+    seen = {_address(stored)}
+    count = 0
+    while todo:
+        group = todo.pop()
+        for key in group:
+            count += 1
+            if count > MAX_OBJECTS:
+                raise BadInput(f"{name} holds more than {MAX_OBJECTS:,} objects; expected features")
+            place = f"{group.name.rstrip('/')}/{key}"
+            if not _is_own(group, key, place, name):
+                continue
+            item = group[key]
+            if isinstance(item, h5py.Dataset):
+                _check_dataset(item, place, name)
+            elif isinstance(item, h5py.Group) and _address(item) not in seen:
+                seen.add(_address(item))
+                todo.append(item)
+
+
+def _is_own(group: h5py.Group, key: str, place: str, name: Path) -> bool:
+    """Whether a link is a plain one; one that points to the same file by its path is not followed.
+
+    Raises:
+        BadInput: it points to another file.
+    """
+    try:
+        link = group.get(key, getlink=True)
+    except TypeError as error:  # a kind of link that a program registered
+        raise BadInput(f"{name}: {place} is a link of an unknown kind; {_REMEDY}") from error
+    if isinstance(link, h5py.ExternalLink):
+        raise BadInput(
+            f"{name}: {place} is an external link to {link.path!r} in the file {link.filename!r}; "
+            f"{_REMEDY}"
+        )
+    return isinstance(link, h5py.HardLink)
+
+
+def _check_dataset(data: h5py.Dataset, place: str, name: Path) -> None:
+    if data.external:
+        files = ", ".join(sorted({repr(str(part[0])) for part in data.external})[:3])
+        raise BadInput(f"{name}: {place} has external storage in the file {files}; {_REMEDY}")
+    if data.is_virtual:
+        files = ", ".join(sorted({repr(str(s.file_name)) for s in data.virtual_sources()})[:3])
+        raise BadInput(f"{name}: {place} is a virtual dataset of the file {files}; {_REMEDY}")
+    if h5py.check_ref_dtype(data.dtype) is not None:
+        raise BadInput(f"{name}: {place} holds references to other objects; {_REMEDY}")
+    settings: Any = data.id.get_create_plist()
+    for number in range(settings.get_nfilters()):
+        code, _, _, label = settings.get_filter(number)
+        if code not in _FILTERS:
+            kind = label.decode("utf-8", "replace") or "an unknown filter"
+            raise BadInput(
+                f"{name}: {place} is compressed by {kind!r} (HDF5 filter {code}), which would load a "
+                "plugin; write it with gzip, or without compression"
+            )
+
+
+_REMEDY = "expected data in the file itself: write its datasets into one plain file"
+
+
+def _address(item: h5py.Group) -> tuple[int, int]:
+    about = h5py.h5o.get_info(item.id)
+    return int(about.fileno), int(about.addr)

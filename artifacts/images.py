@@ -1,0 +1,171 @@
+"""Decoding and resizing: the one place where picture files become uint8 RGB arrays.
+
+Every input is untrusted: size and format are read from the header and checked before a pixel is
+allocated. What a picture means must not be guessed, so pictures whose pixels have no single reading
+as 8-bit RGB (16-bit, CMYK, animated) are refused with the remedy; alpha is laid over white (the
+background of a slide), an EXIF rotation is applied, and an embedded colour profile is converted to sRGB.
+"""
+
+from __future__ import annotations
+
+import io
+import warnings
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+
+from ..errors import BadInput, TooLarge, Unsupported
+from .colour_profiles import profile_name, to_srgb
+
+Rgb = NDArray[np.uint8]
+
+MAX_PIXELS = 64_000_000
+"""Largest picture decoded as one piece; larger ones are slides and are read tile by tile."""
+
+MAX_BYTES = 256 * 2**20
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
+SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
+_EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX"}
+
+
+def decode(
+    source: Path | bytes | Rgb, name: str | None = None, max_pixels: int = MAX_PIXELS
+) -> Rgb:
+    """Decode one picture; of an MPO, which phones and stereo cameras write, the first one.
+
+    Args:
+        source: a file, its bytes, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8.
+        name: what to call it in messages; the file's path when left out.
+        max_pixels: refuse more than this many pixels, before any is decoded.
+
+    Returns:
+        uint8 sRGB, shape (H, W, 3), upright. Without a colour profile the values are the file's own.
+
+    Raises:
+        BadInput: missing, empty or truncated.
+        TooLarge: too many bytes or pixels.
+        Unsupported: not a picture, 16-bit, CMYK or animated.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source, name or "array")
+    label = name or (str(source) if isinstance(source, Path) else "image")
+    blob = _read(source, label) if isinstance(source, Path) else source
+    if not blob:
+        raise BadInput(f"{label} is empty (0 bytes); copy or export it again")
+    if len(blob) > MAX_BYTES:
+        raise TooLarge(f"{label} has {len(blob):,} bytes; at most {MAX_BYTES:,} are accepted")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            with Image.open(io.BytesIO(blob), formats=FORMATS) as picture:
+                _check_header(picture, blob, label, max_pixels)
+                return _to_rgb(picture, label)
+    except UnidentifiedImageError as error:
+        raise Unsupported(
+            f"{label} is not a picture that can be read; expected {', '.join(FORMATS)}"
+        ) from error
+    except Image.DecompressionBombError as error:
+        raise TooLarge(
+            f"{label} claims too many pixels ({error}); crop or downsample it"
+        ) from error
+    except BadInput:
+        raise
+    except Exception as error:
+        raise BadInput(
+            f"{label} cannot be decoded ({error}); it is truncated or damaged: export it again"
+        ) from error
+
+
+def _read(path: Path, label: str) -> bytes:
+    try:
+        size = path.stat().st_size
+        if size > MAX_BYTES:
+            raise TooLarge(f"{label} has {size:,} bytes; at most {MAX_BYTES:,} are accepted")
+        return path.read_bytes()
+    except FileNotFoundError as error:
+        raise BadInput(f"{label} does not exist; check the path") from error
+    except OSError as error:
+        raise BadInput(
+            f"{label} cannot be read ({error.strerror}); check its permissions"
+        ) from error
+
+
+def _check_header(picture: ImageFile.ImageFile, blob: bytes, label: str, max_pixels: int) -> None:
+    width, height = picture.size
+    if width * height > max_pixels:
+        raise TooLarge(
+            f"{label} is {width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are "
+            "decoded as one picture: crop it, or embed it as a slide"
+        )
+    frames = getattr(picture, "n_frames", 1)
+    if frames > 1 and picture.format != "MPO":  # its others are a preview, or the other eye's
+        kind = f"has {frames} pages" if picture.format == "TIFF" else "is animated"
+        raise Unsupported(f"{label} {kind}; expected one still picture: export a single one")
+    png_depth = blob[24] if picture.format == "PNG" and len(blob) > 24 else 8
+    bits = picture.tag_v2.get(258, (8,)) if hasattr(picture, "tag_v2") else (8,)
+    deepest = max(bits) if isinstance(bits, tuple) else bits
+    if picture.mode == "CMYK" or picture.mode == "YCCK":
+        raise Unsupported(
+            f"{label} is CMYK (print colours), which has no single RGB reading; "
+            "expected RGB: convert it with its colour profile first"
+        )
+    if picture.mode.startswith(("I", "F")) or png_depth > 8 or deepest > 8:
+        raise Unsupported(
+            f"{label} has more than 8 bits per channel (mode {picture.mode}); expected 8-bit RGB: "
+            "rescale it to 0-255 with the window that you want to see"
+        )
+    if picture.mode not in _EIGHT_BIT and picture.mode not in {"YCbCr"}:
+        raise Unsupported(f"{label} has mode {picture.mode}; expected 8-bit grey, RGB or RGBA")
+
+
+def profile_of(path: Path) -> str | None:
+    """Return the name of a picture's colour profile, which :func:`decode` converts; None without one."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(path, formats=FORMATS) as picture:
+            return profile_name(picture.info.get("icc_profile"))
+
+
+def _to_rgb(picture: Image.Image, label: str) -> Rgb:
+    upright = to_srgb(ImageOps.exif_transpose(picture), label)
+    if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
+        layer = upright.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        upright = Image.alpha_composite(white, layer)
+    return np.asarray(upright.convert("RGB"))
+
+
+def _from_array(array: Rgb, label: str) -> Rgb:
+    if array.dtype != np.uint8:
+        raise BadInput(f"{label} is {array.dtype}; expected uint8 (0-255): rescale it first")
+    if array.ndim == 2:
+        return np.repeat(array[:, :, None], 3, axis=2)
+    if array.ndim == 3 and array.shape[2] == 4:
+        return _to_rgb(Image.fromarray(array), label)
+    if array.ndim == 3 and array.shape[2] == 3 and array.size:
+        return array
+    raise BadInput(f"{label} has shape {array.shape}; expected (H, W), (H, W, 3) or (H, W, 4)")
+
+
+def square(image: Rgb, size_px: int) -> Rgb:
+    """Return the largest centred square, resampled to ``size_px`` x ``size_px`` (Lanczos).
+
+    A picture that has the size already is returned unchanged.
+    """
+    height, width = image.shape[:2]
+    if height == width == size_px:
+        return image
+    side = min(height, width)
+    top, left = (height - side) // 2, (width - side) // 2
+    box = (left, top, left + side, top + side)
+    picture = Image.fromarray(image).resize((size_px, size_px), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(picture)
+
+
+def encode_jpeg(image: Rgb, quality: int = 90) -> bytes:
+    """Encode a uint8 RGB array (H, W, 3) as JPEG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "JPEG", quality=quality)
+    return buffer.getvalue()

@@ -1,0 +1,116 @@
+"""ONNX graphs that keep their weights in other files are found, without the package ``onnx``.
+
+A graph may name a file from which a runtime takes a tensor's bytes (external data): relative to the
+graph, to the working directory, or absolute. The checksum of the graph does not cover such a file. What is
+read here is Protocol Buffers: numbered fields, nested by length (onnx.proto of ONNX 1.20).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ..errors import BadInput, Damaged
+
+_NESTED: dict[str, dict[int, str]] = {
+    "model": {7: "graph", 20: "training", 25: "function"},
+    "training": {1: "graph", 2: "graph"},
+    "function": {7: "node", 11: "attribute"},
+    "graph": {1: "node", 5: "tensor", 15: "sparse"},
+    "node": {5: "attribute"},
+    "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
+    "sparse": {1: "tensor", 2: "tensor"},
+}
+"""By kind of message which of its fields hold what kind."""
+
+_EXTERNAL, _LOCATION, _NAME = 13, 14, 8
+_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_DEEPEST = 64
+
+
+def check_graph_whole(path: Path) -> None:
+    """Refuse a graph of which a part lies in another file.
+
+    Raises:
+        BadInput: it names external data; says which tensor and which file.
+        Damaged: it is no ONNX graph.
+    """
+    blob = memoryview(path.read_bytes())
+    todo = [("model", blob, 0)]
+    try:
+        while todo:
+            kind, message, depth = todo.pop()
+            if depth > _DEEPEST:
+                raise ValueError(f"it is nested more than {_DEEPEST} deep")
+            if kind == "tensor":
+                _check_tensor(message, path)
+                continue
+            nested = _NESTED[kind]
+            for number, value in _fields(message):
+                if number in nested and isinstance(value, memoryview):
+                    todo.append((nested[number], value, depth + 1))
+    except (ValueError, IndexError) as error:
+        raise Damaged(f"{path} is no whole ONNX graph ({error}); copy the bundle again") from error
+
+
+def _check_tensor(message: memoryview, path: Path) -> None:
+    name, entries, external = "", [], False
+    for number, value in _fields(message):
+        if number == _NAME and isinstance(value, memoryview):
+            name = _text(value)
+        elif number == _LOCATION:
+            external = value == 1
+        elif number == _EXTERNAL and isinstance(value, memoryview):
+            pair = {n: _text(v) for n, v in _fields(value) if isinstance(v, memoryview)}
+            entries.append((pair.get(1, ""), pair.get(2, "")))
+    if external or entries:
+        file = dict(entries).get("location", "another file")
+        raise BadInput(
+            f"{path} takes the tensor {name!r} from the file {file!r} (external data), which its checksum "
+            "does not cover; expected all weights in the graph: save it as one file, and export the "
+            "bundle again"
+        )
+
+
+def _text(value: memoryview) -> str:
+    return bytes(value[:300]).decode("utf-8", "replace")
+
+
+def _fields(message: memoryview) -> list[tuple[int, int | memoryview]]:
+    """Return number and value of the fields of a message.
+
+    Raises:
+        ValueError: it ends in the middle of a field, or holds one of an unknown kind.
+    """
+    found: list[tuple[int, int | memoryview]] = []
+    at = 0
+    while at < len(message):
+        key, at = _varint(message, at)
+        number, kind = key >> 3, key & 7
+        if kind == _VARINT:
+            value, at = _varint(message, at)
+            found.append((number, value))
+            continue
+        if kind == _BYTES:
+            size, at = _varint(message, at)
+        elif kind in {_FIXED64, _FIXED32}:
+            size = 8 if kind == _FIXED64 else 4
+        else:
+            raise ValueError(f"field {number} is of the unknown kind {kind}")
+        if at + size > len(message):
+            raise ValueError(f"it ends in field {number}")
+        found.append((number, message[at : at + size]))
+        at += size
+    return found
+
+
+def _varint(message: memoryview, at: int) -> tuple[int, int]:
+    value = shift = 0
+    while True:
+        byte = message[at]
+        at += 1
+        value |= (byte & 0x7F) << shift
+        if byte < 0x80:
+            return value, at
+        shift += 7
+        if shift > 63:
+            raise ValueError("a number in it is too long")

@@ -1,0 +1,182 @@
+"""Which row, file or annotation belongs to which slide: the one place where names are compared.
+
+A name means a slide if it is
+
+- the end of the slide's path, folder by folder: its file name, or its path relative to any folder above it
+  (``patientA/slide.svs``); or its whole path;
+- one of these without the *slide* ending (``.svs``, ``.ome.tif`` …; ``case.2`` has none);
+- the slide's name in an atlas.
+
+Names are compared in Unicode's composed form (NFC). A name that means two slides, and two names that mean
+one slide, are refused: nobody shall get another patient's row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import NamedTuple
+
+from ..errors import BadInput
+from .images import SUFFIXES
+from .tables import same_text
+
+SLIDE_ENDINGS = (
+    ".ome.tif",
+    ".ome.tiff",
+    ".ome.btf",
+    ".svs",
+    ".ndpi",
+    ".mrxs",
+    ".scn",
+    ".bif",
+    ".vms",
+    ".vmu",
+    ".svslide",
+    ".dcm",
+    ".czi",
+    ".qptiff",
+    ".btf",
+    ".tf2",
+    ".tf8",
+    *sorted(SUFFIXES),
+)
+"""Endings of slides' files that a name may have or lack; no other part of a name is ever cut off."""
+
+SHOWN = 5
+
+
+@dataclass(frozen=True)
+class SlideName:
+    """What one slide may be called.
+
+    Attributes:
+        name: in an atlas, or of its feature file.
+        paths: of its file; empty where they are not known (features of other tools).
+    """
+
+    name: str
+    paths: tuple[str, ...] = ()
+
+
+class Matched(NamedTuple):
+    """Which name means which slide.
+
+    Attributes:
+        by_slide: by number of the slide, the name that means it.
+        unused: names that mean no slide, sorted.
+        without: numbers of slides that no name means.
+    """
+
+    by_slide: dict[int, str]
+    unused: list[str]
+    without: list[int]
+
+
+def without_ending(name: str) -> str:
+    """Return a file's name without its slide ending, if it has one."""
+    lower = name.lower()
+    for ending in SLIDE_ENDINGS:
+        if lower.endswith(ending) and len(name) > len(ending):
+            return name[: -len(ending)]
+    return name
+
+
+def without_last_ending(name: str) -> str:
+    """Return a file's name without the last part of its slide ending: ``case.ome`` of ``case.ome.tif``."""
+    stem, dot, ending = name.rpartition(".")
+    return stem if stem and f"{dot}{ending}".lower() in SLIDE_ENDINGS else name
+
+
+def match(names: Iterable[str], slides: Sequence[SlideName], origin: str, what: str) -> Matched:
+    """Find the slide that each name means.
+
+    Args:
+        names: as a table or a folder gives them.
+        slides: that may be meant.
+        origin: of the names, for messages.
+        what: a name stands for, for messages: ``row`` or ``file``.
+
+    Raises:
+        BadInput: a name that means two slides, or two names that mean one slide; with the ways out.
+    """
+    meant = _meanings(slides)
+    by_slide: dict[int, str] = {}
+    unused = []
+    for name in names:
+        numbers = sorted(meant.get(_parts(name), ()))
+        numbers += [n for n in _by_name_only(name, meant, slides) if n not in numbers]
+        if not numbers:
+            unused.append(name)
+        elif len(numbers) > 1:
+            raise BadInput(_fits_two(name, [slides[n] for n in numbers], origin, what))
+        elif numbers[0] in by_slide:
+            slide = slides[numbers[0]]
+            raise BadInput(
+                f"{origin}: the {what}s {by_slide[numbers[0]]!r} and {name!r} both mean slide "
+                f"{slide.name!r}{_at(slide)}; keep one of them"
+            )
+        else:
+            by_slide[numbers[0]] = name
+    without = [n for n in range(len(slides)) if n not in by_slide]
+    return Matched(by_slide, sorted(unused), without)
+
+
+Key = tuple[str, ...]
+
+
+def _parts(text: str) -> Key:
+    plain = same_text(text).replace("\\", "/")
+    return tuple(part for part in PurePosixPath(plain).parts if part != ".")
+
+
+def _bare(parts: Key) -> Key:
+    return (*parts[:-1], without_ending(parts[-1])) if parts else parts
+
+
+def _meanings(slides: Sequence[SlideName]) -> dict[Key, set[int]]:
+    """Return by key the slides that it means: every end of every path, with and without its ending."""
+    meant: dict[Key, set[int]] = {}
+    for number, slide in enumerate(slides):
+        keys: set[Key] = {_parts(slide.name), _bare(_parts(slide.name))}
+        for path in slide.paths:
+            parts = _parts(path)
+            for start in range(len(parts)):
+                end = parts[start:]
+                keys.update({end, _bare(end), (*end[:-1], without_last_ending(end[-1]))})
+        for key in keys:
+            meant.setdefault(key, set()).add(number)
+    return meant
+
+
+def _by_name_only(name: str, meant: dict[Key, set[int]], slides: Sequence[SlideName]) -> list[int]:
+    """Find slides whose file is not known, by the last part of a name without its ending."""
+    bare = _bare(_parts(name))[-1:]
+    return sorted(n for n in meant.get(bare, ()) if not slides[n].paths)
+
+
+def _at(slide: SlideName) -> str:
+    return f" ({slide.paths[0]})" if slide.paths else ""
+
+
+def _fits_two(name: str, slides: Sequence[SlideName], origin: str, what: str) -> str:
+    few = "; ".join(f"{slide.name!r}{_at(slide)}" for slide in slides[:SHOWN])
+    more = f" and {len(slides) - SHOWN} more" if len(slides) > SHOWN else ""
+    example = _shortest(slides[0], slides[1:])
+    way = f", such as {example!r}" if example else ""
+    return (
+        f"{origin}: the {what} {name!r} means {len(slides)} slides: {few}{more}; name one of them by more "
+        f"of its path{way}, or by its name in the atlas"
+    )
+
+
+def _shortest(slide: SlideName, others: Sequence[SlideName]) -> str:
+    """Return the shortest end of a slide's path that no other slide's path has."""
+    for path in slide.paths[:1]:
+        parts = _parts(path)
+        for start in range(len(parts) - 1, 0, -1):
+            end = parts[start:]
+            if not any(_parts(p)[-len(end) :] == end for other in others for p in other.paths):
+                return "/".join(end)
+    return ""

@@ -1,0 +1,239 @@
+"""Tables from people: CSV as Excel, LibreOffice, pandas or R write it; a header, no item twice.
+
+The separator, the encoding and cells that mean *no value* are recognised as those programs write them.
+Whatever is not plain comma-separated UTF-8 is said in :attr:`Table.notes`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ..errors import BadInput
+
+NO_VALUE = frozenset(
+    {
+        "",
+        "#N/A",
+        "#N/A N/A",
+        "#NA",
+        "-1.#IND",
+        "-1.#QNAN",
+        "-NaN",
+        "-nan",
+        "1.#IND",
+        "1.#QNAN",
+        "<NA>",
+        "N/A",
+        "NA",
+        "NULL",
+        "NaN",
+        "None",
+        "n/a",
+        "nan",
+        "null",
+    }
+)
+"""Texts that mean *no value*: the default list of pandas' ``read_csv``, and Excel's ``#N/A``."""
+
+SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that was read.
+
+    Attributes:
+        origin: what messages call it.
+        key: the column that names the items.
+        rows: one dictionary per row; *no value* is the empty text.
+        notes: what was recognised or left out while reading, one sentence each.
+    """
+
+    origin: str
+    key: str
+    rows: tuple[dict[str, str], ...]
+    notes: tuple[str, ...] = ()
+
+
+def same_text(text: str) -> str:
+    """Return text in Unicode's composed form (NFC), in which equal names compare equal."""
+    return unicodedata.normalize("NFC", text)
+
+
+def value_of(given: Any) -> str:
+    """Return a cell as text; the empty text where it means *no value* (None, NaN, ``N/A`` …)."""
+    text = "" if given is None else str(given)
+    return "" if text in NO_VALUE else text
+
+
+def clean_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    """Return a row with texts for values; see :func:`value_of`."""
+    return {str(key): value_of(value) for key, value in row.items()}
+
+
+def number_of(text: str) -> float | None:
+    """Return the number that a cell holds, also with a decimal comma; None if it holds none."""
+    try:
+        return float(text.replace(",", ".", 1) if "." not in text else text)
+    except ValueError:
+        return None
+
+
+def read_csv(path: Path, *keys: str, within: str | None = None) -> Table:
+    """Read a CSV file; see :func:`parse_table`.
+
+    Raises:
+        BadInput: the file cannot be read, or as :func:`parse_table` says.
+    """
+    try:
+        return parse_table(path.read_bytes(), str(path), *keys, within=within)
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
+
+
+def parse_table(blob: bytes, origin: str, *keys: str, within: str | None = None) -> Table:
+    """Read the bytes of a CSV table.
+
+    Args:
+        blob: the file: UTF-8, UTF-16 or Windows' cp1252; separated by comma, semicolon, tab or ``|``.
+        origin: what messages call it.
+        keys: names of the column that tells rows apart; the first that the table has is taken.
+        within: further column, if the table has it, whose value tells rows of one key apart.
+
+    Raises:
+        BadInput: not text, no such column, a row without a value there, or an item given twice. The
+            message names the encoding and the separator that were found.
+    """
+    text, encoding = _decoded(blob, origin)
+    lines = list(io.StringIO(text, newline=""))
+    told = lines[0].rstrip("\r\n") if lines else ""
+    if told.lower().startswith("sep=") and len(told) == 5:  # Excel's own first line, no header
+        separator, lines = told[4], ["\n", *lines[1:]]
+    else:
+        separator = _separator(lines, keys)
+    try:
+        cells = [
+            (number, row) for number, row in _numbered(lines, separator) if any(map(str.strip, row))
+        ]
+    except csv.Error as error:
+        raise BadInput(f"{origin} is not a CSV table ({error}); save it as CSV again") from error
+    names = [same_text(name.strip()) for name in cells[0][1]] if cells else []
+    key = next((name for name in keys if name in names), None)
+    if key is None:
+        wanted = " or ".join(repr(name) for name in keys)
+        raise BadInput(
+            f"{origin} has columns {names}; expected a column {wanted} (read as {encoding}, separated by "
+            f"{SEPARATORS.get(separator, repr(separator))})"
+        )
+    notes = (
+        []
+        if separator == ","
+        else [f"{origin}: separated by {SEPARATORS.get(separator, separator)}"]
+    )
+    if encoding == "cp1252":
+        notes.append(f"{origin}: not UTF-8; read as Windows' cp1252: check names with accents")
+    names, dropped = _without_empty_columns(names, [row for _, row in cells[1:]])
+    if dropped:
+        notes.append(f"{origin}: {dropped} empty column(s) without a name left out")
+    if len(set(names)) < len(names):
+        raise BadInput(f"{origin} names a column twice: {names}")
+    words: Counter[str] = Counter()
+    rows = _rows(cells[1:], names, key, within, origin, words)
+    if words:
+        each = ", ".join(f"{word} {count}" for word, count in sorted(words.items()))
+        notes.append(f"{origin}: {words.total()} cell(s) read as no value ({each})")
+    return Table(origin, key, tuple(rows), tuple(notes))
+
+
+def _decoded(blob: bytes, origin: str) -> tuple[str, str]:
+    """Return the text of a table and the name of its encoding."""
+    if blob[:4] == b"PK\x03\x04" or blob[:8] == b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1":
+        raise BadInput(f"{origin} is a workbook, not a CSV table; save it as CSV UTF-8")
+    if blob[:2] in {b"\xff\xfe", b"\xfe\xff"}:
+        encoding = "utf-16"
+    elif b"\0" in blob[:64]:
+        encoding = "utf-16-be" if blob[:1] == b"\0" else "utf-16-le"
+    else:
+        encoding = "utf-8-sig"
+    try:
+        text = blob.decode(encoding)
+    except UnicodeDecodeError as error:
+        try:
+            text, encoding = blob.decode("cp1252" if encoding == "utf-8-sig" else "ascii"), "cp1252"
+        except UnicodeDecodeError:
+            raise BadInput(
+                f"{origin} is not text in UTF-8, UTF-16 or cp1252 ({error}); save it as CSV UTF-8"
+            ) from error
+    if "\0" in text:
+        raise BadInput(f"{origin} is not a CSV table (it holds NUL bytes); save it as CSV UTF-8")
+    return text, encoding.removesuffix("-sig")
+
+
+def _numbered(lines: Sequence[str], separator: str) -> list[tuple[int, list[str]]]:
+    reader = csv.reader(lines, delimiter=separator)
+    return [(reader.line_num, row) for row in reader]
+
+
+def _separator(lines: Sequence[str], keys: Sequence[str]) -> str:
+    """Return the separator by which the header has one of ``keys``, else the most frequent one."""
+    header = next((line for line in lines if line.strip()), "")
+    for separator in SEPARATORS:
+        try:
+            names = {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
+        except csv.Error:  # reading the table for good says what is wrong
+            continue
+        if names & set(keys):
+            return separator
+    return max(SEPARATORS, key=header.count)
+
+
+def _without_empty_columns(names: list[str], rows: Sequence[list[str]]) -> tuple[list[str], int]:
+    """Drop columns at the end that have no name and no value, as Excel writes them."""
+    kept = len(names)
+    while kept and not names[kept - 1]:
+        if any(len(row) >= kept and row[kept - 1].strip() for row in rows):
+            break
+        kept -= 1
+    return names[:kept], len(names) - kept
+
+
+def _rows(
+    cells: Sequence[tuple[int, list[str]]],
+    names: Sequence[str],
+    key: str,
+    within: str | None,
+    origin: str,
+    words: Counter[str],
+) -> list[dict[str, str]]:
+    """Return rows as dictionaries; count in ``words`` the texts that mean *no value*."""
+    rows: list[dict[str, str]] = []
+    seen: set[tuple[str, str]] = set()
+    for number, row in cells:
+        while len(row) > len(names) and not row[-1].strip():
+            row = row[:-1]
+        if len(row) != len(names):
+            raise BadInput(
+                f"{origin}, line {number}: {len(row)} values for {len(names)} columns; put a value with "
+                "the separator in it in double quotes"
+            )
+        clean: dict[str, str] = {}
+        for name, cell in zip(names, row, strict=True):
+            clean[name] = value_of(cell.strip())
+            if not clean[name] and cell.strip():
+                words[cell.strip()] += 1
+        if not clean[key]:
+            raise BadInput(f"{origin}, line {number}: no value for {key!r}")
+        item = same_text(clean[key]), same_text(clean.get(within or "", ""))
+        if item in seen:
+            text = " ".join(filter(None, item))
+            raise BadInput(f"{origin}, line {number}: {text!r} appears twice")
+        seen.add(item)
+        rows.append(clean)
+    return rows

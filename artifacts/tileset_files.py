@@ -1,0 +1,266 @@
+"""Opening tile sets: folders, tables, tar and npz files."""
+
+from __future__ import annotations
+
+import tarfile
+import unicodedata
+import zlib
+from collections.abc import Iterable
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from zipfile import BadZipFile, ZipFile
+
+import numpy as np
+
+from ..errors import BadInput
+from .files import sha256_file
+from .images import MAX_BYTES, SUFFIXES
+from .tables import parse_table, read_csv, same_text, value_of
+from .tilesets import MANIFEST, MAX_UNPACKED, Tile, TileSet, _rows_fingerprint, content_hash
+from .unread import why_unread
+from .walking import LeftOut, is_hidden, walk
+
+
+def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
+    """Open a folder, CSV manifest, tar pack or npz pack as a tile set.
+
+    Args:
+        source: the folder or file.
+        manifest: a CSV whose ``file`` column names tiles of ``source``; overrides its own.
+
+    Raises:
+        BadInput: nothing there, no tile in it, or a manifest that does not fit; says which.
+    """
+    if not source.exists():
+        raise BadInput(f"{source} does not exist; check the path")
+    if source.is_dir():
+        tiles = _open_folder(source, manifest)
+    elif manifest is not None and source.suffix.lower() in {".csv", ".npz"}:
+        raise BadInput(f"{source} has labels of its own; a manifest goes with a folder or a .tar")
+    elif source.suffix.lower() == ".csv":
+        tiles = _open_csv(source, source.parent, source.stem)
+    elif source.suffix.lower() == ".npz":
+        tiles = _open_npz(source)
+    elif ".tar" in source.suffixes or source.suffix.lower() == ".tgz":
+        tiles = _open_tar(source, manifest)
+    else:
+        raise BadInput(
+            f"{source} is not a tile set; expected a folder, a .csv manifest, a .tar or an .npz"
+        )
+    if not tiles.tiles:
+        raise BadInput(f"{source} holds no tile; expected pictures ({', '.join(sorted(SUFFIXES))})")
+    return tiles
+
+
+def _is_picture(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in SUFFIXES and not any(map(is_hidden, path.parts))
+
+
+def _class_of(name: str) -> str | None:
+    parent = PurePosixPath(name).parent.name
+    return parent or None
+
+
+def _tile(row: dict[str, str]) -> Tile:
+    extra = {k: v for k, v in row.items() if k not in {"file", "label", "group"}}
+    group = row.get("group") or row.get("patient") or None
+    return Tile(row["file"], row.get("label") or None, group, extra)
+
+
+def _open_csv(path: Path, root: Path, name: str) -> TileSet:
+    table = read_csv(path, "file")
+    tiles = tuple(_tile(row) for row in table.rows)
+    places = [_as_written(root / tile.file) for tile in tiles]
+    return TileSet(
+        name=name,
+        source=str(path),
+        tiles=tiles,
+        fingerprint=_rows_fingerprint(tiles, _stamps(places)),
+        _load=lambda n: _file_bytes(places[n]),
+        notes=table.notes,
+    )
+
+
+def _as_written(path: Path) -> Path:
+    """Return a path as the disk has it, where that differs only in how accents are composed."""
+    if path.exists():
+        return path
+    forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
+    return next((form for form in forms if form.exists()), path)
+
+
+def _stamps(paths: Iterable[Path]) -> str:
+    """Hash size and time of change of files: enough to see that one was replaced."""
+
+    def stamp(path: Path) -> str:
+        try:
+            stat = path.stat()
+            return f"{stat.st_size}:{stat.st_mtime_ns}"
+        except OSError:
+            return "missing"
+
+    return content_hash(map(stamp, paths))
+
+
+def _file_bytes(path: Path) -> bytes:
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise BadInput(f"{path} is larger than {MAX_BYTES:,} bytes")
+        return path.read_bytes()
+    except OSError as error:
+        raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
+
+
+def _check_inside(folder: Path, manifest: Path) -> None:
+    """Refuse a manifest found in a folder that names files outside of it."""
+    if manifest.parent != folder:
+        return  # given by the caller, who may name what he likes
+    root = folder.resolve()
+    for row in read_csv(manifest, "file").rows:
+        if not (folder / row["file"]).resolve().is_relative_to(root):
+            raise BadInput(f"{manifest} names {row['file']!r}, which is outside of {folder}")
+
+
+def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
+    if manifest is None and (folder / MANIFEST).is_file():
+        manifest = folder / MANIFEST
+    if manifest is not None:
+        _check_inside(folder, manifest)
+        return replace(_open_csv(manifest, folder, folder.resolve().name), source=str(folder))
+    walked = walk(folder)
+    names = [file.relative_to(folder).as_posix() for file in walked.files]
+    others = [name for name in names if not _is_picture(name)]
+    names = sorted(name for name in names if _is_picture(name))
+    left_out = [
+        *walked.left_out,
+        *(LeftOut(str(folder / n), why_unread(folder / n)) for n in others),
+    ]
+    tiles = tuple(Tile(name, _class_of(name)) for name in names)
+    sizes = _stamps(folder / name for name in names)
+    return TileSet(
+        name=folder.resolve().name,
+        source=str(folder),
+        tiles=tiles,
+        fingerprint=_rows_fingerprint(tiles, sizes),
+        _load=lambda n: _file_bytes(folder / tiles[n].file),
+        left_out=tuple(left_out),
+    )
+
+
+def _open_tar(path: Path, manifest: Path | None) -> TileSet:
+    try:
+        places, blobs, inner, left_out = _tar_members(path)
+    except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
+        raise BadInput(f"{path} is not a readable tar ({error}); copy it again") from error
+    notes: tuple[str, ...] = ()
+    if manifest is not None or inner is not None:
+        table = (
+            read_csv(manifest, "file")
+            if manifest is not None
+            else parse_table(inner or b"", f"{path}:{MANIFEST}", "file")
+        )
+        tiles, notes = tuple(_tile(row) for row in table.rows), table.notes
+    else:
+        tiles = tuple(Tile(n, _class_of(n)) for n in sorted(places) if _is_picture(n))
+    written = {same_text(name): name for name in places}
+
+    def load(number: int) -> bytes:
+        name = written.get(same_text(tiles[number].file), "")
+        if not name:
+            raise BadInput(f"{path}: {tiles[number].file} is in the manifest but not in the tar")
+        if name in blobs:
+            return blobs[name]
+        offset, size = places[name]
+        with open(path, "rb") as stream:
+            stream.seek(offset)
+            return stream.read(size)
+
+    name = path.name.split(".tar")[0].removesuffix(".tgz")
+    fingerprint = _rows_fingerprint(tiles, sha256_file(path))
+    others = tuple(LeftOut(f"{path}:{name}", reason) for name, reason in sorted(left_out.items()))
+    return TileSet(name, str(path), tiles, fingerprint, load, notes, others)
+
+
+def _tar_members(
+    path: Path,
+) -> tuple[dict[str, tuple[int, int]], dict[str, bytes], bytes | None, dict[str, str]]:
+    """Return places by name, a compressed tar's bytes, the manifest, and what is left out and why."""
+    places: dict[str, tuple[int, int]] = {}
+    blobs: dict[str, bytes] = {}
+    inner: bytes | None = None
+    left_out: dict[str, str] = {}
+    unpacked = 0
+    plain = _is_plain_tar(path)
+    with tarfile.open(path, "r:" if plain else "r:*") as pack:
+        for member in pack:
+            name = member.name.removeprefix("./")
+            if not member.isfile():
+                continue
+            if not (_is_picture(name) or name == MANIFEST):
+                hidden = any(map(is_hidden, PurePosixPath(name).parts))
+                left_out[name] = "hidden or system file" if hidden else why_unread(Path(name))
+                continue
+            places[name] = (member.offset_data, member.size)
+            unpacked += member.size
+            if member.size > MAX_BYTES or (not plain and unpacked > MAX_UNPACKED):
+                raise BadInput(f"{path}: {name} makes it unpack to more than is accepted")
+            stream = pack.extractfile(member) if name == MANIFEST or not plain else None
+            if stream is not None and name == MANIFEST:
+                inner = stream.read()
+            elif stream is not None:
+                blobs[name] = stream.read()
+    places.pop(MANIFEST, None)
+    return places, blobs, inner, left_out
+
+
+def _is_plain_tar(path: Path) -> bool:
+    try:
+        with tarfile.open(path, "r:"):
+            return True
+    except tarfile.ReadError:
+        return False
+
+
+def _open_npz(path: Path) -> TileSet:
+    try:
+        with ZipFile(path) as members:
+            unpacked = sum(member.file_size for member in members.infolist())
+        if unpacked > MAX_UNPACKED:
+            raise BadInput(
+                f"{path} unpacks to {unpacked:,} bytes; at most {MAX_UNPACKED:,} are read"
+            )
+        with np.load(path, allow_pickle=False) as pack:
+            arrays = {key: pack[key] for key in pack.files}
+    except (OSError, ValueError, EOFError, BadZipFile, MemoryError, zlib.error) as error:
+        raise BadInput(f"{path} is not a readable .npz of plain arrays ({error})") from error
+    images = arrays.get("images")
+    if images is None or images.dtype != np.uint8 or images.ndim not in {3, 4}:
+        raise BadInput(
+            f"{path} has arrays {sorted(arrays)}; expected uint8 'images' (N, H, W[, 3])"
+        )
+    count = len(images)
+    for key in ("labels", "group", "ids"):
+        if key in arrays and len(arrays[key]) != count:
+            raise BadInput(f"{path}: {key!r} has {len(arrays[key])} rows, 'images' has {count}")
+    names = arrays.get("class_names")
+    labels = arrays.get("labels")
+
+    def label_of(row: int) -> str | None:
+        if labels is None:
+            return None
+        value = labels[row]
+        if names is None or not np.issubdtype(labels.dtype, np.integer):
+            return value_of(value) or None
+        return str(names[value]) if 0 <= value < len(names) else None
+
+    def group_of(row: int) -> str | None:
+        return value_of(arrays["group"][row]) or None if "group" in arrays else None
+
+    ids = arrays.get("ids")
+    tiles = tuple(
+        Tile(str(ids[n]) if ids is not None else f"{n:07d}", label_of(n), group_of(n))
+        for n in range(count)
+    )
+    fingerprint = _rows_fingerprint(tiles, sha256_file(path))
+    return TileSet(path.stem, str(path), tiles, fingerprint, lambda n: np.asarray(images[n]))

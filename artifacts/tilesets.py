@@ -1,0 +1,162 @@
+"""Tile sets: ready pictures, one tile each, with labels and groups, wherever they lie.
+
+A tile set is read from a folder (sub-folders are classes), a CSV manifest (``file,label,group,…``), a
+``.tar`` pack (with a ``manifest.csv`` inside, or sub-folders as classes) or an ``.npz`` pack
+(``images`` with ``labels``, ``class_names`` and ``group``). Tiles that share a group come from one
+source picture or patient, and must never be split between training and validation.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..errors import BadInput
+from .images import Rgb, decode, square
+from .walking import LeftOut
+
+MANIFEST = "manifest.csv"
+MAX_UNPACKED = 4 * 2**30
+SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Tile:
+    """One ready tile: its path inside the set, and what the manifest says of it."""
+
+    file: str
+    label: str | None = None
+    group: str | None = None
+    extra: dict[str, str] = field(default_factory=dict)
+
+    def column(self, name: str) -> str:
+        """Return a manifest column by name; empty where the manifest has none."""
+        known = {"file": self.file, "label": self.label, "group": self.group}
+        return (known[name] or "") if name in known else self.extra.get(name, "")
+
+
+@dataclass(frozen=True)
+class TileSet:
+    """Tiles that are read by number; nothing is decoded before it is asked for.
+
+    Attributes:
+        name: of the set.
+        source: the folder or file.
+        tiles: in the order of their numbers.
+        fingerprint: of the content.
+        notes: what was recognised while its table was read.
+        left_out: files and folders that were found and not taken, with the reason.
+    """
+
+    name: str
+    source: str
+    tiles: tuple[Tile, ...]
+    fingerprint: str
+    _load: Callable[[int], bytes | Rgb] = field(repr=False, compare=False)
+    notes: tuple[str, ...] = ()
+    left_out: tuple[LeftOut, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.tiles)
+
+    def read(self, number: int) -> Rgb:
+        """Decode tile ``number`` to uint8 RGB (H, W, 3).
+
+        Raises:
+            BadInput: the tile is missing or cannot be decoded; the message names it.
+        """
+        label = f"{self.source}: {self.tiles[number].file}"
+        return decode(self._load(number), name=label)
+
+    def identity(self) -> str:
+        """Return a hash of the content with its labels and groups."""
+        return _rows_fingerprint(self.tiles, self.fingerprint)
+
+    def take(self, numbers: Sequence[int]) -> TileSet:
+        """Return the tile set of the given tiles, in that order."""
+        chosen = [int(n) for n in numbers]
+        load = self._load
+        return replace(
+            self,
+            tiles=tuple(self.tiles[n] for n in chosen),
+            fingerprint=content_hash([self.fingerprint, *map(str, chosen)]),
+            _load=lambda n: load(chosen[n]),
+        )
+
+    def without(self, column: str, values: Iterable[str]) -> TileSet:
+        """Return the tile set less the tiles whose ``column`` has one of ``values``."""
+        gone = set(values)
+        return self.take([n for n, t in enumerate(self.tiles) if t.column(column) not in gone])
+
+    def relabelled(self, columns: Sequence[str]) -> TileSet:
+        """Return the tile set with labels joined from several manifest columns by ``/``."""
+
+        def label_of(tile: Tile) -> str | None:
+            parts = [tile.column(column) for column in columns]
+            return "/".join(parts) if any(parts) else None
+
+        tiles = (replace(tile, label=label_of(tile)) for tile in self.tiles)
+        return replace(self, tiles=tuple(tiles))
+
+
+def sample_tiles(tileset: TileSet, size_px: int, count: int = SAMPLE) -> NDArray[np.uint8]:
+    """Decode ``count`` tiles spread evenly over a tile set; unreadable ones are passed over.
+
+    Raises:
+        BadInput: none could be read.
+    """
+    chosen = np.unique(np.linspace(0, len(tileset) - 1, min(count, len(tileset))).astype(int))
+    tiles: list[NDArray[np.uint8]] = []
+    reason = "the tile set is empty"
+    for number in chosen:
+        try:
+            tiles.append(square(tileset.read(int(number)), size_px))
+        except BadInput as error:
+            reason = str(error)
+    if not tiles:
+        raise BadInput(f"no tile to prove parity on: {reason}")
+    return np.stack(tiles)
+
+
+def concatenate(sets: Sequence[TileSet]) -> TileSet:
+    """Join tile sets; labels and groups are prefixed by each set's name, so none is shared."""
+    if len(sets) == 1:
+        return sets[0]
+    tiles: list[Tile] = []
+    places: list[tuple[TileSet, int]] = []
+    seen: Counter[str] = Counter()
+    for part in sets:
+        seen[part.name] += 1
+        name = part.name if seen[part.name] == 1 else f"{part.name}-{seen[part.name]}"
+        for number, tile in enumerate(part.tiles):
+            label = f"{name}/{tile.label}" if tile.label is not None else None
+            group = f"{name}/{tile.group}" if tile.group is not None else None
+            tiles.append(replace(tile, file=f"{name}/{tile.file}", label=label, group=group))
+            places.append((part, number))
+    return TileSet(
+        name="+".join(part.name for part in sets),
+        source="+".join(part.source for part in sets),
+        tiles=tuple(tiles),
+        fingerprint=content_hash([part.fingerprint for part in sets]),
+        _load=lambda n: places[n][0]._load(places[n][1]),
+        notes=tuple(note for part in sets for note in part.notes),
+        left_out=tuple(left for part in sets for left in part.left_out),
+    )
+
+
+def content_hash(parts: Iterable[str]) -> str:
+    """Return one SHA-256 of texts, in order."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(part.encode())
+        digest.update(b"\0")
+    return digest.hexdigest()
+
+
+def _rows_fingerprint(tiles: Sequence[Tile], content: str) -> str:
+    return content_hash([content, *(f"{t.file}|{t.label}|{t.group}" for t in tiles)])

@@ -1,0 +1,174 @@
+"""Walking folders: every file below a folder once, with what was left out and why.
+
+Links to folders are followed, without loops; a file that is found twice is taken under its real name.
+Folders that file managers, servers and notebooks keep for themselves are left out and named.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from ..errors import BadInput
+
+SYSTEM_FOLDERS = frozenset(
+    {
+        "@eadir",
+        "@recycle",
+        "@recently-snapshot",
+        "#recycle",
+        "#snapshot",
+        "$recycle.bin",
+        "__macosx",
+        "lost+found",
+        "system volume information",
+    }
+)
+"""Folders, in lower case, in which servers and file managers keep copies and trash."""
+SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
+SHOWN = 3
+
+
+class LeftOut(NamedTuple):
+    """A file or folder that was not taken.
+
+    Attributes:
+        path: of it.
+        reason: why, in a few words; the same for all of a kind.
+    """
+
+    path: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class Walk:
+    """What a folder holds.
+
+    Attributes:
+        files: every file once, sorted.
+        left_out: hidden and system folders and files, links that lead nowhere or to a file that is
+            taken under another name.
+        aliases: by file, the other paths that lead to it.
+    """
+
+    files: tuple[Path, ...]
+    left_out: tuple[LeftOut, ...]
+    aliases: dict[Path, tuple[Path, ...]] = field(default_factory=dict)
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a folder or file of this name is left out: hidden, or kept by a system for itself."""
+    return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
+
+
+Prune = Callable[[Path, Sequence[str], Sequence[str]], dict[str, str | None]]
+"""Takes a folder and the names of its sub-folders and files; returns by name the sub-folders that
+are not walked, with the reason to report, or None where they belong to a file of the folder."""
+
+
+def walk(folder: Path, prune: Prune | None = None) -> Walk:
+    """Find every file below a folder.
+
+    Args:
+        folder: where to begin; its own name may be hidden.
+        prune: says which sub-folders are no folders of files, such as the data of an ``.mrxs``.
+
+    Raises:
+        BadInput: a folder cannot be read.
+    """
+    walked = _Walking(folder, prune)
+    walked.go(folder)
+    while walked.links:  # after all real folders, so that a file has its real name where it can
+        link = walked.links.pop(0)
+        real = os.path.realpath(link)
+        if real in walked.visited:
+            walked.leave_out(link, "link to a folder that is walked already")
+        elif walked.root == real or walked.root.startswith(real.rstrip(os.sep) + os.sep):
+            walked.leave_out(link, "link to a folder that holds the one that is walked")
+        else:
+            walked.go(link)
+    found = once(walked.found)
+    left_out = sorted([*walked.left_out, *found.left_out])
+    return Walk(found.files, tuple(left_out), found.aliases)
+
+
+class _Walking:
+    """One call of :func:`walk`: what was found, and links to folders that are still to be followed."""
+
+    def __init__(self, folder: Path, prune: Prune | None) -> None:
+        self.root, self._prune = os.path.realpath(folder), prune
+        self.visited: set[str] = set()
+        self.found: list[Path] = []
+        self.links: list[Path] = []
+        self.left_out: list[LeftOut] = []
+
+    def leave_out(self, path: Path, reason: str) -> None:
+        self.left_out.append(LeftOut(str(path), reason))
+
+    def go(self, folder: Path) -> None:
+        """Walk real folders; keep links to folders for later."""
+        for top, folders, names in os.walk(folder, onerror=_unreadable):
+            here = Path(top)
+            self.visited.add(os.path.realpath(here))
+            skipped = {} if self._prune is None else self._prune(here, folders, names)
+            kept = []
+            for name in sorted(folders):
+                if is_hidden(name):
+                    self.leave_out(here / name, "hidden or system folder")
+                elif name in skipped:
+                    reason = skipped[name]
+                    if reason is not None:
+                        self.leave_out(here / name, reason)
+                elif (here / name).is_symlink():
+                    self.links.append(here / name)
+                elif os.path.realpath(here / name) not in self.visited:
+                    kept.append(name)
+            folders[:] = kept
+            for name in sorted(names):
+                if is_hidden(name):
+                    self.leave_out(here / name, "hidden or system file")
+                elif not (here / name).exists():
+                    self.leave_out(here / name, "link that leads nowhere")
+                else:
+                    self.found.append(here / name)
+
+
+def once(found: Sequence[Path]) -> Walk:
+    """Keep each file once: under its real name if that is among the paths, else under the first one."""
+    by_real: dict[str, list[Path]] = {}
+    for path in sorted(found):
+        by_real.setdefault(os.path.realpath(path), []).append(path)
+    files: list[Path] = []
+    left_out: list[LeftOut] = []
+    aliases: dict[Path, tuple[Path, ...]] = {}
+    for paths in by_real.values():
+        chosen = next((path for path in paths if not path.is_symlink()), paths[0])
+        files.append(chosen)
+        others = tuple(path for path in paths if path != chosen)
+        if others:
+            aliases[chosen] = others
+        left_out += [LeftOut(str(path), f"the same file as {chosen}") for path in others]
+    return Walk(tuple(sorted(files)), tuple(left_out), aliases)
+
+
+def _unreadable(error: OSError) -> None:
+    raise BadInput(
+        f"{error.filename} cannot be read ({error.strerror}); check its permissions, or name the files"
+    ) from error
+
+
+def summarised(left_out: Sequence[LeftOut]) -> list[str]:
+    """Return one line per reason: how many were left out, and the first few."""
+    by_reason: dict[str, list[str]] = {}
+    for path, reason in left_out:
+        kind = "the same file under another name" if reason.startswith("the same file") else reason
+        by_reason.setdefault(kind, []).append(path)
+    lines = []
+    for reason, paths in sorted(by_reason.items()):
+        few = ", ".join(paths[:SHOWN]) + (" …" if len(paths) > SHOWN else "")
+        lines.append(f"left out, {reason}: {len(paths)} ({few})")
+    return lines

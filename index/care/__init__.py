@@ -1,0 +1,1 @@
+"""Care: checking, repairing and copying an atlas."""

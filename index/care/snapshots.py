@@ -1,0 +1,130 @@
+"""Snapshots: a copy of one committed state of an atlas, and the way back."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sqlite3
+from contextlib import closing
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ... import stopping
+from ...artifacts.files import exclusive, publish_folder
+from ...errors import BadInput, Damaged, StorageFailed
+from ..store.catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
+from .verify import problems
+
+if TYPE_CHECKING:
+    from ..atlas import Atlas
+
+
+def take(atlas: Atlas, out: Path) -> dict[str, Any]:
+    """Copy an atlas; see :meth:`Atlas.snapshot`."""
+    from ..atlas import ENCODER, LOCK, Atlas
+
+    if out.resolve().is_relative_to(atlas.path.resolve()):
+        raise BadInput(f"{out} lies in the atlas itself; choose a folder outside of {atlas.path}")
+    # Files of a state are deleted by later writers only, so no writer may come between.
+    with exclusive(atlas.path / LOCK, f"atlas {atlas.path}"), publish_folder(out) as folder:
+        try:
+            _copy_database(atlas.path / FILE, folder / FILE)
+            shutil.copytree(atlas.encoder_bundle, folder / ENCODER)
+            (folder / "features").mkdir()
+            for file in _named_files(atlas):
+                stopping.check()
+                shutil.copyfile(atlas.path / file, folder / file)
+        except FileNotFoundError as error:
+            raise Damaged(f"{error.filename} is missing; run `histoseek index verify`") from error
+        except (OSError, sqlite3.OperationalError) as error:
+            raise StorageFailed(
+                f"the snapshot {out} cannot be written ({error}); free space"
+            ) from error
+        copied = Atlas(folder)
+        wrong = problems(copied)
+        if wrong:
+            raise Damaged(
+                f"no snapshot was made: {wrong[0].text.replace(str(folder), str(atlas.path))} "
+                f"({len(wrong)} problem(s) in all); run `histoseek index verify --repair`"
+            )
+        revision = copied.catalog.revision()
+    size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
+    return {"snapshot": str(out), "revision": revision, "bytes": size}
+
+
+def _copy_database(source: Path, target: Path) -> None:
+    with (
+        closing(sqlite3.connect(source)) as old,
+        closing(sqlite3.connect(target)) as new,
+    ):
+        old.backup(new)
+        new.execute("PRAGMA journal_mode = WAL")
+
+
+def _named_files(atlas: Atlas) -> list[str]:
+    queries = (
+        "SELECT features_file AS file FROM slides",
+        "SELECT file FROM clusterings",
+        "SELECT file FROM generations",
+        "SELECT raw_file AS file FROM generations WHERE raw_file IS NOT NULL",
+    )
+    return [row["file"] for query in queries for row in atlas.catalog.rows(query)]
+
+
+def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
+    """Put a snapshot in the place of an atlas, which is kept beside it under another name.
+
+    Args:
+        snapshot: what :func:`take` wrote; it stays.
+        atlas: where the atlas is, or was.
+
+    Returns:
+        Where the atlas that was there before is now, and the revision that is back.
+
+    Raises:
+        BadInput: no snapshot there.
+        Damaged: the snapshot is not whole; the atlas stays as it is.
+        Busy: another process is writing to the atlas.
+    """
+    from ..atlas import LOCK, Atlas
+
+    fresh = atlas.with_name(f"{atlas.name}.restoring-{os.getpid()}")
+    take(Atlas(snapshot), fresh)
+    kept: Path | None = None
+    if atlas.exists():
+        with exclusive(atlas / LOCK, f"atlas {atlas}"):
+            _go_on_counting(fresh, atlas)
+            kept = _free_name(atlas)
+            atlas.rename(kept)
+            fresh.rename(atlas)
+    else:
+        fresh.rename(atlas)
+    return {
+        "atlas": str(atlas),
+        "revision": Atlas(atlas).catalog.revision(),
+        "kept": None if kept is None else str(kept),
+    }
+
+
+def _go_on_counting(fresh: Path, atlas: Path) -> None:
+    """Let ids and revisions go on after those of the atlas that is replaced: none is used a second time."""
+    old, new = Catalog(atlas), Catalog(fresh)
+    known = {row["name"]: row["seq"] for row in old.rows("SELECT name, seq FROM sqlite_sequence")}
+    meta = old.meta()
+    with new.write() as db:
+        for name, last in known.items():
+            row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (name,)).fetchone()
+            if row is None:
+                db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (name, last))
+            else:
+                highest = max(last, row["seq"])
+                db.execute("UPDATE sqlite_sequence SET seq = ? WHERE name = ?", (highest, name))
+        for key in (NEXT_TILE, REVISION):
+            set_meta(db, key, str(max(int(meta[key]), int(get_meta(db, key)))))
+
+
+def _free_name(atlas: Path) -> Path:
+    number = 1
+    while (found := atlas.with_name(f"{atlas.name}.before-restore-{number}")).exists():
+        number += 1
+    return found

@@ -1,0 +1,323 @@
+"""Checking an atlas: every hash, count and link; and making again what is derived."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ... import stopping
+from ...artifacts import audit_chain
+from ...artifacts.feature_files import check_features, read_features
+from ...artifacts.files import sha256_file
+from ...artifacts.manifest import check_bundle_graph
+from ...errors import Damaged, HistoseekError, StorageFailed
+from ..clusters import stored as clusterings
+from ..clusters.clustering import Clustering
+from ..clusters.fitting import fitted
+from ..search import map as layout
+from ..store.packing import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
+
+if TYPE_CHECKING:
+    from ..atlas import Atlas
+    from ..writer import Writer
+
+SEALED = ("meta", "slides", "slide_tiles", "generations", "clusterings", "placements", "clusters")
+
+
+class Kind(Enum):
+    """What a problem concerns; decides what a repair does."""
+
+    TRUTH = "truth"
+    """Slides, their features, the encoder or the catalog itself: nothing here can make it again."""
+    INDEX = "index"
+    """The index file of a generation, or its row."""
+    CLUSTERS = "clusters"
+    """The file of a fitted clustering."""
+    PLACEMENT = "placement"
+    """Where the tiles of one slide belong in one clustering."""
+    MAP = "map"
+    """The map that the page shows."""
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Something that is wrong.
+
+    Attributes:
+        text: what, where, and what helps.
+        kind: what it concerns.
+    """
+
+    text: str
+    kind: Kind = Kind.TRUTH
+
+    @property
+    def derived(self) -> bool:
+        """Whether it can be made again from the rest."""
+        return self.kind is not Kind.TRUTH
+
+
+ROWS = {"generations": Kind.INDEX, "placements": Kind.PLACEMENT}
+"""Tables whose rows can be made again."""
+
+
+def problems(atlas: Atlas) -> list[Problem]:
+    """Return everything that is wrong with an atlas, in the order it was looked at."""
+    found = _database(atlas)
+    try:
+        if not atlas.manifest.external:
+            check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
+    except HistoseekError as error:
+        found.append(Problem(str(error)))
+    for check in (_slides, _placements, _files, _index, _map, _audit):
+        try:
+            found += check(atlas)
+        except (HistoseekError, OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
+            if not found:  # else that is the reason
+                found.append(Problem(f"atlas.db: {error}"))
+    return found
+
+
+def _database(atlas: Atlas) -> list[Problem]:
+    found: list[Problem] = []
+    try:
+        rows = atlas.catalog.rows("PRAGMA integrity_check")
+        found += [Problem(f"atlas.db: {row[0]}") for row in rows if row[0] != "ok"]
+        links = atlas.catalog.rows("PRAGMA foreign_key_check")
+        found += [Problem(f"atlas.db: row {row[1]} of {row[0]} links to nothing") for row in links]
+        for table in SEALED:
+            for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
+                if seal(dict(row)) != row[SEAL]:
+                    name = " ".join(str(row[key]) for key in row.keys()[:2])
+                    kind = ROWS.get(table, Kind.TRUTH)
+                    found.append(
+                        Problem(f"atlas.db: a row of {table} ({name[:60]}) is damaged", kind)
+                    )
+    except (HistoseekError, sqlite3.Error, UnicodeDecodeError) as error:
+        found.append(Problem(f"atlas.db: {error}"))
+    return found
+
+
+def _map(atlas: Atlas) -> list[Problem]:
+    try:
+        layout.read(atlas.path)
+    except Damaged as error:
+        return [Problem(str(error), Kind.MAP)]
+    return []
+
+
+def _audit(atlas: Atlas) -> list[Problem]:
+    """The audit log of the page, if there is one, has all its lines."""
+    return [Problem(text) for text in audit_chain.problems(atlas.path / audit_chain.FILE)]
+
+
+def _slides(atlas: Atlas) -> list[Problem]:
+    rows = atlas.catalog.rows(
+        "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic FROM slides AS s "
+        "LEFT JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY t.first_tile, s.id"
+    )
+    found: list[Problem] = []
+    end = 0
+    for slide in map(dict, rows):
+        stopping.check()
+        if slide["places"] is None:
+            found.append(Problem(f"slide {slide['name']!r} has no tiles listed in atlas.db"))
+            continue
+        if slide["first_tile"] < end:
+            found.append(Problem(f"slide {slide['name']!r} has tile ids of another slide"))
+        end = max(end, slide["first_tile"] + slide["tiles"])
+        found += _slide(atlas, slide)
+    if int(atlas.catalog.meta()["next_tile"]) < end:
+        found.append(Problem(f"atlas.db: the next tile id is below {end}, which is in use"))
+    return found
+
+
+def _slide(atlas: Atlas, slide: dict[str, Any]) -> list[Problem]:
+    path = atlas.path / slide["features_file"]
+    title = f"{path} of slide {slide['name']!r}"
+    remedy = "restore it, or embed the slide again and add it with --replace"
+    manifest = atlas.manifest
+    try:
+        if not path.is_file():
+            return [Problem(f"{title} is missing; {remedy}")]
+        if sha256_file(path) != slide["features_sha256"]:
+            return [Problem(f"{title} is changed since it was added; {remedy}")]
+        item = read_features(path)
+        check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
+    except OSError as error:
+        return [Problem(f"{title} cannot be read ({error.strerror}); check the permissions")]
+    except HistoseekError as error:
+        return [Problem(str(error))]
+    found = []
+    count = len(item.features)
+    lengths = {"said": slide["tiles"], "in features": count}
+    places = unpack_places(slide["places"])
+    lengths["listed"] = len(places)
+    if slide["files"] is not None:
+        lengths["file names"] = len(unpack_texts(slide["files"]))
+    for key in ("labels", "patients"):
+        if slide[key] is not None:
+            lengths[key] = len(unpack_coded(slide[key])[1])
+    if len(set(lengths.values())) != 1:
+        said = ", ".join(f"{number} {key}" for key, number in lengths.items())
+        found.append(Problem(f"slide {slide['name']!r}: the numbers of its tiles differ: {said}"))
+    elif not np.array_equal(places, item.coords):
+        found.append(
+            Problem(f"slide {slide['name']!r}: places in atlas.db are not those of {path}")
+        )
+    if slide["mosaic"] is not None:
+        rows = unpack_numbers(slide["mosaic"], "<i4")
+        if len(rows) and (rows.min() < 0 or rows.max() >= count):
+            found.append(
+                Problem(f"slide {slide['name']!r}: its mosaic names tiles that are not there")
+            )
+    return found
+
+
+def _placements(atlas: Atlas) -> list[Problem]:
+    """Every slide has a place in every clustering, for each of its tiles."""
+    found = []
+    slides = {row["id"]: dict(row) for row in atlas.catalog.rows("SELECT * FROM slides")}
+    for row in atlas.catalog.rows("SELECT name FROM clusterings"):
+        placed = clusterings.placements(atlas.catalog, row["name"])
+        for number, slide in slides.items():
+            if number not in placed:
+                text = f"slide {slide['name']!r} is not placed in clustering {row['name']!r}"
+                found.append(Problem(f"{text} (derived: it can be made again)", Kind.PLACEMENT))
+                continue
+            where = placed[number][0]
+            columns = (where.cluster, where.distance, where.strength, where.unknown)
+            if {len(column) for column in columns} != {slide["tiles"]}:
+                text = f"slide {slide['name']!r} has other tiles than clustering {row['name']!r} placed"
+                found.append(Problem(f"{text} (derived: it can be made again)", Kind.PLACEMENT))
+    return found
+
+
+def _files(atlas: Atlas) -> list[Problem]:
+    """Every file that a row of the catalog names is there and has the hash that was recorded."""
+    found: list[Problem] = []
+    for row in atlas.catalog.rows("SELECT * FROM generations"):
+        found += _file(atlas.path / row["file"], row["sha256"], Kind.INDEX)
+        if row["raw_file"] is not None:
+            found += _file(atlas.path / row["raw_file"], row["raw_sha256"], Kind.INDEX)
+    for row in atlas.catalog.rows("SELECT * FROM clusterings"):
+        found += _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS)
+    return found
+
+
+def _file(path: Path, digest: str, kind: Kind) -> list[Problem]:
+    if not path.is_file():
+        return [Problem(f"{path} is missing (derived: it can be made again)", kind)]
+    if sha256_file(path) != digest:
+        return [Problem(f"{path} is changed (derived: it can be made again)", kind)]
+    return []
+
+
+def _index(atlas: Atlas) -> list[Problem]:
+    """The index knows every tile, once."""
+    view = atlas.view()
+    total = atlas.catalog.rows("SELECT COALESCE(SUM(tiles), 0) AS tiles FROM slides")[0]["tiles"]
+    if len(view.index) != total:
+        text = f"the index finds {len(view.index)} vectors, the atlas has {total} tiles"
+        return [Problem(f"{text} (derived: it can be made again)", Kind.INDEX)]
+    return []
+
+
+def repair(atlas: Atlas, writer: Writer) -> list[str]:
+    """Make again what is derived and wrong, and remove leftovers; the truth is never touched.
+
+    A clustering whose file is lost is fitted again on the tiles it was fitted on; only if every tile falls
+    where it did is the file put back, so that names which people gave stay right.
+    """
+    writer.tidy()
+    stale = any(problem.kind is Kind.INDEX for problem in problems(atlas))
+    done: list[str] = []
+    if stale:
+        _try(done, lambda: _write_index(atlas))
+    for row in _lost_fits(atlas):
+        _try(done, partial(_fit_again, atlas, row))
+    _try(done, lambda: _place_again(atlas))
+    if _map(atlas):
+        (atlas.path / layout.FILE).unlink()
+        done.append("the damaged map was deleted; it is made again when it is asked for")
+    writer.finish()
+    return done
+
+
+def _try(done: list[str], mend: Callable[[], list[str]]) -> None:
+    """Do one repair; what cannot be done stops no other."""
+    try:
+        done += mend()
+    except StorageFailed:
+        raise
+    except HistoseekError as error:
+        done.append(f"not repaired: {error}")
+
+
+def _write_index(atlas: Atlas) -> list[str]:
+    atlas.generations.write(atlas.generations.options())
+    return ["the index was written again"]
+
+
+def _place_again(atlas: Atlas) -> list[str]:
+    broken = _broken_placements(atlas)
+    names = {
+        row["id"]: row["name"] for row in atlas.catalog.rows("SELECT id, name FROM clusterings")
+    }
+    loaded: dict[int, Clustering] = {}
+    for number, slide, was_fitted in broken:
+        if number not in loaded:
+            loaded[number] = atlas.clustering(names[number])[1]
+        placed = loaded[number].assign(atlas.generations.vectors_of(slide))
+        with atlas.catalog.write() as db:
+            at = (number, slide["id"])
+            db.execute("DELETE FROM placements WHERE clustering_id = ? AND slide_id = ?", at)
+            clusterings.insert_placement(db, number, slide["id"], placed, was_fitted)
+    return [f"{len(broken)} slides were placed in their clusters again"] if broken else []
+
+
+def _lost_fits(atlas: Atlas) -> list[dict[str, Any]]:
+    return [
+        dict(row)
+        for row in atlas.catalog.rows("SELECT * FROM clusterings ORDER BY id")
+        if _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS)
+    ]
+
+
+def _fit_again(atlas: Atlas, row: dict[str, Any]) -> list[str]:
+    name = row["name"]
+    known = clusterings.placements(atlas.catalog, name)
+    slides = [s for s in atlas.generations.slides() if known.get(s["id"], (None, False))[1]]
+    about = {"seed": 0, **json.loads(row["about"])}
+    method = "encoder" if about.get("from") == "encoder" else row["method"]
+    clustering, placed = fitted(atlas, method, slides, about)
+    same = all(np.array_equal(where.cluster, known[slide][0].cluster) for slide, where in placed)
+    if not same:
+        return [
+            f"clustering {name!r} cannot be made again as it was (tiles that it was fitted on are gone); "
+            "its tiles keep their clusters; fit it again to place new images"
+        ]
+    clusterings.replace_file(atlas.path, atlas.catalog, row, clustering)
+    return [f"clustering {name!r} was fitted again; every tile is where it was"]
+
+
+def _broken_placements(atlas: Atlas) -> list[tuple[int, dict[str, Any], bool]]:
+    """Return clustering, slide, and whether it was fitted, of placements that are damaged."""
+    slides = {slide["id"]: slide for slide in atlas.generations.slides()}
+    return [
+        (row["clustering_id"], slides[row["slide_id"]], row["fitted"] == 1)
+        for row in atlas.catalog.rows("SELECT * FROM placements")
+        if row["slide_id"] in slides and _is_broken(dict(row), slides[row["slide_id"]]["tiles"])
+    ]
+
+
+def _is_broken(row: dict[str, Any], tiles: int) -> bool:
+    return seal(row) != row[SEAL] or len(row["cluster"]) != 4 * tiles

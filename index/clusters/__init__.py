@@ -1,0 +1,1 @@
+"""Clusters: fitting, storing and reporting clusterings."""

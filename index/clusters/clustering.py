@@ -1,0 +1,149 @@
+"""A fitted clustering: a value that assigns vectors to its clusters."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+from zipfile import BadZipFile
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.manifest import CLUSTERS
+from ...errors import BadInput, Damaged
+from . import hdbscan as density
+from .hdbscan import Arrays, Floats
+from .kmeans import _to_centroids, project
+
+Method = Literal["kmeans", "hdbscan"]
+FITTED = ("kmeans", "hdbscan")
+METHODS = (*FITTED, "encoder")
+
+
+@dataclass(frozen=True)
+class Assigned:
+    """Where images belong; arrays of length N.
+
+    Attributes:
+        cluster: cluster number; -1 is none (HDBSCAN noise).
+        distance: to the cluster: its centre (k-means), or the nearest member by mutual reachability
+            (HDBSCAN); in the space of the principal components.
+        strength: 0 to 1. k-means: 1 - distance to own centre / distance to the next. HDBSCAN: membership
+            probability of ``approximate_predict``.
+        unknown: whether the image fits no cluster, or is foreign to the encoder.
+    """
+
+    cluster: NDArray[np.int64]
+    distance: Floats
+    strength: Floats
+    unknown: NDArray[np.bool_]
+
+    def rows(self, names: dict[int, str]) -> list[dict[str, Any]]:
+        """Return what a caller is told of each image, JSON-ready, with the names of the clusters."""
+        return [
+            {
+                "cluster": int(self.cluster[n]),
+                "name": names.get(int(self.cluster[n]), ""),
+                "distance": round(float(self.distance[n]), 6),
+                "strength": round(float(self.strength[n]), 6),
+                "unknown": bool(self.unknown[n]),
+            }
+            for n in range(len(self.cluster))
+        ]
+
+    def part(self, rows: slice | NDArray[Any]) -> Assigned:
+        """Return some of the images."""
+        return Assigned(
+            self.cluster[rows], self.distance[rows], self.strength[rows], self.unknown[rows]
+        )
+
+
+@dataclass(frozen=True)
+class Clustering:
+    """A fitted clustering.
+
+    Attributes:
+        method: kmeans or hdbscan.
+        arrays: everything needed to assign new images; saved as .npz without pickles.
+        about: parameters and what the fit found, JSON-ready.
+    """
+
+    method: Method
+    arrays: Arrays
+    about: dict[str, Any]
+
+    @property
+    def clusters(self) -> int:
+        """How many clusters there are."""
+        return int(self.about["clusters"])
+
+    def assign(self, vectors: NDArray[np.float32]) -> Assigned:
+        """Assign vectors (N, D)."""
+        flat = project(vectors, self.arrays)
+        assign = _assign_kmeans if self.method == "kmeans" else _assign_hdbscan
+        return _gated(assign(flat, self.arrays), vectors, self.arrays)
+
+    def to_bytes(self) -> bytes:
+        """Serialise the arrays as .npz."""
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **self.arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def from_bytes(cls, method: Method, blob: bytes, about: dict[str, Any]) -> Clustering:
+        """Undo :meth:`to_bytes`.
+
+        Raises:
+            Damaged: not such a file.
+        """
+        try:
+            with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
+                return cls(method, {key: stored[key] for key in stored.files}, about)
+        except (OSError, ValueError, EOFError, KeyError, BadZipFile) as error:
+            raise Damaged(
+                f"the arrays of a clustering cannot be read ({error}); fit it again"
+            ) from error
+
+
+def _gated(placed: Assigned, vectors: NDArray[np.float32], arrays: Arrays) -> Assigned:
+    """Call unknown what the encoder's gate calls foreign, if it has one."""
+    if "foreign" not in arrays:
+        return placed
+    return replace(placed, unknown=placed.unknown | (vectors[:, -1] > arrays["foreign"]))
+
+
+def shipped(bundle: Path) -> Clustering:
+    """Return the clusters that an encoder was trained with, as its bundle ships them.
+
+    Raises:
+        BadInput: the encoder has none.
+        Damaged: the file is not what export writes.
+    """
+    path = bundle / CLUSTERS
+    if not path.is_file():
+        raise BadInput(
+            "the atlas's encoder ships no clusters (recipes autoencoder, dac and deepcluster do, exported "
+            "without --pca and --views); use --method kmeans or hdbscan"
+        )
+    found = Clustering.from_bytes("kmeans", path.read_bytes(), {}).arrays
+    if set(found) != {"centroids", "reach"} or found["reach"].shape != found["centroids"].shape[:1]:
+        raise Damaged(f"{path} is not what export writes; export the encoder again")
+    dim = found["centroids"].shape[1]
+    arrays = {"mean": np.zeros(dim), "components": np.eye(dim), **found}
+    return Clustering("kmeans", arrays, {"clusters": len(found["centroids"]), "from": "encoder"})
+
+
+def _assign_kmeans(flat: Floats, arrays: Arrays) -> Assigned:
+    centroids = arrays["centroids"]
+    distances, order = _to_centroids(flat, centroids)
+    cluster, own = order[:, 0], distances[:, 0]
+    other = distances[:, -1] if len(centroids) > 1 else np.full(len(own), np.inf)
+    strength = np.clip(1 - own / np.maximum(other, 1e-12), 0, 1)
+    return Assigned(cluster, own, strength, own > arrays["reach"][cluster] * (1 + 1e-9))
+
+
+def _assign_hdbscan(flat: Floats, arrays: Arrays) -> Assigned:
+    cluster, distance, strength = density.place(flat, arrays)
+    return Assigned(cluster, distance, strength, cluster < 0)

@@ -1,0 +1,105 @@
+"""Clusters: k-means and HDBSCAN fits as plain arrays, and the assignment of images they never saw.
+
+Both work on the principal components that hold 95 % of the variance (paper 004). A new image gets a
+cluster, a distance, a strength from 0 to 1, and ``unknown`` where it fits none.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.manifest import FOREIGN, passed_limit
+from ...errors import BadInput, unknown_name
+from . import hdbscan as density
+from .clustering import FITTED, METHODS, Assigned, Clustering
+from .kmeans import _fit_kmeans, basis_of, project
+
+FIT_SAMPLE = 200_000
+
+
+def fit(
+    vectors: NDArray[np.float32],
+    method: str,
+    k: int | None = None,
+    min_cluster_size: int | None = None,
+    seed: int = 0,
+    groups: NDArray[np.int64] | None = None,
+    gate: bool = False,
+) -> tuple[Clustering, Assigned]:
+    """Fit clusters and place the fitted vectors in them.
+
+    Args:
+        vectors: (N, D).
+        method: kmeans or hdbscan.
+        k: clusters of k-means; None tries 2 to 10 and takes the best silhouette (paper 004).
+        min_cluster_size: of HDBSCAN; None takes max(15, N / 40), at most N / 2.
+        seed: of k-means, and of the silhouette's sample.
+        groups: (N,) patient or slide of each vector; k-means' limits of what it knows are calibrated on
+            groups held out in turn.
+        gate: whether the encoder has a gate (``Manifest.gate``); what it calls foreign is unknown, and
+            not fitted. Where it calls most tiles foreign, this is an atlas of something else than what the
+            encoder was made for: the gate is ignored, and ``about`` says so.
+
+    Raises:
+        BadInput: an unknown method, or too few vectors; the message says how many are needed.
+    """
+    if method not in FITTED:
+        raise unknown_name("method", method, METHODS)
+    if seed < 0:
+        raise BadInput(f"seed is {seed}; expected 0 or more")
+    if min_cluster_size is not None and (min_cluster_size < 2 or method != "hdbscan"):
+        raise BadInput(f"min_cluster_size is {min_cluster_size}; expected 2 or more, for hdbscan")
+    least = max(3, (k or 0) + 1) if method == "kmeans" else 10
+    everything, known = vectors, to_fit(vectors, gate)
+    vectors, groups = vectors[known], None if groups is None else groups[known]
+    left_out = len(everything) - len(vectors)
+    if len(vectors) < least:
+        also = f" ({left_out} more do not look like stained tissue)" if left_out else ""
+        raise BadInput(
+            f"{len(vectors)} tiles{also} are too few for {method}; expected at least {least}"
+        )
+    basis = basis_of(vectors)
+    flat = project(vectors, basis)
+    heeded = gate and not passed_limit(vectors).any()
+    if heeded:
+        basis["foreign"] = np.asarray(FOREIGN)
+    fitted = {"fitted_tiles": len(flat), "components": len(basis["components"]), "seed": seed}
+    if gate:
+        fitted["foreign_tiles"] = int(passed_limit(everything).sum())
+        fitted["gate_ignored"] = not heeded
+    if method == "kmeans":
+        arrays, about = _fit_kmeans(flat, k, seed, groups)
+        clustering = Clustering("kmeans", basis | arrays, {**about, **fitted})
+        return clustering, clustering.assign(everything)
+    size = min_cluster_size or max(15, len(flat) // 40)
+    size = max(2, min(size, len(flat) // 2))
+    arrays = density.fit_arrays(flat, size)
+    labels = arrays["labels"]
+    about = {
+        "clusters": int(labels.max()) + 1,
+        "min_cluster_size": size,
+        "noise_share": round(float(np.mean(labels < 0)), 4),
+    }
+    clustering = Clustering("hdbscan", basis | arrays, {**about, **fitted})
+    reach = density.distances_of_fitted(arrays)
+    placed = clustering.assign(everything) if left_out else None
+    own = Assigned(labels, reach, arrays["strengths"], labels < 0)
+    return clustering, own if placed is None else _joined(placed, own, known)
+
+
+def to_fit(vectors: NDArray[np.float32], gate: bool) -> NDArray[np.bool_]:
+    """Return which vectors (N, D) clusters are fitted to, (N,): those that an encoder's gate lets pass.
+
+    All of them where there is no gate, or where it calls more than half of them foreign.
+    """
+    if not gate or 2 * np.sum(passed_limit(vectors)) > len(vectors):
+        return np.ones(len(vectors), dtype=bool)
+    return ~passed_limit(vectors)
+
+
+def _joined(placed: Assigned, own: Assigned, known: NDArray[np.bool_]) -> Assigned:
+    """Return the fitted tiles where the fit has them, and the others where they were placed."""
+    for name in ("cluster", "distance", "strength", "unknown"):
+        getattr(placed, name)[known] = getattr(own, name)
+    return placed

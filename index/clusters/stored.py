@@ -1,0 +1,171 @@
+"""Stored clusterings: rows in the catalog beside arrays in a file, replaced in one step."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sqlite3
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...artifacts.files import sha256_file, write_atomic
+from ...errors import BadInput, Damaged, unknown_name
+from ..store.catalog import Catalog, insert, now, update
+from ..store.packing import SEAL, pack_numbers, unpack_numbers
+from .clustering import Assigned, Clustering
+
+KINDS = {"cluster": "<i4", "distance": "<f4", "strength": "<f4", "unknown": "u1"}
+
+
+def store(
+    path: Path,
+    catalog: Catalog,
+    name: str,
+    clustering: Clustering,
+    revision: int,
+    placed: Iterable[tuple[int, Assigned]],
+) -> int:
+    """Store a clustering with the place of every tile, replacing an earlier one of that name.
+
+    The file has a name of its own and the rows go last, so that a crash leaves the earlier one whole.
+
+    Args:
+        path: the atlas.
+        catalog: its catalog.
+        name: of the clustering.
+        clustering: what was fitted.
+        revision: of the tiles that it was fitted on.
+        placed: slide ids, and where each one's tiles belong.
+
+    Returns:
+        How many names that people gave went with the earlier clusters, which are others now.
+    """
+    file, digest = _write(path, name, clustering)
+    row = {
+        "name": name,
+        "method": clustering.method,
+        "about": json.dumps(clustering.about),
+        "file": file,
+        "sha256": digest,
+        "clusters": clustering.clusters,
+        "revision": revision,
+        "created_at": now(),
+    }
+    with catalog.write() as db:
+        old = db.execute("SELECT id, sha256 FROM clusterings WHERE name = ?", (name,)).fetchone()
+        given = [] if old is None else _names(db, old["id"])
+        named = given if old is not None and old["sha256"] == digest else []
+        db.execute("DELETE FROM clusterings WHERE name = ?", (name,))
+        number = insert(db, "clusterings", row)
+        for known in named:  # the very same clusters: what people called them stays
+            insert(db, "clusters", {**known, "clustering_id": number})
+        for slide, found in placed:
+            insert_placement(db, number, slide, found, fitted=True)
+    remove_orphans(path, catalog)
+    return len(given) - len(named)
+
+
+def _names(db: sqlite3.Connection, clustering: int) -> list[dict[str, Any]]:
+    rows = db.execute("SELECT * FROM clusters WHERE clustering_id = ?", (clustering,)).fetchall()
+    return [{k: v for k, v in dict(row).items() if k != SEAL} for row in rows]
+
+
+def _write(path: Path, name: str, clustering: Clustering) -> tuple[str, str]:
+    """Write the arrays to a file named by their content; return its name and sha256."""
+    blob = clustering.to_bytes()
+    digest = hashlib.sha256(blob).hexdigest()
+    file = f"clusters-{name}.{digest[:12]}.npz"
+    write_atomic(path / file, blob)
+    return file, digest
+
+
+def replace_file(path: Path, catalog: Catalog, row: dict[str, Any], clustering: Clustering) -> None:
+    """Put the arrays of a clustering back in the place of a lost or damaged file."""
+    file, digest = _write(path, row["name"], clustering)
+    with catalog.write() as db:
+        update(db, "clusterings", {"id": row["id"]}, {"file": file, "sha256": digest})
+    remove_orphans(path, catalog)
+
+
+def remove_orphans(path: Path, catalog: Catalog) -> None:
+    """Delete files of clusterings that no row names."""
+    named = {row["file"] for row in catalog.rows("SELECT file FROM clusterings")}
+    for stale in path.glob("clusters-*.npz"):
+        if stale.name not in named:
+            stale.unlink(missing_ok=True)
+
+
+def insert_placement(
+    db: sqlite3.Connection, clustering: int, slide: int, placed: Assigned, fitted: bool
+) -> None:
+    """Insert the places of a slide's tiles, in the caller's transaction.
+
+    Args:
+        db: the catalog.
+        clustering: its id.
+        slide: its id.
+        placed: of all its tiles.
+        fitted: whether the slide was there when the clustering was fitted.
+    """
+    columns = {key: pack_numbers(getattr(placed, key), kind) for key, kind in KINDS.items()}
+    row = {"clustering_id": clustering, "slide_id": slide, "fitted": int(fitted), **columns}
+    insert(db, "placements", row)
+
+
+def placements(catalog: Catalog, name: str) -> dict[int, tuple[Assigned, bool]]:
+    """Return where the tiles of each slide id belong, and whether the slide was there at the fit."""
+    rows = catalog.rows(
+        "SELECT p.* FROM placements AS p JOIN clusterings AS c ON c.id = p.clustering_id "
+        "WHERE c.name = ?",
+        (name,),
+    )
+    found = {}
+    for row in rows:
+        columns = {key: unpack_numbers(row[key], kind) for key, kind in KINDS.items()}
+        columns["unknown"] = columns["unknown"].astype(bool)
+        found[row["slide_id"]] = Assigned(**columns), bool(row["fitted"])
+    return found
+
+
+def stored(catalog: Catalog) -> list[dict[str, Any]]:
+    """Return the catalog's rows of the clusterings, newest first."""
+    return [dict(row) for row in catalog.rows("SELECT * FROM clusterings ORDER BY id DESC")]
+
+
+def load(
+    path: Path,
+    rows: Sequence[Mapping[str, Any]],
+    name: str | None,
+    kept: dict[str, Clustering] | None = None,
+) -> tuple[str, Clustering]:
+    """Return a clustering by name; the newest when left out.
+
+    Args:
+        path: the atlas.
+        rows: of the clusterings in the catalog, newest first; see :func:`stored`.
+        name: of the clustering.
+        kept: clusterings that were read before, by sha256; taken from there, and put there.
+
+    Raises:
+        BadInput: none fitted yet, or none of that name.
+        Damaged: its file is missing or changed.
+    """
+    if not rows:
+        raise BadInput(f"{path} has no clusters yet; run `histoseek index fit` first")
+    chosen = [row for row in rows if name is None or row["name"] == name]
+    if not chosen:
+        raise unknown_name("clustering", str(name), [row["name"] for row in rows])
+    row = chosen[0]
+    if kept and row["sha256"] in kept:
+        return row["name"], kept[row["sha256"]]
+    file = path / row["file"]
+    if not file.is_file() or sha256_file(file) != row["sha256"]:
+        raise Damaged(f"{file} is missing or changed; fit clustering {row['name']!r} again")
+    about: dict[str, Any] = json.loads(row["about"])
+    loaded = Clustering.from_bytes(row["method"], file.read_bytes(), about)
+    if kept is not None:
+        for stale in set(kept) - {other["sha256"] for other in rows}:
+            kept.pop(stale, None)
+        kept[row["sha256"]] = loaded
+    return row["name"], loaded

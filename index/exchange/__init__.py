@@ -1,0 +1,1 @@
+"""Exchange: features of other tools, exports for other tools, Milvus."""

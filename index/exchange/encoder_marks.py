@@ -1,0 +1,84 @@
+"""Which encoder made a feature file of another tool, by the marks that the tool itself leaves.
+
+TRIDENT names the encoder in an attribute or in the folder that it saves to (``features_<encoder>``);
+STAMP in the attribute ``extractor``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import h5py
+
+from ...artifacts.feature_files import text_of
+from ...artifacts.hdf5_files import open_hdf5
+from ...errors import HistoseekError, Mismatch
+
+_FOLDER = re.compile(r"features_(.+)")
+_UNSAID = {"", "unknown", "None", "none"}
+
+
+@dataclass(frozen=True)
+class Mark:
+    """Who made a file.
+
+    Attributes:
+        encoder: its name.
+        place: where the file says so.
+    """
+
+    encoder: str
+    place: str
+
+
+def mark_of(stored: h5py.File, path: Path) -> Mark | None:
+    """Return the encoder that a file names: by attribute, else by ``savetodir``, else by its folder.
+
+    Args:
+        stored: the opened file.
+        path: where it lies.
+    """
+    data = stored.get("features")
+    own = data.attrs if isinstance(data, h5py.Dataset) else {}
+    for attributes, key in ((own, "encoder"), (stored.attrs, "extractor")):
+        name = text_of(attributes.get(key, "")).strip()
+        if name not in _UNSAID:
+            return Mark(name, f"its attribute {key!r}")
+    saved = [p for p in re.split(r"[\\/]+", text_of(own.get("savetodir", ""))) if p]
+    if saved and (found := _FOLDER.fullmatch(saved[-1])):
+        return Mark(found[1], f"its attribute 'savetodir', which ends in {saved[-1]!r}")
+    if found := _FOLDER.fullmatch(path.absolute().parent.name):
+        return Mark(found[1], f"its folder {path.absolute().parent.name!r}")
+    return None
+
+
+def check_one_encoder(files: Sequence[Path]) -> None:
+    """Refuse files that name several encoders; what cannot be read is left for its own turn.
+
+    Raises:
+        Mismatch: names every encoder, with how many files and where the first one says so.
+    """
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for path in files:
+        try:
+            with open_hdf5(path) as stored:
+                mark = mark_of(stored, path)
+        except (HistoseekError, OSError, RuntimeError, ValueError, KeyError):
+            continue
+        if mark is not None:
+            counts[mark.encoder] += 1
+            first.setdefault(mark.encoder, f"{path} by {mark.place}")
+    if len(counts) > 1:
+        told = "; ".join(
+            f"{name!r}: {count} file{'' if count == 1 else 's'} (first {first[name]})"
+            for name, count in counts.most_common()
+        )
+        raise Mismatch(
+            f"the files are of {len(counts)} encoders, whose features cannot be compared: {told}; "
+            "nothing was imported: import the folder of one encoder"
+        )

@@ -1,0 +1,315 @@
+"""Features that other tools made: TRIDENT, CLAM and STAMP files, taken into an atlas of their encoder.
+
+Layouts as those tools write them: TRIDENT ``features`` (N, D) with ``coords`` (N, 2) int64 and their
+attributes; CLAM the same without attributes; STAMP ``feats`` float16 with ``coords`` in micrometres and the
+file attributes ``unit`` and ``tile_size_um``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import h5py
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.feature_files import (
+    MAX_BYTES,
+    Features,
+    check_features,
+    parse_features,
+    plain_shape,
+    read_features,
+    text_of,
+)
+from ...artifacts.feature_writer import write_features
+from ...artifacts.files import discard, temporary
+from ...artifacts.hdf5_files import open_hdf5
+from ...artifacts.manifest import Manifest
+from ...artifacts.tables import number_of
+from ...console import Report
+from ...errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
+from ..store.metadata import AddedSlides, Metadata, Row, match_rows
+from ..store.rows import Added
+from .encoder_marks import Mark, check_one_encoder, mark_of
+
+if TYPE_CHECKING:
+    from ..atlas import Atlas
+
+YOUR_WORD = "your word"
+"""What says the encoder of a file that names none."""
+
+
+def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features:
+    """Read the features of one slide as TRIDENT, CLAM or STAMP wrote them.
+
+    Args:
+        path: .h5 file.
+        encoder: name of the encoder that made them.
+        mpp: micrometres per pixel of the slide's level 0; STAMP's places need it.
+
+    Raises:
+        BadInput: a pickle, another layout, or STAMP's without mpp.
+        Mismatch: the file names another encoder.
+        Damaged: not a whole HDF5 file.
+    """
+    if path.suffix.lower() in {".pt", ".pth", ".pkl"}:
+        raise BadInput(
+            f"{path} is a pickle, which can run code when opened; expected .h5 (CLAM writes both: take the "
+            "folder h5_files)"
+        )
+    if not path.is_file():
+        raise BadInput(f"{path} does not exist; check the path")
+    try:
+        blob = path.read_bytes()
+        with open_hdf5(blob, path) as stored:
+            mark = mark_of(stored, path)
+            _check_encoder(path, mark, encoder)
+            nominal = _nominal_mpp(stored)
+            item = _read_stamp(path, stored, mpp) if "feats" in stored else None
+    except HistoseekError:
+        raise
+    except Exception as error:  # a foreign file can make HDF5 fail in any way
+        raise Damaged(
+            f"{path} is not a whole HDF5 file ({type(error).__name__}: {error}); make it again"
+        ) from error
+    layout = "stamp"
+    if item is None:
+        item = parse_features(blob, path)
+        layout = "trident" if item.size_px_level0 else "clam"
+        scale = item.target_mpp or nominal or _scale_of(item, item.mpp or mpp)
+        item = replace(item, mpp=item.mpp or mpp, target_mpp=scale)
+    name = path.stem if item.name in {"", "features", "coords"} else item.name
+    about = {
+        **item.about,
+        "imported_from": str(path),
+        "layout": layout,
+        "encoder_by": YOUR_WORD if mark is None else mark.place,
+    }
+    return replace(item, name=name, encoder=encoder, about=about, labels=None, groups=None)
+
+
+def _check_encoder(path: Path, mark: Mark | None, encoder: str) -> None:
+    """Compare what a file says of its encoder with what a person says.
+
+    Raises:
+        Mismatch: they differ; says where the file says so.
+    """
+    if mark is not None and mark.encoder != encoder:
+        raise Mismatch(
+            f"{path} says by {mark.place} that its features are of encoder {mark.encoder!r}; you said "
+            f"{encoder!r} (--encoder): pass the name that the file gives, or import other files"
+        )
+
+
+def _nominal_mpp(stored: h5py.File) -> float | None:
+    """Return µm per pixel of the tiles by TRIDENT's ``target_magnification`` (20 is 0.5), if given."""
+    places = stored.get("coords")
+    given = places.attrs.get("target_magnification") if isinstance(places, h5py.Dataset) else None
+    power = float(given) if given is not None else 0.0
+    return 10 / power if 0 < power < 1000 else None
+
+
+def _scale_of(item: Features, mpp: float | None) -> float | None:
+    """Return µm per pixel of the tiles by their two sizes and the scale of level 0, if all are known."""
+    if not (mpp and item.size_px and item.size_px_level0):
+        return None
+    return mpp * item.size_px_level0 / item.size_px
+
+
+def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
+    for key in ("feats", "coords"):
+        if not isinstance(stored.get(key), h5py.Dataset):
+            raise BadInput(f"{path} has datasets {sorted(stored)}; expected 'feats' and 'coords'")
+    kind = text_of(stored.attrs.get("feat_type", "tile"))
+    if kind != "tile":
+        raise BadInput(
+            f"{path} holds one vector of a whole {kind} (STAMP's feat_type), not features of tiles; "
+            "import the folder of the tile features"
+        )
+    data, places = stored["feats"], stored["coords"]
+    rows, sites = plain_shape(data), plain_shape(places)
+    if len(rows) != 2 or sites != (rows[0], 2) or data.dtype.kind != "f":
+        raise BadInput(
+            f"{path}: feats {data.dtype} {data.shape} and coords {places.shape} do not fit"
+        )
+    if data.nbytes * 2 + places.nbytes > MAX_BYTES:
+        raise BadInput(f"{path} claims {data.shape} features; at most {MAX_BYTES:,} bytes are read")
+    flat = np.asarray(places[()], np.float64).reshape(sites)
+    places_um, size_um, size_px = _stamp_places(path, stored, flat)
+    if mpp is None:
+        raise BadInput(
+            f"{path} has places in micrometres; say how large a pixel of level 0 is, by --mpp or a column "
+            "mpp of --metadata"
+        )
+    return Features(
+        name=path.stem,
+        encoder=text_of(stored.attrs.get("extractor", "unknown")),
+        encoder_sha256="",
+        features=data[()].reshape(rows).astype(np.float32),
+        coords=np.rint(places_um / mpp).astype(np.int64),
+        size_px=size_px,
+        size_px_level0=round(size_um / mpp),
+        mpp=mpp,
+        target_mpp=size_um / size_px if size_px else None,
+    )
+
+
+def _stamp_places(
+    path: Path, stored: h5py.File, places: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], float, int]:
+    """Return places (N, 2) and side of a tile in micrometres, and its side in pixels.
+
+    STAMP's versions differ: ``tile_size_um`` (or ``tile_size``) with the unit um; the first ones had no
+    unit, and counted in pixels of tiles of 256 um and 224 px.
+    """
+    attributes = stored.attrs
+    unit = text_of(attributes["unit"]) if "unit" in attributes else None
+    if unit in {"um", "µm"}:
+        size_um = float(attributes.get("tile_size_um", attributes.get("tile_size", 0)))
+        if size_um > 0:
+            return places, size_um, int(attributes.get("tile_size_px", 0))
+        raise BadInput(f"{path} does not say how large a tile is; make it with a newer STAMP")
+    steps = np.diff(np.unique(places[:, 0])) if len(places) else np.zeros(0)
+    in_pixels = len(steps) and not (steps % 224).any()
+    if unit is None and (round(float(attributes.get("tile_size", 0))) == 224 or in_pixels):
+        return places * (256 / 224), 256.0, 224
+    raise BadInput(f"{path} has places in {unit or 'no unit'!r}; expected um, as STAMP writes them")
+
+
+def read_query(path: Path, manifest: Manifest) -> NDArray[np.float32]:
+    """Read the features (N, D) of a new slide to ask an atlas with: ours, or of an external encoder's tool.
+
+    Raises:
+        BadInput: not readable as such.
+        Mismatch: of another encoder, or length.
+    """
+    item = read_foreign(path, manifest.name, 1.0) if manifest.external else read_features(path)
+    if manifest.external:
+        item = replace(item, encoder_sha256=manifest.sha256)
+    check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
+    if not len(item.features):
+        raise BadInput(f"{path} holds no tiles; there is nothing to ask with")
+    return item.features
+
+
+def import_features(
+    path: Path,
+    files: Sequence[Path],
+    encoder: str,
+    metadata: Metadata,
+    mpp: float | None = None,
+    tile_px: int | None = None,
+    metric: str = "cosine",
+    replace_known: bool = False,
+    mixed_scales: bool = False,
+    progress: Report = lambda done, total, text: None,
+) -> tuple[Atlas, AddedSlides]:
+    """Take features of another tool into an atlas, which is made if it is not there.
+
+    Args:
+        path: the atlas; bound to ``encoder`` by its name.
+        files: one per slide.
+        encoder: name of the encoder that made them all.
+        metadata: by slide: label, patient, mpp and any other column.
+        mpp: of level 0, where neither file nor metadata says.
+        tile_px: side of a tile in pixels of level 0, where no file says (CLAM's do not).
+        metric: cosine or l2, for an atlas that is made.
+        replace_known: put other features of a slide that is there in the place of the old ones.
+        mixed_scales: let the atlas hold tiles of different µm per pixel, from now on.
+        progress: called after each file.
+
+    Returns:
+        The atlas, and what became of each file.
+
+    Raises:
+        BadInput: no file could be read for an atlas that is to be made.
+        Mismatch: the atlas is of another encoder, or the files name several; nothing is written then.
+    """
+    from ..atlas import Atlas
+
+    check_one_encoder(files)
+    slides = Atlas(path).slides() if path.exists() else []
+    rows = match_rows(metadata, files, slides)
+
+    def row_of(file: Path) -> Row:
+        return rows.of(file)
+
+    def mpp_of(file: Path) -> float | None:
+        given = row_of(file).get("mpp") or mpp
+        found = number_of(str(given)) if given else None
+        if given and (found is None or not 0 < found < 1000):
+            raise BadInput(
+                f"mpp of {file.stem!r} is {given!r}; expected micrometres per pixel, above 0"
+            )
+        return found
+
+    if not path.exists():
+        item = _first_readable(files, lambda file: read_foreign(file, encoder, mpp_of(file)))
+        Atlas.create_external(path, encoder, item.features.shape[1], metric, item.target_mpp)
+    atlas = Atlas(path)
+    if not atlas.manifest.external or atlas.manifest.name != encoder:
+        raise Mismatch(
+            f"{path} is bound to encoder {atlas.manifest.name!r}; features of {encoder!r} made elsewhere "
+            "belong in an atlas of their own"
+        )
+    results: list[Added] = []
+    with atlas.writing() as writer:
+        writer.tidy()
+        if mixed_scales:
+            writer.allow_mixed_scales()
+        for number, file in enumerate(files, start=1):
+            try:
+                item = read_foreign(file, encoder, mpp_of(file))
+                size = item.size_px_level0 or tile_px or 0
+                item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
+                item, overruled = _with_stated_mpp(item, row_of(file))
+                blob = _as_file(item, atlas.path)
+                added = writer.add_features(item, blob, str(file), row_of(file), replace_known)
+                if not size and not added.reason:
+                    text = "no file says how large its tiles are: import it again with --tile-px"
+                    added = replace(added, reason=text)
+                if overruled:
+                    reason = "; ".join(filter(None, [added.reason, overruled]))
+                    added = replace(added, reason=reason)
+                results.append(replace(added, encoder_by=str(item.about["encoder_by"])))
+            except StorageFailed:
+                raise
+            except HistoseekError as error:
+                results.append(Added(str(file), file.stem, "failed", reason=str(error)))
+            progress(number, len(files), file.stem)
+        writer.finish()
+    return atlas, AddedSlides(results, rows)
+
+
+def _with_stated_mpp(item: Features, row: Row) -> tuple[Features, str]:
+    """Let the metadata's mpp win over the file's; returns what was overruled, if the two differ."""
+    stated = number_of(row.get("mpp", ""))
+    if stated is None or item.mpp is None or abs(stated - item.mpp) <= 0.01 * stated:
+        return item, ""
+    note = f"µm per pixel is {stated:g} by the metadata; the file's {item.mpp:g} was overruled"
+    return replace(item, mpp=stated), note
+
+
+def _first_readable(files: Sequence[Path], read: Callable[[Path], Features]) -> Features:
+    first: HistoseekError | None = None
+    for file in files:
+        try:
+            return read(file)
+        except HistoseekError as error:
+            first = first or error
+    assert first is not None
+    raise first
+
+
+def _as_file(item: Features, folder: Path) -> bytes:
+    """Return features as the bytes of our own feature file."""
+    temp = temporary(folder / "import.h5")
+    try:
+        write_features(temp, item)
+        return temp.read_bytes()
+    finally:
+        discard(temp)

@@ -1,0 +1,85 @@
+"""The address of an atlas in Milvus, and calls with clear errors."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+from urllib.parse import parse_qs, urlsplit
+
+from ...errors import BadInput, Unavailable
+
+if TYPE_CHECKING:
+    pass
+
+
+TOKEN = "HISTOSEEK_MILVUS_TOKEN"
+COLLECTION = "histoseek"
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a collection is.
+
+    Attributes:
+        uri: as pymilvus takes it.
+        collection: its name.
+        url: as it was given.
+    """
+
+    uri: str
+    collection: str
+    url: str
+
+
+def parse_url(url: str) -> Place:
+    """Read ``milvus://host:19530/collection``, ``milvus+https://…``, or ``milvus:///folder/file.db``.
+
+    The last is Milvus Lite, a file on this machine; ``?collection=`` names another collection in it.
+
+    Raises:
+        BadInput: another kind of address; what it may hold of secrets is not repeated.
+    """
+    expected = (
+        "expected milvus://host:19530/collection, or milvus:///folder/file.db for Milvus Lite"
+    )
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError as error:
+        raise BadInput(f"that is no address of Milvus ({error}); {expected}") from error
+    shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
+    secret = parts.username or parts.password or parts.fragment
+    if parts.scheme not in {"milvus", "milvus+https"} or secret or (parts.hostname and parts.query):
+        raise BadInput(f"{shown!r} is no address of Milvus; {expected}; a token goes into {TOKEN}")
+    if not parts.hostname:
+        if not parts.path.endswith(".db"):
+            raise BadInput(f"{shown!r} names no host and no .db file; {expected}")
+        collection = parse_qs(parts.query).get("collection", [COLLECTION])[0]
+        uri = parts.path
+    else:
+        collection = parts.path.strip("/") or COLLECTION
+        scheme = "https" if parts.scheme.endswith("https") else "http"
+        uri = f"{scheme}://{parts.hostname}:{port or 19530}"
+    if not re.fullmatch(r"[A-Za-z_]\w{0,200}", collection):
+        raise BadInput(f"collection {collection!r}: expected letters, digits and _ only")
+    return Place(uri, collection, url)
+
+
+@contextmanager
+def _calls(place: Place) -> Iterator[None]:
+    """Turn what pymilvus raises into our errors."""
+    from pymilvus.exceptions import MilvusException
+
+    try:
+        yield
+    except (MilvusException, ConnectionError, TimeoutError) as error:
+        lines = str(getattr(error, "message", "") or error).splitlines()
+        text = lines[0][:300] if lines else type(error).__name__
+        raise Unavailable(
+            f"Milvus at {place.url} did not do what was asked ({text}); see that it runs and that {TOKEN} "
+            "is right, then run the same command again"
+        ) from error

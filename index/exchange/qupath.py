@@ -1,0 +1,134 @@
+"""Tiles and clusters as GeoJSON that QuPath opens."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.feature_files import read_about
+from ...artifacts.files import (
+    publish_folder,
+    write_atomic,
+)
+from ...errors import BadInput
+from ..clusters import report as cluster_report
+from ..search.columns import Coded
+from ..search.tiles import allowed
+from ..store.rows import plain_name
+from ..vectors.scan import prepared
+
+if TYPE_CHECKING:
+    from ..atlas import Atlas
+from .table import Table
+
+COLOURS = (0x4C78A8, 0xF58518, 0xE45756, 0x72B7B2, 0x54A24B, 0xEECA3B, 0xB279A2, 0xFF9DA6, 0x9D755D)
+UNKNOWN_COLOUR = 0x9E9E9E
+UNKNOWN = -3
+"""Stands for a tile that no cluster knows, where it is drawn."""
+
+
+def _geojson(
+    atlas: Atlas, table: Table, out: Path, clustering: str | None = None, like: int | None = None
+) -> int:
+    """A folder with ``<slide>.geojson``: tiles as detections of their cluster, or with their similarity.
+
+    Tiles are in QuPath's frame: (0, 0) is the corner of the scanned area.
+    """
+    values: NDArray[Any]
+    if like is not None:
+        query = prepared(atlas.vectors_of([like]), atlas.manifest.metric)
+        vectors = prepared(table.vectors, atlas.manifest.metric)
+        cosine = atlas.manifest.metric == "cosine"
+        values = vectors @ query[0] if cosine else -np.linalg.norm(vectors - query[0], axis=1)
+        given: dict[int, tuple[str, str]] = {}
+    else:
+        chosen, _ = atlas.clustering(clustering)
+        values = table.numbers(f"cluster.{chosen}").copy()
+        values[table.numbers(f"unknown.{chosen}")] = UNKNOWN
+        given = cluster_report.names(atlas.catalog, chosen)
+    slides = table.columns["slide"]
+    assert isinstance(slides, Coded)
+    drawn = np.flatnonzero(table.numbers("size_px_level0") > 0)
+    if not len(drawn):
+        raise BadInput(
+            "none of the tiles has a size on its slide: tile sets have no places, and CLAM's files do not "
+            "say (import them with --tile-px)"
+        )
+    order = drawn[np.argsort(slides.codes[drawn], kind="stable")]
+    corners = origins(atlas)
+    parts = np.split(order, np.flatnonzero(np.diff(slides.codes[order])) + 1)
+    with publish_folder(out) as folder:
+        for rows in parts:
+            slide = slides.names[int(slides.codes[rows[0]])]
+            origin = corners.get(slide) or (0, 0)
+            features = [
+                _feature(table, row, values[row], given, like, origin) for row in rows.tolist()
+            ]
+            document = {"type": "FeatureCollection", "features": features}
+            name = plain_name(slide)
+            if (folder / f"{name}.geojson").exists():  # another slide of nearly that name
+                name = f"{name[:80]}-{hashlib.sha256(slide.encode()).hexdigest()[:8]}"
+            write_atomic(folder / f"{name}.geojson", json.dumps(document, ensure_ascii=False))
+    return len(drawn)
+
+
+def origins(atlas: Atlas) -> dict[str, tuple[int, int] | None]:
+    """Return by slide the corner of its scanned area in level-0 pixels, which QuPath shows as (0, 0).
+
+    None where nobody wrote it down: in features of other tools, or made before it was kept.
+    """
+    found: dict[str, tuple[int, int] | None] = {}
+    for slide in atlas.slides():
+        if slide["kind"] != "slide":
+            continue
+        about = read_about(atlas.path / slide["features_file"]) or {}
+        bounds = about.get("bounds") or [0, 0]
+        found[slide["name"]] = (int(bounds[0]), int(bounds[1])) if "bounds" in about else None
+    return found
+
+
+def without_size(atlas: Atlas, where: str | None = None) -> dict[str, int]:
+    """Return how many tiles of which slides have no size on a slide, and so no outline to draw."""
+    view = atlas.view()
+    passing = allowed(view, where)
+    columns = view.columns
+    found = {}
+    for number, slide in enumerate(columns.slides):
+        rows = slice(int(columns.starts[number]), int(columns.starts[number + 1]))
+        count = slide["tiles"] if passing is None else int(passing[rows].sum())
+        if slide["name"] and not slide["size_px_level0"] and count:
+            found[slide["name"]] = count
+    return found
+
+
+def _feature(
+    table: Table,
+    row: int,
+    value: Any,
+    given: dict[int, tuple[str, str]],
+    like: int | None,
+    origin: tuple[int, int],
+) -> dict[str, Any]:
+    x, y, size = (int(table.numbers(key)[row]) for key in ("x", "y", "size_px_level0"))
+    x, y = x - origin[0], y - origin[1]
+    ring = [[x, y], [x + size, y], [x + size, y + size], [x, y + size], [x, y]]
+    properties: dict[str, Any] = {"objectType": "detection"}
+    if like is not None:
+        properties["measurements"] = {"similarity": round(float(value), 6)}
+    else:
+        number = int(value)
+        name = "unknown" if number == UNKNOWN else given.get(number, ("", ""))[0]
+        name = name or ("noise" if number < 0 else f"cluster {number}")
+        colour = UNKNOWN_COLOUR if number < 0 else COLOURS[number % len(COLOURS)]
+        rgb = [colour >> 16, colour >> 8 & 0xFF, colour & 0xFF]
+        properties["classification"] = {"name": name, "color": rgb}
+    return {
+        "type": "Feature",
+        "geometry": {"type": "Polygon", "coordinates": [ring]},
+        "properties": properties,
+    }

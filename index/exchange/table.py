@@ -1,0 +1,136 @@
+"""The table of tiles that every export writes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput
+from ..clusters import stored as clusterings
+from ..search.columns import NOT_PLACED, Coded, Columns
+from ..search.tiles import Mask, allowed
+from .column_names import unique_names
+
+if TYPE_CHECKING:
+    from ..atlas import Atlas
+from .exports import FIRST
+
+
+@dataclass(frozen=True)
+class Table:
+    """What is exported.
+
+    Attributes:
+        vectors: (N, D).
+        columns: by name, each (N,): numbers, or coded texts.
+        encoder: name and sha256.
+        original: by name of a column the name in the metadata, where that was taken by another column.
+    """
+
+    vectors: NDArray[np.float32]
+    columns: dict[str, NDArray[Any] | Coded]
+    encoder: dict[str, Any]
+    original: dict[str, str] = field(default_factory=dict)
+
+    def numbers(self, name: str) -> NDArray[Any]:
+        """Return a column of numbers."""
+        column = self.columns[name]
+        assert not isinstance(column, Coded)
+        return column
+
+
+def table_of(atlas: Atlas, where: str | None) -> Table:
+    """Gather the tiles of an atlas that pass a filter, in the order of the index.
+
+    Raises:
+        BadInput: no tile passes, or the filter cannot be read.
+    """
+    view = atlas.view()
+    columns = view.columns
+    alive = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
+    passing = allowed(view, where)
+    mask: Mask = alive if passing is None else alive & passing
+    rows = np.flatnonzero(mask)
+    if not len(rows):
+        raise BadInput("no tile passes the filter; loosen it")
+    vectors = np.empty((len(rows), atlas.manifest.dim), dtype=np.float32)
+    at = 0
+    for number, slide in enumerate(columns.slides):
+        start = int(columns.starts[number])
+        inside = np.flatnonzero(mask[start : start + slide["tiles"]])
+        if len(inside):
+            vectors[at : at + len(inside)] = atlas.generations.vectors_of(slide)[inside]
+            at += len(inside)
+    manifest = atlas.manifest
+    encoder = {"name": manifest.name, "sha256": manifest.sha256, "metric": manifest.metric}
+    own = _own_columns(atlas, columns, rows)
+    names = unique_names(columns.names(), taken=own)
+    given: dict[str, NDArray[Any] | Coded] = {}
+    for name, called in names.items():
+        coded = columns.coded(name)
+        given[called] = Coded(coded.names, coded.codes[rows])
+    first = dict(list(own.items())[:FIRST])
+    original = {called: name for name, called in names.items() if called != name}
+    return Table(vectors, {**first, **given, **own}, encoder, original)
+
+
+def _own_columns(
+    atlas: Atlas, columns: Columns, rows: NDArray[np.int64]
+) -> dict[str, NDArray[Any] | Coded]:
+    """Return what histoseek itself says of each tile; no column of the metadata may take its place."""
+    places = columns.places()[rows]
+    slide = columns.slide_of(rows)
+    scales = {
+        key: np.array([np.nan if s[key] is None else s[key] for s in columns.slides], np.float64)
+        for key in ("mpp", "target_mpp")
+    }
+    size = np.array([s["size_px_level0"] for s in columns.slides])
+    found: dict[str, NDArray[Any] | Coded] = {
+        "tile": columns.ids(rows),
+        "x": places[:, 0],
+        "y": places[:, 1],
+        "size_px_level0": size[slide],
+        "mpp": scales["mpp"][slide],
+        "target_mpp": scales["target_mpp"][slide],
+    }
+    files = [columns.files(n) for n in range(len(columns.slides))]
+    if any(f is not None for f in files):
+        inside = rows - columns.starts[slide]
+        pairs = zip(slide.tolist(), inside.tolist(), strict=True)
+        found["file"] = np.array([_name(files[s], r) for s, r in pairs])
+    for name in columns.clusterings():
+        found |= _placed(atlas, columns, name, rows, slide)
+    return found
+
+
+def _placed(
+    atlas: Atlas,
+    columns: Columns,
+    name: str,
+    rows: NDArray[np.int64],
+    slide: NDArray[np.int64],
+) -> dict[str, NDArray[Any]]:
+    """Return cluster (-1 noise, -2 not placed), strength and whether unknown, of a clustering."""
+    known = clusterings.placements(atlas.catalog, name)
+    cluster = np.full(len(rows), NOT_PLACED, dtype=np.int64)
+    strength = np.zeros(len(rows))
+    unknown = np.ones(len(rows), dtype=bool)
+    for number in np.unique(slide).tolist():
+        there = slide == number
+        where = known.get(columns.slides[number]["id"])
+        if where is not None:
+            part = where[0].part(rows[there] - columns.starts[number])
+            cluster[there], strength[there] = part.cluster, part.strength
+            unknown[there] = part.unknown
+    return {
+        f"cluster.{name}": cluster,
+        f"strength.{name}": strength,
+        f"unknown.{name}": unknown,
+    }
+
+
+def _name(files: list[str | None] | None, row: int) -> str:
+    return "" if files is None else files[row] or ""

@@ -1,0 +1,1 @@
+"""Search: the questions that one committed state of an atlas answers."""

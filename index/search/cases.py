@@ -1,0 +1,299 @@
+"""Slides and cases as a whole: which slide looks like this one, and in which regions.
+
+Slides are represented by their mosaics and compared by the median of the minimum distances from one
+mosaic's tiles to the other's (Yottixel, Kalra et al. 2020), or by how the nearest tiles of all slides vote.
+Yottixel compares barcodes by Hamming distance; here the embeddings themselves are compared.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput, unknown_name
+from ..store.packing import MISSING
+from ..vectors.generations import View
+from ..vectors.scan import Metric, prepared, scan
+from .tiles import Mask, Wanted, allowed, find, owners
+
+if TYPE_CHECKING:
+    from ..atlas import Atlas
+
+How = Literal["median", "votes"]
+HOWS: tuple[How, ...] = ("median", "votes")
+VOTES = 10
+"""Nearest tiles that vote, per tile of the query's mosaic."""
+EVIDENCE = 5
+BLOCK = 65_536
+"""Tiles of mosaics that are compared at once."""
+CASE_TILES = 200
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two regions that look alike.
+
+    Attributes:
+        score: as of a hit.
+        query: id of the tile in the query; None if the query is not of the atlas.
+        query_row: its row in the query's mosaic.
+        match: id of the tile in the atlas.
+    """
+
+    score: float
+    query: int | None
+    query_row: int
+    match: int
+
+
+@dataclass(frozen=True)
+class Similar:
+    """A slide or case that looks like the query.
+
+    Attributes:
+        name: of the slide or the patient.
+        score: median of the best scores of the query's tiles (``median``), or share of the votes.
+        pairs: the most similar regions, best first.
+        label: of the slide; None if its slides differ.
+    """
+
+    name: str
+    score: float
+    pairs: list[Pair]
+    label: str | None
+
+
+@dataclass(frozen=True)
+class Mosaics:
+    """The mosaics of slides of a state, one after another.
+
+    Attributes:
+        positions: (M,) in the index; -1 for tiles that are not of the atlas.
+        vectors: (M, D) prepared.
+    """
+
+    positions: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+    def part(self, rows: NDArray[Any]) -> Mosaics:
+        """Return some of the tiles."""
+        return Mosaics(self.positions[rows], self.vectors[rows])
+
+
+def mosaics_of(
+    view: View,
+    read: Callable[[Mapping[str, Any]], tuple[NDArray[np.int64], NDArray[np.float32]]],
+    chosen: Sequence[int] | None = None,
+) -> Mosaics:
+    """Return the mosaics of slides, by number, or of all.
+
+    Args:
+        view: the state.
+        read: gives rows (M,) and prepared vectors (M, D) of the mosaic of a row of ``slides``.
+        chosen: numbers of slides; None for all.
+
+    Raises:
+        BadInput: no such slide has tiles.
+    """
+    positions, vectors = [], []
+    for number in range(len(view.columns.slides)) if chosen is None else chosen:
+        slide = view.columns.slides[number]
+        if slide["tiles"] and slide["name"]:
+            rows, own = read(slide)
+            positions.append(rows + view.columns.starts[number])
+            vectors.append(own)
+    if not positions:
+        raise BadInput("there are no slides with tiles to compare; add features first")
+    return Mosaics(np.concatenate(positions), np.concatenate(vectors))
+
+
+@dataclass(frozen=True)
+class Owners:
+    """Slides or cases.
+
+    Attributes:
+        number: (N,) whose each position is.
+        names: of the owners; those of patients and of slides without one do not mix.
+        labels: the label of each, None if its tiles differ.
+    """
+
+    number: NDArray[np.int64]
+    names: list[str]
+    labels: list[str | None]
+
+
+def owners_of(view: View, by: str) -> Owners:
+    """Return the slides, or the cases: a patient's tiles; a slide without patient is a case of its own."""
+    if by not in {"slide", "patient"}:
+        raise unknown_name("kind of case", by, ("slide", "patient"))
+    columns = view.columns
+    slides = [s["name"] for s in columns.slides]
+    number = owners(view, "slide" if by == "slide" else "patient")
+    names = [*slides, *columns.coded("patient").names]
+    label = columns.coded("label")
+    first = np.full(len(names), MISSING - 1, dtype=np.int64)
+    first[number[::-1]] = label.codes[::-1]
+    mixed = np.zeros(len(names), dtype=bool)
+    mixed[number[label.codes != first[number]]] = True
+    known = [*label.names, None, None]  # -1 and -2 are no label
+    labels = [None if mixed[n] else known[first[n]] for n in range(len(names))]
+    return Owners(number, names, labels)
+
+
+def rank(
+    query: Mosaics, all_: Mosaics, owner: NDArray[np.int64], metric: Metric
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return owners (O,), most alike first, and the median of the best scores of the query's tiles (O,).
+
+    Args:
+        query: (Q, D) vectors.
+        all_: the mosaics of the others.
+        owner: (M,) whose each tile of ``all_`` is.
+        metric: of the vectors.
+    """
+    order = np.argsort(owner, kind="stable")
+    numbers, starts = np.unique(owner[order], return_index=True)
+    ends = [*starts[1:].tolist(), len(order)]
+    medians = np.empty(len(numbers), dtype=np.float32)
+    first = 0
+    while first < len(numbers):
+        last = first + 1
+        while last < len(numbers) and ends[last] - starts[first] <= BLOCK:
+            last += 1
+        part = all_.vectors[order[starts[first] : ends[last - 1]]]
+        scores = query.vectors @ part.T
+        if metric == "l2":
+            squared = np.square(query.vectors).sum(1)[:, None] + np.square(part).sum(1) - 2 * scores
+            scores = -np.sqrt(np.maximum(squared, 0))
+        best = np.maximum.reduceat(scores, starts[first:last] - starts[first], axis=1)
+        medians[first:last] = np.median(best, axis=0)
+        first = last
+    best_first = np.argsort(-medians, kind="stable")
+    return numbers[best_first], medians[best_first]
+
+
+def _by_median(
+    view: View, query: Mosaics, all_: Mosaics, known: Owners, metric: Metric, k: int
+) -> list[Similar]:
+    owner = known.number[all_.positions]
+    numbers, medians = rank(query, all_, owner, metric)
+    ranked = []
+    for number, score in zip(numbers[:k].tolist(), medians[:k].tolist(), strict=True):
+        own = all_.part(np.flatnonzero(owner == number))
+        scores, best = scan(query.vectors, own.vectors, 1, metric)
+        nearest = scores[:, 0] if metric == "cosine" else -np.sqrt(np.maximum(-scores[:, 0], 0))
+        pairs = _pairs(view, nearest, query.positions, own.positions[best[:, 0]], None)
+        ranked.append(Similar(known.names[number], score, pairs, known.labels[number]))
+    return ranked
+
+
+def _by_votes(view: View, query: Mosaics, known: Owners, k: int, passing: Mask) -> list[Similar]:
+    """Let the nearest tiles of the whole atlas vote, each query tile with one vote in all."""
+    scores, found = find(view, query.vectors, Wanted(k=VOTES), passing)
+    there = found >= 0
+    votes = np.zeros(len(known.names))
+    share = 1 / np.maximum(there.sum(axis=1), 1)
+    rows, _ = np.nonzero(there)
+    voted = known.number[found[there]]
+    np.add.at(votes, voted, share[rows])
+    votes /= max(1, len(query.vectors))
+    ranked = []
+    for number in np.argsort(-votes, kind="stable")[:k].tolist():
+        if votes[number] == 0:
+            break
+        own = voted == number
+        pairs = _pairs(
+            view, scores[there][own], query.positions[rows[own]], found[there][own], rows[own]
+        )
+        name, label = known.names[number], known.labels[number]
+        ranked.append(Similar(name, float(votes[number]), pairs, label))
+    return ranked
+
+
+def _pairs(
+    view: View,
+    scores: NDArray[np.float32],
+    query_positions: NDArray[np.int64],
+    matches: NDArray[np.int64],
+    query_rows: NDArray[np.int64] | None,
+) -> list[Pair]:
+    """Return the most similar regions, each tile of either side once."""
+    rows = np.arange(len(scores)) if query_rows is None else query_rows
+    ids = view.columns.ids
+    pairs: list[Pair] = []
+    used: set[int] = set()
+    asked: set[int] = set()
+    for n in np.argsort(-scores, kind="stable").tolist():
+        if int(matches[n]) in used or int(rows[n]) in asked:
+            continue
+        used.add(int(matches[n]))
+        asked.add(int(rows[n]))
+        position = query_positions[n : n + 1]
+        query = None if position[0] < 0 else int(ids(position)[0])
+        match = int(ids(matches[n : n + 1])[0])
+        pairs.append(Pair(round(float(scores[n]), 6), query, int(rows[n]), match))
+        if len(pairs) == EVIDENCE:
+            break
+    return pairs
+
+
+def similar_slides(
+    atlas: Atlas,
+    query: str | NDArray[np.float32],
+    k: int,
+    by: Literal["slide", "patient"],
+    how: How,
+    where: str | None,
+    view: View | None = None,
+) -> list[Similar]:
+    """Rank the slides or cases of an atlas; see :meth:`Atlas.similar_slides`."""
+    if k < 1:
+        raise BadInput(f"k is {k}; expected 1 or more")
+    if how not in HOWS:
+        raise unknown_name("way of comparing", how, HOWS)
+    view = view or atlas.view()
+    known = owners_of(view, by)
+    others = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
+    if isinstance(query, str):
+        asked, own = _of_the_atlas(atlas, view, known, query, by)
+        others &= ~own
+    else:
+        atlas.check_queries(query)
+        asked = Mosaics(np.full(len(query), -1), prepared(query, atlas.manifest.metric))
+    passing = allowed(view, where)
+    others = others if passing is None else others & passing
+    if not others.any():
+        raise BadInput("no other slide passes; loosen the filter, or add slides")
+    if how == "votes":
+        return _by_votes(view, asked, known, k, others)
+    all_ = mosaics_of(view, atlas.generations.mosaic_of)
+    return _by_median(
+        view, asked, all_.part(others[all_.positions]), known, atlas.manifest.metric, k
+    )
+
+
+def _of_the_atlas(
+    atlas: Atlas, view: View, known: Owners, name: str, by: str
+) -> tuple[Mosaics, NDArray[np.bool_]]:
+    """Return the mosaic of a slide or case, and which positions (N,) are of it or of its patients."""
+    numbers = [n for n, known_name in enumerate(known.names) if known_name == name]
+    there = np.unique(known.number)
+    numbers = [n for n in numbers if n in there]
+    if not numbers:
+        choices = [known.names[n] for n in there.tolist() if known.names[n]]
+        raise unknown_name(by, name, choices)
+    own = known.number == numbers[-1]  # a patient goes before a slide of that name
+    slides = np.unique(view.columns.slide_of(np.flatnonzero(own))).tolist()
+    asked = mosaics_of(view, atlas.generations.mosaic_of, slides)
+    asked = asked.part(own[asked.positions])
+    if not len(asked.positions):  # no tile of the case stands for its tile set: take its own
+        some = np.flatnonzero(own)[:CASE_TILES]
+        vectors = atlas.vectors_of(view.columns.ids(some).tolist(), view)
+        asked = Mosaics(some, prepared(vectors, atlas.manifest.metric))
+    patient = view.columns.coded("patient").codes
+    patients = np.unique(patient[own])
+    return asked, own | np.isin(patient, patients[patients >= 0])

@@ -1,0 +1,266 @@
+"""What is known of every tile, as arrays side by side with the vectors: the join and the filters.
+
+A position is a row of these arrays and of the index. Slides lie one after another; the order is the
+index's. Everything is decoded when it is first asked for, and then kept.
+"""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ..store.packing import (
+    MISSING,
+    Codes,
+    unpack_coded,
+    unpack_numbers,
+    unpack_places,
+    unpack_texts,
+)
+from ..store.rows import Hit
+
+KEPT_MASKS = 16
+FACTS = ("name", "size_px_level0", "mpp", "target_mpp")
+"""What a hit says of its slide."""
+
+NOT_PLACED = -2
+"""Cluster of a tile that a clustering does not know (yet)."""
+
+
+@dataclass(frozen=True)
+class Coded:
+    """A column of values that repeat.
+
+    Attributes:
+        names: the distinct values.
+        codes: (N,) numbers into ``names``; -1 where there is none.
+    """
+
+    names: list[str]
+    codes: Codes
+
+
+class Columns:
+    """The columns of one state of an atlas; safe to use from several threads."""
+
+    def __init__(
+        self,
+        slides: Sequence[Mapping[str, Any]],
+        placements: Mapping[str, Mapping[int, bytes]],
+        newest: str | None,
+    ) -> None:
+        """Wrap rows of the catalog.
+
+        Args:
+            slides: rows of ``slides`` joined with ``slide_tiles``, in the order of the positions.
+            placements: per clustering, the cluster column of each slide id.
+            newest: the clustering that hits show.
+        """
+        self.slides = list(slides)
+        self.newest = newest
+        self._placements = placements
+        sizes = np.array([s["tiles"] for s in slides], dtype=np.int64)
+        self.starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
+        self._first = np.array([s["first_tile"] for s in slides], dtype=np.int64)
+        self._kept: dict[str, Any] = {}
+        self._masks: OrderedDict[str, NDArray[np.bool_]] = OrderedDict()
+        self._lock = threading.RLock()
+
+    def __len__(self) -> int:
+        return int(self.starts[-1])
+
+    def keep(self, key: str, make: Callable[[], Any]) -> Any:
+        """Return what ``make`` gives, made once as long as these columns live."""
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = make()
+            return self._kept[key]
+
+    def mask(self, where: str, make: Callable[[], NDArray[np.bool_]]) -> NDArray[np.bool_]:
+        """Return which tiles (N,) a filter lets through; the last few are kept."""
+        with self._lock:
+            if where not in self._masks:
+                self._masks[where] = make()
+                if len(self._masks) > KEPT_MASKS:
+                    self._masks.popitem(last=False)
+            self._masks.move_to_end(where)
+            return self._masks[where]
+
+    def slide_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the slide's number (row of ``slides``) of each position."""
+        found: NDArray[np.int64] = np.searchsorted(self.starts, positions, side="right") - 1
+        return found
+
+    def ids(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the tile ids of positions."""
+        slide = self.slide_of(positions)
+        found: NDArray[np.int64] = self._first[slide] + positions - self.starts[slide]
+        return found
+
+    def positions(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
+        """Return the positions of tile ids; -1 for an id that is not (any more) there."""
+        if not len(self._first):
+            return np.full(len(tiles), -1, dtype=np.int64)
+        order = np.argsort(self._first, kind="stable")
+        # Of slides without tiles, which share a number with the next one, the last in line has tiles.
+        slide = order[np.maximum(np.searchsorted(self._first[order], tiles, side="right") - 1, 0)]
+        row = tiles - self._first[slide]
+        inside = (row >= 0) & (row < np.diff(self.starts)[slide])
+        return np.where(inside, self.starts[slide] + row, -1)
+
+    def present(self) -> NDArray[np.int64]:
+        """Return the positions of all tiles but those of slides that were removed, ascending."""
+
+        def make() -> NDArray[np.int64]:
+            there = [bool(s["name"]) for s in self.slides]
+            return np.flatnonzero(np.repeat(np.array(there, dtype=bool), np.diff(self.starts)))
+
+        found: NDArray[np.int64] = self.keep("present", make)
+        return found
+
+    def places(self) -> NDArray[np.int32]:
+        """Return level-0 x, y of every tile (N, 2)."""
+
+        def make() -> NDArray[np.int32]:
+            parts = [unpack_places(s["places"]) for s in self.slides]
+            return np.concatenate([np.zeros((0, 2), dtype=np.int32), *parts])
+
+        found: NDArray[np.int32] = self.keep("places", make)
+        return found
+
+    def files(self, slide: int) -> list[str | None] | None:
+        """Return the file names of a tile set's tiles; None for a slide."""
+        blob = self.slides[slide]["files"]
+        if blob is None:
+            return None
+        found: list[str | None] = self.keep(f"files {slide}", lambda: unpack_texts(blob))
+        return found
+
+    def metadata(self, slide: int) -> dict[str, str]:
+        """Return the further columns that a slide was given."""
+        found: dict[str, str] = self.keep(
+            f"metadata {slide}", lambda: json.loads(self.slides[slide]["metadata"])
+        )
+        return found
+
+    def names(self) -> list[str]:
+        """Return the fields that :meth:`coded` knows."""
+        extra = {key for n in range(len(self.slides)) for key in self.metadata(n)}
+        return ["slide", "kind", "label", "patient", *sorted(extra)]
+
+    def coded(self, field: str) -> Coded:
+        """Return a column by name: slide, kind, label, patient, or any column of the metadata.
+
+        A tile's own label or patient wins over its slide's.
+        """
+        found: Coded = self.keep(f"coded {field}", lambda: self._make_coded(field))
+        return found
+
+    def _make_coded(self, field: str) -> Coded:
+        numbers: dict[str, int] = {}
+
+        def number(name: str) -> int:
+            return numbers.setdefault(name, len(numbers))
+
+        codes = np.full(len(self), MISSING, dtype=np.int32)
+        for n, slide in enumerate(self.slides):
+            part = codes[self.starts[n] : self.starts[n + 1]]
+            if field == "slide":
+                whole: str | None = slide["name"]
+            elif field in {"kind", "label", "patient"}:
+                whole = slide[field]
+            else:
+                whole = self.metadata(n).get(field)
+            if whole:
+                part[:] = number(whole)
+            blob = slide[f"{field}s"] if field in {"label", "patient"} else None
+            if blob is not None:
+                names, own = unpack_coded(blob)
+                table = np.array([number(name) for name in names], dtype=np.int32)
+                part[own >= 0] = table[own[own >= 0]]
+        return Coded(list(numbers), codes)
+
+    def clusters(self, clustering: str | None = None) -> NDArray[np.int32] | None:
+        """Return every tile's cluster (N,), -1 noise, -2 not placed; None without a clustering.
+
+        Args:
+            clustering: its name; the newest when left out.
+        """
+        name = clustering or self.newest
+        if name is None or name not in self._placements:
+            return None
+
+        def make() -> NDArray[np.int32]:
+            placed = self._placements[name]
+            found = np.full(len(self), NOT_PLACED, dtype=np.int32)
+            for n, slide in enumerate(self.slides):
+                if slide["id"] in placed:
+                    part = unpack_numbers(placed[slide["id"]], "<i4")
+                    found[self.starts[n] : self.starts[n + 1]] = part
+            return found
+
+        kept: NDArray[np.int32] = self.keep(f"clusters {name}", make)
+        return kept
+
+    def placement(self, slide: int) -> bytes:
+        """Return the cluster column of a slide (by id) in the newest clustering, as it is stored."""
+        return self._placements.get(self.newest or "", {}).get(slide, b"")
+
+    def clusterings(self) -> list[str]:
+        """Return the names of the clusterings."""
+        return list(self._placements)
+
+    def hits(self, positions: NDArray[np.int64], scores: NDArray[np.float32]) -> list[list[Hit]]:
+        """Join positions (Q, k), -1 for none, with what is known of them.
+
+        Args:
+            positions: best first.
+            scores: (Q, k).
+        """
+        there = positions >= 0
+        flat = positions[there]
+        clusters = self.clusters()
+        label, patient = self.coded("label"), self.coded("patient")
+        places = self.places()[flat].tolist()
+        slide_of = self.slide_of(flat)
+        numbers = slide_of.tolist()
+        rows = (flat - self.starts[slide_of]).tolist()
+        ranks = np.nonzero(there)[1] + 1
+        cluster = [NOT_PLACED] * len(flat) if clusters is None else clusters[flat].tolist()
+        # One more name at the end answers the code -1.
+        labels = [*label.names, None]
+        patients = [*patient.names, None]
+        facts = {n: (*(self.slides[n][key] for key in FACTS), self.files(n)) for n in set(numbers)}
+        made = []
+        for rank, score, tile, number, row, place, code, who, group in zip(
+            ranks.tolist(),
+            scores[there].astype(np.float64).round(6).tolist(),
+            self.ids(flat).tolist(),
+            numbers,
+            rows,
+            places,
+            label.codes[flat].tolist(),
+            patient.codes[flat].tolist(),
+            cluster,
+            strict=True,
+        ):
+            name, size, mpp, scale, files = facts[number]
+            made.append(
+                Hit(
+                    rank, score, tile, name, place[0], place[1], size, mpp, labels[code],
+                    patients[who], None if group == NOT_PLACED else group,
+                    None if files is None else files[row], scale,
+                )
+            )  # fmt: skip
+        found, start = [], 0
+        for count in there.sum(axis=1).tolist():
+            found.append(made[start : start + count])
+            start += count
+        return found

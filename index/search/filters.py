@@ -1,0 +1,263 @@
+"""Metadata filters: ``organ = 'colon' and patient != 'P7'`` read into a tree, and asked of the columns.
+
+The text never reaches a database: it is parsed by a grammar, and every comparison is made once per
+distinct value of a column, then looked up for each tile.
+
+Fields: ``slide``, ``kind``, ``label``, ``patient``, ``file``, ``tile``, ``x``, ``y``, ``mpp``,
+``target_mpp`` (of the tiles), ``cluster`` (of the newest clustering), ``cluster.NAME`` (of another), and
+every further column of the metadata. Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``, ``like``
+(``%`` any text, ``_`` one character), ``is null``, ``is not null``, ``and``, ``or``, ``not``, brackets.
+Texts stand in single or double quotes, doubled inside; a column whose name is not one word in backticks.
+A tile without a value equals nothing, so ``!=`` and ``not in`` hold for it.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput, unknown_name
+from .columns import NOT_PLACED, Columns
+
+Mask = NDArray[np.bool_]
+Value = str | float
+LENGTH_LIMIT = 10_000
+_KEYWORDS = ("and", "or", "not", "in", "like", "is", "null")
+
+
+@dataclass(frozen=True)
+class Compare:
+    """A field against values, by one of the operators above."""
+
+    field: str
+    operator: str
+    values: tuple[Value, ...] = ()
+
+
+@dataclass(frozen=True)
+class Not:
+    """What its part is not."""
+
+    part: Filter
+
+
+@dataclass(frozen=True)
+class Every:
+    """All parts hold."""
+
+    parts: tuple[Filter, ...]
+
+
+@dataclass(frozen=True)
+class Some:
+    """At least one part holds."""
+
+    parts: tuple[Filter, ...]
+
+
+Filter = Compare | Not | Every | Some
+
+
+def _grammar() -> Any:
+    import pyparsing as pp
+
+    pp.ParserElement.enable_packrat()
+    word = pp.Regex(r"[^\W\d][\w.\-]*")
+    keywords = pp.MatchFirst([pp.CaselessKeyword(word) for word in _KEYWORDS])
+    exact: Any = {"multiline": True, "convert_whitespace_escapes": False}
+    field = (~keywords + word) | pp.QuotedString("`", esc_quote="``", **exact)
+    number = pp.Regex(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?").set_parse_action(lambda t: float(t[0]))
+    text = pp.QuotedString("'", esc_quote="''", **exact) | pp.QuotedString(
+        '"', esc_quote='""', **exact
+    )
+    value = text | number
+    several = pp.Suppress("(") + pp.DelimitedList(value) + pp.Suppress(")")
+    lower = pp.CaselessKeyword
+    not_in = (lower("not") + lower("in")).set_parse_action(lambda: "not in")
+    not_like = (lower("not") + lower("like")).set_parse_action(lambda: "not like")
+    is_not = (lower("is") + lower("not") + lower("null")).set_parse_action(lambda: "is not null")
+    is_null = (lower("is") + lower("null")).set_parse_action(lambda: "is null")
+    sign = pp.one_of("= == != <> < <= > >=")
+    tail = (
+        is_not | is_null | (not_in | lower("in")) + several | (not_like | lower("like")) + text
+        | sign - value
+    )  # fmt: skip
+
+    def compare(tokens: Any) -> Compare:
+        name, operator, *values = tokens
+        operator = {"==": "=", "<>": "!="}.get(operator, operator)
+        return Compare(name, operator, tuple(values))
+
+    comparison = (field - tail).set_parse_action(compare)
+
+    def fold(kind: Callable[[tuple[Filter, ...]], Filter]) -> Callable[[Any], Filter]:
+        return lambda tokens: kind(tuple(tokens[0][::2]))
+
+    infix: Any = pp.infix_notation
+    found = infix(
+        comparison,
+        [
+            (lower("not"), 1, pp.OpAssoc.RIGHT, lambda tokens: Not(tokens[0][1])),
+            (lower("and"), 2, pp.OpAssoc.LEFT, fold(Every)),
+            (lower("or"), 2, pp.OpAssoc.LEFT, fold(Some)),
+        ],
+    )
+    return found.parse_with_tabs()  # else a tab in a text becomes blanks
+
+
+def quoted(text: str) -> str:
+    """Return a text as it stands in a filter."""
+    return "'" + text.replace("'", "''") + "'"
+
+
+def quoted_field(name: str) -> str:
+    """Return the name of a column as it stands in a filter: in backticks where it is not one word."""
+    plain = re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in _KEYWORDS
+    return name if plain else "`" + name.replace("`", "``") + "`"
+
+
+def parse(text: str) -> Filter:
+    """Read a filter.
+
+    Raises:
+        BadInput: it does not follow the grammar; says where.
+    """
+    import pyparsing as pp
+
+    if not text.strip():
+        raise BadInput("the filter is empty; leave it out, or give one such as label = 'tumour'")
+    if len(text) > LENGTH_LIMIT:
+        raise BadInput(f"the filter has {len(text)} characters; at most {LENGTH_LIMIT} are read")
+    try:
+        (found,) = _grammar().parse_string(text, parse_all=True)
+    except (pp.ParseBaseException, RecursionError) as error:
+        place = getattr(error, "column", 1)
+        raise BadInput(
+            f"the filter {text!r} cannot be read at character {place}; expected something like "
+            "label = 'tumour' and patient not in ('P1', 'P2')"
+        ) from error
+    wanted: Filter = found
+    return wanted
+
+
+def select(columns: Columns, wanted: Filter) -> Mask:
+    """Return which tiles (N,) a filter lets through.
+
+    Raises:
+        BadInput: a field that the atlas does not have, or a value of the wrong kind.
+    """
+    if isinstance(wanted, Not):
+        return ~select(columns, wanted.part)
+    if isinstance(wanted, Every | Some):
+        masks = [select(columns, part) for part in wanted.parts]
+        join = np.logical_and if isinstance(wanted, Every) else np.logical_or
+        found: Mask = join.reduce(masks)
+        return found
+    return _compare(columns, wanted)
+
+
+def _compare(columns: Columns, wanted: Compare) -> Mask:
+    field = wanted.field
+    numbers = _numbers(columns, field)
+    if numbers is not None:
+        return _compare_numbers(numbers, wanted)
+    if field == "file":
+        return _files(columns, wanted)
+    if field not in columns.names():
+        choices = [*columns.names(), "file", "tile", "x", "y", "mpp", "target_mpp", "cluster"]
+        raise BadInput(str(unknown_name("field", field, choices)))
+    coded = columns.coded(field)
+    passing = np.array([holds(name, wanted) for name in (*coded.names, None)])
+    found: Mask = passing[coded.codes]
+    return found
+
+
+def _numbers(columns: Columns, field: str) -> NDArray[np.float64] | None:
+    """Return a numeric column (N,), NaN where there is none; None for a field that is no number."""
+    if field in {"x", "y"}:
+        return columns.places()[:, "xy".index(field)].astype(np.float64)
+    if field == "tile":
+        return columns.ids(np.arange(len(columns))).astype(np.float64)
+    if field == "mpp" or (field == "target_mpp" and field not in columns.names()):
+        per_slide = np.array([np.nan if s[field] is None else s[field] for s in columns.slides])
+        return np.repeat(per_slide.astype(np.float64), np.diff(columns.starts))
+    if field == "cluster" or field.startswith("cluster."):
+        name = field.partition(".")[2] or None
+        found = columns.clusters(name)
+        if found is None:
+            if name is not None:
+                raise BadInput(str(unknown_name("clustering", name, columns.clusterings())))
+            raise BadInput("the atlas has no clusters yet; run `histoseek index fit` first")
+        return np.where(found == NOT_PLACED, np.nan, found)
+    return None
+
+
+def _compare_numbers(numbers: NDArray[np.float64], wanted: Compare) -> Mask:
+    if any(isinstance(v, str) for v in wanted.values):
+        raise BadInput(f"{wanted.field} is a number; the filter compares it with {wanted.values}")
+    missing = np.isnan(numbers)
+    if wanted.operator == "is null":
+        return missing
+    if wanted.operator == "is not null":
+        return ~missing
+    if wanted.operator in {"in", "not in"}:
+        inside = np.isin(numbers, np.array(wanted.values, dtype=np.float64))
+        return inside if wanted.operator == "in" else ~inside
+    if wanted.operator not in _ORDER:
+        raise BadInput(f"{wanted.field} is a number; {wanted.operator!r} is for texts")
+    with np.errstate(invalid="ignore"):
+        found: Mask = _ORDER[wanted.operator](numbers, wanted.values[0])
+    return found
+
+
+def _files(columns: Columns, wanted: Compare) -> Mask:
+    found = np.zeros(len(columns), dtype=bool)
+    for n in range(len(columns.slides)):
+        start, end = columns.starts[n], columns.starts[n + 1]
+        names = columns.files(n)
+        found[start:end] = (
+            holds(None, wanted) if names is None else [holds(name, wanted) for name in names]
+        )
+    return found
+
+
+_ORDER: dict[str, Callable[[Any, Any], Any]] = {
+    "=": lambda a, b: a == b,
+    "!=": lambda a, b: a != b,
+    "<": lambda a, b: a < b,
+    "<=": lambda a, b: a <= b,
+    ">": lambda a, b: a > b,
+    ">=": lambda a, b: a >= b,
+}
+
+
+def holds(name: str | None, wanted: Compare) -> bool:
+    """Whether one value passes a comparison."""
+    operator, values = wanted.operator, wanted.values
+    if operator in {"is null", "is not null"}:
+        return (name is None) == (operator == "is null")
+    if name is None:
+        return operator in {"!=", "not in", "not like"}
+    if operator in {"in", "not in"}:
+        inside = any(_ordered(name, "=", value) for value in values)
+        return inside == (operator == "in")
+    if operator in {"like", "not like"}:
+        parts = (".*" if c == "%" else "." if c == "_" else re.escape(c) for c in str(values[0]))
+        like = re.fullmatch("".join(parts), name, re.DOTALL | re.IGNORECASE) is not None
+        return like == (operator == "like")
+    return _ordered(name, operator, values[0])
+
+
+def _ordered(name: str, operator: str, value: Value) -> bool:
+    """Compare as numbers with a number, as texts with a text."""
+    if isinstance(value, str):
+        return bool(_ORDER[operator](name, value))
+    try:
+        return bool(_ORDER[operator](float(name), value))
+    except ValueError:
+        return operator == "!="

@@ -1,0 +1,228 @@
+"""The catalog: what an atlas holds, in SQLite (WAL). A row here is the commit mark of every change."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+import time
+import uuid
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+from ...errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
+from .packing import SEAL, seal
+from .schema import MIGRATIONS
+
+FILE = "atlas.db"
+REVISION = "revision"
+ATLAS_ID = "atlas_id"
+NEXT_TILE = "next_tile"
+
+
+class Catalog:
+    """An atlas's database; every method opens its own connection, so threads need no care."""
+
+    def __init__(self, folder: Path) -> None:
+        """Name the database of the atlas in ``folder``; nothing is opened yet."""
+        self.path = folder / FILE
+
+    def create(self, meta: dict[str, str]) -> None:
+        """Make the database with its first rows."""
+        self.path.touch()
+        with self._connect() as db:
+            db.execute("PRAGMA journal_mode = WAL")
+            self._migrate(db)
+            for key, value in {**meta, REVISION: "0", ATLAS_ID: uuid.uuid4().hex}.items():
+                set_meta(db, key, value)
+
+    @contextmanager
+    def _connect(self) -> Iterator[sqlite3.Connection]:
+        try:
+            db = sqlite3.connect(self._uri(), uri=True, timeout=30, isolation_level=None)
+        except sqlite3.OperationalError as error:
+            raise BadInput(f"{self.path} cannot be opened ({error}); check the path") from error
+        try:
+            db.row_factory = sqlite3.Row
+            db.execute("PRAGMA foreign_keys = ON")
+            db.execute("PRAGMA synchronous = FULL")
+            yield db
+        except sqlite3.OperationalError as error:
+            raise _operational(self.path, error) from error
+        except (
+            sqlite3.DatabaseError,
+            UnicodeDecodeError,
+        ) as error:  # text that is no text any more
+            raise Damaged(
+                f"{self.path} is damaged ({error}); restore the atlas from a copy, or build it again "
+                "from its feature files"
+            ) from error
+        finally:
+            db.close()
+
+    def _uri(self) -> str:
+        """Name the database for SQLite.
+
+        Who may not write the folder reads beside the writer's log if there is one; else SQLite is told that
+        nobody writes, since it could make no log of its own.
+        """
+        uri = self.path.absolute().as_uri()
+        if os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK):
+            return f"{uri}?mode=rw"
+        try:
+            with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as db:
+                db.execute("SELECT * FROM meta").fetchall()
+            return f"{uri}?mode=ro"
+        except sqlite3.OperationalError:
+            return f"{uri}?mode=ro&immutable=1"
+
+    @contextmanager
+    def read(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection that sees one consistent state.
+
+        Raises:
+            BadInput: no database, or one of a newer histoseek.
+            Damaged: the database is not readable.
+        """
+        self._check_there()
+        with self._connect() as db:
+            self._check_version(db)
+            db.execute("BEGIN")
+            yield db
+            db.execute("ROLLBACK")
+
+    @contextmanager
+    def write(self) -> Iterator[sqlite3.Connection]:
+        """Yield a connection whose changes are committed together when the block ends well.
+
+        Every commit counts the revision up by one; readers look again when it changed.
+
+        Raises:
+            BadInput: no database.
+            Busy: locked for longer than half a minute.
+            StorageFailed: it cannot be written.
+        """
+        self._check_there()
+        with self._connect() as db:
+            self._check_version(db)
+            db.execute("BEGIN IMMEDIATE")
+            try:
+                yield db
+            except BaseException:
+                if db.in_transaction:
+                    db.execute("ROLLBACK")
+                raise
+            set_meta(db, REVISION, str(int(get_meta(db, REVISION)) + 1))
+            db.execute("COMMIT")
+
+    def _check_there(self) -> None:
+        try:
+            there = self.path.is_file()
+        except OSError as error:
+            raise BadInput(
+                f"{self.path} cannot be read ({error.strerror}); check the permissions"
+            ) from error
+        if not there:
+            raise BadInput(f"{self.path.parent} is not an atlas (no {FILE}); create one first")
+
+    def _check_version(self, db: sqlite3.Connection) -> None:
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        if version == 0:
+            raise Damaged(f"{self.path} has no schema; the atlas was not created whole: remove it")
+        if version > len(MIGRATIONS):
+            raise BadInput(
+                f"{self.path} has schema {version}; this histoseek knows {len(MIGRATIONS)}: upgrade it"
+            )
+        if version < len(MIGRATIONS):
+            self._migrate(db)
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        """Bring the schema up to date in one transaction."""
+        db.execute("BEGIN IMMEDIATE")
+        version = db.execute("PRAGMA user_version").fetchone()[0]
+        for migrate in MIGRATIONS[version:]:
+            migrate(db)
+        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute("COMMIT")
+
+    def meta(self) -> dict[str, str]:
+        """Return the atlas's own facts: encoder, dim, revision.
+
+        Raises:
+            Damaged: one of them is missing.
+        """
+        with self.read() as db:
+            found = {row["key"]: row["value"] for row in db.execute("SELECT key, value FROM meta")}
+        for key in ("encoder_sha256", REVISION, NEXT_TILE, ATLAS_ID):
+            if key not in found:
+                raise Damaged(f"{self.path} has lost its {key}; restore the atlas from a copy")
+        return found
+
+    def revision(self) -> int:
+        """Return how many changes were committed."""
+        return int(self.meta()[REVISION])
+
+    def rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
+        """Run one query and return all rows."""
+        with self.read() as db:
+            return db.execute(query, values).fetchall()
+
+
+def _operational(path: Path, error: sqlite3.OperationalError) -> HistoseekError:
+    code = getattr(error, "sqlite_errorcode", 0) & 0xFF
+    if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
+        return Busy(f"{path} is locked by another process; wait until it ends and try again")
+    if code in {
+        sqlite3.SQLITE_FULL,
+        sqlite3.SQLITE_IOERR,
+        sqlite3.SQLITE_READONLY,
+        sqlite3.SQLITE_CANTOPEN,
+    }:
+        return StorageFailed(
+            f"cannot write {path} ({error}); nothing already stored was changed; free space or check "
+            "the folder's permissions, then run the same command again"
+        )
+    return Damaged(f"{path} does not answer as an atlas should ({error}); run `index verify`")
+
+
+def insert(db: sqlite3.Connection, table: str, row: dict[str, Any]) -> int:
+    """Insert one row given by column names, with its seal; return its id."""
+    sealed = {**row, SEAL: seal(row)}
+    marks = ", ".join("?" for _ in sealed)
+    cursor = db.execute(
+        f"INSERT INTO {table} ({', '.join(sealed)}) VALUES ({marks})", tuple(sealed.values())
+    )
+    return int(cursor.lastrowid or 0)
+
+
+def update(
+    db: sqlite3.Connection, table: str, where: dict[str, Any], changes: dict[str, Any]
+) -> None:
+    """Change the rows whose columns have the values ``where``, and seal them anew."""
+    found = " AND ".join(f"{key} = ?" for key in where)
+    rows = db.execute(
+        f"SELECT rowid AS at, * FROM {table} WHERE {found}", (*where.values(),)
+    ).fetchall()
+    for row in rows:
+        known = {key: row[key] for key in row.keys() if key != "at"}  # noqa: SIM118 - a sqlite3.Row
+        changed = {**changes, SEAL: seal({**known, **changes})}
+        sets = ", ".join(f"{key} = ?" for key in changed)
+        db.execute(f"UPDATE {table} SET {sets} WHERE rowid = ?", (*changed.values(), row["at"]))
+
+
+def get_meta(db: sqlite3.Connection, key: str, default: str = "") -> str:
+    """Return one of the atlas's own facts."""
+    row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
+    return default if row is None else str(row["value"])
+
+
+def set_meta(db: sqlite3.Connection, key: str, value: str) -> None:
+    """Set one of the atlas's own facts, in the caller's transaction."""
+    row = {"key": key, "value": value}
+    db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (key, value, seal(row)))
+
+
+def now() -> str:
+    """Return the time as UTC text."""
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

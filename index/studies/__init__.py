@@ -1,0 +1,1 @@
+"""Studies: how well an atlas retrieves, and what is in it twice."""

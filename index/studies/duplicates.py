@@ -1,0 +1,202 @@
+"""Near-duplicates in an atlas, and whether two splits of the data leak into each other."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...console import Report
+from ...errors import BadInput, unknown_name
+from ..search.tiles import Mask, allowed
+
+if TYPE_CHECKING:
+    from ..atlas import Atlas
+    from ..vectors.generations import View
+
+SAME = 0.999
+"""Cosine similarity from which on two tiles count as the same picture."""
+NEIGHBOURS = 10
+BATCH = 2_048
+SHOWN = 1_000
+MAX_PARTS = 20
+
+
+def least_score(atlas: Atlas, view: View, least: float | None) -> float:
+    """Return the score from which on two tiles are the same, as given or for the atlas's metric.
+
+    For l2 it is the distance of two vectors of usual length with a cosine of :data:`SAME`.
+
+    Raises:
+        BadInput: a score that no two tiles can have.
+    """
+    cosine = atlas.manifest.metric == "cosine"
+    highest = 1.0 if cosine else 0.0
+    if least is not None:
+        if not -np.inf < least <= highest:
+            raise BadInput(f"a score of {least} is not possible; expected at most {highest:g}")
+        return least
+    if cosine:
+        return SAME
+    some = next((s for s in view.columns.slides if s["name"] and s["tiles"]), None)
+    if some is None:
+        raise BadInput(f"{atlas.path} holds no tiles yet; add features first")
+    length = float(np.median(np.linalg.norm(atlas.generations.vectors_of(some), axis=1)))
+    return -float(np.sqrt(2 - 2 * SAME)) * length
+
+
+def _near(
+    atlas: Atlas,
+    view: View,
+    least: float,
+    asked: Mask | None,
+    allowed_: Mask | None,
+    k: int,
+    progress: Report,
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    """Return pairs (P, 2) of a tile that is asked and one near it, and scores (P,)."""
+    found: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
+    scores: list[NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)]
+    slides = view.columns.slides
+    for number, slide in enumerate(slides):
+        progress(number + 1, len(slides), slide["name"])
+        start = int(view.columns.starts[number])
+        rows = np.arange(slide["tiles"])
+        if asked is not None:
+            rows = rows[asked[start : start + slide["tiles"]]]
+        if not slide["name"] or not len(rows):
+            continue
+        vectors = atlas.generations.vectors_of(slide)
+        for at in range(0, len(rows), BATCH):
+            part = rows[at : at + BATCH]
+            score, near = view.index.search(vectors[part], k, allowed_)
+            own = (start + part)[:, None]
+            line, column = np.nonzero((near >= 0) & (score >= least) & (near != own))
+            found.append(np.stack([start + part[line], near[line, column]], axis=1))
+            scores.append(score[line, column])
+    return np.concatenate(found), np.concatenate(scores)
+
+
+def duplicates(
+    atlas: Atlas,
+    least: float | None = None,
+    where: str | None = None,
+    progress: Report = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Group the tiles that are nearly the same.
+
+    A tile is compared with the 10 that are nearest to it; whoever is linked by such pairs is one group.
+
+    Args:
+        atlas: to look through.
+        least: score, as of a hit; None takes a cosine of .999.
+        where: only among tiles that pass this filter.
+        progress: called after each slide.
+
+    Returns:
+        How many tiles and groups, and the groups, largest first, with what is known of their tiles.
+    """
+    view = atlas.view()
+    least = least_score(atlas, view, least)
+    mask = allowed(view, where)
+    found, scores = _near(atlas, view, least, mask, mask, NEIGHBOURS + 1, progress)
+    groups = _groups(found)
+    slide = view.columns.slide_of
+    shown = [
+        {
+            "tiles": list(
+                atlas.tiles(view.columns.ids(np.array(group[:20])).tolist(), view).values()
+            ),
+            "size": len(group),
+            "slides": len(np.unique(slide(np.array(group)))),
+        }
+        for group in groups[:SHOWN]
+    ]
+    return {
+        "least": least,
+        "groups": len(groups),
+        "tiles_in_groups": sum(map(len, groups)),
+        "across_slides": sum(len(np.unique(slide(np.array(group)))) > 1 for group in groups),
+        "shown": shown,
+        "most_similar": float(scores.max()) if len(scores) else None,
+    }
+
+
+def _groups(found: NDArray[np.int64]) -> list[list[int]]:
+    """Return connected groups of pairs, largest first."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    if not len(found):
+        return []
+    members, number = np.unique(found, return_inverse=True)
+    number = number.reshape(found.shape)
+    size = len(members)
+    graph = coo_matrix((np.ones(len(found)), (number[:, 0], number[:, 1])), shape=(size, size))
+    _, group = connected_components(graph, directed=False)
+    order = np.argsort(group, kind="stable")
+    parts = np.split(members[order], np.flatnonzero(np.diff(group[order])) + 1)
+    return sorted((part.tolist() for part in parts), key=lambda part: (-len(part), part[0]))
+
+
+def leakage(
+    atlas: Atlas,
+    split: str,
+    least: float | None = None,
+    progress: Report = lambda done, total, text: None,
+) -> dict[str, Any]:
+    """Check whether parts of a data set share patients or pictures.
+
+    Args:
+        atlas: to look through.
+        split: column that names the part of each slide or tile, such as train and test.
+        least: score from which on two tiles are the same picture; None takes a cosine of .999.
+        progress: called after each slide.
+
+    Returns:
+        For each two parts: patients in both, tiles of the first that have a near-duplicate in the second,
+        and examples.
+
+    Raises:
+        BadInput: no such column, or fewer than two or more than 20 parts.
+    """
+    view = atlas.view()
+    if split not in view.columns.names():
+        raise unknown_name("column", split, view.columns.names())
+    part, patient = view.columns.coded(split), view.columns.coded("patient")
+    if not 2 <= len(part.names) <= MAX_PARTS:
+        raise BadInput(
+            f"column {split!r} names {len(part.names)} part(s); expected 2 to {MAX_PARTS}, such as train "
+            "and test"
+        )
+    least = least_score(atlas, view, least)
+    alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
+    reports = []
+    for a in range(len(part.names)):
+        for b in range(a + 1, len(part.names)):
+            of_a, of_b = alive & (part.codes == a), alive & (part.codes == b)
+            both = set(patient.codes[of_a].tolist()) & set(patient.codes[of_b].tolist())
+            names = sorted(patient.names[code] for code in both - {-1})
+            found, scores = _near(atlas, view, least, of_a, of_b, 1, progress)
+            examples = found[np.argsort(-scores, kind="stable")][:20]
+            reports.append(
+                {
+                    "parts": [part.names[a], part.names[b]],
+                    "patients_in_both": len(names),
+                    "patients": names[:50],
+                    "near_duplicates": len(found),
+                    "examples": [
+                        list(atlas.tiles(view.columns.ids(pair).tolist(), view).values())
+                        for pair in examples
+                    ],
+                }
+            )
+    return {
+        "split": split,
+        "least": least,
+        "tiles_without_part": int((alive & (part.codes < 0)).sum()),
+        "tiles_without_patient": int((alive & (patient.codes < 0)).sum()),
+        "leaks": any(r["patients_in_both"] or r["near_duplicates"] for r in reports),
+        "parts": reports,
+    }

@@ -1,0 +1,240 @@
+"""Does the search find what it should? Leave-one-patient-out retrieval over a labelled atlas.
+
+Every tile is asked of the tiles of all OTHER patients (a slide of the same patient is no independent
+evidence), and what comes back is compared with its label. Definitions, with ties of a vote going to the
+nearest: ``top1`` the nearest tile has the label; ``mmv3``, ``mmv5`` the majority of the nearest 3 or 5
+has it (Kalra et al. 2020); ``map5`` the mean of AP@5 = sum over ranks r <= 5 of precision@r where rank r
+has the label, divided by min(5, tiles that could be found). Intervals are percentiles of a bootstrap over
+patients.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput, unknown_name
+from ..search import cases
+from ..search.tiles import Mask
+from .scores import RANKS, Asked, Ints, Options, _scores
+
+if TYPE_CHECKING:
+    from ..atlas import Atlas
+    from ..vectors.generations import View
+
+LATENCY_RUNS = 30
+
+
+def evaluate(
+    atlas: Atlas,
+    options: Options,
+    encode: Callable[[], NDArray[np.float32]] | None = None,
+) -> dict[str, Any]:
+    """Evaluate the search of an atlas.
+
+    Args:
+        atlas: with labels and patients.
+        options: what is asked.
+        encode: embeds one tile, (1, D), for the latency from picture to answer; None leaves it out.
+
+    Returns:
+        The report, JSON-ready: metrics with intervals beside baselines, per class, latency, warnings.
+
+    Raises:
+        BadInput: no such column, fewer than two classes or patients, or tiles without a patient.
+    """
+    view = atlas.view()
+    if not len(view.index):
+        raise BadInput(f"{atlas.path} holds no tiles yet; add features first")
+    label = _column(view, options.label)
+    owner, how = _owners(view, options)
+    slide_ms: float | None = None
+    alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
+    known = alive & (label.codes >= 0)
+    warnings = [how] if how else []
+    _check(options, known, label.codes, owner, label.names)
+    if options.unit == "tile":
+        asked = _ask_tiles(atlas, view, known, label.codes, owner, options)
+        total = int(known.sum())
+        if len(asked.label) < total:
+            warnings.append(
+                f"{len(asked.label)} of {total} labelled tiles were asked, drawn at random"
+            )
+    else:
+        asked, more, slide_ms = _ask_slides(atlas, view, known, label.codes, owner)
+        warnings += more
+    warnings += _unanswerable(asked, label.names)
+    manifest = atlas.manifest
+    return {
+        "atlas": str(atlas.path),
+        "encoder": {"name": manifest.name, "sha256": manifest.sha256, "dim": manifest.dim},
+        "revision": view.revision,
+        "index": view.index.plan.as_dict(),
+        "unit": options.unit,
+        "label": options.label,
+        "leave_out": options.leave_out,
+        "queries": len(asked.label),
+        "owners": len(np.unique(asked.owner)),
+        "classes": {name: int((asked.label == n).sum()) for n, name in enumerate(label.names)},
+        "warnings": warnings,
+        **_scores(asked, label.names, options),
+        "latency": {**_latency(atlas, encode), "slide_search_ms": slide_ms},
+    }
+
+
+def _unanswerable(asked: Asked, names: list[str]) -> list[str]:
+    """Name the classes that only one owner has: no answer to them can be right."""
+    lost = asked.reachable == 0
+    if not lost.any():
+        return []
+    classes = sorted({names[code] for code in asked.label[lost].tolist()})
+    return [
+        f"{int(lost.sum())} queries cannot be answered, since no other owner has their class "
+        f"({', '.join(classes[:5])}); they count as wrong"
+    ]
+
+
+def _column(view: View, name: str) -> Any:
+    if name not in view.columns.names():
+        raise unknown_name("column", name, view.columns.names())
+    return view.columns.coded(name)
+
+
+def _owners(view: View, options: Options) -> tuple[Ints, str]:
+    """Return whose each position is (N,), and a warning if some of it is a guess."""
+    owner = _column(view, options.leave_out).codes.astype(np.int64)
+    label = _column(view, options.label).codes
+    lost = (owner < 0) & (label >= 0)
+    if not lost.any():
+        return owner, ""
+    share = (
+        f"{int(lost.sum())} of {int((label >= 0).sum())} labelled tiles have no {options.leave_out}"
+    )
+    if not options.without_patients:
+        raise BadInput(
+            f"{share}: tiles of one patient in both parts would make every number too good; give "
+            f"{options.leave_out}s with `index relabel --metadata`, or pass --without-patients to leave "
+            "out the slide instead (the report says so)"
+        )
+    slide = view.columns.slide_of(np.arange(len(owner)))
+    warning = (
+        f"{share}; their slide was left out instead. If a patient has several slides, the numbers are too "
+        "good"
+    )
+    return _joined(owner, slide), warning
+
+
+def _joined(owner: Ints, slide: Ints) -> Ints:
+    """Return owners (N,) that share neither an owner nor a slide with another."""
+    from scipy.sparse import coo_matrix
+    from scipy.sparse.csgraph import connected_components
+
+    slides, owners = int(slide.max()) + 1, int(owner.max()) + 1
+    known = owner >= 0
+    size = slides + owners
+    links = (np.ones(int(known.sum())), (slide[known], slides + owner[known]))
+    _, group = connected_components(coo_matrix(links, shape=(size, size)), directed=False)
+    found: Ints = group[slide].astype(np.int64)
+    return found
+
+
+def _check(options: Options, known: Mask, labels: Any, owner: Ints, names: list[str]) -> None:
+    classes = len(np.unique(labels[known]))
+    if classes < 2:
+        raise BadInput(
+            f"column {options.label!r} has {classes} value(s) ({', '.join(names[:3])}); retrieval needs 2"
+        )
+    if len(np.unique(owner[known])) < 2:
+        raise BadInput(f"all labelled tiles are of one {options.leave_out}; at least 2 are needed")
+
+
+def _ask_tiles(
+    atlas: Atlas, view: View, known: Mask, labels: Any, owner: Ints, options: Options
+) -> Asked:
+    positions = np.flatnonzero(known)
+    if len(positions) > options.queries:
+        rng = np.random.default_rng(options.seed)
+        positions = np.sort(rng.choice(positions, options.queries, replace=False))
+    vectors = atlas.vectors_of(view.columns.ids(positions).tolist())
+    found = np.full((len(positions), RANKS), -1, dtype=np.int64)
+    candidates = np.zeros((len(positions), int(labels.max()) + 1), dtype=np.int64)
+    for own in np.unique(owner[positions]):
+        rows = np.flatnonzero(owner[positions] == own)
+        mask = known & (owner != own)
+        _, at = view.index.search(vectors[rows], RANKS, mask)
+        found[rows[:, None], np.arange(at.shape[1])] = np.where(at >= 0, labels[at], -1)
+        candidates[rows] = np.bincount(labels[mask], minlength=candidates.shape[1])
+    asked = labels[positions].astype(np.int64)
+    reachable = candidates[np.arange(len(asked)), asked]
+    return Asked(asked, owner[positions], found, reachable, candidates)
+
+
+def _ask_slides(
+    atlas: Atlas, view: View, known: Mask, labels: Any, owner: Ints
+) -> tuple[Asked, list[str], float]:
+    """Ask with every slide whose tiles have one label and one owner.
+
+    Returns:
+        What came back, warnings, and milliseconds per slide.
+    """
+    columns = view.columns
+    usable: list[tuple[int, int, int]] = []
+    labelled = 0
+    for number, slide in enumerate(columns.slides):
+        part = slice(int(columns.starts[number]), int(columns.starts[number + 1]))
+        if not slide["name"] or not known[part].any():
+            continue
+        labelled += 1
+        of_one = len(set(labels[part].tolist())) == 1 == len(set(owner[part].tolist()))
+        if known[part].all() and of_one:
+            usable.append((number, int(labels[part][0]), int(owner[part][0])))
+    if len({own for _, _, own in usable}) < 2:
+        raise BadInput("fewer than 2 slides have one label and one patient; use --unit tile")
+    warnings = []
+    if len(usable) < labelled:
+        lost = labelled - len(usable)
+        warnings.append(
+            f"{lost} of {labelled} slides hold several labels or patients, and were left out"
+        )
+    all_ = cases.mosaics_of(view, atlas.generations.mosaic_of, [n for n, _, _ in usable])
+    row_of = {number: row for row, (number, _, _) in enumerate(usable)}
+    slide_row = np.array([row_of[n] for n in columns.slide_of(all_.positions).tolist()])
+    label = np.array([code for _, code, _ in usable])
+    own = np.array([who for _, _, who in usable])
+    found = np.full((len(usable), RANKS), -1, dtype=np.int64)
+    candidates = np.zeros((len(usable), int(labels.max()) + 1), dtype=np.int64)
+    started = time.perf_counter()
+    for row, who in enumerate(own.tolist()):
+        others = np.flatnonzero(own[slide_row] != who)
+        asked = all_.part(np.flatnonzero(slide_row == row))
+        ranked, _ = cases.rank(asked, all_.part(others), slide_row[others], atlas.manifest.metric)
+        best = label[ranked[:RANKS]]
+        found[row, : len(best)] = best
+        candidates[row] = np.bincount(label[own != who], minlength=candidates.shape[1])
+    took = 1000 * (time.perf_counter() - started) / len(usable)
+    reachable = candidates[np.arange(len(label)), label]
+    return Asked(label, own, found, reachable, candidates), warnings, took
+
+
+def _latency(
+    atlas: Atlas, encode: Callable[[], NDArray[np.float32]] | None
+) -> dict[str, float | None]:
+    """Median milliseconds of one query: encoding one tile (decoded already), searching, and both."""
+    noise = np.random.default_rng(0).normal(size=(1, atlas.manifest.dim)).astype(np.float32)
+    encoding, searching = [], []
+    for _ in range(LATENCY_RUNS):
+        started = time.perf_counter()
+        query = noise if encode is None else encode()
+        encoded = time.perf_counter()
+        atlas.search(query, 10)
+        searching.append(1000 * (time.perf_counter() - encoded))
+        encoding.append(1000 * (encoded - started))
+    search_ms = round(statistics.median(searching), 2)
+    encode_ms = None if encode is None else round(statistics.median(encoding), 2)
+    both = None if encode_ms is None else round(encode_ms + search_ms, 2)
+    return {"encode_ms": encode_ms, "search_ms": search_ms, "end_to_end_ms": both}

@@ -1,0 +1,1 @@
+"""Vectors: the FAISS index of an atlas, derived from its feature files."""

@@ -1,0 +1,108 @@
+"""The FAISS index itself: how it is built, written and read."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ...errors import Damaged, StorageFailed
+from .scan import Metric, Vectors, import_faiss
+
+Coding = Literal["none", "sq8", "pq"]
+GPU_LIMIT = 2048
+"""Hits and probes that FAISS's GPU index allows."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How the main part is built and searched.
+
+    Attributes:
+        kind: ``flat`` (exact) or ``ivf``.
+        coding: how a vector is stored in the lists of ``ivf``; ``none`` for ``flat``.
+        cells: lists.
+        probes: lists that a query reads.
+        widen: candidates per hit that are ranked again by their exact vectors.
+        code_bytes: bytes per vector of ``pq``.
+    """
+
+    kind: Literal["flat", "ivf"] = "flat"
+    coding: Coding = "none"
+    cells: int = 0
+    probes: int = 0
+    widen: int = 1
+    code_bytes: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the plan, JSON-ready."""
+        return asdict(self)
+
+
+def new_main(dim: int, metric: Metric, plan: Plan, sample: Vectors, seed: int) -> Any:
+    """Return an empty FAISS index of a plan, trained on a sample (M, D) of prepared vectors."""
+    faiss = import_faiss()
+    kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
+    if plan.kind == "flat":
+        return faiss.IndexFlat(dim, kind)
+    cells = faiss.IndexFlat(dim, kind)
+    if plan.coding == "sq8":
+        codes = faiss.ScalarQuantizer.QT_8bit_uniform
+        index = faiss.IndexIVFScalarQuantizer(cells, dim, plan.cells, codes, kind)
+    else:
+        index = faiss.IndexIVFPQ(cells, dim, plan.cells, plan.code_bytes, 8, kind)
+        index.pq.cp.seed, index.pq.cp.min_points_per_centroid = seed, 1
+    index.cp.seed, index.cp.niter, index.cp.min_points_per_centroid = seed, 10, 1
+    index.cp.max_points_per_centroid = max(1, len(sample) // plan.cells + 1)
+    index.train(sample)
+    return index
+
+
+def write_main(index: Any, path: Path) -> None:
+    """Write a FAISS index to a file.
+
+    Raises:
+        StorageFailed: no space, or no permission.
+    """
+    try:
+        import_faiss().write_index(index, str(path))
+    except RuntimeError as error:
+        raise StorageFailed(
+            f"the index {path.name} cannot be written ({_short(error)}); what was added before is stored "
+            "and is searched without it; free space, then run `histoseek index tune`"
+        ) from error
+
+
+def read_main(path: Path, dim: int) -> Any:
+    """Open a FAISS index; its vectors stay in the file until they are read.
+
+    Raises:
+        Damaged: not a FAISS index of this dimension.
+    """
+    faiss = import_faiss()
+    try:
+        index = faiss.read_index(str(path), getattr(faiss, "IO_FLAG_MMAP_IFC", 0))
+    except (OSError, RuntimeError) as error:
+        raise Damaged(f"{path} is not a readable FAISS index ({_short(error)})") from error
+    if index.d != dim:
+        raise Damaged(f"{path} has dimension {index.d}, the atlas {dim}")
+    return index
+
+
+def _short(error: Exception) -> str:
+    return str(error).strip().splitlines()[-1][:200]
+
+
+def gpu_copy(main: Any, plan: Plan) -> Any:
+    """Return a copy of the lists on all GPUs that FAISS sees, for unfiltered searches; None without one.
+
+    FAISS's GPU index knows no selectors, so filtered and exact searches stay on the CPU.
+    """
+    faiss = import_faiss()
+    if plan.kind != "ivf" or not getattr(faiss, "get_num_gpus", lambda: 0)():
+        return None
+    if plan.probes > GPU_LIMIT:
+        return None
+    copy = faiss.index_cpu_to_all_gpus(main)
+    faiss.GpuParameterSpace().set_index_parameter(copy, "nprobe", plan.probes)
+    return copy

@@ -1,0 +1,318 @@
+"""Vectors: nearest neighbours by FAISS, over an index file that is derived and what was added since.
+
+The main part is a file: exact (``flat``), or inverted lists (``ivf``) of codes of fewer bytes (``sq8``,
+``pq``), whose candidates are ranked again by the exact vectors in a second file. The tail, vectors that
+came after the file was written, is searched exactly. A position counts through both.
+"""
+
+from __future__ import annotations
+
+import threading
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .files import GPU_LIMIT, Plan
+from .scan import (
+    Found,
+    Mask,
+    Metric,
+    Positions,
+    Vectors,
+    _merged,
+    _nothing,
+    import_faiss,
+    matrix_of,
+    prepared,
+    rescored,
+    scan,
+)
+
+FILTER_EXACT = 200_000
+"""Vectors that pass a filter up to which all of them are compared: what passes may lie far from a query."""
+FILTER_MARGIN = 8
+"""Above that a filtered search reads this many times the vectors that an unfiltered one reads."""
+FILTER_VALUES = 32_000_000
+"""Coordinates of vectors that pass a filter which are held at once (128 MB)."""
+FILTERS_KEPT = 4
+
+
+@dataclass(frozen=True)
+class _Passing:
+    """What a filter lets through of the main part.
+
+    Attributes:
+        mask: (M + T,) of the whole index.
+        rows: (P,) positions that pass.
+        vectors: (P, D) theirs, if they are few: then all are compared.
+        counts: (cells,) how many pass in each cell, if they are many; None too if only removed vectors
+            do not pass, so that cells need not be counted.
+        bits: the mask as FAISS reads it.
+    """
+
+    mask: Mask
+    rows: Positions
+    vectors: Vectors | None
+    counts: Any
+    bits: Any
+
+
+class VectorIndex:
+    """Nearest neighbours of vectors, by position.
+
+    For ``cosine`` the score is the cosine similarity (1 is the same direction); for ``l2`` it is minus
+    the Euclidean distance. Higher is nearer in both.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        metric: Metric,
+        tail: Vectors,
+        main: Any = None,
+        plan: Plan | None = None,
+        raw: Any = None,
+        alive: Mask | None = None,
+        gpu: Any = None,
+    ) -> None:
+        """Join the parts.
+
+        Args:
+            dim: D.
+            metric: how vectors are compared.
+            tail: (T, D) prepared vectors at the positions after those of ``main``.
+            main: FAISS index, whose own numbers are the first positions.
+            plan: of ``main``.
+            raw: FAISS's flat index of the exact vectors of ``main``, where that holds codes.
+            alive: (M + T,) positions that are still there; None for all.
+            gpu: copy of ``main`` on GPUs (:func:`gpu_copy`).
+        """
+        self.dim, self.metric, self.plan = dim, metric, plan or Plan()
+        self._main, self._tail, self._alive = main, tail, alive
+        self._main_rows = 0 if main is None else int(main.ntotal)
+        self._refined: Any = None if raw is None else import_faiss().IndexRefine(main, raw)
+        self._raw_index = main if raw is None else raw  # owns the memory of the next
+        self._raw: Any = None if main is None else matrix_of(self._raw_index)
+        self._cells: NDArray[np.int32] | None = None
+        self._gpu = gpu
+        self._kept: list[_Passing] = []
+        self._joined: list[tuple[Mask, Mask]] = []
+        self._count = self.positions if alive is None else int(alive.sum())
+        self._lock = threading.Lock()
+
+    def __len__(self) -> int:
+        """How many vectors can be found."""
+        return self._count
+
+    @property
+    def positions(self) -> int:
+        """How many positions there are, those of removed vectors among them."""
+        return self._main_rows + len(self._tail)
+
+    @property
+    def tail_rows(self) -> int:
+        """How many vectors came after the main part was written."""
+        return len(self._tail)
+
+    # -- searching ------------------------------------------------------------------------------
+
+    def search(
+        self,
+        queries: Vectors,
+        k: int,
+        allowed: Mask | None = None,
+        exact: bool = False,
+    ) -> Found:
+        """Return scores (Q, k') and positions (Q, k'), best first, -1 where there are no more.
+
+        Args:
+            queries: (Q, D).
+            k: at most as many as this; k' is smaller if the index is.
+            allowed: (positions,) which may be found; None for all.
+            exact: compare with every vector, whatever the plan says.
+        """
+        mask = self._mask(allowed)
+        k = min(k, self.positions)
+        if k == 0 or not len(queries):
+            return _nothing(len(queries), 0)
+        ready = prepared(queries, self.metric)
+        rows = self._main_rows
+        parts = []
+        if rows:
+            parts.append(self._search_main(ready, k, mask, exact))
+        if len(self._tail):
+            part = None if mask is None else mask[rows:]
+            scores, found = scan(ready, self._tail, k, self.metric, part)
+            parts.append((scores, np.where(found >= 0, found + rows, -1)))
+        scores, found = _merged(parts, k)
+        if self.metric == "l2":
+            scores = -np.sqrt(np.maximum(-scores, 0))
+        return scores, found
+
+    def _mask(self, allowed: Mask | None) -> Mask | None:
+        """Return what may be found; the last answer is kept, as one filter is often used again."""
+        if allowed is None or self._alive is None:
+            return self._alive if allowed is None else allowed
+        if allowed is self._alive:
+            return allowed
+        with self._lock:
+            for known, both in self._joined:
+                if known is allowed or both is allowed:
+                    return both
+            both = allowed & self._alive
+            self._joined = [(allowed, both), *self._joined[: FILTERS_KEPT - 1]]
+            return both
+
+    def _search_main(self, ready: Vectors, k: int, mask: Mask | None, exact: bool) -> Found:
+        head = None if mask is None else mask[: self._main_rows]
+        if head is not None and not head.any():
+            return _nothing(len(ready), k)
+        if self.plan.kind == "flat":
+            return scan(ready, self._raw, k, self.metric, head)
+        passing = None
+        if mask is not None and head is not None and not head.all():
+            passing = self._passing(mask, head)
+            if passing.vectors is not None:
+                scores, found = scan(ready, passing.vectors, k, self.metric)
+                return scores, np.where(found >= 0, passing.rows[found], -1)
+        if exact:
+            return scan(ready, self._raw, k, self.metric, head)
+        there = self._main_rows if passing is None else len(passing.rows)
+        return self._search_enough(ready, min(k, there), passing)
+
+    def _search_enough(self, ready: Vectors, k: int, passing: _Passing | None) -> Found:
+        """Search the lists, and more of them where those that are usually read hold fewer than k."""
+        usual = self.plan.probes * self._main_rows / self.plan.cells
+        times = 1
+        while times * usual < 2 * k and times < self.plan.cells:
+            times *= 2
+        while True:
+            scores, found = self._search_lists(ready, k, passing, times)
+            if times >= self.plan.cells or (found >= 0).all():
+                return scores, found
+            times *= 4
+
+    def _search_lists(self, ready: Vectors, k: int, passing: _Passing | None, times: int) -> Found:
+        """Search with so many times the usual probes."""
+        faiss = import_faiss()
+        wide = min(self._main_rows, k * self.plan.widen)
+        if passing is not None and passing.counts is not None:
+            found = self._search_passing(ready, wide, passing, times)
+            return rescored(ready, self._raw, found, k, self.metric)
+        if self._gpu is not None and passing is None and times == 1 and wide <= GPU_LIMIT:
+            return rescored(ready, self._raw, self._gpu.search(ready, wide)[1], k, self.metric)
+        probes = min(self.plan.cells, times * self.plan.probes)
+        lists = faiss.SearchParametersIVF(nprobe=probes)
+        if passing is not None:  # what was removed is only skipped
+            lists.sel = selector = faiss.IDSelectorBitmap(passing.bits)  # noqa: F841 - kept alive
+        parameters = faiss.IndexRefineSearchParameters(k_factor=wide / k, base_index_params=lists)
+        scores, found = self._refined.search(ready, k, params=parameters)
+        return scores if self.metric == "cosine" else -scores, found
+
+    def _passing(self, mask: Mask, head: Mask) -> _Passing:
+        """Return what a filter means for the lists; that of the last filters is kept."""
+        with self._lock:
+            for known in self._kept:
+                if known.mask is mask:
+                    return known
+        rows = np.flatnonzero(head)
+        bits = np.packbits(head, bitorder="little")
+        if mask is self._alive:
+            made = _Passing(mask, rows, None, None, bits)
+        elif len(rows) <= min(FILTER_EXACT, FILTER_VALUES // self.dim):
+            made = _Passing(mask, rows, self._raw[rows], None, None)
+        else:
+            counts = np.bincount(self.cell_of()[rows], minlength=self.plan.cells)
+            made = _Passing(mask, rows, None, counts, bits)
+        with self._lock:
+            self._kept = [made, *self._kept[: FILTERS_KEPT - 1]]
+        return made
+
+    def _search_passing(self, ready: Vectors, k: int, passing: _Passing, times: int) -> Positions:
+        """Return candidates (Q, k) of those that pass, by their codes."""
+        faiss = import_faiss()
+        selector = faiss.IDSelectorBitmap(passing.bits)
+        distances, cells = self._cells_to_read(ready, passing, times)
+        scores = np.empty((len(ready), k), dtype=np.float32)
+        found = np.empty((len(ready), k), dtype=np.int64)
+        pointer = faiss.swig_ptr
+        self._main.search_preassigned_c(
+            len(ready),
+            pointer(ready),
+            k,
+            pointer(cells),
+            pointer(distances),
+            pointer(scores),
+            pointer(found),
+            False,
+            faiss.SearchParametersIVF(nprobe=cells.shape[1], sel=selector),
+        )
+        return found
+
+    def _cells_to_read(
+        self, ready: Vectors, passing: _Passing, times: int
+    ) -> tuple[NDArray[np.float32], Positions]:
+        """Return distances and numbers (Q, P) of the nearest cells that hold enough of what passes.
+
+        A filter thins the cells out, and may empty those around a query: so cells are counted by what
+        they hold of it, not by their number.
+        """
+        cells = self.plan.cells
+        usual = self.plan.probes * self._main_rows / cells
+        wanted = np.inf if times >= cells else FILTER_MARGIN * usual * times
+        per_cell = len(passing.rows) / cells
+        width = cells if wanted == np.inf else min(cells, 8 + 2 * int(wanted / per_cell))
+        while True:
+            distances, near = self._main.quantizer.search(ready, width)
+            held = passing.counts[near]
+            before = np.cumsum(held, axis=1) - held
+            if width == cells or (before[:, -1] >= wanted).all():
+                break
+            width = min(cells, 4 * width)
+        read = (held > 0) & (before < wanted)
+        order = np.argsort(~read, axis=1, kind="stable")[:, : max(1, int(read.sum(axis=1).max()))]
+        chosen = np.take_along_axis(np.where(read, near, -1), order, 1)
+        return (
+            np.ascontiguousarray(np.take_along_axis(distances, order, 1)),
+            np.ascontiguousarray(chosen),
+        )
+
+    def cell_of(self) -> NDArray[np.int32]:
+        """Return the cell of every vector of the main part (M,); -1 throughout without cells."""
+        if self._cells is None:
+            faiss = import_faiss()
+            found = np.full(self._main_rows, -1, dtype=np.int32)
+            for cell in range(self.plan.cells):
+                lists = self._main.invlists
+                size = lists.list_size(cell)
+                if size:
+                    found[faiss.rev_swig_ptr(lists.get_ids(cell), size)] = cell
+            self._cells = found
+        return self._cells
+
+    def within(
+        self, queries: Vectors, least: float, allowed: Mask | None = None, limit: int = 1_000_000
+    ) -> list[tuple[NDArray[np.float32], Positions]]:
+        """Return scores and positions of all vectors with at least a score, best first, per query; exact.
+
+        Args:
+            queries: (Q, D).
+            least: score.
+            allowed: as in :meth:`search`.
+            limit: at most as many per query.
+        """
+        mask = self._mask(allowed)
+        answers = []
+        for query in queries:
+            # Doubling finds all without holding a score for every vector.
+            k = min(256, max(1, self.positions))
+            while True:
+                scores, found = self.search(query[None], k, mask, exact=True)
+                inside = (found[0] >= 0) & (scores[0] >= least)
+                if inside.sum() < found.shape[1] or k >= min(limit, self.positions):
+                    break
+                k = min(4 * k, limit, self.positions)
+            answers.append((scores[0][inside], found[0][inside]))
+        return answers

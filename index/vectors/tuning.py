@@ -1,0 +1,294 @@
+"""Choosing an index and proving what it finds: recall is measured against exact search, never assumed.
+
+Queries are tiles of the atlas itself that the index was not trained on, each asked without itself.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput
+from .files import Plan
+from .index import VectorIndex
+from .scan import Mask, Metric, scan
+
+EXACT_UP_TO = 100_000
+"""Tiles up to which every query is compared with all of them."""
+LEAST_FOR_LISTS = 1_000
+PER_CELL = 64
+"""Vectors per list that k-means is trained on."""
+QUERIES = 1_000
+"""Tiles asked to measure recall: half to choose by, half to judge the choice."""
+WIDEN = (2, 3, 4, 6, 8, 16, 32, 64)
+LATENCY_RUNS = 20
+LISTS_OVERHEAD = 1.06
+"""Memory of inverted lists beside their codes: numbers, centroids, and room for growth."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """What an index must reach.
+
+    Attributes:
+        recall: share of the true nearest neighbours that a search must find, 1 for exact.
+        k: how many neighbours that is measured on.
+        memory_mb: what the lists may hold in memory, in MB; None for one byte per coordinate.
+        exact_up_to: tiles up to which search is exact anyway.
+        seed: of everything random.
+    """
+
+    recall: float = 0.99
+    k: int = 10
+    memory_mb: float | None = None
+    exact_up_to: int = EXACT_UP_TO
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Check the ranges."""
+        if not 0.5 <= self.recall <= 1:
+            raise BadInput(f"the recall to reach is {self.recall}; expected 0.5 to 1")
+        if self.k < 1:
+            raise BadInput(f"k is {self.k}; expected 1 or more")
+        if self.exact_up_to < 0:
+            raise BadInput(f"exact_up_to is {self.exact_up_to}; expected 0 or more")
+        if self.memory_mb is not None and self.memory_mb <= 0:
+            raise BadInput(f"the memory budget is {self.memory_mb} MB; expected more than 0")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the options, JSON-ready."""
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """Tiles that are asked.
+
+    Attributes:
+        positions: (Q,) in the index.
+        vectors: (Q, D) prepared.
+    """
+
+    positions: NDArray[np.int64]
+    vectors: NDArray[np.float32]
+
+    def __len__(self) -> int:
+        return len(self.positions)
+
+    def part(self, chosen: slice) -> HeldOut:
+        """Return some of them."""
+        return HeldOut(self.positions[chosen], self.vectors[chosen])
+
+
+def plan_for(total: int, dim: int, options: Options) -> Plan:
+    """Return how to build the index of so many vectors; probes come from :func:`tune`.
+
+    Raises:
+        BadInput: a memory budget that no index keeps; says which would do.
+    """
+    few = total <= max(options.exact_up_to, LEAST_FOR_LISTS)
+    if options.memory_mb is None:
+        exact = few or options.recall == 1
+        return Plan() if exact else Plan("ivf", "sq8", _cells(total))
+    budget = options.memory_mb * 1e6
+    if few and 4.0 * total * dim <= budget:
+        return Plan()
+    if total <= LEAST_FOR_LISTS:
+        raise BadInput(
+            f"{total} vectors are too few for codes; expected more than {LEAST_FOR_LISTS}"
+        )
+    budget -= 4 * dim * (_cells(total) + 256)  # centroids, and the codebook of pq
+    room = budget / LISTS_OVERHEAD / total - 8  # bytes per vector beside its number
+    if room >= dim:
+        return Plan("ivf", "sq8", _cells(total))
+    fitting = [m for m in range(1, dim // 2 + 1) if dim % m == 0 and m <= room]
+    if not fitting:
+        least = ((1 + 8) * total * LISTS_OVERHEAD + 4 * dim * (_cells(total) + 256)) / 1e6
+        raise BadInput(
+            f"{total:,} vectors of length {dim} do not fit into {options.memory_mb:g} MB; the smallest "
+            f"index takes about {least:.3g} MB"
+        )
+    return Plan("ivf", "pq", _cells(total), code_bytes=fitting[-1])
+
+
+def _cells(total: int) -> int:
+    """Return a power of two of about 1.5 times the root of the count."""
+    return int(2 ** max(3, round(np.log2(1.5 * np.sqrt(max(1, total))))))
+
+
+def draw(
+    chunks: Iterable[NDArray[np.float32]], total: int, dim: int, plan: Plan, seed: int
+) -> tuple[NDArray[np.float32], HeldOut]:
+    """Draw, in two passes, a sample to train on and tiles to ask that are not in it.
+
+    Returns:
+        The sample (M, D), empty for an exact plan, and the tiles.
+    """
+    nothing = np.zeros((0, dim), dtype=np.float32)
+    if plan.kind == "flat":
+        return nothing, HeldOut(np.zeros(0, dtype=np.int64), nothing)
+    wanted = plan.cells * PER_CELL
+    if plan.coding == "pq":
+        wanted = max(wanted, 256 * PER_CELL)
+    picked = np.random.default_rng(seed).permutation(total)
+    asked = np.sort(picked[: min(QUERIES, max(1, total // 10))])
+    trained = np.sort(picked[len(asked) : len(asked) + wanted])
+    return gather(chunks, trained, dim), HeldOut(asked, gather(chunks, asked, dim))
+
+
+def gather(
+    chunks: Iterable[NDArray[np.float32]], positions: NDArray[np.int64], dim: int
+) -> NDArray[np.float32]:
+    """Return the vectors at positions (P,) ascending: (P, D)."""
+    parts, start = [np.zeros((0, dim), dtype=np.float32)], 0
+    for vectors in chunks:
+        first, last = np.searchsorted(positions, [start, start + len(vectors)])
+        parts.append(vectors[positions[first:last] - start])
+        start += len(vectors)
+    return np.concatenate(parts)
+
+
+def neighbours(
+    chunks: Iterable[NDArray[np.float32]], asked: HeldOut, k: int, metric: Metric
+) -> NDArray[np.float32]:
+    """Return the scores of the true k nearest other tiles of each tile (Q, k), by exact search."""
+    scores = np.full((len(asked), k), -np.inf, dtype=np.float32)
+    start = 0
+    for vectors in chunks:
+        if not len(vectors):
+            continue
+        new_scores, new = scan(asked.vectors, vectors, min(k + 1, len(vectors)), metric)
+        own = new + start == asked.positions[:, None]
+        scores = np.concatenate([scores, np.where(own, -np.inf, new_scores)], axis=1)
+        scores = -np.sort(-scores, axis=1)[:, :k]
+        start += len(vectors)
+    return scores if metric == "cosine" else -np.sqrt(np.maximum(-scores, 0))
+
+
+def recall_of(
+    index: VectorIndex,
+    asked: HeldOut,
+    truth: NDArray[np.float32],
+    k: int,
+    allowed: Mask | None = None,
+) -> float:
+    """Return the share of the true neighbours that a search finds.
+
+    Args:
+        index: to search.
+        asked: tiles, each asked without itself.
+        truth: (Q, k) scores of the true neighbours. What scores as high as the last of them is one:
+            of tiles that are the same picture any will do.
+        k: neighbours.
+        allowed: (N,) positions that may be found.
+    """
+    scores, found = index.search(asked.vectors, k + 1, allowed)
+    other = (found >= 0) & (found != asked.positions[:, None])
+    wanted = np.isfinite(truth).sum(axis=1)
+    last = np.where(wanted > 0, truth[np.arange(len(truth)), np.maximum(wanted - 1, 0)], np.inf)
+    near = other & (scores >= last[:, None] - 1e-5 * np.maximum(1, np.abs(last[:, None])))
+    got = np.minimum(near.sum(axis=1), wanted)
+    return float((got[wanted > 0] / wanted[wanted > 0]).mean()) if wanted.any() else 1.0
+
+
+def tune(
+    main: Any,
+    raw: Any,
+    plan: Plan,
+    chunks: Iterable[NDArray[np.float32]],
+    asked: HeldOut,
+    metric: Metric,
+    options: Options,
+) -> tuple[Plan, dict[str, Any]]:
+    """Choose the fewest probes, and candidates to rank again, that reach the recall.
+
+    They are chosen on half of the held-out tiles and judged on the other half; where the judgement falls
+    short the probes grow until it does not, or until every list is read.
+
+    Returns:
+        The plan, and what was measured.
+    """
+    if plan.kind == "flat":
+        return plan, {"recall": 1.0, "exact": True}
+    k = min(options.k, max(1, main.ntotal - 1))
+    truth = neighbours(chunks, asked, k, metric)
+    half = len(asked) // 2
+    tail = np.zeros((0, main.d), dtype=np.float32)
+
+    def reached(candidate: Plan, part: slice) -> float:
+        index = VectorIndex(main.d, metric, tail, main, candidate, raw)
+        return recall_of(index, asked.part(part), truth[part], k)
+
+    choosing, judging = slice(0, half), slice(half, None)
+    best: Plan | None = None
+    for widen in WIDEN:
+        candidate = replace(plan, widen=widen, probes=plan.cells)
+        best = candidate
+        if reached(candidate, choosing) >= options.recall:
+            break
+    assert best is not None
+    low, high = 0, best.cells  # the fewest probes that reach it lie in (low, high]
+    while high - low > max(1, low // 8):
+        middle = min(max(low + 1, 2 * low), (low + high) // 2) if low else 1
+        if reached(replace(best, probes=middle), choosing) >= options.recall:
+            high = middle
+        else:
+            low = middle
+    chosen = replace(best, probes=high)
+    judged = reached(chosen, judging)
+    while judged < options.recall and chosen.probes < chosen.cells:
+        chosen = replace(
+            chosen, probes=min(chosen.cells, chosen.probes + max(1, chosen.probes // 4))
+        )
+        judged = reached(chosen, judging)
+    return chosen, {
+        "recall": round(judged, 5),
+        "k": k,
+        "queries": len(asked) - half,
+        "reached": judged >= options.recall,
+    }
+
+
+def audit(
+    index: VectorIndex, asked: HeldOut, k: int, allowed: Mask | None = None
+) -> dict[str, Any]:
+    """Measure recall@k and latency of an index, and what comparing with every vector takes beside it.
+
+    Args:
+        index: the whole index.
+        asked: tiles of the atlas; each is asked without itself.
+        k: neighbours.
+        allowed: (N,) positions that may be found; None for all.
+    """
+    scores, true = index.search(asked.vectors, k + 1, allowed, exact=True)
+    lost = (true == asked.positions[:, None]) | (true < 0)
+    truth = -np.sort(-np.where(lost, -np.inf, scores), axis=1)[:, :k]
+    report: dict[str, Any] = {
+        "queries": len(asked),
+        "k": k,
+        "recall": round(recall_of(index, asked, truth, k, allowed), 5),
+    }
+    batch = asked.vectors[:100]
+    for name, exact in (("index", False), ("exact", True)):
+        one = [
+            _milliseconds(index, asked.vectors[n : n + 1], k, allowed, exact)
+            for n in range(min(LATENCY_RUNS, len(asked)))
+        ]
+        whole = [_milliseconds(index, batch, k, allowed, exact) for _ in range(3)]
+        report[f"{name}_ms_per_query"] = round(statistics.median(one), 3)
+        report[f"{name}_ms_per_{len(batch)}_queries"] = round(statistics.median(whole), 3)
+    return report
+
+
+def _milliseconds(
+    index: VectorIndex, queries: NDArray[np.float32], k: int, allowed: Mask | None, exact: bool
+) -> float:
+    started = time.perf_counter()
+    index.search(queries, k, allowed, exact)
+    return 1000 * (time.perf_counter() - started)

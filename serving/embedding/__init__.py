@@ -1,0 +1,1 @@
+"""Embedding: many slides and tile sets through an encoder, into feature files."""

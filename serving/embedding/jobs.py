@@ -1,0 +1,265 @@
+"""What to embed: inputs on the command line become jobs, one per slide or tile set."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from ...artifacts.images import SUFFIXES
+from ...artifacts.slide_names import SlideName, match, without_last_ending
+from ...artifacts.tables import read_csv, same_text
+from ...artifacts.tilesets import MANIFEST
+from ...artifacts.unread import belongs_to, is_dicom, parts_of, why_unread
+from ...artifacts.walking import LeftOut, once, walk
+from ...errors import BadInput
+from ..slides.sources import is_slide
+
+Kind = Literal["auto", "slides", "tiles"]
+
+
+@dataclass(frozen=True)
+class Job:
+    """One slide or tile set to embed.
+
+    Attributes:
+        name: of the feature file; unique within a run.
+        source: the file or folder.
+        kind: ``slide`` or ``tiles``.
+        row: what the manifest says of a slide (mpp, label, patient, …).
+        aliases: further paths that lead to the same file.
+        regions: GeoJSON file of what to embed of a slide, if one was given.
+    """
+
+    name: str
+    source: Path
+    kind: Literal["slide", "tiles"]
+    row: dict[str, str] = field(default_factory=dict)
+    aliases: tuple[Path, ...] = ()
+    regions: Path | None = None
+
+    @property
+    def stem(self) -> str:
+        """The name before any suffix that tells it from others."""
+        return _name_of(self.source, self.kind)
+
+    @property
+    def location(self) -> str:
+        """The absolute path under which the source was found; links in it are kept."""
+        return os.path.abspath(self.source)
+
+    def names(self) -> SlideName:
+        """Return what a table or a file may call this slide."""
+        paths = dict.fromkeys(
+            [
+                self.location,
+                os.path.realpath(self.source),
+                str(self.source),
+                *map(os.path.abspath, self.aliases),
+            ]
+        )
+        return SlideName(self.name, tuple(paths))
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What a run of embedding was given.
+
+    Attributes:
+        jobs: what to embed.
+        left_out: files and folders that were found and not taken, each with the reason.
+        rows_unused: rows of the manifest that mean none of the inputs.
+        slides_without_row: slides that no row of the manifest means.
+        notes: what else was recognised or decided while looking.
+    """
+
+    jobs: list[Job]
+    left_out: tuple[LeftOut, ...] = ()
+    rows_unused: tuple[str, ...] = ()
+    slides_without_row: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return all but the jobs, JSON-ready."""
+        return {
+            "left_out": [left._asdict() for left in self.left_out],
+            "rows_unused": list(self.rows_unused),
+            "slides_without_row": list(self.slides_without_row),
+            "notes": list(self.notes),
+        }
+
+
+def find_jobs(
+    inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
+) -> list[Job]:
+    """Return the jobs of :func:`find_inputs` alone."""
+    return find_inputs(inputs, kind, manifest).jobs
+
+
+def find_inputs(
+    inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
+) -> Inputs:
+    """Expand inputs: a slide is a job, a folder of slides many, a folder or pack of tiles one.
+
+    Args:
+        inputs: slides, pictures, folders, tar, npz or CSV.
+        kind: what a folder holds; ``auto`` takes slides if it finds any slide file, else tiles.
+        manifest: CSV with a column ``file`` (or ``slide``), for slides with any of mpp, series, label
+            and patient. A row means a slide as :mod:`histoseek.artifacts.slide_names` says.
+
+    Raises:
+        BadInput: a folder that holds nothing, or slides and pictures mixed; a row that means two slides,
+            two rows that mean one; a manifest that means none of the inputs, or whose rows could be
+            both slides and tiles.
+    """
+    found: list[Job] = []
+    left_out: list[LeftOut] = []
+    for source in inputs:
+        if source.is_dir():
+            jobs, others = _folder_jobs(source, kind)
+            found += jobs
+            left_out += others
+        else:  # what does not exist is refused when its turn comes, by name
+            kind_of: Literal["slide", "tiles"] = "tiles" if _is_pack(source) else "slide"
+            found.append(Job(_name_of(source, kind_of), source, kind_of))
+    jobs = _unique(_each_once(found, left_out))
+    if manifest is None:
+        return Inputs(jobs, tuple(left_out))
+    left_out = [
+        left for left in left_out if os.path.abspath(left.path) != os.path.abspath(manifest)
+    ]
+    return _with_rows(jobs, manifest, tuple(left_out))
+
+
+def _is_pack(source: Path) -> bool:
+    return source.suffix.lower() in {".csv", ".npz", ".tgz"} or ".tar" in source.suffixes
+
+
+def _name_of(source: Path, kind: str) -> str:
+    return source.name.split(".")[0] if kind == "tiles" else without_last_ending(source.name)
+
+
+def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -> Inputs:
+    """Give each slide its row of the manifest."""
+    slides = [number for number, job in enumerate(jobs) if job.kind == "slide"]
+    sets = len(jobs) - len(slides)
+    if sets > 1 or (sets and slides):
+        raise BadInput(
+            f"--manifest {manifest}: its rows name either slides or the tiles of one set; the inputs are "
+            f"{len(slides)} slide(s) and {sets} tile set(s): embed them in separate runs"
+        )
+    if sets:
+        return Inputs(jobs, left_out)  # the tile set reads it
+    table = read_csv(manifest, "file", "slide")
+    rows = {row[table.key]: row for row in table.rows}
+    matched = match(rows, [jobs[n].names() for n in slides], str(manifest), "row")
+    if rows and slides and not matched.by_slide:
+        raise BadInput(
+            f"{manifest} names none of the inputs; its column {table.key!r} holds {_few(rows)}"
+        )
+    for at, name in matched.by_slide.items():
+        jobs[slides[at]] = replace(jobs[slides[at]], row={**rows[name], "file": name})
+    without = tuple(jobs[slides[at]].name for at in matched.without)
+    return Inputs(jobs, left_out, tuple(matched.unused), without, table.notes)
+
+
+def _few(names: Iterable[str]) -> str:
+    known = sorted(names)
+    return ", ".join(known[:3]) + (" …" if len(known) > 3 else "")
+
+
+def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
+    if kind == "tiles":
+        return [Job(folder.resolve().name, folder, "tiles")], []
+    walked = walk(folder, belongs_to)
+    parts = parts_of(walked.files)
+    files = [file for file in walked.files if file not in parts]
+    slides = [file for file in files if is_slide(file)]
+    taken = set(slides)
+    plain = [file for file in files if file not in taken and file.suffix.lower() in SUFFIXES]
+    taken.update(plain)
+    left_out = [
+        *walked.left_out,
+        *(LeftOut(str(file), why_unread(file)) for file in files if file not in taken),
+    ]
+    has_manifest = (folder / MANIFEST).is_file()
+    if kind == "auto" and slides and plain and not has_manifest:
+        raise BadInput(
+            f"{folder} holds {len(slides)} slides and {len(plain)} pictures; say which to take: --as "
+            "slides (the slides; the pictures are left out) or --as tiles (one picture, one tile)"
+        )
+    if kind == "auto" and plain and (has_manifest or not slides):
+        return [Job(folder.resolve().name, folder, "tiles")], []
+    if slides and plain:
+        left_out += [LeftOut(str(file), "picture beside slides (--as slides)") for file in plain]
+    chosen = slides or plain
+    if not chosen:
+        raise BadInput(f"{folder} holds neither slides nor pictures{_found_instead(left_out)}")
+    jobs = [
+        Job(_name_of(file, "slide"), file, "slide", aliases=walked.aliases.get(file, ()))
+        for file in _one_per_series(chosen)
+    ]
+    return jobs, left_out
+
+
+def _found_instead(left_out: Sequence[LeftOut]) -> str:
+    if not left_out:
+        return "; check the path"
+    left_out = sorted(left_out, key=lambda left: left.reason.startswith("hidden"))
+    few = "; ".join(f"{Path(left.path).name} ({left.reason})" for left in left_out[:5])
+    more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
+    return f"; it holds {few}{more}"
+
+
+def _one_per_series(slides: list[Path]) -> list[Path]:
+    """Keep one file of each DICOM series: OpenSlide joins the others of the folder by itself."""
+    import openslide
+
+    seen: set[str] = set()
+    kept: list[Path] = []
+    for slide in slides:
+        if is_dicom(slide):
+            try:
+                with openslide.OpenSlide(str(slide)) as opened:
+                    mark = opened.properties.get("openslide.quickhash-1", str(slide))
+            except openslide.OpenSlideError:
+                mark = str(slide)
+            mark = f"{slide.parent}|{mark}"  # it joins the files of one folder only
+            if mark in seen:
+                continue
+            seen.add(mark)
+        kept.append(slide)
+    return kept
+
+
+def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
+    """Keep one job of each source, under its real name where that was given."""
+    by_source = {job.source: job for job in reversed(jobs)}
+    walked = once(list(by_source))
+    left_out += walked.left_out
+    taken = set(walked.files)
+    kept = []
+    for source in dict.fromkeys(job.source for job in jobs):
+        if source in taken:
+            job = by_source[source]
+            aliases = dict.fromkeys([*job.aliases, *walked.aliases.get(source, ())])
+            kept.append(replace(job, aliases=tuple(aliases)))
+    return kept
+
+
+def _unique(jobs: list[Job]) -> list[Job]:
+    """Give jobs of the same name a suffix from their path, so that none overwrites another."""
+    counts = Counter(same_text(job.name) for job in jobs)
+    return [
+        replace(job, name=distinct_name(job)) if counts[same_text(job.name)] > 1 else job
+        for job in jobs
+    ]
+
+
+def distinct_name(job: Job) -> str:
+    """Return the job's name with eight digits of the hash of its path."""
+    return f"{job.stem}-{hashlib.sha256(os.fsencode(job.source.resolve())).hexdigest()[:8]}"

@@ -1,0 +1,333 @@
+"""Embedding: every job becomes one feature file; what failed is recorded and never stops the rest.
+
+Slides are opened a few ahead by their own threads, their tiles are read and encoded in pieces by a pool
+of workers, and this thread writes what comes back, in order. So the encoder has work while slides are
+opened and written, memory is bounded whatever a slide's size, and the files are the same to the byte
+whatever the number of workers: the pieces of a slide depend on nothing but the slide.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ... import stopping
+from ...artifacts.feature_writer import FeatureWriter
+from ...artifacts.files import read_json, remove_leftovers, write_json
+from ...console import Report
+from ...errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
+from ..encoders.engines import cores
+from ..encoders.protocol import Encoder
+from .jobs import Job
+from .meter import Meter
+from .regions import with_regions
+from .results import EmbedOptions, Result, State
+from .work import Work, failed, prepare, printable, refuse_if_broken
+
+PIECE = 64
+"""Least number of tiles that are read together; neighbours share what is decoded."""
+
+OPENERS = 2
+OPEN_AHEAD = 3
+PIECES_AHEAD = 2
+FATAL = (StorageFailed, Busy, Unavailable)
+"""What ends a run: every further slide would meet the same."""
+
+
+@dataclass
+class _Embedded:
+    """What came of one piece: embeddings (M, D), their tile numbers (M,), reasons of the others."""
+
+    features: NDArray[np.float32]
+    kept: list[int]
+    unreadable: list[str]
+
+
+class _Slide:
+    """A slide or tile set on its way through the pool."""
+
+    def __init__(self, work: Work) -> None:
+        self.work = work
+        self.first: float | None = None
+        self.writer: FeatureWriter | None = None
+        self.kept: list[int] = []
+        self.unreadable: list[str] = []
+        self.error: Exception | None = None
+
+    def close(self) -> None:
+        if self.writer is not None:
+            self.writer.discard()
+        self.work.close()
+
+
+def embed_jobs(
+    jobs: Sequence[Job],
+    encoder: Encoder,
+    out: Path,
+    options: EmbedOptions,
+    progress: Report,
+    meter: Meter | None = None,
+    results: list[Result] | None = None,
+) -> list[Result]:
+    """Embed every job and write its features under ``out``.
+
+    Feature files appear whole or not at all, so a run that was killed is finished by repeating it:
+    what is done is skipped. The state of every job is in ``out/status/<name>.json``.
+
+    Args:
+        jobs: from :func:`find_jobs`.
+        encoder: any encoder.
+        out: the folder of features.
+        options: how to cut tiles.
+        progress: called with tiles done, tiles expected, and a line about the run.
+        meter: counts tiles and seconds; a new one when left out.
+        results: filled with the result of each job as it ends, so that a run that ends early has them.
+
+    Returns:
+        The result of every job, in the order of the jobs.
+
+    Raises:
+        StorageFailed: the disk is full or ``out`` cannot be written; earlier results stay.
+        Unavailable: a server stayed away longer than its deadline; earlier results stay. The encoder
+            is closed whenever a run ends early.
+    """
+    if options.overlap_px >= encoder.manifest.size_px:
+        raise BadInput(
+            f"--overlap is {options.overlap_px}; expected less than the tile's "
+            f"{encoder.manifest.size_px} pixels"
+        )
+    remove_leftovers(folders_of(out))
+    jobs = with_regions(jobs, options.regions)
+    ended = [] if results is None else results
+    return _Run(jobs, encoder, out, options, progress, meter or Meter(), ended).all()
+
+
+def folders_of(out: Path) -> list[Path]:
+    """Return every folder of a run's files."""
+    beside = (out / name for name in ("status", "overlays", "geojson"))
+    return [out, *beside, *out.glob("*/features_*")]
+
+
+class _Run:
+    """One call of :func:`embed_jobs`: its pools, its queue, and its results."""
+
+    def __init__(
+        self,
+        jobs: Sequence[Job],
+        encoder: Encoder,
+        out: Path,
+        options: EmbedOptions,
+        progress: Report,
+        meter: Meter,
+        ended: list[Result],
+    ) -> None:
+        self._ended = ended
+        self._jobs, self._encoder, self._out, self._options = jobs, encoder, out, options
+        self._progress, self._meter = progress, meter
+        meter.jobs = len(jobs)
+        workers = options.jobs or cores()
+        if encoder.offloads:  # those that wait for it leave the cores to those that decode
+            workers += encoder.parallel
+        batch = encoder.batch
+        self._piece = -(-PIECE // batch) * batch
+        self._window = PIECES_AHEAD * workers
+        self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="open")
+        self._workers = ThreadPoolExecutor(workers, thread_name_prefix="embed")
+        self._flying: deque[tuple[_Slide, Future[_Embedded] | None]] = deque()
+        self._results: dict[int, Result] = {}
+        self._numbers = {id(job): number for number, job in enumerate(jobs)}
+        self._own = threading.local()
+        self._stopping = False
+
+    def all(self) -> list[Result]:
+        """Run to the end; on a fatal error or a stop end soon, and leave nothing half."""
+        opening: deque[tuple[Job, float, Future[Work | Result]]] = deque()
+        waiting = deque(self._jobs)
+        try:
+            while waiting or opening:
+                while waiting and len(opening) < OPEN_AHEAD:
+                    job = waiting.popleft()
+                    opening.append((job, time.monotonic(), self._openers.submit(self._open, job)))
+                job, started, future = opening[0]
+                while not future.done() and self._flying:
+                    self._land()
+                made = self._opened(future)
+                opening.popleft()
+                if isinstance(made, Result):
+                    self._finish(job, made, started, opened=False)
+                else:
+                    self._launch(_Slide(made))
+            while self._flying:
+                self._land()
+        except BaseException:
+            self._stopping = True
+            self._encoder.close()  # nobody shall wait for a server any longer
+            raise
+        finally:
+            self._openers.shutdown(cancel_futures=True)
+            self._workers.shutdown(cancel_futures=True)
+            self._close([future for _, _, future in opening])
+        return self._ordered()
+
+    def _ordered(self) -> list[Result]:
+        return [self._results[number] for number in sorted(self._results)]
+
+    def _opened(self, future: Future[Work | Result]) -> Work | Result:
+        """Return what became of opening a job; what ends the run waits for the slides before it."""
+        try:
+            return stopping.result(future)
+        except FATAL:
+            while self._flying:
+                self._land()
+            raise
+
+    def _close(self, opening: Sequence[Future[Work | Result]]) -> None:
+        """Close the slides of a run that ended early."""
+        for slide in {id(slide): slide for slide, _ in self._flying}.values():
+            slide.close()
+        for future in opening:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                made = future.result()
+                if not isinstance(made, Result):
+                    made.close()
+        remove_leftovers(folders_of(self._out), own=self._stopping)
+
+    def _open(self, job: Job) -> Work | Result:
+        precision = str(self._encoder.describe().get("precision", "f32"))
+        try:
+            with self._meter.stage("open", 1):
+                return prepare(job, self._encoder.manifest, precision, self._out, self._options)
+        except FATAL:
+            raise
+        except Exception as error:  # one foreign file must not stop the others
+            return failed(job, error)
+
+    def _launch(self, slide: _Slide) -> None:
+        """Send a slide's pieces to the workers, never more than the window holds."""
+        count = slide.work.count
+        self._meter.expect(count)
+        for start in range(0, count, self._piece):
+            while len(self._flying) >= self._window:
+                self._land()
+            stop = min(count, start + self._piece)
+            future = self._workers.submit(self._embed, slide, start, stop)
+            self._flying.append((slide, future))
+        self._flying.append((slide, None))  # its end
+
+    def _embed(self, slide: _Slide, start: int, stop: int) -> _Embedded:
+        """Read and encode one piece; runs on a worker."""
+        dim = self._encoder.manifest.dim
+        none = np.zeros((0, dim), dtype=np.float32)
+        if self._stopping or slide.error is not None:
+            return _Embedded(none, [], [])
+        slide.first = slide.first or time.monotonic()
+        tiles = self._buffer()[: stop - start]
+        with self._meter.stage("read", stop - start):
+            broken = slide.work.read(start, tiles)
+        kept = [start + n for n in range(len(tiles)) if n not in broken]
+        reasons = [str(error) for _, error in sorted(broken.items())]
+        if not kept:
+            return _Embedded(none, [], reasons)
+        if broken:
+            tiles = np.delete(tiles, list(broken), axis=0)
+        with self._meter.stage("encode", len(tiles)):
+            return _Embedded(self._encoder.embed(tiles), kept, reasons)
+
+    def _buffer(self) -> NDArray[np.uint8]:
+        """Return this worker's room for one piece; fresh memory for each would cost as much as reading."""
+        if not hasattr(self._own, "buffer"):
+            size = self._encoder.manifest.size_px
+            self._own.buffer = np.empty((self._piece, size, size, 3), dtype=np.uint8)
+        room: NDArray[np.uint8] = self._own.buffer
+        return room
+
+    def _land(self) -> None:
+        """Take the oldest piece, wait for it, and write it; or finish the slide that ends here."""
+        slide, future = self._flying[0]
+        try:
+            if future is None:
+                result = self._write(slide)
+            else:
+                self._take(slide, stopping.result(future))
+        except (*FATAL, Mismatch):  # another encoder than the run began with is every slide's
+            raise
+        except Exception as error:  # a failed piece fails its own slide
+            slide.error = slide.error or error
+            result = failed(slide.work.job, slide.error)
+        self._flying.popleft()
+        if future is None:
+            slide.close()
+            result = replace(result, name=slide.work.name, tissue=slide.work.tissue)
+            began = slide.first or time.monotonic()
+            self._finish(slide.work.job, result, began - slide.work.seconds, opened=True)
+
+    def _take(self, slide: _Slide, piece: _Embedded) -> None:
+        self._meter.deal(len(piece.kept) + len(piece.unreadable), len(piece.unreadable))
+        slide.kept += piece.kept
+        slide.unreadable += piece.unreadable
+        if slide.writer is None:
+            dim = self._encoder.manifest.dim
+            slide.writer = FeatureWriter(slide.work.path, dim, slide.work.count)
+        slide.writer.append(piece.features)
+        self._meter.tell(self._progress, slide.work.name)
+
+    def _write(self, slide: _Slide) -> Result:
+        work = slide.work
+        if slide.error is not None:
+            return failed(work.job, slide.error)
+        refuse_if_broken(work, slide.unreadable)
+        if slide.writer is None:
+            slide.writer = FeatureWriter(work.path, self._encoder.manifest.dim, 0)
+        item = work.describe(slide.kept, slide.unreadable)
+        slide.writer.publish(item)
+        state: State = "partial" if slide.unreadable else "done" if slide.kept else "empty"
+        reason = item.about["reason"]
+        if slide.unreadable:
+            reason = f"{len(slide.unreadable)} tiles unreadable"
+        return Result(
+            work.name,
+            str(work.job.source),
+            state,
+            reason,
+            len(slide.kept),
+            slide.unreadable,
+            features=str(work.path),
+            notes=list(work.notes),
+            left_out=list(work.left_out),
+            icc_profile=item.about.get("icc_profile"),
+            icc_applied=item.about.get("icc_applied", False),
+        )
+
+    def _finish(self, job: Job, result: Result, started: float, opened: bool) -> None:
+        result = replace(
+            result,
+            name=printable(result.name),
+            source=printable(result.source),
+            reason=printable(result.reason),
+            seconds=round(time.monotonic() - started, 3),
+        )
+        self._results[self._numbers[id(job)]] = result
+        self._ended.append(result)
+        self._meter.end(result.state, opened)
+        self._meter.tell(self._progress, result.name)
+        status = self._out / "status" / f"{result.name}.json"
+        if result.state != "skipped" or not _says_done(status):
+            with suppress(BadInput):  # a name too long for a file; the record of the run has it
+                write_json(status, asdict(result))
+
+
+def _says_done(status: Path) -> bool:
+    """Whether a status file is there and tells of success; a kill may have left it behind."""
+    try:
+        return read_json(status)["state"] in {"done", "empty", "skipped"}
+    except (HistoseekError, KeyError, TypeError):
+        return False

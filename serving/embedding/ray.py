@@ -1,0 +1,300 @@
+"""Embedding on a Ray cluster: one task per slide, the same job as on one machine.
+
+Every machine sees the slides under the same paths. Features go to a folder that all share, or to a URL
+(fsspec: ``s3://``, ``gs://``, ``file://`` …). A task whose worker or machine is lost is run again
+elsewhere; feature files appear whole or not at all, so nothing is lost and nothing is there twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import socket
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import lru_cache
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ... import stopping
+from ...artifacts.files import remove_leftovers
+from ...console import Report
+from ...errors import BadInput, HistoseekError, MissingPart, Unavailable
+from ..encoders.protocol import Encoder
+from .jobs import Job, distinct_name
+from .meter import STAGES, Meter
+from .pipeline import embed_jobs, folders_of
+from .regions import with_regions
+from .results import EmbedOptions, Result
+from .run import EncoderChoice, Ran
+from .work import failed
+
+LOCAL = "local"
+RETRIES = 5
+CLOSING_S = 5.0
+"""How long tasks that are cancelled may take to end."""
+_NOWHERE = "http://127.0.0.1:9"
+
+
+def run_on_ray(
+    jobs: Sequence[Job],
+    choice: EncoderChoice,
+    out: str,
+    options: EmbedOptions,
+    address: str,
+    progress: Report,
+    results: list[Result] | None = None,
+) -> Ran:
+    """Embed jobs on a Ray cluster.
+
+    Args:
+        jobs: from :func:`~histoseek.serving.embedding.jobs.find_jobs`; their paths hold on every machine.
+        choice: of the encoder; opened once in every worker.
+        out: a folder that all machines share, or a URL.
+        options: how to cut tiles; ``jobs`` is the number of cores per slide, 1 when None.
+        address: of the cluster, or ``local`` for one on this machine.
+        progress: draws progress.
+        results: filled with the result of each job as it ends.
+
+    Raises:
+        MissingPart: Ray is not installed.
+        Unavailable: no cluster answers there.
+    """
+    if "://" in out:
+        _check_url(out)
+    ray, mine = _connect(address)
+    started = time.monotonic()
+    per_slide = options.jobs or 1
+    choice = replace(choice, streams=per_slide, bundle=_absolute(choice.bundle), spec=_spec(choice))
+    options = replace(
+        options,
+        jobs=per_slide,
+        manifest=_absolute(options.manifest),
+        regions=_absolute(options.regions),
+    )
+    place = out if "://" in out else str(Path(out).resolve())
+    task = ray.remote(num_cpus=per_slide, max_retries=RETRIES)(embed_one)
+    encoder = choice.open()  # here too: what is wrong with it is told once, and all run it alike
+    manifest, about = encoder.manifest, encoder.describe()
+    encoder.close()
+    if about["engine"] != "triton":
+        choice = replace(choice, engine=about["engine"], batch=about["batch"])
+    jobs = with_regions(jobs, options.regions)
+    sent = [
+        replace(job, source=Path(job.location), aliases=(), regions=_absolute(job.regions))
+        for job in jobs
+    ]
+    waiting = {task.remote(job, choice, place, options): n for n, job in enumerate(sent)}
+    found: dict[int, tuple[Result, dict[str, Any]]] = {}
+    ended = [] if results is None else results
+    try:
+        while waiting:
+            stopping.check()
+            done, _ = ray.wait(list(waiting), num_returns=1, timeout=stopping.POLL_S)
+            if not done:
+                continue
+            ready = done[0]
+            number = waiting.pop(ready)
+            try:
+                found[number] = ray.get(ready)
+            except ray.exceptions.RayTaskError as error:
+                found[number] = failed(jobs[number], error), Meter().read()
+            except ray.exceptions.RayError as error:
+                lost = Unavailable(f"lost {RETRIES + 1} times by the cluster: {error}")
+                found[number] = failed(jobs[number], lost), Meter().read()
+            ended.append(found[number][0])
+            tiles = sum(result.tiles for result, _ in found.values())
+            text = f"{len(found)}/{len(jobs)} slides, {jobs[number].name}"
+            progress(tiles, round(tiles * len(jobs) / len(found)), text)
+    finally:
+        _end(ray, list(waiting), mine, place)
+    ordered = [found[number] for number in range(len(jobs))]
+    speed = _together([counted for _, counted in ordered], time.monotonic() - started)
+    return Ran(
+        [result for result, _ in ordered], manifest, {**about, "cluster": f"ray {address}"}, speed
+    )
+
+
+def _end(ray: Any, waiting: list[Any], mine: bool, out: str) -> None:
+    """Cancel the tasks that are left, let them clean up for a while, and leave the cluster."""
+    for left in waiting:
+        ray.cancel(left)
+    if waiting:
+        ray.wait(waiting, num_returns=len(waiting), timeout=CLOSING_S)
+    if mine:
+        ray.shutdown()
+    if waiting and "://" not in out:  # of workers of this machine that did not end in time
+        remove_leftovers(folders_of(Path(out)))
+
+
+def _connect(address: str) -> tuple[Any, bool]:
+    """Return Ray, connected, and whether it is ours to disconnect."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: it may report home
+    try:
+        import ray
+    except ImportError as error:
+        raise MissingPart("--ray needs Ray: pip install 'histoseek[ray]'") from error
+    stopping.rearm()  # Ray sets a handler of its own for SIGTERM
+    if ray.is_initialized():
+        return ray, False
+    _knock(address)
+    try:
+        if address == LOCAL:
+            with _nowhere_to_report():
+                # "local" by name: without an address Ray joins whatever cluster ran here last, dead or not.
+                ray.init(
+                    address="local",
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                )
+        else:
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+    except (ConnectionError, ValueError, RuntimeError) as error:
+        raise Unavailable(f"no Ray cluster answers at {address!r} ({error})") from error
+    stopping.rearm()
+    return ray, True
+
+
+def _check_url(out: str) -> None:
+    """See whether this machine can write there, before a cluster tries.
+
+    Raises:
+        BadInput: no such kind of URL, or its package is missing.
+    """
+    try:
+        import fsspec
+
+        fsspec.core.url_to_fs(out)
+    except (ImportError, ValueError) as error:
+        raise BadInput(f"--out {out!r}: {error}") from error
+
+
+def _knock(address: str) -> None:
+    """See whether anybody listens: Ray itself ends the whole process where nobody does."""
+    host, _, port = address.removeprefix("ray://").rpartition(":")
+    if not host or not port.isdigit():
+        return  # "local", "auto", a name that Ray looks up itself
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
+    except (OSError, OverflowError) as error:
+        raise Unavailable(
+            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`"
+        ) from error
+
+
+@contextmanager
+def _nowhere_to_report() -> Iterator[None]:
+    """Start a cluster whose processes cannot ask clouds where they run.
+
+    Ray asks the metadata services of three clouds over HTTP even where its statistics are off. Its
+    processes inherit a proxy that does not exist; workers drop it before they work.
+    """
+    before = {name: os.environ.get(name) for name in ("http_proxy", "no_proxy")}
+    os.environ["http_proxy"] = _NOWHERE
+    os.environ["no_proxy"] = ",".join(filter(None, [before["no_proxy"], "127.0.0.1", "localhost"]))
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _absolute(path: Path | None) -> Path | None:
+    return path.resolve() if path is not None else None
+
+
+def _spec(choice: EncoderChoice) -> str:
+    here = Path(choice.spec)
+    return str(here.resolve()) if "://" not in choice.spec and here.is_dir() else choice.spec
+
+
+@lru_cache(maxsize=1)
+def _encoder(choice: EncoderChoice) -> Encoder:
+    return choice.open()
+
+
+def embed_one(
+    job: Job, choice: EncoderChoice, out: str, options: EmbedOptions
+) -> tuple[Result, dict[str, Any]]:
+    """Embed one slide on a worker; returns what became of it, and what the meter counted."""
+    meter = Meter()
+    if os.environ.get("http_proxy") == _NOWHERE:
+        del os.environ["http_proxy"]
+    try:
+        encoder = _encoder(choice)
+        # Ray cancels a task by a Ctrl-C in its worker: the flag, not an exception in foreign code.
+        with stopping.armed(), _staged(job, encoder, out) as folder:
+            (result,) = embed_jobs([job], encoder, folder, options, _no_report, meter)
+            if "://" in out and result.features:
+                inside = Path(result.features).relative_to(folder).as_posix()
+                result = replace(result, features=f"{out.rstrip('/')}/{inside}")
+    except HistoseekError as error:  # a full disk of one machine is no reason for others to stop
+        _encoder.cache_clear()  # a run that ended early has closed it
+        result = failed(job, error)
+    return result, meter.read()
+
+
+def _no_report(done: int, total: int, text: str) -> None:
+    """Workers draw nothing."""
+
+
+@contextmanager
+def _staged(job: Job, encoder: Encoder, out: str) -> Iterator[Path]:
+    """Yield the folder to write to; for a URL one on this machine, brought there at the end."""
+    if "://" not in out:
+        yield Path(out)
+        return
+    import fsspec
+
+    system, root = fsspec.core.url_to_fs(out)
+    with TemporaryDirectory(prefix="histoseek-") as temp:
+        folder = Path(temp)
+        names = {job.name, job.stem, distinct_name(job)}
+        for known in system.glob(f"{root}/*/features_{encoder.manifest.name}/*.h5"):
+            inside = Path(known).relative_to(root) if Path(known).is_relative_to(root) else None
+            if inside is not None and inside.stem in names:
+                (folder / inside).parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(known, str(folder / inside))
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.h5")}
+        yield folder
+        made = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        for path in sorted(made, key=lambda p: p.suffix == ".h5"):  # features last: they mean done
+            if before.get(path) == path.stat().st_mtime_ns:
+                continue
+            target = f"{root}/{path.relative_to(folder).as_posix()}"
+            system.makedirs(target.rpartition("/")[0], exist_ok=True)
+            part = f"{target}.{os.uname().nodename}-{os.getpid()}.part"
+            system.put_file(str(path), part)
+            system.mv(part, target)
+
+
+def _together(counted: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Sum what the meters of all tasks counted."""
+    tiles = sum(one["tiles_done"] for one in counted)
+    stages: dict[str, dict[str, float]] = {}
+    for name in STAGES:
+        items = sum(one["stages"][name]["items"] for one in counted)
+        spent = sum(one["stages"][name]["seconds"] for one in counted)
+        stages[name] = {"items": items, "seconds": round(spent, 3)}
+        if name != "open":
+            stages[name]["tiles_per_s"] = round(items / spent, 1) if spent else 0
+    states = Counter({})  # type: ignore[var-annotated]
+    for one in counted:
+        states.update(one["states"])
+    return {
+        "seconds": round(seconds, 3),
+        "jobs": len(counted),
+        "states": dict(states),
+        "tiles_done": tiles,
+        "tiles_unreadable": sum(one["tiles_unreadable"] for one in counted),
+        "tiles_per_s": round(tiles / seconds, 1) if seconds else 0,
+        "stages": stages,
+    }

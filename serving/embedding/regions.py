@@ -1,0 +1,59 @@
+"""Which annotations belong to which slide: one GeoJSON file for one slide, or a folder of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from ...artifacts.slide_names import match
+from ...artifacts.walking import walk
+from ...errors import BadInput
+from .jobs import Job
+
+ENDING = ".geojson"
+
+
+def with_regions(jobs: Sequence[Job], regions: Path | None) -> list[Job]:
+    """Give each slide the GeoJSON file of its annotations.
+
+    Args:
+        jobs: those that have a file already keep it; tile sets get none.
+        regions: a file, for a single slide; or a folder, with files named after the slides
+            (see ``slide_names``), such as ``case-1.geojson`` or ``patientA/case-1.svs.geojson``.
+
+    Raises:
+        BadInput: one file for several slides, or a file whose name means two slides.
+    """
+    slides = [n for n, job in enumerate(jobs) if job.kind == "slide" and job.regions is None]
+    if regions is None or not slides:
+        return list(jobs)
+    given = list(jobs)
+    if regions.is_file():
+        count = sum(job.kind == "slide" for job in jobs)
+        if count > 1:
+            raise BadInput(
+                f"--regions {regions} is one file and there are {count} slides, so the annotations of one "
+                "would be laid on all; pass a folder with a file for each slide, named <slide>.geojson, or "
+                "embed this slide alone"
+            )
+        given[slides[0]] = replace(given[slides[0]], regions=regions)
+        return given
+    files = {
+        path.relative_to(regions).as_posix()[: -len(ENDING)]: path
+        for path in walk(regions).files
+        if path.name.lower().endswith(ENDING)
+    }
+    matched = match(files, [jobs[n].names() for n in slides], f"--regions {regions}", "file")
+    for at, name in matched.by_slide.items():
+        given[slides[at]] = replace(given[slides[at]], regions=files[name])
+    return given
+
+
+def unused_regions(jobs: Sequence[Job], regions: Path | None) -> list[str]:
+    """Return the GeoJSON files of a folder that mean none of the slides, sorted."""
+    if regions is None or not regions.is_dir():
+        return []
+    used = {job.regions for job in jobs}
+    files = (path for path in walk(regions).files if path.name.lower().endswith(ENDING))
+    return sorted(str(path) for path in files if path not in used)

@@ -1,0 +1,170 @@
+"""Saying what became of a run of embedding: ``run.json``, a table, and whether all was done."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ... import console
+from ...artifacts.files import write_json
+from ...artifacts.walking import LeftOut, summarised
+from ...errors import HistoseekError
+from .results import Result
+from .run import Ran
+
+SHOWN = 40
+FEW = 5
+NOT_USED = {
+    "rows_unused": "rows of the manifest that mean none of the inputs",
+    "slides_without_row": "slides without a row in the manifest",
+    "regions_unused": "GeoJSON files that mean none of the slides",
+}
+SLOWEST = 3
+
+
+def report_results(ran: Ran, out: str, inputs: dict[str, Any] | None = None) -> bool:
+    """Write ``run.json`` into ``out`` and print the outcome; return whether all was done.
+
+    Args:
+        ran: what became of the run.
+        out: a folder, or the URL of one.
+        inputs: what was left out of the inputs and of their tables, and why.
+    """
+    document = {**summary(ran), "inputs": inputs or {}}
+    write_document(document, out)
+    console.emit(document, lambda: _show(ran.results, document, out))
+    return bool(document["ok"])
+
+
+def record_end(
+    error: BaseException,
+    results: Sequence[Result],
+    jobs: int,
+    out: str,
+    inputs: dict[str, Any] | None = None,
+) -> None:
+    """Write into ``run.json`` that a run ended early, why, and what was through by then.
+
+    Args:
+        error: that ended it.
+        results: of the jobs that were through.
+        jobs: how many there were.
+        out: the folder of features.
+        inputs: what was left out of the inputs and of their tables, and why.
+    """
+    states: dict[str, int] = Counter(result.state for result in results)
+    document = {
+        "ok": False,
+        "ended": f"{type(error).__name__}: {error}",
+        "states": {**states, "not reached": jobs - len(results)},
+        "results": [asdict(result) for result in results],
+        "inputs": inputs or {},
+    }
+    with suppress(HistoseekError):  # a full disk is what may have ended it
+        if Path(out).is_dir():
+            write_document(document, out)
+
+
+def summary(ran: Ran) -> dict[str, Any]:
+    """Return counts by state, how the encoder ran, the speed, and every job's result."""
+    return {
+        "ok": all(result.ok for result in ran.results),
+        "encoder": {"name": ran.manifest.name, "sha256": ran.manifest.sha256, **ran.encoder},
+        "states": dict(Counter(result.state for result in ran.results)),
+        "tiles": sum(result.tiles for result in ran.results),
+        "speed": ran.speed,
+        "results": [asdict(result) for result in ran.results],
+    }
+
+
+def write_document(document: dict[str, Any], out: str) -> None:
+    """Write ``run.json`` into a folder, or to a URL by fsspec."""
+    if "://" not in out:
+        write_json(Path(out) / "run.json", document)
+        return
+    import fsspec
+
+    with fsspec.open(f"{out.rstrip('/')}/run.json", "w", encoding="utf-8") as stream:
+        stream.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+
+
+def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None:
+    telling = [r for r in results if not r.ok or r.state == "empty"]
+    rest = [r for r in results if r not in telling]
+    shown = [*telling, *rest][: max(SHOWN, len(telling))]
+    rows = [
+        (r.name, r.state, r.tiles, _percent(r.tissue), round(r.seconds, 1), r.reason) for r in shown
+    ]
+    columns = ("slide", "state", "tiles", "tissue", "seconds", "reason")
+    console.table("Embedded", columns, rows)
+    if len(shown) < len(results):
+        console.say(f"… and {len(results) - len(shown)} more, all done")
+    for result in results:
+        for reason in result.unreadable[:3]:
+            console.say(f"{result.name}: {reason}")
+    _show_speed(results, document)
+    for line in _told(results, document["inputs"]):
+        console.say(line)
+    for note in document["encoder"].get("notes", []):
+        console.say(f"note: {note}")
+    _show_profiles(results)
+    states = ", ".join(f"{count} {state}" for state, count in document["states"].items())
+    console.say(f"{states}; features, overlays and run.json in {out}")
+
+
+def _told(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
+    """Return a line for all that was left out, not used, guessed or overruled."""
+    lines = [f"note: {note}" for note in inputs.get("notes", [])]
+    of_sets = [left for result in results for left in result.left_out]
+    lines += summarised([LeftOut(**left) for left in [*inputs.get("left_out", []), *of_sets]])
+    for key, what in NOT_USED.items():
+        names = inputs.get(key) or []
+        if names:
+            few = ", ".join(names[:FEW]) + (" …" if len(names) > FEW else "")
+            lines.append(f"{what}: {len(names)} ({few})")
+    by_note: dict[str, list[str]] = {}
+    for result in results:
+        for note in result.notes:
+            by_note.setdefault(note, []).append(result.name)
+    for note, names in by_note.items():
+        few = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
+        lines.append(f"{few}: {note}")
+    return lines
+
+
+def _show_profiles(results: Sequence[Result]) -> None:
+    kept = Counter(r.icc_profile for r in results if r.icc_profile and not r.icc_applied)
+    for name, count in kept.most_common(SLOWEST):
+        console.say(
+            f"colour profile {name!r} of {count} slide{'' if count == 1 else 's'} was not applied: the "
+            "pixels were embedded as they are stored"
+        )
+    if len(kept) > SLOWEST:
+        console.say(f"… and {len(kept) - SLOWEST} more colour profiles; run.json has all")
+
+
+def _percent(share: float | None) -> str:
+    return "–" if share is None else f"{share:.0%}"
+
+
+def _show_speed(results: Sequence[Result], document: dict[str, Any]) -> None:
+    speed = document.get("speed")
+    if not speed or not speed["tiles_done"]:
+        return
+    stages = speed["stages"]
+    busy = speed.get("encoder_busy")
+    console.say(
+        f"{speed['tiles_done']} tiles in {speed['seconds']:.1f} s, {speed['tiles_per_s']:.0f} tiles/s; "
+        f"reading {stages['read']['tiles_per_s']:.0f} and encoding "
+        f"{stages['encode']['tiles_per_s']:.0f} tiles/s per worker"
+        + (f"; encoder busy {busy:.0%} of the time" if busy is not None else "")
+    )
+    done = sorted((r for r in results if r.state != "skipped"), key=lambda r: -r.seconds)
+    if len(done) > SLOWEST:
+        slow = ", ".join(f"{r.name} ({r.seconds:.1f} s)" for r in done[:SLOWEST])
+        console.say(f"slowest: {slow}")

@@ -1,0 +1,179 @@
+"""A slide made ready: its tiles found, its pictures written; read piece by piece, then described."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.feature_files import Features
+from ...artifacts.files import write_atomic
+from ...artifacts.images import encode_jpeg
+from ...artifacts.manifest import Manifest
+from ...artifacts.tables import number_of
+from ...errors import BadInput
+from ..slides.geojson import moved, outlines, write_tiles, write_tissue
+from ..slides.overlay import draw_overlay
+from ..slides.slide import Grid, Slide
+from .jobs import Job
+from .results import EmbedOptions
+
+
+@dataclass(frozen=True)
+class Said:
+    """What people say of one slide.
+
+    Attributes:
+        mpp: micrometres per pixel of level 0, or None.
+        by: who says so: ``override`` or ``manifest``.
+        series: number of the picture of a TIFF that is the slide, or None.
+        notes: what one of them says and another overrules.
+    """
+
+    mpp: float | None = None
+    by: str = ""
+    series: int | None = None
+    notes: tuple[str, ...] = ()
+
+
+def said_of(job: Job, options: EmbedOptions) -> Said:
+    """Return what the options and the manifest say of a slide.
+
+    Raises:
+        BadInput: the manifest's mpp or series is not a number in range.
+    """
+    notes = []
+    series, text = options.series, job.row.get("series", "")
+    if text and not (text.isdecimal() and len(text) < 10):
+        raise BadInput(f"the manifest gives {job.source.name} series {text!r}; expected a number")
+    if text and series is None:
+        series = int(text)
+    elif text and series != int(text):
+        notes.append(f"series is {series} by --series; the manifest's {text} was overruled")
+    stated = job.row.get("mpp", "")
+    value = number_of(stated) if stated else None
+    if stated and (value is None or not 0.01 <= value <= 100):
+        raise BadInput(f"the manifest gives {job.source.name} mpp {stated!r}; expected 0.01 to 100")
+    chosen, by = value, "manifest" if stated else ""
+    if options.override_mpp is not None:
+        chosen, by = options.override_mpp, "override"
+        if value is not None and value != chosen:
+            notes.append(
+                f"µm per pixel is {chosen:g} by --override-mpp; the manifest's {value:g} was overruled"
+            )
+    elif value is not None and options.assume_mpp not in {None, value}:
+        notes.append(
+            f"µm per pixel is {value:g} by the manifest; --assume-mpp {options.assume_mpp:g} is for slides "
+            "of which nothing says it"
+        )
+    return Said(chosen, by, series, tuple(notes))
+
+
+class SlideWork:
+    """A slide; see :class:`Work`."""
+
+    seconds = 0.0
+    left_out: Sequence[dict[str, str]] = ()
+
+    def __init__(
+        self,
+        job: Job,
+        slide: Slide,
+        grid: Grid,
+        manifest: Manifest,
+        name: str,
+        path: Path,
+        key: dict[str, Any],
+        said: Said,
+    ) -> None:
+        """Keep what is needed to read and describe the slide's tiles; the pictures are not kept."""
+        self.job, self.name, self.path, self.count = job, name, path, len(grid.coords)
+        self.tissue: float | None = round(grid.tissue, 4)
+        self._slide, self._manifest, self._key = slide, manifest, key
+        self._coords, self._side, self._size = grid.coords, grid.size_px_level0, grid.size_px
+        self._grid = (grid.overlap_px, grid.mpp, grid.target_mpp, grid.candidates)
+        self._bounds = None if grid.bounds is None else list(grid.bounds)
+        self._mpp_from = said.by if slide.mpp_from == "stated" else slide.mpp_from
+        self.notes = [*said.notes, *slide.notes]
+
+    def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
+        """See :class:`Work`."""
+        places = [(int(x), int(y)) for x, y in self._coords[start : start + len(out)]]
+        return self._slide.read_tiles(places, self._side, out)
+
+    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+        """See :class:`Work`."""
+        overlap_px, mpp, target_mpp, candidates = self._grid
+        reason = ""
+        if not self.count and not candidates:
+            reason = (
+                f"no tile: {self._slide.width} x {self._slide.height} pixels are smaller than one "
+                f"tile of {self._side}"
+            )
+        elif not self.count:
+            share = self._key["min_tissue"]
+            where = "the regions given" if self._key.get("regions") else "tissue"
+            reason = f"no tissue: none of {candidates} tiles reaches {share:.0%} of {where}"
+        return Features(
+            name=self.name,
+            encoder=self._manifest.name,
+            encoder_sha256=self._manifest.sha256,
+            features=np.zeros((0, self._manifest.dim), dtype=np.float32),
+            coords=self._coords[np.asarray(kept, dtype=np.int64)],
+            source=self.job.location,
+            size_px=self._size,
+            size_px_level0=self._side,
+            overlap_px=overlap_px,
+            mpp=mpp,
+            target_mpp=target_mpp,
+            width=self._slide.width,
+            height=self._slide.height,
+            about={
+                "key": self._key,
+                "source": self.job.location,
+                "reason": reason,
+                "unreadable": unreadable,
+                "tiles": len(kept),
+                "tissue_share": self.tissue,
+                "mpp_from": self._mpp_from,
+                "bounds": self._bounds,
+                "notes": self.notes,
+                **self._slide.colour_profile,
+                "row": self._key["row"],
+            },
+        )
+
+    def close(self) -> None:
+        """Close the slide."""
+        self._slide.close()
+
+
+def pictures(name: str, out: Path, options: EmbedOptions) -> list[Path]:
+    """Return what is written beside the features: the overlay, tissue and tiles, as asked for."""
+    found = [out / "overlays" / f"{name}.jpg"] if options.overlays else []
+    if options.geojson:
+        found += [out / "geojson" / f"{name}.{part}.geojson" for part in ("tissue", "tiles")]
+    return found
+
+
+def write_pictures(grid: Grid, name: str, out: Path, options: EmbedOptions) -> None:
+    """Write what :func:`pictures` names."""
+    if not (options.overlays or options.geojson):
+        return
+    polygons = outlines(grid.mask, grid.down)
+    if options.overlays:
+        caption = (
+            f"{name}: {len(grid.coords)} tiles at mpp {grid.target_mpp:g}, {grid.tissue:.0%} tissue"
+        )
+        picture = draw_overlay(grid, polygons, caption)
+        write_atomic(out / "overlays" / f"{name}.jpg", encode_jpeg(picture, 85))
+    if options.geojson:
+        left, top = grid.origin
+        drawn = moved(polygons, -left, -top)
+        write_tissue(out / "geojson" / f"{name}.tissue.geojson", drawn)
+        corners = grid.coords - (left, top)
+        write_tiles(out / "geojson" / f"{name}.tiles.geojson", corners, grid.size_px_level0)

@@ -1,0 +1,354 @@
+"""A job made ready: opened, its tiles found, its feature file named; read piece by piece."""
+
+from __future__ import annotations
+
+import glob
+import itertools
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.feature_files import Features, magnification, read_about
+from ...artifacts.feature_writer import amend
+from ...artifacts.files import content_mark, sha256_file
+from ...artifacts.images import square
+from ...artifacts.manifest import Manifest
+from ...artifacts.tileset_files import open_tiles
+from ...artifacts.tilesets import TileSet
+from ...errors import BadInput, Damaged, HistoseekError, Mismatch
+from ..slides.geojson import moved, read_annotations
+from ..slides.slide import Slide, open_slide
+from .jobs import Job, distinct_name
+from .results import EmbedOptions, Result
+from .slide_work import Said, SlideWork, pictures, said_of, write_pictures
+
+MAX_UNREADABLE = 0.1
+"""A slide or tile set with a larger share of unreadable tiles counts as failed, not as partial."""
+
+
+class Work(Protocol):
+    """One slide or tile set that is open; ``read`` may be called from several threads.
+
+    Attributes:
+        job: what was asked for.
+        name: of the feature file.
+        path: the feature file.
+        count: how many tiles.
+        tissue: share of the slide that is tissue, or None.
+        notes: what was guessed, overruled or taken over.
+        left_out: of a tile set, the files that were not taken, each with the reason.
+        seconds: that opening it and finding its tiles took.
+    """
+
+    seconds: float
+    job: Job
+    name: str
+    path: Path
+    count: int
+    tissue: float | None
+    notes: list[str]
+    left_out: Sequence[dict[str, str]]
+
+    def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
+        """Read tiles from number ``start`` on into ``out``, uint8 (N, S, S, 3).
+
+        Returns:
+            By place in ``out`` why a tile cannot be read; empty if all was well.
+        """
+        ...
+
+    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+        """Return everything about the feature file but the features.
+
+        Args:
+            kept: numbers of the tiles that were embedded.
+            unreadable: why the others were not.
+        """
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+def prepare(
+    job: Job, manifest: Manifest, precision: str, out: Path, options: EmbedOptions
+) -> Work | Result:
+    """Open a job and find its tiles; returns a result if there is nothing left to do.
+
+    Args:
+        job: a slide or tile set.
+        manifest: of the encoder.
+        precision: in which the encoder computes; features of another are made anew.
+        out: the folder of features.
+        options: how to cut tiles.
+
+    Raises:
+        HistoseekError: the job cannot be done, with the reason.
+    """
+    started = time.monotonic()
+    if printable(str(job.source)) != str(job.source):
+        raise BadInput(f"{printable(str(job.source))}: its name is not UTF-8; rename it")
+    lower = {} if precision in {"f32", "fp32"} else {"precision": precision}
+    made = _prepare(job, manifest, lower, out, options)
+    if not isinstance(made, Result):
+        made.seconds = time.monotonic() - started
+    return made
+
+
+def printable(text: str) -> str:
+    """Return text that can be written as UTF-8; what cannot becomes an escape."""
+    return text.encode(errors="backslashreplace").decode()
+
+
+def _prepare(
+    job: Job, manifest: Manifest, lower: dict[str, Any], out: Path, options: EmbedOptions
+) -> Work | Result:
+    if job.kind == "tiles":
+        return _prepare_tiles(job, manifest, lower, out, options)
+    mpp = options.mpp or manifest.mpp
+    if mpp is None:
+        raise Mismatch(
+            f"encoder {manifest.name} names no mpp to read slides at; pass --mpp or --magnification"
+        )
+    said = said_of(job, options)
+    slide = open_slide(job.source, options.assume_mpp, said.mpp, said.series)
+    try:
+        made = _prepare_slide(job, slide, said, mpp, manifest, lower, out, options)
+    except BaseException:
+        slide.close()
+        raise
+    if isinstance(made, Result):
+        slide.close()
+    return made
+
+
+def refuse_if_broken(work: Work, unreadable: list[str]) -> None:
+    """Refuse a slide or tile set of which too much is unreadable.
+
+    Raises:
+        Damaged: says how much, and the first reason.
+    """
+    if work.count and len(unreadable) > MAX_UNREADABLE * work.count:
+        raise Damaged(
+            f"{work.job.source}: {len(unreadable)} of {work.count} tiles are unreadable, first: "
+            f"{unreadable[0]}"
+        )
+
+
+def _place(
+    out: Path, folder: str, job: Job, manifest: Manifest, key: dict[str, Any]
+) -> tuple[Path, str, bool]:
+    """Return the feature file, the name, and whether it is there already, made the same way."""
+    parent = out / folder / f"features_{manifest.name}"
+    names = dict.fromkeys((job.name, distinct_name(job)))
+    for plain in (job.source.stem, job.stem):
+        about = read_about(parent / f"{plain}.h5")
+        if about is not None and _is_here(about, job):
+            names = {plain: None, **names}  # embedded before another slide of its name came
+    if left_behind := _left_behind(parent, job, key["content"]):
+        names = {left_behind: None, **names}
+    for name in names:
+        path = parent / f"{name}.h5"
+        about = read_about(path)
+        if about is None:
+            return path, name, False
+        if about.get("key") == key:
+            return path, name, not about.get("unreadable")
+        if about.get("key", {}).get("content") == key["content"] or _is_here(about, job):
+            return path, name, False
+    return path, name, False
+
+
+def _is_here(about: dict[str, Any], job: Job) -> bool:
+    """Whether features were made of the file that a job names, wherever links lead to it."""
+    return about.get("source") in {job.location, str(job.source.resolve())}
+
+
+def _left_behind(parent: Path, job: Job, content: str) -> str | None:
+    """Return the name of features of the same file that was elsewhere and is not there any more.
+
+    Of several such files (copies of one slide) it is the one whose path ended most like the job's.
+    """
+    if (parent / f"{job.name}.h5").exists() or not parent.is_dir():
+        return None
+    alike: dict[str, int] = {}
+    for path in sorted(parent.glob(f"{glob.escape(job.stem)}-????????.h5")):
+        about = read_about(path)
+        if about is None or about.get("key", {}).get("content") != content:
+            continue
+        source = Path(str(about.get("source")))
+        if not source.exists():
+            alike[path.stem] = _same_end(source, Path(job.location))
+    best = [name for name, parts in alike.items() if parts == max(alike.values())]
+    return best[0] if len(best) == 1 else None
+
+
+def _same_end(one: Path, other: Path) -> int:
+    """Return how many parts at the end of two paths are equal."""
+    pairs = zip(reversed(one.parts), reversed(other.parts), strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _moved_from(path: Path, job: Job) -> list[str]:
+    """Say where the file of a job lay when the features at ``path`` were made, if not where it lies now."""
+    about = read_about(path)
+    if about is None or _is_here(about, job):
+        return []
+    return [f"the slide was at {about.get('source')} when it was embedded; took over its new place"]
+
+
+def _done_before(job: Job, name: str, path: Path) -> Result:
+    """Return the result of a job that was done before; features take over a new place of the slide."""
+    about = read_about(path) or {}
+    notes = [*map(str, about.get("notes", [])), *_moved_from(path, job)]
+    if not _is_here(about, job) or "bounds" not in about:
+        amend(path, job.location, {"bounds": about.get("bounds")})
+    return Result(
+        name,
+        str(job.source),
+        "skipped",
+        about.get("reason") or "done before",
+        about.get("tiles", 0),
+        features=str(path),
+        tissue=about.get("tissue_share"),
+        notes=notes,
+        icc_profile=about.get("icc_profile"),
+        icc_applied=about.get("icc_applied", False),
+    )
+
+
+def _prepare_slide(
+    job: Job,
+    slide: Slide,
+    said: Said,
+    target_mpp: float,
+    manifest: Manifest,
+    lower: dict[str, Any],
+    out: Path,
+    options: EmbedOptions,
+) -> Work | Result:
+    folder = f"{magnification(target_mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
+    given = job.regions
+    if given is None and options.regions is not None:
+        raise BadInput(
+            f"--regions {options.regions} holds no regions of {job.source.name}; expected a file such as "
+            f"{job.stem}.geojson or {job.source.name}.geojson"
+        )
+    key = {
+        "content": content_mark(job.source),
+        "encoder": manifest.sha256,
+        "mpp": slide.require_mpp(),
+        "target_mpp": target_mpp,
+        "min_tissue": options.min_tissue,
+        "row": {k: v for k, v in job.row.items() if k != "file"},
+        **lower,
+    }
+    if said.series is not None:
+        key["series"] = said.series
+    if given is not None:
+        key["regions"] = [sha256_file(given), *options.region_classes]
+        if slide.bounds is not None:
+            key["regions"].append("QuPath's frame")
+    path, name, ready = _place(out, folder, job, manifest, key)
+    if (
+        ready and slide.bounds is not None
+    ):  # features of before the bounds were heeded are made anew
+        ready = "bounds" in (read_about(path) or {})
+    if ready and all(picture.is_file() for picture in pictures(name, out, options)):
+        return _done_before(job, name, path)
+    regions = None
+    if given is not None:
+        left, top = slide.bounds[:2] if slide.bounds is not None else (0, 0)
+        regions = moved(read_annotations(given, options.region_classes), left, top)
+    grid = slide.grid(manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions)
+    write_pictures(grid, name, out, options)
+    if ready:
+        return _done_before(job, name, path)
+    work = SlideWork(job, slide, grid, manifest, name, path, key, said)
+    if key["content"] == (read_about(path) or {}).get("key", {}).get("content"):
+        work.notes += _moved_from(path, job)
+    return work
+
+
+class TilesWork:
+    """A tile set; see :class:`Work`."""
+
+    tissue: float | None = None
+    seconds = 0.0
+
+    def __init__(
+        self,
+        job: Job,
+        tileset: TileSet,
+        manifest: Manifest,
+        name: str,
+        path: Path,
+        key: dict[str, Any],
+    ) -> None:
+        """Keep what is needed to read and describe the tiles."""
+        self.job, self.name, self.path, self.count = job, name, path, len(tileset)
+        self._tileset, self._manifest, self._key = tileset, manifest, key
+        self.notes = list(tileset.notes)
+        self.left_out: Sequence[dict[str, str]] = [left._asdict() for left in tileset.left_out]
+
+    def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
+        """See :class:`Work`."""
+        failed = {}
+        for number in range(len(out)):
+            try:
+                out[number] = square(self._tileset.read(start + number), self._manifest.size_px)
+            except BadInput as error:
+                failed[number] = error
+        return failed
+
+    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+        """See :class:`Work`."""
+        tiles = [self._tileset.tiles[row] for row in kept]
+        return Features(
+            name=self.name,
+            encoder=self._manifest.name,
+            encoder_sha256=self._manifest.sha256,
+            features=np.zeros((0, self._manifest.dim), dtype=np.float32),
+            coords=np.zeros((len(kept), 2), dtype=np.int64),
+            files=tuple(t.file for t in tiles),
+            kind="tiles",
+            source=self.job.location,
+            size_px=self._manifest.size_px,
+            labels=tuple(t.label or "" for t in tiles),
+            groups=tuple(t.group or "" for t in tiles),
+            about={
+                "key": self._key,
+                "source": self.job.location,
+                "unreadable": unreadable,
+                "tiles": len(kept),
+                "reason": "",
+                "notes": self.notes,
+            },
+        )
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+
+def _prepare_tiles(
+    job: Job, manifest: Manifest, lower: dict[str, Any], out: Path, options: EmbedOptions
+) -> Work | Result:
+    tileset = open_tiles(job.source, options.manifest)
+    key = {"content": tileset.fingerprint, "encoder": manifest.sha256, **lower}
+    path, name, ready = _place(out, f"tiles_{manifest.size_px}px", job, manifest, key)
+    if ready:
+        return _done_before(job, name, path)
+    return TilesWork(job, tileset, manifest, name, path, key)
+
+
+def failed(job: Job, error: Exception) -> Result:
+    """Return the result of a job that could not be done."""
+    reason = str(error)
+    if not isinstance(error, HistoseekError):
+        reason = f"{job.source}: unexpected {type(error).__name__}: {error}"
+    return Result(job.name, str(job.source), "failed", reason)

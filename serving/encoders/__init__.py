@@ -1,0 +1,1 @@
+"""Encoders: tiles to embeddings, in process or on Triton."""

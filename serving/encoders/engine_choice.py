@@ -1,0 +1,195 @@
+"""Which engine runs a graph on this machine, and how: stated, measured once, or remembered."""
+
+from __future__ import annotations
+
+import hashlib
+import platform
+import time
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path
+from threading import Barrier
+from typing import get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.files import cache_folder, read_json, write_json
+from ...artifacts.manifest import Manifest
+from ...errors import BadInput, Damaged, HistoseekError, MissingPart, unknown_name
+from .engines import (
+    ENGINES,
+    Engine,
+    OnnxRuntimeEngine,
+    Plan,
+    Precision,
+    cores,
+    load_onnxruntime,
+    load_openvino,
+)
+
+GPU_BATCH = 64
+GPU_STREAMS = 2
+MARGIN = 1.05
+"""OpenVINO must be this much faster than ONNX Runtime to be preferred."""
+
+_TRIAL_S = 0.15
+_BUDGET_S = 6.0
+
+
+def open_engine(
+    bundle: Path,
+    manifest: Manifest,
+    engine: str = "onnxruntime",
+    precision: str = "f32",
+    batch: int | None = None,
+    streams: int | None = None,
+) -> Engine:
+    """Load a bundle's graph.
+
+    Args:
+        bundle: the folder.
+        manifest: of the bundle.
+        engine: ``onnxruntime``, ``openvino``, or ``auto`` for what is measured to be faster.
+        precision: ``f32`` or ``bf16``; bf16 is OpenVINO's.
+        batch: tiles per run; measured when left out and ``engine`` is ``auto``.
+        streams: runs side by side; one per core when left out.
+
+    Raises:
+        BadInput: an unknown engine or precision, or one that this machine or engine lacks.
+    """
+    if engine not in {*ENGINES, "auto"}:
+        raise unknown_name("engine", engine, [*ENGINES, "auto"])
+    if precision not in get_args(Precision):
+        raise unknown_name("precision", precision, get_args(Precision))
+    side = streams or cores()
+    if precision == "bf16":
+        if engine == "onnxruntime":
+            raise BadInput("--precision bf16 needs --engine openvino (or auto)")
+        _check_bf16()
+        engine = "openvino" if engine == "auto" and batch else engine
+    cuda = "CUDAExecutionProvider" in load_onnxruntime().get_available_providers()
+    if cuda and precision == "f32" and engine != "openvino":
+        loaded = OnnxRuntimeEngine(
+            bundle, manifest, Plan(batch=batch or GPU_BATCH, streams=streams or GPU_STREAMS)
+        )
+        if loaded.offloads:
+            return loaded
+    if engine == "auto" and batch is None:
+        plan = _remembered_plan(bundle, manifest, precision, side)
+    else:
+        name = "onnxruntime" if engine == "auto" else engine
+        plan = Plan(name, precision, batch or Plan.batch, side)  # type: ignore[arg-type]
+    made: Engine = ENGINES[plan.engine](bundle, manifest, plan)
+    return made
+
+
+def _check_bf16() -> None:
+    able = load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" not in able:
+        raise BadInput(
+            f"--precision bf16: this CPU does not compute in bf16 (it has {', '.join(able)}); use f32"
+        )
+
+
+def _candidates(precision: str, streams: int) -> list[Plan]:
+    plans = []
+    if precision == "f32":
+        plans += [Plan("onnxruntime", "f32", batch, streams) for batch in (1, 2, 4, 8)]
+    try:
+        load_openvino()
+    except MissingPart:
+        if precision != "f32":
+            raise
+    else:
+        plans += [Plan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
+    return plans
+
+
+def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: int) -> Plan:
+    """Return the fastest plan on this machine, measured now or before."""
+    key = _machine_key(manifest, precision, streams)
+    path = cache_folder() / "engines.json"
+    try:
+        known = read_json(path)
+        return Plan(**known[key]["plan"])
+    except (HistoseekError, KeyError, TypeError):
+        known = {}
+    rates = measure(bundle, manifest, _candidates(precision, streams))
+    plan = fastest(rates)
+    try:
+        before = read_json(path) if path.is_file() else {}
+        before = before if isinstance(before, dict) else {}
+        measured = [{**asdict(p), "tiles_per_s": round(rate, 1)} for p, rate in rates]
+        write_json(path, {**before, key: {"plan": asdict(plan), "measured": measured}})
+    except HistoseekError:
+        pass  # it is measured again next time
+    return plan
+
+
+def fastest(rates: Sequence[tuple[Plan, float]]) -> Plan:
+    """Return the fastest plan; ONNX Runtime where OpenVINO is not clearly faster."""
+
+    def worth(item: tuple[Plan, float]) -> float:
+        return item[1] / (MARGIN if item[0].engine == "openvino" else 1.0)
+
+    return max(rates, key=worth)[0]
+
+
+def measure(
+    bundle: Path, manifest: Manifest, plans: Sequence[Plan], trial_s: float = _TRIAL_S
+) -> list[tuple[Plan, float]]:
+    """Return tiles per second of each plan, all streams at work; stops after some seconds."""
+    rng = np.random.default_rng(0)
+    size = manifest.size_px
+    started = time.perf_counter()
+    found: list[tuple[Plan, float]] = []
+    for plan in plans:
+        if found and time.perf_counter() - started > _BUDGET_S:
+            break
+        tiles = rng.integers(0, 256, (plan.batch, size, size, 3), dtype=np.uint8)
+        try:
+            engine = ENGINES[plan.engine](bundle, manifest, plan)
+        except Damaged:
+            if plan.engine == "onnxruntime" or plan is plans[-1] and not found:
+                raise
+            continue  # an engine that cannot run this graph is none to choose
+        found.append((plan, rate_of(engine, tiles, trial_s)))
+    return found
+
+
+def rate_of(engine: Engine, tiles: NDArray[np.uint8], seconds: float) -> float:
+    """Return tiles per second with every stream of an engine at work for some time."""
+
+    def work(_: int) -> float:
+        engine.run(tiles)
+        together.wait()
+        done, started = 0, time.perf_counter()
+        while time.perf_counter() - started < seconds:
+            engine.run(tiles)
+            done += len(tiles)
+        return done / (time.perf_counter() - started)
+
+    streams = engine.plan.streams
+    together = Barrier(streams)
+    with ThreadPoolExecutor(streams) as pool:
+        return sum(pool.map(work, range(streams)))
+
+
+def _machine_key(manifest: Manifest, precision: str, streams: int) -> str:
+    parts = [manifest.sha256, precision, str(streams), platform.machine(), _cpu_name()]
+    parts.append(f"onnxruntime {load_onnxruntime().__version__}")
+    try:
+        parts.append(f"openvino {load_openvino().__version__}")
+    except MissingPart:
+        parts.append("no openvino")
+    return hashlib.sha256("|".join(parts).encode()).hexdigest()[:24]
+
+
+def _cpu_name() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as stream:
+            return next(line.split(":", 1)[1].strip() for line in stream if "model name" in line)
+    except (OSError, StopIteration):
+        return platform.processor()

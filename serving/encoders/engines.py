@@ -1,0 +1,225 @@
+"""Engines that run an encoder's graph in this process: ONNX Runtime and OpenVINO.
+
+A small network is fastest where its activations stay in a core's cache: one stream per core, each with
+a small batch. Which engine and batch are best is chosen in ``engine_choice``.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from queue import SimpleQueue
+from typing import Any, Literal, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.manifest import GRAPH, INPUT, OUTPUT, Manifest
+from ...errors import Damaged, MissingPart
+
+EngineName = Literal["onnxruntime", "openvino"]
+Precision = Literal["f32", "bf16"]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a graph is run.
+
+    Attributes:
+        engine: ``onnxruntime`` or ``openvino``.
+        precision: ``f32``, or ``bf16`` (OpenVINO on CPUs that have it).
+        batch: tiles per run of the graph.
+        streams: runs side by side.
+    """
+
+    engine: EngineName = "onnxruntime"
+    precision: Precision = "f32"
+    batch: int = 4
+    streams: int = 1
+
+
+class Engine(Protocol):
+    """A loaded graph; ``run`` may be called from as many threads as there are streams."""
+
+    offloads: bool
+    plan: Plan
+
+    def run(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (N, S, S, 3) -> float32 (N, D), N at most the plan's batch."""
+        ...
+
+
+def cores() -> int:
+    """Return how many CPU cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def load_onnxruntime() -> Any:
+    """Import ONNX Runtime with its telemetry off."""
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: its wheels may report home
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise MissingPart(
+            "embedding needs ONNX Runtime: pip install 'histoseek[cpu]' (or [gpu])"
+        ) from error
+    return onnxruntime
+
+
+def load_openvino() -> Any:
+    """Import OpenVINO without its telemetry."""
+    sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # never loaded
+    try:
+        import openvino
+    except ImportError as error:
+        raise MissingPart(
+            "--engine openvino needs OpenVINO: pip install 'histoseek[openvino]'"
+        ) from error
+    return openvino
+
+
+class OnnxRuntimeEngine:
+    """ONNX Runtime: one session; on a CPU every run stays on the thread that calls it."""
+
+    def __init__(self, bundle: Path, manifest: Manifest, plan: Plan) -> None:
+        """Load the graph.
+
+        Raises:
+            Damaged: the graph cannot be loaded, or does not keep the manifest's contract.
+            MissingPart: ONNX Runtime is not installed.
+        """
+        runtime = load_onnxruntime()
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = 1
+        options.log_severity_level = 3
+        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        usable = [p for p in wanted if p in runtime.get_available_providers()]
+        try:
+            self._session = runtime.InferenceSession(str(bundle / GRAPH), options, providers=usable)
+        except Exception as error:
+            raise Damaged(f"{bundle / GRAPH} cannot be loaded by ONNX Runtime: {error}") from error
+        self.plan = plan
+        self.offloads = "CUDAExecutionProvider" in self.providers
+        self._check_contract(bundle, manifest)
+
+    @property
+    def providers(self) -> list[str]:
+        """ONNX Runtime's execution providers in use, such as CUDAExecutionProvider."""
+        return list(self._session.get_providers())
+
+    def _check_contract(self, bundle: Path, manifest: Manifest) -> None:
+        size = manifest.size_px
+        inputs = {i.name: (i.type, i.shape[1:]) for i in self._session.get_inputs()}
+        outputs = {o.name: (o.type, o.shape[1:]) for o in self._session.get_outputs()}
+        if inputs != {INPUT: ("tensor(uint8)", [size, size, 3])} or outputs != {
+            OUTPUT: ("tensor(float)", [manifest.dim])
+        }:
+            raise Damaged(
+                f"{bundle / GRAPH} has {inputs} -> {outputs}; its manifest promises {INPUT} uint8 "
+                f"[N, {size}, {size}, 3] -> {OUTPUT} float [N, {manifest.dim}]: export it again"
+            )
+
+    def run(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See :class:`Engine`."""
+        return np.asarray(self._session.run([OUTPUT], {INPUT: np.ascontiguousarray(tiles)})[0])
+
+
+class OpenVinoEngine:
+    """OpenVINO on the CPU: a graph of fixed shape, one request per stream."""
+
+    offloads = False
+
+    def __init__(self, bundle: Path, manifest: Manifest, plan: Plan) -> None:
+        """Compile the graph for the plan's batch.
+
+        Raises:
+            Damaged: OpenVINO cannot compile it.
+            MissingPart: OpenVINO is not installed.
+        """
+        openvino = load_openvino()
+        core = openvino.Core()
+        size = manifest.size_px
+        settings = {
+            "INFERENCE_PRECISION_HINT": plan.precision,
+            "NUM_STREAMS": str(plan.streams),
+            "INFERENCE_NUM_THREADS": str(plan.streams),
+            "ENABLE_CPU_PINNING": "NO",  # a pinned stream waits while its core decodes tiles
+        }
+        try:
+            model = core.read_model(bundle / GRAPH)
+            model.reshape({INPUT: [plan.batch, size, size, 3]})
+            _scale_before_turning(openvino, model)
+            compiled = core.compile_model(model, "CPU", settings)
+        except Exception as error:
+            raise Damaged(
+                f"{bundle / GRAPH} cannot be compiled by OpenVINO: {error}; use --engine onnxruntime"
+            ) from error
+        self.plan = plan
+        self._requests: SimpleQueue[Any] = SimpleQueue()
+        for _ in range(plan.streams):
+            self._requests.put(compiled.create_infer_request())
+
+    def run(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """See :class:`Engine`; a short batch is filled up, and the filling's embeddings dropped."""
+        count = len(tiles)
+        if count < self.plan.batch:
+            full = np.zeros((self.plan.batch, *tiles.shape[1:]), dtype=np.uint8)
+            full[:count] = tiles
+            tiles = full
+        request = self._requests.get()
+        try:
+            request.infer({INPUT: np.ascontiguousarray(tiles)}, share_inputs=True)
+            return np.array(request.get_output_tensor(0).data[:count], dtype=np.float32)
+        finally:
+            self._requests.put(request)
+
+
+def _scale_before_turning(openvino: Any, model: Any) -> None:
+    """Move the turn to channels-first behind the scaling of pixels: then OpenVINO need not turn at all.
+
+    Its convolutions keep channels last, so that it would turn the picture back right away. The graph
+    computes the same; one that is built otherwise is left as it is.
+    """
+    from openvino import opset13 as ops
+
+    for turn in model.get_ordered_ops():
+        if turn.get_type_name() != "Transpose" or _constant(turn, 1) != [0, 3, 1, 2]:
+            continue
+        made, last = turn.input_value(0), turn
+        while True:
+            users = list(last.output(0).get_target_inputs())
+            node = users[0].get_node() if len(users) == 1 else None
+            kind = node.get_type_name() if node is not None else ""
+            if node is not None and kind == "Convert":
+                made = ops.convert(made, node.get_element_type().to_dtype()).output(0)
+            elif node is not None and kind in {"Multiply", "Add"}:
+                side = 1 - users[0].get_index()
+                value = _channels(node, side, 3)
+                if value is None:
+                    break
+                made = getattr(ops, kind.lower())(made, value).output(0)
+            else:
+                break
+            last = node
+        if last is not turn:
+            order = ops.constant([0, 3, 1, 2], dtype=np.int64)
+            last.output(0).replace(ops.transpose(made, order).output(0))
+    model.validate_nodes_and_infer_types()
+
+
+def _constant(node: Any, side: int) -> list[int] | None:
+    source = node.input_value(side).get_node()
+    return list(source.data.ravel()) if source.get_type_name() == "Constant" else None
+
+
+def _channels(node: Any, side: int, count: int) -> NDArray[np.float32] | None:
+    """Return a constant of one value per channel, (count,), if that is what a node takes."""
+    source = node.input_value(side).get_node()
+    if source.get_type_name() != "Constant" or list(source.shape)[-3:] != [count, 1, 1]:
+        return None
+    return np.asarray(source.data, dtype=np.float32).reshape(count)
+
+
+ENGINES: dict[str, Any] = {"onnxruntime": OnnxRuntimeEngine, "openvino": OpenVinoEngine}

@@ -1,0 +1,78 @@
+"""The in-process encoder: ONNX Runtime."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.manifest import Manifest, read_manifest
+from .engine_choice import open_engine
+from .protocol import in_batches
+
+
+class OnnxEncoder:
+    """An encoder bundle in this process, on ONNX Runtime or OpenVINO."""
+
+    def __init__(
+        self,
+        bundle: Path,
+        engine: str = "onnxruntime",
+        precision: str = "f32",
+        batch: int | None = None,
+        streams: int | None = None,
+    ) -> None:
+        """Load a bundle; for the options see :func:`~histoseek.serving.encoders.engine_choice.open_engine`.
+
+        Raises:
+            BadInput: no bundle there, or an option that does not fit.
+            Damaged: the graph is not the manifest's, or does not keep the contract.
+            MissingPart: the engine is not installed.
+        """
+        self._manifest = read_manifest(bundle)
+        self._engine = open_engine(bundle, self._manifest, engine, precision, batch, streams)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The encoder's identity and contract."""
+        return self._manifest
+
+    @property
+    def batch(self) -> int:
+        """Tiles per run of the graph."""
+        return self._engine.plan.batch
+
+    @property
+    def parallel(self) -> int:
+        """Streams of the engine."""
+        return self._engine.plan.streams
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a GPU does the work."""
+        return self._engine.offloads
+
+    def describe(self) -> dict[str, Any]:
+        """Return the engine, its precision, and how it is run."""
+        plan = self._engine.plan
+        return {
+            "engine": plan.engine,
+            "precision": plan.precision,
+            "batch": plan.batch,
+            "streams": plan.streams,
+            "device": "cuda" if self.offloads else "cpu",
+        }
+
+    def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (N, S, S, 3) -> float32 (N, D).
+
+        Raises:
+            BadInput: tiles of another shape or type.
+            Damaged: the graph gave a value that is not finite.
+        """
+        return in_batches(tiles, self._manifest, self.batch, self.parallel, self._engine.run)
+
+    def close(self) -> None:
+        """Nothing to free before the process ends."""

@@ -1,0 +1,57 @@
+"""Opening an encoder by its name, folder or address."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ...artifacts.manifest import Manifest
+from ...errors import BadInput
+from .onnx import OnnxEncoder
+from .protocol import Encoder, check_identity
+
+DEFAULT = "default"
+DEFAULT_BUNDLE = Path(__file__).parents[1] / "default_encoder"
+
+
+def bundle_path(spec: str) -> Path:
+    """Return the bundle's folder for ``default`` or a path.
+
+    Raises:
+        BadInput: it names a server.
+    """
+    if spec == DEFAULT:
+        return DEFAULT_BUNDLE
+    if "://" in spec:
+        raise BadInput(f"encoder {spec!r}: expected a bundle folder here, or {DEFAULT!r}")
+    return Path(spec)
+
+
+def open_encoder(
+    spec: str,
+    expect: Manifest | None = None,
+    engine: str = "onnxruntime",
+    precision: str = "f32",
+    batch: int | None = None,
+    streams: int | None = None,
+) -> Encoder:
+    """Open an encoder by its bundle's folder, as ``default``, or on a Triton server.
+
+    Args:
+        spec: the folder, ``default`` for the one that ships with histoseek, or
+            ``triton://HOST:PORT/MODEL[@VERSION]`` (``tritons://`` for TLS).
+        expect: the encoder that it must be.
+        engine: in this process: ``onnxruntime``, ``openvino`` or ``auto``.
+        precision: in this process: ``f32`` or ``bf16``.
+        batch: tiles per run; measured or asked of the server when left out.
+        streams: in this process: runs side by side; one per core when left out.
+
+    Raises:
+        Mismatch: it is another encoder; names both.
+    """
+    if "://" in spec:
+        from .triton import TritonEncoder
+
+        return TritonEncoder(spec, expect, batch)
+    encoder = OnnxEncoder(bundle_path(spec), engine, precision, batch, streams)
+    check_identity(encoder.manifest, expect)
+    return encoder

@@ -1,0 +1,95 @@
+"""Encoders: what the pipeline asks of one, the in-process one, and how any is opened by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.manifest import Manifest
+from ...errors import BadInput, Damaged, Mismatch
+
+FAN_OUT = 128
+"""Tiles in one call from which on an encoder works on several batches side by side by itself."""
+
+
+class Encoder(Protocol):
+    """Turns tiles into embeddings; safe to call from several threads."""
+
+    @property
+    def manifest(self) -> Manifest:
+        """The encoder's identity and contract."""
+        ...
+
+    @property
+    def batch(self) -> int:
+        """Tiles per run of the graph."""
+        ...
+
+    @property
+    def parallel(self) -> int:
+        """How many calls side by side make it work at its best."""
+        ...
+
+    @property
+    def offloads(self) -> bool:
+        """Whether a call mostly waits (for a server or a GPU) instead of using this CPU."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """Return where and how it runs, JSON-ready."""
+        ...
+
+    def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (N, S, S, 3) -> float32 (N, D), finite."""
+        ...
+
+    def close(self) -> None:
+        """Free what it holds; calls under way end soon."""
+        ...
+
+
+def in_batches(
+    tiles: NDArray[np.uint8],
+    manifest: Manifest,
+    batch: int,
+    parallel: int,
+    run: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+) -> NDArray[np.float32]:
+    """Run tiles (N, S, S, 3) in batches, several side by side if they are many; checks both ends.
+
+    Raises:
+        BadInput: tiles of another shape or type than the manifest's.
+        Damaged: a value came out that is not finite.
+    """
+    size = manifest.size_px
+    if tiles.dtype != np.uint8 or tiles.shape[1:] != (size, size, 3):
+        raise BadInput(
+            f"tiles are {tiles.dtype} {tiles.shape}; expected uint8 (N, {size}, {size}, 3)"
+        )
+    parts = [tiles[start : start + batch] for start in range(0, len(tiles), batch)]
+    if len(tiles) >= FAN_OUT and parallel > 1 and len(parts) > 1:
+        with ThreadPoolExecutor(parallel, thread_name_prefix="embed") as pool:
+            found = list(pool.map(run, parts))
+    else:
+        found = [run(part) for part in parts]
+    result = np.concatenate([np.zeros((0, manifest.dim), dtype=np.float32), *found])
+    if not np.isfinite(result).all():
+        raise Damaged(f"encoder {manifest.name} gave values that are not finite")
+    return result
+
+
+def check_identity(found: Manifest, expect: Manifest | None) -> None:
+    """Compare an encoder with the one that is expected.
+
+    Raises:
+        Mismatch: it is another; names both.
+    """
+    if expect is not None and expect.sha256 != found.sha256:
+        raise Mismatch(
+            f"encoder {found.name} ({found.sha256[:12]}…) is not {expect.name} "
+            f"({expect.sha256[:12]}…); use the encoder that the features were made with"
+        )

@@ -1,0 +1,372 @@
+"""An encoder on a Triton server, over gRPC, behind the same protocol as the one in this process."""
+
+from __future__ import annotations
+
+import atexit
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from queue import Empty, SimpleQueue
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ... import console, stopping
+from ...artifacts.manifest import Manifest, probe_tile
+from ...errors import BadInput, HistoseekError, Mismatch, MissingPart, Unavailable
+from .protocol import check_identity, in_batches
+from .triton_address import TOKEN, connect, load_grpc, parse_address, token_headers
+from .triton_identity import NotReady, Served, check_probe, offers, read_identity
+from .triton_slots import GrpcSlot, SharedSlot, Slot
+
+CHECK_EVERY_S = 2.0
+IDLE_S = 0.25
+"""A server that comes back within this time is taken for one that never was away."""
+
+FIRST_WAIT_S, LONGEST_WAIT_S, TELL_AFTER_S = 0.1, 5.0, 1.5
+CLOSING_S = 2.0
+UNSETTLED = -1
+"""Epoch of a slot whose last request has not come back well: the server may still be reading it."""
+
+_TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "CANCELLED", "ABORTED"}
+T = TypeVar("T")
+
+
+class TritonEncoder:
+    """An encoder served by Triton; see :class:`~histoseek.serving.encoders.protocol.Encoder`.
+
+    At the start, and after every time the server was away, it asks the server for names, types, shapes
+    and the encoder's sha256, and sends a known picture, so that embeddings of another encoder are never
+    taken for its own. Only what may pass is tried again: no answer, no room, time run out.
+    """
+
+    offloads = True
+
+    def __init__(self, spec: str, expect: Manifest | None = None, batch: int | None = None) -> None:
+        """Connect and check.
+
+        Args:
+            spec: the address, see :func:`parse_address`.
+            expect: the encoder that it must be.
+            batch: tiles per request; the server's limit when left out.
+
+        Raises:
+            BadInput: an address, token or model that cannot be used.
+            Mismatch: another encoder, or a model that does not keep the contract.
+            MissingPart: tritonclient is not installed.
+            Unavailable: no server answers there.
+        """
+        self.address = parse_address(spec)
+        self._expect = expect
+        self._closed = threading.Event()
+        self._checking = threading.Lock()
+        self._epoch = 0
+        self._known = False
+        self._told = threading.Event()
+        self._slots: SimpleQueue[Slot] = SimpleQueue()
+        self._calls = 0
+        self._idle = threading.Condition()
+        self.version = ""
+        self._checked = self._answered = 0.0
+        self.notes: list[str] = []
+        self._grpc = load_grpc()
+        self._headers = token_headers(self.address)
+        self._client = connect(self.address)
+        atexit.register(self.close)  # for who forgets to: shared memory must be given back
+        try:
+            stopping.aside(lambda: self._begin(batch))
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, batch: int | None) -> None:
+        """Ask the server who it is, take room for tiles, and send the known picture."""
+        self._served = self._retry(self._identify)
+        self.version, limit = self._served.version, self._served.max_batch
+        self._known = True
+        self._checked = self._answered = time.monotonic()
+        if batch is not None and batch > limit:
+            raise BadInput(
+                f"--batch is {batch}; {self.address.model} takes at most {limit} tiles at once"
+            )
+        self._batch = batch or limit
+        with self._under_way():
+            for slot in self._make_slots():
+                self._slots.put(slot)
+        self._retry(self._prove)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The encoder's identity and contract."""
+        return self._served.manifest
+
+    @property
+    def batch(self) -> int:
+        """Tiles per request."""
+        return self._batch
+
+    @property
+    def parallel(self) -> int:
+        """Requests in flight."""
+        return self.address.in_flight
+
+    def describe(self) -> dict[str, Any]:
+        """Return the server, the model, and how tiles get there."""
+        return {
+            "engine": "triton",
+            "server": self.address.host,
+            "model": self.address.model,
+            "version": self.version,
+            "precision": self._served.precision,
+            "batch": self._batch,
+            "in_flight": self.parallel,
+            "transport": f"{self.address.shm} shared memory" if self._shared else "grpc",
+            "notes": self.notes,
+        }
+
+    def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """uint8 (N, S, S, 3) -> float32 (N, D).
+
+        Raises:
+            BadInput: tiles of another shape or type, or ones that the server refuses.
+            Damaged: the server gave a value that is not finite.
+            Mismatch: the server came back with another encoder.
+            Unavailable: no answer until the deadline.
+        """
+        return in_batches(tiles, self.manifest, self._batch, self.parallel, self._send)
+
+    def close(self) -> None:
+        """Stop waiting, give shared memory back, and close the channel, in this order.
+
+        Calls under way may end by themselves for a while; then they are cut off. Nothing is freed that a
+        call still uses.
+        """
+        with self._idle:
+            if self._closed.is_set():
+                return
+            self._closed.set()
+        atexit.unregister(self.close)
+        client = self._client
+        if not self._all_back():
+            client.close()  # cuts them off; their threads come back with an error
+            self._all_back()
+            client = connect(
+                self.address
+            )  # the server must hear that the memory is not ours any more
+        with suppress(Empty):
+            while True:
+                self._slots.get_nowait().close(client)
+        client.close()
+
+    def _all_back(self) -> bool:
+        """Wait a while for calls under way; return whether all have ended."""
+        with self._idle:
+            return self._idle.wait_for(lambda: not self._calls, timeout=CLOSING_S)
+
+    @contextmanager
+    def _under_way(self) -> Iterator[None]:
+        """Count a call, for which :meth:`close` waits.
+
+        Raises:
+            Unavailable: the connection was closed.
+        """
+        with self._idle:
+            if self._closed.is_set():
+                raise Unavailable(f"{self.address.where} the connection was closed")
+            self._calls += 1
+        try:
+            yield
+        finally:
+            with self._idle:
+                self._calls -= 1
+                self._idle.notify_all()
+
+    # -- requests -------------------------------------------------------------------------------
+
+    def _send(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with self._under_way():
+            slot = self._take_slot()
+            try:
+                return self._retry(lambda: self._infer(slot, tiles))
+            finally:
+                self._slots.put(slot)
+
+    def _take_slot(self) -> Slot:
+        while not self._closed.is_set():
+            try:
+                return self._slots.get(timeout=0.2)
+            except Empty:
+                continue
+        raise Unavailable(f"{self.address.where} the connection was closed")
+
+    def _infer(self, slot: Slot, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        self._check_now_and_then()
+        epoch = self._epoch
+        if slot.epoch != epoch:  # the server has forgotten its shared memory, or may still read it
+            slot.renew(self._client, self._asking)
+        slot.epoch = UNSETTLED
+        found = self._ask(slot, tiles)
+        slot.epoch = epoch
+        self._answered = time.monotonic()
+        expected = (len(tiles), self.manifest.dim)
+        if found.shape != expected or found.dtype != np.float32:
+            raise Mismatch(
+                f"{self.address.where} answered {found.dtype} {found.shape}; expected float32 {expected}"
+            )
+        return found
+
+    def _ask(self, slot: Slot, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return slot.infer(
+            self._client,
+            tiles,
+            model_name=self.address.model,
+            model_version=self.version,
+            **self._asking,
+        )
+
+    @property
+    def _asking(self) -> dict[str, Any]:
+        return {"headers": self._headers, "client_timeout": self.address.timeout_s}
+
+    def _retry(self, call: Callable[[], T]) -> T:
+        """Call until it works, an error says that it never will, or the deadline is over."""
+        with self._under_way():
+            return self._try(call)
+
+    def _try(self, call: Callable[[], T]) -> T:
+        end = time.monotonic() + self.address.deadline_s
+        wait, away = FIRST_WAIT_S, False
+        while True:
+            stopping.check()
+            try:
+                if away:
+                    self._check_again()
+                return call()
+            except NotReady as error:
+                if not self._known:
+                    raise BadInput(str(error)) from error
+                away, reason = True, str(error)  # it is still loading, or loaded anew
+            except ValueError as error:  # gRPC's way to say that the channel was closed
+                if not self._closed.is_set():
+                    raise
+                reason = str(error)
+            except self._grpc.InferenceServerException as error:
+                code, text = _status(error), str(error.message())
+                forgotten = self._shared and "shared memory" in text.lower()
+                if not (_is_transient(code, text) or (forgotten and not away)):
+                    raise self._refusal(code, text) from error
+                away = self._known and (away or forgotten or not _is_overload(text))
+                reason = f"{code}: {text}"
+            if self._closed.is_set() or time.monotonic() + wait > end:
+                raise Unavailable(
+                    f"{self.address.where} did not answer for {self.address.deadline_s:g} s ({reason}); "
+                    "see to the server, then run the same command again: what is done is kept"
+                )
+            if wait >= TELL_AFTER_S and not self._told.is_set():
+                self._told.set()
+                console.say(
+                    f"{self.address.where} waiting for it, up to {self.address.deadline_s:g} s ({reason})"
+                )
+            self._closed.wait(wait * random.uniform(0.5, 1.0))  # jitter: clients come back apart
+            wait = min(LONGEST_WAIT_S, wait * 2)
+
+    def _refusal(self, code: str, text: str) -> HistoseekError:
+        if code in {"NOT_FOUND", "UNIMPLEMENTED"} or "unknown model" in text:
+            return Unavailable(
+                f"{self.address.where} has no such model ready ({text}); it offers: "
+                f"{', '.join(offers(self._client, self._asking)) or 'none'}"
+            )
+        if code in {"UNAUTHENTICATED", "PERMISSION_DENIED"}:
+            return BadInput(f"{self.address.where} refuses the token in {TOKEN} ({text})")
+        return BadInput(f"{self.address.where} refused the tiles ({code}: {text})")
+
+    # -- who the server is ----------------------------------------------------------------------
+
+    def _identify(self) -> Served:
+        served = read_identity(
+            self._client, self.address, self.address.version or self.version, self._asking
+        )
+        check_identity(served.manifest, self._expect)
+        return served
+
+    def _prove(self) -> None:
+        """Send the known picture, and compare what comes with what the bundle makes of it."""
+        found = self._ask(GrpcSlot(), probe_tile(self.manifest.size_px)[None])[0]
+        check_probe(self._served, found, self.address.where)
+
+    def _check_now_and_then(self) -> None:
+        """Ask again who the server is, if it could have been exchanged unseen."""
+        with self._checking:
+            now = time.monotonic()
+            if now - self._checked > CHECK_EVERY_S or now - self._answered > IDLE_S:
+                self._check_identity()
+                self._checked = self._answered = time.monotonic()
+
+    def _check_again(self) -> None:
+        """After the server was away: it must be the same encoder, and knows no shared memory."""
+        with self._checking:
+            self._check_identity()
+            self._prove()
+            self._checked = self._answered = time.monotonic()
+            self._epoch += 1
+            self._told.clear()
+
+    def _check_identity(self) -> None:
+        now, first = self._identify(), self._served
+        if now.manifest.sha256 != first.manifest.sha256:
+            raise Mismatch(
+                f"{self.address.where} came back as encoder {now.manifest.name} "
+                f"({now.manifest.sha256[:12]}…); this run began with {first.manifest.name} "
+                f"({first.manifest.sha256[:12]}…)"
+            )
+        if now.max_batch < self._batch:
+            raise Mismatch(
+                f"{self.address.where} came back with batches of at most {now.max_batch} tiles; this "
+                f"run began with {self._batch}: run the same command again"
+            )
+
+    # -- how tiles get there ---------------------------------------------------------------------
+
+    @property
+    def _shared(self) -> bool:
+        return bool(self.address.shm) and not self.notes
+
+    def _make_slots(self) -> list[Slot]:
+        count = self.parallel
+        if self.address.shm:
+            made: list[Slot] = []
+            try:
+                for number in range(count):
+                    made.append(
+                        SharedSlot(number, self._batch, self.manifest, self.address.shm == "cuda")
+                    )
+                    made[-1].renew(self._client, self._asking)
+                return made
+            except MissingPart:
+                raise
+            except Exception as error:  # no room here, or the server sees another /dev/shm
+                for slot in made:
+                    slot.close(self._client)
+                reason = str(error) or type(error).__name__
+                self.notes.append(
+                    f"shared memory cannot be used ({reason}); tiles go through gRPC. The server needs "
+                    "the same /dev/shm (ipc: host, or one pod), and room in it"
+                )
+        return [GrpcSlot() for _ in range(count)]
+
+
+def _status(error: Any) -> str:
+    """Return gRPC's status name of an error, such as UNAVAILABLE."""
+    return str(error.status() or "").rpartition(".")[2]
+
+
+def _is_transient(code: str, text: str) -> bool:
+    return code in _TRANSIENT and "larger than max" not in text
+
+
+def _is_overload(text: str) -> bool:
+    """Whether UNAVAILABLE means a full queue or a request that waited too long in it."""
+    return "queue" in text.lower() or "timeout" in text.lower()

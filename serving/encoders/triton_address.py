@@ -1,0 +1,149 @@
+"""The address of an encoder on a Triton server, and the connection to it."""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+from urllib.parse import parse_qsl, urlsplit
+
+from ...errors import BadInput, MissingPart
+
+TOKEN = "HISTOSEEK_TRITON_TOKEN"
+CERTIFICATES = "HISTOSEEK_TRITON_CA"
+IN_FLIGHT = 4
+MAX_MESSAGE = 2**31 - 1
+_MODEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
+
+
+@dataclass(frozen=True)
+class TritonAddress:
+    """What ``triton://HOST:PORT/MODEL[@VERSION][?option=value&…]`` says.
+
+    Attributes:
+        host: with its port.
+        model: its name.
+        version: or "" for the latest that is loaded.
+        tls: ``tritons://``.
+        shm: pass tiles through shared memory: ``system`` (``?shm=1``), ``cuda`` or "" for no.
+        timeout_s: of one request.
+        deadline_s: how long a request is tried again before the run is given up.
+        in_flight: requests side by side.
+    """
+
+    host: str
+    model: str
+    version: str = ""
+    tls: bool = False
+    shm: Literal["", "system", "cuda"] = ""
+    timeout_s: float = 30.0
+    deadline_s: float = 120.0
+    in_flight: int = IN_FLIGHT
+
+    @property
+    def where(self) -> str:
+        """The server and the model, for messages."""
+        version = f"@{self.version}" if self.version else ""
+        return f"Triton at {self.host}, model {self.model}{version}:"
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether the server is on this machine."""
+        name = self.host.rsplit(":", 1)[0].strip("[]")
+        try:
+            return ipaddress.ip_address(name).is_loopback
+        except ValueError:
+            return name == "localhost"
+
+
+def parse_address(spec: str) -> TritonAddress:
+    """Read a server's address.
+
+    Raises:
+        BadInput: says what was expected.
+    """
+    expected = "expected triton://HOST:PORT/MODEL[@VERSION][?shm=1&timeout=30&deadline=120]"
+    parts = urlsplit(spec)
+    if parts.scheme not in {"triton", "tritons"}:
+        raise BadInput(f"encoder {spec!r}: unknown scheme {parts.scheme!r}; {expected}")
+    found = re.fullmatch(rf"/({_MODEL})(?:@([0-9]+))?/?", parts.path)
+    try:
+        port = parts.port
+    except ValueError:
+        port = None
+    if not found or not parts.hostname or port is None or parts.username or parts.fragment:
+        raise BadInput(f"encoder {spec!r}: {expected}")
+    known: dict[str, Any] = {}
+    for key, value in parse_qsl(parts.query, keep_blank_values=True):
+        if key == "shm" and value in {"0", "1", "cuda"}:
+            known["shm"] = {"0": "", "1": "system", "cuda": "cuda"}[value]
+        elif key in {"timeout", "deadline"} and re.fullmatch(r"\d{1,6}(\.\d+)?", value):
+            known[f"{key}_s"] = max(0.01, float(value))
+        elif key == "in_flight" and re.fullmatch(r"[1-9]\d?", value):
+            known[key] = int(value)
+        else:
+            raise BadInput(
+                f"encoder {spec!r}: option {key}={value} is not known; expected shm=0|1|cuda, "
+                "timeout=SECONDS, deadline=SECONDS or in_flight=1..99"
+            )
+    host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
+    model, version = found.groups(default="")
+    return TritonAddress(f"{host}:{port}", model, version, parts.scheme == "tritons", **known)
+
+
+def connect(address: TritonAddress) -> Any:
+    """Return a gRPC client; nothing is sent before it is asked something.
+
+    Raises:
+        BadInput: the file of certificates is not there.
+        MissingPart: tritonclient is not installed.
+    """
+    roots = os.environ.get(CERTIFICATES)
+    if roots and not Path(roots).is_file():
+        raise BadInput(f"{CERTIFICATES} is {roots!r}, which is no file")
+    channel = [
+        ("grpc.max_send_message_length", MAX_MESSAGE),
+        ("grpc.max_receive_message_length", MAX_MESSAGE),
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.initial_reconnect_backoff_ms", 100),
+        ("grpc.max_reconnect_backoff_ms", 2_000),
+        ("grpc.use_local_subchannel_pool", 1),
+        ("grpc.enable_http_proxy", 0),
+    ]
+    return load_grpc().InferenceServerClient(
+        address.host,
+        ssl=address.tls,
+        root_certificates=roots if address.tls else None,
+        channel_args=channel,
+    )
+
+
+def load_grpc() -> Any:
+    """Import tritonclient's gRPC client."""
+    try:
+        import tritonclient.grpc
+    except ImportError as error:
+        raise MissingPart(
+            "an encoder on Triton needs tritonclient: pip install 'histoseek[triton]'"
+        ) from error
+    return tritonclient.grpc
+
+
+def token_headers(address: TritonAddress) -> dict[str, str]:
+    """Return the token in the environment as a header; empty without one.
+
+    Raises:
+        BadInput: it would go to another machine unencrypted.
+    """
+    token = os.environ.get(TOKEN, "")
+    if not token:
+        return {}
+    if not address.tls and not address.is_loopback:
+        raise BadInput(
+            f"{TOKEN} is set, but triton:// to {address.host} is not encrypted; use tritons://"
+        )
+    return {"authorization": f"Bearer {token}"}

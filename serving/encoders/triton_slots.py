@@ -1,0 +1,156 @@
+"""How a batch gets to a Triton server and its embeddings back: as gRPC messages, or by shared memory."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ... import stopping
+from ...artifacts.manifest import INPUT, OUTPUT, Manifest
+from ...errors import MissingPart
+
+SHM = Path("/dev/shm")
+
+
+class Slot(Protocol):
+    """Room for one request at a time.
+
+    Attributes:
+        epoch: how often the server had been away when this slot last worked.
+    """
+
+    epoch: int
+
+    def renew(self, client: Any, asking: dict[str, Any]) -> None:
+        """Take fresh shared memory and tell the server of it, if the slot has any.
+
+        Memory of a request that was given up is never used again: the server may still read it.
+        """
+        ...
+
+    def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
+        """Send tiles (N, S, S, 3), return embeddings (N, D)."""
+        ...
+
+    def close(self, client: Any) -> None:
+        """Give shared memory back."""
+        ...
+
+
+class GrpcSlot:
+    """Tiles inside the message."""
+
+    epoch = 0
+
+    def renew(self, client: Any, asking: dict[str, Any]) -> None:
+        """Nothing to tell."""
+
+    def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
+        """See :class:`Slot`."""
+        import tritonclient.grpc as grpc
+
+        given = grpc.InferInput(INPUT, list(tiles.shape), "UINT8")
+        given.set_data_from_numpy(np.ascontiguousarray(tiles))
+        wanted = [grpc.InferRequestedOutput(OUTPUT)]
+        answer = client.infer(inputs=[given], outputs=wanted, **request)
+        return np.asarray(answer.as_numpy(OUTPUT))
+
+    def close(self, client: Any) -> None:
+        """Nothing to give back."""
+
+
+class SharedSlot:
+    """Tiles and embeddings in memory that the server sees too: the host's, or a GPU's."""
+
+    epoch = 0
+
+    def __init__(self, number: int, batch: int, manifest: Manifest, cuda: bool) -> None:
+        """Plan room for one batch; :meth:`renew` takes it.
+
+        Raises:
+            MissingPart: CUDA shared memory needs cuda-python.
+        """
+        self._cuda = cuda
+        self._dim = manifest.dim
+        self._sizes = batch * manifest.size_px**2 * 3, batch * manifest.dim * 4
+        self._memory = _module(cuda)
+        self._number = number
+        self._regions: list[tuple[str, Any]] = []
+
+    def renew(self, client: Any, asking: dict[str, Any]) -> None:
+        """See :class:`Slot`.
+
+        Raises:
+            Exception: there is no room, or the server does not see it.
+        """
+        self.close(client)
+        stem = f"histoseek-{os.getpid()}-{os.urandom(4).hex()}-{self._number}"
+        for kind, size in zip(("tiles", "embedding"), self._sizes, strict=True):
+            name = f"{stem}-{kind}"
+            if self._cuda:
+                handle = self._memory.create_shared_memory_region(name, size, 0)
+                self._regions.append((name, handle))
+                raw = self._memory.get_raw_handle(handle)
+                client.register_cuda_shared_memory(name, raw, 0, size, **asking)
+            else:
+                handle = self._memory.create_shared_memory_region(name, f"/{name}", size, True)
+                self._regions.append((name, handle))
+                stopping.mark(SHM / name)
+                _fill(name, size)
+                client.register_system_shared_memory(name, f"/{name}", size, **asking)
+
+    def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
+        """See :class:`Slot`."""
+        import tritonclient.grpc as grpc
+
+        (taken, source), (made, target) = self._regions
+        self._memory.set_shared_memory_region(source, [np.ascontiguousarray(tiles)])
+        given = grpc.InferInput(INPUT, list(tiles.shape), "UINT8")
+        given.set_shared_memory(taken, tiles.nbytes)
+        wanted = grpc.InferRequestedOutput(OUTPUT)
+        shape = (len(tiles), self._dim)
+        wanted.set_shared_memory(made, shape[0] * shape[1] * 4)
+        client.infer(inputs=[given], outputs=[wanted], **request)
+        return np.array(self._memory.get_contents_as_numpy(target, np.float32, shape))
+
+    def close(self, client: Any) -> None:
+        """See :class:`Slot`; a server that is gone has forgotten the region by itself."""
+        for name, handle in self._regions:
+            try:
+                if self._cuda:
+                    client.unregister_cuda_shared_memory(name, client_timeout=2)
+                else:
+                    client.unregister_system_shared_memory(name, client_timeout=2)
+            except Exception:  # nobody to tell
+                pass
+            self._memory.destroy_shared_memory_region(handle)
+            stopping.unmark(SHM / name)
+        self._regions = []
+
+
+def _module(cuda: bool) -> Any:
+    if not cuda:
+        import tritonclient.utils.shared_memory as system
+
+        return system
+    try:
+        import tritonclient.utils.cuda_shared_memory as device
+    except ImportError as error:
+        raise MissingPart(
+            f"?shm=cuda needs a GPU here and cuda-python ({error}): pip install "
+            "'tritonclient[cuda]'; or use ?shm=1"
+        ) from error
+    return device
+
+
+def _fill(name: str, size: int) -> None:
+    """Take the region's pages now: a full /dev/shm is an error here, and a dead process later."""
+    handle = os.open(SHM / name, os.O_RDWR)
+    try:
+        os.posix_fallocate(handle, 0, size)
+    finally:
+        os.close(handle)

@@ -1,0 +1,1 @@
+"""Slides: opening whole slides, finding tissue, reading tiles."""

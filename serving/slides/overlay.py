@@ -1,0 +1,47 @@
+"""A picture per slide of what was embedded: the tissue outlined, the tiles drawn, the numbers below."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image, ImageDraw, ImageFont
+
+from ...artifacts.images import Rgb
+from .geojson import Ring
+from .slide import Grid
+
+LONGEST = 1024
+_TISSUE = (0, 110, 60)
+_TILE = (20, 70, 200)
+_STRIP_PX = 26
+
+
+def draw_overlay(grid: Grid, polygons: Sequence[Sequence[Ring]], caption: str) -> Rgb:
+    """Return the thumbnail with tissue outlines (green) and tiles (blue), and a caption below.
+
+    Args:
+        grid: of the slide.
+        polygons: tissue outlines in level-0 pixels.
+        caption: one line.
+    """
+    height, width = grid.thumbnail.shape[:2]
+    factor = min(1.0, LONGEST / max(width, height))
+    size = max(1, round(width * factor)), max(1, round(height * factor))
+    picture = Image.fromarray(grid.thumbnail).resize(size, Image.Resampling.BOX)
+    scale = size[0] / grid.width
+    tint = Image.new("RGBA", size)
+    pen = ImageDraw.Draw(tint)
+    side = grid.size_px_level0 * scale
+    edge = (*_TILE, 150) if side >= 6 else None
+    for x, y in grid.coords * scale:
+        pen.rectangle((x, y, x + side, y + side), fill=(*_TILE, 34), outline=edge)
+    for rings in polygons:
+        for ring in rings:
+            pen.line([(x, y) for x, y in ring * scale], fill=(*_TISSUE, 255), width=2)
+    marked = Image.alpha_composite(picture.convert("RGBA"), tint).convert("RGB")
+    sheet = Image.new("RGB", (max(size[0], 420), size[1] + _STRIP_PX), "white")
+    sheet.paste(marked, (0, 0))
+    font = ImageFont.load_default(13)
+    ImageDraw.Draw(sheet).text((6, size[1] + 5), caption, fill=(30, 30, 30), font=font)
+    return np.asarray(sheet)

@@ -1,0 +1,135 @@
+"""The whole slide as one small picture, and what every slide is read through."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...errors import BadInput
+
+MAX_OVERVIEW = 4_000_000_000
+SMALLEST_PX = 128
+UNREADABLE = "#ff00ff"
+"""Colour of unreadable places on a thumbnail. It counts as tissue, so that the tiles there are tried,
+and recorded as unreadable, instead of vanishing as background."""
+
+
+class Source(Protocol):
+    """What a slide is read through; safe to use from several threads.
+
+    Attributes:
+        levels: downsample and (width, height) of each level, finest first.
+        properties: what the file says, under OpenSlide's names (``openslide.mpp-x``, …).
+        block_px: width and height of the blocks in which a whole level is best read.
+    """
+
+    levels: tuple[tuple[float, tuple[int, int]], ...]
+    properties: dict[str, str]
+    block_px: tuple[int, int]
+
+    def regions(
+        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
+        """Read regions of one size.
+
+        Args:
+            places: left and top of each region in level-0 pixels.
+            level: number of the level.
+            out: (N, height, width, 3), sizes in pixels of the level; filled with RGB, and with the
+                background beyond the slide. What cannot be read is left as it was.
+
+        Returns:
+            By number of the place why it cannot be read; empty if all was well.
+        """
+        ...
+
+    def scanned(self) -> NDArray[np.bool_] | None:
+        """Return True where anything was scanned, (H, W) over the whole slide; None if all of it was."""
+        ...
+
+    def forget(self) -> None:
+        """Free what is kept for neighbouring regions."""
+        ...
+
+    def close(self) -> None:
+        """Close the file."""
+        ...
+
+
+class _Overview:
+    """A whole level, averaged down block by block, so that memory does not grow with the slide."""
+
+    def __init__(self, source: Source, level: int) -> None:
+        self._source, self._level = source, level
+        self.broken: BadInput | None = None
+        self.readable = False
+
+    def shrink(self, longest: int) -> Image.Image:
+        across, down = self._source.levels[self._level][1]
+        factor = max(1.0, max(across, down) / longest)
+        small = Image.new("RGB", (max(1, round(across / factor)), max(1, round(down / factor))))
+        for left, top, right, bottom in blocks_of(across, down, self._source.block_px):
+            x0, y0 = round(left / factor), round(top / factor)
+            size = max(1, round(right / factor) - x0), max(1, round(bottom / factor) - y0)
+            block = self._block(left, top, right - left, bottom - top)
+            small.paste(block.resize(size, Image.Resampling.BOX), (x0, y0))
+        return small
+
+    def _block(self, left: int, top: int, width: int, height: int) -> Image.Image:
+        """Read a block; where that fails, its quarters, down to 128 pixels; the rest is painted."""
+        downsample = self._source.levels[self._level][0]
+        place = round(left * downsample), round(top * downsample)
+        found = np.empty((1, height, width, 3), dtype=np.uint8)
+        failed = self._source.regions([place], self._level, found)
+        if not failed:
+            self.readable = True
+            return Image.fromarray(found[0])
+        self.broken = self.broken or failed[0]
+        block = Image.new("RGB", (width, height), UNREADABLE)
+        if min(width, height) >= 2 * SMALLEST_PX:
+            half = width // 2, height // 2
+            for x, w in ((0, half[0]), (half[0], width - half[0])):
+                for y, h in ((0, half[1]), (half[1], height - half[1])):
+                    block.paste(self._block(left + x, top + y, w, h), (x, y))
+        return block
+
+
+def overview(source: Source, longest: int, path: Path) -> Image.Image:
+    """Return the whole slide in RGB, at most ``longest`` pixels on its longer side.
+
+    Args:
+        source: of the slide.
+        longest: pixels of the longer side, at most.
+        path: what messages call the slide.
+
+    Raises:
+        BadInput: no part of it can be read, or its smallest usable level is too large.
+    """
+    wanted = max(1.0, max(source.levels[0][1]) / longest)
+    level = max(n for n, (down, _) in enumerate(source.levels) if n == 0 or down <= wanted)
+    across, down = source.levels[level][1]
+    if across * down > MAX_OVERVIEW:
+        raise BadInput(
+            f"{path}: its smallest usable level is {across} x {down} pixels; at most {MAX_OVERVIEW:,} are "
+            "read to find tissue: save it as a pyramid"
+        )
+    whole = _Overview(source, level)
+    small = whole.shrink(longest)
+    source.forget()
+    if not whole.readable and whole.broken is not None:
+        raise whole.broken
+    return small
+
+
+def blocks_of(
+    width: int, height: int, block: tuple[int, int]
+) -> Iterator[tuple[int, int, int, int]]:
+    """Yield left, top, right, bottom of the blocks (width, height) that cover a level."""
+    for top in range(0, height, block[1]):
+        for left in range(0, width, block[0]):
+            yield left, top, min(width, left + block[0]), min(height, top + block[1])

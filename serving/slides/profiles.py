@@ -1,0 +1,47 @@
+"""The colour profile (ICC) of a slide: found, named, and recorded with whether it was applied.
+
+Pixels of slides stay as they are stored, as OpenSlide gives them and as TRIDENT, CLAM and others embed
+them. The profile of a plain picture is converted to sRGB when the picture is decoded.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from ...artifacts.colour_profiles import profile_name
+
+ICC = "histoseek.icc-profile"
+"""Property of a slide: the name of its colour profile."""
+
+APPLIED = "histoseek.icc-applied"
+"""Property of a slide whose pixels were converted by its profile to sRGB."""
+
+_TAG = "InterColorProfile"
+
+
+def of_openslide(slide: Any) -> dict[str, str]:
+    """Return the property :data:`ICC` of a slide that OpenSlide opened; empty without a profile."""
+    try:
+        found = slide.color_profile
+        profile = None if found is None else found.tobytes()
+    except Exception:  # there is one, and it is damaged in one of many ways
+        return {ICC: "unnamed"}
+    name = profile_name(profile)
+    return {} if name is None else {ICC: name}
+
+
+def of_page(page: Any) -> dict[str, str]:
+    """Return the property :data:`ICC` of a TIFF page of tifffile; empty without a profile."""
+    value = page.tags.valueof(_TAG)
+    name = profile_name(bytes(value)) if value else None
+    return {} if name is None else {ICC: name}
+
+
+def of_picture(name: str | None) -> dict[str, str]:
+    """Return the properties of a plain picture with a profile of that name, which was applied."""
+    return {} if name is None else {ICC: name, APPLIED: "yes"}
+
+
+def about_profile(properties: dict[str, str]) -> dict[str, Any]:
+    """Return what a feature file says: ``icc_profile`` (name or None) and ``icc_applied``."""
+    return {"icc_profile": properties.get(ICC), "icc_applied": APPLIED in properties}

@@ -1,0 +1,359 @@
+"""Slides: whole-slide files through OpenSlide, and plain pictures, read as tiles at a wanted mpp."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...artifacts.images import Rgb
+from ...errors import BadInput, HistoseekError
+from .geojson import Ring, draw_mask
+from .overview import overview
+from .profiles import about_profile
+from .scale import choose_mpp, is_of_a_print, sides_of
+from .sources import open_source
+from .tiff_depth import check_source
+from .tiff_source import SERIES
+from .tissue import Mask, tissue_mask, tissue_share
+
+THUMBNAIL_PX = 2048
+MIN_SCALE = 0.4
+"""Least ratio of wanted to given µm per pixel: 20x tiles from a 10x slide are the limit."""
+
+MAX_SIDE = 32_768
+MAX_PLACES = 20_000_000
+BLOCK_TILES = (8, 8)
+MAX_READ = 64 * 2**20
+"""Bytes that are read at once before they are resampled."""
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The tiles of a slide that hold tissue.
+
+    Attributes:
+        coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, in blocks of 8 x 8 tiles, so
+            that tiles that are read together lie together.
+        width: of the slide in level-0 pixels.
+        size_px_level0: side of a tile in level-0 pixels.
+        bounds: left, top, width and height of the scanned area, or None where the file names none.
+        mpp: micrometres per pixel of level 0.
+        target_mpp: micrometres per pixel of the tiles.
+        size_px: side of a tile in its own pixels.
+        overlap_px: overlap of neighbours in the tile's own pixels.
+        candidates: number of grid places before the tissue mask.
+        tissue: share of the slide that the mask calls tissue.
+        thumbnail: (H, W, 3), of the whole slide.
+        mask: (H, W), True where the thumbnail shows tissue.
+    """
+
+    coords: NDArray[np.int64]
+    width: int
+    size_px_level0: int
+    bounds: tuple[int, int, int, int] | None
+    mpp: float
+    target_mpp: float
+    size_px: int
+    overlap_px: int
+    candidates: int
+    tissue: float
+    thumbnail: Rgb
+    mask: Mask
+
+    @property
+    def down(self) -> float:
+        """Level-0 pixels per pixel of the mask."""
+        return self.width / int(self.mask.shape[1])
+
+    @property
+    def origin(self) -> tuple[int, int]:
+        """Left and top of QuPath's picture of the slide, in level-0 pixels."""
+        return self.bounds[:2] if self.bounds is not None else (0, 0)
+
+
+class Slide:
+    """An open slide.
+
+    Attributes:
+        path: the file.
+        width: of level 0, in pixels.
+        height: of level 0, in pixels.
+        mpp: micrometres per pixel of level 0, or None if nobody says.
+        mpp_from: ``file``, ``stated``, ``assumed`` or None.
+        bounds: left, top, width and height of the area that was scanned, in level-0 pixels, where the
+            file says (.mrxs, .scn, .bif); QuPath shows this area only, with (0, 0) at its corner.
+        objective: nominal magnification, or None.
+        notes: what the file says and a person overruled, or the other way round.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        assume_mpp: float | None = None,
+        stated_mpp: float | None = None,
+        series: int | None = None,
+    ) -> None:
+        """Open a slide.
+
+        Args:
+            path: the file.
+            assume_mpp: micrometres per pixel to take where the file does not say.
+            stated_mpp: micrometres per pixel that a person says of this very slide; wins over the file.
+            series: number of the picture of a TIFF that is the slide; found if left out.
+
+        Raises:
+            BadInput: missing, empty, not readable, or with pixels that are not square.
+        """
+        if not path.exists():
+            raise BadInput(f"{path} does not exist; check the path")
+        if path.is_file() and path.stat().st_size == 0:
+            raise BadInput(f"{path} is empty (0 bytes); copy it again")
+        self.path = path
+        self.notes: list[str] = []
+        self._source = open_source(path, series)
+        try:
+            check_source(path, self._source)
+            self._read_properties(self._source.properties, assume_mpp, stated_mpp)
+        except BadInput:
+            self._source.close()
+            raise
+
+    def _read_properties(
+        self, properties: dict[str, str], assume_mpp: float | None, stated_mpp: float | None
+    ) -> None:
+        self.width, self.height = self._source.levels[0][1]
+        if SERIES in properties:
+            self.notes.append(
+                f"the file holds several pictures; the slide is series {properties[SERIES]}"
+            )
+        sides = sides_of(properties)
+        self._of_a_print = is_of_a_print(sides, properties)
+        chosen = choose_mpp(self.path, sides, self._of_a_print, assume_mpp, stated_mpp)
+        self.mpp, self.mpp_from = chosen.mpp, chosen.said_by
+        self.notes += chosen.notes
+        self.bounds = _bounds(properties, self.width, self.height)
+        power = properties.get("openslide.objective-power", "")
+        self.objective = float(power) if power.replace(".", "", 1).isdigit() else None
+
+    def __enter__(self) -> Slide:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._source.close()
+
+    @property
+    def colour_profile(self) -> dict[str, Any]:
+        """``icc_profile``, its name or None, and ``icc_applied``."""
+        return about_profile(self._source.properties)
+
+    def require_mpp(self) -> float:
+        """Return the slide's mpp.
+
+        Raises:
+            BadInput: the file does not say and none was assumed.
+        """
+        if self.mpp is None:
+            raise BadInput(
+                f"{self.path} does not say its micrometres per pixel, so tiles cannot be cut at the "
+                "encoder's scale; pass --assume-mpp, or a manifest with a column mpp, if you know it "
+                "(about 0.25 at 40x, 0.5 at 20x)"
+            )
+        return self.mpp
+
+    def thumbnail(self, longest: int = THUMBNAIL_PX) -> Rgb:
+        """Return the whole slide, at most ``longest`` pixels on its longer side, (H, W, 3)."""
+        return np.asarray(overview(self._source, longest, self.path))
+
+    def grid(
+        self,
+        size_px: int,
+        target_mpp: float,
+        overlap_px: int = 0,
+        min_tissue: float = 0.25,
+        regions: Sequence[Sequence[Ring]] | None = None,
+    ) -> Grid:
+        """Lay tiles over the slide and keep those with enough tissue.
+
+        Tiles at the right and bottom border that do not fit whole are left out, and so are tiles that
+        lie wholly outside what was scanned; a slide smaller than one tile gives none.
+
+        Args:
+            size_px: side of a tile.
+            target_mpp: micrometres per pixel of the tiles.
+            overlap_px: overlap of neighbours, in tile pixels.
+            min_tissue: least share of tissue in a tile.
+            regions: polygons in level-0 pixels that count as tissue, instead of what is found.
+
+        Raises:
+            BadInput: no mpp, too coarse a slide, too many tiles, or pixels that cannot be read.
+        """
+        mpp = self.require_mpp()
+        scale = target_mpp / mpp
+        if scale < MIN_SCALE:
+            options = "--assume-mpp, --override-mpp" if self._of_a_print else "--override-mpp"
+            raise BadInput(
+                f"{self.path} has {mpp:g} µm per pixel; tiles at {target_mpp:g} would be invented from "
+                f"{scale:.2f} pixels each: pass a larger --mpp; if the slide's own value is wrong, state "
+                f"the right one by {options} or in the manifest's column mpp"
+            )
+        if scale * size_px > MAX_SIDE:
+            raise BadInput(
+                f"{self.path}: a tile at {target_mpp:g} µm per pixel covers {scale * size_px:,.0f} of its "
+                f"pixels; at most {MAX_SIDE:,} are read at once: pass a smaller --mpp"
+            )
+        side = round(size_px * scale)
+        step = max(1, round((size_px - overlap_px) * scale))
+        places = (self.width // step + 1) * (self.height // step + 1)
+        if places > MAX_PLACES:
+            raise BadInput(
+                f"{self.path}: {places:,} tiles; at most {MAX_PLACES:,} are cut from a slide"
+            )
+        thumbnail = self.thumbnail()
+        if regions is None:
+            mask = tissue_mask(thumbnail)
+        else:
+            size = thumbnail.shape[1], thumbnail.shape[0]
+            mask = draw_mask(regions, size, self.width / thumbnail.shape[1])
+        coords = self._scanned(_places(self.width, self.height, side, step), side)
+        kept = coords
+        if len(coords):
+            to_mask = mask.shape[1] / self.width, mask.shape[0] / self.height
+            boxes = np.concatenate([coords, coords + side], axis=1) * np.tile(to_mask, 2)
+            kept = coords[tissue_share(mask, boxes) >= min_tissue]
+        return Grid(
+            coords=np.ascontiguousarray(kept),
+            width=self.width,
+            size_px_level0=side,
+            bounds=self.bounds,
+            mpp=mpp,
+            target_mpp=target_mpp,
+            size_px=size_px,
+            overlap_px=overlap_px,
+            candidates=len(coords),
+            tissue=float(mask.mean()),
+            thumbnail=thumbnail,
+            mask=mask,
+        )
+
+    def _scanned(self, coords: NDArray[np.int64], side: int) -> NDArray[np.int64]:
+        """Return the places of tiles, (N, 2), that hold anything that was scanned."""
+        if self.bounds is None or not len(coords):
+            return coords
+        left, top, width, height = self.bounds
+        near = coords - (left, top)
+        inside = ((near > -side) & (near < (width, height))).all(axis=1)
+        coords = coords[inside]
+        scanned = self._source.scanned()
+        if scanned is None or not len(coords):
+            return coords
+        to_mask = np.array([scanned.shape[1] / self.width, scanned.shape[0] / self.height])
+        corners = coords * to_mask
+        boxes = np.concatenate([corners - 1, corners + side * to_mask + 1], axis=1)
+        return coords[tissue_share(scanned, boxes) > 0]
+
+    def read_tile(self, x: int, y: int, size_px_level0: int, size_px: int) -> Rgb:
+        """Read one tile; see :meth:`read_tiles`.
+
+        Raises:
+            BadInput: it cannot be decoded.
+        """
+        tile = np.empty((1, size_px, size_px, 3), dtype=np.uint8)
+        failed = self.read_tiles([(x, y)], size_px_level0, tile)
+        if failed:
+            raise failed[0]
+        only: Rgb = tile[0]
+        return only
+
+    def read_tiles(
+        self, places: Sequence[tuple[int, int]], size_px_level0: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
+        """Read squares at level-0 places and resample them to the size of ``out``.
+
+        What lies beyond the slide has the slide's background colour. The best level is the smallest
+        that is still at least as fine as wanted, so that pixels are averaged, never invented, unless
+        the slide itself is coarser. Neighbouring places in one call share what is decoded.
+
+        Args:
+            places: left and top of each tile in level-0 pixels.
+            size_px_level0: side of a tile in level-0 pixels.
+            out: (N, size_px, size_px, 3), filled.
+
+        Returns:
+            By number of the place why it cannot be read; empty if all was well.
+        """
+        size_px = out.shape[1]
+        wanted = size_px_level0 / size_px
+        level = 0
+        for number, (downsample, _) in enumerate(self._source.levels):
+            if downsample <= wanted * 1.01:
+                level = number
+        side = max(1, round(size_px_level0 / self._source.levels[level][0]))
+        if side == size_px:
+            return self._source.regions(places, level, out)
+        failed: dict[int, BadInput] = {}
+        step = max(1, MAX_READ // (side * side * 3))
+        for start in range(0, len(places), step):
+            part = places[start : start + step]
+            large = np.empty((len(part), side, side, 3), dtype=np.uint8)
+            broken = self._source.regions(part, level, large)
+            failed.update({start + number: error for number, error in broken.items()})
+            for number in range(len(part)):
+                out[start + number] = _resample(large[number], size_px)
+        return failed
+
+
+def _places(width: int, height: int, side: int, step: int) -> NDArray[np.int64]:
+    """Return top-left x, y of every whole tile, block by block, row by row inside a block."""
+    xs = np.arange(max(0, (width - side) // step + 1), dtype=np.int64)
+    ys = np.arange(max(0, (height - side) // step + 1), dtype=np.int64)
+    x, y = (part.ravel() for part in np.meshgrid(xs, ys))
+    order = np.lexsort((x, y, x // BLOCK_TILES[0], y // BLOCK_TILES[1]))
+    return np.stack([x[order], y[order]], axis=1) * step
+
+
+def _resample(tile: Rgb, size_px: int) -> Rgb:
+    side = tile.shape[0]
+    resample = Image.Resampling.BOX if side > size_px else Image.Resampling.BICUBIC
+    if side > size_px and side % size_px:
+        resample = Image.Resampling.LANCZOS
+    return np.asarray(Image.fromarray(tile).resize((size_px, size_px), resample))
+
+
+def _bounds(
+    properties: dict[str, str], width: int, height: int
+) -> tuple[int, int, int, int] | None:
+    """Return left, top, width and height of the scanned area, cut to the slide."""
+    try:
+        left, top, across, down = (
+            int(properties[f"openslide.bounds-{key}"]) for key in ("x", "y", "width", "height")
+        )
+    except (KeyError, ValueError):
+        return None
+    left, top = max(0, left), max(0, top)
+    across, down = min(across, width - left), min(down, height - top)
+    return (left, top, across, down) if across > 0 and down > 0 else None
+
+
+def open_slide(
+    path: Path,
+    assume_mpp: float | None = None,
+    stated_mpp: float | None = None,
+    series: int | None = None,
+) -> Slide:
+    """Open a slide; every failure is an error of ours that names the file."""
+    try:
+        return Slide(path, assume_mpp, stated_mpp, series)
+    except HistoseekError:
+        raise
+    except Exception as error:
+        raise BadInput(f"{path} cannot be opened ({type(error).__name__}: {error})") from error

@@ -1,0 +1,148 @@
+"""Opening a slide by what can read it: OpenSlide, tifffile or the decoder of plain pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.images import SUFFIXES, decode, profile_of
+from ...artifacts.unread import is_dicom
+from ...errors import BadInput, BrokenFile
+from .openslide_source import OpenSlideSource
+from .overview import Source
+from .profiles import of_picture
+from .tiff_series import is_largest, the_slide
+from .tiff_source import BY_TAG, TiffSource, is_ome, looks_like_tiff
+
+SLIDE_SUFFIXES = frozenset(
+    {
+        ".svs",
+        ".ndpi",
+        ".mrxs",
+        ".scn",
+        ".bif",
+        ".vms",
+        ".vmu",
+        ".svslide",
+        ".dcm",
+        ".qptiff",
+    }
+)
+MAX_SLIDE_PICTURE = 170_000_000
+
+
+class PictureSource:
+    """A plain picture as a slide of one level, held in memory."""
+
+    def __init__(self, path: Path) -> None:
+        """Decode the picture."""
+        self._picture = decode(path, max_pixels=MAX_SLIDE_PICTURE)
+        height, width = self._picture.shape[:2]
+        self.levels: tuple[tuple[float, tuple[int, int]], ...] = ((1.0, (width, height)),)
+        self.properties: dict[str, str] = of_picture(profile_of(path))
+        self.block_px = (width, height)
+
+    def regions(
+        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
+        """Cut out regions; see :class:`Source`."""
+        for number, (x, y) in enumerate(places):
+            height, width = out.shape[1:3]
+            out[number] = 255
+            left, top = max(0, x), max(0, y)
+            part = self._picture[top : max(0, y + height), left : max(0, x + width)]
+            high, wide = part.shape[:2]
+            out[number, top - y : top - y + high, left - x : left - x + wide] = part
+        return {}
+
+    def scanned(self) -> None:
+        """All of it was; see :class:`~histoseek.serving.slides.overview.Source`."""
+
+    def forget(self) -> None:
+        """Nothing is kept but the picture itself."""
+
+    def close(self) -> None:
+        """Free the pixels."""
+        self._picture = np.zeros((0, 0, 3), dtype=np.uint8)
+
+
+def open_source(path: Path, series: int | None = None) -> Source:
+    """Open a file by OpenSlide if that knows it, else as TIFF, else as a plain picture.
+
+    OME-TIFF always goes to tifffile: OpenSlide reads some, but neither their scale nor their pyramid. So
+    does a TIFF in which OpenSlide takes a small first picture (a label, a macro) for the slide.
+
+    Args:
+        path: the file.
+        series: number of the picture of a TIFF that is the slide; found if left out.
+
+    Raises:
+        BadInput: none can read it.
+    """
+    if series is not None:
+        return TiffSource(path, series)
+    if looks_like_tiff(path) and is_ome(path):
+        return TiffSource(path, the_slide(path))
+    if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
+        raise BadInput(
+            f"{path} needs the folder {path.with_suffix('').name}/ beside it, which holds its pixels "
+            "and is not there; copy it too"
+        )
+    if is_openslide(path):
+        try:
+            found = OpenSlideSource(path)
+        except BadInput:
+            if not looks_like_tiff(path):
+                raise
+            return _by_tifffile(path)
+        if BY_TAG in found.properties and not is_largest(path, found.levels[0][1]):
+            found.close()
+            return TiffSource(path, the_slide(path))
+        return found
+    if looks_like_tiff(path):
+        return TiffSource(path, the_slide(path))
+    if path.suffix.lower() in SLIDE_SUFFIXES:
+        return OpenSlideSource(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise BadInput(
+            f"{path} is neither a slide that OpenSlide reads nor a picture "
+            f"({', '.join(sorted(SUFFIXES))})"
+        )
+    return PictureSource(path)
+
+
+def _by_tifffile(path: Path) -> Source:
+    """Open a TIFF that OpenSlide knows and cannot read, such as one of another compression."""
+    try:
+        return TiffSource(path, the_slide(path))
+    except BadInput as error:
+        try:
+            return OpenSlideSource(path)
+        except BadInput as other:
+            # what tifffile knows to be unsupported is the better reason; of damage OpenSlide knows more
+            raise (other if isinstance(error, BrokenFile) else error) from other
+
+
+def is_openslide(path: Path) -> bool:
+    """Whether OpenSlide knows the file's format."""
+    import openslide
+
+    try:
+        return openslide.OpenSlide.detect_format(str(path)) is not None
+    except openslide.OpenSlideError:
+        return True  # it knows the format and found a fault, which opening will tell
+
+
+def is_slide(path: Path) -> bool:
+    """Whether a file is a slide: by its name, by what OpenSlide says of a TIFF or CZI, or a DICOM file."""
+    suffix = path.suffix.lower()
+    if suffix in SLIDE_SUFFIXES:
+        return True
+    if looks_like_tiff(path):
+        return is_openslide(path) or is_ome(path)
+    if suffix == ".czi":
+        return is_openslide(path)
+    return suffix not in SUFFIXES and is_dicom(path) and is_openslide(path)

@@ -1,0 +1,310 @@
+"""Pixels of tiled TIFF files, decoded segment by segment without OpenSlide, and equal to its pixels.
+
+A segment is a TIFF tile or strip. JPEG goes through libjpeg-turbo (simplejpeg), which reports damaged
+data as OpenSlide does; every other compression through tifffile and imagecodecs.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import threading
+import warnings
+import weakref
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...artifacts.images import Rgb
+from ...errors import BadInput, BrokenFile
+from .tiff_depth import check_page
+
+MAX_SEGMENT_PX = 64_000_000
+CACHE_BYTES = 64 * 2**20
+"""Decoded segments kept per file: about one row of segments across a large slide, so that the tiles
+below need not decode them again."""
+
+_JPEG = 7
+_RGB, _YCBCR, _GREY = 2, 6, 1
+_LOSSLESS = {1, 5, 8, 32773, 32946, 34925, 50000}
+"""Compressions with one possible result: none, LZW, Deflate, PackBits, LZMA, Zstandard."""
+
+_WITH_HEADER = {33003, 33004, 33005, 34712, 34927, 34933, 50001}
+"""JPEG 2000, WebP, PNG: they say their size themselves, which is looked at before they are decoded."""
+
+_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
+"""A JPEG marker that says: three components, and they are red, green and blue."""
+
+
+@dataclass(frozen=True)
+class Level:
+    """One picture of a pyramid, and where its segments lie in the file.
+
+    Attributes:
+        width: in pixels.
+        height: in pixels.
+        tile_width: of a segment.
+        tile_height: of a segment.
+        page: tifffile's page.
+        planes: 3 if the file keeps red, green and blue apart, else 1.
+        alpha: what a fourth channel is: ``over`` (laid over white), ``premultiplied`` or "" (nothing).
+    """
+
+    width: int
+    height: int
+    tile_width: int
+    tile_height: int
+    page: Any
+    planes: int
+    alpha: str = ""
+
+    @property
+    def across(self) -> int:
+        """Segments per row."""
+        return -(-self.width // self.tile_width)
+
+    @property
+    def down(self) -> int:
+        """Rows of segments."""
+        return -(-self.height // self.tile_height)
+
+
+def level_of(page: Any, path: Path) -> Level:
+    """Describe a page of 8-bit RGB or grey.
+
+    Args:
+        page: tifffile's TiffPage.
+        path: for messages.
+
+    Raises:
+        BadInput: pixels that have no single reading as 8-bit RGB, or segments that do not fit.
+    """
+    width, height = int(page.imagewidth), int(page.imagelength)
+    samples, photometric = int(page.samplesperpixel), int(page.photometric)
+    check_page(page, path)
+    bits = page.bitspersample
+    if page.dtype != np.uint8 or bits != 8 or photometric not in {_RGB, _YCBCR, _GREY}:
+        name = getattr(page.photometric, "name", photometric)
+        raise BadInput(
+            f"{path} has {bits} bits per channel as {name}; expected 8 bits as RGB, YCbCr or grey: "
+            "convert it to 8-bit RGB"
+        )
+    compression = int(page.compression)
+    if compression not in {_JPEG, *_LOSSLESS, *_WITH_HEADER}:
+        name = getattr(page.compression, "name", compression)
+        raise BadInput(
+            f"{path} is compressed by {name}, which is not supported; save it as JPEG, Deflate, LZW, "
+            "Zstandard or JPEG 2000"
+        )
+    if photometric == _YCBCR and compression != _JPEG:
+        raise BadInput(
+            f"{path} holds YCbCr that is not JPEG, which has no single reading; convert it to RGB"
+        )
+    if int(getattr(page, "imagedepth", 1)) != 1:
+        raise BadInput(f"{path} is a volume of {page.imagedepth} planes; expected one picture")
+    tiled = bool(page.is_tiled)
+    tile_width = int(page.tilewidth) if tiled else width
+    tile_height = int(page.tilelength) if tiled else min(height, int(page.rowsperstrip))
+    if min(width, height, tile_width, tile_height) < 1:
+        raise BrokenFile(f"{path} has {width} x {height} pixels; it is damaged: copy it again")
+    if tile_width * tile_height > MAX_SEGMENT_PX:
+        raise BadInput(
+            f"{path} is stored in pieces of {tile_width} x {tile_height} pixels; at most "
+            f"{MAX_SEGMENT_PX:,} are decoded at once: save it tiled (256 to 1024 pixels)"
+        )
+    planes = samples if int(page.planarconfig) == 2 and samples > 1 else 1
+    extra = int(page.extrasamples[0]) if samples == 4 and page.extrasamples else 0
+    alpha = {1: "premultiplied", 2: "over"}.get(extra, "")
+    level = Level(width, height, tile_width, tile_height, page, planes, alpha)
+    expected = level.across * level.down * planes
+    if min(len(page.dataoffsets), len(page.databytecounts)) < expected:
+        raise BrokenFile(
+            f"{path} lists {len(page.dataoffsets)} pieces of its {width} x {height} pixels; expected "
+            f"{expected}: it is damaged, copy it again"
+        )
+    return level
+
+
+class TiffPixels:
+    """Regions of the levels of one TIFF file; safe to use from several threads."""
+
+    def __init__(self, path: Path, levels: Sequence[Level]) -> None:
+        """Open the file for reading by place; it is closed at the latest when nobody needs it."""
+        self._path = path
+        self.levels = tuple(levels)
+        self._file = os.open(path, os.O_RDONLY)
+        self._closer = weakref.finalize(self, os.close, self._file)
+        self._cache: OrderedDict[tuple[int, int], Rgb] = OrderedDict()
+        self._cached = 0
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the file, and forget what was decoded."""
+        self._file = -1  # its number may soon be another file's
+        self._closer()
+        self.forget()
+
+    def forget(self) -> None:
+        """Free the decoded segments."""
+        with self._lock:
+            self._cache.clear()
+            self._cached = 0
+
+    def squares(
+        self, level: int, places: Sequence[tuple[int, int]], out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
+        """Read regions of one size; each segment that they share is decoded once.
+
+        Args:
+            level: number of the level.
+            places: left and top of each region, in pixels of the level.
+            out: (N, height, width, 3), filled; white beyond the picture.
+
+        Returns:
+            By number of the place why it cannot be read; empty if all was well.
+        """
+        at = self.levels[level]
+        height, width = out.shape[1:3]
+        users: dict[int, list[int]] = {}
+        for number, (x, y) in enumerate(places):
+            if x < 0 or y < 0 or x + width > at.width or y + height > at.height:
+                out[number] = 255
+            for row in range(
+                max(0, y) // at.tile_height, min(at.down, -(-(y + height) // at.tile_height))
+            ):
+                for column in range(
+                    max(0, x) // at.tile_width, min(at.across, -(-(x + width) // at.tile_width))
+                ):
+                    users.setdefault(row * at.across + column, []).append(number)
+        failed: dict[int, BadInput] = {}
+        for segment, numbers in sorted(users.items()):  # in the order of the file
+            try:
+                pixels = self._cached_segment(level, segment)
+            except BadInput as error:
+                failed.update(dict.fromkeys(numbers, error))
+                continue
+            top = segment // at.across * at.tile_height
+            left = segment % at.across * at.tile_width
+            bottom, right = top + pixels.shape[0], left + pixels.shape[1]
+            for number in numbers:
+                x, y = places[number]
+                x0, x1 = max(x, left), min(x + width, right)
+                y0, y1 = max(y, top), min(y + height, bottom)
+                out[number, y0 - y : y1 - y, x0 - x : x1 - x] = pixels[
+                    y0 - top : y1 - top, x0 - left : x1 - left
+                ]
+        return failed
+
+    def _cached_segment(self, level: int, number: int) -> Rgb:
+        key = (level, number)
+        with self._lock:
+            known = self._cache.get(key)
+            if known is not None:
+                self._cache.move_to_end(key)
+                return known
+        pixels = self.segment(self.levels[level], number)
+        if pixels.nbytes * 8 <= CACHE_BYTES:
+            with self._lock:
+                if key not in self._cache:
+                    self._cache[key] = pixels
+                    self._cached += pixels.nbytes
+                while self._cached > CACHE_BYTES:
+                    self._cached -= self._cache.popitem(last=False)[1].nbytes
+        return pixels
+
+    def segment(self, level: Level, number: int) -> Rgb:
+        """Decode one segment, cut at the picture's border, (h, w, 3).
+
+        Raises:
+            BadInput: it is missing or damaged; says where.
+        """
+        row, column = divmod(number, level.across)
+        high = min(level.tile_height, level.height - row * level.tile_height)
+        wide = min(level.tile_width, level.width - column * level.tile_width)
+        try:
+            planes = [
+                self._decode(level, number + plane * level.across * level.down)
+                for plane in range(level.planes)
+            ]
+            pixels = planes[0] if level.planes == 1 else np.concatenate(planes, axis=2)
+            if pixels.shape[0] < high or pixels.shape[1] < wide:
+                raise ValueError(f"it holds {pixels.shape[1]} x {pixels.shape[0]} pixels")
+            return _rgb(pixels[:high, :wide], level.alpha)
+        except Exception as error:  # a damaged segment can make a decoder fail in any way
+            raise BadInput(
+                f"{self._path}: the piece at x={column * level.tile_width}, "
+                f"y={row * level.tile_height} of its {level.width} x {level.height} level cannot be "
+                f"read ({error}); the file is truncated or damaged: copy it again"
+            ) from error
+
+    def _decode(self, level: Level, index: int) -> NDArray[np.uint8]:
+        page = level.page
+        size, offset = int(page.databytecounts[index]), int(page.dataoffsets[index])
+        if size == 0:
+            raise ValueError("nothing is stored there")
+        blob = os.pread(self._file, size, offset)
+        if len(blob) < size:
+            raise ValueError("the file ends before it")
+        if int(page.compression) == _JPEG and level.planes == 1:
+            return self._jpeg(level, blob)
+        if int(page.compression) in _WITH_HEADER:
+            _check_size(level, blob)
+        decoded = np.asarray(page.decode(blob, index, jpegtables=page.jpegtables)[0])
+        if decoded.dtype != np.uint8:
+            raise ValueError(f"it holds {decoded.dtype}, not 8 bits per channel")
+        return decoded.reshape(decoded.shape[-3:])
+
+    @staticmethod
+    def _jpeg(level: Level, blob: bytes) -> NDArray[np.uint8]:
+        import simplejpeg
+
+        page = level.page
+        photometric, tables = int(page.photometric), page.jpegtables
+        marker = _ADOBE_RGB if photometric == _RGB and b"JFIF" not in blob[:32] else b""
+        if tables or marker:
+            blob = blob[:2] + marker + (tables[2:-2] if tables else b"") + blob[2:]
+        high, wide, _, _ = simplejpeg.decode_jpeg_header(blob)
+        if high > level.tile_height or wide > level.tile_width:
+            raise ValueError(f"it claims {wide} x {high} pixels")
+        colours = "GRAY" if photometric == _GREY else "RGB"
+        return np.asarray(simplejpeg.decode_jpeg(blob, colorspace=colours))
+
+
+def _check_size(level: Level, blob: bytes) -> None:
+    """Refuse a segment that says that it is larger than its place."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with Image.open(io.BytesIO(blob)) as header:
+            wide, high = header.size
+    if high > level.tile_height or wide > level.tile_width:
+        raise ValueError(f"it claims {wide} x {high} pixels")
+
+
+def _rgb(pixels: NDArray[np.uint8], alpha: str) -> Rgb:
+    """Return RGB of grey, RGB or RGBA; alpha is laid over white, a channel that says nothing left out."""
+    if pixels.shape[2] == 1:
+        return np.repeat(pixels, 3, axis=2)
+    if pixels.shape[2] == 4 and alpha:
+        share = pixels[:, :, 3:].astype(np.uint16)
+        colour = pixels[:, :, :3].astype(np.uint16)
+        if alpha == "over":
+            colour = (colour * share + 127) // 255
+        laid: Rgb = np.minimum(colour + (255 - share), 255).astype(np.uint8)
+        return laid
+    colours: Rgb = pixels[:, :, :3]
+    return colours
+
+
+def decodes_exactly(level: Level) -> bool:
+    """Whether a level is stored so that our decoders and OpenSlide's can give but one result.
+
+    A level with empty segments is not: OpenSlide fills them in its own way.
+    """
+    known = int(level.page.compression) in {_JPEG, *_LOSSLESS}
+    return known and all(level.page.databytecounts) and level.planes == 1

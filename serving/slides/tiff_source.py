@@ -1,0 +1,209 @@
+"""TIFF slides that OpenSlide does not read: OME-TIFF, QPTIFF and plain TIFF, through tifffile."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+from xml.etree import ElementTree
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput, BrokenFile, HistoseekError
+from .profiles import of_page
+from .tiff_pixels import Level, TiffPixels, level_of
+
+_UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
+_ORIENTATIONS = {0, 1}
+SERIES = "histoseek.series"
+"""Property that says which picture of a TIFF was taken, of how many, where it holds several."""
+BY_TAG = "histoseek.mpp-by-resolution-tag"
+"""Property of slides whose scale is only that of a print (72 or 300 dpi), if it is coarse."""
+
+
+class Picture(NamedTuple):
+    """Name and size in pixels of a picture of a TIFF."""
+
+    name: str
+    width: int
+    height: int
+
+
+class TiffSource:
+    """A picture of a TIFF file with its pyramid, if it has one."""
+
+    def __init__(self, path: Path, series: int = 0) -> None:
+        """Open a TIFF.
+
+        Args:
+            path: the file.
+            series: number of the picture that is the slide.
+
+        Raises:
+            BadInput: not a TIFF, damaged, pixels that have no single reading as 8-bit RGB, or no picture
+                of that number.
+        """
+        try:
+            with open_tiff(path) as opened:
+                pages = _pyramid(opened, path, series)
+                levels = [level_of(page, path) for page in pages]
+                self.properties = {
+                    **_properties(opened, pages[0], path.name, series),
+                    **of_page(pages[0]),
+                }
+        except HistoseekError:
+            raise
+        except Exception as error:  # a damaged header can make the parser fail in any way
+            raise BrokenFile(
+                f"{path} is no slide: it cannot be read as TIFF ({type(error).__name__}: {error}); it "
+                "is truncated or damaged: copy it again"
+            ) from error
+        self._pixels = TiffPixels(path, levels)
+        first = levels[0]
+        self.block_px = whole_segments(first)
+        self.forget = self._pixels.forget
+        self.levels: tuple[tuple[float, tuple[int, int]], ...] = tuple(
+            (first.width / at.width, (at.width, at.height)) for at in levels
+        )
+
+    def regions(
+        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+    ) -> dict[int, BadInput]:
+        """Read several regions; see :class:`~histoseek.serving.slides.overview.Source`."""
+        down = self.levels[level][0]
+        scaled = [(round(x / down), round(y / down)) for x, y in places]
+        return self._pixels.squares(level, scaled, out)
+
+    def scanned(self) -> None:
+        """All of it was; see :class:`~histoseek.serving.slides.overview.Source`."""
+
+    def close(self) -> None:
+        """Close the file."""
+        self._pixels.close()
+
+
+def open_tiff(path: Path) -> Any:
+    """Open this file alone: OME-XML may name others, which are slides of their own."""
+    import tifffile
+
+    return tifffile.TiffFile(path, _multifile=False)
+
+
+def whole_segments(level: Level, about: int = 1024) -> tuple[int, int]:
+    """Return width and height of blocks of whole segments, so that none is decoded twice.
+
+    Strips are as wide as the picture; then a block is lower, so that it has not many more pixels.
+    """
+    wide = max(1, about // level.tile_width) * level.tile_width
+    high = min(about, about * about // wide)
+    return wide, max(1, high // level.tile_height) * level.tile_height
+
+
+def _pyramid(opened: Any, path: Path, number: int) -> list[Any]:
+    if not opened.series:
+        raise BrokenFile(f"{path} holds no picture; copy it again")
+    if not 0 <= number < len(opened.series):
+        raise BadInput(
+            f"{path} has no series {number}; it holds {len(opened.series)} picture(s), numbered from 0"
+        )
+    series = opened.series[number]
+    first = series.levels[0]
+    if len(first.pages) != 1:
+        raise BadInput(
+            f"{path} has {len(first.pages)} planes (axes {first.axes}, shape {first.shape}): channels, "
+            "depths or times; expected one picture of 8-bit RGB (fluorescence is not read)"
+        )
+    pages = [level.pages[0] for level in series.levels if len(level.pages) == 1]
+    orientation = int(pages[0].tags.valueof("Orientation", 1))
+    if orientation not in _ORIENTATIONS:
+        raise BadInput(
+            f"{path} is stored turned or mirrored (TIFF orientation {orientation}), so places on it "
+            "would be ambiguous; save it upright"
+        )
+    pages = [page.aspage() for page in pages]
+    widths = [page.imagewidth for page in pages]
+    return [p for n, p in enumerate(pages) if n == 0 or p.imagewidth < min(widths[:n])]
+
+
+def _properties(opened: Any, page: Any, name: str, number: int) -> dict[str, str]:
+    found = {SERIES: f"{number} of 0 to {len(opened.series) - 1}"} if len(opened.series) > 1 else {}
+    picture = Picture(str(opened.series[number].name), page.imagewidth, page.imagelength)
+    sizes = _ome_mpp(opened.ome_metadata, name, picture) if opened.is_ome else None
+    if sizes is not None:
+        return {**found, "openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
+    sizes = _tag_mpp(page)
+    if sizes is None:
+        return found
+    found |= {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
+    return {**found, BY_TAG: "yes"}
+
+
+def _ome_mpp(document: str | None, file: str, picture: Picture) -> tuple[float, float] | None:
+    """Return µm per pixel of a picture of a file; None if the OME-XML does not say it without doubt.
+
+    Pictures are told apart by their size and name: their order is not that of the file where the document
+    describes pictures that other files hold.
+    """
+    if not document or "<!DOCTYPE" in document:
+        return None
+    try:
+        images = [e for e in ElementTree.fromstring(document).iter() if e.tag.endswith("Image")]
+        every = [
+            (image.get("Name", ""), pixels)
+            for image in images
+            for pixels in image
+            if pixels.tag.endswith("Pixels")
+        ]
+        mine = [
+            (name, pixels)
+            for name, pixels in every
+            if any(child.get("FileName") == file for child in pixels.iter())
+        ]
+        given = mine or every
+        if len(given) > 1:
+            size = str(picture.width), str(picture.height)
+            given = [(n, p) for n, p in given if (p.get("SizeX"), p.get("SizeY")) == size]
+        named = [(n, p) for n, p in given if n == picture.name]
+        sizes = {_physical_size(pixels) for _, pixels in named or given}
+    except (ElementTree.ParseError, KeyError, ValueError):
+        return None
+    return sizes.pop() if len(sizes) == 1 else None
+
+
+def _physical_size(pixels: ElementTree.Element) -> tuple[float, float]:
+    x, y = (
+        float(pixels.attrib[f"PhysicalSize{axis}"])
+        * _UNITS[pixels.get(f"PhysicalSize{axis}Unit", "µm")]
+        for axis in "XY"
+    )
+    return x, y
+
+
+def _tag_mpp(page: Any) -> tuple[float, float] | None:
+    """Return µm per pixel from the TIFF resolution tags, or None if they name no length."""
+    per_unit = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof("ResolutionUnit", 1)))
+    if per_unit is None:
+        return None
+    values = []
+    for name in ("XResolution", "YResolution"):
+        above, below = page.tags.valueof(name, (0, 1))
+        if above <= 0 or below <= 0:
+            return None
+        values.append(per_unit * below / above)
+    return values[0], values[1]
+
+
+def looks_like_tiff(path: Path) -> bool:
+    """Whether a file's name is a TIFF's."""
+    return re.search(r"\.(tiff?|qptiff|btf|tf[28])$", path.name.lower()) is not None
+
+
+def is_ome(path: Path) -> bool:
+    """Whether a TIFF carries OME-XML; False for what cannot be read."""
+    try:
+        with open_tiff(path) as opened:
+            return bool(opened.is_ome)
+    except Exception:  # opening it for good will tell what is wrong
+        return False

@@ -1,0 +1,1 @@
+"""Access: who may ask, within which limits, and the record of it."""

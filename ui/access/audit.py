@@ -1,0 +1,89 @@
+"""The audit log: who asked what of which atlas with which encoder, a JSON line each, without any image.
+
+Every line is linked to the one before by a hash; ``histoseek index verify`` checks the chain.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from typing import Any
+
+from ...artifacts.audit_chain import FILE, ChainedLog
+from ...console import say
+from ...errors import StorageFailed
+from ..session.answers import now
+from ..session.session import Session
+
+__all__ = ["FILE", "Audit"]
+
+
+class Audit:
+    """Appends lines to a file that only its owner may read."""
+
+    def __init__(self, path: Path, session: Session) -> None:
+        """Open the log for appending.
+
+        Raises:
+            StorageFailed: the file cannot be written.
+        """
+        self._path = path
+        self._lock = threading.Lock()
+        manifest = session.atlas.manifest
+        self._about = {
+            "atlas": str(session.atlas.path),
+            "encoder": manifest.name,
+            "encoder_sha256": manifest.sha256,
+        }
+        try:
+            self._log: ChainedLog | None = ChainedLog(path)
+        except OSError as error:
+            raise StorageFailed(
+                f"the audit log {path} cannot be written ({error.strerror}); name another by --audit-log"
+            ) from error
+        self._tell_notes()
+        self._tell_head("begins")
+
+    def write(self, action: str, who: dict[str, str], **facts: Any) -> None:
+        """Append a line.
+
+        Args:
+            action: search, assign, embed, add, remove, rename.
+            who: user, address and request id.
+            facts: about it, JSON-ready, such as generation, filter, number of hits.
+
+        Raises:
+            StorageFailed: the disk is full; what was asked must not be done unseen.
+        """
+        line = {"at": now(), "action": action, **who, **self._about, **facts}
+        with self._lock:
+            if self._log is None:
+                raise StorageFailed(f"the audit log {self._path} is closed: the server is stopping")
+            try:
+                self._log.append(line)
+            except OSError as error:
+                raise StorageFailed(
+                    f"the audit log {self._path} cannot be written ({error.strerror}); free space"
+                ) from error
+            self._tell_notes()
+
+    def close(self) -> None:
+        """Close the file; what comes after is refused."""
+        with self._lock:
+            if self._log is not None:
+                self._tell_head("ends")
+                self._log.close()
+            self._log = None
+
+    def _tell_notes(self) -> None:
+        """Say once what was found in the log that a person should know."""
+        if self._log is not None:
+            for note in self._log.notes:
+                say(f"audit log: {note}")
+            self._log.notes.clear()
+
+    def _tell_head(self, when: str) -> None:
+        """Say how far the log is: whoever keeps the server's output has a copy of the head elsewhere."""
+        if self._log is not None and self._log.last.number:
+            last = self._log.last
+            say(f"audit log: {when} at line {last.number}, sha256 {last.sha256}")

@@ -1,0 +1,176 @@
+"""Checking passwords: how many wrong ones are taken, and what was right a moment ago.
+
+Argon2 is slow by design. It runs on two threads of its own, and a right password is remembered for minutes
+under a keyed hash, so that neither other requests nor the same user wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import hmac
+import ipaddress
+import secrets
+import threading
+import time
+from collections import OrderedDict, deque
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from .policy import Access, Claim, claim_of
+from .proxies import parsed
+from .users import HASH
+
+FAILURES = 10
+"""Wrong passwords for one user from one address within a minute, after which both together must wait."""
+ADDRESS_FAILURES = 100
+"""Wrong passwords from one address within a minute, of whichever users."""
+FAILURES_S = 60.0
+COUNTED = 10_000
+"""Users and addresses whose failures are remembered at most."""
+REMEMBER_S = 300.0
+REMEMBERED = 1_024
+THREADS = 2
+WAITING = 64
+"""Passwords that wait for argon2 at most."""
+
+
+class MustWait(Exception):
+    """Nobody looks at the password now."""
+
+    def __init__(self, text: str, seconds: int) -> None:
+        """Say why, and for how long."""
+        super().__init__(text)
+        self.seconds = seconds
+
+
+class Failures:
+    """Counts what went wrong within a minute by key, for a bounded number of keys."""
+
+    def __init__(self, most: int, keys: int = COUNTED) -> None:
+        """Allow ``most`` failures a minute by key; the oldest keys are forgotten above ``keys``."""
+        self._most, self._keys = most, keys
+        self._times: OrderedDict[bytes, deque[float]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._times)
+
+    def full(self, key: bytes) -> bool:
+        """Whether there were too many."""
+        times = self._times.get(key)
+        if times is None or len(times) < self._most:
+            return False
+        return time.monotonic() - times[0] < FAILURES_S
+
+    def add(self, key: bytes) -> None:
+        """Count one."""
+        self._times.setdefault(key, deque(maxlen=self._most)).append(time.monotonic())
+        self._times.move_to_end(key)
+        while len(self._times) > self._keys:
+            self._times.popitem(last=False)
+
+    def take_back(self, key: bytes) -> None:
+        """Take the last one back."""
+        times = self._times.get(key)
+        if times:
+            times.pop()
+
+    def clear(self, key: bytes) -> None:
+        """Forget a key."""
+        self._times.pop(key, None)
+
+
+class Logins:
+    """Finds out who an ``Authorization`` header proves, and slows guessing down."""
+
+    def __init__(self, access: Access) -> None:
+        """Check against these users and this token."""
+        self._access = access
+        self._key = secrets.token_bytes(32)
+        self._lock = threading.Lock()
+        self._by_user = Failures(FAILURES)
+        self._by_address = Failures(ADDRESS_FAILURES)
+        self._right: OrderedDict[bytes, tuple[str, float]] = OrderedDict()
+        self._slow = any(secret.startswith(HASH) for secret in access.users.values())
+        self._pool = ThreadPoolExecutor(THREADS, "passwords")
+        self._checks: dict[bytes, Future[str | None]] = {}
+
+    def close(self) -> None:
+        """Let the threads go."""
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    async def who(self, header: str, address: str) -> str | None:
+        """Return the user that a header proves; None if it proves none.
+
+        A wrong one counts against the user that it names at this address, and against the address. A right
+        one from elsewhere is not held up by either.
+
+        Args:
+            header: ``Authorization``, not empty.
+            address: of the client.
+
+        Raises:
+            MustWait: too many wrong ones, or too many at once.
+        """
+        claim = claim_of(header)
+        place = _place(address)
+        user_key = self._hash("user", claim.user if claim else "", place)
+        address_key = self._hash("address", place)
+        right_key = self._hash("right", header)
+        check_key = self._hash("check", header, place)
+        with self._lock:
+            if self._by_user.full(user_key):
+                text = "too many wrong passwords for this user from here; wait a minute"
+                raise MustWait(text, 60)
+            known = self._right.get(right_key)
+            if known is not None and time.monotonic() < known[1]:
+                return known[0]
+            check = self._checks.get(check_key)
+            if check is None:
+                if self._by_address.full(address_key):
+                    self._by_user.add(user_key)  # else who guesses on could tell what is remembered
+                    text = "too many wrong passwords from this address; wait a minute"
+                    raise MustWait(text, 60)
+                check = self._start(claim, check_key)
+                # Counted before it is known: many at once are no way around the limit.
+                self._by_user.add(user_key)
+                self._by_address.add(address_key)
+        try:
+            user = await asyncio.shield(asyncio.wrap_future(check))
+        finally:
+            with self._lock:
+                first = self._checks.pop(check_key, None) is not None
+        with self._lock:
+            if user is None:
+                return None
+            self._by_user.clear(user_key)
+            if first:
+                self._by_address.take_back(address_key)
+            self._right[right_key] = user, time.monotonic() + REMEMBER_S
+            self._right.move_to_end(right_key)
+            while len(self._right) > REMEMBERED:
+                self._right.popitem(last=False)
+        return user
+
+    def _start(self, claim: Claim | None, key: bytes) -> Future[str | None]:
+        """Begin to check, on a thread where argon2 is asked; the same header is checked once at a time."""
+        if claim is not None and self._slow and not claim.bearer:
+            if len(self._checks) >= WAITING:
+                raise MustWait("too many passwords are being checked; ask again in a moment", 1)
+            check = self._pool.submit(self._access.check, claim)
+        else:
+            check = Future()
+            check.set_result(self._access.check(claim) if claim else None)
+        self._checks[key] = check
+        return check
+
+    def _hash(self, *parts: str) -> bytes:
+        text = "\0".join(parts).encode("utf-8", "surrogateescape")
+        return hmac.digest(self._key, text, hashlib.sha256)
+
+
+def _place(address: str) -> str:
+    """Return what stands for a client: its address, or the /64 network that an IPv6 client has alone."""
+    found = parsed(address)
+    if isinstance(found, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((found, 64), strict=False))
+    return str(found or address)

@@ -1,0 +1,194 @@
+"""Who may ask, and how much: users, token, roles, names of the server, limits."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hmac
+import ipaddress
+import os
+from dataclasses import dataclass, field
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from ...errors import BadInput
+from .proxies import EVERYONE, Proxies
+from .users import AUTH, EDITOR, HASH, READER, Role, hash_password, matches, read_users
+
+USER = "x-histoseek-user"
+ROLE = "x-histoseek-role"
+REQUEST_ID = "x-request-id"
+TOKEN = "HISTOSEEK_UI_TOKEN"
+TOKEN_LEAST = 16
+LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """How much is accepted.
+
+    Attributes:
+        body_bytes: of a request.
+        slide_bytes: of a request that uploads a slide.
+        requests: under way at the same time; more are turned away.
+        bytes_under_way: of all bodies of requests under way, but for slides, which go to the disk.
+    """
+
+    body_bytes: int = 64 * 2**20
+    slide_bytes: int = 8 * 2**30
+    requests: int = 256
+    bytes_under_way: int = 512 * 2**20
+
+
+@dataclass(frozen=True)
+class Claim:
+    """Who an ``Authorization`` header says that one is: user "" with ``bearer``, a token."""
+
+    user: str
+    secret: str = field(repr=False)
+    bearer: bool = False
+
+
+def claim_of(header: str) -> Claim | None:
+    """Return what an ``Authorization`` header claims; None if it cannot be read."""
+    kind, _, value = header.partition(" ")
+    value = value.strip()
+    if kind.lower() == "bearer":
+        return Claim("", value, bearer=True)
+    if kind.lower() != "basic":
+        return None
+    try:
+        user, _, password = base64.b64decode(value, validate=True).decode().partition(":")
+    except (binascii.Error, ValueError):
+        return None
+    return Claim(user, password)
+
+
+@dataclass(frozen=True)
+class Access:
+    """Who may ask.
+
+    Attributes:
+        users: passwords, or their argon2 hashes, by user.
+        token: that stands for a user of its own, an editor; "" for none.
+        hosts: names by which the server may be asked for; None for any.
+        limits: how much is accepted.
+        roles: of users; who is not there is an editor.
+        proxies: what is known of the proxies before the server.
+        notes: what should be said at the start.
+    """
+
+    users: dict[str, str] = field(default_factory=dict, repr=False)
+    token: str = field(default="", repr=False)
+    hosts: frozenset[str] | None = LOCAL_NAMES
+    limits: Limits = field(default_factory=Limits)
+    roles: dict[str, Role] = field(default_factory=dict)
+    proxies: Proxies = field(default_factory=Proxies)
+    notes: tuple[str, ...] = ()
+
+    @property
+    def passwords(self) -> bool:
+        """Whether one may say by password or token who one is."""
+        return bool(self.users or self.token)
+
+    @property
+    def guarded(self) -> bool:
+        """Whether one must say who one is."""
+        return self.passwords or bool(self.proxies.user_header)
+
+    def who(self, header: str) -> str | None:
+        """Return the user that an ``Authorization`` header proves; None if it proves none."""
+        claim = claim_of(header)
+        return self.check(claim) if claim else None
+
+    def check(self, claim: Claim) -> str | None:
+        """Return the user that a claim proves; None if it proves none.
+
+        Takes as long for a wrong user as for a wrong password, and a tenth of a second or more with hashes.
+        """
+        if claim.bearer:
+            return "token" if self._is_token(claim.secret) else None
+        if self._is_token(claim.secret):  # a browser asks for a user too: any does with the token
+            return "token"
+        secret = self.users.get(claim.user)
+        if secret is None:
+            matches(_decoy(any(s.startswith(HASH) for s in self.users.values())), claim.secret)
+            return None
+        return claim.user if matches(secret, claim.secret) else None
+
+    def role(self, user: str) -> Role:
+        """Return what a user may do who gave a password or a token, or need not."""
+        return self.roles.get(user, EDITOR)
+
+    def proxied_role(self, user: str) -> Role:
+        """Return what a user may do whom a proxy named."""
+        return EDITOR if {user, EVERYONE} & self.proxies.editors else READER
+
+    def _is_token(self, value: str) -> bool:
+        same = hmac.compare_digest(self.token.encode(), value.encode())
+        return same and bool(self.token)
+
+
+@cache
+def _decoy(hashed: bool) -> str:
+    """Return the secret that the password of an unknown user is compared with."""
+    return hash_password("nobody") if hashed else "nobody"
+
+
+def access_for(
+    host: str,
+    users_file: Path | None = None,
+    allowed: tuple[str, ...] = (),
+    limits: Limits | None = None,
+    proxies: Proxies | None = None,
+) -> Access:
+    """Return who may ask a server that listens on ``host``.
+
+    Users come from ``HISTOSEEK_UI_AUTH=user:password``, from a file and from a trusted proxy, a token from
+    ``HISTOSEEK_UI_TOKEN``.
+
+    Args:
+        host: address to listen on.
+        users_file: lines ``user:HASH`` or ``user:HASH:ROLE``, readable by its owner only.
+        allowed: further names by which the server may be asked for, such as that of a proxy.
+        limits: how much is accepted.
+        proxies: what is known of the proxies before the server.
+
+    Raises:
+        BadInput: others can reach it and nobody need say who they are; or users that cannot be read.
+    """
+    users = read_users(users_file)
+    token = os.environ.get(TOKEN, "")
+    if token and len(token) < TOKEN_LEAST:
+        raise BadInput(
+            f"{TOKEN} has {len(token)} characters; expected at least {TOKEN_LEAST}, such as "
+            "`openssl rand -hex 24` makes"
+        )
+    proxies = proxies or Proxies()
+    local = is_local(host)
+    hosts = LOCAL_NAMES | {name.lower() for name in allowed} if local else None
+    access = Access(
+        users.secrets, token, hosts, limits or Limits(), users.roles, proxies, users.notes
+    )
+    if (not local or allowed) and not access.guarded:
+        way = f"--host {host}" if not local else f"--allow-host {allowed[0]}"
+        raise BadInput(
+            f"{way} lets other machines in, and the page shows patients' tissue; set {AUTH}=user:password, "
+            f"{TOKEN} or --users FILE first, have a proxy name the users (--trusted-proxy ADDR "
+            "--user-header NAME), or listen on 127.0.0.1"
+        )
+    return access
+
+
+def is_local(host: str) -> bool:
+    """Whether only this machine can reach an address."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
+def error_body(code: str, message: str, request_id: str) -> dict[str, Any]:
+    """Return how every error looks to a program."""
+    return {"error": {"code": code, "message": message, "request_id": request_id}}

@@ -1,0 +1,239 @@
+"""Behind a proxy: the client's address, the public name and path, and the user that a proxy names.
+
+Only a peer in ``--trusted-proxy`` may say so, by ``X-Forwarded-For``, ``-Proto``, ``-Host``, ``-Prefix``
+and the user header. From anyone else these headers are ignored.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from ...errors import BadInput
+
+Network = ipaddress.IPv4Network | ipaddress.IPv6Network
+Address = ipaddress.IPv4Address | ipaddress.IPv6Address
+FORWARDED = ("x-forwarded-for", "x-forwarded-proto", "x-forwarded-host", "x-forwarded-prefix")
+EVERYONE = "*"
+PATH_CHARS = 200
+USER_CHARS = 200
+OWN_PATHS = frozenset({
+    "", "v1", "health", "ready", "info", "metrics", "docs", "redoc", "openapi.json", "page-assets",
+    "gradio_api", "static", "assets", "theme.css", "config", "svelte", "login", "logout", "robots.txt",
+    "manifest.json", "favicon.ico", "pwa_icon", "monitoring", "custom_component", "file",
+    "{page}", "_app", "__gradio",
+})  # fmt: skip
+"""First parts of paths that the server answers itself; a prefix may not begin with one."""
+
+
+@dataclass(frozen=True)
+class Proxies:
+    """What is known of the proxies before the server.
+
+    Attributes:
+        networks: of proxies that are believed.
+        root_path: under which the page is reached from outside, such as ``/histo``; "" for none.
+        user_header: lower-case name of the header by which a proxy names the user; "" for none.
+        editors: users named by a proxy who may change the atlas; ``*`` for all.
+    """
+
+    networks: tuple[Network, ...] = ()
+    root_path: str = ""
+    user_header: str = ""
+    editors: frozenset[str] = frozenset()
+
+    def trusts(self, address: str) -> bool:
+        """Whether an address is that of a trusted proxy."""
+        found = parsed(address)
+        return found is not None and any(found in network for network in self.networks)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A request as the client made it.
+
+    Attributes:
+        address: of the client.
+        scheme: http or https.
+        scheme_known: whether a trusted proxy said the scheme.
+        host: with its port, as in a ``Host`` header.
+        prefix: under which the page is reached, "" for none.
+        path: within the server, without the prefix; "" when exactly the prefix was asked for.
+        proxied: whether it came from a trusted proxy.
+        user: whom the proxy names; "" for nobody.
+        ignored: headers that were ignored, because the peer is no trusted proxy.
+    """
+
+    address: str
+    scheme: str
+    scheme_known: bool
+    host: str
+    prefix: str
+    path: str
+    proxied: bool
+    user: str
+    ignored: tuple[str, ...]
+
+
+def proxies_for(
+    trusted: Sequence[str] = (),
+    root_path: str = "",
+    user_header: str = "",
+    editors: Sequence[str] = (),
+) -> Proxies:
+    """Return what the command line says of proxies, checked.
+
+    Args:
+        trusted: addresses or networks, such as ``10.0.0.7`` or ``10.0.0.0/8``.
+        root_path: such as ``/histo``.
+        user_header: such as ``X-Forwarded-User``.
+        editors: users named by the proxy who may change the atlas.
+
+    Raises:
+        BadInput: no address, no path, or a header without a proxy to believe.
+    """
+    networks = []
+    for text in trusted:
+        try:
+            network = ipaddress.ip_network(text)
+        except ValueError as error:
+            raise BadInput(
+                f"--trusted-proxy {text}: {error}; expected an address or a network, such as 10.0.0.7 "
+                "or 10.0.0.0/8"
+            ) from error
+        if network.prefixlen == 0:
+            raise BadInput(
+                f"--trusted-proxy {text} is every address, so that anyone could name any user; "
+                "give the address of the proxy"
+            )
+        networks.append(network)
+    if user_header and not networks:
+        raise BadInput(
+            f"--user-header {user_header} needs --trusted-proxy ADDR: else anyone could send the header"
+        )
+    if user_header and (
+        not re.fullmatch(r"[A-Za-z0-9-]{1,100}", user_header)
+        or user_header.lower() in {*FORWARDED, "host", "authorization", "cookie", "origin"}
+    ):
+        raise BadInput(
+            f"--user-header {user_header}: expected a header of its own, such as X-Forwarded-User"
+        )
+    if editors and not user_header:
+        raise BadInput(
+            f"--editor {editors[0]} needs --user-header; users of --users have their role in the file"
+        )
+    path = checked_prefix(root_path, "--root-path") if root_path else ""
+    return Proxies(tuple(networks), path, user_header.lower(), frozenset(editors))
+
+
+def checked_prefix(text: str, source: str) -> str:
+    """Return a path prefix without slash at its end; "" for ``/``.
+
+    Raises:
+        BadInput: it is no plain path, or one that the server answers itself.
+    """
+    path = text.rstrip("/")
+    parts = path.split("/")[1:]
+    plain = re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path) and not {".", ".."} & set(parts)
+    if not plain or len(path) > PATH_CHARS:
+        raise BadInput(
+            f"{source} is {text[:100]!r}; expected a path such as /histo: letters, digits, . _ ~ - and /"
+        )
+    if path and parts[0] in OWN_PATHS:
+        raise BadInput(
+            f"{source} is {text[:100]!r}, but the server answers /{parts[0]} itself; choose another path"
+        )
+    return path
+
+
+def parsed(text: str) -> Address | None:
+    """Return an address that may have a port, brackets or a zone; None for anything else."""
+    text = text.strip().strip('"')
+    bracketed = re.fullmatch(r"\[([^\]]*)\](:\d+)?", text)
+    if bracketed:
+        text = bracketed[1]
+    elif text.count(":") == 1:
+        text = text.partition(":")[0]
+    try:
+        found = ipaddress.ip_address(text.partition("%")[0])
+    except ValueError:
+        return None
+    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
+    return mapped or found
+
+
+def asked(scope: Any, proxies: Proxies) -> Asked:
+    """Return a request as the client made it.
+
+    Raises:
+        BadInput: a trusted proxy sent a header that cannot be read.
+    """
+    said: dict[str, list[str]] = {}
+    for key, value in scope["headers"]:
+        said.setdefault(key.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+    peer = scope["client"][0] if scope.get("client") else "-"
+    trusted = proxies.trusts(peer)
+    names = [*FORWARDED, *([proxies.user_header] if proxies.user_header else [])]
+    there = {name: said[name] for name in names if name in said}
+    host = said.get("host", [""])[-1]
+    scheme, prefix, address, user = scope.get("scheme", "http"), proxies.root_path, peer, ""
+    if trusted:
+        address = _client(there.get("x-forwarded-for", ()), peer, proxies)
+        host = _last(there, "x-forwarded-host", r"[A-Za-z0-9._\-\[\]:]{1,255}") or host
+        scheme = _last(there, "x-forwarded-proto", r"https?") or scheme
+        given = _last(there, "x-forwarded-prefix", r"/.*")
+        prefix = checked_prefix(given, "X-Forwarded-Prefix") if given else prefix
+        user = _user(there, proxies.user_header)
+    path: str = scope["path"]
+    if prefix and (
+        path == prefix or path.startswith(prefix + "/")
+    ):  # a proxy that does not strip it
+        path = path[len(prefix) :]
+    return Asked(
+        address, scheme, trusted and "x-forwarded-proto" in there, host, prefix, path, trusted, user,
+        () if trusted else tuple(there),
+    )  # fmt: skip
+
+
+def _client(values: Iterable[str], peer: str, proxies: Proxies) -> str:
+    """Return the rightmost address that is no trusted proxy: what stands left of it anyone may write."""
+    last = peer
+    for text in reversed([part for value in values for part in value.split(",")]):
+        found = parsed(text)
+        if found is None:
+            return last
+        last = str(found)
+        if not proxies.trusts(last):
+            return last
+    return last
+
+
+def _last(said: dict[str, list[str]], name: str, pattern: str) -> str:
+    """Return what the nearest proxy says, which stands last."""
+    value = said[name][-1].rsplit(",", 1)[-1].strip() if name in said else ""
+    if value and not re.fullmatch(pattern, value):
+        raise BadInput(
+            f"the proxy sent {name} {value[:100]!r}, which cannot be read; correct it in the proxy"
+        )
+    return value
+
+
+def _user(said: dict[str, list[str]], name: str) -> str:
+    values = said.get(name, []) if name else []
+    if len(values) > 1:
+        raise BadInput(
+            f"the proxy sent {name} {len(values)} times; have it replace what the client sent"
+        )
+    text = values[0].strip() if values else ""
+    try:
+        user = text.encode("latin-1").decode("utf-8")
+    except UnicodeDecodeError:
+        user = text
+    if len(user) > USER_CHARS or not user.isprintable() or user == "-":
+        raise BadInput(
+            f"the proxy sent {name} {user[:100]!r}; expected a name of at most {USER_CHARS} characters"
+        )
+    return user

@@ -1,0 +1,56 @@
+"""What the routes work on: the open atlas, slides on their way, counters, and the audit log."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from ..session.additions import Additions
+from ..session.answers import Clustered, Found
+from ..session.session import Session
+from .audit import Audit
+from .policy import REQUEST_ID, USER
+from .traffic import Traffic
+
+
+@dataclass(frozen=True)
+class Server:
+    """What the routes work on."""
+
+    session: Session
+    additions: Additions
+    audit: Audit | None
+    traffic: Traffic
+
+    def note(self, request: Any, action: str, **facts: Any) -> None:
+        """Write down who did what."""
+        if self.audit is not None:
+            self.audit.write(action, who(request), **facts)
+
+    def note_search(self, request: Any, found: Found) -> None:
+        """Write down a search."""
+        query = found.query
+        self.note(
+            request, "search", result=found.id, k=query.k, where=query.where, hits=len(found.hits),
+            images=len(query.images) + len(query.unlike_images), like=list(query.like),
+            unlike=list(query.unlike), generation=found.generation, revision=found.revision,
+        )  # fmt: skip
+
+    def note_assign(self, request: Any, placed: Clustered) -> None:
+        """Write down that images were placed in clusters."""
+        self.note(
+            request, "assign", result=placed.id, clustering=placed.clustering,
+            images=len(placed.names), refused=len(placed.refused),
+            revision=self.session.atlas.catalog.revision(),
+        )  # fmt: skip
+
+
+def who(request: Any) -> dict[str, str]:
+    """Return who asks: the layer around the app has found out."""
+    client = getattr(request, "client", None)
+    headers = request.headers
+    return {
+        "user": headers.get(USER, "-").encode("latin-1").decode("utf-8", "replace"),
+        "address": getattr(client, "host", None) or "-",
+        "request_id": headers.get(REQUEST_ID, "-"),
+    }

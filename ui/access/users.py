@@ -1,0 +1,201 @@
+"""Users with their passwords and roles: the file of ``--users``, and argon2 for its passwords."""
+
+from __future__ import annotations
+
+import getpass
+import hmac
+import os
+import re
+import stat
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from ...errors import BadInput, MissingPart
+
+AUTH = "HISTOSEEK_UI_AUTH"
+Role = Literal["reader", "editor"]
+READER: Role = "reader"
+EDITOR: Role = "editor"
+ROLES: tuple[Role, ...] = (READER, EDITOR)
+HASH = "$argon2id$"
+HASH_BYTES = 32
+"""Of what argon2 computes; a line that was cut has fewer."""
+TAKEN = frozenset({"token", "-"})
+"""Names that the audit log uses for others."""
+EXPECTED = "expected user:HASH or user:HASH:ROLE, with HASH from `histoseek ui --hash-password`"
+
+
+@dataclass(frozen=True)
+class Users:
+    """Who may log in.
+
+    Attributes:
+        secrets: password, or its argon2 hash, by user.
+        roles: by user.
+        notes: what should be said at the start.
+    """
+
+    secrets: dict[str, str] = field(default_factory=dict, repr=False)
+    roles: dict[str, Role] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+def read_users(path: Path | None) -> Users:
+    """Read the users of ``HISTOSEEK_UI_AUTH`` and of a file.
+
+    Args:
+        path: lines ``user:HASH``, ``user:HASH:ROLE`` or ``user:password``; None for no file.
+
+    Raises:
+        BadInput: the file cannot be read, others can read it, or a line cannot.
+        MissingPart: a password is hashed and argon2 is not installed.
+    """
+    secrets: dict[str, str] = {}
+    roles: dict[str, Role] = {}
+    notes: list[str] = []
+    given = os.environ.get(AUTH)
+    if given:
+        user, secret, role = _line(
+            given, AUTH, f"{AUTH} is set but not as user:password; correct or unset it"
+        )
+        secrets[user], roles[user] = secret, role or EDITOR
+    if path is None:
+        return Users(secrets, roles)
+    found: dict[str, tuple[str, Role | None]] = {}
+    for number, line in enumerate(_lines(path), 1):
+        if not line.strip() or line.startswith("#"):
+            continue
+        where = f"--users {path}, line {number}"
+        user, secret, role = _line(line, where, f"{where}: {EXPECTED}")
+        if user in found:
+            raise BadInput(f"{where}: user {user!r} is there twice; remove one of the lines")
+        found[user] = secret, role
+    if not found:
+        raise BadInput(f"--users {path} names no user; {EXPECTED}")
+    notes += [
+        f"--users {path} names {user!r} like {AUTH}; the file counts"
+        for user in secrets
+        if user in found
+    ]
+    notes += _notes(path, found)
+    secrets |= {user: secret for user, (secret, _) in found.items()}
+    roles |= {user: role or EDITOR for user, (_, role) in found.items()}
+    return Users(secrets, roles, tuple(notes))
+
+
+def _notes(path: Path, found: dict[str, tuple[str, Role | None]]) -> list[str]:
+    """Return what should be said of a file: plain passwords, and roles that it leaves open."""
+    notes = []
+    plain = [user for user, (secret, _) in found.items() if not secret.startswith(HASH)]
+    if plain:
+        notes.append(
+            f"--users {path}: passwords in plain text of {_named(plain)}; replace each by what "
+            "`histoseek ui --hash-password` prints"
+        )
+    open_ = [user for user, (_, role) in found.items() if role is None]
+    if open_:
+        notes.append(
+            f"--users {path}: no role for {_named(open_)}: they are editors and may change the atlas; "
+            "write user:HASH:reader for users who may only search and look"
+        )
+    return notes
+
+
+def _named(users: list[str]) -> str:
+    shown = ", ".join(users[:10])
+    return shown if len(users) <= 10 else f"{shown} and {len(users) - 10} more"
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        mode = path.stat().st_mode
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadInput(f"--users {path} cannot be read ({error}); check the path") from error
+    if mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise BadInput(f"--users {path} can be read by others; run: chmod 600 {path}")
+    return lines
+
+
+def _line(text: str, where: str, otherwise: str) -> tuple[str, str, Role | None]:
+    """Return user, secret and role of a line; the secret is never part of an error."""
+    user, _, secret = text.partition(":")
+    if not user or not secret:
+        raise BadInput(otherwise)
+    if user in TAKEN:
+        raise BadInput(f"{where}: {user!r} is no name of a user; choose another")
+    if secret.startswith(HASH):
+        secret, colon, role = secret.partition(":")
+        if colon and role not in ROLES:
+            raise BadInput(f"{where}: role {role[:50]!r}; expected reader or editor")
+        _check_hash(secret, where)
+        return user, secret, READER if role == READER else EDITOR if colon else None
+    if re.match(r"\$[0-9a-z]+\$", secret):
+        raise BadInput(f"{where}: a hash of another kind; {EXPECTED}")
+    if secret.endswith((":reader", ":editor")):
+        raise BadInput(
+            f"{where}: a role needs a hashed password, since a plain one may hold colons; {EXPECTED}"
+        )
+    return user, secret, None
+
+
+# -- passwords --------------------------------------------------------------------------------------
+
+
+def _argon2() -> Any:
+    try:
+        import argon2
+    except ImportError as error:
+        raise MissingPart(
+            "hashed passwords need argon2-cffi: pip install 'histoseek[ui]'"
+        ) from error
+    return argon2
+
+
+def _check_hash(text: str, where: str) -> None:
+    argon2 = _argon2()
+    try:
+        whole = argon2.extract_parameters(text).hash_len == HASH_BYTES
+    except (argon2.exceptions.InvalidHashError, ValueError):
+        whole = False
+    if not whole:
+        raise BadInput(f"{where}: the hash is cut or changed; {EXPECTED}")
+
+
+def hash_password(password: str) -> str:
+    """Return the argon2id hash of a password, with a salt of its own.
+
+    Raises:
+        BadInput: it is empty or longer than a thousand characters.
+        MissingPart: argon2 is not installed.
+    """
+    if not 0 < len(password) <= 1000:
+        raise BadInput(f"the password has {len(password)} characters; expected 1 to 1,000")
+    return str(_argon2().PasswordHasher().hash(password))
+
+
+def matches(secret: str, password: str) -> bool:
+    """Whether a password is the one that a secret stands for; a hash takes a tenth of a second or more."""
+    if not secret.startswith(HASH):
+        return hmac.compare_digest(secret.encode(), password.encode())
+    argon2 = _argon2()
+    try:
+        return bool(argon2.PasswordHasher().verify(secret, password))
+    except argon2.exceptions.Argon2Error:
+        return False
+
+
+def ask_password() -> str:
+    """Return a password that is typed twice without echo, or the first line of standard input.
+
+    Raises:
+        BadInput: the two differ, or there is none.
+    """
+    if not sys.stdin.isatty():
+        return sys.stdin.readline().rstrip("\r\n")
+    password = getpass.getpass("Password: ")
+    if password != getpass.getpass("Once more: "):
+        raise BadInput("the two passwords differ; run the command again")
+    return password

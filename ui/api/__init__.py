@@ -1,0 +1,1 @@
+"""API: the HTTP API and its client."""

@@ -1,0 +1,168 @@
+"""Request bodies: JSON with images in base64, or the same fields as a form with files."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, TypeVar
+from urllib.parse import unquote
+
+from fastapi import Request
+from pydantic import BaseModel, ValidationError
+from starlette.concurrency import run_in_threadpool
+from starlette.datastructures import FormData, UploadFile
+from starlette.exceptions import HTTPException
+
+from ...errors import BadInput, Unsupported
+from ..session.session import MAX_IMAGES
+
+M = TypeVar("M", bound=BaseModel)
+TRUTHS = ("true", "false")
+
+
+def body_of(model: type[M], files: dict[str, str], instead: tuple[str, ...] = ()) -> dict[str, Any]:
+    """Return what a route's OpenAPI says of its body: JSON, or the same as a form with files.
+
+    Args:
+        model: of the JSON.
+        files: fields that a form holds as files, with what they are.
+        instead: fields in the place of which a form may hold a file.
+    """
+    schema = model.model_json_schema()
+    form: dict[str, Any] = {**schema, "properties": dict(schema["properties"])}
+    form["required"] = [
+        name for name in schema.get("required", []) if name not in files and name not in instead
+    ]
+    for name in instead:
+        form["properties"][name] = {"type": "string"}
+    for name, kind in files.items():
+        one = {"type": "string", "format": "binary", "description": kind}
+        many = schema["properties"].get(name, {}).get("type") == "array"
+        form["properties"][name] = {"type": "array", "items": one} if many else one
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "application/json": {"schema": schema},
+                "multipart/form-data": {"schema": form},
+            },
+        }
+    }
+
+
+@dataclass(frozen=True)
+class Body:
+    """A request's body: its fields, and the files of a form by field, with their names."""
+
+    fields: Any
+    files: dict[str, list[tuple[str, UploadFile]]]
+
+
+@asynccontextmanager
+async def read_body(
+    request: Request, model: type[M], files: tuple[str, ...]
+) -> AsyncIterator[Body]:
+    """Read JSON or a form into a model; its files are open as long as the block runs.
+
+    Raises:
+        Unsupported: neither of both.
+        BadInput: it does not fit the model.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        raw = await request.body()
+        try:
+            parsed = await run_in_threadpool(model.model_validate_json, raw)
+        except ValidationError as error:
+            raise BadInput(said(error.errors(include_input=False, include_url=False))) from error
+        yield Body(parsed, {})
+        return
+    if kind != "multipart/form-data":
+        raise Unsupported(
+            f"content type {kind[:100] or 'none'!r}; expected application/json or multipart/form-data"
+        )
+    try:
+        form = await request.form(max_files=MAX_IMAGES, max_fields=300)
+    except HTTPException as error:
+        raise BadInput(f"the form cannot be read: {error.detail}") from error
+    except Exception as error:  # python-multipart's own, and encodings that do not exist
+        raise BadInput(f"the form cannot be read: {error}") from error
+    try:
+        yield _body_of_form(form, model, files)
+    finally:
+        await form.close()
+
+
+def _body_of_form(form: FormData, model: type[M], files: tuple[str, ...]) -> Body:
+    found: dict[str, list[tuple[str, UploadFile]]] = {}
+    fields: dict[str, Any] = {}
+    properties = model.model_json_schema()["properties"]
+    for name in form:
+        for value in form.getlist(name):
+            if isinstance(value, UploadFile) and name in files:
+                found.setdefault(name, []).append((_plain_name(value.filename), value))
+            elif isinstance(value, UploadFile):
+                raise BadInput(
+                    f"field {name[:100]!r} is a file; expected files in: {', '.join(files)}"
+                )
+            elif properties.get(name, {}).get("type") == "boolean" and value not in TRUTHS:
+                raise BadInput(f"{name}: expected true or false")
+            elif _is_list(properties.get(name, {})):
+                fields.setdefault(name, []).append(value)
+            else:
+                fields[name] = value
+    spare = {name: ["-"] for name in found if name in properties and name not in fields}
+    try:
+        parsed = model.model_validate({**fields, **spare})
+    except ValidationError as error:
+        raise BadInput(said(error.errors(include_input=False, include_url=False))) from error
+    for name in spare:
+        setattr(parsed, name, [])
+    return Body(parsed, found)
+
+
+def _is_list(schema: dict[str, Any]) -> bool:
+    kinds = [schema, *schema.get("anyOf", [])]
+    return any(kind.get("type") == "array" for kind in kinds)
+
+
+def _plain_name(name: str | None) -> str:
+    """Return the last part of a file's name, as it may be shown."""
+    last = (name or "image").replace("\\", "/").rsplit("/", 1)[-1]
+    return "".join(c if c.isprintable() else "?" for c in last)[:200] or "image"
+
+
+def _pixels(text: str) -> bytes:
+    """Return the bytes of an image in base64, with or without line breaks, or in a data URL.
+
+    Raises:
+        BadInput: it is none.
+    """
+    text = text.strip()
+    if text[:5].lower() == "data:":
+        kind, comma, text = text.partition(",")
+        if not comma or not kind.lower().endswith(";base64"):
+            raise BadInput(
+                f"an image is a data URL of the kind {kind[:40]!r}; expected one that ends in ';base64'"
+            )
+        text = unquote(text)
+    try:
+        return base64.b64decode("".join(text.split()), validate=True)
+    except (binascii.Error, ValueError) as error:
+        raise BadInput(f"an image is no base64 ({error})") from error
+
+
+def images_of(body: Body, name: str) -> list[tuple[str, bytes]]:
+    """Return the images of a field, those of files first, with their names."""
+    found = [(label, file.file.read()) for label, file in body.files.get(name, [])]
+    texts = getattr(body.fields, name)
+    return found + [(f"{name}[{n}]", _pixels(text)) for n, text in enumerate(texts)]
+
+
+def said(errors: Any) -> str:
+    """Return what pydantic found wrong, without what was sent."""
+    parts = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in errors[:5]]
+    return "; ".join(parts)[:1000]

@@ -1,0 +1,213 @@
+"""The clusters of an atlas: ``index fit``, ``curve``, ``clusters``, ``name`` and ``drift``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from ... import console
+from ...console import Json
+from ...errors import BadInput
+
+AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
+Clusters = Annotated[
+    str | None, typer.Option("--clusters", help="Name of the clustering; the newest if left out.")
+]
+BAR = 30
+
+
+def fit(
+    atlas: AtlasPath,
+    method: Annotated[
+        str, typer.Option(help="kmeans, hdbscan, or encoder: those it was trained with.")
+    ] = "kmeans",
+    k: Annotated[str, typer.Option(help="Clusters of k-means: auto or a number.")] = "auto",
+    name: Annotated[str | None, typer.Option(help="Name of the clustering.")] = None,
+    min_cluster_size: Annotated[int | None, typer.Option(help="Of HDBSCAN.")] = None,
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    json: Json = False,
+) -> None:
+    """Fit clusters on the whole atlas; new images are assigned to them."""
+    from ...index.atlas import Atlas
+
+    if k != "auto" and not (k.isascii() and k.isdigit() and int(k) >= 1):
+        raise BadInput(f"--k is {k!r}; expected auto or a number of at least 1")
+    if k != "auto" and method != "kmeans":
+        raise BadInput(f"--k is for kmeans; {method} finds its number by itself")
+    count = None if k == "auto" else int(k)
+    with console.working(f"fitting {method}"):
+        result = Atlas(atlas).fit(method, count, name, min_cluster_size, seed)
+
+    def human() -> None:
+        rows = [("noise" if c < 0 else c, n) for c, n in result["sizes"].items()]
+        title = f"{result['name']}: {result['clusters']} clusters of {sum(result['sizes'].values())} tiles"
+        console.table(title, ("cluster", "tiles"), rows)
+        if result["names_dropped"]:
+            console.say(
+                f"{result['names_dropped']} names that were given are gone: these are other clusters"
+            )
+        foreign = result.get("foreign_tiles", 0)
+        if foreign and result["gate_ignored"]:
+            console.say(
+                f"{foreign} tiles do not look like stained tissue: more than half, so all were fitted to"
+            )
+        elif foreign:
+            console.say(
+                f"{foreign} tiles do not look like stained tissue: they are unknown and took no part"
+            )
+        if "silhouette_by_k" in result:
+            curve = ", ".join(
+                f"{k}: {v:.3f}" for k, v in result["silhouette_by_k"].items() if v is not None
+            )
+            console.say(f"silhouette by K: {curve}")
+
+    console.emit(result, human)
+
+
+def curve(
+    atlas: AtlasPath,
+    method: Annotated[str, typer.Option(help="kmeans or hdbscan.")] = "kmeans",
+    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    json: Json = False,
+) -> None:
+    """Show how well several numbers of clusters part the tiles, and whether they come out again."""
+    from ...index.atlas import Atlas
+    from ...index.clusters.curve import curve as measure
+    from ...index.clusters.fit import to_fit
+    from ...index.clusters.fitting import sample
+
+    with console.working("fitting"):
+        opened = Atlas(atlas)
+        if seed < 0:
+            raise BadInput(f"--seed is {seed}; expected 0 or more")
+        vectors, _, _ = sample(opened, opened.generations.slides(), seed)
+        rows = measure(vectors[to_fit(vectors, opened.manifest.gate)], method, seed)
+
+    def human() -> None:
+        first = "k" if method == "kmeans" else "min_cluster_size"
+        more = () if method == "kmeans" else ("clusters", "noise_share")
+        names = (first, *more, "silhouette", "stability")
+        sheet = [(*(row[n] for n in names), _bar(row["stability"])) for row in rows]
+        console.table(f"{method} on {atlas}", (*names, ""), sheet)
+        console.say(
+            "silhouette: 1 is well parted; stability: 1 comes out the same on any half (bar)"
+        )
+
+    console.emit({"method": method, "curve": rows}, human)
+
+
+def _bar(share: float | None) -> str:
+    return "█" * max(0, round(BAR * (share or 0)))
+
+
+def clusters(
+    atlas: AtlasPath,
+    name: Clusters = None,
+    examples: Annotated[int, typer.Option(help="Tiles that stand for each cluster.")] = 3,
+    json: Json = False,
+) -> None:
+    """List the clusters with their names, sizes, labels and example tiles."""
+    from ...index.atlas import Atlas
+
+    report = Atlas(atlas).clusters(name, examples)
+
+    def human() -> None:
+        rows = [
+            (
+                "noise" if c["cluster"] < 0 else c["cluster"],
+                c["name"],
+                c["tiles"],
+                c["slides"],
+                c["unknown"],
+                ", ".join(f"{k} {n}" for k, n in list(c["labels"].items())[:4]),
+                ", ".join(f"{t['slide']} {t['file'] or (t['x'], t['y'])}" for t in c["examples"]),
+            )
+            for c in report
+        ]
+        columns = ("cluster", "name", "tiles", "slides", "unknown", "labels", "examples")
+        console.table("", columns, rows)
+
+    console.emit(report, human)
+
+
+def name(
+    atlas: AtlasPath,
+    cluster: Annotated[int, typer.Argument(help="Its number.")],
+    text: Annotated[str, typer.Argument(help="Its name; empty to take it away.")],
+    description: Annotated[str, typer.Option(help="What is in it.")] = "",
+    clustering: Clusters = None,
+    json: Json = False,
+) -> None:
+    """Give a cluster a name that people understand."""
+    from ...index.atlas import Atlas
+
+    Atlas(atlas).name_cluster(cluster, text, description, clustering)
+    document = {"cluster": cluster, "name": text, "description": description}
+    console.emit(document, lambda: console.say(f"cluster {cluster} is {text!r}"))
+
+
+def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
+    """Say how many of the tiles that came after the fit are unknown to it; exit code 1 on drift."""
+    from ...index.atlas import Atlas
+
+    report = Atlas(atlas).drift(name)
+
+    def human() -> None:
+        def row(title: str, facts: dict[str, Any]) -> tuple[Any, ...]:
+            low, high = facts["interval_95"] or (None, None)
+            return title, facts["tiles"], facts["unknown"], facts["share"], low, high
+
+        rows = [row("fitted", report["fitted"]), row("came later", report["later"])]
+        columns = ("tiles", "how many", "unknown", "share", "95 % from", "to")
+        console.table(f"clustering {report['clustering']}", columns, rows)
+        slides = [(s["slide"], s["tiles"], s["unknown"], s["share"]) for s in report["slides"][:20]]
+        if slides:
+            console.table("slides that came later", ("slide", "tiles", "unknown", "share"), slides)
+        if report["drifted"]:
+            text = (
+                "DRIFT: what came later is not what was fitted; fit again, or look at these slides"
+            )
+        else:
+            text = "no drift" if report["later"]["tiles"] else "nothing came since the fit"
+        console.say(text)
+
+    console.emit(report, human)
+    if report["drifted"]:
+        raise typer.Exit(console.EXIT_FAILED)
+
+
+def make_map(
+    atlas: AtlasPath,
+    seed: Annotated[int, typer.Option(help="Of t-SNE.")] = 0,
+    json: Json = False,
+) -> None:
+    """Make the map of the atlas that the page shows (t-SNE); the page makes one if there is none."""
+    from ...index.atlas import Atlas
+
+    with console.working("laying tiles out by t-SNE"):
+        made = Atlas(atlas).make_layout(seed)
+    document = {
+        "method": made.method,
+        "tiles": made.tiles,
+        "landmarks": len(made.points),
+        "trustworthiness": made.trust,
+    }
+    console.emit(
+        document,
+        lambda: console.say(
+            f"map of {made.tiles:,} tiles by {made.method} of {len(made.points):,}; "
+            f"trustworthiness {made.trust:.3f} of 1"
+        ),
+    )
+
+
+COMMANDS = {
+    "fit": fit,
+    "map": make_map,
+    "curve": curve,
+    "clusters": clusters,
+    "name": name,
+    "drift": drift,
+}

@@ -1,0 +1,221 @@
+"""``histoseek demo``: the whole path on one real slide, with nothing to prepare."""
+
+from __future__ import annotations
+
+import hashlib
+import http.client
+import shutil
+import sys
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from PIL import Image
+
+from ... import console
+from ...artifacts.files import write_atomic
+from ...artifacts.images import Rgb
+from ...errors import BadInput, Damaged
+
+if TYPE_CHECKING:
+    from ...index.atlas import Atlas
+    from ...serving.slides.slide import Slide
+
+SLIDE_URL = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs"
+SLIDE_SHA256 = "ed92d5a9f2e86df67640d6f92ce3e231419ce127131697fbbce42ad5e002c8a7"
+SLIDE_BYTES = 1_938_955
+TIMEOUT_S = 15
+CROP_SEED = 7
+TURNED = 20
+ENLARGED = 3
+ASSUMED_MPP = 0.5
+
+
+def run_demo(folder: Path) -> tuple[Path, bool]:
+    """Embed, index, cluster and search one slide in ``folder``.
+
+    Returns:
+        The atlas, and whether the best hit was the place that the query was cut from.
+
+    Everything that is there already is used again, so the demo can be repeated.
+    """
+    from ...index.atlas import Atlas
+    from ...serving.embedding.jobs import find_jobs
+    from ...serving.embedding.pipeline import embed_jobs
+    from ...serving.embedding.results import EmbedOptions
+    from ...serving.encoders.open import DEFAULT_BUNDLE, open_encoder
+    from ...serving.slides.slide import open_slide
+
+    if folder.exists() and not folder.is_dir():
+        raise BadInput(f"{folder} is a file; pass --dir with a folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    slide = get_slide(folder)
+    encoder = open_encoder("default")
+    options = EmbedOptions(overlap_px=encoder.manifest.size_px // 2)
+    console.say(f"1  embedding {slide.name} with {encoder.manifest.name}")
+    with console.progress("embedding") as progress:
+        result = embed_jobs(find_jobs([slide]), encoder, folder / "features", options, progress)[0]
+    if not result.ok or result.features is None:
+        raise BadInput(f"{slide}: {result.reason}")
+    path = folder / "atlas"
+    atlas = Atlas(path) if path.exists() else Atlas.create(path, DEFAULT_BUNDLE)
+    added = atlas.add([Path(result.features)])[0]
+    if added.state == "failed":
+        raise BadInput(f"{added.reason} (remove {folder} to start afresh)")
+    console.say(f"2  atlas {path}: {added.tiles} tiles of tissue")
+    for method in ("hdbscan", "kmeans"):  # the last one fitted is the one that hits show
+        try:
+            fitted = atlas.fit(method)
+        except BadInput as error:  # a small slide may be all of one kind
+            console.say(f"3  {error}")
+            continue
+        sizes = ", ".join(f"{'noise' if c < 0 else c}: {n}" for c, n in fitted["sizes"].items())
+        console.say(f"3  {method}: {fitted['clusters']} clusters ({sizes})")
+    with open_slide(slide) as opened:
+        asked, crops = _queries(opened, atlas, encoder.manifest.size_px)
+    Image.fromarray(crops[0]).save(folder / "query.png")
+    (x, y), side = asked[0], atlas.slides()[0]["size_px_level0"]
+    console.say(f"4  query: the tile at x={x}, y={y}, turned by a quarter ({folder / 'query.png'})")
+    found = atlas.search(encoder.embed(np.stack(crops)), 5)
+    hits = found[0]
+    rows = [(h.rank, h.score, h.slide, h.x, h.y, h.cluster) for h in hits]
+    console.table("", ("rank", "score", "slide", "x", "y", "cluster"), rows)
+    right = [covers(h[0].x, h[0].y, side, *place) for h, place in zip(found, asked, strict=True)]
+    verdict = "is where the crop was cut from" if right[0] else "is NOT where the crop was cut from"
+    console.say(f"   the best hit {verdict}")
+    console.say(
+        f"   of {TURNED} more crops, turned by any angle, {sum(right[1:])} found their place"
+    )
+    placed = atlas.assign(encoder.embed(crops[0][None]))[0]
+    console.say(f"   its cluster: {placed['cluster']}, strength {placed['strength']:.2f}")
+    document: dict[str, Any] = {
+        "slide": str(slide),
+        "atlas": str(path),
+        "tiles": added.tiles,
+        "query": {"x": x, "y": y},
+        "best_hit_is_the_place": right[0],
+        "turned_by_any_angle": {"crops": TURNED, "found_their_place": sum(right[1:])},
+        "hits": [h._asdict() for h in hits],
+        "assigned": placed,
+    }
+    console.emit(document, lambda: console.say(f"done; open the page: {_program()} ui {path}"))
+    return path, right[0]
+
+
+def _program() -> str:
+    """Return how this program is called from here."""
+    here = Path(sys.executable).with_name("histoseek")
+    on_path = shutil.which("histoseek")
+    return "histoseek" if on_path and Path(on_path).resolve() == here.resolve() else str(here)
+
+
+def _queries(slide: Slide, atlas: Atlas, size_px: int) -> tuple[list[tuple[int, int]], list[Rgb]]:
+    """Cut a tile turned by a quarter, and twenty turned by any angle; returns places and crops."""
+    rng = np.random.default_rng(CROP_SEED)
+    tiles = atlas.view().columns.places().tolist()
+    chosen = rng.choice(len(tiles), TURNED + 1, replace=len(tiles) <= TURNED)
+    places = [(tiles[n][0], tiles[n][1]) for n in chosen]
+    side = atlas.slides()[0]["size_px_level0"]
+    first = np.ascontiguousarray(np.rot90(slide.read_tile(*places[0], side, size_px)))
+    return places, [
+        first,
+        *(rotated_crop(slide, x, y, side, size_px, rng) for x, y in places[1:]),
+    ]
+
+
+def covers(hit_x: int, hit_y: int, side: int, x: int, y: int) -> bool:
+    """Whether the hit's tile contains the centre of the tile at x, y of the same side."""
+    return abs(hit_x - x) <= side // 2 and abs(hit_y - y) <= side // 2
+
+
+def rotated_crop(
+    slide: Any, x: int, y: int, side: int, size_px: int, rng: np.random.Generator
+) -> Rgb:
+    """Cut the tile at level-0 x, y, turned by any angle about its centre and mirrored half the time.
+
+    The pixels come from the slide itself; only a corner beyond its border is background.
+    """
+    scale = side / size_px
+    reach = int(np.ceil(side * 0.75))  # half a diagonal, and a little more
+    cx, cy = x + side // 2, y + side // 2
+    wide = slide.read_tile(cx - reach, cy - reach, 2 * reach, round(2 * reach / scale))
+    picture = Image.fromarray(wide)
+    if rng.random() < 0.5:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    turned = picture.rotate(float(rng.uniform(0, 360)), Image.Resampling.BICUBIC)
+    edge = (turned.width - size_px) // 2
+    return np.asarray(turned.crop((edge, edge, edge + size_px, edge + size_px)))
+
+
+def get_slide(folder: Path) -> Path:
+    """Return the demo's slide: downloaded, or made from scikit-image's tissue when there is no net."""
+    real = folder / "CMU-1-Small-Region.svs"
+    if real.is_file() and _sha256(real.read_bytes()) == SLIDE_SHA256:
+        return real
+    made = folder / "immunohistochemistry.tiff"
+    if made.is_file():
+        return made
+    console.say(f"fetching {SLIDE_URL}")
+    try:
+        write_atomic(real, fetch(SLIDE_URL, SLIDE_SHA256, SLIDE_BYTES))
+        return real
+    except (BadInput, Damaged) as error:
+        console.say(f"   {error}")
+    console.say("   instead: a pyramidal TIFF of scikit-image's immunohistochemistry picture")
+    make_tissue_slide(made)
+    return made
+
+
+def fetch(url: str, sha256: str, size: int) -> bytes:
+    """Download a file and check it.
+
+    Raises:
+        BadInput: no connection.
+        Damaged: what came is not the file that was asked for.
+    """
+    try:
+        with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
+            blob: bytes = answer.read(2 * size + 1)
+    except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
+        reason = getattr(error, "reason", error)
+        raise BadInput(f"cannot fetch {url} ({reason}); no internet here?") from error
+    if _sha256(blob) != sha256:
+        raise Damaged(f"{url} gave other bytes than expected ({len(blob):,}); try again later")
+    return blob
+
+
+def _sha256(blob: bytes) -> str:
+    return hashlib.sha256(blob).hexdigest()
+
+
+def make_tissue_slide(path: Path) -> None:
+    """Write scikit-image's immunohistochemistry picture, enlarged three times, as a pyramidal TIFF.
+
+    Real tissue (colon, FHL2 with haematoxylin), 512 x 512, enlarged to 1536 x 1536 so that it holds
+    enough tiles; its scale is not known, 0.5 µm per pixel is assumed.
+    """
+    import io
+
+    import tifffile
+    from skimage import data
+
+    picture = Image.fromarray(data.immunohistochemistry())
+    side = picture.width * ENLARGED
+    level = picture.resize((side, side), Image.Resampling.BICUBIC)
+    buffer = io.BytesIO()
+    with tifffile.TiffWriter(buffer) as out:
+        for number in range(3):
+            per_cm = 10_000 / (ASSUMED_MPP * 2**number)
+            out.write(
+                np.asarray(level.resize((side >> number, side >> number), Image.Resampling.BOX)),
+                photometric="rgb",
+                tile=(256, 256),
+                compression="zlib",
+                subfiletype=1 if number else 0,
+                resolution=(per_cm, per_cm),
+                resolutionunit="CENTIMETER",
+                metadata=None,
+            )
+    write_atomic(path, buffer.getvalue())

@@ -1,0 +1,52 @@
+"""The tab About: what the atlas holds, by which encoder, what the index finds, and versions."""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+import gradio as gr
+
+from ... import __version__
+from ...artifacts.manifest import CARD
+from ...errors import HistoseekError
+from ..session.session import Session
+from . import view
+from .widgets import EVENT, HIDDEN, html, told
+
+AUDIT_QUERIES = 200
+
+
+def about_tab(session: Session, tab: Any) -> None:
+    """Lay the tab out.
+
+    Args:
+        session: the open atlas.
+        tab: it is in.
+    """
+    about = html(_about(session))
+    button = gr.Button("Measure what the index finds", elem_id="audit")
+    note = html("", elem_id="audit-note")
+
+    def measure() -> str:
+        try:
+            return view.audit_text(session.atlas.audit(AUDIT_QUERIES))
+        except HistoseekError as error:
+            return told(error)
+
+    button.click(measure, None, note, **EVENT)
+    tab.select(lambda: _about(session), None, about, **HIDDEN)
+
+
+def _about(session: Session) -> str:
+    def known(name: str) -> str:
+        try:
+            return version(name)
+        except PackageNotFoundError:
+            return "–"
+
+    names = ("gradio", "onnxruntime", "faiss-cpu")
+    versions = {"histoseek": __version__} | {name: known(name) for name in names}
+    path = session.atlas.encoder_bundle / CARD
+    card = path.read_text(encoding="utf-8") if path.is_file() else "It has no card."
+    return view.about(session.atlas.stats(), card, versions)

@@ -1,0 +1,169 @@
+"""The page: six tabs laid out in Gradio over the handlers; what it shows is written in ``view``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+from fastapi.responses import FileResponse
+
+from ...errors import MissingPart, NotFound
+from ..access.service import Server
+from ..session.session import Session
+from . import view
+from .about_tab import about_tab
+from .atlas_tab import atlas_tab
+from .cluster_tab import cluster_tab
+from .find_tab import find_tab
+from .new_slide_tab import new_slide_tab
+from .slides_tab import slides_tab
+from .widgets import HIDDEN, html
+
+ASSETS = Path(__file__).parents[1] / "assets"
+FONTS = ["system-ui", "Segoe UI", "Helvetica", "sans-serif"]
+MONO = ["ui-monospace", "monospace"]
+
+AT_ROOT = '<link rel="manifest" href="/manifest.json" />'
+FROM_HERE = '<link rel="icon" href="favicon.ico" /><link rel="manifest" href="manifest.json" />'
+
+
+def mount(app: Any, server: Server) -> Any:
+    """Put the page before the API; returns the app with both."""
+    _fetch_nothing()
+    _link_from_here()
+    _assets(app)
+    return gr.mount_gradio_app(
+        app,
+        build(server),
+        path="/",
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        ssr_mode=False,
+        enable_monitoring=False,
+        max_file_size=None,  # the guard counts bytes, and more for slides
+        theme=_theme(),
+        css_paths=ASSETS / "page.css",
+        head='<script src="page-assets/page.js"></script>',
+    )
+
+
+def _theme() -> Any:
+    """Return a theme whose texts stand out enough from what is behind them (WCAG AA)."""
+    theme = gr.themes.Soft(primary_hue="teal", font=FONTS, font_mono=MONO)
+    return theme.set(
+        block_title_background_fill="transparent",
+        block_title_background_fill_dark="transparent",
+        block_title_text_color="*neutral_800",
+        block_title_text_color_dark="*neutral_100",
+        block_title_padding="0",
+        body_text_color_subdued="*neutral_600",
+        body_text_color_subdued_dark="*neutral_300",
+        block_label_background_fill="transparent",
+        block_label_background_fill_dark="transparent",
+        block_label_text_color="*neutral_800",
+        block_label_text_color_dark="*neutral_100",
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
+        button_primary_text_color="white",
+        input_border_width="1px",
+        input_border_color="*neutral_300",
+        input_border_color_dark="*neutral_600",
+        checkbox_border_width="1px",
+        checkbox_border_color="*neutral_400",
+        button_secondary_border_color="*neutral_300",
+        button_border_width="1px",
+        input_placeholder_color="*neutral_500",
+        input_placeholder_color_dark="*neutral_400",
+        checkbox_label_background_fill_selected="*primary_700",
+        checkbox_label_background_fill_selected_dark="*primary_700",
+    )
+
+
+def _fetch_nothing() -> None:
+    """Have Gradio refuse addresses in the place of files: nothing is fetched in anyone's name."""
+    from gradio import processing_utils
+
+    def refuse(*_: Any, **__: Any) -> Any:
+        raise ValueError("addresses are not fetched; upload the file")
+
+    for name in ("save_url_to_cache", "async_save_url_to_cache", "ssrf_protected_download"):
+        if hasattr(processing_utils, name):
+            setattr(processing_utils, name, refuse)
+
+
+def _link_from_here() -> None:
+    """Have Gradio's page link manifest and icon from where it is: the root of the host may be another's."""
+    from gradio.routes import templates
+    from jinja2 import BaseLoader
+
+    environment = templates.env
+    inner = environment.loader
+
+    class FromHere(BaseLoader):
+        def get_source(self, asked: Any, template: str) -> Any:
+            source, *rest = inner.get_source(asked, template)
+            return source.replace(AT_ROOT, FROM_HERE), *rest
+
+    if inner.__class__.__name__ != FromHere.__name__:
+        environment.loader = FromHere()
+        environment.cache.clear()
+
+
+def _assets(app: Any) -> None:
+    from importlib.util import find_spec
+
+    spec = find_spec("plotly")
+    if spec is None or spec.origin is None:
+        raise MissingPart("the page needs plotly: pip install 'histoseek[ui]'")
+    files = {
+        "page.js": ASSETS / "page.js",
+        "plotly.min.js": Path(spec.origin).parent / "package_data" / "plotly.min.js",
+    }
+
+    def asset(name: str) -> FileResponse:
+        if name not in files:
+            raise NotFound(f"there is no {name}")
+        age = "no-cache" if name == "page.js" else "private, max-age=86400"
+        return FileResponse(
+            files[name], media_type="text/javascript", headers={"Cache-Control": age}
+        )
+
+    app.get("/page-assets/{name}", include_in_schema=False)(asset)
+
+
+def build(server: Server) -> Any:
+    """Return the page (``gradio.Blocks``)."""
+    session = server.session
+    with gr.Blocks(
+        title=f"histoseek: {session.atlas.path.name}",
+        analytics_enabled=False,
+        fill_width=True,
+        delete_cache=(600, 3600),
+    ) as page:
+        head = html(_header(session))
+        last = gr.State("")
+        with gr.Tabs():
+            with gr.Tab("Find similar"):
+                refresh = find_tab(server, last)
+            with gr.Tab("Upload and cluster"):
+                cluster_tab(server)
+            with gr.Tab("Atlas") as atlas:
+                atlas_tab(session, atlas)
+            with gr.Tab("Slides and cases") as slides:
+                slides_tab(server, last, slides)
+            with gr.Tab("New slide") as new:
+                new_slide_tab(server, new, head, lambda: _header(session))
+            with gr.Tab("About") as about:
+                about_tab(session, about)
+        page.load(lambda: _header(session), None, head, **HIDDEN)
+        refresh(page)
+    page.queue(max_size=256, default_concurrency_limit=16)
+    return page
+
+
+def _header(session: Session) -> str:
+    return view.header(session.atlas.stats(), session.atlas.path.name)

@@ -1,0 +1,49 @@
+"""The tab Atlas: the map of all tiles, and the clusters with names that people give."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gradio as gr
+
+from ...errors import HistoseekError
+from ..session.session import Session
+from . import cluster_view, view
+from .widgets import HIDDEN, atlas_map, html, told
+
+
+def atlas_tab(session: Session, tab: Any) -> None:
+    """Lay the tab out.
+
+    Args:
+        session: the open atlas.
+        tab: it is in.
+    """
+    names = session.clusterings()
+    fields = [(f"cluster.{name}", f"cluster ({name})") for name in names]
+    fields += [(name, name) for name in session.atlas.view().columns.names() if name != "kind"]
+    select = '<label for="hs-colour">Colour by</label> <select id="hs-colour"></select>'
+    first = json.dumps(fields[0][0])
+    listed = json.dumps(fields).replace("<", "\\u003c")
+    js = f"histoseek.map(element, {{fields: {listed}, by: {first}}});"
+    atlas_map(js, "atlas-map", select, '<div class="hs-lassoed"></div>')
+    if not names:
+        html(
+            view.empty(
+                "This atlas has no clusters yet.",
+                "Run `histoseek index fit` and restart the page.",
+            )
+        )
+        return
+    chosen = gr.Dropdown(names, value=names[0], label="Clusters of")
+    cards = html(view.empty("Clusters", "Loading …"), elem_id="clusters")
+
+    def show(name: str) -> str:
+        try:
+            return cluster_view.cluster_cards(session.atlas.clusters(name, view.EXAMPLES), name)
+        except HistoseekError as error:
+            return told(error)
+
+    tab.select(show, chosen, cards, **HIDDEN)
+    chosen.change(show, chosen, cards, **HIDDEN)

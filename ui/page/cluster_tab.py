@@ -1,0 +1,144 @@
+"""The tab Upload and cluster: images or zips of them, placed in clusters and on the map."""
+
+from __future__ import annotations
+
+import json
+import zipfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...errors import BadInput, HistoseekError, TooLarge
+from ..access.service import Server
+from ..session import words
+from ..session.session import MAX_IMAGES
+from . import cluster_view, view
+from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told, with_files
+
+EXAMPLES = 3
+"""Tiles that stand for the cluster of each image."""
+TRIES = 3
+ZIP_BYTES = 512 * 2**20
+ENTRIES = 4 * MAX_IMAGES
+MAP_JS = """
+const box = document.getElementById('stars');
+const read = () => { try { return JSON.parse(box.textContent.trim()); } catch { return {stars: []}; } };
+const map = histoseek.map(element, {stars: () => read().stars ?? []});
+new MutationObserver(() => read().by ? map.set(read().by) : map.draw())
+  .observe(box, {childList: true, characterData: true, subtree: true});
+"""
+
+
+def cluster_tab(server: Server) -> None:
+    """Lay the tab out."""
+    session = server.session
+    names = session.clusterings()
+    if not names:
+        html(
+            view.empty(
+                "This atlas has no clusters yet.",
+                "Run `histoseek index fit` and restart the page.",
+            )
+        )
+        return
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            files = chooser("uploads", "Choose images, or zips of them", "multiple", UPLOAD_BYTES)
+            clustering = gr.Dropdown(names, value=names[0], label="Clustering")
+            button = gr.Button("Place in clusters", variant="primary", elem_id="place")
+        with gr.Column(scale=3, min_width=320):
+            table = html(
+                view.empty("Where your images belong appears here.", "Choose some on the left."),
+                elem_id="placed-box",
+            )
+            stars = html("{}", visible="hidden", elem_id="stars")
+            atlas_map(MAP_JS, "map")
+
+    def place(given: str, name: str, request: gr.Request) -> Any:
+        try:
+            files = chosen(given)
+            if not files:
+                return view.problem("No image yet. Choose one or more first."), "{}"
+            session.wait_for_layout()
+            images = unpacked([(f["name"], Path(f["path"])) for f in files])
+            for _ in range(
+                TRIES
+            ):  # the examples must be of the state that the images were placed in
+                answer = session.cluster(images, name)
+                described = session.atlas.clusters(answer.clustering, EXAMPLES)
+                if session.atlas.view().revision == answer.revision:
+                    break
+            else:
+                described = []  # a writer commits all the time: the answer stands without examples
+            server.note_assign(request, answer)
+        except HistoseekError as error:
+            return told(error), "{}"
+        shown = []
+        if answer.points is not None:
+            for title, (x, y), placed in zip(
+                answer.names, answer.points.tolist(), answer.placed, strict=True
+            ):
+                cluster = words.cluster_title(placed)
+                shown.append({"name": title, "x": x, "y": y, "cluster": cluster})
+        drawn = {"by": f"cluster.{answer.clustering}", "stars": shown}
+        examples = {c["cluster"]: [t["tile"] for t in c["examples"]] for c in described}
+        return cluster_view.placed_table(answer, examples), json.dumps(drawn).replace(
+            "<", "\\u003c"
+        )
+
+    button.click(
+        place,
+        [files, clustering],
+        [table, stars],
+        js=with_files("uploads"),
+        **EVENT,
+        show_progress_on=[table],
+    )
+
+
+def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]]:
+    """Return images with their names, those of zips one by one; nothing is written anywhere.
+
+    Raises:
+        BadInput: a zip that cannot be read, or with a password.
+        TooLarge: too many images, or too many bytes when unpacked.
+    """
+    found: list[tuple[str, Path | bytes]] = []
+    budget = ZIP_BYTES
+    for name, path in files:
+        if path.suffix.lower() != ".zip":
+            found.append((name, path))
+            continue
+        try:
+            if path.stat().st_size > UPLOAD_BYTES:
+                raise TooLarge(f"{name} has more than {UPLOAD_BYTES:,} bytes; split it")
+            with zipfile.ZipFile(path) as pack:
+                if len(pack.infolist()) > ENTRIES:
+                    raise TooLarge(
+                        f"{name} lists more than {ENTRIES:,} files and folders; split it"
+                    )
+                for item in pack.infolist():
+                    inner = item.filename.rsplit("/", 1)[-1]
+                    if (
+                        item.is_dir()
+                        or inner.startswith(".")
+                        or item.filename.startswith("__MACOSX")
+                    ):
+                        continue
+                    if len(found) >= MAX_IMAGES:
+                        raise TooLarge(f"{name} holds more than {MAX_IMAGES} images; split it")
+                    with pack.open(item) as stream:  # what it claims to hold is not trusted
+                        blob = stream.read(min(UPLOAD_BYTES, budget) + 1)
+                    budget -= len(blob)
+                    if len(blob) > UPLOAD_BYTES or budget < 0:
+                        raise TooLarge(f"{name} unpacks to too many bytes; split it")
+                    found.append((f"{name}: {inner}", blob))
+        except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
+            raise BadInput(f"{name} cannot be unpacked ({error}); zip the images again") from error
+        except Exception as error:  # zlib, lzma and bz2 have errors of their own
+            if isinstance(error, HistoseekError):
+                raise
+            raise BadInput(f"{name} is damaged ({error}); zip the images again") from error
+    return found

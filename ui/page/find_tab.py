@@ -1,0 +1,218 @@
+"""The tab Find similar: an image or tiles of the atlas, filters, and the most similar tiles."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...errors import HistoseekError
+from ...index.search.filters import quoted, quoted_field
+from ..access.service import Server
+from ..session import words
+from ..session.answers import Query
+from ..session.session import Session, both
+from . import view
+from .widgets import EVENT, HIDDEN, UPLOAD_BYTES, html, told, uploaded
+
+EMPTY: dict[str, Any] = {"upload": None, "like": [], "unlike": []}
+CHOICES = 2_000
+"""Values that a list to choose from holds; the filter's text reaches the others."""
+COLUMN_VALUES = 60
+PICKER = f"""
+<div class="hs-picker" data-limit="{UPLOAD_BYTES}">
+  <div class="hs-drop"><input type="file" id="hs-query-file" accept="image/*,.tif,.tiff">
+  <label for="hs-query-file">Choose an image</label>, drop it here, or paste it</div>
+  <div class="hs-stage" tabindex="0" role="group" hidden
+       aria-label="Your image. Arrow keys place a box, with Shift they size it, Escape takes it all.">
+    <img alt=""><div class="hs-crop" hidden></div></div>
+  <button class="hs-whole" type="button" hidden>Search for the whole picture</button>
+  <p class="hs-picker-note" role="status"></p>
+</div>"""
+PICKER_JS = """
+histoseek.picker(element, (name, data) => trigger('upload', data), upload);
+"""
+BASKET_JS = """
+histoseek.pick = (kind, tile) => trigger('select', {kind, tile});
+element.addEventListener('click', (e) => {
+  const button = e.target.closest('[data-drop],[data-clear],[data-image]');
+  if (!button) return;
+  if (button.dataset.image) { histoseek.clearPicker(); trigger('select', {kind: 'image'}); return; }
+  const tile = Number(button.dataset.drop);
+  trigger('select', button.dataset.clear ? {kind: 'clear'} : {kind: 'drop', tile});
+});
+"""
+
+
+def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
+    """Lay the tab out.
+
+    Args:
+        server: what it works on.
+        last: state that holds the id of the last search.
+
+    Returns:
+        A function that has a page fill in the values of the filters when it is loaded.
+    """
+    session = server.session
+    state = gr.State(EMPTY)
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300):
+            picker = html(html_template=PICKER, js_on_load=PICKER_JS, elem_id="query")
+            basket = html("", js_on_load=BASKET_JS, elem_id="basket")
+            count = gr.Slider(1, 60, value=12, step=1, label="How many hits")
+            with gr.Accordion("Filters", open=False, elem_id="filters"):
+                fields = _filters(session)
+            button = gr.Button("Find similar tiles", variant="primary", elem_id="find")
+        with gr.Column(scale=3, min_width=320):
+            note = html("", js_on_load="histoseek.answered(element);", elem_id="verdict")
+            hits = html(
+                view.empty(
+                    "The most similar tiles appear here, best first.",
+                    "Choose an image on the left, or a tile on the map of the atlas.",
+                ),
+                elem_id="hits",
+            )
+    inputs = [state, count, *fields.values()]
+    outputs = [state, basket, note, hits, last]
+
+    def search(asked: dict[str, Any], k: float, values: Sequence[Any], request: Any) -> Any:
+        shown = view.basket((), asked["like"], asked["unlike"])
+        if not asked["upload"] and not asked["like"]:
+            text = "No image yet. Choose one first, or a tile of the atlas."
+            return asked, shown, view.problem(text), gr.skip(), ""
+        try:
+            chosen = dict(zip(fields, values, strict=True))
+            found = session.search(_query(session, asked, int(k), chosen))
+            shown = view.basket(found.query.images, asked["like"], asked["unlike"])
+            server.note_search(request, found)
+            names = session.cluster_names(None) if session.clusterings() else {}
+        except HistoseekError as error:
+            return asked, shown, told(error), view.empty("Not searched.", "See above."), ""
+        return asked, shown, view.verdict(found), view.gallery(found.hits, names), found.id
+
+    def chosen_image(
+        event: gr.EventData, request: gr.Request, asked: dict[str, Any], k: float, *values: Any
+    ) -> Any:
+        try:
+            asked = {**asked, "upload": uploaded(event._data)}
+        except HistoseekError as error:
+            shown = view.basket((), asked["like"], asked["unlike"])
+            return asked, shown, told(error), view.empty("Not searched.", "See above."), ""
+        return search(asked, k, values, request)
+
+    def picked(
+        event: gr.EventData, request: gr.Request, asked: dict[str, Any], k: float, *values: Any
+    ) -> Any:
+        asked = _picked(asked, event._data)
+        if not asked["upload"] and not asked["like"]:
+            empty = view.empty("Nothing to search for.", "Choose an image, or a tile to be like.")
+            return asked, view.basket((), (), asked["unlike"]), "", empty, ""
+        return search(asked, k, values, request)
+
+    def clicked(request: gr.Request, asked: dict[str, Any], k: float, *values: Any) -> Any:
+        return search(asked, k, values, request)
+
+    events: dict[str, Any] = {**EVENT, "show_progress_on": [hits]}
+    picker.upload(chosen_image, inputs, outputs, trigger_mode="always_last", **events)
+    basket.select(picked, inputs, outputs, trigger_mode="multiple", **events)
+    button.click(clicked, inputs, outputs, **events)
+
+    def refresh(page: Any) -> None:
+        page.load(lambda: _choices(session, list(fields)), None, list(fields.values()), **HIDDEN)
+
+    return refresh
+
+
+def _filters(session: Session) -> dict[str, Any]:
+    """Return the filters by what they do to a query."""
+    columns = session.atlas.view().columns
+    further = [
+        name
+        for name in columns.names()
+        if name not in {"slide", "kind", "label", "patient"}
+        and 1 < len(columns.coded(name).names) <= COLUMN_VALUES
+    ]
+    many = {"multiselect": True, "choices": []}
+    fields = {"in label": gr.Dropdown(label="Label", **many)}
+    for name in further:
+        fields[f"in {name}"] = gr.Dropdown(label=name, **many)
+    fields["in slide"] = gr.Dropdown(label="Slide", **many)
+    fields["in cluster"] = gr.Dropdown(label="Cluster", **many)
+    fields["not in patient"] = gr.Dropdown(label="Leave out these patients", **many)
+    fields["leave_out"] = gr.Radio(
+        [("nothing more", ""), ("its slide", "slide"), ("its patient", "patient")],
+        value="",
+        label="When searching by a tile of the atlas, leave out",
+    )
+    fields["per_slide"] = gr.Checkbox(label="At most one hit per slide")
+    fields["where"] = gr.Textbox(
+        label="Further filter", placeholder="organ = 'colon' and x > 2000", max_lines=3
+    )
+    return fields
+
+
+def _choices(session: Session, names: Sequence[str]) -> list[Any]:
+    """Return the values that there are now, for each filter."""
+    columns = session.atlas.view().columns
+    found = []
+    for name in names:
+        field = name.removeprefix("not in ").removeprefix("in ")
+        if field == name:
+            found.append(gr.skip())
+        elif field == "cluster":
+            found.append(gr.update(choices=_cluster_choices(session)))
+        else:
+            found.append(gr.update(choices=sorted(columns.coded(field).names)[:CHOICES]))
+    return found
+
+
+def _cluster_choices(session: Session) -> list[tuple[str, int]]:
+    if not session.clusterings():
+        return []
+    _, clustering = session.atlas.clustering(None)
+    names = session.cluster_names(None)
+    return [(words.cluster_name(c, names), c) for c in range(clustering.clusters)]
+
+
+def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, Any]) -> Query:
+    """Return the query that the widgets describe."""
+    where = (values.pop("where") or "").strip() or None
+    leave_out: Any = values.pop("leave_out") or ""
+    per_slide = values.pop("per_slide")
+    for name, chosen in values.items():
+        operator, _, field = name.rpartition(" ")
+        if chosen:
+            listed = ", ".join(str(v) if field == "cluster" else quoted(v) for v in chosen)
+            clause = f"{quoted_field(field)} {operator} ({listed})"
+            where = both(where, clause) if where else clause
+    images = []
+    if asked["upload"]:
+        upload = asked["upload"]
+        crop = tuple(upload["crop"]) if upload["crop"] else None
+        images.append(session.read(Path(upload["path"]), upload["name"], crop))
+    return Query(
+        tuple(images), like=tuple(asked["like"]), unlike=tuple(asked["unlike"]), k=k, where=where,
+        per_slide=bool(per_slide), leave_out=leave_out,
+    )  # fmt: skip
+
+
+def _picked(asked: dict[str, Any], data: Any) -> dict[str, Any]:
+    """Return the state after a tile was chosen, dropped, or all were cleared."""
+    kind = data.get("kind")
+    if kind == "image":
+        return {**asked, "upload": None}
+    if kind == "clear":
+        return {**asked, "like": [], "unlike": []}
+    if kind not in {"like", "unlike", "drop"} or not isinstance(data.get("tile"), int):
+        return asked
+    tile = data["tile"]
+    like = [t for t in asked["like"] if t != tile]
+    unlike = [t for t in asked["unlike"] if t != tile]
+    if kind == "like":
+        like.append(tile)
+    elif kind == "unlike":
+        unlike.append(tile)
+    return {**asked, "like": like, "unlike": unlike}

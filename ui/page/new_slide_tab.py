@@ -1,0 +1,71 @@
+"""The tab New slide: a slide by upload or path, embedded in the background while one watches."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from html import escape
+from typing import Any
+
+import gradio as gr
+
+from ..access.service import Server
+from . import view
+from .widgets import EVENT, HIDDEN, chooser, html
+
+ADD_JS = "(...row) => histoseek.addSlide('new-file')(...row)"
+"""Sends the slide to the API, which has room for it, and puts what it says in the place of the path."""
+
+
+def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]) -> None:
+    """Lay the tab out.
+
+    Args:
+        server: what it works on.
+        tab: it is in.
+        head: of the page, which counts the tiles.
+        header: that writes it.
+    """
+    additions = server.additions
+    html(view.readers_only(), elem_id="readers-note")
+    with gr.Row():
+        with gr.Column(scale=1, min_width=300, elem_id="new-form"):
+            chooser("new-file", "Choose a slide", "", 0, local=True)
+            path = gr.Textbox(
+                label="Or its path on the server", placeholder="/slides/case-7.svs",
+                visible=additions.takes_paths, elem_id="new-path",
+            )  # fmt: skip
+            label = gr.Textbox(label="Label", max_length=200)
+            patient = gr.Textbox(label="Patient", max_length=200)
+            mpp = gr.Textbox(
+                label="µm per pixel, if the file does not say", placeholder="0.5", max_length=20
+            )
+            again = gr.Checkbox(label="Replace a slide of that name")
+            button = gr.Button("Add to the atlas", variant="primary", elem_id="add")
+        with gr.Column(scale=3, min_width=320):
+            note = html("", elem_id="add-note")
+            jobs = html(view.job_list(additions.all()), elem_id="jobs")
+    timer = gr.Timer(1.0, active=False)
+
+    def busy() -> bool:
+        return any(not job.over for job in additions.all())
+
+    def added(said: str, *row: Any) -> Any:
+        answer = json.loads(said or "{}")
+        text = str(answer.get("text", ""))
+        shown = f'<p role="status">{escape(text)}</p>' if answer.get("ok") else view.problem(text)
+        cleared = ["", "", ""] if answer.get("ok") else [gr.skip()] * 3
+        return shown, view.job_list(additions.all()), gr.Timer(active=busy()), *cleared
+
+    def tick() -> Any:
+        return view.job_list(additions.all()), gr.Timer(active=busy()), header()
+
+    button.click(
+        added,
+        [path, label, patient, mpp, again],
+        [note, jobs, timer, path, label, patient],
+        js=ADD_JS,
+        **EVENT,
+    )
+    timer.tick(tick, None, [jobs, timer, head], **HIDDEN)
+    tab.select(tick, None, [jobs, timer, head], **HIDDEN)

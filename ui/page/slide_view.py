@@ -1,0 +1,132 @@
+"""HTML of slides and of similar slides."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from html import escape
+from typing import Any
+from urllib.parse import quote
+
+from ...index.search.cases import Similar
+from ..session.colours import VIRIDIS
+from ..session.words import cluster_name
+from .cluster_view import _dot
+from .view import empty
+
+
+def slide_cards(rows: Sequence[Mapping[str, Any]], total: int, chosen: str | None) -> str:
+    """Return slides as cards with thumbnails."""
+    if not rows:
+        return empty("No slide of that name.", "Search for another part of it.")
+    cards = "".join(_slide_card(row, row["name"] == chosen) for row in rows)
+    more = f"<p>{len(rows)} of {total:,} shown; type part of a name to find others.</p>"
+    return f'<ul class="hs-slides">{cards}</ul>{more if len(rows) < total else ""}'
+
+
+def _slide_card(row: Mapping[str, Any], chosen: bool) -> str:
+    name = escape(row["name"], quote=True)
+    facts = " · ".join(
+        escape(str(fact))
+        for fact in (row["label"], row["patient"], f"{row['tiles']:,} tiles")
+        if fact
+    )
+    return (
+        f'<li><button class="hs-slide" data-slide="{name}" aria-pressed="{str(chosen).lower()}">'
+        f'<img loading="lazy" src="v1/slides/{quote(row["name"], safe="")}/thumbnail.jpg" '
+        f'alt="thumbnail of {name}" height="110"><b>{name}</b><small>{facts}</small></button></li>'
+    )
+
+
+def slide_detail(
+    row: Mapping[str, Any],
+    shows: str,
+    clustering: str | None,
+    result: str | None,
+    names: Mapping[int, str],
+    counts: Mapping[int, int],
+    similar: Sequence[Similar],
+    by: str,
+    scale: tuple[float, float] = (0.0, 1.0),
+) -> str:
+    """Return one slide: its picture, with clusters or a heat map, and what is like it.
+
+    Args:
+        row: of the slide.
+        shows: ``slide``, ``clusters`` or ``similarity``.
+        clustering: that is laid over.
+        result: id of the search that is laid over.
+        names: of clusters, given by people.
+        counts: tiles of the slide by cluster.
+        similar: slides or cases.
+        by: ``slide`` or ``patient``.
+        scale: scores at the ends of the heat map's colours.
+    """
+    name = quote(row["name"], safe="")
+    source, legend = f"v1/slides/{name}/thumbnail.jpg?longest=1024", ""
+    if shows == "clusters" and clustering:
+        source = f"v1/slides/{name}/clusters.jpg?clustering={quote(clustering, safe='')}"
+        items = "".join(
+            f"<li>{_dot(c)}{escape(cluster_name(c, names))} ({n:,})</li>" for c, n in counts.items()
+        )
+        legend = f'<ul class="hs-legend" aria-label="Clusters of this slide">{items}</ul>'
+    elif shows == "similarity" and result:
+        source = f"v1/slides/{name}/heat.jpg?result={quote(result, safe='')}"
+        ramp = ", ".join(VIRIDIS)
+        legend = (
+            f'<div class="hs-scale"><span>similarity to the last search: {scale[0]:.2f}</span>'
+            f'<span class="hs-ramp" style="background:linear-gradient(90deg, {ramp})"></span>'
+            f"<span>{scale[1]:.2f}</span></div>"
+        )
+    if row["kind"] != "slide":
+        legend = "<p>A set of ready tiles has no picture as a whole to lay anything over.</p>"
+    facts = [
+        ("label", row["label"]), ("patient", row["patient"]), ("tiles", f"{row['tiles']:,}"),
+        ("µm per pixel", row["mpp"]), ("size", _size(row)), ("added", row["added_at"]),
+        *row["metadata"].items(), ("no tiles because", row["reason"]),
+    ]  # fmt: skip
+    table = "".join(
+        f"<tr><th scope='row'>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>"
+        for k, v in facts
+        if v not in (None, "")
+    )
+    return (
+        f'<article class="hs-detail"><h2>{escape(row["name"])}</h2><div class="hs-detail-two">'
+        f'<figure><img class="hs-overview" src="{source}" alt="{escape(row["name"], quote=True)}, '
+        f'{escape(shows, quote=True)}">{legend}</figure>'
+        f'<table class="hs-facts-table">{table}</table></div>{_similar(similar, by)}</article>'
+    )
+
+
+def _size(row: Mapping[str, Any]) -> str:
+    return f"{row['width']:,} × {row['height']:,}" if row["width"] and row["height"] else ""
+
+
+def _similar(similar: Sequence[Similar], by: str) -> str:
+    what = "slides" if by == "slide" else "cases"
+    if not similar:
+        return f"<h3>Similar {what}</h3>" + empty(
+            "None.", "The atlas holds nothing else to compare."
+        )
+    rows = []
+    for found in similar:
+        pairs = "".join(
+            '<span class="hs-pair">'
+            + "".join(
+                f'<button class="hs-open hs-mini" data-open="{tile}" aria-label="Open tile {tile}">'
+                f'<img loading="lazy" src="v1/tiles/{tile}.jpg" alt="tile {tile}" width="72" height="72">'
+                "</button>"
+                for tile in (pair.query, pair.match)
+                if tile is not None
+            )
+            + f"<small>{pair.score:.3f}</small></span>"
+            for pair in found.pairs[:4]
+        )
+        label = f" · {escape(found.label)}" if found.label else ""
+        rows.append(
+            f"<li><div><b>{escape(found.name)}</b>{label} <small>score {found.score:.3f}</small></div>"
+            f'<div class="hs-pairs">{pairs}</div></li>'
+        )
+    return (
+        f"<h3>Similar {what}, with the regions that are alike (here, there)</h3>"
+        f'<ol class="hs-similar">{"".join(rows)}</ol>'
+    )

@@ -1,0 +1,202 @@
+"""How answers look: cards, sentences, tables, as HTML whose every text is escaped."""
+
+from __future__ import annotations
+
+from base64 import b64encode
+from collections.abc import Iterable, Mapping, Sequence
+from html import escape
+from typing import Any
+
+from ...artifacts.images import Rgb, encode_jpeg
+from ...index.store.rows import Hit
+from ...index.store.scales import scales_line
+from ..session.additions import Addition
+from ..session.answers import Found
+from ..session.words import NOTICE_TEXT, cluster_name, place, verdict_text
+
+EXAMPLES = 6
+
+
+def holds(stats: Mapping[str, Any]) -> str:
+    """Say how much an atlas holds."""
+    slides = stats["slides"]
+    noun = "slide or tile set" if slides == 1 else "slides and tile sets"
+    return f"{stats['tiles']:,} tiles of {slides:,} {noun}"
+
+
+def header(stats: Mapping[str, Any], atlas: str) -> str:
+    """Return the page's head: name, what the atlas holds, the notice."""
+    return (
+        f'<header class="hs-head" data-revision="{stats["revision"]}"><h1>histoseek</h1>'
+        f"<p><b>{escape(atlas)}</b> {escape(holds(stats))}</p>"
+        f'<p class="hs-notice" role="note">{escape(NOTICE_TEXT)}</p></header>'
+    )
+
+
+def empty(title: str, text: str) -> str:
+    """Return what stands where nothing is yet."""
+    return f'<div class="hs-empty"><b>{escape(title)}</b><span>{escape(text)}</span></div>'
+
+
+def problem(text: str) -> str:
+    """Return how an error is shown."""
+    return f'<div class="hs-problem" role="alert">{escape(text)}</div>'
+
+
+# -- hits -------------------------------------------------------------------------------------------
+
+
+def gallery(hits: Iterable[Hit], names: Mapping[int, str] | None = None) -> str:
+    """Return hits as cards: the tile, which opens in its context, what is known, two buttons."""
+    cards = "".join(_card(hit, names) for hit in hits)
+    return f'<ul class="hs-hits">{cards}</ul>' if cards else no_hits()
+
+
+def no_hits() -> str:
+    """Say that nothing passed."""
+    return empty("No tile passes.", "Loosen the filter, or leave less out.")
+
+
+def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
+    where = f"{hit.slide}, {place(hit)}"
+    title = escape(f"hit {hit.rank}: {where}", quote=True)
+    cluster = "" if hit.cluster is None else cluster_name(hit.cluster, names)
+    facts = " · ".join(escape(fact) for fact in (hit.label, cluster) if fact)
+    patient = f"patient {escape(hit.patient)}" if hit.patient else ""
+    scale = f" · {hit.target_mpp:.3g} µm per pixel" if hit.target_mpp else ""
+    return (
+        f'<li class="hs-card" data-tile="{hit.tile}">'
+        f'<button class="hs-open" data-open="{hit.tile}" aria-label="Open {title} in context">'
+        f'<img src="v1/tiles/{hit.tile}.jpg" alt="{title}" width="224" height="224"></button>'
+        f'<div class="hs-facts"><div><b>#{hit.rank}</b> <span class="hs-score">score {hit.score:.3f}</span>'
+        f"</div><div>{facts}</div><small>{escape(where)}{scale}</small><small>{patient}</small></div>"
+        f'<div class="hs-two"><button data-like="{hit.tile}" aria-label="+ like {title}">+ like</button>'
+        f'<button data-unlike="{hit.tile}" aria-label="− unlike {title}">− unlike</button></div></li>'
+    )
+
+
+def verdict(answer: Found) -> str:
+    """Return the verdict line, with a warning where the query is unlike anything in the atlas."""
+    text = escape(verdict_text(answer))
+    warning = ""
+    if answer.verdict.unknown:
+        warning = (
+            '<strong class="hs-unknown">Unlike anything here: read the hits with care.</strong> '
+        )
+    links = " ".join(
+        f'<a href="v1/results/{answer.id}/{kind}" download>{name}</a>'
+        for kind, name in (("html", "Report"), ("csv", "CSV"), ("json", "JSON"))
+    )
+    spent = sum(answer.milliseconds.values())
+    return (
+        f'<div class="hs-verdict" role="status"><p>{warning}{text}</p>'
+        f'<p class="hs-save">Save: {links} <span>{spent:.0f} ms</span></p></div>'
+    )
+
+
+def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) -> str:
+    """Return what is searched for: the image as the encoder sees it, and tiles that can be dropped."""
+    if not len(images) and not like and not unlike:
+        return ""
+    seen = "".join(
+        '<button class="hs-chip" data-image="1" aria-label="Drop your image">'
+        f'<img class="hs-seen" src="data:image/jpeg;base64,{b64encode(encode_jpeg(image)).decode()}" '
+        'alt="your image as the encoder sees it" width="64" height="64">×</button>'
+        for image in images
+    )
+
+    def tiles(kind: str, numbers: Sequence[int]) -> str:
+        return "".join(
+            f'<button class="hs-chip" data-drop="{tile}" aria-label="Drop tile {tile} ({kind})">'
+            f'<img src="v1/tiles/{tile}.jpg" alt="tile {tile}" width="48" height="48">×</button>'
+            for tile in numbers
+        )
+
+    rows = [
+        f'<div class="hs-basket-row"><b>{title}</b>{shown}</div>'
+        for title, shown in (
+            ("like", seen + tiles("like", like)),
+            ("unlike", tiles("unlike", unlike)),
+        )
+        if shown
+    ]
+    clear = '<button data-clear="1">Clear tiles</button>' if like or unlike else ""
+    return f'<div class="hs-basket">{"".join(rows)}{clear}</div>'
+
+
+# -- clusters ---------------------------------------------------------------------------------------
+
+
+# -- slides -----------------------------------------------------------------------------------------
+
+
+# -- additions --------------------------------------------------------------------------------------
+
+
+def job_list(jobs: Sequence[Addition]) -> str:
+    """Return slides on their way, with bars."""
+    if not jobs:
+        return empty("No slide has been added here yet.", "Upload one, or give its path.")
+    return f'<ul class="hs-jobs">{"".join(_job(job) for job in jobs[:20])}</ul>'
+
+
+def _job(job: Addition) -> str:
+    share = job.done / job.total if job.total else float(job.state == "done")
+    going = job.total and not job.over
+    count = f"{job.done:,} of {job.total:,} tiles" if going else ""
+    title = escape(job.slide, quote=True)
+    return (
+        f'<li class="hs-job hs-{job.state}"><b>{escape(job.slide)}</b> <span>{job.state}</span> '
+        f'<progress max="1" value="{share:.3f}" aria-label="progress of {title}"></progress> '
+        f"<span>{count}</span> <span>{escape(job.message)}</span></li>"
+    )
+
+
+def readers_only() -> str:
+    """Return what a reader is told in the place of the form; editors do not see it."""
+    return empty(
+        "You are a reader here.", "Slides are added by editors; how far they are stands below."
+    )
+
+
+# -- about ------------------------------------------------------------------------------------------
+
+
+def about(stats: Mapping[str, Any], card: str, versions: Mapping[str, str]) -> str:
+    """Return what the atlas holds, by which encoder, how well the index finds, and the versions."""
+    encoder = stats["encoder"]
+    labels = ", ".join(f"{name} ({count:,})" for name, count in list(stats["labels"].items())[:20])
+    fitted = ", ".join(f"{c['name']} ({c['clusters']} clusters)" for c in stats["clusterings"])
+    rows = [
+        ("slides and tile sets", f"{stats['slides']:,}"), ("tiles", f"{stats['tiles']:,}"),
+        ("labels", labels or "–"), ("clusterings", fitted or "none fitted"),
+        ("encoder", f"{encoder['name']} ({encoder['arch']}), {encoder['dim']}-d, {encoder['metric']}"),
+        ("encoder sha256", encoder["sha256"]),
+        ("scale of the tiles", scales_line(stats["scales"])),
+        ("slides are read at", f"{encoder['mpp']} µm per pixel" if encoder["mpp"] else "–"),
+        ("index", _index(stats["index"])), ("created", stats["created_at"]),
+        *((f"{name} version", version) for name, version in versions.items()),
+    ]  # fmt: skip
+    table = "".join(
+        f'<tr><th scope="row">{escape(k)}</th><td>{escape(str(v))}</td></tr>' for k, v in rows
+    )
+    return (
+        f'<table class="hs-facts-table" id="about">{table}</table>'
+        '<p><a href="docs">HTTP API</a> · <a href="openapi.json">OpenAPI</a> · '
+        '<a href="metrics">Prometheus</a></p>'
+        f"<details><summary>The encoder's card</summary><pre>{escape(card)}</pre></details>"
+    )
+
+
+def _index(index: Mapping[str, Any]) -> str:
+    return f"generation {index['generation']}" + (
+        f", {index['plan']['kind']}" if isinstance(index.get("plan"), dict) else ""
+    )
+
+
+def audit_text(report: Mapping[str, Any]) -> str:
+    """Return the measured recall of the index in a line."""
+    return (
+        f'<p role="status">Recall@{report["k"]} {report["recall"]:.4f} of exact search, measured on '
+        f"{report['queries']} tiles of this atlas; {report['index_ms_per_query']:.2f} ms per query.</p>"
+    )

@@ -1,0 +1,122 @@
+"""What the tabs share: HTML of ours in Gradio, choosing files, the map, and how errors are told."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from ...errors import BadInput
+from . import view
+
+UPLOAD_BYTES = 64 * 2**20
+EVENT: dict[str, Any] = {"api_visibility": "private", "queue": False}
+"""Events of the page are no API: that one is beside it, and documented.
+
+They are plain requests, not Gradio's queue: an answer that comes by its stream is lost when an event is
+sent just as the stream closes after the one before (Gradio 6.31). What waits is bounded by the guard and
+the gate.
+"""
+HIDDEN: dict[str, Any] = {**EVENT, "show_progress": "hidden"}
+
+_FILES = """
+<div class="hs-picker" data-limit="{limit}" {local}>
+  <div class="hs-drop"><input type="file" id="{name}-input" {options}>
+  <label for="{name}-input">{title}</label>, or drop it here</div>
+  <ul class="hs-files" aria-label="Files to upload"></ul><p class="hs-picker-note" role="status"></p>
+</div>"""
+_FILES_JS = "histoseek.artifacts.files(element, upload);"
+_MAP = """
+<div class="hs-mapbox">
+  <div class="hs-mapbar">{select}{tools}
+    <p class="hs-map-note" role="status">The map is drawn when it is looked at.</p></div>
+  <div class="hs-canvas"><div class="hs-plot" role="region" aria-label="Map of the atlas's tiles"></div>
+    <svg class="hs-lasso" hidden aria-hidden="true"><polygon></polygon></svg></div>
+  <div class="hs-peek" hidden></div>{gallery}
+</div>"""
+
+
+def html(value: str = "", **options: Any) -> Any:
+    """Return HTML of ours, without Gradio's styles for texts."""
+    return gr.HTML(value, apply_default_css=False, **options)
+
+
+def told(error: Exception) -> str:
+    """Return what a person is told of an error."""
+    return view.problem(str(error))
+
+
+def chooser(name: str, title: str, options: str, limit: int, local: bool = False) -> Any:
+    """Return a place to choose or drop files: the field that :func:`with_files` fills with what is there.
+
+    Args:
+        name: of the element.
+        title: of the link.
+        options: of the input, such as ``multiple``.
+        limit: bytes of a file.
+        local: leave the file in the browser; JavaScript of the tab sends it.
+    """
+    kind = 'data-local="1"' if local else ""
+    template = _FILES.format(name=name, title=title, options=options, limit=limit, local=kind)
+    html(html_template=template, js_on_load=_FILES_JS, elem_id=name)
+    return gr.Textbox(visible="hidden")
+
+
+def with_files(name: str) -> str:
+    """Return the JavaScript that puts what a chooser holds in the place of an event's first input."""
+    return f"(...inputs) => [histoseek.chosen('{name}'), ...inputs.slice(1)]"
+
+
+def chosen(text: str | None) -> list[dict[str, Any]]:
+    """Return the uploads that a chooser holds.
+
+    Raises:
+        BadInput: some are still being sent, or it names a file that was not uploaded.
+    """
+    data = json.loads(text or "{}")
+    if data.get("sending"):
+        raise BadInput("files are still being sent; try again when they are listed")
+    return [uploaded(item) for item in data.get("files", [])]
+
+
+def uploaded(data: Any) -> dict[str, Any]:
+    """Return an upload that the browser names, after checking that it is one: path, name and crop.
+
+    Raises:
+        BadInput: it names a file that was not uploaded.
+    """
+    from gradio.utils import get_upload_folder
+
+    data = data if isinstance(data, dict) else {}
+    path = Path(str(data.get("path"))).resolve()
+    if not path.is_relative_to(Path(get_upload_folder()).resolve()):
+        raise BadInput("that file was not uploaded here; choose it again")
+    crop = data.get("crop")
+    numbers = isinstance(crop, list) and len(crop) == 4
+    if crop is not None and not (numbers and all(isinstance(c, int | float) for c in crop)):
+        raise BadInput("the crop is not four numbers; draw it again")
+    return {"path": str(path), "name": Path(str(data.get("name", "image"))).name, "crop": crop}
+
+
+_TOOLS = """
+<span role="group" aria-label="What dragging does"><button type="button" class="hs-tool" data-tool="lasso"
+ aria-pressed="true">Lasso</button><button type="button" class="hs-tool" data-tool="move"
+ aria-pressed="false">Move</button></span>"""
+
+
+def atlas_map(js: str, elem_id: str, select: str = "", gallery: str = "") -> Any:
+    """Return the map of the atlas; it is drawn when it is first seen.
+
+    Args:
+        js: that calls ``histoseek.map(element, {…})``.
+        elem_id: of the element.
+        select: HTML of the list that chooses colours.
+        gallery: HTML of the place for the tiles of a lasso.
+    """
+    return html(
+        html_template=_MAP.format(select=select, gallery=gallery, tools=_TOOLS if gallery else ""),
+        js_on_load=js,
+        elem_id=elem_id,
+    )

@@ -1,0 +1,1 @@
+"""Session: the answers that page and API share."""

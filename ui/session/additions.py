@@ -1,0 +1,408 @@
+"""Adding slides while people search: a bounded queue, one slide at a time embedded in the background.
+
+A slide that was uploaded is kept in a folder of its own in the atlas's ``uploads/``, with what was said of
+it beside it until it is in the atlas; one that a kill left there is taken up again at the next start.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import re
+import secrets
+import shutil
+import tempfile
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+from ...artifacts.files import read_json, write_json
+from ...artifacts.images import SUFFIXES
+from ...artifacts.slide_names import without_last_ending
+from ...errors import (
+    BadInput,
+    Busy,
+    HistoseekError,
+    NotFound,
+    StorageFailed,
+    Unavailable,
+    Unsupported,
+)
+from ...serving.embedding.jobs import Job
+from ...serving.embedding.pipeline import embed_jobs
+from ...serving.embedding.results import EmbedOptions
+from ...serving.encoders.engines import cores
+from ...serving.encoders.open import open_encoder
+from ...serving.slides.sources import SLIDE_SUFFIXES
+from .answers import now
+from .session import Session
+
+UPLOADS = "uploads"
+PENDING = "pending.json"
+"""Beside an upload as long as it is not in the atlas: what was said of it, and how often it was tried."""
+TRIES = 3
+CUT_OFF_S = 3600
+"""For which nothing was written to an upload that is not whole, after which nobody sends it any more."""
+WAITS_S = (1, 2, 5, 15, 30)
+PASSING = (Busy, Unavailable, StorageFailed)
+INDEXES = frozenset({".mrxs", ".vms", ".vmu"})
+MAX_WAITING = 32
+JOBS_KEPT = 200
+COPY_BYTES = 2**20
+FIELD_LIMIT = 200
+log = logging.getLogger("histoseek.additions")
+State = Literal["waiting", "embedding", "adding", "done", "failed"]
+
+
+@dataclass(frozen=True)
+class Addition:
+    """A slide on its way into the atlas.
+
+    Attributes:
+        id: of the job.
+        slide: its name in the atlas.
+        state: waiting, embedding, adding, done or failed.
+        done: tiles embedded.
+        total: tiles known to be wanted; 0 before the slide is open.
+        message: why it failed, or what came of it.
+        at: when it was asked for, UTC.
+        path: of the file; not shown to anyone.
+        row: label, patient and mpp, as given.
+        replace: whether it takes the place of a slide of that name.
+    """
+
+    id: str
+    slide: str
+    state: State
+    done: int
+    total: int
+    message: str
+    at: str
+    path: Path
+    row: dict[str, str]
+    replace: bool = False
+
+    @property
+    def over(self) -> bool:
+        """Whether nothing more happens."""
+        return self.state in {"done", "failed"}
+
+    def public(self) -> dict[str, Any]:
+        """Return what may be shown."""
+        shown = ("id", "slide", "state", "done", "total", "message", "at")
+        return {key: getattr(self, key) for key in shown}
+
+
+class Additions:
+    """Takes slides by upload or from folders that are allowed, and adds them one after another."""
+
+    def __init__(self, session: Session, folders: Sequence[Path] = ()) -> None:
+        """Start the worker, and take up what was left behind.
+
+        Args:
+            session: the open atlas.
+            folders: from which slides may be added by their path.
+        """
+        self._session = session
+        self._folders = [folder.resolve() for folder in folders]
+        self._uploads = session.atlas.path.resolve() / UPLOADS
+        self._jobs: OrderedDict[str, Addition] = OrderedDict()
+        self._lock = threading.Lock()
+        self._queue: queue.Queue[str | None] = queue.Queue()  # the jobs are what is bounded
+        self._stop = threading.Event()
+        self._number = 0
+        self._closing = False
+        self._worker = threading.Thread(target=self._work, name="additions", daemon=True)
+        self._worker.start()
+        self._take_up()
+
+    @property
+    def takes_paths(self) -> bool:
+        """Whether there are folders from which slides may be added."""
+        return bool(self._folders)
+
+    # -- asking ---------------------------------------------------------------------------------
+
+    def upload(self, stream: BinaryIO, name: str, row: dict[str, str], replace: bool) -> Addition:
+        """Keep an uploaded slide, in a folder of its own, and line it up.
+
+        Args:
+            stream: of its bytes.
+            name: of its file; only the last part counts.
+            row: label, patient and mpp.
+            replace: put it in the place of a slide of that name; that one stays until this one is in.
+
+        Raises:
+            BadInput: no name, a kind of file that is no slide, or a slide of that name is there.
+            Busy: too many wait.
+            StorageFailed: no space.
+        """
+        file = plain(Path(name.replace("\\", "/")).name)
+        if Path(file).suffix.lower() in INDEXES:
+            raise Unsupported(
+                f"{file} is an index of other files, which one upload cannot hold; put the slide in a "
+                "folder that the server was started with (--slides), and give its path"
+            )
+        folder = self._uploads / secrets.token_hex(8)
+        job = self._reserve(folder / file, row, replace)
+        try:
+            folder.mkdir(mode=0o700, parents=True)
+            with (folder / file).open("xb") as out:
+                shutil.copyfileobj(stream, out, COPY_BYTES)
+                out.flush()
+                os.fsync(out.fileno())
+            write_json(folder / PENDING, {"row": row, "replace": replace, "tries": 0})
+        except (OSError, StorageFailed) as error:
+            self._forget(job)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise StorageFailed(
+                f"{file} cannot be kept ({error}); free space on the atlas's disk"
+            ) from error
+        except BaseException:
+            self._forget(job)
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
+        self._queue.put(job.id)
+        return job
+
+    def path(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
+        """Line up a slide that lies in an allowed folder.
+
+        Raises:
+            NotFound: it does not exist, or lies elsewhere: which of both is not told.
+            BadInput: it is no slide, or a slide of that name is there.
+            Busy: too many wait.
+        """
+        try:
+            real = path.resolve(strict=True)
+        except (OSError, RuntimeError, ValueError):
+            real = None
+        inside = real is not None and any(real.is_relative_to(f) for f in self._folders)
+        if real is None or not inside or not real.is_file():
+            raise NotFound(
+                f"{path.name} is not in a folder from which slides may be added; start the server "
+                "with --slides FOLDER, or upload the slide"
+            )
+        job = self._reserve(real, row, replace)
+        self._queue.put(job.id)
+        return job
+
+    def all(self) -> list[Addition]:
+        """Return the jobs, newest first."""
+        with self._lock:
+            return list(reversed(self._jobs.values()))
+
+    def get(self, number: str) -> Addition:
+        """Return a job by id.
+
+        Raises:
+            NotFound: no such job (any more).
+        """
+        with self._lock:
+            if number not in self._jobs:
+                raise NotFound(f"there is no job {number!r} (any more)")
+            return self._jobs[number]
+
+    def remove(self, slide: str) -> int:
+        """Take a slide out of the atlas, and delete its file if it was uploaded here.
+
+        Returns:
+            How many tiles went.
+
+        Raises:
+            NotFound: no such slide.
+            Busy: another process is writing.
+        """
+        source = next(
+            (s["source"] for s in self._session.atlas.slides() if s["name"] == slide), None
+        )
+        if source is None:
+            raise NotFound(f"the atlas holds no slide {slide!r}")
+        tiles = self._session.atlas.remove([slide])
+        self._delete_upload(Path(source))
+        return tiles
+
+    def close(self) -> None:
+        """Let the slide under way be; it is taken up again at the next start if it was uploaded."""
+        self._closing = True
+        self._stop.set()
+        self._queue.put(None)
+        self._worker.join(5)
+
+    # -- doing ----------------------------------------------------------------------------------
+
+    def _reserve(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
+        """Take a place in the line for a slide that can be added, or say why it cannot."""
+        if self._session.encoder is None:
+            raise BadInput(
+                "this atlas has no encoder here, so slides cannot be embedded; embed them with the tool "
+                "that made its features, and use `histoseek index import`"
+            )
+        for key, value in row.items():
+            if len(value) > FIELD_LIMIT or not value.isprintable():
+                raise BadInput(f"{key} is longer than {FIELD_LIMIT} characters, or not plain text")
+        if path.suffix.lower() not in SLIDE_SUFFIXES | SUFFIXES:
+            raise Unsupported(
+                f"{path.name}: expected a slide (.svs, .ndpi, .mrxs, .scn, .bif, .tif, .tiff, .dcm …) or a "
+                "picture"
+            )
+        name = without_last_ending(path.name)
+        there = {slide["name"] for slide in self._session.atlas.slides()}
+        with self._lock:
+            under_way = [job for job in self._jobs.values() if not job.over]
+            if len(under_way) >= MAX_WAITING:
+                raise Busy(f"{MAX_WAITING} slides wait already; ask again when some are through")
+            if name in {job.slide for job in under_way}:
+                raise BadInput(f"slide {name!r} is on its way already")
+            if name in there and not replace:
+                raise BadInput(f"slide {name!r} is in the atlas already; rename it, or replace it")
+            self._number += 1
+            number = str(self._number)
+            job = Addition(
+                number,
+                name,
+                "waiting",
+                0,
+                0,
+                "",
+                now(),
+                path,
+                row,
+                replace,
+            )
+            self._jobs[number] = job
+            while len(self._jobs) > JOBS_KEPT:
+                self._jobs.popitem(last=False)
+        return job
+
+    def _forget(self, job: Addition) -> None:
+        with self._lock:
+            self._jobs.pop(job.id, None)
+
+    def _take_up(self) -> None:
+        """Line up uploads that a kill kept from the atlas; one that was tried too often is left alone."""
+        if not self._uploads.is_dir() or self._session.encoder is None:
+            return
+        for folder in sorted(self._uploads.iterdir()):
+            files = [f for f in folder.iterdir() if f.name != PENDING] if folder.is_dir() else []
+            if len(files) != 1 or not (folder / PENDING).is_file():
+                self._clear(folder, files)
+                continue
+            try:
+                about = read_json(folder / PENDING)
+                row, replace_known, tries = (
+                    dict(about["row"]),
+                    bool(about["replace"]),
+                    int(about["tries"]),
+                )
+                if tries >= TRIES:
+                    log.error("%s was tried %d times and is left alone", files[0], tries)
+                    continue
+                write_json(folder / PENDING, {**about, "tries": tries + 1})
+                self._queue.put(self._reserve(files[0], row, replace_known).id)
+            except (HistoseekError, KeyError, TypeError, ValueError) as error:
+                log.error("%s cannot be taken up: %s", files[0], error)
+
+    def _clear(self, folder: Path, files: list[Path]) -> None:
+        """Delete what was cut off while it was sent: of no slide, not waiting, no longer written to."""
+        if not folder.is_dir() or (folder / PENDING).exists():
+            return
+        # By name, not by path: the atlas may have been moved since, and a slide's file is not ours to lose.
+        if any(Path(s["source"]).parent.name == folder.name for s in self._session.atlas.slides()):
+            return
+        newest = max((file.stat().st_mtime for file in [folder, *files]), default=0.0)
+        if time.time() - newest > CUT_OFF_S:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def _work(self) -> None:
+        while (number := self._queue.get()) is not None and not self._closing:
+            try:
+                self._try(number)
+            except Exception:  # whatever it is, the next one has its turn
+                log.exception("job %s", number)
+                self._set(number, state="failed", message="a fault of the server; its log has more")
+
+    def _try(self, number: str) -> None:
+        """Add one slide; wait for what passes, such as another writer, and keep the upload meanwhile."""
+        path = self.get(number).path
+        for wait in (*WAITS_S, None):
+            try:
+                self._add(number)
+                return
+            except PASSING as error:
+                text = self._session.hide(str(error))
+                if wait is None or self._closing:
+                    text += "; the upload is kept, and tried again at the next start"
+                    self._set(number, state="failed", message=text)
+                    return
+                self._set(number, state="waiting", message=f"{text}; trying again")
+                self._stop.wait(wait)
+            except HistoseekError as error:
+                text = self._session.hide(str(error)).replace(str(path), path.name)
+                self._delete_upload(path)  # first: who is told that it failed finds nothing left
+                self._set(number, state="failed", message=text)
+                return
+
+    def _delete_upload(self, path: Path) -> None:
+        """Delete a slide that was uploaded, with its folder; any other file is not ours."""
+        if path.resolve().parent.parent == self._uploads:
+            shutil.rmtree(path.parent, ignore_errors=True)
+
+    def _add(self, number: str) -> None:
+        job = self.get(number)
+        self._set(number, state="embedding")
+
+        def progress(done: int, total: int, text: str) -> None:
+            self._set(number, done=done, total=total)
+            if self._closing:
+                raise KeyboardInterrupt
+
+        atlas = self._session.atlas
+        before = [s["source"] for s in atlas.slides() if s["name"] == job.slide]
+        # An encoder of its own: a run that fails closes it, and people go on searching.
+        encoder = open_encoder(self._session.spec, expect=atlas.manifest)
+        options = EmbedOptions(overlays=False, jobs=max(1, cores() - 1))
+        row = {key: value for key, value in job.row.items() if value}
+        try:
+            with tempfile.TemporaryDirectory(prefix="histoseek-add-") as folder:
+                work = Job(job.slide, job.path, "slide", row)
+                (result,) = embed_jobs([work], encoder, Path(folder), options, progress)
+                if result.features is None:
+                    raise BadInput(result.reason)
+                self._set(number, state="adding", done=result.tiles, total=result.tiles)
+                metadata = {work.location: {k: v for k, v in row.items() if k != "mpp"}}
+                (added,) = self._session.atlas.add([Path(result.features)], metadata, job.replace)
+        except KeyboardInterrupt:
+            return  # closing: the upload stays, and is taken up again
+        finally:
+            encoder.close()
+        if added.state == "failed":
+            raise BadInput(added.reason)
+        (job.path.parent / PENDING).unlink(missing_ok=True)
+        for source in before:
+            if Path(source) != job.path:
+                self._delete_upload(Path(source))
+        text = f"{added.tiles:,} tiles" if added.tiles else f"no tiles: {added.reason}"
+        self._set(number, state="done", message=text)
+
+    def _set(self, number: str, **changes: Any) -> None:
+        with self._lock:
+            if number in self._jobs:
+                self._jobs[number] = replace(self._jobs[number], **changes)
+
+
+def plain(name: str) -> str:
+    """Return a file name without anything that a file name should not have.
+
+    Raises:
+        BadInput: nothing is left.
+    """
+    found = re.sub(r"[^\w.\- ]", "_", name).strip(" .")[-120:]
+    if not found or not Path(found).stem.strip("._ "):
+        raise BadInput(f"{name!r} is no name for a slide; expected one such as case-1.svs")
+    return found

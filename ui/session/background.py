@@ -1,0 +1,74 @@
+"""Things that take seconds, made on threads of their own while people go on."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from ...errors import MissingPart
+
+T = TypeVar("T")
+AGAIN_S = 30.0
+"""After how long what failed is tried again."""
+
+
+log = logging.getLogger("histoseek.background")
+
+
+class Background:
+    """Makes things that take seconds on threads of their own, once per state, and keeps the last one."""
+
+    def __init__(self) -> None:
+        """Nothing is made yet."""
+        self._lock = threading.Lock()
+        self._made: dict[str, tuple[Any, Any]] = {}
+        self._making: dict[str, threading.Thread] = {}
+        self._failed: dict[str, tuple[Any, Exception, float]] = {}
+
+    def get(self, name: str, state: Any, make: Callable[[], T]) -> T | None:
+        """Return what ``make`` gives for a state, an earlier state's while it is made, or None.
+
+        Raises:
+            MissingPart: it cannot be made here.
+        """
+        with self._lock:
+            state_made, made = self._made.get(name, (None, None))
+            if made is not None and state_made == state:
+                return made  # type: ignore[no-any-return]
+            state_failed, error, at = self._failed.get(name, (None, None, 0.0))
+            fresh = time.monotonic() - at < AGAIN_S
+            if state_failed == state and error is not None and fresh:
+                if isinstance(error, MissingPart):
+                    raise error
+                return made  # type: ignore[no-any-return]
+            if name not in self._making:
+                thread = threading.Thread(
+                    target=self._make, args=(name, state, make), name=f"make-{name}", daemon=True
+                )
+                self._making[name] = thread
+                thread.start()
+            return made  # type: ignore[no-any-return]
+
+    def _make(self, name: str, state: Any, make: Callable[[], Any]) -> None:
+        try:
+            made = make()
+        except Exception as error:
+            log.warning("%s could not be made: %s", name, error)
+            with self._lock:
+                self._failed[name] = state, error, time.monotonic()
+                self._making.pop(name, None)
+            return
+        with self._lock:
+            self._made[name] = state, made
+            self._making.pop(name, None)
+
+    def close(self, patience_s: float = 20.0) -> None:
+        """Wait for what is being made: a thread in native code must not outlive the interpreter."""
+        with self._lock:
+            threads = list(self._making.values())
+        deadline = time.monotonic() + patience_s
+        for thread in threads:
+            thread.join(max(0.0, deadline - time.monotonic()))

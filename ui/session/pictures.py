@@ -1,0 +1,346 @@
+"""Pictures of an atlas: its tiles, where they lie, its slides with clusters or a heat map laid over."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageDraw
+
+from ...artifacts.feature_files import read_about
+from ...artifacts.images import Rgb, encode_jpeg, square
+from ...artifacts.tileset_files import open_tiles
+from ...artifacts.tilesets import TileSet
+from ...errors import BadInput, HistoseekError, NotFound
+from ...index.atlas import Atlas
+from ...index.vectors.generations import View
+from ...serving.slides.slide import Slide, open_slide
+from .colours import cluster_colour, ramp
+
+OPEN_SOURCES = 8
+KEPT_BYTES = 128 * 2**20
+THUMBNAIL_PX = 1024
+FIELD = 5
+"""Side of the neighbouring field, in tiles."""
+FIELD_PX = 640
+CONTACT = 3
+_BOX = (255, 60, 0)
+
+T = TypeVar("T")
+_Source = Slide | tuple[TileSet, dict[str, int]]
+
+
+class _Opened:
+    """A slide or tile set that is open; one thread at a time reads it."""
+
+    def __init__(self, source: _Source) -> None:
+        self.source = source
+        self.lock = threading.Lock()
+        self.closed = False
+
+    def close(self) -> None:
+        with self.lock:
+            self.closed = True
+            if isinstance(self.source, Slide):
+                self.source.close()
+
+
+class Pictures:
+    """Reads pictures from where the tiles came from; keeps a few slides open and the last JPEGs."""
+
+    def __init__(self, atlas: Atlas) -> None:
+        """Read nothing yet."""
+        self._atlas = atlas
+        self._lock = threading.Lock()
+        self._open: OrderedDict[int, _Opened] = OrderedDict()
+        self._kept: OrderedDict[tuple[Any, ...], bytes] = OrderedDict()
+        self._bytes = 0
+
+    def tile(self, tile: int) -> bytes:
+        """Return a tile as the encoder saw it, as JPEG.
+
+        Raises:
+            NotFound: no such tile (any more), or its slide or picture is not where it was.
+        """
+        view = self._atlas.view()
+        at = self._at(tile, view)
+        return self._keep(("tile", tile), lambda: encode_jpeg(self._tile(view, at)))
+
+    def field(self, tile: int) -> bytes:
+        """Return the tile amid its neighbours at a lower magnification, boxed, as JPEG.
+
+        Of a tile set's tile: the whole picture, with the square that the encoder saw.
+        """
+        view = self._atlas.view()
+        at = self._at(tile, view)
+        return self._keep(("field", tile), lambda: encode_jpeg(self._field(view, at)))
+
+    def place(self, tile: int) -> bytes:
+        """Return the whole slide with a box where the tile lies, as JPEG.
+
+        Raises:
+            NotFound: the tile is of a tile set, which has no such picture.
+        """
+        view = self._atlas.view()
+        at = self._at(tile, view)
+
+        def draw() -> bytes:
+            number = int(view.columns.slide_of(np.array([at]))[0])
+            thumbnail, down = self._overview(view, number)
+            x, y = view.columns.places()[at].tolist()
+            side = view.columns.slides[number]["size_px_level0"]
+            picture = Image.fromarray(thumbnail)
+            box = [x / down, y / down, (x + side) / down, (y + side) / down]
+            grown = [box[0] - 4, box[1] - 4, box[2] + 4, box[3] + 4]
+            ImageDraw.Draw(picture).rectangle(grown, outline=_BOX, width=4)
+            return encode_jpeg(np.asarray(picture), 85)
+
+        return self._keep(("place", tile), draw)
+
+    def thumbnail(self, slide: str, longest: int = 320) -> bytes:
+        """Return a slide in small, or some tiles of a tile set, as JPEG."""
+        view = self._atlas.view()
+        number = slide_number(view, slide)
+        key = ("thumbnail", view.columns.slides[number]["id"], longest)
+        return self._keep(key, lambda: encode_jpeg(self._small(view, number, longest), 85))
+
+    def clusters(self, slide: str, clustering: str | None) -> bytes:
+        """Return a slide with its tiles coloured by cluster, as JPEG.
+
+        Raises:
+            NotFound: no such slide or clustering, or a tile set.
+        """
+        view = self._atlas.view()
+        number = slide_number(view, slide)
+        found = view.columns.clusters(clustering)
+        if found is None:
+            raise NotFound("the atlas has no such clustering; fit one with `histoseek index fit`")
+        rows = slice(int(view.columns.starts[number]), int(view.columns.starts[number + 1]))
+        colours = np.array([cluster_colour(c) for c in found[rows].tolist()]).reshape(-1, 3)
+        return encode_jpeg(self._painted(view, number, colours, 0.45), 85)
+
+    def heat(self, slide: str, query: NDArray[np.float32]) -> tuple[bytes, float, float]:
+        """Return a slide with its tiles coloured by similarity to a query (D,), and the range shown."""
+        view = self._atlas.view()
+        number = slide_number(view, slide)
+        scores = self._atlas.scores_in(slide, query, view)
+        if not len(scores):
+            raise NotFound(f"slide {slide!r} has no tiles")
+        low, high = self.scale(scores)
+        share = np.clip((scores - low) / max(high - low, 1e-9), 0, 1)
+        picture = self._painted(view, number, ramp(share), 0.6)
+        return encode_jpeg(picture, 85), low, high
+
+    def scale(self, scores: NDArray[np.float32]) -> tuple[float, float]:
+        """Return the scores at the ends of a heat map: 0 and 1 of a cosine, so that slides compare.
+
+        Distances have no such ends: the slide's own lowest and highest score.
+        """
+        if self._atlas.manifest.metric == "cosine":
+            return 0.0, 1.0
+        return float(scores.min()), float(scores.max())
+
+    # -- reading --------------------------------------------------------------------------------
+
+    def _at(self, tile: int, view: View) -> int:
+        position = view.columns.positions(np.array([tile], dtype=np.int64))[0]
+        if position < 0:
+            raise NotFound(f"the atlas holds no tile {tile} (any more); search again")
+        return int(position)
+
+    def _keep(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
+        with self._lock:
+            if key in self._kept:
+                self._kept.move_to_end(key)
+                return self._kept[key]
+        blob = make()
+        with self._lock:
+            if key not in self._kept:
+                self._kept[key] = blob
+                self._bytes += len(blob)
+            while self._bytes > KEPT_BYTES:
+                self._bytes -= len(self._kept.popitem(last=False)[1])
+        return blob
+
+    def _tile(self, view: View, at: int) -> Rgb:
+        size = self._atlas.manifest.size_px or 224
+        number, row = _row(view, at)
+        x, y = view.columns.places()[at].tolist()
+
+        def read(source: _Source) -> Rgb:
+            if isinstance(source, Slide):
+                side = view.columns.slides[number]["size_px_level0"]
+                return source.read_tile(x, y, side, size)
+            return square(_picture(source, view.columns.files(number), row), size)
+
+        return self._read(view, number, read)
+
+    def _field(self, view: View, at: int) -> Rgb:
+        number, row = _row(view, at)
+        x, y = view.columns.places()[at].tolist()
+
+        def read(source: _Source) -> Rgb:
+            if isinstance(source, Slide):
+                side = view.columns.slides[number]["size_px_level0"]
+                left = side * (FIELD // 2)
+                wide = source.read_tile(x - left, y - left, FIELD * side, FIELD_PX)
+                unit = FIELD_PX / FIELD
+                start = unit * (FIELD // 2)
+                return _boxed(wide, (start, start, start + unit, start + unit))
+            picture = Image.fromarray(_picture(source, view.columns.files(number), row))
+            scale = FIELD_PX / max(picture.size)
+            size = round(picture.width * scale), round(picture.height * scale)
+            wide = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
+            side = min(size)
+            left, top = (size[0] - side) / 2, (size[1] - side) / 2
+            return _boxed(wide, (left, top, left + side - 1, top + side - 1))
+
+        return self._read(view, number, read)
+
+    def _small(self, view: View, number: int, longest: int) -> Rgb:
+        if view.columns.slides[number]["kind"] != "slide":
+            return self._contact(view, number, longest)
+        thumbnail, _ = self._overview(view, number)
+        picture = Image.fromarray(thumbnail)
+        picture.thumbnail((longest, longest), Image.Resampling.LANCZOS)
+        return np.asarray(picture)
+
+    def _contact(self, view: View, number: int, longest: int) -> Rgb:
+        """Return some tiles of a tile set side by side."""
+        start, end = view.columns.starts[number : number + 2].tolist()
+        if start == end:
+            raise NotFound(f"{view.columns.slides[number]['name']!r} has no tiles")
+        rows = np.unique(np.linspace(start, end - 1, CONTACT * CONTACT).astype(int))
+        side = longest // CONTACT
+        sheet = Image.new("RGB", (side * CONTACT, side * CONTACT), "white")
+        for place, at in enumerate(rows.tolist()):
+            tile = Image.fromarray(self._tile(view, at)).resize((side, side))
+            sheet.paste(tile, (side * (place % CONTACT), side * (place // CONTACT)))
+        return np.asarray(sheet)
+
+    def _overview(self, view: View, number: int) -> tuple[Rgb, float]:
+        """Return a slide's thumbnail and its level-0 pixels per pixel."""
+
+        def read(source: _Source) -> tuple[Rgb, float]:
+            if not isinstance(source, Slide):
+                name = view.columns.slides[number]["name"]
+                raise NotFound(f"{name!r} is a set of ready tiles, which has no picture as a whole")
+            thumbnail = source.thumbnail(THUMBNAIL_PX)
+            return thumbnail, source.width / thumbnail.shape[1]
+
+        return self._read(view, number, read)
+
+    def _painted(self, view: View, number: int, colours: NDArray[np.uint8], strength: float) -> Rgb:
+        """Return the thumbnail with each tile's square (N,) tinted by a colour (N, 3)."""
+        thumbnail, down = self._overview(view, number)
+        start, end = view.columns.starts[number : number + 2].tolist()
+        corners = view.columns.places()[start:end] / down
+        side = view.columns.slides[number]["size_px_level0"] / down
+        height, width = thumbnail.shape[:2]
+        tint = np.zeros((height, width, 3), dtype=np.float32)
+        cover = np.zeros((height, width, 1), dtype=np.float32)
+        for (x, y), colour in zip(corners.tolist(), colours, strict=True):
+            rows = slice(int(y), max(int(y) + 1, round(y + side)))
+            columns = slice(int(x), max(int(x) + 1, round(x + side)))
+            tint[rows, columns] += colour
+            cover[rows, columns] += 1
+        mean = tint / np.maximum(cover, 1)
+        mixed = np.where(cover > 0, (1 - strength) * thumbnail + strength * mean, thumbnail)
+        return np.ascontiguousarray(mixed.round().astype(np.uint8))
+
+    def _read(self, view: View, number: int, read: Callable[[_Source], T]) -> T:
+        slide = view.columns.slides[number]
+        try:
+            while True:
+                opened = self._source(slide)
+                with opened.lock:
+                    if not opened.closed:  # else it was the oldest, and was closed just now
+                        return read(opened.source)
+        except NotFound:
+            raise
+        except (HistoseekError, OSError) as error:
+            text = str(error).replace(slide["source"], Path(slide["source"]).name)
+            raise NotFound(f"the picture cannot be shown: {text}") from error
+
+    def _source(self, slide: Any) -> _Opened:
+        key = slide["id"]
+        with self._lock:
+            if key in self._open:
+                self._open.move_to_end(key)
+                return self._open[key]
+        path = Path(slide["source"])
+        source: _Source
+        if slide["kind"] == "slide":
+            about = read_about(self._atlas.path / slide["features_file"]) or {}
+            series = about.get("key", {}).get("series")
+            source = open_slide(path, stated_mpp=slide["mpp"], series=series)
+            if slide["width"] and (source.width, source.height) != (
+                slide["width"],
+                slide["height"],
+            ):
+                size = f"{source.width} x {source.height}"
+                source.close()
+                raise BadInput(
+                    f"{path} has {size} pixels; the slide that was embedded has {slide['width']} x "
+                    f"{slide['height']}: it was replaced, or is another picture of the file"
+                )
+        else:
+            tiles = open_tiles(path)
+            source = tiles, {tile.file: number for number, tile in enumerate(tiles.tiles)}
+        oldest = None
+        with self._lock:
+            opened = self._open.setdefault(key, _Opened(source))
+            if len(self._open) > OPEN_SOURCES:
+                _, oldest = self._open.popitem(last=False)
+        if oldest is not None:
+            oldest.close()
+        if opened.source is not source and isinstance(source, Slide):
+            source.close()  # another thread was quicker
+        return opened
+
+    def close(self) -> None:
+        """Close what is open."""
+        with self._lock:
+            opened = list(self._open.values())
+            self._open.clear()
+        for one in opened:
+            one.close()
+
+
+def slide_number(view: View, slide: str) -> int:
+    """Return the number of a slide by name.
+
+    Raises:
+        NotFound: no such slide.
+    """
+    for number, row in enumerate(view.columns.slides):
+        if row["name"] == slide and slide:
+            return number
+    raise NotFound(f"the atlas holds no slide {slide!r}")
+
+
+def _row(view: View, at: int) -> tuple[int, int]:
+    """Return the slide's number and the tile's row in it."""
+    number = int(view.columns.slide_of(np.array([at]))[0])
+    return number, at - int(view.columns.starts[number])
+
+
+def _picture(
+    source: tuple[TileSet, dict[str, int]], files: list[str | None] | None, row: int
+) -> Rgb:
+    tiles, rows = source
+    file = None if files is None else files[row]
+    if file not in rows:
+        raise BadInput(f"{Path(tiles.source).name} no longer holds {file}")
+    return tiles.read(rows[file])
+
+
+def _boxed(picture: Rgb, box: tuple[float, float, float, float]) -> Rgb:
+    drawn = Image.fromarray(picture)
+    ImageDraw.Draw(drawn).rectangle(box, outline=_BOX, width=3)
+    return np.asarray(drawn)

@@ -1,0 +1,69 @@
+"""Words for people that page, API and report share."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from ...index.store.rows import Hit
+from .answers import Found
+
+NOTICE_TEXT = "Research use only. Similarity is no diagnosis."
+LABELS_SHOWN = 4
+
+
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun, in the plural where it must be."""
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
+
+
+def place(hit: Hit) -> str:
+    """Say where a hit is: the file in a tile set, x and y in a slide."""
+    return hit.file.rsplit("/", 1)[-1] if hit.file else f"x {hit.x}, y {hit.y}"
+
+
+def cluster_name(cluster: int, names: Mapping[int, str] | None = None) -> str:
+    """Return how a cluster is called on the page."""
+    if cluster < 0:
+        return "no cluster"
+    return (names or {}).get(cluster) or f"cluster {cluster}"
+
+
+def cluster_title(placed: Mapping[str, Any]) -> str:
+    """Return how the cluster of a placed image is called."""
+    return str(placed["name"] or cluster_name(placed["cluster"]))
+
+
+def verdict_text(answer: Found) -> str:
+    """Return in words what the nearest tiles are and whether the query fits the atlas."""
+    found = answer.verdict
+    count = len(answer.hits)
+    if not count:
+        return "No tile passes the filter."
+    parts = []
+    if any(label for label, _ in found.labels):
+        counted = ", ".join(
+            f"{label or 'no label'} {n} of {count}" for label, n in found.labels[:LABELS_SHOWN]
+        )
+        parts.append(f"Nearest labels: {counted}.")
+    else:
+        counted = ", ".join(f"{slide} ({n})" for slide, n in found.slides[:LABELS_SHOWN])
+        parts.append(f"The nearest tiles come from {counted}.")
+    if found.foreign:
+        parts.append(
+            "It is unlike the stained tissue that the encoder knows: what is nearest says little."
+        )
+    elif found.placed is not None:
+        if found.placed["unknown"]:
+            parts.append("It fits no cluster of this atlas.")
+        else:
+            name = cluster_title(found.placed)
+            parts.append(f"It belongs to {name} (strength {found.placed['strength']:.2f}).")
+    if found.nearer_than is not None:
+        parts.append(
+            f"It is nearer to the atlas than {found.nearer_than:.0%} of the atlas's own tiles are to "
+            "those of other patients."
+        )
+    if len(answer.query.images) + len(answer.query.like) > 1 or answer.query.unlike:
+        parts.append("Of several examples together it is not judged whether they fit the atlas.")
+    return " ".join(parts)
