@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from histoseek.serving.slides.slide.slide import open_slide
+from histoseek.serving.slides.slide import open_slide
 from histoseek.ui.cli.demo import covers, rotated_crop
 
 ROOT = Path(__file__).parents[1]

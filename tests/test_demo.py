@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from histoseek.errors import BadInput, Damaged
-from histoseek.serving.slides.slide.slide import open_slide
+from histoseek.serving.slides.slide import open_slide
 from histoseek.ui.cli.demo import covers, fetch, make_tissue_slide, rotated_crop
 
 

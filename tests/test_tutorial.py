@@ -11,7 +11,7 @@ import pytest
 from loopback import free_port
 from PIL import Image
 
-from histoseek.serving.slides.slide.slide import open_slide
+from histoseek.serving.slides.slide import open_slide
 
 TUTORIAL = Path(__file__).parents[1] / "docs" / "tutorial.md"
 WAIT = "for n in $(seq 100); do curl -fsS http://127.0.0.1:{port}/health && break; sleep 0.3; done"

@@ -33,9 +33,6 @@ from .table import Table, table_of
 if TYPE_CHECKING:
     from ..atlas import Atlas
 
-FIRST = 6
-"""Own columns that stand before those of the metadata."""
-
 
 def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> int:
     """Write an atlas, or the tiles that pass a filter, for another tool.

@@ -16,7 +16,9 @@ from .column_names import unique_names
 
 if TYPE_CHECKING:
     from ..atlas import Atlas
-from .exports import FIRST
+
+FIRST = 6
+"""Columns of the tile that stand before those of the metadata."""
 
 
 @dataclass(frozen=True)

@@ -18,10 +18,10 @@ import faiss
 import numpy as np
 from atlases import EMBEDDED, clustered, make_atlas, repeated, write_slide
 
-from histoseek.index.clusters.fit import hdbscan as density
-from histoseek.index.search.tiles.tiles import allowed
-from histoseek.index.vectors.index import tuning
-from histoseek.index.vectors.index.files import new_main
+from histoseek.index.clusters import hdbscan as density
+from histoseek.index.search.tiles import allowed
+from histoseek.index.vectors import tuning
+from histoseek.index.vectors.files import new_main
 
 QUERIES, K = 2_000, 10
 RESULTS = {}

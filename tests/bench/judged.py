@@ -18,7 +18,7 @@ from histoseek.artifacts.images import square
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.metrics import codes
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
-from histoseek.serving.slides.slide.slide import open_slide
+from histoseek.serving.slides.slide import open_slide
 from histoseek.training.commands import select
 from histoseek.training.data import load, split
 from histoseek.ui.cli.demo import covers, rotated_crop

@@ -36,8 +36,8 @@ from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.engines import cores
 from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.encoders.open import open_encoder
-from histoseek.serving.slides.slide.openslide_source import OpenSlideSource
-from histoseek.serving.slides.slide.slide import open_slide
+from histoseek.serving.slides.openslide_source import OpenSlideSource
+from histoseek.serving.slides.slide import open_slide
 
 ROUNDS = 3
 

@@ -23,7 +23,7 @@ import sklearn.metrics  # noqa: F401
 from atlases import features, filled, grouped
 
 from histoseek.index.atlas import Atlas
-from histoseek.index.vectors.index import index as vectors
+from histoseek.index.vectors import index as vectors
 
 NAMES = [f"slide-{n}" for n in range(4)] + ["late-0", "late-1"]
 

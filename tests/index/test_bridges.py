@@ -210,7 +210,7 @@ def test_tensorboards_projector_reads_what_is_written(atlas, tmp_path):
 
 
 def test_qupath_gets_tiles_with_their_cluster_or_their_similarity(atlas, tmp_path):
-    from histoseek.serving.slides.slide.geojson import read_annotations
+    from histoseek.serving.slides.geojson import read_annotations
 
     export(atlas, tmp_path / "clusters", "geojson")
     files = sorted(p.name for p in (tmp_path / "clusters").iterdir())

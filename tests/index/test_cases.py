@@ -7,7 +7,7 @@ from atlases import DIM, features, filled, grouped, unit
 from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Mismatch
 from histoseek.index.atlas import Atlas
-from histoseek.index.clusters.fit.mosaic import CLUSTERS, LEAST, SHARE, _spread, mosaic
+from histoseek.index.clusters.mosaic import CLUSTERS, LEAST, SHARE, _spread, mosaic
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 KINDS = {

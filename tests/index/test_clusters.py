@@ -6,8 +6,8 @@ from sklearn.datasets import load_digits, make_blobs, make_moons
 
 from histoseek.artifacts.manifest import FOREIGN
 from histoseek.errors import BadInput, Damaged
-from histoseek.index.clusters.fit.clustering import Clustering
-from histoseek.index.clusters.fit.fit import fit
+from histoseek.index.clusters import fit
+from histoseek.index.clusters.clustering import Clustering
 
 
 def digits():
@@ -193,7 +193,7 @@ def test_a_small_cluster_takes_its_limit_from_all():
 
 
 def test_curves_find_the_number_of_blobs():
-    from histoseek.index.clusters.fit.curve import curve
+    from histoseek.index.clusters.curve import curve
 
     data, _ = make_blobs(900, 6, centers=4, cluster_std=0.7, random_state=8)
     rows = curve(data.astype(np.float32), "kmeans")

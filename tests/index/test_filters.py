@@ -9,8 +9,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from histoseek.errors import BadInput
-from histoseek.index.search.tiles import filters
-from histoseek.index.search.tiles.filters import Compare, Some, parse, quoted_field, select
+from histoseek.index.search import filters
+from histoseek.index.search.filters import Compare, Some, parse, quoted_field, select
 
 VALUES = {
     "label": ["a", "b", "it's", None],

@@ -16,7 +16,7 @@ from histoseek.artifacts.feature_files import content_sha256, read_features
 from histoseek.artifacts.files import sha256_file
 from histoseek.errors import BadInput
 from histoseek.index.atlas import Atlas
-from histoseek.index.clusters.fit.fit import fit
+from histoseek.index.clusters import fit
 from histoseek.index.store.schema import MIGRATIONS
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 

@@ -12,8 +12,8 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Damaged
 from histoseek.index.atlas import Atlas
-from histoseek.index.vectors.index import index as vectors
-from histoseek.index.vectors.index import tuning
+from histoseek.index.vectors import index as vectors
+from histoseek.index.vectors import tuning
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 

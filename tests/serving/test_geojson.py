@@ -12,7 +12,7 @@ from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import open_encoder
-from histoseek.serving.slides.slide.geojson import draw_mask, outlines, read_annotations
+from histoseek.serving.slides.geojson import draw_mask, outlines, read_annotations
 
 
 def square(x, y, side):

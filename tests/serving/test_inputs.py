@@ -19,7 +19,7 @@ from histoseek.serving.embedding.jobs import find_inputs, find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import open_encoder
-from histoseek.serving.slides.slide.slide import open_slide
+from histoseek.serving.slides.slide import open_slide
 
 TILE = {"tile": (224, 224), "photometric": "rgb", "compression": "jpeg", "metadata": None}
 HALF_MICRON = {"resolution": (20000, 20000), "resolutionunit": "CENTIMETER"}

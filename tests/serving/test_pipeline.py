@@ -57,7 +57,7 @@ def test_a_slide_becomes_a_file_in_tridents_layout(make_slide, encoder, tmp_path
 
 
 def test_features_are_the_encoders_own(make_slide, encoder, tmp_path):
-    from histoseek.serving.slides.slide.slide import open_slide
+    from histoseek.serving.slides.slide import open_slide
 
     path = make_slide(tmp_path / "a.tiff")
     (result,) = embed([path], encoder, tmp_path / "out", jobs=3)

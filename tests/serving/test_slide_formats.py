@@ -10,9 +10,9 @@ import pytest
 import tifffile
 
 from histoseek.errors import BadInput
-from histoseek.serving.slides.slide.openslide_source import OpenSlideSource
-from histoseek.serving.slides.slide.slide import open_slide
-from histoseek.serving.slides.slide.tiff_source import TiffSource
+from histoseek.serving.slides.openslide_source import OpenSlideSource
+from histoseek.serving.slides.slide import open_slide
+from histoseek.serving.slides.tiff_source import TiffSource
 
 
 @pytest.fixture

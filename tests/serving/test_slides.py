@@ -5,8 +5,8 @@ import pytest
 from PIL import Image
 
 from histoseek.errors import BadInput
-from histoseek.serving.slides.slide.slide import Slide, open_slide
-from histoseek.serving.slides.slide.tissue import tissue_mask, tissue_share
+from histoseek.serving.slides.slide import Slide, open_slide
+from histoseek.serving.slides.tissue import tissue_mask, tissue_share
 
 
 def test_mpp_comes_from_the_file(make_slide, tmp_path):

@@ -14,9 +14,9 @@ from PIL import Image
 
 from histoseek.artifacts.feature_files import read_about
 from histoseek.errors import BadInput
-from histoseek.serving.slides.slide.openslide_source import OpenSlideSource
-from histoseek.serving.slides.slide.slide import open_slide
-from histoseek.serving.slides.slide.tiff_depth import check_source
+from histoseek.serving.slides.openslide_source import OpenSlideSource
+from histoseek.serving.slides.slide import open_slide
+from histoseek.serving.slides.tiff_depth import check_source
 
 SCALE = {"resolution": (2e4, 2e4), "resolutionunit": "CENTIMETER", "metadata": None}
 APERIO = "Aperio Image Library v11.2.1\r\n512x512 [0,0 512x512] (128x128) {}|AppMag = 20|MPP = 0.5"

@@ -465,7 +465,7 @@ DDP = """
 import sys
 import numpy as np
 from pathlib import Path
-from histoseek.artifacts.tilesets import open_tiles
+from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.training.recipes import RECIPES
 recipe, devices, data, out = sys.argv[1:]
 kind = RECIPES[recipe]

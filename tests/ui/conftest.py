@@ -14,8 +14,8 @@ from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
-from histoseek.ui.access.policy.audit import Audit
-from histoseek.ui.access.policy.policy import Access
+from histoseek.ui.access.audit import Audit
+from histoseek.ui.access.policy import Access
 from histoseek.ui.server import make_app
 from histoseek.ui.session.additions import Additions
 from histoseek.ui.session.session import Session

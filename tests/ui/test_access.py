@@ -13,7 +13,7 @@ import pytest
 from loopback import free_port, up
 
 from histoseek.errors import BadInput, TooLarge
-from histoseek.ui.access.policy.policy import Access, Limits, access_for
+from histoseek.ui.access.policy import Access, Limits, access_for
 from histoseek.ui.page.cluster_tab import unpacked
 from histoseek.ui.page.widgets import uploaded
 

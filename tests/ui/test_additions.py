@@ -12,7 +12,7 @@ from loopback import free_port, up
 
 from histoseek.errors import BadInput, Busy, NotFound, Unavailable
 from histoseek.index.atlas import Atlas
-from histoseek.ui.api.app.client import Client
+from histoseek.ui.api.client import Client
 from histoseek.ui.session.additions import MAX_WAITING, Additions
 
 

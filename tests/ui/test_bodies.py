@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 
 from histoseek.errors import BadInput
-from histoseek.ui.api.app.bodies import _pixels
+from histoseek.ui.api.bodies import _pixels
 
 BLOB = bytes(range(256)) * 3
 TEXT = base64.b64encode(BLOB).decode()

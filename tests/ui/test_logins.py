@@ -13,11 +13,11 @@ import time
 import pytest
 
 from histoseek.errors import BadInput
-from histoseek.ui.access.policy import logins
-from histoseek.ui.access.policy.logins import Failures, Logins, MustWait
-from histoseek.ui.access.policy.policy import Access, access_for
-from histoseek.ui.access.policy.roles import READING, changes
-from histoseek.ui.access.policy.users import hash_password, matches, read_users
+from histoseek.ui.access import logins
+from histoseek.ui.access.logins import Failures, Logins, MustWait
+from histoseek.ui.access.policy import Access, access_for
+from histoseek.ui.access.roles import READING, changes
+from histoseek.ui.access.users import hash_password, matches, read_users
 
 TOKEN = "0123456789abcdef0123"
 ANN = hash_password("geheim:geheim")

@@ -7,8 +7,8 @@ import pytest
 from loopback import free_port, up
 
 from histoseek.errors import BadInput
-from histoseek.ui.access.policy.policy import Access, access_for
-from histoseek.ui.access.policy.proxies import OWN_PATHS, asked, parsed, proxies_for
+from histoseek.ui.access.policy import Access, access_for
+from histoseek.ui.access.proxies import OWN_PATHS, asked, parsed, proxies_for
 
 PROXY = "10.0.0.7"
 NAMED = proxies_for(
