@@ -16,34 +16,31 @@ from typing import Any
 from .. import stopping
 from ..artifacts.feature_files import Features, check_features, parse_features, read_about
 from ..artifacts.files import remove_leftovers, sha256_file, write_atomic
-from ..artifacts.manifest import Manifest
 from ..artifacts.tables import clean_row
 from ..console import Report
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
 from .clusters import stored as clusterings
 from .clusters.clustering import Clustering
-from .store.catalog import NEXT_TILE, Catalog, get_meta, insert, set_meta, update
+from .store.catalog import NEXT_TILE, get_meta, insert, set_meta, update
 from .store.metadata import AddedSlides, Metadata, Row, Rows, match_rows, slides_meant
 from .store.packing import pack_coded, unpack_coded, unpack_texts
 from .store.rows import Added, further, plain_name
 from .store.scales import MIXED, check_scale
+from .store.store import FEATURES, Store
 from .vectors.generations import Generations
 from .writer_rows import slide_row, tiles_row
 
 SCALE = ("size_px_level0", "mpp")
 """What another import may know of a slide whose features are the same."""
-FEATURES = "features"
 
 
 class Writer:
     """Writes to an atlas; whoever uses it holds the atlas's lock."""
 
-    def __init__(
-        self, path: Path, catalog: Catalog, manifest: Manifest, generations: Generations
-    ) -> None:
-        """Write to the atlas in ``path``."""
-        self._path, self._catalog, self._manifest = path, catalog, manifest
-        self._generations = generations
+    def __init__(self, store: Store, generations: Generations) -> None:
+        """Write to an atlas."""
+        self._store, self._generations = store, generations
+        self._path, self._catalog, self._manifest = store.path, store.catalog, store.manifest
         self._known: dict[int, str] = {}
         self._loaded: dict[int, Clustering] = {}
 
@@ -86,7 +83,7 @@ class Writer:
         """Bring everything derived up to date with the slides."""
         self._remove_orphans()
         with suppress(Damaged):  # a slide that cannot be read is for `verify` to name
-            self.place_new()
+            self.assign_new()
             self._generations.settle()
 
     def _add_one(self, file: Path, rows: Rows, replace: bool) -> Added:
@@ -123,7 +120,7 @@ class Writer:
         changed = [key for key in SCALE if same and row[key] and row[key] != found[0][key]]
         if same and not changed:
             self._mend(dict(found[0]), row, blob, item.about)
-            source = _place_now(found[0]["source"], row["source"])
+            source = _source_now(found[0]["source"], row["source"])
             return self._relabel_known(origin, dict(found[0]), given, source)
         learnt = bool(changed) and not any(found[0][key] for key in changed)
         with self._catalog.read() as db:
@@ -277,7 +274,7 @@ class Writer:
         self._known, self._loaded = known, kept
         return kept
 
-    def place_new(self) -> None:
+    def assign_new(self) -> None:
         """Place slides in clusterings that they are missing from, such as one whose file was lost."""
         for number, clustering in self._clusterings().items():
             missing = self._catalog.rows(
@@ -287,7 +284,7 @@ class Writer:
             )
             for slide in missing:
                 stopping.check()
-                placed = clustering.assign(self._generations.vectors_of(dict(slide)))
+                placed = clustering.assign(self._store.vectors_of(dict(slide)))
                 with self._catalog.write() as db:
                     clusterings.insert_placement(db, number, slide["id"], placed, fitted=False)
 
@@ -303,7 +300,7 @@ class Writer:
         self._generations.remove_orphans()
 
 
-def _place_now(known: str, given: str) -> str:
+def _source_now(known: str, given: str) -> str:
     """Return where a slide lies: where new features say, unless it is only there where the atlas says."""
     if not given or (Path(known).exists() and not Path(given).exists()):
         return known

@@ -27,7 +27,7 @@ SHIPPED = "cpu,ui"
 IMPORTS = {
     "": "histoseek.__main__, histoseek.serving.slides.slide, histoseek.artifacts.tilesets",
     "cpu": "histoseek.serving.encoders.protocol, histoseek.index.atlas",
-    "cpu,ui": "histoseek.ui.page.app, histoseek.ui.server, histoseek.index.search.map",
+    "cpu,ui": "histoseek.ui.page.app, histoseek.ui.server, histoseek.index.search.layout",
     "cpu,train": "histoseek.training.commands, histoseek.training.recipes, histoseek.export.bundle",
     "cpu,openvino": "openvino, histoseek.serving.encoders.engines",
     "triton": "tritonclient.grpc, histoseek.export.triton",

@@ -7,22 +7,19 @@ import shutil
 import sqlite3
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ... import stopping
 from ...artifacts.files import exclusive, publish_folder
 from ...errors import BadInput, Damaged, StorageFailed
+from ..opened import OpenAtlas
 from ..store.catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
+from ..store.store import ENCODER, FEATURES, LOCK
 from .verify import problems
 
-if TYPE_CHECKING:
-    from ..atlas import Atlas
 
-
-def take(atlas: Atlas, out: Path) -> dict[str, Any]:
-    """Copy an atlas; see :meth:`Atlas.snapshot`."""
-    from ..atlas import ENCODER, LOCK, Atlas
-
+def take(atlas: OpenAtlas, out: Path) -> dict[str, Any]:
+    """Copy an atlas; see :meth:`Atlas.snapshot <histoseek.index.atlas.Atlas.snapshot>`."""
     if out.resolve().is_relative_to(atlas.path.resolve()):
         raise BadInput(f"{out} lies in the atlas itself; choose a folder outside of {atlas.path}")
     # Files of a state are deleted by later writers only, so no writer may come between.
@@ -30,7 +27,7 @@ def take(atlas: Atlas, out: Path) -> dict[str, Any]:
         try:
             _copy_database(atlas.path / FILE, folder / FILE)
             shutil.copytree(atlas.encoder_bundle, folder / ENCODER)
-            (folder / "features").mkdir()
+            (folder / FEATURES).mkdir()
             for file in _named_files(atlas):
                 stopping.check()
                 shutil.copyfile(atlas.path / file, folder / file)
@@ -40,7 +37,7 @@ def take(atlas: Atlas, out: Path) -> dict[str, Any]:
             raise StorageFailed(
                 f"the snapshot {out} cannot be written ({error}); free space"
             ) from error
-        copied = Atlas(folder)
+        copied = OpenAtlas(folder)
         wrong = problems(copied)
         if wrong:
             raise Damaged(
@@ -61,7 +58,7 @@ def _copy_database(source: Path, target: Path) -> None:
         new.execute("PRAGMA journal_mode = WAL")
 
 
-def _named_files(atlas: Atlas) -> list[str]:
+def _named_files(atlas: OpenAtlas) -> list[str]:
     queries = (
         "SELECT features_file AS file FROM slides",
         "SELECT file FROM clusterings",
@@ -86,10 +83,8 @@ def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
         Damaged: the snapshot is not whole; the atlas stays as it is.
         Busy: another process is writing to the atlas.
     """
-    from ..atlas import LOCK, Atlas
-
     fresh = atlas.with_name(f"{atlas.name}.restoring-{os.getpid()}")
-    take(Atlas(snapshot), fresh)
+    take(OpenAtlas(snapshot), fresh)
     kept: Path | None = None
     if atlas.exists():
         with exclusive(atlas / LOCK, f"atlas {atlas}"):
@@ -101,7 +96,7 @@ def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
         fresh.rename(atlas)
     return {
         "atlas": str(atlas),
-        "revision": Atlas(atlas).catalog.revision(),
+        "revision": OpenAtlas(atlas).catalog.revision(),
         "kept": None if kept is None else str(kept),
     }
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import Enum
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -22,12 +22,10 @@ from ...errors import Damaged, HistoseekError, StorageFailed
 from ..clusters import stored as clusterings
 from ..clusters.clustering import Clustering
 from ..clusters.fitting import fitted
-from ..search import map as layout
+from ..opened import OpenAtlas
+from ..search import layout
 from ..store.packing import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
-    from ..writer import Writer
+from ..writer import Writer
 
 SEALED = ("meta", "slides", "slide_tiles", "generations", "clusterings", "placements", "clusters")
 
@@ -69,7 +67,7 @@ ROWS = {"generations": Kind.INDEX, "placements": Kind.PLACEMENT}
 """Tables whose rows can be made again."""
 
 
-def problems(atlas: Atlas) -> list[Problem]:
+def problems(atlas: OpenAtlas) -> list[Problem]:
     """Return everything that is wrong with an atlas, in the order it was looked at."""
     found = _database(atlas)
     try:
@@ -86,7 +84,7 @@ def problems(atlas: Atlas) -> list[Problem]:
     return found
 
 
-def _database(atlas: Atlas) -> list[Problem]:
+def _database(atlas: OpenAtlas) -> list[Problem]:
     found: list[Problem] = []
     try:
         rows = atlas.catalog.rows("PRAGMA integrity_check")
@@ -106,7 +104,7 @@ def _database(atlas: Atlas) -> list[Problem]:
     return found
 
 
-def _map(atlas: Atlas) -> list[Problem]:
+def _map(atlas: OpenAtlas) -> list[Problem]:
     try:
         layout.read(atlas.path)
     except Damaged as error:
@@ -114,12 +112,12 @@ def _map(atlas: Atlas) -> list[Problem]:
     return []
 
 
-def _audit(atlas: Atlas) -> list[Problem]:
+def _audit(atlas: OpenAtlas) -> list[Problem]:
     """The audit log of the page, if there is one, has all its lines."""
     return [Problem(text) for text in audit_chain.problems(atlas.path / audit_chain.FILE)]
 
 
-def _slides(atlas: Atlas) -> list[Problem]:
+def _slides(atlas: OpenAtlas) -> list[Problem]:
     rows = atlas.catalog.rows(
         "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic FROM slides AS s "
         "LEFT JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY t.first_tile, s.id"
@@ -140,7 +138,7 @@ def _slides(atlas: Atlas) -> list[Problem]:
     return found
 
 
-def _slide(atlas: Atlas, slide: dict[str, Any]) -> list[Problem]:
+def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
     path = atlas.path / slide["features_file"]
     title = f"{path} of slide {slide['name']!r}"
     remedy = "restore it, or embed the slide again and add it with --replace"
@@ -182,26 +180,28 @@ def _slide(atlas: Atlas, slide: dict[str, Any]) -> list[Problem]:
     return found
 
 
-def _placements(atlas: Atlas) -> list[Problem]:
+def _placements(atlas: OpenAtlas) -> list[Problem]:
     """Every slide has a place in every clustering, for each of its tiles."""
     found = []
     slides = {row["id"]: dict(row) for row in atlas.catalog.rows("SELECT * FROM slides")}
-    for row in atlas.catalog.rows("SELECT name FROM clusterings"):
-        placed = clusterings.placements(atlas.catalog, row["name"])
+    with atlas.catalog.read() as db:
+        names = [row["name"] for row in db.execute("SELECT name FROM clusterings")]
+        placements = {name: clusterings.placements(db, name) for name in names}
+    for name, placed in placements.items():
         for number, slide in slides.items():
             if number not in placed:
-                text = f"slide {slide['name']!r} is not placed in clustering {row['name']!r}"
+                text = f"slide {slide['name']!r} is not placed in clustering {name!r}"
                 found.append(Problem(f"{text} (derived: it can be made again)", Kind.PLACEMENT))
                 continue
             where = placed[number][0]
             columns = (where.cluster, where.distance, where.strength, where.unknown)
             if {len(column) for column in columns} != {slide["tiles"]}:
-                text = f"slide {slide['name']!r} has other tiles than clustering {row['name']!r} placed"
+                text = f"slide {slide['name']!r} has other tiles than clustering {name!r} placed"
                 found.append(Problem(f"{text} (derived: it can be made again)", Kind.PLACEMENT))
     return found
 
 
-def _files(atlas: Atlas) -> list[Problem]:
+def _files(atlas: OpenAtlas) -> list[Problem]:
     """Every file that a row of the catalog names is there and has the hash that was recorded."""
     found: list[Problem] = []
     for row in atlas.catalog.rows("SELECT * FROM generations"):
@@ -221,7 +221,7 @@ def _file(path: Path, digest: str, kind: Kind) -> list[Problem]:
     return []
 
 
-def _index(atlas: Atlas) -> list[Problem]:
+def _index(atlas: OpenAtlas) -> list[Problem]:
     """The index knows every tile, once."""
     view = atlas.view()
     total = atlas.catalog.rows("SELECT COALESCE(SUM(tiles), 0) AS tiles FROM slides")[0]["tiles"]
@@ -231,7 +231,7 @@ def _index(atlas: Atlas) -> list[Problem]:
     return []
 
 
-def repair(atlas: Atlas, writer: Writer) -> list[str]:
+def repair(atlas: OpenAtlas, writer: Writer) -> list[str]:
     """Make again what is derived and wrong, and remove leftovers; the truth is never touched.
 
     A clustering whose file is lost is fitted again on the tiles it was fitted on; only if every tile falls
@@ -262,12 +262,12 @@ def _try(done: list[str], mend: Callable[[], list[str]]) -> None:
         done.append(f"not repaired: {error}")
 
 
-def _write_index(atlas: Atlas) -> list[str]:
+def _write_index(atlas: OpenAtlas) -> list[str]:
     atlas.generations.write(atlas.generations.options())
     return ["the index was written again"]
 
 
-def _place_again(atlas: Atlas) -> list[str]:
+def _place_again(atlas: OpenAtlas) -> list[str]:
     broken = _broken_placements(atlas)
     names = {
         row["id"]: row["name"] for row in atlas.catalog.rows("SELECT id, name FROM clusterings")
@@ -275,8 +275,8 @@ def _place_again(atlas: Atlas) -> list[str]:
     loaded: dict[int, Clustering] = {}
     for number, slide, was_fitted in broken:
         if number not in loaded:
-            loaded[number] = atlas.clustering(names[number])[1]
-        placed = loaded[number].assign(atlas.generations.vectors_of(slide))
+            loaded[number] = atlas.view().clustering(names[number])[1]
+        placed = loaded[number].assign(atlas.store.vectors_of(slide))
         with atlas.catalog.write() as db:
             at = (number, slide["id"])
             db.execute("DELETE FROM placements WHERE clustering_id = ? AND slide_id = ?", at)
@@ -284,7 +284,7 @@ def _place_again(atlas: Atlas) -> list[str]:
     return [f"{len(broken)} slides were placed in their clusters again"] if broken else []
 
 
-def _lost_fits(atlas: Atlas) -> list[dict[str, Any]]:
+def _lost_fits(atlas: OpenAtlas) -> list[dict[str, Any]]:
     return [
         dict(row)
         for row in atlas.catalog.rows("SELECT * FROM clusterings ORDER BY id")
@@ -292,13 +292,14 @@ def _lost_fits(atlas: Atlas) -> list[dict[str, Any]]:
     ]
 
 
-def _fit_again(atlas: Atlas, row: dict[str, Any]) -> list[str]:
+def _fit_again(atlas: OpenAtlas, row: dict[str, Any]) -> list[str]:
     name = row["name"]
-    known = clusterings.placements(atlas.catalog, name)
-    slides = [s for s in atlas.generations.slides() if known.get(s["id"], (None, False))[1]]
+    with atlas.catalog.read() as db:
+        known = clusterings.placements(db, name)
+    slides = [s for s in atlas.store.tile_ranges() if known.get(s["id"], (None, False))[1]]
     about = {"seed": 0, **json.loads(row["about"])}
     method = "encoder" if about.get("from") == "encoder" else row["method"]
-    clustering, placed = fitted(atlas, method, slides, about)
+    clustering, placed = fitted(atlas.view().state, method, slides, about)
     same = all(np.array_equal(where.cluster, known[slide][0].cluster) for slide, where in placed)
     if not same:
         return [
@@ -309,9 +310,9 @@ def _fit_again(atlas: Atlas, row: dict[str, Any]) -> list[str]:
     return [f"clustering {name!r} was fitted again; every tile is where it was"]
 
 
-def _broken_placements(atlas: Atlas) -> list[tuple[int, dict[str, Any], bool]]:
+def _broken_placements(atlas: OpenAtlas) -> list[tuple[int, dict[str, Any], bool]]:
     """Return clustering, slide, and whether it was fitted, of placements that are damaged."""
-    slides = {slide["id"]: slide for slide in atlas.generations.slides()}
+    slides = {slide["id"]: slide for slide in atlas.store.tile_ranges()}
     return [
         (row["clustering_id"], slides[row["slide_id"]], row["fitted"] == 1)
         for row in atlas.catalog.rows("SELECT * FROM placements")

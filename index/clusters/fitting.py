@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ... import stopping
 from ...errors import BadInput
+from ..search.state import State
 from ..search.tiles import owners
 from ..vectors.tuning import gather
 from . import stored as clusterings
@@ -18,21 +19,17 @@ from .clustering import Assigned, Clustering, shipped
 from .fit import FIT_SAMPLE
 from .fit import fit as fit_clusters
 
-if TYPE_CHECKING:
-    from ..atlas import Atlas
-
 Slides = list[dict[str, Any]]
 Placed = Iterator[tuple[int, Assigned]]
 
 
 def fit(
-    atlas: Atlas, method: str, name: str, k: int | None, min_cluster_size: int | None, seed: int
+    state: State, method: str, name: str, k: int | None, min_cluster_size: int | None, seed: int
 ) -> dict[str, Any]:
-    """Fit and store; see :meth:`Atlas.fit <histoseek.index.atlas.Atlas.fit>`."""
-    revision = atlas.catalog.revision()
-    slides = atlas.generations.slides()
+    """Fit on the tiles of a state and store; see :meth:`Atlas.fit <histoseek.index.atlas.Atlas.fit>`."""
+    slides = state.store.tile_ranges()
     given = {"k": k or "auto", "min_cluster_size": min_cluster_size, "seed": seed}
-    clustering, placed = fitted(atlas, method, slides, given)
+    clustering, placed = fitted(state, method, slides, given)
     if not clustering.clusters:
         total = sum(s["tiles"] for s in slides)
         raise BadInput(
@@ -41,7 +38,9 @@ def fit(
         )
     sizes: Counter[int] = Counter()
     where = _counted(placed, sizes)
-    dropped = clusterings.store(atlas.path, atlas.catalog, name, clustering, revision, where)
+    dropped = clusterings.store(
+        state.store.path, state.store.catalog, name, clustering, state.revision, where
+    )
     about = clustering.about
     return {
         "name": name,
@@ -53,56 +52,55 @@ def fit(
 
 
 def fitted(
-    atlas: Atlas, method: str, slides: Slides, given: dict[str, Any]
+    state: State, method: str, slides: Slides, given: dict[str, Any]
 ) -> tuple[Clustering, Placed]:
     """Fit clusters on some slides, and place their tiles; nothing is stored.
 
     Args:
-        atlas: whose slides they are.
+        state: of the atlas whose slides they are.
         method: kmeans, hdbscan or encoder.
-        slides: as ``Generations.slides`` gives them.
+        slides: as ``Store.tile_ranges`` gives them.
         given: k (or ``auto``), min_cluster_size and seed, as ``about`` of a clustering has them.
 
     Returns:
         The clustering, and where each slide's tiles belong, by slide id.
     """
     if method == "encoder":
-        return (made := shipped(atlas.encoder_bundle)), _place(atlas, slides, made, None)
+        return (made := shipped(state.store.encoder_bundle)), _place(state, slides, made, None)
     k = None if given.get("k") in {None, "auto"} else int(given["k"])
-    vectors, groups, whole = sample(atlas, slides, given["seed"])
+    vectors, groups, whole = sample(state, slides, given["seed"])
     least = given.get("min_cluster_size")
-    gate = atlas.manifest.gate
+    gate = state.manifest.gate
     clustering, placed = stopping.aside(
         lambda: fit_clusters(vectors, method, k, least, given["seed"], groups, gate)
     )
-    return clustering, _place(atlas, slides, clustering, placed if whole else None)
+    return clustering, _place(state, slides, clustering, placed if whole else None)
 
 
 def sample(
-    atlas: Atlas, slides: Slides, seed: int
+    state: State, slides: Slides, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], bool]:
     """Return vectors to fit (M, D), patient or slide of each (M,), and whether these are all there are."""
     total = sum(s["tiles"] for s in slides)
     rows = np.arange(total)
     if total > FIT_SAMPLE:
         rows = np.sort(np.random.default_rng(seed).permutation(total)[:FIT_SAMPLE])
-    chunks = (atlas.generations.vectors_of(slide) for slide in slides)
-    view = atlas.view()
+    chunks = (state.store.vectors_of(slide) for slide in slides)
     first = np.array([s["first_tile"] for s in slides], dtype=np.int64)
     starts = np.concatenate([[0], np.cumsum([s["tiles"] for s in slides])]).astype(np.int64)
     number = np.searchsorted(starts, rows, side="right") - 1
-    positions = view.columns.positions(first[number] + rows - starts[number])
-    groups = owners(view, "patient")[positions]
-    return gather(chunks, rows, atlas.manifest.dim), groups, len(rows) == total
+    positions = state.columns.positions(first[number] + rows - starts[number])
+    groups = owners(state, "patient")[positions]
+    return gather(chunks, rows, state.manifest.dim), groups, len(rows) == total
 
 
-def _place(atlas: Atlas, slides: Slides, clustering: Clustering, known: Assigned | None) -> Placed:
+def _place(state: State, slides: Slides, clustering: Clustering, known: Assigned | None) -> Placed:
     start = 0
     for slide in slides:
         stopping.check()
         end = start + slide["tiles"]
         if known is None:
-            yield slide["id"], clustering.assign(atlas.generations.vectors_of(slide))
+            yield slide["id"], clustering.assign(state.store.vectors_of(slide))
         else:
             yield slide["id"], known.part(slice(start, end))
         start = end

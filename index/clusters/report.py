@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput
+from ..search.state import State
 from ..store.catalog import Catalog, insert
-from . import stored as clusterings
-from .clustering import Assigned
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
+from .clustering import Assigned, Clustering
+from .stored import placements
 
 TEXT_LIMIT = 2_000
 DRIFT_FACTOR = 2.0
 """Later tiles drift when surely more than this many times as many of them are unknown."""
 
 
-def placed(atlas: Atlas, name: str | None) -> tuple[NDArray[np.int64], Assigned]:
-    """Return tile ids (N,) and where they belong; tiles that are not placed yet are left out."""
-    chosen, _ = atlas.clustering(name)
-    known = clusterings.placements(atlas.catalog, chosen)
-    parts = [(s, known[s["id"]][0]) for s in atlas.generations.slides() if s["id"] in known]
+def assigned(state: State, name: str) -> tuple[NDArray[np.int64], Assigned]:
+    """Return tile ids (N,) ascending and their clusters; without tiles that are not assigned yet."""
+    with state.reading() as db:
+        by_slide = placements(db, name)
+    parts = [(s, by_slide[s["id"]][0]) for s in state.columns.slides if s["id"] in by_slide]
     ids = [np.arange(s["first_tile"], s["first_tile"] + s["tiles"]) for s, _ in parts]
     return np.concatenate([np.zeros(0, dtype=np.int64), *ids]), _joined([p for _, p in parts])
 
@@ -41,28 +39,43 @@ def _joined(parts: list[Assigned]) -> Assigned:
     )
 
 
-def names(catalog: Catalog, clustering: str) -> dict[int, tuple[str, str]]:
-    """Return names and descriptions that people gave to clusters."""
-    rows = catalog.rows(
-        "SELECT n.* FROM clusters AS n JOIN clusterings AS c ON c.id = n.clustering_id "
-        "WHERE c.name = ?",
-        (clustering,),
-    )
+def names(state: State, name: str) -> dict[int, tuple[str, str]]:
+    """Return names and descriptions that people gave to the clusters of a clustering."""
+    with state.reading() as db:
+        rows = db.execute(
+            "SELECT n.* FROM clusters AS n JOIN clusterings AS c ON c.id = n.clustering_id "
+            "WHERE c.name = ?",
+            (name,),
+        ).fetchall()
     return {row["cluster"]: (row["name"], row["description"]) for row in rows}
 
 
-def rename(atlas: Atlas, cluster: int, text: str, description: str, clustering: str | None) -> None:
-    """Give a cluster a name and a description, in the place of earlier ones."""
-    chosen, found = atlas.clustering(clustering)
-    least = 0 if found.method == "kmeans" else -1
-    if not least <= cluster < found.clusters:
+def rename(
+    catalog: Catalog, name: str, clustering: Clustering, cluster: int, text: str, description: str
+) -> None:
+    """Give a cluster a name and a description, in the place of earlier ones.
+
+    Args:
+        catalog: of the atlas.
+        name: of the clustering.
+        clustering: itself.
+        cluster: its number.
+        text: the new name; "" takes the name away.
+        description: what is in it.
+
+    Raises:
+        BadInput: no such cluster, or a text that is too long.
+    """
+    least = 0 if clustering.method == "kmeans" else -1
+    if not least <= cluster < clustering.clusters:
         raise BadInput(
-            f"clustering {chosen!r} has no cluster {cluster}; expected {least} to {found.clusters - 1}"
+            f"clustering {name!r} has no cluster {cluster}; expected {least} to "
+            f"{clustering.clusters - 1}"
         )
     if max(len(text), len(description)) > TEXT_LIMIT:
         raise BadInput(f"a name or description is longer than {TEXT_LIMIT} characters; shorten it")
-    with atlas.catalog.write() as db:
-        (number,) = db.execute("SELECT id FROM clusterings WHERE name = ?", (chosen,)).fetchone()
+    with catalog.write() as db:
+        (number,) = db.execute("SELECT id FROM clusterings WHERE name = ?", (name,)).fetchone()
         db.execute(
             "DELETE FROM clusters WHERE clustering_id = ? AND cluster = ?", (number, cluster)
         )
@@ -71,17 +84,13 @@ def rename(atlas: Atlas, cluster: int, text: str, description: str, clustering: 
             insert(db, "clusters", {"clustering_id": number, "cluster": cluster, **row})
 
 
-def describe(atlas: Atlas, name: str | None, examples: int) -> list[dict[str, Any]]:
+def describe(state: State, name: str, examples: int) -> list[dict[str, Any]]:
     """Describe the clusters of a clustering, by number, noise first."""
-    chosen, _ = atlas.clustering(name)
-    ids, where = placed(atlas, chosen)
-    given = names(atlas.catalog, chosen)
-    view = atlas.view()
-    columns = view.columns
+    ids, where = assigned(state, name)
+    given = names(state, name)
+    columns = state.columns
     label = columns.coded("label")
     positions = columns.positions(ids)
-    there = positions >= 0  # a writer may have removed a slide since
-    ids, where, positions = ids[there], where.part(there), positions[there]
     slides = columns.slide_of(positions)
     report = []
     for cluster in np.unique(where.cluster).tolist():
@@ -100,7 +109,7 @@ def describe(atlas: Atlas, name: str | None, examples: int) -> list[dict[str, An
                 "slides": len(np.unique(slides[rows])),
                 "unknown": int(where.unknown[rows].sum()),
                 "labels": {k: n for k, n in sorted(labels.items(), key=lambda kv: -kv[1]) if n},
-                "examples": list(atlas.tiles(ids[rows[best]].tolist(), view).values()),
+                "examples": columns.tiles(positions[rows[best]]),
             }
         )
     return report
@@ -121,14 +130,14 @@ def _examples(where: Assigned, slides: NDArray[np.int64], count: int) -> list[in
     return best
 
 
-def drift(atlas: Atlas, name: str | None) -> dict[str, Any]:
+def drift(state: State, name: str) -> dict[str, Any]:
     """Compare how many tiles are unknown among those that were fitted and those that came later."""
-    chosen, _ = atlas.clustering(name)
-    known = clusterings.placements(atlas.catalog, chosen)
-    titles = {s["id"]: s["name"] for s in atlas.generations.slides()}
+    with state.reading() as db:
+        by_slide = placements(db, name)
+    titles = {s["id"]: s["name"] for s in state.columns.slides}
     slides = []
     counts = {True: [0, 0], False: [0, 0]}
-    for number, (where, fitted) in known.items():
+    for number, (where, fitted) in by_slide.items():
         unknown, total = int(where.unknown.sum()), len(where.unknown)
         counts[fitted][0] += unknown
         counts[fitted][1] += total
@@ -141,18 +150,18 @@ def drift(atlas: Atlas, name: str | None) -> dict[str, Any]:
                     "share": round(unknown / total, 4),
                 }
             )
-    report: dict[str, Any] = {"clustering": chosen}
+    report: dict[str, Any] = {"clustering": name}
     for fitted, key in ((True, "fitted"), (False, "later")):
         unknown, total = counts[fitted]
         report[key] = {
             "tiles": total,
             "unknown": unknown,
             "share": round(unknown / total, 4) if total else None,
-            "interval_95": None if not total else [round(v, 4) for v in wilson(unknown, total)],
+            "interval_95": None if not total else _interval(unknown, total),
         }
     limit = DRIFT_FACTOR * (report["fitted"]["interval_95"] or [0, 0])[1]
     later = report["later"]["interval_95"]
-    report["usual_by_slide"] = _usual(known, len(slides))
+    report["usual_by_slide"] = _usual(by_slide, len(slides))
     report["drifted"] = bool(
         later and later[0] > limit and report["later"]["share"] > (report["usual_by_slide"] or 0)
     )
@@ -160,14 +169,14 @@ def drift(atlas: Atlas, name: str | None) -> dict[str, Any]:
     return report
 
 
-def _usual(known: dict[int, tuple[Assigned, bool]], later: int) -> float | None:
+def _usual(by_slide: dict[int, tuple[Assigned, bool]], later: int) -> float | None:
     """Return what share of unknown tiles as many fitted slides rarely pass (one in a hundred draws).
 
     Tiles of a slide are alike, so that tiles alone would make any difference look sure.
     """
     fitted = [
         (int(where.unknown.sum()), len(where.unknown))
-        for where, was in known.values()
+        for where, was in by_slide.values()
         if was and len(where.unknown)
     ]
     if not fitted or not later:
@@ -177,10 +186,9 @@ def _usual(known: dict[int, tuple[Assigned, bool]], later: int) -> float | None:
     return round(float(np.quantile(drawn[:, 0] / drawn[:, 1], 0.99)), 4)
 
 
-def wilson(count: int, total: int, z: float = 1.96) -> tuple[float, float]:
-    """Return Wilson's interval of a share (Wilson 1927)."""
-    share = count / total
-    middle = share + z * z / (2 * total)
-    half = z * float(np.sqrt(share * (1 - share) / total + z * z / (4 * total * total)))
-    scale = 1 + z * z / total
-    return max(0.0, (middle - half) / scale), min(1.0, (middle + half) / scale)
+def _interval(count: int, total: int) -> list[float]:
+    """Return the 95 % interval of a share (Wilson 1927)."""
+    from scipy.stats import binomtest
+
+    interval = binomtest(count, total).proportion_ci(method="wilson")
+    return [round(float(interval.low), 4), round(float(interval.high), 4)]

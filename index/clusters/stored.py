@@ -113,13 +113,13 @@ def insert_placement(
     insert(db, "placements", row)
 
 
-def placements(catalog: Catalog, name: str) -> dict[int, tuple[Assigned, bool]]:
-    """Return where the tiles of each slide id belong, and whether the slide was there at the fit."""
-    rows = catalog.rows(
+def placements(db: sqlite3.Connection, name: str) -> dict[int, tuple[Assigned, bool]]:
+    """Return the clusters of the tiles of each slide id, and whether the slide was there at the fit."""
+    rows = db.execute(
         "SELECT p.* FROM placements AS p JOIN clusterings AS c ON c.id = p.clustering_id "
         "WHERE c.name = ?",
         (name,),
-    )
+    ).fetchall()
     found = {}
     for row in rows:
         columns = {key: unpack_numbers(row[key], kind) for key, kind in KINDS.items()}

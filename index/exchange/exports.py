@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -25,13 +25,12 @@ from ...artifacts.files import (
 )
 from ...artifacts.spreadsheets import inert
 from ...errors import BadInput, MissingPart, unknown_name
+from ..atlas import Atlas
 from ..search.columns import Coded
+from ..view import View
 from .column_names import for_anndata, for_numpy, for_tsv, one_cell, unique_names
-from .qupath import _geojson
+from .qupath import write_geojson
 from .table import Table, table_of
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
 
 
 def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> int:
@@ -74,10 +73,14 @@ def write(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: 
         raise unknown_name("kind of export", kind, KINDS)
     if out.exists():
         raise BadInput(f"{out} exists already; choose another name or remove it first")
-    table = table_of(atlas, where)
     if kind == "geojson":
-        return Exported(_geojson(atlas, table, out, **more))
+        return atlas.ask(_geojson, out, where, **more)
+    table = atlas.ask(table_of, where)
     return Exported(len(table.vectors), KINDS[kind](table, out))
+
+
+def _geojson(view: View, /, out: Path, where: str | None, **more: Any) -> Exported:
+    return Exported(write_geojson(view, table_of(view, where), out, **more))
 
 
 def _renamed(table: Table, names: dict[str, str]) -> dict[str, str]:

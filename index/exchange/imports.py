@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import h5py
 import numpy as np
@@ -32,12 +31,10 @@ from ...artifacts.manifest import Manifest
 from ...artifacts.tables import number_of
 from ...console import Report
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
+from ..atlas import Atlas
 from ..store.metadata import AddedSlides, Metadata, Row, match_rows
 from ..store.rows import Added
 from .encoder_marks import Mark, check_one_encoder, mark_of
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
 
 YOUR_WORD = "your word"
 """What says the encoder of a file that names none."""
@@ -229,8 +226,6 @@ def import_features(
         BadInput: no file could be read for an atlas that is to be made.
         Mismatch: the atlas is of another encoder, or the files name several; nothing is written then.
     """
-    from ..atlas import Atlas
-
     check_one_encoder(files)
     slides = Atlas(path).slides() if path.exists() else []
     rows = match_rows(metadata, files, slides)

@@ -15,28 +15,24 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...console import Report
 from ...errors import BadInput, Damaged, Mismatch, MissingPart, unknown_name
-from ..clusters import report as cluster_report
+from ..atlas import Atlas
 from ..clusters.clustering import Clustering
 from ..search.columns import NOT_PLACED
 from ..search.filters import parse
-from ..search.tiles import Wanted
+from ..search.query import Query
 from ..store.packing import MISSING, SEAL
 from ..store.rows import Hit
 from ..vectors.scan import prepared
+from ..view import View
 from .milvus_address import TIMEOUT_S, TOKEN, _calls, parse_url
 from .milvus_filter import FORMAT, About, Row, expression_of
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
-    from ..vectors.generations import View
-
 
 BATCH_VALUES = 250_000
 """Coordinates sent in one request (1 MB)."""
@@ -243,7 +239,7 @@ class MilvusAtlas:
             if done % SEALED_TOGETHER == 0:
                 self._write_about(about)
             progress(done, len(changed), slide["name"])
-        self._write_text(CLUSTERINGS, json.dumps(_clusterings(atlas)))
+        self._write_text(CLUSTERINGS, json.dumps(_clusterings(view)))
         about.revision, about.clustering = view.revision, columns.newest or ""
         self._write_about(about)
         return {
@@ -258,7 +254,7 @@ class MilvusAtlas:
     def _opened(self, atlas: Atlas, view: View, index: str | None) -> About:
         """Return what the collection says of itself, and make the collection if it is not there."""
         manifest = atlas.manifest
-        identity = atlas.catalog.meta()["atlas_id"]
+        identity = atlas.store.identity
         if index is not None and index not in INDEXES:
             raise unknown_name("index of Milvus", index, INDEXES)
         if self.about is None:
@@ -308,7 +304,7 @@ class MilvusAtlas:
             else [MISSING] * len(rows)
             for n, name in enumerate(about.columns)
         }
-        vectors = prepared(atlas.generations.vectors_of(slide), atlas.manifest.metric)
+        vectors = prepared(atlas.store.vectors_of(slide), atlas.manifest.metric)
         places, ids = columns.places()[rows].tolist(), columns.ids(rows).tolist()
         clusters = columns.clusters()
         cluster = [NOT_PLACED] * len(rows) if clusters is None else clusters[rows].tolist()
@@ -335,32 +331,29 @@ class MilvusAtlas:
 
     def search(
         self,
-        queries: NDArray[np.float32],
-        k: int = 10,
-        where: str | None = None,
-        least: float | None = None,
-        per_slide: bool = False,
-        exact: bool = False,
+        query: Query,
     ) -> list[list[Hit]]:
-        """Return the k most similar tiles of each query; see ``Atlas.search``.
+        """Return the most similar tiles of each vector of a query; see ``View.search``.
 
         Raises:
-            BadInput: also more than 16,384 hits, a filter by file name, or ``exact`` on another index than
-                FLAT.
+            BadInput: a query by tiles or of several examples together, more than 16,384 hits, a filter by
+                file name, or ``exact`` on another index than FLAT.
             Unavailable: Milvus does not answer.
         """
-        wanted = Wanted(k, where, least, per_slide, exact)
-        about = self._ready(queries)
+        if query.tiles or query.combines or query.vectors is None:
+            raise BadInput("Milvus is searched by images, each of its own; leave --engine out")
+        k, where, least = query.k, query.where, query.least
+        about = self._ready(query.vectors)
         if k > LIMIT:
             raise BadInput(f"k is {k}; Milvus gives at most {LIMIT} hits")
-        if about.index != "FLAT" and (exact or least is not None):
+        if about.index != "FLAT" and (query.exact or least is not None):
             raise BadInput(
                 f"the collection has index {about.index}; exact search and --least need FLAT"
             )
         expression = expression_of(about, parse(where)) if where and where.strip() else ""
-        ready = prepared(queries, about.metric)
-        if per_slide:
-            found = [self._one_per_slide(about, query, wanted, expression) for query in ready]
+        ready = prepared(query.vectors, about.metric)
+        if query.per_slide:
+            found = [self._one_per_slide(about, vector, k, expression) for vector in ready]
         else:
             found = self._found(about, ready, k, expression)
         answers = []
@@ -423,18 +416,18 @@ class MilvusAtlas:
         return [[(_score(about, row["distance"]), row) for row in rows] for rows in results]
 
     def _one_per_slide(
-        self, about: About, query: NDArray[np.float32], wanted: Wanted, expression: str
+        self, about: About, vector: NDArray[np.float32], k: int, expression: str
     ) -> list[Row]:
         """Return the best tile of each of the k nearest slides."""
         column = f"c{list(about.columns).index('slide')}"
         best: dict[int, Row] = {}
-        ask = min(LIMIT, 8 * wanted.k)
-        while len(best) < wanted.k:
+        ask = min(LIMIT, 8 * k)
+        while len(best) < k:
             others = f"{column} not in {sorted(best)}" if best else ""
             both = " and ".join(f"({part})" for part in (expression, others) if part)
-            (rows,) = self._found(about, query[None], ask, both)
+            (rows,) = self._found(about, vector[None], ask, both)
             for score, row in rows:
-                if len(best) < wanted.k:
+                if len(best) < k:
                     best.setdefault(row["entity"][column], (score, row))
             if len(rows) < ask:
                 break
@@ -489,20 +482,18 @@ def _seal(view: View, slide: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _clusterings(atlas: Atlas) -> dict[str, dict[str, Any]]:
+def _clusterings(view: View) -> dict[str, dict[str, Any]]:
     """Return the clusterings that are whole and not too large, JSON-ready."""
     found: dict[str, dict[str, Any]] = {}
-    for row in atlas.catalog.rows("SELECT name FROM clusterings"):
+    for fitted in view.clusterings():
         with suppress(Damaged):
-            name, clustering = atlas.clustering(row["name"])
+            name, clustering = view.clustering(fitted)
             blob = clustering.to_bytes()
             if len(blob) <= CLUSTERING_BYTES:
                 found[name] = {
                     "method": clustering.method,
                     "about": clustering.about,
-                    "names": {
-                        c: n for c, (n, _) in cluster_report.names(atlas.catalog, name).items()
-                    },
+                    "names": view.cluster_names(name),
                     "npz": base64.b64encode(blob).decode(),
                 }
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,14 +16,12 @@ from ...artifacts.files import (
     write_atomic,
 )
 from ...errors import BadInput
-from ..clusters import report as cluster_report
 from ..search.columns import Coded
 from ..search.tiles import allowed
 from ..store.rows import plain_name
+from ..store.store import Store
 from ..vectors.scan import prepared
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
+from ..view import View
 from .table import Table
 
 COLOURS = (0x4C78A8, 0xF58518, 0xE45756, 0x72B7B2, 0x54A24B, 0xEECA3B, 0xB279A2, 0xFF9DA6, 0x9D755D)
@@ -32,8 +30,8 @@ UNKNOWN = -3
 """Stands for a tile that no cluster knows, where it is drawn."""
 
 
-def _geojson(
-    atlas: Atlas, table: Table, out: Path, clustering: str | None = None, like: int | None = None
+def write_geojson(
+    view: View, table: Table, out: Path, clustering: str | None = None, like: int | None = None
 ) -> int:
     """A folder with ``<slide>.geojson``: tiles as detections of their cluster, or with their similarity.
 
@@ -41,16 +39,17 @@ def _geojson(
     """
     values: NDArray[Any]
     if like is not None:
-        query = prepared(atlas.vectors_of([like]), atlas.manifest.metric)
-        vectors = prepared(table.vectors, atlas.manifest.metric)
-        cosine = atlas.manifest.metric == "cosine"
+        metric = view.state.metric
+        query = prepared(view.vectors_of([like]), metric)
+        vectors = prepared(table.vectors, metric)
+        cosine = metric == "cosine"
         values = vectors @ query[0] if cosine else -np.linalg.norm(vectors - query[0], axis=1)
-        given: dict[int, tuple[str, str]] = {}
+        names: dict[int, str] = {}
     else:
-        chosen, _ = atlas.clustering(clustering)
+        chosen, _ = view.clustering(clustering)
         values = table.numbers(f"cluster.{chosen}").copy()
         values[table.numbers(f"unknown.{chosen}")] = UNKNOWN
-        given = cluster_report.names(atlas.catalog, chosen)
+        names = view.cluster_names(chosen)
     slides = table.columns["slide"]
     assert isinstance(slides, Coded)
     drawn = np.flatnonzero(table.numbers("size_px_level0") > 0)
@@ -60,14 +59,14 @@ def _geojson(
             "say (import them with --tile-px)"
         )
     order = drawn[np.argsort(slides.codes[drawn], kind="stable")]
-    corners = origins(atlas)
+    corners = origins(view.state.store)
     parts = np.split(order, np.flatnonzero(np.diff(slides.codes[order])) + 1)
     with publish_folder(out) as folder:
         for rows in parts:
             slide = slides.names[int(slides.codes[rows[0]])]
             origin = corners.get(slide) or (0, 0)
             features = [
-                _feature(table, row, values[row], given, like, origin) for row in rows.tolist()
+                _feature(table, row, values[row], names, like, origin) for row in rows.tolist()
             ]
             document = {"type": "FeatureCollection", "features": features}
             name = plain_name(slide)
@@ -77,25 +76,24 @@ def _geojson(
     return len(drawn)
 
 
-def origins(atlas: Atlas) -> dict[str, tuple[int, int] | None]:
+def origins(store: Store) -> dict[str, tuple[int, int] | None]:
     """Return by slide the corner of its scanned area in level-0 pixels, which QuPath shows as (0, 0).
 
     None where nobody wrote it down: in features of other tools, or made before it was kept.
     """
     found: dict[str, tuple[int, int] | None] = {}
-    for slide in atlas.slides():
+    for slide in store.slides():
         if slide["kind"] != "slide":
             continue
-        about = read_about(atlas.path / slide["features_file"]) or {}
+        about = read_about(store.path / slide["features_file"]) or {}
         bounds = about.get("bounds") or [0, 0]
         found[slide["name"]] = (int(bounds[0]), int(bounds[1])) if "bounds" in about else None
     return found
 
 
-def without_size(atlas: Atlas, where: str | None = None) -> dict[str, int]:
+def without_size(view: View, where: str | None = None) -> dict[str, int]:
     """Return how many tiles of which slides have no size on a slide, and so no outline to draw."""
-    view = atlas.view()
-    passing = allowed(view, where)
+    passing = allowed(view.state, where)
     columns = view.columns
     found = {}
     for number, slide in enumerate(columns.slides):
@@ -110,7 +108,7 @@ def _feature(
     table: Table,
     row: int,
     value: Any,
-    given: dict[int, tuple[str, str]],
+    names: dict[int, str],
     like: int | None,
     origin: tuple[int, int],
 ) -> dict[str, Any]:
@@ -122,7 +120,7 @@ def _feature(
         properties["measurements"] = {"similarity": round(float(value), 6)}
     else:
         number = int(value)
-        name = "unknown" if number == UNKNOWN else given.get(number, ("", ""))[0]
+        name = "unknown" if number == UNKNOWN else names.get(number, "")
         name = name or ("noise" if number < 0 else f"cluster {number}")
         colour = UNKNOWN_COLOUR if number < 0 else COLOURS[number % len(COLOURS)]
         rgb = [colour >> 16, colour >> 8 & 0xFF, colour & 0xFF]

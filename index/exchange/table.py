@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput
-from ..clusters import stored as clusterings
-from ..search.columns import NOT_PLACED, Coded, Columns
+from ..clusters.stored import placements
+from ..search.columns import NOT_PLACED, Coded
 from ..search.tiles import Mask, allowed
+from ..view import View
 from .column_names import unique_names
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
 
 FIRST = 6
 """Columns of the tile that stand before those of the metadata."""
@@ -44,31 +42,30 @@ class Table:
         return column
 
 
-def table_of(atlas: Atlas, where: str | None) -> Table:
-    """Gather the tiles of an atlas that pass a filter, in the order of the index.
+def table_of(view: View, where: str | None = None) -> Table:
+    """Gather the tiles of a view that pass a filter, in the order of the index.
 
     Raises:
         BadInput: no tile passes, or the filter cannot be read.
     """
-    view = atlas.view()
     columns = view.columns
     alive = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
-    passing = allowed(view, where)
+    passing = allowed(view.state, where)
     mask: Mask = alive if passing is None else alive & passing
     rows = np.flatnonzero(mask)
     if not len(rows):
         raise BadInput("no tile passes the filter; loosen it")
-    vectors = np.empty((len(rows), atlas.manifest.dim), dtype=np.float32)
+    vectors = np.empty((len(rows), view.state.manifest.dim), dtype=np.float32)
     at = 0
     for number, slide in enumerate(columns.slides):
         start = int(columns.starts[number])
         inside = np.flatnonzero(mask[start : start + slide["tiles"]])
         if len(inside):
-            vectors[at : at + len(inside)] = atlas.generations.vectors_of(slide)[inside]
+            vectors[at : at + len(inside)] = view.state.store.vectors_of(slide)[inside]
             at += len(inside)
-    manifest = atlas.manifest
+    manifest = view.state.manifest
     encoder = {"name": manifest.name, "sha256": manifest.sha256, "metric": manifest.metric}
-    own = _own_columns(atlas, columns, rows)
+    own = _tile_columns(view, rows)
     names = unique_names(columns.names(), taken=own)
     given: dict[str, NDArray[Any] | Coded] = {}
     for name, called in names.items():
@@ -79,10 +76,9 @@ def table_of(atlas: Atlas, where: str | None) -> Table:
     return Table(vectors, {**first, **given, **own}, encoder, original)
 
 
-def _own_columns(
-    atlas: Atlas, columns: Columns, rows: NDArray[np.int64]
-) -> dict[str, NDArray[Any] | Coded]:
+def _tile_columns(view: View, rows: NDArray[np.int64]) -> dict[str, NDArray[Any] | Coded]:
     """Return what histoseek itself says of each tile; no column of the metadata may take its place."""
+    columns = view.columns
     places = columns.places()[rows]
     slide = columns.slide_of(rows)
     scales = {
@@ -104,25 +100,23 @@ def _own_columns(
         pairs = zip(slide.tolist(), inside.tolist(), strict=True)
         found["file"] = np.array([_name(files[s], r) for s, r in pairs])
     for name in columns.clusterings():
-        found |= _placed(atlas, columns, name, rows, slide)
+        found |= _assigned(view, name, rows, slide)
     return found
 
 
-def _placed(
-    atlas: Atlas,
-    columns: Columns,
-    name: str,
-    rows: NDArray[np.int64],
-    slide: NDArray[np.int64],
+def _assigned(
+    view: View, name: str, rows: NDArray[np.int64], slide: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
-    """Return cluster (-1 noise, -2 not placed), strength and whether unknown, of a clustering."""
-    known = clusterings.placements(atlas.catalog, name)
+    """Return cluster (-1 noise, -2 not assigned), strength and whether unknown, of a clustering."""
+    columns = view.columns
+    with view.state.reading() as db:
+        by_slide = placements(db, name)
     cluster = np.full(len(rows), NOT_PLACED, dtype=np.int64)
     strength = np.zeros(len(rows))
     unknown = np.ones(len(rows), dtype=bool)
     for number in np.unique(slide).tolist():
         there = slide == number
-        where = known.get(columns.slides[number]["id"])
+        where = by_slide.get(columns.slides[number]["id"])
         if where is not None:
             part = where[0].part(rows[there] - columns.starts[number])
             cluster[there], strength[there] = part.cluster, part.strength

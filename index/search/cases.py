@@ -7,21 +7,19 @@ Yottixel compares barcodes by Hamming distance; here the embeddings themselves a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput, unknown_name
 from ..store.packing import MISSING
-from ..vectors.generations import View
 from ..vectors.scan import Metric, prepared, scan
-from .tiles import Mask, Wanted, allowed, find, owners
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
+from .query import Query
+from .state import State
+from .tiles import Mask, allowed, find, owners
 
 How = Literal["median", "votes"]
 HOWS: tuple[How, ...] = ("median", "votes")
@@ -85,26 +83,24 @@ class Mosaics:
 
 
 def mosaics_of(
-    view: View,
-    read: Callable[[Mapping[str, Any]], tuple[NDArray[np.int64], NDArray[np.float32]]],
+    state: State,
     chosen: Sequence[int] | None = None,
 ) -> Mosaics:
     """Return the mosaics of slides, by number, or of all.
 
     Args:
-        view: the state.
-        read: gives rows (M,) and prepared vectors (M, D) of the mosaic of a row of ``slides``.
+        state: the state.
         chosen: numbers of slides; None for all.
 
     Raises:
         BadInput: no such slide has tiles.
     """
     positions, vectors = [], []
-    for number in range(len(view.columns.slides)) if chosen is None else chosen:
-        slide = view.columns.slides[number]
+    for number in range(len(state.columns.slides)) if chosen is None else chosen:
+        slide = state.columns.slides[number]
         if slide["tiles"] and slide["name"]:
-            rows, own = read(slide)
-            positions.append(rows + view.columns.starts[number])
+            rows, own = state.mosaic_of(slide)
+            positions.append(rows + state.columns.starts[number])
             vectors.append(own)
     if not positions:
         raise BadInput("there are no slides with tiles to compare; add features first")
@@ -126,13 +122,13 @@ class Owners:
     labels: list[str | None]
 
 
-def owners_of(view: View, by: str) -> Owners:
+def owners_of(state: State, by: str) -> Owners:
     """Return the slides, or the cases: a patient's tiles; a slide without patient is a case of its own."""
     if by not in {"slide", "patient"}:
         raise unknown_name("kind of case", by, ("slide", "patient"))
-    columns = view.columns
+    columns = state.columns
     slides = [s["name"] for s in columns.slides]
-    number = owners(view, "slide" if by == "slide" else "patient")
+    number = owners(state, "slide" if by == "slide" else "patient")
     names = [*slides, *columns.coded("patient").names]
     label = columns.coded("label")
     first = np.full(len(names), MISSING - 1, dtype=np.int64)
@@ -176,9 +172,8 @@ def rank(
     return numbers[best_first], medians[best_first]
 
 
-def _by_median(
-    view: View, query: Mosaics, all_: Mosaics, known: Owners, metric: Metric, k: int
-) -> list[Similar]:
+def _by_median(state: State, query: Mosaics, all_: Mosaics, known: Owners, k: int) -> list[Similar]:
+    metric = state.metric
     owner = known.number[all_.positions]
     numbers, medians = rank(query, all_, owner, metric)
     ranked = []
@@ -186,14 +181,14 @@ def _by_median(
         own = all_.part(np.flatnonzero(owner == number))
         scores, best = scan(query.vectors, own.vectors, 1, metric)
         nearest = scores[:, 0] if metric == "cosine" else -np.sqrt(np.maximum(-scores[:, 0], 0))
-        pairs = _pairs(view, nearest, query.positions, own.positions[best[:, 0]], None)
+        pairs = _pairs(state, nearest, query.positions, own.positions[best[:, 0]], None)
         ranked.append(Similar(known.names[number], score, pairs, known.labels[number]))
     return ranked
 
 
-def _by_votes(view: View, query: Mosaics, known: Owners, k: int, passing: Mask) -> list[Similar]:
+def _by_votes(state: State, query: Mosaics, known: Owners, k: int, passing: Mask) -> list[Similar]:
     """Let the nearest tiles of the whole atlas vote, each query tile with one vote in all."""
-    scores, found = find(view, query.vectors, Wanted(k=VOTES), passing)
+    scores, found = find(state, query.vectors, Query(k=VOTES), passing)
     there = found >= 0
     votes = np.zeros(len(known.names))
     share = 1 / np.maximum(there.sum(axis=1), 1)
@@ -207,7 +202,7 @@ def _by_votes(view: View, query: Mosaics, known: Owners, k: int, passing: Mask) 
             break
         own = voted == number
         pairs = _pairs(
-            view, scores[there][own], query.positions[rows[own]], found[there][own], rows[own]
+            state, scores[there][own], query.positions[rows[own]], found[there][own], rows[own]
         )
         name, label = known.names[number], known.labels[number]
         ranked.append(Similar(name, float(votes[number]), pairs, label))
@@ -215,7 +210,7 @@ def _by_votes(view: View, query: Mosaics, known: Owners, k: int, passing: Mask) 
 
 
 def _pairs(
-    view: View,
+    state: State,
     scores: NDArray[np.float32],
     query_positions: NDArray[np.int64],
     matches: NDArray[np.int64],
@@ -223,7 +218,7 @@ def _pairs(
 ) -> list[Pair]:
     """Return the most similar regions, each tile of either side once."""
     rows = np.arange(len(scores)) if query_rows is None else query_rows
-    ids = view.columns.ids
+    ids = state.columns.ids
     pairs: list[Pair] = []
     used: set[int] = set()
     asked: set[int] = set()
@@ -242,58 +237,66 @@ def _pairs(
 
 
 def similar_slides(
-    atlas: Atlas,
+    state: State,
     query: str | NDArray[np.float32],
-    k: int,
-    by: Literal["slide", "patient"],
-    how: How,
-    where: str | None,
-    view: View | None = None,
+    k: int = 10,
+    by: Literal["slide", "patient"] = "slide",
+    how: How = "median",
+    where: str | None = None,
 ) -> list[Similar]:
-    """Rank the slides or cases of an atlas; see :meth:`Atlas.similar_slides`."""
+    """Return the slides or cases most like a slide or case of the atlas, or like new tiles.
+
+    Args:
+        state: the state to search.
+        query: name of a slide (or, by patient, of a patient), or the vectors (Q, D) of tiles.
+        k: slides or cases.
+        by: what is ranked. Nothing of the query's own patient is returned, if the patient is known.
+        how: ``median`` of the minimum distances (Yottixel), or ``votes`` of the nearest tiles.
+        where: metadata filter of the tiles that count.
+
+    Raises:
+        BadInput: no such slide or patient, or one without tiles.
+    """
     if k < 1:
         raise BadInput(f"k is {k}; expected 1 or more")
     if how not in HOWS:
         raise unknown_name("way of comparing", how, HOWS)
-    view = view or atlas.view()
-    known = owners_of(view, by)
-    others = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
+    cases = owners_of(state, by)
+    columns = state.columns
+    others = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
     if isinstance(query, str):
-        asked, own = _of_the_atlas(atlas, view, known, query, by)
+        asked, own = _of_the_atlas(state, cases, query, by)
         others &= ~own
     else:
-        atlas.check_queries(query)
-        asked = Mosaics(np.full(len(query), -1), prepared(query, atlas.manifest.metric))
-    passing = allowed(view, where)
+        state.check_queries(query)
+        asked = Mosaics(np.full(len(query), -1), prepared(query, state.metric))
+    passing = allowed(state, where)
     others = others if passing is None else others & passing
     if not others.any():
         raise BadInput("no other slide passes; loosen the filter, or add slides")
     if how == "votes":
-        return _by_votes(view, asked, known, k, others)
-    all_ = mosaics_of(view, atlas.generations.mosaic_of)
-    return _by_median(
-        view, asked, all_.part(others[all_.positions]), known, atlas.manifest.metric, k
-    )
+        return _by_votes(state, asked, cases, k, others)
+    all_ = mosaics_of(state)
+    return _by_median(state, asked, all_.part(others[all_.positions]), cases, k)
 
 
 def _of_the_atlas(
-    atlas: Atlas, view: View, known: Owners, name: str, by: str
+    state: State, cases: Owners, name: str, by: str
 ) -> tuple[Mosaics, NDArray[np.bool_]]:
     """Return the mosaic of a slide or case, and which positions (N,) are of it or of its patients."""
-    numbers = [n for n, known_name in enumerate(known.names) if known_name == name]
-    there = np.unique(known.number)
-    numbers = [n for n in numbers if n in there]
+    there = np.unique(cases.number)
+    numbers = [n for n in there.tolist() if cases.names[n] == name]
     if not numbers:
-        choices = [known.names[n] for n in there.tolist() if known.names[n]]
-        raise unknown_name(by, name, choices)
-    own = known.number == numbers[-1]  # a patient goes before a slide of that name
-    slides = np.unique(view.columns.slide_of(np.flatnonzero(own))).tolist()
-    asked = mosaics_of(view, atlas.generations.mosaic_of, slides)
+        raise unknown_name(by, name, [cases.names[n] for n in there.tolist() if cases.names[n]])
+    own = cases.number == numbers[-1]  # a patient goes before a slide of that name
+    slides = np.unique(state.columns.slide_of(np.flatnonzero(own))).tolist()
+    asked = mosaics_of(state, slides)
     asked = asked.part(own[asked.positions])
-    if not len(asked.positions):  # no tile of the case stands for its tile set: take its own
+    if not len(
+        asked.positions
+    ):  # no tile of the case stands for its tile set: take the case's first
         some = np.flatnonzero(own)[:CASE_TILES]
-        vectors = atlas.vectors_of(view.columns.ids(some).tolist(), view)
-        asked = Mosaics(some, prepared(vectors, atlas.manifest.metric))
-    patient = view.columns.coded("patient").codes
+        asked = Mosaics(some, prepared(state.vectors_at(some), state.metric))
+    patient = state.columns.coded("patient").codes
     patients = np.unique(patient[own])
     return asked, own | np.isin(patient, patients[patients >= 0])

@@ -264,3 +264,11 @@ class Columns:
             found.append(made[start : start + count])
             start += count
         return found
+
+    def tiles(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
+        """Return what is known of the tiles at positions (T,): the fields of a hit but rank and score."""
+        none = np.zeros((1, len(positions)), dtype=np.float32)
+        (found,) = self.hits(positions[None], none)
+        return [
+            {k: v for k, v in hit._asdict().items() if k not in {"rank", "score"}} for hit in found
+        ]

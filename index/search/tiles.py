@@ -2,82 +2,54 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import replace
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput
 from ..store.rows import Hit
-from ..vectors.generations import View
 from ..vectors.scan import Metric, prepared
 from .filters import parse, select
+from .query import LeaveOut, Query
+from .state import State
 
 Mask = NDArray[np.bool_]
 Positions = NDArray[np.int64]
 Scores = NDArray[np.float32]
-Own = Literal["tile", "slide", "patient"]
-OWN: tuple[Own, ...] = ("tile", "slide", "patient")
 UNLIKE = 0.5
 """Weight of what a query must not be like."""
 SLIDE_STEP = 4_096
 """Hits after which a search for one hit per slide leaves out the slides that it has."""
 
 
-@dataclass(frozen=True)
-class Wanted:
-    """What a search is to return.
-
-    Attributes:
-        k: hits per query.
-        where: metadata filter, see :mod:`~histoseek.index.search.filters`.
-        least: lowest score of a hit; with it, ``k`` only bounds the answer.
-        per_slide: at most one hit per slide.
-        exact: compare with every tile, whatever the index.
-    """
-
-    k: int = 10
-    where: str | None = None
-    least: float | None = None
-    per_slide: bool = False
-    exact: bool = False
-
-    def __post_init__(self) -> None:
-        """Check the ranges."""
-        if self.k < 1:
-            raise BadInput(f"k is {self.k}; expected 1 or more")
-        if self.least is not None and self.least != self.least:
-            raise BadInput("the lowest score is no number; expected one such as 0.8")
-
-
-def allowed(view: View, where: str | None) -> Mask | None:
+def allowed(state: State, where: str | None) -> Mask | None:
     """Return which positions a filter lets through (N,), None for all; kept for the next time."""
     if where is None:
         return None
-    return view.columns.mask(where, lambda: select(view.columns, parse(where)))
+    return state.columns.mask(where, lambda: select(state.columns, parse(where)))
 
 
 def find(
-    view: View, queries: NDArray[np.float32], wanted: Wanted, mask: Mask | None = None
+    state: State, queries: NDArray[np.float32], settings: Query, mask: Mask | None = None
 ) -> tuple[Scores, Positions]:
     """Return scores and positions (Q, k'), best first, -1 where there are no more.
 
     Args:
-        view: the state to search.
+        state: the state to search.
         queries: (Q, D).
-        wanted: what to return.
+        settings: k, filter and so on; its examples are not looked at.
         mask: (N,) positions that may be found, beside the filter; None for all.
     """
-    passing = allowed(view, wanted.where)
+    passing = allowed(state, settings.where)
     if mask is not None:
         passing = mask if passing is None else passing & mask
-    if wanted.per_slide:
-        return _one_per_slide(view, queries, wanted, passing)
-    if wanted.least is not None:
-        answers = view.index.within(queries, wanted.least, passing, wanted.k)
-        return _stacked([(scores[: wanted.k], at[: wanted.k]) for scores, at in answers])
-    return view.index.search(queries, wanted.k, passing, wanted.exact)
+    if settings.per_slide:
+        return _one_per_slide(state, queries, settings, passing)
+    if settings.least is not None:
+        answers = state.index.within(queries, settings.least, passing, settings.k)
+        return _stacked([(scores[: settings.k], at[: settings.k]) for scores, at in answers])
+    return state.index.search(queries, settings.k, passing, settings.exact)
 
 
 def _stacked(answers: list[tuple[Scores, Positions]]) -> tuple[Scores, Positions]:
@@ -91,34 +63,36 @@ def _stacked(answers: list[tuple[Scores, Positions]]) -> tuple[Scores, Positions
 
 
 def _one_per_slide(
-    view: View, queries: NDArray[np.float32], wanted: Wanted, passing: Mask | None
+    state: State, queries: NDArray[np.float32], settings: Query, passing: Mask | None
 ) -> tuple[Scores, Positions]:
-    return _stacked([_slides_of_one(view, query, wanted, passing) for query in queries])
+    return _stacked([_slides_of_one(state, query, settings, passing) for query in queries])
 
 
 def _slides_of_one(
-    view: View, query: NDArray[np.float32], wanted: Wanted, passing: Mask | None
+    state: State, query: NDArray[np.float32], settings: Query, passing: Mask | None
 ) -> tuple[Scores, Positions]:
     """Return the best tile of each of the k nearest slides."""
-    columns = view.columns
+    columns = state.columns
     scores: list[float] = []
     best: list[int] = []
     seen: set[int] = set()
-    ask = 4 * wanted.k
-    while len(best) < wanted.k:
-        found_scores, found = view.index.search(query[None], ask, passing, wanted.exact)
+    ask = 4 * settings.k
+    while len(best) < settings.k:
+        found_scores, found = state.index.search(query[None], ask, passing, settings.exact)
         there = found[0] >= 0
         slides = columns.slide_of(found[0][there])
         for score, at, slide in zip(
             found_scores[0][there].tolist(), found[0][there].tolist(), slides.tolist(), strict=True
         ):
-            low = wanted.least is not None and score < wanted.least
-            if slide not in seen and not low and len(best) < wanted.k:
+            low = settings.least is not None and score < settings.least
+            if slide not in seen and not low and len(best) < settings.k:
                 seen.add(slide)
                 scores.append(score)
                 best.append(at)
         if there.sum() < ask or (
-            wanted.least is not None and there.any() and found_scores[0][there][-1] < wanted.least
+            settings.least is not None
+            and there.any()
+            and found_scores[0][there][-1] < settings.least
         ):
             break
         if ask < SLIDE_STEP:
@@ -132,57 +106,72 @@ def _slides_of_one(
 
 
 def find_like(
-    view: View,
+    state: State,
     tiles: NDArray[np.int64],
     vectors: NDArray[np.float32],
-    wanted: Wanted,
-    without: Own = "tile",
+    settings: Query,
 ) -> tuple[Scores, Positions]:
     """Search by tiles of the atlas itself, leaving out each query's own tile, slide or patient.
 
     Args:
-        view: the state to search.
+        state: the state to search.
         tiles: (Q,) positions.
         vectors: (Q, D) theirs.
-        wanted: what to return.
-        without: what of the query's own is left out; with ``patient`` a tile without one leaves out its
-            slide.
+        settings: k, filter, what to leave out and so on; its examples are not looked at.
     """
-    if without not in OWN:
-        raise BadInput(f"without is {without!r}; expected one of: {', '.join(OWN)}")
-    if without == "tile" and not wanted.per_slide:
-        scores, found = find(view, vectors, replace(wanted, k=wanted.k + 1))
+    if settings.leave_out == "tile" and not settings.per_slide:
+        scores, found = find(state, vectors, replace(settings, k=settings.k + 1))
         return _stacked(
             [
-                (score[keep][: wanted.k], at[keep][: wanted.k])
+                (score[keep][: settings.k], at[keep][: settings.k])
                 for score, at, keep in zip(
                     scores, found, (found >= 0) & (found != tiles[:, None]), strict=True
                 )
             ]
         )
-    owner = owners(view, without)
+    owner = owners(state, settings.leave_out)
     answers: dict[int, tuple[Scores, Positions]] = {}
     for own in np.unique(owner[tiles]):
         rows = np.flatnonzero(owner[tiles] == own)
-        scores, found = find(view, vectors[rows], wanted, owner != own)
+        scores, found = find(state, vectors[rows], settings, owner != own)
         for row, score, at in zip(rows.tolist(), scores, found, strict=True):
             answers[row] = score[at >= 0], at[at >= 0]
     return _stacked([answers[row] for row in range(len(tiles))])
 
 
-def owners(view: View, of: Own) -> NDArray[np.int64]:
+def find_together(
+    state: State, vector: NDArray[np.float32], tiles: NDArray[np.int64], settings: Query
+) -> tuple[Scores, Positions]:
+    """Search with one vector (D,) made of several examples, leaving out what is asked with.
+
+    Args:
+        state: the state to search.
+        vector: to be like.
+        tiles: (T,) positions of the tiles among the examples; they are left out, or their slides or
+            patients.
+        settings: k, filter, what to leave out and so on; its examples are not looked at.
+    """
+    if settings.leave_out == "tile" and not settings.per_slide:
+        scores, found = find(state, vector[None], replace(settings, k=settings.k + len(tiles)))
+        keep = (found[0] >= 0) & ~np.isin(found[0], tiles)
+        return scores[:, keep][:, : settings.k], found[:, keep][:, : settings.k]
+    owner = owners(state, settings.leave_out)
+    return find(state, vector[None], settings, ~np.isin(owner, owner[tiles]))
+
+
+def owners(state: State, of: LeaveOut) -> NDArray[np.int64]:
     """Return a number for the tile, slide or patient of every position (N,)."""
-    count = view.index.positions
+    count = state.index.positions
     if of == "tile":
         return np.arange(count)
-    slide: NDArray[np.int64] = view.columns.keep(
-        "owner slide", lambda: view.columns.slide_of(np.arange(count))
+    slide: NDArray[np.int64] = state.columns.keep(
+        "owner slide", lambda: state.columns.slide_of(np.arange(count))
     )
     if of == "slide":
         return slide
-    patient = view.columns.coded("patient")
+    patient = state.columns.coded("patient")
     found: NDArray[np.int64] = np.where(
-        patient.codes >= 0, len(view.columns.slides) + patient.codes.astype(np.int64), slide
+        patient.codes >= 0, len(state.columns.slides) + patient.codes.astype(np.int64), slide
     )
     return found
 
@@ -190,18 +179,59 @@ def owners(view: View, of: Own) -> NDArray[np.int64]:
 def combined(
     positive: NDArray[np.float32], negative: NDArray[np.float32], metric: Metric
 ) -> NDArray[np.float32]:
-    """Return one query (1, D) that is like some vectors and unlike others (Rocchio 1971).
+    """Return one query (D,) that is like some vectors and unlike others (Rocchio 1971).
 
     The mean of those to be like, moved away from the mean of those to be unlike by half as much.
     """
     like: NDArray[np.float32] = prepared(positive, metric).mean(axis=0)
     if not len(negative):
-        return like[None]
+        return like
     unlike: NDArray[np.float32] = prepared(negative, metric).mean(axis=0)
-    query = like - UNLIKE * unlike if metric == "cosine" else like + UNLIKE * (like - unlike)
-    return query[None]
+    return like - UNLIKE * unlike if metric == "cosine" else like + UNLIKE * (like - unlike)
 
 
-def hits(view: View, scores: Scores, positions: Positions) -> list[list[Hit]]:
-    """Join what was found with what is known of it."""
-    return view.columns.hits(positions, scores)
+def answer(state: State, query: Query) -> list[list[Hit]]:
+    """Return hits, best first: one list if the query combines its examples, else one per example.
+
+    Vectors come first, then tiles. Images must have been embedded.
+
+    Raises:
+        BadInput: nothing to be like, a filter that cannot be read, or an atlas without tiles.
+        NotFound: a tile that is not there.
+        Mismatch: vectors of another length.
+    """
+    state.require_tiles()
+    if query.combines:
+        vector = combined_vector(state, query)
+        found = find_together(state, vector, state.positions(query.tiles), query)
+        return state.columns.hits(found[1], found[0])
+    hits: list[list[Hit]] = []
+    if query.vectors is None and not query.tiles:
+        raise BadInput("nothing to look for: give an image, or the id of a tile")
+    if query.vectors is not None and len(query.vectors):
+        state.check_queries(query.vectors)
+        scores, positions = find(state, query.vectors, query)
+        hits += state.columns.hits(positions, scores)
+    if query.tiles:
+        tiles = state.positions(query.tiles)
+        scores, positions = find_like(state, tiles, state.vectors_at(tiles), query)
+        hits += state.columns.hits(positions, scores)
+    return hits
+
+
+def combined_vector(state: State, query: Query) -> NDArray[np.float32]:
+    """Return the vector (D,) that is like the query's examples and unlike those to be unlike.
+
+    Raises:
+        BadInput: no example to be like.
+    """
+    none = np.zeros((0, state.manifest.dim), dtype=np.float32)
+    given = none if query.vectors is None else query.vectors
+    others = none if query.unlike_vectors is None else query.unlike_vectors
+    state.check_queries(given)
+    state.check_queries(others)
+    like = np.concatenate([given, state.vectors_of(query.tiles)])
+    unlike = np.concatenate([others, state.vectors_of(query.unlike_tiles)])
+    if not len(like):
+        raise BadInput("no example to be like was given; expected at least one")
+    return combined(like, unlike, state.metric)

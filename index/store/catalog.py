@@ -5,15 +5,14 @@ from __future__ import annotations
 import os
 import sqlite3
 import time
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
+from . import schema
 from .packing import SEAL, seal
-from .schema import MIGRATIONS
 
 FILE = "atlas.db"
 REVISION = "revision"
@@ -33,8 +32,12 @@ class Catalog:
         self.path.touch()
         with self._connect() as db:
             db.execute("PRAGMA journal_mode = WAL")
+            db.execute("BEGIN IMMEDIATE")
+            first = schema.create(db)
+            db.execute(f"PRAGMA user_version = {schema.FIRST}")
+            db.execute("COMMIT")
             self._migrate(db)
-            for key, value in {**meta, REVISION: "0", ATLAS_ID: uuid.uuid4().hex}.items():
+            for key, value in {**first, **meta, REVISION: "0"}.items():
                 set_meta(db, key, value)
 
     @contextmanager
@@ -130,20 +133,25 @@ class Catalog:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
             raise Damaged(f"{self.path} has no schema; the atlas was not created whole: remove it")
-        if version > len(MIGRATIONS):
+        if version > schema.newest():
             raise BadInput(
-                f"{self.path} has schema {version}; this histoseek knows {len(MIGRATIONS)}: upgrade it"
+                f"{self.path} has schema {version}; this histoseek knows {schema.newest()}: upgrade it"
             )
-        if version < len(MIGRATIONS):
+        if version < schema.FIRST:
+            raise BadInput(
+                f"{self.path} has schema {version}, which was never released; build the atlas again from "
+                "its feature files with `histoseek index create` and `index add`"
+            )
+        if version < schema.newest():
             self._migrate(db)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Bring the schema up to date in one transaction."""
         db.execute("BEGIN IMMEDIATE")
         version = db.execute("PRAGMA user_version").fetchone()[0]
-        for migrate in MIGRATIONS[version:]:
+        for migrate in schema.MIGRATIONS[version - schema.FIRST :]:
             migrate(db)
-        db.execute(f"PRAGMA user_version = {len(MIGRATIONS)}")
+        db.execute(f"PRAGMA user_version = {schema.newest()}")
         db.execute("COMMIT")
 
     def meta(self) -> dict[str, str]:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...console import Report
 from ...errors import BadInput, unknown_name
+from ..atlas import Atlas
 from ..search.tiles import Mask, allowed
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
-    from ..vectors.generations import View
+from ..view import View
 
 SAME = 0.999
 """Cosine similarity from which on two tiles count as the same picture."""
@@ -23,7 +21,7 @@ SHOWN = 1_000
 MAX_PARTS = 20
 
 
-def least_score(atlas: Atlas, view: View, least: float | None) -> float:
+def least_score(view: View, least: float | None) -> float:
     """Return the score from which on two tiles are the same, as given or for the atlas's metric.
 
     For l2 it is the distance of two vectors of usual length with a cosine of :data:`SAME`.
@@ -31,7 +29,7 @@ def least_score(atlas: Atlas, view: View, least: float | None) -> float:
     Raises:
         BadInput: a score that no two tiles can have.
     """
-    cosine = atlas.manifest.metric == "cosine"
+    cosine = view.state.metric == "cosine"
     highest = 1.0 if cosine else 0.0
     if least is not None:
         if not -np.inf < least <= highest:
@@ -41,13 +39,12 @@ def least_score(atlas: Atlas, view: View, least: float | None) -> float:
         return SAME
     some = next((s for s in view.columns.slides if s["name"] and s["tiles"]), None)
     if some is None:
-        raise BadInput(f"{atlas.path} holds no tiles yet; add features first")
-    length = float(np.median(np.linalg.norm(atlas.generations.vectors_of(some), axis=1)))
+        raise BadInput(f"{view.state.store.path} holds no tiles yet; add features first")
+    length = float(np.median(np.linalg.norm(view.state.store.vectors_of(some), axis=1)))
     return -float(np.sqrt(2 - 2 * SAME)) * length
 
 
 def _near(
-    atlas: Atlas,
     view: View,
     least: float,
     asked: Mask | None,
@@ -67,7 +64,7 @@ def _near(
             rows = rows[asked[start : start + slide["tiles"]]]
         if not slide["name"] or not len(rows):
             continue
-        vectors = atlas.generations.vectors_of(slide)
+        vectors = view.state.store.vectors_of(slide)
         for at in range(0, len(rows), BATCH):
             part = rows[at : at + BATCH]
             score, near = view.index.search(vectors[part], k, allowed_)
@@ -98,16 +95,14 @@ def duplicates(
         How many tiles and groups, and the groups, largest first, with what is known of their tiles.
     """
     view = atlas.view()
-    least = least_score(atlas, view, least)
-    mask = allowed(view, where)
-    found, scores = _near(atlas, view, least, mask, mask, NEIGHBOURS + 1, progress)
+    least = least_score(view, least)
+    mask = allowed(view.state, where)
+    found, scores = _near(view, least, mask, mask, NEIGHBOURS + 1, progress)
     groups = _groups(found)
     slide = view.columns.slide_of
     shown = [
         {
-            "tiles": list(
-                atlas.tiles(view.columns.ids(np.array(group[:20])).tolist(), view).values()
-            ),
+            "tiles": view.columns.tiles(np.array(group[:20])),
             "size": len(group),
             "slides": len(np.unique(slide(np.array(group)))),
         }
@@ -170,7 +165,7 @@ def leakage(
             f"column {split!r} names {len(part.names)} part(s); expected 2 to {MAX_PARTS}, such as train "
             "and test"
         )
-    least = least_score(atlas, view, least)
+    least = least_score(view, least)
     alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
     reports = []
     for a in range(len(part.names)):
@@ -178,7 +173,7 @@ def leakage(
             of_a, of_b = alive & (part.codes == a), alive & (part.codes == b)
             both = set(patient.codes[of_a].tolist()) & set(patient.codes[of_b].tolist())
             names = sorted(patient.names[code] for code in both - {-1})
-            found, scores = _near(atlas, view, least, of_a, of_b, 1, progress)
+            found, scores = _near(view, least, of_a, of_b, 1, progress)
             examples = found[np.argsort(-scores, kind="stable")][:20]
             reports.append(
                 {
@@ -186,10 +181,7 @@ def leakage(
                     "patients_in_both": len(names),
                     "patients": names[:50],
                     "near_duplicates": len(found),
-                    "examples": [
-                        list(atlas.tiles(view.columns.ids(pair).tolist(), view).values())
-                        for pair in examples
-                    ],
+                    "examples": [view.columns.tiles(pair) for pair in examples],
                 }
             )
     return {

@@ -13,26 +13,24 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput, unknown_name
+from ..atlas import Atlas
 from ..search import cases
 from ..search.tiles import Mask
-from .scores import RANKS, Asked, Ints, Options, _scores
-
-if TYPE_CHECKING:
-    from ..atlas import Atlas
-    from ..vectors.generations import View
+from ..view import View
+from .scores import RANKS, Asked, Ints, RetrievalOptions, _scores
 
 LATENCY_RUNS = 30
 
 
 def evaluate(
     atlas: Atlas,
-    options: Options,
+    options: RetrievalOptions,
     encode: Callable[[], NDArray[np.float32]] | None = None,
 ) -> dict[str, Any]:
     """Evaluate the search of an atlas.
@@ -49,8 +47,7 @@ def evaluate(
         BadInput: no such column, fewer than two classes or patients, or tiles without a patient.
     """
     view = atlas.view()
-    if not len(view.index):
-        raise BadInput(f"{atlas.path} holds no tiles yet; add features first")
+    view.state.require_tiles()
     label = _column(view, options.label)
     owner, how = _owners(view, options)
     slide_ms: float | None = None
@@ -59,14 +56,14 @@ def evaluate(
     warnings = [how] if how else []
     _check(options, known, label.codes, owner, label.names)
     if options.unit == "tile":
-        asked = _ask_tiles(atlas, view, known, label.codes, owner, options)
+        asked = _ask_tiles(view, known, label.codes, owner, options)
         total = int(known.sum())
         if len(asked.label) < total:
             warnings.append(
                 f"{len(asked.label)} of {total} labelled tiles were asked, drawn at random"
             )
     else:
-        asked, more, slide_ms = _ask_slides(atlas, view, known, label.codes, owner)
+        asked, more, slide_ms = _ask_slides(view, known, label.codes, owner)
         warnings += more
     warnings += _unanswerable(asked, label.names)
     manifest = atlas.manifest
@@ -105,7 +102,7 @@ def _column(view: View, name: str) -> Any:
     return view.columns.coded(name)
 
 
-def _owners(view: View, options: Options) -> tuple[Ints, str]:
+def _owners(view: View, options: RetrievalOptions) -> tuple[Ints, str]:
     """Return whose each position is (N,), and a warning if some of it is a guess."""
     owner = _column(view, options.leave_out).codes.astype(np.int64)
     label = _column(view, options.label).codes
@@ -143,7 +140,9 @@ def _joined(owner: Ints, slide: Ints) -> Ints:
     return found
 
 
-def _check(options: Options, known: Mask, labels: Any, owner: Ints, names: list[str]) -> None:
+def _check(
+    options: RetrievalOptions, known: Mask, labels: Any, owner: Ints, names: list[str]
+) -> None:
     classes = len(np.unique(labels[known]))
     if classes < 2:
         raise BadInput(
@@ -154,13 +153,13 @@ def _check(options: Options, known: Mask, labels: Any, owner: Ints, names: list[
 
 
 def _ask_tiles(
-    atlas: Atlas, view: View, known: Mask, labels: Any, owner: Ints, options: Options
+    view: View, known: Mask, labels: Any, owner: Ints, options: RetrievalOptions
 ) -> Asked:
     positions = np.flatnonzero(known)
     if len(positions) > options.queries:
         rng = np.random.default_rng(options.seed)
         positions = np.sort(rng.choice(positions, options.queries, replace=False))
-    vectors = atlas.vectors_of(view.columns.ids(positions).tolist())
+    vectors = view.state.vectors_at(positions)
     found = np.full((len(positions), RANKS), -1, dtype=np.int64)
     candidates = np.zeros((len(positions), int(labels.max()) + 1), dtype=np.int64)
     for own in np.unique(owner[positions]):
@@ -175,7 +174,7 @@ def _ask_tiles(
 
 
 def _ask_slides(
-    atlas: Atlas, view: View, known: Mask, labels: Any, owner: Ints
+    view: View, known: Mask, labels: Any, owner: Ints
 ) -> tuple[Asked, list[str], float]:
     """Ask with every slide whose tiles have one label and one owner.
 
@@ -201,7 +200,7 @@ def _ask_slides(
         warnings.append(
             f"{lost} of {labelled} slides hold several labels or patients, and were left out"
         )
-    all_ = cases.mosaics_of(view, atlas.generations.mosaic_of, [n for n, _, _ in usable])
+    all_ = cases.mosaics_of(view.state, [n for n, _, _ in usable])
     row_of = {number: row for row, (number, _, _) in enumerate(usable)}
     slide_row = np.array([row_of[n] for n in columns.slide_of(all_.positions).tolist()])
     label = np.array([code for _, code, _ in usable])
@@ -212,7 +211,7 @@ def _ask_slides(
     for row, who in enumerate(own.tolist()):
         others = np.flatnonzero(own[slide_row] != who)
         asked = all_.part(np.flatnonzero(slide_row == row))
-        ranked, _ = cases.rank(asked, all_.part(others), slide_row[others], atlas.manifest.metric)
+        ranked, _ = cases.rank(asked, all_.part(others), slide_row[others], view.state.metric)
         best = label[ranked[:RANKS]]
         found[row, : len(best)] = best
         candidates[row] = np.bincount(label[own != who], minlength=candidates.shape[1])

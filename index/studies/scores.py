@@ -22,7 +22,7 @@ Ints = NDArray[np.int64]
 
 
 @dataclass(frozen=True)
-class Options:
+class RetrievalOptions:
     """What is evaluated, and how.
 
     Attributes:
@@ -94,7 +94,7 @@ def average_precision(found: Ints, label: Ints, reachable: Ints) -> NDArray[np.f
     return averaged
 
 
-def _scores(asked: Asked, names: list[str], options: Options) -> dict[str, Any]:
+def _scores(asked: Asked, names: list[str], options: RetrievalOptions) -> dict[str, Any]:
     rng = np.random.default_rng(options.seed)
     majority = np.full(len(asked.label), np.bincount(asked.label).argmax())
     weights = _bootstrap_weights(asked.owner, options.bootstrap, rng)

@@ -15,7 +15,7 @@ GPU_LIMIT = 2048
 
 
 @dataclass(frozen=True)
-class Plan:
+class IndexPlan:
     """How the main part is built and searched.
 
     Attributes:
@@ -39,7 +39,7 @@ class Plan:
         return asdict(self)
 
 
-def new_main(dim: int, metric: Metric, plan: Plan, sample: Vectors, seed: int) -> Any:
+def new_main(dim: int, metric: Metric, plan: IndexPlan, sample: Vectors, seed: int) -> Any:
     """Return an empty FAISS index of a plan, trained on a sample (M, D) of prepared vectors."""
     faiss = import_faiss()
     kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
@@ -93,7 +93,7 @@ def _short(error: Exception) -> str:
     return str(error).strip().splitlines()[-1][:200]
 
 
-def gpu_copy(main: Any, plan: Plan) -> Any:
+def gpu_copy(main: Any, plan: IndexPlan) -> Any:
     """Return a copy of the lists on all GPUs that FAISS sees, for unfiltered searches; None without one.
 
     FAISS's GPU index knows no selectors, so filtered and exact searches stay on the CPU.

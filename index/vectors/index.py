@@ -1,8 +1,8 @@
 """Vectors: nearest neighbours by FAISS, over an index file that is derived and what was added since.
 
 The main part is a file: exact (``flat``), or inverted lists (``ivf``) of codes of fewer bytes (``sq8``,
-``pq``), whose candidates are ranked again by the exact vectors in a second file. The tail, vectors that
-came after the file was written, is searched exactly. A position counts through both.
+``pq``), whose candidates are ranked again by the exact vectors in a second file. The recent
+vectors, which came after the file was written, are searched exactly. A position counts through both.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from .files import GPU_LIMIT, Plan
+from .files import GPU_LIMIT, IndexPlan
 from .scan import (
     Found,
     Mask,
@@ -70,10 +70,10 @@ class VectorIndex:
         self,
         dim: int,
         metric: Metric,
-        tail: Vectors,
+        recent: Vectors,
         main: Any = None,
-        plan: Plan | None = None,
-        raw: Any = None,
+        plan: IndexPlan | None = None,
+        exact_vectors: Any = None,
         alive: Mask | None = None,
         gpu: Any = None,
     ) -> None:
@@ -82,19 +82,22 @@ class VectorIndex:
         Args:
             dim: D.
             metric: how vectors are compared.
-            tail: (T, D) prepared vectors at the positions after those of ``main``.
+            recent: (T, D) prepared vectors at the positions after those of ``main``.
             main: FAISS index, whose own numbers are the first positions.
             plan: of ``main``.
-            raw: FAISS's flat index of the exact vectors of ``main``, where that holds codes.
+            exact_vectors: FAISS's flat index of the exact vectors of ``main``, where that holds codes.
             alive: (M + T,) positions that are still there; None for all.
             gpu: copy of ``main`` on GPUs (:func:`gpu_copy`).
         """
-        self.dim, self.metric, self.plan = dim, metric, plan or Plan()
-        self._main, self._tail, self._alive = main, tail, alive
+        self.dim, self.metric, self.plan = dim, metric, plan or IndexPlan()
+        self._main, self._recent, self._alive = main, recent, alive
         self._main_rows = 0 if main is None else int(main.ntotal)
-        self._refined: Any = None if raw is None else import_faiss().IndexRefine(main, raw)
-        self._raw_index = main if raw is None else raw  # owns the memory of the next
-        self._raw: Any = None if main is None else matrix_of(self._raw_index)
+        self._refined: Any = None
+        self._exact_index = main  # owns the memory of self._exact
+        if exact_vectors is not None:
+            self._refined = import_faiss().IndexRefine(main, exact_vectors)
+            self._exact_index = exact_vectors
+        self._exact: Any = None if main is None else matrix_of(self._exact_index)
         self._cells: NDArray[np.int32] | None = None
         self._gpu = gpu
         self._kept: list[_Passing] = []
@@ -109,12 +112,12 @@ class VectorIndex:
     @property
     def positions(self) -> int:
         """How many positions there are, those of removed vectors among them."""
-        return self._main_rows + len(self._tail)
+        return self._main_rows + len(self._recent)
 
     @property
-    def tail_rows(self) -> int:
+    def recent_rows(self) -> int:
         """How many vectors came after the main part was written."""
-        return len(self._tail)
+        return len(self._recent)
 
     # -- searching ------------------------------------------------------------------------------
 
@@ -142,9 +145,9 @@ class VectorIndex:
         parts = []
         if rows:
             parts.append(self._search_main(ready, k, mask, exact))
-        if len(self._tail):
+        if len(self._recent):
             part = None if mask is None else mask[rows:]
-            scores, found = scan(ready, self._tail, k, self.metric, part)
+            scores, found = scan(ready, self._recent, k, self.metric, part)
             parts.append((scores, np.where(found >= 0, found + rows, -1)))
         scores, found = _merged(parts, k)
         if self.metric == "l2":
@@ -170,7 +173,7 @@ class VectorIndex:
         if head is not None and not head.any():
             return _nothing(len(ready), k)
         if self.plan.kind == "flat":
-            return scan(ready, self._raw, k, self.metric, head)
+            return scan(ready, self._exact, k, self.metric, head)
         passing = None
         if mask is not None and head is not None and not head.all():
             passing = self._passing(mask, head)
@@ -178,7 +181,7 @@ class VectorIndex:
                 scores, found = scan(ready, passing.vectors, k, self.metric)
                 return scores, np.where(found >= 0, passing.rows[found], -1)
         if exact:
-            return scan(ready, self._raw, k, self.metric, head)
+            return scan(ready, self._exact, k, self.metric, head)
         there = self._main_rows if passing is None else len(passing.rows)
         return self._search_enough(ready, min(k, there), passing)
 
@@ -200,9 +203,9 @@ class VectorIndex:
         wide = min(self._main_rows, k * self.plan.widen)
         if passing is not None and passing.counts is not None:
             found = self._search_passing(ready, wide, passing, times)
-            return rescored(ready, self._raw, found, k, self.metric)
+            return rescored(ready, self._exact, found, k, self.metric)
         if self._gpu is not None and passing is None and times == 1 and wide <= GPU_LIMIT:
-            return rescored(ready, self._raw, self._gpu.search(ready, wide)[1], k, self.metric)
+            return rescored(ready, self._exact, self._gpu.search(ready, wide)[1], k, self.metric)
         probes = min(self.plan.cells, times * self.plan.probes)
         lists = faiss.SearchParametersIVF(nprobe=probes)
         if passing is not None:  # what was removed is only skipped
@@ -222,7 +225,7 @@ class VectorIndex:
         if mask is self._alive:
             made = _Passing(mask, rows, None, None, bits)
         elif len(rows) <= min(FILTER_EXACT, FILTER_VALUES // self.dim):
-            made = _Passing(mask, rows, self._raw[rows], None, None)
+            made = _Passing(mask, rows, self._exact[rows], None, None)
         else:
             counts = np.bincount(self.cell_of()[rows], minlength=self.plan.cells)
             made = _Passing(mask, rows, None, counts, bits)

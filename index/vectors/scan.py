@@ -94,15 +94,15 @@ def scan(
     return best
 
 
-def rescored(ready: Vectors, raw: Vectors, found: Positions, k: int, metric: Metric) -> Found:
+def rescored(ready: Vectors, originals: Vectors, found: Positions, k: int, metric: Metric) -> Found:
     """Rank candidates (Q, K) again by their exact vectors, and keep the best k."""
     exact = np.empty(found.shape, dtype=np.float32)
-    wide = max(1, CHUNK_VALUES // raw.shape[1])  # candidates at once
+    wide = max(1, CHUNK_VALUES // originals.shape[1])  # candidates at once
     step = max(1, wide // max(1, found.shape[1]))
     for row in range(0, len(found), step):
         for column in range(0, found.shape[1], wide):
             part = np.s_[row : row + step, column : column + wide]
-            vectors = raw[np.maximum(found[part], 0)]
+            vectors = originals[np.maximum(found[part], 0)]
             queries = ready[row : row + step]
             if metric == "cosine":
                 exact[part] = np.einsum("qd,qkd->qk", queries, vectors)

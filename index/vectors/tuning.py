@@ -5,8 +5,6 @@ Queries are tiles of the atlas itself that the index was not trained on, each as
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput
-from .files import Plan
+from .files import IndexPlan
 from .index import VectorIndex
 from .scan import Mask, Metric, scan
 
@@ -27,13 +25,12 @@ PER_CELL = 64
 QUERIES = 1_000
 """Tiles asked to measure recall: half to choose by, half to judge the choice."""
 WIDEN = (2, 3, 4, 6, 8, 16, 32, 64)
-LATENCY_RUNS = 20
 LISTS_OVERHEAD = 1.06
 """Memory of inverted lists beside their codes: numbers, centroids, and room for growth."""
 
 
 @dataclass(frozen=True)
-class Options:
+class IndexOptions:
     """What an index must reach.
 
     Attributes:
@@ -86,7 +83,7 @@ class HeldOut:
         return HeldOut(self.positions[chosen], self.vectors[chosen])
 
 
-def plan_for(total: int, dim: int, options: Options) -> Plan:
+def plan_for(total: int, dim: int, options: IndexOptions) -> IndexPlan:
     """Return how to build the index of so many vectors; probes come from :func:`tune`.
 
     Raises:
@@ -95,10 +92,10 @@ def plan_for(total: int, dim: int, options: Options) -> Plan:
     few = total <= max(options.exact_up_to, LEAST_FOR_LISTS)
     if options.memory_mb is None:
         exact = few or options.recall == 1
-        return Plan() if exact else Plan("ivf", "sq8", _cells(total))
+        return IndexPlan() if exact else IndexPlan("ivf", "sq8", _cells(total))
     budget = options.memory_mb * 1e6
     if few and 4.0 * total * dim <= budget:
-        return Plan()
+        return IndexPlan()
     if total <= LEAST_FOR_LISTS:
         raise BadInput(
             f"{total} vectors are too few for codes; expected more than {LEAST_FOR_LISTS}"
@@ -106,7 +103,7 @@ def plan_for(total: int, dim: int, options: Options) -> Plan:
     budget -= 4 * dim * (_cells(total) + 256)  # centroids, and the codebook of pq
     room = budget / LISTS_OVERHEAD / total - 8  # bytes per vector beside its number
     if room >= dim:
-        return Plan("ivf", "sq8", _cells(total))
+        return IndexPlan("ivf", "sq8", _cells(total))
     fitting = [m for m in range(1, dim // 2 + 1) if dim % m == 0 and m <= room]
     if not fitting:
         least = ((1 + 8) * total * LISTS_OVERHEAD + 4 * dim * (_cells(total) + 256)) / 1e6
@@ -114,7 +111,7 @@ def plan_for(total: int, dim: int, options: Options) -> Plan:
             f"{total:,} vectors of length {dim} do not fit into {options.memory_mb:g} MB; the smallest "
             f"index takes about {least:.3g} MB"
         )
-    return Plan("ivf", "pq", _cells(total), code_bytes=fitting[-1])
+    return IndexPlan("ivf", "pq", _cells(total), code_bytes=fitting[-1])
 
 
 def _cells(total: int) -> int:
@@ -123,7 +120,7 @@ def _cells(total: int) -> int:
 
 
 def draw(
-    chunks: Iterable[NDArray[np.float32]], total: int, dim: int, plan: Plan, seed: int
+    chunks: Iterable[NDArray[np.float32]], total: int, dim: int, plan: IndexPlan, seed: int
 ) -> tuple[NDArray[np.float32], HeldOut]:
     """Draw, in two passes, a sample to train on and tiles to ask that are not in it.
 
@@ -199,13 +196,13 @@ def recall_of(
 
 def tune(
     main: Any,
-    raw: Any,
-    plan: Plan,
+    exact_vectors: Any,
+    plan: IndexPlan,
     chunks: Iterable[NDArray[np.float32]],
     asked: HeldOut,
     metric: Metric,
-    options: Options,
-) -> tuple[Plan, dict[str, Any]]:
+    options: IndexOptions,
+) -> tuple[IndexPlan, dict[str, Any]]:
     """Choose the fewest probes, and candidates to rank again, that reach the recall.
 
     They are chosen on half of the held-out tiles and judged on the other half; where the judgement falls
@@ -219,14 +216,14 @@ def tune(
     k = min(options.k, max(1, main.ntotal - 1))
     truth = neighbours(chunks, asked, k, metric)
     half = len(asked) // 2
-    tail = np.zeros((0, main.d), dtype=np.float32)
+    recent = np.zeros((0, main.d), dtype=np.float32)
 
-    def reached(candidate: Plan, part: slice) -> float:
-        index = VectorIndex(main.d, metric, tail, main, candidate, raw)
+    def reached(candidate: IndexPlan, part: slice) -> float:
+        index = VectorIndex(main.d, metric, recent, main, candidate, exact_vectors)
         return recall_of(index, asked.part(part), truth[part], k)
 
     choosing, judging = slice(0, half), slice(half, None)
-    best: Plan | None = None
+    best: IndexPlan | None = None
     for widen in WIDEN:
         candidate = replace(plan, widen=widen, probes=plan.cells)
         best = candidate
@@ -253,42 +250,3 @@ def tune(
         "queries": len(asked) - half,
         "reached": judged >= options.recall,
     }
-
-
-def audit(
-    index: VectorIndex, asked: HeldOut, k: int, allowed: Mask | None = None
-) -> dict[str, Any]:
-    """Measure recall@k and latency of an index, and what comparing with every vector takes beside it.
-
-    Args:
-        index: the whole index.
-        asked: tiles of the atlas; each is asked without itself.
-        k: neighbours.
-        allowed: (N,) positions that may be found; None for all.
-    """
-    scores, true = index.search(asked.vectors, k + 1, allowed, exact=True)
-    lost = (true == asked.positions[:, None]) | (true < 0)
-    truth = -np.sort(-np.where(lost, -np.inf, scores), axis=1)[:, :k]
-    report: dict[str, Any] = {
-        "queries": len(asked),
-        "k": k,
-        "recall": round(recall_of(index, asked, truth, k, allowed), 5),
-    }
-    batch = asked.vectors[:100]
-    for name, exact in (("index", False), ("exact", True)):
-        one = [
-            _milliseconds(index, asked.vectors[n : n + 1], k, allowed, exact)
-            for n in range(min(LATENCY_RUNS, len(asked)))
-        ]
-        whole = [_milliseconds(index, batch, k, allowed, exact) for _ in range(3)]
-        report[f"{name}_ms_per_query"] = round(statistics.median(one), 3)
-        report[f"{name}_ms_per_{len(batch)}_queries"] = round(statistics.median(whole), 3)
-    return report
-
-
-def _milliseconds(
-    index: VectorIndex, queries: NDArray[np.float32], k: int, allowed: Mask | None, exact: bool
-) -> float:
-    started = time.perf_counter()
-    index.search(queries, k, allowed, exact)
-    return 1000 * (time.perf_counter() - started)

@@ -139,7 +139,7 @@ def searching(name, vectors, queries, folder, with_peers):
 
 
 def build_times(atlas):
-    options = tuning.Options()
+    options = tuning.IndexOptions()
     vectors = atlas.vectors()[1]
     started = time.perf_counter()
     plan = tuning.plan_for(len(vectors), vectors.shape[1], options)

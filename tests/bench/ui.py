@@ -35,7 +35,7 @@ from mutated import mutated_uploads
 
 from histoseek.index.atlas import Atlas
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
-from histoseek.ui.session.batching import Gate
+from histoseek.ui.session.batching import Batcher
 
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
@@ -221,7 +221,7 @@ def broken(server, blobs, count):
 def batching(blobs, users=16, seconds=8):
     """Images/s through the gate with and without batches, in turn."""
     encoder = open_encoder("default")
-    gate = Gate(encoder)
+    gate = Batcher(encoder)
     measured = gate.measure()
     chosen = gate.batch
     size = encoder.manifest.size_px

@@ -46,19 +46,19 @@ def kinds(tmp_path_factory):
 @pytest.mark.parametrize("how", ["median", "votes"])
 @pytest.mark.parametrize("by", ["slide", "patient"])
 def test_slides_of_the_same_kind_come_first_but_never_the_same_patient(kinds, how, by):
-    found = kinds.similar_slides("beta-0" if by == "slide" else "P-beta-0", 5, by, how)
+    found = kinds.similar("beta-0" if by == "slide" else "P-beta-0", 5, by, how)
     kind = [s.label for s in found]
     assert kind[:2] == ["beta", "beta"] and [s.score for s in found] == sorted(
         (s.score for s in found), reverse=True
     )
-    own = kinds.similar_slides("alpha-0" if by == "slide" else "PA", 9, by, how)
+    own = kinds.similar("alpha-0" if by == "slide" else "PA", 9, by, how)
     names = [s.name for s in own]
     assert names[0] in {"alpha-2", "P-alpha-2"}
     assert not {"alpha-0", "alpha-1", "PA"} & set(names)  # the same patient is no second opinion
 
 
 def test_evidence_is_pairs_of_regions_that_are_alike(kinds):
-    best = kinds.similar_slides("beta-0", 1)[0]
+    best = kinds.similar("beta-0", 1)[0]
     ids, stored = kinds.vectors()
     vector = dict(zip(ids.tolist(), stored, strict=True))
     assert len(best.pairs) == 5
@@ -72,27 +72,27 @@ def test_evidence_is_pairs_of_regions_that_are_alike(kinds):
 
 def test_the_score_is_yottixels_median_of_minimum_distances(kinds):
     slides = {s["name"]: s for s in kinds.view().columns.slides}
-    _, a = kinds.generations.mosaic_of(slides["beta-0"])
-    for other in kinds.similar_slides("beta-0", 9):
-        _, b = kinds.generations.mosaic_of(slides[other.name])
+    _, a = kinds.view().state.mosaic_of(slides["beta-0"])
+    for other in kinds.similar("beta-0", 9):
+        _, b = kinds.view().state.mosaic_of(slides[other.name])
         assert other.score == pytest.approx(float(np.median((a @ b.T).max(axis=1))), abs=1e-5)
 
 
 def test_new_tiles_are_compared_like_a_slide_and_filters_count(kinds):
     new = of_kind(np.random.default_rng(77), "beta", 40)
-    assert [s.label for s in kinds.similar_slides(new, 3)] == ["beta"] * 3
-    only = kinds.similar_slides(new, 9, where="label != 'beta'")
+    assert [s.label for s in kinds.similar(new, 3)] == ["beta"] * 3
+    only = kinds.similar(new, 9, where="label != 'beta'")
     assert {s.label for s in only} == {"alpha", "mixed"} and only[0].label == "mixed"
     with pytest.raises(BadInput, match="unknown slide 'none'"):
-        kinds.similar_slides("none")
+        kinds.similar("none")
     with pytest.raises(BadInput, match="median, votes"):
-        kinds.similar_slides(new, how="mean")
+        kinds.similar(new, how="mean")
     with pytest.raises(BadInput, match="patient, slide"):
-        kinds.similar_slides(new, by="hospital")
+        kinds.similar(new, by="hospital")
     with pytest.raises(Mismatch):
-        kinds.similar_slides(new[:, :5])
+        kinds.similar(new[:, :5])
     with pytest.raises(BadInput, match="no other slide"):
-        kinds.similar_slides("beta-0", where="slide = 'beta-0'")
+        kinds.similar("beta-0", where="slide = 'beta-0'")
 
 
 def test_patients_of_a_tile_set_are_cases_and_never_their_own_evidence(tmp_path):
@@ -106,14 +106,14 @@ def test_patients_of_a_tile_set_are_cases_and_never_their_own_evidence(tmp_path)
         )  # fmt: skip
     files.append(features(tmp_path / "P3.h5", 30, 7))  # a slide without patient, named like one
     atlas.add(files)
-    found = atlas.similar_slides("P3", 20, by="patient")
+    found = atlas.similar("P3", 20, by="patient")
     assert "P3" in {s.name for s in found}  # the slide of that name is another case
     known = atlas.tiles(atlas.vectors()[0].tolist())
     for case in found:
         for pair in case.pairs:
             assert known[pair.query]["patient"] == "P3" != known[pair.match]["patient"]
     with pytest.raises(BadInput, match="no other slide"):
-        atlas.similar_slides("train", where="slide = 'test' and patient is not null")
+        atlas.similar("train", where="slide = 'test' and patient is not null")
 
 
 def test_a_mosaic_is_few_tiles_of_every_kind_that_lie_apart():

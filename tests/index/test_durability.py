@@ -164,7 +164,7 @@ def test_a_budget_of_another_day_stops_no_addition(tmp_path):
     atlas.tune(memory_mb=0.25, exact_up_to=0)
     big = features(tmp_path / "big.h5", 9000, 60, features=grouped(np.random.default_rng(6), 9000))
     assert atlas.add([big])[0].state == "added"
-    assert atlas.index().tail_rows == 0 and atlas.verify() == []
+    assert atlas.view().index.recent_rows == 0 and atlas.verify() == []
     atlas.remove(["big", "slide-1", "slide-2"])
     assert len(atlas.index()) == 800 and atlas.verify() == []
 
@@ -263,10 +263,10 @@ def test_a_damaged_placement_is_made_again(atlas):
     db.close()
     found = Atlas(atlas.path).verify()
     assert any("placements" in line for line in found) and any("generations" in p for p in found)
-    before = atlas.placed("kmeans")[1].cluster
+    before = atlas.assigned("kmeans")[1].cluster
     assert len(Atlas(atlas.path).repair()) == 2
     again = Atlas(atlas.path)
-    assert again.verify() == [] and np.array_equal(again.placed("kmeans")[1].cluster, before)
+    assert again.verify() == [] and np.array_equal(again.assigned("kmeans")[1].cluster, before)
 
 
 def test_a_fit_that_would_differ_is_not_put_in_the_place_of_the_lost_one(atlas):
@@ -403,7 +403,7 @@ def test_sixteen_readers_see_whole_states_while_a_writer_commits(tmp_path):
                 ids, all_ = own.vectors()
                 if len(ids) != len(all_) or len(ids) not in {180, 240}:
                     wrong.append(len(ids))
-                own.search_like([int(view.columns.ids(np.array([0]))[0])], 3, without="slide")
+                own.search(tiles=[int(view.columns.ids(np.array([0]))[0])], k=3, leave_out="slide")
                 states.add(view.revision)
             except Exception as error:
                 wrong.append(repr(error))

@@ -10,7 +10,7 @@ from sklearn.metrics import accuracy_score, f1_score
 from histoseek.errors import BadInput
 from histoseek.index.atlas import Atlas
 from histoseek.index.studies.retrieval import evaluate
-from histoseek.index.studies.scores import Options, average_precision, votes
+from histoseek.index.studies.scores import RetrievalOptions, average_precision, votes
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 FOUND = np.array([[0, 1, 1, 0, 0], [2, 1, 0, 1, 2], [1, -1, -1, -1, -1], [-1] * 5, [0, 1, 2, 0, 1]])
@@ -46,7 +46,7 @@ def test_numbers_equal_brute_force_with_whole_patients_left_out(tmp_path, lists)
     atlas = filled(tmp_path, slides=8, count=150)
     if lists:
         atlas.tune(exact_up_to=0)
-    report = evaluate(atlas, Options(bootstrap=50))
+    report = evaluate(atlas, RetrievalOptions(bootstrap=50))
     label, found = brute(atlas, "patient")
     names = sorted(set(label))
     code = np.vectorize(names.index)
@@ -73,21 +73,23 @@ def test_a_label_that_goes_with_the_patient_alone_is_at_chance(tmp_path):
         files.append(features(tmp_path / f"s{n}.h5", 40, n, features=vectors.astype(np.float32)))
         metadata[f"s{n}"] = {"label": "xy"[n % 2], "patient": f"P{n}"}
     atlas.add(files, metadata)
-    report = evaluate(atlas, Options(bootstrap=200))
+    report = evaluate(atlas, RetrievalOptions(bootstrap=200))
     low, high = report["metrics"]["top1"]["interval_95"]
     assert low < 0.5 < high
     assert high - low > 0.2  # 20 patients, not 800 tiles
-    leaky = evaluate(atlas, Options(leave_out="slide", bootstrap=50))
+    leaky = evaluate(atlas, RetrievalOptions(leave_out="slide", bootstrap=50))
     one = leaky["metrics"]["top1"]["value"]
     assert one == report["metrics"]["top1"]["value"]  # one slide each: the same here
     metadata = [{"slide": f"s{n}", "patient": f"Q{n // 2}"} for n in range(20)]
     atlas.relabel(metadata)
-    assert evaluate(atlas, Options(bootstrap=20))["owners"] == 10
+    assert evaluate(atlas, RetrievalOptions(bootstrap=20))["owners"] == 10
 
 
 def test_baselines_are_what_they_say(tmp_path):
     labels = {f"slide-{n}": {"label": "a" if n < 5 else "b", "patient": f"P{n}"} for n in range(6)}
-    report = evaluate(filled(tmp_path, slides=6, count=100, metadata=labels), Options(bootstrap=20))
+    report = evaluate(
+        filled(tmp_path, slides=6, count=100, metadata=labels), RetrievalOptions(bootstrap=20)
+    )
     top1 = report["metrics"]["top1"]
     # For tiles of the one slide of b nothing of b is left; for those of a: 4 slides of a, one of b.
     assert top1["random"] == pytest.approx(5 / 6 * 4 / 5, abs=0.05)
@@ -101,19 +103,19 @@ def test_without_patients_it_refuses_unless_told_and_then_says_so(tmp_path):
     with pytest.raises(
         BadInput, match="180 of 240 labelled tiles have no patient.*--without-patients"
     ):
-        evaluate(atlas, Options())
-    report = evaluate(atlas, Options(without_patients=True, bootstrap=20))
+        evaluate(atlas, RetrievalOptions())
+    report = evaluate(atlas, RetrievalOptions(without_patients=True, bootstrap=20))
     assert "180 of 240" in report["warnings"][0] and "too good" in report["warnings"][0]
     assert report["owners"] == 4
     with pytest.raises(BadInput, match="unknown column 'grade'"):
-        evaluate(atlas, Options(label="grade"))
+        evaluate(atlas, RetrievalOptions(label="grade"))
     with pytest.raises(BadInput, match="unknown unit"):
-        Options(unit="case")
+        RetrievalOptions(unit="case")
     one = filled(
         tmp_path / "one", slides=2, count=20, metadata={"slide-0": {"label": "a", "patient": "P"}}
     )
     with pytest.raises(BadInput, match=r"1 value\(s\)"):
-        evaluate(one, Options())
+        evaluate(one, RetrievalOptions())
 
 
 def test_a_slide_in_which_some_tiles_have_no_patient_is_left_out_whole(tmp_path):
@@ -130,14 +132,16 @@ def test_a_slide_in_which_some_tiles_have_no_patient_is_left_out_whole(tmp_path)
             )
         )  # fmt: skip
     atlas.add(files)
-    report = evaluate(atlas, Options(without_patients=True, bootstrap=20))
+    report = evaluate(atlas, RetrievalOptions(without_patients=True, bootstrap=20))
     assert report["owners"] == 4 and report["metrics"]["top1"]["value"] < 0.75
 
 
 def test_classes_that_nobody_else_has_are_named(tmp_path):
     labels = {f"slide-{n}": {"label": "ab"[n % 2], "patient": f"P{n}"} for n in range(5)}
     labels["slide-4"]["label"] = "rare"
-    report = evaluate(filled(tmp_path, slides=5, count=30, metadata=labels), Options(bootstrap=20))
+    report = evaluate(
+        filled(tmp_path, slides=5, count=30, metadata=labels), RetrievalOptions(bootstrap=20)
+    )
     assert (
         "30 queries cannot be answered" in report["warnings"][0] and "rare" in report["warnings"][0]
     )
@@ -155,13 +159,15 @@ def test_slides_are_evaluated_by_their_mosaics(tmp_path):
         files.append(features(tmp_path / f"s{n}.h5", 60, n, features=vectors))
         metadata[f"s{n}"] = {"label": "ab"[n % 2], "patient": f"P{n}"}
     atlas.add(files, metadata)
-    report = evaluate(atlas, Options(unit="slide", bootstrap=50))
+    report = evaluate(atlas, RetrievalOptions(unit="slide", bootstrap=50))
     assert report["queries"] == 8 and report["metrics"]["top1"]["value"] == 1
     assert report["metrics"]["mmv5"]["value"] == 1
 
 
 def test_queries_are_sampled_and_it_is_said(tmp_path):
-    report = evaluate(filled(tmp_path, slides=4, count=60), Options(queries=50, bootstrap=20))
+    report = evaluate(
+        filled(tmp_path, slides=4, count=60), RetrievalOptions(queries=50, bootstrap=20)
+    )
     assert report["queries"] == 50 and "50 of 240" in report["warnings"][0]
 
 

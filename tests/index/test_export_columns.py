@@ -64,7 +64,7 @@ def test_anndata_keeps_every_column(atlas, tmp_path):
         assert json.loads(found.uns["renamed_columns"]) == renamed
         assert renamed["ER/PR"] == "ER_PR_3" and "ER_PR" not in renamed
         assert renamed["_index"] == "_index_2"
-        clusters = atlas.placed("kmeans")[1].cluster
+        clusters = atlas.assigned("kmeans")[1].cluster
         assert np.array_equal(obs["cluster.kmeans"], clusters)  # not the metadata's column
         plain = obs.astype(object).where(obs.notna(), None)
         by_name(lambda c, p=plain: (p[c].iloc[0], p[c].iloc[-1]), renamed)

@@ -259,7 +259,7 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json)
     assert "µm per pixel" in shown.stdout
     opened = Atlas(atlas)
     assert opened.verify() == []
-    (only,) = opened.search_like([1], 60, where="target_mpp > 0.9")
+    (only,) = opened.search(tiles=[1], k=60, where="target_mpp > 0.9")
     assert {hit.slide for hit in only} == {"far"}
     assert "1 µm per pixel" in gallery(only) and "µm" not in gallery(
         [only[0]._replace(target_mpp=None)]

@@ -6,7 +6,7 @@ from atlases import features, filled, grouped
 
 from histoseek.errors import BadInput, Damaged
 from histoseek.index.atlas import Atlas
-from histoseek.index.search import map as layout
+from histoseek.index.search import layout
 
 
 @pytest.fixture(scope="module")

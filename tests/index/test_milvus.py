@@ -14,6 +14,7 @@ from histoseek.errors import BadInput, Mismatch, Unavailable
 from histoseek.index.atlas import Atlas
 from histoseek.index.exchange.milvus import MilvusAtlas, push
 from histoseek.index.exchange.milvus_address import parse_url
+from histoseek.index.search.query import Query
 from histoseek.index.store.rows import Hit
 
 WHERES = (
@@ -37,6 +38,10 @@ def pushed(tmp_path_factory):
     engine.close()
 
 
+def ask(engine, vectors, k=10, where=None, **more):
+    return engine.search(Query(vectors=vectors, k=k, where=where, **more))
+
+
 def same(a: list[list[Hit]], b: list[list[Hit]]) -> None:
     """The same hits in the same order, but that scores which rounding alone tells apart may swap places."""
     for mine, theirs in zip(a, b, strict=True):
@@ -53,16 +58,14 @@ def same(a: list[list[Hit]], b: list[list[Hit]]) -> None:
 def test_results_equal_exact_faiss(pushed, where):
     atlas, _, engine = pushed
     queries = grouped(np.random.default_rng(3), 12)
-    same(
-        atlas.search(queries, 10, where, exact=True), engine.search(queries, 10, where, exact=True)
-    )
+    same(atlas.search(queries, 10, where, exact=True), ask(engine, queries, 10, where, exact=True))
 
 
 def test_range_and_one_per_slide_are_the_same_too(pushed):
     atlas, _, engine = pushed
     queries = grouped(np.random.default_rng(4), 5)
-    same(atlas.search(queries, 400, least=0.4), engine.search(queries, 400, least=0.4))
-    same(atlas.search(queries, 6, per_slide=True), engine.search(queries, 6, per_slide=True))
+    same(atlas.search(queries, 400, least=0.4), ask(engine, queries, 400, least=0.4))
+    same(atlas.search(queries, 6, per_slide=True), ask(engine, queries, 6, per_slide=True))
 
 
 def test_only_what_changed_is_pushed_again(tmp_path):
@@ -78,8 +81,8 @@ def test_only_what_changed_is_pushed_again(tmp_path):
     assert (report["slides_pushed"], report["slides_removed"]) == (2, 2)
     engine = MilvusAtlas(url)
     queries = grouped(np.random.default_rng(3), 6)
-    same(atlas.search(queries, 200), engine.search(queries, 200))
-    same(atlas.search(queries, 5, "label = 'new'"), engine.search(queries, 5, "label = 'new'"))
+    same(atlas.search(queries, 200), ask(engine, queries, 200))
+    same(atlas.search(queries, 5, "label = 'new'"), ask(engine, queries, 5, "label = 'new'"))
     engine.close()
     atlas.fit("kmeans", k=2)
     assert push(atlas, url)["slides_pushed"] == 3  # hits show the newest clusters
@@ -109,12 +112,12 @@ def test_a_push_that_is_killed_is_refused_until_it_is_repeated(tmp_path):
             os.kill(int(line.split()[0]), signal.SIGKILL)
     engine = MilvusAtlas(url)
     with pytest.raises(BadInput, match="not pushed to its end"):
-        engine.search(grouped(np.random.default_rng(0), 1))
+        ask(engine, grouped(np.random.default_rng(0), 1))
     engine.close()
     push(atlas, url)
     engine = MilvusAtlas(url)
     queries = grouped(np.random.default_rng(3), 6)
-    same(atlas.search(queries, 300), engine.search(queries, 300))
+    same(atlas.search(queries, 300), ask(engine, queries, 300))
     engine.close()
 
 
@@ -137,7 +140,7 @@ def test_a_push_that_fails_between_its_deletes_loses_no_track_of_them(tmp_path, 
     push(atlas, url)
     engine = MilvusAtlas(url)
     queries = grouped(np.random.default_rng(3), 4)
-    same(atlas.search(queries, 400), engine.search(queries, 400))
+    same(atlas.search(queries, 400), ask(engine, queries, 400))
     engine.close()
 
 
@@ -165,10 +168,10 @@ def test_facts_that_were_cut_off_while_they_were_written_are_written_again(tmp_p
             engine.push(atlas, None)
     queries = grouped(np.random.default_rng(3), 4)
     with pytest.raises(BadInput, match="not pushed to its end"):
-        reader.search(queries, 3)
+        ask(reader, queries, 3)
     engine.close()
     push(atlas, url)
-    same(atlas.search(queries, 100), reader.search(queries, 100))  # the reader looks again
+    same(atlas.search(queries, 100), ask(reader, queries, 100))  # the reader looks again
     reader.close()
 
 
@@ -211,13 +214,13 @@ def test_what_does_not_fit_is_refused(pushed, tmp_path, other_bundle):
     with pytest.raises(Mismatch, match="choose another"):
         push(other, url)
     with pytest.raises(Mismatch, match=f"length {DIM}"):
-        engine.search(np.ones((1, 5), np.float32))
+        ask(engine, np.ones((1, 5), np.float32))
     with pytest.raises(BadInput, match="16384"):
-        engine.search(np.ones((1, DIM), np.float32), 20_000)
+        ask(engine, np.ones((1, DIM), np.float32), 20_000)
     with pytest.raises(BadInput, match="unknown field of the Milvus collection 'nope'"):
-        engine.search(np.ones((1, DIM), np.float32), 3, "nope = 'a'")
+        ask(engine, np.ones((1, DIM), np.float32), 3, "nope = 'a'")
     with pytest.raises(BadInput, match="file"):
-        engine.search(np.ones((1, DIM), np.float32), 3, "file = 'a.png'")
+        ask(engine, np.ones((1, DIM), np.float32), 3, "file = 'a.png'")
     assert atlas.verify() == []
 
 

@@ -12,8 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Damaged
 from histoseek.index.atlas import Atlas
+from histoseek.index.search.query import Query
 from histoseek.index.vectors import index as vectors
 from histoseek.index.vectors import tuning
+from histoseek.index.view import View
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 
@@ -39,11 +41,11 @@ def lists(tmp_path_factory):
 
 
 def test_lists_reach_the_recall_they_were_tuned_for(lists):
-    plan = lists.index().plan
+    plan = lists.view().index.plan
     assert (plan.kind, plan.coding) == ("ivf", "sq8") and 1 <= plan.probes <= plan.cells
     about = lists.view().about
     assert about["measured"]["reached"] and about["measured"]["recall"] >= 0.99
-    assert lists.index().tail_rows == 100
+    assert lists.view().index.recent_rows == 100
     report = lists.audit(queries=300)
     assert report["recall"] >= 0.985 and report["tiles_since_the_index_was_written"] == 100
     queries = grouped(np.random.default_rng(5), 50)
@@ -59,7 +61,7 @@ def test_codes_are_ranked_again_by_the_vectors(tmp_path, budget):
     """6,000 vectors of 128 take 3.1 MB: their codes take less, and they are found all the same."""
     atlas = filled(tmp_path, slides=12, count=500)
     report = atlas.tune(memory_mb=budget, exact_up_to=0)
-    plan = atlas.index().plan
+    plan = atlas.view().index.plan
     assert plan.coding == {None: "sq8", 1.1: "sq8", 0.3: "pq"}[budget]
     files = list(atlas.path.glob("index-*.faiss"))
     assert len(files) == 1 and files[0].stat().st_size < 1e6 * (budget or 1.0)
@@ -91,18 +93,18 @@ def test_the_tail_folds_into_the_index_when_it_has_grown(tmp_path):
     first = atlas.view().generation
     late = [features(tmp_path / f"late-{n}.h5", 30, 50 + n) for n in range(5)]
     atlas.add(late[:2])
-    assert atlas.view().generation == first and atlas.index().tail_rows == 60
+    assert atlas.view().generation == first and atlas.view().index.recent_rows == 60
     atlas.add(late[2:])
-    assert atlas.view().generation > first and atlas.index().tail_rows == 0
+    assert atlas.view().generation > first and atlas.view().index.recent_rows == 0
     atlas.remove(["slide-0"])
-    assert len(atlas.index()) == 450 and atlas.verify() == []
+    assert len(atlas.view().index) == 450 and atlas.verify() == []
 
 
 @pytest.mark.parametrize("few", [False, True])
 def test_filters_hold_on_lists_and_find_what_brute_force_does(lists, monkeypatch, few):
     if not few:  # as if what passes were too many to compare with all of it
         monkeypatch.setattr(vectors, "FILTER_EXACT", 0)
-    lists.generations._view = None
+    lists._states._newest = None
     queries = grouped(np.random.default_rng(6), 40)
     for where, keep in (
         ("label = 'a'", lambda t: t["label"] == "a"),
@@ -160,7 +162,7 @@ def test_a_tile_of_the_atlas_is_asked_without_its_own(lists, without):
     asked = ids[[3, 700, 701, 6050]].tolist()
     known = lists.tiles(ids.tolist())
     for tile, hits in zip(
-        asked, lists.search_like(asked, 8, without=without, exact=True), strict=True
+        asked, lists.search(tiles=asked, k=8, leave_out=without, exact=True), strict=True
     ):
         own = known[tile]
         key = {"tile": "tile", "slide": "slide", "patient": "patient"}[without]
@@ -169,25 +171,30 @@ def test_a_tile_of_the_atlas_is_asked_without_its_own(lists, without):
         best = ids[keep][np.argsort(-scores, kind="stable")[:8]].tolist()
         assert [h.tile for h in hits] == best
     with pytest.raises(BadInput, match="no tile 999999"):
-        lists.search_like([999_999])
+        lists.search(tiles=[999_999])
     with pytest.raises(BadInput, match="tile, slide, patient"):
-        lists.search_like(asked, without="hospital")
+        lists.search(tiles=asked, leave_out="hospital")
+
+
+def combined(atlas, k, like, unlike=None):
+    query = Query(vectors=like, unlike_vectors=unlike, together=True, k=k)
+    return atlas.ask(View.search, query)[0]
 
 
 def test_more_like_these_unlike_those(lists):
     rng = np.random.default_rng(3)
     a, b = unit(rng, 2)
-    plain = lists.search_combined(np.stack([a, b]), k=5)
+    plain = combined(lists, 5, np.stack([a, b]))
     middle = (a + b) / np.linalg.norm(a + b)
     assert [h.tile for h in plain] == [h.tile for h in lists.search(middle[None], 5)[0]]
     stored = dict(zip(*(x.tolist() for x in lists.vectors()), strict=True))
-    away = lists.search_combined(a[None], b[None], k=20)
+    away = combined(lists, 20, a[None], b[None])
     near = lists.search(a[None], 20)[0]
     assert np.mean([np.dot(stored[h.tile], b) for h in away]) < np.mean(
         [np.dot(stored[h.tile], b) for h in near]
     )
     with pytest.raises(BadInput, match="at least one"):
-        lists.search_combined(np.zeros((0, DIM), np.float32))
+        combined(lists, 10, np.zeros((0, DIM), np.float32))
 
 
 def test_a_view_stays_as_it_was_while_the_atlas_changes(tmp_path):

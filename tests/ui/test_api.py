@@ -11,7 +11,6 @@ import pytest
 from PIL import Image
 
 from histoseek.ui.session import answers
-from histoseek.ui.session import session as handlers
 
 
 def form(*files, field="images"):
@@ -206,7 +205,7 @@ def test_large_and_strange_pictures_have_their_own_answers(client):
             "/v1/embeddings", files=[("images", ("a.png", blob.getvalue(), "image/png"))]
         )
         assert answer.status_code == status, answer.text
-    many = [("images", ("a.png", b"x", "image/png"))] * (handlers.MAX_IMAGES + 1)
+    many = [("images", ("a.png", b"x", "image/png"))] * (answers.MAX_IMAGES + 1)
     assert client.post("/v1/embeddings", files=many).status_code in {413, 422}
     many = {"like": list(range(answers.MAX_EXAMPLES + 1))}
     assert client.post("/v1/search", json=many).status_code == 422
@@ -218,7 +217,7 @@ def test_a_full_encoder_says_when_to_come_back(client, served, monkeypatch, tile
     def full(*_, **__):
         raise Busy("256 images wait for the encoder already")
 
-    monkeypatch.setattr(served.session.gate, "embed", full)
+    monkeypatch.setattr(served.session.batching, "embed", full)
     answer = client.post("/v1/search", files=form(tile_folder / "cat/00.png"))
     assert answer.status_code == 429 and answer.headers["retry-after"]
     assert client.get("/ready").status_code == 503 and client.get("/health").status_code == 200

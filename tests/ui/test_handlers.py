@@ -11,14 +11,16 @@ from PIL import Image
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput, NotFound, TooLarge
 from histoseek.index.atlas import Atlas
+from histoseek.index.search.query import Query
 from histoseek.index.store.rows import Hit
+from histoseek.index.view import View
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 from histoseek.ui.page import cluster_view, slide_view, view
 from histoseek.ui.session import report, words
-from histoseek.ui.session.answers import Found, Query, Verdict
+from histoseek.ui.session.answers import Found, Verdict
 from histoseek.ui.session.session import Session, cropped
 
 
@@ -69,19 +71,19 @@ def test_tiles_of_the_atlas_are_searched_by_without_finding_themselves(session):
     ids, _ = session.atlas.vectors()
     known = session.atlas.tiles(ids[:40].tolist())
     first = next(t["tile"] for t in known.values() if t["slide"] == slide["name"])
-    found = session.search(Query(like=(first,), k=5))
+    found = session.search(Query(tiles=(first,), k=5))
     assert len(found.hits) == 5 and first not in {hit.tile for hit in found.hits}
-    away = session.search(Query(like=(first,), k=5, leave_out="patient"))
+    away = session.search(Query(tiles=(first,), k=5, leave_out="patient"))
     assert {hit.patient for hit in away.hits}.isdisjoint({"P1"})
-    elsewhere = session.search(Query(like=(first,), k=5, leave_out="slide"))
+    elsewhere = session.search(Query(tiles=(first,), k=5, leave_out="slide"))
     assert "case-1" not in {hit.slide for hit in elsewhere.hits}
     several = session.search(
-        Query(like=(first, found.hits[0].tile), unlike=(away.hits[0].tile,), k=4)
+        Query(tiles=(first, found.hits[0].tile), unlike_tiles=(away.hits[0].tile,), k=4)
     )
     assert {first, found.hits[0].tile}.isdisjoint({hit.tile for hit in several.hits})
     assert several.verdict.placed is None
     with pytest.raises(NotFound, match="no tile 999999"):
-        session.search(Query(like=(999999,)))
+        session.search(Query(tiles=(999999,)))
 
 
 def test_filters_are_kept_to(session, tile_folder):
@@ -100,15 +102,15 @@ def test_filters_are_kept_to(session, tile_folder):
     "wrong, says",
     [
         ({}, "nothing to search for"),
-        ({"like": (1,), "k": 0}, "k is 0"),
-        ({"like": (1,), "k": 1001}, "k is 1001"),
-        ({"like": tuple(range(65))}, "65 examples"),
-        ({"like": (1,), "leave_out": "x"}, "leave_out"),
+        ({"tiles": (1,), "k": 0}, "k is 0"),
+        ({"tiles": (1,), "k": 1001}, "k is 1001"),
+        ({"tiles": tuple(range(65))}, "65 examples"),
+        ({"tiles": (1,), "leave_out": "x"}, "leave_out"),
     ],
 )
-def test_wrong_queries_are_refused(wrong, says):
-    with pytest.raises(BadInput, match=says):
-        Query(**wrong)
+def test_wrong_queries_are_refused(session, wrong, says):
+    with pytest.raises((BadInput, TooLarge), match=says):
+        session.search(Query(**wrong))
 
 
 def test_a_part_of_a_picture_is_searched_for(session, pictures):
@@ -126,7 +128,11 @@ def test_a_part_of_a_picture_is_searched_for(session, pictures):
 
 
 def test_how_usual_the_nearness_is_told(session, tile_folder):
-    wait(lambda: session._background.get("usual", session._state(), session.atlas.usual_nearness))
+    wait(
+        lambda: session._background.get(
+            "usual", session.atlas.catalog.revision(), session.atlas.usual_nearness
+        )
+    )
     image = image_of(session, tile_folder / "cat/00.png")
     near = session.search(Query(images=(image,))).verdict.nearer_than
     noise = np.random.default_rng(0).integers(0, 255, (224, 224, 3), dtype=np.uint8)
@@ -142,7 +148,7 @@ def test_how_usual_the_nearness_is_told(session, tile_folder):
 def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder, tmp_path):
     (tmp_path / "bad.png").write_bytes(b"bad")
     images = [(p.name, p) for p in (tile_folder / "cat/01.png", tmp_path / "bad.png")]
-    wait(session.layout)
+    wait(session.map.layout)
     answer = session.cluster(images, "kmeans")
     assert answer.names == ["01.png"] and answer.refused[0][0] == "bad.png"
     assert answer.points.shape == (1, 2) and answer.nearest[0].score > 0.999
@@ -206,7 +212,7 @@ def test_an_atlas_of_what_is_no_tissue_ignores_the_gate(tmp_path, serve, cli):
     rng = np.random.default_rng(0)
     pictures = rng.integers(0, 255, (12, 224, 224, 1), np.uint8).repeat(3, axis=3)
     atlas, tiles = atlas_of(tmp_path, pictures)
-    assert atlas.foreign_share() == 1
+    assert atlas.out_of_distribution_share() == 1
     opened = serve(atlas.path).session
     asked = Query(images=(image_of(opened, tiles / "7.png"),))
     wait(lambda: None if opened.search(asked).verdict.foreign else True)
@@ -216,18 +222,18 @@ def test_an_atlas_of_what_is_no_tissue_ignores_the_gate(tmp_path, serve, cli):
 
 
 def test_the_map_shows_every_tile_and_places_the_same_image_there(session, tile_folder):
-    points = wait(session.points)
+    points = wait(session.map.points)
     stats = session.atlas.stats()
     assert len(points.ids) == points.total == stats["tiles"]
-    names, codes = session.colours(points, "label")
+    names, codes = session.map.colours(points, "label")
     assert sorted(names) == ["cat", "retina", "tissue"]
     known = session.atlas.tiles(points.ids.tolist())
     for tile, code in zip(points.ids.tolist(), codes.tolist(), strict=True):
         assert (names[code] if code >= 0 else None) == known[tile]["label"]
-    names, codes = session.colours(points, "cluster.kmeans")
+    names, codes = session.map.colours(points, "cluster.kmeans")
     assert len(names) == 4 and codes.max() == 3
     with pytest.raises(NotFound, match="no column 'nothing'"):
-        session.colours(points, "nothing")
+        session.map.colours(points, "nothing")
     answer = session.cluster([("a", tile_folder / "cat/01.png")])
     (row,) = np.flatnonzero(points.ids == answer.nearest[0].tile)
     assert np.abs(answer.points[0] - points.places[row]).max() < 0.05
@@ -238,7 +244,7 @@ def test_results_are_kept_and_written(session, tile_folder):
 
     image = image_of(session, tile_folder / "cat/02.png")
     found = session.search(Query(images=(image,), k=3, where="label != 'retina'"))
-    assert session.result(found.id) is found
+    assert session.results.get(found.id) is found
     document = json.loads(report.write(session, found, "json"))
     assert [h["tile"] for h in document["hits"]] == [h.tile for h in found.hits]
     about = document["provenance"]
@@ -254,16 +260,16 @@ def test_results_are_kept_and_written(session, tile_folder):
     assert rows[0]["image"] == "a.png" and "empty" in rows[1]["refused"]
     assert "data:image/jpeg" in report.write(session, placed, "html").decode()
     with pytest.raises(NotFound, match="search again"):
-        session.result("gone")
+        session.results.get("gone")
 
 
 def test_kept_answers_take_bounded_memory(session, tile_folder, monkeypatch):
-    monkeypatch.setattr("histoseek.ui.session.session.RESULTS_BYTES", 1_000_000)
+    monkeypatch.setattr("histoseek.ui.session.results.KEPT_BYTES", 1_000_000)
     image = image_of(session, tile_folder / "cat/02.png")
     found = [session.search(Query(images=(image,) * 2, k=1)) for _ in range(6)]
-    assert session.result(found[-1].id) is found[-1]
+    assert session.results.get(found[-1].id) is found[-1]
     with pytest.raises(NotFound):
-        session.result(found[0].id)
+        session.results.get(found[0].id)
     assert session._held <= 1_000_000
 
 
@@ -278,7 +284,7 @@ def test_names_cannot_inject_markup(session):
     verdict = Verdict([(evil, 1)], [(evil, 1)], {"cluster": 0, "name": evil, "distance": 1.0,
                       "strength": 0.1, "unknown": True}, None, True)  # fmt: skip
     found = Found(
-        "r", "now", Query(like=(1,)), np.zeros(4, np.float32), [hit], verdict, 1, 1, {"a": 1.0}
+        "r", "now", Query(tiles=(1,)), np.zeros(4, np.float32), [hit], verdict, 1, 1, {"a": 1.0}
     )
     cluster = {"cluster": 0, "name": evil, "description": evil, "tiles": 1, "slides": 1, "unknown": 0,
                "labels": {evil: 1}, "examples": [hit._asdict()]}  # fmt: skip
@@ -376,7 +382,7 @@ def test_an_atlas_of_other_features_is_searched_by_its_own_tiles(tmp_path):
     vectors = np.random.default_rng(0).normal(size=(30, 16)).astype(np.float32)
     atlas.add([features(tmp_path / "a.h5", features=vectors, **own)])
     session = Session(tmp_path / "uni")
-    found = session.search(Query(like=(3,), k=4))
+    found = session.search(Query(tiles=(3,), k=4))
     assert len(found.hits) == 4
     with pytest.raises(BadInput, match="uni_v2, which is not here"):
         session.embed([np.zeros((224, 224, 3), np.uint8)])
@@ -409,33 +415,33 @@ def moving(tmp_path, tile_folder, monkeypatch):
             other.name_cluster(cluster, f"name {number}")
 
     def between(name):
-        real = getattr(Atlas, name)
+        real = getattr(View, name)
 
         def step(self, *args, **kwargs):
             found = real(self, *args, **kwargs)
-            if self is session.atlas:
+            if self.state.store is session.atlas.store:
                 commit()
             return found
 
-        monkeypatch.setattr(Atlas, name, step)
+        monkeypatch.setattr(View, name, step)
 
     yield session, between, commits
     monkeypatch.undo()
     session.close()
 
 
-@pytest.mark.parametrize("step", ["search", "vectors_of", "assign"])
+@pytest.mark.parametrize("step", ["search", "vector_of", "assign"])
 def test_an_answer_names_the_state_that_was_searched(moving, step):
     """A writer commits after each step: revision, labels, clusters and names are of one state."""
     session, between, commits = moving
     tile = int(session.atlas.vectors()[0][0])
     before = session.atlas.view()
     between(step)
-    found = session.search(Query(like=(tile,), k=3, where="tile > 0"))
+    found = session.search(Query(tiles=(tile,), k=3, where="tile > 0"))
     assert commits and commits[0] == before.revision, "nobody wrote in between"
     assert found.revision == before.revision and found.generation == before.generation
     assert len(found.hits) == 3
-    expected = session.atlas.tiles([hit.tile for hit in found.hits], before)
+    expected = before.tiles([hit.tile for hit in found.hits])
     for hit in found.hits:
         known = expected[hit.tile]
         assert (hit.patient, hit.cluster) == (known["patient"], known["cluster"])
@@ -450,7 +456,7 @@ def test_placed_images_name_the_state_that_placed_them(moving, tile_folder):
     assert commits and answer.revision == before.revision
     assert not answer.placed[0]["name"], "a name that was given later"
     (near,) = answer.nearest
-    known = session.atlas.tiles([near.tile], before)[near.tile]
+    known = before.tiles([near.tile])[near.tile]
     assert (near.patient, near.cluster) == (known["patient"], known["cluster"])
 
 
@@ -463,7 +469,7 @@ def test_a_question_whose_files_a_writer_took_is_asked_again_of_the_newest_state
         if len(asked) == 1:
             other = Atlas(session.atlas.path)
             other.fit("kmeans", k=5)  # its clusters file goes with the fit before
-        return session.atlas.clustering(None, view)[1].clusters
+        return view.clustering()[1].clusters
 
     assert session.atlas.ask(question) == 5
     assert len(asked) == 2 and asked[1] > asked[0]

@@ -32,8 +32,8 @@ class Server:
         query = found.query
         self.note(
             request, "search", result=found.id, k=query.k, where=query.where, hits=len(found.hits),
-            images=len(query.images) + len(query.unlike_images), like=list(query.like),
-            unlike=list(query.unlike), generation=found.generation, revision=found.revision,
+            images=len(query.images) + len(query.unlike_images), like=list(query.tiles),
+            unlike=list(query.unlike_tiles), generation=found.generation, revision=found.revision,
         )  # fmt: skip
 
     def note_assign(self, request: Any, placed: Clustered) -> None:

@@ -91,8 +91,8 @@ class Collector:
         there = sum(bool(slide["name"]) for slide in view.columns.slides)
         yield GaugeMetricFamily("histoseek_slides", "Slides and tile sets of the atlas", there)
         yield GaugeMetricFamily("histoseek_revision", "Revision of the atlas", view.revision)
-        gate = self._session.gate
-        waiting = gate.waiting if gate else 0
+        batching = self._session.batching
+        waiting = batching.waiting if batching else 0
         yield GaugeMetricFamily("histoseek_images_waiting", "Images before the encoder", waiting)
         jobs = GaugeMetricFamily("histoseek_additions", "Slides being added", labels=["state"])
         states = Counter(job.state for job in self._jobs())

@@ -32,7 +32,6 @@ from ..access.policy import REQUEST_ID, ROLE, error_body
 from ..access.service import Server, who
 from ..access.traffic import Collector
 from ..session import answers
-from ..session import session as handlers
 from . import models
 from .bodies import said
 from .routes import add_clusters, add_pictures, add_queries, add_slides
@@ -185,10 +184,10 @@ def _service(app: FastAPI, server: Server) -> None:
         stats = session.atlas.stats()
         stats["atlas"] = session.atlas.path.name
         limits = {
-            "images": handlers.MAX_IMAGES,
+            "images": answers.MAX_IMAGES,
             "examples": answers.MAX_EXAMPLES,
             "k": answers.MAX_K,
-            "pixels": handlers.MAX_PIXELS,
+            "pixels": answers.MAX_PIXELS,
         }
         return {"histoseek": __version__, **stats, "limits": limits}
 

@@ -17,7 +17,7 @@ from starlette.datastructures import FormData, UploadFile
 from starlette.exceptions import HTTPException
 
 from ...errors import BadInput, Unsupported
-from ..session.session import MAX_IMAGES
+from ..session.answers import MAX_IMAGES
 
 M = TypeVar("M", bound=BaseModel)
 TRUTHS = ("true", "false")

@@ -6,8 +6,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from ..session.answers import MAX_EXAMPLES, MAX_K
-from ..session.session import MAX_IMAGES
+from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K
 
 MAX_TILE = 2**53
 TileId = Annotated[int, Field(ge=0, le=MAX_TILE)]

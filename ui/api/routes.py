@@ -7,21 +7,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import numpy as np
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Request, Response
 from fastapi import Path as Parameter
+from fastapi import Query as InUrl
 from fastapi.responses import JSONResponse
 from starlette.concurrency import run_in_threadpool
 
 from ...errors import BadInput, NotFound
+from ...index.search.query import Query
 from ..access.service import Server
-from ..session import answers, report
+from ..session import report
 from ..session.answers import Found
 from . import models
 from .bodies import body_of, images_of, read_body
 
 PAGE = 200
 Number = Annotated[int, Parameter(ge=0, le=models.MAX_TILE)]
-Name = Annotated[str | None, Query(max_length=200)]
+Name = Annotated[str | None, InUrl(max_length=200)]
 MAP: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}},
     202: {"model": models.Pending, "description": "it is being made; ask again"},
@@ -77,11 +79,12 @@ def add_queries(app: FastAPI, server: Server) -> None:
                 others = [
                     session.read(blob, name) for name, blob in images_of(body, "unlike_images")
                 ]
-                query = answers.Query(
-                    tuple(images), tuple(others), tuple(asked.like), tuple(asked.unlike), asked.k,
-                    asked.where, asked.least, asked.per_slide, asked.leave_out, asked.clustering,
+                query = Query(
+                    images=tuple(images), unlike_images=tuple(others), tiles=tuple(asked.like),
+                    unlike_tiles=tuple(asked.unlike), k=asked.k, where=asked.where, least=asked.least,
+                    per_slide=asked.per_slide, leave_out=asked.leave_out or "tile",
                 )  # fmt: skip
-                found = session.search(query)
+                found = session.search(query, asked.clustering)
                 server.note_search(request, found)
                 return report.as_json(session, found)
 
@@ -113,7 +116,7 @@ def add_queries(app: FastAPI, server: Server) -> None:
         result: Annotated[str, Parameter(max_length=64)], kind: Literal["csv", "json", "html"]
     ) -> Response:
         """Return an earlier answer as a file; the last few hundred are kept."""
-        blob = report.write(session, session.result(result), kind)
+        blob = report.write(session, session.results.get(result), kind)
         name = f'attachment; filename="histoseek-{result}.{kind}"'
         mime = report.KINDS[kind] + ("" if kind == "json" else "; charset=utf-8")
         return Response(blob, media_type=mime, headers={"Content-Disposition": name})
@@ -150,14 +153,14 @@ def add_pictures(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/slides/{slide}/thumbnail.jpg", tags=["slides"], responses=JPEG,
              response_class=Response)  # fmt: skip
-    def thumbnail(slide: str, longest: Annotated[int, Query(ge=32, le=1024)] = 320) -> Response:
+    def thumbnail(slide: str, longest: Annotated[int, InUrl(ge=32, le=1024)] = 320) -> Response:
         """Return a slide in small, or some tiles of a tile set."""
         return jpeg(pictures.thumbnail(slide, longest), 60)
 
     @app.get("/v1/slides/{slide}/clusters.jpg", tags=["slides"], responses=JPEG,
              response_class=Response)  # fmt: skip
     def overlay(
-        slide: str, clustering: Annotated[str | None, Query(max_length=200)] = None
+        slide: str, clustering: Annotated[str | None, InUrl(max_length=200)] = None
     ) -> Response:
         """Return a slide with its tiles coloured by cluster."""
         return jpeg(pictures.clusters(slide, clustering), 0)
@@ -165,26 +168,26 @@ def add_pictures(app: FastAPI, server: Server) -> None:
     @app.get("/v1/slides/{slide}/heat.jpg", tags=["slides"], responses=JPEG,
              response_class=Response)  # fmt: skip
     def heat(
-        slide: str, result: Annotated[str, Query(max_length=64)], request: Request
+        slide: str, result: Annotated[str, InUrl(max_length=64)], request: Request
     ) -> Response:
         """Return a slide with its tiles coloured by their similarity to an earlier search."""
-        found = session.result(result)
+        found = session.results.get(result)
         server.note(request, "heat", slide=slide, result=result)
         if not isinstance(found, Found):
             raise BadInput("that result is no search; give the id of one")
         return jpeg(pictures.heat(slide, found.vector)[0], 0)
 
     @app.get("/v1/map", tags=["tiles"], response_class=Response, responses=MAP)
-    def points(by: Annotated[str, Query(max_length=200)] = "cluster") -> Response:
+    def points(by: Annotated[str, InUrl(max_length=200)] = "cluster") -> Response:
         """Return the tiles on the map: a JSON header and three arrays, little-endian.
 
         Four bytes give the header's length (uint32), the header is padded with spaces to a multiple of
         eight bytes; then tile ids (float64, M), places (float32, M x 2) and colour numbers (int32, M).
         """
-        found = session.points()
+        found = session.map.points()
         if found is None:
             return JSONResponse({"status": "being made"}, 202, {"Retry-After": "2"})
-        names, codes = session.colours(found, by)
+        names, codes = session.map.colours(found, by)
         header = {
             "shown": len(found.ids),
             "total": found.total,
@@ -212,9 +215,9 @@ def add_slides(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/slides", tags=["slides"], response_model=models.Slides)
     def slides(
-        offset: Annotated[int, Query(ge=0, le=10**9)] = 0,
-        limit: Annotated[int, Query(ge=1, le=1000)] = PAGE,
-        contains: Annotated[str, Query(max_length=200)] = "",
+        offset: Annotated[int, InUrl(ge=0, le=10**9)] = 0,
+        limit: Annotated[int, InUrl(ge=1, le=1000)] = PAGE,
+        contains: Annotated[str, InUrl(max_length=200)] = "",
     ) -> Any:
         """List slides and tile sets by name."""
         rows = [s for s in session.atlas.slides() if contains.lower() in s["name"].lower()]
@@ -282,7 +285,7 @@ def add_slides(app: FastAPI, server: Server) -> None:
     def similar(
         slide: str,
         request: Request,
-        k: Annotated[int, Query(ge=1, le=100)] = 6,
+        k: Annotated[int, InUrl(ge=1, le=100)] = 6,
         by: Literal["slide", "patient"] = "slide",
         how: Literal["median", "votes"] = "median",
     ) -> Any:
@@ -315,7 +318,7 @@ def add_clusters(app: FastAPI, server: Server) -> None:
     session = server.session
 
     @app.get("/v1/clusters", tags=["clusters"], response_model=models.Clusters)
-    def clusters(clustering: Name = None, examples: Annotated[int, Query(ge=0, le=24)] = 6) -> Any:
+    def clusters(clustering: Name = None, examples: Annotated[int, InUrl(ge=0, le=24)] = 6) -> Any:
         """Describe the clusters of a clustering; the newest one if it is not named."""
         name, _ = session.atlas.clustering(clustering)
         return {"clustering": name, "clusters": session.atlas.clusters(name, examples)}

@@ -82,7 +82,7 @@ def curve(
         opened = Atlas(atlas)
         if seed < 0:
             raise BadInput(f"--seed is {seed}; expected 0 or more")
-        vectors, _, _ = sample(opened, opened.generations.slides(), seed)
+        vectors, _, _ = sample(opened.view().state, opened.store.tile_ranges(), seed)
         rows = measure(vectors[to_fit(vectors, opened.manifest.gate)], method, seed)
 
     def human() -> None:

@@ -210,8 +210,8 @@ def export(
     with console.working(f"writing {out}"):
         opened = Atlas(atlas)
         wrote = write(opened, out, to, where, **more)
-    left_out = without_size(opened, where) if to == "geojson" else {}
-    corners = origins(opened) if to == "geojson" else {}
+    left_out = without_size(opened.view(), where) if to == "geojson" else {}
+    corners = origins(opened.store) if to == "geojson" else {}
     unknown = sorted(name for name, corner in corners.items() if corner is None)
     document = {
         "out": str(out),

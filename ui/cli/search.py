@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...index.atlas import Atlas
+    from ...index.exchange.milvus import MilvusAtlas
     from ...index.search.cases import Similar
+    from ...index.search.query import Query
     from ...index.store.rows import Hit
-    from ...index.vectors.generations import View
+    from ...index.view import View
 
 COLUMNS = ("rank", "score", "tile", "slide", "place", "label", "patient", "cluster")
 
@@ -35,8 +37,11 @@ def search(
     tile: Annotated[
         list[int] | None, typer.Option(help="Ask with a tile of the atlas, by id.")
     ] = None,
-    without: Annotated[
-        str, typer.Option(help="With --tile: leave out its own tile, slide or patient.")
+    leave_out: Annotated[
+        str,
+        typer.Option(
+            "--leave-out", "--without", help="With --tile: leave out its tile, slide or patient."
+        ),
     ] = "tile",
     together: Annotated[
         bool, typer.Option("--together", help="One answer: like all of the pictures and tiles.")
@@ -60,42 +65,29 @@ def search(
     JSON: one list of hits per picture, in the order given; {"query", "error"} for one that failed.
     """
     from ...index.atlas import Atlas
+    from ...index.search.query import Query
 
     opened = Atlas(atlas)
     pictures, tiles = images or [], tile or []
     if not pictures and not tiles:
         raise BadInput("nothing to look for: give pictures, or --tile with the id of a tile")
-    vectors, asked, failed = embed(opened, pictures)
-    joined = together or bool(unlike)
-    if joined and (engine or least is not None or exact or without != "tile"):
-        raise BadInput(
-            "--together and --unlike do not go with --engine, --least, --exact and --without"
-        )
-    if tiles and not joined and (engine or least is not None):
-        raise BadInput("--tile does not go with --engine or --least; ask with pictures")
-
-    def ask(view: View) -> list[list[Hit]]:
-        if joined:
-            wanted = k, where, per_slide
-            return _together(opened, vectors, tiles, unlike or [], failed, wanted, view)
-        hits = []
-        if asked:
-            hits += opened.search(vectors, k, where, least, per_slide, exact, view)
-        if tiles:
-            hits += opened.search_like(tiles, k, where, without, per_slide, exact, view)  # type: ignore[arg-type]
-        return hits
-
-    if engine:
-        arguments = vectors, k, where, least, per_slide, exact
-        hits = _there(opened, engine, "search")(*arguments) if asked else []
-    else:
-        hits = opened.ask(ask)
+    read, failed = read_images(pictures, opened.manifest.size_px)
+    others = [Path(name) for name in unlike or () if not name.isdigit()]
+    unlike_read, refused = read_images(others, opened.manifest.size_px)
+    query = Query(
+        images=tuple(read.values()), tiles=tuple(tiles), unlike_images=tuple(unlike_read.values()),
+        unlike_tiles=tuple(int(name) for name in unlike or () if name.isdigit()), together=together,
+        k=k, where=where, least=least, per_slide=per_slide, exact=exact, leave_out=leave_out,  # type: ignore[arg-type]
+    )  # fmt: skip
+    if bad := [*refused.values(), *(failed.values() if query.combines else ())]:
+        raise BadInput(bad[0]["error"]["message"])
+    hits = _ask(opened, query, engine)
     names: list[str | Path] = ["all together"]
-    if not joined:
-        names = [*asked, *(f"tile {number}" for number in tiles)]
+    if not query.combines:
+        names = [*read, *(f"tile {number}" for number in tiles)]
     answers = {n: [hit._asdict() for hit in found] for n, found in zip(names, hits, strict=True)}
-    keys = names if joined else [*pictures, *names[len(asked) :]]
-    document = [answers.get(key, failed.get(key)) for key in keys]  # type: ignore[arg-type]
+    keys = names if query.combines else [*pictures, *names[len(read) :]]
+    document = [answers.get(key, failed.get(Path(key))) for key in keys]
     several = opened.mixed_scales
 
     def human() -> None:
@@ -107,6 +99,19 @@ def search(
                 )
 
     answer(document, human, failed)
+
+
+def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
+    """Return hits for each image and tile that could be read, or one list if they are combined."""
+    if not query.images and not query.tiles:
+        return []
+    embedded = query.embedded(embed_with(atlas))
+    if engine is None:
+        from ...index.view import View
+
+        return atlas.ask(View.search, embedded)
+    with _milvus(atlas, engine) as there:
+        return there.search(embedded)
 
 
 def _table(title: str, found: Sequence[Hit], several: bool) -> None:
@@ -121,55 +126,28 @@ def _row(h: Hit) -> tuple[Any, ...]:
     return (h.rank, h.score, h.tile, h.slide, place, h.label, h.patient, h.cluster)
 
 
-def _there(atlas: Atlas, engine: str | None, method: str) -> Callable[..., Any]:
-    """Return a method of the atlas, or of the Milvus that it was pushed to."""
-    if engine is None:
-        return getattr(atlas, method)  # type: ignore[no-any-return]
+@contextmanager
+def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
+    """Open the Milvus that an atlas was pushed to.
+
+    Raises:
+        Mismatch: it holds embeddings of another encoder.
+    """
     from ...index.exchange.milvus import MilvusAtlas
 
-    there = MilvusAtlas(engine)
-    about = there.about
-    if about is not None and about.sha256 != atlas.manifest.sha256:
-        raise Mismatch(
-            f"{engine} holds embeddings of {about.encoder!r}, {atlas.path} is bound to "
-            f"{atlas.manifest.name!r}"
-        )
-    revision = atlas.catalog.revision()
-    if about is not None and about.revision != revision:
-        console.say(
-            f"{engine} holds revision {about.revision}, the atlas is at {revision}: push it again"
-        )
-
-    def run(*arguments: Any) -> Any:
-        with closing(there):
-            return getattr(there, method)(*arguments)
-
-    return run
-
-
-def _together(
-    atlas: Atlas,
-    vectors: NDArray[np.float32],
-    tiles: list[int],
-    unlike: list[str],
-    failed: dict[Path, dict[str, Any]],
-    wanted: tuple[int, str | None, bool],
-    view: View,
-) -> list[list[Hit]]:
-    import numpy as np
-
-    numbers = [int(name) for name in unlike if name.isdigit()]
-    others, _, refused = embed(atlas, [Path(name) for name in unlike if not name.isdigit()])
-    failed.update(refused)
-    if failed:
-        raise BadInput(next(iter(failed.values()))["error"]["message"])
-    positive = [vectors, *([atlas.vectors_of(tiles, view)] if tiles else [])]
-    negative = [others, *([atlas.vectors_of(numbers, view)] if numbers else [])]
-    k, where, per_slide = wanted
-    found = atlas.search_combined(
-        np.concatenate(positive), np.concatenate(negative), k, where, per_slide, view
-    )
-    return [found]
+    with closing(MilvusAtlas(engine)) as there:
+        about = there.about
+        if about is not None and about.sha256 != atlas.manifest.sha256:
+            raise Mismatch(
+                f"{engine} holds embeddings of {about.encoder!r}, {atlas.path} is bound to "
+                f"{atlas.manifest.name!r}"
+            )
+        revision = atlas.catalog.revision()
+        if about is not None and about.revision != revision:
+            console.say(
+                f"{engine} holds revision {about.revision}, the atlas is at {revision}: push it again"
+            )
+        yield there
 
 
 def assign(
@@ -185,12 +163,21 @@ def assign(
 
     JSON: one object per picture, in the order given; {"query", "error"} for one that failed.
     """
+    import numpy as np
+
     from ...index.atlas import Atlas
 
     opened = Atlas(atlas)
-    vectors, asked, failed = embed(opened, images)
-    placed = _there(opened, engine, "assign")(vectors, clusters) if asked else []
-    answers = {i: {"query": str(i), **p} for i, p in zip(asked, placed, strict=True)}
+    read, failed = read_images(images, opened.manifest.size_px)
+    assigned: list[dict[str, Any]] = []
+    if read:
+        vectors = embed_with(opened)(np.stack(list(read.values())))
+        if engine is None:
+            assigned = opened.assign(vectors, clusters)
+        else:
+            with _milvus(opened, engine) as there:
+                assigned = there.assign(vectors, clusters)
+    answers = {i: {"query": str(i), **p} for i, p in zip(read, assigned, strict=True)}
     document = [answers.get(image, failed.get(image)) for image in images]
 
     def human() -> None:
@@ -203,42 +190,44 @@ def assign(
                 p["strength"],
                 "unknown" if p["unknown"] else "",
             )
-            for image, p in zip(asked, placed, strict=True)
+            for image, p in zip(read, assigned, strict=True)
         ]
         console.table("", ("picture", "cluster", "name", "distance", "strength", ""), rows)
 
     answer(document, human, failed)
 
 
-def embed(
-    atlas: Atlas, images: list[Path]
-) -> tuple[NDArray[np.float32], list[Path], dict[Path, dict[str, Any]]]:
-    """Embed pictures by the atlas's own encoder; one bad picture stops no other.
+def read_images(
+    paths: Sequence[Path], size_px: int
+) -> tuple[dict[Path, NDArray[np.uint8]], dict[Path, dict[str, Any]]]:
+    """Read pictures as an encoder takes them, (S, S, 3); one bad picture stops no other.
 
     Returns:
-        Vectors (A, D), the pictures they are of, and an error for each of the others.
+        The pictures, and an error for each of those that could not be read.
     """
-    import numpy as np
-
     from ...artifacts.images import decode, square
-    from ...serving.encoders.open import open_encoder
 
-    if not images:
-        return np.zeros((0, atlas.manifest.dim), dtype=np.float32), [], {}
-    encoder = open_encoder(str(atlas.encoder_bundle), expect=atlas.manifest)
-    size = atlas.manifest.size_px
-    tiles: list[NDArray[np.uint8]] = []
-    asked: list[Path] = []
+    read: dict[Path, NDArray[np.uint8]] = {}
     failed: dict[Path, dict[str, Any]] = {}
-    for image in images:
+    for path in paths:
         try:
-            tiles.append(square(decode(image), size))
-            asked.append(image)
+            read[path] = square(decode(path), size_px)
         except HistoseekError as error:
             reason = {"type": type(error).__name__, "message": str(error)}
-            failed[image] = {"query": str(image), "error": reason}
-    stacked = np.stack(tiles) if tiles else np.zeros((0, size, size, 3), dtype=np.uint8)
-    return encoder.embed(stacked), asked, failed
+            failed[path] = {"query": str(path), "error": reason}
+    return read, failed
+
+
+def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """Return what embeds images (N, S, S, 3) with the atlas's encoder, opened at the call."""
+
+    def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
+        from ...serving.encoders.open import open_encoder
+
+        with closing(open_encoder(str(atlas.encoder_bundle), expect=atlas.manifest)) as encoder:
+            return encoder.embed(images)
+
+    return embed
 
 
 def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str, Any]]) -> None:
@@ -285,8 +274,8 @@ def similar(
     assert query is not None
 
     def ask(view: View) -> tuple[list[Similar], list[dict[str, Any]]]:
-        found = opened.similar_slides(query, k, by, how, where, view)  # type: ignore[arg-type]
-        return found, [_case(opened, view, *ranked) for ranked in enumerate(found, start=1)]
+        found = view.similar(query, k, by, how, where)  # type: ignore[arg-type]
+        return found, [_case(view, *ranked) for ranked in enumerate(found, start=1)]
 
     found, document = opened.ask(ask)
 
@@ -302,11 +291,11 @@ def similar(
     console.emit(document, human)
 
 
-def _case(atlas: Atlas, view: View, rank: int, s: Similar) -> dict[str, Any]:
+def _case(view: View, rank: int, s: Similar) -> dict[str, Any]:
     """Return a similar slide or case, and the pairs of tiles that speak for it."""
 
     def tile(number: int | None) -> dict[str, Any] | None:
-        return None if number is None else atlas.tiles([number], view)[number]
+        return None if number is None else view.tiles([number])[number]
 
     pairs = [{"score": p.score, "query": tile(p.query), "match": tile(p.match)} for p in s.pairs]
     return {

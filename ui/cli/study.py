@@ -34,10 +34,10 @@ def evaluate(
 
     from ...index.atlas import Atlas
     from ...index.studies.retrieval import evaluate as run
-    from ...index.studies.scores import Options
+    from ...index.studies.scores import RetrievalOptions
 
     opened = Atlas(atlas)
-    options = Options(label, leave_out, without_patients, unit, queries, bootstrap, seed)  # type: ignore[arg-type]
+    options = RetrievalOptions(label, leave_out, without_patients, unit, queries, bootstrap, seed)  # type: ignore[arg-type]
     encode = None
     if not opened.manifest.external:
         from ...serving.encoders.open import open_encoder

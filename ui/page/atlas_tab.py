@@ -20,7 +20,7 @@ def atlas_tab(session: Session, tab: Any) -> None:
         session: the open atlas.
         tab: it is in.
     """
-    names = session.clusterings()
+    names = session.atlas.clusterings()
     fields = [(f"cluster.{name}", f"cluster ({name})") for name in names]
     fields += [(name, name) for name in session.atlas.view().columns.names() if name != "kind"]
     select = '<label for="hs-colour">Colour by</label> <select id="hs-colour"></select>'

@@ -13,7 +13,7 @@ import gradio as gr
 from ...errors import BadInput, HistoseekError, TooLarge
 from ..access.service import Server
 from ..session import words
-from ..session.session import MAX_IMAGES
+from ..session.answers import MAX_IMAGES
 from . import cluster_view, view
 from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told, with_files
 
@@ -34,7 +34,7 @@ new MutationObserver(() => read().by ? map.set(read().by) : map.draw())
 def cluster_tab(server: Server) -> None:
     """Lay the tab out."""
     session = server.session
-    names = session.clusterings()
+    names = session.atlas.clusterings()
     if not names:
         html(
             view.empty(
@@ -61,7 +61,7 @@ def cluster_tab(server: Server) -> None:
             files = chosen(given)
             if not files:
                 return view.problem("No image yet. Choose one or more first."), "{}"
-            session.wait_for_layout()
+            session.map.wait()
             images = unpacked([(f["name"], Path(f["path"])) for f in files])
             for _ in range(
                 TRIES

@@ -10,10 +10,11 @@ import gradio as gr
 
 from ...errors import HistoseekError
 from ...index.search.filters import quoted, quoted_field
+from ...index.search.query import Query
 from ..access.service import Server
 from ..session import words
-from ..session.answers import Query
-from ..session.session import Session, both
+from ..session.answers import both
+from ..session.session import Session
 from . import view
 from .widgets import EVENT, HIDDEN, UPLOAD_BYTES, html, told, uploaded
 
@@ -88,7 +89,7 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
             found = session.search(_query(session, asked, int(k), chosen))
             shown = view.basket(found.query.images, asked["like"], asked["unlike"])
             server.note_search(request, found)
-            names = session.cluster_names(None) if session.clusterings() else {}
+            names = session.atlas.cluster_names() if session.atlas.clusterings() else {}
         except HistoseekError as error:
             return asked, shown, told(error), view.empty("Not searched.", "See above."), ""
         return asked, shown, view.verdict(found), view.gallery(found.hits, names), found.id
@@ -170,17 +171,17 @@ def _choices(session: Session, names: Sequence[str]) -> list[Any]:
 
 
 def _cluster_choices(session: Session) -> list[tuple[str, int]]:
-    if not session.clusterings():
+    if not session.atlas.clusterings():
         return []
     _, clustering = session.atlas.clustering(None)
-    names = session.cluster_names(None)
+    names = session.atlas.cluster_names()
     return [(words.cluster_name(c, names), c) for c in range(clustering.clusters)]
 
 
 def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, Any]) -> Query:
     """Return the query that the widgets describe."""
     where = (values.pop("where") or "").strip() or None
-    leave_out: Any = values.pop("leave_out") or ""
+    leave_out: Any = values.pop("leave_out") or "tile"
     per_slide = values.pop("per_slide")
     for name, chosen in values.items():
         operator, _, field = name.rpartition(" ")
@@ -194,7 +195,7 @@ def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, An
         crop = tuple(upload["crop"]) if upload["crop"] else None
         images.append(session.read(Path(upload["path"]), upload["name"], crop))
     return Query(
-        tuple(images), like=tuple(asked["like"]), unlike=tuple(asked["unlike"]), k=k, where=where,
+        tuple(images), tiles=tuple(asked["like"]), unlike_tiles=tuple(asked["unlike"]), k=k, where=where,
         per_slide=bool(per_slide), leave_out=leave_out,
     )  # fmt: skip
 

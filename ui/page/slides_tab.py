@@ -31,7 +31,7 @@ def slides_tab(server: Server, last: Any, tab: Any) -> None:
         tab: it is in.
     """
     session = server.session
-    names = session.clusterings()
+    names = session.atlas.clusterings()
     chosen = gr.State("")
     with gr.Row():
         text = gr.Textbox(
@@ -123,7 +123,7 @@ def _detail(
         raise BadInput("no search has been made yet; find similar tiles first, then come back here")
     scale = (0.0, 1.0)
     if shows == "similarity":
-        found_before = session.result(result)
+        found_before = session.results.get(result)
         if isinstance(found_before, Found) and row["tiles"]:
             scale = session.pictures.scale(session.atlas.scores_in(name, found_before.vector))
     asked = row["patient"] if by == "patient" and row["patient"] else name
@@ -132,7 +132,7 @@ def _detail(
         server.note(request, "similar", slide=name, by=by, found=len(similar))
     except BadInput:  # nothing else to compare
         similar = []
-    names = session.cluster_names(clustering) if clustering else {}
+    names = session.atlas.cluster_names(clustering) if clustering else {}
     return slide_view.slide_detail(
         row, shows, clustering, result, names, counts, similar, by, scale
     )

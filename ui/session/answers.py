@@ -2,69 +2,27 @@
 
 from __future__ import annotations
 
+import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.images import Rgb
 from ...errors import BadInput, TooLarge
-from ...index.search.map import Layout
+from ...index.search.layout import Layout
+from ...index.search.query import Query
 from ...index.store.rows import Hit
 
 MAX_K = 1_000
 MAX_EXAMPLES = 64
 """Images and tiles that one search may name."""
 
-LeaveOut = Literal["", "slide", "patient"]
-LEAVE_OUT: tuple[LeaveOut, ...] = ("", "slide", "patient")
-
-
-@dataclass(frozen=True)
-class Query:
-    """What is searched for.
-
-    Attributes:
-        images: to be like, each (S, S, 3) as the encoder sees it.
-        unlike_images: not to be like.
-        like: ids of tiles of the atlas to be like.
-        unlike: ids of tiles not to be like.
-        k: hits.
-        where: metadata filter, see :mod:`~histoseek.index.search.filters`.
-        least: lowest score of a hit.
-        per_slide: at most one hit per slide.
-        leave_out: of the tiles in ``like``: nothing more, their slides, or their patients too.
-        clustering: in which the query is placed; the newest when None.
-    """
-
-    images: tuple[Rgb, ...] = ()
-    unlike_images: tuple[Rgb, ...] = ()
-    like: tuple[int, ...] = ()
-    unlike: tuple[int, ...] = ()
-    k: int = 12
-    where: str | None = None
-    least: float | None = None
-    per_slide: bool = False
-    leave_out: LeaveOut = ""
-    clustering: str | None = None
-
-    def __post_init__(self) -> None:
-        """Check the ranges.
-
-        Raises:
-            BadInput: nothing to be like, or a number out of its range.
-        """
-        if not self.images and not self.like:
-            raise BadInput("nothing to search for: give an image, or a tile of the atlas")
-        count = sum(map(len, (self.images, self.unlike_images, self.like, self.unlike)))
-        if count > MAX_EXAMPLES:
-            raise TooLarge(f"{count} examples; at most {MAX_EXAMPLES} make one search")
-        if not 1 <= self.k <= MAX_K:
-            raise BadInput(f"k is {self.k}; expected 1 to {MAX_K}")
-        if self.leave_out not in LEAVE_OUT:
-            raise BadInput(f"leave_out is {self.leave_out!r}; expected slide, patient or nothing")
+MAX_IMAGES = 256
+"""Images that are embedded or assigned at once."""
+MAX_PIXELS = 32_000_000
 
 
 @dataclass(frozen=True)
@@ -171,3 +129,51 @@ class Points:
 def now() -> str:
     """Return the time, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+def new_id() -> str:
+    """Return an id for an answer that nobody can guess."""
+    return secrets.token_urlsafe(12)
+
+
+def check_limits(query: Query) -> None:
+    """Refuse a query that is larger than page and API allow.
+
+    Raises:
+        BadInput: nothing to be like, or k out of range.
+        TooLarge: too many examples.
+    """
+    if not query.images and not query.tiles:
+        raise BadInput("nothing to search for: give an image, or a tile of the atlas")
+    if query.examples > MAX_EXAMPLES:
+        raise TooLarge(f"{query.examples} examples; at most {MAX_EXAMPLES} make one search")
+    if query.k > MAX_K:
+        raise BadInput(f"k is {query.k}; expected 1 to {MAX_K}")
+
+
+def both(where: str | None, other: str) -> str:
+    """Return a filter that lets through what passes both."""
+    return f"({where}) and {other}" if where else other
+
+
+def cropped(pixels: Rgb, crop: tuple[float, float, float, float], name: str) -> Rgb:
+    """Return part of a picture (H, W, 3), given as shares: left, top, width, height.
+
+    Raises:
+        BadInput: it lies outside, or holds less than 8 x 8 pixels.
+    """
+    left, top, width, height = crop
+    fits = all(np.isfinite(crop)) and left >= 0 and top >= 0 and width > 0 and height > 0
+    if not fits or left + width > 1 + 1e-6 or top + height > 1 + 1e-6:
+        raise BadInput(
+            f"crop is {left:g}, {top:g}, {width:g}, {height:g}; expected left, top, width and height as "
+            "shares of the picture, from 0 to 1"
+        )
+    high, wide = pixels.shape[:2]
+    x0, y0 = round(left * wide), round(top * high)
+    x1, y1 = round((left + width) * wide), round((top + height) * high)
+    if x1 - x0 < 8 or y1 - y0 < 8:
+        raise BadInput(
+            f"the crop of {name} is {x1 - x0} x {y1 - y0} pixels; expected at least 8 x 8"
+        )
+    return np.ascontiguousarray(pixels[y0:y1, x0:x1])

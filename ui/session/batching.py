@@ -34,7 +34,7 @@ class _Request:
     answer: Future[NDArray[np.float32]] = field(default_factory=Future)
 
 
-class Gate:
+class Batcher:
     """Lets images through to an encoder, a bounded number at a time; safe to use from any thread."""
 
     def __init__(self, encoder: Encoder, max_waiting: int = MAX_WAITING) -> None:

@@ -18,7 +18,7 @@ from ...artifacts.tileset_files import open_tiles
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput, HistoseekError, NotFound
 from ...index.atlas import Atlas
-from ...index.vectors.generations import View
+from ...index.view import View
 from ...serving.slides.slide import Slide, open_slide
 from .colours import cluster_colour, ramp
 
@@ -128,7 +128,7 @@ class Pictures:
         """Return a slide with its tiles coloured by similarity to a query (D,), and the range shown."""
         view = self._atlas.view()
         number = slide_number(view, slide)
-        scores = self._atlas.scores_in(slide, query, view)
+        scores = view.scores_in(slide, query)
         if not len(scores):
             raise NotFound(f"slide {slide!r} has no tiles")
         low, high = self.scale(scores)

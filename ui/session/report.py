@@ -50,12 +50,12 @@ def provenance(session: Session, answer: Found | Clustered) -> dict[str, Any]:
             "filter": query.where,
             "least": query.least,
             "per_slide": query.per_slide,
-            "leave_out": query.leave_out,
+            "leave_out": "" if query.leave_out == "tile" else query.leave_out,
             "examples": {
                 "images": len(query.images),
                 "images_unlike": len(query.unlike_images),
-                "tiles": list(query.like),
-                "tiles_unlike": list(query.unlike),
+                "tiles": list(query.tiles),
+                "tiles_unlike": list(query.unlike_tiles),
             },
         }
     return about | {
@@ -166,11 +166,11 @@ def _found(session: Session, answer: Found) -> str:
         _figure(encode_jpeg(tile), f"image {n}") for n, tile in enumerate(answer.query.images, 1)
     )
     query += "".join(
-        _figure(_tile(session, tile), f"tile {tile} of the atlas") for tile in answer.query.like
+        _figure(_tile(session, tile), f"tile {tile} of the atlas") for tile in answer.query.tiles
     )
     query += "".join(
         _figure(_tile(session, tile), f"tile {tile}, not to be like")
-        for tile in answer.query.unlike
+        for tile in answer.query.unlike_tiles
     )
     hits = "".join(
         _figure(

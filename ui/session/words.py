@@ -64,6 +64,6 @@ def verdict_text(answer: Found) -> str:
             f"It is nearer to the atlas than {found.nearer_than:.0%} of the atlas's own tiles are to "
             "those of other patients."
         )
-    if len(answer.query.images) + len(answer.query.like) > 1 or answer.query.unlike:
+    if answer.query.examples > 1:
         parts.append("Of several examples together it is not judged whether they fit the atlas.")
     return " ".join(parts)

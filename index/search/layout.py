@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from ...errors import BadInput, Damaged, MissingPart
 from ..vectors.scan import Metric, Vectors, prepared, scan
+from .state import State
 
 FILE = "map.npz"
 LANDMARKS = 3_000
@@ -113,10 +114,9 @@ def fits(layout: Layout | None, atlas: str, tiles: int, dim: int) -> bool:
     )
 
 
-def sample(tiles: int, seed: int = 0) -> NDArray[np.int64]:
-    """Return the rows of the landmarks among so many tiles, ascending."""
-    rng = np.random.default_rng(seed)
-    return np.sort(rng.choice(tiles, min(tiles, LANDMARKS), replace=False)).astype(np.int64)
+def landmarks_of(state: State, seed: int = 0) -> Vectors:
+    """Return the prepared vectors (L, D) of the tiles that a map is made from."""
+    return prepared(state.vectors_at(state.sample(LANDMARKS, seed)), state.metric)
 
 
 def make(atlas: str, tiles: int, landmarks: Vectors, metric: Metric, seed: int = 0) -> Layout:

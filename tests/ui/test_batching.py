@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from histoseek.errors import Busy, Unavailable
-from histoseek.ui.session.batching import Gate
+from histoseek.ui.session.batching import Batcher
 
 
 class Slow:
@@ -55,7 +55,7 @@ def until(condition):
 
 def test_everyone_gets_their_own_answer_and_waiting_ones_go_together():
     encoder = Slow()
-    gate = Gate(encoder)
+    gate = Batcher(encoder)
     gate.batch = 8
     encoder.go.clear()
     first, found_first = ask(gate, [1])
@@ -70,7 +70,7 @@ def test_everyone_gets_their_own_answer_and_waiting_ones_go_together():
 
 
 def test_alone_an_image_goes_at_once():
-    gate = Gate(Slow())
+    gate = Batcher(Slow())
     gate.batch = 64
     started = time.perf_counter()
     gate.embed(tile(3))
@@ -80,7 +80,7 @@ def test_alone_an_image_goes_at_once():
 
 def test_a_full_queue_turns_away_and_recovers():
     encoder = Slow()
-    gate = Gate(encoder, max_waiting=3)
+    gate = Batcher(encoder, max_waiting=3)
     encoder.go.clear()
     threads, found = ask(gate, [0])
     until(lambda: gate.waiting == 0)
@@ -97,7 +97,7 @@ def test_a_full_queue_turns_away_and_recovers():
 
 def test_a_failed_run_fails_its_own_and_no_other():
     encoder = Slow()
-    gate = Gate(encoder)
+    gate = Batcher(encoder)
     encoder.fails = True
     with pytest.raises(RuntimeError, match="broken"):
         gate.embed(tile(1))
@@ -108,7 +108,7 @@ def test_a_failed_run_fails_its_own_and_no_other():
 
 def test_nobody_waits_for_ever():
     encoder = Slow()
-    gate = Gate(encoder)
+    gate = Batcher(encoder)
     encoder.go.clear()
     with pytest.raises(Unavailable, match="did not answer"):
         gate.embed(tile(1), patience_s=0.05)
@@ -134,7 +134,7 @@ def test_nobody_waits_for_ever():
 
 
 def test_a_batch_is_used_where_measuring_shows_that_it_pays():
-    pays, costs = Gate(Slow(per_run=0.01)), Gate(Slow(per_tile=0.003))
+    pays, costs = Batcher(Slow(per_run=0.01)), Batcher(Slow(per_tile=0.003))
     assert pays.measure()["together_ms"] < 5 and pays.batch == 8
     costs.measure()
     assert costs.batch == 1

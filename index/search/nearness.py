@@ -1,0 +1,54 @@
+"""What is usual in an atlas: how near its tiles are to each other, how many are out of distribution."""
+
+from __future__ import annotations
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import NotFound
+from ..vectors.scan import prepared
+from .query import LeaveOut, Query
+from .state import State
+from .tiles import find_like
+
+
+def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> NDArray[np.float32]:
+    """Return how similar some tiles are to their nearest tile of another patient, ascending (T',).
+
+    A tile without patient leaves out its slide; where there is no other, only the tile itself. With
+    these one can say how near a new image's nearest tile is, compared with tiles of the atlas.
+    """
+    some = state.sample(tiles, seed)
+    vectors = state.vectors_at(some)
+    choices: tuple[LeaveOut, ...] = ("patient", "tile")
+    for leave_out in choices:
+        scores, at = find_like(state, some, vectors, Query(k=1, leave_out=leave_out))
+        if scores.shape[1] and (at[:, 0] >= 0).any():
+            return np.sort(scores[:, 0][at[:, 0] >= 0])
+    return np.zeros(0, dtype=np.float32)
+
+
+def out_of_distribution_share(state: State, tiles: int = 1000, seed: int = 0) -> float:
+    """Return the share of some tiles that the encoder calls out of distribution; 0 if it cannot tell."""
+    if not state.manifest.gate:
+        return 0.0
+    vectors = state.vectors_at(state.sample(tiles, seed))
+    return float(np.mean(state.manifest.foreign(vectors)))
+
+
+def scores_in(state: State, slide: str, query: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the score (N,) of every tile of a slide for one query (D,).
+
+    Raises:
+        NotFound: no such slide.
+    """
+    row = next((s for s in state.columns.slides if s["name"] == slide and slide), None)
+    if row is None:
+        raise NotFound(f"{state.store.path} holds no slide {slide!r}")
+    vectors = prepared(state.store.vectors_of(row), state.metric)
+    asked = prepared(query[None], state.metric)
+    if state.metric == "cosine":
+        scores: NDArray[np.float32] = vectors @ asked[0]
+        return scores
+    distances: NDArray[np.float32] = np.linalg.norm(vectors - asked, axis=1)
+    return -distances

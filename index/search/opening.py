@@ -1,0 +1,179 @@
+"""Opening the newest committed state of an atlas: one transaction of the catalog, and the index file."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import Damaged
+from ..store.catalog import REVISION, get_meta
+from ..store.store import StateGone, Store
+from ..vectors.generations import Generations
+from ..vectors.index import VectorIndex
+from ..vectors.scan import prepared
+from .columns import Columns
+from .state import Mosaic, State
+
+GONE = -(2**62)
+"""First tile of a slide that was removed: no tile has such a number."""
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """What one transaction read of the catalog."""
+
+    revision: int
+    slides: list[dict[str, Any]]
+    generation: dict[str, Any] | None
+    placements: dict[str, dict[int, bytes]]
+    clusterings: list[dict[str, Any]]
+    cluster_names: dict[str, dict[int, str]]
+
+
+class States:
+    """Opens states of an atlas; keeps the newest, and what the next one can take over from it."""
+
+    def __init__(self, store: Store, generations: Generations) -> None:
+        """Serve an atlas; nothing is loaded yet."""
+        self._store, self._generations = store, generations
+        self._lock = threading.Lock()
+        self._newest: State | None = None
+        self._recent: dict[int, NDArray[np.float32]] = {}
+        self._mosaics: dict[int, Mosaic] = {}
+
+    def newest(self) -> State:
+        """Return the newest committed state; the same one as before while nothing changed.
+
+        Raises:
+            Damaged: a feature file of a slide that is not in the index file is missing or changed.
+        """
+        state, revision = self._newest, self._store.catalog.revision()
+        if state is not None and state.revision == revision:
+            return state
+        with self._lock:
+            state = self._newest
+            if state is not None and state.revision == self._store.catalog.revision():
+                return state  # another thread has opened it meanwhile
+            self._newest = self._store.retry_if_changed(lambda: self._open(self._read()))
+            return self._newest
+
+    def _read(self) -> _Rows:
+        with self._store.catalog.read() as db:
+            revision = int(get_meta(db, REVISION))
+            slides = db.execute(
+                "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic, "
+                "t.seal AS tiles_seal "
+                "FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY s.id"
+            ).fetchall()
+            generation = db.execute("SELECT * FROM generations ORDER BY id DESC").fetchone()
+            fits = [dict(row) for row in db.execute("SELECT * FROM clusterings ORDER BY id")]
+            placements: dict[str, dict[int, bytes]] = {row["name"]: {} for row in fits}
+            names: dict[str, dict[int, str]] = {row["name"]: {} for row in fits}
+            for row in db.execute(
+                "SELECT c.name AS clustering, n.cluster, n.name FROM clusters AS n "
+                "JOIN clusterings AS c ON c.id = n.clustering_id WHERE n.name != ''"
+            ):
+                names[row["clustering"]][row["cluster"]] = row["name"]
+            for row in db.execute(
+                "SELECT c.name, p.slide_id, p.cluster FROM placements AS p "
+                "JOIN clusterings AS c ON c.id = p.clustering_id"
+            ):
+                placements[row["name"]][row["slide_id"]] = row["cluster"]
+            if int(get_meta(db, REVISION)) != revision:  # a folder that only others can write
+                raise StateGone(f"{self._store.path} changed while it was read; try again")
+        return _Rows(
+            revision,
+            [dict(row) for row in slides],
+            None if generation is None else dict(generation),
+            placements,
+            fits[::-1],
+            names,
+        )
+
+    def _open(self, rows: _Rows) -> State:
+        by_id = {slide["id"]: slide for slide in rows.slides}
+        self._mosaics = {n: m for n, m in self._mosaics.items() if n in by_id}
+        covered: list[dict[str, Any]] = []
+        opened = None if rows.generation is None else self._generations.open(rows.generation)
+        moved = self._store.catalog.revision() != rows.revision
+        if opened is None and rows.generation is not None and moved:
+            raise StateGone("the index file was replaced while it was opened; try again")
+        if opened is not None:
+            covered = [by_id.get(n) or _removed(n, tiles) for n, tiles in opened.slides]
+        inside = {slide["id"] for slide in covered}
+        late = [slide for slide in rows.slides if slide["id"] not in inside]
+        order = [*covered, *late]
+        alive = None
+        if any(slide["first_tile"] == GONE for slide in covered):
+            there = [slide["first_tile"] != GONE for slide in order]
+            alive = np.repeat(there, [slide["tiles"] for slide in order])
+        index = VectorIndex(
+            self._store.manifest.dim,
+            self._store.manifest.metric,
+            self._read_recent(late),
+            opened.main if opened else None,
+            opened.plan if opened else None,
+            opened.exact_vectors if opened else None,
+            alive,
+            opened.gpu if opened else None,
+        )
+        newest = next(reversed(rows.placements), None)
+        return State(
+            self._store,
+            rows.revision,
+            Columns(order, rows.placements, newest),
+            index,
+            opened.number if opened else 0,
+            opened.about if opened else {},
+            rows.clusterings,
+            rows.cluster_names,
+            self._mosaics,
+        )
+
+    def _read_recent(self, late: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
+        """Return the prepared vectors of slides that no index file holds; reuse those read before."""
+        wanted = {slide["id"] for slide in late}
+        self._recent = {n: vectors for n, vectors in self._recent.items() if n in wanted}
+        for slide in late:
+            if slide["id"] not in self._recent:
+                vectors = prepared(self._store.vectors_of(slide), self._store.manifest.metric)
+                if len(vectors) != slide["tiles"]:
+                    raise Damaged(
+                        f"{slide['features_file']} of slide {slide['name']!r} holds {len(vectors)} "
+                        f"vectors, the catalog says {slide['tiles']}; embed the slide again"
+                    )
+                self._recent[slide["id"]] = vectors
+        empty = np.zeros((0, self._store.manifest.dim), dtype=np.float32)
+        joined = np.concatenate([empty, *(self._recent[slide["id"]] for slide in late)])
+        start = 0
+        for slide in late:  # parts of the whole from now on, not copies
+            self._recent[slide["id"]] = joined[start : start + slide["tiles"]]
+            start += slide["tiles"]
+        return joined
+
+
+def _removed(number: int, tiles: int) -> dict[str, Any]:
+    """Return a stand-in for a slide that was removed after the index file was written."""
+    return {
+        "id": number,
+        "name": "",
+        "kind": None,
+        "tiles": tiles,
+        "first_tile": GONE,
+        "places": bytes(8 * tiles),
+        "files": None,
+        "labels": None,
+        "patients": None,
+        "mosaic": b"",
+        "label": None,
+        "patient": None,
+        "metadata": "{}",
+        "mpp": None,
+        "target_mpp": None,
+        "size_px_level0": 0,
+    }

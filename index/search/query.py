@@ -1,0 +1,110 @@
+"""A question for similar tiles, as Python, command line, page, API and Milvus ask it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput
+
+LeaveOut = Literal["tile", "slide", "patient"]
+LEAVE_OUT: tuple[LeaveOut, ...] = ("tile", "slide", "patient")
+Rgb = NDArray[np.uint8]
+Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Query:
+    """What to search for. Each image and each tile is a question of its own, unless ``together``.
+
+    Attributes:
+        images: to be like, each (S, S, 3) as the encoder takes it; see :meth:`embedded`.
+        vectors: (Q, D) to be like, of this atlas's encoder.
+        tiles: ids of tiles of the atlas to be like.
+        unlike_images: not to be like.
+        unlike_vectors: (M, D) not to be like.
+        unlike_tiles: ids of tiles not to be like.
+        together: one answer: tiles like all of the examples; always so where something is to be unlike.
+        k: hits per answer; all tiles if there are fewer.
+        where: metadata filter such as ``organ = 'colon' and patient != 'P7'``; see
+            :mod:`~histoseek.index.search.filters`.
+        least: lowest score of a hit (a range search, always exact).
+        per_slide: at most one hit per slide.
+        exact: compare with every tile, whatever the index.
+        leave_out: what is left out of a tile that is asked with: the ``tile`` itself, its ``slide``, or all
+            of its ``patient`` (its slide where the patient is not known).
+    """
+
+    images: tuple[Rgb, ...] = field(default=(), repr=False)
+    vectors: NDArray[np.float32] | None = field(default=None, repr=False)
+    tiles: tuple[int, ...] = ()
+    unlike_images: tuple[Rgb, ...] = field(default=(), repr=False)
+    unlike_vectors: NDArray[np.float32] | None = field(default=None, repr=False)
+    unlike_tiles: tuple[int, ...] = ()
+    together: bool = False
+    k: int = 10
+    where: str | None = None
+    least: float | None = None
+    per_slide: bool = False
+    exact: bool = False
+    leave_out: LeaveOut = "tile"
+
+    def __post_init__(self) -> None:
+        """Check the ranges.
+
+        Raises:
+            BadInput: a number or a name out of its range.
+        """
+        if self.k < 1:
+            raise BadInput(f"k is {self.k}; expected 1 or more")
+        if self.least is not None and self.least != self.least:
+            raise BadInput("the lowest score is no number; expected one such as 0.8")
+        if self.leave_out not in LEAVE_OUT:
+            raise BadInput(
+                f"leave_out is {self.leave_out!r}; expected one of: {', '.join(LEAVE_OUT)}"
+            )
+
+    @property
+    def examples(self) -> int:
+        """Number of images, vectors and tiles that the query names."""
+        arrays = (self.vectors, self.unlike_vectors)
+        lists = (self.images, self.tiles, self.unlike_images, self.unlike_tiles)
+        return sum(map(len, lists)) + sum(len(a) for a in arrays if a is not None)
+
+    @property
+    def combines(self) -> bool:
+        """Whether all examples make one question."""
+        unlike = self.unlike_images or self.unlike_tiles
+        vectors = self.unlike_vectors is not None and len(self.unlike_vectors) > 0
+        return self.together or bool(unlike) or vectors
+
+    def embedded(self, embed: Embed) -> Query:
+        """Return the query with vectors in the place of its images.
+
+        Args:
+            embed: takes images (N, S, S, 3) to vectors (N, D); called once.
+        """
+        images = [*self.images, *self.unlike_images]
+        if not images:
+            return self
+        vectors = embed(np.stack(images))
+        like, unlike = vectors[: len(self.images)], vectors[len(self.images) :]
+        return replace(
+            self,
+            images=(),
+            unlike_images=(),
+            vectors=_joined(self.vectors, like),
+            unlike_vectors=_joined(self.unlike_vectors, unlike),
+        )
+
+
+def _joined(
+    first: NDArray[np.float32] | None, second: NDArray[np.float32]
+) -> NDArray[np.float32] | None:
+    if first is None:
+        return second if len(second) else None
+    return np.concatenate([first, second])

@@ -1,0 +1,149 @@
+"""A committed state of an atlas: what is known of its tiles, and their vectors."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from sqlite3 import Connection
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.manifest import Manifest
+from ...errors import BadInput, Mismatch, NotFound
+from ..store.catalog import REVISION, get_meta
+from ..store.packing import unpack_numbers
+from ..store.store import StateGone, Store
+from ..vectors.index import VectorIndex
+from ..vectors.scan import Metric, prepared
+from .columns import Columns
+
+Mosaic = tuple[NDArray[np.int64], NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class State:
+    """One committed state; it does not change when the atlas does.
+
+    Attributes:
+        store: where the feature files are.
+        revision: which state.
+        columns: what is known of the tiles.
+        index: their vectors.
+        generation: of the index file, 0 for none.
+        about: of the index file: plan, options, what was measured.
+        clusterings: the catalog's rows of the fitted clusterings, newest first.
+        cluster_names: names that people gave to clusters, by clustering and number.
+        mosaics: representative tiles of slides that were read before, by slide id.
+    """
+
+    store: Store
+    revision: int
+    columns: Columns
+    index: VectorIndex
+    generation: int
+    about: dict[str, Any]
+    clusterings: list[dict[str, Any]]
+    cluster_names: dict[str, dict[int, str]]
+    mosaics: dict[int, Mosaic] = field(default_factory=dict, repr=False)
+
+    @property
+    def manifest(self) -> Manifest:
+        """The manifest of the atlas's encoder."""
+        return self.store.manifest
+
+    @property
+    def metric(self) -> Metric:
+        """How vectors are compared."""
+        return self.store.manifest.metric
+
+    def require_tiles(self) -> None:
+        """Refuse an atlas without tiles.
+
+        Raises:
+            BadInput: there are none.
+        """
+        if not len(self.index):
+            raise BadInput(f"{self.store.path} holds no tiles yet; add features first")
+
+    def positions(self, tiles: Sequence[int]) -> NDArray[np.int64]:
+        """Return the positions (T,) of tiles by id.
+
+        Raises:
+            NotFound: an id that is not there.
+        """
+        positions = self.columns.positions(np.asarray(tiles, dtype=np.int64))
+        if (positions < 0).any():
+            lost = [int(t) for t, p in zip(tiles, positions.tolist(), strict=True) if p < 0]
+            raise NotFound(f"{self.store.path} holds no tile {lost[0]} (any more); search again")
+        return positions
+
+    def vectors_at(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the vectors (T, D) at positions (T,), from the feature files.
+
+        Raises:
+            Damaged: a feature file is missing or is not the one that was added.
+        """
+        slides = self.columns.slide_of(positions)
+        found = np.empty((len(positions), self.manifest.dim), dtype=np.float32)
+        for number in np.unique(slides).tolist():
+            rows = slides == number
+            vectors = self.store.vectors_of(self.columns.slides[number])
+            found[rows] = vectors[positions[rows] - self.columns.starts[number]]
+        return found
+
+    def vectors_of(self, tiles: Sequence[int]) -> NDArray[np.float32]:
+        """Return the vectors (T, D) of tiles by id, from the feature files.
+
+        Raises:
+            NotFound: an id that is not there.
+            Damaged: a feature file is missing or is not the one that was added.
+        """
+        return self.vectors_at(self.positions(tiles))
+
+    def sample(self, count: int, seed: int) -> NDArray[np.int64]:
+        """Return the positions of ``count`` tiles drawn at random, ascending; all if there are fewer."""
+        self.require_tiles()
+        rows = self.columns.present()
+        drawn = np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False)
+        return np.sort(drawn)
+
+    def mosaic_of(self, slide: Mapping[str, Any]) -> Mosaic:
+        """Return the rows (M,) of a slide's representative tiles and their prepared vectors (M, D)."""
+        found = self.mosaics.get(slide["id"])
+        if found is None:
+            vectors = prepared(self.store.vectors_of(slide), self.metric)
+            rows = unpack_numbers(slide["mosaic"], "<i4").astype(np.int64)
+            found = self.mosaics[slide["id"]] = rows, vectors[rows]
+        return found
+
+    def check_queries(self, queries: NDArray[np.float32]) -> None:
+        """Refuse vectors that cannot be compared with those of this atlas.
+
+        Raises:
+            Mismatch: of another length.
+            BadInput: not finite.
+        """
+        if queries.ndim != 2 or queries.shape[1] != self.manifest.dim:
+            raise Mismatch(
+                f"queries have shape {queries.shape}; this atlas compares vectors of length "
+                f"{self.manifest.dim}"
+            )
+        if not np.isfinite(queries).all():
+            raise BadInput("queries hold NaN or infinity; embed the images again")
+
+    @contextmanager
+    def reading(self) -> Iterator[Connection]:
+        """Yield a connection to the catalog that sees exactly this state.
+
+        Raises:
+            StateGone: a writer has committed since.
+        """
+        with self.store.catalog.read() as db:
+            if int(get_meta(db, REVISION)) != self.revision:
+                raise StateGone(
+                    f"{self.store.path} has changed since revision {self.revision}; take a new view"
+                )
+            yield db

@@ -1,0 +1,144 @@
+"""The store: an atlas's folder with its catalog and feature files, the source of truth.
+
+Nothing here knows the index, the clusters or the search, which are derived from it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.feature_files import parse_features
+from ...artifacts.manifest import Manifest, read_manifest
+from ...errors import Damaged
+from .catalog import ATLAS_ID, Catalog
+from .scales import MIXED
+
+T = TypeVar("T")
+ENCODER = "encoder"
+"""Folder of the atlas's copy of its encoder bundle."""
+FEATURES = "features"
+"""Folder of the feature files."""
+LOCK = ".lock"
+RETRIES = 100
+
+
+class StateGone(Damaged):
+    """A committed state that a writer has replaced can no longer be read whole."""
+
+
+class Store:
+    """The folder of an atlas.
+
+    Attributes:
+        path: the folder.
+        catalog: its database.
+        manifest: of the encoder that the atlas is bound to.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Open a folder.
+
+        Raises:
+            BadInput: not an atlas, or of a newer histoseek.
+            Damaged: its parts do not agree.
+        """
+        self.path = path
+        self.catalog = Catalog(path)
+        meta = self.catalog.meta()
+        self.manifest: Manifest = read_manifest(path / ENCODER, check_graph=False)
+        if meta["encoder_sha256"] != self.manifest.sha256:
+            raise Damaged(
+                f"{path / ENCODER} is encoder {self.manifest.sha256[:12]}…, the atlas is bound to "
+                f"{meta['encoder_sha256'][:12]}…; put the right bundle back"
+            )
+
+    @property
+    def encoder_bundle(self) -> Path:
+        """The folder of the atlas's copy of its encoder."""
+        return self.path / ENCODER
+
+    @property
+    def identity(self) -> str:
+        """The identity that the atlas got when it was created."""
+        return self.catalog.meta()[ATLAS_ID]
+
+    @property
+    def mixed_scales(self) -> bool:
+        """Whether tiles of different µm per pixel were allowed."""
+        return MIXED in self.catalog.meta()
+
+    def vectors_of(self, slide: Mapping[str, Any]) -> NDArray[np.float32]:
+        """Return the vectors (N, D) of a slide, given its row in the catalog, from its feature file.
+
+        Raises:
+            Damaged: the file is missing, cannot be read, or is not the one that was added.
+        """
+        path = self.path / slide["features_file"]
+        state = "is changed"
+        try:
+            blob = path.read_bytes()
+        except FileNotFoundError:
+            blob, state = b"", "is missing"
+        except OSError as error:
+            blob, state = b"", f"cannot be read ({error.strerror})"
+        if hashlib.sha256(blob).hexdigest() != slide["features_sha256"]:
+            raise Damaged(
+                f"{path} of slide {slide['name']!r} {state}; restore it, or embed the slide again and add "
+                "it with --replace"
+            )
+        return parse_features(blob, path).features
+
+    def tile_ranges(self) -> list[dict[str, Any]]:
+        """Return the rows of all slides with the id of their first tile, in the order of their ids."""
+        rows = self.catalog.rows(
+            "SELECT s.*, t.first_tile FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id "
+            "ORDER BY s.id"
+        )
+        return [dict(row) for row in rows]
+
+    def slides(self) -> list[dict[str, Any]]:
+        """Return every slide and tile set with its counts, labels, metadata and provenance, by name."""
+        rows = self.catalog.rows("SELECT * FROM slides ORDER BY name")
+        return [
+            {k: v for k, v in dict(row).items() if k not in {"metadata", "seal"}}
+            | {"metadata": json.loads(row["metadata"])}
+            for row in rows
+        ]
+
+    def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        """Return tile ids (N,) ascending and vectors (N, D), from the feature files.
+
+        Raises:
+            Damaged: a feature file is missing or is not the one that was added.
+        """
+        return self.retry_if_changed(self._vectors)
+
+    def _vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+        ids = [np.zeros(0, dtype=np.int64)]
+        parts = [np.zeros((0, self.manifest.dim), dtype=np.float32)]
+        for slide in self.tile_ranges():
+            parts.append(self.vectors_of(slide))
+            ids.append(np.arange(slide["first_tile"], slide["first_tile"] + slide["tiles"]))
+        return np.concatenate(ids).astype(np.int64), np.concatenate(parts)
+
+    def retry_if_changed(self, read: Callable[[], T]) -> T:
+        """Call ``read``; call it again if it failed on files that a writer has replaced meanwhile.
+
+        Raises:
+            Damaged: as ``read`` does, while nobody changed the atlas.
+        """
+        for _ in range(RETRIES):
+            revision = self.catalog.revision()
+            try:
+                return read()
+            except Damaged:
+                if self.catalog.revision() == revision:
+                    raise
+        return read()

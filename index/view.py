@@ -1,0 +1,241 @@
+"""A view: the questions that one committed state of an atlas answers.
+
+The state does not change when the atlas does, so that answers of several questions fit together. A writer
+may delete feature files of a state that it has replaced; a question that needs them then raises
+:class:`~histoseek.errors.Damaged`, and ``Atlas.ask`` asks it again of the newest state.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from .clusters import report, stored
+from .clusters.clustering import Assigned, Clustering
+from .search import cases, nearness, tiles
+from .search import layout as layouts
+from .search.columns import Columns
+from .search.layout import Layout
+from .search.query import Query
+from .search.state import State
+from .store.rows import Hit
+from .store.scales import scales_of
+from .vectors.index import VectorIndex
+
+
+class View:
+    """One committed state of an atlas, to ask as long as it is held.
+
+    Attributes:
+        state: what is known of the tiles, and their vectors.
+    """
+
+    def __init__(self, state: State, clusterings: dict[str, Clustering] | None = None) -> None:
+        """View a state; ``clusterings`` keeps those that were read before, by sha256."""
+        self.state = state
+        self._clusterings = {} if clusterings is None else clusterings
+
+    @property
+    def revision(self) -> int:
+        """Number of the state: how many changes were committed before it."""
+        return self.state.revision
+
+    @property
+    def generation(self) -> int:
+        """Number of the index file; 0 for none."""
+        return self.state.generation
+
+    @property
+    def columns(self) -> Columns:
+        """What is known of the tiles."""
+        return self.state.columns
+
+    @property
+    def index(self) -> VectorIndex:
+        """The vectors of the tiles."""
+        return self.state.index
+
+    # -- tiles ----------------------------------------------------------------------------------
+
+    def search(self, query: Query) -> list[list[Hit]]:
+        """Return similar tiles, best first: a list per vector and tile of the query.
+
+        A query that combines its examples has one list.
+
+        Raises:
+            BadInput: nothing to look for, a filter that cannot be read, or an atlas without tiles.
+            NotFound: a tile that is not there.
+            Mismatch: vectors of another length.
+        """
+        return tiles.answer(self.state, query)
+
+    def vector_of(self, query: Query) -> NDArray[np.float32]:
+        """Return the vector (D,) that stands for all examples of a query."""
+        return tiles.combined_vector(self.state, query)
+
+    def vectors_of(self, ids: Sequence[int]) -> NDArray[np.float32]:
+        """Return the vectors (T, D) of tiles by id, from the feature files.
+
+        Raises:
+            NotFound: an id that is not there.
+            Damaged: a feature file is missing or is not the one that was added.
+        """
+        return self.state.vectors_of(ids)
+
+    def tiles(self, ids: Sequence[int]) -> dict[int, dict[str, Any]]:
+        """Return what is known of tiles, by id, as the fields of :class:`Hit` but rank and score.
+
+        Raises:
+            NotFound: an id that is not there.
+        """
+        found = self.columns.tiles(self.state.positions(ids))
+        return {tile["tile"]: tile for tile in found}
+
+    def scores_in(self, slide: str, vector: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Return the score (N,) of every tile of a slide for one vector (D,).
+
+        Raises:
+            NotFound: no such slide.
+        """
+        return nearness.scores_in(self.state, slide, vector)
+
+    def usual_nearness(self, tiles: int = 200, seed: int = 0) -> NDArray[np.float32]:
+        """Return how similar some tiles are to their nearest of another patient, ascending (T',)."""
+        return nearness.usual_nearness(self.state, tiles, seed)
+
+    def out_of_distribution_share(self, tiles: int = 1000, seed: int = 0) -> float:
+        """Return the share of some tiles that the encoder calls out of distribution."""
+        return nearness.out_of_distribution_share(self.state, tiles, seed)
+
+    # -- slides and cases -----------------------------------------------------------------------
+
+    def similar(
+        self,
+        query: str | NDArray[np.float32],
+        k: int = 10,
+        by: Literal["slide", "patient"] = "slide",
+        how: cases.How = "median",
+        where: str | None = None,
+    ) -> list[cases.Similar]:
+        """Return the slides or cases most like one of the atlas, or like new tiles.
+
+        Args:
+            query: name of a slide (or, by patient, of a patient), or the vectors (Q, D) of tiles.
+            k: slides or cases.
+            by: what is ranked. Nothing of the query's own patient is returned, if the patient is known.
+            how: ``median`` of the minimum distances (Yottixel), or ``votes`` of the nearest tiles.
+            where: metadata filter of the tiles that count.
+
+        Raises:
+            BadInput: no such slide or patient, or one without tiles.
+        """
+        return cases.similar_slides(self.state, query, k, by, how, where)
+
+    # -- clusters -------------------------------------------------------------------------------
+
+    def clusterings(self) -> list[str]:
+        """Return the names of the fitted clusterings, newest first."""
+        return [row["name"] for row in self.state.clusterings]
+
+    def clustering(self, name: str | None = None) -> tuple[str, Clustering]:
+        """Return a fitted clustering by name; the newest when left out.
+
+        Raises:
+            BadInput: none fitted yet, or none of that name.
+            Damaged: its file is missing or changed.
+        """
+        path, rows = self.state.store.path, self.state.clusterings
+        return stored.load(path, rows, name, self._clusterings)
+
+    def assign(self, vectors: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
+        """Assign new vectors (Q, D): cluster, its name, distance, strength and unknown of each.
+
+        Raises:
+            BadInput: no such clustering.
+            Mismatch: vectors of another length.
+        """
+        self.state.check_queries(vectors)
+        chosen, clustering = self.clustering(name)
+        return clustering.assign(vectors).rows(self.state.cluster_names[chosen])
+
+    def assigned(self, name: str | None = None) -> tuple[NDArray[np.int64], Assigned]:
+        """Return tile ids (N,) ascending and their clusters in a clustering.
+
+        Raises:
+            BadInput: no such clustering.
+        """
+        return report.assigned(self.state, self.clustering(name)[0])
+
+    def clusters(self, name: str | None = None, examples: int = 3) -> list[dict[str, Any]]:
+        """Describe the clusters of a clustering: name, size, unknown, labels, example tiles.
+
+        Raises:
+            BadInput: no such clustering.
+        """
+        return report.describe(self.state, self.clustering(name)[0], examples)
+
+    def cluster_names(self, name: str | None = None) -> dict[int, str]:
+        """Return the names that people gave to clusters, by number.
+
+        Raises:
+            BadInput: no such clustering.
+        """
+        return self.state.cluster_names[self.clustering(name)[0]]
+
+    def drift(self, name: str | None = None) -> dict[str, Any]:
+        """Report how many of the tiles that came after the fit are unknown to it.
+
+        Raises:
+            BadInput: no such clustering.
+        """
+        return report.drift(self.state, self.clustering(name)[0])
+
+    # -- the whole ------------------------------------------------------------------------------
+
+    def layout(self) -> Layout | None:
+        """Return the map; None if none was made, or if the atlas has grown to twice the map's tiles.
+
+        Raises:
+            Damaged: its file is not whole.
+        """
+        store = self.state.store
+        found = layouts.read(store.path)
+        fits = layouts.fits(found, store.identity, len(self.index), store.manifest.dim)
+        return found if fits else None
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts, encoder, index and clusterings."""
+        state, store = self.state, self.state.store
+        there = [s for s in self.columns.slides if s["name"]]
+        meta = store.catalog.meta()
+        shown = ("name", "method", "clusters", "about", "revision", "created_at")
+        rows = [{key: row[key] for key in shown} for row in reversed(state.clusterings)]
+        encoder = ("name", "sha256", "arch", "dim", "metric", "size_px", "mpp", "licence")
+        return {
+            "atlas": str(store.path),
+            "slides": len(there),
+            "tiles": len(self.index),
+            "slides_without_tiles": sum(not s["tiles"] for s in there),
+            "revision": self.revision,
+            "created_at": meta["created_at"],
+            "encoder": {key: getattr(store.manifest, key) for key in encoder},
+            "index": {"generation": self.generation, **state.about},
+            "scales": scales_of(there, store.mixed_scales),
+            "fields": [
+                *self.columns.names(), "file", "tile", "x", "y", "mpp", "target_mpp", "cluster"
+            ],
+            "labels": self._labels(),
+            "clusterings": [{**row, "about": json.loads(row["about"])} for row in rows],
+        }  # fmt: skip
+
+    def _labels(self) -> dict[str, int]:
+        """Return the number of tiles of each label, most frequent first."""
+        label = self.columns.coded("label")
+        codes = label.codes[self.columns.present()]
+        counts = np.bincount(codes + 1, minlength=len(label.names) + 1)
+        labels = dict(zip(["(none)", *label.names], counts.tolist(), strict=True))
+        return {k: n for k, n in sorted(labels.items(), key=lambda item: (-item[1], item[0])) if n}

@@ -1,0 +1,101 @@
+"""The map of an atlas: made in the background, with its points and what colours them."""
+
+from __future__ import annotations
+
+import time
+from contextlib import suppress
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import HistoseekError, MissingPart, NotFound
+from ...index.atlas import Atlas
+from ...index.search.layout import Layout
+from .answers import Points
+from .background import Background
+
+MAP_POINTS = 200_000
+"""Tiles that are shown at most."""
+LAYOUT_S = 20.0
+"""Seconds to wait for the map."""
+
+
+class AtlasMap:
+    """Where the tiles of an atlas lie on its map."""
+
+    def __init__(self, atlas: Atlas, background: Background) -> None:
+        """Show an atlas; the map is made in the background when it is first asked for."""
+        self._atlas, self._background = atlas, background
+        self._points: Points | None = None
+
+    def layout(self) -> Layout | None:
+        """Return the map; None while it is being made in the background.
+
+        Raises:
+            MissingPart: openTSNE is not installed.
+        """
+
+        def find() -> Layout:
+            try:
+                found = self._atlas.layout()
+            except HistoseekError:  # damaged: it is made anew
+                found = None
+            return found or self._atlas.make_layout()
+
+        tiles = len(self._atlas.view().index)
+        return self._background.get("layout", tiles.bit_length(), find)
+
+    def wait(self, patience_s: float = LAYOUT_S) -> None:
+        """Wait until there is a map, at most so long."""
+        deadline = time.monotonic() + patience_s
+        with suppress(MissingPart):
+            while self.layout() is None and time.monotonic() < deadline:
+                time.sleep(0.1)
+
+    def points(self) -> Points | None:
+        """Return where the tiles of the atlas lie on the map; None while it is being made."""
+        layout = self.layout()
+        if layout is None:
+            return None
+        kept = self._points
+        revision = self._atlas.catalog.revision()
+        if kept is not None and kept.revision == revision and kept.layout is layout:
+            return kept
+        found = self._background.get("points", revision, lambda: self._place_all(layout))
+        self._points = found or self._points
+        return found
+
+    def _place_all(self, layout: Layout) -> Points:
+        # read before the vectors: a commit meanwhile then makes the points old, not wrong
+        revision = self._atlas.catalog.revision()
+        ids, vectors = self._atlas.vectors()
+        rows = np.arange(len(ids))
+        if len(rows) > MAP_POINTS:
+            rows = np.sort(np.random.default_rng(0).choice(rows, MAP_POINTS, replace=False))
+        places = layout.place(vectors[rows])
+        return Points(ids[rows], places, len(ids), layout, revision)
+
+    def colours(self, points: Points, by: str) -> tuple[list[str], NDArray[np.int32]]:
+        """Return names and numbers (M,) of what colours the points: -1 for none.
+
+        Args:
+            points: on the map.
+            by: ``cluster``, ``cluster.NAME``, ``label``, ``slide``, ``patient`` or a metadata column.
+        """
+        view = self._atlas.view()
+        columns = view.columns
+        at = columns.positions(points.ids)
+        if by == "cluster" or by.startswith("cluster."):
+            name = by.partition(".")[2] or next(iter(view.clusterings()), None)
+            placed = columns.clusters(name)
+            if placed is None:
+                raise NotFound(f"the atlas has no clustering {name!r}")
+            codes = np.where(at >= 0, np.maximum(placed[at], -1), -1).astype(np.int32)
+            given = view.cluster_names(name)
+            count = int(codes.max(initial=-1)) + 1
+            return [given.get(c) or f"cluster {c}" for c in range(count)], codes
+        if by not in columns.names():
+            raise NotFound(f"the atlas has no column {by!r}; it has {', '.join(columns.names())}")
+        coded = columns.coded(by)
+        found: NDArray[np.int32] = np.where(at >= 0, coded.codes[at], -1).astype(np.int32)
+        return coded.names, found

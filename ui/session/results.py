@@ -1,0 +1,54 @@
+"""Earlier answers, kept for the report, the heat map and the link to a result."""
+
+from __future__ import annotations
+
+import threading
+from collections import OrderedDict
+from typing import TypeVar
+
+from ...errors import NotFound
+from .answers import Clustered, Found
+
+KEPT = 512
+"""Answers that are kept."""
+KEPT_BYTES = 256 * 2**20
+"""Memory that the images of kept answers may take."""
+Answer = TypeVar("Answer", Found, Clustered)
+
+
+class Results:
+    """The last few hundred answers by id; safe to use from several threads."""
+
+    def __init__(self) -> None:
+        """Keep nothing yet."""
+        self._kept: OrderedDict[str, Found | Clustered] = OrderedDict()
+        self._bytes = 0
+        self._lock = threading.Lock()
+
+    def keep(self, answer: Answer) -> Answer:
+        """Keep an answer, drop the oldest if there is no room, and return it."""
+        with self._lock:
+            self._kept[answer.id] = answer
+            self._bytes += _image_bytes(answer)
+            while len(self._kept) > KEPT or self._bytes > KEPT_BYTES:
+                _, oldest = self._kept.popitem(last=False)
+                self._bytes -= _image_bytes(oldest)
+        return answer
+
+    def get(self, number: str) -> Found | Clustered:
+        """Return an earlier answer by its id.
+
+        Raises:
+            NotFound: no such answer (any more).
+        """
+        with self._lock:
+            if number not in self._kept:
+                raise NotFound(f"there is no result {number!r} (any more); search again")
+            return self._kept[number]
+
+
+def _image_bytes(answer: Found | Clustered) -> int:
+    """Return how much memory the images of an answer take."""
+    if isinstance(answer, Clustered):
+        return sum(tile.nbytes for tile in answer.tiles)
+    return sum(tile.nbytes for tile in (*answer.query.images, *answer.query.unlike_images))
