@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,8 +31,7 @@ BLOCK = 65_536
 CASE_TILES = 200
 
 
-@dataclass(frozen=True)
-class Pair:
+class Pair(NamedTuple):
     """Two regions that look alike.
 
     Attributes:
@@ -48,8 +47,7 @@ class Pair:
     match: int
 
 
-@dataclass(frozen=True)
-class Similar:
+class Similar(NamedTuple):
     """A slide or case that looks like the query.
 
     Attributes:

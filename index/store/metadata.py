@@ -10,6 +10,7 @@ from typing import Any
 from ...artifacts.feature_files import name_in
 from ...artifacts.slide_names import SlideName, match
 from ...artifacts.tables import clean_row
+from ...artifacts.walking import LeftOut
 from ...errors import NotFound, unknown_name
 from .rows import Added
 
@@ -47,12 +48,16 @@ class AddedSlides(list[Added]):
 
     Attributes:
         rows: which rows of the metadata were used.
+        left_out: what the folders hold beside feature files.
+        notes: what was read of the table in its own way, such as cells without value.
     """
 
     def __init__(self, results: Iterable[Added], rows: Rows) -> None:
         """Keep the results, and the rows they had."""
         super().__init__(results)
         self.rows = rows
+        self.left_out: list[LeftOut] = []
+        self.notes: list[str] = []
 
 
 def names_in_atlas(slides: Iterable[Any]) -> list[SlideName]:

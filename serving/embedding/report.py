@@ -108,7 +108,7 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
         for reason in result.unreadable[:3]:
             console.say(f"{result.name}: {reason}")
     _show_speed(results, document)
-    for line in _told(results, document["inputs"]):
+    for line in lines_of(results, document["inputs"]):
         console.say(line)
     for note in document["encoder"].get("notes", []):
         console.say(f"note: {note}")
@@ -117,7 +117,7 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
     console.say(f"{states}; features, overlays and run.json in {out}")
 
 
-def _told(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
+def lines_of(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
     """Return a line for all that was left out, not used, guessed or overruled."""
     lines = [f"note: {note}" for note in inputs.get("notes", [])]
     of_sets = [left for result in results for left in result.left_out]

@@ -31,6 +31,7 @@ class OnnxEncoder:
             Damaged: the graph is not the manifest's, or does not keep the contract.
             MissingPart: the engine is not installed.
         """
+        self.bundle = bundle
         self._manifest = read_manifest(bundle)
         self._engine = open_engine(bundle, self._manifest, engine, precision, batch, streams)
 

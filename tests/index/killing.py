@@ -34,7 +34,7 @@ def state(atlas):
     slides = {s["name"]: (s["content_sha256"], s["label"], s["patient"]) for s in atlas.slides()}
     fits = {c["name"]: c["about"] for c in atlas.stats()["clusterings"]}
     named = {n: [c["name"] for c in atlas.clusters(n, 1)] for n in fits}
-    plan = atlas.view().about.get("options", {})
+    plan = atlas.view().state.about.get("options", {})
     return json.dumps([slides, len(ids), float(stored.sum()), fits, named, plan.get("recall")])
 
 

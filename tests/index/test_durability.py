@@ -166,7 +166,7 @@ def test_a_budget_of_another_day_stops_no_addition(tmp_path):
     assert atlas.add([big])[0].state == "added"
     assert atlas.view().index.recent_rows == 0 and atlas.verify() == []
     atlas.remove(["big", "slide-1", "slide-2"])
-    assert len(atlas.index()) == 800 and atlas.verify() == []
+    assert len(atlas.view().index) == 800 and atlas.verify() == []
 
 
 @pytest.mark.parametrize("column", ["about", "slides", "sha256"])

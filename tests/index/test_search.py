@@ -43,7 +43,7 @@ def lists(tmp_path_factory):
 def test_lists_reach_the_recall_they_were_tuned_for(lists):
     plan = lists.view().index.plan
     assert (plan.kind, plan.coding) == ("ivf", "sq8") and 1 <= plan.probes <= plan.cells
-    about = lists.view().about
+    about = lists.view().state.about
     assert about["measured"]["reached"] and about["measured"]["recall"] >= 0.99
     assert lists.view().index.recent_rows == 100
     report = lists.audit(queries=300)
@@ -207,7 +207,7 @@ def test_a_view_stays_as_it_was_while_the_atlas_changes(tmp_path):
     _, found = view.index.search(query, 5)
     assert view.columns.hits(found, np.zeros((1, 5), np.float32))[0][0].slide == "slide-1"
     assert len(view.index) == 150
-    assert reader.search(query, 1)[0][0].slide != "slide-1" and len(reader.index()) == 100
+    assert reader.search(query, 1)[0][0].slide != "slide-1" and len(reader.view().index) == 100
 
 
 def test_an_l2_atlas_scores_by_distance(tmp_path):

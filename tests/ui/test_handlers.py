@@ -270,7 +270,7 @@ def test_kept_answers_take_bounded_memory(session, tile_folder, monkeypatch):
     assert session.results.get(found[-1].id) is found[-1]
     with pytest.raises(NotFound):
         session.results.get(found[0].id)
-    assert session._held <= 1_000_000
+    assert session.results._bytes <= 1_000_000
 
 
 def test_formulas_in_names_stay_text(session, tile_folder):

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ... import console
-from ...artifacts.tables import Table, read_csv
-from ...artifacts.walking import LeftOut, once, summarised, walk
+from ...artifacts.tables import Table
+from ...artifacts.walking import LeftOut, summarised
 from ...console import Json
 from ...errors import BadInput
 
@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from ...index.store.metadata import AddedSlides
 
 FEW = 10
-PICKLES = frozenset({".pt", ".pth", ".pkl"})
 
 AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
 MixedScales = Annotated[
@@ -29,50 +28,6 @@ MixedScales = Annotated[
         help="Let the atlas hold tiles of different µm per pixel (over 5 % apart), from now on.",
     ),
 ]
-
-
-def read_metadata(path: Path | None) -> Table | None:
-    """Read a CSV of slides.
-
-    Raises:
-        BadInput: it cannot be read, or has no column ``slide`` (or ``file``).
-    """
-    return None if path is None else read_csv(path, "slide", "file")
-
-
-def rows_of(table: Table | None) -> dict[str, dict[str, str]]:
-    """Return the rows of a table by the name that each gives its slide."""
-    return {} if table is None else {row[table.key]: row for row in table.rows}
-
-
-def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:
-    """Expand folders to the feature files in them; also return what else they hold.
-
-    Raises:
-        BadInput: a path that does not exist, or a folder without feature files.
-    """
-    files: list[Path] = []
-    left_out: list[LeftOut] = []
-    for path in inputs:
-        if not path.exists():
-            raise BadInput(f"{path} does not exist; check the path")
-        if not path.is_dir():
-            files.append(path)
-            continue
-        walked = walk(path)
-        inside = [file for file in walked.files if file.suffix.lower() == ".h5"]
-        pickles = [file for file in walked.files if file.suffix.lower() in PICKLES]
-        if not inside:
-            hint = "; its .pt files are pickles, which are not read" if pickles else ""
-            raise BadInput(
-                f"{path} holds no .h5 files{hint}; run `histoseek embed` first, or name features of "
-                "another tool"
-            )
-        files += inside
-        left_out += walked.left_out
-        left_out += [LeftOut(str(file), "a pickle, which can run code") for file in pickles]
-    taken = set(once(files).files)
-    return [file for file in dict.fromkeys(files) if file in taken], left_out
 
 
 def report_added(
@@ -163,6 +118,7 @@ def import_(
 ) -> None:
     """Take in features of any encoder that other tools made; makes the atlas if it is not there."""
     from ...index.exchange.imports import import_features
+    from ...index.inputs import find_feature_files, read_metadata, rows_of
 
     files, left_out = find_feature_files(features)
     table = read_metadata(metadata)

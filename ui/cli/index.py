@@ -54,10 +54,11 @@ def add(
 ) -> None:
     """Add features; each file whole or not at all, and none twice."""
     from ...index.atlas import Atlas
+    from ...index.inputs import find_feature_files, read_metadata, rows_of
 
-    files, left_out = exchange_commands.find_feature_files(features)
-    table = exchange_commands.read_metadata(metadata)
-    rows = exchange_commands.rows_of(table)
+    files, left_out = find_feature_files(features)
+    table = read_metadata(metadata)
+    rows = rows_of(table)
     with console.progress("adding") as progress:
         results = Atlas(atlas).add(files, rows, replace, progress, mixed_scales)
     exchange_commands.report_added(results, table, left_out)

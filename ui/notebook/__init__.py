@@ -1,0 +1,1 @@
+"""Notebook: the atlas in Python, with paths and images as they come."""

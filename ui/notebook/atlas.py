@@ -1,0 +1,321 @@
+"""The atlas in Python: what the command line does, in a notebook's words."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput, HistoseekError
+from ...index import atlas as index
+from ...index.inputs import find_feature_files, read_metadata, rows_of
+from ...index.search.cases import How, Similar
+from ...index.search.query import LeaveOut, Query
+from ...index.store.metadata import AddedSlides
+from ...index.store.rows import Hit
+from ...index.view import View
+from ...serving.encoders.open import DEFAULT, bundle_path, open_encoder
+from ...serving.encoders.protocol import Encoder, check_identity
+from ..session.pictures import Pictures
+from .embed import Features
+from .images import Image, is_one, read_images
+from .show import figure_html, table_html
+
+TILES_SHOWN = 24
+Example = Image | int
+
+
+class Assignment(NamedTuple):
+    """The cluster of one image.
+
+    Attributes:
+        cluster: its number; -1 for noise.
+        name: that people gave to the cluster.
+        distance: to the cluster.
+        strength: of the membership, 0 to 1.
+        unknown: whether the image fits no cluster.
+    """
+
+    cluster: int
+    name: str
+    distance: float
+    strength: float
+    unknown: bool
+
+
+class Hits(list[Hit]):
+    """Similar tiles, best first; in Jupyter with their pictures."""
+
+    def __init__(self, hits: Iterable[Hit], pictures: Pictures | None = None) -> None:
+        """Keep hits, and what reads their pixels."""
+        super().__init__(hits)
+        self._pictures = pictures
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            figure_html(
+                self._picture(hit.tile),
+                [f"{hit.rank}. {hit.score:.3f}", hit.slide, hit.label or "", hit.file or ""],
+            )
+            for hit in self[:TILES_SHOWN]
+        )
+
+    def _picture(self, tile: int) -> bytes | None:
+        try:
+            return None if self._pictures is None else self._pictures.tile(tile)
+        except HistoseekError:  # its slide is not here: the grey square says so
+            return None
+
+
+class Cases(list[Similar]):
+    """Similar slides or cases, best first."""
+
+    def _repr_html_(self) -> str:
+        rows = [(rank, s.name, s.score, s.label) for rank, s in enumerate(self, 1)]
+        return table_html(("rank", "name", "score", "label"), rows)
+
+
+class Atlas:
+    """An atlas in Python: paths may be str; an image a path, bytes, an array or a PIL image.
+
+    Attributes:
+        index: the atlas below, with all its questions; see :class:`histoseek.index.atlas.Atlas`.
+    """
+
+    def __init__(self, path: str | Path, encoder: Encoder | None = None) -> None:
+        """Open an atlas.
+
+        Args:
+            path: its folder.
+            encoder: to embed images with; opened from the atlas's own copy at first use when None.
+
+        Raises:
+            BadInput: not an atlas, or of a newer histoseek.
+            Mismatch: ``encoder`` is not the one that the atlas is bound to.
+        """
+        self.index = index.Atlas(path)
+        self._encoder = encoder
+        if encoder is not None:
+            check_identity(encoder.manifest, self.index.manifest)
+        self._pictures = Pictures(self.index)
+
+    @classmethod
+    def create(cls, path: str | Path, encoder: Encoder | str | Path = DEFAULT) -> Atlas:
+        """Make an empty atlas bound to an encoder, with a copy of its bundle.
+
+        Args:
+            path: folder to make.
+            encoder: an open encoder, or a bundle's folder.
+
+        Raises:
+            BadInput: ``path`` exists, or the encoder runs on a server: name its bundle's folder then.
+        """
+        if isinstance(encoder, str | Path):
+            index.Atlas.create(path, bundle_path(str(encoder)))
+            return cls(path)
+        bundle = getattr(encoder, "bundle", None)
+        if bundle is None:
+            raise BadInput("this encoder runs elsewhere; pass the folder of its bundle instead")
+        index.Atlas.create(path, bundle)
+        return cls(path, encoder)
+
+    @property
+    def path(self) -> Path:
+        """The folder of the atlas."""
+        return self.index.path
+
+    @property
+    def encoder(self) -> Encoder:
+        """The encoder of the atlas.
+
+        Raises:
+            BadInput: the atlas holds features of another tool, whose encoder is not here.
+        """
+        if self._encoder is None:
+            manifest = self.index.manifest
+            if manifest.external:
+                raise BadInput(
+                    f"this atlas holds features of {manifest.name}, which is not here, so images cannot be "
+                    "embedded; search by tiles of the atlas"
+                )
+            self._encoder = open_encoder(str(self.index.encoder_bundle), expect=manifest)
+        return self._encoder
+
+    # -- filling --------------------------------------------------------------------------------
+
+    def add(
+        self,
+        features: Features | str | Path | Sequence[str | Path],
+        metadata: str | Path | Mapping[str, dict[str, str]] | None = None,
+        replace: bool = False,
+        mixed_scales: bool = False,
+    ) -> AddedSlides:
+        """Add features, each file whole or not at all; what is there already is left alone.
+
+        Args:
+            features: what :func:`histoseek.embed` returned, or feature files and folders of them.
+            metadata: a CSV with a column ``slide``, or rows by slide: label, patient and any other column.
+            replace: put other features of a slide that is there in the place of the old ones.
+            mixed_scales: let the atlas hold tiles of different µm per pixel, from now on.
+
+        Returns:
+            What became of each file, which rows of the metadata were used, and what was left out.
+
+        Raises:
+            BadInput: no such file, or a row of the metadata that means two slides.
+            Busy: another process is writing.
+        """
+        if isinstance(features, Features):
+            inputs = features.files
+        else:
+            given = [features] if isinstance(features, str | Path) else features
+            inputs = [Path(path) for path in given]
+        files, left_out = find_feature_files(inputs)
+        notes: Sequence[str] = ()
+        if isinstance(metadata, str | Path):
+            table = read_metadata(Path(metadata))
+            rows, notes = rows_of(table), table.notes if table else ()
+        else:
+            rows = dict(metadata or {})
+        added = self.index.add(files, rows, replace, mixed_scales=mixed_scales)
+        added.left_out, added.notes = left_out, list(notes)
+        return added
+
+    def remove(self, names: str | Sequence[str]) -> int:
+        """Remove slides or tile sets by name, all or none; return how many tiles went."""
+        return self.index.remove([names] if isinstance(names, str) else names)
+
+    # -- asking ---------------------------------------------------------------------------------
+
+    def search(
+        self,
+        images: Image | Sequence[Image] | None = None,
+        k: int = 10,
+        where: str | None = None,
+        *,
+        like: Example | Sequence[Example] = (),
+        unlike: Example | Sequence[Example] = (),
+        least: float | None = None,
+        per_slide: bool = False,
+        exact: bool = False,
+        leave_out: LeaveOut = "tile",
+    ) -> Any:
+        """Return the tiles most similar to images, or to several examples together.
+
+        Args:
+            images: each is a question of its own.
+            k: hits per question.
+            where: metadata filter such as ``organ = 'colon' and patient != 'P7'``.
+            like: examples of one question: images, or ids of tiles of the atlas.
+            unlike: examples that the tiles are not to be like.
+            least: lowest score of a hit.
+            per_slide: at most one hit per slide.
+            exact: compare with every tile, whatever the index.
+            leave_out: of the tiles in ``like``: the ``tile`` itself, its ``slide``, or its ``patient``.
+
+        Returns:
+            :class:`Hits` for one image or for ``like``; a list of them for several images.
+
+        Raises:
+            BadInput: nothing to look for, an image that cannot be read, or a filter that cannot be read.
+            NotFound: a tile that is not there.
+        """
+        others, tiles = _examples(like)
+        unlike_images, unlike_tiles = _examples(unlike)
+        combined = bool(others or tiles or unlike_images or unlike_tiles)
+        single = combined or (images is not None and is_one(images))
+        asked = [] if images is None else read_images(images, self._size)
+        query = Query(
+            images=(*asked, *read_images(others, self._size)), tiles=tiles,
+            unlike_images=tuple(read_images(unlike_images, self._size)), unlike_tiles=unlike_tiles,
+            together=combined, k=k, where=where, least=least, per_slide=per_slide, exact=exact,
+            leave_out=leave_out,
+        )  # fmt: skip
+        answers = self.index.ask(View.search, query.embedded(self._embed))
+        found = [Hits(hits, self._pictures) for hits in answers]
+        return found[0] if single else found
+
+    def similar(
+        self,
+        query: str | NDArray[np.float32],
+        k: int = 10,
+        by: Literal["slide", "patient"] = "slide",
+        how: How = "median",
+        where: str | None = None,
+    ) -> Cases:
+        """Return the slides or cases most like one of the atlas by name, or like new vectors (Q, D).
+
+        See :meth:`histoseek.index.view.View.similar`.
+        """
+        return Cases(self.index.similar(query, k, by, how, where))
+
+    def assign(
+        self, images: Image | Sequence[Image], clustering: str | None = None
+    ) -> list[Assignment]:
+        """Return the cluster of each image, in the newest clustering or one by name.
+
+        Raises:
+            BadInput: nothing fitted yet, or an image that cannot be read.
+        """
+        vectors = self._embed(np.stack(read_images(images, self._size)))
+        rows = self.index.assign(vectors, clustering)
+        return [Assignment(**{key: row[key] for key in Assignment._fields}) for row in rows]
+
+    def fit(self, method: str = "kmeans", **options: Any) -> dict[str, Any]:
+        """Fit clusters on all tiles; see :meth:`histoseek.index.atlas.Atlas.fit`."""
+        return self.index.fit(method, **options)
+
+    def slides(self) -> Slides:
+        """Return every slide and tile set; in Jupyter with a picture of each."""
+        return Slides(self.index.slides(), self._pictures)
+
+    def stats(self) -> dict[str, Any]:
+        """Return counts, encoder, index and clusterings."""
+        return self.index.stats()
+
+    def verify(self) -> list[str]:
+        """Check every file and count; return what is wrong, [] if nothing is."""
+        return self.index.verify()
+
+    @property
+    def _size(self) -> int:
+        return self.index.manifest.size_px
+
+    def _embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        return self.encoder.embed(tiles)
+
+
+class Slides(list[dict[str, Any]]):
+    """Slides and tile sets of an atlas; in Jupyter with a picture of each."""
+
+    def __init__(self, slides: Iterable[dict[str, Any]], pictures: Pictures) -> None:
+        """Keep rows, and what reads their pixels."""
+        super().__init__(slides)
+        self._pictures = pictures
+
+    def _repr_html_(self) -> str:
+        return "".join(
+            figure_html(
+                self._thumbnail(slide["name"]),
+                [slide["name"], f"{slide['tiles']} tiles", slide["label"] or ""],
+            )
+            for slide in self[:TILES_SHOWN]
+        )
+
+    def _thumbnail(self, name: str) -> bytes | None:
+        try:
+            return self._pictures.thumbnail(name)
+        except HistoseekError:  # the slide is not here: the grey square says so
+            return None
+
+
+def _examples(given: Example | Sequence[Example]) -> tuple[list[Image], tuple[int, ...]]:
+    """Part examples into images and ids of tiles."""
+    if isinstance(given, int | np.integer):
+        return [], (int(given),)
+    several: Any = [given] if is_one(given) else given  # type: ignore[arg-type]
+    tiles = tuple(int(one) for one in several if isinstance(one, int | np.integer))
+    return [one for one in several if not isinstance(one, int | np.integer)], tiles

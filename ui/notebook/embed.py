@@ -1,0 +1,98 @@
+"""Embedding slides and tile sets from Python."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...serving.embedding.jobs import Kind, find_inputs
+from ...serving.embedding.meter import Meter
+from ...serving.embedding.pipeline import embed_jobs
+from ...serving.embedding.regions import unused_regions, with_regions
+from ...serving.embedding.report import lines_of, summary, write_document
+from ...serving.embedding.results import EmbedOptions, Result
+from ...serving.embedding.run import Ran
+from ...serving.encoders.open import DEFAULT, open_encoder
+from ...serving.encoders.protocol import Encoder
+from .show import table_html
+
+Progress = Callable[[int, int, str], None]
+
+
+class Features(list[Result]):
+    """What became of each slide and tile set of a run.
+
+    Attributes:
+        folder: where the feature files are.
+        notes: what was left out, guessed or not used, a sentence each.
+    """
+
+    def __init__(self, results: Iterable[Result], folder: Path, notes: Sequence[str]) -> None:
+        """Keep the results of a run that wrote to ``folder``."""
+        super().__init__(results)
+        self.folder, self.notes = folder, list(notes)
+
+    @property
+    def ok(self) -> bool:
+        """Whether everything was embedded."""
+        return all(result.ok for result in self)
+
+    @property
+    def files(self) -> list[Path]:
+        """The feature files of this run."""
+        return [Path(result.features) for result in self if result.features]
+
+    def _repr_html_(self) -> str:
+        rows = [(r.name, r.state, r.tiles, r.reason) for r in self]
+        return table_html(("slide", "state", "tiles", "reason"), rows, self.notes)
+
+
+def embed(
+    inputs: str | Path | Sequence[str | Path],
+    out: str | Path,
+    encoder: Encoder | str = DEFAULT,
+    *,
+    kind: Kind = "auto",
+    progress: Progress | None = None,
+    **options: Any,
+) -> Features:
+    """Embed slides and tile sets into feature files; a repeated run finishes what is not done.
+
+    Args:
+        inputs: slides, folders of slides or tiles, ``.tar``, ``.npz`` or CSV.
+        out: folder of the features; it also gets ``run.json``.
+        encoder: an open encoder, or what :func:`open_encoder` takes.
+        kind: what a folder of pictures holds: ``slides``, ``tiles`` or ``auto``.
+        progress: called with slides done, slides in all, and a name.
+        options: of :class:`~histoseek.serving.embedding.results.EmbedOptions`, such as ``mpp=0.5``.
+
+    Returns:
+        A result per slide or tile set. One that fails stops no other; a warning names it.
+
+    Raises:
+        BadInput: an input that does not exist, or an option out of its range.
+    """
+    paths = [inputs] if isinstance(inputs, str | Path) else inputs
+    chosen = EmbedOptions(**options)
+    given = find_inputs([Path(path) for path in paths], kind, chosen.manifest)
+    jobs = with_regions(given.jobs, chosen.regions)
+    unused = unused_regions(jobs, chosen.regions)
+    opened = open_encoder(encoder) if isinstance(encoder, str) else encoder
+    meter, folder = Meter(), Path(out)
+    try:
+        results = embed_jobs(jobs, opened, folder, chosen, progress or (lambda *_: None), meter)
+        ran = Ran(results, opened.manifest, opened.describe(), meter.read())
+    finally:
+        if opened is not encoder:
+            opened.close()
+    facts = {**given.as_dict(), "regions_unused": unused}
+    document = {**summary(ran), "inputs": facts}
+    write_document(document, str(folder))
+    found = Features(results, folder, lines_of(results, facts))
+    failed = [f"{result.name}: {result.reason}" for result in found if not result.ok]
+    if failed:
+        few = "; ".join(failed[:3]) + (" …" if len(failed) > 3 else "")
+        warnings.warn(f"{len(failed)} of {len(found)} were not embedded whole: {few}", stacklevel=2)
+    return found

@@ -1,0 +1,49 @@
+"""Images as a notebook has them: a path, bytes, an array or a PIL image."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image as Pillow
+
+from ...artifacts.images import Rgb, decode, square
+from ...errors import BadInput
+
+Image: TypeAlias = str | Path | bytes | NDArray[np.uint8] | Pillow.Image
+
+
+def is_one(images: Image | Sequence[Image]) -> bool:
+    """Whether this is a single image, not several."""
+    if isinstance(images, np.ndarray):
+        return images.ndim < 4
+    return isinstance(images, str | Path | bytes | Pillow.Image)
+
+
+def read_images(images: Image | Sequence[Image], size_px: int) -> list[Rgb]:
+    """Return images as an encoder takes them, each (S, S, 3).
+
+    Args:
+        images: one or several paths, bytes, arrays (H, W, 3) of uint8, or PIL images.
+        size_px: side of a tile.
+
+    Raises:
+        BadInput: one that cannot be read, by name.
+    """
+    several: Any = [images] if is_one(images) else images
+    return [square(_pixels(image), size_px) for image in several]
+
+
+def _pixels(image: Image) -> Rgb:
+    if isinstance(image, str | Path):
+        return decode(Path(image))
+    if isinstance(image, Pillow.Image):
+        return decode(np.asarray(image.convert("RGB")), name="PIL image")
+    if isinstance(image, bytes | np.ndarray):
+        return decode(image)
+    raise BadInput(
+        f"an image is {type(image).__name__}; expected a path, bytes, an array of uint8 or a PIL image"
+    )
