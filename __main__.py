@@ -8,7 +8,6 @@ if __name__ == "__main__":
     start.begin()  # before the imports below, during which Ctrl-C may come already
 
 import os
-import shlex
 import signal
 import sys
 from pathlib import Path
@@ -18,9 +17,10 @@ import typer
 
 from . import __version__, console, outlets, stopping
 from .console import Json
-from .errors import BadInput, HistoseekError, MissingPart
+from .errors import HistoseekError
 from .ui.cli.embed import embed
 from .ui.cli.index import index_app
+from .ui.cli.model import ANY_FLAG, TrainCommand, export, reproduce, train, triton_app
 
 # Medical data: no part of this program reports to anyone. Set before any of them is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -38,7 +38,9 @@ app = typer.Typer(
 )
 app.add_typer(index_app, name="index")
 app.command()(embed)
-triton_app = typer.Typer(help="Serve encoders by NVIDIA Triton.", no_args_is_help=True)
+app.command(cls=TrainCommand, context_settings=ANY_FLAG)(train)
+app.command()(reproduce)
+app.command()(export)
 app.add_typer(triton_app, name="triton")
 
 
@@ -76,213 +78,6 @@ def demo(
         raise typer.Exit(console.EXIT_FAILED)
 
 
-@app.command(
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def train(
-    context: typer.Context,
-    recipe: Annotated[str, typer.Argument(help="Name of a recipe; --list shows them.")] = "",
-    data: Annotated[
-        Path | None, typer.Argument(help="Folder, .csv manifest, .tar or .npz of labelled tiles.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
-    also: Annotated[
-        list[Path] | None, typer.Option(help="More data, trained on together; repeatable.")
-    ] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Leave out COLUMN=VALUE[,VALUE…]; repeatable.")
-    ] = None,
-    label_from: Annotated[
-        str, typer.Option(help="Manifest columns that make the label, joined by comma.")
-    ] = "label",
-    cross_validate: Annotated[
-        bool, typer.Option("--cross-validate", help="Train every fold, into OUT/fold-<n>.")
-    ] = False,
-    list_recipes: Annotated[
-        bool, typer.Option("--list", help="List recipes, models and options.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the model's layers and the cost; train nothing."),
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value …]."""
-    _need_torch()
-    from .training import commands
-
-    if list_recipes:
-        commands.show_recipes()
-        return
-    rules, columns = exclude or [], label_from.split(",")
-    words = list(context.args)
-    if data is not None and str(data).startswith("--"):  # an option of the recipe, and no DATA
-        words, data = [str(data), *words], None
-    if dry_run and recipe:
-        sources = [data, *(also or [])] if data else []
-        commands.dry_run(
-            recipe, sources, lambda given: commands.select(given, rules, columns), words
-        )
-        return
-    if data is None or out is None:
-        raise BadInput("expected: histoseek train RECIPE DATA --out RUN (or --list, or --dry-run)")
-    sources = [data, *(also or [])]
-    commands.train(recipe, sources, out, rules, columns, cross_validate, words)
-
-
-@app.command()
-def reproduce(
-    protocol: Annotated[str, typer.Argument(help="breast-ae, ae-dac, p4m-deepcluster, …")],
-    data: Annotated[
-        Path, typer.Option(help="The paper's data in its own layout, or any labelled set.")
-    ],
-    out: Annotated[Path, typer.Option(help="Folder of the report and its runs.")],
-    also: Annotated[list[Path] | None, typer.Option(help="More data; repeatable.")] = None,
-    exclude: Annotated[
-        list[str] | None, typer.Option(help="Leave out COLUMN=VALUE[,VALUE…]; repeatable.")
-    ] = None,
-    label_from: Annotated[
-        str, typer.Option(help="Manifest columns that make the label.")
-    ] = "label",
-    quick: Annotated[
-        bool, typer.Option("--quick", help="Few epochs and seeds: shows that it runs.")
-    ] = False,
-    preset: Annotated[
-        str, typer.Option(help="authors (their code) or paper (the text).")
-    ] = "authors",
-    seeds: Annotated[int, typer.Option(help="Seeds or folds; 0: the protocol's own.")] = 0,
-    epochs: Annotated[int, typer.Option(help="Of every training; 0: the protocol's own.")] = 0,
-    limit: Annotated[int, typer.Option(help="Most tiles, drawn by group; 0: all.")] = 0,
-    limit_large: Annotated[int, typer.Option(help="Likewise for nets over 2 GMACs.")] = 0,
-    split: Annotated[
-        str, typer.Option(help="group, or tile as some papers have it (leaky).")
-    ] = "group",
-    positive: Annotated[str, typer.Option(help="Label that counts as positive in F1.")] = "",
-    parts: Annotated[
-        str,
-        typer.Option(
-            help="Parts: table4,grid (ae-dac); lite0 (arcface); AE or CAE (topology-sweep)."
-        ),
-    ] = "",
-    size_px: Annotated[int, typer.Option(help="Side of a tile, where it is open.")] = 0,
-    widths: Annotated[str, typer.Option(help="Of the P4M CNN: published, 32, 16, 8.")] = "",
-    accelerator: Annotated[str, typer.Option(help="cpu, cuda, mps or auto.")] = "auto",
-    precision: Annotated[
-        str, typer.Option(help="Lightning's name, such as bf16-mixed.")
-    ] = "32-true",
-    json: Json = False,
-) -> None:
-    """Run a paper's table: published number, ours, trivial baseline, side by side."""
-    _need_torch()
-    from .training import commands
-    from .training.reproduce import StudyOptions
-
-    options = StudyOptions(
-        out, f"histoseek {shlex.join(sys.argv[1:])}", preset, quick, seeds, epochs, limit, limit_large,
-        split, positive, parts, size_px, widths, accelerator, precision,
-    )  # fmt: skip
-    rules, columns = exclude or [], label_from.split(",")
-    commands.reproduce(
-        protocol,
-        [data, *(also or [])],
-        lambda given: commands.select(given, rules, columns),
-        options,
-    )
-
-
-@app.command()
-def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    out: Annotated[Path, typer.Option(help="Folder of the bundle; must not exist.")],
-    tiles: Annotated[
-        Path | None,
-        typer.Option(help="Real tiles for the parity test; the run's data if left out."),
-    ] = None,
-    name: Annotated[str | None, typer.Option(help="Name of the encoder.")] = None,
-    mpp: Annotated[float | None, typer.Option(help="µm per pixel to read slides at.")] = None,
-    pca: Annotated[
-        float | None, typer.Option(help="Keep this share of the variance by PCA in the graph.")
-    ] = None,
-    whiten: Annotated[
-        float, typer.Option(help="With --pca: 0 keeps the components' scale, 1 makes all alike.")
-    ] = 0.0,
-    views: Annotated[
-        int,
-        typer.Option(
-            help="Average over 2 half turns, 4 quarter turns, 8 with mirror images; 1: none."
-        ),
-    ] = 1,
-    licence: Annotated[str, typer.Option(help="Licence of the weights.")] = "not stated",
-    notes: Annotated[
-        Path | None, typer.Option(help="Markdown file to add to the model card.")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Export a run to an encoder bundle: ONNX graph, manifest, parity proof, model card."""
-    _need_torch()
-    from .artifacts.files import read_text
-    from .export.bundle import export_run, parity_tiles
-    from .training.layouts import open_data
-    from .training.models import build
-
-    source = parity_tiles(run, tiles, open_data)
-    about = read_text(notes) if notes else ""
-    with console.working("exporting, and proving parity on real tiles"):
-        manifest = export_run(
-            run, out, source, build, name, mpp, pca, whiten, views, licence, about
-        )
-    document = {"bundle": str(out), **manifest.model_dump()}
-    console.emit(
-        document,
-        lambda: console.say(
-            f"{out}: encoder {manifest.name}, {manifest.dim}-d, sha256 {manifest.sha256[:12]}…, "
-            f"parity proven ({out / 'parity.json'})"
-        ),
-    )
-
-
-@triton_app.callback()
-def triton() -> None:
-    """Serve encoders by NVIDIA Triton."""
-
-
-@triton_app.command()
-def repository(
-    bundles: Annotated[list[str], typer.Argument(help="Encoder bundles, or 'default'.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model repository.")],
-    fp16: Annotated[
-        bool, typer.Option("--fp16", help="Also write <name>-fp16, computed in half precision.")
-    ] = False,
-    tiles: Annotated[
-        Path | None, typer.Option(help="Real tiles to measure the loss of --fp16 on.")
-    ] = None,
-    max_batch: Annotated[int, typer.Option(help="Most tiles per run.")] = 64,
-    instances: Annotated[int, typer.Option(help="Copies per GPU; without a GPU: cores.")] = 2,
-    queue: Annotated[int, typer.Option(help="Most requests that wait.")] = 256,
-    delay_us: Annotated[int, typer.Option(help="Wait this long to fill a batch.")] = 1000,
-    json: Json = False,
-) -> None:
-    """Write a Triton model repository: one model per bundle; a changed encoder adds a version."""
-    from dataclasses import asdict
-
-    from .artifacts.tileset_files import open_tiles
-    from .export.triton import TritonOptions, write_repository
-    from .serving.encoders.open import bundle_path
-
-    options = TritonOptions(max_batch, instances, queue, delay_us, fp16)
-    with console.working("writing the repository, and measuring parity"):
-        written = write_repository(
-            [bundle_path(b) for b in bundles], out, options, open_tiles(tiles) if tiles else None
-        )
-    rows = [(w.model, w.version, w.precision, f"{w.cosine_error:.1e}") for w in written]
-    console.emit(
-        {"repository": str(out), "models": [asdict(w) for w in written]},
-        lambda: console.table(
-            str(out), ("model", "version", "precision", "1 - cosine to the bundle"), rows
-        ),
-    )
-
-
 def _hash_password(wanted: bool) -> None:
     if not wanted:
         return
@@ -293,18 +88,21 @@ def _hash_password(wanted: bool) -> None:
     raise typer.Exit
 
 
+HashPassword = Annotated[
+    bool,
+    typer.Option(
+        "--hash-password",
+        callback=_hash_password,
+        is_eager=True,
+        help="Ask for a password, print its hash for --users, and stop.",
+    ),
+]
+
+
 @app.command()
 def ui(
     atlas: Annotated[Path, typer.Argument(help="Folder of the atlas.")],
-    hash_password: Annotated[
-        bool,
-        typer.Option(
-            "--hash-password",
-            callback=_hash_password,
-            is_eager=True,
-            help="Ask for a password, print its hash for --users, and stop.",
-        ),
-    ] = False,
+    hash_password: HashPassword = False,
     host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
     encoder: Annotated[
@@ -356,17 +154,6 @@ def ui(
     )
     _open_page(atlas, options)
     stopping.leave(console.EXIT_DONE)  # a map may still be computed by a foreign thread
-
-
-def _need_torch() -> None:
-    from importlib.util import find_spec
-
-    parts = ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript")
-    missing = [part for part in parts if find_spec(part) is None]
-    if missing:
-        raise MissingPart(
-            f"training and export need {', '.join(missing)}: pip install 'histoseek[train]'"
-        )
 
 
 def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = False) -> None:

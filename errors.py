@@ -20,7 +20,9 @@ Every message says what was wrong, with which value, what was expected, and the 
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Iterable
+from types import ModuleType
 
 
 class HistoseekError(Exception):
@@ -69,6 +71,24 @@ class Unavailable(HistoseekError):
 
 class StorageFailed(HistoseekError):
     """Writing failed for a reason outside of histoseek (space, permission, quota)."""
+
+
+def need(module: str, extra: str) -> ModuleType:
+    """Import an optional module.
+
+    Args:
+        module: such as ``onnxruntime``.
+        extra: of this package, that installs it.
+
+    Raises:
+        MissingPart: it cannot be imported; says which extra to install.
+    """
+    try:
+        return importlib.import_module(module)
+    except ImportError as error:
+        raise MissingPart(
+            f"{module} cannot be imported ({error}): pip install 'histoseek[{extra}]'"
+        ) from error
 
 
 SHOWN = 30

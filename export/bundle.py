@@ -15,13 +15,21 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..artifacts.files import publish_folder, read_json, sha256_file, write_atomic, write_json
+from ..artifacts.files import (
+    publish_folder,
+    read_json,
+    read_text,
+    sha256_file,
+    write_atomic,
+    write_json,
+)
 from ..artifacts.manifest import CARD, CLUSTERS, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
 from ..artifacts.tileset_files import open_tiles
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Damaged
 from .card import model_card
 from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
+from .options import ExportOptions
 
 Build = Callable[..., Any]
 Open = Callable[[Path], TileSet]
@@ -87,17 +95,7 @@ def parity_tiles(run: Path, tiles: Path | None, open_source: Open = open_tiles) 
 
 
 def export_run(
-    run: Path,
-    out: Path,
-    tileset: TileSet,
-    build: Build,
-    name: str | None = None,
-    mpp: float | None = None,
-    pca: float | None = None,
-    whiten: float = 0.0,
-    views: int = 1,
-    licence: str = "not stated",
-    notes: str = "",
+    run: Path, out: Path, tileset: TileSet, build: Build, options: ExportOptions | None = None
 ) -> Manifest:
     """Turn a run into a bundle.
 
@@ -106,15 +104,7 @@ def export_run(
         out: the bundle's folder, which must not exist.
         tileset: real tiles on which parity is measured.
         build: makes an architecture by name.
-        name: of the encoder; the folder's name when left out.
-        mpp: micrometres per pixel at which slides are to be read, if known.
-        pca: keep the components with this share of the variance inside the graph.
-        whiten: with ``pca``, divide each component by its standard deviation to this power: 0 does
-            not, 1 makes all count alike.
-        views: average over 2 half turns, 4 quarter turns, or 8 with mirror images, inside the graph; 1
-            does not.
-        licence: of the weights, as the card will state it.
-        notes: Markdown that is added to the card.
+        options: how the graph is made, and what manifest and card state.
 
     Returns:
         The bundle's manifest.
@@ -123,41 +113,54 @@ def export_run(
         BadInput: no finished run, ``out`` exists, or no PCA basis in the run.
         Mismatch: parity is over its bound; nothing is written.
     """
-    _check_names(name or out.name, mpp)
+    options = options or ExportOptions()
+    name = options.name or out.name
+    if not re.fullmatch(NAME, name):
+        raise BadInput(
+            f"encoder name {name!r}: expected letters, digits, '.', '_' and '-'; pass --name"
+        )
+    notes = read_text(options.notes) if options.notes else ""
     record, encoder, beside = load_run(run, build)
-    graph = Graph(encoder, encoder.mean, encoder.std, _components(beside, pca, whiten, run), views)  # type: ignore[arg-type]
-    size_px = int(encoder.size_px)  # type: ignore[arg-type]
-    dim = len(graph.pca_components) if graph.has_pca else int(encoder.dim)  # type: ignore[arg-type]
-    dim += graph.gate is not None
-    tiles = sample_tiles(tileset, size_px)
+    components = _components(beside, options, run)
+    graph = Graph(encoder, encoder.mean, encoder.std, components, options.views)  # type: ignore[arg-type]
+    tiles = sample_tiles(tileset, int(encoder.size_px))  # type: ignore[arg-type]
     with publish_folder(out) as folder:
-        write_atomic(folder / GRAPH, to_onnx(graph, size_px))
+        write_atomic(folder / GRAPH, to_onnx(graph, int(encoder.size_px)))  # type: ignore[arg-type]
         onnx.checker.check_model(str(folder / GRAPH), full_check=True)
         parity = measure_parity(graph, folder / GRAPH, tiles)
         check_parity(parity)
-        manifest = Manifest(
-            name=name or out.name,
-            sha256=sha256_file(folder / GRAPH),
-            arch=record["architecture"]["model"],
-            size_px=size_px,
-            mpp=mpp,
-            dim=dim,
-            metric="cosine",
-            normalised=True,
-            views=views,
-            gate=graph.gate is not None,
-            training=_provenance(record),
-            licence=licence,
-            opset=OPSET,
-            versions={"torch": torch.__version__, "onnx": onnx.__version__},
-        )
+        manifest = _manifest(name, graph, record, sha256_file(folder / GRAPH), options)
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / PARITY, parity.as_dict())
         write_json(folder / RUN, record)
-        if "clusters.reach" in beside and pca is None and views == 1 and graph.gate is None:
+        unchanged = components is None and options.views == 1 and graph.gate is None
+        if "clusters.reach" in beside and unchanged:
             write_atomic(folder / CLUSTERS, _clusters(beside))
         write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict(), notes))
     return manifest
+
+
+def _manifest(
+    name: str, graph: Graph, record: dict[str, Any], sha256: str, options: ExportOptions
+) -> Manifest:
+    encoder = graph.encoder
+    dim = len(graph.pca_components) if graph.has_pca else int(encoder.dim)  # type: ignore[arg-type]
+    return Manifest(
+        name=name,
+        sha256=sha256,
+        arch=record["architecture"]["model"],
+        size_px=int(encoder.size_px),  # type: ignore[arg-type]
+        mpp=options.mpp,
+        dim=dim + (graph.gate is not None),
+        metric="cosine",
+        normalised=True,
+        views=options.views,
+        gate=graph.gate is not None,
+        training=_provenance(record),
+        licence=options.licence,
+        opset=OPSET,
+        versions={"torch": torch.__version__, "onnx": onnx.__version__},
+    )
 
 
 def _clusters(beside: dict[str, torch.Tensor]) -> bytes:
@@ -168,35 +171,18 @@ def _clusters(beside: dict[str, torch.Tensor]) -> bytes:
     return buffer.getvalue()
 
 
-def _check_names(name: str, mpp: float | None) -> None:
-    if not re.fullmatch(NAME, name):
-        raise BadInput(
-            f"encoder name {name!r}: expected letters, digits, '.', '_' and '-'; pass --name"
-        )
-    if mpp is not None and not 0.01 <= mpp <= 100:
-        raise BadInput(f"--mpp is {mpp}; expected 0.01 to 100 µm")
-
-
 def _components(
-    basis: dict[str, torch.Tensor], keep: float | None, whiten: float, run: Path
+    basis: dict[str, torch.Tensor], options: ExportOptions, run: Path
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    if not 0 <= whiten <= 1:
-        raise BadInput(f"--whiten is {whiten}; expected 0 (not at all) to 1 (wholly)")
-    if keep is None:
-        if whiten:
-            raise BadInput(
-                f"--whiten {whiten} needs --pca: principal components are what is whitened"
-            )
+    if options.pca is None:
         return None
-    if not 0 < keep <= 1:
-        raise BadInput(f"--pca is {keep}; expected a share of the variance, over 0 and up to 1")
     if "pca.components" not in basis:
         raise BadInput(f"{run} holds no PCA basis; train it again with this version")
     shares = torch.cumsum(basis["pca.variance"], 0)
-    count = min(int((shares < keep).sum()) + 1, len(shares))
+    count = min(int((shares < options.pca).sum()) + 1, len(shares))
     spread = basis["pca.variance"][:count].sqrt()
     counts = spread > LEAST_SPREAD * spread[0]
-    weights = (spread[0] / spread[counts]) ** whiten
+    weights = (spread[0] / spread[counts]) ** options.whiten
     return basis["pca.mean"], basis["pca.components"][:count][counts] * weights[:, None]
 
 

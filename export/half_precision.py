@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import BadInput, MissingPart
+from ..errors import BadInput, need
 
 _HEAVY = {"Conv", "Gemm", "MatMul"}
 _LARGEST = 65504.0
@@ -24,10 +24,8 @@ def to_fp16(blob: bytes) -> bytes:
         BadInput: the graph has no layer with weights, or parts that cannot be converted.
         MissingPart: onnx is not installed.
     """
-    try:
-        import onnx
-    except ImportError as error:
-        raise MissingPart("--fp16 needs onnx: pip install 'histoseek[triton]'") from error
+    onnx = need("onnx", "triton")
+    need("onnx.shape_inference", "triton")
     model = onnx.shape_inference.infer_shapes(onnx.load_from_string(blob))
     graph = model.graph
     heavy = [n for n, node in enumerate(graph.node) if node.op_type in _HEAVY]

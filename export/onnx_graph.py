@@ -15,14 +15,14 @@ from onnxscript.optimizer import optimize_ir
 from torch import nn
 
 from ..artifacts.manifest import FOREIGN_ANGLE, INPUT, OUTPUT
-from ..errors import BadInput, Mismatch, MissingPart
+from ..errors import BadInput, Mismatch, need
 
 OPSET = 18
 """Loads in ONNX Runtime 1.24 (Triton 26.04) and in far older ones."""
 
 VIEWS = (1, 2, 4, 8)
 LARGEST_FOLDED = 2**16
-"""Constants of at most so many values are computed when the graph is written; larger ones stay compact."""
+"""Most values of a constant that is computed when the graph is written; larger ones stay compact."""
 MAX_ABS = 1e-4
 MAX_COSINE = 1e-6
 MAX_BATCH_ABS = 1e-5
@@ -35,9 +35,9 @@ class Graph(nn.Module):
     turns, with eight over its mirror image's too: exactly the same for a tile that lies so, at that many
     times the cost.
 
-    An encoder with a gate, which tells from the pixels how foreign a tile is (0 to 1), has an embedding of
-    one component more: the sine of that share of :data:`FOREIGN_ANGLE`, and all others times its cosine. So
-    what is no stained tissue has a cosine of at most .5 with tissue, and foreign pictures still differ.
+    A tissue gate scores a tile from its pixels: 0 tissue, 1 out of distribution. It adds one component to
+    the embedding: the sine of that share of :data:`FOREIGN_ANGLE`; all others are multiplied by its cosine.
+    A tile out of distribution then has a cosine of at most .5 with tissue, and such tiles still differ.
 
     Args:
         encoder: float (N, 3, S, S) normalised -> (N, D).
@@ -169,12 +169,7 @@ class Parity:
 def measure_parity(graph: Graph, model: Path | bytes, tiles: NDArray[np.uint8]) -> Parity:
     """Compare ONNX Runtime (CPU) with torch on ``tiles``, uint8 (N, S, S, 3)."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingPart(
-            "the parity proof needs ONNX Runtime: pip install 'histoseek[cpu]' (or [gpu])"
-        ) from error
+    onnxruntime = need("onnxruntime", "cpu")
     source = model if isinstance(model, bytes) else str(model)
     session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
 

@@ -32,7 +32,8 @@ from ..artifacts.manifest import (
     read_manifest,
 )
 from ..artifacts.tilesets import TileSet, sample_tiles
-from ..errors import BadInput, Mismatch, MissingPart
+from ..errors import BadInput, Mismatch, need
+from .options import TritonOptions
 
 MODEL = "model.onnx"
 CONFIG = "config.pbtxt"
@@ -40,41 +41,6 @@ TENSORRT = "configs/tensorrt.pbtxt"
 ABOUT = "histoseek.json"
 MAX_FP16_COSINE = 1e-3
 KEPT_VERSIONS = 2
-
-
-@dataclass(frozen=True)
-class TritonOptions:
-    """How a server runs a model.
-
-    Attributes:
-        max_batch: most tiles per run.
-        instances: copies of the model per device.
-        queue: most requests that wait; further ones are refused, and the client waits.
-        delay_us: how long the server waits to fill a batch.
-        fp16: also write ``<name>-fp16``.
-    """
-
-    max_batch: int = 64
-    instances: int = 2
-    queue: int = 256
-    delay_us: int = 1000
-    fp16: bool = False
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-            BadInput: naming the option, its value and what was expected.
-        """
-        for name, low, high in (
-            ("max_batch", 1, 1024),
-            ("instances", 1, 64),
-            ("queue", 1, 100_000),
-            ("delay_us", 0, 1_000_000),
-        ):
-            value = getattr(self, name)
-            if not low <= value <= high:
-                raise BadInput(f"--{name.replace('_', '-')} is {value}; expected {low} to {high:,}")
 
 
 @dataclass(frozen=True)
@@ -154,12 +120,7 @@ def _probes(manifest: Manifest, tiles: TileSet | None) -> NDArray[np.uint8]:
 
 def _run(blob: bytes, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingPart(
-            "the parity proof needs ONNX Runtime: pip install 'histoseek[cpu]' (or [gpu])"
-        ) from error
+    onnxruntime = need("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     session = onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])

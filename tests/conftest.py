@@ -162,6 +162,7 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory, tile_folder: Path) ->
     """A second encoder, of another dimension: random weights, exported for real."""
     from histoseek.artifacts.tileset_files import open_tiles
     from histoseek.export.bundle import export_run
+    from histoseek.export.options import ExportOptions
     from histoseek.training.fit_arcface import ArcFaceOptions, fit
     from histoseek.training.models import build
 
@@ -169,7 +170,7 @@ def other_bundle(tmp_path_factory: pytest.TempPathFactory, tile_folder: Path) ->
     options = ArcFaceOptions(size_px=96, dim=16, epochs=0, folds=3, seed=5, accelerator="cpu")
     tiles = open_tiles(tile_folder)
     fit(options, tiles, folder / "run", lambda *_: None)
-    export_run(folder / "run", folder / "other", tiles, build, mpp=MPP)
+    export_run(folder / "run", folder / "other", tiles, build, ExportOptions(mpp=MPP))
     return folder / "other"
 
 

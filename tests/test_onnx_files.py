@@ -13,7 +13,8 @@ from histoseek.artifacts.files import sha256_file
 from histoseek.artifacts.manifest import read_manifest
 from histoseek.artifacts.onnx_files import check_graph_whole
 from histoseek.errors import BadInput, Damaged
-from histoseek.export.triton import TritonOptions, write_repository
+from histoseek.export.options import TritonOptions
+from histoseek.export.triton import write_repository
 from histoseek.index.atlas import Atlas
 from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE

@@ -22,9 +22,10 @@ from .models import MODELS, build, model_options
 from .models.cost import parameters
 from .models.cost import summarise as summarise_model
 from .options import TrainingOptions
-from .recipes import RECIPES, Recipe, describe_options, find_recipe, parse_options
-from .reproduce import PROTOCOLS, StudyOptions, find_protocol
+from .recipes import RECIPES, Recipe, describe_options, find_recipe
+from .reproduce import PROTOCOLS, find_protocol
 from .reproduce import reproduce as run_protocol
+from .study_options import StudyOptions
 
 Choice = Callable[[Sequence[Path]], TileSet]
 TITLES = {"trained": "trained", "random_init": "random weights", "pixels": "pixels"}
@@ -33,7 +34,7 @@ TITLES = {"trained": "trained", "random_init": "random weights", "pixels": "pixe
 def show_recipes() -> None:
     """Print every recipe with its options, and every model with its size, cost and source."""
     models = {name: _model_facts(name) for name in MODELS}
-    options = {name: describe_options(recipe) for name, recipe in RECIPES.items()}
+    options = {name: describe_options(recipe.options) for name, recipe in RECIPES.items()}
     protocols = {name: protocol.about for name, protocol in PROTOCOLS.items()}
     document = {
         "recipes": {
@@ -68,7 +69,7 @@ def show_recipes() -> None:
     console.emit(document, human)
 
 
-_SHARED = describe_options(Recipe(TrainingOptions, lambda: {}, ""))
+_SHARED = describe_options(TrainingOptions)
 
 
 def _model_facts(name: str) -> dict[str, Any]:
@@ -86,10 +87,8 @@ def _model_facts(name: str) -> dict[str, Any]:
     }
 
 
-def dry_run(name: str, sources: Sequence[Path], choose: Choice, words: list[str]) -> None:
+def dry_run(name: str, options: TrainingOptions, sources: Sequence[Path], choose: Choice) -> None:
     """Print the model's layers with their cost, and what training on the data would take."""
-    recipe = find_recipe(name)
-    options: TrainingOptions = parse_options(recipe, words)
     with torch.device("meta"):
         model = build(**options.architecture())
         layers = summarise_model(model)
@@ -167,16 +166,15 @@ def _of_data(tiles: TileSet) -> dict[str, Any]:
 
 def train(
     name: str,
+    options: TrainingOptions,
     sources: Sequence[Path],
     out: Path,
     exclude: Sequence[str],
     label_from: Sequence[str],
     cross_validate: bool,
-    words: list[str],
 ) -> None:
     """Train one run, or one per fold."""
     recipe = find_recipe(name)
-    options = parse_options(recipe, words)
     tiles = select(sources, exclude, label_from)
     selection = {
         "sources": [str(s) for s in sources],

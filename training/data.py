@@ -99,7 +99,7 @@ def load(
         tileset: what to read.
         size_px: S, the side that every tile is brought to.
         progress: called after each tile.
-        cut: cut pictures of at least so many times S into tiles at their own scale, instead of
+        cut: cut pictures of at least this many times S into tiles at their own scale, instead of
             shrinking them; 0 shrinks all.
         stream: decode tiles when they are asked for; so is done with more than 16 GiB of them.
 

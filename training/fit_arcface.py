@@ -8,142 +8,113 @@ ArcFace: softmax (the control that the paper lacks), triplet, contrastive; and a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..artifacts.option_models import HIDDEN, Field, options
 from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
 from .augment import look
+from .components import drop_head
 from .data import LabelledTiles
-from .evaluate import calibrate, embed_numbers
+from .evaluate import calibrate
 from .foreign import fit_gate, judge_gate
-from .job import Job, Objective, Phase
+from .job import Job
 from .losses import ArcFace, Contrastive, Softmax, Triplet
 from .models import Encoder, model_options
-from .models.gate import StainGate
-from .options import TrainingOptions
-from .pretrained import LITE0
+from .models.gate import TissueGate
+from .options import Optimiser, Schedule, TrainingOptions
+from .steps import Objective, Phase
 from .teacher import teacher_maps
 
 TARGETS = ("label", "group", "place")
-LOSSES = ("arcface", "softmax", "triplet", "contrastive")
-TEACHERS = ("", LITE0)
 JUDGED = 1000
-"""At most so many tiles judge a gate."""
-FITTED = 20_000
-"""At most so many training tiles give the principal components that stand for a dropped head."""
-LEAST_SPREAD = 1e-4
-"""What varies less, beside the first component or the largest feature, is noise."""
+"""Most tiles that the tissue gate is measured on."""
 CALIBRATE = 1024
-"""About so many training tiles set the batch norms' statistics in the end."""
+"""Number of training tiles, about, that set the batch norms' statistics after training."""
 
 
-@dataclass(frozen=True)
+@options
 class ArcFaceOptions(TrainingOptions):
-    """Options of the recipe ``arcface``.
-
-    Attributes:
-        dim: length of the head's embedding, and of the one that stands for it with ``drop_head``.
-        drop_head: leave the head out once training has ended. The embedding is then principal
-            components of the backbone's pooled features, half whitened, ``dim`` of them or with ``gate``
-            one less: what the head keeps of the features is what tells the classes of training apart.
-        hidden: width of the head's hidden layer.
-        dropout: in the head.
-        relu_embedding: end the head with a ReLU.
-        loss: arcface, or softmax, triplet, contrastive.
-        target: what the loss tells apart, one or several joined by +: label, group (source picture or
-            patient), place (as group, but each cut-out of a large picture by itself).
-        per_class: tiles of one class (of the first target) that come together in a batch; 0 draws freely.
-        cut: cut pictures of at least so many times size_px either way into tiles, instead of
-            shrinking them; 0 shrinks all.
-        label_weight: of the loss on labels, where group or place have one too.
-        scale: s of ArcFace.
-        margin: m of ArcFace, radians; of triplet and contrastive, a distance.
-        easy_margin: apply ArcFace's margin only where the cosine is positive.
-        teacher: efficientnet-lite0 (ImageNet, from a PyPI package): through a linear layer the embedding
-            of a changed tile must also predict the teacher's features of the same part of the tile,
-            averaged over turns and mirror images; empty has none.
-        teacher_weight: of one minus the cosine of that prediction and the teacher's features.
-        teacher_dim: principal components of these features, whitened, that are predicted.
-        gate: also learn to tell stained tissue from other pictures by their colours; the exported
-            embedding has one component for it, last, which turns a foreign picture away from all
-            tissue. Not for ultrasound, X-ray or other grey pictures.
-        epochs: of training from scratch.
-        epochs_head: of phase 1 (with weights).
-        epochs_tail: of phase 2 (with weights).
-        lr: from scratch and for phase 1.
-        lr_tail: for phase 2.
-    """
+    """Options of the recipe ``arcface``."""
 
     model: str = "mobilenet-v3-small"
     epochs: int = 30
     batch: int = 32
     lr: float = 1e-3
     weight_decay: float = 1e-2
-    optimiser: str = "adamw"
-    schedule: str = "cosine"
+    optimiser: Optimiser = "adamw"
+    schedule: Schedule = "cosine"
     rotation_deg: float = 15.0
     zoom: float = 0.1
     flip: bool = True
     stain: float = 0.2
     colour: float = 0.1
     folds: int = 10
-    dim: int = 64
-    drop_head: bool = False
-    hidden: int = 256
-    dropout: float = 0.3
-    relu_embedding: bool = False
-    loss: str = "arcface"
-    target: str = "label"
-    per_class: int = 0
-    cut: int = 0
-    label_weight: float = 1.0
-    scale: float = 30.0
-    margin: float = 0.5
-    easy_margin: bool = False
-    teacher: str = ""
-    teacher_weight: float = 1.0
-    teacher_dim: int = 128
-    gate: bool = False
-    epochs_head: int = 10
-    epochs_tail: int = 20
-    lr_tail: float = 1e-4
-
-    LEAST: ClassVar[dict[str, int]] = {
-        **TrainingOptions.LEAST,
-        "hidden": 1,
-        "dim": 1,
-        "per_class": 0,
-        "cut": 0,
-        "teacher_dim": 1,
-        "epochs_head": 0,
-        "epochs_tail": 0,
-    }
-    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {
-        **TrainingOptions.BOUNDS,
-        "dropout": (0, 0.99),
-        "lr_tail": (1e-9, 10),
-        "margin": (0, 3.1),
-        "scale": (1e-3, 1000),
-        "teacher_weight": (0, 1000),
-        "label_weight": (0, 1000),
-    }
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        **TrainingOptions.CHOICES,
-        "loss": LOSSES,
-        "teacher": TEACHERS,
-    }
+    # fmt: off
+    dim: Annotated[int, Field(ge=1, description="Length of the embedding.")] = 64
+    drop_head: Annotated[
+        bool,
+        Field(
+            description="After training, replace the head by half-whitened principal components of "
+            "the backbone's pooled features: the head keeps only what tells the training "
+            "classes apart."
+        ),
+    ] = False
+    hidden: Annotated[int, Field(ge=1, description="Width of the head's hidden layer.")] = 256
+    dropout: Annotated[float, Field(ge=0, le=0.99, description="Dropout in the head.")] = 0.3
+    relu_embedding: Annotated[bool, Field(description="End the head with a ReLU."), HIDDEN] = False
+    loss: Annotated[Literal["arcface", "softmax", "triplet", "contrastive"],
+        Field(description="Loss.")] = "arcface"
+    target: Annotated[str,
+        Field(description="What the loss tells apart, joined by +: label, group (source picture or "
+        "patient), place (as group, but each part of a cut picture by itself).")] = "label"
+    per_class: Annotated[int,
+        Field(ge=0, description="Tiles of one class (of the first target) side by side in a batch; 0 "
+        "draws freely.")] = 0
+    cut: Annotated[int,
+        Field(ge=0, description="Cut pictures of at least this many times size_px either way into "
+        "tiles; 0 shrinks all.")] = 0
+    label_weight: Annotated[float,
+        Field(ge=0, le=1000, description="Weight of the loss on labels beside group or place.")] = 1.0
+    scale: Annotated[float, Field(ge=1e-3, le=1000, description="s of ArcFace.")] = 30.0
+    margin: Annotated[float,
+        Field(ge=0, le=3.1, description="m of ArcFace, radians; of triplet and contrastive, a "
+        "distance.")] = 0.5
+    easy_margin: Annotated[bool,
+        Field(description="Apply ArcFace's margin only to positive cosines."), HIDDEN] = False
+    teacher: Annotated[Literal["", "efficientnet-lite0"],
+        Field(description="Teacher (ImageNet, from a PyPI package): the embedding of a changed tile "
+        "must also predict the teacher's features of it; empty for none.")] = ""
+    teacher_weight: Annotated[float,
+        Field(ge=0, le=1000, description="Weight of the teacher's loss.")] = 1.0
+    teacher_dim: Annotated[int,
+        Field(ge=1, description="Whitened principal components of the teacher to predict.")] = 128
+    gate: Annotated[
+        bool,
+        Field(
+            description="Also learn to tell stained tissue from other pictures by colour; one "
+            "component of the embedding, the last, then sets pictures out of distribution apart. "
+            "Not for grey pictures."
+        ),
+    ] = False
+    epochs_head: Annotated[int,
+        Field(ge=0, description="With weights: epochs of phase 1, the head.")] = 10
+    epochs_tail: Annotated[int,
+        Field(ge=0, description="With weights: epochs of phase 2, the last layers.")] = 20
+    lr_tail: Annotated[float,
+        Field(ge=1e-9, le=10, description="With weights: learning rate of phase 2.")] = 1e-4
+    # fmt: on
 
     def __post_init__(self) -> None:
-        """Check every value that has a range.
+        """Check what depends on several options.
 
         Raises:
             BadInput: naming the option, its value and what was expected.
@@ -327,7 +298,7 @@ def fit(
         job.architecture |= {"dim": 0, "chain": encoder.dim}
     metrics = None
     if options.gate:
-        encoder.gate = StainGate()
+        encoder.gate = TissueGate()
         job.architecture["gate"] = True
         if job.fabric.is_global_zero:
             fit_gate(encoder.gate, job.data, job.parts.train, options.seed)
@@ -335,41 +306,6 @@ def fit(
             tiles, _ = job.data.read(asked)
             metrics = judge_gate(encoder.gate, tiles, options.seed) if len(tiles) else None
     return job.finish(encoder, metrics)
-
-
-def drop_head(encoder: Encoder, data: LabelledTiles, train: Ints, dim: int) -> None:
-    """Make principal components of the pooled features the encoder's last layer, in place of its head.
-
-    The features (F,) are standardised; each component is divided by the root of its standard deviation
-    (half whitened), so that the first ones do not decide alone what is near.
-
-    Args:
-        encoder: as trained; is changed.
-        data: tiles.
-        train: (K,) numbers of those to fit to; at most :data:`FITTED` are taken, evenly.
-        dim: components to keep; fewer where the features have fewer.
-
-    Raises:
-        BadInput: all features are the same.
-    """
-    from sklearn.decomposition import PCA
-
-    assert isinstance(encoder.head, nn.Sequential) and isinstance(encoder.head[0], nn.Linear)
-    encoder.dim, encoder.head = encoder.head[0].in_features, nn.Identity()
-    some = train[:: -(-len(train) // FITTED)]
-    features = embed_numbers(encoder, data, some, unit=False)[0]
-    spread = features.std(0)
-    if spread.max() <= LEAST_SPREAD * np.abs(features).max():
-        raise BadInput("the features of all training tiles are the same; check the tiles")
-    spread += 1e-6
-    fitted = PCA(min(dim, *features.shape), random_state=0).fit(features / spread)
-    deviation = np.sqrt(fitted.explained_variance_)
-    kept = deviation > LEAST_SPREAD * deviation[0]
-    weight = fitted.components_[kept] / np.sqrt(deviation[kept] / deviation[0])[:, None] / spread
-    layer = encoder.attach_chain(len(weight)).to(next(encoder.backbone.parameters()).device)
-    with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(weight))
-        layer.bias.copy_(torch.from_numpy(-weight @ features.mean(0)))
 
 
 def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float16] | None:

@@ -6,59 +6,47 @@ k-means. ``vae`` as the model trains the variational form.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
 
+from ..artifacts.option_models import Field, options
 from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from .distributed import processes
-from .job import Job, Objective, Phase
-from .kmeans import RULES, fit_clusters
+from .job import Job
+from .kmeans import fit_clusters
 from .losses import gaussian_divergence
 from .models import AutoEncoder
 from .models.vae import VariationalAutoEncoder
 from .options import TrainingOptions
+from .steps import Objective, Phase
 
-REDUCTIONS = ("sum", "mean")
 
-
-@dataclass(frozen=True)
+@options
 class AutoencoderOptions(TrainingOptions):
-    """Options of the recipe ``autoencoder``.
-
-    Attributes:
-        reduction: of the squared error: sum over pixels and batch, as paper 000's authors have it, or
-            mean. With mean the same weight decay weighs far more.
-        beta: weight of the divergence in a variational autoencoder.
-        clusters: K of k-means on the latents; 0 for the number of classes (at least 2).
-        kmeans: full, minibatch (Sculley 2010) or literal (paper 000's equation 10).
-    """
+    """Options of the recipe ``autoencoder``."""
 
     model: str = "cnn-ae-no-pool"
     epochs: int = 70
     batch: int = 1000
     weight_decay: float = 5e-4
     keep_best: bool = True
-    reduction: str = "sum"
-    beta: float = 1.0
-    clusters: int = 0
-    kmeans: str = "full"
-
-    LEAST: ClassVar[dict[str, int]] = {**TrainingOptions.LEAST, "clusters": 0}
-    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {
-        **TrainingOptions.BOUNDS,
-        "beta": (0, 1000),
-    }
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        **TrainingOptions.CHOICES,
-        "reduction": REDUCTIONS,
-        "kmeans": RULES,
-    }
+    # fmt: off
+    reduction: Annotated[Literal["sum", "mean"],
+        Field(description="Squared error: sum over pixels and batch (paper 000's code) or mean; with "
+        "mean the same weight decay weighs far more.")] = "sum"
+    beta: Annotated[float,
+        Field(ge=0, le=1000, description="Weight of the divergence in a variational autoencoder.")] = 1.0
+    clusters: Annotated[int,
+        Field(ge=0, description="K of k-means on the latents; 0 for the number of classes (at least "
+        "2).")] = 0
+    kmeans: Annotated[Literal["full", "minibatch", "literal"],
+        Field(description="minibatch: Sculley 2010; literal: paper 000's equation 10.")] = "full"
+    # fmt: on
 
 
 class Reconstruction(Objective):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -10,18 +9,20 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..artifacts.option_models import options
 from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints, Metric
 from .data import LabelledTiles
 from .evaluate import to_input
-from .job import Job, Objective, Phase
+from .job import Job
 from .models import Encoder
 from .options import TrainingOptions
+from .steps import Objective, Phase
 
 
-@dataclass(frozen=True)
+@options
 class ClassifierOptions(TrainingOptions):
     """Options of the recipe ``classifier``."""
 

@@ -8,15 +8,15 @@ k-means).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..artifacts.option_models import Field, options
 from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
@@ -24,80 +24,59 @@ from ..metrics import Floats, Ints, clustering_report
 from .checkpoint import load_run_weights
 from .data import LabelledTiles
 from .evaluate import to_input
-from .job import Job, Objective, Phase
+from .job import Job
 from .kmeans import assign, cluster_tensors, kmeans
 from .losses import pair_loss, student_assignment, target_assignment
-from .models.dac import OUTPUTS, ClusteringAutoEncoder
+from .models.dac import ClusteringAutoEncoder
 from .options import TrainingOptions
+from .steps import Objective, Phase, TrainingJob
 
 BATCH = 4096
-METHODS = ("ae-dac", "dac", "dec", "ae-kmeans")
 THRESHOLDS = {"001": (0.95, 0.5, 0.1, 0.005), "dac": (0.95, 0.455, 0.1, 0.009)}
 """u(0), l(0), how fast l rises per unit of xi, and the step eta: paper 001's, and DAC's own."""
 
 
-@dataclass(frozen=True)
+@options
 class DacOptions(TrainingOptions):
-    """Options of the recipe ``dac``.
-
-    Attributes:
-        method: ae-dac, or a baseline: dac, dec, ae-kmeans.
-        clusters: K; 0 for the number of classes.
-        pretrain: epochs of reconstruction before clustering (not for dac).
-        start: a finished run of this recipe and model whose weights to begin with, such as an ae-kmeans
-            run's instead of a pretraining of its own (then with --pretrain 0).
-        lr_cluster: learning rate of the clustering phase.
-        alpha: weight of the reconstruction while clustering.
-        beta: weight of the loss on pairs.
-        thresholds: where they start and how fast they close in: 001 (the paper) or dac (its source).
-        eta: step of the thresholds per epoch, 0 for the step at which they meet in the last epoch.
-        reduction: of the squared error: mean over pixels, or sum (the paper's equation 1).
-        output: what export ships: the code (256 numbers), or the cluster probabilities.
-        judge_every: epochs between two measurements of accuracy, NMI and ARI; 0 for the end only.
-    """
+    """Options of the recipe ``dac``."""
 
     model: str = "dac-fmnist"
     epochs: int = 75
     batch: int = 128
     lr: float = 1e-3
     folds: int = 0
-    method: str = "ae-dac"
-    clusters: int = 0
-    pretrain: int = 50
-    start: str = ""
-    lr_cluster: float = 1e-4
-    alpha: float = 0.5
-    beta: float = 0.3
-    thresholds: str = "001"
-    eta: float = -1.0
-    reduction: str = "mean"
-    output: str = "code"
-    judge_every: int = 5
+    # fmt: off
+    method: Annotated[Literal["ae-dac", "dac", "dec", "ae-kmeans"],
+        Field(description="The paper's method, or one of its baselines.")] = "ae-dac"
+    clusters: Annotated[int, Field(ge=0, description="K; 0 for the number of classes.")] = 0
+    pretrain: Annotated[int,
+        Field(ge=0, description="Epochs of reconstruction before clustering (not for dac).")] = 50
+    start: Annotated[str,
+        Field(description="Finished run of this recipe and model to take the first weights from, such "
+        "as an ae-kmeans run (then with --pretrain 0).")] = ""
+    lr_cluster: Annotated[float,
+        Field(ge=1e-9, le=10, description="Learning rate of the clustering phase.")] = 1e-4
+    alpha: Annotated[float,
+        Field(ge=0, le=1000, description="Weight of the reconstruction while clustering.")] = 0.5
+    beta: Annotated[float, Field(ge=0, le=1000, description="Weight of the loss on pairs.")] = 0.3
+    thresholds: Annotated[Literal["001", "dac"],
+        Field(description="Start and speed of the thresholds: the paper's (001), or its "
+        "source's.")] = "001"
+    eta: Annotated[float,
+        Field(ge=-1, le=1, description="Step of the thresholds per epoch; 0 lets them meet in the last "
+        "epoch, below 0 takes that of --thresholds.")] = -1.0
+    reduction: Annotated[Literal["mean", "sum"],
+        Field(description="Squared error: mean over pixels, or sum (the paper's equation 1).")] = "mean"
+    output: Annotated[Literal["code", "clusters"],
+        Field(description="What export ships: the code (256 numbers) or cluster probabilities.")] = "code"
+    judge_every: Annotated[int,
+        Field(ge=0, description="Epochs between two measurements of clusters; 0 for the end only.")] = 5
+    # fmt: on
 
     VALIDATES: ClassVar[bool] = False
-    LEAST: ClassVar[dict[str, int]] = {
-        **TrainingOptions.LEAST,
-        "clusters": 0,
-        "pretrain": 0,
-        "judge_every": 0,
-    }
-    BOUNDS: ClassVar[dict[str, tuple[float, float]]] = {
-        **TrainingOptions.BOUNDS,
-        "lr_cluster": (1e-9, 10),
-        "alpha": (0, 1000),
-        "beta": (0, 1000),
-        "eta": (-1, 1),
-    }
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        **TrainingOptions.CHOICES,
-        "method": METHODS,
-        "thresholds": tuple(THRESHOLDS),
-        "reduction": ("mean", "sum"),
-        "output": OUTPUTS,
-    }
 
     def __post_init__(self) -> None:
-        """Check every value that has a range, and the output.
+        """Check the output against the method.
 
         Raises:
             BadInput: naming the option, its value and what was expected.
@@ -110,8 +89,16 @@ class DacOptions(TrainingOptions):
 
     def all_epochs(self) -> int:
         """Return the epochs of all phases together."""
-        before = 0 if self.method == "dac" else self.pretrain
-        return before + (0 if self.method == "ae-kmeans" else self.epochs)
+        return sum(phase.epochs for phase in self.phases())
+
+    def phases(self) -> list[Phase]:
+        """Return the phases of training, in order."""
+        phases = []
+        if self.method != "dac" and self.pretrain:
+            phases.append(Phase("pretraining", self.pretrain, self.lr))
+        if self.method != "ae-kmeans":
+            phases.append(Phase("clustering", self.epochs, self.lr_cluster))
+        return phases
 
     def at(self, epoch: int) -> tuple[float, float]:
         """Return u and l in clustering epoch ``epoch``; they never cross.
@@ -159,7 +146,9 @@ class Clustering(Objective):
         if self.options.method == "dec":
             self.centres.requires_grad_(clustering)
 
-    def begin_epoch(self, job: Job, phase: Phase, epoch: int, optimizer: Any) -> dict[str, float]:
+    def begin_epoch(
+        self, job: TrainingJob, phase: Phase, epoch: int, optimizer: Any
+    ) -> dict[str, float]:
         """Set the thresholds (DAC) or the target distribution (DEC); measure now and then."""
         if phase.name != "clustering":
             return {}
@@ -285,12 +274,7 @@ def fit(
     if options.start:
         load_run_weights(encoder, Path(options.start))
     net = Clustering(encoder, options, len(job.data))
-    phases = []
-    if options.method != "dac" and options.pretrain:
-        phases.append(Phase("pretraining", options.pretrain, options.lr))
-    if options.method != "ae-kmeans":
-        phases.append(Phase("clustering", options.epochs, options.lr_cluster))
-    job.train(net, phases)
+    job.train(net, options.phases())
     net.phase = "pretraining" if options.method == "ae-kmeans" else "clustering"
     fitted, kept = codes_of(encoder, job.data, job.parts.train)
     shipped = _shipped(net, fitted, net.clusters_of(fitted))

@@ -8,38 +8,33 @@ ships it and any new tile can be assigned.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from ..artifacts.option_models import Field, options
 from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
+from .components import Chain
 from .data import LabelledTiles
 from .evaluate import embed_numbers, quiet_duplicates
-from .job import Job, Objective, Phase
+from .job import Job
 from .kmeans import cluster_tensors
 from .models import Encoder
 from .options import TrainingOptions
 from .probe import linear_probe
+from .steps import Objective, Phase, TrainingJob
 
 
-@dataclass(frozen=True)
+@options
 class DeepClusterOptions(TrainingOptions):
-    """Options of the recipe ``deepcluster``.
-
-    Attributes:
-        clusters: K.
-        pca_dim: length of the features after PCA and whitening; at most what the net gives.
-        iterations: of k-means per epoch.
-        uniform: draw evenly from the clusters; --no-uniform draws tiles as they come (the paper's code).
-    """
+    """Options of the recipe ``deepcluster``."""
 
     model: str = "sobel-alexnet"
     epochs: int = 20
@@ -47,63 +42,16 @@ class DeepClusterOptions(TrainingOptions):
     lr: float = 1e-3
     weight_decay: float = 1e-4
     plateau: int = 5
-    rotation_deg: float = 0.0
-    clusters: int = 200
-    pca_dim: int = 128
-    iterations: int = 20
-    uniform: bool = True
+    # fmt: off
+    clusters: Annotated[int, Field(ge=2, description="K.")] = 200
+    pca_dim: Annotated[int,
+        Field(ge=1, description="Length of the features after PCA and whitening, at most.")] = 128
+    iterations: Annotated[int, Field(ge=1, description="Iterations of k-means per epoch.")] = 20
+    uniform: Annotated[bool,
+        Field(description="Draw evenly from the clusters; without, as the paper's code does.")] = True
+    # fmt: on
 
     VALIDATES: ClassVar[bool] = False
-    LEAST: ClassVar[dict[str, int]] = {
-        **TrainingOptions.LEAST,
-        "clusters": 2,
-        "pca_dim": 1,
-        "iterations": 1,
-    }
-
-
-@dataclass(frozen=True)
-class Chain:
-    """From features to vectors that are clustered: (f - mean) @ projection.T, then length 1.
-
-    Attributes:
-        mean: (F,).
-        projection: (D, F), principal directions over the square root of their variance.
-    """
-
-    mean: NDArray[np.float32]
-    projection: NDArray[np.float32]
-
-    @classmethod
-    def fit(cls, features: NDArray[np.float32], dim: int) -> Chain:
-        """Fit PCA with whitening on features (N, F); D is at most ``dim``, F and N - 1."""
-        from sklearn.decomposition import PCA
-
-        dim = min(dim, features.shape[1], len(features) - 1)
-        with np.errstate(invalid="ignore"):  # features that are all the same have no variance
-            fitted = PCA(dim, random_state=0).fit(features)
-        kept = fitted.explained_variance_ > 1e-12 * fitted.explained_variance_[0]
-        spread = np.sqrt(np.where(kept, fitted.explained_variance_, np.inf))
-        return cls(
-            fitted.mean_.astype(np.float32),
-            (fitted.components_ / spread[:, None]).astype(np.float32),
-        )
-
-    def apply(self, features: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Return vectors of length 1, (N, D)."""
-        white = (features - self.mean) @ self.projection.T
-        unit: NDArray[np.float32] = white / np.maximum(
-            np.linalg.norm(white, axis=1, keepdims=True), 1e-12
-        )
-        return unit
-
-    def into(self, encoder: Encoder) -> None:
-        """Make it the encoder's last layer; export adds the length."""
-        layer = encoder.attach_chain(len(self.projection))
-        layer.to(next(encoder.backbone.parameters()).device)
-        with torch.no_grad():
-            layer.weight.copy_(torch.from_numpy(self.projection))
-            layer.bias.copy_(torch.from_numpy(-self.projection @ self.mean))
 
 
 def cluster(
@@ -135,7 +83,9 @@ class PseudoLabels(Objective):
         self.options = options
         self.clusters = nn.Buffer(torch.full((tiles,), -1, dtype=torch.int64))
 
-    def begin_epoch(self, job: Job, phase: Phase, epoch: int, optimizer: Any) -> dict[str, float]:
+    def begin_epoch(
+        self, job: TrainingJob, phase: Phase, epoch: int, optimizer: Any
+    ) -> dict[str, float]:
         """Cluster all training tiles, compare with the last epoch and the labels, renew the top."""
         from sklearn.metrics import adjusted_mutual_info_score as ami
         from sklearn.metrics import normalized_mutual_info_score as nmi

@@ -1,7 +1,7 @@
-"""Pictures that are no stained tissue, made from tiles and from noise, and a gate that learns from them.
+"""Fitting the tissue gate to made pictures that are out of distribution.
 
-The gate is fitted without a single real photograph, ultrasound or X-ray picture: what it says of those was
-not taught to it.
+They are made from tiles and from noise. No real photograph, ultrasound or X-ray picture is used, so that
+these can measure the gate.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from ..errors import BadInput
 from ..metrics import Ints, Metric
 from .augment import Augmentation, augment
 from .data import LabelledTiles
-from .models.gate import LIMIT, StainGate, colour_statistics, shrink
+from .models.gate import LIMIT, TissueGate, colour_statistics, shrink
 
 SAMPLES = 2400
-"""So many tiles, and as many foreign pictures, are what a gate is fitted to."""
+"""Number of tiles, and of pictures out of distribution, that a gate is fitted to."""
 LEAST = 3
-"""Fewer tiles cannot be shown as they are, as of other labs and as of other stains."""
+"""Fewest tiles: one third unchanged, one as from other labs, one with other stains."""
 BATCH = 64
 OTHER_LABS = Augmentation(rotation_deg=180, zoom=0.25, stain=0.3, colour=0.1)
 HAEMATOXYLIN_EOSIN = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105))
@@ -39,15 +39,15 @@ Picture = NDArray[np.float32]
 
 
 def foreign_tiles(tiles: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.uint8]:
-    """Return ``count`` pictures that no microscope made of a stained section, uint8 (count, S, S, 3).
+    """Return ``count`` made pictures out of distribution, uint8 (count, S, S, 3).
 
-    They are, in turn: tiles without colour, with exchanged or turned colours, inverted, or blurred and
+    In turn: tiles without colour, with exchanged or rotated colours, inverted, or blurred and
     recoloured; plain fields with noise; noise with the spectrum of natural pictures; overlapping shapes.
 
     Args:
         tiles: uint8 (N, S, S, 3), real ones to change.
-        count: how many to make.
-        seed: of all that is drawn.
+        count: number of pictures.
+        seed: of all random draws.
     """
     rng = np.random.default_rng(seed)
     kinds = (_grey, _exchanged, _inverted, _recoloured, _plain, _noise, _shapes)
@@ -162,8 +162,8 @@ def restained(tiles: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
     return made
 
 
-def fit_gate(gate: StainGate, data: LabelledTiles, train: Ints, seed: int) -> None:
-    """Fit a gate to tell training tiles, also from other labs and with other stains, from foreign pictures.
+def fit_gate(gate: TissueGate, data: LabelledTiles, train: Ints, seed: int) -> None:
+    """Fit a gate to tell training tiles, also with other stains, from pictures out of distribution.
 
     Tiles are drawn by the square root of their class's size, so that a large collection does not decide
     alone what tissue looks like.
@@ -210,7 +210,7 @@ def fit_gate(gate: StainGate, data: LabelledTiles, train: Ints, seed: int) -> No
         gate.get_buffer(name).copy_(torch.from_numpy(np.asarray(value, np.float32)))
 
 
-def judge_gate(gate: StainGate, tiles: NDArray[np.uint8], seed: int) -> dict[str, Any]:
+def judge_gate(gate: TissueGate, tiles: NDArray[np.uint8], seed: int) -> dict[str, Any]:
     """Return metrics of a gate on tiles (N, S, S, 3) that it was not fitted to, and on pictures of them."""
     with torch.inference_mode():
         alarms, catches = (
@@ -225,7 +225,7 @@ def judge_gate(gate: StainGate, tiles: NDArray[np.uint8], seed: int) -> dict[str
     }
 
 
-def _is_foreign(gate: StainGate, tiles: NDArray[np.uint8]) -> bool:
+def _is_foreign(gate: TissueGate, tiles: NDArray[np.uint8]) -> bool:
     pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
     return bool(gate(gate.shrink(pixels))[0] > 0.5)
 

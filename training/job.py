@@ -1,21 +1,17 @@
-"""A training job: what every recipe starts with, its loop over epochs, and what it leaves behind."""
+"""A training job: data and devices, the loop over epochs, the finished run."""
 
 from __future__ import annotations
 
 import copy
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import lightning_fabric
 import numpy as np
 import torch
-from lightning_fabric.plugins.precision import MixedPrecision
 from numpy.typing import NDArray
 from torch import nn
 
@@ -24,7 +20,7 @@ from ..artifacts.tilesets import TileSet
 from ..console import Report
 from ..errors import BadInput
 from ..metrics import Ints
-from .augment import Augmentation, augment, placement
+from .augment import augment, placement
 from .checkpoint import load_backbone
 from .data import LabelledTiles, Split, describe, describe_split, load, split
 from .distributed import release_norms, synchronise_norms
@@ -32,48 +28,19 @@ from .evaluate import judge, normalise, to_input
 from .models import Encoder, build
 from .options import TrainingOptions
 from .run import Progress, RunFolder
+from .steps import (
+    STILL,
+    Objective,
+    Phase,
+    ahead,
+    combine_seeds,
+    make_optimizer,
+    open_fabric,
+    plateau_factor,
+    silent,
+    watched_loss,
+)
 from .tensorboard import Log
-
-STILL = Augmentation(0, 0, 0, False, 0, 0, 0, 0)
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of epochs in which the same layers are trained for the same loss.
-
-    Attributes:
-        name: as the record tells it; unique in a recipe.
-        epochs: how many.
-        lr: learning rate.
-        tail: of a frozen backbone only the last layers are trained.
-        all_layers: everything is trained.
-    """
-
-    name: str
-    epochs: int
-    lr: float
-    tail: bool = False
-    all_layers: bool = True
-
-
-class Objective(nn.Module, ABC):
-    """What a recipe trains: an encoder with the heads that its loss needs."""
-
-    encoder: Encoder
-    looks: bool = False
-    """Whether ``forward`` is also told where each tile is looked at, (N, 2, 3), by augment.placement."""
-
-    def begin_phase(self, phase: Phase) -> None:
-        """Set what the phase trains; here everything that is not fixed."""
-        self.train()
-
-    def begin_epoch(self, job: Job, phase: Phase, epoch: int, optimizer: Any) -> dict[str, float]:
-        """Do what comes before an epoch of a phase; returns what is to be logged."""
-        return {}
-
-    @abstractmethod
-    def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return ``loss`` and its parts, means over tiles (N, 3, S, S) with dataset numbers (N,)."""
 
 
 class Job:
@@ -81,7 +48,7 @@ class Job:
 
     Attributes:
         options: of the recipe.
-        finished: the record, if this very run was finished before; then there is nothing to do.
+        finished: the record, if this run is finished already.
         data: the tiles, after :meth:`prepare`.
         parts: how they are split, after :meth:`prepare`.
         fabric: Lightning Fabric: devices, precision, data parallelism.
@@ -100,7 +67,7 @@ class Job:
         progress: Report,
         selection: dict[str, Any] | None = None,
     ) -> None:
-        """Name the run; nothing is read or written yet but an earlier record.
+        """Name the run; reads an earlier record, nothing else.
 
         Raises:
             Mismatch: ``out`` holds a run with other options or data; says which.
@@ -116,8 +83,8 @@ class Job:
         self._scaler: Any = None
 
     def prepare(self, cut: int = 0) -> None:
-        """Start the devices, read the tiles and split them; seeds the weights that are made next."""
-        self.fabric, self._scaler = _fabric(self.options)
+        """Start the devices, read and split the tiles, seed the weights."""
+        self.fabric, self._scaler = open_fabric(self.options)
         self.fabric.launch()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.fabric.world_size:
@@ -125,7 +92,7 @@ class Job:
                 f"{started} processes were started and --devices is {self.options.devices}; pass "
                 f"--devices {started}, so that they train together"
             )
-        self.report = self._progress if self.fabric.is_global_zero else _silent
+        self.report = self._progress if self.fabric.is_global_zero else silent
         options = self.options
         side = options.architecture()["size_px"]
         self.data = load(self.tileset, side, self.report, cut, options.stream)
@@ -135,14 +102,14 @@ class Job:
         torch.manual_seed(options.seed)
 
     def keep(self, wanted: NDArray[np.bool_]) -> None:
-        """Leave tiles out of every part where ``wanted`` (N,) is false."""
+        """Remove tiles where ``wanted`` (N,) is false from every part."""
         train, validate, test = (
             part[wanted[part]] for part in (self.parts.train, self.parts.validate, self.parts.test)
         )
         self.parts = Split(train, validate, test, self.parts.by)
 
     def build(self, **more: Any) -> Encoder:
-        """Build the encoder, with its pretrained weights if asked for, and remember how it began."""
+        """Build the encoder, load pretrained weights if any, and keep a copy as the baseline."""
         self.architecture = {**self.options.architecture(), **more}
         encoder = build(**self.architecture)
         if self.options.weights:
@@ -153,7 +120,7 @@ class Job:
     def train(self, net: Objective, phases: Sequence[Phase]) -> None:
         """Run the phases epoch by epoch, saving the whole state after each.
 
-        A run that was killed goes on after its last whole epoch, to the same weights.
+        A killed run resumes after its last whole epoch and ends with the same weights.
 
         Raises:
             BadInput: the loss is not finite; the last whole epoch is kept.
@@ -175,7 +142,7 @@ class Job:
                 self.folder.load_best(net)  # killed after the phase's last epoch
             return
         net.begin_phase(phase)
-        plain = _optimizer(self.options, phase, net)
+        plain = make_optimizer(self.options, phase, net)
         model, optimizer = self.fabric.setup(net, plain)
         if done:
             self.folder.resume_optimizer(plain)  # after setup: its state goes where the weights are
@@ -186,7 +153,7 @@ class Job:
             done.append(row)
             self._state.history.append(row)
             if self.fabric.is_global_zero:
-                best = min(done, key=_watched) is row
+                best = min(done, key=watched_loss) is row
                 self.folder.save(net, optimizer, self._state, self._scaler, best and self._keeps)
             log.epoch(row)
             shown = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
@@ -205,7 +172,7 @@ class Job:
         """Tell whether the loss has not fallen for ``patience`` epochs."""
         if not self.options.patience or not done:
             return False
-        best = min(range(len(done)), key=lambda n: _watched(done[n]))
+        best = min(range(len(done)), key=lambda n: watched_loss(done[n]))
         return len(done) - 1 - best >= self.options.patience
 
     def _epoch(
@@ -223,9 +190,9 @@ class Job:
         net.begin_phase(phase)
         started = time.monotonic()
         steps = self._steps()
-        slower = _plateau_factor([_watched(row) for row in done], options)
+        slower = plateau_factor([watched_loss(row) for row in done], options)
         sums: dict[str, torch.Tensor] = {}
-        seed = _seed(options.seed, number, self.fabric.global_rank)
+        seed = combine_seeds(options.seed, number, self.fabric.global_rank)
         torch.manual_seed(seed)
         changes = torch.Generator().manual_seed(seed)
         order = self.order(net, number)
@@ -274,7 +241,7 @@ class Job:
         return max(1, len(self.parts.train) // self._step_size)
 
     def _batches(self, order: Ints, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield this device's share of every batch, uint8 tiles and their numbers, one batch read ahead."""
+        """Yield this device's share of each batch: uint8 tiles and their numbers; reads one batch ahead."""
         rank, ranks, device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
         shares = [
             order[step * self._step_size : (step + 1) * self._step_size][rank::ranks]
@@ -301,16 +268,16 @@ class Job:
         if self.data.stream is None and device.type == "cpu":  # nothing to wait for
             ready: Iterator[Any] = map(fetch, shares)
         else:
-            ready = _ahead(fetch, shares)
+            ready = ahead(fetch, shares)
         for pixels, numbers in ready:
             yield pixels.to(device, non_blocking=True), numbers.to(device, non_blocking=True)
 
     def change(
         self, encoder: Encoder, pixels: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Turn uint8 tiles (N, S, S, 3) into the net's input, changed at random if there is a generator.
+        """Turn uint8 tiles (N, S, S, 3) into the net's input, augmented if there is a generator.
 
-        Returns with it where each tile is looked at, (N, 2, 3); None where it is seen as it is.
+        Also returns the placement of each tile, (N, 2, 3); None without augmentation.
         """
         ranges = self.options.augmentation()
         where = None
@@ -348,9 +315,9 @@ class Job:
     def _check_weights(self, net: nn.Module, row: dict[str, Any]) -> None:
         """Refuse an epoch that ended in weights or a validation loss that are not finite."""
         finite = all(bool(torch.isfinite(weight).all()) for weight in net.parameters())
-        if not finite or not np.isfinite(_watched(row)):
+        if not finite or not np.isfinite(watched_loss(row)):
             raise BadInput(
-                f"after epoch {row['epoch']} the loss is {_watched(row)} and the weights are "
+                f"after epoch {row['epoch']} the loss is {watched_loss(row)} and the weights are "
                 f"{'finite' if finite else 'not all finite'}; the epoch before it is kept: lower --lr, "
                 "check the data, or use --precision 32-true"
             )
@@ -361,7 +328,7 @@ class Job:
         metrics: dict[str, Any] | None = None,
         tensors: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, Any]:
-        """Judge the encoder and write weights and record; returns the record (rank 0 only).
+        """Evaluate the encoder, write weights and record; returns the record (rank 0 only).
 
         Args:
             encoder: as trained.
@@ -395,79 +362,3 @@ class Job:
             )
         self.fabric.barrier()
         return record
-
-
-def _ahead(fetch: Callable[[Ints], Any], shares: Sequence[Ints]) -> Iterator[Any]:
-    """Yield ``fetch(share)`` in order, with the next one on its way."""
-    with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
-        coming = reader.submit(fetch, shares[0])
-        for share in shares[1:]:
-            following = reader.submit(fetch, share)
-            yield coming.result()
-            coming = following
-        yield coming.result()
-
-
-def _fabric(options: TrainingOptions) -> tuple[lightning_fabric.Fabric, Any]:
-    """Return Fabric, and the scaler of 16-mixed, whose state belongs into the checkpoint."""
-    plugins: list[Any] = []
-    scaler = None
-    precision: Any = options.precision
-    try:
-        if precision == "16-mixed" and torch.cuda.is_available():
-            scaler = torch.amp.GradScaler("cuda")
-            plugins, precision = [MixedPrecision("16-mixed", "cuda", scaler)], None
-        fabric = lightning_fabric.Fabric(
-            accelerator=options.accelerator,
-            devices=options.devices,
-            precision=precision,
-            plugins=plugins or None,
-        )
-    except (ValueError, RuntimeError, TypeError) as error:
-        raise BadInput(
-            f"accelerator {options.accelerator!r}, devices {options.devices}, precision "
-            f"{options.precision!r}: {error}"
-        ) from error
-    return fabric, scaler
-
-
-def _silent(done: int, total: int, text: str) -> None:
-    pass
-
-
-def _optimizer(options: TrainingOptions, phase: Phase, net: nn.Module) -> torch.optim.Optimizer:
-    trained = [p for p in net.parameters() if p.requires_grad]
-    decay = options.weight_decay
-    if options.optimiser == "adam":
-        return torch.optim.Adam(trained, lr=phase.lr, weight_decay=decay)
-    if options.optimiser == "adamw":
-        return torch.optim.AdamW(trained, lr=phase.lr, weight_decay=decay)
-    if options.optimiser == "sgd":
-        return torch.optim.SGD(trained, lr=phase.lr, momentum=0.9, weight_decay=decay)
-    return torch.optim.RMSprop(trained, lr=phase.lr, weight_decay=decay)
-
-
-def _watched(row: dict[str, Any]) -> float:
-    """Return the loss that decides: of validation where there is one."""
-    value: float = row.get("validation_loss", row["loss"])
-    return value
-
-
-def _plateau_factor(losses: list[float], options: TrainingOptions) -> float:
-    """Return the factor on the learning rate that torch's ReduceLROnPlateau reaches over ``losses``.
-
-    Computed anew from the history each time, so that a resumed run needs no state for it.
-    """
-    if not options.plateau:
-        return 1.0
-    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
-    plan = torch.optim.lr_scheduler.ReduceLROnPlateau(
-        optimizer, factor=options.plateau_factor, patience=options.plateau
-    )
-    for loss in losses:
-        plan.step(loss)
-    return float(optimizer.param_groups[0]["lr"])
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

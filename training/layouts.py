@@ -37,7 +37,7 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 def open_data(path: Path) -> TileSet:
-    """Open a data set by what is found at ``path``; what is none of the papers' layouts is a tile set.
+    """Open a data set by what is found at ``path``; any other layout is read as a tile set.
 
     Known: MNIST and Fashion-MNIST (idx, also .gz), CIFAR-10 and CIFAR-100 (binary; of CIFAR-100 the 20
     superclasses), STL-10 (binary, labelled part), SVHN (cropped, .mat), IDC (folders of patients,

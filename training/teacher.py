@@ -27,7 +27,7 @@ from .models import Encoder, build
 
 BATCH = 32
 FITTED_ON = 2048
-"""About so many training tiles are what the components are fitted on."""
+"""Number of training tiles, about, that the components are fitted on."""
 LEAST_SPREAD = 1e-4
 """Components that vary less than this share of the first are noise, and are left out."""
 

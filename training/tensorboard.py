@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ..errors import MissingPart
+from ..errors import need
 from .data import LabelledTiles, Split
 from .evaluate import embed_numbers
 from .models import Encoder
@@ -29,13 +29,8 @@ class Log:
 
     def __enter__(self) -> Log:
         if self.on:
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError as error:
-                raise MissingPart(
-                    "--tensorboard needs it: pip install 'histoseek[train]'"
-                ) from error
-            self._writer = SummaryWriter(str(self.path))
+            tensorboard = need("torch.utils.tensorboard", "train")
+            self._writer = tensorboard.SummaryWriter(str(self.path))
         return self
 
     def __exit__(

@@ -29,8 +29,8 @@ from .jobs import Job, distinct_name
 from .meter import STAGES, Meter
 from .pipeline import embed_jobs, folders_of
 from .regions import with_regions
-from .results import EmbedOptions, Result
-from .run import EncoderChoice, Ran
+from .results import EmbedOptions, EncoderChoice, Result
+from .run import Ran, open_chosen
 from .work import failed
 
 LOCAL = "local"
@@ -78,7 +78,9 @@ def run_on_ray(
     )
     place = out if "://" in out else str(Path(out).resolve())
     task = ray.remote(num_cpus=per_slide, max_retries=RETRIES)(embed_one)
-    encoder = choice.open()  # here too: what is wrong with it is told once, and all run it alike
+    encoder = open_chosen(
+        choice
+    )  # here too: what is wrong with it is told once, and all run it alike
     manifest, about = encoder.manifest, encoder.describe()
     encoder.close()
     if about["engine"] != "triton":
@@ -218,7 +220,7 @@ def _spec(choice: EncoderChoice) -> str:
 
 @lru_cache(maxsize=1)
 def _encoder(choice: EncoderChoice) -> Encoder:
-    return choice.open()
+    return open_chosen(choice)
 
 
 def embed_one(

@@ -4,66 +4,93 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
+from ...artifacts.option_models import HIDDEN, PYTHON_ONLY, Field, Flag, options
 from ...errors import BadInput
 
 State = Literal["done", "partial", "empty", "skipped", "failed"]
 
 
-@dataclass(frozen=True)
-class EmbedOptions:
-    """How slides are cut into tiles, and what is written beside the features.
+@options
+class EncoderChoice:
+    """Which encoder, and how it runs; small enough to be sent to other machines."""
 
-    Attributes:
-        mpp: micrometres per pixel of the tiles; None takes the encoder's.
-        assume_mpp: micrometres per pixel of slides whose file and manifest do not say.
-        override_mpp: micrometres per pixel of every slide of the run, whatever file and manifest say.
-        series: number of the picture that is the slide, in TIFF files that hold several.
-        overlap_px: overlap of neighbouring tiles.
-        min_tissue: least share of tissue in a tile.
-        manifest: CSV of the inputs; for tile sets their labels and groups.
-        regions: GeoJSON file of the one slide, or a folder of them, each named after its slide:
-            polygons in QuPath's frame that count as tissue, instead of what is found.
-        region_classes: take only annotations classified so.
-        overlays: write ``overlays/<slide>.jpg``.
-        geojson: write ``geojson/<slide>.tissue.geojson`` and ``.tiles.geojson``.
-        jobs: decoder workers; one per core when None. Results do not depend on it.
-    """
-
-    mpp: float | None = None
-    assume_mpp: float | None = None
-    override_mpp: float | None = None
-    series: int | None = None
-    overlap_px: int = 0
-    min_tissue: float = 0.25
-    manifest: Path | None = None
-    regions: Path | None = None
-    region_classes: tuple[str, ...] = ()
-    overlays: bool = True
-    geojson: bool = False
-    jobs: int | None = None
+    # fmt: off
+    spec: Annotated[str,
+        Field(description="Bundle, 'default', or "
+        "triton://HOST:PORT/MODEL[@VERSION][?shm=1]."), Flag("--encoder")] = "default"
+    bundle: Annotated[Path | None,
+        Field(description="Bundle that a server's encoder must be equal to.")] = None
+    engine: Annotated[str,
+        Field(description="In this process: auto (measured once), onnxruntime, openvino.")] = "auto"
+    precision: Annotated[str,
+        Field(description="f32, or bf16 on CPUs that have it (with OpenVINO).")] = "f32"
+    batch: Annotated[int | None,
+        Field(ge=1, description="Tiles per call of the encoder; chosen if left out."), HIDDEN] = None
+    streams: Annotated[int | None,
+        Field(ge=1, description="Calls at a time in this process; one per core if left "
+        "out."), PYTHON_ONLY] = None
+    # fmt: on
 
     def __post_init__(self) -> None:
-        """Check ranges.
+        """Check that a server is not told how to compute.
 
         Raises:
-            BadInput: naming the option, its value and what was expected.
+            BadInput: an engine or precision for an encoder on a server.
         """
-        for name in ("mpp", "assume_mpp", "override_mpp"):
-            value = getattr(self, name)
-            if value is not None and not 0.01 <= value <= 100:
-                raise BadInput(f"--{name.replace('_', '-')} is {value}; expected 0.01 to 100 µm")
-        if self.series is not None and self.series < 0:
-            raise BadInput(f"--series is {self.series}; expected 0 or more")
+        if "://" in self.spec and (self.engine, self.precision) != ("auto", "f32"):
+            raise BadInput(
+                "--engine and --precision are for an encoder in this process; a server has its own "
+                "(for half precision name its model <name>-fp16)"
+            )
+
+
+@options
+class EmbedOptions:
+    """How slides are cut into tiles, and what is written beside the features."""
+
+    # fmt: off
+    mpp: Annotated[float | None,
+        Field(ge=0.01, le=100, description="µm per pixel of the tiles; the encoder's if left "
+        "out.")] = None
+    assume_mpp: Annotated[float | None,
+        Field(ge=0.01, le=100, description="µm per pixel of slides whose file and manifest do not "
+        "say.")] = None
+    override_mpp: Annotated[float | None,
+        Field(ge=0.01, le=100, description="µm per pixel of all slides of this run, whatever their "
+        "files say.")] = None
+    series: Annotated[int | None,
+        Field(ge=0, description="Number of the picture that is the slide, in a TIFF with "
+        "several.")] = None
+    overlap_px: Annotated[int,
+        Field(ge=0, description="Overlap of tiles, in pixels."), Flag("--overlap")] = 0
+    min_tissue: Annotated[float,
+        Field(ge=0, le=1, description="Least share of tissue in a tile.")] = 0.25
+    manifest: Annotated[Path | None,
+        Field(description="CSV: file, label, group; for slides file, mpp, series, label, "
+        "patient.")] = None
+    regions: Annotated[Path | None,
+        Field(description="GeoJSON (QuPath) of what to embed: a file for one slide, or a folder of "
+        "<slide>.geojson.")] = None
+    region_classes: Annotated[tuple[str, ...],
+        Field(description="Only annotations of this class; repeatable."), Flag("--region-class")] = ()
+    overlays: Annotated[bool,
+        Field(description="Write a picture per slide of its tissue and tiles.")] = True
+    geojson: Annotated[bool, Field(description="Write tissue outlines and tiles for QuPath.")] = (False)
+    jobs: Annotated[int | None,
+        Field(ge=1, le=512, description="Decoder workers; one per core if left out. The result is the "
+        "same.")] = None
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Check what depends on several options.
+
+        Raises:
+            BadInput: naming the options and the remedy.
+        """
         if self.override_mpp is not None and self.assume_mpp is not None:
             raise BadInput("--override-mpp and --assume-mpp say the same thing; pass one of them")
-        if self.jobs is not None and not 1 <= self.jobs <= 512:
-            raise BadInput(f"--jobs is {self.jobs}; expected 1 to 512 decoder workers")
-        if self.overlap_px < 0:
-            raise BadInput(f"--overlap is {self.overlap_px}; expected 0 or more pixels")
-        if not 0 <= self.min_tissue <= 1:
-            raise BadInput(f"--min-tissue is {self.min_tissue}; expected a share from 0 to 1")
         if self.region_classes and self.regions is None:
             raise BadInput("--region-class goes with --regions")
         if self.regions is not None and not self.regions.exists():

@@ -15,35 +15,7 @@ from .jobs import Job
 from .meter import Meter
 from .metrics_page import metrics_page
 from .pipeline import embed_jobs
-from .results import EmbedOptions, Result
-
-
-@dataclass(frozen=True)
-class EncoderChoice:
-    """Which encoder, and how it is to run; small enough to be sent to other machines.
-
-    Attributes:
-        spec: ``default``, a bundle's folder, or ``triton://…``.
-        bundle: that the encoder must be equal to, or None.
-        engine: of an encoder in this process.
-        precision: of an encoder in this process.
-        batch: tiles per run, or None for the best.
-        streams: of an encoder in this process; one per core when None.
-    """
-
-    spec: str
-    bundle: Path | None = None
-    engine: str = "auto"
-    precision: str = "f32"
-    batch: int | None = None
-    streams: int | None = None
-
-    def open(self) -> Encoder:
-        """Open the encoder."""
-        expect = read_manifest(self.bundle) if self.bundle is not None else None
-        return open_encoder(
-            self.spec, expect, self.engine, self.precision, self.batch, self.streams
-        )
+from .results import EmbedOptions, EncoderChoice, Result
 
 
 @dataclass(frozen=True)
@@ -61,6 +33,14 @@ class Ran:
     manifest: Manifest
     encoder: dict[str, Any]
     speed: dict[str, Any]
+
+
+def open_chosen(choice: EncoderChoice) -> Encoder:
+    """Open the encoder that was chosen."""
+    expect = read_manifest(choice.bundle) if choice.bundle is not None else None
+    return open_encoder(
+        choice.spec, expect, choice.engine, choice.precision, choice.batch, choice.streams
+    )
 
 
 def run_here(
@@ -83,7 +63,7 @@ def run_here(
         metrics: ``[HOST:]PORT`` of a Prometheus page while it runs.
         results: filled with the result of each job as it ends.
     """
-    encoder, meter = choice.open(), Meter()
+    encoder, meter = open_chosen(choice), Meter()
     try:
         with metrics_page(metrics, meter):
             found = embed_jobs(jobs, encoder, out, options, progress, meter, results)

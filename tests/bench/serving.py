@@ -28,7 +28,8 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
 from made import bundle_of, large_pyramid
 from triton_server import TritonServer
 
-from histoseek.export.triton import TritonOptions, write_repository
+from histoseek.export.options import TritonOptions
+from histoseek.export.triton import write_repository
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.meter import Meter
 from histoseek.serving.embedding.pipeline import PIECE, embed_jobs

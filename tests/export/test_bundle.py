@@ -14,6 +14,7 @@ from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.export.bundle import export_run, load_run, parity_tiles
 from histoseek.export.onnx_graph import Graph
+from histoseek.export.options import ExportOptions
 from histoseek.training.commands import select
 from histoseek.training.data import load, split
 from histoseek.training.fit_arcface import ArcFaceOptions, fit
@@ -32,7 +33,7 @@ def test_the_bundle_is_complete_and_loads_in_older_runtimes(run, tile_folder, tm
     from histoseek.serving.encoders.onnx import OnnxEncoder
 
     manifest = export_run(
-        run, tmp_path / "b", open_tiles(tile_folder), build, mpp=0.5, licence="CC0"
+        run, tmp_path / "b", open_tiles(tile_folder), build, ExportOptions(mpp=0.5, licence="CC0")
     )
     assert {p.name for p in (tmp_path / "b").iterdir()} == {
         "encoder.onnx", "manifest.json", "MODEL_CARD.md", "parity.json", "run.json",
@@ -63,7 +64,7 @@ def test_averaged_views_make_a_turned_tile_the_same(run, tile_folder, tmp_path, 
     from histoseek.serving.encoders.onnx import OnnxEncoder
 
     tiles = open_tiles(tile_folder)
-    assert export_run(run, tmp_path / "b", tiles, build, views=views).views == views
+    assert export_run(run, tmp_path / "b", tiles, build, ExportOptions(views=views)).views == views
     encoder, images = OnnxEncoder(tmp_path / "b"), sample_tiles(tiles, 64, 6)
     upright = encoder.embed(images)
     assert np.allclose(np.linalg.norm(upright, axis=1), 1, atol=1e-5)
@@ -73,14 +74,14 @@ def test_averaged_views_make_a_turned_tile_the_same(run, tile_folder, tmp_path, 
         mirrored = np.abs(encoder.embed(np.ascontiguousarray(turned[:, :, ::-1])) - upright).max()
         assert views < 8 or mirrored < 1e-5
     with pytest.raises(BadInput, match="--views"):
-        export_run(run, tmp_path / "c", tiles, build, views=3)
+        export_run(run, tmp_path / "c", tiles, build, ExportOptions(views=3))
 
 
 def test_pca_lives_in_the_graph(run, tile_folder, tmp_path):
     from histoseek.serving.encoders.onnx import OnnxEncoder
 
     tiles = open_tiles(tile_folder)
-    manifest = export_run(run, tmp_path / "b", tiles, build, pca=0.9)
+    manifest = export_run(run, tmp_path / "b", tiles, build, ExportOptions(pca=0.9))
     assert manifest.dim < 24
     images = sample_tiles(tiles, 64, 12)
     _, encoder, basis = load_run(run, build)
@@ -92,7 +93,7 @@ def test_pca_lives_in_the_graph(run, tile_folder, tmp_path):
     reduced /= np.linalg.norm(reduced, axis=1, keepdims=True)
     assert np.abs(OnnxEncoder(tmp_path / "b").embed(images) - reduced).max() < 1e-4
     with pytest.raises(BadInput, match="--pca"):
-        export_run(run, tmp_path / "c", tiles, build, pca=1.5)
+        export_run(run, tmp_path / "c", tiles, build, ExportOptions(pca=1.5))
 
 
 def test_whitening_makes_the_components_count_alike(run, tile_folder, tmp_path):
@@ -105,7 +106,7 @@ def test_whitening_makes_the_components_count_alike(run, tile_folder, tmp_path):
         whole = Graph(encoder, encoder.mean, encoder.std)(torch.from_numpy(images)).numpy()
     for power in (0.5, 1.0):
         out = tmp_path / f"w{power}"
-        manifest = export_run(run, out, tiles, build, pca=0.9, whiten=power)
+        manifest = export_run(run, out, tiles, build, ExportOptions(pca=0.9, whiten=power))
         rows = basis["pca.components"][: manifest.dim].numpy()
         flat = (whole - basis["pca.mean"].numpy()) @ rows.T
         flat /= basis["pca.variance"][: manifest.dim].numpy() ** (power / 2)
@@ -113,7 +114,7 @@ def test_whitening_makes_the_components_count_alike(run, tile_folder, tmp_path):
         assert np.abs(OnnxEncoder(out).embed(images) - flat).max() < 1e-4
     for wrong in ({"whiten": 2.0, "pca": 0.9}, {"whiten": 0.5}):
         with pytest.raises(BadInput, match="--whiten"):
-            export_run(run, tmp_path / "c", tiles, build, **wrong)
+            export_run(run, tmp_path / "c", tiles, build, ExportOptions(**wrong))
 
 
 @pytest.mark.shared
@@ -178,7 +179,7 @@ def test_clusters_found_in_training_are_those_of_the_atlas(tile_folder, tmp_path
     found = Atlas(tmp_path / "atlas").assign(vectors)
     assert [row["cluster"] for row in found] == assign(vectors, centres).tolist()
     assert sum(row["unknown"] for row in found) < 10
-    export_run(tmp_path / "run", tmp_path / "four", tiles, build, views=4)
+    export_run(tmp_path / "run", tmp_path / "four", tiles, build, ExportOptions(views=4))
     assert not (tmp_path / "four/clusters.npz").exists()  # they are of embeddings of one view
     with pytest.raises(BadInput, match="ships no clusters"):
         Atlas.create(tmp_path / "plain", tmp_path / "four").fit("encoder")

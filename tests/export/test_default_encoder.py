@@ -14,10 +14,12 @@ from histoseek.artifacts.manifest import CARD, GRAPH, read_manifest
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.export.bundle import export_run
+from histoseek.export.options import ExportOptions
 from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 from histoseek.training.models import build
-from histoseek.training.recipes import find_recipe, parse_options
+from histoseek.training.recipes import find_recipe
+from histoseek.ui.cli.options import parse
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "training" / "default_run"
@@ -59,7 +61,7 @@ def test_the_documented_command_is_that_of_its_run():
             kept.append(word)
     assert asked["--exclude"] == selection["exclude"]
     assert asked["--label-from"] == selection["label_from"]
-    assert asdict(parse_options(find_recipe("arcface"), kept)) == record["options"]
+    assert asdict(parse(find_recipe("arcface").options, kept, "arcface")) == record["options"]
 
 
 @pytest.mark.shared
@@ -67,10 +69,10 @@ def test_it_is_exported_again_from_its_run(shared, tmp_path):
     assert (RUN / "run.json").read_text() == (DEFAULT_BUNDLE / "run.json").read_text()
     shipped = read_manifest(DEFAULT_BUNDLE)
     source = open_tiles(shared / "lc25000.tar")
-    made = export_run(
-        RUN, tmp_path / "again", source, build, shipped.name, shipped.mpp, views=shipped.views,
-        licence=shipped.licence, notes=NOTES.read_text(),
-    )  # fmt: skip
+    options = ExportOptions(
+        shipped.name, shipped.mpp, views=shipped.views, licence=shipped.licence, notes=NOTES
+    )
+    made = export_run(RUN, tmp_path / "again", source, build, options)
     assert (made.dim, made.gate, made.size_px) == (shipped.dim, shipped.gate, shipped.size_px)
     tiles = sample_tiles(source, shipped.size_px, 64)
     again, ours = (OnnxEncoder(b).embed(tiles) for b in (tmp_path / "again", DEFAULT_BUNDLE))

@@ -12,7 +12,8 @@ from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.export.bundle import export_run
 from histoseek.export.onnx_graph import Graph, to_onnx
-from histoseek.export.triton import TritonOptions, write_repository
+from histoseek.export.options import TritonOptions
+from histoseek.export.triton import write_repository
 from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.encoders.open import open_encoder
 from histoseek.training.data import load

@@ -13,7 +13,8 @@ from histoseek.artifacts.manifest import read_manifest
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.errors import BadInput, Mismatch
-from histoseek.export.triton import TritonOptions, write_repository
+from histoseek.export.options import TritonOptions
+from histoseek.export.triton import write_repository
 from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 

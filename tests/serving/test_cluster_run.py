@@ -12,8 +12,8 @@ from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import Unavailable
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.ray import run_on_ray
-from histoseek.serving.embedding.results import EmbedOptions
-from histoseek.serving.embedding.run import EncoderChoice, run_here
+from histoseek.serving.embedding.results import EmbedOptions, EncoderChoice
+from histoseek.serving.embedding.run import run_here
 
 LOSE_A_NODE = """
 import json, os, sys, threading, time
@@ -24,7 +24,7 @@ from ray.cluster_utils import Cluster
 from histoseek.serving.embedding.ray import run_on_ray
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.results import EmbedOptions
-from histoseek.serving.embedding.run import EncoderChoice
+from histoseek.serving.embedding.results import EncoderChoice
 
 slides, out, bundle = sys.argv[1:4]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})

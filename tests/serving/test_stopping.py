@@ -19,7 +19,8 @@ import pytest
 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.artifacts.manifest import read_manifest
-from histoseek.export.triton import TritonOptions, write_repository
+from histoseek.export.options import TritonOptions
+from histoseek.export.triton import write_repository
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 ROUNDS = int(os.environ.get("HISTOSEEK_STOP_ROUNDS", "2"))

@@ -21,7 +21,8 @@ from histoseek.artifacts.manifest import read_manifest
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.errors import BadInput, Mismatch, Unavailable
-from histoseek.export.triton import TritonOptions, write_repository
+from histoseek.export.options import TritonOptions
+from histoseek.export.triton import write_repository
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions

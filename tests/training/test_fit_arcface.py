@@ -22,7 +22,8 @@ from histoseek.training.data import load, split
 from histoseek.training.evaluate import embed, to_input
 from histoseek.training.fit_arcface import ArcFaceOptions, EmbeddingNet, fit
 from histoseek.training.models import build
-from histoseek.training.recipes import describe_options, find_recipe, parse_options
+from histoseek.training.recipes import describe_options, find_recipe
+from histoseek.ui.cli.options import parse
 
 SMALL = {"size_px": 64, "epochs": 3, "batch": 16, "folds": 3, "accelerator": "cpu"}
 
@@ -265,28 +266,27 @@ def test_data_without_the_target_is_refused(tile_folder, tmp_path):
         fit(ArcFaceOptions(**SMALL, target="group"), ungrouped, tmp_path / "b", silent)
 
 
-def test_options_come_from_the_dataclass_and_say_what_is_wrong():
-    recipe = find_recipe("arcface")
-    options = parse_options(
-        recipe, ["--margin", "0.3", "--easy-margin", "--no-flip", "--target=group"]
-    )
+def test_options_come_from_the_model_and_say_what_is_wrong():
+    model = find_recipe("arcface").options
+    words = ["--margin", "0.3", "--easy-margin", "--no-flip", "--target=group"]
+    options = parse(model, words, "arcface")
     assert (options.margin, options.easy_margin, options.flip, options.target) == (
         0.3,
         True,
         False,
         "group",
     )
-    assert all(meaning for _, _, meaning in describe_options(recipe))
+    assert all(meaning for _, _, meaning in describe_options(model))
     for words, says in (
         (["--margins", "1"], "--margin"),
         (["--epochs", "many"], "int"),
-        (["--epochs"], "needs a value"),
+        (["--epochs"], "requires an argument"),
         (["--target", "slide"], "label, group"),
         (["--folds", "1"], "folds is 1"),
         (["--crop-px", "500"], "crop_px is 500"),
     ):
         with pytest.raises(BadInput, match=says):
-            parse_options(recipe, words)
+            parse(model, words, "arcface")
     with pytest.raises(BadInput, match="choose one of: arcface, autoencoder"):
         find_recipe("simclr")
 

@@ -7,7 +7,7 @@ import torch
 from histoseek.errors import BadInput
 from histoseek.training.data import LabelledTiles
 from histoseek.training.foreign import fit_gate, foreign_tiles, judge_gate, restained
-from histoseek.training.models.gate import STATISTICS, StainGate, colour_statistics, shrink
+from histoseek.training.models.gate import STATISTICS, TissueGate, colour_statistics, shrink
 
 
 def test_foreign_pictures_repeat_by_seed_and_have_no_tissues_colours(tissue):
@@ -54,11 +54,11 @@ def test_a_gate_learns_from_tissue_alone_to_refuse_what_is_none(tissue):
     tiles = np.stack([tissue[y : y + 64, x : x + 64] for y, x in corners])
     numbers = np.arange(60)
     data = LabelledTiles(tiles, numbers * 0, numbers, numbers, ("a",), (), {}, True)
-    gate = StainGate()
+    gate = TissueGate()
     fit_gate(gate, data, numbers[:40], 0)
     alarms, caught = (row["value"] for row in judge_gate(gate, tiles[40:], 0)["gate"])
     assert alarms < 0.1 and caught > 0.9
-    again = StainGate()
+    again = TissueGate()
     fit_gate(again, data, numbers[:40], 0)
     assert torch.equal(gate.weight, again.weight)
     cat = torch.from_numpy(chelsea()[100:164, 150:214].copy()).permute(2, 0, 1)[None].float() / 255
@@ -71,4 +71,4 @@ def test_a_gate_for_which_no_tile_can_be_read_is_refused(tissue, monkeypatch):
     data = LabelledTiles(tiles, numbers * 0, numbers, numbers, ("a",), (), {}, True)
     monkeypatch.setattr(LabelledTiles, "read", lambda self, rows: (tiles[:2], rows[:2]))
     with pytest.raises(BadInput, match="2 of the training tiles drawn for the gate"):
-        fit_gate(StainGate(), data, numbers, 0)
+        fit_gate(TissueGate(), data, numbers, 0)

@@ -15,12 +15,13 @@ from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import Tile, TileSet
 from histoseek.errors import BadInput, Mismatch
 from histoseek.training.checkpoint import load_encoder, load_tensors
+from histoseek.training.components import Chain
 from histoseek.training.data import load
 from histoseek.training.evaluate import embed, embed_numbers
 from histoseek.training.fit_autoencoder import AutoencoderOptions
 from histoseek.training.fit_classifier import ClassifierOptions
 from histoseek.training.fit_dac import Clustering, DacOptions
-from histoseek.training.fit_deepcluster import Chain, DeepClusterOptions, PseudoLabels, cluster
+from histoseek.training.fit_deepcluster import DeepClusterOptions, PseudoLabels, cluster
 from histoseek.training.kmeans import assign, cluster_tensors, kmeans, literal_minibatch
 from histoseek.training.models import build
 from histoseek.training.recipes import RECIPES
@@ -420,13 +421,13 @@ def test_the_rate_falls_on_a_plateau_and_training_stops(tile_folder, tmp_path):
 
 
 def test_the_plateau_is_torchs():
-    from histoseek.training.job import _plateau_factor
+    from histoseek.training.steps import plateau_factor
 
     options = AutoencoderOptions(plateau=2, plateau_factor=0.1)
-    assert _plateau_factor([], options) == 1
-    assert _plateau_factor([1.0, 0.9, 0.8, 0.7], options) == 1
-    assert _plateau_factor([1.0, 1.0, 1.0, 1.0], options) == pytest.approx(0.1)
-    assert _plateau_factor([1.0] * 7, options) == pytest.approx(0.01)
+    assert plateau_factor([], options) == 1
+    assert plateau_factor([1.0, 0.9, 0.8, 0.7], options) == 1
+    assert plateau_factor([1.0, 1.0, 1.0, 1.0], options) == pytest.approx(0.1)
+    assert plateau_factor([1.0] * 7, options) == pytest.approx(0.01)
 
 
 def test_the_best_epoch_is_kept(tile_folder, tmp_path):

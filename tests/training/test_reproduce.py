@@ -148,7 +148,7 @@ def test_what_a_protocol_cannot_do_is_refused_before_it_starts(kinds, tmp_path):
         ("arcface", {"seeds": 11}, "has 10 folds"),
         ("ae-dac", {"size_px": 50}, "28, 32, 96"),
         ("topology-sweep", {}, "pass --size-px 32"),
-        ("arcface", {"limit": -5}, "expected 0 or more"),
+        ("arcface", {"limit": -5}, "--limit is -5; expected at least 0"),
         ("arcface", {"preset": "mine"}, "authors, paper"),
     ):
         with pytest.raises(BadInput, match=says):
@@ -216,7 +216,7 @@ def test_listing_and_dry_run(tile_folder, tmp_path, cli, cli_json):
     assert listed["models"]["p4m-cnn"]["paper"].startswith("002")
     assert set(listed["protocols"]) == set(PROTOCOLS)
     flags = {row["flag"]: row["meaning"] for row in listed["recipes"]["dac"]["options"]}
-    assert "weight of the loss on pairs" in flags["--beta"] and flags["--precision"]
+    assert "Weight of the loss on pairs" in flags["--beta"] and flags["--precision"]
     assert cli("train", "--list").returncode == 0
     plan = cli_json(
         "train", "autoencoder", tile_folder, "--dry-run", "--model", "cnn-ae", "--epochs", 2
@@ -226,3 +226,10 @@ def test_listing_and_dry_run(tile_folder, tmp_path, cli, cli_json):
     shown = cli("train", "autoencoder", "--dry-run", "--model", "fc-ae")
     assert shown.returncode == 0 and "35,092,692 parameters" in shown.stdout
     assert "nothing was trained" in shown.stdout and not list(tmp_path.iterdir())
+
+
+def test_help_of_a_recipe_shows_its_options(cli):
+    shown = " ".join(cli("train", "arcface", "--help").stdout.split())
+    assert "Options of recipe arcface:" in shown and "--easy-margin" not in shown
+    assert "--batch <int> Tiles per step and device. [at least 2] [default: 32]" in shown
+    assert "Options of recipe" not in cli("train", "--help").stdout

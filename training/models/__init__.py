@@ -17,7 +17,7 @@ from .densenet import build_densenet, build_densenet121
 from .efficientnet_lite import build_efficientnet_lite0
 from .embedding import AutoEncoder, Encoder
 from .fc_ae import build_fc_ae
-from .gate import StainGate
+from .gate import TissueGate
 from .mobilenet_v3 import build_mobilenet_v3_small
 from .p4m_cnn import build_p4m_cnn
 from .resnet_ae import build_resnet_ae
@@ -112,7 +112,7 @@ def build(model: str, chain: int = 0, gate: bool = False, **options: Any) -> Enc
     if chain:
         encoder.attach_chain(chain)
     if gate:
-        encoder.gate = StainGate()
+        encoder.gate = TissueGate()
     return encoder
 
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ...errors import BadInput
-from .gate import StainGate
+from .gate import TissueGate
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
 IMAGENET_STD = (0.229, 0.224, 0.225)
@@ -32,8 +32,8 @@ class Encoder(nn.Module):
         top: linear classifier (F, classes) that training may use, or None; not part of ``forward``.
         chain: affine map (F, D) after the head that was fitted to the features (PCA, whitening), or
             None; F is D where there is none.
-        gate: tells from shrunken pixels how foreign a tile is, (N,), or None; not part of ``forward``,
-            but of the exported graph.
+        gate: scores shrunken pixels, 0 tissue to 1 out of distribution, (N,), or None; part of
+            the exported graph, not of ``forward``.
     """
 
     def __init__(
@@ -56,7 +56,7 @@ class Encoder(nn.Module):
         self.top = nn.Linear(dim, classes) if classes else None
         self.relu_before_top = relu_before_top
         self.chain: nn.Linear | None = None
-        self.gate: StainGate | None = None
+        self.gate: TissueGate | None = None
         self.size_px = size_px
         self.dim = dim
         self.tail = tuple(tail)

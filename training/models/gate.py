@@ -1,7 +1,7 @@
-"""Is this stained tissue at all? A linear look at a tile's colours, beside whatever the net sees in it.
+"""The tissue gate: a linear classifier on colour statistics that detects tiles out of distribution.
 
-A net that was trained on tissue alone puts a photograph somewhere among tissue. How stains absorb light is
-simpler to tell: the gate reads means, spreads and correlations of the channels' optical densities.
+A net that was trained on tissue alone embeds a photograph near some tissue. The gate looks at how stains
+absorb light: means, spreads and correlations of the channels' optical densities.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from torch import nn
 
 POOL = 4
 LIMIT = 5.0
-"""Statistics further than so many standard deviations from the mean count as that far."""
+"""Statistics are clipped at this many standard deviations from the mean."""
 SHARPNESS = 2.0
 STATISTICS = 25
 
@@ -60,8 +60,8 @@ def colour_statistics(small: torch.Tensor) -> torch.Tensor:
     )
 
 
-class StainGate(nn.Module):
-    """From shrunken pixels (N, 3, H, H) in 0..1 to how foreign they are, 0 (tissue) to 1, float (N,).
+class TissueGate(nn.Module):
+    """Map shrunken pixels (N, 3, H, H) in 0..1 to a score: 0 tissue, 1 out of distribution, (N,).
 
     Attributes:
         centre: (25,) means of the statistics.
@@ -71,7 +71,7 @@ class StainGate(nn.Module):
     """
 
     def __init__(self) -> None:
-        """Make a gate that takes everything for half foreign, until it is fitted."""
+        """Make a gate that gives every tile a score of one half until it is fitted."""
         super().__init__()
         self.centre = nn.Buffer(torch.zeros(STATISTICS))
         self.scale = nn.Buffer(torch.ones(STATISTICS))
@@ -83,7 +83,7 @@ class StainGate(nn.Module):
         return shrink(tiles)
 
     def forward(self, small: torch.Tensor) -> torch.Tensor:
-        """Return how foreign each tile is, 0 to 1."""
+        """Return the score of each tile, 0 (tissue) to 1 (out of distribution)."""
         found = (colour_statistics(small) - self.centre) * self.scale
         logit = (found.clamp(-LIMIT, LIMIT) * self.weight).sum(1) + self.bias
         return torch.sigmoid(SHARPNESS * logit)

@@ -58,24 +58,27 @@ def build_resnet_ae(
     if size_px != SIZE_PX:
         raise BadInput(f"size_px is {size_px}; this net closes at {SIZE_PX} px only")
 
-    def norm(channels: int) -> list[nn.Module]:
-        return [nn.BatchNorm2d(channels), nn.ReLU()]
+    encoder = _encoder(dim, dropout)
+    return AutoEncoder(encoder, _decoder(dim, dropout, decoder_norm), size_px, dim)
 
-    def after(channels: int) -> list[nn.Module]:
-        return norm(channels) if decoder_norm else [nn.ReLU(), nn.Dropout(dropout)]
 
-    encoder = nn.Sequential(
+def _norm(channels: int) -> list[nn.Module]:
+    return [nn.BatchNorm2d(channels), nn.ReLU()]
+
+
+def _encoder(dim: int, dropout: float) -> nn.Sequential:
+    return nn.Sequential(
         nn.Conv2d(3, 64, 6, 2, 2, bias=False),
-        *norm(64),
+        *_norm(64),
         nn.MaxPool2d(4, 2, 1),
         ResBlock(64, 256, 5),
-        *norm(256),
+        *_norm(256),
         nn.MaxPool2d(4, 2, 1),
         ResBlock(256, 512, 7),
-        *norm(512),
+        *_norm(512),
         nn.MaxPool2d(4, 2, 1),
         nn.Conv2d(512, 512, 4, 2, 1),
-        *norm(512),
+        *_norm(512),
         nn.MaxPool2d(2),
         nn.AdaptiveAvgPool2d(1),
         nn.Flatten(),
@@ -85,7 +88,13 @@ def build_resnet_ae(
         nn.ReLU(),
         nn.Linear(256, dim),
     )
-    decoder = nn.Sequential(
+
+
+def _decoder(dim: int, dropout: float, norm: bool) -> nn.Sequential:
+    def after(channels: int) -> list[nn.Module]:
+        return _norm(channels) if norm else [nn.ReLU(), nn.Dropout(dropout)]
+
+    return nn.Sequential(
         nn.BatchNorm1d(dim),
         nn.ReLU(),
         nn.Linear(dim, 256),
@@ -109,4 +118,3 @@ def build_resnet_ae(
         nn.ConvTranspose2d(64, 3, 6, 2, 2),
         nn.Sigmoid(),
     )
-    return AutoEncoder(encoder, decoder, size_px, dim)

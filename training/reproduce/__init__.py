@@ -9,9 +9,10 @@ from typing import Any
 from ...artifacts.tilesets import TileSet
 from ...console import Report as Progress
 from ...errors import unknown_name
+from ..study_options import StudyOptions
 from . import ae_dac, arcface, breast_ae, p4m_deepcluster, topology_sweep
 from .report import Report
-from .study import Study, StudyOptions
+from .study import Study
 
 
 @dataclass(frozen=True)
@@ -63,4 +64,4 @@ def reproduce(
     return protocol.run(Study(options, tiles, progress)).write(options.out)
 
 
-__all__ = ["PROTOCOLS", "Protocol", "StudyOptions", "find_protocol", "reproduce"]
+__all__ = ["PROTOCOLS", "Protocol", "find_protocol", "reproduce"]

@@ -71,12 +71,13 @@ def reproduce(study: Study) -> Report:
     epochs = study.pick(*SCHEDULE["clustering"], options.epochs)
     parts = set(filter(None, options.parts.split(",")))
     rates = {"lr_cluster": 1e-4, "eta": 0.0 if epochs < 75 else -1.0}
+    every = max(1, epochs // 5)
     common: dict[str, Any] = {
         "model": SIZES[size_px],
         "judge": False,
-        "judge_every": max(1, epochs // 5),
+        "judge_every": every,
+        **rates,
     }
-    common |= rates
     grid_seeds = 1 if "grid" in parts else 0
     study.cells = 4 * seeds + 25 * grid_seeds
     published = PUBLISHED.get(study.whole.name, {})
@@ -97,11 +98,8 @@ def reproduce(study: Study) -> Report:
         for name, method in METHODS.items():
             record = start
             if method != "ae-kmeans":
-                begun: dict[str, Any] = (
-                    {"start": str(options.out / "runs" / f"ae-kmeans-{seed}")}
-                    if method != "dac"
-                    else {}
-                )
+                folder = options.out / "runs" / f"ae-kmeans-{seed}"
+                begun: dict[str, Any] = {} if method == "dac" else {"start": str(folder)}
                 record = study(
                     f"{method}-{seed}", "dac", method=method, pretrain=0, epochs=epochs, seed=seed,
                     **begun, **common,
@@ -114,7 +112,6 @@ def reproduce(study: Study) -> Report:
     report.tables.append(_table(title, found, published, 100 / classes))
     if "table4" in parts:
         report.tables.append(_by_clusters(study, seeds, pretrain, epochs, common))
-    every = common["judge_every"]
     measured = [*range(every, epochs, every), epochs]
     _draw(study, report, size_px, history, measured)
     if "grid" in parts:

@@ -54,38 +54,17 @@ def reproduce(study: Study) -> Report:
     records: dict[str, list[dict[str, Any]]] = {name: [] for name in LOSSES}
     if lite0:
         records[LITE0_ROW] = []
+    own: dict[str, Any]
+    shared: dict[str, Any] = {"size_px": size_px, "split": options.split, "stain": 0.0}
+    half = max(1, epochs // 2)
     for fold in range(folds):
+        shared |= {"fold": fold, "folds": FOLDS}
         if lite0:
-            records[LITE0_ROW].append(
-                study(
-                    f"lite0-{fold}",
-                    "arcface",
-                    model=LITE0,
-                    weights=LITE0,
-                    epochs_head=max(1, epochs // 2),
-                    epochs_tail=max(1, epochs // 2),
-                    size_px=size_px,
-                    fold=fold,
-                    folds=FOLDS,
-                    split=options.split,
-                    stain=0.0,
-                )
-            )
+            own = {"model": LITE0, "weights": LITE0, "epochs_head": half, "epochs_tail": half}
+            records[LITE0_ROW].append(study(f"lite0-{fold}", "arcface", **own, **shared))
         for name, loss in LOSSES.items():
-            records[name].append(
-                study(
-                    f"{loss}-{fold}",
-                    "arcface",
-                    loss=loss,
-                    margin=MARGINS[loss],
-                    size_px=size_px,
-                    epochs=epochs,
-                    fold=fold,
-                    folds=FOLDS,
-                    split=options.split,
-                    stain=0.0,
-                )  # fmt: skip
-            )
+            own = {"loss": loss, "margin": MARGINS[loss], "epochs": epochs}
+            records[name].append(study(f"{loss}-{fold}", "arcface", **own, **shared))
     for title, key in CLUSTERINGS.items():
         report.tables.append(_table(f"{title}, held-out folds of {study.whole.name}", key, records))
     report.tables.append(_retrieval(records))

@@ -80,6 +80,42 @@ def reproduce(study: Study) -> Report:
         clustering=f"k-means ({rule}), K = {len(names)}, on the training part's codes",
         positive=positive,
     )  # fmt: skip
+    _say_what_differs(study, report, names)
+    found: dict[str, list[tuple[float, float, float]]] = {"k-means on pixels": []}
+    found |= {name: [] for name in NETS} | {"DenseNet, supervised": []}
+    trivial: list[tuple[float, float, float]] = []
+    used: dict[str, str] = {}
+    for fold in range(folds):
+        data = study.load(50)
+        parts = split(data, FOLDS, fold, 0, options.split, validate=True)
+        trivial.append(_trivial(data, parts, positive))
+        pixels = data.tiles.reshape(len(data), -1).astype(np.float32) / 255
+        found["k-means on pixels"].append(
+            _score(pixels[parts.train], pixels[parts.test], data, parts, rule, positive)
+        )
+        for name, net in NETS.items():
+            score, used[name] = _row(study, name, net, fold, rule, positive)
+            found[name].append(score)
+        record = study(
+            f"densenet-{fold}", "classifier", model="densenet", epochs=_epochs(study, (30, 1)),
+            batch=_batch(study, 1000), lr=1e-3 if options.epochs else 1e-4, fold=fold, folds=FOLDS,
+            split=options.split, judge=False,
+        )  # fmt: skip
+        found["DenseNet, supervised"].append(
+            _score_classifier(study.encoder(f"densenet-{fold}"), data, parts, positive)
+        )
+        used["DenseNet, supervised"] = _extent(record)
+    report.tables.append(_table(study, found, trivial))
+    report.notes.append(
+        "Training: " + "; ".join(f"{name}: {text}" for name, text in used.items()) + "."
+    )
+    _draw(study, report)
+    return report
+
+
+def _say_what_differs(study: Study, report: Report, names: list[str]) -> None:
+    """Note how the data and the training differ from the paper's."""
+    options = study.options
     idc = study.whole.name.startswith("idc") or set(names) == {"0", "1"}
     if not idc:
         report.notes.append(
@@ -94,42 +130,6 @@ def reproduce(study: Study) -> Report:
         "published k-means is below the former, the best autoencoder 3 points above.",
         "The published split is one shuffle of patches, so that patients are in both parts.",
     ]
-    found: dict[str, list[tuple[float, float, float]]] = {"k-means on pixels": []}
-    found |= {name: [] for name in NETS} | {"DenseNet, supervised": []}
-    trivial: list[tuple[float, float, float]] = []
-    used: dict[str, str] = {}
-    for fold in range(folds):
-        data = study.load(50)
-        parts = split(data, FOLDS, fold, 0, options.split, validate=True)
-        trivial.append(_trivial(data, parts, positive))
-        pixels = data.tiles.reshape(len(data), -1).astype(np.float32) / 255
-        found["k-means on pixels"].append(
-            _score(pixels[parts.train], pixels[parts.test], data, parts, rule, positive)
-        )
-        for name, net in NETS.items():
-            tiles = draw(study.tiles, options.limit_large) if net.large else study.tiles
-            record = _train(study, name, net, fold, tiles)
-            own = study.load(_side(net), tiles)
-            mine = split(own, FOLDS, fold, 0, options.split, validate=True)
-            encoder = study.encoder(f"{net.model}-{fold}")
-            train, kept = embed_numbers(encoder, own, mine.train, unit=False)
-            test, read = embed_numbers(encoder, own, mine.test, unit=False)
-            shown = Split(kept, mine.validate, read, mine.by)
-            found[name].append(_score(train, test, own, shown, rule, positive))
-            used[name] = (
-                f"{len(record['epochs'])} epochs, {record['split']['train_tiles']} tiles trained on"
-            )
-        record = study(
-            f"densenet-{fold}", "classifier", model="densenet", epochs=_epochs(study, (30, 1)),
-            batch=_batch(study, 1000), lr=1e-3 if options.epochs else 1e-4, fold=fold, folds=FOLDS,
-            split=options.split, judge=False,
-        )  # fmt: skip
-        found["DenseNet, supervised"].append(
-            _score_classifier(study.encoder(f"densenet-{fold}"), data, parts, positive)
-        )
-        used["DenseNet, supervised"] = (
-            f"{len(record['epochs'])} epochs, {record['split']['train_tiles']} tiles trained on"
-        )
     if options.epochs:
         report.notes.append(
             f"At most {options.epochs} epochs instead of the paper's 30 to 70; DenseNet then takes "
@@ -139,12 +139,25 @@ def reproduce(study: Study) -> Report:
         report.notes.append(
             "AlexNet and ResNet AE are trained and judged on fewer tiles than the other rows."
         )
-    report.tables.append(_table(study, found, trivial))
-    report.notes.append(
-        "Training: " + "; ".join(f"{name}: {text}" for name, text in used.items()) + "."
-    )
-    _draw(study, report)
-    return report
+
+
+def _row(
+    study: Study, name: str, net: Net, fold: int, rule: str, positive: str
+) -> tuple[tuple[float, float, float], str]:
+    """Train an autoencoder on a fold; return the score of its clusters, and the extent of training."""
+    tiles = draw(study.tiles, study.options.limit_large) if net.large else study.tiles
+    record = _train(study, name, net, fold, tiles)
+    own = study.load(_side(net), tiles)
+    mine = split(own, FOLDS, fold, 0, study.options.split, validate=True)
+    encoder = study.encoder(f"{net.model}-{fold}")
+    train, kept = embed_numbers(encoder, own, mine.train, unit=False)
+    test, read = embed_numbers(encoder, own, mine.test, unit=False)
+    shown = Split(kept, mine.validate, read, mine.by)
+    return _score(train, test, own, shown, rule, positive), _extent(record)
+
+
+def _extent(record: dict[str, Any]) -> str:
+    return f"{len(record['epochs'])} epochs, {record['split']['train_tiles']} tiles trained on"
 
 
 def _side(net: Net) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import MissingPart
+from ...errors import need
 from ...metrics import Floats, Ints
 
 MOST_POINTS = 3000
@@ -21,11 +21,7 @@ COLOURS = (
 
 
 def _plot() -> Any:
-    try:
-        import matplotlib
-    except ImportError as error:
-        raise MissingPart("figures need matplotlib: pip install 'histoseek[train]'") from error
-    matplotlib.use("Agg")
+    need("matplotlib", "train").use("Agg")
     import matplotlib.pyplot as plt
 
     return plt

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -22,59 +20,8 @@ from ..evaluate import to_input
 from ..models import AutoEncoder, Encoder
 from ..recipes import find_recipe
 from ..run import RECORD, WEIGHTS
+from ..study_options import StudyOptions
 from .report import Report
-
-PRESETS = ("authors", "paper")
-
-
-@dataclass(frozen=True)
-class StudyOptions:
-    """Options of every protocol.
-
-    Attributes:
-        out: folder of the report and its runs; a protocol that was killed goes on where it was.
-        command: as it was typed, for the report.
-        preset: authors (what their code does) or paper (what the text says): of breast-ae, whose text
-            and code differ in clustering, weight decay and learning rate.
-        quick: few epochs, seeds and cells: shows that it works, measures nothing.
-        seeds: how many seeds (or folds); 0 for the protocol's own.
-        epochs: of every training; 0 for the protocol's own.
-        limit: most tiles, drawn by group; 0 for all.
-        limit_large: likewise for nets of more than 2 GMACs; 0 for ``limit``.
-        split: group, or tile as the paper has it (leaky).
-        positive: the label that counts as positive in F1; the last one if empty.
-        parts: parts of the protocol beside its main table, joined by commas.
-        size_px: side of a tile, where the protocol leaves it open; 0 for its own.
-        widths: of the P4M CNN; the preset's if empty.
-        accelerator: cpu, cuda, mps or auto.
-        precision: Lightning's name.
-    """
-
-    out: Path
-    command: str = ""
-    preset: str = "authors"
-    quick: bool = False
-    seeds: int = 0
-    epochs: int = 0
-    limit: int = 0
-    limit_large: int = 0
-    split: str = "group"
-    positive: str = ""
-    parts: str = ""
-    size_px: int = 0
-    widths: str = ""
-    accelerator: str = "auto"
-    precision: str = "32-true"
-
-    def __post_init__(self) -> None:
-        """Check the choices."""
-        if self.preset not in PRESETS:
-            raise BadInput(f"preset is {self.preset!r}; expected one of: {', '.join(PRESETS)}")
-        for name in ("seeds", "epochs", "limit", "limit_large", "size_px"):
-            if getattr(self, name) < 0:
-                raise BadInput(f"{name} is {getattr(self, name)}; expected 0 or more")
-        if self.split not in {"group", "tile"}:
-            raise BadInput(f"split is {self.split!r}; expected group or tile")
 
 
 class Study:

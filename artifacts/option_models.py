@@ -1,0 +1,174 @@
+"""Options of a stage as a frozen pydantic dataclass: one line per option.
+
+::
+
+    @options
+    class EmbedOptions:
+        jobs: Annotated[int | None, Field(ge=1, le=512, description="Decoder workers.")] = None
+
+``EmbedOptions(jobs=0)`` raises BadInput: "--jobs is 0; expected 1 to 512 (Decoder workers)". The module
+:mod:`cli_options` makes command-line flags from the same model.
+"""
+
+from __future__ import annotations
+
+import types
+from dataclasses import MISSING, dataclass
+from typing import (
+    Any,
+    Literal,
+    TypeVar,
+    Union,
+    dataclass_transform,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
+
+from pydantic import ConfigDict, Field, ValidationError
+from pydantic.dataclasses import dataclass as pydantic_dataclass
+
+from ..errors import BadInput
+
+Model = TypeVar("Model")
+
+
+@dataclass(frozen=True)
+class Flag:
+    """How an option appears on the command line; stands in its ``Annotated``.
+
+    Attributes:
+        name: of the flag, if not that of the option.
+        hidden: whether ``--help`` leaves it out.
+        offered: whether there is a flag at all.
+    """
+
+    name: str = ""
+    hidden: bool = False
+    offered: bool = True
+
+
+HIDDEN = Flag(hidden=True)
+PYTHON_ONLY = Flag(offered=False)
+
+
+@dataclass(frozen=True)
+class Option:
+    """One option of a model.
+
+    Attributes:
+        name: of the field.
+        flag: as it is typed, such as ``--min-tissue``.
+        type: without None: int, float, str, bool, Path, a Literal or a tuple.
+        default: ``MISSING`` if a value is required.
+        meaning: one sentence.
+        expected: range or choices, in words; empty if any value of the type will do.
+        cli: the flag's marker.
+    """
+
+    name: str
+    flag: str
+    type: Any
+    default: Any
+    meaning: str
+    expected: str
+    cli: Flag
+
+    @property
+    def type_name(self) -> str:
+        """The type in one word; a Literal is a str."""
+        return "str" if get_origin(self.type) is Literal else getattr(self.type, "__name__", "str")
+
+    @property
+    def help(self) -> str:
+        """The meaning, and the range in brackets."""
+        return f"{self.meaning} [{self.expected}]" if self.expected else self.meaning
+
+
+@dataclass_transform(frozen_default=True)
+def options(model: type[Model]) -> type[Model]:
+    """Make a class a frozen pydantic dataclass that raises BadInput for a wrong value.
+
+    A subclass sets another default by ``name: type = value``; range and meaning are inherited.
+    """
+    inherited: Any = next((base for base in model.__mro__[1:] if is_options(base)), None)
+    if inherited is not None:
+        hints = get_type_hints(inherited, include_extras=True)
+        own = model.__annotations__
+        kept = [
+            n for n in own if n in inherited.__dataclass_fields__ and "Annotated" not in str(own[n])
+        ]
+        own |= {name: hints[name] for name in kept}
+    made: Any = pydantic_dataclass(
+        model, frozen=True, config=ConfigDict(allow_inf_nan=False, extra="forbid")
+    )
+    checked = made.__init__
+
+    def __init__(self: Any, *values: Any, **named: Any) -> None:
+        try:
+            checked(self, *values, **named)
+        except ValidationError as error:
+            raise explain(error, made) from error
+
+    made.__init__ = __init__
+    result: type[Model] = made
+    return result
+
+
+def is_options(model: Any) -> bool:
+    """Tell whether a class was made by :func:`options`."""
+    return isinstance(model, type) and hasattr(model, "__pydantic_fields__")
+
+
+def read_options(model: type[Any]) -> list[Option]:
+    """Return the options of a model in order, inherited ones included."""
+    found = []
+    for name, info in model.__pydantic_fields__.items():
+        cli = next((m for m in info.metadata if isinstance(m, Flag)), Flag())
+        kind = info.annotation
+        if get_origin(kind) in (Union, types.UnionType):
+            kind = next(part for part in get_args(kind) if part is not type(None))
+        bounds = {key: getattr(m, key) for m in info.metadata for key in _BOUNDS if hasattr(m, key)}
+        default = MISSING if info.is_required() else info.default
+        flag = cli.name or f"--{name.replace('_', '-')}"
+        text = info.description or ""
+        found.append(Option(name, flag, kind, default, text, _expected(kind, bounds), cli))
+    return found
+
+
+_BOUNDS = ("ge", "gt", "le", "lt")
+
+
+def _expected(kind: Any, bounds: dict[str, float]) -> str:
+    if get_origin(kind) is Literal:
+        return "one of: " + ", ".join(str(choice) or "'' (none)" for choice in get_args(kind))
+    if {"ge", "le"} <= bounds.keys():
+        return f"{bounds['ge']:,} to {bounds['le']:,}"
+    words = {"ge": "at least", "gt": "over", "le": "at most", "lt": "under"}
+    return " and ".join(f"{words[key]} {bounds[key]:,}" for key in _BOUNDS if key in bounds)
+
+
+def explain(error: ValidationError, model: type[Any]) -> BadInput:
+    """Translate pydantic's error: each option with its flag, its value and what was expected."""
+    known = {option.name: option for option in read_options(model)}
+    lines = []
+    for found in error.errors(include_url=False):
+        option = known.get(str(found["loc"][0])) if found["loc"] else None
+        if option is None or found["type"].startswith("missing"):
+            where = ".".join(map(str, found["loc"]))
+            flags = ", ".join(o.flag for o in known.values())
+            lines.append(f"option {where!r}: {found['msg']}; the options are: {flags}")
+            continue
+        expected = option.expected
+        if found["type"].endswith(("_parsing", "_type", "_from_float")):
+            expected = f"a value of type {option.type_name}" + (expected and f", {expected}")
+        meaning = option.meaning.split(";")[0].split(". ")[0].rstrip(".")
+        hint = f" ({meaning})" if meaning and not expected.startswith("one of") else ""
+        lines.append(
+            f"{option.flag} is {found['input']!r}; expected {expected or found['msg']}{hint}"
+        )
+    return BadInput("\n".join(lines))
+
+
+__all__ = ["HIDDEN", "PYTHON_ONLY", "Field", "Flag", "Option", "explain", "is_options", "options",
+           "read_options"]  # fmt: skip

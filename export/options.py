@@ -1,0 +1,57 @@
+"""Options of ``histoseek export`` and ``histoseek triton repository``; without torch."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+from ..artifacts.option_models import HIDDEN, Field, options
+from ..errors import BadInput
+
+
+@options
+class ExportOptions:
+    """How a run becomes a bundle; each option is a flag of ``histoseek export``."""
+
+    # fmt: off
+    name: Annotated[str | None,
+        Field(description="Name of the encoder; the folder's if left out.")] = None
+    mpp: Annotated[float | None,
+        Field(ge=0.01, le=100, description="µm per pixel to read slides at.")] = None
+    pca: Annotated[float | None,
+        Field(gt=0, le=1, description="Keep this share of the variance by PCA in the graph.")] = None
+    whiten: Annotated[float,
+        Field(ge=0, le=1, description="With --pca, divide each component by its standard deviation to "
+        "this power: 0 keeps their scale, 1 weighs all alike.")] = 0.0
+    views: Annotated[int,
+        Field(description="Average over 2 half turns, 4 quarter turns, 8 with mirror images; 1: "
+        "none.")] = 1
+    licence: Annotated[str, Field(description="Licence of the weights.")] = "not stated"
+    notes: Annotated[Path | None, Field(description="Markdown file to add to the model card.")] = (None)
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Check that there are components to whiten.
+
+        Raises:
+            BadInput: ``whiten`` without ``pca``.
+        """
+        if self.whiten and self.pca is None:
+            raise BadInput(f"--whiten {self.whiten} needs --pca: it scales principal components")
+
+
+@options
+class TritonOptions:
+    """How a server runs a model; each option is a flag of ``histoseek triton repository``."""
+
+    # fmt: off
+    max_batch: Annotated[int, Field(ge=1, le=1024, description="Most tiles per run.")] = 64
+    instances: Annotated[int,
+        Field(ge=1, le=64, description="Copies per GPU; without a GPU: cores.")] = 2
+    queue: Annotated[int,
+        Field(ge=1, le=100_000, description="Most requests that wait; more are refused."), HIDDEN] = 256
+    delay_us: Annotated[int,
+        Field(ge=0, le=1_000_000, description="Microseconds to wait for a full batch."), HIDDEN] = 1000
+    fp16: Annotated[bool,
+        Field(description="Also write <name>-fp16, computed in half precision.")] = False
+    # fmt: on

@@ -1,0 +1,151 @@
+"""Parts of a training step: phase, objective, devices, optimiser and learning rate."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import lightning_fabric
+import numpy as np
+import torch
+from lightning_fabric.plugins.precision import MixedPrecision
+from torch import nn
+
+from ..errors import BadInput
+from ..metrics import Ints
+from .augment import Augmentation
+from .data import LabelledTiles, Split
+from .models import Encoder
+from .options import TrainingOptions
+
+STILL = Augmentation(0, 0, 0, False, 0, 0, 0, 0)
+
+
+@dataclass(frozen=True)
+class Phase:
+    """A stretch of epochs in which the same layers are trained for the same loss.
+
+    Attributes:
+        name: in the record; unique in a recipe.
+        epochs: number of epochs.
+        lr: learning rate.
+        tail: train the last layers of an otherwise frozen backbone.
+        all_layers: train everything.
+    """
+
+    name: str
+    epochs: int
+    lr: float
+    tail: bool = False
+    all_layers: bool = True
+
+
+class TrainingJob(Protocol):
+    """What an objective may ask of the job that trains it: tiles, their split, the devices."""
+
+    data: LabelledTiles
+    parts: Split
+    fabric: lightning_fabric.Fabric
+
+
+class Objective(nn.Module, ABC):
+    """An encoder with the heads that the loss of a recipe needs."""
+
+    encoder: Encoder
+    looks: bool = False
+    """Whether ``forward`` also takes the placement of each tile, (N, 2, 3), from augment.placement."""
+
+    def begin_phase(self, phase: Phase) -> None:
+        """Set which layers the phase trains; by default all."""
+        self.train()
+
+    def begin_epoch(
+        self, job: TrainingJob, phase: Phase, epoch: int, optimizer: Any
+    ) -> dict[str, float]:
+        """Prepare an epoch; return values to log."""
+        return {}
+
+    @abstractmethod
+    def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return ``loss`` and its parts, means over tiles (N, 3, S, S) with dataset numbers (N,)."""
+
+
+def ahead(fetch: Callable[[Ints], Any], shares: Sequence[Ints]) -> Iterator[Any]:
+    """Yield ``fetch(share)`` in order, with the next one on its way."""
+    with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
+        coming = reader.submit(fetch, shares[0])
+        for share in shares[1:]:
+            following = reader.submit(fetch, share)
+            yield coming.result()
+            coming = following
+        yield coming.result()
+
+
+def open_fabric(options: TrainingOptions) -> tuple[lightning_fabric.Fabric, Any]:
+    """Return Fabric, and the gradient scaler of 16-mixed, which the checkpoint must hold."""
+    plugins: list[Any] = []
+    scaler = None
+    precision: Any = options.precision
+    try:
+        if precision == "16-mixed" and torch.cuda.is_available():
+            scaler = torch.amp.GradScaler("cuda")
+            plugins, precision = [MixedPrecision("16-mixed", "cuda", scaler)], None
+        fabric = lightning_fabric.Fabric(
+            accelerator=options.accelerator,
+            devices=options.devices,
+            precision=precision,
+            plugins=plugins or None,
+        )
+    except (ValueError, RuntimeError, TypeError) as error:
+        raise BadInput(
+            f"accelerator {options.accelerator!r}, devices {options.devices}, precision "
+            f"{options.precision!r}: {error}"
+        ) from error
+    return fabric, scaler
+
+
+def silent(done: int, total: int, text: str) -> None:
+    """Report nothing; every process but the first does so."""
+
+
+def make_optimizer(options: TrainingOptions, phase: Phase, net: nn.Module) -> torch.optim.Optimizer:
+    """Return the optimiser of the options for the weights that the phase trains."""
+    trained = [p for p in net.parameters() if p.requires_grad]
+    decay = options.weight_decay
+    if options.optimiser == "adam":
+        return torch.optim.Adam(trained, lr=phase.lr, weight_decay=decay)
+    if options.optimiser == "adamw":
+        return torch.optim.AdamW(trained, lr=phase.lr, weight_decay=decay)
+    if options.optimiser == "sgd":
+        return torch.optim.SGD(trained, lr=phase.lr, momentum=0.9, weight_decay=decay)
+    return torch.optim.RMSprop(trained, lr=phase.lr, weight_decay=decay)
+
+
+def watched_loss(row: dict[str, Any]) -> float:
+    """Return the validation loss, or the training loss without validation."""
+    value: float = row.get("validation_loss", row["loss"])
+    return value
+
+
+def plateau_factor(losses: list[float], options: TrainingOptions) -> float:
+    """Return the factor on the learning rate that torch's ReduceLROnPlateau reaches over ``losses``.
+
+    Computed anew from the history each time, so that a resumed run needs no state for it.
+    """
+    if not options.plateau:
+        return 1.0
+    optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+    plan = torch.optim.lr_scheduler.ReduceLROnPlateau(
+        optimizer, factor=options.plateau_factor, patience=options.plateau
+    )
+    for loss in losses:
+        plan.step(loss)
+    return float(optimizer.param_groups[0]["lr"])
+
+
+def combine_seeds(*numbers: int) -> int:
+    """Return one seed that follows from all the numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,0 +1,201 @@
+"""The verbs that make encoders: train, reproduce, export, triton repository."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from dataclasses import replace
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from ... import console
+from ...console import Json
+from ...errors import BadInput, MissingPart
+from ...export.options import ExportOptions, TritonOptions
+from ...training.study_options import StudyOptions
+from .options import command_for, parse, with_flags
+
+ANY_FLAG = {"allow_extra_args": True, "ignore_unknown_options": True}
+triton_app = typer.Typer(help="Serve encoders by NVIDIA Triton.", no_args_is_help=True)
+
+Also = Annotated[list[Path] | None, typer.Option(help="More data; repeatable.")]
+Exclude = Annotated[
+    list[str] | None, typer.Option(help="Leave out COLUMN=VALUE[,VALUE…]; repeatable.")
+]
+LabelFrom = Annotated[
+    str, typer.Option(help="Manifest columns that make the label, joined by comma.")
+]
+
+
+class TrainCommand(TyperCommand):
+    """``train``, whose ``--help`` also lists the options of the recipe that is named."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Keep the words for the help text, which is printed before they are parsed."""
+        ctx.meta["words"] = list(args)
+        return super().parse_args(ctx, args)
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options of the verb, then those of the recipe."""
+        super().format_options(ctx, formatter)
+        if len(ctx.meta["words"]) < 2:
+            return
+        _need_torch()
+        from ...training.recipes import RECIPES
+
+        for name in [word for word in ctx.meta["words"] if word in RECIPES][:1]:
+            rows = [p.get_help_record(ctx) for p in command_for(RECIPES[name].options, name).params]
+            with formatter.section(f"Options of recipe {name}"):
+                formatter.write_dl([row for row in rows if row and row[0] != "--help"])
+
+
+def train(
+    context: typer.Context,
+    recipe: Annotated[
+        str, typer.Argument(help="Name of a recipe; RECIPE --help shows its options.")
+    ] = "",
+    data: Annotated[
+        Path | None, typer.Argument(help="Folder, .csv manifest, .tar or .npz of labelled tiles.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
+    also: Also = None,
+    exclude: Exclude = None,
+    label_from: LabelFrom = "label",
+    cross_validate: Annotated[
+        bool, typer.Option("--cross-validate", help="Train every fold, into OUT/fold-<n>.")
+    ] = False,
+    list_recipes: Annotated[
+        bool, typer.Option("--list", help="List recipes, models and options.")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="Print the model's layers and the cost; train nothing."),
+    ] = False,
+    json: Json = False,
+) -> None:
+    """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value …]."""
+    _need_torch()
+    from ...training import commands
+    from ...training.recipes import find_recipe
+
+    if list_recipes:
+        commands.show_recipes()
+        return
+    rules, columns = exclude or [], label_from.split(",")
+    words = list(context.args)
+    if data is not None and str(data).startswith("--"):  # an option of the recipe, and no DATA
+        words, data = [str(data), *words], None
+    if not recipe or ((data is None or out is None) and not dry_run):
+        raise BadInput("expected: histoseek train RECIPE DATA --out RUN (or --list, or --dry-run)")
+    options = parse(find_recipe(recipe).options, words, f"recipe {recipe}")
+    sources = [data, *(also or [])] if data else []
+    if dry_run:
+        commands.dry_run(
+            recipe, options, sources, lambda given: commands.select(given, rules, columns)
+        )
+    elif out is not None:
+        commands.train(recipe, options, sources, out, rules, columns, cross_validate)
+
+
+@with_flags
+def reproduce(
+    protocol: Annotated[str, typer.Argument(help="breast-ae, ae-dac, p4m-deepcluster, …")],
+    data: Annotated[
+        Path, typer.Option(help="The paper's data in its own layout, or any labelled set.")
+    ],
+    options: StudyOptions,
+    also: Also = None,
+    exclude: Exclude = None,
+    label_from: LabelFrom = "label",
+    json: Json = False,
+) -> None:
+    """Run a paper's table: published number, ours, trivial baseline, side by side."""
+    _need_torch()
+    from ...training import commands
+
+    rules, columns = exclude or [], label_from.split(",")
+    commands.reproduce(
+        protocol,
+        [data, *(also or [])],
+        lambda given: commands.select(given, rules, columns),
+        replace(options, command=f"histoseek {shlex.join(sys.argv[1:])}"),
+    )
+
+
+@with_flags
+def export(
+    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
+    out: Annotated[Path, typer.Option(help="Folder of the bundle; must not exist.")],
+    options: ExportOptions,
+    tiles: Annotated[
+        Path | None,
+        typer.Option(help="Real tiles for the parity test; the run's data if left out."),
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Export a run to an encoder bundle: ONNX graph, manifest, parity proof, model card."""
+    _need_torch()
+    from ...export.bundle import export_run, parity_tiles
+    from ...training.layouts import open_data
+    from ...training.models import build
+
+    source = parity_tiles(run, tiles, open_data)
+    with console.working("exporting, and proving parity on real tiles"):
+        manifest = export_run(run, out, source, build, options)
+    document = {"bundle": str(out), **manifest.model_dump()}
+    console.emit(
+        document,
+        lambda: console.say(
+            f"{out}: encoder {manifest.name}, {manifest.dim}-d, sha256 {manifest.sha256[:12]}…, "
+            f"parity proven ({out / 'parity.json'})"
+        ),
+    )
+
+
+@triton_app.callback()
+def triton() -> None:
+    """Serve encoders by NVIDIA Triton."""
+
+
+@triton_app.command()
+@with_flags
+def repository(
+    bundles: Annotated[list[str], typer.Argument(help="Encoder bundles, or 'default'.")],
+    out: Annotated[Path, typer.Option(help="Folder of the model repository.")],
+    options: TritonOptions,
+    tiles: Annotated[
+        Path | None, typer.Option(help="Real tiles to measure the loss of --fp16 on.")
+    ] = None,
+    json: Json = False,
+) -> None:
+    """Write a Triton model repository: one model per bundle; a changed encoder adds a version."""
+    from dataclasses import asdict
+
+    from ...artifacts.tileset_files import open_tiles
+    from ...export.triton import write_repository
+    from ...serving.encoders.open import bundle_path
+
+    with console.working("writing the repository, and measuring parity"):
+        written = write_repository(
+            [bundle_path(b) for b in bundles], out, options, open_tiles(tiles) if tiles else None
+        )
+    rows = [(w.model, w.version, w.precision, f"{w.cosine_error:.1e}") for w in written]
+    console.emit(
+        {"repository": str(out), "models": [asdict(w) for w in written]},
+        lambda: console.table(
+            str(out), ("model", "version", "precision", "1 - cosine to the bundle"), rows
+        ),
+    )
+
+
+def _need_torch() -> None:
+    parts = ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript")
+    missing = [part for part in parts if find_spec(part) is None]  # without the time to import them
+    if missing:
+        raise MissingPart(
+            f"training and export need {', '.join(missing)}: pip install 'histoseek[train]'"
+        )
