@@ -36,7 +36,7 @@ from histoseek.artifacts.files import sha256_file
 from histoseek.artifacts.manifest import INPUT, OUTPUT
 from histoseek.export.onnx_graph import Graph, to_onnx
 from histoseek.index.atlas import Atlas
-from histoseek.index.clusters import fit as fit_clusters
+from histoseek.index.clusters.fit import fit as fit_clusters
 from histoseek.index.studies.scores import average_precision, votes
 from histoseek.metrics import clustering_report
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE

@@ -23,7 +23,7 @@ import sklearn.metrics  # noqa: F401
 from atlases import features, filled, grouped
 
 from histoseek.index.atlas import Atlas
-from histoseek.index.vectors import index as vectors
+from histoseek.index.vectors import build, files
 
 NAMES = [f"slide-{n}" for n in range(4)] + ["late-0", "late-1"]
 
@@ -87,10 +87,8 @@ def die_at(count):
     for name in ("replace", "fsync", "unlink", "rename", "chmod"):
         setattr(os, name, before(getattr(os, name)))
     Path.write_bytes = before(Path.write_bytes)
-    vectors.write_main = before(vectors.write_main)
-    import histoseek.index.vectors.generations as generations
-
-    generations.write_main = before(generations.write_main)
+    files.write_main = before(files.write_main)
+    build.write_main = before(build.write_main)
     connect = sqlite3.connect
 
     def traced(*args, **kwargs):

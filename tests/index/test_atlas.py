@@ -270,7 +270,7 @@ def test_metadata_gives_labels_and_patients(atlas, tmp_path):
 
 def test_readers_see_what_a_writer_committed(atlas, tmp_path):
     reader = Atlas(atlas.path)
-    reader.index()
+    reader.view()
     item = features(tmp_path / "late.h5", seed=31)
     atlas.add([item])
     assert reader.search(read_features(item).features[:1], 1)[0][0].slide == "late"

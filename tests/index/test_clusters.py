@@ -6,8 +6,8 @@ from sklearn.datasets import load_digits, make_blobs, make_moons
 
 from histoseek.artifacts.manifest import FOREIGN
 from histoseek.errors import BadInput, Damaged
-from histoseek.index.clusters import fit
 from histoseek.index.clusters.clustering import Clustering
+from histoseek.index.clusters.fit import fit
 
 
 def digits():

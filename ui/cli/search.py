@@ -71,8 +71,10 @@ def search(
     pictures, tiles = images or [], tile or []
     if not pictures and not tiles:
         raise BadInput("nothing to look for: give pictures, or --tile with the id of a tile")
-    read, failed = read_images(pictures, opened.manifest.size_px)
     others = [Path(name) for name in unlike or () if not name.isdigit()]
+    if pictures or others:
+        check_images(opened)
+    read, failed = read_images(pictures, opened.manifest.size_px)
     unlike_read, refused = read_images(others, opened.manifest.size_px)
     query = Query(
         images=tuple(read.values()), tiles=tuple(tiles), unlike_images=tuple(unlike_read.values()),
@@ -168,6 +170,7 @@ def assign(
     from ...index.atlas import Atlas
 
     opened = Atlas(atlas)
+    check_images(opened)
     read, failed = read_images(images, opened.manifest.size_px)
     assigned: list[dict[str, Any]] = []
     if read:
@@ -216,6 +219,19 @@ def read_images(
             reason = {"type": type(error).__name__, "message": str(error)}
             failed[path] = {"query": str(path), "error": reason}
     return read, failed
+
+
+def check_images(atlas: Atlas) -> None:
+    """Refuse images where the atlas's encoder is not here.
+
+    Raises:
+        BadInput: the atlas holds features of another tool.
+    """
+    if atlas.manifest.external:
+        raise BadInput(
+            f"encoder {atlas.manifest.name!r} is known by name only, so images cannot be embedded; ask with "
+            "--tile, or `index similar --features`"
+        )
 
 
 def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
