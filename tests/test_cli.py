@@ -10,24 +10,24 @@ from histoseek import __version__, console
 
 @pytest.fixture(scope="module")
 def atlas(tmp_path_factory, tile_folder):
-    import subprocess
-    import sys
+    from histoseek.index.atlas import Atlas
+    from histoseek.serving.embedding.jobs import find_jobs
+    from histoseek.serving.embedding.pipeline import embed_jobs
+    from histoseek.serving.embedding.results import EmbedOptions
+    from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 
     folder = tmp_path_factory.mktemp("cli")
-    run = [sys.executable, "-m", "histoseek"]
-    for words in (
-        ["embed", tile_folder, "--out", folder / "features"],
-        ["index", "create", folder / "atlas"],
-        ["index", "add", folder / "atlas", folder / "features"],
-        ["index", "fit", folder / "atlas"],
-    ):
-        subprocess.run([*run, *map(str, words)], check=True, capture_output=True)
+    found = find_jobs([tile_folder])
+    embed_jobs(found, open_encoder("default"), folder / "features", EmbedOptions(), lambda *_: None)
+    made = Atlas.create(folder / "atlas", DEFAULT_BUNDLE)
+    made.add(sorted((folder / "features").rglob("*.h5")))
+    made.fit("kmeans")
     return folder / "atlas"
 
 
-def test_version_and_help(cli):
-    assert cli("--version").stdout == f"histoseek {__version__}\n"
-    text = cli("--help").stdout
+def test_version_and_help(cli_process):
+    assert cli_process("--version").stdout == f"histoseek {__version__}\n"
+    text = cli_process("--help").stdout
     for verb in ("demo", "train", "export", "embed", "index", "ui", "doctor"):
         assert verb in text
 
@@ -99,10 +99,10 @@ def test_errors_are_one_json_document_and_exit_1(cli, cli_json, tmp_path, tile_f
         assert human.returncode == 1 and human.stdout == "" and "Traceback" not in human.stderr
 
 
-def test_wrong_usage_exits_2(cli):
-    assert cli("embed").returncode == 2
-    assert cli("no-such-verb").returncode == 2
-    missing = cli("embed", "--json")
+def test_wrong_usage_exits_2(cli_process):
+    assert cli_process("embed").returncode == 2
+    assert cli_process("no-such-verb").returncode == 2
+    missing = cli_process("embed", "--json")
     assert missing.returncode == 2 and "inputs" in json.loads(missing.stdout)["error"]["message"]
 
 
@@ -118,10 +118,10 @@ def test_train_list_shows_recipes_models_and_options(cli, cli_json):
 def test_train_export_embed_search_with_an_encoder_of_ones_own(cli_json, tile_folder, tmp_path):
     run, bundle, atlas = tmp_path / "run", tmp_path / "mine", tmp_path / "atlas"
     record = cli_json(
-        "train", "arcface", tile_folder, "--out", run, "--size-px", 64, "--epochs", 20,
+        "train", "arcface", tile_folder, "--out", run, "--size-px", 64, "--epochs", 4,
         "--batch", 8, "--lr", 0.003, "--dropout", 0, "--margin", 0.2, "--folds", 3, "--accelerator", "cpu",
     )  # fmt: skip
-    assert record["split"]["by"] == "group" and len(record["epochs"]) == 20
+    assert record["split"]["by"] == "group" and len(record["epochs"]) == 4
     manifest = cli_json("export", run, "--out", bundle, "--name", "mine", "--mpp", 0.5)
     assert (manifest["size_px"], manifest["dim"], manifest["name"]) == (64, 64, "mine")
     report = cli_json("embed", tile_folder, "--encoder", bundle, "--out", tmp_path / "f")
@@ -157,12 +157,12 @@ def test_demo_finds_the_place_the_crop_was_cut_from(cli_json, tmp_path):
     assert again["hits"] == document["hits"]
 
 
-def test_json_is_the_only_thing_on_stdout(cli, tile_folder, tmp_path):
-    done = cli("embed", tile_folder, "--out", tmp_path / "f", "--json")
+def test_json_is_the_only_thing_on_stdout(cli_process, tile_folder, tmp_path):
+    done = cli_process("embed", tile_folder, "--out", tmp_path / "f", "--json")
     assert json.loads(done.stdout)["ok"]
 
 
-def test_json_ends_with_the_command(cli_here_json, cli_here, tmp_path):
-    cli_here_json("index", "stats", tmp_path / "none", expect=1)
+def test_json_ends_with_the_command(cli_json, tmp_path):
+    cli_json("index", "stats", tmp_path / "none", expect=1)
     console.say("for a person")
     assert not console.mode.json

@@ -39,43 +39,43 @@ def same(now, then):
     return now == then
 
 
-def test_the_atlas_opens_and_answers_as_before(cli_here_json, former, answers):
+def test_the_atlas_opens_and_answers_as_before(cli_json, former, answers):
     atlas = former / "atlas"
-    assert cli_here_json("index", "verify", atlas)["problems"] == []
+    assert cli_json("index", "verify", atlas)["problems"] == []
     asked = former / "tiles/tissue/03.png"
-    assert same(cli_here_json("index", "search", atlas, asked, "-k", 5), answers["hits"])
-    assert same(cli_here_json("index", "similar", atlas, "case-1"), answers["similar"])
-    assert same(cli_here_json("index", "stats", atlas), answers["stats"])
+    assert same(cli_json("index", "search", atlas, asked, "-k", 5), answers["hits"])
+    assert same(cli_json("index", "similar", atlas, "case-1"), answers["similar"])
+    assert same(cli_json("index", "stats", atlas), answers["stats"])
 
 
-def test_the_atlas_can_be_changed(cli_here_json, former, answers, tmp_path):
+def test_the_atlas_can_be_changed(cli_json, former, answers, tmp_path):
     atlas = shutil.copytree(former / "atlas", tmp_path / "atlas")
-    cli_here_json("index", "remove", atlas, "tiles")
-    assert cli_here_json("index", "fit", atlas, "--k", 4, "--name", "new")
-    assert cli_here_json("index", "add", atlas, former / "features")["ok"]
-    assert cli_here_json("index", "verify", atlas)["problems"] == []
-    tiles = cli_here_json("index", "stats", atlas)["tiles"]
+    cli_json("index", "remove", atlas, "tiles")
+    assert cli_json("index", "fit", atlas, "--k", 4, "--name", "new")
+    assert cli_json("index", "add", atlas, former / "features")["ok"]
+    assert cli_json("index", "verify", atlas)["problems"] == []
+    tiles = cli_json("index", "stats", atlas)["tiles"]
     assert tiles == answers["stats"]["tiles"]
 
 
-def test_features_go_into_a_new_atlas(cli_here_json, former, answers, tmp_path):
+def test_features_go_into_a_new_atlas(cli_json, former, answers, tmp_path):
     atlas = tmp_path / "atlas"
-    cli_here_json("index", "create", atlas, "--encoder", former / "bundle")
+    cli_json("index", "create", atlas, "--encoder", former / "bundle")
     table = former / "cases.csv"
-    assert cli_here_json("index", "add", atlas, former / "features", "--metadata", table)["ok"]
-    (first, *_) = cli_here_json("index", "search", atlas, former / "tiles/tissue/03.png", "-k", 5)
+    assert cli_json("index", "add", atlas, former / "features", "--metadata", table)["ok"]
+    (first, *_) = cli_json("index", "search", atlas, former / "tiles/tissue/03.png", "-k", 5)
     assert [h["score"] for h in first] == pytest.approx(
         [h["score"] for h in answers["hits"][0]], abs=2e-5
     )
 
 
-def test_the_run_exports_the_same_encoder(cli_here_json, former, tmp_path):
+def test_the_run_exports_the_same_encoder(cli_json, former, tmp_path):
     out = tmp_path / "again"
-    cli_here_json(
+    cli_json(
         "export", former / "run", "--out", out, "--name", "former", "--mpp", 0.5,
         "--tiles", former / "tiles",
     )  # fmt: skip
-    done = cli_here_json("embed", former / "slides", "--encoder", out, "--out", tmp_path / "f")
+    done = cli_json("embed", former / "slides", "--encoder", out, "--out", tmp_path / "f")
     then = json.loads((former / "features/run.json").read_text())["results"]
     tiles = {one["name"]: one["tiles"] for one in then}
     assert {one["name"]: one["tiles"] for one in done["results"]} == {

@@ -39,11 +39,11 @@ def may_make_networks():
     not may_make_networks(),
     reason="no network of one's own here",
 )
-def test_nothing_leaves_the_machine(make_slide, cli, tmp_path):
+def test_nothing_leaves_the_machine(make_slide, cli_process, tmp_path):
     slide = make_slide(tmp_path / "case.tiff", side=700)
-    cli("embed", slide, "--out", tmp_path / "features", check=True)
-    cli("index", "create", tmp_path / "atlas", check=True)
-    cli("index", "add", tmp_path / "atlas", tmp_path / "features", check=True)
+    cli_process("embed", slide, "--out", tmp_path / "features", check=True)
+    cli_process("index", "create", tmp_path / "atlas", check=True)
+    cli_process("index", "add", tmp_path / "atlas", tmp_path / "features", check=True)
     here = [sys.executable, "-m", "histoseek"]
     commands = {
         "a lookup, to see that it is seen": [sys.executable, "-c", LOOKUP],

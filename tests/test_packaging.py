@@ -2,9 +2,9 @@
 
 import ast
 import os
+import resource
 import subprocess
 import sys
-import time
 import tomllib
 import zipfile
 from pathlib import Path
@@ -99,12 +99,18 @@ def test_stages_without_torch_import_where_torch_is_forbidden(tmp_path):
 
 
 def test_help_takes_less_than_half_a_second():
+    """Of the processor, which other work on the machine does not lengthen."""
+
+    def spent():
+        usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+        return usage.ru_utime + usage.ru_stime
+
     def seconds(*command):
         best = []
         for _ in range(5):
-            started = time.perf_counter()
+            before = spent()
             subprocess.run([sys.executable, *command], check=True, capture_output=True)
-            best.append(time.perf_counter() - started)
+            best.append(spent() - before)
         return min(best)
 
     ours = seconds("-m", "histoseek", "--help")

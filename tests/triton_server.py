@@ -4,9 +4,11 @@ The wheel has Triton's python backend only, so `tests/triton_backends/onnxruntim
 onnxruntime backend; the model repositories are served unmodified.
 """
 
+import contextlib
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -114,8 +116,9 @@ class TritonServer:
         ]
         with open(self.work / "triton.log", "wb") as log:
             self.process = subprocess.Popen(
-                list(map(str, command)), env=env, stdout=log, stderr=log, preexec_fn=self.preexec
-            )
+                list(map(str, command)), env=env, stdout=log, stderr=log, preexec_fn=self.preexec,
+                start_new_session=True,
+            )  # fmt: skip
         end = time.monotonic() + timeout_s
         while self.process.poll() is None and time.monotonic() < end:
             try:  # over HTTP, because a refused gRPC channel waits a second before it tries again
@@ -129,16 +132,20 @@ class TritonServer:
         return False
 
     def kill(self):
-        self.process.kill()
+        self._kill_all()
         self.process.wait()
+
+    def _kill_all(self):
+        """Kill the server and the processes of its backends, which outlive it otherwise."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
 
     def stop(self):
         if self.process is not None and self.process.poll() is None:
             self.process.terminate()
-            try:
+            with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(15)
-            except subprocess.TimeoutExpired:
-                self.kill()
+            self.kill()
 
     def __enter__(self):
         return self.start()

@@ -12,7 +12,7 @@ from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import sample_tiles
 from histoseek.export.bundle import export_run
 from histoseek.export.onnx_graph import Graph, to_onnx
-from histoseek.export.options import TritonOptions
+from histoseek.export.options import ExportOptions, TritonOptions
 from histoseek.export.triton import write_repository
 from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.encoders.open import open_encoder
@@ -22,17 +22,17 @@ from histoseek.training.models import MODELS, build
 from histoseek.training.run import RunFolder
 
 
-@pytest.fixture(scope="module")
-def bundles(tile_folder, tmp_path_factory):
-    """A bundle of every model with random weights, batch norms calibrated on real tiles."""
-    folder = tmp_path_factory.mktemp("bundles")
+@pytest.fixture(scope="session")
+def bundle(tile_folder, made_once):
+    """The bundle of a model with random weights, batch norms calibrated on real tiles."""
     tiles = open_tiles(tile_folder)
     few = tiles.take(range(0, len(tiles), 6))
-    for name in MODELS:
+
+    def export(name, folder):
         torch.manual_seed(0)
         encoder = build(name)
         calibrate(encoder, load(few, encoder.size_px, lambda *_: None).tiles)
-        run = RunFolder(folder / f"run-{name}", {})
+        run = RunFolder(folder / "run", {})
         data = {
             "name": "tiles",
             "fingerprint": "0",
@@ -46,23 +46,24 @@ def bundles(tile_folder, tmp_path_factory):
             "split": {"by": "group", "train_tiles": 0, "held_out_tiles": 0}, "metrics": {},
         }  # fmt: skip
         run.finish(encoder.state_dict(), {"model": name}, record)
-        export_run(folder / f"run-{name}", folder / name, few, build)
-    return folder
+        export_run(folder / "run", folder / name, few, build, ExportOptions(name=name))
+
+    return lambda name: made_once(f"bundle-{name}", lambda folder: export(name, folder)) / name
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_the_graph_is_the_net_on_real_tiles(name, bundles, tile_folder):
-    parity = json.loads((bundles / name / "parity.json").read_text())
+def test_the_graph_is_the_net_on_real_tiles(name, bundle, tile_folder):
+    parity = json.loads((bundle(name) / "parity.json").read_text())
     assert parity["tiles"] == 12
     assert parity["max_abs"] <= 1e-4 and parity["max_cosine_error"] <= 1e-6
     assert parity["batch_max_abs"] <= 1e-5
-    encoder = OnnxEncoder(bundles / name)
+    encoder = OnnxEncoder(bundle(name))
     found = encoder.embed(sample_tiles(open_tiles(tile_folder), encoder.manifest.size_px, 9))
     assert found.shape == (9, encoder.manifest.dim)
     assert np.allclose(np.linalg.norm(found, axis=1), 1, atol=1e-4)
     assert (found @ found.T).min() < 0.9999  # tiles are told apart
     weights = sum(p.numel() * 4 for p in build(name).backbone.parameters())
-    graph = (bundles / name / "encoder.onnx").stat().st_size
+    graph = (bundle(name) / "encoder.onnx").stat().st_size
     assert graph < 1.1 * weights + 75_000_000 * (name == "sobel-alexnet") + 2_000_000  # no decoder
 
 
@@ -85,13 +86,13 @@ def test_kernels_that_are_computed_from_weights_are_constants_of_the_graph(tile_
     assert np.abs(plain[0] - plain[1]).max() > 1e-2
 
 
-def test_triton_serves_every_model(bundles, tile_folder, tmp_path, triton):
+def test_triton_serves_every_model(bundle, tile_folder, tmp_path, triton):
     options = TritonOptions(max_batch=8, instances=1)
-    write_repository([bundles / name for name in MODELS], tmp_path / "models", options)
+    write_repository([bundle(name) for name in MODELS], tmp_path / "models", options)
     server = triton(tmp_path / "models")
     tiles = open_tiles(tile_folder)
     for name in MODELS:
-        local = OnnxEncoder(bundles / name)
+        local = OnnxEncoder(bundle(name))
         remote = open_encoder(server.url(name), local.manifest)
         pictures = sample_tiles(tiles, local.manifest.size_px, 5)
         assert np.abs(remote.embed(pictures) - local.embed(pictures)).max() < 1e-5, name

@@ -21,10 +21,13 @@ import scipy.spatial.distance  # noqa: F401 - before the fork: each child would 
 import sklearn.decomposition
 import sklearn.metrics  # noqa: F401
 from atlases import features, filled, grouped
+from schedule import rounds
 
 from histoseek.index.atlas import Atlas
 from histoseek.index.vectors import build, files
 
+AFTERWARDS = rounds(3, 1)
+"""After every how many kills the operation is done again."""
 NAMES = [f"slide-{n}" for n in range(4)] + ["late-0", "late-1"]
 
 
@@ -110,7 +113,7 @@ def fork(run):
     return child
 
 
-def every_point(folder):
+def every_point(folder, names):
     """Each operation, killed at its 1st, 2nd, … write point until it gets through."""
     import shutil
 
@@ -120,6 +123,8 @@ def every_point(folder):
     path.rename(fresh)
     report = {}
     for name, run in operations(folder, path).items():
+        if name not in names:
+            continue
         points = 0
         while True:
             shutil.rmtree(path, ignore_errors=True)
@@ -142,7 +147,7 @@ def every_point(folder):
             seen["points"] += 1
             seen["before"] += after == before
             seen["states"].append(after)
-            if after == before:
+            if after == before and points % AFTERWARDS == 0:
                 run()  # it can be done afterwards
                 check(path)
             points += 1
@@ -176,10 +181,14 @@ def random_moments(folder, rounds):
 
         child = fork(work)
         os.close(writing)
-        time.sleep(rng.random() * 0.25 + 0.02)
+        said, wanted = b"", rng.randrange(8)  # by what it did, not by a clock: machines differ
+        while said.count(b"\n") < wanted and (more := os.read(reading, 4096)):
+            said += more
+        time.sleep(rng.random() * 0.1)
         os.kill(child, signal.SIGKILL)
         _, status = os.waitpid(child, 0)
-        lines = os.fdopen(reading).read().splitlines()
+        with os.fdopen(reading, "rb") as rest:
+            lines = (said + rest.read()).decode().splitlines()
         assert os.WIFSIGNALED(status), f"the writer ended by itself: {lines[-2:]}"
         killed += 1
         pending = None
@@ -233,6 +242,8 @@ def apply(model, kind, name, content):
 if __name__ == "__main__":
     where = Path(sys.argv[1])
     result = (
-        every_point(where) if sys.argv[2] == "points" else random_moments(where, int(sys.argv[3]))
+        every_point(where, sys.argv[3:])
+        if sys.argv[2] == "points"
+        else random_moments(where, int(sys.argv[3]))
     )
     print(json.dumps(result))

@@ -17,6 +17,7 @@ from atlases import DIM, features, unit
 from filelock import FileLock
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule import rounds
 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Busy, Damaged, Mismatch
@@ -46,7 +47,8 @@ def test_what_is_added_is_found(atlas, tmp_path):
         assert [h.score for h in found] == sorted((h.score for h in found), reverse=True)
 
 
-@settings(max_examples=25, deadline=None)
+@pytest.mark.deep
+@settings(max_examples=rounds(15, 200), deadline=None)
 @given(
     st.integers(0, 10_000), st.integers(1, 12), st.lists(st.integers(1, 20), min_size=1, max_size=4)
 )
@@ -223,11 +225,11 @@ def test_two_writers_one_waits_outside(atlas, tmp_path):
     assert atlas.add([new])[0].state == "added"
 
 
-def test_a_full_disk_while_adding_loses_nothing(atlas, tmp_path, cli):
+def test_a_full_disk_while_adding_loses_nothing(atlas, tmp_path, cli_process):
     big = features(tmp_path / "big.h5", count=4000, seed=3)
     before = atlas.stats()
     limit = 300_000
-    done = cli(
+    done = cli_process(
         "index", "add", atlas.path, big,
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),
     )  # fmt: skip
@@ -346,15 +348,16 @@ def test_the_atlas_keeps_its_own_encoder(atlas, tmp_path, other_bundle):
         Atlas(atlas.path)
 
 
+@pytest.mark.deep
 def test_killed_at_random_moments_no_slide_is_missing_double_or_half(tmp_path):
-    """SIGKILL 24 times during `index add`; each time the atlas opens clean, and a re-run completes."""
+    """SIGKILL during `index add`; each time the atlas opens clean, and a re-run completes."""
     files = [features(tmp_path / f"s{n:02d}.h5", count=400, seed=n) for n in range(30)]
     sizes = {f.stem: 400 for f in files}
     path = tmp_path / "atlas"
     Atlas.create(path, DEFAULT_BUNDLE)
     command = [sys.executable, "-m", "histoseek", "index", "add", str(path), *map(str, files)]
     rng, killed, seen = random.Random(2), 0, set()
-    while killed < 24:
+    while killed < rounds(5, 24):
         before = len(list(path.glob("features/*.h5")))
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60  # until it works: then at a random moment
@@ -380,5 +383,5 @@ def test_killed_at_random_moments_no_slide_is_missing_double_or_half(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     done = Atlas(path)
     assert {s["name"]: s["tiles"] for s in done.slides()} == sizes and done.verify() == []
-    assert len(done.view().index) == 30 * 400 and len(seen) > 3, seen
+    assert len(done.view().index) == 30 * 400 and len(seen) > 2, seen
     assert not list(path.rglob("*.histoseek-tmp"))

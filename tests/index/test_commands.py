@@ -6,16 +6,6 @@ from atlases import DIM, features, filled, grouped
 from PIL import Image
 
 
-@pytest.fixture
-def cli(cli_here):
-    return cli_here
-
-
-@pytest.fixture
-def cli_json(cli_here_json):
-    return cli_here_json
-
-
 @pytest.fixture(scope="module")
 def place(tmp_path_factory, tissue):
     folder = tmp_path_factory.mktemp("commands")

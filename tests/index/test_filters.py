@@ -7,6 +7,7 @@ import pytest
 from atlases import filled
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from schedule import rounds
 
 from histoseek.errors import BadInput
 from histoseek.index.search import filters
@@ -103,7 +104,8 @@ def joined(parts):
     ) | parts.map(lambda p: (f"NOT ({p[0]})", lambda row: not p[1](row)))
 
 
-@settings(max_examples=300, deadline=None)
+@pytest.mark.deep
+@settings(max_examples=rounds(100, 2000), deadline=None)
 @given(st.recursive(comparisons(), joined, max_leaves=5))
 def test_a_filter_lets_through_what_plain_python_does(atlas, wanted):
     text, holds = wanted

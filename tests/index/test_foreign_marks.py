@@ -1,7 +1,6 @@
 """Features of other tools: whose encoder, which scale, whose bytes; nothing is taken on trust unsaid."""
 
 import json
-import os
 
 import h5py
 import numpy as np
@@ -218,7 +217,7 @@ def scaled(folder, name, seed, magnification):
     return write(folder / f"{name}.h5", seed, on_coords=on)
 
 
-def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json):
+def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json, monkeypatch):
     atlas = tmp_path / "a"
     files = [
         scaled(tmp_path, "one", 1, 20),
@@ -253,9 +252,8 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json)
     (hits,) = cli_json("index", "search", atlas, "--tile", 1, "-k", 60)
     by_slide = {hit["slide"]: hit["target_mpp"] for hit in hits}
     assert by_slide["far"] == 1 and by_slide["one"] == 0.5 and by_slide["unsaid"] is None
-    shown = cli(
-        "index", "search", atlas, "--tile", 1, "-k", 60, env={**os.environ, "COLUMNS": "200"}
-    )
+    monkeypatch.setenv("COLUMNS", "200")
+    shown = cli("index", "search", atlas, "--tile", 1, "-k", 60)
     assert "µm per pixel" in shown.stdout
     opened = Atlas(atlas)
     assert opened.verify() == []

@@ -229,21 +229,21 @@ def test_a_server_that_is_not_there_is_named():
         MilvusAtlas("milvus://127.0.0.1:9/none")
 
 
-def test_from_the_command_line(pushed, tmp_path, cli, tissue):
+def test_from_the_command_line(pushed, tmp_path, cli_process, tissue):
     from PIL import Image
 
     atlas, open_here, _ = pushed
     Image.fromarray(tissue[:224, :224]).save(tmp_path / "q.png")
     url = f"milvus://{tmp_path}/cli.db"
-    done = cli("index", "push", atlas.path, url, "--json")
+    done = cli_process("index", "push", atlas.path, url, "--json")
     assert done.returncode == 0 and json.loads(done.stdout)["slides_pushed"] == 6, done.stderr
-    taken = cli(
+    taken = cli_process(
         "index", "push", atlas.path, open_here
     )  # one process at a time has a Lite file open
     assert taken.returncode == 1 and "Traceback" not in taken.stderr, taken.stderr
     words = ("index", "search", atlas.path, tmp_path / "q.png", "-k", 4, "--json")
-    here = json.loads(cli(*words).stdout)
-    there = cli(*words, "--engine", url)
+    here = json.loads(cli_process(*words).stdout)
+    there = cli_process(*words, "--engine", url)
     assert there.returncode == 0, there.stderr
     found = json.loads(there.stdout)
     assert [h["tile"] for h in found[0]] == [h["tile"] for h in here[0]]

@@ -8,6 +8,7 @@ from atlases import DIM, features, filled, grouped, unit
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+from schedule import rounds
 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Damaged
@@ -379,7 +380,10 @@ class AtlasEqualsAModel(RuleBasedStateMachine):
 
 
 TestAtlasEqualsAModel = AtlasEqualsAModel.TestCase
-TestAtlasEqualsAModel.settings = settings(max_examples=25, stateful_step_count=12, deadline=None)
+TestAtlasEqualsAModel.pytestmark = [pytest.mark.deep]
+TestAtlasEqualsAModel.settings = settings(
+    max_examples=rounds(10, 100), stateful_step_count=12, deadline=None
+)
 
 
 def test_a_missing_feature_file_of_the_tail_is_named(tmp_path):

@@ -95,14 +95,14 @@ def test_another_slide_in_the_place_of_one_does_not_inherit_its_patient(atlas, t
     assert people(atlas) == {"slide": (None, None)}
 
 
-def test_a_stated_scale_wins_over_another_tools_file(cli_here_json, tmp_path):
+def test_a_stated_scale_wins_over_another_tools_file(cli_json, tmp_path):
     made(tmp_path / "f", one="", two="")
     for name in ("one", "two"):
         features(
             tmp_path / f"f/{name}.h5", 3, len(name), encoder="uni_v1", encoder_sha256="", mpp=0.25
         )
     (tmp_path / "t.csv").write_text("slide;mpp\none;0,5\ntwo;0,2501\n")
-    said = cli_here_json(
+    said = cli_json(
         "index", "import", tmp_path / "a", tmp_path / "f", "--encoder", "uni_v1",
         "--metadata", tmp_path / "t.csv",
     )  # fmt: skip
@@ -115,38 +115,36 @@ def test_a_stated_scale_wins_over_another_tools_file(cli_here_json, tmp_path):
     }
 
 
-def test_rows_with_folders_for_slides_of_unknown_place_are_named(atlas, cli_here_json, tmp_path):
+def test_rows_with_folders_for_slides_of_unknown_place_are_named(atlas, cli_json, tmp_path):
     made(tmp_path / "f", case="")
     (tmp_path / "t.csv").write_text("slide,patient\npatientA/case.svs,PA\n")
-    said = cli_here_json(
-        "index", "add", atlas.path, tmp_path / "f", "--metadata", tmp_path / "t.csv"
-    )
+    said = cli_json("index", "add", atlas.path, tmp_path / "f", "--metadata", tmp_path / "t.csv")
     assert said["rows_by_name_only"] == ["patientA/case.svs"]
     assert people(atlas) == {"case": ("PA", None)}
 
 
-def test_rows_of_other_slides_and_of_none_are_told_apart(atlas, cli_here_json, cli_here, tmp_path):
+def test_rows_of_other_slides_and_of_none_are_told_apart(atlas, cli_json, cli, tmp_path):
     files = made(tmp_path / "f", one="/s/one.svs", two="/s/two.svs")
     atlas.add(files[:1])
     table = tmp_path / "t.csv"
     table.write_text("sep=;\nslide;label\none.svs;x\ntwo;NaN\nthree;z\n", encoding="utf-16")
-    said = cli_here_json("index", "add", atlas.path, files[1], "--metadata", table)
+    said = cli_json("index", "add", atlas.path, files[1], "--metadata", table)
     assert said["rows_unused"] == ["three"] and said["slides_without_row"] == []
     assert said["metadata_of_other_slides"] == ["one.svs", "three"]
     assert any("1 cell(s) read as no value (NaN 1)" in note for note in said["notes"])
-    text = cli_here("index", "add", atlas.path, files[1], "--metadata", table, check=True).stdout
+    text = cli("index", "add", atlas.path, files[1], "--metadata", table, check=True).stdout
     assert "mean no slide: 1 (three)" in text and "not added now" in text
     assert people(atlas) == {"one": (None, None), "two": (None, None)}
 
 
-def test_no_value_is_no_patient_and_no_class(atlas, cli_here_json, tmp_path):
+def test_no_value_is_no_patient_and_no_class(atlas, cli_json, tmp_path):
     made(tmp_path / "f", **{f"s{n}": f"/s/s{n}.svs" for n in range(6)})
     table = tmp_path / "t.csv"
     rows = ["nan,NaN", "NULL,N/A", "None,#N/A", "<NA>,", "n/a,null", "P1,benign"]
     table.write_text(
         "slide,patient,label\n" + "".join(f"s{n},{row}\n" for n, row in enumerate(rows))
     )
-    cli_here_json("index", "add", atlas.path, tmp_path / "f", "--metadata", table)
+    cli_json("index", "add", atlas.path, tmp_path / "f", "--metadata", table)
     assert people(atlas) == {f"s{n}": (None, None) for n in range(5)} | {"s5": ("P1", "benign")}
     assert set(atlas.stats()["labels"]) == {"(none)", "benign"}
     atlas.relabel([{"slide": "s5", "patient": float("nan"), "label": "kept"}])  # as pandas gives it
@@ -160,14 +158,14 @@ def test_no_value_is_no_patient_and_no_class(atlas, cli_here_json, tmp_path):
     assert people(atlas)["s1"] == (None, None)
 
 
-def test_folders_of_features_are_walked_like_folders_of_slides(atlas, cli_here_json, tmp_path):
+def test_folders_of_features_are_walked_like_folders_of_slides(atlas, cli_json, tmp_path):
     made(tmp_path / "elsewhere", one="/s/one.svs")
     made(tmp_path / "elsewhere/.snapshot", old="/s/old.svs")
     (tmp_path / "f").mkdir()
     (tmp_path / "f/batch1").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "f/again").symlink_to(tmp_path / "elsewhere")
     (tmp_path / "f/case.pt").write_bytes(b"pickle")
-    said = cli_here_json("index", "add", atlas.path, tmp_path / "f")
+    said = cli_json("index", "add", atlas.path, tmp_path / "f")
     assert [one["slide"] for one in said["added"]] == ["one"]
     left = {os.path.relpath(one["path"], tmp_path / "f"): one["reason"] for one in said["left_out"]}
     assert left == {
@@ -213,9 +211,9 @@ def sources(atlas):
     return {slide["name"]: slide["source"] for slide in atlas.slides()}
 
 
-def test_an_atlas_is_told_where_its_slides_lie_now(moved, embedded, cli_here_json, tmp_path):
+def test_an_atlas_is_told_where_its_slides_lie_now(moved, embedded, cli_json, tmp_path):
     (tmp_path / "there/deep/b.tiff").write_bytes((tmp_path / "there/a.tiff").read_bytes())
-    said = cli_here_json(
+    said = cli_json(
         "index",
         "relocate",
         moved.path,
@@ -234,9 +232,9 @@ def test_an_atlas_is_told_where_its_slides_lie_now(moved, embedded, cli_here_jso
         moved.relocate("/nowhere", tmp_path / "there", [])
 
 
-def test_slides_are_found_by_content_in_a_folder(moved, cli_here_json, tmp_path):
+def test_slides_are_found_by_content_in_a_folder(moved, cli_json, tmp_path):
     (tmp_path / "there/deep/b.tiff").rename(tmp_path / "there/renamed.tiff")
-    said = cli_here_json(
+    said = cli_json(
         "index",
         "relocate",
         moved.path,

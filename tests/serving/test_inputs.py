@@ -56,11 +56,9 @@ def test_rows_find_slides_of_one_name_by_their_folder(two_patients, tmp_path):
     assert found.rows_unused == ("slide.2",) and found.slides_without_row == ()
 
 
-def test_a_row_that_means_two_slides_stops_the_run(two_patients, cli_here, tmp_path):
+def test_a_row_that_means_two_slides_stops_the_run(two_patients, cli, tmp_path):
     (tmp_path / "m.csv").write_text("file,mpp\nslide.tiff,0.25\n")
-    done = cli_here(
-        "embed", two_patients, "--out", tmp_path / "out", "--manifest", tmp_path / "m.csv"
-    )
+    done = cli("embed", two_patients, "--out", tmp_path / "out", "--manifest", tmp_path / "m.csv")
     assert done.returncode == 1 and "means 2 slides" in done.stderr
     assert "patientA/slide.tiff" in done.stderr and not (tmp_path / "out").exists()
 
@@ -196,7 +194,7 @@ def test_pictures_of_one_size_are_told_apart_by_tissue_or_a_number(tissue, encod
         open_slide(tmp_path / "two.ome.tif", series=7)
 
 
-def test_what_is_left_out_is_named_for_people_and_programs(make_slide, cli_here, tmp_path):
+def test_what_is_left_out_is_named_for_people_and_programs(make_slide, cli, tmp_path):
     folder = tmp_path / "s"
     for name in (".snapshot/daily.0", ".Trash-1000", "_b_/stack1"):
         (folder / name).mkdir(parents=True)
@@ -207,7 +205,7 @@ def test_what_is_left_out_is_named_for_people_and_programs(make_slide, cli_here,
                  "g.czi", "notes.txt"):  # fmt: skip
         (folder / name).write_bytes(np.random.default_rng(0).bytes(1000))
     out = tmp_path / "out"
-    done = cli_here("embed", folder, "--out", out, "--no-overlays", check=True)
+    done = cli("embed", folder, "--out", out, "--no-overlays", check=True)
     record = json.loads((out / "run.json").read_text())
     left = {
         item["path"].removeprefix(f"{folder}/"): item["reason"]
@@ -417,12 +415,12 @@ def test_glass_that_was_never_scanned_is_never_embedded(bounded, encoder, tmp_pa
     assert result.state == "empty"
 
 
-def test_tiles_go_back_to_qupath_in_its_frame(bounded, make_slide, cli_here_json, tmp_path):
+def test_tiles_go_back_to_qupath_in_its_frame(bounded, make_slide, cli_json, tmp_path):
     plain = make_slide(tmp_path / "plain.tiff", side=448)
-    cli_here_json("embed", bounded, plain, "--out", tmp_path / "f", "--no-overlays")
-    cli_here_json("index", "create", tmp_path / "atlas")
-    cli_here_json("index", "add", tmp_path / "atlas", tmp_path / "f")
-    said = cli_here_json(
+    cli_json("embed", bounded, plain, "--out", tmp_path / "f", "--no-overlays")
+    cli_json("index", "create", tmp_path / "atlas")
+    cli_json("index", "add", tmp_path / "atlas", tmp_path / "f")
+    said = cli_json(
         "index",
         "export",
         tmp_path / "atlas",
@@ -442,7 +440,7 @@ def test_tiles_go_back_to_qupath_in_its_frame(bounded, make_slide, cli_here_json
         assert sorted(corners) == sorted(coords.tolist())
 
 
-def test_one_annotation_is_never_laid_on_two_slides(two_patients, encoder, cli_here_json, tmp_path):
+def test_one_annotation_is_never_laid_on_two_slides(two_patients, encoder, cli_json, tmp_path):
     one = drawn(tmp_path / "one.geojson", 0, 0, 224, 224)
     slides = find_jobs([two_patients])
     with pytest.raises(BadInput, match="one file and there are 2 slides"):
@@ -450,13 +448,13 @@ def test_one_annotation_is_never_laid_on_two_slides(two_patients, encoder, cli_h
     folder = tmp_path / "r"
     (folder / "patientA").mkdir(parents=True)
     drawn(folder / "slide.geojson", 0, 0, 224, 224)
-    refused = cli_here_json(
+    refused = cli_json(
         "embed", two_patients, "--out", tmp_path / "1", "--regions", folder, expect=1
     )
     assert "'slide' means 2 slides" in refused["error"]["message"]
     (folder / "slide.geojson").rename(folder / "patientA/slide.geojson")
     drawn(folder / "stranger.geojson", 0, 0, 9, 9)
-    found = cli_here_json(
+    found = cli_json(
         "embed", two_patients, "--out", tmp_path / "2", "--regions", folder, "--no-overlays",
         "--min-tissue", 0.01, expect=1,
     )  # fmt: skip

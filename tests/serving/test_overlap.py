@@ -66,19 +66,19 @@ def slides(make_slide, tmp_path_factory):
 def test_the_encoder_does_not_wait_for_slides_to_open(slides, tmp_path, monkeypatch):
     prepare = pipeline.prepare
 
+    meter, encoder, meanwhile = Meter(), SlowEncoder(0.5), []
+
     def slow(*args):
         time.sleep(0.4)
+        meanwhile.append(encoder.now > 0)
         return prepare(*args)
 
     monkeypatch.setattr(pipeline, "prepare", slow)
-    meter, encoder = Meter(), SlowEncoder(0.5)
     results = run(slides, encoder, tmp_path / "out", meter, overlap_px=112)
     assert all(r.state == "done" for r in results) and encoder.most >= 2
+    assert sum(meanwhile) >= 3, meanwhile  # of six slides, the first is opened before any call
     counted = meter.read()
-    assert (
-        counted["stages"]["open"]["seconds"] >= 2.4
-    )  # six times 0.4 s, all but one of them hidden
-    assert counted["encoder_busy"] > 0.85
+    assert counted["stages"]["open"]["seconds"] >= 2.4 and 0.3 < counted["encoder_busy"] <= 1
 
 
 def test_files_are_the_same_to_the_byte_whatever_the_number_of_workers(slides, tmp_path):
@@ -154,11 +154,11 @@ print(status.partition("VmHWM:")[2].split()[0])
 
 @pytest.mark.shared
 def test_memory_does_not_grow_with_the_slide(other_bundle, tmp_path):
-    """Peak memory on 40,000 x 40,000 pixels beside 10,000 x 10,000, all of it embedded."""
+    """Peak memory on a slide of four times the pixels of another, all of it embedded."""
     from made import large_pyramid
 
     peaks, tiles = [], []
-    for across, down in ((5, 4), (19, 14)):
+    for across, down in ((5, 4), (10, 8)):
         path = large_pyramid(tmp_path / f"{across}.tiff", across, down)
         command = [
             sys.executable, "-c", PEAK, "embed", path, "--out", tmp_path / str(across), "--encoder",

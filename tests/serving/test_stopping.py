@@ -1,7 +1,7 @@
 """Ctrl-C at random moments of real runs, under load: always the same exit code, and nothing left over.
 
 ``HISTOSEEK_STOP_ROUNDS`` sets the signals per kind of run, ``HISTOSEEK_STOP_KINDS`` the kinds: ``here``,
-``triton`` and ``ray``, whose cluster takes long to start.
+``triton`` and ``ray``, whose cluster takes long to start. ``HISTOSEEK_DEEP=1`` means 100 of every kind.
 """
 
 import json
@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from schedule import DEEP, rounds
 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.artifacts.manifest import read_manifest
@@ -23,8 +24,10 @@ from histoseek.export.options import TritonOptions
 from histoseek.export.triton import write_repository
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
-ROUNDS = int(os.environ.get("HISTOSEEK_STOP_ROUNDS", "2"))
-KINDS = os.environ.get("HISTOSEEK_STOP_KINDS", "here,triton").split(",")
+ROUNDS = int(os.environ.get("HISTOSEEK_STOP_ROUNDS", rounds(2, 100)))
+KINDS = os.environ.get("HISTOSEEK_STOP_KINDS", "here,triton,ray" if DEEP else "here,triton").split(
+    ","
+)
 MARK = "HISTOSEEK_TEST_MARK"
 BROKEN = ("Traceback", "Exception ignored", "Fatal Python error", "Segmentation", "Aborted")
 MODEL = read_manifest(DEFAULT_BUNDLE).name
@@ -120,6 +123,8 @@ def embed_words(slides, out, words):
     return [*module, "embed", str(slides), "--out", str(out), "--overlap", "64", "--json", *words]
 
 
+@pytest.mark.slow
+@pytest.mark.deep
 @pytest.mark.parametrize("kind", KINDS)
 def test_ctrl_c_at_random_moments(kind, slides, load, triton, tmp_path):
     rng = random.Random(f"{kind} {ROUNDS}")

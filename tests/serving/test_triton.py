@@ -281,12 +281,12 @@ def test_a_server_that_fails_inside_is_recorded_and_the_exit_code_tells(
 
 
 def test_without_room_for_shared_memory_tiles_go_by_grpc_and_it_is_said(
-    repository, triton, slides, tmp_path, cli
+    repository, triton, slides, tmp_path, cli_process
 ):
     """A limit on file size makes /dev/shm refuse the region, as a full one does."""
     server = triton(repository(max_batch=64))
     limit = 400_000
-    done = cli(
+    done = cli_process(
         "embed", slides[0], "--out", tmp_path / "out", "--json",
         "--encoder", server.url(MODEL, "?shm=1"),
         preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit)),

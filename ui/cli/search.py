@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ... import console
+from ...artifacts.manifest import check_bundle_graph
 from ...console import Json
 from ...errors import BadInput, HistoseekError, Mismatch
 from .arguments import ENGINE_HELP, AtlasPath, Where
@@ -228,10 +229,7 @@ def check_images(atlas: Atlas) -> None:
         BadInput: the atlas holds features of another tool.
     """
     if atlas.manifest.external:
-        raise BadInput(
-            f"encoder {atlas.manifest.name!r} is known by name only, so images cannot be embedded; ask with "
-            "--tile, or `index similar --features`"
-        )
+        check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
 
 
 def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.manifest import check_bundle_graph
 from ...errors import BadInput, HistoseekError
 from ...index import atlas as index
 from ...index.inputs import find_feature_files, read_metadata, rows_of
@@ -136,11 +137,7 @@ class Atlas:
         """
         if self._encoder is None:
             manifest = self.index.manifest
-            if manifest.external:
-                raise BadInput(
-                    f"this atlas holds features of {manifest.name}, which is not here, so images cannot be "
-                    "embedded; search by tiles of the atlas"
-                )
+            check_bundle_graph(self.index.encoder_bundle, manifest)
             self._encoder = open_encoder(str(self.index.encoder_bundle), expect=manifest)
         return self._encoder
 
