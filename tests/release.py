@@ -31,6 +31,7 @@ IMPORTS = {
     "cpu,train": "histoseek.training.commands, histoseek.training.recipes, histoseek.export.bundle",
     "cpu,openvino": "openvino, histoseek.serving.encoders.engines",
     "triton": "tritonclient.grpc, histoseek.export.triton",
+    "docs": "mkdocs, material, mkdocstrings",
     "cpu,ray": "ray, fsspec",
     "metrics": "prometheus_client",
     "cpu,milvus": "pymilvus, histoseek.index.exchange.milvus",
