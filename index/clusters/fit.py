@@ -6,6 +6,8 @@ cluster, a distance, a strength from 0 to 1, and ``unknown`` where it fits none.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -13,6 +15,7 @@ from ...artifacts.manifest import FOREIGN, passed_limit
 from ...errors import BadInput, unknown_name
 from . import hdbscan as density
 from .clustering import FITTED, METHODS, Assigned, Clustering
+from .hdbscan import Arrays
 from .kmeans import _fit_kmeans, basis_of, project
 
 FIT_SAMPLE = 200_000
@@ -72,6 +75,17 @@ def fit(
         arrays, about = _fit_kmeans(flat, k, seed, groups)
         clustering = Clustering("kmeans", basis | arrays, {**about, **fitted})
         return clustering, clustering.assign(everything)
+    arrays, about, fitted_tiles = _fit_hdbscan(flat, min_cluster_size)
+    clustering = Clustering("hdbscan", basis | arrays, {**about, **fitted})
+    if not left_out:
+        return clustering, fitted_tiles
+    return clustering, _joined(clustering.assign(everything), fitted_tiles, known)
+
+
+def _fit_hdbscan(
+    flat: NDArray[np.float64], min_cluster_size: int | None
+) -> tuple[Arrays, dict[str, Any], Assigned]:
+    """Fit HDBSCAN to components (N, C); return its arrays, facts, and the clusters of the tiles."""
     size = min_cluster_size or max(15, len(flat) // 40)
     size = max(2, min(size, len(flat) // 2))
     arrays = density.fit_arrays(flat, size)
@@ -81,11 +95,8 @@ def fit(
         "min_cluster_size": size,
         "noise_share": round(float(np.mean(labels < 0)), 4),
     }
-    clustering = Clustering("hdbscan", basis | arrays, {**about, **fitted})
     reach = density.distances_of_fitted(arrays)
-    placed = clustering.assign(everything) if left_out else None
-    own = Assigned(labels, reach, arrays["strengths"], labels < 0)
-    return clustering, own if placed is None else _joined(placed, own, known)
+    return arrays, about, Assigned(labels, reach, arrays["strengths"], labels < 0)
 
 
 def to_fit(vectors: NDArray[np.float32], gate: bool) -> NDArray[np.bool_]:

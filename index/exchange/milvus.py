@@ -13,41 +13,29 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...console import Report
-from ...errors import BadInput, Damaged, Mismatch, MissingPart, unknown_name
-from ..atlas import Atlas
+from ...errors import BadInput, Mismatch, MissingPart, unknown_name
 from ..clusters.clustering import Clustering
 from ..search.columns import NOT_PLACED
 from ..search.filters import parse
 from ..search.query import Query
-from ..store.packing import MISSING, SEAL
+from ..store.packing import MISSING
 from ..store.rows import Hit
 from ..vectors.scan import prepared
-from ..view import View
-from .milvus_address import TIMEOUT_S, TOKEN, _calls, parse_url
+from .milvus_address import TIMEOUT_S, TOKEN, calls, parse_url
 from .milvus_filter import FORMAT, About, Row, expression_of
 
-BATCH_VALUES = 250_000
-"""Coordinates sent in one request (1 MB)."""
 LIMIT = 16_384
 """Hits that Milvus gives at most."""
 TEXT = 60_000
 SLOT = 1_000_000
 """Parts of one text in the second collection; the first part of each says how many there are."""
 FACTS, CLUSTERINGS = 0, 1
-FLAT_UP_TO = 100_000
-INDEXES = ("FLAT", "AUTOINDEX", "IVF_FLAT", "IVF_SQ8", "IVF_PQ", "HNSW", "SCANN", "DISKANN")
-SEALED_TOGETHER = 100
-"""Slides after which a push notes what is done; as many are sent again after a kill."""
-CLUSTERING_BYTES = 64 * 2**20
-"""Clusterings up to this size go along; HDBSCAN's hold the tiles that were fitted."""
 
 
 class MilvusAtlas:
@@ -72,14 +60,14 @@ class MilvusAtlas:
         for name in ("pymilvus", "milvus_lite"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # they log what they also raise
         self.place = parse_url(url)
-        with _calls(self.place):
-            self._client: Any = MilvusClient(
+        with calls(self.place):
+            self.client: Any = MilvusClient(
                 self.place.uri, token=os.environ.get(TOKEN, ""), timeout=TIMEOUT_S
             )
-            there = self._client.has_collection(self._facts)
-            for name in (self._facts, self.place.collection) if there else ():
-                if self._client.has_collection(name):
-                    self._client.load_collection(name)  # Milvus Lite forgets that when it is killed
+            there = self.client.has_collection(self.facts)
+            for name in (self.facts, self.place.collection) if there else ():
+                if self.client.has_collection(name):
+                    self.client.load_collection(name)  # Milvus Lite forgets that when it is killed
         self._seen = ""
         self.about: About | None = self._read_about() if there else None
         if must_exist and not there:
@@ -87,18 +75,19 @@ class MilvusAtlas:
 
     def close(self) -> None:
         """Disconnect."""
-        self._client.close()
+        self.client.close()
 
     @property
-    def _facts(self) -> str:
+    def facts(self) -> str:
+        """Name of the second collection, which describes the first."""
         return f"{self.place.collection}_about"
 
     # -- texts in the second collection --------------------------------------------------------
 
     def _parts(self, first: int, last: int) -> dict[int, str]:
-        with _calls(self.place):
-            rows = self._client.query(
-                self._facts,
+        with calls(self.place):
+            rows = self.client.query(
+                self.facts,
                 filter=f"part >= {first} and part < {last}",
                 output_fields=["part", "text"],
                 limit=LIMIT,
@@ -121,7 +110,7 @@ class MilvusAtlas:
             return None
         return text
 
-    def _write_text(self, slot: int, text: str) -> None:
+    def write_text(self, slot: int, text: str) -> None:
         """Write a text: its pieces first, then the part that says which they are."""
         start = slot * SLOT
         pieces = [text[at : at + TEXT] for at in range(0, len(text), TEXT)]
@@ -129,10 +118,10 @@ class MilvusAtlas:
             {"parts": len(pieces), "sha256": hashlib.sha256(text.encode()).hexdigest()}
         )
         rows = [{"part": start + n, "text": p, "none": [0.0, 0.0]} for n, p in enumerate(pieces, 1)]
-        with _calls(self.place):
+        with calls(self.place):
             for at in range(0, len(rows), 50):
-                self._client.upsert(self._facts, rows[at : at + 50])
-            self._client.upsert(self._facts, [{"part": start, "text": head, "none": [0.0, 0.0]}])
+                self.client.upsert(self.facts, rows[at : at + 50])
+            self.client.upsert(self.facts, [{"part": start, "text": head, "none": [0.0, 0.0]}])
 
     def _read_about(self) -> About | None:
         text = self._read_text(FACTS)
@@ -147,185 +136,12 @@ class MilvusAtlas:
         self._seen = hashlib.sha256(text.encode()).hexdigest()
         return About(**known)
 
-    def _write_about(self, about: About) -> None:
+    def write_about(self, about: About) -> None:
+        """Replace what the collection says of itself."""
         # Only ASCII, so that a piece has as many bytes as characters.
         text = json.dumps(about.__dict__)
-        self._write_text(FACTS, text)
+        self.write_text(FACTS, text)
         self._seen, self.about = hashlib.sha256(text.encode()).hexdigest(), about
-
-    def _create(self, about: About) -> None:
-        """Make the collections, or those of them that a push which was cut off did not."""
-        from pymilvus import DataType
-
-        client = self._client
-        metric = "COSINE" if about.metric == "cosine" else "L2"
-        strong = {"consistency_level": "Strong"}
-        with _calls(self.place):
-            if not client.has_collection(self._facts):
-                if client.has_collection(self.place.collection):
-                    raise BadInput(
-                        f"collection {self.place.collection!r} is there and not histoseek's; choose another"
-                    )
-                facts = client.create_schema(auto_id=False, enable_dynamic_field=False)
-                facts.add_field("part", DataType.INT64, is_primary=True)
-                facts.add_field("text", DataType.VARCHAR, max_length=TEXT + 1)
-                facts.add_field("none", DataType.FLOAT_VECTOR, dim=2)
-                flat = client.prepare_index_params()
-                flat.add_index("none", index_type="FLAT", metric_type="L2")
-                client.create_collection(self._facts, schema=facts, index_params=flat, **strong)
-            if client.has_collection(self.place.collection):
-                client.drop_collection(
-                    self.place.collection
-                )  # half made: nothing says what it holds
-            tiles = client.create_schema(auto_id=False, enable_dynamic_field=False)
-            tiles.add_field("tile", DataType.INT64, is_primary=True)
-            tiles.add_field("vector", DataType.FLOAT_VECTOR, dim=about.dim)
-            for name in (
-                "slide_id",
-                "x",
-                "y",
-                "cluster",
-                *(f"c{n}" for n in range(len(about.columns))),
-            ):
-                tiles.add_field(name, DataType.INT64)
-            tiles.add_field("file", DataType.VARCHAR, max_length=TEXT)
-            index = client.prepare_index_params()
-            index.add_index("vector", index_type=about.index, metric_type=metric)
-            client.create_collection(
-                self.place.collection, schema=tiles, index_params=index, **strong
-            )
-        self._write_about(about)
-
-    # -- pushing --------------------------------------------------------------------------------
-
-    def push(
-        self, atlas: Atlas, index: str | None, progress: Report = lambda done, total, text: None
-    ) -> dict[str, Any]:
-        """Copy what changed of an atlas; see :func:`push`."""
-        view = atlas.view()
-        columns = view.columns
-        about = self._opened(atlas, view, index)
-        slides = {s["id"]: s for s in columns.slides if s["name"]}
-        seals = {number: _seal(view, slide) for number, slide in slides.items()}
-        known = {facts[0]: (facts[1], code) for code, facts in about.slides.items()}
-        gone = [number for number in known if number not in slides]
-        changed = [n for n in slides if known.get(n, ("", 0))[0] != seals[n]]
-        about.revision = -1  # not whole until the end
-        # Names go before the tiles that use them; rows go before they are forgotten; a slide's seal comes
-        # after its tiles: a push may end anywhere, and the next one knows what is left to do.
-        numbers = {
-            name: _numbers(about.columns[name], columns.coded(name).names)
-            for name in columns.names()
-        }
-        code_of = {name: code for code, name in enumerate(about.columns["slide"])}
-        for number in changed:
-            if number in known:
-                about.slides[known[number][1]][1] = ""
-        self._write_about(about)
-        for number in (*gone, *(n for n in changed if n in known)):
-            with _calls(self.place):
-                self._client.delete(self.place.collection, filter=f"slide_id == {number}")
-            del about.slides[known[number][1]]
-        for number in changed:
-            slide = slides[number]
-            facts = [number, "", slide["size_px_level0"], slide["mpp"], slide["target_mpp"]]
-            about.slides[code_of[slide["name"]]] = facts
-        self._write_about(about)
-        where = {slide["id"]: n for n, slide in enumerate(columns.slides)}
-        for done, number in enumerate(changed, start=1):
-            slide = slides[number]
-            self._push_slide(atlas, view, about, numbers, where[number])
-            about.slides[code_of[slide["name"]]][1] = seals[number]
-            if done % SEALED_TOGETHER == 0:
-                self._write_about(about)
-            progress(done, len(changed), slide["name"])
-        self._write_text(CLUSTERINGS, json.dumps(_clusterings(view)))
-        about.revision, about.clustering = view.revision, columns.newest or ""
-        self._write_about(about)
-        return {
-            "milvus": self.place.url,
-            "index": about.index,
-            "slides_pushed": len(changed),
-            "slides_removed": len(gone),
-            "tiles": len(view.index),
-            "revision": view.revision,
-        }
-
-    def _opened(self, atlas: Atlas, view: View, index: str | None) -> About:
-        """Return what the collection says of itself, and make the collection if it is not there."""
-        manifest = atlas.manifest
-        identity = atlas.store.identity
-        if index is not None and index not in INDEXES:
-            raise unknown_name("index of Milvus", index, INDEXES)
-        if self.about is None:
-            kind = index or ("FLAT" if len(view.index) <= FLAT_UP_TO else "AUTOINDEX")
-            about = About(
-                identity, manifest.name, manifest.sha256, manifest.dim, manifest.metric, index=kind
-            )
-            about.columns = {name: [] for name in view.columns.names()}
-            self._create(about)
-            return about
-        about = self.about
-        if about.sha256 != manifest.sha256:
-            raise Mismatch(
-                f"{self.place.url} holds embeddings of encoder {about.encoder!r} ({about.sha256[:12]}), "
-                f"the atlas is bound to {manifest.name!r} ({manifest.sha256[:12]}); choose another "
-                "collection"
-            )
-        if about.atlas != identity:
-            raise Mismatch(
-                f"{self.place.url} holds another atlas of the same encoder; choose another collection"
-            )
-        if index not in {None, about.index}:
-            raise BadInput(
-                f"{self.place.url} has index {about.index}; for {index} push to another collection"
-            )
-        if missing := [name for name in view.columns.names() if name not in about.columns]:
-            raise BadInput(
-                f"the atlas has new columns {', '.join(missing)}, which the collection lacks; push to "
-                "another collection, then drop the old one"
-            )
-        return about
-
-    def _push_slide(
-        self,
-        atlas: Atlas,
-        view: View,
-        about: About,
-        numbers: dict[str, NDArray[np.int64]],
-        number: int,
-    ) -> None:
-        columns = view.columns
-        slide = columns.slides[number]
-        rows = np.arange(columns.starts[number], columns.starts[number + 1])
-        codes = {
-            f"c{n}": numbers[name][columns.coded(name).codes[rows]].tolist()
-            if name in numbers
-            else [MISSING] * len(rows)
-            for n, name in enumerate(about.columns)
-        }
-        vectors = prepared(atlas.store.vectors_of(slide), atlas.manifest.metric)
-        places, ids = columns.places()[rows].tolist(), columns.ids(rows).tolist()
-        clusters = columns.clusters()
-        cluster = [NOT_PLACED] * len(rows) if clusters is None else clusters[rows].tolist()
-        files = columns.files(number)
-        step = max(1, BATCH_VALUES // about.dim)
-        for start in range(0, len(rows), step):
-            batch = [
-                {
-                    "tile": ids[row],
-                    "vector": vectors[row],
-                    "slide_id": slide["id"],
-                    "x": places[row][0],
-                    "y": places[row][1],
-                    "cluster": cluster[row],
-                    "file": "" if files is None else files[row] or "",
-                    **{name: values[row] for name, values in codes.items()},
-                }
-                for row in range(start, min(start + step, len(rows)))
-            ]
-            with _calls(self.place):
-                self._client.upsert(self.place.collection, batch)
 
     # -- searching ------------------------------------------------------------------------------
 
@@ -404,8 +220,8 @@ class MilvusAtlas:
     ) -> list[list[Row]]:
         fields = ["x", "y", "cluster", "file", *(f"c{n}" for n in range(len(about.columns)))]
         metric = "COSINE" if about.metric == "cosine" else "L2"
-        with _calls(self.place):
-            results = self._client.search(
+        with calls(self.place):
+            results = self.client.search(
                 self.place.collection,
                 data=list(ready),
                 limit=k,
@@ -463,66 +279,3 @@ def _hit(about: About, score: float, row: Mapping[str, Any]) -> Hit:
         entity["file"] or None,
         scale[0] if scale else None,
     )
-
-
-def _numbers(known: list[str], names: Sequence[str]) -> NDArray[np.int64]:
-    """Return the number of each name in the collection's own list, which grows; the last is of no name."""
-    number = {name: n for n, name in enumerate(known)}
-    for name in names:
-        if name not in number:
-            number[name] = len(known)
-            known.append(name)
-    return np.array([*(number[name] for name in names), MISSING], dtype=np.int64)
-
-
-def _seal(view: View, slide: Mapping[str, Any]) -> str:
-    """Return a checksum of everything that a push sends of a slide, as one state has it."""
-    digest = hashlib.blake2b(slide[SEAL] + slide["tiles_seal"], digest_size=8)
-    digest.update(view.columns.placement(slide["id"]))
-    return digest.hexdigest()
-
-
-def _clusterings(view: View) -> dict[str, dict[str, Any]]:
-    """Return the clusterings that are whole and not too large, JSON-ready."""
-    found: dict[str, dict[str, Any]] = {}
-    for fitted in view.clusterings():
-        with suppress(Damaged):
-            name, clustering = view.clustering(fitted)
-            blob = clustering.to_bytes()
-            if len(blob) <= CLUSTERING_BYTES:
-                found[name] = {
-                    "method": clustering.method,
-                    "about": clustering.about,
-                    "names": view.cluster_names(name),
-                    "npz": base64.b64encode(blob).decode(),
-                }
-    return found
-
-
-def push(
-    atlas: Atlas,
-    url: str,
-    index: str | None = None,
-    progress: Report = lambda done, total, text: None,
-) -> dict[str, Any]:
-    """Copy an atlas to Milvus; only what changed since the last time.
-
-    Args:
-        atlas: to copy.
-        url: see :func:`parse_url`.
-        index: Milvus's type of index for a collection that is made: FLAT (exact), AUTOINDEX, HNSW, …; None
-            takes FLAT up to 100,000 tiles.
-        progress: called after each slide.
-
-    Returns:
-        What was copied.
-
-    Raises:
-        Mismatch: the collection is of another encoder.
-        Unavailable: Milvus does not answer.
-    """
-    engine = MilvusAtlas(url, must_exist=False)
-    try:
-        return engine.push(atlas, index, progress)
-    finally:
-        engine.close()

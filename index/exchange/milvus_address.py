@@ -70,7 +70,7 @@ def parse_url(url: str) -> Place:
 
 
 @contextmanager
-def _calls(place: Place) -> Iterator[None]:
+def calls(place: Place) -> Iterator[None]:
     """Turn what pymilvus raises into our errors."""
     from pymilvus.exceptions import MilvusException
 

@@ -199,18 +199,7 @@ class Slide:
         """
         mpp = self.require_mpp()
         scale = target_mpp / mpp
-        if scale < MIN_SCALE:
-            options = "--assume-mpp, --override-mpp" if self._of_a_print else "--override-mpp"
-            raise BadInput(
-                f"{self.path} has {mpp:g} µm per pixel; tiles at {target_mpp:g} would be invented from "
-                f"{scale:.2f} pixels each: pass a larger --mpp; if the slide's own value is wrong, state "
-                f"the right one by {options} or in the manifest's column mpp"
-            )
-        if scale * size_px > MAX_SIDE:
-            raise BadInput(
-                f"{self.path}: a tile at {target_mpp:g} µm per pixel covers {scale * size_px:,.0f} of its "
-                f"pixels; at most {MAX_SIDE:,} are read at once: pass a smaller --mpp"
-            )
+        self._check_scale(size_px, mpp, target_mpp)
         side = round(size_px * scale)
         step = max(1, round((size_px - overlap_px) * scale))
         places = (self.width // step + 1) * (self.height // step + 1)
@@ -244,6 +233,26 @@ class Slide:
             thumbnail=thumbnail,
             mask=mask,
         )
+
+    def _check_scale(self, size_px: int, mpp: float, target_mpp: float) -> None:
+        """Refuse tiles that would be enlarged much, or that cover too many pixels.
+
+        Raises:
+            BadInput: either.
+        """
+        scale = target_mpp / mpp
+        if scale < MIN_SCALE:
+            options = "--assume-mpp, --override-mpp" if self._of_a_print else "--override-mpp"
+            raise BadInput(
+                f"{self.path} has {mpp:g} µm per pixel; tiles at {target_mpp:g} would be invented from "
+                f"{scale:.2f} pixels each: pass a larger --mpp; if the slide's own value is wrong, state "
+                f"the right one by {options} or in the manifest's column mpp"
+            )
+        if scale * size_px > MAX_SIDE:
+            raise BadInput(
+                f"{self.path}: a tile at {target_mpp:g} µm per pixel covers {scale * size_px:,.0f} of its "
+                f"pixels; at most {MAX_SIDE:,} are read at once: pass a smaller --mpp"
+            )
 
     def _scanned(self, coords: NDArray[np.int64], side: int) -> NDArray[np.int64]:
         """Return the places of tiles, (N, 2), that hold anything that was scanned."""

@@ -12,8 +12,9 @@ from atlases import DIM, features, filled, grouped
 
 from histoseek.errors import BadInput, Mismatch, Unavailable
 from histoseek.index.atlas import Atlas
-from histoseek.index.exchange.milvus import MilvusAtlas, push
+from histoseek.index.exchange.milvus import MilvusAtlas
 from histoseek.index.exchange.milvus_address import parse_url
+from histoseek.index.exchange.milvus_push import push, push_changes
 from histoseek.index.search.query import Query
 from histoseek.index.store.rows import Hit
 
@@ -94,7 +95,7 @@ def test_a_push_that_is_killed_is_refused_until_it_is_repeated(tmp_path):
     code = (
         "import os, signal, sys; from pathlib import Path\n"
         "from histoseek.index.atlas import Atlas\n"
-        "from histoseek.index.exchange.milvus import push\n"
+        "from histoseek.index.exchange.milvus_push import push\n"
         "def report(done, total, text):\n"
         "    if done == 3: os.kill(os.getpid(), signal.SIGKILL)\n"
         "push(Atlas(Path(sys.argv[1])), sys.argv[2], progress=report)\n"
@@ -133,9 +134,9 @@ def test_a_push_that_fails_between_its_deletes_loses_no_track_of_them(tmp_path, 
         raise TimeoutError
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._client, "delete", fail)
+        patch.setattr(engine.client, "delete", fail)
         with pytest.raises(Unavailable, match="TimeoutError.*same command again"):
-            engine.push(atlas, None)
+            push_changes(engine, atlas)
     engine.close()
     push(atlas, url)
     engine = MilvusAtlas(url)
@@ -154,7 +155,7 @@ def test_facts_that_were_cut_off_while_they_were_written_are_written_again(tmp_p
     engine = MilvusAtlas(url)
     reader = MilvusAtlas(url)  # open while it is pushed anew
     atlas.relabel([{"slide": "slide-0", "label": "new"}])
-    real, left = engine._client.upsert, [2]
+    real, left = engine.client.upsert, [2]
 
     def some(name, rows):
         left[0] -= name.endswith("_about")
@@ -163,9 +164,9 @@ def test_facts_that_were_cut_off_while_they_were_written_are_written_again(tmp_p
         return real(name, rows)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine._client, "upsert", some)
+        patch.setattr(engine.client, "upsert", some)
         with pytest.raises(Unavailable):
-            engine.push(atlas, None)
+            push_changes(engine, atlas)
     queries = grouped(np.random.default_rng(3), 4)
     with pytest.raises(BadInput, match="not pushed to its end"):
         ask(reader, queries, 3)

@@ -10,22 +10,20 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import re
-import secrets
 import threading
 import time
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, NoReturn
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 from ...errors import BadInput, TooLarge
-from .logins import Logins, MustWait
-from .policy import REQUEST_ID, ROLE, USER, Access, error_body, is_local
+from .checks import CheckedRequest, Scope
+from .logins import Logins
+from .policy import REQUEST_ID, ROLE, USER, Access, error_body
 from .proxies import FORWARDED, Asked, Proxies, asked
-from .roles import SAFE, changes
+from .roles import SAFE
 from .traffic import Traffic
-from .users import EDITOR, READER, Role
 
 CONTENT_POLICY = (
     "default-src 'self'; script-src 'self' 'unsafe-inline' 'unsafe-eval'; style-src 'self' "
@@ -41,8 +39,6 @@ HEADERS = {
     b"cross-origin-resource-policy": b"same-origin",
     b"permissions-policy": b"camera=(), microphone=(), geolocation=()",
 }
-LARGE = "/v1/slides"
-"""Where slides are uploaded, as a form: they are larger than pictures, and go to the disk."""
 
 STREAMS = ("/gradio_api/heartbeat", "/gradio_api/queue/data")
 """What a page keeps open as long as it is looked at; it does not count as a request under way."""
@@ -54,7 +50,6 @@ DRAIN_S = 3.0
 CLOSING_S = 0.3
 """How often what is kept open looks whether the server closes."""
 
-DEFAULT_PORTS = {"http": 80, "https": 443}
 DROPPED = frozenset(
     {*FORWARDED, USER, ROLE, REQUEST_ID, "host", "forwarded", "x-real-ip", "x-gradio-server"}
 )
@@ -64,11 +59,9 @@ WARNED = 16
 
 log = logging.getLogger("histoseek.access")
 
-Scope = MutableMapping[str, Any]
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
-Refusal = tuple[int, str, str, dict[bytes, bytes]]
 
 
 class Guard:
@@ -126,22 +119,14 @@ class Guard:
         )  # fmt: skip
 
 
-class _Exchange:
+class _Exchange(CheckedRequest):
     """One request and its answer."""
 
     def __init__(
         self, guard: Guard, scope: Scope, receive: Receive, send: Send, seen: Asked, wrong: str = ""
     ) -> None:
-        self.guard, self.access = guard, guard._access
-        self.scope, self._receive, self._send = scope, receive, send
-        self.seen, self.wrong = seen, wrong
-        self.headers = {k.lower(): v for k, v in scope["headers"]}
-        self.path = seen.path
-        self.method: str = scope["method"]
-        given = self.text(REQUEST_ID)
-        self.id = given if re.fullmatch(r"[\w.\-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
-        self.user = "-"
-        self.role: Role = EDITOR
+        super().__init__(scope, seen, guard._access, guard._logins, wrong)
+        self.guard, self._receive, self._send = guard, receive, send
         self.stream = self.path.startswith(STREAMS)
         self.status = 0
         self.received = 0
@@ -150,20 +135,11 @@ class _Exchange:
         self.pending: asyncio.Future[Message] | None = None
         self.cut: tuple[int, str, str] | None = None
         self.started = time.perf_counter()
-        form = self.text("content-type").lower().startswith("multipart/form-data")
-        large = self.path == LARGE and self.method == "POST" and form
-        limits = self.access.limits
-        self.limit = limits.slide_bytes if large else limits.body_bytes
-        self.large = large
-
-    def text(self, name: str) -> str:
-        """Return a header, "" if there is none."""
-        return str(self.headers.get(name.encode(), b"").decode("latin-1"))
 
     async def run(self) -> None:
         counted = False
         try:
-            refused = await self._refusal()
+            refused = await self.refusal()
         except ValueError:  # a header that is none, such as an origin that is no address
             refused = 422, "bad_input", "a header of the request cannot be read", {}
         if refused is None and self.path != "/health" and not self.stream:
@@ -195,11 +171,6 @@ class _Exchange:
                 "%s %s %s %d %.0f ms user=%s id=%s",
                 self.address, self.method, self.path, self.status, 1000 * seconds, self.user, self.id,
             )  # fmt: skip
-
-    @property
-    def address(self) -> str:
-        """Who asks, as far as the network and trusted proxies know."""
-        return self.seen.address
 
     async def _let_through(self) -> None:
         try:
@@ -240,110 +211,6 @@ class _Exchange:
             headers=headers, scheme=seen.scheme, client=(seen.address, 0), root_path=seen.prefix,
             path=path, raw_path=quote(path, safe="/%:@!$&'()*+,;=~").encode(),
         )  # fmt: skip
-
-    async def _refusal(self) -> Refusal | None:
-        if self.path == "/health":
-            return None
-        refused = self._wrong_way()
-        if refused is None and self.access.guarded:
-            refused = await self._credentials()
-        if refused is not None:
-            return refused
-        if self.role == READER and changes(self.method, self.path):
-            text = f"this needs the role editor, and {self.user!r} is a reader; ask whoever keeps the users"
-            return 403, "role", text, {}
-        if self.path == "" and self.method in {"GET", "HEAD"}:  # relative links need the slash
-            return 307, "moved", "the page is at this path with a slash", {
-                b"location": f"{self.seen.prefix}/".encode()
-            }  # fmt: skip
-        length = self.text("content-length")
-        if length.isdigit() and int(length) > self.limit:
-            text = f"the body has {int(length):,} bytes; at most {self.limit:,} are accepted"
-            return 413, "too_large", text, {b"connection": b"close"}
-        return None
-
-    def _wrong_way(self) -> Refusal | None:
-        """Refuse what comes under another name, from a page of another site, or from too far away."""
-        if self.wrong:
-            return 422, "bad_input", self.wrong, {}
-        host = _host_name(self.seen.host)
-        hosts = self.access.hosts
-        if hosts is not None and host not in hosts:
-            text = f"host {host[:100]!r} is not served here; start with --allow-host {host[:100]}"
-            return 421, "wrong_host", text, {}
-        foreign = self._foreign()
-        if foreign:
-            return 403, "foreign_origin", foreign, {}
-        if self.seen.proxied and not self.access.guarded and not is_local(self.seen.address):
-            text = (
-                f"{self.seen.address} is another machine, and this server asks for no password; start it "
-                "with --users FILE, or with --user-header NAME if the proxy knows the users"
-            )
-            return 403, "no_credentials", text, {}
-        return None
-
-    def _foreign(self) -> str:
-        """Return why a request that does something may come from a page of another site; "" if not."""
-        if self.method in SAFE:
-            return ""
-        if self.text("sec-fetch-site") in {"cross-site", "same-site"}:
-            return "a page of another site may not ask for this"
-        origin = self.text("origin")
-        if not origin:
-            return ""
-        scheme = self.seen.scheme if self.seen.scheme_known else urlsplit(origin).scheme.lower()
-        site = _site(origin)
-        if site[1] and site == _site(f"{scheme}://{self.seen.host}"):
-            return ""
-        return self._other_origin(origin)
-
-    def _other_origin(self, origin: str) -> str:
-        """Say which header is missing, if it is a proxy that hides where the page is."""
-        seen, peer = self.seen, self.seen.address
-        told = (
-            f"the page is at {origin[:200]}, and the request names the host {seen.host[:200]!r}"
-            + (f" by {seen.scheme}" if seen.scheme_known else "")
-            + "; a page of another site may not ask for this. If a proxy is between, "
-        )
-        if seen.proxied:
-            return told + (
-                "it must send X-Forwarded-Host and X-Forwarded-Proto as the browser asked "
-                "(nginx: proxy_set_header X-Forwarded-Host $http_host)"
-            )
-        if "x-forwarded-host" in seen.ignored:
-            return told + (
-                f"its X-Forwarded-Host does not count: start with --trusted-proxy {peer} if {peer} is it"
-            )
-        return told + (
-            "it must send the header Host as the browser did (nginx: proxy_set_header Host $http_host), or "
-            f"X-Forwarded-Host with --trusted-proxy {peer} here; another name also needs --allow-host NAME"
-        )
-
-    async def _credentials(self) -> Refusal | None:
-        if self.seen.user:
-            self.user, self.role = self.seen.user, self.access.proxied_role(self.seen.user)
-            return None
-        header = self.text("authorization")
-        if not self.access.passwords:
-            return 401, "unauthorized", self._no_user(), {}
-        if header:
-            try:
-                user = await self.guard._logins.who(header, self.address)
-            except MustWait as error:
-                retry = {b"retry-after": str(error.seconds).encode()}
-                code = "too_many_failures" if error.seconds > 1 else "busy"
-                return 429, code, str(error), retry
-            if user is not None:
-                self.user, self.role = user, self.access.role(user)
-                return None
-        challenge = {b"www-authenticate": b'Basic realm="histoseek", charset="UTF-8"'}
-        return 401, "unauthorized", "say who you are: user and password, or a token", challenge
-
-    def _no_user(self) -> str:
-        name = self.access.proxies.user_header
-        if self.seen.proxied:
-            return f"the proxy sent no user in {name}; have it log people in and send that header"
-        return f"users are known from the proxy only ({name}), and {self.address} is none; ask through it"
 
     async def _bounded(self) -> Message:
         """Pass the body on as long as it is not too long, and say when the server closes."""
@@ -441,18 +308,3 @@ class _Exchange:
         await self._send(
             {"type": "http.response.body", "body": b"" if self.method == "HEAD" else body}
         )
-
-
-def _site(address: str) -> tuple[str, str, int | None]:
-    """Return scheme, host and port of an address, with the port that the scheme implies."""
-    parts = urlsplit(address)
-    scheme = parts.scheme.lower()
-    return scheme, (parts.hostname or "").lower(), parts.port or DEFAULT_PORTS.get(scheme)
-
-
-def _host_name(header: str) -> str:
-    """Return the name in a ``Host`` header, without port and brackets."""
-    try:
-        return (urlsplit(f"//{header}").hostname or "").lower()
-    except ValueError:
-        return ""

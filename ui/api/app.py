@@ -32,9 +32,8 @@ from ..access.policy import REQUEST_ID, ROLE, error_body
 from ..access.service import Server, who
 from ..access.traffic import Collector
 from ..session import answers
-from . import models
+from . import models, routes
 from .bodies import said
-from .routes import add_clusters, add_pictures, add_queries, add_slides
 
 ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 THREADS = 64
@@ -92,10 +91,8 @@ def make_api(server: Server) -> FastAPI:
     )  # fmt: skip
     _errors(app, server)
     _service(app, server)
-    add_queries(app, server)
-    add_pictures(app, server)
-    add_slides(app, server)
-    add_clusters(app, server)
+    for add in routes.ALL:
+        add(app, server)
 
     _rest(app)
     return app

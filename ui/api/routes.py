@@ -34,7 +34,7 @@ JPEG: dict[int | str, dict[str, Any]] = {
 
 
 def add_queries(app: FastAPI, server: Server) -> None:
-    """Add what asks: embeddings, search, assign, results."""
+    """Add embeddings and search."""
     session = server.session
 
     @app.post(
@@ -90,6 +90,11 @@ def add_queries(app: FastAPI, server: Server) -> None:
 
             return await run_in_threadpool(work)
 
+
+def add_answers(app: FastAPI, server: Server) -> None:
+    """Add assign, and earlier answers as files."""
+    session = server.session
+
     @app.post(
         "/v1/assign",
         tags=["search"],
@@ -123,7 +128,7 @@ def add_queries(app: FastAPI, server: Server) -> None:
 
 
 def add_pictures(app: FastAPI, server: Server) -> None:
-    """Add tiles, their pictures, and the map."""
+    """Add tiles and pictures of tiles and slides."""
     session = server.session
     pictures = session.pictures
 
@@ -177,6 +182,11 @@ def add_pictures(app: FastAPI, server: Server) -> None:
             raise BadInput("that result is no search; give the id of one")
         return jpeg(pictures.heat(slide, found.vector)[0], 0)
 
+
+def add_map(app: FastAPI, server: Server) -> None:
+    """Add the map."""
+    session = server.session
+
     @app.get("/v1/map", tags=["tiles"], response_class=Response, responses=MAP)
     def points(by: Annotated[str, InUrl(max_length=200)] = "cluster") -> Response:
         """Return the tiles on the map: a JSON header and three arrays, little-endian.
@@ -210,7 +220,7 @@ def add_pictures(app: FastAPI, server: Server) -> None:
 
 
 def add_slides(app: FastAPI, server: Server) -> None:
-    """Add slides: list, add, delete, what is like them."""
+    """Add slides: list, show, delete, find similar ones."""
     session, additions = server.session, server.additions
 
     @app.get("/v1/slides", tags=["slides"], response_model=models.Slides)
@@ -222,6 +232,51 @@ def add_slides(app: FastAPI, server: Server) -> None:
         """List slides and tile sets by name."""
         rows = [s for s in session.atlas.slides() if contains.lower() in s["name"].lower()]
         return {"slides": rows[offset : offset + limit], "total": len(rows)}
+
+    @app.get("/v1/slides/{slide}", tags=["slides"], response_model=models.Slide)
+    def slide(slide: str) -> Any:
+        """Return what is known of a slide."""
+        for row in session.atlas.slides():
+            if row["name"] == slide:
+                return row
+        raise NotFound(f"the atlas holds no slide {slide!r}")
+
+    @app.delete("/v1/slides/{slide}", tags=["slides"], response_model=models.Removed)
+    def remove(slide: str, request: Request) -> Any:
+        """Take a slide out of the atlas; a file that was uploaded goes too."""
+        server.note(request, "remove", slide=slide)  # before: what is done is never unseen
+        tiles = additions.remove(slide)
+        return {"slide": slide, "tiles": tiles}
+
+    @app.get("/v1/slides/{slide}/similar", tags=["slides"], response_model=models.SimilarSlides)
+    def similar(
+        slide: str,
+        request: Request,
+        k: Annotated[int, InUrl(ge=1, le=100)] = 6,
+        by: Literal["slide", "patient"] = "slide",
+        how: Literal["median", "votes"] = "median",
+    ) -> Any:
+        """Return the slides (or, by patient, the cases) most like one, with the regions that are alike."""
+        found = session.similar_slides(slide, k, by, how)
+        server.note(request, "similar", slide=slide, by=by, how=how, found=len(found))
+        return {
+            "slides": [
+                {
+                    "name": s.name,
+                    "score": s.score,
+                    "label": s.label,
+                    "regions": [
+                        {"score": p.score, "query": p.query, "match": p.match} for p in s.pairs
+                    ],
+                }
+                for s in found
+            ]
+        }
+
+
+def add_jobs(app: FastAPI, server: Server) -> None:
+    """Add the adding of slides, and how far it is."""
+    additions = server.additions
 
     @app.post(
         "/v1/slides",
@@ -266,46 +321,6 @@ def add_slides(app: FastAPI, server: Server) -> None:
         """Return how far a slide is."""
         return additions.get(job).public()
 
-    @app.get("/v1/slides/{slide}", tags=["slides"], response_model=models.Slide)
-    def slide(slide: str) -> Any:
-        """Return what is known of a slide."""
-        for row in session.atlas.slides():
-            if row["name"] == slide:
-                return row
-        raise NotFound(f"the atlas holds no slide {slide!r}")
-
-    @app.delete("/v1/slides/{slide}", tags=["slides"], response_model=models.Removed)
-    def remove(slide: str, request: Request) -> Any:
-        """Take a slide out of the atlas; a file that was uploaded goes too."""
-        server.note(request, "remove", slide=slide)  # before: what is done is never unseen
-        tiles = additions.remove(slide)
-        return {"slide": slide, "tiles": tiles}
-
-    @app.get("/v1/slides/{slide}/similar", tags=["slides"], response_model=models.SimilarSlides)
-    def similar(
-        slide: str,
-        request: Request,
-        k: Annotated[int, InUrl(ge=1, le=100)] = 6,
-        by: Literal["slide", "patient"] = "slide",
-        how: Literal["median", "votes"] = "median",
-    ) -> Any:
-        """Return the slides (or, by patient, the cases) most like one, with the regions that are alike."""
-        found = session.similar_slides(slide, k, by, how)
-        server.note(request, "similar", slide=slide, by=by, how=how, found=len(found))
-        return {
-            "slides": [
-                {
-                    "name": s.name,
-                    "score": s.score,
-                    "label": s.label,
-                    "regions": [
-                        {"score": p.score, "query": p.query, "match": p.match} for p in s.pairs
-                    ],
-                }
-                for s in found
-            ]
-        }
-
 
 class _SlideForm(models.SlideRequest):
     """As a form: the file may stand in the place of the path."""
@@ -335,3 +350,7 @@ def add_clusters(app: FastAPI, server: Server) -> None:
         session.atlas.name_cluster(cluster, body.name, body.description, name)
         rows = [c for c in session.atlas.clusters(name, 6) if c["cluster"] == cluster]
         return {"clustering": name, "clusters": rows}
+
+
+ALL = (add_queries, add_answers, add_pictures, add_map, add_slides, add_jobs, add_clusters)
+"""What adds the routes of the API to an app."""

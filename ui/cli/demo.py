@@ -65,14 +65,7 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
     if added.state == "failed":
         raise BadInput(f"{added.reason} (remove {folder} to start afresh)")
     console.say(f"2  atlas {path}: {added.tiles} tiles of tissue")
-    for method in ("hdbscan", "kmeans"):  # the last one fitted is the one that hits show
-        try:
-            fitted = atlas.fit(method)
-        except BadInput as error:  # a small slide may be all of one kind
-            console.say(f"3  {error}")
-            continue
-        sizes = ", ".join(f"{'noise' if c < 0 else c}: {n}" for c, n in fitted["sizes"].items())
-        console.say(f"3  {method}: {fitted['clusters']} clusters ({sizes})")
+    _fit(atlas)
     with open_slide(slide) as opened:
         asked, crops = _queries(opened, atlas, encoder.manifest.size_px)
     Image.fromarray(crops[0]).save(folder / "query.png")
@@ -102,6 +95,17 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
     }
     console.emit(document, lambda: console.say(f"done; open the page: {_program()} ui {path}"))
     return path, right[0]
+
+
+def _fit(atlas: Atlas) -> None:
+    for method in ("hdbscan", "kmeans"):  # the last one fitted is the one that hits show
+        try:
+            fitted = atlas.fit(method)
+        except BadInput as error:  # a small slide may be all of one kind
+            console.say(f"3  {error}")
+            continue
+        sizes = ", ".join(f"{'noise' if c < 0 else c}: {n}" for c, n in fitted["sizes"].items())
+        console.say(f"3  {method}: {fitted['clusters']} clusters ({sizes})")
 
 
 def _program() -> str:

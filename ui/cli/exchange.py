@@ -210,7 +210,7 @@ def push(
 ) -> None:
     """Copy the atlas to Milvus, only what changed; then search with --engine."""
     from ...index.atlas import Atlas
-    from ...index.exchange.milvus import push as copy
+    from ...index.exchange.milvus_push import push as copy
 
     with console.progress("pushing") as progress:
         report = copy(Atlas(atlas), milvus, index, progress)

@@ -8,10 +8,10 @@ import typer
 
 from ... import console
 from ...console import Json
+from .arguments import AtlasPath, Where
 
 if TYPE_CHECKING:
-    pass
-from .arguments import AtlasPath, Where
+    from ...index.studies.scores import RetrievalOptions
 
 
 def evaluate(
@@ -49,45 +49,46 @@ def evaluate(
     with console.working("asking every tile"):
         report = run(opened, options, encode)
 
-    def human() -> None:
-        for warning in report["warnings"]:
-            console.say(f"NOTE: {warning}")
-        rows = [
-            (
-                name,
-                m["value"],
-                "{:.3f} to {:.3f}".format(*m["interval_95"]),
-                m["random"],
-                m["majority"],
-            )
-            for name, m in report["metrics"].items()
-        ]
-        title = (
-            f"{report['queries']} {unit}s of {report['owners']} {leave_out}s, encoder "
-            f"{report['encoder']['name']}"
-        )
-        console.table(title, ("metric", "value", "95 %", "random", "majority"), rows)
-        classes = [
-            (
-                c["class"],
-                c["queries"],
-                c["recall"],
-                "{:.3f} to {:.3f}".format(*c["recall_interval_95"]),
-                c["precision"],
-                c["f1"],
-            )
-            for c in report["per_class_mmv5"]
-        ]
-        names = ("class", "queries", "recall", "95 %", "precision", "F1")
-        console.table("majority of 5", names, classes)
-        latency = report["latency"]
-        both = latency["end_to_end_ms"]
-        console.say(
-            f"one query: search {latency['search_ms']} ms"
-            + ("" if both is None else f", with encoding {both} ms")
-        )
+    console.emit(report, lambda: _show_evaluation(report, options))
 
-    console.emit(report, human)
+
+def _show_evaluation(report: dict[str, Any], options: RetrievalOptions) -> None:
+    for warning in report["warnings"]:
+        console.say(f"NOTE: {warning}")
+    rows = [
+        (
+            name,
+            m["value"],
+            "{:.3f} to {:.3f}".format(*m["interval_95"]),
+            m["random"],
+            m["majority"],
+        )
+        for name, m in report["metrics"].items()
+    ]
+    title = (
+        f"{report['queries']} {options.unit}s of {report['owners']} {options.leave_out}s, encoder "
+        f"{report['encoder']['name']}"
+    )
+    console.table(title, ("metric", "value", "95 %", "random", "majority"), rows)
+    classes = [
+        (
+            c["class"],
+            c["queries"],
+            c["recall"],
+            "{:.3f} to {:.3f}".format(*c["recall_interval_95"]),
+            c["precision"],
+            c["f1"],
+        )
+        for c in report["per_class_mmv5"]
+    ]
+    names = ("class", "queries", "recall", "95 %", "precision", "F1")
+    console.table("majority of 5", names, classes)
+    latency = report["latency"]
+    both = latency["end_to_end_ms"]
+    console.say(
+        f"one query: search {latency['search_ms']} ms"
+        + ("" if both is None else f", with encoding {both} ms")
+    )
 
 
 def duplicates(

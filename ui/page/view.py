@@ -10,7 +10,7 @@ from typing import Any
 from ...artifacts.images import Rgb, encode_jpeg
 from ...index.store.rows import Hit
 from ...index.store.scales import scales_line
-from ..session.additions import Addition
+from ..session.addition import Addition
 from ..session.answers import Found
 from ..session.words import NOTICE_TEXT, cluster_name, place, verdict_text
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import os
 import queue
-import re
 import secrets
 import shutil
 import tempfile
@@ -17,9 +16,9 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 from ...artifacts.files import read_json, write_json
 from ...artifacts.images import SUFFIXES
@@ -39,6 +38,7 @@ from ...serving.embedding.results import EmbedOptions
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
 from ...serving.slides.sources import SLIDE_SUFFIXES
+from .addition import Addition, plain
 from .answers import now
 from .session import Session
 
@@ -56,46 +56,6 @@ JOBS_KEPT = 200
 COPY_BYTES = 2**20
 FIELD_LIMIT = 200
 log = logging.getLogger("histoseek.additions")
-State = Literal["waiting", "embedding", "adding", "done", "failed"]
-
-
-@dataclass(frozen=True)
-class Addition:
-    """A slide on its way into the atlas.
-
-    Attributes:
-        id: of the job.
-        slide: its name in the atlas.
-        state: waiting, embedding, adding, done or failed.
-        done: tiles embedded.
-        total: tiles known to be wanted; 0 before the slide is open.
-        message: why it failed, or what came of it.
-        at: when it was asked for, UTC.
-        path: of the file; not shown to anyone.
-        row: label, patient and mpp, as given.
-        replace: whether it takes the place of a slide of that name.
-    """
-
-    id: str
-    slide: str
-    state: State
-    done: int
-    total: int
-    message: str
-    at: str
-    path: Path
-    row: dict[str, str]
-    replace: bool = False
-
-    @property
-    def over(self) -> bool:
-        """Whether nothing more happens."""
-        return self.state in {"done", "failed"}
-
-    def public(self) -> dict[str, Any]:
-        """Return what may be shown."""
-        shown = ("id", "slide", "state", "done", "total", "message", "at")
-        return {key: getattr(self, key) for key in shown}
 
 
 class Additions:
@@ -394,15 +354,3 @@ class Additions:
         with self._lock:
             if number in self._jobs:
                 self._jobs[number] = replace(self._jobs[number], **changes)
-
-
-def plain(name: str) -> str:
-    """Return a file name without anything that a file name should not have.
-
-    Raises:
-        BadInput: nothing is left.
-    """
-    found = re.sub(r"[^\w.\- ]", "_", name).strip(" .")[-120:]
-    if not found or not Path(found).stem.strip("._ "):
-        raise BadInput(f"{name!r} is no name for a slide; expected one such as case-1.svs")
-    return found
