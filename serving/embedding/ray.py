@@ -78,18 +78,14 @@ def run_on_ray(
     )
     place = out if "://" in out else str(Path(out).resolve())
     task = ray.remote(num_cpus=per_slide, max_retries=RETRIES)(embed_one)
-    encoder = open_chosen(
-        choice
-    )  # here too: what is wrong with it is told once, and all run it alike
+    # open it here too: an error is reported once, and all workers run it alike
+    encoder = open_chosen(choice)
     manifest, about = encoder.manifest, encoder.describe()
     encoder.close()
     if about["engine"] != "triton":
         choice = replace(choice, engine=about["engine"], batch=about["batch"])
     jobs = with_regions(jobs, options.regions)
-    sent = [
-        replace(job, source=Path(job.location), aliases=(), regions=_absolute(job.regions))
-        for job in jobs
-    ]
+    sent = [_movable(job) for job in jobs]
     waiting = {task.remote(job, choice, place, options): n for n, job in enumerate(sent)}
     found: dict[int, tuple[Result, dict[str, Any]]] = {}
     ended = [] if results is None else results
@@ -119,6 +115,11 @@ def run_on_ray(
     return Ran(
         [result for result, _ in ordered], manifest, {**about, "cluster": f"ray {address}"}, speed
     )
+
+
+def _movable(job: Job) -> Job:
+    """Return a job whose paths hold on another machine."""
+    return replace(job, source=Path(job.location), aliases=(), regions=_absolute(job.regions))
 
 
 def _end(ray: Any, waiting: list[Any], mine: bool, out: str) -> None:

@@ -21,6 +21,7 @@ from ...errors import BadInput, Damaged
 
 if TYPE_CHECKING:
     from ...index.atlas import Atlas
+    from ...serving.encoders.protocol import Encoder
     from ...serving.slides.slide import Slide
 
 SLIDE_URL = "https://openslide.cs.cmu.edu/download/openslide-testdata/Aperio/CMU-1-Small-Region.svs"
@@ -42,9 +43,6 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
     Everything that is there already is used again, so the demo can be repeated.
     """
     from ...index.atlas import Atlas
-    from ...serving.embedding.jobs import find_jobs
-    from ...serving.embedding.pipeline import embed_jobs
-    from ...serving.embedding.results import EmbedOptions
     from ...serving.encoders.open import DEFAULT_BUNDLE, open_encoder
     from ...serving.slides.slide import open_slide
 
@@ -53,15 +51,10 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
     folder.mkdir(parents=True, exist_ok=True)
     slide = get_slide(folder)
     encoder = open_encoder("default")
-    options = EmbedOptions(overlap_px=encoder.manifest.size_px // 2)
-    console.say(f"1  embedding {slide.name} with {encoder.manifest.name}")
-    with console.progress("embedding") as progress:
-        result = embed_jobs(find_jobs([slide]), encoder, folder / "features", options, progress)[0]
-    if not result.ok or result.features is None:
-        raise BadInput(f"{slide}: {result.reason}")
+    features = _embed(slide, encoder, folder / "features")
     path = folder / "atlas"
     atlas = Atlas(path) if path.exists() else Atlas.create(path, DEFAULT_BUNDLE)
-    added = atlas.add([Path(result.features)])[0]
+    added = atlas.add([features])[0]
     if added.state == "failed":
         raise BadInput(f"{added.reason} (remove {folder} to start afresh)")
     console.say(f"2  atlas {path}: {added.tiles} tiles of tissue")
@@ -95,6 +88,21 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
     }
     console.emit(document, lambda: console.say(f"done; open the page: {_program()} ui {path}"))
     return path, right[0]
+
+
+def _embed(slide: Path, encoder: Encoder, out: Path) -> Path:
+    """Embed the slide; return its feature file."""
+    from ...serving.embedding.jobs import find_jobs
+    from ...serving.embedding.pipeline import embed_jobs
+    from ...serving.embedding.results import EmbedOptions
+
+    options = EmbedOptions(overlap_px=encoder.manifest.size_px // 2)
+    console.say(f"1  embedding {slide.name} with {encoder.manifest.name}")
+    with console.progress("embedding") as progress:
+        (result,) = embed_jobs(find_jobs([slide]), encoder, out, options, progress)
+    if not result.ok or result.features is None:
+        raise BadInput(f"{slide}: {result.reason}")
+    return Path(result.features)
 
 
 def _fit(atlas: Atlas) -> None:

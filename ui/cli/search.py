@@ -68,40 +68,45 @@ def search(
     from ...index.atlas import Atlas
     from ...index.search.query import Query
 
-    opened = Atlas(atlas)
-    pictures, tiles = images or [], tile or []
+    opened, pictures, tiles = Atlas(atlas), images or [], tile or []
     if not pictures and not tiles:
         raise BadInput("nothing to look for: give pictures, or --tile with the id of a tile")
-    others = [Path(name) for name in unlike or () if not name.isdigit()]
+    others, unlike_tiles = _images_and_tiles(unlike or [])
     if pictures or others:
         check_images(opened)
     read, failed = read_images(pictures, opened.manifest.size_px)
     unlike_read, refused = read_images(others, opened.manifest.size_px)
     query = Query(
         images=tuple(read.values()), tiles=tuple(tiles), unlike_images=tuple(unlike_read.values()),
-        unlike_tiles=tuple(int(name) for name in unlike or () if name.isdigit()), together=together,
-        k=k, where=where, least=least, per_slide=per_slide, exact=exact, leave_out=leave_out,  # type: ignore[arg-type]
+        unlike_tiles=unlike_tiles, together=together, k=k, where=where, least=least,
+        per_slide=per_slide, exact=exact, leave_out=leave_out,  # type: ignore[arg-type]
     )  # fmt: skip
     if bad := [*refused.values(), *(failed.values() if query.combines else ())]:
         raise BadInput(bad[0]["error"]["message"])
     hits = _ask(opened, query, engine)
-    names: list[str | Path] = ["all together"]
-    if not query.combines:
-        names = [*read, *(f"tile {number}" for number in tiles)]
+    of_tiles = [f"tile {number}" for number in tiles]
+    names: list[str | Path] = ["all together"] if query.combines else [*read, *of_tiles]
+    keys = names if query.combines else [*pictures, *of_tiles]
     answers = {n: [hit._asdict() for hit in found] for n, found in zip(names, hits, strict=True)}
-    keys = names if query.combines else [*pictures, *names[len(read) :]]
     document = [answers.get(key, failed.get(Path(key))) for key in keys]
-    several = opened.mixed_scales
+    answer(document, lambda: _show(opened, names, hits, where), failed)
 
-    def human() -> None:
-        for name, found in zip(names, hits, strict=True):
-            _table(str(name), found, several)
-            if not found:
-                console.say(
-                    "no tile passes; loosen the filter" if where else "no tile is that near"
-                )
 
-    answer(document, human, failed)
+def _show(
+    atlas: Atlas, names: Sequence[str | Path], hits: list[list[Hit]], where: str | None
+) -> None:
+    """Print a table per question."""
+    several = atlas.mixed_scales
+    for name, found in zip(names, hits, strict=True):
+        _table(str(name), found, several)
+        if not found:
+            console.say("no tile passes; loosen the filter" if where else "no tile is that near")
+
+
+def _images_and_tiles(names: Sequence[str]) -> tuple[list[Path], tuple[int, ...]]:
+    """Part what is named on the command line into pictures and ids of tiles."""
+    tiles = tuple(int(name) for name in names if name.isdigit())
+    return [Path(name) for name in names if not name.isdigit()], tiles
 
 
 def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
