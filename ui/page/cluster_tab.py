@@ -13,13 +13,12 @@ import gradio as gr
 from ...errors import BadInput, HistoseekError, TooLarge
 from ..access.service import Server
 from ..session import words
-from ..session.answers import MAX_IMAGES
+from ..session.answers import MAX_IMAGES, Clustered
 from . import cluster_view, view
 from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told, with_files
 
 EXAMPLES = 3
 """Tiles that stand for the cluster of each image."""
-TRIES = 3
 ZIP_BYTES = 512 * 2**20
 ENTRIES = 4 * MAX_IMAGES
 MAP_JS = """
@@ -29,6 +28,18 @@ const map = histoseek.map(element, {stars: () => read().stars ?? []});
 new MutationObserver(() => read().by ? map.set(read().by) : map.draw())
   .observe(box, {childList: true, characterData: true, subtree: true});
 """
+
+
+def _stars(answer: Clustered) -> list[dict[str, Any]]:
+    """Return where the images lie on the map; nothing while there is no map."""
+    if answer.points is None:
+        return []
+    return [
+        {"name": name, "x": x, "y": y, "cluster": words.cluster_title(placed)}
+        for name, (x, y), placed in zip(
+            answer.names, answer.points.tolist(), answer.placed, strict=True
+        )
+    ]
 
 
 def cluster_tab(server: Server) -> None:
@@ -63,30 +74,14 @@ def cluster_tab(server: Server) -> None:
                 return view.problem("No image yet. Choose one or more first."), "{}"
             session.map.wait()
             images = unpacked([(f["name"], Path(f["path"])) for f in files])
-            for _ in range(
-                TRIES
-            ):  # the examples must be of the state that the images were placed in
-                answer = session.cluster(images, name)
-                described = session.atlas.clusters(answer.clustering, EXAMPLES)
-                if session.atlas.view().revision == answer.revision:
-                    break
-            else:
-                described = []  # a writer commits all the time: the answer stands without examples
+            answer = session.cluster(images, name, EXAMPLES)
             server.note_assign(request, answer)
         except HistoseekError as error:
             return told(error), "{}"
-        shown = []
-        if answer.points is not None:
-            for title, (x, y), placed in zip(
-                answer.names, answer.points.tolist(), answer.placed, strict=True
-            ):
-                cluster = words.cluster_title(placed)
-                shown.append({"name": title, "x": x, "y": y, "cluster": cluster})
-        drawn = {"by": f"cluster.{answer.clustering}", "stars": shown}
-        examples = {c["cluster"]: [t["tile"] for t in c["examples"]] for c in described}
-        return cluster_view.placed_table(answer, examples), json.dumps(drawn).replace(
-            "<", "\\u003c"
-        )
+        drawn = {"by": f"cluster.{answer.clustering}", "stars": _stars(answer)}
+        examples = {c["cluster"]: [t["tile"] for t in c["examples"]] for c in answer.clusters}
+        table = cluster_view.placed_table(answer, examples)
+        return table, json.dumps(drawn).replace("<", "\\u003c")
 
     button.click(
         place,

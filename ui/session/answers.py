@@ -92,6 +92,7 @@ class Clustered:
         refused: names of images that could not be read, with the reason.
         generation: of the index.
         revision: of the atlas.
+        clusters: of the clustering with example tiles, if they were asked for.
     """
 
     id: str
@@ -105,6 +106,7 @@ class Clustered:
     refused: list[tuple[str, str]]
     generation: int
     revision: int
+    clusters: list[dict[str, Any]] = field(default_factory=list, repr=False)
 
 
 @dataclass(frozen=True)

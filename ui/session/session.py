@@ -209,9 +209,17 @@ class Session:
     # -- clusters -------------------------------------------------------------------------------
 
     def cluster(
-        self, images: Sequence[tuple[str, Path | bytes]], name: str | None = None
+        self,
+        images: Sequence[tuple[str, Path | bytes]],
+        name: str | None = None,
+        examples: int = 0,
     ) -> Clustered:
         """Assign images to the clusters of a clustering; a bad one is refused by name.
+
+        Args:
+            images: a name and a file, or its bytes, of each.
+            name: of the clustering; the newest when None.
+            examples: tiles of each cluster to return with the answer; 0 for no description of clusters.
 
         Raises:
             BadInput: no image, none readable, or no such clustering.
@@ -256,6 +264,7 @@ class Session:
                 refused=refused,
                 generation=view.generation,
                 revision=view.revision,
+                clusters=view.clusters(name, examples) if examples else [],
             )
 
         return self.results.keep(self.atlas.ask(answer))
