@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageFile, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ..errors import BadInput, TooLarge, Unsupported
 from .colour_profiles import profile_name, to_srgb
@@ -31,12 +31,14 @@ _EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX"}
 
 
 def decode(
-    source: Path | bytes | Rgb, name: str | None = None, max_pixels: int = MAX_PIXELS
+    source: Path | bytes | Rgb | Image.Image,
+    name: str | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Rgb:
     """Decode one picture; of an MPO, which phones and stereo cameras write, the first one.
 
     Args:
-        source: a file, its bytes, or an array (H, W), (H, W, 3) or (H, W, 4) of uint8.
+        source: a file, its bytes, an array (H, W), (H, W, 3) or (H, W, 4) of uint8, or a PIL image.
         name: what to call it in messages; the file's path when left out.
         max_pixels: refuse more than this many pixels, before any is decoded.
 
@@ -50,6 +52,9 @@ def decode(
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, name or "array")
+    if isinstance(source, Image.Image):
+        _check_header(source, b"", name or "PIL image", max_pixels)
+        return _to_rgb(source, name or "PIL image")
     label = name or (str(source) if isinstance(source, Path) else "image")
     blob = _read(source, label) if isinstance(source, Path) else source
     if not blob:
@@ -92,7 +97,7 @@ def _read(path: Path, label: str) -> bytes:
         ) from error
 
 
-def _check_header(picture: ImageFile.ImageFile, blob: bytes, label: str, max_pixels: int) -> None:
+def _check_header(picture: Image.Image, blob: bytes, label: str, max_pixels: int) -> None:
     width, height = picture.size
     if width * height > max_pixels:
         raise TooLarge(

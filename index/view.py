@@ -1,8 +1,9 @@
 """A view: the questions that one committed state of an atlas answers.
 
-The state does not change when the atlas does, so that answers of several questions fit together. A writer
-may delete feature files of a state that it has replaced; a question that needs them then raises
-:class:`~histoseek.errors.Damaged`, and ``Atlas.ask`` asks it again of the newest state.
+The state does not change when the atlas does, so that answers of several questions fit together. Search,
+tiles and assignments are answered from memory. Questions that read the catalog (clusters, drift, exports)
+or a feature file that a writer has deleted raise :class:`~histoseek.errors.Damaged` once a writer has
+replaced the state; ``Atlas.ask`` then asks again of the newest state.
 """
 
 from __future__ import annotations
@@ -38,6 +39,10 @@ class View:
         """View a state; ``clusterings`` keeps those that were read before, by sha256."""
         self.state = state
         self._clusterings = {} if clusterings is None else clusterings
+
+    def _named(self, name: str | None) -> str:
+        """Return the name of a clustering; that of the newest for None."""
+        return str(stored.row_of(self.state.store.path, self.state.clusterings, name)["name"])
 
     @property
     def revision(self) -> int:
@@ -76,6 +81,10 @@ class View:
     def vector_of(self, query: Query) -> NDArray[np.float32]:
         """Return the vector (D,) that stands for all examples of a query."""
         return tiles.combined_vector(self.state, query)
+
+    def search_near(self, vector: NDArray[np.float32], query: Query) -> list[Hit]:
+        """Return the tiles near a vector (D,) that stands for all examples of a query; best first."""
+        return tiles.answer_near(self.state, vector, query)
 
     def vectors_of(self, ids: Sequence[int]) -> NDArray[np.float32]:
         """Return the vectors (T, D) of tiles by id, from the feature files.
@@ -167,16 +176,18 @@ class View:
 
         Raises:
             BadInput: no such clustering.
+            Damaged: a writer has committed since the view was taken.
         """
-        return report.assigned(self.state, self.clustering(name)[0])
+        return report.assigned(self.state, self._named(name))
 
     def clusters(self, name: str | None = None, examples: int = 3) -> list[dict[str, Any]]:
         """Describe the clusters of a clustering: name, size, unknown, labels, example tiles.
 
         Raises:
             BadInput: no such clustering.
+            Damaged: a writer has committed since the view was taken.
         """
-        return report.describe(self.state, self.clustering(name)[0], examples)
+        return report.describe(self.state, self._named(name), examples)
 
     def cluster_names(self, name: str | None = None) -> dict[int, str]:
         """Return the names that people gave to clusters, by number.
@@ -184,15 +195,16 @@ class View:
         Raises:
             BadInput: no such clustering.
         """
-        return self.state.cluster_names[self.clustering(name)[0]]
+        return self.state.cluster_names[self._named(name)]
 
     def drift(self, name: str | None = None) -> dict[str, Any]:
         """Report how many of the tiles that came after the fit are unknown to it.
 
         Raises:
             BadInput: no such clustering.
+            Damaged: a writer has committed since the view was taken.
         """
-        return report.drift(self.state, self.clustering(name)[0])
+        return report.drift(self.state, self._named(name))
 
     # -- the whole ------------------------------------------------------------------------------
 

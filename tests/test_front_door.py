@@ -72,6 +72,13 @@ def test_an_image_is_a_path_bytes_an_array_or_pil(lines, tmp_path):
     answers = atlas.search(forms, 3)
     assert len(answers) == len(forms) and all(a == answers[0] for a in answers)
     assert atlas.search(path, 3) == answers[0]
+    see_through = Image.fromarray(np.dstack([np.asarray(picture), np.full(picture.size[::-1], 90)]))
+    see_through.convert("RGBA").save(tmp_path / "alpha.png")
+    by_path, by_pil = atlas.search([tmp_path / "alpha.png", Image.open(tmp_path / "alpha.png")], 3)
+    assert by_path == by_pil
+    assert atlas.search(like=np.array([17, 42]), k=3) == atlas.search(like=[17, 42], k=3)
+    with pytest.raises(hs.HistoseekError, match="no image was given"):
+        atlas.assign([])
     with pytest.raises(hs.HistoseekError, match="an image is dict"):
         atlas.search([{}], 3)
     with pytest.raises(hs.HistoseekError, match="nothing to look for"):
@@ -80,7 +87,9 @@ def test_an_image_is_a_path_bytes_an_array_or_pil(lines, tmp_path):
 
 def test_an_atlas_opens_by_its_path_alone(lines):
     again = hs.Atlas("atlas")
-    assert again.search("region.png", k=10, where="organ = 'colon'") == lines["hits"]
+    found = again.search("region.png", k=10, where="organ = 'colon'")
+    # clusters were fitted after the first search
+    assert [h._replace(cluster=None) for h in found] == list(lines["hits"])
     assert again.stats()["slides"] == 3
 
 

@@ -186,8 +186,9 @@ def _placements(atlas: OpenAtlas) -> list[Problem]:
     slides = {row["id"]: dict(row) for row in atlas.catalog.rows("SELECT * FROM slides")}
     with atlas.catalog.read() as db:
         names = [row["name"] for row in db.execute("SELECT name FROM clusterings")]
-        placements = {name: clusterings.placements(db, name) for name in names}
-    for name, placed in placements.items():
+    for name in names:
+        with atlas.catalog.read() as db:
+            placed = clusterings.placements(db, name)
         for number, slide in slides.items():
             if number not in placed:
                 text = f"slide {slide['name']!r} is not placed in clustering {name!r}"

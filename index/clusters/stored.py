@@ -133,6 +133,20 @@ def stored(catalog: Catalog) -> list[dict[str, Any]]:
     return [dict(row) for row in catalog.rows("SELECT * FROM clusterings ORDER BY id DESC")]
 
 
+def row_of(path: Path, rows: Sequence[Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
+    """Return the row of a clustering by name; the newest when left out.
+
+    Raises:
+        BadInput: none fitted yet, or none of that name.
+    """
+    if not rows:
+        raise BadInput(f"{path} has no clusters yet; run `histoseek index fit` first")
+    for row in rows:
+        if name is None or row["name"] == name:
+            return row
+    raise unknown_name("clustering", str(name), [row["name"] for row in rows])
+
+
 def load(
     path: Path,
     rows: Sequence[Mapping[str, Any]],
@@ -151,14 +165,10 @@ def load(
         BadInput: none fitted yet, or none of that name.
         Damaged: its file is missing or changed.
     """
-    if not rows:
-        raise BadInput(f"{path} has no clusters yet; run `histoseek index fit` first")
-    chosen = [row for row in rows if name is None or row["name"] == name]
-    if not chosen:
-        raise unknown_name("clustering", str(name), [row["name"] for row in rows])
-    row = chosen[0]
-    if kept and row["sha256"] in kept:
-        return row["name"], kept[row["sha256"]]
+    row = row_of(path, rows, name)
+    found = None if kept is None else kept.get(row["sha256"])
+    if found is not None:
+        return row["name"], found
     file = path / row["file"]
     if not file.is_file() or sha256_file(file) != row["sha256"]:
         raise Damaged(f"{file} is missing or changed; fit clustering {row['name']!r} again")

@@ -6,7 +6,6 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -147,7 +146,7 @@ def push_changes(
         if done % SAVED_TOGETHER == 0:
             engine.write_about(about)
         progress(done, len(changed), slide["name"])
-    engine.write_text(CLUSTERINGS, json.dumps(_clusterings(view)))
+    engine.write_text(CLUSTERINGS, json.dumps(_clusterings(atlas, view)))
     about.revision, about.clustering = view.revision, columns.newest or ""
     engine.write_about(about)
     return {
@@ -255,12 +254,17 @@ def _checksum(view: View, slide: Mapping[str, Any]) -> str:
     return digest.hexdigest()
 
 
-def _clusterings(view: View) -> dict[str, dict[str, Any]]:
+def _clusterings(atlas: Atlas, view: View) -> dict[str, dict[str, Any]]:
     """Return the clusterings that are whole and not too large, JSON-ready."""
     found: dict[str, dict[str, Any]] = {}
     for fitted in view.clusterings():
-        with suppress(Damaged):
+        try:
             name, clustering = view.clustering(fitted)
+        except Damaged:
+            if atlas.catalog.revision() != view.revision:
+                raise  # a writer replaced it meanwhile: the push is to be repeated
+            continue  # its file is lost: `index verify` names it
+        else:
             blob = clustering.to_bytes()
             if len(blob) <= CLUSTERING_BYTES:
                 found[name] = {

@@ -32,7 +32,7 @@ class Query:
         k: hits per answer; all tiles if there are fewer.
         where: metadata filter such as ``organ = 'colon' and patient != 'P7'``; see
             :mod:`~histoseek.index.search.filters`.
-        least: lowest score of a hit (a range search, always exact).
+        least: lowest score of a hit; without ``per_slide`` a range search, which is exact.
         per_slide: at most one hit per slide.
         exact: compare with every tile, whatever the index.
         leave_out: what is left out of a tile that is asked with: the ``tile`` itself, its ``slide``, or all

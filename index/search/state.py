@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.manifest import Manifest
-from ...errors import BadInput, Mismatch, NotFound
+from ...errors import BadInput, Damaged, Mismatch, NotFound
 from ..store.catalog import REVISION, get_meta
 from ..store.packing import unpack_numbers
 from ..store.store import StateGone, Store
@@ -114,6 +114,11 @@ class State:
         """Return the rows (M,) of a slide's representative tiles and their prepared vectors (M, D)."""
         found = self.mosaics.get(slide["id"])
         if found is None:
+            if slide["mosaic"] is None:
+                raise Damaged(
+                    f"slide {slide['name']!r} was added by a version that was never released; build the "
+                    "atlas again from its feature files with `histoseek index create` and `index add`"
+                )
             vectors = prepared(self.store.vectors_of(slide), self.metric)
             rows = unpack_numbers(slide["mosaic"], "<i4").astype(np.int64)
             found = self.mosaics[slide["id"]] = rows, vectors[rows]
@@ -142,8 +147,12 @@ class State:
             StateGone: a writer has committed since.
         """
         with self.store.catalog.read() as db:
-            if int(get_meta(db, REVISION)) != self.revision:
-                raise StateGone(
-                    f"{self.store.path} has changed since revision {self.revision}; take a new view"
-                )
+            self._check_revision(db)
             yield db
+            self._check_revision(db)  # a folder that only others can write has no snapshot
+
+    def _check_revision(self, db: Connection) -> None:
+        if int(get_meta(db, REVISION)) != self.revision:
+            raise StateGone(
+                f"{self.store.path} has changed since revision {self.revision}; take a new view"
+            )

@@ -151,6 +151,8 @@ def find_together(
             patients.
         settings: k, filter, what to leave out and so on; its examples are not looked at.
     """
+    if not len(tiles):
+        return find(state, vector[None], settings)
     if settings.leave_out == "tile" and not settings.per_slide:
         scores, found = find(state, vector[None], replace(settings, k=settings.k + len(tiles)))
         keep = (found[0] >= 0) & ~np.isin(found[0], tiles)
@@ -183,6 +185,9 @@ def combined(
 
     The mean of those to be like, moved away from the mean of those to be unlike by half as much.
     """
+    if len(positive) == 1 and not len(negative):
+        only: NDArray[np.float32] = positive[0]
+        return only  # as it is: clusters are fitted on vectors of any length
     like: NDArray[np.float32] = prepared(positive, metric).mean(axis=0)
     if not len(negative):
         return like
@@ -201,10 +206,10 @@ def answer(state: State, query: Query) -> list[list[Hit]]:
         Mismatch: vectors of another length.
     """
     state.require_tiles()
+    if query.images or query.unlike_images:
+        raise BadInput("the query's images are not embedded; call Query.embedded first")
     if query.combines:
-        vector = combined_vector(state, query)
-        found = find_together(state, vector, state.positions(query.tiles), query)
-        return state.columns.hits(found[1], found[0])
+        return [answer_near(state, combined_vector(state, query), query)]
     hits: list[list[Hit]] = []
     if query.vectors is None and not query.tiles:
         raise BadInput("nothing to look for: give an image, or the id of a tile")
@@ -217,6 +222,13 @@ def answer(state: State, query: Query) -> list[list[Hit]]:
         scores, positions = find_like(state, tiles, state.vectors_at(tiles), query)
         hits += state.columns.hits(positions, scores)
     return hits
+
+
+def answer_near(state: State, vector: NDArray[np.float32], query: Query) -> list[Hit]:
+    """Return hits near a vector (D,) that stands for all examples of a query, best first."""
+    state.require_tiles()
+    found = find_together(state, vector, state.positions(query.tiles), query)
+    return state.columns.hits(found[1], found[0])[0]
 
 
 def combined_vector(state: State, query: Query) -> NDArray[np.float32]:

@@ -34,11 +34,11 @@ class Catalog:
             db.execute("PRAGMA journal_mode = WAL")
             db.execute("BEGIN IMMEDIATE")
             first = schema.create(db)
+            for key, value in {**first, **meta, REVISION: "0"}.items():
+                set_meta(db, key, value)
             db.execute(f"PRAGMA user_version = {schema.FIRST}")
             db.execute("COMMIT")
             self._migrate(db)
-            for key, value in {**first, **meta, REVISION: "0"}.items():
-                set_meta(db, key, value)
 
     @contextmanager
     def _connect(self) -> Iterator[sqlite3.Connection]:

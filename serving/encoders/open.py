@@ -27,7 +27,7 @@ def bundle_path(spec: str) -> Path:
 
 
 def open_encoder(
-    spec: str,
+    spec: str | Path,
     expect: Manifest | None = None,
     engine: str = "onnxruntime",
     precision: str = "f32",
@@ -48,6 +48,7 @@ def open_encoder(
     Raises:
         Mismatch: it is another encoder; names both.
     """
+    spec = str(spec)
     if "://" in spec:
         from .triton import TritonEncoder
 

@@ -33,9 +33,10 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
     assert all(h["score"] >= least for h in near[0]) and len(near[0]) >= 3
     mixed = cli_json("index", "search", atlas, place / "bad.png", place / "b.png", expect=1)
     assert "error" in mixed[0] and len(mixed[1]) == 10
-    assert cli(
-        "index", "search", atlas, "--tile", tile, "--unlike", 7, "--without", "patient"
-    ).returncode
+    words = "--tile", tile, "--unlike", 7, "--leave-out", "patient", "--least", least
+    (both,) = cli_json("index", "search", atlas, *words, "-k", 4)
+    assert hits[0][0]["patient"] not in {h["patient"] for h in both}
+    assert [h["rank"] for h in both] == list(range(1, len(both) + 1))
     text = cli("index", "search", atlas, place / "a.png", "-k", 2)
     assert "slide-" in text.stdout and text.returncode == 0
 
@@ -46,7 +47,7 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
         (["search"], "nothing to look for"),
         (["search", "--tile", "999999"], "holds no tile 999999"),
         (["search", "--tile", "1", "--without", "hospital"], "tile, slide, patient"),
-        (["search", "--tile", "1", "--least", "0.5"], "does not go with"),
+        (["search", "--tile", "1", "--engine", "milvus://x"], "not with --tile"),
         (["search", "{a}", "--where", "organ ="], "cannot be read at character"),
         (["search", "{a}", "--where", "grade = 1"], "unknown field 'grade'"),
         (["search", "{a}", "--engine", "http://x"], "no address of Milvus"),

@@ -36,7 +36,7 @@ def embed(
         float | None, typer.Option(help="Instead of --mpp: 20 is 0.5 µm per pixel, 40 is 0.25.")
     ] = None,
     metrics: Annotated[
-        str | None, typer.Option(help="[HOST:]PORT for Prometheus while it runs.", hidden=True)
+        str | None, typer.Option(help="[HOST:]PORT for Prometheus while it runs.")
     ] = None,
     ray: Annotated[
         str | None,

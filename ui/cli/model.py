@@ -42,7 +42,7 @@ class TrainCommand(TyperCommand):
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options of the verb, then those of the recipe."""
         super().format_options(ctx, formatter)
-        if len(ctx.meta["words"]) < 2:
+        if len(ctx.meta.get("words", [])) < 2:
             return
         _need_torch()
         from ...training.recipes import RECIPES

@@ -72,6 +72,8 @@ def search(
     if not pictures and not tiles:
         raise BadInput("nothing to look for: give pictures, or --tile with the id of a tile")
     others, unlike_tiles = _images_and_tiles(unlike or [])
+    if engine and (tiles or together or unlike):
+        raise BadInput("--engine goes with pictures, not with --tile, --together or --unlike")
     if pictures or others:
         check_images(opened)
     read, failed = read_images(pictures, opened.manifest.size_px)
@@ -86,7 +88,7 @@ def search(
     hits = _ask(opened, query, engine)
     of_tiles = [f"tile {number}" for number in tiles]
     names: list[str | Path] = ["all together"] if query.combines else [*read, *of_tiles]
-    keys = names if query.combines else [*pictures, *of_tiles]
+    keys: list[str | Path] = names if query.combines else [*pictures, *of_tiles]
     answers = {n: [hit._asdict() for hit in found] for n, found in zip(names, hits, strict=True)}
     document = [answers.get(key, failed.get(Path(key))) for key in keys]
     answer(document, lambda: _show(opened, names, hits, where), failed)

@@ -98,7 +98,7 @@ class Atlas:
             Mismatch: ``encoder`` is not the one that the atlas is bound to.
         """
         self.index = index.Atlas(path)
-        self._encoder = encoder
+        self._encoder, self._opened_encoder = encoder, False
         if encoder is not None:
             check_identity(encoder.manifest, self.index.manifest)
         self._pictures = Pictures(self.index)
@@ -138,8 +138,24 @@ class Atlas:
         if self._encoder is None:
             manifest = self.index.manifest
             check_bundle_graph(self.index.encoder_bundle, manifest)
-            self._encoder = open_encoder(str(self.index.encoder_bundle), expect=manifest)
+            self._encoder = open_encoder(self.index.encoder_bundle, expect=manifest)
+            self._opened_encoder = True
         return self._encoder
+
+    def close(self) -> None:
+        """Close slides that were opened for their pictures, and the encoder if the atlas opened it."""
+        self._pictures.close()
+        if self._opened_encoder and self._encoder is not None:
+            self._encoder.close()
+            self._encoder = None
+
+    def __enter__(self) -> Atlas:
+        """Close the atlas at the end of a ``with`` block."""
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        """Close the atlas."""
+        self.close()
 
     # -- filling --------------------------------------------------------------------------------
 
@@ -257,7 +273,10 @@ class Atlas:
         Raises:
             BadInput: nothing fitted yet, or an image that cannot be read.
         """
-        vectors = self._embed(np.stack(read_images(images, self._size)))
+        tiles = read_images(images, self._size)
+        if not tiles:
+            raise BadInput("no image was given; expected at least one")
+        vectors = self._embed(np.stack(tiles))
         rows = self.index.assign(vectors, clustering)
         return [Assignment(**{key: row[key] for key in Assignment._fields}) for row in rows]
 
@@ -313,6 +332,8 @@ def _examples(given: Example | Sequence[Example]) -> tuple[list[Image], tuple[in
     """Part examples into images and ids of tiles."""
     if isinstance(given, int | np.integer):
         return [], (int(given),)
+    if isinstance(given, np.ndarray) and given.dtype != np.uint8:
+        given = given.ravel().tolist()  # ids
     several: Any = [given] if is_one(given) else given  # type: ignore[arg-type]
     tiles = tuple(int(one) for one in several if isinstance(one, int | np.integer))
     return [one for one in several if not isinstance(one, int | np.integer)], tiles

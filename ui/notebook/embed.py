@@ -52,7 +52,7 @@ class Features(list[Result]):
 def embed(
     inputs: str | Path | Sequence[str | Path],
     out: str | Path,
-    encoder: Encoder | str = DEFAULT,
+    encoder: Encoder | str | Path = DEFAULT,
     *,
     kind: Kind = "auto",
     progress: Progress | None = None,
@@ -79,7 +79,7 @@ def embed(
     given = find_inputs([Path(path) for path in paths], kind, chosen.manifest)
     jobs = with_regions(given.jobs, chosen.regions)
     unused = unused_regions(jobs, chosen.regions)
-    opened = open_encoder(encoder) if isinstance(encoder, str) else encoder
+    opened = open_encoder(encoder) if isinstance(encoder, str | Path) else encoder
     meter, folder = Meter(), Path(out)
     try:
         results = embed_jobs(jobs, opened, folder, chosen, progress or (lambda *_: None), meter)

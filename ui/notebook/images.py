@@ -40,9 +40,7 @@ def read_images(images: Image | Sequence[Image], size_px: int) -> list[Rgb]:
 def _pixels(image: Image) -> Rgb:
     if isinstance(image, str | Path):
         return decode(Path(image))
-    if isinstance(image, Pillow.Image):
-        return decode(np.asarray(image.convert("RGB")), name="PIL image")
-    if isinstance(image, bytes | np.ndarray):
+    if isinstance(image, bytes | np.ndarray | Pillow.Image):
         return decode(image)
     raise BadInput(
         f"an image is {type(image).__name__}; expected a path, bytes, an array of uint8 or a PIL image"

@@ -91,7 +91,7 @@ class AtlasMap:
             if placed is None:
                 raise NotFound(f"the atlas has no clustering {name!r}")
             codes = np.where(at >= 0, np.maximum(placed[at], -1), -1).astype(np.int32)
-            given = view.cluster_names(name)
+            given = view.state.cluster_names[str(name)]
             count = int(codes.max(initial=-1)) + 1
             return [given.get(c) or f"cluster {c}" for c in range(count)], codes
         if by not in columns.names():

@@ -40,7 +40,7 @@ from .batching import Batcher
 from .map import AtlasMap
 from .pictures import Pictures
 from .results import Results
-from .verdict import verdict_of
+from .verdict import Usual, verdict_of
 
 DECODING_S = 30.0
 """Seconds that a picture waits for its turn to be decoded."""
@@ -82,6 +82,7 @@ class Session:
         self.results = Results()
         self._decoders = threading.BoundedSemaphore(2 * cores())
         self._background = Background()
+        self._usual = Usual(self.atlas, self._background)
         self.map = AtlasMap(self.atlas, self._background)
         self.atlas.view()
 
@@ -175,7 +176,7 @@ class Session:
         """Answer a query whose images are embedded, all from one state of the atlas."""
         started = time.perf_counter()
         vector = view.vector_of(query)
-        (hits,) = view.search(query)
+        hits = view.search_near(vector, query)
         searched = round(1000 * (time.perf_counter() - started), 2)
         return Found(
             id=new_id(),
@@ -183,7 +184,7 @@ class Session:
             query=query,
             vector=vector,
             hits=hits,
-            verdict=verdict_of(view, query, clustering, vector, hits, self._background),
+            verdict=verdict_of(self._usual, view, query, clustering, vector, hits),
             generation=view.generation,
             revision=view.revision,
             milliseconds={"search": searched},
@@ -199,8 +200,8 @@ class Session:
     def warm(self) -> None:
         """Begin to make what the first answers need: batch size, usual nearness, map."""
         revision = self.atlas.catalog.revision()
-        self._background.get("usual", revision, self.atlas.usual_nearness)
-        self._background.get("foreign", revision, self.atlas.out_of_distribution_share)
+        self._usual.nearness(revision)
+        self._usual.out_of_distribution(revision)
         if self.batching is not None:
             self._background.get("batch", 0, self.batching.measure)
         with suppress(MissingPart):

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 from numpy.typing import NDArray
 
+from ...index.atlas import Atlas
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from ...index.view import View
@@ -18,32 +19,48 @@ UNUSUAL = 0.01
 """A query is unusual if at most this share of the atlas's own tiles is as far from all others."""
 
 
+class Usual:
+    """What is usual in an atlas: measured in the background, None until then."""
+
+    def __init__(self, atlas: Atlas, background: Background) -> None:
+        """Measure nothing yet."""
+        self._atlas, self._background = atlas, background
+
+    def nearness(self, revision: int) -> NDArray[np.float32] | None:
+        """Return how similar tiles are to their nearest of another patient, ascending (T,)."""
+        return self._background.get("usual", revision, self._atlas.usual_nearness)
+
+    def out_of_distribution(self, revision: int) -> float | None:
+        """Return the share of tiles that the encoder calls out of distribution."""
+        return self._background.get("foreign", revision, self._atlas.out_of_distribution_share)
+
+
 def verdict_of(
+    usual: Usual,
     view: View,
     query: Query,
     clustering: str | None,
     vector: NDArray[np.float32],
     hits: list[Hit],
-    background: Background,
 ) -> Verdict:
     """Return the verdict on a query.
 
     Args:
+        usual: how near tiles of the atlas usually are.
         view: the state that was searched.
         query: its images are embedded.
         clustering: to assign the query to; the newest when None.
         vector: (D,) that was compared.
         hits: what was found.
-        background: holds how near tiles of the atlas usually are.
     """
     single = query.examples == 1
     placed = view.assign(vector[None], clustering)[0] if single and view.clusterings() else None
-    nearer = _nearer_than(view, query, vector, hits, background) if single else None
+    nearer = _nearer_than(usual, view, query, vector, hits) if single else None
     foreign = single and bool(view.state.manifest.foreign(vector[None])[0])
     if foreign and placed is not None:
         foreign = placed["unknown"]  # clusters may ignore the detector
     elif foreign:  # an atlas of other pictures ignores it, too
-        share = background.get("foreign", view.revision, view.out_of_distribution_share)
+        share = usual.out_of_distribution(view.revision)
         foreign = share is None or share <= 0.5
     return Verdict(
         labels=Counter(hit.label for hit in hits).most_common(),
@@ -58,20 +75,20 @@ def verdict_of(
 
 
 def _nearer_than(
-    view: View, query: Query, vector: NDArray[np.float32], hits: list[Hit], background: Background
+    usual: Usual, view: View, query: Query, vector: NDArray[np.float32], hits: list[Hit]
 ) -> float | None:
     """Return the share of the atlas's tiles that are farther from others than the query is from its best.
 
     None while it is not known how near the atlas's tiles are, or if nothing was found.
     """
-    usual = background.get("usual", view.revision, view.usual_nearness)
-    if usual is None or not len(usual):
+    nearness = usual.nearness(view.revision)
+    if nearness is None or not len(nearness):
         return None
     best = hits
-    if query.where or query.least is not None:  # near or far is meant of the whole atlas
-        (best,) = view.search(
-            replace(query, where=None, least=None, k=1, per_slide=False, leave_out="tile")
-        )
+    if query.where or query.least is not None or query.leave_out != "tile":
+        # near or far is meant of the whole atlas
+        whole = replace(query, where=None, least=None, k=1, per_slide=False, leave_out="tile")
+        best = view.search_near(vector, whole)
     if not best:
         return None
-    return float(np.searchsorted(usual, best[0].score, side="left") / len(usual))
+    return float(np.searchsorted(nearness, best[0].score, side="left") / len(nearness))
