@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated
 
-from ..artifacts.option_models import HIDDEN, Field, options
+from ..artifacts.option_models import Field, options
 from ..errors import BadInput
 
 
@@ -49,9 +49,9 @@ class TritonOptions:
     instances: Annotated[int,
         Field(ge=1, le=64, description="Copies per GPU; without a GPU: cores.")] = 2
     queue: Annotated[int,
-        Field(ge=1, le=100_000, description="Most requests that wait; more are refused."), HIDDEN] = 256
+        Field(ge=1, le=100_000, description="Most requests that wait; more are refused.")] = 256
     delay_us: Annotated[int,
-        Field(ge=0, le=1_000_000, description="Microseconds to wait for a full batch."), HIDDEN] = 1000
+        Field(ge=0, le=1_000_000, description="Microseconds to wait for a full batch.")] = 1000
     fp16: Annotated[bool,
         Field(description="Also write <name>-fp16, computed in half precision.")] = False
     # fmt: on
