@@ -1,9 +1,9 @@
-"""The atlas on Milvus: the same search over as many machines as it takes.
+"""The atlas on Milvus: the same search, distributed over several machines.
 
-``push`` copies tiles to a collection; what is there already and did not change is left alone, so a push
-that was cut off is finished by repeating it. Values that repeat (slide, label, patient, metadata) are
-stored as numbers, with their names in a second collection: a filter becomes lists of numbers, and no text
-of a person ever stands in a Milvus expression.
+``push`` copies tiles to a collection and skips unchanged slides, so an interrupted push is completed by
+repeating it. Repeated values (slide, label, patient, metadata) are stored as numbers; their names are in a
+second collection. So a filter becomes lists of numbers, and no user-supplied text gets into a Milvus
+expression.
 """
 
 from __future__ import annotations
@@ -37,31 +37,31 @@ from .milvus_filter import FORMAT, About, Row, expression_of
 BATCH_VALUES = 250_000
 """Coordinates sent in one request (1 MB)."""
 LIMIT = 16_384
-"""Hits that Milvus gives at most."""
+"""Maximum number of hits of one Milvus search."""
 TEXT = 60_000
 SLOT = 1_000_000
-"""Parts of one text in the second collection; the first part of each says how many there are."""
+"""Maximum number of parts of one text in the second collection; part 0 holds their number and hash."""
 FACTS, CLUSTERINGS = 0, 1
 FLAT_UP_TO = 100_000
 INDEXES = ("FLAT", "AUTOINDEX", "IVF_FLAT", "IVF_SQ8", "IVF_PQ", "HNSW", "SCANN", "DISKANN")
 SEALED_TOGETHER = 100
-"""Slides after which a push notes what is done; as many are sent again after a kill."""
+"""A push stores its progress after this many slides; at most as many are sent again after a kill."""
 CLUSTERING_BYTES = 64 * 2**20
-"""Clusterings up to this size go along; HDBSCAN's hold the tiles that were fitted."""
+"""Maximum size of a clustering that is pushed; HDBSCAN's contain all fitted tiles."""
 
 
 class MilvusAtlas:
-    """A pushed atlas, open for search and assign as :class:`~histoseek.index.atlas.Atlas` is."""
+    """A pushed atlas; it offers search and assign like :class:`~histoseek.index.atlas.Atlas`."""
 
     def __init__(self, url: str, must_exist: bool = True) -> None:
         """Connect.
 
         Args:
             url: see :func:`parse_url`.
-            must_exist: whether the collection has to be there already.
+            must_exist: whether to fail if the collection does not exist.
 
         Raises:
-            BadInput: no such collection, or one of a newer histoseek.
+            BadInput: there is no such collection, or a newer histoseek wrote it.
             MissingPart: pymilvus is not installed.
             Unavailable: Milvus does not answer.
         """
@@ -70,7 +70,7 @@ class MilvusAtlas:
         except ImportError as error:
             raise MissingPart("Milvus needs pymilvus: pip install 'histoseek[milvus]'") from error
         for name in ("pymilvus", "milvus_lite"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # they log what they also raise
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # they also raise what they log
         self.place = parse_url(url)
         with _calls(self.place):
             self._client: Any = MilvusClient(
@@ -79,7 +79,7 @@ class MilvusAtlas:
             there = self._client.has_collection(self._facts)
             for name in (self._facts, self.place.collection) if there else ():
                 if self._client.has_collection(name):
-                    self._client.load_collection(name)  # Milvus Lite forgets that when it is killed
+                    self._client.load_collection(name)  # forgotten by Milvus Lite if killed
         self._seen = ""
         self.about: About | None = self._read_about() if there else None
         if must_exist and not there:
@@ -106,7 +106,7 @@ class MilvusAtlas:
         return {row["part"]: row["text"] for row in rows}
 
     def _read_text(self, slot: int) -> str | None:
-        """Return a text; None if it is not there, or was cut off while it was written."""
+        """Return a text; None if it is missing or incomplete."""
         start = slot * SLOT
         head = self._parts(start, start + 1).get(start)
         if head is None:
@@ -122,7 +122,7 @@ class MilvusAtlas:
         return text
 
     def _write_text(self, slot: int, text: str) -> None:
-        """Write a text: its pieces first, then the part that says which they are."""
+        """Write a text: its pieces first, then part 0 with their number and hash."""
         start = slot * SLOT
         pieces = [text[at : at + TEXT] for at in range(0, len(text), TEXT)]
         head = json.dumps(
@@ -148,13 +148,13 @@ class MilvusAtlas:
         return About(**known)
 
     def _write_about(self, about: About) -> None:
-        # Only ASCII, so that a piece has as many bytes as characters.
+        # JSON in ASCII: a piece has as many bytes as characters.
         text = json.dumps(about.__dict__)
         self._write_text(FACTS, text)
         self._seen, self.about = hashlib.sha256(text.encode()).hexdigest(), about
 
     def _create(self, about: About) -> None:
-        """Make the collections, or those of them that a push which was cut off did not."""
+        """Create the collections, or the missing one if an earlier push was interrupted."""
         from pymilvus import DataType
 
         client = self._client
@@ -176,7 +176,7 @@ class MilvusAtlas:
             if client.has_collection(self.place.collection):
                 client.drop_collection(
                     self.place.collection
-                )  # half made: nothing says what it holds
+                )  # incomplete: its content is not known
             tiles = client.create_schema(auto_id=False, enable_dynamic_field=False)
             tiles.add_field("tile", DataType.INT64, is_primary=True)
             tiles.add_field("vector", DataType.FLOAT_VECTOR, dim=about.dim)
@@ -201,7 +201,7 @@ class MilvusAtlas:
     def push(
         self, atlas: Atlas, index: str | None, progress: Report = lambda done, total, text: None
     ) -> dict[str, Any]:
-        """Copy what changed of an atlas; see :func:`push`."""
+        """Copy the changes of an atlas; see :func:`push`."""
         view = atlas.view()
         columns = view.columns
         about = self._opened(atlas, view, index)
@@ -210,9 +210,10 @@ class MilvusAtlas:
         known = {facts[0]: (facts[1], code) for code, facts in about.slides.items()}
         gone = [number for number in known if number not in slides]
         changed = [n for n in slides if known.get(n, ("", 0))[0] != seals[n]]
-        about.revision = -1  # not whole until the end
-        # Names go before the tiles that use them; rows go before they are forgotten; a slide's seal comes
-        # after its tiles: a push may end anywhere, and the next one knows what is left to do.
+        about.revision = -1  # incomplete until the end
+        # Order: write names before the tiles that use them, delete tiles before their slide's entry, write
+        # a slide's checksum after its tiles. A push can stop anywhere; the next one sends again the slides
+        # whose checksum is missing.
         numbers = {
             name: _numbers(about.columns[name], columns.coded(name).names)
             for name in columns.names()
@@ -252,7 +253,7 @@ class MilvusAtlas:
         }
 
     def _opened(self, atlas: Atlas, view: View, index: str | None) -> About:
-        """Return what the collection says of itself, and make the collection if it is not there."""
+        """Return the collection's description; create the collection if it does not exist."""
         manifest = atlas.manifest
         identity = atlas.store.identity
         if index is not None and index not in INDEXES:
@@ -336,8 +337,8 @@ class MilvusAtlas:
         """Return the most similar tiles of each vector of a query; see ``View.search``.
 
         Raises:
-            BadInput: a query by tiles or of several examples together, more than 16,384 hits, a filter by
-                file name, or ``exact`` on another index than FLAT.
+            BadInput: the query has tiles or combines examples, asks for more than 16,384 hits, filters by
+                file name, or sets ``exact`` on an index other than FLAT.
             Unavailable: Milvus does not answer.
         """
         if query.tiles or query.combines or query.vectors is None:
@@ -364,10 +365,10 @@ class MilvusAtlas:
         return answers
 
     def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
-        """Place new vectors (Q, D) in the clusters that were pushed; see ``Atlas.assign``.
+        """Assign new vectors (Q, D) to the pushed clusters; see ``Atlas.assign``.
 
         Raises:
-            BadInput: no such clustering there, or one that was too large to be pushed.
+            BadInput: the collection has no such clustering, or it was too large to push.
         """
         about = self._ready(queries)
         known = json.loads(self._read_text(CLUSTERINGS) or "{}")
@@ -382,7 +383,7 @@ class MilvusAtlas:
         return clustering.assign(queries).rows(names)
 
     def _ready(self, queries: NDArray[np.float32]) -> About:
-        """Return the newest facts, and check the queries by them."""
+        """Read the newest description of the collection, check the queries, and return it."""
         head = self._parts(0, 1).get(0)
         if head is None or json.loads(head)["sha256"] != self._seen:
             self.about = self._read_about()
@@ -466,7 +467,7 @@ def _hit(about: About, score: float, row: Mapping[str, Any]) -> Hit:
 
 
 def _numbers(known: list[str], names: Sequence[str]) -> NDArray[np.int64]:
-    """Return the number of each name in the collection's own list, which grows; the last is of no name."""
+    """Return the number of each name in the collection's list, after adding new names; -1 at the end."""
     number = {name: n for n, name in enumerate(known)}
     for name in names:
         if name not in number:
@@ -476,14 +477,14 @@ def _numbers(known: list[str], names: Sequence[str]) -> NDArray[np.int64]:
 
 
 def _seal(view: View, slide: Mapping[str, Any]) -> str:
-    """Return a checksum of everything that a push sends of a slide, as one state has it."""
+    """Return a checksum of everything that a push sends for a slide."""
     digest = hashlib.blake2b(slide[SEAL] + slide["tiles_seal"], digest_size=8)
     digest.update(view.columns.placement(slide["id"]))
     return digest.hexdigest()
 
 
 def _clusterings(view: View) -> dict[str, dict[str, Any]]:
-    """Return the clusterings that are whole and not too large, JSON-ready."""
+    """Return the clusterings that can be read and are not too large, JSON-ready."""
     found: dict[str, dict[str, Any]] = {}
     for fitted in view.clusterings():
         with suppress(Damaged):
@@ -505,20 +506,20 @@ def push(
     index: str | None = None,
     progress: Report = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Copy an atlas to Milvus; only what changed since the last time.
+    """Copy an atlas to Milvus; only what changed since the last push.
 
     Args:
         atlas: to copy.
         url: see :func:`parse_url`.
-        index: Milvus's type of index for a collection that is made: FLAT (exact), AUTOINDEX, HNSW, …; None
-            takes FLAT up to 100,000 tiles.
+        index: Milvus's index type for a new collection: FLAT (exact), AUTOINDEX, HNSW, …; None takes FLAT
+            up to 100,000 tiles, else AUTOINDEX.
         progress: called after each slide.
 
     Returns:
-        What was copied.
+        A summary of what was copied.
 
     Raises:
-        Mismatch: the collection is of another encoder.
+        Mismatch: the collection belongs to another encoder or atlas.
         Unavailable: Milvus does not answer.
     """
     engine = MilvusAtlas(url, must_exist=False)
