@@ -105,7 +105,7 @@ def read(path: Path) -> Layout | None:
 
 
 def fits(layout: Layout | None, atlas: str, tiles: int, dim: int) -> bool:
-    """Whether a map belongs to this atlas and was made from at least half of its tiles."""
+    """Whether a map belongs to this atlas, which has at most doubled since the map was made."""
     return (
         layout is not None
         and layout.atlas == atlas
