@@ -167,7 +167,7 @@ class Atlas(OpenAtlas):
         with self.writing():
             return relocate(self.path, self.catalog, old, new, folders)
 
-    # -- asking ---------------------------------------------------------------------------------
+    # -- queries --------------------------------------------------------------------------------
 
     def search(
         self,

@@ -194,7 +194,7 @@ class View:
         """
         return report.drift(self.state, self.clustering(name)[0])
 
-    # -- the whole ------------------------------------------------------------------------------
+    # -- the whole atlas ------------------------------------------------------------------------
 
     def layout(self) -> Layout | None:
         """Return the map; None if there is none, or if the atlas has more than doubled since it was made.

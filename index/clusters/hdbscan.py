@@ -135,7 +135,7 @@ def _nearest(
     least: int,
     own: int,
 ) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
-    """Return mutual reachability, the neighbour, and which points need more neighbours to be sure."""
+    """Return mutual reachability distances, the neighbours, and which points need more neighbours."""
     squared, rows = index.search(ready, min(count, index.ntotal))
     squared, rows = squared[:, own:], rows[:, own:]
     distances = np.sqrt(np.maximum(squared, 0))

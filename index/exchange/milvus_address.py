@@ -22,7 +22,7 @@ TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Place:
-    """Where a collection is.
+    """The address of a collection.
 
     Attributes:
         uri: as pymilvus takes it.

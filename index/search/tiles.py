@@ -20,7 +20,7 @@ Scores = NDArray[np.float32]
 UNLIKE = 0.5
 """Weight of the examples to be unlike."""
 SLIDE_STEP = 4_096
-"""If so many hits yield too few slides, the search goes on without the slides already found."""
+"""If this many hits yield too few slides, the search goes on without the slides already found."""
 
 
 def allowed(state: State, where: str | None) -> Mask | None:

@@ -21,7 +21,7 @@ NEXT_TILE = "next_tile"
 
 
 class Catalog:
-    """An atlas's database; every method opens its own connection, so threads need no care."""
+    """An atlas's database; every method opens its own connection, so threads may share it."""
 
     def __init__(self, folder: Path) -> None:
         """Name the database of the atlas in ``folder``; nothing is opened yet."""

@@ -126,7 +126,7 @@ class _Marks:
 
 
 def _below(source: str, folder: str) -> str | None:
-    """Return a path relative to a folder above it; None if it does not lie below it."""
+    """Return ``source`` relative to ``folder``; None if it is not below that folder."""
     for above in dict.fromkeys([os.path.abspath(folder), os.path.realpath(folder)]):
         inside = os.path.relpath(source, above) if source else ".."
         if inside.split(os.sep)[0] != "..":
@@ -182,7 +182,7 @@ def _is_index(path: Path) -> bool:
 def _is_same(
     slide: Mapping[str, Any], features: Features, mark: str, path: Path, marks: _Marks
 ) -> tuple[bool, str]:
-    """Return whether a path is a slide or tile set, and what could not be checked."""
+    """Return whether ``path`` is this slide or tile set, and what could not be checked."""
     if slide["kind"] == "slide":
         whole = path.suffix.lower() != ".mrxs" or path.with_suffix("").is_dir()
         return whole and path.is_file() and marks.of(path) == mark, ""
