@@ -1,1 +1,1 @@
-"""Artifacts: what the stages hand to each other, and how it is read and written."""
+"""Artifacts: the files that the stages exchange, and how they are read and written."""

@@ -1,9 +1,9 @@
 """The hash chain of the audit log: appending lines to it, and checking them.
 
-Every line ends with its number and a SHA-256: over the hash of the line before, whatever was written
-between the two, and the line itself. So a line that is changed, removed or inserted breaks the chain there.
-A log from before there was a chain, or a line that a crash cut off, is covered by the next line. The number
-and the hash of the last line are kept in ``<log>.head`` too, so that lines missing at the end are seen.
+Every line ends with its number and a SHA-256 over the hash of the previous chained line, anything written
+between the two, and the line itself. So changing, removing or inserting a line breaks the chain there.
+Lines written before the log had a chain, or cut off by a crash, are covered by the next chained line. The
+head file ``<log>.head`` also holds number and hash of the last line, to detect lines missing at the end.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 FILE = "audit.jsonl"
 HEAD = ".head"
 START = "0" * 64
-"""Stands for the hash of the line before the first one."""
+"""Used as the previous hash of the first line."""
 TAIL_BYTES = 2**20
 PIECE_BYTES = 2**20
 LINE = re.compile(rb'(\{.*, "n": ([0-9]{1,18})), "chain": "([0-9a-f]{64})"\}\n')
@@ -33,7 +33,7 @@ KEEP = "keep the files as they are, find out who wrote to them, and restore the 
 
 @dataclass(frozen=True)
 class Link:
-    """A place in the chain: number and hash of a line."""
+    """Number and hash of a line in the chain."""
 
     number: int = 0
     sha256: str = START
@@ -47,16 +47,16 @@ def _hash(before: str, *parts: bytes) -> str:
 
 
 def head_path(log: Path) -> Path:
-    """Return where the head of a log is kept."""
+    """Return the path of a log's head file."""
     return log.with_name(log.name + HEAD)
 
 
 def read_head(log: Path) -> Link | None:
-    """Return the last line of a log as its head names it; None where there is no head.
+    """Return the last line as named in a log's head file; None if there is no head file.
 
     Raises:
-        OSError: it cannot be read.
-        ValueError: it is damaged.
+        OSError: the head file cannot be read.
+        ValueError: the head file is damaged.
     """
     try:
         blob = head_path(log).read_bytes()
@@ -72,11 +72,11 @@ def read_head(log: Path) -> Link | None:
 
 
 class ChainedLog:
-    """A log that lines are appended to; several processes may share it.
+    """A log to append lines to; several processes may share it.
 
     Attributes:
         last: the last line written or found.
-        notes: what a person should be told of what was found when it was opened.
+        notes: findings for the operator, such as a damaged head file.
     """
 
     def __init__(self, path: Path) -> None:
@@ -101,17 +101,17 @@ class ChainedLog:
             raise
 
     def append(self, line: dict[str, Any]) -> None:
-        """Append a line, with its number and hash, and then write the head.
+        """Append a line with its number and hash, then write the head.
 
         Args:
-            line: JSON-ready; ``n``, ``chain`` and ``follows`` are ours.
+            line: JSON-ready; the keys ``n``, ``chain`` and ``follows`` are reserved.
 
         Raises:
             OSError: nothing was appended.
         """
         self._follow_rename()
         with self._locked():
-            if os.fstat(self._file).st_size != self._size:  # another process wrote, or emptied it
+            if os.fstat(self._file).st_size != self._size:  # another process wrote or emptied it
                 self._find_end()
             number = self.last.number + 1
             told = {**line, **({"follows": self.last.sha256} if self._jump else {}), "n": number}
@@ -123,7 +123,7 @@ class ChainedLog:
             os.pwrite(self._head, _head_line(self.last), 0)
 
     def close(self) -> None:
-        """Close the files; what comes after is refused."""
+        """Close the files; appending is no longer possible."""
         for handle in (self._file, self._head):
             if handle >= 0:
                 os.close(handle)
@@ -136,7 +136,7 @@ class ChainedLog:
             self._head = os.open(head_path(self._path), flags, 0o600)
 
     def _follow_rename(self) -> None:
-        """Open the log anew where it was renamed, as log rotation does."""
+        """Reopen the log if log rotation has renamed the open file."""
         try:
             there = os.stat(self._path)
             same = os.path.samestat(there, os.fstat(self._file))
@@ -162,7 +162,7 @@ class ChainedLog:
             while blob:
                 blob = blob[os.write(self._file, blob) :]
         except OSError:
-            os.ftruncate(self._file, start)  # a part of a line that was never acknowledged
+            os.ftruncate(self._file, start)  # remove the partial line
             raise
 
     def _advance(self, last: Link) -> None:
@@ -172,7 +172,7 @@ class ChainedLog:
         self._size = os.fstat(self._file).st_size
 
     def _find_end(self) -> None:
-        """Find the last chained line, and what was written after it."""
+        """Find the last chained line, and anything written after it."""
         with open(self._path, "rb") as stream:
             size = stream.seek(0, os.SEEK_END)
             end, last = _last_link(stream, size)
@@ -193,7 +193,7 @@ class ChainedLog:
             self.notes.append(f"the lines in {self._path} have no hash chain; it begins now")
 
     def _known_head(self, last: Link) -> Link | None:
-        """Return the head if it names a line that the log does not end with (any more)."""
+        """Return the head if it names a line that is no longer the last line of the log; else None."""
         blob = os.pread(self._head, HEAD_BYTES, 0)
         found = HEAD_LINE.fullmatch(blob)
         if found is None:
@@ -213,12 +213,12 @@ class ChainedLog:
 
 
 def _head_line(last: Link) -> bytes:
-    """Return a head of a fixed length, so that it is replaced in one write."""
+    """Return a head of fixed length, so that one write replaces it."""
     return f"{last.number} {last.sha256}\n".encode().ljust(HEAD_BYTES - 1) + b"\n"
 
 
 def _last_link(stream: BinaryIO, size: int) -> tuple[int, Link]:
-    """Return where the last chained line ends, and its number and hash; 0 if there is none."""
+    """Return the offset of the end of the last chained line (0 if none), and its number and hash."""
     for start in (max(0, size - TAIL_BYTES), 0):
         stream.seek(start)
         at = start + (len(stream.readline()) if start else 0)
@@ -237,12 +237,12 @@ def _last_link(stream: BinaryIO, size: int) -> tuple[int, Link]:
 
 
 def problems(log: Path) -> list[str]:
-    """Return what is wrong with a log and its head: the first line that breaks the chain, and the end.
+    """Return the problems of a log and its head: the first line that breaks the chain, and missing lines.
 
-    A log whose lines never had a chain is not judged.
+    A log that never had a chain is not checked.
     """
     found = _problems(log)
-    return _problems(log) if found else found  # else a server was just writing
+    return _problems(log) if found else found  # check again: a server may have been writing
 
 
 def _problems(log: Path) -> list[str]:
@@ -265,7 +265,7 @@ def _problems(log: Path) -> list[str]:
 
 
 class _Check:
-    """One reading of a log from its first line to its last."""
+    """One check of a log from its first line to its last."""
 
     def __init__(self, log: Path, head: Link | None) -> None:
         self._log, self._head = log, head
@@ -295,7 +295,7 @@ class _Check:
         return [*found, *self._end()]
 
     def _before(self, at: int, content: bytes, link: Link) -> tuple[str, list[str]]:
-        """Return the hash that a line builds on, and what is wrong if that is not the line before."""
+        """Return the hash that a line builds on, and the problem if it is not that of the previous line."""
         follows = _follows(content)
         if follows is None or follows == self._last.sha256:
             return self._last.sha256, []
@@ -306,7 +306,7 @@ class _Check:
         return follows, [f"{self._log}: before line {at}, {missing} missing: {where}"]
 
     def _rotated(self, last: str) -> bool:
-        """Whether an older file of the log, such as ``audit.jsonl.1``, ends with a hash."""
+        """Whether a rotated file of the log, such as ``audit.jsonl.1``, ends with the hash ``last``."""
         for path in sorted(self._log.parent.glob(self._log.name + "[.-]*")):
             if path == head_path(self._log) or not path.is_file():
                 continue
@@ -316,7 +316,7 @@ class _Check:
         return False
 
     def _what(self, at: int, content: bytes, link: Link, following: re.Match[bytes] | None) -> str:
-        """Say what was done to the first line that does not fit."""
+        """Describe what happened to the first line that breaks the chain."""
         last, number, title = self._last, link.number, f"{self._log}, line {at}"
         if self._gap and not self._begun:
             first = f"lines {self._gap_at} to {at}" if self._gap_at < at else f"line {at}"
@@ -351,7 +351,7 @@ class _Check:
 
 
 def _follows(content: bytes) -> str | None:
-    """Return the hash that a line says it follows on, where that is not the line before."""
+    """Return the hash in ``follows``, which a line has if it does not continue the previous line."""
     if b'"follows": "' not in content:
         return None
     try:

@@ -1,7 +1,7 @@
-"""Colour profiles (ICC) of pictures: what they are called, and their colours turned into sRGB.
+"""ICC colour profiles of images: their names, and conversion to sRGB.
 
-Cameras, phones and screenshots of a Mac store colours of a wider space and embed its profile. Viewers
-and browsers turn them into sRGB; an encoder must see the same colours.
+Cameras, phones and Mac screenshots store colours of a wider colour space and embed its profile. Viewers
+and browsers convert them to sRGB; an encoder must see the same colours.
 """
 
 from __future__ import annotations
@@ -16,20 +16,20 @@ from PIL import Image, ImageCms
 
 LOG = logging.getLogger("histoseek")
 NEAR = 2
-"""Furthest (of 255) that a profile may move a colour and still count as sRGB, whatever its name."""
+"""A profile counts as sRGB, whatever its name, if it changes no colour by more than this (of 255)."""
 
 MAX_BYTES = 4 * 2**20
-"""Largest profile that is read; those of displays and cameras have some kilobytes."""
+"""Largest profile that is read, in bytes; those of displays and cameras have a few kilobytes."""
 
 _STEPS = 9
 
 
 class Unusable(Exception):
-    """A profile that is damaged, or of another colour space than the picture."""
+    """The profile is damaged, or has another colour space than the image."""
 
 
 def profile_name(profile: bytes | None) -> str | None:
-    """Return what a profile calls itself; None without one, ``unnamed`` where it cannot be read."""
+    """Return the name in a profile; None without a profile, ``unnamed`` if it cannot be read."""
     if not profile:
         return None
     try:
@@ -41,14 +41,14 @@ def profile_name(profile: bytes | None) -> str | None:
 
 
 def to_srgb(picture: Image.Image, label: str) -> Image.Image:
-    """Return a picture in the colours of sRGB, by the profile that it carries.
+    """Return an image converted to sRGB by its embedded profile.
 
-    A picture without a profile, or with one that is sRGB, is returned as it is. A profile that cannot
-    be used is ignored, as viewers do, with a warning in the log ``histoseek``.
+    An image without a profile, or with an sRGB profile, is returned unchanged. An unusable profile is
+    ignored, as in viewers, with a warning in the log ``histoseek``.
 
     Args:
         picture: grey, RGB or with a palette; alpha is kept.
-        label: what to call it in the warning.
+        label: name of the image in the warning.
     """
     profile = picture.info.get("icc_profile")
     if not profile:
@@ -64,7 +64,7 @@ def to_srgb(picture: Image.Image, label: str) -> Image.Image:
 
 @lru_cache(maxsize=10_000)
 def _told(label: str) -> list[str]:
-    """Return what was said of a picture, which training decodes again and again."""
+    """Return the warnings already given for an image; training decodes each image many times."""
     return []
 
 
@@ -99,10 +99,10 @@ def _converted(picture: Image.Image, profile: bytes) -> Image.Image:
 
 @lru_cache(maxsize=8)
 def _space(profile: bytes) -> str:
-    """Return a profile's colour space: such as ``RGB``, ``GRAY`` or ``CMYK``.
+    """Return a profile's colour space, such as ``RGB``, ``GRAY`` or ``CMYK``.
 
     Raises:
-        Unusable: it is damaged.
+        Unusable: the profile is damaged.
     """
     try:
         opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
@@ -113,10 +113,10 @@ def _space(profile: bytes) -> str:
 
 @lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> Any:
-    """Return what turns colours of a profile into sRGB, with perceptual intent; None if nothing does.
+    """Return the transform from a profile to sRGB (perceptual intent); None if it changes nothing visible.
 
     Raises:
-        Unusable: it holds no usable transform.
+        Unusable: the profile has no usable transform.
     """
     try:
         opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))

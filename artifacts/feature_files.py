@@ -1,8 +1,8 @@
-"""Feature files: one HDF5 per slide or tile set, in TRIDENT's layout, written and read the same way.
+"""Feature files: one HDF5 file per slide or tile set, in TRIDENT's layout.
 
 Source of the layout: TRIDENT (Mahmood lab), ``features`` (N, D) float32 and ``coords`` (N, 2) int64
-with their attributes. Added here: ``files`` for tile sets, and attributes that name the source and what
-is known of it. Written by serving, read by index.
+with their attributes. Added here: ``files`` for tile sets, and attributes that name and describe the
+source. Serving writes these files and index reads them.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ class Features:
     Attributes:
         name: the slide's name.
         encoder: name of the encoder.
-        encoder_sha256: its identity.
+        encoder_sha256: SHA-256 that identifies the encoder.
         features: (N, D) float32.
         coords: (N, 2) int64, level-0 top-left x, y; all 0 for a tile set.
         files: (N,) names of the tiles of a tile set, or None for a slide.
         kind: ``slide`` or ``tiles``.
-        source: where the pixels are.
-        size_px: side of a tile as the encoder saw it.
+        source: path of the slide or tile set.
+        size_px: side of a tile in pixels, as the encoder received it.
         size_px_level0: side of a tile in level-0 pixels; 0 for a tile set.
         overlap_px: overlap of neighbours in tile pixels.
         mpp: micrometres per pixel of level 0, or None.
@@ -48,7 +48,7 @@ class Features:
         height: of level 0; 0 for a tile set.
         labels: (N,) label per tile ("" for none), or None.
         groups: (N,) group per tile ("" for none), or None.
-        about: anything else worth keeping, JSON-ready.
+        about: further information, JSON-ready.
     """
 
     name: str
@@ -80,8 +80,8 @@ def read_features(path: Path) -> Features:
     """Read and check a feature file.
 
     Raises:
-        BadInput: no such file, or arrays that do not fit each other.
-        Damaged: not a readable HDF5 file.
+        BadInput: there is no such file, or its arrays do not match.
+        Damaged: the file cannot be read as HDF5.
     """
     if not path.is_file():
         raise BadInput(f"{path} does not exist; check the path")
@@ -91,18 +91,18 @@ def read_features(path: Path) -> Features:
 
 
 def parse_features(blob: bytes, path: Path) -> Features:
-    """Read and check the bytes of a feature file; ``path`` is what messages call it.
+    """Read and check the bytes of a feature file; messages name it ``path``.
 
     Raises:
-        BadInput: arrays that do not fit each other, or too large ones.
-        Damaged: not a readable HDF5 file.
+        BadInput: the arrays do not match or are too large.
+        Damaged: the bytes cannot be read as HDF5.
     """
     try:
         with shielded(), open_hdf5(blob, path) as stored:
             return _parse(path, stored)
     except HistoseekError:
         raise
-    except Exception as error:  # a foreign file can make HDF5 and its attributes fail in any way
+    except Exception as error:  # an untrusted file can make HDF5 and its attributes fail in any way
         raise Damaged(
             f"{path} is not a whole feature file ({type(error).__name__}: {error}); embed its slide "
             "again"
@@ -110,7 +110,7 @@ def parse_features(blob: bytes, path: Path) -> Features:
 
 
 def read_about(path: Path) -> dict[str, Any] | None:
-    """Return what a feature file says of its making, or None if it is missing, damaged or refused."""
+    """Return ``about`` of a feature file; None if the file is missing, damaged or refused."""
     try:
         with shielded(), open_hdf5(path) as stored:
             if "features" not in stored or "coords" not in stored:
@@ -122,7 +122,7 @@ def read_about(path: Path) -> dict[str, Any] | None:
 
 
 def name_in(path: Path) -> SlideName:
-    """Return what the slide of a feature file may be called; of a damaged one, its file's name."""
+    """Return the name and source path of a feature file's slide; for a damaged file, its file name."""
     try:
         with open_hdf5(path) as stored:
             data = stored.get("features")
@@ -191,7 +191,7 @@ def _parse(path: Path, stored: h5py.File) -> Features:
 
 
 def plain_shape(data: h5py.Dataset) -> tuple[int, ...]:
-    """Return a dataset's shape without a first axis of 1, which some tools add for one slide."""
+    """Return a dataset's shape without a leading axis of length 1, which some tools add."""
     shape = tuple(int(n) for n in data.shape)
     return shape[1:] if len(shape) == 3 and shape[0] == 1 else shape
 
@@ -202,10 +202,10 @@ def text_of(value: Any) -> str:
 
 
 def whole_places(places: NDArray[Any], path: Path) -> NDArray[np.int64]:
-    """Return places (N, 2) in pixels; floating-point numbers are taken where they are whole.
+    """Return coordinates (N, 2) in pixels as integers; floating-point values must be whole numbers.
 
     Raises:
-        BadInput: a fraction, or no number: then the places are in another unit, or are not level 0's.
+        BadInput: a value is fractional or not a number, so the unit is not level-0 pixels.
     """
     if places.dtype.kind == "f" and len(places):
         wrong = ~(np.isfinite(places) & (places == np.rint(places))).all(axis=1)
@@ -220,7 +220,7 @@ def whole_places(places: NDArray[Any], path: Path) -> NDArray[np.int64]:
 
 
 def content_sha256(item: Features) -> str:
-    """Return a hash of what was embedded: vectors, places and names, wherever the file lies."""
+    """Return a hash of vectors, coordinates and tile names, independent of the file's path."""
     digest = hashlib.sha256(item.encoder_sha256.encode())
     digest.update(np.ascontiguousarray(item.features).tobytes())
     digest.update(np.ascontiguousarray(item.coords).tobytes())
@@ -230,11 +230,11 @@ def content_sha256(item: Features) -> str:
 
 
 def check_features(item: Features, encoder: str, sha256: str, dim: int, origin: Path) -> None:
-    """Check that features belong to an encoder and hold numbers.
+    """Check that features belong to an encoder and are finite.
 
     Raises:
-        Mismatch: made by another encoder, or of another length; names both.
-        BadInput: values that are not finite; says how many and where first.
+        Mismatch: they have another encoder or another length; the message gives both.
+        BadInput: values are not finite; the message says how many and where the first is.
     """
     if item.encoder_sha256 != sha256:
         found = item.encoder_sha256[:12] or "no sha256"

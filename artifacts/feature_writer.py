@@ -1,4 +1,4 @@
-"""Writing feature files piece by piece; a file appears under its name whole, or not at all."""
+"""Writes feature files in pieces; a file appears under its name complete, or not at all."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ CHUNK_ROWS = 512
 
 
 def write_features(path: Path, item: Features) -> None:
-    """Publish a feature file in one step.
+    """Write a feature file in one step.
 
     Raises:
-        StorageFailed: no space or no permission; a file that was there before is untouched.
+        StorageFailed: no space or no permission; an existing file is unchanged.
     """
     with FeatureWriter(path, item.features.shape[1], len(item.features)) as out:
         out.append(item.features)
@@ -32,10 +32,10 @@ def write_features(path: Path, item: Features) -> None:
 
 
 def amend(path: Path, source: str, about: dict[str, Any]) -> None:
-    """Write into a feature file where its slide or tile set lies now, and what is known of it; in one step.
+    """Update the source path and ``about`` of a feature file, in one step.
 
     Raises:
-        StorageFailed: no space or no permission; the file is as it was.
+        StorageFailed: no space or no permission; the file is unchanged.
     """
     with replacing(path) as temp, shielded():
         shutil.copyfile(path, temp)
@@ -46,7 +46,7 @@ def amend(path: Path, source: str, about: dict[str, Any]) -> None:
 
 
 class FeatureWriter:
-    """Writes a feature file piece by piece; it appears under its name whole, or not at all.
+    """Writes a feature file in pieces; it appears under its name complete, or not at all.
 
     Memory does not grow with the number of tiles. The same pieces give the same bytes.
     """
@@ -55,9 +55,9 @@ class FeatureWriter:
         """Start a temporary file beside ``path``.
 
         Args:
-            path: where the file will be.
+            path: path of the finished file.
             dim: length of an embedding.
-            expected: about how many rows will come; sets the size of the chunks.
+            expected: approximate number of rows; sets the size of the chunks.
 
         Raises:
             StorageFailed: the folder cannot be written.
@@ -67,7 +67,7 @@ class FeatureWriter:
         self._count = 0
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            with shielded():  # a Ctrl-C right after this still finds the file to delete
+            with shielded():  # after a Ctrl-C the temporary file is still deleted
                 self._temp = temporary(path)
                 weakref.finalize(self, discard, self._temp)
             self._file = _TolerantFile(self._temp)
@@ -105,7 +105,7 @@ class FeatureWriter:
 
     @shielded()
     def append(self, features: NDArray[np.float32]) -> None:
-        """Add rows (n, D); they are written a chunk at a time."""
+        """Append rows (n, D); they are written in chunks."""
         self._spool.append(np.asarray(features, dtype=np.float32))
         if sum(map(len, self._spool)) >= self._rows:
             self._flush()
@@ -120,10 +120,10 @@ class FeatureWriter:
 
     @shielded()
     def publish(self, item: Features) -> None:
-        """Write everything but ``item.features``, which were appended, and show the file.
+        """Write all of ``item`` except the features, which were appended, and move the file into place.
 
         Raises:
-            StorageFailed: no space or no permission; a file that was there before is untouched.
+            StorageFailed: no space or no permission; an existing file is unchanged.
         """
         self._flush()
         _write_rest(self._out, self._data, item, self._path.parent)
@@ -134,14 +134,14 @@ class FeatureWriter:
 
     @shielded()
     def discard(self) -> None:
-        """Remove the temporary file, if it was not published."""
+        """Delete the temporary file if it was not published."""
         self._out.close()
         self._file.close()
         discard(self._temp)
 
 
 class _TolerantFile(io.RawIOBase):
-    """A file that keeps its first error, of a full disk for instance, until HDF5 is out of it."""
+    """A file that stores its first error, such as a full disk, instead of raising it inside HDF5."""
 
     def __init__(self, path: Path) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Publishing files so that a reader sees all of one or nothing: temp, fsync, rename, fsync folder."""
+"""Publishes files so that readers see a complete file or none: temp, fsync, rename, fsync folder."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 def cache_folder() -> Path:
-    """Return the folder of what can be made again: ``$HISTOSEEK_CACHE``, else in the user's cache."""
+    """Return the cache folder: ``$HISTOSEEK_CACHE``, else a folder in the user's cache."""
     if os.environ.get("HISTOSEEK_CACHE"):
         return Path(os.environ["HISTOSEEK_CACHE"])
     home = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
@@ -38,7 +38,7 @@ def sha256_file(path: Path) -> str:
 
 
 def content_mark(path: Path) -> str:
-    """Return a quick mark of a file's content: sha256 of its size, first and last mebibyte."""
+    """Return a quick mark of a file's content: SHA-256 of its size, first and last mebibyte."""
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as stream:
@@ -49,9 +49,9 @@ def content_mark(path: Path) -> str:
 
 
 def storage_failed(path: Path, error: OSError) -> HistoseekError:
-    """Turn an ``OSError`` met while writing ``path`` into an error that names the remedy.
+    """Translate an ``OSError`` raised while writing ``path`` into an error that names the remedy.
 
-    A name that no file can have is the input's fault, and stops nothing else.
+    An invalid file name gives BadInput, so that only this input fails.
     """
     if error.errno in {errno.ENAMETOOLONG, errno.EINVAL}:
         return BadInput(
@@ -75,10 +75,10 @@ def _sync_folder(folder: Path) -> None:
 
 
 def write_atomic(path: Path, data: bytes | str) -> None:
-    """Replace ``path`` by ``data`` in one step that survives a crash or a full disk.
+    """Replace the content of ``path`` by ``data`` in one step, safe against a crash or a full disk.
 
     Raises:
-        StorageFailed: the disk is full or the folder cannot be written; ``path`` is as it was.
+        StorageFailed: the disk is full or the folder cannot be written; ``path`` is unchanged.
     """
     with replacing(path) as temp:
         temp.write_bytes(data.encode() if isinstance(data, str) else data)
@@ -86,10 +86,10 @@ def write_atomic(path: Path, data: bytes | str) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a file to write to, which takes the place of ``path`` in one step if nothing was raised.
+    """Yield a temporary file that replaces ``path`` in one step if the block raises nothing.
 
     Raises:
-        StorageFailed: the disk is full or the folder cannot be written; ``path`` is as it was.
+        StorageFailed: the disk is full or the folder cannot be written; ``path`` is unchanged.
     """
     temp: Path | None = None
     try:
@@ -105,7 +105,7 @@ def replacing(path: Path) -> Iterator[Path]:
 
 
 def _temp_prefix(path: Path) -> str:
-    """Name the writer in its temporary files, so that nobody cleans up after a living one."""
+    """Return a prefix that names the writing process, so that files of a live process are not deleted."""
     name = os.fsencode(path.name)[:60].decode(errors="ignore")  # a name has at most 255 bytes
     return f".{name}.{os.uname().nodename}~{os.getpid()}~"
 
@@ -139,16 +139,16 @@ def temporary(path: Path) -> Path:
 
 
 def discard(temp: Path) -> None:
-    """Delete a file of :func:`temporary`, if it was not published."""
+    """Delete a file of :func:`temporary` if it was not published."""
     temp.unlink(missing_ok=True)
     stopping.unmark(temp)
 
 
 def publish_file(temp: Path, path: Path) -> None:
-    """Rename a finished temporary file to ``path`` in a way that survives a crash.
+    """Rename a finished temporary file to ``path``, safe against a crash.
 
     Raises:
-        StorageFailed: the folder cannot be written; ``path`` is as it was.
+        StorageFailed: the folder cannot be written; ``path`` is unchanged.
     """
     try:
         with open(temp, "rb") as stream:
@@ -162,7 +162,7 @@ def publish_file(temp: Path, path: Path) -> None:
 
 
 def write_json(path: Path, document: Any) -> None:
-    """Write a JSON document atomically, indented and with a closing newline."""
+    """Write a JSON document atomically, indented and with a final newline."""
     write_atomic(path, json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
 
 
@@ -170,7 +170,7 @@ def read_text(path: Path) -> str:
     """Read a UTF-8 text file.
 
     Raises:
-        BadInput: it is not there or not text.
+        BadInput: the file does not exist or is not text.
     """
     try:
         return path.read_text(encoding="utf-8")
@@ -182,7 +182,7 @@ def read_json(path: Path) -> Any:
     """Read a JSON document.
 
     Raises:
-        BadInput: the file is not there.
+        BadInput: the file does not exist.
         Damaged: the file is not JSON.
     """
     try:
@@ -197,7 +197,7 @@ def read_json(path: Path) -> Any:
 
 @contextmanager
 def publish_folder(path: Path) -> Iterator[Path]:
-    """Yield an empty folder beside ``path`` that becomes ``path`` when the block ends well.
+    """Yield an empty folder beside ``path`` that is renamed to ``path`` if the block raises nothing.
 
     Raises:
         BadInput: ``path`` exists already.
@@ -228,14 +228,14 @@ def publish_folder(path: Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folders: Iterable[Path], own: bool = False) -> int:
-    """Delete temporary files and folders directly in ``folders`` whose writer on this machine is dead.
+    """Delete temporary files and folders directly in ``folders`` whose writer, on this machine, has died.
 
     Args:
-        folders: to look in.
-        own: also those of this process, which must not be writing any more.
+        folders: to search.
+        own: also delete those of this process, which must have stopped writing.
 
     Returns:
-        How many were deleted.
+        The number deleted.
     """
     mine = _temp_prefix(Path("")).lstrip(".")
     dead = [
@@ -258,7 +258,7 @@ def exclusive(lock: Path, what: str) -> Iterator[None]:
 
     Raises:
         Busy: another process holds it.
-        StorageFailed: the lock file cannot be made.
+        StorageFailed: the lock file cannot be created.
     """
     holder = FileLock(lock, timeout=0)
     try:

@@ -1,8 +1,8 @@
-"""Opening HDF5 of others: only data that lie in the file itself are read.
+"""Opens untrusted HDF5 files: only data in the file itself is read.
 
 HDF5 can take a dataset's bytes from any other file of the machine (external storage), or point to
-objects of other files (external links, virtual datasets). A feature file of that kind would read files
-that nobody named, and its checksum would not cover them.
+objects in other files (external links, virtual datasets). Such a feature file would read files that the
+user did not name, and its checksum would not cover them.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _FILTERS = {
     h5py.h5z.FILTER_SCALEOFFSET,
     h5py.h5z.FILTER_LZF,
 }
-"""Filters that come with HDF5 and h5py; any other is code that HDF5 loads from a folder."""
+"""Filters built into HDF5 and h5py; any other filter is code that HDF5 would load from a folder."""
 
 
 @contextmanager
@@ -36,11 +36,11 @@ def open_hdf5(source: Path | bytes, name: Path | None = None) -> Iterator[h5py.F
 
     Args:
         source: the file, or its bytes.
-        name: what messages call it; the path when left out.
+        name: name of the file in messages; None for its path.
 
     Raises:
-        BadInput: data or links outside of the file; names them.
-        OSError: not an HDF5 file.
+        BadInput: data or links are outside the file; the message names them.
+        OSError: the file is not HDF5.
     """
     label = name or (source if isinstance(source, Path) else Path("the HDF5 file"))
     opened: Any = source if isinstance(source, Path) else io.BytesIO(source)
@@ -51,11 +51,11 @@ def open_hdf5(source: Path | bytes, name: Path | None = None) -> Iterator[h5py.F
 
 
 def check_self_contained(stored: h5py.File, name: Path) -> None:
-    """Refuse a file that takes data or objects from other files; reads none of them.
+    """Refuse a file that takes data or objects from other files, without reading these.
 
     Raises:
-        BadInput: external storage, an external link, a virtual dataset, references, or a filter that needs
-            a plugin; says which, and where.
+        BadInput: the file has external storage, an external link, a virtual dataset, references, or a
+            filter that needs a plugin; the message says which, and where.
     """
     todo: list[h5py.Group] = [stored]
     seen = {_address(stored)}
@@ -78,14 +78,14 @@ def check_self_contained(stored: h5py.File, name: Path) -> None:
 
 
 def _is_own(group: h5py.Group, key: str, place: str, name: Path) -> bool:
-    """Whether a link is a plain one; one that points to the same file by its path is not followed.
+    """Whether a link is a hard link to an object; a soft link within the file is not followed.
 
     Raises:
-        BadInput: it points to another file.
+        BadInput: the link points to another file.
     """
     try:
         link = group.get(key, getlink=True)
-    except TypeError as error:  # a kind of link that a program registered
+    except TypeError as error:  # a user-defined link type
         raise BadInput(f"{name}: {place} is a link of an unknown kind; {_REMEDY}") from error
     if isinstance(link, h5py.ExternalLink):
         raise BadInput(

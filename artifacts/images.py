@@ -1,9 +1,9 @@
-"""Decoding and resizing: the one place where picture files become uint8 RGB arrays.
+"""Decodes and resizes images: the only module that turns image files into uint8 RGB arrays.
 
-Every input is untrusted: size and format are read from the header and checked before a pixel is
-allocated. What a picture means must not be guessed, so pictures whose pixels have no single reading
-as 8-bit RGB (16-bit, CMYK, animated) are refused with the remedy; alpha is laid over white (the
-background of a slide), an EXIF rotation is applied, and an embedded colour profile is converted to sRGB.
+Every input is untrusted: size and format are read from the header and checked before any pixel is
+allocated. Images that cannot be read as 8-bit RGB in a unique way (16-bit, CMYK, animated) are refused, and
+the message names the remedy. Alpha is laid over white (the background of a slide), an EXIF rotation is
+applied, and an embedded colour profile is converted to sRGB.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .colour_profiles import profile_name, to_srgb
 Rgb = NDArray[np.uint8]
 
 MAX_PIXELS = 64_000_000
-"""Largest picture decoded as one piece; larger ones are slides and are read tile by tile."""
+"""Largest image decoded as a whole, in pixels; larger images are slides and are read tile by tile."""
 
 MAX_BYTES = 256 * 2**20
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
@@ -35,20 +35,20 @@ def decode(
     name: str | None = None,
     max_pixels: int = MAX_PIXELS,
 ) -> Rgb:
-    """Decode one picture; of an MPO, which phones and stereo cameras write, the first one.
+    """Decode one image; of an MPO file (from phones and stereo cameras), the first image.
 
     Args:
         source: a file, its bytes, an array (H, W), (H, W, 3) or (H, W, 4) of uint8, or a PIL image.
-        name: what to call it in messages; the file's path when left out.
-        max_pixels: refuse more than this many pixels, before any is decoded.
+        name: name of the image in messages; None for the file's path.
+        max_pixels: refuse images with more pixels, before decoding.
 
     Returns:
-        uint8 sRGB, shape (H, W, 3), upright. Without a colour profile the values are the file's own.
+        uint8 sRGB, shape (H, W, 3), upright. Without a colour profile the file's values are unchanged.
 
     Raises:
-        BadInput: missing, empty or truncated.
-        TooLarge: too many bytes or pixels.
-        Unsupported: not a picture, 16-bit, CMYK or animated.
+        BadInput: the image is missing, empty or truncated.
+        TooLarge: it has too many bytes or pixels.
+        Unsupported: it is not an image, or is 16-bit, CMYK or animated.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source, name or "array")
@@ -105,7 +105,7 @@ def _check_header(picture: Image.Image, blob: bytes, label: str, max_pixels: int
             "decoded as one picture: crop it, or embed it as a slide"
         )
     frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":  # its others are a preview, or the other eye's
+    if frames > 1 and picture.format != "MPO":  # further MPO frames are previews or the other eye
         kind = f"has {frames} pages" if picture.format == "TIFF" else "is animated"
         raise Unsupported(f"{label} {kind}; expected one still picture: export a single one")
     png_depth = blob[24] if picture.format == "PNG" and len(blob) > 24 else 8
@@ -126,7 +126,7 @@ def _check_header(picture: Image.Image, blob: bytes, label: str, max_pixels: int
 
 
 def profile_of(path: Path) -> str | None:
-    """Return the name of a picture's colour profile, which :func:`decode` converts; None without one."""
+    """Return the name of an image's colour profile, which :func:`decode` converts; None without one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(path, formats=FORMATS) as picture:
@@ -157,7 +157,7 @@ def _from_array(array: Rgb, label: str) -> Rgb:
 def square(image: Rgb, size_px: int) -> Rgb:
     """Return the largest centred square, resampled to ``size_px`` x ``size_px`` (Lanczos).
 
-    A picture that has the size already is returned unchanged.
+    An image that already has this size is returned unchanged.
     """
     height, width = image.shape[:2]
     if height == width == size_px:

@@ -1,4 +1,4 @@
-"""What an encoder bundle is: the model behind ``manifest.json``, and the check of the folder."""
+"""Encoder bundles: the model of ``manifest.json``, and the checks of the folder."""
 
 from __future__ import annotations
 
@@ -22,20 +22,23 @@ MANIFEST = "manifest.json"
 PARITY = "parity.json"
 CARD = "MODEL_CARD.md"
 CLUSTERS = "clusters.npz"
-"""Clusters that training found, of embeddings as the graph gives them: centroids (K, D), reach (K,)."""
+"""File of the clusters found by training, for the graph's embeddings: centroids (K, D), reach (K,)."""
 RUN = "run.json"
 FOREIGN_ANGLE = math.pi / 3
-"""By so much the embedding of a picture that is surely foreign is turned towards its last component."""
+"""Maximum angle (radians) by which the tissue gate turns an embedding towards its last component.
+
+The embedding of an image that is certainly not tissue is turned by this angle.
+"""
 FOREIGN = math.sin(FOREIGN_ANGLE / 2)
-"""A last component over this, half of that turn, says that a picture is foreign."""
+"""Threshold: an image with a larger last component is out of distribution (half the maximum angle)."""
 EXTERNAL = "external"
-"""``arch`` of an encoder that histoseek knows by name only: its features come from other tools."""
+"""``arch`` of an encoder that is known by name only: its features come from other tools."""
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 INPUT = "tiles"
 OUTPUT = "embedding"
 
-# Parameters by which a Triton model says which encoder a version of it is: "<name>.<version>"
-# (export writes them, serving reads them). Plain "encoder_sha256" is the latest version's.
+# Parameters of a Triton model that identify the encoder of each model version: "<name>.<version>".
+# Export writes them and serving reads them. Plain "encoder_sha256" belongs to the latest version.
 TRITON_MANIFEST = "histoseek_manifest"
 TRITON_SHA256 = "encoder_sha256"
 TRITON_PRECISION = "precision"
@@ -43,7 +46,7 @@ TRITON_PROBE = "probe_embedding"
 
 
 def passed_limit(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
-    """Return which embeddings (N, dim) with a gate's component are of foreign pictures, (N,)."""
+    """Return which embeddings (N, dim) of an encoder with a tissue gate are out of distribution, (N,)."""
     found: NDArray[np.bool_] = vectors[:, -1] > FOREIGN
     return found
 
@@ -51,26 +54,27 @@ def passed_limit(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
 class Manifest(BaseModel):
     """An encoder's identity and contract.
 
-    The graph takes ``tiles``, uint8 (N, size_px, size_px, 3), and gives ``embedding``, float32
-    (N, dim); N is the only dynamic axis, and all scaling and normalisation is inside.
+    The graph takes ``tiles``, uint8 (N, size_px, size_px, 3), and returns ``embedding``, float32
+    (N, dim). N is the only dynamic axis. The graph does all scaling and normalisation.
 
     Attributes:
-        format: version of this document.
+        format: version of the manifest format.
         name: short name of the encoder.
-        sha256: of ``encoder.onnx``; two encoders are the same only if it is equal.
+        sha256: of ``encoder.onnx``; encoders with different values are different encoders.
         arch: registered name of the architecture.
         size_px: side of a tile in pixels.
-        mpp: micrometres per pixel that slides are read at, or None if the encoder names none.
+        mpp: micrometres per pixel at which slides are read; None if the encoder sets none.
         dim: length of an embedding.
         metric: how two embeddings are compared.
         normalised: whether embeddings have length 1.
-        views: over how many turned and mirrored views the graph averages; 1 is the tile alone.
-        gate: whether the last component tells how foreign a picture is to what the encoder was made
-            for: the sine of an angle from 0 to :data:`FOREIGN_ANGLE`; all others are scaled by its cosine.
-        training: where the weights come from.
+        views: number of rotated and mirrored views that the graph averages; 1 means the tile alone.
+        gate: whether the encoder has a tissue gate. Then the last component says how far an image is out
+            of distribution: it is the sine of an angle from 0 to :data:`FOREIGN_ANGLE`, and all other
+            components are scaled by the cosine of that angle.
+        training: origin of the weights.
         licence: of the weights.
         opset: ONNX operator set of the graph.
-        versions: of what made the bundle.
+        versions: of the software that made the bundle.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -92,22 +96,22 @@ class Manifest(BaseModel):
     versions: dict[str, str]
 
     def foreign(self, vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """Return which embeddings (N, dim) are of foreign pictures, (N,); none if there is no gate."""
+        """Return which embeddings (N, dim) are out of distribution, (N,); none without a tissue gate."""
         if not self.gate:
             return np.zeros(len(vectors), dtype=bool)
         return passed_limit(vectors)
 
     @property
     def external(self) -> bool:
-        """Whether the encoder is known by name only, and cannot embed anything here."""
+        """Whether the encoder is known by name only, so that histoseek cannot run it."""
         return self.arch == EXTERNAL
 
 
 def external_manifest(name: str, dim: int, metric: str, mpp: float | None) -> Manifest:
-    """Return the manifest of an encoder of another tool; its sha256 is that of its name and length.
+    """Return the manifest of another tool's encoder; its sha256 is computed from name and length.
 
     Raises:
-        BadInput: a name or length that no encoder has.
+        BadInput: the name or length is invalid.
     """
     try:
         return Manifest.model_validate(
@@ -142,8 +146,8 @@ def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
         check_graph: also compare the graph's sha256 with the manifest's.
 
     Raises:
-        BadInput: the folder is no bundle, of a newer format, or refers to files outside of it.
-        Damaged: the manifest or the graph is not what it should be.
+        BadInput: the folder is not a bundle, has a newer format, or refers to files outside it.
+        Damaged: the manifest is invalid, or the graph does not match it.
     """
     path = bundle / MANIFEST
     if not path.is_file():
@@ -167,10 +171,10 @@ def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
 
 
 def _check_links(bundle: Path) -> None:
-    """Refuse a bundle of which a file lies elsewhere: whoever copies or shows it would follow the link.
+    """Refuse a bundle with links out of its folder: copying or displaying it would follow them.
 
     Raises:
-        BadInput: a symbolic link that leaves the folder; says where to.
+        BadInput: a symbolic link leaves the folder; the message names its target.
     """
     root = bundle.resolve()
     for top, folders, files in os.walk(root):
@@ -187,8 +191,8 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
     """Compare the graph with the manifest.
 
     Raises:
-        BadInput: an encoder without a graph, or parts of the graph lie in other files.
-        Damaged: the graph is missing or is another one.
+        BadInput: the encoder has no graph, or parts of the graph are in other files.
+        Damaged: the graph is missing or does not match the manifest.
     """
     if manifest.external:
         raise BadInput(
@@ -208,9 +212,9 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
 
 
 def probe_tile(size_px: int) -> NDArray[np.uint8]:
-    """Return the picture by whose embedding a server's encoder is recognised, (size_px, size_px, 3).
+    """Return the test image (size_px, size_px, 3) whose embedding identifies a server's encoder.
 
-    A smooth colour pattern, computed in whole numbers, the same on every machine.
+    It is a smooth colour pattern, computed with integers, so it is the same on every machine.
     """
     y, x = np.indices((size_px, size_px), dtype=np.int64)
     channels = [x * 255 // size_px, y * 255 // size_px, (x * y // size_px + 40) % 256]

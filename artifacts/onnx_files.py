@@ -1,8 +1,8 @@
-"""ONNX graphs that keep their weights in other files are found, without the package ``onnx``.
+"""Detects ONNX graphs with weights in other files, without the package ``onnx``.
 
-A graph may name a file from which a runtime takes a tensor's bytes (external data): relative to the
-graph, to the working directory, or absolute. The checksum of the graph does not cover such a file. What is
-read here is Protocol Buffers: numbered fields, nested by length (onnx.proto of ONNX 1.20).
+A graph may name a file from which a runtime reads a tensor's bytes (external data): relative to the
+graph, relative to the working directory, or absolute. The graph's checksum does not cover such a file. This
+module reads Protocol Buffers: numbered fields, nested by length (onnx.proto of ONNX 1.20).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _NESTED: dict[str, dict[int, str]] = {
     "attribute": {5: "tensor", 6: "graph", 10: "tensor", 11: "graph", 22: "sparse", 23: "sparse"},
     "sparse": {1: "tensor", 2: "tensor"},
 }
-"""By kind of message which of its fields hold what kind."""
+"""For each message type, the numbers of its nested message fields and their types."""
 
 _EXTERNAL, _LOCATION, _NAME = 13, 14, 8
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
@@ -28,11 +28,11 @@ _DEEPEST = 64
 
 
 def check_graph_whole(path: Path) -> None:
-    """Refuse a graph of which a part lies in another file.
+    """Refuse a graph with parts in other files.
 
     Raises:
-        BadInput: it names external data; says which tensor and which file.
-        Damaged: it is no ONNX graph.
+        BadInput: the graph has external data; the message names the tensor and the file.
+        Damaged: the file is not an ONNX graph.
     """
     blob = memoryview(path.read_bytes())
     todo = [("model", blob, 0)]
@@ -76,10 +76,10 @@ def _text(value: memoryview) -> str:
 
 
 def _fields(message: memoryview) -> list[tuple[int, int | memoryview]]:
-    """Return number and value of the fields of a message.
+    """Return number and value of each field of a message.
 
     Raises:
-        ValueError: it ends in the middle of a field, or holds one of an unknown kind.
+        ValueError: the message ends inside a field, or a field has an unknown type.
     """
     found: list[tuple[int, int | memoryview]] = []
     at = 0

@@ -35,12 +35,12 @@ Model = TypeVar("Model")
 
 @dataclass(frozen=True)
 class Flag:
-    """How an option appears on the command line; stands in its ``Annotated``.
+    """How an option appears on the command line; a marker in its ``Annotated`` type.
 
     Attributes:
-        name: of the flag, if not that of the option.
+        name: of the flag, if it differs from the option's name.
         hidden: whether ``--help`` leaves it out.
-        offered: whether there is a flag at all.
+        offered: whether the option has a flag.
     """
 
     name: str = ""
@@ -58,12 +58,12 @@ class Option:
 
     Attributes:
         name: of the field.
-        flag: as it is typed, such as ``--min-tissue``.
+        flag: as typed, such as ``--min-tissue``.
         type: without None: int, float, str, bool, Path, a Literal or a tuple.
         default: ``MISSING`` if a value is required.
         meaning: one sentence.
-        expected: range or choices, in words; empty if any value of the type will do.
-        cli: the flag's marker.
+        expected: range or choices, in words; empty if any value of the type is valid.
+        cli: the marker that describes the flag.
     """
 
     name: str
@@ -116,7 +116,7 @@ def options(model: type[Model]) -> type[Model]:
 
 
 def is_options(model: Any) -> bool:
-    """Tell whether a class was made by :func:`options`."""
+    """Whether a class was made by :func:`options`."""
     return isinstance(model, type) and hasattr(model, "__pydantic_fields__")
 
 
@@ -149,7 +149,7 @@ def _expected(kind: Any, bounds: dict[str, float]) -> str:
 
 
 def explain(error: ValidationError, model: type[Any]) -> BadInput:
-    """Translate pydantic's error: each option with its flag, its value and what was expected."""
+    """Translate pydantic's error; the message gives each option's flag, value and expected range."""
     known = {option.name: option for option in read_options(model)}
     lines = []
     for found in error.errors(include_url=False):

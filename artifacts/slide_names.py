@@ -1,14 +1,14 @@
-"""Which row, file or annotation belongs to which slide: the one place where names are compared.
+"""Matches rows, files and annotations to slides: the only module that compares names.
 
-A name means a slide if it is
+A name matches a slide if it is
 
 - the end of the slide's path, folder by folder: its file name, or its path relative to any folder above it
   (``patientA/slide.svs``); or its whole path;
 - one of these without the *slide* ending (``.svs``, ``.ome.tif`` …; ``case.2`` has none);
 - the slide's name in an atlas.
 
-Names are compared in Unicode's composed form (NFC). A name that means two slides, and two names that mean
-one slide, are refused: nobody shall get another patient's row.
+Names are compared in Unicode's composed form (NFC). A name that matches two slides is refused, and so are
+two names that match one slide: a slide must never get another patient's row.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ SLIDE_ENDINGS = (
     ".tf8",
     *sorted(SUFFIXES),
 )
-"""Endings of slides' files that a name may have or lack; no other part of a name is ever cut off."""
+"""Endings of slide files that a name may omit; no other part of a name may be omitted."""
 
 SHOWN = 5
 
 
 @dataclass(frozen=True)
 class SlideName:
-    """What one slide may be called.
+    """The name and paths by which one slide can be matched.
 
     Attributes:
         name: in an atlas, or of its feature file.
-        paths: of its file; empty where they are not known (features of other tools).
+        paths: of its file; empty if unknown (features of other tools).
     """
 
     name: str
@@ -61,12 +61,12 @@ class SlideName:
 
 
 class Matched(NamedTuple):
-    """Which name means which slide.
+    """Which name matches which slide.
 
     Attributes:
-        by_slide: by number of the slide, the name that means it.
-        unused: names that mean no slide, sorted.
-        without: numbers of slides that no name means.
+        by_slide: the matching name, by number of the slide.
+        unused: names that match no slide, sorted.
+        without: numbers of slides that no name matches.
     """
 
     by_slide: dict[int, str]
@@ -90,16 +90,16 @@ def without_last_ending(name: str) -> str:
 
 
 def match(names: Iterable[str], slides: Sequence[SlideName], origin: str, what: str) -> Matched:
-    """Find the slide that each name means.
+    """Find the slide that each name matches.
 
     Args:
-        names: as a table or a folder gives them.
-        slides: that may be meant.
+        names: as written in a table or folder.
+        slides: the slides to match.
         origin: of the names, for messages.
-        what: a name stands for, for messages: ``row`` or ``file``.
+        what: kind of thing that has the name, for messages: ``row`` or ``file``.
 
     Raises:
-        BadInput: a name that means two slides, or two names that mean one slide; with the ways out.
+        BadInput: a name matches two slides, or two names match one slide; the message gives the remedy.
     """
     meant = _meanings(slides)
     by_slide: dict[int, str] = {}
@@ -136,7 +136,7 @@ def _bare(parts: Key) -> Key:
 
 
 def _meanings(slides: Sequence[SlideName]) -> dict[Key, set[int]]:
-    """Return by key the slides that it means: every end of every path, with and without its ending."""
+    """Return the slides that each key matches; keys are all ends of all paths, with and without ending."""
     meant: dict[Key, set[int]] = {}
     for number, slide in enumerate(slides):
         keys: set[Key] = {_parts(slide.name), _bare(_parts(slide.name))}
@@ -151,7 +151,7 @@ def _meanings(slides: Sequence[SlideName]) -> dict[Key, set[int]]:
 
 
 def _by_name_only(name: str, meant: dict[Key, set[int]], slides: Sequence[SlideName]) -> list[int]:
-    """Find slides whose file is not known, by the last part of a name without its ending."""
+    """Match slides without known paths by the last part of a name, without its ending."""
     bare = _bare(_parts(name))[-1:]
     return sorted(n for n in meant.get(bare, ()) if not slides[n].paths)
 
@@ -172,7 +172,7 @@ def _fits_two(name: str, slides: Sequence[SlideName], origin: str, what: str) ->
 
 
 def _shortest(slide: SlideName, others: Sequence[SlideName]) -> str:
-    """Return the shortest end of a slide's path that no other slide's path has."""
+    """Return the shortest end of a slide's path that is unique among the slides."""
     for path in slide.paths[:1]:
         parts = _parts(path)
         for start in range(len(parts) - 1, 0, -1):

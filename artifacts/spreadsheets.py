@@ -1,7 +1,7 @@
-"""Cells of CSV and TSV files that people open in Excel or LibreOffice.
+"""Makes cells of CSV and TSV files safe to open in Excel or LibreOffice.
 
-A cell that begins with ``=``, ``+``, ``-`` or ``@`` is a formula there, which can send data away or start
-programs. Labels and file names come from others, so such cells get an apostrophe in front.
+There, a cell that begins with ``=``, ``+``, ``-`` or ``@`` is a formula, which can send data away or start
+programs. Labels and file names are untrusted, so such cells get a leading apostrophe.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ _NUMBER = re.compile(r"[+-]?(\d+\.?\d*|\.\d+)([eE][+-]?\d+)?")
 
 
 def inert(value: Any) -> Any:
-    """Return a text that no spreadsheet takes for a formula; numbers stay as they are."""
+    """Return a text that no spreadsheet reads as a formula; numbers are returned unchanged."""
     if isinstance(value, str) and value[:1] in STARTS and value and not _NUMBER.fullmatch(value):
         return f"'{value}"
     return value

@@ -1,7 +1,7 @@
-"""Tables from people: CSV as Excel, LibreOffice, pandas or R write it; a header, no item twice.
+"""Reads CSV tables from users, as Excel, LibreOffice, pandas or R write them.
 
-The separator, the encoding and cells that mean *no value* are recognised as those programs write them.
-Whatever is not plain comma-separated UTF-8 is said in :attr:`Table.notes`.
+A table needs a header, and no item may occur twice. The separator, the encoding and cells that mean *no
+value* are detected. Anything other than plain comma-separated UTF-8 is reported in :attr:`Table.notes`.
 """
 
 from __future__ import annotations
@@ -50,10 +50,10 @@ class Table:
     """A table that was read.
 
     Attributes:
-        origin: what messages call it.
+        origin: name of the table in messages.
         key: the column that names the items.
-        rows: one dictionary per row; *no value* is the empty text.
-        notes: what was recognised or left out while reading, one sentence each.
+        rows: one dictionary per row; *no value* becomes the empty text.
+        notes: what was detected or left out while reading, one sentence each.
     """
 
     origin: str
@@ -63,23 +63,23 @@ class Table:
 
 
 def same_text(text: str) -> str:
-    """Return text in Unicode's composed form (NFC), in which equal names compare equal."""
+    """Return text in Unicode's composed form (NFC), so that equal names compare equal."""
     return unicodedata.normalize("NFC", text)
 
 
 def value_of(given: Any) -> str:
-    """Return a cell as text; the empty text where it means *no value* (None, NaN, ``N/A`` …)."""
+    """Return a cell as text; the empty text if it means *no value* (None, NaN, ``N/A`` …)."""
     text = "" if given is None else str(given)
     return "" if text in NO_VALUE else text
 
 
 def clean_row(row: Mapping[Any, Any]) -> dict[str, str]:
-    """Return a row with texts for values; see :func:`value_of`."""
+    """Return a row with its values as texts; see :func:`value_of`."""
     return {str(key): value_of(value) for key, value in row.items()}
 
 
 def number_of(text: str) -> float | None:
-    """Return the number that a cell holds, also with a decimal comma; None if it holds none."""
+    """Return the number in a cell, also with a decimal comma; None if there is no number."""
     try:
         return float(text.replace(",", ".", 1) if "." not in text else text)
     except ValueError:
@@ -90,7 +90,7 @@ def read_csv(path: Path, *keys: str, within: str | None = None) -> Table:
     """Read a CSV file; see :func:`parse_table`.
 
     Raises:
-        BadInput: the file cannot be read, or as :func:`parse_table` says.
+        BadInput: the file cannot be read, or for the reasons in :func:`parse_table`.
     """
     try:
         return parse_table(path.read_bytes(), str(path), *keys, within=within)
@@ -103,18 +103,18 @@ def parse_table(blob: bytes, origin: str, *keys: str, within: str | None = None)
 
     Args:
         blob: the file: UTF-8, UTF-16 or Windows' cp1252; separated by comma, semicolon, tab or ``|``.
-        origin: what messages call it.
-        keys: names of the column that tells rows apart; the first that the table has is taken.
-        within: further column, if the table has it, whose value tells rows of one key apart.
+        origin: name of the table in messages.
+        keys: possible names of the column that identifies the rows; the first one in the table is used.
+        within: optional second column that identifies rows with the same key.
 
     Raises:
-        BadInput: not text, no such column, a row without a value there, or an item given twice. The
-            message names the encoding and the separator that were found.
+        BadInput: the bytes are not text, the key column is missing, a row has no value in it, or an item
+            occurs twice. The message gives the detected encoding and separator.
     """
     text, encoding = _decoded(blob, origin)
     lines = list(io.StringIO(text, newline=""))
     told = lines[0].rstrip("\r\n") if lines else ""
-    if told.lower().startswith("sep=") and len(told) == 5:  # Excel's own first line, no header
+    if told.lower().startswith("sep=") and len(told) == 5:  # Excel's separator line, not the header
         separator, lines = told[4], ["\n", *lines[1:]]
     else:
         separator = _separator(lines, keys)
@@ -182,12 +182,12 @@ def _numbered(lines: Sequence[str], separator: str) -> list[tuple[int, list[str]
 
 
 def _separator(lines: Sequence[str], keys: Sequence[str]) -> str:
-    """Return the separator by which the header has one of ``keys``, else the most frequent one."""
+    """Return the separator that gives a header with one of ``keys``, else the most frequent one."""
     header = next((line for line in lines if line.strip()), "")
     for separator in SEPARATORS:
         try:
             names = {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
-        except csv.Error:  # reading the table for good says what is wrong
+        except csv.Error:  # the actual reading reports the error
             continue
         if names & set(keys):
             return separator
@@ -195,7 +195,7 @@ def _separator(lines: Sequence[str], keys: Sequence[str]) -> str:
 
 
 def _without_empty_columns(names: list[str], rows: Sequence[list[str]]) -> tuple[list[str], int]:
-    """Drop columns at the end that have no name and no value, as Excel writes them."""
+    """Drop trailing columns without name and values, as Excel writes them; also return their number."""
     kept = len(names)
     while kept and not names[kept - 1]:
         if any(len(row) >= kept and row[kept - 1].strip() for row in rows):

@@ -1,4 +1,4 @@
-"""Opening tile sets: folders, tables, tar and npz files."""
+"""Opens tile sets: folders, tables, tar and npz files."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
 
     Args:
         source: the folder or file.
-        manifest: a CSV whose ``file`` column names tiles of ``source``; overrides its own.
+        manifest: a CSV whose ``file`` column names tiles of ``source``; replaces the manifest inside.
 
     Raises:
-        BadInput: nothing there, no tile in it, or a manifest that does not fit; says which.
+        BadInput: the source does not exist, has no tiles, or does not match the manifest; the message
+            says which.
     """
     if not source.exists():
         raise BadInput(f"{source} does not exist; check the path")
@@ -83,7 +84,7 @@ def _open_csv(path: Path, root: Path, name: str) -> TileSet:
 
 
 def _as_written(path: Path) -> Path:
-    """Return a path as the disk has it, where that differs only in how accents are composed."""
+    """Return a path as spelled on disk, if it differs only in the Unicode composition of accents."""
     if path.exists():
         return path
     forms = (Path(unicodedata.normalize(form, str(path))) for form in ("NFC", "NFD"))
@@ -91,7 +92,7 @@ def _as_written(path: Path) -> Path:
 
 
 def _stamps(paths: Iterable[Path]) -> str:
-    """Hash size and time of change of files: enough to see that one was replaced."""
+    """Return a hash of the files' sizes and modification times, which detects replaced files."""
 
     def stamp(path: Path) -> str:
         try:
@@ -113,9 +114,9 @@ def _file_bytes(path: Path) -> bytes:
 
 
 def _check_inside(folder: Path, manifest: Path) -> None:
-    """Refuse a manifest found in a folder that names files outside of it."""
+    """Refuse a manifest found in the folder if it names files outside the folder."""
     if manifest.parent != folder:
-        return  # given by the caller, who may name what he likes
+        return  # the caller gave it and may name any file
     root = folder.resolve()
     for row in read_csv(manifest, "file").rows:
         if not (folder / row["file"]).resolve().is_relative_to(root):
@@ -185,7 +186,12 @@ def _open_tar(path: Path, manifest: Path | None) -> TileSet:
 def _tar_members(
     path: Path,
 ) -> tuple[dict[str, tuple[int, int]], dict[str, bytes], bytes | None, dict[str, str]]:
-    """Return places by name, a compressed tar's bytes, the manifest, and what is left out and why."""
+    """List the members of a tar file.
+
+    Returns:
+        Offset and size (bytes) by name; the data by name if the tar is compressed; the manifest; the reason
+        for each member that is left out, by name.
+    """
     places: dict[str, tuple[int, int]] = {}
     blobs: dict[str, bytes] = {}
     inner: bytes | None = None

@@ -1,9 +1,9 @@
-"""Tile sets: ready pictures, one tile each, with labels and groups, wherever they lie.
+"""Tile sets: collections of ready tiles, one image each, with labels and groups.
 
 A tile set is read from a folder (sub-folders are classes), a CSV manifest (``file,label,group,…``), a
 ``.tar`` pack (with a ``manifest.csv`` inside, or sub-folders as classes) or an ``.npz`` pack
-(``images`` with ``labels``, ``class_names`` and ``group``). Tiles that share a group come from one
-source picture or patient, and must never be split between training and validation.
+(``images`` with ``labels``, ``class_names`` and ``group``). Tiles of one group come from one source image
+or patient, and must never be split between training and validation.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ SAMPLE = 64
 
 @dataclass(frozen=True)
 class Tile:
-    """One ready tile: its path inside the set, and what the manifest says of it."""
+    """One ready tile: its path inside the set, and its row of the manifest."""
 
     file: str
     label: str | None = None
@@ -35,22 +35,22 @@ class Tile:
     extra: dict[str, str] = field(default_factory=dict)
 
     def column(self, name: str) -> str:
-        """Return a manifest column by name; empty where the manifest has none."""
+        """Return the value of a manifest column; empty if there is none."""
         known = {"file": self.file, "label": self.label, "group": self.group}
         return (known[name] or "") if name in known else self.extra.get(name, "")
 
 
 @dataclass(frozen=True)
 class TileSet:
-    """Tiles that are read by number; nothing is decoded before it is asked for.
+    """Tiles to read by number; a tile is decoded only when it is read.
 
     Attributes:
         name: of the set.
         source: the folder or file.
         tiles: in the order of their numbers.
         fingerprint: of the content.
-        notes: what was recognised while its table was read.
-        left_out: files and folders that were found and not taken, with the reason.
+        notes: what was detected while reading its table.
+        left_out: files and folders that were found but not used, with the reason.
     """
 
     name: str
@@ -89,7 +89,7 @@ class TileSet:
         )
 
     def without(self, column: str, values: Iterable[str]) -> TileSet:
-        """Return the tile set less the tiles whose ``column`` has one of ``values``."""
+        """Return the tile set without the tiles whose ``column`` has one of ``values``."""
         gone = set(values)
         return self.take([n for n, t in enumerate(self.tiles) if t.column(column) not in gone])
 
@@ -105,10 +105,10 @@ class TileSet:
 
 
 def sample_tiles(tileset: TileSet, size_px: int, count: int = SAMPLE) -> NDArray[np.uint8]:
-    """Decode ``count`` tiles spread evenly over a tile set; unreadable ones are passed over.
+    """Decode ``count`` tiles spread evenly over a tile set; unreadable tiles are skipped.
 
     Raises:
-        BadInput: none could be read.
+        BadInput: no tile could be read.
     """
     chosen = np.unique(np.linspace(0, len(tileset) - 1, min(count, len(tileset))).astype(int))
     tiles: list[NDArray[np.uint8]] = []
@@ -124,7 +124,7 @@ def sample_tiles(tileset: TileSet, size_px: int, count: int = SAMPLE) -> NDArray
 
 
 def concatenate(sets: Sequence[TileSet]) -> TileSet:
-    """Join tile sets; labels and groups are prefixed by each set's name, so none is shared."""
+    """Join tile sets; labels and groups are prefixed by each set's name, so that sets share none."""
     if len(sets) == 1:
         return sets[0]
     tiles: list[Tile] = []

@@ -1,4 +1,4 @@
-"""What lies in a folder and is not taken: other vendors' formats, parts of slides, other files."""
+"""Recognises files in a folder that are not read: other vendors' formats, parts of slides, other files."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ UNREAD_FORMATS = {
 }
 ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"})
 INDEXES = frozenset({".vms", ".vmu"})
-"""Text files that name the pictures that make up a slide."""
+"""Index files: text files that name the images of a slide."""
 
 
 def why_unread(path: Path) -> str:
-    """Return why a file of a folder of slides is not taken."""
+    """Return the reason why a file in a folder of slides is not read."""
     suffix = path.suffix.lower()
     if suffix in UNREAD_FORMATS:
         return f"slide format that is not read ({UNREAD_FORMATS[suffix]}): convert it to SVS or OME-TIFF"
@@ -46,7 +46,7 @@ def why_unread(path: Path) -> str:
 
 
 def is_dicom(path: Path) -> bool:
-    """Whether a file is DICOM, by its first bytes: many archives keep slides without ``.dcm``."""
+    """Whether a file is DICOM, by its first bytes; many archives store slides without ``.dcm``."""
     try:
         with open(path, "rb") as stream:
             return stream.read(132)[128:] == b"DICM"
@@ -55,7 +55,7 @@ def is_dicom(path: Path) -> bool:
 
 
 def belongs_to(here: Path, folders: Sequence[str], files: Sequence[str]) -> dict[str, str | None]:
-    """Return the sub-folders that hold the data of a slide beside them; see :data:`..walking.Prune`."""
+    """Return the sub-folders with the data of a slide file next to them; see :data:`..walking.Prune`."""
     found: dict[str, str | None] = {}
     for name in files:
         stem, suffix = Path(name).stem, Path(name).suffix.lower()
@@ -70,7 +70,7 @@ def belongs_to(here: Path, folders: Sequence[str], files: Sequence[str]) -> dict
 
 
 def parts_of(files: Iterable[Path]) -> set[Path]:
-    """Return the files that an index file (``.vms``, ``.vmu``) beside them names as parts of its slide."""
+    """Return the files that an index file (``.vms``, ``.vmu``) next to them names as parts of its slide."""
     parts = set()
     for file in files:
         if file.suffix.lower() not in INDEXES:

@@ -1,7 +1,7 @@
-"""Walking folders: every file below a folder once, with what was left out and why.
+"""Walks folders: lists every file below a folder once, and what was left out and why.
 
-Links to folders are followed, without loops; a file that is found twice is taken under its real name.
-Folders that file managers, servers and notebooks keep for themselves are left out and named.
+Links to folders are followed, without loops. A file that is found twice is listed under its real name.
+Folders that file managers, servers and notebooks create for internal use are left out and reported.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ SYSTEM_FOLDERS = frozenset(
         "system volume information",
     }
 )
-"""Folders, in lower case, in which servers and file managers keep copies and trash."""
+"""Names (lower case) of folders in which servers and file managers keep copies and trash."""
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 SHOWN = 3
 
 
 class LeftOut(NamedTuple):
-    """A file or folder that was not taken.
+    """A file or folder that was left out.
 
     Attributes:
-        path: of it.
-        reason: why, in a few words; the same for all of a kind.
+        path: of the file or folder.
+        reason: why, in a few words; the same text for all of one kind.
     """
 
     path: str
@@ -46,13 +46,13 @@ class LeftOut(NamedTuple):
 
 @dataclass(frozen=True)
 class Walk:
-    """What a folder holds.
+    """The files of a folder.
 
     Attributes:
         files: every file once, sorted.
-        left_out: hidden and system folders and files, links that lead nowhere or to a file that is
-            taken under another name.
-        aliases: by file, the other paths that lead to it.
+        left_out: hidden and system folders and files, broken links, and links to a file that is listed
+            under another name.
+        aliases: by file, its other paths.
     """
 
     files: tuple[Path, ...]
@@ -61,28 +61,28 @@ class Walk:
 
 
 def is_hidden(name: str) -> bool:
-    """Whether a folder or file of this name is left out: hidden, or kept by a system for itself."""
+    """Whether a folder or file of this name is left out because it is hidden or for internal use."""
     return name.startswith(".") or name.lower() in SYSTEM_FOLDERS | SYSTEM_FILES
 
 
 Prune = Callable[[Path, Sequence[str], Sequence[str]], dict[str, str | None]]
-"""Takes a folder and the names of its sub-folders and files; returns by name the sub-folders that
-are not walked, with the reason to report, or None where they belong to a file of the folder."""
+"""Takes a folder and the names of its sub-folders and files. Returns the sub-folders not to walk, by
+name, each with the reason to report, or None if it belongs to a file of the folder."""
 
 
 def walk(folder: Path, prune: Prune | None = None) -> Walk:
     """Find every file below a folder.
 
     Args:
-        folder: where to begin; its own name may be hidden.
-        prune: says which sub-folders are no folders of files, such as the data of an ``.mrxs``.
+        folder: where to start; its name may be a hidden one.
+        prune: selects sub-folders not to walk, such as the data folder of an ``.mrxs`` file.
 
     Raises:
         BadInput: a folder cannot be read.
     """
     walked = _Walking(folder, prune)
     walked.go(folder)
-    while walked.links:  # after all real folders, so that a file has its real name where it can
+    while walked.links:  # after all real folders, so that files get their real name if possible
         link = walked.links.pop(0)
         real = os.path.realpath(link)
         if real in walked.visited:
@@ -97,7 +97,7 @@ def walk(folder: Path, prune: Prune | None = None) -> Walk:
 
 
 class _Walking:
-    """One call of :func:`walk`: what was found, and links to folders that are still to be followed."""
+    """State of one call of :func:`walk`: the files found, and links to folders still to follow."""
 
     def __init__(self, folder: Path, prune: Prune | None) -> None:
         self.root, self._prune = os.path.realpath(folder), prune
@@ -110,7 +110,7 @@ class _Walking:
         self.left_out.append(LeftOut(str(path), reason))
 
     def go(self, folder: Path) -> None:
-        """Walk real folders; keep links to folders for later."""
+        """Walk real folders; store links to folders for later."""
         for top, folders, names in os.walk(folder, onerror=_unreadable):
             here = Path(top)
             self.visited.add(os.path.realpath(here))
@@ -162,7 +162,7 @@ def _unreadable(error: OSError) -> None:
 
 
 def summarised(left_out: Sequence[LeftOut]) -> list[str]:
-    """Return one line per reason: how many were left out, and the first few."""
+    """Return one line per reason: how many were left out, and the first few of them."""
     by_reason: dict[str, list[str]] = {}
     for path, reason in left_out:
         kind = "the same file under another name" if reason.startswith("the same file") else reason

@@ -1,8 +1,9 @@
-"""The atlas: slides' embeddings with their provenance, searched and clustered; the front of this stage.
+"""The atlas: embeddings of slides with their provenance, to search and to cluster.
 
-A folder: ``atlas.db`` (what there is), ``encoder/`` (a copy of the bundle) and ``features/`` (the vectors)
-are the truth; ``index-<generation>.faiss`` and ``clusters-<name>.npz`` are derived. One process writes at a
-time, any number read, and each reader sees one committed state: its :class:`~histoseek.index.view.View`.
+An atlas is a folder. Its source data are ``atlas.db`` (the catalog), ``encoder/`` (a copy of the bundle)
+and ``features/`` (the vectors). ``index-<generation>.faiss`` and ``clusters-<name>.npz`` are derived. One
+process writes at a time and any number read. Each reader sees one committed state: its
+:class:`~histoseek.index.view.View`. This module is the public interface of the stage.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ R = TypeVar("R")
 
 
 def _of_view(method: Callable[Concatenate[View, P], R]) -> Callable[Concatenate[Atlas, P], R]:
-    """Make a method of the atlas that asks a view of its newest state."""
+    """Make a method of the atlas that calls a method of its newest view."""
 
     @wraps(method)
     def ask(self: Atlas, /, *args: P.args, **kwargs: P.kwargs) -> R:
@@ -53,15 +54,15 @@ def _of_view(method: Callable[Concatenate[View, P], R]) -> Callable[Concatenate[
 
 
 class Atlas(OpenAtlas):
-    """An atlas. Its questions are those of a view of the newest committed state."""
+    """An atlas. Its query methods are those of a view of the newest committed state."""
 
     @classmethod
     def create(cls, path: str | Path, bundle: str | Path) -> Atlas:
-        """Make an empty atlas bound to an encoder, with a copy of its bundle.
+        """Create an empty atlas bound to an encoder, with a copy of its bundle.
 
         Raises:
-            BadInput: ``path`` exists, or ``bundle`` is no bundle.
-            Damaged: the bundle's graph is not its manifest's.
+            BadInput: ``path`` exists, or ``bundle`` is not a bundle.
+            Damaged: the bundle's graph does not match its manifest.
         """
         manifest = read_manifest(Path(bundle))
         with publish_folder(Path(path)) as folder:
@@ -78,10 +79,10 @@ class Atlas(OpenAtlas):
         metric: str = "cosine",
         mpp: float | None = None,
     ) -> Atlas:
-        """Make an empty atlas for features that another tool made, bound to its encoder's name.
+        """Create an empty atlas for features of another tool, bound to the name of their encoder.
 
         Raises:
-            BadInput: ``path`` exists, or a name, length or metric that is not possible.
+            BadInput: ``path`` exists, or the name, length or metric is invalid.
         """
         manifest = external_manifest(encoder, dim, metric, mpp)
         with publish_folder(Path(path)) as folder:
@@ -99,24 +100,24 @@ class Atlas(OpenAtlas):
         progress: Report = lambda done, total, text: None,
         mixed_scales: bool = False,
     ) -> AddedSlides:
-        """Add feature files, each whole or not at all; what is there already is left alone.
+        """Add feature files, each completely or not at all; features already in the atlas are skipped.
 
         Args:
             files: HDF5 feature files.
-            metadata: label, patient and any other column, by what names the slide: its name in the atlas,
-                its file's name, or the end of its path (see ``slide_names``); also taken over
-                for slides that are there already.
-            replace: put other features of a slide that is there in the place of the old ones (upsert).
+            metadata: label, patient and any other column, by slide. A slide is given by its name in the
+                atlas, its file name, or the end of its path (see ``slide_names``). Metadata of slides
+                already in the atlas is updated too.
+            replace: replace the features of a slide already in the atlas if they differ (upsert).
             progress: called after each file.
-            mixed_scales: let the atlas hold tiles of different µm per pixel, from now on.
+            mixed_scales: from now on, allow tiles of different µm per pixel in the atlas.
 
         Returns:
-            What became of each file; a file that does not fit is reported, not raised.
+            The result for each file; a file that fails is reported here and raises nothing.
 
         Raises:
-            BadInput: a row of the metadata that means two slides, or two rows that mean one.
+            BadInput: a metadata row matches two slides, or two rows match one slide.
             Busy: another process is writing.
-            StorageFailed: no space; what was added before stays.
+            StorageFailed: no space; files added before stay.
         """
         with self.writing() as writer:
             if mixed_scales:
@@ -124,37 +125,37 @@ class Atlas(OpenAtlas):
             return writer.add([Path(file) for file in files], metadata or {}, replace, progress)
 
     def remove(self, names: Sequence[str]) -> int:
-        """Remove slides or tile sets by name, all or none; their tiles' ids are never used again.
+        """Remove slides or tile sets by name, all or none; the ids of their tiles are never reused.
 
         Returns:
-            How many tiles went.
+            The number of tiles removed.
 
         Raises:
-            BadInput: a name that is not there.
+            BadInput: the atlas has no slide with one of the names.
             Busy: another process is writing.
         """
         with self.writing() as writer:
             return writer.remove(names)
 
     def relabel(self, rows: Iterable[dict[str, str]]) -> int:
-        """Set labels, patients and further columns of slides, or of tiles of a tile set; all or none.
+        """Set labels, patients and other columns of slides, or of tiles of a tile set; all or none.
 
         Args:
-            rows: ``slide`` (as for :meth:`add`) and the columns to set; with ``file`` one tile is meant. An
-                empty value takes away what was there.
+            rows: ``slide`` (as for :meth:`add`) and the columns to set. A row with ``file`` sets those of
+                one tile. An empty value removes the old one.
 
         Returns:
-            How many slides changed.
+            The number of slides changed.
 
         Raises:
-            BadInput: a slide or tile that is not there.
+            BadInput: a slide or tile is not in the atlas.
             Busy: another process is writing.
         """
         with self.writing() as writer:
             return writer.relabel(rows)
 
     def slides_without_row(self, names: Iterable[str]) -> list[str]:
-        """Return the slides that none of the names of a table's rows means, sorted."""
+        """Return the slides that none of the names (of a table's rows) matches, sorted."""
         slides = self.store.slides()
         meant = set(slides_meant(set(names), slides).values())
         return sorted(slide["name"] for slide in slides if slide["name"] not in meant)
@@ -162,11 +163,11 @@ class Atlas(OpenAtlas):
     def relocate(
         self, old: str | None, new: Path | None, folders: Sequence[Path]
     ) -> list[Relocated]:
-        """Take over where slides lie now; see :func:`~histoseek.index.store.relocation.relocate`."""
+        """Update the paths of moved slides; see :func:`~histoseek.index.store.relocation.relocate`."""
         with self.writing():
             return relocate(self.path, self.catalog, old, new, folders)
 
-    # -- asking ---------------------------------------------------------------------------------
+    # -- queries --------------------------------------------------------------------------------
 
     def search(
         self,
@@ -182,14 +183,13 @@ class Atlas(OpenAtlas):
     ) -> list[list[Hit]]:
         """Return the k most similar tiles of each vector, then of each tile; best first.
 
-        The arguments are those of :class:`~histoseek.index.search.query.Query`; to combine examples, or to
-        ask several questions of one state, ask a :meth:`view`.
+        The arguments are those of :class:`~histoseek.index.search.query.Query`. To combine examples, or to
+        run several searches on one state, use a :meth:`view`.
 
         Raises:
-            BadInput: k below 1, a filter that cannot be read, an empty atlas, or vectors that are not
-                finite.
-            NotFound: a tile that is not there.
-            Mismatch: vectors of another length.
+            BadInput: k is below 1, the filter is invalid, the atlas is empty, or vectors are not finite.
+            NotFound: a tile is not in the atlas.
+            Mismatch: vectors have another length.
         """
         query = Query(
             vectors=vectors, tiles=tuple(tiles), k=k, where=where, least=least, per_slide=per_slide,
@@ -217,17 +217,17 @@ class Atlas(OpenAtlas):
         """Return tile ids (N,) ascending and vectors (N, D), from the feature files.
 
         Raises:
-            Damaged: a feature file is missing or is not the one that was added.
+            Damaged: a feature file is missing or has changed since it was added.
         """
         return self.store.vectors()
 
     def slides(self) -> list[dict[str, Any]]:
-        """Return every slide and tile set with its counts, labels, metadata and provenance."""
+        """Return all slides and tile sets with counts, labels, metadata and provenance."""
         return self.store.slides()
 
     @property
     def mixed_scales(self) -> bool:
-        """Whether tiles of different µm per pixel were allowed."""
+        """Whether tiles of different scales (µm per pixel) are allowed."""
         return self.store.mixed_scales
 
     # -- the index ------------------------------------------------------------------------------
@@ -239,19 +239,20 @@ class Atlas(OpenAtlas):
         exact_up_to: int | None = None,
         k: int | None = None,
     ) -> dict[str, Any]:
-        """Write the index anew for other aims, which hold from then on; None keeps the default.
+        """Rebuild the index with new options, which also apply later; None takes the default.
 
         Args:
             recall: share of the true neighbours that a search must find; 1 for exact search.
-            memory_mb: what the index may take; smaller codes are ranked again by the exact vectors.
-            exact_up_to: tiles up to which search is exact anyway.
-            k: how many neighbours the recall is measured on.
+            memory_mb: memory budget of the index in MB; with shorter codes, candidates are ranked again by
+                the exact vectors.
+            exact_up_to: up to this many tiles, search is always exact.
+            k: number of neighbours on which recall is measured.
 
         Returns:
-            The plan that was chosen, and what was measured.
+            The chosen plan and the measurements.
 
         Raises:
-            BadInput: an aim that cannot be reached, with what could be.
+            BadInput: an option is out of range or cannot be met; the message says what is possible.
             Busy: another process is writing.
         """
         given = {"recall": recall, "memory_mb": memory_mb, "exact_up_to": exact_up_to, "k": k}
@@ -277,20 +278,21 @@ class Atlas(OpenAtlas):
         min_cluster_size: int | None = None,
         seed: int = 0,
     ) -> dict[str, Any]:
-        """Fit clusters on all tiles and store them under a name, replacing an earlier fit of it.
+        """Fit clusters on all tiles and store them under a name, replacing an earlier clustering.
 
         Args:
-            method: kmeans, hdbscan, or encoder: the clusters that it was trained with.
-            k: clusters of k-means; None chooses by silhouette.
-            name: of the clustering; the method's name when left out.
+            method: kmeans, hdbscan, or encoder for the clusters that the encoder was trained with.
+            k: number of clusters of k-means; None chooses by silhouette.
+            name: of the clustering; None for the method's name.
             min_cluster_size: of HDBSCAN.
-            seed: of everything random, also of the sample that is fitted above 200,000 tiles.
+            seed: of all random choices, including the sample that is fitted above 200,000 tiles.
 
         Returns:
-            What was fitted, with the size of every cluster.
+            A description of the fit, with the size of every cluster.
 
         Raises:
-            BadInput: an unknown method, too few tiles or a name that is not plain.
+            BadInput: the method is unknown, there are too few tiles, or the name is too long or not a safe
+                file name.
             Busy: another process is writing.
         """
         name = name or method
@@ -303,10 +305,10 @@ class Atlas(OpenAtlas):
     def name_cluster(
         self, cluster: int, text: str, description: str = "", clustering: str | None = None
     ) -> None:
-        """Give a cluster a name and a description; "" takes the name away.
+        """Give a cluster a name and a description; "" removes the name.
 
         Raises:
-            BadInput: no such clustering or cluster, or a text that is too long.
+            BadInput: no such clustering or cluster, or a text is too long.
             Busy: another process is writing.
         """
         with self.writing():
@@ -316,10 +318,10 @@ class Atlas(OpenAtlas):
     # -- the map --------------------------------------------------------------------------------
 
     def make_layout(self, seed: int = 0) -> Layout:
-        """Make the map of the atlas and keep it there, if its folder can be written.
+        """Compute the map of the atlas, and store it if the folder can be written.
 
         Raises:
-            BadInput: an empty atlas.
+            BadInput: the atlas is empty.
             MissingPart: openTSNE is not installed.
         """
 
@@ -329,25 +331,25 @@ class Atlas(OpenAtlas):
         vectors, tiles = self.ask(landmarks)
         metric, identity = self.manifest.metric, self.store.identity
         made = stopping.aside(lambda: layout.make(identity, tiles, vectors, metric, seed))
-        with suppress(StorageFailed):  # a folder that is only read: the caller has the map
+        with suppress(StorageFailed):  # a read-only folder: the caller still gets the map
             write_atomic(self.path / layout.FILE, made.to_bytes())
         return made
 
     # -- care -----------------------------------------------------------------------------------
 
     def verify(self) -> list[str]:
-        """Check every file against its hash and every count; return what is wrong, [] if nothing is."""
+        """Check the hash of every file and all counts; return the problems, [] if there are none."""
         while True:
             revision = self.catalog.revision()
             found = [problem.text for problem in verify.problems(self)]
             if not found or self.catalog.revision() == revision:
-                return found  # else a writer changed what was being looked at
+                return found  # else a writer changed it during the check
 
     def repair(self) -> list[str]:
-        """Make again what is derived and missing or damaged; the truth is never touched.
+        """Rebuild missing or damaged derived data; the source data is never changed.
 
         Returns:
-            What was done.
+            The repairs that were done.
 
         Raises:
             Busy: another process is writing.
@@ -356,20 +358,20 @@ class Atlas(OpenAtlas):
             return verify.repair(self, writer)
 
     def snapshot(self, out: str | Path) -> dict[str, Any]:
-        """Copy one committed state of the atlas into a new folder, which is an atlas itself.
+        """Copy one committed state of the atlas into a new folder, which is then an atlas itself.
 
-        Reading may go on meanwhile; a writer is told to wait.
+        Reading is possible meanwhile; writers get Busy.
 
         Raises:
             BadInput: ``out`` exists.
-            Damaged: the atlas is not whole; nothing is written.
+            Damaged: the atlas is incomplete or damaged; nothing is written.
             StorageFailed: no space.
         """
         return snapshots.take(self, Path(out))
 
 
 def _fill(folder: Path, manifest: Manifest) -> None:
-    """Give a new atlas its places for features and its catalog."""
+    """Create the features folder and the catalog of a new atlas."""
     (folder / FEATURES).mkdir()
     Catalog(folder).create(
         {

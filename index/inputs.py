@@ -1,4 +1,4 @@
-"""What an atlas is filled from, as people name it: feature files, folders of them, tables."""
+"""Reads the inputs of an atlas that a user gives: feature files, folders of them, tables."""
 
 from __future__ import annotations
 
@@ -16,21 +16,21 @@ def read_metadata(path: Path | None) -> Table | None:
     """Read a CSV of slides.
 
     Raises:
-        BadInput: it cannot be read, or has no column ``slide`` (or ``file``).
+        BadInput: the file cannot be read, or has no column ``slide`` (or ``file``).
     """
     return None if path is None else read_csv(path, "slide", "file")
 
 
 def rows_of(table: Table | None) -> dict[str, dict[str, str]]:
-    """Return the rows of a table by the name that each gives its slide."""
+    """Return the rows of a table by slide name as written there."""
     return {} if table is None else {row[table.key]: row for row in table.rows}
 
 
 def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:
-    """Expand folders to the feature files in them; also return what else they hold.
+    """Expand folders to the feature files in them; also return the entries that were left out.
 
     Raises:
-        BadInput: a path that does not exist, or a folder without feature files.
+        BadInput: a path does not exist, or a folder has no feature files.
     """
     files: list[Path] = []
     left_out: list[LeftOut] = []

@@ -1,4 +1,4 @@
-"""An open atlas: its store, its index and its states, without the methods that people call."""
+"""An open atlas: its store, index and states, without the public methods of ``Atlas``."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ R = TypeVar("R")
 
 
 class OpenAtlas:
-    """What reads and writes an atlas. Reading needs no lock; who writes takes the writer's.
+    """An atlas opened for reading and writing. Reading needs no lock; writing takes the writer's lock.
 
     Attributes:
         path: the folder.
@@ -34,8 +34,8 @@ class OpenAtlas:
         """Open an atlas.
 
         Raises:
-            BadInput: not an atlas, or of a newer histoseek.
-            Damaged: its own parts do not agree.
+            BadInput: the folder is not an atlas, or a newer histoseek wrote it.
+            Damaged: the catalog names another encoder than the bundle in the folder.
         """
         self.path = Path(path)
         self.store = Store(self.path)
@@ -51,27 +51,27 @@ class OpenAtlas:
         return self.store.encoder_bundle
 
     def view(self) -> View:
-        """Return the newest committed state, to ask from as long as it is held.
+        """Return a view of the newest committed state.
 
         Raises:
-            Damaged: a feature file is missing or changed whose vectors no index file holds.
+            Damaged: the feature file of a slide that is not in the index file is missing or changed.
         """
         return View(self._states.newest(), self._clusterings)
 
     def ask(
         self, question: Callable[Concatenate[View, P], R], *args: P.args, **kwargs: P.kwargs
     ) -> R:
-        """Ask a view of the newest state; all of the answer comes from that one state.
+        """Call ``question`` with a view of the newest state, so that the answer comes from one state.
 
-        A writer may delete files of the state meanwhile: then the newest state is asked anew.
+        If a writer deletes files of that state meanwhile, the call is repeated with the newest state.
 
         Args:
             question: takes a view, such as ``View.search``; may be called more than once.
-            args: what it takes beside the view.
-            kwargs: likewise.
+            args: further arguments after the view.
+            kwargs: keyword arguments.
 
         Raises:
-            Damaged: a file is missing or changed, and no writer did it.
+            Damaged: a file is missing or changed, and not because of a writer.
         """
         return self.store.retry_if_changed(lambda: question(self.view(), *args, **kwargs))
 

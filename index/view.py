@@ -1,4 +1,4 @@
-"""A view: the questions that one committed state of an atlas answers.
+"""A view: queries on one committed state of an atlas.
 
 The state does not change when the atlas does, so that answers of several questions fit together. Search,
 tiles and assignments are answered from memory. Questions that read the catalog (clusters, drift, exports)
@@ -29,14 +29,14 @@ from .vectors.index import VectorIndex
 
 
 class View:
-    """One committed state of an atlas, to ask as long as it is held.
+    """One committed state of an atlas, for reading.
 
     Attributes:
-        state: what is known of the tiles, and their vectors.
+        state: the columns of the tiles, and their vectors.
     """
 
     def __init__(self, state: State, clusterings: dict[str, Clustering] | None = None) -> None:
-        """View a state; ``clusterings`` keeps those that were read before, by sha256."""
+        """View a state; ``clusterings`` is a cache of clusterings by sha256."""
         self.state = state
         self._clusterings = {} if clusterings is None else clusterings
 
@@ -46,7 +46,7 @@ class View:
 
     @property
     def revision(self) -> int:
-        """Number of the state: how many changes were committed before it."""
+        """Number of the state: the number of changes committed so far."""
         return self.state.revision
 
     @property
@@ -56,7 +56,7 @@ class View:
 
     @property
     def columns(self) -> Columns:
-        """What is known of the tiles."""
+        """The columns of the tiles, such as label and patient."""
         return self.state.columns
 
     @property
@@ -67,19 +67,19 @@ class View:
     # -- tiles ----------------------------------------------------------------------------------
 
     def search(self, query: Query) -> list[list[Hit]]:
-        """Return similar tiles, best first: a list per vector and tile of the query.
+        """Return similar tiles, best first: one list per vector and tile of the query.
 
-        A query that combines its examples has one list.
+        A query that combines its examples gets one list.
 
         Raises:
-            BadInput: nothing to look for, a filter that cannot be read, or an atlas without tiles.
-            NotFound: a tile that is not there.
-            Mismatch: vectors of another length.
+            BadInput: the query has no example, the filter is invalid, or the atlas has no tiles.
+            NotFound: a tile is not in the atlas.
+            Mismatch: vectors have another length.
         """
         return tiles.answer(self.state, query)
 
     def vector_of(self, query: Query) -> NDArray[np.float32]:
-        """Return the vector (D,) that stands for all examples of a query."""
+        """Return the vector (D,) that combines all examples of a query."""
         return tiles.combined_vector(self.state, query)
 
     def search_near(self, vector: NDArray[np.float32], query: Query) -> list[Hit]:
@@ -90,16 +90,16 @@ class View:
         """Return the vectors (T, D) of tiles by id, from the feature files.
 
         Raises:
-            NotFound: an id that is not there.
-            Damaged: a feature file is missing or is not the one that was added.
+            NotFound: the atlas has no tile with one of the ids.
+            Damaged: a feature file is missing or has changed since it was added.
         """
         return self.state.vectors_of(ids)
 
     def tiles(self, ids: Sequence[int]) -> dict[int, dict[str, Any]]:
-        """Return what is known of tiles, by id, as the fields of :class:`Hit` but rank and score.
+        """Return tiles by id, each with the fields of :class:`Hit` except rank and score.
 
         Raises:
-            NotFound: an id that is not there.
+            NotFound: the atlas has no tile with one of the ids.
         """
         found = self.columns.tiles(self.state.positions(ids))
         return {tile["tile"]: tile for tile in found}
@@ -113,11 +113,11 @@ class View:
         return nearness.scores_in(self.state, slide, vector)
 
     def usual_nearness(self, tiles: int = 200, seed: int = 0) -> NDArray[np.float32]:
-        """Return how similar some tiles are to their nearest of another patient, ascending (T',)."""
+        """Return the scores (T',) of sampled tiles with their nearest of another patient, ascending."""
         return nearness.usual_nearness(self.state, tiles, seed)
 
     def out_of_distribution_share(self, tiles: int = 1000, seed: int = 0) -> float:
-        """Return the share of some tiles that the encoder calls out of distribution."""
+        """Return the out-of-distribution share of sampled tiles; 0 if the encoder has no tissue gate."""
         return nearness.out_of_distribution_share(self.state, tiles, seed)
 
     # -- slides and cases -----------------------------------------------------------------------
@@ -130,17 +130,17 @@ class View:
         how: cases.How = "median",
         where: str | None = None,
     ) -> list[cases.Similar]:
-        """Return the slides or cases most like one of the atlas, or like new tiles.
+        """Return the slides or cases most similar to one of the atlas, or to new tiles.
 
         Args:
-            query: name of a slide (or, by patient, of a patient), or the vectors (Q, D) of tiles.
-            k: slides or cases.
-            by: what is ranked. Nothing of the query's own patient is returned, if the patient is known.
+            query: name of a slide (with ``by="patient"`` also of a patient), or vectors (Q, D) of tiles.
+            k: number of slides or cases.
+            by: what is ranked. If the query's patient is known, none of the patient's slides is returned.
             how: ``median`` of the minimum distances (Yottixel), or ``votes`` of the nearest tiles.
-            where: metadata filter of the tiles that count.
+            where: metadata filter; only tiles that pass count.
 
         Raises:
-            BadInput: no such slide or patient, or one without tiles.
+            BadInput: no such slide or patient, or it has no tiles.
         """
         return cases.similar_slides(self.state, query, k, by, how, where)
 
@@ -151,28 +151,28 @@ class View:
         return [row["name"] for row in self.state.clusterings]
 
     def clustering(self, name: str | None = None) -> tuple[str, Clustering]:
-        """Return a fitted clustering by name; the newest when left out.
+        """Return a fitted clustering by name; None for the newest.
 
         Raises:
-            BadInput: none fitted yet, or none of that name.
+            BadInput: there is no clustering, or none of that name.
             Damaged: its file is missing or changed.
         """
         path, rows = self.state.store.path, self.state.clusterings
         return stored.load(path, rows, name, self._clusterings)
 
     def assign(self, vectors: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
-        """Assign new vectors (Q, D): cluster, its name, distance, strength and unknown of each.
+        """Assign new vectors (Q, D) to clusters: cluster, its name, distance, strength and unknown of each.
 
         Raises:
             BadInput: no such clustering.
-            Mismatch: vectors of another length.
+            Mismatch: vectors have another length.
         """
         self.state.check_queries(vectors)
         chosen, clustering = self.clustering(name)
         return clustering.assign(vectors).rows(self.state.cluster_names[chosen])
 
     def assigned(self, name: str | None = None) -> tuple[NDArray[np.int64], Assigned]:
-        """Return tile ids (N,) ascending and their clusters in a clustering.
+        """Return tile ids (N,) ascending and their assignments in a clustering.
 
         Raises:
             BadInput: no such clustering.
@@ -198,7 +198,7 @@ class View:
         return self.state.cluster_names[self._named(name)]
 
     def drift(self, name: str | None = None) -> dict[str, Any]:
-        """Report how many of the tiles that came after the fit are unknown to it.
+        """Compare the share of unknown tiles between the fitted slides and those added later.
 
         Raises:
             BadInput: no such clustering.
@@ -206,13 +206,13 @@ class View:
         """
         return report.drift(self.state, self._named(name))
 
-    # -- the whole ------------------------------------------------------------------------------
+    # -- the whole atlas ------------------------------------------------------------------------
 
     def layout(self) -> Layout | None:
-        """Return the map; None if none was made, or if the atlas has grown to twice the map's tiles.
+        """Return the map; None if there is none, or if the atlas has more than doubled since it was made.
 
         Raises:
-            Damaged: its file is not whole.
+            Damaged: its file is incomplete.
         """
         store = self.state.store
         found = layouts.read(store.path)

@@ -1,6 +1,6 @@
-"""Changing what an atlas holds: add, put new features in place of old ones, remove, label anew.
+"""Changes an atlas: adds, replaces, removes and relabels slides.
 
-Each slide is one transaction; its feature file is in place before the row that names it.
+Each slide is one transaction; its feature file is written before the row that names it.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ from .vectors.generations import Generations
 from .writer_rows import slide_row, tiles_row
 
 SCALE = ("size_px_level0", "mpp")
-"""What another import may know of a slide whose features are the same."""
+"""Columns that a later import of the same features may add."""
 
 
 class Writer:
-    """Writes to an atlas; whoever uses it holds the atlas's lock."""
+    """Writes to an atlas; the caller must hold the atlas's lock."""
 
     def __init__(self, store: Store, generations: Generations) -> None:
         """Write to an atlas."""
@@ -58,7 +58,7 @@ class Writer:
                 raise
             except HistoseekError as error:
                 results.append(Added(str(file), file.stem, "failed", reason=str(error)))
-            except Exception as error:  # one foreign file must not stop the others
+            except Exception as error:  # one invalid file must not stop the others
                 reason = f"{file}: unexpected {type(error).__name__}: {error}"
                 results.append(Added(str(file), file.stem, "failed", reason=reason))
             progress(number, len(files), file.stem)
@@ -70,19 +70,19 @@ class Writer:
         return match_rows(metadata, files, self._catalog.rows("SELECT name, source FROM slides"))
 
     def allow_mixed_scales(self) -> None:
-        """Let the atlas hold tiles of different scale from now on."""
+        """From now on, allow tiles of different scales in the atlas."""
         if MIXED not in self._catalog.meta():
             with self._catalog.write() as db:
                 set_meta(db, MIXED, "yes")
 
     def tidy(self) -> None:
-        """Remove what writers that are dead left behind."""
+        """Remove temporary files of writers that have died."""
         remove_leftovers([self._path, self._path / FEATURES])
 
     def finish(self) -> None:
-        """Bring everything derived up to date with the slides."""
+        """Update all derived data for the current slides."""
         self._remove_orphans()
-        with suppress(Damaged):  # a slide that cannot be read is for `verify` to name
+        with suppress(Damaged):  # `verify` reports slides that cannot be read
             self.assign_new()
             self._generations.settle()
 
@@ -100,14 +100,14 @@ class Writer:
 
         Args:
             item: its features.
-            blob: the same as a feature file.
-            origin: what the report calls it.
-            given: label, patient and more of the slide.
-            replace: whether other features of the same name are put aside.
+            blob: the bytes of its feature file.
+            origin: name of the input for the report.
+            given: metadata of the slide, such as label and patient.
+            replace: whether to replace different features of the same name.
 
         Raises:
-            Mismatch: of another encoder or another scale, or the name is taken by other features.
-            BadInput: features that are not finite.
+            Mismatch: the features have another encoder or scale, or other features have this name.
+            BadInput: features are not finite.
             StorageFailed: no space.
         """
         manifest = self._manifest
@@ -143,7 +143,7 @@ class Writer:
                     ],
                 )
             )
-        elif found:  # what people said of the slide stays, unless something else is said now
+        elif found:  # keep the slide's metadata unless new values are given
             before = json.loads(found[0]["metadata"])
             row["metadata"] = json.dumps(before | json.loads(row["metadata"]), sort_keys=True)
             row["label"] = given.get("label") or found[0]["label"] or row["label"]
@@ -167,7 +167,7 @@ class Writer:
         return Added(origin, item.name, state, len(item.features), reason)
 
     def _is_another(self, found: dict[str, Any], item: Features) -> bool:
-        """Whether features are of another slide file than those in the atlas: other content, elsewhere."""
+        """Whether features belong to another slide file than those in the atlas: other content and path."""
         before = read_about(self._path / found["features_file"]) or {}
         marks = [about.get("key", {}).get("content") for about in (before, item.about)]
         return None not in marks and marks[0] != marks[1] and found["source"] != item.source
@@ -175,7 +175,7 @@ class Writer:
     def _mend(
         self, found: dict[str, Any], row: dict[str, Any], blob: bytes, about: dict[str, Any]
     ) -> None:
-        """Put the feature file of a known slide back, if it is damaged or knows less than a new one."""
+        """Rewrite the feature file of a known slide if it is damaged, or if the new one holds more."""
         path = self._path / found["features_file"]
         whole = path.is_file() and sha256_file(path) == found["features_sha256"]
         knows_more = "bounds" in about and "bounds" not in (read_about(path) or {})
@@ -187,7 +187,7 @@ class Writer:
             update(db, "slides", {"id": found["id"]}, {key: row[key] for key in keys})
 
     def _relabel_known(self, origin: str, found: dict[str, Any], given: Row, source: str) -> Added:
-        """Take over what metadata and features say now of a slide that is there already."""
+        """Update a slide that is already in the atlas from new metadata and features."""
         changes = _slide_changes(found, {k: v for k, v in given.items() if v})
         state = "relabelled" if changes else "moved"
         if source != found["source"]:
@@ -203,10 +203,10 @@ class Writer:
         return Added(origin, found["name"], state, found["tiles"], text)
 
     def remove(self, names: Sequence[str]) -> int:
-        """Remove slides by name, all or none; return how many tiles went.
+        """Remove slides by name, all or none; return the number of tiles removed.
 
         Raises:
-            BadInput: a slide that is not there.
+            BadInput: a slide is not in the atlas.
         """
         self.tidy()
         slides = {row["name"]: row for row in self._catalog.rows("SELECT * FROM slides")}
@@ -222,17 +222,17 @@ class Writer:
         return sum(slides[name]["tiles"] for name in wanted)
 
     def relabel(self, rows: Iterable[dict[str, str]]) -> int:
-        """Set label, patient and further columns; all rows in one step.
+        """Set label, patient and other columns; all rows in one step.
 
         Args:
-            rows: ``slide`` and what is to be set; with ``file`` a tile of a tile set is meant. An empty
-                value takes away what was there; a column that is left out is not touched.
+            rows: ``slide`` and the columns to set. A row with ``file`` sets those of one tile of a tile
+                set. An empty value removes the old one; missing columns are not changed.
 
         Returns:
-            How many slides changed.
+            The number of slides changed.
 
         Raises:
-            BadInput: a slide or file that is not there; nothing is changed then.
+            BadInput: a slide or file is not in the atlas; nothing is changed.
         """
         of_slide: dict[str, Row] = {}
         of_tiles: dict[str, dict[str, Row]] = {}
@@ -263,7 +263,7 @@ class Writer:
         return len(changed)
 
     def _clusterings(self) -> dict[int, Clustering]:
-        """Return the clusterings by id, read once; without those whose file is lost."""
+        """Return the clusterings by id, cached; those with a lost file are left out."""
         fits = clusterings.stored(self._catalog)
         known = {row["id"]: row["sha256"] for row in fits}
         kept = {n: c for n, c in self._loaded.items() if known.get(n) == self._known.get(n)}
@@ -275,7 +275,7 @@ class Writer:
         return kept
 
     def assign_new(self) -> None:
-        """Place slides in clusterings that they are missing from, such as one whose file was lost."""
+        """Assign slides to clusterings that lack them, for example because their file was lost."""
         for number, clustering in self._clusterings().items():
             missing = self._catalog.rows(
                 "SELECT s.* FROM slides AS s WHERE NOT EXISTS (SELECT 1 FROM placements AS p "
@@ -289,19 +289,19 @@ class Writer:
                     clusterings.insert_placement(db, number, slide["id"], placed, fitted=False)
 
     def _remove_orphans(self) -> None:
-        """Delete feature files that no slide names: of removed slides, and copies made before a crash."""
+        """Delete unused feature files: those of removed slides, and leftovers of a crash."""
         named = {
             row["features_file"] for row in self._catalog.rows("SELECT features_file FROM slides")
         }
         for path in (self._path / FEATURES).glob("*.h5"):
             if f"{FEATURES}/{path.name}" not in named:
-                path.unlink(missing_ok=True)  # who was reading it looks again
+                path.unlink(missing_ok=True)  # a reader of it retries
         clusterings.remove_orphans(self._path, self._catalog)
         self._generations.remove_orphans()
 
 
 def _source_now(known: str, given: str) -> str:
-    """Return where a slide lies: where new features say, unless it is only there where the atlas says."""
+    """Return the slide's path: that of the new features, unless the slide exists only at the old one."""
     if not given or (Path(known).exists() and not Path(given).exists()):
         return known
     return given

@@ -15,7 +15,7 @@ from .vectors.scan import Metric, prepared
 
 
 def slide_row(item: Features, file: str, digest: str, given: dict[str, str]) -> dict[str, Any]:
-    """Return the row of the table ``slides`` for a feature file; ``given`` metadata wins over the file."""
+    """Return the row of table ``slides`` for a feature file; ``given`` metadata overrides the file's."""
     own = item.about.get("row", {})
     own = clean_row(own) if isinstance(own, dict) else {}
     more = further({k: v for k, v in own.items() if k not in OWN}) | further(given)
@@ -41,7 +41,7 @@ def slide_row(item: Features, file: str, digest: str, given: dict[str, str]) -> 
 
 
 def tiles_row(item: Features, metric: Metric) -> dict[str, Any]:
-    """Return the row of the table ``slide_tiles``, but for the numbers of slide and first tile."""
+    """Return the row of the table ``slide_tiles``, without the ids of the slide and its first tile."""
     rows = mosaic_of_groups(prepared(item.features, metric), item.coords, item.groups)
     return {
         "places": pack_places(item.coords),

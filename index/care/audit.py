@@ -1,4 +1,4 @@
-"""An audit: what the index of an atlas finds of the true neighbours, how fast, and what it takes."""
+"""Measures the index of an atlas: recall against exact search, latency, and size."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ LATENCY_RUNS = 20
 def audit(
     atlas: OpenAtlas, queries: int = 500, k: int = 10, seed: int = 1, where: str | None = None
 ) -> dict[str, Any]:
-    """Measure what the current index finds of the true neighbours, how fast, and what it takes.
+    """Measure recall, latency and size of the current index.
 
     Args:
-        atlas: whose index is measured.
-        queries: tiles of the atlas that are asked, each without itself.
-        k: neighbours.
-        seed: of the choice.
-        where: metadata filter under which it is measured.
+        atlas: the atlas to measure.
+        queries: number of query tiles from the atlas; a tile does not count as its own neighbour.
+        k: number of neighbours.
+        seed: of the choice of queries.
+        where: metadata filter for the measured searches.
 
     Raises:
-        BadInput: a number out of its range, or a filter that no tile passes.
+        BadInput: a number is out of range, or no tile passes the filter.
     """
     if queries < 1 or k < 1 or seed < 0:
         raise BadInput(f"{queries} queries, k {k}, seed {seed}: expected at least 1, 1 and 0")
@@ -67,12 +67,12 @@ def _audit(view: View, queries: int, k: int, seed: int, where: str | None) -> di
 def _measure(
     index: VectorIndex, asked: HeldOut, k: int, allowed: Mask | None = None
 ) -> dict[str, Any]:
-    """Measure recall@k and latency of an index, and what comparing with every vector takes beside it.
+    """Measure recall@k and latency of an index, and the latency of exact search.
 
     Args:
-        index: the whole index.
-        asked: tiles of the atlas; each is asked without itself.
-        k: neighbours.
+        index: the index to measure.
+        asked: query tiles of the atlas; a tile does not count as its own neighbour.
+        k: number of neighbours.
         allowed: (N,) positions that may be found; None for all.
     """
     scores, true = index.search(asked.vectors, k + 1, allowed, exact=True)

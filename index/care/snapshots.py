@@ -1,4 +1,4 @@
-"""Snapshots: a copy of one committed state of an atlas, and the way back."""
+"""Snapshots: copy one committed state of an atlas, and restore it."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def take(atlas: OpenAtlas, out: Path) -> dict[str, Any]:
     """Copy an atlas; see :meth:`Atlas.snapshot <histoseek.index.atlas.Atlas.snapshot>`."""
     if out.resolve().is_relative_to(atlas.path.resolve()):
         raise BadInput(f"{out} lies in the atlas itself; choose a folder outside of {atlas.path}")
-    # Files of a state are deleted by later writers only, so no writer may come between.
+    # Only a later writer deletes files of this state, so keep writers out.
     with exclusive(atlas.path / LOCK, f"atlas {atlas.path}"), publish_folder(out) as folder:
         try:
             _copy_database(atlas.path / FILE, folder / FILE)
@@ -69,18 +69,18 @@ def _named_files(atlas: OpenAtlas) -> list[str]:
 
 
 def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
-    """Put a snapshot in the place of an atlas, which is kept beside it under another name.
+    """Replace an atlas by a snapshot; the old atlas is kept beside it under another name.
 
     Args:
-        snapshot: what :func:`take` wrote; it stays.
-        atlas: where the atlas is, or was.
+        snapshot: folder that :func:`take` wrote; it is not changed.
+        atlas: path where the atlas is, or was.
 
     Returns:
-        Where the atlas that was there before is now, and the revision that is back.
+        The new path of the old atlas, and the restored revision.
 
     Raises:
-        BadInput: no snapshot there.
-        Damaged: the snapshot is not whole; the atlas stays as it is.
+        BadInput: there is no snapshot.
+        Damaged: the snapshot is incomplete or damaged; the atlas is not changed.
         Busy: another process is writing to the atlas.
     """
     fresh = atlas.with_name(f"{atlas.name}.restoring-{os.getpid()}")
@@ -102,7 +102,7 @@ def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
 
 
 def _go_on_counting(fresh: Path, atlas: Path) -> None:
-    """Let ids and revisions go on after those of the atlas that is replaced: none is used a second time."""
+    """Continue ids and revisions after those of the replaced atlas, so that none is used twice."""
     old, new = Catalog(atlas), Catalog(fresh)
     known = {row["name"]: row["seq"] for row in old.rows("SELECT name, seq FROM sqlite_sequence")}
     meta = old.meta()

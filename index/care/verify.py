@@ -1,4 +1,4 @@
-"""Checking an atlas: every hash, count and link; and making again what is derived."""
+"""Checks every hash, count and link of an atlas, and rebuilds derived data."""
 
 from __future__ import annotations
 
@@ -31,26 +31,26 @@ SEALED = ("meta", "slides", "slide_tiles", "generations", "clusterings", "placem
 
 
 class Kind(Enum):
-    """What a problem concerns; decides what a repair does."""
+    """What a problem concerns; it determines the repair."""
 
     TRUTH = "truth"
-    """Slides, their features, the encoder or the catalog itself: nothing here can make it again."""
+    """Slides, their features, the encoder or the catalog itself: these cannot be rebuilt."""
     INDEX = "index"
     """The index file of a generation, or its row."""
     CLUSTERS = "clusters"
     """The file of a fitted clustering."""
     PLACEMENT = "placement"
-    """Where the tiles of one slide belong in one clustering."""
+    """The assignments of one slide's tiles in one clustering."""
     MAP = "map"
     """The map that the page shows."""
 
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong.
+    """A problem of an atlas.
 
     Attributes:
-        text: what, where, and what helps.
+        text: what is wrong, where, and the remedy.
         kind: what it concerns.
     """
 
@@ -59,16 +59,16 @@ class Problem:
 
     @property
     def derived(self) -> bool:
-        """Whether it can be made again from the rest."""
+        """Whether it can be rebuilt from other data."""
         return self.kind is not Kind.TRUTH
 
 
 ROWS = {"generations": Kind.INDEX, "placements": Kind.PLACEMENT}
-"""Tables whose rows can be made again."""
+"""Tables whose rows can be rebuilt."""
 
 
 def problems(atlas: OpenAtlas) -> list[Problem]:
-    """Return everything that is wrong with an atlas, in the order it was looked at."""
+    """Return all problems of an atlas, in the order in which its parts are checked."""
     found = _database(atlas)
     try:
         if not atlas.manifest.external:
@@ -79,7 +79,7 @@ def problems(atlas: OpenAtlas) -> list[Problem]:
         try:
             found += check(atlas)
         except (HistoseekError, OSError, sqlite3.Error, ValueError, KeyError, TypeError) as error:
-            if not found:  # else that is the reason
+            if not found:  # else the first problem is the cause
                 found.append(Problem(f"atlas.db: {error}"))
     return found
 
@@ -113,7 +113,7 @@ def _map(atlas: OpenAtlas) -> list[Problem]:
 
 
 def _audit(atlas: OpenAtlas) -> list[Problem]:
-    """The audit log of the page, if there is one, has all its lines."""
+    """Check that the page's audit log, if there is one, has all its lines."""
     return [Problem(text) for text in audit_chain.problems(atlas.path / audit_chain.FILE)]
 
 
@@ -181,7 +181,7 @@ def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
 
 
 def _placements(atlas: OpenAtlas) -> list[Problem]:
-    """Every slide has a place in every clustering, for each of its tiles."""
+    """Check that every clustering has an assignment for each tile of every slide."""
     found = []
     slides = {row["id"]: dict(row) for row in atlas.catalog.rows("SELECT * FROM slides")}
     with atlas.catalog.read() as db:
@@ -203,7 +203,7 @@ def _placements(atlas: OpenAtlas) -> list[Problem]:
 
 
 def _files(atlas: OpenAtlas) -> list[Problem]:
-    """Every file that a row of the catalog names is there and has the hash that was recorded."""
+    """Check that every file named in the catalog exists and has the recorded hash."""
     found: list[Problem] = []
     for row in atlas.catalog.rows("SELECT * FROM generations"):
         found += _file(atlas.path / row["file"], row["sha256"], Kind.INDEX)
@@ -223,7 +223,7 @@ def _file(path: Path, digest: str, kind: Kind) -> list[Problem]:
 
 
 def _index(atlas: OpenAtlas) -> list[Problem]:
-    """The index knows every tile, once."""
+    """Check that the index holds every tile exactly once."""
     view = atlas.view()
     total = atlas.catalog.rows("SELECT COALESCE(SUM(tiles), 0) AS tiles FROM slides")[0]["tiles"]
     if len(view.index) != total:
@@ -233,10 +233,10 @@ def _index(atlas: OpenAtlas) -> list[Problem]:
 
 
 def repair(atlas: OpenAtlas, writer: Writer) -> list[str]:
-    """Make again what is derived and wrong, and remove leftovers; the truth is never touched.
+    """Rebuild damaged derived data and remove leftovers; the source data is never changed.
 
-    A clustering whose file is lost is fitted again on the tiles it was fitted on; only if every tile falls
-    where it did is the file put back, so that names which people gave stay right.
+    A clustering whose file is lost is fitted again on the same tiles. The file is written only if every
+    tile gets the same assignment as before, so that names given by people stay correct.
     """
     writer.tidy()
     stale = any(problem.kind is Kind.INDEX for problem in problems(atlas))
@@ -254,7 +254,7 @@ def repair(atlas: OpenAtlas, writer: Writer) -> list[str]:
 
 
 def _try(done: list[str], mend: Callable[[], list[str]]) -> None:
-    """Do one repair; what cannot be done stops no other."""
+    """Do one repair; if it fails, the others still run."""
     try:
         done += mend()
     except StorageFailed:
@@ -312,7 +312,7 @@ def _fit_again(atlas: OpenAtlas, row: dict[str, Any]) -> list[str]:
 
 
 def _broken_placements(atlas: OpenAtlas) -> list[tuple[int, dict[str, Any], bool]]:
-    """Return clustering, slide, and whether it was fitted, of placements that are damaged."""
+    """Return clustering, slide, and whether the clustering was fitted on it, for damaged assignments."""
     slides = {slide["id"]: slide for slide in atlas.store.tile_ranges()}
     return [
         (row["clustering_id"], slides[row["slide_id"]], row["fitted"] == 1)

@@ -24,15 +24,15 @@ METHODS = (*FITTED, "encoder")
 
 @dataclass(frozen=True)
 class Assigned:
-    """Where images belong; arrays of length N.
+    """Assignments of images to clusters; arrays of length N.
 
     Attributes:
-        cluster: cluster number; -1 is none (HDBSCAN noise).
-        distance: to the cluster: its centre (k-means), or the nearest member by mutual reachability
-            (HDBSCAN); in the space of the principal components.
-        strength: 0 to 1. k-means: 1 - distance to own centre / distance to the next. HDBSCAN: membership
-            probability of ``approximate_predict``.
-        unknown: whether the image fits no cluster, or is foreign to the encoder.
+        cluster: cluster number; -1 for no cluster (HDBSCAN noise).
+        distance: distance to the cluster in the space of the principal components. k-means: to its centre.
+            HDBSCAN: mutual reachability distance to the nearest member.
+        strength: 0 to 1. k-means: 1 - distance to the nearest centre / distance to the second nearest.
+            HDBSCAN: membership probability of ``approximate_predict``.
+        unknown: whether the image fits no cluster, or is out of distribution.
     """
 
     cluster: NDArray[np.int64]
@@ -41,7 +41,7 @@ class Assigned:
     unknown: NDArray[np.bool_]
 
     def rows(self, names: dict[int, str]) -> list[dict[str, Any]]:
-        """Return what a caller is told of each image, JSON-ready, with the names of the clusters."""
+        """Return the assignment of each image, JSON-ready, with the name of its cluster."""
         return [
             {
                 "cluster": int(self.cluster[n]),
@@ -76,7 +76,7 @@ class Clustering:
 
     @property
     def clusters(self) -> int:
-        """How many clusters there are."""
+        """Number of clusters."""
         return int(self.about["clusters"])
 
     def assign(self, vectors: NDArray[np.float32]) -> Assigned:
@@ -93,10 +93,10 @@ class Clustering:
 
     @classmethod
     def from_bytes(cls, method: Method, blob: bytes, about: dict[str, Any]) -> Clustering:
-        """Undo :meth:`to_bytes`.
+        """Read what :meth:`to_bytes` wrote.
 
         Raises:
-            Damaged: not such a file.
+            Damaged: the bytes are not such a file.
         """
         try:
             with np.load(io.BytesIO(blob), allow_pickle=False) as stored:
@@ -108,18 +108,18 @@ class Clustering:
 
 
 def _gated(placed: Assigned, vectors: NDArray[np.float32], arrays: Arrays) -> Assigned:
-    """Call unknown what the encoder's gate calls foreign, if it has one."""
+    """Mark images as unknown that are out of distribution, if the encoder has a tissue gate."""
     if "foreign" not in arrays:
         return placed
     return replace(placed, unknown=placed.unknown | (vectors[:, -1] > arrays["foreign"]))
 
 
 def shipped(bundle: Path) -> Clustering:
-    """Return the clusters that an encoder was trained with, as its bundle ships them.
+    """Return the clusters that an encoder was trained with, from its bundle.
 
     Raises:
-        BadInput: the encoder has none.
-        Damaged: the file is not what export writes.
+        BadInput: the bundle has none.
+        Damaged: the file does not have the exported format.
     """
     path = bundle / CLUSTERS
     if not path.is_file():

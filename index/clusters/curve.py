@@ -1,8 +1,8 @@
-"""Curves for choosing how many clusters: how well they part, and whether they come out again.
+"""Curves for choosing the number of clusters: separation and stability.
 
-Silhouette (Rousseeuw 1987) says how much nearer tiles are to their own cluster than to the next.
-Stability (after Ben-Hur, Elisseeff and Guyon 2002) is the mean adjusted Rand index between fits on random
-halves, read on all tiles: clusters that depend on the draw are not there.
+Silhouette (Rousseeuw 1987) measures how much nearer tiles are to their cluster than to the next one.
+Stability (after Ben-Hur, Elisseeff and Guyon 2002) is the mean adjusted Rand index, over all tiles, between
+fits on random halves. It is low if the clusters depend on the draw.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from .kmeans import basis_of, distinct, kmeans, nearest_centroid, project
 CURVE_SAMPLE = 20_000
 K_TRIED = (2, 3, 4, 5, 6, 8, 10, 12, 16, 20)
 SIZES_TRIED = (0.002, 0.005, 0.01, 0.025, 0.05, 0.1)
-"""Sizes of HDBSCAN's smallest cluster, as shares of the tiles."""
+"""Values tried for HDBSCAN's minimum cluster size, as shares of the tiles."""
 HALVES = 3
 
 
@@ -30,12 +30,12 @@ def curve(vectors: NDArray[np.float32], method: str, seed: int = 0) -> list[dict
     """Return silhouette and stability for several numbers (or sizes) of clusters.
 
     Args:
-        vectors: (N, D); above 20,000 a random sample is used.
+        vectors: (N, D); of more than 20,000 a random sample is used.
         method: kmeans or hdbscan.
-        seed: of everything random.
+        seed: of all random choices.
 
     Raises:
-        BadInput: an unknown method, or too few tiles.
+        BadInput: the method is unknown, or there are too few tiles.
     """
     if method not in FITTED:
         raise unknown_name("method", method, FITTED)
@@ -55,7 +55,7 @@ def curve(vectors: NDArray[np.float32], method: str, seed: int = 0) -> list[dict
 
 
 def _agreement(labels: list[tuple[NDArray[np.int64], NDArray[np.int64]]]) -> float | None:
-    """Mean adjusted Rand index; None where a fit found no two clusters, which agree on nothing."""
+    """Mean adjusted Rand index; None if a fit found fewer than two clusters."""
     from sklearn.metrics import adjusted_rand_score
 
     if any(len(np.unique(found[found >= 0])) < 2 for pair in labels for found in pair):
@@ -85,7 +85,7 @@ def _hdbscan_row(
     flat: Floats, size: int, halves: list[list[NDArray[np.int64]]], seed: int
 ) -> dict[str, Any]:
     def labels(rows: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Half the tiles are half as dense: the smallest cluster shrinks with them.
+        # Half the tiles have half the density, so the minimum cluster size is halved too.
         return density.place(flat, density.fit_arrays(flat[rows], max(2, size // 2)))[0]
 
     arrays = density.fit_arrays(flat, size)

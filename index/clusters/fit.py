@@ -1,7 +1,7 @@
-"""Clusters: k-means and HDBSCAN fits as plain arrays, and the assignment of images they never saw.
+"""k-means and HDBSCAN fits as plain arrays, and the assignment of new images to their clusters.
 
-Both work on the principal components that hold 95 % of the variance (paper 004). A new image gets a
-cluster, a distance, a strength from 0 to 1, and ``unknown`` where it fits none.
+Both work on the principal components that explain 95 % of the variance (paper 004). A new image gets a
+cluster, a distance and a strength from 0 to 1. If it fits no cluster, it is ``unknown``.
 """
 
 from __future__ import annotations
@@ -30,22 +30,22 @@ def fit(
     groups: NDArray[np.int64] | None = None,
     gate: bool = False,
 ) -> tuple[Clustering, Assigned]:
-    """Fit clusters and place the fitted vectors in them.
+    """Fit clusters and assign the fitted vectors to them.
 
     Args:
         vectors: (N, D).
         method: kmeans or hdbscan.
-        k: clusters of k-means; None tries 2 to 10 and takes the best silhouette (paper 004).
+        k: number of clusters of k-means; None tries 2 to 10 and takes the best silhouette (paper 004).
         min_cluster_size: of HDBSCAN; None takes max(15, N / 40), at most N / 2.
         seed: of k-means, and of the silhouette's sample.
-        groups: (N,) patient or slide of each vector; k-means' limits of what it knows are calibrated on
+        groups: (N,) patient or slide of each vector; k-means calibrates its thresholds for ``unknown`` on
             groups held out in turn.
-        gate: whether the encoder has a gate (``Manifest.gate``); what it calls foreign is unknown, and
-            not fitted. Where it calls most tiles foreign, this is an atlas of something else than what the
-            encoder was made for: the gate is ignored, and ``about`` says so.
+        gate: whether the encoder has a tissue gate (``Manifest.gate``). Vectors out of distribution are
+            unknown and not fitted. If most vectors are out of distribution, the encoder was not made for
+            such images: then the gate is ignored, and ``about`` says so.
 
     Raises:
-        BadInput: an unknown method, or too few vectors; the message says how many are needed.
+        BadInput: the method is unknown, or there are too few vectors; the message says how many are needed.
     """
     if method not in FITTED:
         raise unknown_name("method", method, METHODS)
@@ -100,9 +100,9 @@ def _fit_hdbscan(
 
 
 def to_fit(vectors: NDArray[np.float32], gate: bool) -> NDArray[np.bool_]:
-    """Return which vectors (N, D) clusters are fitted to, (N,): those that an encoder's gate lets pass.
+    """Return which vectors (N, D) to fit clusters to, (N,): those that pass the encoder's tissue gate.
 
-    All of them where there is no gate, or where it calls more than half of them foreign.
+    These are all vectors if there is no gate, or if more than half of them are out of distribution.
     """
     if not gate or 2 * np.sum(passed_limit(vectors)) > len(vectors):
         return np.ones(len(vectors), dtype=bool)
@@ -110,7 +110,7 @@ def to_fit(vectors: NDArray[np.float32], gate: bool) -> NDArray[np.bool_]:
 
 
 def _joined(placed: Assigned, own: Assigned, known: NDArray[np.bool_]) -> Assigned:
-    """Return the fitted tiles where the fit has them, and the others where they were placed."""
+    """Join the assignments of the fitted vectors with those of the others."""
     for name in ("cluster", "distance", "strength", "unknown"):
         getattr(placed, name)[known] = getattr(own, name)
     return placed

@@ -1,4 +1,4 @@
-"""Fitting clusters to an atlas: which vectors, whose, and where each tile then belongs."""
+"""Fits clusters to an atlas: selects the vectors and their groups, and assigns every tile."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ Placed = Iterator[tuple[int, Assigned]]
 def fit(
     state: State, method: str, name: str, k: int | None, min_cluster_size: int | None, seed: int
 ) -> dict[str, Any]:
-    """Fit on the tiles of a state and store; see :meth:`Atlas.fit <histoseek.index.atlas.Atlas.fit>`."""
+    """Fit clusters and store them; see :meth:`Atlas.fit <histoseek.index.atlas.Atlas.fit>`."""
     slides = state.store.tile_ranges()
     given = {"k": k or "auto", "min_cluster_size": min_cluster_size, "seed": seed}
     clustering, placed = fitted(state, method, slides, given)
@@ -54,16 +54,16 @@ def fit(
 def fitted(
     state: State, method: str, slides: Slides, given: dict[str, Any]
 ) -> tuple[Clustering, Placed]:
-    """Fit clusters on some slides, and place their tiles; nothing is stored.
+    """Fit clusters on some slides and assign their tiles; nothing is stored.
 
     Args:
-        state: of the atlas whose slides they are.
+        state: state of the atlas that holds the slides.
         method: kmeans, hdbscan or encoder.
-        slides: as ``Store.tile_ranges`` gives them.
-        given: k (or ``auto``), min_cluster_size and seed, as ``about`` of a clustering has them.
+        slides: as ``Store.tile_ranges`` returns them.
+        given: k (or ``auto``), min_cluster_size and seed, as in ``about`` of a clustering.
 
     Returns:
-        The clustering, and where each slide's tiles belong, by slide id.
+        The clustering, and the assignments of each slide's tiles, by slide id.
     """
     if method == "encoder":
         return (made := shipped(state.store.encoder_bundle)), _place(state, slides, made, None)
@@ -80,7 +80,7 @@ def fitted(
 def sample(
     state: State, slides: Slides, seed: int
 ) -> tuple[NDArray[np.float32], NDArray[np.int64], bool]:
-    """Return vectors to fit (M, D), patient or slide of each (M,), and whether these are all there are."""
+    """Return vectors to fit (M, D), patient or slide of each (M,), and whether these are all vectors."""
     total = sum(s["tiles"] for s in slides)
     rows = np.arange(total)
     if total > FIT_SAMPLE:
@@ -107,7 +107,7 @@ def _place(state: State, slides: Slides, clustering: Clustering, known: Assigned
 
 
 def _counted(placed: Iterable[tuple[int, Assigned]], sizes: Counter[int]) -> Placed:
-    """Pass placements on and count the sizes of the clusters."""
+    """Yield the assignments unchanged, and count the tiles of each cluster."""
     for slide, where in placed:
         sizes.update(where.cluster.tolist())
         yield slide, where

@@ -1,7 +1,7 @@
-"""HDBSCAN's clusters as plain arrays, and the place of points that came later.
+"""HDBSCAN's clusters as plain arrays, and the assignment of new points.
 
-The fit is hdbscan's own. Assignment follows its ``approximate_predict`` (McInnes, Healy, Astels 2017), but
-finds neighbours with FAISS and needs no pickled tree.
+The package hdbscan does the fit. The assignment follows its ``approximate_predict`` (McInnes, Healy, Astels
+2017), but finds neighbours with FAISS and needs no pickled tree.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from ..vectors.scan import CHUNK_VALUES, import_faiss
 Floats = NDArray[np.float64]
 Arrays = dict[str, NDArray[Any]]
 QUERIES = 32_768
-"""Points whose neighbours are looked up at once."""
+"""Number of points whose neighbours are looked up at once."""
 
 
 def fit_arrays(flat: Floats, min_cluster_size: int, min_samples: int | None = None) -> Arrays:
-    """Fit HDBSCAN on points (N, C) and keep what an assignment needs.
+    """Fit HDBSCAN on points (N, C) and return the arrays that an assignment needs.
 
     Args:
         flat: the points.
-        min_cluster_size: smallest group that is a cluster.
-        min_samples: neighbours that make a point dense; ``min_cluster_size`` when left out.
+        min_cluster_size: smallest number of points that form a cluster.
+        min_samples: the core distance of a point reaches to this neighbour; None for ``min_cluster_size``.
     """
     from hdbscan import HDBSCAN
 
@@ -62,18 +62,19 @@ def fit_arrays(flat: Floats, min_cluster_size: int, min_samples: int | None = No
 
 
 def distances_of_fitted(arrays: Arrays) -> Floats:
-    """Return the mutual reachability of each fitted point to its nearest other one (N,)."""
+    """Return the mutual reachability distance (N,) of each fitted point to its nearest other one."""
     return _reach(arrays["points"], arrays, skip_self=True)[0]
 
 
 def place(flat: Floats, arrays: Arrays) -> tuple[NDArray[np.int64], Floats, Floats]:
-    """Place new points (N, C) in the condensed tree.
+    """Assign new points (N, C) by the condensed tree.
 
-    A point joins its nearest neighbour by mutual reachability, and leaves that neighbour's branch for the
-    one above as long as the branch was born at a higher density than the point's own.
+    A point starts in the branch of its nearest neighbour by mutual reachability. It moves up to the parent
+    branch as long as the branch starts at a higher density than the point has.
 
     Returns:
-        Clusters (N,), -1 for noise; mutual reachability (N,) to the neighbour; strengths (N,), 0 to 1.
+        Clusters (N,), -1 for noise; mutual reachability distance (N,) to the neighbour; strengths (N,), 0
+        to 1.
     """
     if not len(flat):
         none = np.zeros(0)
@@ -99,14 +100,14 @@ def _reach(
 ) -> tuple[Floats, NDArray[np.int64]]:
     """Return the mutual reachability distance (N,) to the nearest fitted point, and that point (N,).
 
-    It is never below the point's own core distance, so the first of its ``min_samples`` neighbours that is
-    no sparser is the answer. Only points that are denser than all their neighbours, few, need more of them:
-    ``approximate_predict`` looks at twice as many, and so is done here for these.
+    The distance is never below the core distance of the new point. So the first of its ``min_samples``
+    neighbours that is at least as dense is the answer. Only the few points that are denser than all these
+    neighbours need more of them: for these, twice as many are checked, as ``approximate_predict`` does.
     """
     least = int(arrays["min_samples"])
     own = int(skip_self)
     index = import_faiss().IndexFlatL2(arrays["points"].shape[1])
-    centre = arrays["points"].mean(axis=0)  # FAISS's distances lose digits far from the origin
+    centre = arrays["points"].mean(axis=0)  # FAISS's distances lose precision far from the origin
     index.add((arrays["points"] - centre).astype(np.float32))
     smallest = np.empty(len(flat))
     neighbour = np.empty(len(flat), dtype=np.int64)
@@ -134,7 +135,7 @@ def _nearest(
     least: int,
     own: int,
 ) -> tuple[Floats, NDArray[np.int64], NDArray[np.bool_]]:
-    """Return mutual reachability, the neighbour, and which points need more neighbours to be sure."""
+    """Return mutual reachability distances, the neighbours, and which points need more neighbours."""
     squared, rows = index.search(ready, min(count, index.ntotal))
     squared, rows = squared[:, own:], rows[:, own:]
     distances = np.sqrt(np.maximum(squared, 0))
@@ -142,7 +143,7 @@ def _nearest(
     at = min(least, rows.shape[1] - 1)
     line = np.arange(len(rows))
     own_core = _exact(points, arrays["points"][rows[:, at]])
-    # Candidates in float32 to choose by; the chosen one's distance is then computed in full.
+    # Choose the neighbour in float32, then compute its distance in float64.
     reach = np.maximum(core[rows].astype(np.float32), distances)
     np.maximum(reach, own_core[:, None].astype(np.float32), out=reach)
     best = reach.argmin(axis=1)

@@ -14,18 +14,18 @@ from .hdbscan import Arrays, Floats
 
 K_RANGE = range(2, 11)
 KNOWN_SHARE = 0.99
-"""A k-means cluster calls unknown what lies farther out than this share of tiles of held-out slides."""
+"""Quantile of the held-out tiles' distances to a centroid; a tile farther away is unknown."""
 PIECE = 8_192
-"""Vectors that are in float64 at once."""
+"""Number of vectors converted to float64 at once."""
 CALIBRATION_FOLDS = 5
 CALIBRATION_LEAST = 100
-"""Held-out tiles that a cluster needs for a limit of its own."""
+"""A cluster with fewer held-out tiles than this gets no threshold from its tiles alone."""
 
 
 def basis_of(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:
-    """Return the mean and the principal components that hold a share of the variance.
+    """Return the mean and the principal components that explain the share ``keep`` of the variance.
 
-    By the covariance, a piece at a time: memory is that of a (D, D) matrix.
+    The (D, D) covariance is summed in pieces, so memory does not grow with the number of vectors.
     """
     count, dim = vectors.shape
     mean = vectors.mean(axis=0, dtype=np.float64)
@@ -42,7 +42,7 @@ def basis_of(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:
 
 
 def project(vectors: NDArray[np.float32], arrays: Arrays) -> Floats:
-    """Return vectors (N, D) on the components: (N, C)."""
+    """Return vectors (N, D) projected on the components: (N, C)."""
     flat: Floats = np.empty((len(vectors), len(arrays["components"])))
     for start in range(0, len(vectors), PIECE):
         part = slice(start, start + PIECE)
@@ -53,7 +53,7 @@ def project(vectors: NDArray[np.float32], arrays: Arrays) -> Floats:
 def kmeans(
     flat: Floats, k: int, seed: int, start: Floats | None = None, starts: int = 10
 ) -> Floats:
-    """Return centroids (k, C) of points (N, C) by FAISS: the best of some starts, or from a given one."""
+    """Return centroids (k, C) of points (N, C) by FAISS: the best of ``starts`` runs, or from ``start``."""
     faiss = import_faiss()
     model = faiss.Kmeans(
         flat.shape[1],
@@ -67,7 +67,7 @@ def kmeans(
     plus_plus = getattr(faiss, "ClusteringInitMethod_KMEANS_PLUS_PLUS", None)
     if plus_plus is not None:  # FAISS from 1.13 on
         model.cp.init_method = plus_plus
-        model.cp.early_stop_threshold = 1e-6  # relative gain of an iteration
+        model.cp.early_stop_threshold = 1e-6  # relative improvement of an iteration
     given = None if start is None else start.astype(np.float32)
     model.train(flat.astype(np.float32), init_centroids=given)
     return np.asarray(model.centroids, dtype=np.float64)
@@ -80,7 +80,7 @@ def nearest_centroid(flat: Floats, centroids: Floats) -> tuple[NDArray[np.int64]
 
 
 def _to_centroids(flat: Floats, centroids: Floats) -> tuple[Floats, NDArray[np.int64]]:
-    """Return distances and numbers (N, 2) of the two nearest centroids; of the one, if there is one."""
+    """Return distances and numbers (N, 2) of the two nearest centroids; (N, 1) if there is only one."""
     from scipy.spatial.distance import cdist
 
     count = min(2, len(centroids))
@@ -96,7 +96,7 @@ def _to_centroids(flat: Floats, centroids: Floats) -> tuple[Floats, NDArray[np.i
 
 
 def distinct(flat: Floats) -> int:
-    """Return how many points differ."""
+    """Return the number of distinct points."""
     return len(np.unique(flat.round(9), axis=0))
 
 
@@ -138,11 +138,12 @@ def _fit_kmeans(
 def _calibrated_reach(
     flat: Floats, centroids: Floats, groups: NDArray[np.int64] | None, seed: int
 ) -> tuple[Floats, str]:
-    """Return how far from each centroid tiles of slides lie that were not fitted (K,), and how it was read.
+    """Return the threshold distance of each cluster (K,) for ``unknown``, and how it was found.
 
-    Groups (patients or slides) are held out in turn: the centroids are moved by the others alone, from
-    where they are. Each limit holds :data:`KNOWN_SHARE` of the held-out tiles that fall to the cluster; a
-    cluster with too few of them takes the limit of all, in units of its own spread.
+    Groups (patients or slides) are held out in turn; the centroids are refitted to the other groups,
+    starting from their fitted positions. Each threshold includes :data:`KNOWN_SHARE` of the held-out tiles
+    that are assigned to the cluster. A cluster with too few of them gets the threshold over all clusters,
+    scaled by its spread.
     """
     if groups is None or len(np.unique(groups)) < CALIBRATION_FOLDS:
         groups, how = np.arange(len(flat)), "tiles"
@@ -159,8 +160,8 @@ def _calibrated_reach(
         else:
             moved = kmeans(flat[~held], len(centroids), seed, start=centroids)
         cluster[held], distance[held] = nearest_centroid(flat[held], moved)
-    # A group with a kind of its own falls to a neighbour when it is held out: that says nothing of how far
-    # the neighbour reaches.
+    # A held-out group may be the only one with a kind of tissue. Its tiles then go to a neighbouring
+    # cluster and must not widen that cluster's threshold.
     stays = cluster == nearest_centroid(flat, centroids)[0]
     if stays.any():
         cluster, distance = cluster[stays], distance[stays]

@@ -1,7 +1,7 @@
-"""The mosaic of a slide: the few tiles that stand for all of it (Yottixel, Kalra et al. 2020).
+"""The mosaic of a slide: a few representative tiles (Yottixel, Kalra et al. 2020).
 
-The tiles are clustered, and of every cluster some are kept that lie apart on the slide. Yottixel clusters
-colour histograms; here the embeddings are clustered.
+The tiles are clustered. From every cluster, some tiles are kept that are spread over the slide. Yottixel
+clusters colour histograms; here the embeddings are clustered.
 """
 
 from __future__ import annotations
@@ -33,10 +33,10 @@ def mosaic(
 
     Args:
         vectors: (N, D) prepared.
-        places: (N, 2) level-0 x, y: of a cluster's tiles those are kept that lie apart.
+        places: (N, 2) level-0 coordinates x, y; the tiles kept from a cluster are spread over these.
         seed: of the clustering.
-        clusters: at most as many.
-        share: of each cluster's tiles, but at least two where there are two.
+        clusters: maximum number of clusters.
+        share: share of each cluster's tiles to keep, but at least two tiles if there are two.
     """
     few = len(vectors) <= clusters * LEAST
     count = 0 if few else min(clusters, distinct(vectors.astype(np.float64)))
@@ -56,7 +56,7 @@ def mosaic(
 def mosaic_of_groups(
     vectors: NDArray[np.float32], places: NDArray[Any], groups: Sequence[str] | None
 ) -> NDArray[np.int64]:
-    """Return the rows (M,) ascending that represent a tile set: a mosaic of each group (patient)."""
+    """Return the rows (M,) ascending that represent a tile set: one mosaic per group (patient)."""
     if groups is None or not any(groups):
         return mosaic(vectors, places)
     _, number = np.unique(np.array(groups), return_inverse=True)
@@ -67,10 +67,10 @@ def mosaic_of_groups(
 
 
 def _spread(places: NDArray[np.float64], count: int, seed: int) -> NDArray[np.int64]:
-    """Return ``count`` rows that lie apart: the one nearest to each centre of the places."""
+    """Return ``count`` rows spread over the coordinates: the row nearest to each k-means centre."""
     if count >= len(places):
         return np.arange(len(places))
-    if count >= distinct(places):  # a tile set: all places are the same
+    if count >= distinct(places):  # a tile set: all coordinates are equal
         return np.linspace(0, len(places) - 1, count).astype(np.int64)
     group, distance = nearest_centroid(places, kmeans(places, count, seed, starts=1))
     rows = [np.flatnonzero(group == n) for n in range(count)]

@@ -1,4 +1,4 @@
-"""What the clusters of an atlas are: their sizes, labels, examples, names given by people, and drift."""
+"""Describes the clusters of an atlas: sizes, labels, examples, names given by people, and drift."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ from .stored import placements
 
 TEXT_LIMIT = 2_000
 DRIFT_FACTOR = 2.0
-"""Later tiles drift when surely more than this many times as many of them are unknown."""
+"""Later tiles drift if their unknown share (lower bound) exceeds this times the fitted upper bound."""
 
 
 def assigned(state: State, name: str) -> tuple[NDArray[np.int64], Assigned]:
-    """Return tile ids (N,) ascending and their clusters; without tiles that are not assigned yet."""
+    """Return tile ids (N,) ascending and their assignments; tiles not assigned yet are left out."""
     with state.reading() as db:
         by_slide = placements(db, name)
     parts = [(s, by_slide[s["id"]][0]) for s in state.columns.slides if s["id"] in by_slide]
@@ -53,18 +53,18 @@ def names(state: State, name: str) -> dict[int, tuple[str, str]]:
 def rename(
     catalog: Catalog, name: str, clustering: Clustering, cluster: int, text: str, description: str
 ) -> None:
-    """Give a cluster a name and a description, in the place of earlier ones.
+    """Give a cluster a name and a description, replacing earlier ones.
 
     Args:
         catalog: of the atlas.
         name: of the clustering.
-        clustering: itself.
-        cluster: its number.
-        text: the new name; "" takes the name away.
+        clustering: the clustering.
+        cluster: number of the cluster.
+        text: the new name; "" removes the name.
         description: what is in it.
 
     Raises:
-        BadInput: no such cluster, or a text that is too long.
+        BadInput: no such cluster, or a text is too long.
     """
     least = 0 if clustering.method == "kmeans" else -1
     if not least <= cluster < clustering.clusters:
@@ -116,7 +116,7 @@ def describe(state: State, name: str, examples: int) -> list[dict[str, Any]]:
 
 
 def _examples(where: Assigned, slides: NDArray[np.int64], count: int) -> list[int]:
-    """Return rows that stand for a cluster: the strongest, from as many slides as there are."""
+    """Return rows of example tiles of a cluster: the strongest, from as many slides as possible."""
     order = np.lexsort((where.distance, -where.strength)).tolist()
     best: list[int] = []
     seen: set[int] = set()
@@ -131,7 +131,7 @@ def _examples(where: Assigned, slides: NDArray[np.int64], count: int) -> list[in
 
 
 def drift(state: State, name: str) -> dict[str, Any]:
-    """Compare how many tiles are unknown among those that were fitted and those that came later."""
+    """Compare the share of unknown tiles between the slides that were fitted and later ones."""
     with state.reading() as db:
         by_slide = placements(db, name)
     titles = {s["id"]: s["name"] for s in state.columns.slides}
@@ -170,9 +170,10 @@ def drift(state: State, name: str) -> dict[str, Any]:
 
 
 def _usual(by_slide: dict[int, tuple[Assigned, bool]], later: int) -> float | None:
-    """Return what share of unknown tiles as many fitted slides rarely pass (one in a hundred draws).
+    """Return the share of unknown tiles that random draws of fitted slides exceed in 1 of 100 cases.
 
-    Tiles of a slide are alike, so that tiles alone would make any difference look sure.
+    Each draw has as many slides as came later. Slides are drawn, not tiles: tiles of one slide are alike,
+    so drawing tiles would make any difference look significant.
     """
     fitted = [
         (int(where.unknown.sum()), len(where.unknown))

@@ -1,4 +1,4 @@
-"""Stored clusterings: rows in the catalog beside arrays in a file, replaced in one step."""
+"""Stored clusterings: rows in the catalog and arrays in a file, replaced in one step."""
 
 from __future__ import annotations
 
@@ -26,20 +26,20 @@ def store(
     revision: int,
     placed: Iterable[tuple[int, Assigned]],
 ) -> int:
-    """Store a clustering with the place of every tile, replacing an earlier one of that name.
+    """Store a clustering with the assignment of every tile, replacing an earlier one of that name.
 
-    The file has a name of its own and the rows go last, so that a crash leaves the earlier one whole.
+    The file gets a new name and the rows are written last, so that a crash leaves the earlier one intact.
 
     Args:
         path: the atlas.
         catalog: its catalog.
         name: of the clustering.
-        clustering: what was fitted.
-        revision: of the tiles that it was fitted on.
-        placed: slide ids, and where each one's tiles belong.
+        clustering: the fitted clustering.
+        revision: of the state that it was fitted on.
+        placed: slide ids, each with the assignments of its tiles.
 
     Returns:
-        How many names that people gave went with the earlier clusters, which are others now.
+        How many names that people had given were dropped, because the clusters have changed.
     """
     file, digest = _write(path, name, clustering)
     row = {
@@ -58,7 +58,7 @@ def store(
         named = given if old is not None and old["sha256"] == digest else []
         db.execute("DELETE FROM clusterings WHERE name = ?", (name,))
         number = insert(db, "clusterings", row)
-        for known in named:  # the very same clusters: what people called them stays
+        for known in named:  # identical clusters: keep the names that people gave
             insert(db, "clusters", {**known, "clustering_id": number})
         for slide, found in placed:
             insert_placement(db, number, slide, found, fitted=True)
@@ -81,7 +81,7 @@ def _write(path: Path, name: str, clustering: Clustering) -> tuple[str, str]:
 
 
 def replace_file(path: Path, catalog: Catalog, row: dict[str, Any], clustering: Clustering) -> None:
-    """Put the arrays of a clustering back in the place of a lost or damaged file."""
+    """Replace a lost or damaged file of a clustering."""
     file, digest = _write(path, row["name"], clustering)
     with catalog.write() as db:
         update(db, "clusterings", {"id": row["id"]}, {"file": file, "sha256": digest})
@@ -99,14 +99,14 @@ def remove_orphans(path: Path, catalog: Catalog) -> None:
 def insert_placement(
     db: sqlite3.Connection, clustering: int, slide: int, placed: Assigned, fitted: bool
 ) -> None:
-    """Insert the places of a slide's tiles, in the caller's transaction.
+    """Insert the assignments of a slide's tiles, in the caller's transaction.
 
     Args:
         db: the catalog.
         clustering: its id.
         slide: its id.
-        placed: of all its tiles.
-        fitted: whether the slide was there when the clustering was fitted.
+        placed: assignments of all its tiles.
+        fitted: whether the slide was in the atlas when the clustering was fitted.
     """
     columns = {key: pack_numbers(getattr(placed, key), kind) for key, kind in KINDS.items()}
     row = {"clustering_id": clustering, "slide_id": slide, "fitted": int(fitted), **columns}
@@ -114,7 +114,7 @@ def insert_placement(
 
 
 def placements(db: sqlite3.Connection, name: str) -> dict[int, tuple[Assigned, bool]]:
-    """Return the clusters of the tiles of each slide id, and whether the slide was there at the fit."""
+    """Return, by slide id, the assignments of its tiles and whether the clustering was fitted on it."""
     rows = db.execute(
         "SELECT p.* FROM placements AS p JOIN clusterings AS c ON c.id = p.clustering_id "
         "WHERE c.name = ?",
@@ -153,16 +153,16 @@ def load(
     name: str | None,
     kept: dict[str, Clustering] | None = None,
 ) -> tuple[str, Clustering]:
-    """Return a clustering by name; the newest when left out.
+    """Return a clustering by name; None for the newest.
 
     Args:
         path: the atlas.
         rows: of the clusterings in the catalog, newest first; see :func:`stored`.
         name: of the clustering.
-        kept: clusterings that were read before, by sha256; taken from there, and put there.
+        kept: cache of clusterings by sha256; read and filled.
 
     Raises:
-        BadInput: none fitted yet, or none of that name.
+        BadInput: there is no clustering, or none of that name.
         Damaged: its file is missing or changed.
     """
     row = row_of(path, rows, name)

@@ -1,1 +1,1 @@
-"""Exchange: features of other tools, exports for other tools, Milvus."""
+"""Exchange: import of other tools' features, export for other tools, Milvus."""

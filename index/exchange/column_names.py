@@ -1,4 +1,4 @@
-"""Names of exported columns: each unique, each allowed by the format, and what was renamed is known."""
+"""Names of exported columns: unique, and allowed by the format; renamed columns are recorded."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable
 from ...artifacts.spreadsheets import inert
 
 LONGEST = 200
-"""Bytes of a name in AnnData; Zarr makes a folder of each column."""
+"""Maximum bytes of a name in AnnData; Zarr creates a folder for each column."""
 
 
 def unique_names(
@@ -15,16 +15,16 @@ def unique_names(
     allowed: Callable[[str], str] = lambda name: name,
     taken: Collection[str] = (),
 ) -> dict[str, str]:
-    """Return a name of the format for every column; a name that is allowed as it is stays.
+    """Return an allowed and unique name for every column; a name that is already allowed stays.
 
     Args:
         names: of the columns, each once.
-        allowed: makes a name that the format allows of any.
-        taken: names that the format keeps for itself.
+        allowed: turns any name into one that the format allows.
+        taken: names that the format reserves.
 
     Returns:
-        By column the name that it gets. Of several that would get one name, the first after those that
-        stay gets ``_2``, the next ``_3``, and so on.
+        The new name of each column. Unchanged names take precedence; a new name that is already in use
+        gets ``_2``, then ``_3``, and so on.
     """
     wanted = {name: allowed(name) or "column" for name in names}
     found = {n: n for n, made in wanted.items() if n == made and n not in taken}
@@ -41,24 +41,24 @@ def unique_names(
 
 
 def for_anndata(name: str) -> str:
-    """Return a name without what HDF5 and Zarr take for a path, and no longer than a folder's may be."""
+    """Return a name that HDF5 and Zarr do not read as a path, and that is not too long for a folder."""
     flat = name.replace("/", "_").replace("\\", "_").replace("\0", "_")
     short = flat.encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
     return f"_{short}" if short.startswith(".") else short
 
 
 def for_numpy(name: str) -> str:
-    """Return a name without what a zip archive takes for a path."""
+    """Return a name that a zip archive does not read as a path."""
     return name.replace("/", "_").replace("\\", "_").replace("\0", "_")
 
 
 def for_tsv(name: str) -> str:
-    """Return a name that is one cell of a line, and no formula."""
+    """Return a name that fits in one cell and that no spreadsheet reads as a formula."""
     return str(inert(one_cell(name)))
 
 
 def one_cell(text: str) -> str:
-    """Return a text without tabs and ends of lines."""
+    """Return a text without tabs and line breaks."""
     for mark in "\t\r\n":
         text = text.replace(mark, " ")
     return text

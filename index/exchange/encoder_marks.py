@@ -1,7 +1,7 @@
-"""Which encoder made a feature file of another tool, by the marks that the tool itself leaves.
+"""Finds which encoder made a feature file of another tool, from what the tool stored.
 
-TRIDENT names the encoder in an attribute or in the folder that it saves to (``features_<encoder>``);
-STAMP in the attribute ``extractor``.
+TRIDENT names the encoder in an attribute or in the folder that it saves to (``features_<encoder>``).
+STAMP names it in the attribute ``extractor``.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ _UNSAID = {"", "unknown", "None", "none"}
 
 @dataclass(frozen=True)
 class Mark:
-    """Who made a file.
+    """The encoder that made a file.
 
     Attributes:
         encoder: its name.
-        place: where the file says so.
+        place: where the name was found, such as an attribute or a folder.
     """
 
     encoder: str
@@ -36,11 +36,11 @@ class Mark:
 
 
 def mark_of(stored: h5py.File, path: Path) -> Mark | None:
-    """Return the encoder that a file names: by attribute, else by ``savetodir``, else by its folder.
+    """Return the encoder that a file names: in an attribute, else in ``savetodir``, else in its folder.
 
     Args:
-        stored: the opened file.
-        path: where it lies.
+        stored: the open file.
+        path: path of the file.
     """
     data = stored.get("features")
     own = data.attrs if isinstance(data, h5py.Dataset) else {}
@@ -57,10 +57,11 @@ def mark_of(stored: h5py.File, path: Path) -> Mark | None:
 
 
 def check_one_encoder(files: Sequence[Path]) -> None:
-    """Refuse files that name several encoders; what cannot be read is left for its own turn.
+    """Check that all files name the same encoder; unreadable files are skipped and reported later.
 
     Raises:
-        Mismatch: names every encoder, with how many files and where the first one says so.
+        Mismatch: the files name several encoders; the message lists each one with its number of files and
+            where the first file names it.
     """
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}

@@ -1,6 +1,6 @@
-"""An atlas for other tools: NumPy, Parquet, AnnData, TensorBoard's projector, GeoJSON for QuPath.
+"""Exports an atlas for other tools: NumPy, Parquet, AnnData, TensorBoard's projector, GeoJSON for QuPath.
 
-Every format carries the vectors (but GeoJSON) and, per tile, what a hit would say of it.
+Every format except GeoJSON holds the vectors. All hold, per tile, the fields of a hit.
 """
 
 from __future__ import annotations
@@ -38,16 +38,16 @@ def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more:
 
     Args:
         atlas: to export.
-        out: file or folder that is not there yet.
+        out: file or folder that does not exist yet.
         kind: ``numpy``, ``parquet``, ``anndata``, ``projector`` or ``geojson``.
         where: metadata filter.
-        more: of ``geojson``: ``clustering``, or ``like``, the id of a tile that all are compared with.
+        more: for ``geojson``: ``clustering``, or ``like``, the id of a tile to compare all tiles with.
 
     Returns:
-        How many tiles were written.
+        The number of tiles written.
 
     Raises:
-        BadInput: an unknown kind, a file that exists, or nothing to export.
+        BadInput: the kind is unknown, the file exists, or there is nothing to export.
         MissingPart: a package is missing.
         StorageFailed: no space.
     """
@@ -56,11 +56,11 @@ def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more:
 
 @dataclass(frozen=True)
 class Exported:
-    """What an export wrote.
+    """The result of an export.
 
     Attributes:
-        tiles: how many.
-        renamed: by column of the metadata the name that it has there, where it could not keep its own.
+        tiles: number of tiles written.
+        renamed: new name, by old name, of each metadata column that had to be renamed.
     """
 
     tiles: int
@@ -68,7 +68,7 @@ class Exported:
 
 
 def write(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> Exported:
-    """Write an atlas as :func:`export` does, and say which columns were renamed."""
+    """Write an atlas as :func:`export` does; the result also lists renamed columns."""
     if kind not in KINDS:
         raise unknown_name("kind of export", kind, KINDS)
     if out.exists():
@@ -84,13 +84,13 @@ def _geojson(view: View, /, out: Path, where: str | None, **more: Any) -> Export
 
 
 def _renamed(table: Table, names: dict[str, str]) -> dict[str, str]:
-    """Return by the name in the metadata the name in the export, of those that differ."""
+    """Return the exported name of each renamed column, by its name in the metadata."""
     before = {name: table.original.get(name, name) for name in names}
     return {before[name]: called for name, called in names.items() if called != before[name]}
 
 
 def _numpy(table: Table, out: Path) -> dict[str, str]:
-    """One .npz without pickles: ``vectors`` and a column each; texts as ``codes`` of ``names``."""
+    """Write one .npz without pickles: ``vectors`` and all columns; texts as ``codes`` into ``names``."""
     names: dict[str, Any] = {}
     called = unique_names(table.columns, for_numpy)
     renamed = _renamed(table, called)
@@ -117,7 +117,7 @@ def _numpy(table: Table, out: Path) -> dict[str, str]:
 
 
 def _parquet(table: Table, out: Path) -> dict[str, str]:
-    """One Parquet file: a column each, ``vector``, and two principal components to draw."""
+    """Write one Parquet file: all columns, ``vector``, and two principal components for plotting."""
     try:
         import pyarrow as pa
         import pyarrow.parquet as parquet
@@ -145,7 +145,10 @@ def _dictionary(pa: Any, values: Coded) -> Any:
 
 
 def _anndata(table: Table, out: Path) -> dict[str, str]:
-    """AnnData as .h5ad or .zarr: vectors in ``X``, places in ``obsm['spatial']``, the rest in ``obs``."""
+    """Write AnnData as .h5ad or .zarr.
+
+    Vectors are in ``X``, level-0 coordinates in ``obsm['spatial']``, all other columns in ``obs``.
+    """
     try:
         import anndata
         import pandas
@@ -174,7 +177,7 @@ def _anndata(table: Table, out: Path) -> dict[str, str]:
 
 
 def _projector(table: Table, out: Path) -> dict[str, str]:
-    """A folder that TensorBoard's projector opens: tensors, metadata, and the file that names them."""
+    """Write a folder for TensorBoard's projector: tensors, metadata, and its configuration."""
 
     def lines(names: list[str]) -> list[str]:
         columns = [_texts(table.columns[name]) for name in names]
@@ -222,12 +225,12 @@ def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _publish(out: Path, suffix: str, write: Callable[[Path], Any]) -> None:
-    """Let a library write a file, which appears under its name whole or not at all."""
+    """Let a library write a file; it appears under its name complete or not at all."""
     if out.suffix != suffix:
         raise BadInput(f"{out} is to end in {suffix}")
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = temporary(out)
-    named = temp.with_name(temp.name + suffix)  # libraries add the ending that they expect
+    named = temp.with_name(temp.name + suffix)  # libraries append the suffix that they expect
     try:
         write(named)
         os.replace(named, temp)

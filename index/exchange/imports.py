@@ -1,8 +1,8 @@
-"""Features that other tools made: TRIDENT, CLAM and STAMP files, taken into an atlas of their encoder.
+"""Imports features of other tools (TRIDENT, CLAM and STAMP files) into an atlas of their encoder.
 
-Layouts as those tools write them: TRIDENT ``features`` (N, D) with ``coords`` (N, 2) int64 and their
-attributes; CLAM the same without attributes; STAMP ``feats`` float16 with ``coords`` in micrometres and the
-file attributes ``unit`` and ``tile_size_um``.
+Layouts: TRIDENT writes ``features`` (N, D) and ``coords`` (N, 2) int64 with attributes. CLAM writes the
+same without attributes. STAMP writes ``feats`` float16, ``coords`` in micrometres, and the file attributes
+``unit`` and ``tile_size_um``.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from ..store.rows import Added
 from .encoder_marks import Mark, check_one_encoder, mark_of
 
 YOUR_WORD = "your word"
-"""What says the encoder of a file that names none."""
+"""Reported as the source of the encoder's name if the file itself names none."""
 
 
 def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features:
@@ -46,12 +46,12 @@ def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features
     Args:
         path: .h5 file.
         encoder: name of the encoder that made them.
-        mpp: micrometres per pixel of the slide's level 0; STAMP's places need it.
+        mpp: micrometres per pixel of the slide's level 0; required for STAMP's coordinates.
 
     Raises:
-        BadInput: a pickle, another layout, or STAMP's without mpp.
+        BadInput: the file is a pickle, has another layout, or is STAMP's and mpp is missing.
         Mismatch: the file names another encoder.
-        Damaged: not a whole HDF5 file.
+        Damaged: the HDF5 file is incomplete.
     """
     if path.suffix.lower() in {".pt", ".pth", ".pkl"}:
         raise BadInput(
@@ -69,7 +69,7 @@ def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features
             item = _read_stamp(path, stored, mpp) if "feats" in stored else None
     except HistoseekError:
         raise
-    except Exception as error:  # a foreign file can make HDF5 fail in any way
+    except Exception as error:  # a file of another tool can make HDF5 fail in any way
         raise Damaged(
             f"{path} is not a whole HDF5 file ({type(error).__name__}: {error}); make it again"
         ) from error
@@ -90,10 +90,10 @@ def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features
 
 
 def _check_encoder(path: Path, mark: Mark | None, encoder: str) -> None:
-    """Compare what a file says of its encoder with what a person says.
+    """Compare the encoder that a file names with the one that the user names.
 
     Raises:
-        Mismatch: they differ; says where the file says so.
+        Mismatch: they differ; the message says where the file names its encoder.
     """
     if mark is not None and mark.encoder != encoder:
         raise Mismatch(
@@ -103,7 +103,7 @@ def _check_encoder(path: Path, mark: Mark | None, encoder: str) -> None:
 
 
 def _nominal_mpp(stored: h5py.File) -> float | None:
-    """Return µm per pixel of the tiles by TRIDENT's ``target_magnification`` (20 is 0.5), if given."""
+    """Return µm per pixel of the tiles from TRIDENT's ``target_magnification`` (20 means 0.5), if given."""
     places = stored.get("coords")
     given = places.attrs.get("target_magnification") if isinstance(places, h5py.Dataset) else None
     power = float(given) if given is not None else 0.0
@@ -111,7 +111,7 @@ def _nominal_mpp(stored: h5py.File) -> float | None:
 
 
 def _scale_of(item: Features, mpp: float | None) -> float | None:
-    """Return µm per pixel of the tiles by their two sizes and the scale of level 0, if all are known."""
+    """Return µm per pixel of the tiles from their two sizes and the mpp of level 0; None if unknown."""
     if not (mpp and item.size_px and item.size_px_level0):
         return None
     return mpp * item.size_px_level0 / item.size_px
@@ -158,10 +158,10 @@ def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
 def _stamp_places(
     path: Path, stored: h5py.File, places: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], float, int]:
-    """Return places (N, 2) and side of a tile in micrometres, and its side in pixels.
+    """Return coordinates (N, 2) and side of a tile in micrometres, and its side in pixels.
 
-    STAMP's versions differ: ``tile_size_um`` (or ``tile_size``) with the unit um; the first ones had no
-    unit, and counted in pixels of tiles of 256 um and 224 px.
+    STAMP's versions differ. Newer files have ``tile_size_um`` (or ``tile_size``) with the unit um. The
+    first ones have no unit; their coordinates are in pixels of tiles of 256 um and 224 px.
     """
     attributes = stored.attrs
     unit = text_of(attributes["unit"]) if "unit" in attributes else None
@@ -178,11 +178,11 @@ def _stamp_places(
 
 
 def read_query(path: Path, manifest: Manifest) -> NDArray[np.float32]:
-    """Read the features (N, D) of a new slide to ask an atlas with: ours, or of an external encoder's tool.
+    """Read the features (N, D) of a new slide as a query, from our file or one of an external encoder.
 
     Raises:
-        BadInput: not readable as such.
-        Mismatch: of another encoder, or length.
+        BadInput: the file cannot be read as features.
+        Mismatch: the features have another encoder or length.
     """
     item = read_foreign(path, manifest.name, 1.0) if manifest.external else read_features(path)
     if manifest.external:
@@ -205,26 +205,26 @@ def import_features(
     mixed_scales: bool = False,
     progress: Report = lambda done, total, text: None,
 ) -> tuple[Atlas, AddedSlides]:
-    """Take features of another tool into an atlas, which is made if it is not there.
+    """Import features of another tool into an atlas; create the atlas if it does not exist.
 
     Args:
-        path: the atlas; bound to ``encoder`` by its name.
+        path: the atlas; bound to ``encoder`` by name.
         files: one per slide.
         encoder: name of the encoder that made them all.
         metadata: by slide: label, patient, mpp and any other column.
-        mpp: of level 0, where neither file nor metadata says.
-        tile_px: side of a tile in pixels of level 0, where no file says (CLAM's do not).
-        metric: cosine or l2, for an atlas that is made.
-        replace_known: put other features of a slide that is there in the place of the old ones.
-        mixed_scales: let the atlas hold tiles of different µm per pixel, from now on.
+        mpp: micrometres per pixel of level 0, used if neither file nor metadata gives it.
+        tile_px: side of a tile in level-0 pixels, used if the file does not give it (CLAM's do not).
+        metric: cosine or l2, for a new atlas.
+        replace_known: replace the features of a slide that is already in the atlas.
+        mixed_scales: from now on, allow tiles of different µm per pixel in the atlas.
         progress: called after each file.
 
     Returns:
-        The atlas, and what became of each file.
+        The atlas, and the result for each file.
 
     Raises:
-        BadInput: no file could be read for an atlas that is to be made.
-        Mismatch: the atlas is of another encoder, or the files name several; nothing is written then.
+        BadInput: the atlas is new and no file could be read.
+        Mismatch: the atlas has another encoder, or the files name several encoders; nothing is written.
     """
     check_one_encoder(files)
     slides = Atlas(path).slides() if path.exists() else []
@@ -281,7 +281,7 @@ def import_features(
 
 
 def _with_stated_mpp(item: Features, row: Row) -> tuple[Features, str]:
-    """Let the metadata's mpp win over the file's; returns what was overruled, if the two differ."""
+    """Replace the file's mpp by the metadata's; also return a note if the two differ."""
     stated = number_of(row.get("mpp", ""))
     if stated is None or item.mpp is None or abs(stated - item.mpp) <= 0.01 * stated:
         return item, ""

@@ -1,9 +1,9 @@
-"""The atlas on Milvus: the same search over as many machines as it takes.
+"""The atlas on Milvus: the same search, distributed over several machines.
 
-``push`` copies tiles to a collection; what is there already and did not change is left alone, so a push
-that was cut off is finished by repeating it. Values that repeat (slide, label, patient, metadata) are
-stored as numbers, with their names in a second collection: a filter becomes lists of numbers, and no text
-of a person ever stands in a Milvus expression.
+``push`` copies tiles to a collection and skips unchanged slides, so an interrupted push is completed by
+repeating it. Repeated values (slide, label, patient, metadata) are stored as numbers; their names are in a
+second collection. So a filter becomes lists of numbers, and no user-supplied text gets into a Milvus
+expression.
 """
 
 from __future__ import annotations
@@ -31,25 +31,25 @@ from .milvus_address import TIMEOUT_S, TOKEN, calls, parse_url
 from .milvus_filter import FORMAT, About, Row, expression_of
 
 LIMIT = 16_384
-"""Hits that Milvus gives at most."""
+"""Maximum number of hits of one Milvus search."""
 TEXT = 60_000
 SLOT = 1_000_000
-"""Parts of one text in the second collection; the first part of each says how many there are."""
+"""Maximum number of parts of one text in the second collection; part 0 holds their number and hash."""
 FACTS, CLUSTERINGS = 0, 1
 
 
 class MilvusAtlas:
-    """A pushed atlas, open for search and assign as :class:`~histoseek.index.atlas.Atlas` is."""
+    """A pushed atlas; it offers search and assign like :class:`~histoseek.index.atlas.Atlas`."""
 
     def __init__(self, url: str, must_exist: bool = True) -> None:
         """Connect.
 
         Args:
             url: see :func:`parse_url`.
-            must_exist: whether the collection has to be there already.
+            must_exist: whether to fail if the collection does not exist.
 
         Raises:
-            BadInput: no such collection, or one of a newer histoseek.
+            BadInput: there is no such collection, or a newer histoseek wrote it.
             MissingPart: pymilvus is not installed.
             Unavailable: Milvus does not answer.
         """
@@ -58,7 +58,7 @@ class MilvusAtlas:
         except ImportError as error:
             raise MissingPart("Milvus needs pymilvus: pip install 'histoseek[milvus]'") from error
         for name in ("pymilvus", "milvus_lite"):
-            logging.getLogger(name).setLevel(logging.CRITICAL)  # they log what they also raise
+            logging.getLogger(name).setLevel(logging.CRITICAL)  # they also raise what they log
         self.place = parse_url(url)
         with calls(self.place):
             self.client: Any = MilvusClient(
@@ -95,7 +95,7 @@ class MilvusAtlas:
         return {row["part"]: row["text"] for row in rows}
 
     def _read_text(self, slot: int) -> str | None:
-        """Return a text; None if it is not there, or was cut off while it was written."""
+        """Return a text; None if it is missing or incomplete."""
         start = slot * SLOT
         head = self._parts(start, start + 1).get(start)
         if head is None:
@@ -152,8 +152,8 @@ class MilvusAtlas:
         """Return the most similar tiles of each vector of a query; see ``View.search``.
 
         Raises:
-            BadInput: a query by tiles or of several examples together, more than 16,384 hits, a filter by
-                file name, or ``exact`` on another index than FLAT.
+            BadInput: the query has tiles or combines examples, asks for more than 16,384 hits, filters by
+                file name, or sets ``exact`` on an index other than FLAT.
             Unavailable: Milvus does not answer.
         """
         if query.tiles or query.combines or query.vectors is None:
@@ -180,10 +180,10 @@ class MilvusAtlas:
         return answers
 
     def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
-        """Place new vectors (Q, D) in the clusters that were pushed; see ``Atlas.assign``.
+        """Assign new vectors (Q, D) to the pushed clusters; see ``Atlas.assign``.
 
         Raises:
-            BadInput: no such clustering there, or one that was too large to be pushed.
+            BadInput: the collection has no such clustering, or it was too large to push.
         """
         about = self._ready(queries)
         known = json.loads(self._read_text(CLUSTERINGS) or "{}")
@@ -198,7 +198,7 @@ class MilvusAtlas:
         return clustering.assign(queries).rows(names)
 
     def _ready(self, queries: NDArray[np.float32]) -> About:
-        """Return the newest facts, and check the queries by them."""
+        """Read the newest description of the collection, check the queries, and return it."""
         head = self._parts(0, 1).get(0)
         if head is None or json.loads(head)["sha256"] != self._seen:
             self.about = self._read_about()

@@ -1,4 +1,4 @@
-"""The address of an atlas in Milvus, and calls with clear errors."""
+"""The address of an atlas in Milvus, and pymilvus errors translated into ours."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ TIMEOUT_S = 60
 
 @dataclass(frozen=True)
 class Place:
-    """Where a collection is.
+    """The address of a collection.
 
     Attributes:
         uri: as pymilvus takes it.
@@ -41,7 +41,7 @@ def parse_url(url: str) -> Place:
     The last is Milvus Lite, a file on this machine; ``?collection=`` names another collection in it.
 
     Raises:
-        BadInput: another kind of address; what it may hold of secrets is not repeated.
+        BadInput: the address has another form; the message does not repeat secrets in it.
     """
     expected = (
         "expected milvus://host:19530/collection, or milvus:///folder/file.db for Milvus Lite"

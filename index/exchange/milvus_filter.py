@@ -1,4 +1,4 @@
-"""Our filter language as a Milvus expression."""
+"""Translates our filter language into a Milvus expression."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ FORMAT = 1
 
 @dataclass
 class About:
-    """What the second collection says of the first.
+    """Description of the collection of tiles, stored in the second collection.
 
     Attributes:
-        atlas: identity of the atlas.
+        atlas: id of the atlas.
         encoder: name of the encoder.
-        sha256: its identity.
+        sha256: of the encoder.
         dim: D.
         metric: cosine or l2.
-        revision: of the atlas when it was pushed; -1 while a push is under way or was cut off.
-        clustering: whose clusters hits show; "" for none.
+        revision: of the atlas when it was pushed; -1 during a push or after an interrupted one.
+        clustering: the clustering shown in hits; "" for none.
         index: type of Milvus's index.
-        columns: names of the numbers of each column; their order never changes.
-        slides: by number of the slide's name: id, seal, size_px_level0, mpp and target_mpp (the last is
-            missing for slides that an older histoseek pushed).
+        columns: for each column, the names in the order of their numbers; the order never changes.
+        slides: by number of the slide's name: id, checksum, size_px_level0, mpp and target_mpp (the last
+            is missing for slides that an older histoseek pushed).
     """
 
     atlas: str
@@ -52,10 +52,10 @@ class About:
 
 
 def expression_of(about: About, wanted: Filter) -> str:
-    """Return a filter as a Milvus expression, in which there are only field names and numbers.
+    """Return a filter as a Milvus expression that contains only field names and numbers.
 
     Raises:
-        BadInput: a field that the collection does not have, or cannot filter by.
+        BadInput: the collection lacks a field, or cannot filter by it.
     """
     if isinstance(wanted, Not):
         return f"not ({expression_of(about, wanted.part)})"

@@ -1,4 +1,4 @@
-"""Tiles and clusters as GeoJSON that QuPath opens."""
+"""Writes tiles and clusters as GeoJSON for QuPath."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from .table import Table
 COLOURS = (0x4C78A8, 0xF58518, 0xE45756, 0x72B7B2, 0x54A24B, 0xEECA3B, 0xB279A2, 0xFF9DA6, 0x9D755D)
 UNKNOWN_COLOUR = 0x9E9E9E
 UNKNOWN = -3
-"""Stands for a tile that no cluster knows, where it is drawn."""
+"""Number drawn for an unknown tile, in place of its cluster."""
 
 
 def write_geojson(
     view: View, table: Table, out: Path, clustering: str | None = None, like: int | None = None
 ) -> int:
-    """A folder with ``<slide>.geojson``: tiles as detections of their cluster, or with their similarity.
+    """Write a folder with ``<slide>.geojson``: tiles as detections with their cluster or similarity.
 
-    Tiles are in QuPath's frame: (0, 0) is the corner of the scanned area.
+    Coordinates are QuPath's: (0, 0) is the top-left corner of the scanned area.
     """
     values: NDArray[Any]
     if like is not None:
@@ -70,16 +70,16 @@ def write_geojson(
             ]
             document = {"type": "FeatureCollection", "features": features}
             name = plain_name(slide)
-            if (folder / f"{name}.geojson").exists():  # another slide of nearly that name
+            if (folder / f"{name}.geojson").exists():  # another slide has the same safe name
                 name = f"{name[:80]}-{hashlib.sha256(slide.encode()).hexdigest()[:8]}"
             write_atomic(folder / f"{name}.geojson", json.dumps(document, ensure_ascii=False))
     return len(drawn)
 
 
 def origins(store: Store) -> dict[str, tuple[int, int] | None]:
-    """Return by slide the corner of its scanned area in level-0 pixels, which QuPath shows as (0, 0).
+    """Return, by slide, the top-left corner of the scanned area (level-0 pixels), which is QuPath's (0, 0).
 
-    None where nobody wrote it down: in features of other tools, or made before it was kept.
+    It is None if the feature file lacks it: files of other tools and of older versions do.
     """
     found: dict[str, tuple[int, int] | None] = {}
     for slide in store.slides():
@@ -92,7 +92,7 @@ def origins(store: Store) -> dict[str, tuple[int, int] | None]:
 
 
 def without_size(view: View, where: str | None = None) -> dict[str, int]:
-    """Return how many tiles of which slides have no size on a slide, and so no outline to draw."""
+    """Return, by slide, the number of tiles without a size on the slide; these cannot be drawn."""
     passing = allowed(view.state, where)
     columns = view.columns
     found = {}

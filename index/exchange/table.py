@@ -1,4 +1,4 @@
-"""The table of tiles that every export writes."""
+"""The table of tiles that all exports write."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ from ..view import View
 from .column_names import unique_names
 
 FIRST = 6
-"""Columns of the tile that stand before those of the metadata."""
+"""Number of tile columns before the metadata columns."""
 
 
 @dataclass(frozen=True)
 class Table:
-    """What is exported.
+    """The data to export.
 
     Attributes:
         vectors: (N, D).
         columns: by name, each (N,): numbers, or coded texts.
         encoder: name and sha256.
-        original: by name of a column the name in the metadata, where that was taken by another column.
+        original: for renamed columns, the name in the metadata by the new name.
     """
 
     vectors: NDArray[np.float32]
@@ -46,7 +46,7 @@ def table_of(view: View, where: str | None = None) -> Table:
     """Gather the tiles of a view that pass a filter, in the order of the index.
 
     Raises:
-        BadInput: no tile passes, or the filter cannot be read.
+        BadInput: no tile passes, or the filter is invalid.
     """
     columns = view.columns
     alive = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
@@ -77,7 +77,7 @@ def table_of(view: View, where: str | None = None) -> Table:
 
 
 def _tile_columns(view: View, rows: NDArray[np.int64]) -> dict[str, NDArray[Any] | Coded]:
-    """Return what histoseek itself says of each tile; no column of the metadata may take its place."""
+    """Return histoseek's columns of each tile; a metadata column of the same name is renamed."""
     columns = view.columns
     places = columns.places()[rows]
     slide = columns.slide_of(rows)
@@ -107,7 +107,7 @@ def _tile_columns(view: View, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]
 def _assigned(
     view: View, name: str, rows: NDArray[np.int64], slide: NDArray[np.int64]
 ) -> dict[str, NDArray[Any]]:
-    """Return cluster (-1 noise, -2 not assigned), strength and whether unknown, of a clustering."""
+    """Return cluster (-1 noise, -2 not assigned), strength and the flag unknown for a clustering."""
     columns = view.columns
     with view.state.reading() as db:
         by_slide = placements(db, name)

@@ -1,1 +1,1 @@
-"""Search: the questions that one committed state of an atlas answers."""
+"""Search: answers questions about one committed state of an atlas."""

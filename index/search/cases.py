@@ -1,8 +1,8 @@
-"""Slides and cases as a whole: which slide looks like this one, and in which regions.
+"""Finds similar slides and cases, and the regions in which they look alike.
 
-Slides are represented by their mosaics and compared by the median of the minimum distances from one
-mosaic's tiles to the other's (Yottixel, Kalra et al. 2020), or by how the nearest tiles of all slides vote.
-Yottixel compares barcodes by Hamming distance; here the embeddings themselves are compared.
+Slides are represented by their mosaics. They are compared by the median of the minimum distances from one
+mosaic's tiles to the other's (Yottixel, Kalra et al. 2020), or by votes of the nearest tiles of all slides.
+Yottixel compares barcodes by Hamming distance; here the embeddings are compared.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from .tiles import Mask, allowed, find, owners
 How = Literal["median", "votes"]
 HOWS: tuple[How, ...] = ("median", "votes")
 VOTES = 10
-"""Nearest tiles that vote, per tile of the query's mosaic."""
+"""Number of nearest tiles that vote, per tile of the query's mosaic."""
 EVIDENCE = 5
 BLOCK = 65_536
-"""Tiles of mosaics that are compared at once."""
+"""Mosaic tiles that are compared at once."""
 CASE_TILES = 200
 
 
@@ -35,8 +35,8 @@ class Pair(NamedTuple):
     """Two regions that look alike.
 
     Attributes:
-        score: as of a hit.
-        query: id of the tile in the query; None if the query is not of the atlas.
+        score: as in a hit.
+        query: id of the query's tile; None if the query is not in the atlas.
         query_row: its row in the query's mosaic.
         match: id of the tile in the atlas.
     """
@@ -54,7 +54,7 @@ class Similar(NamedTuple):
         name: of the slide or the patient.
         score: median of the best scores of the query's tiles (``median``), or share of the votes.
         pairs: the most similar regions, best first.
-        label: of the slide; None if its slides differ.
+        label: of the slide or case; None if its tiles differ.
     """
 
     name: str
@@ -65,10 +65,10 @@ class Similar(NamedTuple):
 
 @dataclass(frozen=True)
 class Mosaics:
-    """The mosaics of slides of a state, one after another.
+    """The mosaics of several slides of a state, joined.
 
     Attributes:
-        positions: (M,) in the index; -1 for tiles that are not of the atlas.
+        positions: (M,) in the index; -1 for tiles that are not in the atlas.
         vectors: (M, D) prepared.
     """
 
@@ -84,14 +84,14 @@ def mosaics_of(
     state: State,
     chosen: Sequence[int] | None = None,
 ) -> Mosaics:
-    """Return the mosaics of slides, by number, or of all.
+    """Return the mosaics of the given slides, or of all slides.
 
     Args:
         state: the state.
         chosen: numbers of slides; None for all.
 
     Raises:
-        BadInput: no such slide has tiles.
+        BadInput: none of the slides has tiles.
     """
     positions, vectors = [], []
     for number in range(len(state.columns.slides)) if chosen is None else chosen:
@@ -107,12 +107,13 @@ def mosaics_of(
 
 @dataclass(frozen=True)
 class Owners:
-    """Slides or cases.
+    """The owners of the tiles: slides or cases.
 
     Attributes:
-        number: (N,) whose each position is.
-        names: of the owners; those of patients and of slides without one do not mix.
-        labels: the label of each, None if its tiles differ.
+        number: (N,) number of the owner of each position.
+        names: of the owners. A patient and a slide without a patient stay two owners even if their names
+            are equal.
+        labels: the label of each owner; None if its tiles differ.
     """
 
     number: NDArray[np.int64]
@@ -121,7 +122,7 @@ class Owners:
 
 
 def owners_of(state: State, by: str) -> Owners:
-    """Return the slides, or the cases: a patient's tiles; a slide without patient is a case of its own."""
+    """Return the slides or the cases; a slide without a patient counts as one case."""
     if by not in {"slide", "patient"}:
         raise unknown_name("kind of case", by, ("slide", "patient"))
     columns = state.columns
@@ -133,7 +134,7 @@ def owners_of(state: State, by: str) -> Owners:
     first[number[::-1]] = label.codes[::-1]
     mixed = np.zeros(len(names), dtype=bool)
     mixed[number[label.codes != first[number]]] = True
-    known = [*label.names, None, None]  # -1 and -2 are no label
+    known = [*label.names, None, None]  # -1 and -2 mean no label
     labels = [None if mixed[n] else known[first[n]] for n in range(len(names))]
     return Owners(number, names, labels)
 
@@ -141,12 +142,12 @@ def owners_of(state: State, by: str) -> Owners:
 def rank(
     query: Mosaics, all_: Mosaics, owner: NDArray[np.int64], metric: Metric
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return owners (O,), most alike first, and the median of the best scores of the query's tiles (O,).
+    """Return owners (O,), most similar first, and the median of the query tiles' best scores (O,).
 
     Args:
         query: (Q, D) vectors.
-        all_: the mosaics of the others.
-        owner: (M,) whose each tile of ``all_`` is.
+        all_: the mosaics to compare with.
+        owner: (M,) owner of each tile of ``all_``.
         metric: of the vectors.
     """
     order = np.argsort(owner, kind="stable")
@@ -185,7 +186,7 @@ def _by_median(state: State, query: Mosaics, all_: Mosaics, known: Owners, k: in
 
 
 def _by_votes(state: State, query: Mosaics, known: Owners, k: int, passing: Mask) -> list[Similar]:
-    """Let the nearest tiles of the whole atlas vote, each query tile with one vote in all."""
+    """Rank by votes of the nearest tiles of the whole atlas; the votes of each query tile add up to one."""
     scores, found = find(state, query.vectors, Query(k=VOTES), passing)
     there = found >= 0
     votes = np.zeros(len(known.names))
@@ -214,7 +215,7 @@ def _pairs(
     matches: NDArray[np.int64],
     query_rows: NDArray[np.int64] | None,
 ) -> list[Pair]:
-    """Return the most similar regions, each tile of either side once."""
+    """Return the most similar regions; each tile of query and match is used at most once."""
     rows = np.arange(len(scores)) if query_rows is None else query_rows
     ids = state.columns.ids
     pairs: list[Pair] = []
@@ -242,18 +243,18 @@ def similar_slides(
     how: How = "median",
     where: str | None = None,
 ) -> list[Similar]:
-    """Return the slides or cases most like a slide or case of the atlas, or like new tiles.
+    """Return the slides or cases most similar to a slide or case of the atlas, or to new tiles.
 
     Args:
         state: the state to search.
-        query: name of a slide (or, by patient, of a patient), or the vectors (Q, D) of tiles.
-        k: slides or cases.
-        by: what is ranked. Nothing of the query's own patient is returned, if the patient is known.
+        query: name of a slide (with ``by="patient"`` also of a patient), or the vectors (Q, D) of tiles.
+        k: number of slides or cases.
+        by: what is ranked. If the query's patient is known, none of the patient's slides is returned.
         how: ``median`` of the minimum distances (Yottixel), or ``votes`` of the nearest tiles.
-        where: metadata filter of the tiles that count.
+        where: metadata filter; only tiles that pass count.
 
     Raises:
-        BadInput: no such slide or patient, or one without tiles.
+        BadInput: no such slide or patient, or it has no tiles.
     """
     if k < 1:
         raise BadInput(f"k is {k}; expected 1 or more")
@@ -281,18 +282,18 @@ def similar_slides(
 def _of_the_atlas(
     state: State, cases: Owners, name: str, by: str
 ) -> tuple[Mosaics, NDArray[np.bool_]]:
-    """Return the mosaic of a slide or case, and which positions (N,) are of it or of its patients."""
+    """Return the mosaic of a slide or case, and which positions (N,) belong to it or to its patients."""
     there = np.unique(cases.number)
     numbers = [n for n in there.tolist() if cases.names[n] == name]
     if not numbers:
         raise unknown_name(by, name, [cases.names[n] for n in there.tolist() if cases.names[n]])
-    own = cases.number == numbers[-1]  # a patient goes before a slide of that name
+    own = cases.number == numbers[-1]  # a patient takes precedence over a slide of the same name
     slides = np.unique(state.columns.slide_of(np.flatnonzero(own))).tolist()
     asked = mosaics_of(state, slides)
     asked = asked.part(own[asked.positions])
     if not len(
         asked.positions
-    ):  # no tile of the case stands for its tile set: take the case's first
+    ):  # the tile set's mosaic holds no tile of this case: take the first ones
         some = np.flatnonzero(own)[:CASE_TILES]
         asked = Mosaics(some, prepared(state.vectors_at(some), state.metric))
     patient = state.columns.coded("patient").codes

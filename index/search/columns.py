@@ -1,7 +1,7 @@
-"""What is known of every tile, as arrays side by side with the vectors: the join and the filters.
+"""The columns of the tiles: arrays parallel to the vectors, used to build hits and to filter.
 
-A position is a row of these arrays and of the index. Slides lie one after another; the order is the
-index's. Everything is decoded when it is first asked for, and then kept.
+A position is a row of these arrays and of the index. The slides follow each other in the order of the
+index. A column is decoded on first use and then cached.
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ from ..store.rows import Hit
 
 KEPT_MASKS = 16
 FACTS = ("name", "size_px_level0", "mpp", "target_mpp")
-"""What a hit says of its slide."""
+"""Columns of the slide that appear in a hit."""
 
 NOT_PLACED = -2
-"""Cluster of a tile that a clustering does not know (yet)."""
+"""Cluster of a tile that has no assignment in a clustering (yet)."""
 
 
 @dataclass(frozen=True)
 class Coded:
-    """A column of values that repeat.
+    """A column of repeated values.
 
     Attributes:
         names: the distinct values.
-        codes: (N,) numbers into ``names``; -1 where there is none.
+        codes: (N,) indices into ``names``; -1 for no value.
     """
 
     names: list[str]
@@ -60,7 +60,7 @@ class Columns:
 
         Args:
             slides: rows of ``slides`` joined with ``slide_tiles``, in the order of the positions.
-            placements: per clustering, the cluster column of each slide id.
+            placements: per clustering, the stored clusters of each slide's tiles, by slide id.
             newest: the clustering that hits show.
         """
         self.slides = list(slides)
@@ -77,14 +77,14 @@ class Columns:
         return int(self.starts[-1])
 
     def keep(self, key: str, make: Callable[[], Any]) -> Any:
-        """Return what ``make`` gives, made once as long as these columns live."""
+        """Return the result of ``make``, which is called once per key and cached."""
         with self._lock:
             if key not in self._kept:
                 self._kept[key] = make()
             return self._kept[key]
 
     def mask(self, where: str, make: Callable[[], NDArray[np.bool_]]) -> NDArray[np.bool_]:
-        """Return which tiles (N,) a filter lets through; the last few are kept."""
+        """Return which tiles (N,) pass a filter; the last few masks are cached."""
         with self._lock:
             if where not in self._masks:
                 self._masks[where] = make()
@@ -105,18 +105,19 @@ class Columns:
         return found
 
     def positions(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
-        """Return the positions of tile ids; -1 for an id that is not (any more) there."""
+        """Return the positions of tile ids; -1 for an unknown or removed id."""
         if not len(self._first):
             return np.full(len(tiles), -1, dtype=np.int64)
         order = np.argsort(self._first, kind="stable")
-        # Of slides without tiles, which share a number with the next one, the last in line has tiles.
+        # A slide without tiles has the same first id as the next slide; side="right" picks the last of
+        # them, which has tiles.
         slide = order[np.maximum(np.searchsorted(self._first[order], tiles, side="right") - 1, 0)]
         row = tiles - self._first[slide]
         inside = (row >= 0) & (row < np.diff(self.starts)[slide])
         return np.where(inside, self.starts[slide] + row, -1)
 
     def present(self) -> NDArray[np.int64]:
-        """Return the positions of all tiles but those of slides that were removed, ascending."""
+        """Return the positions of all tiles except those of removed slides, ascending."""
 
         def make() -> NDArray[np.int64]:
             there = [bool(s["name"]) for s in self.slides]
@@ -126,7 +127,7 @@ class Columns:
         return found
 
     def places(self) -> NDArray[np.int32]:
-        """Return level-0 x, y of every tile (N, 2)."""
+        """Return the level-0 coordinates x, y of every tile (N, 2)."""
 
         def make() -> NDArray[np.int32]:
             parts = [unpack_places(s["places"]) for s in self.slides]
@@ -144,21 +145,21 @@ class Columns:
         return found
 
     def metadata(self, slide: int) -> dict[str, str]:
-        """Return the further columns that a slide was given."""
+        """Return the user-defined columns of a slide."""
         found: dict[str, str] = self.keep(
             f"metadata {slide}", lambda: json.loads(self.slides[slide]["metadata"])
         )
         return found
 
     def names(self) -> list[str]:
-        """Return the fields that :meth:`coded` knows."""
+        """Return the fields that :meth:`coded` accepts."""
         extra = {key for n in range(len(self.slides)) for key in self.metadata(n)}
         return ["slide", "kind", "label", "patient", *sorted(extra)]
 
     def coded(self, field: str) -> Coded:
         """Return a column by name: slide, kind, label, patient, or any column of the metadata.
 
-        A tile's own label or patient wins over its slide's.
+        The label or patient of a tile takes precedence over that of its slide.
         """
         found: Coded = self.keep(f"coded {field}", lambda: self._make_coded(field))
         return found
@@ -188,10 +189,10 @@ class Columns:
         return Coded(list(numbers), codes)
 
     def clusters(self, clustering: str | None = None) -> NDArray[np.int32] | None:
-        """Return every tile's cluster (N,), -1 noise, -2 not placed; None without a clustering.
+        """Return every tile's cluster (N,): -1 noise, -2 not assigned. Return None without a clustering.
 
         Args:
-            clustering: its name; the newest when left out.
+            clustering: its name; None for the newest.
         """
         name = clustering or self.newest
         if name is None or name not in self._placements:
@@ -210,7 +211,7 @@ class Columns:
         return kept
 
     def placement(self, slide: int) -> bytes:
-        """Return the cluster column of a slide (by id) in the newest clustering, as it is stored."""
+        """Return the clusters of a slide's tiles (by slide id) in the newest clustering, as stored."""
         return self._placements.get(self.newest or "", {}).get(slide, b"")
 
     def clusterings(self) -> list[str]:
@@ -218,7 +219,7 @@ class Columns:
         return list(self._placements)
 
     def hits(self, positions: NDArray[np.int64], scores: NDArray[np.float32]) -> list[list[Hit]]:
-        """Join positions (Q, k), -1 for none, with what is known of them.
+        """Return hits, by query, for positions (Q, k); -1 stands for no hit.
 
         Args:
             positions: best first.
@@ -234,7 +235,7 @@ class Columns:
         rows = (flat - self.starts[slide_of]).tolist()
         ranks = np.nonzero(there)[1] + 1
         cluster = [NOT_PLACED] * len(flat) if clusters is None else clusters[flat].tolist()
-        # One more name at the end answers the code -1.
+        # The code -1 picks the last name, which is None.
         labels = [*label.names, None]
         patients = [*patient.names, None]
         facts = {n: (*(self.slides[n][key] for key in FACTS), self.files(n)) for n in set(numbers)}
@@ -266,7 +267,7 @@ class Columns:
         return found
 
     def tiles(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
-        """Return what is known of the tiles at positions (T,): the fields of a hit but rank and score."""
+        """Return the fields of a hit, except rank and score, for the tiles at positions (T,)."""
         none = np.zeros((1, len(positions)), dtype=np.float32)
         (found,) = self.hits(positions[None], none)
         return [

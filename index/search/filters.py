@@ -1,14 +1,14 @@
-"""Metadata filters: ``organ = 'colon' and patient != 'P7'`` read into a tree, and asked of the columns.
+"""Metadata filters such as ``organ = 'colon' and patient != 'P7'``: parsed, and applied to the columns.
 
-The text never reaches a database: it is parsed by a grammar, and every comparison is made once per
-distinct value of a column, then looked up for each tile.
+The text never reaches a database. A grammar parses it into a tree; each comparison runs once per distinct
+value of a column, and the result is looked up for each tile.
 
 Fields: ``slide``, ``kind``, ``label``, ``patient``, ``file``, ``tile``, ``x``, ``y``, ``mpp``,
 ``target_mpp`` (of the tiles), ``cluster`` (of the newest clustering), ``cluster.NAME`` (of another), and
-every further column of the metadata. Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``, ``like``
-(``%`` any text, ``_`` one character), ``is null``, ``is not null``, ``and``, ``or``, ``not``, brackets.
-Texts stand in single or double quotes, doubled inside; a column whose name is not one word in backticks.
-A tile without a value equals nothing, so ``!=`` and ``not in`` hold for it.
+every user-defined column of the metadata. Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``,
+``like`` (``%`` any text, ``_`` one character), ``is null``, ``is not null``, ``and``, ``or``, ``not``,
+brackets. Write texts in single or double quotes, and double a quote inside a text. Write a column name of
+several words in backticks. A tile without a value equals nothing, so ``!=`` and ``not in`` are true for it.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _KEYWORDS = ("and", "or", "not", "in", "like", "is", "null")
 
 @dataclass(frozen=True)
 class Compare:
-    """A field against values, by one of the operators above."""
+    """Compares a field with values by one of the operators above."""
 
     field: str
     operator: str
@@ -41,21 +41,21 @@ class Compare:
 
 @dataclass(frozen=True)
 class Not:
-    """What its part is not."""
+    """True if its part is false."""
 
     part: Filter
 
 
 @dataclass(frozen=True)
 class Every:
-    """All parts hold."""
+    """True if all parts are true."""
 
     parts: tuple[Filter, ...]
 
 
 @dataclass(frozen=True)
 class Some:
-    """At least one part holds."""
+    """True if at least one part is true."""
 
     parts: tuple[Filter, ...]
 
@@ -107,25 +107,25 @@ def _grammar() -> Any:
             (lower("or"), 2, pp.OpAssoc.LEFT, fold(Some)),
         ],
     )
-    return found.parse_with_tabs()  # else a tab in a text becomes blanks
+    return found.parse_with_tabs()  # otherwise a tab in a text becomes spaces
 
 
 def quoted(text: str) -> str:
-    """Return a text as it stands in a filter."""
+    """Return a text quoted for a filter."""
     return "'" + text.replace("'", "''") + "'"
 
 
 def quoted_field(name: str) -> str:
-    """Return the name of a column as it stands in a filter: in backticks where it is not one word."""
+    """Return the name of a column as written in a filter: in backticks if it is not a single word."""
     plain = re.fullmatch(r"[^\W\d]\w*", name) and name.lower() not in _KEYWORDS
     return name if plain else "`" + name.replace("`", "``") + "`"
 
 
 def parse(text: str) -> Filter:
-    """Read a filter.
+    """Parse a filter.
 
     Raises:
-        BadInput: it does not follow the grammar; says where.
+        BadInput: the text does not follow the grammar; the message says where.
     """
     import pyparsing as pp
 
@@ -146,10 +146,10 @@ def parse(text: str) -> Filter:
 
 
 def select(columns: Columns, wanted: Filter) -> Mask:
-    """Return which tiles (N,) a filter lets through.
+    """Return which tiles (N,) pass a filter.
 
     Raises:
-        BadInput: a field that the atlas does not have, or a value of the wrong kind.
+        BadInput: the atlas lacks a field, or a value has the wrong type.
     """
     if isinstance(wanted, Not):
         return ~select(columns, wanted.part)
@@ -178,7 +178,7 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
 
 
 def _numbers(columns: Columns, field: str) -> NDArray[np.float64] | None:
-    """Return a numeric column (N,), NaN where there is none; None for a field that is no number."""
+    """Return a numeric column (N,), NaN for no value; None if the field is not numeric."""
     if field in {"x", "y"}:
         return columns.places()[:, "xy".index(field)].astype(np.float64)
     if field == "tile":
@@ -254,7 +254,7 @@ def holds(name: str | None, wanted: Compare) -> bool:
 
 
 def _ordered(name: str, operator: str, value: Value) -> bool:
-    """Compare as numbers with a number, as texts with a text."""
+    """Compare numerically if the value is a number, else as texts."""
     if isinstance(value, str):
         return bool(_ORDER[operator](name, value))
     try:

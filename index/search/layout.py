@@ -1,8 +1,8 @@
-"""The map: an atlas in two dimensions by t-SNE, on which new tiles find a place without moving others.
+"""The map of an atlas: two dimensions by t-SNE; new tiles get coordinates without moving others.
 
 Some tiles, the landmarks, are laid out by t-SNE (van der Maaten & Hinton 2008; openTSNE, Poličar et al.
-2024). Every other vector lies at its nearest landmarks. So a map of any atlas takes seconds, is made once,
-and stays as it is when tiles are added.
+2024). Every other vector is put near its nearest landmarks. So a map of any atlas takes seconds, is
+computed once, and does not change when tiles are added.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ FILE = "map.npz"
 LANDMARKS = 3_000
 NEIGHBOURS = 5
 NEAR = 0.05
-"""Share of the map's width within which a point's nearest landmarks must lie to have a say in its place."""
+"""Radius around a point's nearest landmark, as a share of the map's width, in which landmarks count."""
 PERPLEXITY = 30
 TRUST_SAMPLE = 1_500
 FEW = 10
@@ -33,15 +33,15 @@ STALE = 2.0
 
 @dataclass(frozen=True)
 class Layout:
-    """Landmarks and their places.
+    """The landmarks and their coordinates on the map.
 
     Attributes:
         atlas: id of the atlas.
-        tiles: of the atlas when the map was made.
+        tiles: number of tiles of the atlas when the map was made.
         metric: of the vectors.
-        landmarks: (L, D) prepared.
-        points: (L, 2), both coordinates within -1 and 1.
-        trust: trustworthiness (Venna & Kaski 2001) of the landmarks' places for 10 neighbours, 0 to 1.
+        landmarks: (L, D) prepared vectors.
+        points: (L, 2) coordinates from -1 to 1.
+        trust: trustworthiness (Venna & Kaski 2001) of the landmarks' coordinates for 10 neighbours, 0 to 1.
         method: ``t-SNE``, or ``PCA`` for fewer than ten tiles.
     """
 
@@ -54,7 +54,7 @@ class Layout:
     method: str
 
     def place(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
-        """Return the places (N, 2) of vectors (N, D): the mean of their nearest landmarks on the map."""
+        """Return map coordinates (N, 2) of vectors (N, D): the mean of their nearest landmarks."""
         ready = prepared(vectors, self.metric)
         count = min(NEIGHBOURS, len(self.landmarks))
         scores, near = scan(ready, self.landmarks, count, self.metric)
@@ -67,7 +67,7 @@ class Layout:
         return found
 
     def to_bytes(self) -> bytes:
-        """Return the map as a file."""
+        """Return the map as the bytes of its file."""
         buffer = io.BytesIO()
         np.savez(
             buffer,
@@ -83,7 +83,7 @@ def read(path: Path) -> Layout | None:
     """Read an atlas's map; None if it has none.
 
     Raises:
-        Damaged: the file is not whole.
+        Damaged: the file is incomplete.
     """
     try:
         blob = (path / FILE).read_bytes()
@@ -105,7 +105,7 @@ def read(path: Path) -> Layout | None:
 
 
 def fits(layout: Layout | None, atlas: str, tiles: int, dim: int) -> bool:
-    """Whether a map is of this atlas and not made of less than half of it."""
+    """Whether a map belongs to this atlas, which has at most doubled since the map was made."""
     return (
         layout is not None
         and layout.atlas == atlas
@@ -115,16 +115,16 @@ def fits(layout: Layout | None, atlas: str, tiles: int, dim: int) -> bool:
 
 
 def landmarks_of(state: State, seed: int = 0) -> Vectors:
-    """Return the prepared vectors (L, D) of the tiles that a map is made from."""
+    """Return the prepared vectors (L, D) of the landmarks."""
     return prepared(state.vectors_at(state.sample(LANDMARKS, seed)), state.metric)
 
 
 def make(atlas: str, tiles: int, landmarks: Vectors, metric: Metric, seed: int = 0) -> Layout:
-    """Lay landmarks out.
+    """Compute the map of the landmarks.
 
     Args:
         atlas: its id.
-        tiles: that it has.
+        tiles: number of its tiles.
         landmarks: (L, D) prepared vectors of some of them.
         metric: of the vectors.
         seed: of t-SNE.
@@ -149,7 +149,7 @@ def _tsne(flat: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
         from openTSNE import TSNE
     except ImportError as error:
         raise MissingPart("the map needs openTSNE: pip install 'histoseek[ui]'") from error
-    # Tiles that are equal would start in one place and have no direction in which to part.
+    # Equal tiles would start at the same coordinates and could not separate.
     start = 1e-4 * _first_two(flat) / max(float(_first_two(flat).std()), 1e-12)
     start = start + np.random.default_rng(seed).normal(scale=1e-6, size=start.shape)
     perplexity = min(PERPLEXITY, (len(flat) - 1) / 3)
@@ -160,7 +160,7 @@ def _tsne(flat: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 
 
 def _first_two(flat: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the first two principal components (N, 2), zeros where there are fewer."""
+    """Return the first two principal components (N, 2), with zeros for missing ones."""
     centred = flat - flat.mean(axis=0)
     _, _, axes = np.linalg.svd(centred, full_matrices=False)
     found = np.zeros((len(flat), 2))

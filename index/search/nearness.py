@@ -1,4 +1,4 @@
-"""What is usual in an atlas: how near its tiles are to each other, how many are out of distribution."""
+"""Reference values of an atlas: how similar its tiles are, and how many are out of distribution."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from .tiles import find_like
 
 
 def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> NDArray[np.float32]:
-    """Return how similar some tiles are to their nearest tile of another patient, ascending (T',).
+    """Return the scores of sampled tiles with their nearest tile of another patient, ascending (T',).
 
-    A tile without patient leaves out its slide; where there is no other, only the tile itself. With
-    these one can say how near a new image's nearest tile is, compared with tiles of the atlas.
+    For a tile without a patient, the tiles of other slides count. If no sampled tile has such a neighbour,
+    all other tiles count. With these scores one can judge how near the nearest tile of a new image is.
     """
     some = state.sample(tiles, seed)
     vectors = state.vectors_at(some)
@@ -29,7 +29,7 @@ def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> NDArray[np.
 
 
 def out_of_distribution_share(state: State, tiles: int = 1000, seed: int = 0) -> float:
-    """Return the share of some tiles that the encoder calls out of distribution; 0 if it cannot tell."""
+    """Return the out-of-distribution share of sampled tiles; 0 if the encoder has no tissue gate."""
     if not state.manifest.gate:
         return 0.0
     vectors = state.vectors_at(state.sample(tiles, seed))

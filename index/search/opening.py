@@ -1,4 +1,4 @@
-"""Opening the newest committed state of an atlas: one transaction of the catalog, and the index file."""
+"""Opens the newest committed state of an atlas from one catalog transaction and the index file."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from .columns import Columns
 from .state import Mosaic, State
 
 GONE = -(2**62)
-"""First tile of a slide that was removed: no tile has such a number."""
+"""First tile id of a removed slide; no real tile has such an id."""
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """What one transaction read of the catalog."""
+    """The rows that one transaction read from the catalog."""
 
     revision: int
     slides: list[dict[str, Any]]
@@ -36,7 +36,7 @@ class _Rows:
 
 
 class States:
-    """Opens states of an atlas; keeps the newest, and what the next one can take over from it."""
+    """Opens states of an atlas; keeps the newest state and the parts that the next one can reuse."""
 
     def __init__(self, store: Store, generations: Generations) -> None:
         """Serve an atlas; nothing is loaded yet."""
@@ -47,10 +47,10 @@ class States:
         self._mosaics: dict[int, Mosaic] = {}
 
     def newest(self) -> State:
-        """Return the newest committed state; the same one as before while nothing changed.
+        """Return the newest committed state; the same object as before if nothing changed.
 
         Raises:
-            Damaged: a feature file of a slide that is not in the index file is missing or changed.
+            Damaged: a slide is not in the index file, and its feature file is missing or changed.
         """
         state, revision = self._newest, self._store.catalog.revision()
         if state is not None and state.revision == revision:
@@ -84,7 +84,7 @@ class States:
                 "JOIN clusterings AS c ON c.id = p.clustering_id"
             ):
                 placements[row["name"]][row["slide_id"]] = row["cluster"]
-            if int(get_meta(db, REVISION)) != revision:  # a folder that only others can write
+            if int(get_meta(db, REVISION)) != revision:  # read without locks in a read-only folder
                 raise StateGone(f"{self._store.path} changed while it was read; try again")
         return _Rows(
             revision,
@@ -136,7 +136,7 @@ class States:
         )
 
     def _read_recent(self, late: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
-        """Return the prepared vectors of slides that no index file holds; reuse those read before."""
+        """Return the recent vectors, prepared; reuse those read before."""
         wanted = {slide["id"] for slide in late}
         self._recent = {n: vectors for n, vectors in self._recent.items() if n in wanted}
         for slide in late:
@@ -151,14 +151,14 @@ class States:
         empty = np.zeros((0, self._store.manifest.dim), dtype=np.float32)
         joined = np.concatenate([empty, *(self._recent[slide["id"]] for slide in late)])
         start = 0
-        for slide in late:  # parts of the whole from now on, not copies
+        for slide in late:  # keep views of the joined array, not copies
             self._recent[slide["id"]] = joined[start : start + slide["tiles"]]
             start += slide["tiles"]
         return joined
 
 
 def _removed(number: int, tiles: int) -> dict[str, Any]:
-    """Return a stand-in for a slide that was removed after the index file was written."""
+    """Return a placeholder row for a slide that was removed after the index file was written."""
     return {
         "id": number,
         "name": "",

@@ -1,4 +1,4 @@
-"""A question for similar tiles, as Python, command line, page, API and Milvus ask it."""
+"""The query for similar tiles, shared by Python, the command line, the page, the API and Milvus."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class Query:
-    """What to search for. Each image and each tile is a question of its own, unless ``together``.
+    """A search for similar tiles. Each example gets its own answer, unless ``together`` is set.
 
     Attributes:
-        images: to be like, each (S, S, 3) as the encoder takes it; see :meth:`embedded`.
-        vectors: (Q, D) to be like, of this atlas's encoder.
-        tiles: ids of tiles of the atlas to be like.
-        unlike_images: not to be like.
-        unlike_vectors: (M, D) not to be like.
-        unlike_tiles: ids of tiles not to be like.
-        together: one answer: tiles like all of the examples; always so where something is to be unlike.
+        images: examples to be like, each (S, S, 3) as the encoder takes it; see :meth:`embedded`.
+        vectors: (Q, D) examples to be like, made by this atlas's encoder.
+        tiles: ids of tiles of the atlas, as examples to be like.
+        unlike_images: examples to be unlike.
+        unlike_vectors: (M, D) examples to be unlike.
+        unlike_tiles: ids of tiles to be unlike.
+        together: give one answer for all examples; always the case if there are examples to be unlike.
         k: hits per answer; all tiles if there are fewer.
         where: metadata filter such as ``organ = 'colon' and patient != 'P7'``; see
             :mod:`~histoseek.index.search.filters`.
         least: lowest score of a hit; without ``per_slide`` a range search, which is exact.
         per_slide: at most one hit per slide.
         exact: compare with every tile, whatever the index.
-        leave_out: what is left out of a tile that is asked with: the ``tile`` itself, its ``slide``, or all
-            of its ``patient`` (its slide where the patient is not known).
+        leave_out: which hits to exclude if the example is a tile of the atlas: the ``tile`` itself, its
+            ``slide``, or all slides of its ``patient`` (its slide if the patient is not known).
     """
 
     images: tuple[Rgb, ...] = field(default=(), repr=False)
@@ -57,7 +57,7 @@ class Query:
         """Check the ranges.
 
         Raises:
-            BadInput: a number or a name out of its range.
+            BadInput: a value is out of range.
         """
         if self.k < 1:
             raise BadInput(f"k is {self.k}; expected 1 or more")
@@ -70,23 +70,23 @@ class Query:
 
     @property
     def examples(self) -> int:
-        """Number of images, vectors and tiles that the query names."""
+        """Number of images, vectors and tiles in the query."""
         arrays = (self.vectors, self.unlike_vectors)
         lists = (self.images, self.tiles, self.unlike_images, self.unlike_tiles)
         return sum(map(len, lists)) + sum(len(a) for a in arrays if a is not None)
 
     @property
     def combines(self) -> bool:
-        """Whether all examples make one question."""
+        """Whether all examples together get one answer."""
         unlike = self.unlike_images or self.unlike_tiles
         vectors = self.unlike_vectors is not None and len(self.unlike_vectors) > 0
         return self.together or bool(unlike) or vectors
 
     def embedded(self, embed: Embed) -> Query:
-        """Return the query with vectors in the place of its images.
+        """Return the query with its images replaced by their vectors.
 
         Args:
-            embed: takes images (N, S, S, 3) to vectors (N, D); called once.
+            embed: turns images (N, S, S, 3) into vectors (N, D); called once.
         """
         images = [*self.images, *self.unlike_images]
         if not images:

@@ -1,4 +1,4 @@
-"""A committed state of an atlas: what is known of its tiles, and their vectors."""
+"""A committed state of an atlas: the columns of its tiles, and their vectors."""
 
 from __future__ import annotations
 
@@ -28,15 +28,15 @@ class State:
     """One committed state; it does not change when the atlas does.
 
     Attributes:
-        store: where the feature files are.
-        revision: which state.
-        columns: what is known of the tiles.
-        index: their vectors.
-        generation: of the index file, 0 for none.
-        about: of the index file: plan, options, what was measured.
+        store: the catalog and feature files.
+        revision: number of the state.
+        columns: columns of the tiles, such as label and patient.
+        index: vectors of the tiles.
+        generation: number of the index file; 0 for none.
+        about: plan, options and measurements of the index file.
         clusterings: the catalog's rows of the fitted clusterings, newest first.
         cluster_names: names that people gave to clusters, by clustering and number.
-        mosaics: representative tiles of slides that were read before, by slide id.
+        mosaics: cached mosaics, by slide id.
     """
 
     store: Store
@@ -60,10 +60,10 @@ class State:
         return self.store.manifest.metric
 
     def require_tiles(self) -> None:
-        """Refuse an atlas without tiles.
+        """Check that the atlas has tiles.
 
         Raises:
-            BadInput: there are none.
+            BadInput: it has none.
         """
         if not len(self.index):
             raise BadInput(f"{self.store.path} holds no tiles yet; add features first")
@@ -72,7 +72,7 @@ class State:
         """Return the positions (T,) of tiles by id.
 
         Raises:
-            NotFound: an id that is not there.
+            NotFound: the atlas has no tile with one of the ids.
         """
         positions = self.columns.positions(np.asarray(tiles, dtype=np.int64))
         if (positions < 0).any():
@@ -84,7 +84,7 @@ class State:
         """Return the vectors (T, D) at positions (T,), from the feature files.
 
         Raises:
-            Damaged: a feature file is missing or is not the one that was added.
+            Damaged: a feature file is missing or has changed since it was added.
         """
         slides = self.columns.slide_of(positions)
         found = np.empty((len(positions), self.manifest.dim), dtype=np.float32)
@@ -98,8 +98,8 @@ class State:
         """Return the vectors (T, D) of tiles by id, from the feature files.
 
         Raises:
-            NotFound: an id that is not there.
-            Damaged: a feature file is missing or is not the one that was added.
+            NotFound: the atlas has no tile with one of the ids.
+            Damaged: a feature file is missing or has changed since it was added.
         """
         return self.vectors_at(self.positions(tiles))
 
@@ -111,7 +111,7 @@ class State:
         return np.sort(drawn)
 
     def mosaic_of(self, slide: Mapping[str, Any]) -> Mosaic:
-        """Return the rows (M,) of a slide's representative tiles and their prepared vectors (M, D)."""
+        """Return the mosaic of a slide: rows of its tiles (M,) and their prepared vectors (M, D)."""
         found = self.mosaics.get(slide["id"])
         if found is None:
             if slide["mosaic"] is None:
@@ -125,11 +125,11 @@ class State:
         return found
 
     def check_queries(self, queries: NDArray[np.float32]) -> None:
-        """Refuse vectors that cannot be compared with those of this atlas.
+        """Check that vectors can be compared with those of this atlas.
 
         Raises:
-            Mismatch: of another length.
-            BadInput: not finite.
+            Mismatch: they have another length.
+            BadInput: they are not finite.
         """
         if queries.ndim != 2 or queries.shape[1] != self.manifest.dim:
             raise Mismatch(

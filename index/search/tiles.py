@@ -1,4 +1,4 @@
-"""Finding similar tiles in one state of an atlas: by filter, without the query's own, one per slide."""
+"""Finds similar tiles in one state of an atlas: with a filter, exclusions, or one hit per slide."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ Mask = NDArray[np.bool_]
 Positions = NDArray[np.int64]
 Scores = NDArray[np.float32]
 UNLIKE = 0.5
-"""Weight of what a query must not be like."""
+"""Weight of the examples to be unlike."""
 SLIDE_STEP = 4_096
-"""Hits after which a search for one hit per slide leaves out the slides that it has."""
+"""If this many hits yield too few slides, the search goes on without the slides already found."""
 
 
 def allowed(state: State, where: str | None) -> Mask | None:
-    """Return which positions a filter lets through (N,), None for all; kept for the next time."""
+    """Return which positions (N,) pass a filter, None for all; the mask is cached."""
     if where is None:
         return None
     return state.columns.mask(where, lambda: select(state.columns, parse(where)))
@@ -33,13 +33,13 @@ def allowed(state: State, where: str | None) -> Mask | None:
 def find(
     state: State, queries: NDArray[np.float32], settings: Query, mask: Mask | None = None
 ) -> tuple[Scores, Positions]:
-    """Return scores and positions (Q, k'), best first, -1 where there are no more.
+    """Return scores and positions (Q, k'), best first; -1 fills missing hits.
 
     Args:
         state: the state to search.
         queries: (Q, D).
-        settings: k, filter and so on; its examples are not looked at.
-        mask: (N,) positions that may be found, beside the filter; None for all.
+        settings: k, filter and so on; its examples are ignored.
+        mask: (N,) positions that may be found, in addition to the filter; None for all.
     """
     passing = allowed(state, settings.where)
     if mask is not None:
@@ -53,7 +53,7 @@ def find(
 
 
 def _stacked(answers: list[tuple[Scores, Positions]]) -> tuple[Scores, Positions]:
-    """Lay answers of different lengths side by side."""
+    """Stack answers of different lengths, padded."""
     width = max((len(at) for _, at in answers), default=0)
     scores = np.full((len(answers), width), -np.inf, dtype=np.float32)
     positions = np.full((len(answers), width), -1, dtype=np.int64)
@@ -97,7 +97,7 @@ def _slides_of_one(
             break
         if ask < SLIDE_STEP:
             ask *= 4
-        else:  # one slide holds all of them: go on without the slides that are there
+        else:  # few slides hold all hits: go on without these slides
             others = np.repeat(
                 [n not in seen for n in range(len(columns.slides))], np.diff(columns.starts)
             )
@@ -111,13 +111,13 @@ def find_like(
     vectors: NDArray[np.float32],
     settings: Query,
 ) -> tuple[Scores, Positions]:
-    """Search by tiles of the atlas itself, leaving out each query's own tile, slide or patient.
+    """Search by tiles of the atlas, without the tile, slide or patient of each query.
 
     Args:
         state: the state to search.
-        tiles: (Q,) positions.
-        vectors: (Q, D) theirs.
-        settings: k, filter, what to leave out and so on; its examples are not looked at.
+        tiles: (Q,) positions of the query tiles.
+        vectors: (Q, D) their vectors.
+        settings: k, filter, what to leave out and so on; its examples are ignored.
     """
     if settings.leave_out == "tile" and not settings.per_slide:
         scores, found = find(state, vectors, replace(settings, k=settings.k + 1))
@@ -142,14 +142,14 @@ def find_like(
 def find_together(
     state: State, vector: NDArray[np.float32], tiles: NDArray[np.int64], settings: Query
 ) -> tuple[Scores, Positions]:
-    """Search with one vector (D,) made of several examples, leaving out what is asked with.
+    """Search with one vector (D,) combined from several examples, without the examples themselves.
 
     Args:
         state: the state to search.
-        vector: to be like.
-        tiles: (T,) positions of the tiles among the examples; they are left out, or their slides or
-            patients.
-        settings: k, filter, what to leave out and so on; its examples are not looked at.
+        vector: the combined vector.
+        tiles: (T,) positions of the examples that are tiles of the atlas; these tiles, their slides or
+            their patients are left out.
+        settings: k, filter, what to leave out and so on; its examples are ignored.
     """
     if not len(tiles):
         return find(state, vector[None], settings)
@@ -162,7 +162,7 @@ def find_together(
 
 
 def owners(state: State, of: LeaveOut) -> NDArray[np.int64]:
-    """Return a number for the tile, slide or patient of every position (N,)."""
+    """Return the number of the tile, slide or patient that each position (N,) belongs to."""
     count = state.index.positions
     if of == "tile":
         return np.arange(count)
@@ -183,7 +183,8 @@ def combined(
 ) -> NDArray[np.float32]:
     """Return one query (D,) that is like some vectors and unlike others (Rocchio 1971).
 
-    The mean of those to be like, moved away from the mean of those to be unlike by half as much.
+    For cosine, it is the mean of the vectors to be like minus half the mean of those to be unlike. For l2,
+    it is the mean of the vectors to be like, moved away from the other mean by half their difference.
     """
     if len(positive) == 1 and not len(negative):
         only: NDArray[np.float32] = positive[0]
@@ -198,12 +199,12 @@ def combined(
 def answer(state: State, query: Query) -> list[list[Hit]]:
     """Return hits, best first: one list if the query combines its examples, else one per example.
 
-    Vectors come first, then tiles. Images must have been embedded.
+    Answers for vectors come first, then those for tiles. Images must already be embedded.
 
     Raises:
-        BadInput: nothing to be like, a filter that cannot be read, or an atlas without tiles.
-        NotFound: a tile that is not there.
-        Mismatch: vectors of another length.
+        BadInput: no example to be like, an invalid filter, or an atlas without tiles.
+        NotFound: a tile is not in the atlas.
+        Mismatch: vectors have another length.
     """
     state.require_tiles()
     if query.images or query.unlike_images:
@@ -232,7 +233,7 @@ def answer_near(state: State, vector: NDArray[np.float32], query: Query) -> list
 
 
 def combined_vector(state: State, query: Query) -> NDArray[np.float32]:
-    """Return the vector (D,) that is like the query's examples and unlike those to be unlike.
+    """Return the vector (D,) that combines all examples of a query, those to be unlike included.
 
     Raises:
         BadInput: no example to be like.

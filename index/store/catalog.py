@@ -1,4 +1,4 @@
-"""The catalog: what an atlas holds, in SQLite (WAL). A row here is the commit mark of every change."""
+"""The catalog: the SQLite database (WAL) of an atlas. Every change is committed by writing its row here."""
 
 from __future__ import annotations
 
@@ -21,14 +21,14 @@ NEXT_TILE = "next_tile"
 
 
 class Catalog:
-    """An atlas's database; every method opens its own connection, so threads need no care."""
+    """An atlas's database; every method opens its own connection, so threads may share it."""
 
     def __init__(self, folder: Path) -> None:
         """Name the database of the atlas in ``folder``; nothing is opened yet."""
         self.path = folder / FILE
 
     def create(self, meta: dict[str, str]) -> None:
-        """Make the database with its first rows."""
+        """Create the database and its first rows."""
         self.path.touch()
         with self._connect() as db:
             db.execute("PRAGMA journal_mode = WAL")
@@ -56,7 +56,7 @@ class Catalog:
         except (
             sqlite3.DatabaseError,
             UnicodeDecodeError,
-        ) as error:  # text that is no text any more
+        ) as error:  # damaged text is not valid UTF-8
             raise Damaged(
                 f"{self.path} is damaged ({error}); restore the atlas from a copy, or build it again "
                 "from its feature files"
@@ -65,10 +65,10 @@ class Catalog:
             db.close()
 
     def _uri(self) -> str:
-        """Name the database for SQLite.
+        """Return the database's address for SQLite.
 
-        Who may not write the folder reads beside the writer's log if there is one; else SQLite is told that
-        nobody writes, since it could make no log of its own.
+        Without write permission, the database is opened read-only together with the writer's log. If there
+        is no log, it is opened as immutable, because SQLite could not create one.
         """
         uri = self.path.absolute().as_uri()
         if os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK):
@@ -85,8 +85,8 @@ class Catalog:
         """Yield a connection that sees one consistent state.
 
         Raises:
-            BadInput: no database, or one of a newer histoseek.
-            Damaged: the database is not readable.
+            BadInput: there is no database, or a newer histoseek wrote it.
+            Damaged: the database cannot be read.
         """
         self._check_there()
         with self._connect() as db:
@@ -97,14 +97,14 @@ class Catalog:
 
     @contextmanager
     def write(self) -> Iterator[sqlite3.Connection]:
-        """Yield a connection whose changes are committed together when the block ends well.
+        """Yield a connection; its changes are committed together if the block raises nothing.
 
-        Every commit counts the revision up by one; readers look again when it changed.
+        Every commit increases the revision by one, so that readers notice the change.
 
         Raises:
-            BadInput: no database.
-            Busy: locked for longer than half a minute.
-            StorageFailed: it cannot be written.
+            BadInput: there is no database.
+            Busy: the database stayed locked for more than 30 s.
+            StorageFailed: the database cannot be written.
         """
         self._check_there()
         with self._connect() as db:
@@ -155,7 +155,7 @@ class Catalog:
         db.execute("COMMIT")
 
     def meta(self) -> dict[str, str]:
-        """Return the atlas's own facts: encoder, dim, revision.
+        """Return the atlas's properties: encoder, dim, revision and so on.
 
         Raises:
             Damaged: one of them is missing.
@@ -168,7 +168,7 @@ class Catalog:
         return found
 
     def revision(self) -> int:
-        """Return how many changes were committed."""
+        """Return the number of committed changes."""
         return int(self.meta()[REVISION])
 
     def rows(self, query: str, values: Sequence[Any] = ()) -> list[sqlite3.Row]:
@@ -195,7 +195,7 @@ def _operational(path: Path, error: sqlite3.OperationalError) -> HistoseekError:
 
 
 def insert(db: sqlite3.Connection, table: str, row: dict[str, Any]) -> int:
-    """Insert one row given by column names, with its seal; return its id."""
+    """Insert one row (values by column name) with its checksum; return its id."""
     sealed = {**row, SEAL: seal(row)}
     marks = ", ".join("?" for _ in sealed)
     cursor = db.execute(
@@ -207,7 +207,7 @@ def insert(db: sqlite3.Connection, table: str, row: dict[str, Any]) -> int:
 def update(
     db: sqlite3.Connection, table: str, where: dict[str, Any], changes: dict[str, Any]
 ) -> None:
-    """Change the rows whose columns have the values ``where``, and seal them anew."""
+    """Change the rows that have the values ``where``, and update their checksums."""
     found = " AND ".join(f"{key} = ?" for key in where)
     rows = db.execute(
         f"SELECT rowid AS at, * FROM {table} WHERE {found}", (*where.values(),)
@@ -220,13 +220,13 @@ def update(
 
 
 def get_meta(db: sqlite3.Connection, key: str, default: str = "") -> str:
-    """Return one of the atlas's own facts."""
+    """Return one property of the atlas; ``default`` if it is not stored."""
     row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
     return default if row is None else str(row["value"])
 
 
 def set_meta(db: sqlite3.Connection, key: str, value: str) -> None:
-    """Set one of the atlas's own facts, in the caller's transaction."""
+    """Set one property of the atlas, in the caller's transaction."""
     row = {"key": key, "value": value}
     db.execute("INSERT OR REPLACE INTO meta VALUES (?, ?, ?)", (key, value, seal(row)))
 

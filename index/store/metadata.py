@@ -1,4 +1,4 @@
-"""Whose row: which row of a table of slides belongs to which slide of an atlas."""
+"""Matches the rows of a metadata table to the slides of an atlas."""
 
 from __future__ import annotations
 
@@ -16,20 +16,21 @@ from .rows import Added
 
 Row = dict[str, str]
 Metadata = Mapping[str, Mapping[str, Any]]
-"""Rows by the name that each gives its slide; see :mod:`histoseek.artifacts.slide_names`."""
+"""Rows by slide name as written in the table; see :mod:`histoseek.artifacts.slide_names`."""
 TABLE = "the metadata"
 
 
 @dataclass(frozen=True)
 class Rows:
-    """The rows of a table, by the feature files whose slides they mean.
+    """The rows of a table, matched to feature files.
 
     Attributes:
-        by_file: by feature file, the row of its slide.
-        unused: names of rows that mean no slide at all, sorted.
-        of_others: names of rows that mean slides of the atlas which are not being added.
-        without: names of slides that are being added and that no row means.
-        by_name_only: names of rows with folders in them, whose slides are known by their name only.
+        by_file: the row of each feature file's slide.
+        unused: names of rows that match no slide, sorted.
+        of_others: names of rows that match slides already in the atlas, which are not being added.
+        without: names of slides being added that no row matches.
+        by_name_only: names of rows that contain folders but were matched by file name only, because the
+            path of the slide is not known.
     """
 
     by_file: dict[Path, Row] = field(default_factory=dict)
@@ -39,21 +40,21 @@ class Rows:
     by_name_only: tuple[str, ...] = ()
 
     def of(self, file: Path) -> Row:
-        """Return the row of a feature file's slide; empty if it has none."""
+        """Return the row of a feature file's slide; an empty row if none matches."""
         return self.by_file.get(file, {})
 
 
 class AddedSlides(list[Added]):
-    """What became of each feature file that was to be added.
+    """The result for each feature file to add.
 
     Attributes:
-        rows: which rows of the metadata were used.
-        left_out: what the folders hold beside feature files.
-        notes: what was read of the table in its own way, such as cells without value.
+        rows: the metadata rows that were used.
+        left_out: entries of the folders that are not feature files.
+        notes: how unusual content of the table was read, such as cells that count as empty.
     """
 
     def __init__(self, results: Iterable[Added], rows: Rows) -> None:
-        """Keep the results, and the rows they had."""
+        """Keep the results and their metadata rows."""
         super().__init__(results)
         self.rows = rows
         self.left_out: list[LeftOut] = []
@@ -61,7 +62,7 @@ class AddedSlides(list[Added]):
 
 
 def names_in_atlas(slides: Iterable[Any]) -> list[SlideName]:
-    """Return what the slides of an atlas (rows of its table) may be called."""
+    """Return the names and paths by which the slides of an atlas (rows of its table) can be matched."""
     return [SlideName(row["name"], (row["source"],) if row["source"] else ()) for row in slides]
 
 
@@ -71,14 +72,15 @@ def match_rows(metadata: Metadata, files: Sequence[Path], slides: Iterable[Any])
     Args:
         metadata: rows by name.
         files: feature files.
-        slides: rows of the atlas's table; a name that means one of these as well means two slides.
+        slides: rows of the atlas's table; a name that matches one of these and a new slide is ambiguous.
 
     Raises:
-        BadInput: a row that means two slides, or two rows that mean one.
+        BadInput: a row matches two slides, or two rows match one slide.
     """
     if not metadata:
         return Rows()
-    # Two files of one name and place are one slide (at two magnifications); of two places they are two.
+    # Feature files with the same name and source path belong to one slide (at two magnifications).
+    # With different source paths they belong to two slides.
     files_of: dict[SlideName, list[Path]] = {}
     for file in files:
         files_of.setdefault(name_in(file), []).append(file)
@@ -108,11 +110,11 @@ def match_rows(metadata: Metadata, files: Sequence[Path], slides: Iterable[Any])
 
 
 def slides_meant(names: Iterable[str], slides: Sequence[Any]) -> dict[str, str]:
-    """Return, by the names that rows give, the slides of an atlas that they mean.
+    """Return the slide of the atlas that each name matches.
 
     Raises:
-        BadInput: a name that means two slides, or two names that mean one.
-        NotFound: names that mean no slide; all of them are named.
+        BadInput: a name matches two slides, or two names match one slide.
+        NotFound: names match no slide; the message lists them all.
     """
     every = names_in_atlas(slides)
     found = match(sorted(names), every, TABLE, "row")

@@ -1,7 +1,7 @@
-"""How the catalog stores what is known of a slide's tiles: one blob per column, little-endian.
+"""How the catalog stores the columns of a slide's tiles: one little-endian blob per column.
 
-Coordinates are int32 (level-0 pixels), values that repeat (labels, patients) are numbers into a list of
-names, texts are JSON; the last two are deflated. A million tiles are read in some milliseconds.
+Coordinates are int32 (level-0 pixels). Repeated values (labels, patients) are indices into a list of
+names. Texts are JSON. The last two are deflated. A million tiles are read in a few milliseconds.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ SEAL = "seal"
 
 
 def seal(row: Mapping[str, Any]) -> bytes:
-    """Return a checksum of a row of the catalog, which SQLite itself does not keep (16 bytes).
+    """Return a checksum of a catalog row (16 bytes), since SQLite keeps none.
 
-    A row's own id and a column that is not there yet do not count: they are NULL or given by SQLite.
+    It leaves out the row's id, which SQLite assigns, and columns without a value.
     """
     digest = hashlib.blake2b(digest_size=16)
     for key in sorted(row):
         if key not in {SEAL, "id"} and row[key] is not None:
             value = row[key]
             if isinstance(value, (int, float)):
-                value = float(value)  # SQLite gives 1.0 back for 1 in a REAL column
+                value = float(value)  # SQLite returns 1.0 for a 1 in a REAL column
             digest.update(f"{key}\0".encode())
             digest.update(value if isinstance(value, bytes) else repr(value).encode())
     return digest.digest()
@@ -45,10 +45,10 @@ def pack_numbers(values: Any, dtype: str) -> bytes:
 
 
 def unpack_numbers(blob: bytes, dtype: str) -> NDArray[Any]:
-    """Undo :func:`pack_numbers`; read-only.
+    """Decode what :func:`pack_numbers` encoded; the array is read-only.
 
     Raises:
-        Damaged: not a whole number of values.
+        Damaged: the blob does not hold a whole number of values.
     """
     try:
         return np.frombuffer(blob, dtype=np.dtype(dtype))
@@ -59,10 +59,10 @@ def unpack_numbers(blob: bytes, dtype: str) -> NDArray[Any]:
 
 
 def pack_places(places: Any) -> bytes:
-    """Encode level-0 places (N, 2) as int32.
+    """Encode level-0 coordinates (N, 2) as int32.
 
     Raises:
-        BadInput: a coordinate that no slide has.
+        BadInput: a coordinate is out of range.
     """
     wide = np.asarray(places, dtype=np.int64).reshape(-1, 2)
     if len(wide) and (wide.min() < -(2**31) or wide.max() >= 2**31):
@@ -71,7 +71,7 @@ def pack_places(places: Any) -> bytes:
 
 
 def unpack_places(blob: bytes) -> NDArray[np.int32]:
-    """Undo :func:`pack_places`: (N, 2)."""
+    """Decode what :func:`pack_places` encoded: (N, 2)."""
     numbers = unpack_numbers(blob, "<i4")
     if len(numbers) % 2:
         raise Damaged("a column of places is cut; restore the atlas's database")
@@ -79,20 +79,20 @@ def unpack_places(blob: bytes) -> NDArray[np.int32]:
 
 
 def pack_texts(values: Sequence[str | None] | None) -> bytes | None:
-    """Encode texts (N,), one of which may be missing; None if all are."""
+    """Encode texts (N,), some of which may be missing; None if all are missing."""
     if values is None or all(v is None for v in values):
         return None
     return zlib.compress(json.dumps(list(values), ensure_ascii=False).encode(), 1)
 
 
 def unpack_texts(blob: bytes) -> list[str | None]:
-    """Undo :func:`pack_texts`."""
+    """Decode what :func:`pack_texts` encoded."""
     found: list[str | None] = json.loads(_inflate(blob))
     return found
 
 
 def pack_coded(values: Sequence[str | None] | None) -> bytes | None:
-    """Encode values that repeat (N,), "" and None being missing; None if all are."""
+    """Encode repeated values (N,); "" and None count as missing. Return None if all are missing."""
     if values is None or not any(values):
         return None
     names = sorted({v for v in values if v})
@@ -104,7 +104,7 @@ def pack_coded(values: Sequence[str | None] | None) -> bytes | None:
 
 
 def unpack_coded(blob: bytes) -> tuple[list[str], Codes]:
-    """Undo :func:`pack_coded`: the names, and their numbers (N,)."""
+    """Decode what :func:`pack_coded` encoded: the names, and the index of each value (N,)."""
     names, _, codes = _inflate(blob).partition(b"\0")
     return json.loads(names), unpack_numbers(codes, "<i4")
 

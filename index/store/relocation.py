@@ -1,4 +1,4 @@
-"""Slides that were moved: an atlas takes over where they lie now, if their content is the same."""
+"""Finds slides that were moved and updates their paths in the atlas if the content is unchanged."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from .catalog import Catalog, update
 
 
 class Relocated(NamedTuple):
-    """What became of one slide or tile set.
+    """The result for one slide or tile set.
 
     Attributes:
         slide: its name.
-        state: ``moved``, ``there`` (it is where the atlas says), ``not found``, ``other content``, or
-            ``unchecked`` (nothing is known of its content, so it was left as it is).
-        source: where the atlas says that it lies, afterwards.
-        reason: why it was not moved, or what could not be checked.
+        state: ``moved``, ``there`` (it is at the stored path), ``not found``, ``other content``, or
+            ``unchecked`` (its content is not known, so nothing was changed).
+        source: the path stored in the atlas afterwards.
+        reason: why the path was not changed, or what could not be checked.
     """
 
     slide: str
@@ -36,23 +36,23 @@ class Relocated(NamedTuple):
 def relocate(
     atlas: Path, catalog: Catalog, old: str | None, new: Path | None, folders: Sequence[Path]
 ) -> list[Relocated]:
-    """Find the slides of an atlas at new places and write these down.
+    """Find the slides of an atlas at their new paths and store these.
 
-    A slide is recognised by its content mark (size, first and last mebibyte), which its features hold; a
-    tile set in a folder by the names of its tiles.
+    A slide is recognised by the content mark in its feature file (size, first and last mebibyte). A tile
+    set in a folder is recognised by the names of its tiles.
 
     Args:
         atlas: its folder.
-        catalog: of the atlas; its lock is held.
-        old: folder where slides were; only slides below it are looked at.
-        new: folder that stands in its place now.
-        folders: instead of these two: where to look for slides, by file name and then by content.
+        catalog: of the atlas; the caller holds the atlas's lock.
+        old: former folder of the slides; only slides below it are checked.
+        new: the folder that replaces ``old``.
+        folders: instead of ``old`` and ``new``: folders to search by file name, then by content.
 
     Returns:
-        One entry for each slide that was looked at, by name.
+        One entry for each slide that was checked, sorted by name.
 
     Raises:
-        BadInput: a folder that does not exist, or no slide lies below ``old``.
+        BadInput: a folder does not exist, or no slide lies below ``old``.
     """
     for folder in (*folders, *([new] if new is not None else [])):
         if not folder.is_dir():
@@ -86,7 +86,7 @@ def relocate(
 
 
 class _Files:
-    """What lies in the folders that are searched."""
+    """The files and folders to search."""
 
     def __init__(self, folders: Sequence[Path]) -> None:
         self.every = [file for folder in folders for file in walk(folder, belongs_to).files]
@@ -102,7 +102,7 @@ class _Files:
         return self._named.get(Path(slide["source"]).name, [])
 
     def with_mark(self, mark: str, marks: _Marks) -> list[Path]:
-        """Return the files with a content mark; all files are looked at once, when first asked."""
+        """Return the files with a content mark; the first call reads the marks of all files."""
         if self._by_mark is None:
             self._by_mark = {}
             for file in self.every:
@@ -126,7 +126,7 @@ class _Marks:
 
 
 def _below(source: str, folder: str) -> str | None:
-    """Return a path relative to a folder above it; None if it does not lie below it."""
+    """Return ``source`` relative to ``folder``; None if it is not below that folder."""
     for above in dict.fromkeys([os.path.abspath(folder), os.path.realpath(folder)]):
         inside = os.path.relpath(source, above) if source else ".."
         if inside.split(os.sep)[0] != "..":
@@ -137,7 +137,7 @@ def _below(source: str, folder: str) -> str | None:
 def _relocated(
     slide: Mapping[str, Any], features: Features, candidates: Sequence[Path], marks: _Marks
 ) -> Relocated:
-    """Compare the places where a slide could be with what is known of its content."""
+    """Compare the candidate paths of a slide with its known content."""
     name, source = str(slide["name"]), str(slide["source"])
     mark = features.about.get("key", {}).get("content")
     if mark is None:
@@ -162,9 +162,10 @@ def _relocated(
 def _anywhere(
     slide: Mapping[str, Any], features: Features, files: _Files, marks: _Marks
 ) -> Relocated | None:
-    """Look for a slide under another file name, by its content.
+    """Search for a slide under another file name, by its content.
 
-    An index file (``.mrxs``, ``.vms``) is small, and many have the same content: it must keep its name.
+    A slide's index file (``.mrxs``, ``.vms``) is small and may equal those of other slides, so it is found
+    only under its own name.
     """
     mark = features.about.get("key", {}).get("content")
     if mark is None or slide["kind"] != "slide" or _is_index(Path(slide["source"])):
@@ -181,7 +182,7 @@ def _is_index(path: Path) -> bool:
 def _is_same(
     slide: Mapping[str, Any], features: Features, mark: str, path: Path, marks: _Marks
 ) -> tuple[bool, str]:
-    """Return whether a path is a slide or tile set, and what could not be checked."""
+    """Return whether ``path`` is this slide or tile set, and what could not be checked."""
     if slide["kind"] == "slide":
         whole = path.suffix.lower() != ".mrxs" or path.with_suffix("").is_dir()
         return whole and path.is_file() and marks.of(path) == mark, ""
@@ -193,7 +194,7 @@ def _is_same(
         return False, ""
     if tiles.fingerprint == mark:
         return True, ""
-    # A copied folder has new times, so its fingerprint differs: then its tiles must have the same names.
+    # A copied folder has new file times and so another fingerprint: compare the names of the tiles instead.
     names = set(features.files or ())
     same = path.is_dir() and bool(names) and names <= {tile.file for tile in tiles.tiles}
     return same, "its tiles were found by name; their content was not compared" if same else ""

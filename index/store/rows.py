@@ -1,4 +1,4 @@
-"""What goes into an atlas and what comes out: rows of slides and tiles, hits, results of adding."""
+"""Values that go into an atlas and come out: hits, results of adding, metadata columns."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ class Hit(NamedTuple):
 
     Attributes:
         rank: 1 is the most similar.
-        score: cosine similarity, or minus the distance for an l2 encoder.
+        score: cosine similarity; for an l2 encoder, the negative distance.
         tile: the tile's id in the atlas.
         slide: name of its slide or tile set.
-        x: level-0 left of the tile.
-        y: level-0 top of the tile.
+        x: left edge of the tile in level-0 pixels.
+        y: top edge of the tile in level-0 pixels.
         size_px_level0: side of the tile in level-0 pixels; 0 in a tile set.
         mpp: micrometres per pixel of level 0.
-        label: of the tile, else of the slide.
-        patient: of the tile (its group), else of the slide.
-        cluster: in the newest clustering; None before one is fitted.
+        label: of the tile, or else of the slide.
+        patient: of the tile (its group), or else of the slide.
+        cluster: in the newest clustering; None if there is none.
         file: name of the tile in a tile set.
-        target_mpp: micrometres per pixel of the tile as the encoder saw it; None if unknown.
+        target_mpp: micrometres per pixel of the tile as the encoder received it; None if unknown.
     """
 
     rank: int
@@ -44,16 +44,16 @@ class Hit(NamedTuple):
 
 @dataclass(frozen=True)
 class Added:
-    """What became of one feature file that was to be added.
+    """The result for one feature file to add.
 
     Attributes:
         file: the file.
-        slide: the name it has in the atlas.
-        state: added, unchanged (it was there), relabelled, moved (its slide lies elsewhere now), replaced
-            or failed.
-        tiles: how many.
+        slide: its name in the atlas.
+        state: added, unchanged (already in the atlas), relabelled, moved (the slide has a new path),
+            replaced or failed.
+        tiles: number of tiles.
         reason: why it failed, or why it has no tiles.
-        encoder_by: of a file of another tool, what says which encoder made it.
+        encoder_by: for a file of another tool, the source that states which encoder made it.
     """
 
     file: str
@@ -65,7 +65,7 @@ class Added:
 
 
 def plain_name(name: str) -> str:
-    """Return a name with nothing in it that a file name should not have."""
+    """Return a name that is safe as a file name: other characters become underscores."""
     return "".join(c if c.isalnum() or c in "-_." else "_" for c in name)[:100].lstrip(".") or "_"
 
 
@@ -80,14 +80,14 @@ OWN = {
     "projection_x",
     "projection_y",
 }
-"""Columns that histoseek has of its own, or that exports add."""
+"""Column names reserved for histoseek and its exports."""
 
 
 def further(row: dict[str, Any]) -> dict[str, str]:
-    """Return the columns of a row of metadata that have no place of their own, as text, empty ones not.
+    """Return the non-empty user-defined columns of a metadata row, as text.
 
     Raises:
-        BadInput: a column that is histoseek's own.
+        BadInput: a column has a name reserved for histoseek.
     """
     known = {"slide", "path", "label", "patient", "mpp", "file"}
     if taken := sorted(OWN & set(row)):

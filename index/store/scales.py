@@ -1,7 +1,8 @@
-"""The scale of an atlas's tiles: one by default, several only where somebody said so.
+"""The scale of an atlas's tiles: one scale by default, several only if the user allows it.
 
-The same structure embeds differently at another scale, so that tiles of 0.5 and of 1 µm per pixel side by
-side make neighbours of what is not alike. What has no scale (tile sets, CLAM's files) is not judged.
+The same structure has another embedding at another scale. With tiles of 0.5 and of 1 µm per pixel in one
+atlas, tiles that do not look alike become neighbours. Slides of unknown scale (tile sets, CLAM's files)
+are not checked.
 """
 
 from __future__ import annotations
@@ -14,28 +15,28 @@ from ...errors import Mismatch
 from .catalog import get_meta
 
 MIXED = "mixed_scales"
-"""Key of the atlas's meta; ``yes`` once tiles of different scale were allowed."""
+"""Key in the atlas's meta table; ``yes`` if tiles of different scales are allowed."""
 
 TOLERANCE = 0.05
-"""Two scales differ if the larger is over this share larger; 0.5 and 0.499 µm per pixel do not."""
+"""Relative tolerance between two scales; 0.5 and 0.499 µm per pixel count as equal."""
 
 
 def differ(one: float, other: float) -> bool:
-    """Whether two scales (µm per pixel) are not the same."""
+    """Whether two scales (µm per pixel) differ by more than the tolerance."""
     return max(one, other) > (1 + TOLERANCE) * min(one, other)
 
 
 def check_scale(db: sqlite3.Connection, name: str, target_mpp: float | None, origin: str) -> None:
-    """Compare the scale of a slide's tiles with those that the atlas holds.
+    """Check that a slide's tiles have the scale of the atlas's tiles.
 
     Args:
-        db: of the catalog.
-        name: of the slide, whose own older tiles do not count.
-        target_mpp: µm per pixel of its tiles, or None.
-        origin: for messages.
+        db: connection to the catalog.
+        name: of the slide; its older tiles are not compared.
+        target_mpp: µm per pixel of its tiles; None if unknown.
+        origin: name of the input for messages.
 
     Raises:
-        Mismatch: they differ, and nobody allowed it; names both.
+        Mismatch: the scales differ, and the atlas does not allow mixed scales; the message gives both.
     """
     if target_mpp is None or get_meta(db, MIXED):
         return
@@ -56,11 +57,11 @@ def check_scale(db: sqlite3.Connection, name: str, target_mpp: float | None, ori
 
 
 def scales_of(slides: Sequence[Mapping[str, Any]], mixed: bool) -> dict[str, Any]:
-    """Count slides and tiles by scale, JSON-ready; the most frequent scale first.
+    """Count slides and tiles by scale, JSON-ready; the scale with most tiles comes first.
 
     Args:
-        slides: rows of ``slides`` that are there.
-        mixed: whether different scales were allowed.
+        slides: rows of the table ``slides``.
+        mixed: whether different scales are allowed.
     """
     counts: dict[float | None, list[int]] = {}
     for slide in slides:
@@ -78,7 +79,7 @@ def scales_of(slides: Sequence[Mapping[str, Any]], mixed: bool) -> dict[str, Any
 
 
 def scales_line(scales: Mapping[str, Any]) -> str:
-    """Say the scales of an atlas in a line."""
+    """Return one line that lists the scales of an atlas."""
     parts = [
         f"{s['target_mpp']:.4g} µm per pixel ({s['tiles']:,} tiles)" for s in scales["of_tiles"]
     ]

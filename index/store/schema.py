@@ -1,7 +1,7 @@
-"""The catalog's schema, and the changes to it since it was released, in order.
+"""The catalog's schema, and the changes to it since its release, in order.
 
-``user_version`` of the database is the number of the schema. A change is never edited once it was released:
-a later one is added to :data:`MIGRATIONS` instead.
+``user_version`` of the database is the number of the schema. A released migration is never edited:
+append another one to :data:`MIGRATIONS` instead.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import uuid
 from collections.abc import Callable
 
 FIRST = 2
-"""Number of the schema that :func:`create` makes. Schema 1 was never released."""
+"""Number of the schema that :func:`create` creates. Schema 1 was never released."""
 _SCHEMA = """
 CREATE TABLE meta (key TEXT PRIMARY KEY, value TEXT NOT NULL, seal BLOB) WITHOUT ROWID;
 CREATE TABLE slides (
@@ -96,7 +96,7 @@ MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = ()
 
 
 def create(db: sqlite3.Connection) -> dict[str, str]:
-    """Make the first schema in an empty database, in the caller's transaction.
+    """Create the first schema in an empty database, in the caller's transaction.
 
     Returns:
         The first rows of the table ``meta``: an identity for the atlas, and the next tile id.

@@ -1,6 +1,6 @@
 """The store: an atlas's folder with its catalog and feature files, the source of truth.
 
-Nothing here knows the index, the clusters or the search, which are derived from it.
+The index, the clusters and the search are derived from it; no module here imports them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ RETRIES = 100
 
 
 class StateGone(Damaged):
-    """A committed state that a writer has replaced can no longer be read whole."""
+    """The state cannot be read completely any more, because a writer has replaced it."""
 
 
 class Store:
@@ -46,8 +46,8 @@ class Store:
         """Open a folder.
 
         Raises:
-            BadInput: not an atlas, or of a newer histoseek.
-            Damaged: its parts do not agree.
+            BadInput: the folder is not an atlas, or a newer histoseek wrote it.
+            Damaged: the catalog names another encoder than the bundle in the folder.
         """
         self.path = path
         self.catalog = Catalog(path)
@@ -66,19 +66,19 @@ class Store:
 
     @property
     def identity(self) -> str:
-        """The identity that the atlas got when it was created."""
+        """The atlas's unique id, assigned when it was created."""
         return self.catalog.meta()[ATLAS_ID]
 
     @property
     def mixed_scales(self) -> bool:
-        """Whether tiles of different µm per pixel were allowed."""
+        """Whether tiles of different scales (µm per pixel) are allowed."""
         return MIXED in self.catalog.meta()
 
     def vectors_of(self, slide: Mapping[str, Any]) -> NDArray[np.float32]:
         """Return the vectors (N, D) of a slide, given its row in the catalog, from its feature file.
 
         Raises:
-            Damaged: the file is missing, cannot be read, or is not the one that was added.
+            Damaged: the file is missing, cannot be read, or has changed since it was added.
         """
         path = self.path / slide["features_file"]
         state = "is changed"
@@ -96,7 +96,7 @@ class Store:
         return parse_features(blob, path).features
 
     def tile_ranges(self) -> list[dict[str, Any]]:
-        """Return the rows of all slides with the id of their first tile, in the order of their ids."""
+        """Return the rows of all slides with the id of each one's first tile, sorted by slide id."""
         rows = self.catalog.rows(
             "SELECT s.*, t.first_tile FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id "
             "ORDER BY s.id"
@@ -104,7 +104,7 @@ class Store:
         return [dict(row) for row in rows]
 
     def slides(self) -> list[dict[str, Any]]:
-        """Return every slide and tile set with its counts, labels, metadata and provenance, by name."""
+        """Return all slides and tile sets with counts, labels, metadata and provenance, sorted by name."""
         rows = self.catalog.rows("SELECT * FROM slides ORDER BY name")
         return [
             {k: v for k, v in dict(row).items() if k not in {"metadata", "seal"}}
@@ -116,7 +116,7 @@ class Store:
         """Return tile ids (N,) ascending and vectors (N, D), from the feature files.
 
         Raises:
-            Damaged: a feature file is missing or is not the one that was added.
+            Damaged: a feature file is missing or has changed since it was added.
         """
         return self.retry_if_changed(self._vectors)
 
@@ -129,10 +129,10 @@ class Store:
         return np.concatenate(ids).astype(np.int64), np.concatenate(parts)
 
     def retry_if_changed(self, read: Callable[[], T]) -> T:
-        """Call ``read``; call it again if it failed on files that a writer has replaced meanwhile.
+        """Call ``read``, and call it again if it failed because a writer replaced files meanwhile.
 
         Raises:
-            Damaged: as ``read`` does, while nobody changed the atlas.
+            Damaged: ``read`` raised it although the atlas did not change.
         """
         for _ in range(RETRIES):
             revision = self.catalog.revision()

@@ -1,1 +1,1 @@
-"""Studies: how well an atlas retrieves, and what is in it twice."""
+"""Studies of an atlas: retrieval quality, near-duplicates and leakage between splits."""

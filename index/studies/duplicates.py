@@ -1,4 +1,4 @@
-"""Near-duplicates in an atlas, and whether two splits of the data leak into each other."""
+"""Finds near-duplicates in an atlas, and leakage between splits of the data."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ..search.tiles import Mask, allowed
 from ..view import View
 
 SAME = 0.999
-"""Cosine similarity from which on two tiles count as the same picture."""
+"""Cosine similarity threshold from which two tiles count as the same image."""
 NEIGHBOURS = 10
 BATCH = 2_048
 SHOWN = 1_000
@@ -22,12 +22,12 @@ MAX_PARTS = 20
 
 
 def least_score(view: View, least: float | None) -> float:
-    """Return the score from which on two tiles are the same, as given or for the atlas's metric.
+    """Return the score threshold for the same image: the given one, or the default for the metric.
 
-    For l2 it is the distance of two vectors of usual length with a cosine of :data:`SAME`.
+    For l2 the default is the score of two vectors of typical length with a cosine of :data:`SAME`.
 
     Raises:
-        BadInput: a score that no two tiles can have.
+        BadInput: no two tiles can have the given score.
     """
     cosine = view.state.metric == "cosine"
     highest = 1.0 if cosine else 0.0
@@ -52,7 +52,7 @@ def _near(
     k: int,
     progress: Report,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-    """Return pairs (P, 2) of a tile that is asked and one near it, and scores (P,)."""
+    """Return pairs (P, 2) of a query tile and a tile near it, and scores (P,)."""
     found: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
     scores: list[NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)]
     slides = view.columns.slides
@@ -81,18 +81,18 @@ def duplicates(
     where: str | None = None,
     progress: Report = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Group the tiles that are nearly the same.
+    """Group tiles that are nearly the same.
 
-    A tile is compared with the 10 that are nearest to it; whoever is linked by such pairs is one group.
+    Each tile is compared with its 10 nearest tiles. Tiles linked by near-duplicate pairs form one group.
 
     Args:
-        atlas: to look through.
-        least: score, as of a hit; None takes a cosine of .999.
-        where: only among tiles that pass this filter.
+        atlas: to search.
+        least: score threshold, as in a hit; None takes a cosine of .999.
+        where: metadata filter; only tiles that pass are compared.
         progress: called after each slide.
 
     Returns:
-        How many tiles and groups, and the groups, largest first, with what is known of their tiles.
+        The numbers of tiles and groups, and the groups, largest first, with the fields of their tiles.
     """
     view = atlas.view()
     least = least_score(view, least)
@@ -119,7 +119,7 @@ def duplicates(
 
 
 def _groups(found: NDArray[np.int64]) -> list[list[int]]:
-    """Return connected groups of pairs, largest first."""
+    """Return the connected components of the pairs, largest first."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -141,20 +141,20 @@ def leakage(
     least: float | None = None,
     progress: Report = lambda done, total, text: None,
 ) -> dict[str, Any]:
-    """Check whether parts of a data set share patients or pictures.
+    """Check whether parts of a data set share patients or images.
 
     Args:
-        atlas: to look through.
+        atlas: to search.
         split: column that names the part of each slide or tile, such as train and test.
-        least: score from which on two tiles are the same picture; None takes a cosine of .999.
+        least: score threshold for the same image; None takes a cosine of .999.
         progress: called after each slide.
 
     Returns:
-        For each two parts: patients in both, tiles of the first that have a near-duplicate in the second,
-        and examples.
+        For each pair of parts: patients in both, tiles of the first that have a near-duplicate in the
+        second, and examples.
 
     Raises:
-        BadInput: no such column, or fewer than two or more than 20 parts.
+        BadInput: there is no such column, or it has fewer than 2 or more than 20 parts.
     """
     view = atlas.view()
     if split not in view.columns.names():

@@ -1,11 +1,11 @@
-"""Does the search find what it should? Leave-one-patient-out retrieval over a labelled atlas.
+"""Measures retrieval: leave-one-patient-out search over a labelled atlas.
 
-Every tile is asked of the tiles of all OTHER patients (a slide of the same patient is no independent
-evidence), and what comes back is compared with its label. Definitions, with ties of a vote going to the
-nearest: ``top1`` the nearest tile has the label; ``mmv3``, ``mmv5`` the majority of the nearest 3 or 5
-has it (Kalra et al. 2020); ``map5`` the mean of AP@5 = sum over ranks r <= 5 of precision@r where rank r
-has the label, divided by min(5, tiles that could be found). Intervals are percentiles of a bootstrap over
-patients.
+Every tile is a query against the tiles of all OTHER patients (a slide of the same patient is no independent
+evidence), and the labels of the hits are compared with its label. Definitions (a tied vote goes to the
+nearest): ``top1``: the nearest tile has the label. ``mmv3``, ``mmv5``: the majority of the nearest 3 or 5
+tiles has it (Kalra et al. 2020). ``map5``: the mean of AP@5 = sum of precision@r over the ranks r <= 5
+whose tile has the label, divided by min(5, tiles with the label that could be found). Intervals are
+percentiles of a bootstrap over patients.
 """
 
 from __future__ import annotations
@@ -37,14 +37,15 @@ def evaluate(
 
     Args:
         atlas: with labels and patients.
-        options: what is asked.
-        encode: embeds one tile, (1, D), for the latency from picture to answer; None leaves it out.
+        options: what to evaluate.
+        encode: embeds one tile, (1, D), to measure the latency from image to answer; None leaves it out.
 
     Returns:
-        The report, JSON-ready: metrics with intervals beside baselines, per class, latency, warnings.
+        The report, JSON-ready: metrics with intervals, baselines, results per class, latency, warnings.
 
     Raises:
-        BadInput: no such column, fewer than two classes or patients, or tiles without a patient.
+        BadInput: there is no such column, there are fewer than two classes or patients, or tiles have no
+            patient.
     """
     view = atlas.view()
     view.state.require_tiles()
@@ -85,7 +86,7 @@ def evaluate(
 
 
 def _unanswerable(asked: Asked, names: list[str]) -> list[str]:
-    """Name the classes that only one owner has: no answer to them can be right."""
+    """Return the classes that only one owner has: their queries cannot be answered correctly."""
     lost = asked.reachable == 0
     if not lost.any():
         return []
@@ -103,7 +104,7 @@ def _column(view: View, name: str) -> Any:
 
 
 def _owners(view: View, options: RetrievalOptions) -> tuple[Ints, str]:
-    """Return whose each position is (N,), and a warning if some of it is a guess."""
+    """Return the owner of each position (N,), and a warning if some owners are guessed."""
     owner = _column(view, options.leave_out).codes.astype(np.int64)
     label = _column(view, options.label).codes
     lost = (owner < 0) & (label >= 0)
@@ -127,7 +128,7 @@ def _owners(view: View, options: RetrievalOptions) -> tuple[Ints, str]:
 
 
 def _joined(owner: Ints, slide: Ints) -> Ints:
-    """Return owners (N,) that share neither an owner nor a slide with another."""
+    """Merge owners that share a slide; return the merged owner of each position (N,)."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
@@ -176,10 +177,10 @@ def _ask_tiles(
 def _ask_slides(
     view: View, known: Mask, labels: Any, owner: Ints
 ) -> tuple[Asked, list[str], float]:
-    """Ask with every slide whose tiles have one label and one owner.
+    """Use every slide whose tiles have one label and one owner as a query.
 
     Returns:
-        What came back, warnings, and milliseconds per slide.
+        The queries with their hits, warnings, and milliseconds per slide.
     """
     columns = view.columns
     usable: list[tuple[int, int, int]] = []
@@ -223,7 +224,7 @@ def _ask_slides(
 def _latency(
     atlas: Atlas, encode: Callable[[], NDArray[np.float32]] | None
 ) -> dict[str, float | None]:
-    """Median milliseconds of one query: encoding one tile (decoded already), searching, and both."""
+    """Return the median milliseconds of one query: encoding one decoded tile, searching, and both."""
     noise = np.random.default_rng(0).normal(size=(1, atlas.manifest.dim)).astype(np.float32)
     encoding, searching = [], []
     for _ in range(LATENCY_RUNS):

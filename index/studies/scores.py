@@ -1,4 +1,4 @@
-"""Scores of retrieval: recall, majority votes, precision, with intervals over patients."""
+"""Retrieval scores with intervals over patients: accuracy, majority votes, precision, F1."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class RetrievalOptions:
-    """What is evaluated, and how.
+    """What to evaluate, and how.
 
     Attributes:
-        label: column whose value is to be found again.
-        leave_out: column whose own value is left out: patient, slide, or one of the metadata.
-        without_patients: go on where tiles have no patient, leaving out their slide instead.
+        label: column with the class that the hits should share with the query.
+        leave_out: patient, slide, or a metadata column; hits with the query's value in it are excluded.
+        without_patients: accept tiles without a patient, and exclude their slide instead.
         unit: ``tile``, or ``slide`` by the median of minimum distances of the mosaics.
-        queries: at most as many tiles are asked, drawn by ``seed``; all are searched.
-        bootstrap: draws for the intervals.
-        seed: of everything random.
+        queries: maximum number of query tiles, drawn by ``seed``; all tiles are searched.
+        bootstrap: number of draws for the intervals.
+        seed: of all random choices.
     """
 
     label: str = "label"
@@ -56,14 +56,14 @@ class RetrievalOptions:
 
 @dataclass(frozen=True)
 class Asked:
-    """Queries and what came back.
+    """Queries and their hits.
 
     Attributes:
         label: (Q,) class numbers of the queries.
-        owner: (Q,) patients of the queries.
-        found: (Q, 5) class numbers of what was found, best first; -1 where there was no more.
-        reachable: (Q,) how many of the query's class could be found.
-        candidates: (Q, C) how many of each class could be found.
+        owner: (Q,) owners (such as patients) of the queries.
+        found: (Q, 5) class numbers of the hits, best first; -1 for missing hits.
+        reachable: (Q,) number of possible hits of the query's class.
+        candidates: (Q, C) number of possible hits of each class.
     """
 
     label: Ints
@@ -74,7 +74,7 @@ class Asked:
 
 
 def votes(found: Ints, k: int) -> Ints:
-    """Return the majority of the first k (Q,); a tie goes to the class that came first; -1 for none."""
+    """Return the majority class of the first k hits (Q,), -1 without hits; the first class wins a tie."""
     best = np.full(len(found), -1, dtype=np.int64)
     most = np.zeros(len(found))
     for rank in range(min(k, found.shape[1])):
@@ -132,7 +132,7 @@ def _scores(asked: Asked, names: list[str], options: RetrievalOptions) -> dict[s
 
 
 def _random_answers(asked: Asked, rng: np.random.Generator) -> Ints:
-    """Return what five different random tiles of other patients would have answered (Q, 5)."""
+    """Return the classes (Q, 5) of five distinct random tiles of other patients, as a baseline."""
     found = np.full((len(asked.label), RANKS), -1, dtype=np.int64)
     for own in np.unique(asked.owner):
         rows = np.flatnonzero(asked.owner == own)
@@ -159,7 +159,7 @@ def _per_owner(owner: Ints, values: NDArray[np.float64]) -> NDArray[np.float64]:
 
 @dataclass(frozen=True)
 class _Counts:
-    """Per owner and class (P, C): how many were asked, answered so, and answered so rightly."""
+    """Per owner and class (P, C): numbers of queries, of answers, and of correct answers."""
 
     true: NDArray[np.float64]
     said: NDArray[np.float64]
@@ -182,7 +182,7 @@ class _Counts:
         )
 
     def weighted(self, weights: NDArray[np.float64]) -> _Counts:
-        """Return the sums over owners, drawn as often as the weights (B, P) say: (B, C)."""
+        """Return the sums over owners, weighted by the number of draws (B, P): (B, C)."""
         return _Counts(weights @ self.true, weights @ self.said, weights @ self.right)
 
     def total(self) -> _Counts:
@@ -196,7 +196,7 @@ def _accuracy(counts: _Counts) -> NDArray[np.float64]:
 
 
 def _macro_f1(counts: _Counts) -> NDArray[np.float64]:
-    """Mean F1 over the classes that are there."""
+    """Return the mean F1 over the classes that occur."""
     score = 2 * counts.right / np.maximum(counts.true + counts.said, 1e-12)
     there = counts.true > 0
     found: NDArray[np.float64] = (score * there).sum(1) / np.maximum(there.sum(1), 1)
@@ -204,7 +204,7 @@ def _macro_f1(counts: _Counts) -> NDArray[np.float64]:
 
 
 def _bootstrap_weights(owner: Ints, draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
-    """Return how often each owner is drawn (B, P)."""
+    """Return the number of times each owner is drawn (B, P)."""
     count = len(np.unique(owner))
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)
 

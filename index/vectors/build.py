@@ -1,6 +1,6 @@
 """Writing a generation: the FAISS index of all slides, built, tuned and measured.
 
-Vectors are read slide by slide, at every pass anew, so that memory stays bounded.
+Every pass reads the vectors again, slide by slide, so that memory stays bounded.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ OPTIONS = "index_options"
 
 @dataclass(frozen=True)
 class _Built:
-    """An index that is written to temporary files.
+    """An index in temporary files.
 
     Attributes:
-        file: FAISS's index.
-        exact_file: the exact vectors, where the index holds codes.
+        file: the FAISS index.
+        exact_file: the exact vectors; None if the index itself holds them.
         slides: rows of the slides it covers, in order.
         plan: how it was built.
-        measured: what was measured of it.
+        measured: measurements of it, such as recall.
     """
 
     file: Path
@@ -55,15 +55,15 @@ def write_generation(
 
     Args:
         store: of the atlas.
-        options: what the index must reach.
-        store_options: keep them for the generations to come.
+        options: the requirements for the index.
+        store_options: also use these options for later generations.
 
     Returns:
-        What was built and measured.
+        The plan, the options and the measurements.
 
     Raises:
-        StorageFailed: no space; the generation before stays.
-        BadInput: a memory budget that no index of this atlas keeps.
+        StorageFailed: no space; the previous generation stays.
+        BadInput: the memory budget is too small for any index of this atlas.
     """
     slides = store.tile_ranges()
     total = sum(slide["tiles"] for slide in slides)
@@ -97,7 +97,7 @@ def write_generation(
 def _publish(
     store: Store, built: _Built, options: tuning.IndexOptions, store_options: bool
 ) -> dict[str, Any]:
-    """Put the files in place, then the row that names them."""
+    """Move the files into place, then write the row that names them."""
     last = store.catalog.rows("SELECT seq FROM sqlite_sequence WHERE name = 'generations'")
     number = (last[0]["seq"] if last else 0) + 1
     file = store.path / f"index-{number}.faiss"
@@ -132,9 +132,9 @@ def _publish(
 
 
 def _write_flat(path: Path, chunks: Iterable[NDArray[np.float32]], like: Any, total: int) -> None:
-    """Write a FAISS flat index a piece at a time, which FAISS itself writes only from memory.
+    """Write a FAISS flat index in pieces; FAISS itself can write one only from memory.
 
-    A full disk is an error here, not a signal as with a mapped file.
+    With ordinary writes a full disk raises an error; with a mapped file it would send a signal.
 
     Raises:
         StorageFailed: no space.
@@ -144,7 +144,7 @@ def _write_flat(path: Path, chunks: Iterable[NDArray[np.float32]], like: Any, to
     header: bytes = faiss.serialize_index(flat).tobytes()
 
     def counted(vectors: int) -> bytes:
-        """The number of vectors stands after name and length, that of their values at the end."""
+        """Return the header: bytes 8 to 16 count the vectors, the last 8 bytes count their values."""
         values = (vectors * like.d).to_bytes(8, "little")
         found: bytes = header[:8] + vectors.to_bytes(8, "little") + header[16:-8] + values
         return found
@@ -163,7 +163,7 @@ def _write_flat(path: Path, chunks: Iterable[NDArray[np.float32]], like: Any, to
 
 
 class _Chunks:
-    """The prepared vectors of all slides, one after another, read again at every pass."""
+    """The prepared vectors of all slides in order; every iteration reads them again."""
 
     def __init__(self, store: Store, slides: list[dict[str, Any]]) -> None:
         self._store, self._slides = store, slides

@@ -1,4 +1,4 @@
-"""The FAISS index itself: how it is built, written and read."""
+"""Builds, writes and reads the FAISS index."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from .scan import Metric, Vectors, import_faiss
 
 Coding = Literal["none", "sq8", "pq"]
 GPU_LIMIT = 2048
-"""Hits and probes that FAISS's GPU index allows."""
+"""Maximum number of hits and of probes in FAISS's GPU index."""
 
 
 @dataclass(frozen=True)
@@ -19,12 +19,12 @@ class IndexPlan:
     """How the main part is built and searched.
 
     Attributes:
-        kind: ``flat`` (exact) or ``ivf``.
-        coding: how a vector is stored in the lists of ``ivf``; ``none`` for ``flat``.
-        cells: lists.
-        probes: lists that a query reads.
+        kind: ``flat`` (exact) or ``ivf`` (inverted lists).
+        coding: how ``ivf`` stores a vector in its lists; ``none`` for ``flat``.
+        cells: number of lists.
+        probes: number of lists that a query reads.
         widen: candidates per hit that are ranked again by their exact vectors.
-        code_bytes: bytes per vector of ``pq``.
+        code_bytes: bytes per vector with ``pq``.
     """
 
     kind: Literal["flat", "ivf"] = "flat"
@@ -62,7 +62,7 @@ def write_main(index: Any, path: Path) -> None:
     """Write a FAISS index to a file.
 
     Raises:
-        StorageFailed: no space, or no permission.
+        StorageFailed: no space or no write permission.
     """
     try:
         import_faiss().write_index(index, str(path))
@@ -77,7 +77,7 @@ def read_main(path: Path, dim: int) -> Any:
     """Open a FAISS index; its vectors stay in the file until they are read.
 
     Raises:
-        Damaged: not a FAISS index of this dimension.
+        Damaged: the file is not a FAISS index of this dimension.
     """
     faiss = import_faiss()
     try:
@@ -94,9 +94,9 @@ def _short(error: Exception) -> str:
 
 
 def gpu_copy(main: Any, plan: IndexPlan) -> Any:
-    """Return a copy of the lists on all GPUs that FAISS sees, for unfiltered searches; None without one.
+    """Return a copy of the lists on all GPUs that FAISS sees, for unfiltered searches; None without a GPU.
 
-    FAISS's GPU index knows no selectors, so filtered and exact searches stay on the CPU.
+    FAISS's GPU index does not support selectors, so filtered and exact searches stay on the CPU.
     """
     faiss = import_faiss()
     if plan.kind != "ivf" or not getattr(faiss, "get_num_gpus", lambda: 0)():

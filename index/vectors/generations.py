@@ -1,8 +1,9 @@
 """Generations: the FAISS index file of an atlas, derived from its feature files.
 
-A generation covers the slides that were there when it was written. The vectors of slides added since, the
-recent vectors, are read from the feature files and searched exactly. Slides removed since are skipped. So
-adding never rebuilds the index; once recent and removed vectors make up a quarter, a new one is written.
+A generation covers the slides that were in the atlas when it was written. The vectors of slides added
+later, the recent vectors, are read from the feature files and searched exactly. Slides removed later are
+skipped. So adding a slide need not rebuild the index. A new generation is written when recent and removed
+vectors exceed a quarter of the newest one.
 """
 
 from __future__ import annotations
@@ -20,25 +21,25 @@ from .build import OPTIONS, write_generation
 from .files import IndexPlan, gpu_copy, read_main
 
 FOLD_SHARE = 0.25
-"""Share of the index file that may have been added or removed before a new one is written."""
+"""Threshold on recent and removed vectors, as a share of the index file; above it a new one is written."""
 FOLD_ROWS = 200_000
-"""Vectors that may have been added or removed before a new one is written, however large it is."""
+"""The same threshold as a number of vectors; the smaller of the two applies."""
 HASHED_BYTES = 2**30
-"""Index files up to this size are hashed whenever they are opened; `verify` hashes all."""
+"""Index files up to this size are hashed whenever they are opened; `verify` hashes all files."""
 
 
 @dataclass(frozen=True)
 class OpenIndex:
-    """An index file that is open.
+    """An open index file.
 
     Attributes:
         number: of the generation.
-        main: FAISS's index.
-        exact_vectors: FAISS's flat index (M, D) of the exact vectors, where ``main`` holds codes.
-        plan: of it.
-        about: what was asked of it and measured.
-        slides: ids and numbers of tiles of the slides it covers, in order.
-        gpu: copy on GPUs.
+        main: the FAISS index.
+        exact_vectors: FAISS's flat index (M, D) of the exact vectors; None if ``main`` itself holds them.
+        plan: how ``main`` is built and searched.
+        about: its plan, options and measurements.
+        slides: id and number of tiles of each slide it covers, in order.
+        gpu: copy of ``main`` on GPUs; None without one.
     """
 
     number: int
@@ -93,7 +94,7 @@ class Generations:
         return self._opened
 
     def _is_whole(self, file: str, sha256: str, size: int | None) -> bool:
-        """Whether a file has its size, and, if it is not too large to hash, its content."""
+        """Whether a file has the recorded size and, if it is small enough to hash, the recorded hash."""
         path = self._store.path / file
         found = path.stat().st_size
         if size is not None and found != size:
@@ -101,12 +102,12 @@ class Generations:
         return found > HASHED_BYTES or sha256_file(path) == sha256
 
     def options(self) -> tuning.IndexOptions:
-        """Return how the atlas wants its index built."""
+        """Return the stored options of the index, or the defaults."""
         text = self._store.catalog.meta().get(OPTIONS)
         return tuning.IndexOptions(**json.loads(text)) if text else tuning.IndexOptions()
 
     def settle(self) -> None:
-        """Write a new generation if none can be used, or too much changed since the newest."""
+        """Write a new generation if none is usable, or if too much has changed since the newest."""
         catalog = self._store.catalog
         rows = catalog.rows("SELECT * FROM generations ORDER BY id DESC LIMIT 1")
         opened = self.open(dict(rows[0])) if rows else None

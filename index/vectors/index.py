@@ -1,8 +1,9 @@
-"""Vectors: nearest neighbours by FAISS, over an index file that is derived and what was added since.
+"""Nearest neighbours by FAISS, over the index file and the recent vectors.
 
-The main part is a file: exact (``flat``), or inverted lists (``ivf``) of codes of fewer bytes (``sq8``,
-``pq``), whose candidates are ranked again by the exact vectors in a second file. The recent
-vectors, which came after the file was written, are searched exactly. A position counts through both.
+The main part is the index file. It is exact (``flat``), or has inverted lists (``ivf``) of shorter codes
+(``sq8``, ``pq``); the candidates found by codes are ranked again by the exact vectors in a second file. The
+recent vectors, which were added after the file was written, are searched exactly. Positions number the
+main part first, then the recent vectors.
 """
 
 from __future__ import annotations
@@ -31,24 +32,24 @@ from .scan import (
 )
 
 FILTER_EXACT = 200_000
-"""Vectors that pass a filter up to which all of them are compared: what passes may lie far from a query."""
+"""If a filter keeps at most this many vectors, compare all of them; lists could miss far matches."""
 FILTER_MARGIN = 8
-"""Above that a filtered search reads this many times the vectors that an unfiltered one reads."""
+"""With more vectors than that, a filtered search reads this many times what an unfiltered one reads."""
 FILTER_VALUES = 32_000_000
-"""Coordinates of vectors that pass a filter which are held at once (128 MB)."""
+"""Maximum number of coordinates of filtered vectors held in memory at once (128 MB)."""
 FILTERS_KEPT = 4
 
 
 @dataclass(frozen=True)
 class _Passing:
-    """What a filter lets through of the main part.
+    """The vectors of the main part that pass a filter.
 
     Attributes:
         mask: (M + T,) of the whole index.
         rows: (P,) positions that pass.
-        vectors: (P, D) theirs, if they are few: then all are compared.
-        counts: (cells,) how many pass in each cell, if they are many; None too if only removed vectors
-            do not pass, so that cells need not be counted.
+        vectors: (P, D) vectors that pass, if they are few enough to compare them all.
+        counts: (cells,) how many pass in each cell, if they are many; None also if the mask leaves out only
+            removed vectors, because then the cells need not be counted.
         bits: the mask as FAISS reads it.
     """
 
@@ -62,8 +63,8 @@ class _Passing:
 class VectorIndex:
     """Nearest neighbours of vectors, by position.
 
-    For ``cosine`` the score is the cosine similarity (1 is the same direction); for ``l2`` it is minus
-    the Euclidean distance. Higher is nearer in both.
+    For ``cosine`` the score is the cosine similarity (1 is the same direction). For ``l2`` it is the
+    negative Euclidean distance. In both, higher is nearer.
     """
 
     def __init__(
@@ -82,11 +83,11 @@ class VectorIndex:
         Args:
             dim: D.
             metric: how vectors are compared.
-            recent: (T, D) prepared vectors at the positions after those of ``main``.
-            main: FAISS index, whose own numbers are the first positions.
+            recent: (T, D) prepared vectors; their positions follow those of ``main``.
+            main: FAISS index; its numbers are the first positions.
             plan: of ``main``.
-            exact_vectors: FAISS's flat index of the exact vectors of ``main``, where that holds codes.
-            alive: (M + T,) positions that are still there; None for all.
+            exact_vectors: FAISS's flat index of the exact vectors, if ``main`` holds codes.
+            alive: (M + T,) positions not removed; None for all.
             gpu: copy of ``main`` on GPUs (:func:`gpu_copy`).
         """
         self.dim, self.metric, self.plan = dim, metric, plan or IndexPlan()
@@ -106,17 +107,17 @@ class VectorIndex:
         self._lock = threading.Lock()
 
     def __len__(self) -> int:
-        """How many vectors can be found."""
+        """Number of vectors that a search can find."""
         return self._count
 
     @property
     def positions(self) -> int:
-        """How many positions there are, those of removed vectors among them."""
+        """Number of positions, including those of removed vectors."""
         return self._main_rows + len(self._recent)
 
     @property
     def recent_rows(self) -> int:
-        """How many vectors came after the main part was written."""
+        """Number of vectors added after the main part was written."""
         return len(self._recent)
 
     # -- searching ------------------------------------------------------------------------------
@@ -128,13 +129,13 @@ class VectorIndex:
         allowed: Mask | None = None,
         exact: bool = False,
     ) -> Found:
-        """Return scores (Q, k') and positions (Q, k'), best first, -1 where there are no more.
+        """Return scores (Q, k') and positions (Q, k'), best first; -1 fills missing hits.
 
         Args:
             queries: (Q, D).
-            k: at most as many as this; k' is smaller if the index is.
+            k: maximum number of hits; k' is smaller if the index holds fewer vectors.
             allowed: (positions,) which may be found; None for all.
-            exact: compare with every vector, whatever the plan says.
+            exact: compare with every vector, regardless of the plan.
         """
         mask = self._mask(allowed)
         k = min(k, self.positions)
@@ -155,7 +156,7 @@ class VectorIndex:
         return scores, found
 
     def _mask(self, allowed: Mask | None) -> Mask | None:
-        """Return what may be found; the last answer is kept, as one filter is often used again."""
+        """Return the positions that may be found; the last mask is cached, as filters are often reused."""
         if allowed is None or self._alive is None:
             return self._alive if allowed is None else allowed
         if allowed is self._alive:
@@ -186,7 +187,7 @@ class VectorIndex:
         return self._search_enough(ready, min(k, there), passing)
 
     def _search_enough(self, ready: Vectors, k: int, passing: _Passing | None) -> Found:
-        """Search the lists, and more of them where those that are usually read hold fewer than k."""
+        """Search the lists; read more of them if the usual number yields fewer than k hits."""
         usual = self.plan.probes * self._main_rows / self.plan.cells
         times = 1
         while times * usual < 2 * k and times < self.plan.cells:
@@ -198,7 +199,7 @@ class VectorIndex:
             times *= 4
 
     def _search_lists(self, ready: Vectors, k: int, passing: _Passing | None, times: int) -> Found:
-        """Search with so many times the usual probes."""
+        """Search with ``times`` times the usual number of probes."""
         faiss = import_faiss()
         wide = min(self._main_rows, k * self.plan.widen)
         if passing is not None and passing.counts is not None:
@@ -208,14 +209,14 @@ class VectorIndex:
             return rescored(ready, self._exact, self._gpu.search(ready, wide)[1], k, self.metric)
         probes = min(self.plan.cells, times * self.plan.probes)
         lists = faiss.SearchParametersIVF(nprobe=probes)
-        if passing is not None:  # what was removed is only skipped
+        if passing is not None:  # removed vectors are only skipped
             lists.sel = selector = faiss.IDSelectorBitmap(passing.bits)  # noqa: F841 - kept alive
         parameters = faiss.IndexRefineSearchParameters(k_factor=wide / k, base_index_params=lists)
         scores, found = self._refined.search(ready, k, params=parameters)
         return scores if self.metric == "cosine" else -scores, found
 
     def _passing(self, mask: Mask, head: Mask) -> _Passing:
-        """Return what a filter means for the lists; that of the last filters is kept."""
+        """Return what passes a filter in the main part; the results for the last filters are cached."""
         with self._lock:
             for known in self._kept:
                 if known.mask is mask:
@@ -234,7 +235,7 @@ class VectorIndex:
         return made
 
     def _search_passing(self, ready: Vectors, k: int, passing: _Passing, times: int) -> Positions:
-        """Return candidates (Q, k) of those that pass, by their codes."""
+        """Return candidates (Q, k) that pass the filter, ranked by their codes."""
         faiss = import_faiss()
         selector = faiss.IDSelectorBitmap(passing.bits)
         distances, cells = self._cells_to_read(ready, passing, times)
@@ -257,10 +258,10 @@ class VectorIndex:
     def _cells_to_read(
         self, ready: Vectors, passing: _Passing, times: int
     ) -> tuple[NDArray[np.float32], Positions]:
-        """Return distances and numbers (Q, P) of the nearest cells that hold enough of what passes.
+        """Return distances and numbers (Q, P) of the nearest cells that hold enough passing vectors.
 
-        A filter thins the cells out, and may empty those around a query: so cells are counted by what
-        they hold of it, not by their number.
+        A filter may leave few or no vectors in the cells around a query. So the search reads cells until
+        they hold enough passing vectors, instead of a fixed number of cells.
         """
         cells = self.plan.cells
         usual = self.plan.probes * self._main_rows / cells
@@ -283,7 +284,7 @@ class VectorIndex:
         )
 
     def cell_of(self) -> NDArray[np.int32]:
-        """Return the cell of every vector of the main part (M,); -1 throughout without cells."""
+        """Return the cell of every vector of the main part (M,); all -1 if there are no cells."""
         if self._cells is None:
             faiss = import_faiss()
             found = np.full(self._main_rows, -1, dtype=np.int32)
@@ -298,18 +299,18 @@ class VectorIndex:
     def within(
         self, queries: Vectors, least: float, allowed: Mask | None = None, limit: int = 1_000_000
     ) -> list[tuple[NDArray[np.float32], Positions]]:
-        """Return scores and positions of all vectors with at least a score, best first, per query; exact.
+        """Return, per query, scores and positions of all vectors above a threshold, best first; exact.
 
         Args:
             queries: (Q, D).
-            least: score.
+            least: lowest score to return.
             allowed: as in :meth:`search`.
-            limit: at most as many per query.
+            limit: maximum number per query.
         """
         mask = self._mask(allowed)
         answers = []
         for query in queries:
-            # Doubling finds all without holding a score for every vector.
+            # Growing k step by step finds all without holding a score for every vector.
             k = min(256, max(1, self.positions))
             while True:
                 scores, found = self.search(query[None], k, mask, exact=True)

@@ -1,4 +1,4 @@
-"""Exact comparison of vectors, and the vectors as FAISS takes them."""
+"""Exact comparison of vectors, and their preparation for FAISS."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ Positions = NDArray[np.int64]
 Mask = NDArray[np.bool_]
 Found = tuple[NDArray[np.float32], Positions]
 CHUNK_VALUES = 4_000_000
-"""Differences of coordinates held at once when distances are made exact (32 MB)."""
+"""Maximum number of coordinates held at once when candidates are ranked again (32 MB)."""
 SCAN_ROWS = 65_536
-"""Rows of a large matrix that are scanned at once."""
+"""Rows of a matrix that are scanned at once."""
 
 
 def import_faiss() -> Any:
@@ -36,7 +36,7 @@ def import_faiss() -> Any:
 
 
 def prepared(vectors: NDArray[Any], metric: Metric) -> Vectors:
-    """Return vectors (N, D) as they are compared: of length 1 for cosine."""
+    """Return vectors (N, D) as float32, for cosine normalised to length 1."""
     ready = np.ascontiguousarray(vectors, dtype=np.float32)
     if metric == "cosine":
         lengths = np.linalg.norm(ready, axis=1, keepdims=True)
@@ -45,7 +45,7 @@ def prepared(vectors: NDArray[Any], metric: Metric) -> Vectors:
 
 
 def matrix_of(flat: Any) -> Vectors:
-    """Return the vectors (M, D) of a FAISS flat index, without copying them; it must outlive them."""
+    """Return the vectors (M, D) of a FAISS flat index without a copy; keep the index while using them."""
     values = import_faiss().rev_swig_ptr(flat.get_xb(), flat.ntotal * flat.d)
     matrix: Vectors = values.reshape(flat.ntotal, flat.d)
     return matrix
@@ -57,7 +57,7 @@ def _nothing(queries: int, k: int) -> Found:
 
 
 def _merged(parts: list[Found], k: int) -> Found:
-    """Join parts' hits (Q, k_i), best first."""
+    """Merge the hits (Q, k_i) of several parts and return the best k."""
     if len(parts) == 1:
         scores, found = parts[0]
         return np.where(found >= 0, scores, -np.inf).astype(np.float32), found
@@ -66,7 +66,7 @@ def _merged(parts: list[Found], k: int) -> Found:
 
 
 def _best(scores: NDArray[np.float32], found: Positions, k: int) -> Found:
-    """Return the best k of candidates (Q, K); what was found nowhere goes last."""
+    """Return the best k of candidates (Q, K); empty candidates (-1) come last."""
     scores = np.where(found >= 0, scores, -np.inf).astype(np.float32)
     order = np.argsort(-scores, axis=1, kind="stable")[:, :k]
     return np.take_along_axis(scores, order, 1), np.take_along_axis(found, order, 1)
@@ -75,7 +75,11 @@ def _best(scores: NDArray[np.float32], found: Positions, k: int) -> Found:
 def scan(
     ready: Vectors, matrix: Vectors, k: int, metric: Metric, mask: Mask | None = None
 ) -> Found:
-    """Compare queries (Q, D) with all rows (M, D), or those of a mask; scores (Q, k), l2 squared, < 0."""
+    """Compare queries (Q, D) with all rows (M, D), or with those of a mask.
+
+    Returns:
+        Scores and rows (Q, k), best first; for l2 the score is the negative squared distance.
+    """
     faiss = import_faiss()
     rows = None if mask is None else np.flatnonzero(mask)
     total = len(matrix) if rows is None else len(rows)

@@ -1,6 +1,6 @@
-"""Choosing an index and proving what it finds: recall is measured against exact search, never assumed.
+"""Chooses an index and measures its recall against exact search.
 
-Queries are tiles of the atlas itself that the index was not trained on, each asked without itself.
+Queries are tiles of the atlas that the index was not trained on; a tile never counts as its own neighbour.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from .index import VectorIndex
 from .scan import Mask, Metric, scan
 
 EXACT_UP_TO = 100_000
-"""Tiles up to which every query is compared with all of them."""
+"""Up to this many tiles, every query is compared with all of them."""
 LEAST_FOR_LISTS = 1_000
 PER_CELL = 64
-"""Vectors per list that k-means is trained on."""
+"""Training vectors of k-means per list."""
 QUERIES = 1_000
-"""Tiles asked to measure recall: half to choose by, half to judge the choice."""
+"""Query tiles that measure recall: half choose the settings, the other half judge the choice."""
 WIDEN = (2, 3, 4, 6, 8, 16, 32, 64)
 LISTS_OVERHEAD = 1.06
-"""Memory of inverted lists beside their codes: numbers, centroids, and room for growth."""
+"""Factor for the memory of inverted lists besides codes and numbers, such as room for growth."""
 
 
 @dataclass(frozen=True)
 class IndexOptions:
-    """What an index must reach.
+    """Requirements for an index.
 
     Attributes:
-        recall: share of the true nearest neighbours that a search must find, 1 for exact.
-        k: how many neighbours that is measured on.
-        memory_mb: what the lists may hold in memory, in MB; None for one byte per coordinate.
-        exact_up_to: tiles up to which search is exact anyway.
-        seed: of everything random.
+        recall: share of the true nearest neighbours that a search must find; 1 for exact search.
+        k: number of neighbours on which recall is measured.
+        memory_mb: memory budget of the lists in MB; None for one byte per coordinate.
+        exact_up_to: up to this many tiles, search is always exact.
+        seed: of all random choices.
     """
 
     recall: float = 0.99
@@ -65,7 +65,7 @@ class IndexOptions:
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Tiles that are asked.
+    """Tiles held out of training, used as queries.
 
     Attributes:
         positions: (Q,) in the index.
@@ -84,10 +84,10 @@ class HeldOut:
 
 
 def plan_for(total: int, dim: int, options: IndexOptions) -> IndexPlan:
-    """Return how to build the index of so many vectors; probes come from :func:`tune`.
+    """Return how to build an index of ``total`` vectors; :func:`tune` sets the probes.
 
     Raises:
-        BadInput: a memory budget that no index keeps; says which would do.
+        BadInput: the memory budget is too small for any index; the message gives the smallest.
     """
     few = total <= max(options.exact_up_to, LEAST_FOR_LISTS)
     if options.memory_mb is None:
@@ -115,17 +115,17 @@ def plan_for(total: int, dim: int, options: IndexOptions) -> IndexPlan:
 
 
 def _cells(total: int) -> int:
-    """Return a power of two of about 1.5 times the root of the count."""
+    """Return the power of two nearest to 1.5 times the square root of the count; at least 8."""
     return int(2 ** max(3, round(np.log2(1.5 * np.sqrt(max(1, total))))))
 
 
 def draw(
     chunks: Iterable[NDArray[np.float32]], total: int, dim: int, plan: IndexPlan, seed: int
 ) -> tuple[NDArray[np.float32], HeldOut]:
-    """Draw, in two passes, a sample to train on and tiles to ask that are not in it.
+    """Draw, in two passes, a training sample and query tiles that are not in it.
 
     Returns:
-        The sample (M, D), empty for an exact plan, and the tiles.
+        The sample (M, D) and the query tiles; both are empty for an exact plan.
     """
     nothing = np.zeros((0, dim), dtype=np.float32)
     if plan.kind == "flat":
@@ -142,7 +142,7 @@ def draw(
 def gather(
     chunks: Iterable[NDArray[np.float32]], positions: NDArray[np.int64], dim: int
 ) -> NDArray[np.float32]:
-    """Return the vectors at positions (P,) ascending: (P, D)."""
+    """Return the vectors (P, D) at ascending positions (P,)."""
     parts, start = [np.zeros((0, dim), dtype=np.float32)], 0
     for vectors in chunks:
         first, last = np.searchsorted(positions, [start, start + len(vectors)])
@@ -154,7 +154,7 @@ def gather(
 def neighbours(
     chunks: Iterable[NDArray[np.float32]], asked: HeldOut, k: int, metric: Metric
 ) -> NDArray[np.float32]:
-    """Return the scores of the true k nearest other tiles of each tile (Q, k), by exact search."""
+    """Return the scores (Q, k) of the k nearest other tiles of each tile, by exact search."""
     scores = np.full((len(asked), k), -np.inf, dtype=np.float32)
     start = 0
     for vectors in chunks:
@@ -179,10 +179,10 @@ def recall_of(
 
     Args:
         index: to search.
-        asked: tiles, each asked without itself.
-        truth: (Q, k) scores of the true neighbours. What scores as high as the last of them is one:
-            of tiles that are the same picture any will do.
-        k: neighbours.
+        asked: query tiles; a tile does not count as its own neighbour.
+        truth: (Q, k) scores of the true neighbours. Any tile that scores at least as high as the last of
+            them counts as one, because tiles with the same image are interchangeable.
+        k: number of neighbours.
         allowed: (N,) positions that may be found.
     """
     scores, found = index.search(asked.vectors, k + 1, allowed)
@@ -203,13 +203,13 @@ def tune(
     metric: Metric,
     options: IndexOptions,
 ) -> tuple[IndexPlan, dict[str, Any]]:
-    """Choose the fewest probes, and candidates to rank again, that reach the recall.
+    """Choose the fewest candidates to rank again, and the fewest probes, that reach the recall.
 
-    They are chosen on half of the held-out tiles and judged on the other half; where the judgement falls
-    short the probes grow until it does not, or until every list is read.
+    One half of the held-out tiles chooses them, the other half judges the choice. If the judged recall is
+    too low, probes are added until it is reached or every list is read.
 
     Returns:
-        The plan, and what was measured.
+        The plan and the measurements.
     """
     if plan.kind == "flat":
         return plan, {"recall": 1.0, "exact": True}
@@ -230,7 +230,7 @@ def tune(
         if reached(candidate, choosing) >= options.recall:
             break
     assert best is not None
-    low, high = 0, best.cells  # the fewest probes that reach it lie in (low, high]
+    low, high = 0, best.cells  # the smallest sufficient number is in (low, high]
     while high - low > max(1, low // 8):
         middle = min(max(low + 1, 2 * low), (low + high) // 2) if low else 1
         if reached(replace(best, probes=middle), choosing) >= options.recall:
