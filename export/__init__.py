@@ -1,1 +1,1 @@
-"""Export: a trained run becomes one ONNX graph with proof of parity, in an encoder bundle."""
+"""Export: turn a trained run into an encoder bundle with one ONNX graph and a proof of parity."""

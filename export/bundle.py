@@ -1,4 +1,4 @@
-"""Writing an encoder bundle from a run: graph, manifest, parity and card, all or nothing."""
+"""Write an encoder bundle from a run: graph, manifest, parity and model card, all or nothing."""
 
 from __future__ import annotations
 
@@ -35,19 +35,19 @@ Build = Callable[..., Any]
 Open = Callable[[Path], TileSet]
 
 LEAST_SPREAD = 1e-4
-"""Components that vary less than this share of the first are noise, and are left out."""
+"""Components whose standard deviation is below this fraction of the first one's are left out as noise."""
 
 
 def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[str, torch.Tensor]]:
     """Read a run folder: its record, its encoder with weights, its PCA basis and clusters.
 
     Args:
-        run: the folder that ``histoseek train`` wrote.
-        build: makes an architecture: ``build(model=name, **sizes)``.
+        run: a folder written by ``histoseek train``.
+        build: builds an architecture: ``build(model=name, **sizes)``.
 
     Raises:
         BadInput: the folder holds no finished run.
-        Damaged: the weights do not fit the architecture they name.
+        Damaged: the weights do not fit the architecture that the file names.
     """
     weights = run / "weights.safetensors"
     if not (run / "run.json").is_file() or not weights.is_file():
@@ -71,15 +71,15 @@ def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[s
 
 
 def parity_tiles(run: Path, tiles: Path | None, open_source: Open = open_tiles) -> TileSet:
-    """Open the tiles on which parity is measured: those given, else the run's own data.
+    """Open the tiles for the parity test: the given ones, else the run's training data.
 
     Args:
         run: a finished run.
         tiles: real tiles, or None.
-        open_source: opens what is there; training knows more layouts than a plain tile set.
+        open_source: function that opens a data set; training's also knows the layouts of the papers' data.
 
     Raises:
-        BadInput: none given, and the run's data is no longer where it was.
+        BadInput: no tiles are given, and the run's training data is no longer in its place.
     """
     if tiles is not None:
         return open_source(tiles)
@@ -97,21 +97,21 @@ def parity_tiles(run: Path, tiles: Path | None, open_source: Open = open_tiles) 
 def export_run(
     run: Path, out: Path, tileset: TileSet, build: Build, options: ExportOptions | None = None
 ) -> Manifest:
-    """Turn a run into a bundle.
+    """Export a run as a bundle.
 
     Args:
         run: a finished run.
-        out: the bundle's folder, which must not exist.
-        tileset: real tiles on which parity is measured.
-        build: makes an architecture by name.
-        options: how the graph is made, and what manifest and card state.
+        out: folder of the bundle, which must not exist.
+        tileset: real tiles for the parity test.
+        build: builds an architecture by name.
+        options: options of the graph, the manifest and the model card.
 
     Returns:
         The bundle's manifest.
 
     Raises:
-        BadInput: no finished run, ``out`` exists, or no PCA basis in the run.
-        Mismatch: parity is over its bound; nothing is written.
+        BadInput: ``run`` is not a finished run or has no PCA basis, or ``out`` exists.
+        Mismatch: a difference in the parity test exceeds its bound; nothing is written.
     """
     options = options or ExportOptions()
     name = options.name or out.name
@@ -164,7 +164,7 @@ def _manifest(
 
 
 def _clusters(beside: dict[str, torch.Tensor]) -> bytes:
-    """Return the clusters of a run as .npz: ``centroids`` (K, D) and ``reach`` (K,)."""
+    """Return the clusters of a run as an .npz file: ``centroids`` (K, D) and ``reach`` (K,)."""
     buffer = io.BytesIO()
     arrays = {"centroids": "clusters.centres", "reach": "clusters.reach"}
     np.savez(buffer, allow_pickle=False, **{k: beside[v].numpy() for k, v in arrays.items()})

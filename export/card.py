@@ -1,4 +1,4 @@
-"""The model card: what a person should know before trusting an encoder, from the run's own record."""
+"""The model card: what to know before trusting an encoder, taken from the record of its run."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ JUDGED = ("trained", "random_init", "pixels")
 def model_card(
     manifest: Manifest, record: dict[str, Any], parity: dict[str, Any], notes: str = ""
 ) -> str:
-    """Return the card as Markdown; every number is the run's or the parity test's."""
+    """Return the card as Markdown; all numbers come from the run's record or the parity test."""
     data, split = record["data"], record["split"]
     mpp = f"{manifest.mpp} µm per pixel" if manifest.mpp else "not stated"
     lines = [

@@ -1,7 +1,7 @@
-"""A graph in half precision inside: float16 weights and layers, float32 at both ends.
+"""Convert a graph to half precision: float16 weights and layers, float32 input scaling and output.
 
-What comes before the first layer with weights (scaling of pixels) and after the last one (the
-embedding's length) stays in float32, where it costs nothing and half precision would lose most.
+The operations before the first layer with weights (scaling of pixels) and after the last one (normalising
+the embedding) stay in float32: they cost nothing there and would lose most in half precision.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ def to_fp16(blob: bytes) -> bytes:
     """Convert a serialised ONNX graph; its input and output keep their types.
 
     Raises:
-        BadInput: the graph has no layer with weights, or parts that cannot be converted.
+        BadInput: the graph has no layer with weights, or has parts that cannot be converted.
         MissingPart: onnx is not installed.
     """
     onnx = need("onnx", "triton")
@@ -75,18 +75,18 @@ def _float_values(onnx: Any, graph: Any) -> set[str]:
 
 
 def _crossing(nodes: Sequence[Any], among: set[str]) -> list[str]:
-    """Return which of some tensors the nodes take, each once, in order."""
+    """Return the inputs of the nodes that are in ``among``, each once, in order."""
     taken = dict.fromkeys(name for node in nodes for name in node.input)
     return [name for name in taken if name in among]
 
 
 def _outputs_of(onnx: Any, graph: Any) -> Any:
-    """Return a node that takes what the graph gives, so that outputs count as taken."""
+    """Return a node whose inputs are the graph's outputs, so that these count as used."""
     return onnx.helper.make_node("Identity", [value.name for value in graph.output], [])
 
 
 def _halve_weights(onnx: Any, graph: Any, middle: Sequence[Any], rest: Sequence[Any]) -> set[str]:
-    """Add a float16 copy of every float32 weight that the layers take; drop unused originals."""
+    """Add a float16 copy of every float32 weight that the layers use; delete originals no longer used."""
     used = {name for node in middle for name in node.input}
     still = {name for node in rest for name in node.input}
     halved, kept = set(), []
@@ -111,7 +111,7 @@ def _rename(nodes: Sequence[Any], names: dict[str, str]) -> None:
 
 
 def _halve_node(onnx: Any, node: Any) -> None:
-    """Let constants and casts inside the layers give float16."""
+    """Change a constant or a cast between the layers from float32 to float16."""
     for attribute in node.attribute:
         if attribute.name == "to" and attribute.i == onnx.TensorProto.FLOAT:
             attribute.i = onnx.TensorProto.FLOAT16

@@ -1,4 +1,4 @@
-"""From a trained encoder to one ONNX graph, and the proof that both give the same embeddings."""
+"""Convert a trained encoder to one ONNX graph, and prove that both give the same embeddings."""
 
 from __future__ import annotations
 
@@ -18,33 +18,34 @@ from ..artifacts.manifest import FOREIGN_ANGLE, INPUT, OUTPUT
 from ..errors import BadInput, Mismatch, need
 
 OPSET = 18
-"""Loads in ONNX Runtime 1.24 (Triton 26.04) and in far older ones."""
+"""ONNX opset; ONNX Runtime 1.24 (Triton 26.04) and much older versions load it."""
 
 VIEWS = (1, 2, 4, 8)
 LARGEST_FOLDED = 2**16
-"""Most values of a constant that is computed when the graph is written; larger ones stay compact."""
+"""Constants of up to this many values are computed when the graph is written; larger ones stay compact."""
 MAX_ABS = 1e-4
 MAX_COSINE = 1e-6
 MAX_BATCH_ABS = 1e-5
 
 
 class Graph(nn.Module):
-    """Raw pixels to embedding: scaling, normalisation, the net, optional PCA, length 1.
+    """Map raw pixels to embeddings: scaling, normalisation, the net, optional PCA, scaling to length 1.
 
-    With two views the embedding is the mean over the tile and its half turn, with four over its quarter
-    turns, with eight over its mirror image's too: exactly the same for a tile that lies so, at that many
-    times the cost.
+    With several views the embedding is a mean over orientations of the tile: 2 for the half turn, 4 for the
+    quarter turns, 8 for the quarter turns of the tile and of its mirror image. A tile in any of these
+    orientations has exactly the same embedding. The cost grows with the number of views.
 
-    A tissue gate scores a tile from its pixels: 0 tissue, 1 out of distribution. It adds one component to
-    the embedding: the sine of that share of :data:`FOREIGN_ANGLE`; all others are multiplied by its cosine.
-    A tile out of distribution then has a cosine of at most .5 with tissue, and such tiles still differ.
+    A tissue gate scores a tile from its pixels: 0 is tissue, 1 is out of distribution. The score times
+    :data:`FOREIGN_ANGLE` is an angle. Its sine is appended to the embedding as the last component, and all
+    other components are multiplied by its cosine. A tile that is out of distribution then has a cosine of
+    at most .5 with tissue, and such tiles still differ from each other.
 
     Args:
-        encoder: float (N, 3, S, S) normalised -> (N, D).
-        mean: per channel, for pixels in 0..1.
-        std: per channel.
-        pca: ``mean`` (D,) and ``components`` (R, D), of any scale, of unit embeddings, or None.
-        views: 1, 2, 4 or 8.
+        encoder: network from normalised float tiles (N, 3, S, S) to embeddings (N, D).
+        mean: mean per channel, for pixels in 0..1.
+        std: standard deviation per channel, for pixels in 0..1.
+        pca: ``mean`` (D,) and ``components`` (R, D), in any scale, fitted to unit embeddings, or None.
+        views: number of orientations: 1, 2, 4 or 8.
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Graph(nn.Module):
         pca: tuple[torch.Tensor, torch.Tensor] | None = None,
         views: int = 1,
     ) -> None:
-        """Fold scaling and normalisation into one factor and one offset."""
+        """Merge scaling and normalisation into one factor and one offset."""
         super().__init__()
         self.encoder = encoder
         scale = 1 / (255 * torch.tensor(std))
@@ -82,14 +83,14 @@ class Graph(nn.Module):
         if self.has_pca:
             unit = nn.functional.normalize((unit - self.pca_mean) @ self.pca_components.T, dim=1)
         if self.gate is not None:
-            # Shrunk first, then scaled back: cheap, and engines still fuse the scaling.
+            # Shrink first, then undo the scaling: this is cheap, and engines can still fuse the scaling.
             small = (self.gate.shrink(scaled) - self.offset) / self.scale / 255
             angle = self.gate(small)[:, None] * FOREIGN_ANGLE
             unit = torch.cat([unit * torch.cos(angle), torch.sin(angle)], 1)
         return unit
 
     def _all_views(self, tiles: torch.Tensor) -> torch.Tensor:
-        """(N, C, S, S) -> (views * N, C, S, S), all tiles of one view after those of another."""
+        """(N, C, S, S) -> (views * N, C, S, S), ordered by view first."""
         if self.views == 1:
             return tiles
         sides = [tiles, tiles.flip(3)] if self.views == 8 else [tiles]
@@ -106,7 +107,7 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
     quiet.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # the exporter's own notices; parity is what counts
+            warnings.simplefilter("ignore")  # the exporter's notices; the parity test decides
             program = torch.onnx.export(
                 graph,
                 (example,),
@@ -120,12 +121,12 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
     finally:
         quiet.setLevel(level)
     assert program is not None
-    # Kernels that are computed from weights (symmetric, P4M) are constants too; the exporter alone folds
-    # only those of up to 8,192 values.
+    # Kernels computed from weights (symmetric, P4M) are constants too, but the exporter folds only those of
+    # up to 8,192 values.
     optimize_ir(program.model, input_size_limit=LARGEST_FOLDED)
     program.optimize()
     model = program.model_proto
-    for node in model.graph.node:  # the exporter's notes: stack traces with this machine's paths
+    for node in model.graph.node:  # stack traces with paths of this machine
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
@@ -138,15 +139,15 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
 
 @dataclass(frozen=True)
 class Parity:
-    """How far the graph is from torch on real tiles, and a batch of 1 from a batch of 64.
+    """Differences between the graph and torch on real tiles, and between batches of 1 and of 64.
 
     Attributes:
-        tiles: how many were compared.
-        max_abs: largest difference of one component.
-        max_cosine_error: largest 1 - cosine of two embeddings of one tile.
+        tiles: number of tiles compared.
+        max_abs: largest absolute difference of a component between the graph and torch.
+        max_cosine_error: largest 1 - cosine between the two embeddings of a tile.
         batch_max_abs: largest difference between a tile's embedding alone and in a batch of 64.
-        providers: ONNX Runtime's execution providers.
-        onnxruntime: its version.
+        providers: execution providers of ONNX Runtime.
+        onnxruntime: version of ONNX Runtime.
     """
 
     tiles: int
@@ -157,7 +158,7 @@ class Parity:
     onnxruntime: str
 
     def as_dict(self) -> dict[str, object]:
-        """Return the numbers with the bounds they were held to."""
+        """Return the numbers with their bounds."""
         bounds = {
             "max_abs": MAX_ABS,
             "max_cosine_error": MAX_COSINE,
@@ -198,10 +199,10 @@ def measure_parity(graph: Graph, model: Path | bytes, tiles: NDArray[np.uint8]) 
 
 
 def check_parity(parity: Parity) -> None:
-    """Refuse a graph that is not the net it came from.
+    """Check that the graph gives the same embeddings as the net.
 
     Raises:
-        Mismatch: a bound is passed; names it with both numbers.
+        Mismatch: a difference exceeds its bound; the message states both.
     """
     for name, bound in (
         ("max_abs", MAX_ABS),

@@ -1,4 +1,4 @@
-"""Options of ``histoseek export`` and ``histoseek triton repository``; without torch."""
+"""Options of ``histoseek export`` and ``histoseek triton repository``; imports no torch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ..errors import BadInput
 
 @options
 class ExportOptions:
-    """How a run becomes a bundle; each option is a flag of ``histoseek export``."""
+    """Options of the export of a run; each is a flag of ``histoseek export``."""
 
     # fmt: off
     name: Annotated[str | None,
@@ -31,10 +31,10 @@ class ExportOptions:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Check that there are components to whiten.
+        """Check that ``whiten`` comes with ``pca``.
 
         Raises:
-            BadInput: ``whiten`` without ``pca``.
+            BadInput: ``whiten`` is set without ``pca``.
         """
         if self.whiten and self.pca is None:
             raise BadInput(f"--whiten {self.whiten} needs --pca: it scales principal components")
@@ -42,7 +42,7 @@ class ExportOptions:
 
 @options
 class TritonOptions:
-    """How a server runs a model; each option is a flag of ``histoseek triton repository``."""
+    """Options of a model on a server; each is a flag of ``histoseek triton repository``."""
 
     # fmt: off
     max_batch: Annotated[int, Field(ge=1, le=1024, description="Most tiles per run.")] = 64

@@ -1,9 +1,9 @@
-"""Triton model repositories: a bundle as a folder that NVIDIA's server loads unmodified.
+"""Write Triton model repositories: folders with encoder bundles that NVIDIA's server loads unmodified.
 
-``<name>/config.pbtxt`` runs the graph on ONNX Runtime (GPU if there is one, else CPU),
-``<name>/configs/tensorrt.pbtxt`` (``--model-config-name=tensorrt``) through TensorRT, and
-``<name>-fp16`` computes in half precision with the same float32 embeddings at its door. The model says
-by parameters which encoder it is, and what it makes of a known picture, so that a client can check.
+``<name>/config.pbtxt`` runs the graph on ONNX Runtime (on a GPU if there is one, else on the CPU).
+``<name>/configs/tensorrt.pbtxt`` (``--model-config-name=tensorrt``) runs it through TensorRT.
+``<name>-fp16`` computes in half precision but also returns float32 embeddings. The model's parameters
+contain the encoder's manifest and the embedding of a known image, so that a client can check both.
 """
 
 from __future__ import annotations
@@ -48,13 +48,13 @@ class Written:
     """One model in the repository.
 
     Attributes:
-        model: its name on the server.
-        version: that was written.
+        model: name of the model on the server.
+        version: version that was written or renewed.
         encoder: name of the bundle's encoder.
-        sha256: of the bundle's graph.
+        sha256: SHA-256 of the bundle's graph.
         precision: ``fp32`` or ``fp16``.
-        cosine_error: largest 1 - cosine to the bundle's embeddings, measured on the CPU; 0 for the
-            bundle's own graph.
+        cosine_error: largest 1 - cosine to the bundle's embeddings, measured on the CPU; 0 for ``fp32``,
+            the unchanged graph.
     """
 
     model: str
@@ -70,18 +70,19 @@ def write_repository(
 ) -> list[Written]:
     """Write or extend a model repository.
 
-    A model that is there already gets a further version if its encoder has changed, and only its
-    configuration renewed if it has not.
+    If the repository has the model already, a changed graph becomes a new version; an unchanged one gets
+    only a new configuration.
 
     Args:
         bundles: encoder bundles.
-        out: the repository's folder.
-        options: how the server runs the models.
-        tiles: real tiles for the parity of ``fp16``; made ones when left out.
+        out: folder of the repository.
+        options: options of the models on the server.
+        tiles: real tiles for the parity test of ``fp16``; None uses synthetic ones.
 
     Raises:
-        BadInput: two bundles of one name, or a bundle that does not exist.
-        Mismatch: half precision is too far from the bundle; nothing is written of it.
+        BadInput: two models have the same name, or a bundle does not exist.
+        Mismatch: half precision differs too much from the bundle, and that model is not written; or the
+            repository's model has another tile size or embedding length.
     """
     manifests = [read_manifest(bundle) for bundle in bundles]
     names = [manifest.name for manifest in manifests]
@@ -162,7 +163,7 @@ def _write_model(
         versions[version] = about
     text = config(name, manifest, _parameters(versions), options)
     write_atomic(folder / TENSORRT, text + _tensorrt(name, manifest, options))
-    write_atomic(folder / CONFIG, text)  # last: from now on the server may load the model
+    write_atomic(folder / CONFIG, text)  # last: from now on the server can load the model
     return Written(name, version, manifest.name, manifest.sha256, precision, error)
 
 
@@ -196,7 +197,7 @@ def _parameters(versions: dict[int, dict[str, Any]]) -> dict[str, str]:
             TRITON_PROBE: about["probe"],
         }
         found.update({f"{key}.{version}": value for key, value in values.items()})
-    # 1: cuDNN's heuristic search; its default tries everything at every new batch size
+    # "1" is cuDNN's heuristic search; the default tries every algorithm at each new batch size.
     return {**found, "cudnn_conv_algo_search": "1", "intra_op_thread_count": "1"}
 
 
@@ -242,9 +243,9 @@ def _escape(text: str) -> str:
 
 
 def _tensorrt(name: str, manifest: Manifest, options: TritonOptions) -> str:
-    """Return what the TensorRT variant adds; its engines are cached on the volume ``/cache``.
+    """Return the lines that the TensorRT variant adds; its engines are cached on the volume ``/cache``.
 
-    No precision is asked for: TensorRT 11 takes it from the graph's types, so ``<name>-fp16`` is the
+    They set no precision: TensorRT 11 takes it from the graph's types, so ``<name>-fp16`` is the
     half-precision variant here too.
     """
     size = manifest.size_px

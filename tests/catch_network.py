@@ -1,8 +1,8 @@
-"""Run commands in a network of their own, where every address is this machine, and tell who was asked.
+"""Run commands in a separate network in which this machine has every address; report what they contact.
 
     unshare -rn python catch_network.py '[["command", "word"], …]'
 
-Answers every name with an address, listens where programs report home (53, 80, 443), prints JSON.
+It resolves every name to an address, listens on the ports that telemetry uses (53, 80, 443), prints JSON.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Colour profiles for tests, made from their primaries and curve; nothing of a vendor's."""
+"""Colour profiles for tests, computed from primaries and a curve; none contains a vendor's data."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""What tests share: real pictures from packages, real data beside the checkout, and made slides."""
+"""Shared fixtures: real images from packages, real data beside the checkout, and synthetic slides."""
 
 from __future__ import annotations
 

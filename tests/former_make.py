@@ -1,7 +1,7 @@
-"""Make the files of tests/former.tar.gz with the version that is checked out.
+"""Create tests/former.tar.gz, an archive of files written by the version that is checked out.
 
-Run it only with a version whose files later versions must open: ``python tests/former_make.py OUT.tar.gz``.
-The pixels are scikit-image's own pictures, so the archive holds no patient's data.
+Run it only on a version whose files later versions must open: ``python tests/former_make.py OUT.tar.gz``.
+The pixels are scikit-image's sample images, so the archive contains no patient's data.
 """
 
 import json

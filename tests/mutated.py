@@ -1,4 +1,4 @@
-"""Uploads made to break a decoder, from real pictures."""
+"""Real images altered to break a decoder, for uploads."""
 
 import io
 import struct

@@ -1,8 +1,9 @@
-"""Is it fit to be released? Run by `make release-check`; what is built lies in dist/.
+"""Check that a release works. Run by `make release-check`; the results are in dist/.
 
-Builds the source archive, and from it the wheel; runs the demo from the wheel, away from the source; writes
-a bill of materials (CycloneDX) and the licences of all that `pip install 'histoseek[cpu,ui]'` brings;
-installs the wheel with each extra in an empty environment and imports what the extra is for.
+Builds the source archive, and from it the wheel. Runs the demo from the wheel, outside the source folder.
+Writes a bill of materials (CycloneDX) and the licences of all packages that `pip install
+'histoseek[cpu,ui]'` installs. Installs the wheel with each extra in an empty environment and imports the
+packages of that extra.
 """
 
 import argparse

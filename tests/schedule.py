@@ -1,11 +1,11 @@
-"""Which tests are slow, which run one after another, and how deep they go.
+"""Schedule of the tests: which are slow, which run one after another, and how often they repeat.
 
-Under pytest-xdist every file is a group: one worker runs it, so its module fixtures are made once. Files
-in ``SPREAD`` have no costly fixtures of their own; their tests are dealt out one by one, at the end. What
-takes a machine's resource (a Ray cluster, a Triton server, a browser) is one group over all files.
+Under pytest-xdist every file is a group: one worker runs it, so its module fixtures are set up once. Files
+in ``SPREAD`` have no expensive fixtures; their tests are distributed one by one, at the end. Tests that use
+a resource of the machine (a Ray cluster, a Triton server, a browser) form one group over all files.
 
-``slow`` is set by fixture, by file, by what the test calls, or by hand; ``make test-quick`` leaves slow
-tests out and gives every other test 30 s, so a slow test without the mark fails there.
+The mark ``slow`` is set by fixture, by file, by what the test calls, or by hand. ``make test-quick`` leaves
+slow tests out and allows every other test 30 s, so a slow test without the mark fails there.
 """
 
 import os

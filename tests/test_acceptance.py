@@ -1,4 +1,4 @@
-"""What the project promises, on real data, by the commands a person would type."""
+"""Acceptance: the project's promises on real data, with the commands that a user would type."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""The chain of the audit log: what is done to its lines is named, and ordinary life breaks nothing."""
+"""The chain of the audit log: changes to its lines are detected, and normal use never breaks it."""
 
 import errno
 import hashlib

@@ -1,4 +1,4 @@
-"""The command line as a person and as a program meet it."""
+"""The command line, used by a person or by a program."""
 
 import json
 

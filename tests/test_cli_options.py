@@ -1,4 +1,4 @@
-"""Option models: what they refuse, and the flags that are made from them."""
+"""Option models: the values that they reject, and the flags generated from them."""
 
 import pickle
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""The demo's download, against a local server, and its own slide."""
+"""The demo: its download, from a local server, and the slide that it makes offline."""
 
 import hashlib
 import http.server

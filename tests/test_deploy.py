@@ -1,4 +1,4 @@
-"""The files in deploy/ by their own validators, and the commands in docs/deploy.md by the program."""
+"""The files in deploy/ pass their validators, and the program has every command in docs/deploy.md."""
 
 import copy
 import functools

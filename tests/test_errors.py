@@ -1,4 +1,4 @@
-"""Errors say what to install."""
+"""Error messages name the package to install."""
 
 import math
 

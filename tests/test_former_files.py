@@ -1,6 +1,6 @@
-"""Files of the version before the rooms were rebuilt still open, with the answers they gave then.
+"""Files written before the modules were reorganised still open and give the same answers as then.
 
-tests/former_make.py made the archive, run with that version.
+That version of the package created the archive, with tests/former_make.py.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""The public names, and the lines of Python that the README shows, run as they stand there."""
+"""The public names, and the Python lines in the README, run unchanged."""
 
 import re
 import subprocess

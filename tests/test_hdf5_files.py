@@ -1,4 +1,4 @@
-"""What HDF5 would load or fill in from elsewhere is refused; what its own filters wrote is read."""
+"""HDF5 files that refer to other files are rejected; files with HDF5's standard filters are read."""
 
 import h5py
 import numpy as np

@@ -1,4 +1,4 @@
-"""Every picture is untrusted: what is read, what is refused, and why."""
+"""Every image is untrusted: which images are read, which are rejected, and why."""
 
 import io
 import zlib

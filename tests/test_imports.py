@@ -1,4 +1,4 @@
-"""The modules form no circle: not by imports in functions, nor by those for type checkers alone."""
+"""Modules never import each other in a circle, not even inside functions or for type checkers only."""
 
 import ast
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Nothing tries to leave the machine: the kernel is asked, in a network where it would be seen."""
+"""Nothing tries to contact another machine: checked in an isolated network that records every attempt."""
 
 import json
 import os

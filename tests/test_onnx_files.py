@@ -1,4 +1,4 @@
-"""A bundle is what lies in its folder: no weights of other files, no links out of it."""
+"""A bundle consists of its folder only: no weights in other files, and no links to the outside."""
 
 import json
 import shutil

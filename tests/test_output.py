@@ -1,4 +1,4 @@
-"""What a command prints never breaks it: any encoding, closed, full, or without a reader."""
+"""Output never breaks a command: any encoding, a closed or full stream, or no reader."""
 
 import codecs
 import json

@@ -1,4 +1,4 @@
-"""The wheel, the layers and the light start."""
+"""The wheel, the layers of imports, and a start without heavy packages."""
 
 import ast
 import os

@@ -1,4 +1,4 @@
-"""Whose row: no name means two slides, and no slide has two names."""
+"""Slide names: no name refers to two slides, and no slide has two names."""
 
 from pathlib import PurePosixPath
 

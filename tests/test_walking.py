@@ -1,4 +1,4 @@
-"""Folders as groups keep them: links, loops, hidden copies."""
+"""Searching folders as found in practice: links, loops, hidden copies."""
 
 import os
 

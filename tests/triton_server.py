@@ -1,6 +1,6 @@
-"""The real tritonserver, from the wheel nvidia-pytriton, on free loopback ports of a machine without GPU.
+"""Start the real tritonserver, from the wheel nvidia-pytriton, on free loopback ports; needs no GPU.
 
-The wheel has Triton's python backend only, so `tests/triton_backends/onnxruntime` stands in for the
+The wheel contains only Triton's python backend, so `tests/triton_backends/onnxruntime` replaces the
 onnxruntime backend; the model repositories are served unmodified.
 """
 

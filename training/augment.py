@@ -1,7 +1,6 @@
 """Augmentation of a whole batch on its device: geometry in one warp, then stain and colour.
 
-Where the warp looks at each tile is drawn first (:func:`placement`), so that a loss may look at what lies
-at the same place.
+:func:`placement` draws the warp of each tile first, so that a loss can apply the same warp to other maps.
 """
 
 from __future__ import annotations
@@ -23,12 +22,12 @@ class Augmentation:
     Attributes:
         rotation_deg: rotate by up to this angle either way.
         zoom: scale by a factor between 1 - zoom and 1 + zoom.
-        shift: translate by up to this share of the side.
+        shift: translate by up to this fraction of the side.
         flip: mirror half of the tiles.
-        stain: change each stain's density by up to this share, and its background by a tenth of it.
-        colour: change brightness and contrast by up to this share.
+        stain: change each stain's density by up to this fraction, and its background by a tenth of it.
+        colour: change brightness and contrast by up to this fraction.
         noise: standard deviation of Gaussian pixel noise, for values 0..1.
-        crop_px: side of a random crop, at the tile's own scale; 0 keeps the whole tile.
+        crop_px: side of a random crop, not rescaled; 0 keeps the whole tile.
     """
 
     rotation_deg: float = 15.0
@@ -51,9 +50,9 @@ def augment(
 
     Args:
         tiles: float (N, 3, S, S), 0..1.
-        ranges: what may change and how far.
+        ranges: limits of the random changes.
         generator: CPU generator; the same state gives the same result on any device.
-        where: what :func:`placement` drew; drawn here if it is None.
+        where: warps (N, 2, 3) from :func:`placement`; None draws them here.
 
     Returns:
         float (N, 3, S', S'), 0..1; S' is ``crop_px``, or S when that is 0.
@@ -72,7 +71,7 @@ def augment(
         basis = basis / basis.norm(dim=1, keepdim=True)
         density = -torch.log(tiles.clamp(1 / 255, 1))
         scale, offset = 1 + ranges.stain * draw(3), 0.1 * ranges.stain * draw(3)
-        # To stains, scale and offset there, and back: one 3 x 3 matrix and one offset per tile.
+        # Convert to stains, scale and offset, convert back: one 3 x 3 matrix and one offset per tile.
         change = (torch.linalg.inv(basis) * scale[:, None, :]) @ basis
         shift = (offset @ basis)[:, :, None]
         density = torch.baddbmm(shift, change.transpose(1, 2), density.flatten(2)).view_as(tiles)
@@ -92,10 +91,11 @@ def augment(
 def placement(
     count: int, side: int, ranges: Augmentation, generator: torch.Generator
 ) -> torch.Tensor:
-    """Draw how each of ``count`` tiles of a side is rotated, zoomed, shifted, mirrored and cropped.
+    """Draw the rotation, zoom, shift, reflection and crop of each of ``count`` tiles of side ``side``.
 
     Returns:
-        float (N, 2, 3): from the result to the tile, both from -1 to 1 (torch's ``affine_grid``).
+        float (N, 2, 3): affine maps from output to input coordinates, both from -1 to 1 (the ``theta`` of
+        torch's ``affine_grid``).
     """
     share = (ranges.crop_px or side) / side
 
@@ -116,7 +116,7 @@ def placement(
 
 
 def look(maps: torch.Tensor, where: torch.Tensor, out_px: int) -> torch.Tensor:
-    """Return (N, C, P, P), P = ``out_px``, of maps (N, C, S, S) by a bilinear warp; outside is mirrored."""
+    """Warp maps (N, C, S, S) to (N, C, ``out_px``, ``out_px``): bilinear, mirrored outside the map."""
     shape = [len(maps), maps.shape[1], out_px, out_px]
     grid = nn.functional.affine_grid(where.to(maps), shape, align_corners=False)
     return nn.functional.grid_sample(

@@ -1,4 +1,4 @@
-"""Saving weights and the state of a training run, without pickles: safetensors with a JSON header."""
+"""Save weights and the state of a training run without pickles: safetensors with a JSON header."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
     """Read what :func:`save_tensors` wrote.
 
     Raises:
-        BadInput: no such file.
-        Damaged: not a safetensors file.
+        BadInput: the file does not exist.
+        Damaged: the file is not a safetensors file.
     """
     if not path.is_file():
         raise BadInput(f"{path} does not exist; check the path")
@@ -62,19 +62,19 @@ def restore_optimizer(tensors: Tensors, groups: list[dict[str, Any]]) -> dict[st
 
 
 def load_backbone(backbone: torch.nn.Module, source: str, sha256: str = "") -> None:
-    """Load a torchvision-keyed checkpoint (.pth or .safetensors) into a backbone, by key.
+    """Load a checkpoint with torchvision's keys (.pth or .safetensors) into a backbone.
 
-    Classifier weights in the file are ignored; everything else must fit. A backbone may name keys that
-    stay as they are (``fresh``) and rename old keys (``rename``).
+    Classifier weights in the file are ignored; every tensor of the backbone must be in the file. A backbone
+    may list keys that are not loaded (``fresh``) and rename old keys (``rename``).
 
     Args:
-        backbone: whose weights are replaced.
+        backbone: network that receives the weights.
         source: a path, an https:// address, or ``efficientnet-lite0`` (see :mod:`.pretrained`).
-        sha256: what the file's hash must be.
+        sha256: expected SHA-256 of the file.
 
     Raises:
-        BadInput: no such file, or an address without a hash.
-        Mismatch: a backbone tensor is missing in the file or has another shape, or another hash.
+        BadInput: the file does not exist, or an address has no hash.
+        Mismatch: a backbone tensor is missing in the file or has another shape, or the hash differs.
     """
     path = find_weights(source, sha256)
     tensors = _read_checkpoint(path)
@@ -101,7 +101,7 @@ def load_run_weights(encoder: torch.nn.Module, run: Path) -> None:
 
     Raises:
         BadInput: the folder holds no finished run.
-        Mismatch: its weights are of another architecture.
+        Mismatch: its weights belong to another architecture.
     """
     tensors, about = load_tensors(run / "weights.safetensors")
     own = {k: v for k, v in tensors.items() if not k.startswith(("pca.", "clusters."))}
@@ -112,7 +112,7 @@ def load_run_weights(encoder: torch.nn.Module, run: Path) -> None:
 
 
 def load_encoder(run: Path) -> Encoder:
-    """Build the encoder of a finished run again, with its weights.
+    """Rebuild the encoder of a finished run, with its weights.
 
     Raises:
         BadInput: the folder holds no finished run.

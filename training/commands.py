@@ -1,4 +1,4 @@
-"""What ``histoseek train`` does, apart from parsing."""
+"""The commands behind ``histoseek train`` and ``histoseek reproduce``, without argument parsing."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ _SHARED = describe_options(TrainingOptions)
 
 
 def _model_facts(name: str) -> dict[str, Any]:
-    with torch.device("meta"):  # no memory, no arithmetic
+    with torch.device("meta"):  # shapes only: allocates and computes nothing
         model = build(name)
         cost = sum(layer.macs for layer in summarise_model(model))
     return {
@@ -88,7 +88,7 @@ def _model_facts(name: str) -> dict[str, Any]:
 
 
 def dry_run(name: str, options: TrainingOptions, sources: Sequence[Path], choose: Choice) -> None:
-    """Print the model's layers with their cost, and what training on the data would take."""
+    """Print the model's layers with their cost, and the size of the training on the data."""
     with torch.device("meta"):
         model = build(**options.architecture())
         layers = summarise_model(model)
@@ -137,10 +137,10 @@ def dry_run(name: str, options: TrainingOptions, sources: Sequence[Path], choose
 
 
 def select(sources: Sequence[Path], exclude: Sequence[str], label_from: Sequence[str]) -> TileSet:
-    """Open the sources as one tile set, without what is excluded.
+    """Open the sources as one tile set, without the excluded tiles.
 
     Raises:
-        BadInput: an exclusion that is not COLUMN=VALUE or matches nothing.
+        BadInput: an exclusion is not COLUMN=VALUE or matches nothing.
     """
     parts = [open_data(source) for source in sources]
     for rule in exclude:
@@ -160,7 +160,7 @@ def select(sources: Sequence[Path], exclude: Sequence[str], label_from: Sequence
 
 
 def _of_data(tiles: TileSet) -> dict[str, Any]:
-    """Return what was recognised and left out while the data was read, JSON-ready."""
+    """Return, ready for JSON, what was recognised and what was left out while reading the data."""
     return {"notes": list(tiles.notes), "left_out": [left._asdict() for left in tiles.left_out]}
 
 
@@ -185,7 +185,7 @@ def train(
         _every_fold(recipe, options, tiles, out, selection)
         return
     record = _one(recipe, options, tiles, out, selection)
-    if record:  # only the first process of several has one
+    if record:  # of several processes only the first has a record
         console.emit({**record, **_of_data(tiles)}, lambda: show_run(record, out))
 
 
@@ -205,7 +205,7 @@ def _every_fold(
         _one(recipe, replace(options, fold=fold), tiles, out / f"fold-{fold}", selection)
         for fold in range(options.folds)
     ]
-    if not all(records):  # only the first process of several has them
+    if not all(records):  # of several processes only the first has records
         return
     summary = {
         side: summarise([flat_rows(r["metrics"][side]) for r in records])
@@ -224,7 +224,7 @@ def _every_fold(
 
 
 def summarise(tables: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, float]]:
-    """Return mean and standard deviation over folds of every metric."""
+    """Return the mean and standard deviation of every metric over the folds."""
 
     def over_folds(name: str, key: str) -> list[float]:
         return [t[name][key] for t in tables if name in t and t[name][key] is not None]
@@ -241,7 +241,7 @@ def summarise(tables: list[dict[str, dict[str, Any]]]) -> dict[str, dict[str, fl
 
 
 def show_run(record: dict[str, Any], out: Path) -> None:
-    """Print what a run reached, beside its baselines."""
+    """Print the results of a run next to its baselines."""
     data, split = record["data"], record["split"]
     console.say(
         f"{out}: {split['train_tiles']} tiles trained on, {split['held_out_tiles']} held out by "
@@ -271,7 +271,7 @@ def show_run(record: dict[str, Any], out: Path) -> None:
 
 
 def reproduce(name: str, sources: Sequence[Path], choose: Choice, options: StudyOptions) -> None:
-    """Run a paper's protocol and say where its report lies."""
+    """Run a paper's protocol and print the path of its report."""
     find_protocol(name)
     tiles = choose(sources)
     with console.progress(f"reproduce {name}") as progress:

@@ -1,4 +1,4 @@
-"""Principal components as an encoder's last layer: in place of its head, or before clustering."""
+"""Principal components as an encoder's last layer: they replace its head, or precede clustering."""
 
 from __future__ import annotations
 
@@ -16,18 +16,21 @@ from .evaluate import embed_numbers
 from .models import Encoder
 
 FITTED = 20_000
-"""Most training tiles that the components are fitted on."""
+"""Maximum number of training tiles to fit the components on."""
 LEAST_SPREAD = 1e-4
-"""Components that vary less than this share of the first, or of the largest feature, are noise."""
+"""A component is noise if its standard deviation is below this fraction of the first one's.
+
+All features count as the same if none has a standard deviation above this fraction of the largest value.
+"""
 
 
 @dataclass(frozen=True)
 class Chain:
-    """From features to vectors that are clustered: (f - mean) @ projection.T, then length 1.
+    """Turn features f into vectors for clustering: (f - mean) @ projection.T, scaled to length 1.
 
     Attributes:
         mean: (F,).
-        projection: (D, F), principal directions over the square root of their variance.
+        projection: (D, F), principal directions divided by the square root of their variance.
     """
 
     mean: NDArray[np.float32]
@@ -35,11 +38,11 @@ class Chain:
 
     @classmethod
     def fit(cls, features: NDArray[np.float32], dim: int) -> Chain:
-        """Fit PCA with whitening on features (N, F); D is at most ``dim``, F and N - 1."""
+        """Fit PCA with whitening to features (N, F); D is at most ``dim``, F and N - 1."""
         from sklearn.decomposition import PCA
 
         dim = min(dim, features.shape[1], len(features) - 1)
-        with np.errstate(invalid="ignore"):  # features that are all the same have no variance
+        with np.errstate(invalid="ignore"):  # identical features have no variance
             fitted = PCA(dim, random_state=0).fit(features)
         kept = fitted.explained_variance_ > 1e-12 * fitted.explained_variance_[0]
         spread = np.sqrt(np.where(kept, fitted.explained_variance_, np.inf))
@@ -57,7 +60,7 @@ class Chain:
         return unit
 
     def into(self, encoder: Encoder) -> None:
-        """Make it the encoder's last layer; export adds the length."""
+        """Make the projection the encoder's last layer; export adds the scaling to length 1."""
         layer = encoder.attach_chain(len(self.projection))
         layer.to(next(encoder.backbone.parameters()).device)
         with torch.no_grad():
@@ -66,16 +69,16 @@ class Chain:
 
 
 def drop_head(encoder: Encoder, data: LabelledTiles, train: Ints, dim: int) -> None:
-    """Replace the encoder's head by principal components of its pooled features.
+    """Replace the encoder's head with the principal components of its pooled features.
 
-    The features (F,) are standardised; each component is divided by the root of its standard deviation
-    (half whitened), so that the first ones do not dominate the distance.
+    The features (F,) are standardised. Each component is divided by the square root of its standard
+    deviation (half whitened), so that the first ones do not dominate the distance.
 
     Args:
-        encoder: as trained; is changed.
+        encoder: a trained encoder; changed in place.
         data: tiles.
-        train: (K,) numbers of those to fit to; at most :data:`FITTED` are taken, evenly.
-        dim: components to keep; fewer where the features have fewer.
+        train: (K,) indices of the tiles to fit to; at most about :data:`FITTED`, evenly spaced, are used.
+        dim: number of components to keep; fewer if the features have fewer.
 
     Raises:
         BadInput: all features are the same.

@@ -1,4 +1,4 @@
-"""Labelled tiles for training, in memory or streamed, and splits that never cut a group in two."""
+"""Labelled tiles for training, in memory or streamed, and splits that keep groups together."""
 
 from __future__ import annotations
 
@@ -19,24 +19,24 @@ from ..metrics import Ints, codes
 
 MAX_BYTES = 16 * 2**30
 BLANK = 12.0
-"""Cut-outs of a larger picture whose pixels vary less than this (standard deviation) are left out."""
+"""Cut-outs whose pixel values have a standard deviation below this are left out as blank."""
 
 
 @dataclass(frozen=True)
 class LabelledTiles:
-    """Tiles with what is known of each; :meth:`read` gives their pixels.
+    """Tiles with their labels, groups and file names; :meth:`read` returns their pixels.
 
     Attributes:
-        tiles: uint8 (N, S, S, 3); (0, S, S, 3) where tiles are streamed.
-        labels: (N,) class numbers, -1 is unlabelled.
-        groups: (N,) group numbers; a tile without a group is a group of its own.
-        places: (N,) numbers of places in the tissue: a cut-out of a larger picture is a place of its
-            own, any other tile is at the place of its group.
-        label_names: the classes in order of their number.
+        tiles: uint8 (N, S, S, 3); (0, S, S, 3) if the tiles are streamed.
+        labels: (N,) class numbers; -1 means unlabelled.
+        groups: (N,) group numbers; a tile without a group forms a group by itself.
+        places: (N,) numbers of locations in the tissue: group and offset for a cut-out of a larger image,
+            the group alone for any other tile.
+        label_names: class names, in the order of their numbers.
         files: (N,) names.
-        unreadable: what was left out, with the reason, by file; a stream adds to it as it reads.
-        grouped: whether the data named any group.
-        stream: where the pixels come from if they are not in memory.
+        unreadable: reason for each file that was left out; streaming adds to it while reading.
+        grouped: whether the data names any group.
+        stream: source of the pixels if they are not in memory.
     """
 
     tiles: NDArray[np.uint8]
@@ -58,9 +58,9 @@ class LabelledTiles:
         return int(self.tiles.shape[1])
 
     def read(self, numbers: Ints) -> tuple[NDArray[np.uint8], Ints]:
-        """Return tiles (M, S, S, 3) and their numbers (M,), in order.
+        """Return tiles (M, S, S, 3) and their indices (M,), in order.
 
-        M is less than asked for where a streamed tile cannot be read; it is then noted by name.
+        A streamed tile that cannot be read is left out and recorded in ``unreadable``.
         """
         if self.stream is None:
             return self.tiles[numbers], numbers
@@ -93,18 +93,18 @@ _POOL = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="dec
 def load(
     tileset: TileSet, size_px: int, progress: Report, cut: int = 0, stream: bool = False
 ) -> LabelledTiles:
-    """Decode a tile set; an unreadable tile is left out, counted and named.
+    """Decode a tile set; a tile that cannot be read is left out and recorded in ``unreadable``.
 
     Args:
-        tileset: what to read.
-        size_px: S, the side that every tile is brought to.
+        tileset: tiles to read.
+        size_px: S, side of every tile after resizing.
         progress: called after each tile.
-        cut: cut pictures of at least this many times S into tiles at their own scale, instead of
-            shrinking them; 0 shrinks all.
-        stream: decode tiles when they are asked for; so is done with more than 16 GiB of them.
+        cut: cut images with sides of at least this many times S into tiles, instead of shrinking them;
+            0 shrinks all.
+        stream: decode tiles on demand; always done when they exceed 16 GiB, unless images are cut.
 
     Raises:
-        BadInput: no tile could be read, or cut tiles are more than fit into 16 GiB.
+        BadInput: no tile could be read, or cut tiles exceed 16 GiB.
     """
     bytes_per_tile = size_px * size_px * 3
     if not cut and (stream or len(tileset) * bytes_per_tile > MAX_BYTES):
@@ -147,7 +147,7 @@ def _labelled(
     unreadable: dict[str, str],
     stream: bool,
 ) -> LabelledTiles:
-    """Join pixels with the labels, groups and names of the tiles and cut-outs in ``rows``."""
+    """Join pixels with the labels, groups and names; ``rows`` holds (tile index, cut-out suffix)."""
     known = [tileset.tiles[number] for number, _ in rows]
     groups = [tile.group or f"\0{number}" for tile, (number, _) in zip(known, rows, strict=True)]
     places = [f"{group}\0{place}" for group, (_, place) in zip(groups, rows, strict=True)]
@@ -165,10 +165,9 @@ def _labelled(
 
 
 def cut_up(picture: Rgb, size_px: int, least: int = 2) -> dict[str, Rgb]:
-    """Cut a picture into tiles on a centred grid, by ``@x,y``; a small one is resized whole, by ''.
+    """Cut an image into tiles on a centred grid; returns the tiles by name ``@x,y``, without blank ones.
 
-    Small is what has less than ``least`` tiles one way or the other. Blank cut-outs are left
-    out; a picture of which all are blank gives none.
+    An image with fewer than ``least`` tiles along either side is not cut but resized; its name is ''.
     """
     down, across = picture.shape[0] // size_px, picture.shape[1] // size_px
     if min(down, across) < least:
@@ -186,13 +185,13 @@ def cut_up(picture: Rgb, size_px: int, least: int = 2) -> dict[str, Rgb]:
 
 @dataclass(frozen=True)
 class Split:
-    """Numbers of the tiles that train, validate (choose epochs and rates) and test.
+    """Tile indices of the training, validation and test parts.
 
     Attributes:
         train: (N,).
-        validate: (M,); empty where nothing needs it.
-        test: (K,); empty where nothing is held out.
-        by: what was kept together, for the record.
+        validate: (M,), to choose epochs and learning rates; empty if no option needs it.
+        test: (K,); empty if nothing is held out.
+        by: unit of the split, as text for the record.
     """
 
     train: Ints
@@ -204,19 +203,19 @@ class Split:
 def split(
     data: LabelledTiles, folds: int, fold: int, seed: int, by: str = "group", validate: bool = False
 ) -> Split:
-    """Split tiles into folds; fold number ``fold`` tests, the next one validates if asked to.
+    """Split tiles into folds: one for testing, optionally the next one for validation, the rest to train.
 
     Args:
         data: labelled tiles.
-        folds: 0 holds nothing out.
-        fold: which tests.
-        seed: of the shuffle.
-        by: ``group`` never cuts a group in two; ``tile`` does, so that test tiles have siblings in the
-            training part.
+        folds: number of folds; 0 holds nothing out.
+        fold: number of the test fold.
+        seed: seed of the shuffle.
+        by: ``group`` keeps each group in one part; ``tile`` does not, so tiles of one group may be in the
+            test part and in the training part.
         validate: set a fold aside for validation.
 
     Raises:
-        BadInput: fewer groups than folds.
+        BadInput: there are fewer groups than folds.
     """
     told = "group" if data.grouped else "tile (the data names no groups)"
     if by == "tile" and data.grouped:
@@ -252,7 +251,7 @@ def _folds(data: LabelledTiles, folds: int, seed: int, by: str) -> list[Ints]:
 
 
 def describe(data: LabelledTiles, tileset: TileSet) -> dict[str, Any]:
-    """Return what the record of a run says of its data."""
+    """Return the description of the data for a run's record."""
     return {
         "name": tileset.name,
         "fingerprint": tileset.fingerprint,
@@ -264,7 +263,7 @@ def describe(data: LabelledTiles, tileset: TileSet) -> dict[str, Any]:
 
 
 def describe_split(parts: Split) -> dict[str, Any]:
-    """Return what the record of a run says of its split."""
+    """Return the description of the split for a run's record."""
     return {
         "by": parts.by,
         "train_tiles": len(parts.train),

@@ -1,4 +1,4 @@
-"""Batch norms over all processes of a data-parallel run, so that it trains as one process would."""
+"""Batch norms over all processes of a data-parallel run, so that it trains like a single process."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ def processes() -> int:
 
 
 def synchronise_norms(net: nn.Module) -> None:
-    """Let every batch norm in training take its mean and variance over the batches of all processes.
+    """Make every batch norm in training use the mean and variance over the batches of all processes.
 
-    torch's own SyncBatchNorm does it on GPUs only; this works on any device.
+    torch's SyncBatchNorm does this on GPUs only; this works on any device.
     """
     for module in net.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
@@ -32,7 +32,7 @@ def release_norms(net: nn.Module) -> None:
 
 
 def _synchronised(norm: Any, x: torch.Tensor) -> torch.Tensor:
-    """Normalise x (N, C, …) by mean and variance over all processes, and update the running ones."""
+    """Normalise x (N, C, …) by the mean and variance over all processes; update the running statistics."""
     if not norm.training:
         normed: torch.Tensor = type(norm).forward(norm, x)
         return normed

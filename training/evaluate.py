@@ -1,4 +1,4 @@
-"""Judging an encoder on held-out tiles: retrieval, and clustering as paper 004 does it."""
+"""Evaluate an encoder on held-out tiles: retrieval, and clustering as in paper 004."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ from .models.embedding import UNIT_MEAN, UNIT_STD
 
 Basis = dict[str, NDArray[np.float32]]
 JUDGED = ("trained", "random_init", "pixels")
-"""What is judged on held-out tiles: the encoder, the same net before training, shrunken pixels."""
+"""Names in the metrics: the trained encoder, the same net before training, and shrunken pixels."""
 
 
 @torch.inference_mode()
 def embed(
     encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64, unit: bool = True
 ) -> NDArray[np.float32]:
-    """Embed uint8 tiles (N, S, S, 3); returns float32 (N, D), of length 1 unless ``unit`` is off."""
+    """Embed uint8 tiles (N, S, S, 3); returns float32 (N, D), of length 1 if ``unit``."""
     was_training = encoder.training
     encoder.eval()
     parts = [np.zeros((0, encoder.dim), dtype=np.float32)]
@@ -40,7 +40,7 @@ def embed(
 def embed_numbers(
     encoder: Encoder, data: LabelledTiles, numbers: Ints, unit: bool = True, batch: int = 256
 ) -> tuple[NDArray[np.float32], Ints]:
-    """Embed tiles by number, in memory or streamed; returns (M, D) and the numbers that were read."""
+    """Embed the tiles of given indices; returns (M, D) and the indices of the tiles that could be read."""
     found = [np.zeros((0, encoder.dim), dtype=np.float32)]
     kept = [np.zeros(0, dtype=np.int64)]
     for start in range(0, len(numbers), batch):
@@ -52,10 +52,10 @@ def embed_numbers(
 
 @torch.no_grad()
 def calibrate(encoder: Encoder, tiles: NDArray[np.uint8], batch: int = 64) -> None:
-    """Set the batch norms' statistics to averages over ``tiles``, leaving every weight as it is.
+    """Set the batch norms' statistics to averages over ``tiles``; no weight changes.
 
-    A net that was never trained needs it to be a fair baseline: with the initial statistics its
-    embeddings all but coincide.
+    An untrained net is a fair baseline only after this: with the initial statistics its embeddings are
+    almost identical.
     """
     norms = [m for m in encoder.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
     momenta = [norm.momentum for norm in norms]
@@ -80,7 +80,7 @@ def to_input(encoder: Encoder, tiles: NDArray[np.uint8] | torch.Tensor) -> torch
 
 
 def normalise(encoder: Encoder, tiles: torch.Tensor) -> torch.Tensor:
-    """Normalise float tiles (N, 3, S, S) of 0..1 by the encoder's mean and standard deviation."""
+    """Normalise float tiles (N, 3, S, S) in 0..1 by the encoder's mean and standard deviation."""
     if (encoder.mean, encoder.std) == (UNIT_MEAN, UNIT_STD):
         return tiles
     mean = torch.tensor(encoder.mean, device=tiles.device)[:, None, None]
@@ -89,10 +89,10 @@ def normalise(encoder: Encoder, tiles: torch.Tensor) -> torch.Tensor:
 
 
 def pca_basis(embeddings: Floats) -> Basis:
-    """Fit PCA without whitening: ``mean`` (D,), ``components`` (R, D), ``variance`` (R,) as shares."""
+    """Fit PCA without whitening: ``mean`` (D,), ``components`` (R, D), ``variance`` (R,) as fractions."""
     from sklearn.decomposition import PCA
 
-    with np.errstate(invalid="ignore"):  # embeddings that are all the same have no variance
+    with np.errstate(invalid="ignore"):  # identical embeddings have no variance
         fitted = PCA(random_state=0).fit(embeddings)
     return {
         "mean": fitted.mean_.astype(np.float32),
@@ -102,7 +102,7 @@ def pca_basis(embeddings: Floats) -> Basis:
 
 
 def project(embeddings: Floats, basis: Basis, keep: float = 0.95) -> Floats:
-    """Project on the components that hold ``keep`` of the variance (paper 004)."""
+    """Project on the first components that explain the fraction ``keep`` of the variance (paper 004)."""
     count = int(np.searchsorted(np.cumsum(basis["variance"]), keep)) + 1
     result: Floats = (embeddings - basis["mean"]) @ basis["components"][:count].T
     return result
@@ -111,14 +111,14 @@ def project(embeddings: Floats, basis: Basis, keep: float = 0.95) -> Floats:
 def judge(
     encoder: Encoder, initial: Encoder, data: LabelledTiles, parts: Split, seed: int, measure: bool
 ) -> tuple[Basis, dict[str, Any]]:
-    """Judge a trained encoder on held-out tiles, beside the same net before training and pixels.
+    """Evaluate a trained encoder on held-out tiles; the baselines are the net before training and pixels.
 
-    PCA is fitted on training tiles. The initial net gets batch norms calibrated on a sample of them. At
-    most 10,000 held-out tiles are compared, drawn by ``seed``.
+    PCA is fitted on training tiles. The batch norms of the initial net are calibrated on a sample of them.
+    At most 10,000 held-out tiles are compared, drawn with ``seed``.
 
     Returns:
         The PCA basis of the trained encoder, and metrics of ``trained``, ``random_init`` and ``pixels``
-        ({} when nothing was held out or ``measure`` is off).
+        ({} if nothing was held out or ``measure`` is off).
     """
     rng = np.random.default_rng(seed)
     train = _sample(parts.train, MOST, rng)
@@ -142,7 +142,7 @@ def judge(
 
 
 MOST = 10_000
-"""Most held-out tiles that are judged: every one is compared with every other."""
+"""Maximum number of held-out tiles to evaluate; every tile is compared with every other."""
 
 
 def _sample(numbers: Ints, most: int, rng: np.random.Generator) -> Ints:
@@ -152,7 +152,7 @@ def _sample(numbers: Ints, most: int, rng: np.random.Generator) -> Ints:
 
 
 def pixels_of(data: LabelledTiles, numbers: Ints, batch: int = 1024) -> NDArray[np.float32]:
-    """Return :func:`pixel_features` of tiles by number; tiles that cannot be read are left out."""
+    """Return :func:`pixel_features` of the tiles of given indices, without those that cannot be read."""
     parts = [
         pixel_features(data.read(numbers[start : start + batch])[0])
         for start in range(0, len(numbers), batch)
@@ -162,7 +162,7 @@ def pixels_of(data: LabelledTiles, numbers: Ints, batch: int = 1024) -> NDArray[
 
 @contextmanager
 def quiet_duplicates() -> Iterator[None]:
-    """Let k-means find fewer clusters than K, without a warning, where vectors coincide."""
+    """Suppress the warning of k-means that duplicate vectors leave fewer than K clusters."""
     from sklearn.exceptions import ConvergenceWarning
 
     with warnings.catch_warnings():
@@ -171,7 +171,7 @@ def quiet_duplicates() -> Iterator[None]:
 
 
 def pixel_features(tiles: NDArray[np.uint8], side: int = 16) -> NDArray[np.float32]:
-    """Shrink uint8 tiles (N, S, S, 3) to side x side; returns float32 (N, 3 side side) in 0..1."""
+    """Shrink uint8 tiles (N, S, S, 3) to side x side; returns float32 (N, 3 * side * side) in 0..1."""
     pixels = torch.from_numpy(np.ascontiguousarray(tiles)).permute(0, 3, 1, 2).float() / 255
     small = nn.functional.adaptive_avg_pool2d(pixels, min(side, tiles.shape[1]))
     return small.flatten(1).numpy()
@@ -180,10 +180,10 @@ def pixel_features(tiles: NDArray[np.uint8], side: int = 16) -> NDArray[np.float
 def evaluate(
     embeddings: Floats, labels: Ints, groups: Ints, grouped: bool, basis: Basis, seed: int
 ) -> dict[str, Any]:
-    """Return retrieval and clustering metrics, each beside its trivial baseline.
+    """Return retrieval and clustering metrics, each with its trivial baseline.
 
-    k-means with K = number of classes, k-means with K of 2..10 by silhouette, and HDBSCAN with
-    min_cluster_size max(15, n / 40), all on the PCA projection.
+    Three clusterings of the PCA projection: k-means with K = number of classes, k-means with the K of
+    2..10 that has the best silhouette, and HDBSCAN with min_cluster_size max(15, n / 40).
     """
     known = labels >= 0
     named = groups if grouped else None

@@ -1,9 +1,10 @@
-"""Recipe ``arcface``: paper 004, an embedding by additive angular margin, judged by clustering.
+"""Recipe ``arcface``: paper 004, an embedding trained with an additive angular margin.
 
-With pretrained weights: phase 1 trains the head on the frozen backbone, phase 2 the backbone's last
-layers too. Without: one phase trains everything from scratch. Held-out groups are only embedded, never
-used to choose anything; PCA for clustering is fitted on the training part. Other losses stand beside
-ArcFace: softmax (the control that the paper lacks), triplet, contrastive; and a teacher to learn from.
+With pretrained weights, phase 1 trains the head on the frozen backbone, and phase 2 also trains the
+backbone's last layers. Without them, one phase trains everything from scratch. Held-out groups are only
+embedded, never used to choose anything; the PCA for clustering is fitted on the training part. Other losses
+are available: softmax (the control that the paper lacks), triplet and contrastive. A teacher network can
+add a second loss.
 """
 
 from __future__ import annotations
@@ -36,9 +37,9 @@ from .teacher import teacher_maps
 
 TARGETS = ("label", "group", "place")
 JUDGED = 1000
-"""Most tiles that the tissue gate is measured on."""
+"""Maximum number of held-out tiles to measure the tissue gate on."""
 CALIBRATE = 1024
-"""Number of training tiles, about, that set the batch norms' statistics after training."""
+"""Approximate number of training tiles that set the batch norms' statistics after training."""
 
 
 @options
@@ -114,10 +115,10 @@ class ArcFaceOptions(TrainingOptions):
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Check what depends on several options.
+        """Check combinations of options.
 
         Raises:
-            BadInput: naming the option, its value and what was expected.
+            BadInput: an option does not fit the others; the message names it, its value and what to expect.
         """
         super().__post_init__()
         if not set(self.target.split("+")) <= set(TARGETS):
@@ -144,11 +145,11 @@ class ArcFaceOptions(TrainingOptions):
         )
 
     def all_epochs(self) -> int:
-        """Return the epochs of all phases together."""
+        """Return the number of epochs of all phases together."""
         return sum(phase.epochs for phase in self.phases())
 
     def architecture(self) -> dict[str, Any]:
-        """Return what is needed to build the encoder again."""
+        """Return what is needed to rebuild the encoder: the model's name and its options."""
         names = ("dim", "hidden", "dropout", "relu_embedding")
         if not set(names) <= set(model_options(self.model)):
             raise BadInput(
@@ -159,7 +160,7 @@ class ArcFaceOptions(TrainingOptions):
 
 
 class EmbeddingNet(Objective):
-    """The encoder with one loss per target, and a teacher if there is one."""
+    """The encoder with one loss per target, and optionally the loss of a teacher."""
 
     def __init__(
         self,
@@ -168,10 +169,14 @@ class EmbeddingNet(Objective):
         options: ArcFaceOptions,
         teacher: NDArray[np.float16] | None = None,
     ) -> None:
-        """Make a loss for every target: class numbers of all tiles, -1 is unknown and costs nothing.
+        """Create a loss for every target.
 
-        ``teacher`` (N, F, H, H) are maps of each tile; their mean over what is looked at is what the
-        embedding is to predict; zeros cost nothing.
+        Args:
+            encoder: network to train.
+            targets: class numbers (N,) of all tiles by target; -1 is unknown and adds nothing to the loss.
+            options: options of the recipe.
+            teacher: the teacher's maps of each tile, (N, F, H, H). The embedding has to predict their mean
+                over the visible part of the tile; maps of zeros add nothing to the loss.
         """
         super().__init__()
         self.encoder = encoder
@@ -186,13 +191,13 @@ class EmbeddingNet(Objective):
         )
         self.looks = self.has_teacher = teacher is not None
         if teacher is not None:
-            self.maps = teacher  # no buffer: it may be large, and every process has its own
+            self.maps = teacher  # not a buffer: it may be large, and every process holds a copy
             self.predict = nn.Linear(encoder.dim, teacher.shape[1])
 
     def forward(
         self, tiles: torch.Tensor, numbers: torch.Tensor, where: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
-        """Return the summed loss of tiles (N, 3, S, S), and its parts where there are several."""
+        """Return the total loss of tiles (N, 3, S, S), and its parts if there are several."""
         embeddings = self.encoder(tiles)
         loss = embeddings.sum() * 0.0
         parts: dict[str, torch.Tensor] = {}
@@ -200,7 +205,7 @@ class EmbeddingNet(Objective):
             labels = self.get_buffer(f"target_{name}")[numbers]
             known = labels >= 0
             for weight in head.parameters():
-                loss = loss + weight.sum() * 0.0  # every weight has a gradient, as DDP demands
+                loss = loss + weight.sum() * 0.0  # DDP requires a gradient for every weight
             if known.any():
                 parts[name] = head(embeddings[known], labels[known])
                 alone = name != "label" or len(self.heads) == 1
@@ -216,7 +221,7 @@ class EmbeddingNet(Objective):
         return {"loss": loss, **(parts if len(parts) > 1 else {})}
 
     def begin_phase(self, phase: Phase) -> None:
-        """Freeze what the phase does not train; frozen batch norms keep their statistics."""
+        """Freeze the layers that the phase does not train; frozen batch norms keep their statistics."""
         self.train()
         backbone = self.encoder.backbone
         tail = self.encoder.tail if phase.tail else ()
@@ -230,7 +235,7 @@ class EmbeddingNet(Objective):
                 backbone.get_submodule(name).train()
 
     def draw(self, train: Ints, rng: np.random.Generator) -> Ints:
-        """Draw the tiles of an epoch; with ``per_class`` so that as many of one class follow each other."""
+        """Draw the tiles of an epoch; with ``per_class``, in runs of that many tiles of one class."""
         size = self.options.per_class
         if not size:
             return rng.permutation(train)
@@ -246,7 +251,7 @@ class EmbeddingNet(Objective):
 
 
 def make_loss(options: ArcFaceOptions, dim: int, classes: int) -> nn.Module:
-    """Return the loss that the options name, for embeddings of length ``dim``."""
+    """Return the loss named in the options, for embeddings of length ``dim``."""
     if options.loss == "softmax":
         return Softmax(dim, classes)
     if options.loss == "triplet":
@@ -263,23 +268,23 @@ def fit(
     progress: Report,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train, judge on the held-out groups and write ``weights.safetensors`` and ``run.json``.
+    """Train, evaluate on the held-out groups and write ``weights.safetensors`` and ``run.json``.
 
-    A run that was killed is taken up after its last whole epoch and ends with the same weights.
+    A killed run resumes after its last complete epoch and ends with the same weights.
 
     Args:
-        options: of the recipe.
+        options: options of the recipe.
         tileset: labelled tiles.
-        out: the run's folder.
-        progress: called with what is done, of how many, and a text.
-        selection: how the tile set was put together, for the record.
+        out: folder of the run.
+        progress: called with the number done, the total and a text.
+        selection: sources and exclusions of the tile set, for the record.
 
     Returns:
         The content of ``run.json``.
 
     Raises:
-        BadInput: data without the target that was asked for.
-        Mismatch: ``out`` holds a run with other options or data; says which.
+        BadInput: the data has no such target.
+        Mismatch: ``out`` holds a run with other options or data; the message names the difference.
     """
     paper = "004: MobileNetV3-Small + ArcFace, k-means and HDBSCAN"
     job = Job("arcface", paper, options, tileset, out, progress, selection)
@@ -290,7 +295,7 @@ def fit(
     encoder = job.build()
     job.train(EmbeddingNet(encoder, targets, options, _teacher(job, options)), options.phases())
     if not options.weights:
-        # MobileNetV3's norms move by a hundredth per step: after a short training they lag far behind.
+        # MobileNetV3's batch norms have a momentum of 0.01: after a short training their statistics lag.
         few = job.parts.train[:: max(1, len(job.parts.train) // CALIBRATE)]
         calibrate(encoder, job.data.read(few)[0])
     if options.drop_head:
@@ -309,11 +314,11 @@ def fit(
 
 
 def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float16] | None:
-    """Return maps of what the embedding of every tile is to predict, fitted on the training tiles."""
+    """Return the teacher's maps of every tile, as components fitted on the training tiles."""
     if not options.teacher:
         return None
     if not job.fabric.is_global_zero:
-        job.fabric.barrier()  # the first asks, the others find it in the cache (or, streamed, ask too)
+        job.fabric.barrier()  # the first process fills the cache for the others; streamed tiles use none
     found = teacher_maps(
         options.teacher,
         job.data,
@@ -328,7 +333,7 @@ def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float16] | None:
 
 
 def _targets(options: ArcFaceOptions, data: LabelledTiles, train: Ints) -> dict[str, torch.Tensor]:
-    """Number the classes of the training part from 0; what it does not hold becomes -1."""
+    """Number the classes of the training part from 0; classes outside it become -1."""
     result: dict[str, torch.Tensor] = {}
     for name in options.target.split("+"):
         if name != "label" and not data.grouped:

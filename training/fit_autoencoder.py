@@ -1,7 +1,7 @@
-"""Recipe ``autoencoder``: papers 000 and 003, an encoder learnt by drawing its tiles again; no labels.
+"""Recipe ``autoencoder``: papers 000 and 003, an encoder trained to reconstruct its tiles, without labels.
 
-The clusters of the latents (and of the raw pixels, beside them) are found by k-means or mini-batch
-k-means. ``vae`` as the model trains the variational form.
+k-means or mini-batch k-means clusters the latents and, as a baseline, the raw pixels. The model ``vae``
+trains the variational form.
 """
 
 from __future__ import annotations
@@ -50,9 +50,10 @@ class AutoencoderOptions(TrainingOptions):
 
 
 class Reconstruction(Objective):
-    """The squared error between a tile and its reconstruction, and for a VAE the divergence.
+    """The squared error between a tile and its reconstruction; for a VAE, plus the weighted KL divergence.
 
-    ``sum``: over pixels, and in training over the tiles of the batch on all processes; ``mean``: over both.
+    Reduction ``sum`` adds up over pixels and, in training, over the tiles of the batch on all processes;
+    ``mean`` averages over both.
     """
 
     def __init__(self, encoder: AutoEncoder, options: AutoencoderOptions) -> None:
@@ -62,7 +63,7 @@ class Reconstruction(Objective):
         self.options = options
 
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return ``loss`` and ``mse``, the mean squared error of a pixel."""
+        """Return ``loss`` and ``mse``, the mean squared error per pixel."""
         divergence = None
         if isinstance(self.encoder, VariationalAutoEncoder):
             mean, log_variance, drawn, seen = self.encoder.sample(tiles)
@@ -91,21 +92,21 @@ def fit(
     progress: Report,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train, cluster the latents, judge on held-out groups, write the run.
+    """Train, cluster the latents, evaluate on held-out groups and write the run.
 
     Args:
-        options: of the recipe.
-        tileset: tiles; labels are only used to judge.
-        out: the run's folder.
-        progress: called with what is done, of how many, and a text.
-        selection: how the tile set was put together, for the record.
+        options: options of the recipe.
+        tileset: tiles; labels are used for evaluation only.
+        out: folder of the run.
+        progress: called with the number done, the total and a text.
+        selection: sources and exclusions of the tile set, for the record.
 
     Returns:
         The content of ``run.json``.
 
     Raises:
-        BadInput: a model without a decoder, or data that cannot be used.
-        Mismatch: ``out`` holds a run with other options or data; says which.
+        BadInput: the model has no decoder, or the data cannot be used.
+        Mismatch: ``out`` holds a run with other options or data; the message names the difference.
     """
     paper = "000 and 003: autoencoder, k-means on the latents"
     job = Job("autoencoder", paper, options, tileset, out, progress, selection)

@@ -1,4 +1,4 @@
-"""Recipe ``classifier``: paper 000's supervised net, any encoder with a linear layer on its embedding."""
+"""Recipe ``classifier``: the supervised net of paper 000, an encoder with a linear layer on top."""
 
 from __future__ import annotations
 
@@ -34,10 +34,10 @@ class ClassifierOptions(TrainingOptions):
 
 
 class Classification(Objective):
-    """Cross-entropy of the linear classifier; a tile without a label costs nothing."""
+    """Cross-entropy of the linear classifier; a tile without a label adds nothing to the loss."""
 
     def __init__(self, encoder: Encoder, labels: Ints) -> None:
-        """Wrap an encoder with a top layer; ``labels`` are those of all tiles, -1 for none."""
+        """Wrap an encoder with a top layer; ``labels`` (N,) covers all tiles, -1 for no label."""
         super().__init__()
         self.encoder = encoder
         self.labels = nn.Buffer(torch.from_numpy(labels), persistent=False)
@@ -57,21 +57,21 @@ def fit(
     progress: Report,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train on labels, judge on held-out groups, write the run; tiles without a label are left out.
+    """Train on labels, evaluate on held-out groups and write the run; unlabelled tiles are left out.
 
     Args:
-        options: of the recipe.
+        options: options of the recipe.
         tileset: labelled tiles.
-        out: the run's folder.
-        progress: called with what is done, of how many, and a text.
-        selection: how the tile set was put together, for the record.
+        out: folder of the run.
+        progress: called with the number done, the total and a text.
+        selection: sources and exclusions of the tile set, for the record.
 
     Returns:
         The content of ``run.json``; ``metrics.classifier`` has accuracy and F1.
 
     Raises:
-        BadInput: fewer than two labels to train on, or data that cannot be used.
-        Mismatch: ``out`` holds a run with other options or data; says which.
+        BadInput: there are fewer than two labels to train on, or the data cannot be used.
+        Mismatch: ``out`` holds a run with other options or data; the message names the difference.
     """
     paper = "000: supervised DenseNet"
     job = Job("classifier", paper, options, tileset, out, progress, selection)
@@ -98,7 +98,7 @@ def fit(
 def predict(
     encoder: Encoder, data: LabelledTiles, numbers: Ints, batch: int = 256
 ) -> tuple[Ints, Ints]:
-    """Return the classes (M,) that the classifier gives tiles by number, and the tiles read."""
+    """Return the predicted classes (M,) of the tiles of given indices, and the indices that were read."""
     encoder.eval()
     found, kept = [np.zeros(0, dtype=np.int64)], [np.zeros(0, dtype=np.int64)]
     for start in range(0, len(numbers), batch):
@@ -109,7 +109,7 @@ def predict(
 
 
 def _scores(predicted: Ints, truth: Ints, job: Job) -> list[Metric]:
-    """Accuracy and macro-F1, beside always the largest class of the training part."""
+    """Return accuracy and macro-F1; the baseline always predicts the training part's largest class."""
     from sklearn.metrics import f1_score
 
     largest = np.full(len(truth), np.bincount(job.data.labels[job.parts.train]).argmax())

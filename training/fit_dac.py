@@ -1,9 +1,9 @@
-"""Recipe ``dac``: paper 001, an autoencoder and a clustering head trained together; no labels.
+"""Recipe ``dac``: paper 001, an autoencoder and a clustering head trained together, without labels.
 
-Phase 1 draws the tiles again; phase 2 adds the loss on pairs of Deep Adaptive Clustering, whose
-thresholds close in epoch by epoch. Its baselines are methods of the same recipe: ``dac`` (the pair loss
-alone, from random weights), ``dec`` (Xie et al. 2016 on the pretrained code), ``ae-kmeans`` (phase 1, then
-k-means).
+Phase 1 trains the reconstruction of the tiles. Phase 2 adds the pair loss of Deep Adaptive Clustering; its
+two thresholds approach each other epoch by epoch. The baselines are methods of the same recipe: ``dac``
+(the pair loss alone, from random weights), ``dec`` (Xie et al. 2016 on the pretrained code) and
+``ae-kmeans`` (phase 1, then k-means).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from .steps import Objective, Phase, TrainingJob
 
 BATCH = 4096
 THRESHOLDS = {"001": (0.95, 0.5, 0.1, 0.005), "dac": (0.95, 0.455, 0.1, 0.009)}
-"""u(0), l(0), how fast l rises per unit of xi, and the step eta: paper 001's, and DAC's own."""
+"""u(0), l(0), rise of l per unit of xi, and step eta, as in paper 001 and as in the DAC paper."""
 
 
 @options
@@ -79,7 +79,7 @@ class DacOptions(TrainingOptions):
         """Check the output against the method.
 
         Raises:
-            BadInput: naming the option, its value and what was expected.
+            BadInput: an option does not fit the others; the message names it, its value and what to expect.
         """
         super().__post_init__()
         if self.output == "clusters" and self.method not in {"ae-dac", "dac"}:
@@ -88,7 +88,7 @@ class DacOptions(TrainingOptions):
             )
 
     def all_epochs(self) -> int:
-        """Return the epochs of all phases together."""
+        """Return the number of epochs of all phases together."""
         return sum(phase.epochs for phase in self.phases())
 
     def phases(self) -> list[Phase]:
@@ -101,10 +101,10 @@ class DacOptions(TrainingOptions):
         return phases
 
     def at(self, epoch: int) -> tuple[float, float]:
-        """Return u and l in clustering epoch ``epoch``; they never cross.
+        """Return the thresholds u and l of clustering epoch ``epoch``; they never cross.
 
-        Only u - l carries a gradient to xi, of 1 + rise; so xi grows by (1 + rise) eta per epoch until
-        both meet.
+        xi gets a gradient only from u - l, of size 1 + rise. So it grows by (1 + rise) * eta per epoch
+        until u and l are equal.
         """
         upper, lower, rise, eta = THRESHOLDS[self.thresholds]
         meet = (upper - lower) / (1 + rise)
@@ -117,13 +117,13 @@ class DacOptions(TrainingOptions):
 
 
 class Clustering(Objective):
-    """Reconstruction, then the method's loss; the classes of tiles are never looked at."""
+    """The reconstruction loss in phase 1, then the method's loss; labels are never used."""
 
     centres: torch.Tensor
     target: torch.Tensor
 
     def __init__(self, encoder: ClusteringAutoEncoder, options: DacOptions, tiles: int) -> None:
-        """Wrap the net; ``tiles`` is how many the data has, for DEC's target distribution."""
+        """Wrap the net; ``tiles`` is the number of tiles, for DEC's target distribution."""
         super().__init__()
         self.encoder: ClusteringAutoEncoder = encoder
         self.options = options
@@ -134,7 +134,7 @@ class Clustering(Objective):
             self.register_buffer("target", torch.zeros(tiles, encoder.clusters), persistent=False)
 
     def begin_phase(self, phase: Phase) -> None:
-        """Train everything; what a phase does not use gets no gradient."""
+        """Train everything; layers that the phase does not use get no gradient."""
         self.train()
         self.phase = phase.name
         clustering = phase.name == "clustering"
@@ -149,7 +149,7 @@ class Clustering(Objective):
     def begin_epoch(
         self, job: TrainingJob, phase: Phase, epoch: int, optimizer: Any
     ) -> dict[str, float]:
-        """Set the thresholds (DAC) or the target distribution (DEC); measure now and then."""
+        """Set the thresholds (DAC) or the target distribution (DEC); score every ``judge_every`` epochs."""
         if phase.name != "clustering":
             return {}
         told: dict[str, float] = {}
@@ -166,7 +166,7 @@ class Clustering(Objective):
             return {**told, "upper": self.upper, "lower": self.lower}
         if epoch == 0:
             found = kmeans(codes, self.encoder.clusters, seed=self.options.seed, restarts=20)
-            with torch.no_grad():  # every process starts from the same centres
+            with torch.no_grad():  # all processes start with the same centres
                 self.centres.copy_(torch.from_numpy(job.fabric.broadcast(found)))
         with torch.no_grad():
             vectors = torch.from_numpy(codes).to(self.centres.device)
@@ -196,13 +196,13 @@ class Clustering(Objective):
         return {"loss": loss, "pairs": pairs, "reconstruction": error}
 
     def _error(self, drawn: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
-        """Half the squared error of a tile, mean over its pixels or their sum."""
+        """Return half the squared error per tile, averaged or summed over its pixels."""
         error = (drawn.float() - seen.float()).square().flatten(1)
         per_tile = error.sum(1) if self.options.reduction == "sum" else error.mean(1)
         return 0.5 * per_tile.mean()
 
     def clusters_of(self, codes: Floats, fitted_on: Floats | None = None) -> Ints:
-        """Return the cluster of every code (N, 256); k-means is fitted on ``fitted_on``, or on them."""
+        """Return the cluster of every code (N, 256); k-means is fitted on ``fitted_on`` or ``codes``."""
         k, seed = self.encoder.clusters, self.options.seed
         if self.phase != "clustering":
             return assign(codes, kmeans(codes if fitted_on is None else fitted_on, k, seed=seed))
@@ -224,7 +224,7 @@ class Clustering(Objective):
 def codes_of(
     encoder: ClusteringAutoEncoder, data: LabelledTiles, numbers: Ints
 ) -> tuple[NDArray[np.float32], Ints]:
-    """Return the codes (M, 256) of tiles by number, as they come, and the numbers that were read."""
+    """Return the unscaled codes (M, 256) of the tiles of given indices, and the indices that were read."""
     encoder.eval()
     found, kept = [], []
     for start in range(0, len(numbers), BATCH):
@@ -241,21 +241,21 @@ def fit(
     progress: Report,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train, cluster, judge, write the run; as the paper does, on all tiles unless folds are asked for.
+    """Train, cluster, evaluate and write the run; uses all tiles, as the paper does, unless folds are set.
 
     Args:
-        options: of the recipe.
-        tileset: tiles; labels are only used to judge.
-        out: the run's folder.
-        progress: called with what is done, of how many, and a text.
-        selection: how the tile set was put together, for the record.
+        options: options of the recipe.
+        tileset: tiles; labels are used for evaluation only.
+        out: folder of the run.
+        progress: called with the number done, the total and a text.
+        selection: sources and exclusions of the tile set, for the record.
 
     Returns:
         The content of ``run.json``; ``metrics.clusters`` has the scores of the clusters.
 
     Raises:
-        BadInput: a model without a clustering head, or data that cannot be used.
-        Mismatch: ``out`` holds a run with other options or data; says which.
+        BadInput: the model has no clustering head, or the data cannot be used.
+        Mismatch: ``out`` holds a run with other options or data; the message names the difference.
     """
     paper = "001: autoencoder and Deep Adaptive Clustering"
     job = Job("dac", paper, options, tileset, out, progress, selection)
@@ -287,7 +287,7 @@ def fit(
         "method": options.method,
         "assigned": scores(codes, labels, net.clusters_of(codes, fitted), options.seed),
     }
-    if options.output == "code":  # what the bundle's clusters will say: the nearest mean code
+    if options.output == "code":  # assign to the nearest mean code, as the bundle's clusters do
         unit = codes / np.maximum(np.linalg.norm(codes, axis=1, keepdims=True), 1e-12)
         near = assign(unit, shipped["clusters.centres"].numpy())
         metrics["shipped"] = scores(unit, labels, near, options.seed)
@@ -305,7 +305,7 @@ def scores(vectors: Floats, labels: Ints, clusters: Ints, seed: int) -> list[dic
 
 
 def _shipped(net: Clustering, codes: Floats, clusters: Ints) -> dict[str, torch.Tensor]:
-    """Return a centre per cluster among unit embeddings: a corner of the simplex, or the mean code."""
+    """Return one centre per cluster: a corner of the probability simplex, or the mean of its unit codes."""
     k = net.encoder.clusters
     if net.options.output == "clusters":
         with torch.inference_mode():

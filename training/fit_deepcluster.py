@@ -1,9 +1,9 @@
-"""Recipe ``deepcluster``: paper 002, clusters of the features become the labels of the next epoch.
+"""Recipe ``deepcluster``: paper 002, clusters of the features are the labels of the epoch.
 
-Every epoch: features of all tiles in one fixed order, PCA, whitening, length 1, k-means; the clusters are
-pseudo-labels for a classifier with a new top layer, drawn evenly from all clusters. Unlike the reference
-code, the last chain (PCA, whitening, centres) is kept: it becomes a layer of the encoder, so that export
-ships it and any new tile can be assigned.
+Every epoch computes the features of all tiles in a fixed order, applies PCA and whitening, scales to length
+1 and runs k-means. The clusters are pseudo-labels for a classifier with a new top layer; tiles are drawn
+evenly from all clusters. Unlike the reference code, this keeps the last chain (PCA and whitening) and its
+centres: the chain becomes a layer of the encoder, so that export ships it and new tiles can be assigned.
 """
 
 from __future__ import annotations
@@ -59,8 +59,9 @@ def cluster(
 ) -> tuple[NDArray[np.float32], Ints, float]:
     """Run k-means from random vectors; returns centres (K', D), clusters (N,) and the inertia.
 
-    A cluster that runs empty is started again at the vector farthest from its centre (scikit-learn's
-    rule); what is empty in the end, as there are fewer distinct vectors than K, is left out: K' <= K.
+    A cluster that becomes empty restarts at the vector farthest from its centre (scikit-learn's rule).
+    Clusters that are empty in the end, because there are fewer distinct vectors than K, are left out:
+    K' <= K.
     """
     from sklearn.cluster import KMeans
 
@@ -74,10 +75,10 @@ def cluster(
 
 
 class PseudoLabels(Objective):
-    """Cross-entropy with the clusters of the epoch's beginning."""
+    """Cross-entropy with the clusters found at the beginning of the epoch."""
 
     def __init__(self, encoder: Encoder, options: DeepClusterOptions, tiles: int) -> None:
-        """Wrap an encoder with a top layer; ``tiles`` is how many the data has."""
+        """Wrap an encoder with a top layer; ``tiles`` is the number of tiles in the data."""
         super().__init__()
         self.encoder = encoder
         self.options = options
@@ -86,7 +87,7 @@ class PseudoLabels(Objective):
     def begin_epoch(
         self, job: TrainingJob, phase: Phase, epoch: int, optimizer: Any
     ) -> dict[str, float]:
-        """Cluster all training tiles, compare with the last epoch and the labels, renew the top."""
+        """Cluster all training tiles, compare with the last epoch and the labels, reset the top layer."""
         from sklearn.metrics import adjusted_mutual_info_score as ami
         from sklearn.metrics import normalized_mutual_info_score as nmi
 
@@ -120,7 +121,7 @@ class PseudoLabels(Objective):
         return {name: float(value) for name, value in told.items()}
 
     def _renew_top(self, optimizer: Any, seed: int) -> None:
-        """Draw a new top layer, N(0, .01) and bias 0, without the moments of the old one."""
+        """Draw a new top layer (weights N(0, .01), bias 0); delete the optimiser's state of the old one."""
         top = self.encoder.top
         assert top is not None
         generator = torch.Generator().manual_seed(seed)
@@ -133,7 +134,7 @@ class PseudoLabels(Objective):
             inner.state.pop(parameter, None)
 
     def draw(self, train: Ints, rng: np.random.Generator) -> Ints:
-        """Draw as many tiles as there are, evenly from the clusters (with repeats from small ones)."""
+        """Draw as many tiles as ``train`` has, evenly from all clusters; small clusters repeat tiles."""
         clusters = self.clusters.cpu().numpy()
         train = train[clusters[train] >= 0]
         if not self.options.uniform:
@@ -148,7 +149,7 @@ class PseudoLabels(Objective):
         return order
 
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the cross-entropy of the classifier with the clusters."""
+        """Return the cross-entropy between the classifier and the clusters."""
         logits = self.encoder.classify(tiles)
         return {"loss": nn.functional.cross_entropy(logits.float(), self.clusters[numbers])}
 
@@ -156,7 +157,7 @@ class PseudoLabels(Objective):
 def features_of(
     encoder: Encoder, data: LabelledTiles, numbers: Ints
 ) -> tuple[NDArray[np.float32], Ints]:
-    """Return features (M, F) of unchanged tiles in the order of ``numbers``, and those read."""
+    """Return features (M, F) of unaugmented tiles and their indices, in the order of ``numbers``."""
     assert encoder.chain is None
     return embed_numbers(encoder, data, numbers, unit=False)
 
@@ -168,21 +169,21 @@ def fit(
     progress: Report,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """Train, fit the last chain and its clusters, probe and judge on held-out groups, write the run.
+    """Train, fit the last chain and its clusters, probe and evaluate on held-out groups, write the run.
 
     Args:
-        options: of the recipe.
-        tileset: tiles; labels are only used to judge.
-        out: the run's folder.
-        progress: called with what is done, of how many, and a text.
-        selection: how the tile set was put together, for the record.
+        options: options of the recipe.
+        tileset: tiles; labels are used for evaluation only.
+        out: folder of the run.
+        progress: called with the number done, the total and a text.
+        selection: sources and exclusions of the tile set, for the record.
 
     Returns:
         The content of ``run.json``; ``metrics.probe`` has the linear probe.
 
     Raises:
-        BadInput: a model without a top layer, or fewer tiles than 2.
-        Mismatch: ``out`` holds a run with other options or data; says which.
+        BadInput: the model has no top layer, or there are fewer than 2 tiles.
+        Mismatch: ``out`` holds a run with other options or data; the message names the difference.
     """
     paper = "002: DeepCluster, Sobel-AlexNet and P4M CNN"
     job = Job("deepcluster", paper, options, tileset, out, progress, selection)

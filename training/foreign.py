@@ -1,7 +1,7 @@
-"""Fitting the tissue gate to made pictures that are out of distribution.
+"""Fit the tissue gate to synthetic images that are out of distribution.
 
-They are made from tiles and from noise. No real photograph, ultrasound or X-ray picture is used, so that
-these can measure the gate.
+The images are made from tiles and from noise. No real photograph, ultrasound or X-ray image is used, so
+those remain available to evaluate the gate.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ from .data import LabelledTiles
 from .models.gate import LIMIT, TissueGate, colour_statistics, shrink
 
 SAMPLES = 2400
-"""Number of tiles, and of pictures out of distribution, that a gate is fitted to."""
+"""Number of tiles, and also of images out of distribution, that a gate is fitted to."""
 LEAST = 3
-"""Fewest tiles: one third unchanged, one as from other labs, one with other stains."""
+"""Minimum number of tiles: a third stays unchanged, a third imitates other labs, a third other stains."""
 BATCH = 64
 OTHER_LABS = Augmentation(rotation_deg=180, zoom=0.25, stain=0.3, colour=0.1)
 HAEMATOXYLIN_EOSIN = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105))
@@ -39,15 +39,15 @@ Picture = NDArray[np.float32]
 
 
 def foreign_tiles(tiles: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.uint8]:
-    """Return ``count`` made pictures out of distribution, uint8 (count, S, S, 3).
+    """Return ``count`` synthetic images out of distribution, uint8 (count, S, S, 3).
 
-    In turn: tiles without colour, with exchanged or rotated colours, inverted, or blurred and
-    recoloured; plain fields with noise; noise with the spectrum of natural pictures; overlapping shapes.
+    The kinds alternate: tiles without colour, with exchanged or rotated colours, inverted, or blurred and
+    recoloured; plain fields with noise; noise with the spectrum of natural images; overlapping shapes.
 
     Args:
-        tiles: uint8 (N, S, S, 3), real ones to change.
-        count: number of pictures.
-        seed: of all random draws.
+        tiles: real tiles to change, uint8 (N, S, S, 3).
+        count: number of images.
+        seed: seed of all random draws.
     """
     rng = np.random.default_rng(seed)
     kinds = (_grey, _exchanged, _inverted, _recoloured, _plain, _noise, _shapes)
@@ -59,7 +59,7 @@ def foreign_tiles(tiles: NDArray[np.uint8], count: int, seed: int) -> NDArray[np
 
 
 def _grey(tile: Picture, rng: Rng) -> Picture:
-    """Lose the colour; any contrast, dark on light or light on dark."""
+    """Remove the colour and change the contrast at random, dark on light or light on dark."""
     grey = tile.mean(axis=2, keepdims=True)
     grey = 1 - grey if rng.random() < 0.5 else grey
     grey = np.clip((grey - grey.mean()) * rng.uniform(0.4, 2) + rng.uniform(0.1, 0.9), 0, 1)
@@ -68,7 +68,7 @@ def _grey(tile: Picture, rng: Rng) -> Picture:
 
 
 def _exchanged(tile: Picture, rng: Rng) -> Picture:
-    """Exchange red, green and blue, or turn the hue by 60 to 300 degrees."""
+    """Permute red, green and blue, or rotate the hue by 60 to 300 degrees."""
     if rng.random() < 0.5:
         orders = ((1, 0, 2), (1, 2, 0), (2, 0, 1), (0, 2, 1))
         return tile[:, :, orders[rng.integers(len(orders))]]
@@ -81,12 +81,12 @@ def _exchanged(tile: Picture, rng: Rng) -> Picture:
 
 
 def _inverted(tile: Picture, rng: Rng) -> Picture:
-    """As on a negative."""
+    """Invert the colours, as in a photographic negative."""
     return 1 - tile * np.float32(rng.uniform(0.7, 1))
 
 
 def _recoloured(tile: Picture, rng: Rng) -> Picture:
-    """Blurred, with colours mixed at random: a scene out of focus."""
+    """Blur the tile and mix its colours at random, like a scene out of focus."""
     soft = _softened(tile, rng)
     mixed = (soft - soft.mean((0, 1))) @ rng.normal(0, 1, (3, 3)) * rng.uniform(0.5, 2)
     scene: Picture = (mixed + rng.uniform(0.1, 0.9, 3)).astype(np.float32)
@@ -94,13 +94,13 @@ def _recoloured(tile: Picture, rng: Rng) -> Picture:
 
 
 def _plain(tile: Picture, rng: Rng) -> Picture:
-    """One colour, often near white, with little noise."""
+    """Return a plain colour, often near white, with little noise."""
     level = rng.uniform(0.75, 1, 3) if rng.random() < 0.7 else rng.uniform(0, 1, 3)
     return (level + rng.normal(0, rng.uniform(0, 0.02), tile.shape)).astype(np.float32)
 
 
 def _noise(tile: Picture, rng: Rng) -> Picture:
-    """Noise whose amplitude falls with frequency as in natural pictures, in any colours."""
+    """Return noise in random colours; its amplitude falls with frequency as in natural images."""
     side = tile.shape[0]
     frequency = np.hypot(np.fft.fftfreq(side)[:, None], np.fft.rfftfreq(side)[None, :])
     frequency[0, 0] = 1
@@ -112,7 +112,7 @@ def _noise(tile: Picture, rng: Rng) -> Picture:
 
 
 def _shapes(tile: Picture, rng: Rng) -> Picture:
-    """Overlapping discs, boxes and bars in any colours, more or less sharp."""
+    """Return overlapping discs, boxes and bars in random colours, more or less sharp."""
     side = tile.shape[0]
     picture = Image.new("RGB", (side, side), tuple(int(v) for v in rng.integers(0, 256, 3)))
     draw = ImageDraw.Draw(picture)
@@ -127,7 +127,7 @@ def _shapes(tile: Picture, rng: Rng) -> Picture:
 
 
 def _softened(tile: Picture, rng: Rng) -> Picture:
-    """Shrink and enlarge: details are lost."""
+    """Shrink and enlarge the tile, so that details are lost."""
     side = tile.shape[0]
     small = int(rng.integers(max(2, side // 16), max(3, side // 3)))
     planes = [
@@ -138,14 +138,15 @@ def _softened(tile: Picture, rng: Rng) -> Picture:
 
 
 def restained(tiles: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
-    """Return H&E tiles as other stains would show them, uint8 (N, S, S, 3).
+    """Return H&E tiles in the colours of other stains, uint8 (N, S, S, 3).
 
-    The densities of haematoxylin and eosin are taken apart and given the colours of another pair of stains,
-    the second one in a random share of the tile and strength, as an antibody marks some cells or none.
+    The densities of haematoxylin and eosin are separated and rendered in the colours of another pair of
+    stains. The second stain has a random strength and, in half of the tiles, covers a random part of the
+    tile only, as an antibody marks some cells or none.
 
     Args:
         tiles: uint8 (N, S, S, 3).
-        seed: of all that is drawn.
+        seed: seed of all random draws.
     """
     rng = np.random.default_rng(seed)
     third = np.cross(*HAEMATOXYLIN_EOSIN)
@@ -163,19 +164,18 @@ def restained(tiles: NDArray[np.uint8], seed: int) -> NDArray[np.uint8]:
 
 
 def fit_gate(gate: TissueGate, data: LabelledTiles, train: Ints, seed: int) -> None:
-    """Fit a gate to tell training tiles, also with other stains, from pictures out of distribution.
+    """Fit a gate to separate training tiles, also in other stains, from images out of distribution.
 
-    Tiles are drawn by the square root of their class's size, so that a large collection does not decide
-    alone what tissue looks like.
+    Classes are drawn in proportion to the square root of their size, so that no large class dominates.
 
     Args:
-        gate: is filled in place.
+        gate: gate to fit, changed in place.
         data: labelled tiles.
-        train: (K,) numbers of the tiles to learn from.
-        seed: of all that is drawn.
+        train: (K,) indices of the training tiles.
+        seed: seed of all random draws.
 
     Raises:
-        BadInput: hardly any of them can be read.
+        BadInput: fewer than :data:`LEAST` of the drawn tiles can be read.
     """
     from sklearn.linear_model import LogisticRegression
 
@@ -211,7 +211,7 @@ def fit_gate(gate: TissueGate, data: LabelledTiles, train: Ints, seed: int) -> N
 
 
 def judge_gate(gate: TissueGate, tiles: NDArray[np.uint8], seed: int) -> dict[str, Any]:
-    """Return metrics of a gate on tiles (N, S, S, 3) that it was not fitted to, and on pictures of them."""
+    """Return false-alarm rate on held-out tiles (N, S, S, 3) and hit rate on images made from them."""
     with torch.inference_mode():
         alarms, catches = (
             float(np.mean([_is_foreign(gate, part) for part in np.array_split(shown, len(shown))]))

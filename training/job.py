@@ -47,10 +47,10 @@ class Job:
     """One run of a recipe.
 
     Attributes:
-        options: of the recipe.
-        finished: the record, if this run is finished already.
-        data: the tiles, after :meth:`prepare`.
-        parts: how they are split, after :meth:`prepare`.
+        options: options of the recipe.
+        finished: the record if the run is finished already, else None.
+        data: the tiles, set by :meth:`prepare`.
+        parts: the split of the tiles, set by :meth:`prepare`.
         fabric: Lightning Fabric: devices, precision, data parallelism.
     """
 
@@ -67,10 +67,10 @@ class Job:
         progress: Report,
         selection: dict[str, Any] | None = None,
     ) -> None:
-        """Name the run; reads an earlier record, nothing else.
+        """Identify the run and read its record if it is finished; nothing else is read.
 
         Raises:
-            Mismatch: ``out`` holds a run with other options or data; says which.
+            Mismatch: ``out`` holds a run with other options or data; the message names the difference.
         """
         self.started = time.monotonic()
         self.recipe, self.paper, self.options = recipe, paper, options
@@ -83,7 +83,7 @@ class Job:
         self._scaler: Any = None
 
     def prepare(self, cut: int = 0) -> None:
-        """Start the devices, read and split the tiles, seed the weights."""
+        """Start the devices, read and split the tiles, and seed torch for the weights."""
         self.fabric, self._scaler = open_fabric(self.options)
         self.fabric.launch()
         started = int(os.environ.get("WORLD_SIZE", "1"))
@@ -109,7 +109,7 @@ class Job:
         self.parts = Split(train, validate, test, self.parts.by)
 
     def build(self, **more: Any) -> Encoder:
-        """Build the encoder, load pretrained weights if any, and keep a copy as the baseline."""
+        """Build the encoder, load pretrained weights if set, and keep an untrained copy as the baseline."""
         self.architecture = {**self.options.architecture(), **more}
         encoder = build(**self.architecture)
         if self.options.weights:
@@ -118,12 +118,12 @@ class Job:
         return encoder
 
     def train(self, net: Objective, phases: Sequence[Phase]) -> None:
-        """Run the phases epoch by epoch, saving the whole state after each.
+        """Run the phases epoch by epoch and save the whole state after each epoch.
 
-        A killed run resumes after its last whole epoch and ends with the same weights.
+        A killed run resumes after its last complete epoch and ends with the same weights.
 
         Raises:
-            BadInput: the loss is not finite; the last whole epoch is kept.
+            BadInput: the loss is not finite; the last complete epoch is kept.
         """
         self._state = self.folder.resume(net)
         net.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
@@ -139,13 +139,13 @@ class Job:
         done = [row for row in self._state.history if row["phase"] == phase.name]
         if len(done) >= phase.epochs or self._is_stopped(done):
             if done and self._keeps and self._state.history[-1] is done[-1]:
-                self.folder.load_best(net)  # killed after the phase's last epoch
+                self.folder.load_best(net)  # the run was killed after the phase's last epoch
             return
         net.begin_phase(phase)
         plain = make_optimizer(self.options, phase, net)
         model, optimizer = self.fabric.setup(net, plain)
         if done:
-            self.folder.resume_optimizer(plain)  # after setup: its state goes where the weights are
+            self.folder.resume_optimizer(plain)  # after setup: state goes to the weights' device
             self.folder.resume_scaler(self._scaler)
         for epoch in range(len(done), phase.epochs):
             row = self._epoch(net, model, optimizer, phase, epoch, done)
@@ -169,7 +169,7 @@ class Job:
         return self.options.keep_best and bool(len(self.parts.validate))
 
     def _is_stopped(self, done: list[dict[str, Any]]) -> bool:
-        """Tell whether the loss has not fallen for ``patience`` epochs."""
+        """Return whether the loss has not fallen for ``patience`` epochs."""
         if not self.options.patience or not done:
             return False
         best = min(range(len(done)), key=lambda n: watched_loss(done[n]))
@@ -184,7 +184,7 @@ class Job:
         epoch: int,
         done: list[dict[str, Any]],
     ) -> dict[str, Any]:
-        """Train one epoch; all randomness follows from seed, epoch and rank. Returns its record."""
+        """Train one epoch and return its record; seed, epoch and rank determine all random numbers."""
         options, number = self.options, len(self._state.history)
         told = net.begin_epoch(self, phase, epoch, optimizer)
         net.begin_phase(phase)
@@ -209,7 +209,7 @@ class Job:
             optimizer.step()
             for name, value in losses.items():
                 sums[name] = sums.get(name, torch.zeros((), device=loss.device)) + value.detach()
-            if step % 16 == 0 or step + 1 == steps:  # a look at the value waits for the device
+            if step % 16 == 0 or step + 1 == steps:  # rarely: the check waits for the device
                 self._check(sums["loss"], number, step)
         row: dict[str, Any] = {"epoch": number + 1, "phase": phase.name}
         row |= {name: float(value) / steps for name, value in sums.items()}
@@ -224,12 +224,12 @@ class Job:
         }
 
     def order(self, net: Objective, number: int) -> Ints:
-        """Return the order of the training tiles in epoch ``number``; a net may draw its own."""
+        """Return the order of the training tiles in epoch ``number``; ``net.draw`` decides if it exists."""
         rng = np.random.default_rng((self.options.seed, number))
         draw: Callable[[Ints, np.random.Generator], Ints] | None = getattr(net, "draw", None)
         order = draw(self.parts.train, rng) if draw else rng.permutation(self.parts.train)
         wanted = self._steps() * self._step_size
-        return order if len(order) >= wanted else np.resize(order, wanted)  # some cannot be read
+        return order if len(order) >= wanted else np.resize(order, wanted)  # some unreadable
 
     @property
     def _step_size(self) -> int:
@@ -241,7 +241,7 @@ class Job:
         return max(1, len(self.parts.train) // self._step_size)
 
     def _batches(self, order: Ints, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """Yield this device's share of each batch: uint8 tiles and their numbers; reads one batch ahead."""
+        """Yield this device's part of each batch, uint8 tiles and their indices; reads one batch ahead."""
         rank, ranks, device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
         shares = [
             order[step * self._step_size : (step + 1) * self._step_size][rank::ranks]
@@ -252,7 +252,7 @@ class Job:
 
         def fetch(share: Ints) -> tuple[torch.Tensor, torch.Tensor]:
             tiles, numbers = self.data.read(share)
-            if len(numbers) < 2:  # too few for a batch norm: take the batch before once more
+            if len(numbers) < 2:  # too few for a batch norm: repeat the previous batch
                 tiles, numbers = last.get("batch", (tiles, numbers))
             last["batch"] = tiles, numbers
             if len(numbers) < 2:
@@ -275,9 +275,9 @@ class Job:
     def change(
         self, encoder: Encoder, pixels: torch.Tensor, generator: torch.Generator | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Turn uint8 tiles (N, S, S, 3) into the net's input, augmented if there is a generator.
+        """Convert uint8 tiles (N, S, S, 3) to the net's input, with augmentation if a generator is given.
 
-        Also returns the placement of each tile, (N, 2, 3); None without augmentation.
+        Also returns the placement of each tile, (N, 2, 3), or None without augmentation.
         """
         ranges = self.options.augmentation()
         where = None
@@ -313,7 +313,7 @@ class Job:
             )
 
     def _check_weights(self, net: nn.Module, row: dict[str, Any]) -> None:
-        """Refuse an epoch that ended in weights or a validation loss that are not finite."""
+        """Raise BadInput if the weights or the validation loss are not finite after an epoch."""
         finite = all(bool(torch.isfinite(weight).all()) for weight in net.parameters())
         if not finite or not np.isfinite(watched_loss(row)):
             raise BadInput(
@@ -328,12 +328,12 @@ class Job:
         metrics: dict[str, Any] | None = None,
         tensors: dict[str, torch.Tensor] | None = None,
     ) -> dict[str, Any]:
-        """Evaluate the encoder, write weights and record; returns the record (rank 0 only).
+        """Evaluate the encoder, write weights and record; returns the record, on rank 0 only.
 
         Args:
-            encoder: as trained.
-            metrics: of the recipe, beside those of :func:`judge`.
-            tensors: to keep beside the weights, such as ``clusters.centres``.
+            encoder: the trained encoder.
+            metrics: metrics of the recipe, added to those of :func:`judge`.
+            tensors: tensors to store with the weights, such as ``clusters.centres``.
         """
         record: dict[str, Any] = {}
         if self.fabric.is_global_zero:

@@ -1,4 +1,4 @@
-"""k-means on latents and on raw pixels: full, by mini-batches, and by paper 000's literal rule."""
+"""k-means on latents and on raw pixels: full, with mini-batches, and as paper 000 prints it."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ def kmeans(
     """Return K centres (K, D) of vectors (N, D).
 
     Args:
-        vectors: what is clustered.
+        vectors: vectors to cluster.
         k: K.
-        rule: ``full`` (Lloyd), ``minibatch`` (Sculley 2010: every centre moves by 1/n_j towards each
-            of its members; scikit-learn's) or ``literal`` (see :func:`literal_minibatch`).
-        seed: of the initial centres and the batches.
+        rule: ``full`` (Lloyd), ``minibatch`` (Sculley 2010, scikit-learn's: every centre moves by 1/n_j
+            towards each of its members) or ``literal`` (see :func:`literal_minibatch`).
+        seed: seed of the initial centres and the batches.
         batch: tiles per mini-batch.
-        restarts: of full k-means.
+        restarts: number of restarts of full k-means.
 
     Raises:
-        BadInput: fewer vectors than centres, or an unknown rule.
+        BadInput: there are fewer vectors than centres, or the rule is unknown.
     """
     from sklearn.cluster import KMeans, MiniBatchKMeans
 
@@ -62,11 +62,11 @@ def kmeans(
 def literal_minibatch(
     vectors: Floats, k: int, seed: int = 0, batch: int = 1000, steps: int = 100
 ) -> NDArray[np.float32]:
-    """Mini-batch k-means as paper 000 prints it (equation 10): a centre becomes its members' mean.
+    """Run mini-batch k-means as paper 000 prints it (equation 10).
 
-    Each step draws a mini-batch and replaces every centre by the mean of those of its tiles that are
-    nearest to it. It does not converge, as the next batch moves the centres again; a centre without
-    members, for which the equation is 0/0, stays where it is.
+    Each step draws a mini-batch and replaces every centre by the mean of the batch's vectors nearest to it.
+    This does not converge, because the next batch moves the centres again. The equation is 0/0 for a centre
+    without members; such a centre does not move.
     """
     rng = np.random.default_rng(seed)
     centres = vectors[rng.choice(len(vectors), k, replace=False)].astype(np.float64)
@@ -79,7 +79,7 @@ def literal_minibatch(
 
 
 def assign(vectors: Floats, centres: Floats) -> Ints:
-    """Return the number of the nearest centre for every vector, (N,)."""
+    """Return the index of the nearest centre for every vector, (N,)."""
     b = centres.astype(np.float64)
     nearest = np.zeros(len(vectors), dtype=np.int64)
     for start in range(0, len(vectors), ASSIGN_ROWS):
@@ -89,19 +89,19 @@ def assign(vectors: Floats, centres: Floats) -> Ints:
 
 
 KNOWN_SHARE = 0.99
-"""A cluster reaches as far from its centre as this share of its training tiles."""
+"""Fraction of a cluster's training tiles that lie within the cluster's reach."""
 
 
 def cluster_tensors(vectors: Floats, centres: Floats) -> dict[str, torch.Tensor]:
-    """Return what a run keeps of its clusters, so that any new tile can be assigned.
+    """Return the tensors that a run stores to assign new tiles to its clusters.
 
     Args:
         vectors: unit embeddings of the training tiles (N, D).
         centres: (K, D).
 
     Returns:
-        ``clusters.centres`` (K, D) and ``clusters.reach`` (K,): the distance within which a tile counts
-        as known; 0 for a centre that no training tile is nearest to.
+        ``clusters.centres`` (K, D) and ``clusters.reach`` (K,): the largest distance at which a tile counts
+        as known; 0 for a cluster without training tiles.
     """
     nearest = assign(vectors, centres)
     own = np.linalg.norm(vectors - centres[nearest], axis=1)
@@ -118,11 +118,11 @@ def cluster_tensors(vectors: Floats, centres: Floats) -> dict[str, torch.Tensor]
 def fit_clusters(
     encoder: Encoder, data: LabelledTiles, parts: Split, k: int, rule: str, seed: int
 ) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Fit K centres on the training tiles' unit embeddings, and judge them on held-out tiles.
+    """Fit K centres on the training tiles' unit embeddings and evaluate them on held-out tiles.
 
     Returns:
-        The centres and their reach, and the scores of the embeddings' clusters beside those of raw pixels
-        ({} where nothing can be judged).
+        The centres and their reach, and the scores of the clusters of embeddings and of raw pixels ({} if
+        nothing can be evaluated).
     """
     trained, _ = embed_numbers(encoder, data, parts.train)
     centres = kmeans(trained, min(k, len(trained)), rule, seed)

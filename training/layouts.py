@@ -1,6 +1,6 @@
-"""The papers' data sets in the layouts that they are published in, opened as tile sets.
+"""The papers' data sets in their published layouts, opened as tile sets.
 
-No pickle is read: of CIFAR-10/100 the binary version is meant, not the one "for Python".
+No pickle is read: CIFAR-10 and CIFAR-100 need the binary version, not the one "for Python".
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ Arrays = tuple[NDArray[np.uint8], NDArray[np.int64]]
 
 
 def open_data(path: Path) -> TileSet:
-    """Open a data set by what is found at ``path``; any other layout is read as a tile set.
+    """Open a data set in a layout recognised by its files, or else as a tile set.
 
-    Known: MNIST and Fashion-MNIST (idx, also .gz), CIFAR-10 and CIFAR-100 (binary; of CIFAR-100 the 20
-    superclasses), STL-10 (binary, labelled part), SVHN (cropped, .mat), IDC (folders of patients,
-    ``<patient>_idx5_x…_y…_class<0|1>.png``), ChestX-ray14 (``Data_Entry_2017….csv`` beside its pictures).
-    Training and test parts are joined, with the manifest column ``part``.
+    Known layouts: MNIST and Fashion-MNIST (idx, also .gz), CIFAR-10 and CIFAR-100 (binary; CIFAR-100 with
+    its 20 superclasses), STL-10 (binary, labelled part), SVHN (cropped, .mat), IDC (folders of patients,
+    ``<patient>_idx5_x…_y…_class<0|1>.png``), ChestX-ray14 (``Data_Entry_2017….csv`` next to its images).
+    Training and test parts are joined; the column ``part`` tells them apart.
 
     Raises:
-        BadInput: nothing that can be read is there; says what was expected.
+        BadInput: ``path`` does not exist or cannot be read; the message says what is expected.
     """
     if not path.exists():
         raise BadInput(f"{path} does not exist; check the path")
@@ -63,7 +63,7 @@ def _packed(
     parts: dict[str, Arrays],
     names: Sequence[str] | None,
 ) -> TileSet:
-    """Return a tile set of arrays: uint8 (N, H, W[, 3]) with labels, by part."""
+    """Return a tile set of the images in ``parts``: uint8 (N, H, W[, 3]) and labels (N,) by part."""
     for part, (pictures, numbers) in parts.items():
         if len(pictures) != len(numbers):
             raise BadInput(
@@ -90,7 +90,7 @@ def _packed(
 
 
 def _folder_files(path: Path) -> dict[str, Path]:
-    """Return the files of a folder by name without ``.gz``; {} for a file."""
+    """Return the files of a folder by their name without ``.gz``; {} if ``path`` is a file."""
     if not path.is_dir():
         return {}
     return {entry.name.removesuffix(".gz"): entry for entry in path.iterdir() if entry.is_file()}
@@ -127,7 +127,7 @@ def _idx_array(path: Path, axes: int) -> NDArray[np.uint8]:
 
 
 def _records(path: Path, header: int, pixels: int) -> Arrays:
-    """Read rows of ``header`` label bytes and a planar picture; the first label byte counts."""
+    """Read rows of ``header`` label bytes and a planar image; the first byte is the label."""
     blob = np.frombuffer(_raw(path), np.uint8)
     if len(blob) == 0 or len(blob) % (header + 3 * pixels):
         raise BadInput(f"{path} is cut short: expected rows of {header + 3 * pixels} bytes")
@@ -177,7 +177,7 @@ def _stl(path: Path) -> TileSet | None:
             blob = np.frombuffer(_raw(pictures), np.uint8)
             if len(blob) % (3 * 96 * 96):
                 raise BadInput(f"{pictures} is cut short: expected pictures of 27,648 bytes")
-            turned = blob.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # stored column by column
+            turned = blob.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # stored by columns
             numbers = np.frombuffer(_raw(labels), np.uint8).astype(np.int64) - 1
             parts[part] = np.ascontiguousarray(turned), numbers
             used += [pictures, labels]
@@ -205,7 +205,7 @@ def _svhn(path: Path) -> TileSet | None:
 
 
 def _idc(path: Path) -> TileSet | None:
-    """Recognise by the file names; the patient becomes the group."""
+    """Read IDC, recognised by its file names; the patient is the group."""
     if path.is_dir():
         if not any(IDC.match(file.name) for file in walk(path).files):
             return None
@@ -234,7 +234,7 @@ def _tar_names_match(path: Path, fits: Callable[[str], bool]) -> bool:
 
 
 def _chest(path: Path) -> TileSet | None:
-    """Read NIH's table; the label is the exact combination of findings, the group the patient."""
+    """Read NIH's table; the label is the exact combination of findings, and the group is the patient."""
     table = path if path.is_file() else next(iter(sorted(path.glob(f"{CHEST}*.csv"))), None)
     if table is None or not table.name.startswith(CHEST):
         return None

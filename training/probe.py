@@ -1,4 +1,4 @@
-"""Linear probe: what a straight line can read from frozen features, beside what no features reach."""
+"""Linear probe: a linear classifier on frozen features, compared with baselines without features."""
 
 from __future__ import annotations
 
@@ -16,22 +16,25 @@ NO_FINDING = "No Finding"
 def linear_probe(
     train: Floats, train_labels: Ints, test: Floats, test_labels: Ints, names: tuple[str, ...]
 ) -> list[Metric]:
-    """Fit a logistic regression on standardised features (L2, C = 1) and score it on the test part.
+    """Fit a logistic regression to standardised features (L2, C = 1) and score it on the test part.
 
-    ``probe_accuracy`` beside always the largest class of the training part; ``probe_micro_auc`` beside
-    the class shares of the training part as constant scores (with many classes that alone is near 1);
-    ``probe_macro_auc`` over single findings, where labels are combinations joined by ``|``, else over
-    classes, beside chance.
+    The metrics and their baselines:
+
+    - ``probe_accuracy``: always predict the largest class of the training part.
+    - ``probe_micro_auc``: class frequencies of the training part as constant scores. With many classes this
+      baseline alone is near 1.
+    - ``probe_macro_auc``: chance. The mean is over single findings if labels are combinations joined by
+      ``|``, else over classes.
 
     Args:
         train: (N, D).
-        train_labels: (N,) class numbers; -1 is left out.
+        train_labels: (N,) class numbers; tiles with -1 are left out.
         test: (M, D).
         test_labels: (M,).
-        names: of the classes.
+        names: class names.
 
     Returns:
-        The three metrics; [] where the training part has fewer than two classes.
+        The three metrics; [] if the training part has fewer than two classes or the test part no label.
     """
     from sklearn.linear_model import LogisticRegression
     from sklearn.preprocessing import StandardScaler
@@ -68,7 +71,7 @@ def _auc(truth: NDArray[Any], scores: NDArray[Any]) -> float:
 
 
 def _macro_auc(given: NDArray[np.float64], truth: Ints, names: tuple[str, ...]) -> float:
-    """Mean AUC over findings: the score of one is the sum over the combinations that hold it."""
+    """Return the mean AUC over findings; a finding's score is the sum over all classes that contain it."""
     parts = [name.split(BETWEEN_FINDINGS) for name in names]
     findings = sorted({finding for part in parts for finding in part} - {NO_FINDING})
     found = []

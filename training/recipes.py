@@ -1,4 +1,4 @@
-"""Recipes by name: what ``histoseek train`` offers."""
+"""The recipes that ``histoseek train`` offers, by name."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from . import fit_arcface, fit_autoencoder, fit_classifier, fit_dac, fit_deepclu
 
 @dataclass(frozen=True)
 class Recipe:
-    """A way to train: the model of its options, its function, and one line on what it is."""
+    """A way to train: its option model, its function and a one-line description."""
 
     options: type[Any]
     fit: Callable[..., dict[str, Any]]
@@ -61,5 +61,5 @@ def find_recipe(name: str) -> Recipe:
 
 
 def describe_options(model: type[Any]) -> list[tuple[str, Any, str]]:
-    """Return flag, default and meaning (with the range) of every option of a model."""
+    """Return flag, default and help text (with the range) of every option of a model."""
     return [(option.flag, option.default, option.help) for option in read_options(model)]

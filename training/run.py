@@ -22,30 +22,30 @@ BEST = "best.safetensors"
 
 @dataclass
 class Progress:
-    """Where a run stands.
+    """How far a run has got.
 
     Attributes:
-        history: what each whole epoch measured, over all phases.
+        history: the measurements of each completed epoch, over all phases.
     """
 
     history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class RunFolder:
-    """One run on disk. The identity (recipe, options, data) decides whether a folder is this run's."""
+    """One run on disk. A folder belongs to the run if the identity (recipe, options, data) is the same."""
 
     def __init__(self, path: Path, identity: dict[str, Any]) -> None:
-        """Name the folder and what the run in it is; nothing is written yet."""
+        """Set the folder and the identity of the run; nothing is written yet."""
         self.path = path
         self.identity = identity
         self._stored: Tensors = {}
         self._about: dict[str, Any] = {}
 
     def finished(self) -> dict[str, Any] | None:
-        """Return the record if this very run was finished before.
+        """Return the record if this run is finished already, else None.
 
         Raises:
-            Mismatch: the folder holds a run with other options or data; says which.
+            Mismatch: the folder holds a run with other options or data; the message names the difference.
         """
         record: dict[str, Any] | None = None
         earlier: dict[str, Any] | None = None
@@ -73,7 +73,7 @@ class RunFolder:
         return "; ".join(other)
 
     def resume(self, net: torch.nn.Module) -> Progress:
-        """Load the last whole epoch into ``net``, if there is one; return where the run stands."""
+        """Load the last completed epoch into ``net``, if there is one; returns the progress so far."""
         path = self.path / CHECKPOINT
         if not path.is_file():
             return Progress()
@@ -82,11 +82,11 @@ class RunFolder:
         return Progress(self._about["history"])
 
     def resume_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Load the optimiser's state that belongs to the epoch resumed from."""
+        """Load the optimiser's state after the last completed epoch."""
         optimizer.load_state_dict(restore_optimizer(self._stored, self._about["optimizer"]))
 
     def resume_scaler(self, scaler: Any) -> None:
-        """Load the state of a gradient scaler (AMP) that belongs to the epoch resumed from."""
+        """Load the state of the gradient scaler (AMP) after the last completed epoch."""
         if scaler is not None and self._about.get("scaler"):
             scaler.load_state_dict(self._about["scaler"])
 
@@ -98,10 +98,10 @@ class RunFolder:
         scaler: Any = None,
         best: bool = False,
     ) -> None:
-        """Write the state after a whole epoch, in one step; ``best`` keeps its weights apart too."""
+        """Write the state after a completed epoch atomically; ``best`` also saves the weights apart."""
         moments, groups = flatten_optimizer(optimizer.state_dict())
         weights = {f"net.{k}": v for k, v in net.state_dict().items()}
-        if best:  # before the checkpoint: a kill in between repeats the epoch, and writes it again
+        if best:  # first: if the run is killed in between, the repeated epoch writes it again
             save_tensors(self.path / BEST, weights, {})
         about = {
             "identity": self.identity,
@@ -118,7 +118,7 @@ class RunFolder:
     def finish(
         self, weights: Tensors, architecture: dict[str, Any], record: dict[str, Any]
     ) -> dict[str, Any]:
-        """Write weights, then the record (the mark that the run is done); drop the checkpoint."""
+        """Write the weights, then the record, which marks the run as finished; delete the checkpoint."""
         save_tensors(self.path / WEIGHTS, weights, {"architecture": architecture})
         whole = {
             "format": 1,

@@ -26,14 +26,14 @@ STILL = Augmentation(0, 0, 0, False, 0, 0, 0, 0)
 
 @dataclass(frozen=True)
 class Phase:
-    """A stretch of epochs in which the same layers are trained for the same loss.
+    """Consecutive epochs that train the same layers with the same loss.
 
     Attributes:
-        name: in the record; unique in a recipe.
+        name: name in the record; unique in a recipe.
         epochs: number of epochs.
         lr: learning rate.
-        tail: train the last layers of an otherwise frozen backbone.
-        all_layers: train everything.
+        tail: whether to train the last layers of an otherwise frozen backbone.
+        all_layers: whether to train all layers.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Phase:
 
 
 class TrainingJob(Protocol):
-    """What an objective may ask of the job that trains it: tiles, their split, the devices."""
+    """The parts of a training job that an objective may use: tiles, their split, the devices."""
 
     data: LabelledTiles
     parts: Split
@@ -52,14 +52,14 @@ class TrainingJob(Protocol):
 
 
 class Objective(nn.Module, ABC):
-    """An encoder with the heads that the loss of a recipe needs."""
+    """An encoder with the heads that a recipe's loss needs."""
 
     encoder: Encoder
     looks: bool = False
     """Whether ``forward`` also takes the placement of each tile, (N, 2, 3), from augment.placement."""
 
     def begin_phase(self, phase: Phase) -> None:
-        """Set which layers the phase trains; by default all."""
+        """Select the layers that the phase trains; all by default."""
         self.train()
 
     def begin_epoch(
@@ -70,11 +70,11 @@ class Objective(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return ``loss`` and its parts, means over tiles (N, 3, S, S) with dataset numbers (N,)."""
+        """Return ``loss`` and its parts, means over tiles (N, 3, S, S) with indices ``numbers`` (N,)."""
 
 
 def ahead(fetch: Callable[[Ints], Any], shares: Sequence[Ints]) -> Iterator[Any]:
-    """Yield ``fetch(share)`` in order, with the next one on its way."""
+    """Yield ``fetch(share)`` in order and fetch the next one meanwhile, in a thread."""
     with ThreadPoolExecutor(1, thread_name_prefix="batches") as reader:
         coming = reader.submit(fetch, shares[0])
         for share in shares[1:]:
@@ -85,7 +85,7 @@ def ahead(fetch: Callable[[Ints], Any], shares: Sequence[Ints]) -> Iterator[Any]
 
 
 def open_fabric(options: TrainingOptions) -> tuple[lightning_fabric.Fabric, Any]:
-    """Return Fabric, and the gradient scaler of 16-mixed, which the checkpoint must hold."""
+    """Return Fabric and the gradient scaler of 16-mixed (else None), which the checkpoint must contain."""
     plugins: list[Any] = []
     scaler = None
     precision: Any = options.precision
@@ -108,11 +108,11 @@ def open_fabric(options: TrainingOptions) -> tuple[lightning_fabric.Fabric, Any]
 
 
 def silent(done: int, total: int, text: str) -> None:
-    """Report nothing; every process but the first does so."""
+    """Report nothing; the progress callback of every process but the first."""
 
 
 def make_optimizer(options: TrainingOptions, phase: Phase, net: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimiser of the options for the weights that the phase trains."""
+    """Return the optimiser named in the options, for the weights that the phase trains."""
     trained = [p for p in net.parameters() if p.requires_grad]
     decay = options.weight_decay
     if options.optimiser == "adam":
@@ -125,7 +125,7 @@ def make_optimizer(options: TrainingOptions, phase: Phase, net: nn.Module) -> to
 
 
 def watched_loss(row: dict[str, Any]) -> float:
-    """Return the validation loss, or the training loss without validation."""
+    """Return the validation loss, or the training loss if there is no validation."""
     value: float = row.get("validation_loss", row["loss"])
     return value
 
@@ -133,7 +133,7 @@ def watched_loss(row: dict[str, Any]) -> float:
 def plateau_factor(losses: list[float], options: TrainingOptions) -> float:
     """Return the factor on the learning rate that torch's ReduceLROnPlateau reaches over ``losses``.
 
-    Computed anew from the history each time, so that a resumed run needs no state for it.
+    It is recomputed from the history each time, so that a resumed run needs no state for it.
     """
     if not options.plateau:
         return 1.0
@@ -147,5 +147,5 @@ def plateau_factor(losses: list[float], options: TrainingOptions) -> float:
 
 
 def combine_seeds(*numbers: int) -> int:
-    """Return one seed that follows from all the numbers."""
+    """Return one seed derived from all the numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -1,4 +1,4 @@
-"""Options of ``histoseek reproduce``; without torch, as the command line reads them first."""
+"""Options of ``histoseek reproduce``; imports no torch, because the command line loads it at start."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ..artifacts.option_models import HIDDEN, PYTHON_ONLY, Field, options
 
 @options
 class StudyOptions:
-    """Options of every protocol; each is a flag of ``histoseek reproduce``."""
+    """Options common to all protocols; each is a flag of ``histoseek reproduce``."""
 
     # fmt: off
     out: Annotated[Path,

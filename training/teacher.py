@@ -1,8 +1,9 @@
-"""What a larger net sees at every place of every training tile, once, for a small one to learn.
+"""Feature maps of a larger net (the teacher) for every training tile, computed once, for distillation.
 
-The teacher's maps are averaged over the tile's eight turns and mirror images, each turned back, and brought
-to whitened principal components. A changed part of a tile is then asked for the mean of the maps over that
-very part: a small net learns what the large one sees there however the tile lies, at no cost per step.
+The teacher's maps are averaged over the eight rotations and reflections of the tile, each mapped back, and
+reduced to whitened principal components. The small net learns to predict, from an augmented part of a tile,
+the mean of the maps over that part. So it learns the teacher's features for any orientation of the tile,
+without running the teacher in every step.
 """
 
 from __future__ import annotations
@@ -27,14 +28,14 @@ from .models import Encoder, build
 
 BATCH = 32
 FITTED_ON = 2048
-"""Number of training tiles, about, that the components are fitted on."""
+"""Approximate number of training tiles to fit the components on."""
 LEAST_SPREAD = 1e-4
-"""Components that vary less than this share of the first are noise, and are left out."""
+"""Components whose standard deviation is below this fraction of the first one's are left out as noise."""
 
 
 Maps = Callable[[torch.Tensor], torch.Tensor]
 Ask = Callable[[Ints], tuple[torch.Tensor, Ints]]
-"""From numbers (N,) to maps, float (M, F, H, H), and the numbers (M,) of the tiles that could be read."""
+"""From tile indices (N,) to maps, float (M, F, H, H), and the indices (M,) of the tiles that were read."""
 
 
 def teacher_maps(
@@ -47,17 +48,17 @@ def teacher_maps(
 ) -> NDArray[np.float16]:
     """Return the teacher's maps of every tile as whitened components, fitted on training tiles.
 
-    What the teacher says of tiles in memory is kept in the user's cache (HISTOSEEK_CACHE, else
-    ~/.cache/histoseek; 122 KiB for a tile of 224 px), by the tiles' bytes: folds, seeds and a run that is
-    taken up ask it once.
+    For tiles in memory the teacher's maps are cached under a hash of the tiles, in HISTOSEEK_CACHE (else
+    ~/.cache/histoseek); a tile of 224 px takes 122 KiB. Runs with other folds or seeds and resumed runs
+    reuse them.
 
     Args:
-        name: of a registered model whose weights have the same name.
+        name: name of a registered model; also the name of its pretrained weights.
         data: the tiles.
-        train: (K,) numbers of the tiles that components may be fitted on.
-        dim: components that are kept at most, D.
-        device: where the teacher runs.
-        progress: called with what is done, of how many, and a text.
+        train: (K,) indices of the training tiles, on which the components are fitted.
+        dim: maximum number of components, D.
+        device: device of the teacher.
+        progress: called with the number done, the total and a text.
 
     Returns:
         float16 (N, D, H, H); zeros for tiles that cannot be read.
@@ -95,12 +96,12 @@ def teacher_maps(
         found[read] = maps.half().cpu().numpy()
         if data.stream is not None:
             progress(int(part[-1]) + 1, len(data), text)
-    assert found is not None  # there is a tile
+    assert found is not None  # the data has at least one tile
     return found
 
 
 def _live(name: str, data: LabelledTiles, device: torch.device) -> Ask:
-    """Return what asks the teacher itself."""
+    """Return a function that runs the teacher on tiles of given indices."""
     teacher = build(name)
     load_backbone(teacher.backbone, name)
     teacher.eval().requires_grad_(False)
@@ -114,7 +115,7 @@ def _live(name: str, data: LabelledTiles, device: torch.device) -> Ask:
 
 
 def _keep(path: Path, ask: Ask, count: int, progress: Callable[[int], None]) -> None:
-    """Write the maps of ``count`` tiles as float16 (N, F, H, H); all of them or nothing."""
+    """Write the maps of ``count`` tiles to an .npy file, float16 (N, F, H, H), atomically."""
     with replacing(path) as temp, open(temp, "wb") as stream:
         for part in _batches(np.arange(count)):
             maps = ask(part)[0].half().cpu().numpy()
@@ -133,9 +134,10 @@ def _batches(numbers: Ints) -> Iterator[Ints]:
 
 @torch.inference_mode()
 def all_views(teacher: Encoder, tiles: NDArray[np.uint8]) -> torch.Tensor:
-    """Return the mean of the maps (N, F, H, H) over the eight turns and mirror images of tiles.
+    """Return the mean of the maps (N, F, H, H) over the eight rotations and reflections of the tiles.
 
-    Every view is turned back, and divided by the length of its pooled features: views count alike.
+    The maps of every view are mapped back and divided by the length of their pooled features, so that all
+    views have equal weight.
     """
     pixels, see = to_input(teacher, tiles), cast(Maps, teacher.backbone.maps)
     total: torch.Tensor | None = None

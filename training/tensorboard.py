@@ -19,10 +19,10 @@ THUMB_PX = 32
 
 
 class Log:
-    """Writes to ``RUN/tensorboard`` if it is on; does nothing if not."""
+    """Write to ``RUN/tensorboard`` if ``on``, else do nothing."""
 
     def __init__(self, run: Path, on: bool) -> None:
-        """Remember where to write."""
+        """Set the folder of the log."""
         self.path = run / "tensorboard"
         self.on = on
         self._writer: Any = None
@@ -43,7 +43,7 @@ class Log:
             self._writer.close()
 
     def epoch(self, row: dict[str, Any]) -> None:
-        """Add every number that an epoch's record holds."""
+        """Add every number in the record of an epoch."""
         if self._writer is None:
             return
         for name, value in row.items():
@@ -51,7 +51,7 @@ class Log:
                 self._writer.add_scalar(f"{row['phase']}/{name}", value, row["epoch"])
 
     def projector(self, encoder: Encoder, data: LabelledTiles, parts: Split) -> None:
-        """Add up to a thousand embeddings with label, group, file and a small picture of each."""
+        """Add up to 1,000 embeddings, each with its label, group, file and a thumbnail."""
         if self._writer is None:
             return
         numbers = parts.test if len(parts.test) else parts.train

@@ -1,8 +1,8 @@
-"""What each part of the default encoder's recipe is worth: the recipe, and the recipe without one part.
+"""Ablation of the default encoder's recipe: the whole recipe, and the recipe without each of its parts.
 
-Every variant is trained alike for fewer epochs than the shipped encoder, with three seeds (of the weights
-and of the split), and judged on the tiles that its own seed holds out. A run that was cut off goes on where
-it was; those that are done are not repeated. Writes docs/results/encoder/ablation.
+All variants are trained in the same way, for fewer epochs than the shipped encoder, with three seeds (of
+the weights and of the split). Each is evaluated on the tiles that its seed holds out. An interrupted run
+resumes, and finished ones are not repeated. Writes docs/results/encoder/ablation.
 """
 
 import argparse

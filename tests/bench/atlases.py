@@ -1,4 +1,4 @@
-"""What the benchmark of the index runs on: made and real vectors, and atlases of them."""
+"""Data for the benchmark of the index: synthetic and real vectors, and atlases of them."""
 
 import json
 from pathlib import Path

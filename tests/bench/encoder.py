@@ -1,8 +1,8 @@
-"""The default encoder beside what people would otherwise pick, judged by groups only.
+"""Benchmark of the default encoder against common alternatives, always split by group.
 
-Peers in the same run: EfficientNet-Lite0 (ImageNet, 4.65 M parameters), the same averaged over the tile's
-eight turns and mirror images, the encoder's own net with random weights, and pixels. Writes
-docs/results/encoder, with figures. `--bundle` judges another bundle, `--quick` leaves out what takes long.
+The same run evaluates EfficientNet-Lite0 (ImageNet, 4.65 M parameters), the same averaged over the eight
+rotations and reflections of the tile, the encoder's net with random weights, and pixels. Writes
+docs/results/encoder, with figures. `--bundle` evaluates another bundle; `--quick` skips the slow parts.
 """
 
 import argparse

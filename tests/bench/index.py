@@ -1,8 +1,8 @@
-"""The index beside its peers, the whole search beside raw FAISS, and what a large atlas costs.
+"""Benchmark of the index against other libraries, of the whole search against FAISS, and of large atlases.
 
-Everything that is compared runs in this one process (the opening of an atlas in a fresh one), with as many
-threads as there are cores. Absolute times depend on the machine; the ratios are what is claimed. Options:
-``--quick`` for a tenth of the sizes, ``--json FILE`` for the numbers.
+All comparisons run in one process (opening an atlas: in a new one), with as many threads as there are
+cores. Absolute times depend on the machine; only the ratios are claimed. Options: ``--quick`` for a tenth
+of the sizes, ``--json FILE`` for the numbers.
 """
 
 import argparse

@@ -1,6 +1,6 @@
-"""What encoders are judged on: tiles of groups that were not trained on, changed tiles, foreign pictures.
+"""Data to evaluate encoders on: tiles of held-out groups, altered tiles, images out of distribution.
 
-Groups are source pictures, slides or patients; none is on both sides of a comparison's split.
+Groups are source images, slides or patients; no group is on both sides of a split.
 """
 
 import io

@@ -1,4 +1,4 @@
-"""What the benchmarks of serving run on: a large pyramid made of the real slide, and encoders."""
+"""Data for the benchmarks of serving: a large pyramid made from the real slide, and encoders."""
 
 import tarfile
 from pathlib import Path

@@ -1,7 +1,7 @@
-"""What lower precision costs and gains on this machine: tiles per second, bytes, and retrieval.
+"""Cost and gain of lower precision on this machine: tiles per second, bytes, and retrieval.
 
-Run by `make bench-serving`. The default encoder on tiles of groups that it was not
-trained on: retrieval on those of LC25000, all else on those of histo_mix, too.
+Run by `make bench-serving`. It uses the default encoder and tiles of groups that were not in its training:
+retrieval on those of LC25000, everything else also on those of histo_mix.
 """
 
 import statistics

@@ -1,8 +1,9 @@
-"""Tiles per second from slide to feature file, beside the usual loop and beside the bound; prints tables.
+"""Tiles per second from slide to feature file, compared with the usual loop and an upper bound.
 
     make bench-serving
 
-All numbers of a table come from one run, in rounds that take turns, medians. Nothing gates on them.
+Prints tables. All numbers of a table come from one run: medians over rounds in which the variants
+alternate. No test depends on them.
 """
 
 import argparse

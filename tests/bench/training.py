@@ -1,9 +1,9 @@
-"""Training speed of every recipe beside the same net, loss and optimiser in a bare loop.
+"""Training speed of every recipe, compared with the same net, loss and optimiser in a bare loop.
 
-The bare loop is given one batch that lies ready on the device, already scaled. The recipe is timed by its
-own record's clock, over the steps of an epoch: reading tiles from memory, scaling, augmentation where it is
-on, checks and sums, but not what comes between epochs (clustering of features, checkpoints). The bare loop
-runs right after each epoch on the same net; the ratio is of medians over epochs and rounds.
+The bare loop trains on one batch that is on the device already, scaled. The recipe's time comes from its
+record and covers the steps of an epoch: reading tiles from memory, scaling, augmentation if it is on,
+checks and sums, but not the work between epochs (clustering of features, checkpoints). The bare loop runs
+right after each epoch on the same net; the ratio is of medians over epochs and rounds.
 """
 
 import statistics

@@ -3,7 +3,7 @@
     make bench-ui                     # everything, about 8 minutes
     python tests/bench/ui.py --quick  # the same, shorter
 
-Server and callers share this machine's cores; everything goes over loopback.
+Server and clients share the cores of this machine; all requests go over loopback.
 """
 
 import argparse

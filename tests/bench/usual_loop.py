@@ -1,7 +1,7 @@
-"""The usual loop, as a peer: OpenSlide in a DataLoader's workers, torch eager; prints tiles per second.
+"""The usual loop, for comparison: OpenSlide in DataLoader workers, eager torch; prints tiles per second.
 
-``usual`` scales and normalises to float in the workers, as torchvision's transforms do and as pipelines
-of the field are written; ``lean`` sends bytes and lets the network scale them.
+``usual`` scales and normalises to float in the workers, like torchvision's transforms and most pipelines;
+``lean`` sends bytes and lets the network scale them.
 """
 
 import json

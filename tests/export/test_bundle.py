@@ -1,4 +1,4 @@
-"""Export: one graph, raw pixels in, and the proof that it is the net it came from."""
+"""Export: one graph that takes raw pixels, and the proof that it gives the net's embeddings."""
 
 import json
 

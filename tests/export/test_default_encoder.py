@@ -1,4 +1,4 @@
-"""The encoder that ships: the same everywhere it is named, and made again from its committed run."""
+"""The shipped encoder: consistent wherever it is named, and reproducible from its committed run."""
 
 import json
 import re

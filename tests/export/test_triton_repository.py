@@ -1,4 +1,4 @@
-"""Model repositories: the text by Triton's own protobuf, the whole by the real server."""
+"""Model repositories: Triton's protobuf parses the configuration, and the real server loads them."""
 
 import json
 import shutil

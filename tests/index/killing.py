@@ -1,6 +1,6 @@
-"""Kill processes that write to an atlas, at every write point or at random moments; see what is left.
+"""Kill processes that write to an atlas, at every write point or at random times; check what remains.
 
-Run by test_durability.py in a process of its own with one thread, so that it may fork. Prints JSON.
+test_durability.py runs it in a separate process with one thread, so that it can fork. Prints JSON.
 """
 
 import builtins

@@ -1,4 +1,4 @@
-"""The atlas: what goes in stays, what does not belong is refused, what is damaged is named."""
+"""The atlas: it keeps what was added, refuses features that do not fit, and reports damaged files."""
 
 import os
 import random

@@ -1,4 +1,4 @@
-"""Bridges: what other tools wrote is read, what we write is read by other tools; duplicates and leaks."""
+"""Bridges: we read other tools' files and they read ours; duplicates and leakage."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Slides and cases: the most alike come first, with regions that prove it; clusters are described."""
+"""Similar slides and cases: the most similar come first, with matching regions; clusters are described."""
 
 import numpy as np
 import pytest

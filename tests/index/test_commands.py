@@ -1,4 +1,4 @@
-"""The command group `index` as a person and a program use it: answers, exit codes, one JSON document."""
+"""The command group `index`, used by a person or a program: output, exit codes, one JSON document."""
 
 import numpy as np
 import pytest

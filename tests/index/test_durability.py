@@ -1,4 +1,4 @@
-"""Kill it, fill the disk, flip its bytes, lock its folder: committed work stays, what is wrong is named."""
+"""Kills, full disks, flipped bytes and locked folders: committed work is kept, and damage is reported."""
 
 import json
 import os

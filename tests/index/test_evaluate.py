@@ -1,4 +1,4 @@
-"""Evaluation: definitions by hand, patients kept apart, and a report that says what it does not know."""
+"""Evaluation: metrics checked by hand, patients kept apart, and a report that states its limits."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Columns of exports never collide and never get lost, and no cell is a formula."""
+"""Exported tables: column names never collide, no column is lost, and no cell is a formula."""
 
 import json
 import warnings

@@ -1,4 +1,4 @@
-"""Filters: what they let through equals plain Python, and nothing of them is ever run."""
+"""Filters: they select the same rows as plain Python, and no part of a filter is ever executed."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Features of other tools: whose encoder, which scale, whose bytes; nothing is taken on trust unsaid."""
+"""Features of other tools: encoder, scale and external data; nothing unverified passes silently."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""The map of an atlas: its quality, where new tiles go, and what becomes of its file."""
+"""The map of an atlas: its quality, the positions of new tiles, and the handling of its file."""
 
 import numpy as np
 import pytest

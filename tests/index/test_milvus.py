@@ -1,4 +1,4 @@
-"""Milvus: what FAISS finds, Milvus finds; a push is finished by repeating it."""
+"""Milvus: it finds the same tiles as FAISS, and repeating an interrupted push completes it."""
 
 import json
 import os

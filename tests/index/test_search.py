@@ -1,4 +1,4 @@
-"""Search: equal to brute force whatever the index, the filter and what was added or removed since."""
+"""Search: equal to brute force for every index and filter, also after tiles were added or removed."""
 
 import shutil
 

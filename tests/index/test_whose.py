@@ -1,4 +1,4 @@
-"""Whose row in an atlas, what means no value, and slides that were moved."""
+"""Metadata in an atlas: matching rows to slides, missing values, and slides that were moved."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Embedding on a real Ray cluster of several nodes on this machine; one of them is lost on the way."""
+"""Embedding on a real Ray cluster of several nodes on this machine; one node fails during the run."""
 
 import json
 import subprocess

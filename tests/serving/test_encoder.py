@@ -1,4 +1,4 @@
-"""The in-process encoder, and the one that ships."""
+"""The in-process encoder, and the shipped bundle."""
 
 import json
 import shutil

@@ -1,4 +1,4 @@
-"""Regions in from QuPath's GeoJSON, tissue and tiles out, and the picture of each slide."""
+"""Regions read from QuPath's GeoJSON, tissue and tiles written to it, and the overlay of each slide."""
 
 import json
 

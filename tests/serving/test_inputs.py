@@ -1,4 +1,4 @@
-"""Slides as groups keep them: whose row, whose annotation, whose pixels, and what was left out."""
+"""Folders of slides as found in practice: matching rows, annotations and pixels; reported omissions."""
 
 import json
 import shutil

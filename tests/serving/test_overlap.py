@@ -1,4 +1,4 @@
-"""Stages overlap across slides, results do not depend on workers, and memory not on a slide's size."""
+"""Stages overlap across slides; results do not depend on workers, nor memory on the size of a slide."""
 
 import hashlib
 import os

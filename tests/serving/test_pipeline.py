@@ -1,4 +1,4 @@
-"""Embedding: one feature file per slide, whole or not at all, and every failure recorded."""
+"""Embedding: one complete feature file per slide or none, and a record of every failure."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Pixels are OpenSlide's whatever reads them; TIFF that it refuses is read, or refused clearly."""
+"""Every reader returns OpenSlide's pixels; TIFF files that it rejects are read, or rejected clearly."""
 
 import tarfile
 from concurrent.futures import ThreadPoolExecutor

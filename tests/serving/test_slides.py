@@ -1,4 +1,4 @@
-"""Slides: scale, levels, tissue, and what is refused."""
+"""Slides: scale, levels, tissue, and rejected inputs."""
 
 import numpy as np
 import pytest

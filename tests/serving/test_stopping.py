@@ -1,7 +1,8 @@
 """Ctrl-C at random moments of real runs, under load: always the same exit code, and nothing left over.
 
-``HISTOSEEK_STOP_ROUNDS`` sets the signals per kind of run, ``HISTOSEEK_STOP_KINDS`` the kinds: ``here``,
-``triton`` and ``ray``, whose cluster takes long to start. ``HISTOSEEK_DEEP=1`` means 100 of every kind.
+``HISTOSEEK_STOP_ROUNDS`` sets the number of signals per kind of run. ``HISTOSEEK_STOP_KINDS`` sets the
+kinds: ``here``, ``triton`` and ``ray`` (slow, because a cluster has to start). ``HISTOSEEK_DEEP=1`` sends
+100 signals to every kind.
 """
 
 import json

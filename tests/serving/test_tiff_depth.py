@@ -1,4 +1,4 @@
-"""Bits, samples and colours of a slide are looked at whoever reads it, and so is its colour profile."""
+"""Every reader checks a slide's bits, samples and colours, and records its colour profile."""
 
 import tarfile
 from types import SimpleNamespace

@@ -1,4 +1,4 @@
-"""The encoder on a Triton server, against the real server, with everything going wrong that can."""
+"""The encoder on a Triton server: tests with the real server, including every kind of failure."""
 
 import json
 import os

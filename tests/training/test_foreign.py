@@ -1,4 +1,4 @@
-"""Pictures that are no stained tissue, and the gate that learns to tell them from it."""
+"""Synthetic images out of distribution, and the tissue gate that learns to detect them."""
 
 import numpy as np
 import pytest

@@ -1,4 +1,4 @@
-"""The papers' data sets in the layouts they are published in, written small and read back."""
+"""The papers' data sets in their published layouts: small versions are written and read back."""
 
 import gzip
 import io

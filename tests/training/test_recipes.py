@@ -1,4 +1,4 @@
-"""The recipes without labels and the classifier: they learn, resume, ship, and refuse what cannot be."""
+"""The recipes without labels and the classifier: they learn, resume, export, and reject invalid input."""
 
 import json
 import os

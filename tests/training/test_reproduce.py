@@ -1,4 +1,4 @@
-"""The protocols: each runs to a report, goes on after a stop, and counts what it says."""
+"""The protocols: each writes a report, resumes after a stop, and counts the tiles that it leaves out."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""A real atlas with slides, tile sets and two clusterings, and a server of it without a network."""
+"""Fixtures: a real atlas with slides, tile sets and two clusterings, and its server without a network."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Who may ask, how much, and from where: tried as someone would who should not be let in."""
+"""Access control: who may send requests, how many and from where, tested from an attacker's side."""
 
 import base64
 import io

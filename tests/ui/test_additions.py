@@ -1,4 +1,4 @@
-"""Adding slides from the page and the API, also when it is killed, refused or fed nonsense."""
+"""Adding slides from the page and the API, including kills, rejections and invalid input."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The HTTP API, asked in the process that serves it."""
+"""The HTTP API, called in the process that serves it."""
 
 import base64
 import io

@@ -1,4 +1,4 @@
-"""The audit log of a server: a line per question, a chain over them, and `index verify` that checks it."""
+"""The audit log of a server: one line per request, in a chain that `index verify` checks."""
 
 import json
 import subprocess

@@ -1,4 +1,4 @@
-"""Images in JSON: base64 as mail programs, shells and browsers write it."""
+"""Images in JSON requests: base64 as written by mail programs, shells and browsers."""
 
 import base64
 import textwrap

@@ -1,4 +1,4 @@
-"""The API against its own description (schemathesis), and against uploads made to break it."""
+"""The API tested against its OpenAPI description (schemathesis), and with uploads made to break it."""
 
 import io
 import random

@@ -1,4 +1,4 @@
-"""What the page and the API do, without either of them."""
+"""The functions behind the page and the API, called directly."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Passwords, their hashes, guessing, and roles."""
+"""Logins: passwords, their hashes, protection against guessing, and roles."""
 
 import asyncio
 import base64

@@ -1,4 +1,4 @@
-"""The page in a real browser, on a real atlas: lc25000 tiles and a slide of CMU, every tab and state."""
+"""The page in a real browser with a real atlas (LC25000 tiles and a CMU slide): every tab and state."""
 
 import io
 import os

@@ -1,4 +1,4 @@
-"""Behind a proxy: whose word counts, for address, host, path and user."""
+"""Behind a proxy: which headers are trusted for address, host, path and user."""
 
 import http.client
 import json

@@ -1,4 +1,4 @@
-"""Every architecture by its public name. ``MODELS`` is the registry; names map to builders."""
+"""The architectures by public name; the registry ``MODELS`` maps each name to its builder and source."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .vae import build_vae
 
 @dataclass(frozen=True)
 class Model:
-    """A registered architecture: its builder, and the paper and section that it comes from."""
+    """A registered architecture: its builder, and the paper and section that define it."""
 
     build: Callable[..., Encoder]
     paper: str
@@ -68,10 +68,10 @@ def model_options(model: str) -> dict[str, Any]:
 
 
 def parse_model_options(model: str, text: str) -> dict[str, Any]:
-    """Turn ``name=value,name=value`` into a model's options.
+    """Parse ``name=value,name=value`` into a model's options.
 
     Raises:
-        BadInput: an option that the model does not have, or a value of a wrong type.
+        BadInput: the model has no such option, or a value has the wrong type.
     """
     known = model_options(model)
     types = get_type_hints(MODELS[model].build)
@@ -93,9 +93,9 @@ def build(model: str, chain: int = 0, gate: bool = False, **options: Any) -> Enc
 
     Args:
         model: name in the registry.
-        chain: length of the embedding after a fitted PCA and whitening; 0 has none.
-        gate: with a gate that tells stained tissue from other pictures, to be fitted.
-        options: of the model's builder.
+        chain: length of the embedding after a fitted PCA and whitening; 0 adds no such layer.
+        gate: add a tissue gate, still to be fitted, that detects images out of distribution.
+        options: options of the model's builder.
 
     Raises:
         BadInput: the name is not registered, or the model has no such option; the choices are listed.

@@ -12,16 +12,16 @@ SIZE_PX = 250
 
 
 class AlexNet(nn.Module):
-    """AlexNet as torchvision has it (61,100,840 parameters at 1000 classes).
+    """AlexNet as in torchvision (61,100,840 parameters at 1000 classes).
 
     Attributes:
-        fresh: keys that no checkpoint is asked for, as their size is ours.
+        fresh: keys that are not loaded from a checkpoint, because their size depends on ``dim``.
     """
 
     fresh = ("classifier.6.",)
 
     def __init__(self, classes: int = 1000, dropout: float = 0.5) -> None:
-        """Make ``features`` and ``classifier``."""
+        """Create ``features`` and ``classifier``."""
         super().__init__()
         self.features = nn.Sequential(
             nn.Conv2d(3, 64, 11, 4, 2),
@@ -56,10 +56,10 @@ class AlexNet(nn.Module):
 
 
 def build_alexnet_ae(size_px: int = SIZE_PX, dim: int = 512, dropout: float = 0.5) -> AutoEncoder:
-    """Return paper 000's AlexNet AE, code 512 (the authors' settings file has 256).
+    """Return paper 000's AlexNet AE with a code of 512 (the authors' settings file has 256).
 
-    The decoder always draws 250 x 250. Tiles are plain 0..1, also with ImageNet weights, as in the
-    authors' code.
+    The decoder always outputs 250 x 250 pixels. Tiles are in 0..1 without normalisation, even with ImageNet
+    weights, as in the authors' code.
     """
     if size_px != SIZE_PX:
         raise BadInput(f"size_px is {size_px}; this net closes at {SIZE_PX} px only")
@@ -69,7 +69,7 @@ def build_alexnet_ae(size_px: int = SIZE_PX, dim: int = 512, dropout: float = 0.
         return [deconv, nn.BatchNorm2d(out), nn.ReLU()]
 
     decoder = nn.Sequential(
-        nn.ReLU(),  # not in place: the code itself is the embedding
+        nn.ReLU(),  # not in place: that would change the code, which is the embedding
         nn.Dropout(dropout),
         nn.Linear(dim, 4096),
         nn.ReLU(),

@@ -1,6 +1,6 @@
 """Paper 000: the base CNN autoencoder, and the one without max-pooling ("CustomCNN").
 
-The base decoder is lost in the paper and was read in the authors' code; both nets share it.
+The paper does not show the base decoder; it follows the authors' code. Both nets share it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ def _deconv(inside: int, out: int, kernel: int, stride: int, padding: int) -> li
 
 
 def _decoder() -> nn.Sequential:
-    """256 x 1 x 1 -> 3 x 50 x 50 over 2, 3, 6, 12, 25."""
+    """Build the decoder, 256 x 1 x 1 -> 3 x 50 x 50, with sides of 2, 3, 6, 12 and 25 in between."""
     return nn.Sequential(
         nn.ReLU(),
         *_deconv(CODE, 256, 4, 1, 1),
@@ -43,7 +43,7 @@ def _check(size_px: int) -> None:
 
 
 def build_cnn_ae(size_px: int = SIZE_PX) -> AutoEncoder:
-    """Return paper 000's base CNN AE: five convolutions with max-pooling, code 256."""
+    """Return paper 000's base CNN AE: five convolutions with max-pooling, and a code of 256."""
     _check(size_px)
     encoder = nn.Sequential(
         *_conv(3, 128, 3, 1, 0),
@@ -60,7 +60,7 @@ def build_cnn_ae(size_px: int = SIZE_PX) -> AutoEncoder:
 
 
 def build_cnn_ae_no_pool(size_px: int = SIZE_PX) -> AutoEncoder:
-    """Return paper 000's CNN AE without max-pooling, its best: strides instead, code 256."""
+    """Return paper 000's best CNN AE: strides instead of max-pooling, and a code of 256."""
     _check(size_px)
     encoder = nn.Sequential(
         *_conv(3, 128, 4, 1, 1),

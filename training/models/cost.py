@@ -1,4 +1,4 @@
-"""What a model costs: parameters, and multiply-adds of its convolutions and linear layers."""
+"""The cost of a model: parameters, and multiply-adds of its convolutions and linear layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .p4m_cnn import GroupConv, LiftingConv
 
 @dataclass(frozen=True)
 class Layer:
-    """One row of a model's summary: name, kind, what comes out, and what it costs."""
+    """One row of a model's summary: name, kind, output shape and cost of a layer."""
 
     name: str
     kind: str
@@ -28,8 +28,8 @@ class Layer:
 def summarise(model: Encoder) -> list[Layer]:
     """Run one tile through a model and return its layers with their cost, in order.
 
-    For an autoencoder the decoder counts, for an encoder its classifier, as in the papers' tables. Works on
-    the meta device, where nothing is computed.
+    As in the papers' tables, this includes the decoder of an autoencoder and the classifier of an encoder.
+    It also works on the meta device, which computes nothing.
     """
     layers: list[Layer] = []
 
@@ -66,7 +66,7 @@ def summarise(model: Encoder) -> list[Layer]:
 
 
 def _macs(module: nn.Module, given: torch.Tensor, out: torch.Tensor) -> int:
-    """Multiply-adds of one layer for one tile; what is not a convolution or linear layer counts none."""
+    """Return the multiply-adds of one layer for one tile; 0 unless it is a convolution or linear layer."""
     if isinstance(module, nn.Linear):
         return module.in_features * module.out_features
     if isinstance(module, nn.ConvTranspose2d):
@@ -79,5 +79,5 @@ def _macs(module: nn.Module, given: torch.Tensor, out: torch.Tensor) -> int:
 
 
 def parameters(model: nn.Module) -> int:
-    """Return how many numbers a model holds that training could change, frozen ones included."""
+    """Return the number of parameters of a model, including frozen ones."""
     return sum(p.numel() for p in model.parameters())

@@ -1,7 +1,7 @@
 """Paper 001: three convolutional autoencoders, each with a clustering head (Table 3).
 
-Where the printed listing does not close: at 28 px the decoder's output paddings are 1, 0, 1, 1; at 96 px
-a global average pool stands before the clustering head, and nothing printed changes.
+The printed sizes do not match in two places. At 28 px the decoder here has output paddings of 1, 0, 1, 1.
+At 96 px a global average pool precedes the clustering head; all printed layers stay as they are.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ OUTPUTS = ("code", "clusters")
 
 
 class ClusteringAutoEncoder(AutoEncoder):
-    """An autoencoder whose code also goes to K clusters.
+    """An autoencoder with a head that assigns its code to K clusters.
 
     Attributes:
         cluster_head: code (N, 256) -> probabilities (N, K).
         clusters: K.
-        output: what ``forward`` returns and export ships: the code, or the cluster probabilities.
+        output: output of ``forward`` and of the exported graph: ``code``, or ``clusters`` (probabilities).
     """
 
     def __init__(
@@ -36,7 +36,7 @@ class ClusteringAutoEncoder(AutoEncoder):
         pooled: bool,
         output: str,
     ) -> None:
-        """Join the parts; ``pooled`` averages the code's map before the clustering head."""
+        """Join the parts; with ``pooled``, the head receives the average over the code's map."""
         if output not in OUTPUTS:
             raise BadInput(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}")
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if pooled else nn.Flatten()
@@ -56,7 +56,7 @@ class ClusteringAutoEncoder(AutoEncoder):
             self.dim = clusters
 
     def features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Return codes (N, 256), or cluster probabilities (N, K), as ``output`` says."""
+        """Return codes (N, 256) or cluster probabilities (N, K), depending on ``output``."""
         code = self.code(tiles)
         if self.output == "code":
             return code
@@ -69,7 +69,7 @@ class ClusteringAutoEncoder(AutoEncoder):
 
 
 def _encoder(channels: int, widths: Sequence[int], first: tuple[int, int, int]) -> list[nn.Module]:
-    """Conv-BN-ReLU per width: the first with kernel, stride, padding ``first``, then 3, 2, 1."""
+    """Build Conv-BN-ReLU per width; kernel, stride, padding are ``first``, then 3, 2, 1."""
     layers: list[nn.Module] = []
     for number, width in enumerate(widths):
         kernel, stride, padding = first if number == 0 else (3, 2, 1)
@@ -83,7 +83,7 @@ def _encoder(channels: int, widths: Sequence[int], first: tuple[int, int, int]) 
 
 
 def _decoder(channels: int, widths: Sequence[int], padding: Sequence[int]) -> nn.Sequential:
-    """Deconv (3, 2, 1)-BN-ReLU per width; the last is linear. ``padding`` is output padding."""
+    """Build Deconv (3, 2, 1)-BN-ReLU per width, the last one linear; ``padding`` is the output padding."""
     layers: list[nn.Module] = []
     for width, extra in zip(widths, padding, strict=True):
         layers += [
@@ -103,7 +103,7 @@ def _check(size_px: int, expected: int) -> None:
 def build_dac_fmnist(
     size_px: int = 28, clusters: int = 10, output: str = "code"
 ) -> ClusteringAutoEncoder:
-    """Return paper 001's net for grey 28 px: 49,057 parameters and a head of 17,246 (K = 10)."""
+    """Return paper 001's net for grey tiles of 28 px: 49,057 parameters and a head of 17,246 (K = 10)."""
     _check(size_px, 28)
     encoder = nn.Sequential(*_encoder(1, (8, 16, 32, 64), (3, 2, 1)))
     decoder = _decoder(64, (32, 16, 8, 1), (1, 0, 1, 1))
@@ -113,7 +113,7 @@ def build_dac_fmnist(
 def build_dac_cifar(
     size_px: int = 32, clusters: int = 10, output: str = "code"
 ) -> ClusteringAutoEncoder:
-    """Return paper 001's net for colour 32 px: 49,347 parameters and a head of 17,246 (K = 10)."""
+    """Return paper 001's net for colour tiles of 32 px: 49,347 parameters and a head of 17,246 (K = 10)."""
     _check(size_px, 32)
     encoder = nn.Sequential(*_encoder(3, (8, 16, 32, 64), (3, 2, 1)))
     decoder = _decoder(64, (32, 16, 8, 3), (1, 1, 1, 1))
@@ -123,7 +123,7 @@ def build_dac_cifar(
 def build_dac_stl(
     size_px: int = 96, clusters: int = 10, output: str = "code"
 ) -> ClusteringAutoEncoder:
-    """Return paper 001's net for colour 96 px: 787,203 parameters and a head of 17,246 (K = 10)."""
+    """Return paper 001's net for colour tiles of 96 px: 787,203 parameters, a head of 17,246 (K = 10)."""
     _check(size_px, 96)
     last: list[nn.Module] = [nn.Conv2d(128, 256, 3, 1, 1), nn.BatchNorm2d(256), nn.ReLU()]
     encoder = nn.Sequential(*_encoder(3, (16, 32, 64, 128), (5, 4, 2)), *last)

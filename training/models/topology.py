@@ -1,9 +1,9 @@
 """Paper 003: autoencoders of two topologies, fully connected (AE) and convolutional (CAE), by code size.
 
-The paper gives the AE as "D-128-64-32-16" and loses the CAE's figure. Read here as: a code of 16, 32, 64
-or 128 ends the chain D-128-64-32-16 where it is reached; the CAE has three convolutions with max-pooling,
-whose last width makes the flattened 4 x 4 map the code. For grey pictures D is the number of their pixels
-(the paper says 3072 for grey 32 x 32, which has 1024).
+The paper gives the AE as "D-128-64-32-16" and lacks the figure of the CAE. Our reading: for a code of 16,
+32, 64 or 128 the chain D-128-64-32-16 ends at that size. The CAE has three convolutions with max-pooling;
+the width of the last one is chosen so that the flattened 4 x 4 map is the code. For grey images D is the
+number of pixels (the paper says 3072 for grey 32 x 32, which has 1024).
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ def _check_code(dim: int) -> None:
 
 
 def build_topology_ae(size_px: int = 28, dim: int = 32, relu_code: bool = False) -> AutoEncoder:
-    """Return paper 003's fully connected AE on grey pixels: ReLU inside, linear code, sigmoid output.
+    """Return paper 003's fully connected AE on grey pixels, with ReLU, a linear code and a sigmoid output.
 
     Args:
         size_px: 28 (MNIST, D = 784) or 32 (CIFAR-10, SVHN; D = 1024).
         dim: length of the code: 16, 32, 64 or 128.
-        relu_code: a ReLU on the code too.
+        relu_code: add a ReLU after the code.
     """
     _check_code(dim)
     sizes = [size_px * size_px, *(code for code in CODES[::-1] if code >= dim)]
@@ -49,7 +49,7 @@ def build_topology_ae(size_px: int = 28, dim: int = 32, relu_code: bool = False)
 
 
 class _Resize(nn.Module):
-    """Nearest up-sampling to a fixed side."""
+    """Nearest-neighbour up-sampling to a fixed side."""
 
     def __init__(self, size_px: int) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ def build_topology_cae(
         size_px: side of the input; 28 and 32 end in a 4 x 4 map.
         dim: length of the code: 16, 32, 64 or 128.
         widths: channels of the first two convolutions: 32-16 or 16-8.
-        family: ``map``: the last convolution's flattened map is the code; ``linear``: a linear layer
-            makes the code from a map of 8 channels.
+        family: ``map``: the code is the last convolution's flattened map; ``linear``: a linear layer
+            computes the code from a map of 8 channels.
     """
     _check_code(dim)
     if family not in FAMILIES:

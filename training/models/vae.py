@@ -1,4 +1,4 @@
-"""A convolutional variational autoencoder (Kingma & Welling 2014), asked for by papers 000 and 003."""
+"""A convolutional variational autoencoder (Kingma & Welling 2014), which papers 000 and 003 call for."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ WIDTHS = (32, 64, 128, 256)
 
 
 class VariationalAutoEncoder(AutoEncoder):
-    """An autoencoder whose code is a Gaussian; its mean is the embedding.
+    """An autoencoder with a Gaussian code; the embedding is its mean.
 
     Attributes:
-        log_variance: features -> (N, D), beside the head, which gives the mean.
+        log_variance: layer from features to log variances (N, D); the head computes the means.
     """
 
     def __init__(self, size_px: int, dim: int) -> None:
-        """Build four convolutions of stride 2 and their mirror image."""
+        """Build an encoder of four convolutions of stride 2, and a decoder that reverses them."""
         channels, side = 3, size_px // 16
         layers: list[nn.Module] = []
         for width in WIDTHS:
@@ -40,13 +40,13 @@ class VariationalAutoEncoder(AutoEncoder):
         self.log_variance = nn.Linear(flat, dim)
 
     def reconstruct(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Return means (N, D), reconstructions of the means, and what they should be."""
+        """Return means (N, D), reconstructions from the means, and the targets of the reconstructions."""
         seen = self.colours(tiles)
         mean = self.head(self.backbone(seen))
         return mean, self.decoder(mean), seen
 
     def sample(self, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        """Return means, log variances (N, D), reconstructions of a draw, and what they should be."""
+        """Return means and log variances (N, D), reconstructions from a sampled code, and their targets."""
         seen = self.colours(tiles)
         features = self.backbone(seen)
         mean, log_variance = self.head(features), self.log_variance(features)
@@ -55,7 +55,7 @@ class VariationalAutoEncoder(AutoEncoder):
 
 
 def build_vae(size_px: int = 64, dim: int = 64) -> VariationalAutoEncoder:
-    """Return a convolutional VAE; ``size_px`` is a multiple of 16, ``dim`` the length of the code."""
+    """Return a convolutional VAE; ``dim`` is the length of the code, and ``size_px`` a multiple of 16."""
     if size_px % 16 or size_px < 16:
         raise BadInput(f"size_px is {size_px}; expected a multiple of 16")
     return VariationalAutoEncoder(size_px, dim)

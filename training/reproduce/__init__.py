@@ -1,4 +1,4 @@
-"""The papers' tables, run by ``histoseek reproduce``: published beside ours beside trivial."""
+"""Protocols of ``histoseek reproduce``: the papers' tables with published, our and trivial results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .study import Study
 
 @dataclass(frozen=True)
 class Protocol:
-    """How a paper's table is made, and one line on what it is."""
+    """A function that reproduces a paper's tables, with a one-line description."""
 
     run: Callable[[Study], Report]
     about: str

@@ -1,4 +1,4 @@
-"""Paper 001, table 2: k-means, AE + k-means, DEC, DAC and AE + DAC on one set, NMI, ARI and ACC."""
+"""Paper 001, table 2: NMI, ARI and ACC of k-means, AE + k-means, DEC, DAC and AE + DAC on a data set."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ COLUMNS = ("NMI %", "ARI %", "ACC %")
 NAMES = ("nmi", "ari", "accuracy")
 METHODS = {"AE + k-means": "ae-kmeans", "DEC": "dec", "DAC": "dac", "AE + DAC": "ae-dac"}
 SIZES = {28: "dac-fmnist", 32: "dac-cifar", 96: "dac-stl"}
-# Table 2 of the paper, NMI/ARI/ACC in %; its "GLWTDN" is an autoencoder with k-means.
+# Table 2 of the paper, NMI/ARI/ACC in %; what it calls "GLWTDN" is an autoencoder with k-means.
 PUBLISHED: dict[str, dict[str, tuple[float, float, float]]] = {
     "fashion-mnist": {
         "k-means on pixels": (18.55, 14.37, 22.89), "AE + k-means": (20.31, 18.72, 25.74),
@@ -55,11 +55,11 @@ BY_CLUSTERS: dict[str, dict[int, tuple[float, float, float]]] = {
     },
 }  # fmt: skip
 SCHEDULE = {"pretrain": (50, 1), "clustering": (75, 2)}
-"""Epochs in full and quick; the paper names none, 75 is when its thresholds meet."""
+"""Epochs of a full and a quick run; the paper states none, its thresholds meet after 75."""
 
 
 def reproduce(study: Study) -> Report:
-    """Run table 2 (all tiles, no split, as the paper does), and what ``parts`` adds: table4, grid."""
+    """Run table 2 on all tiles without a split, as the paper does; ``parts`` adds table4 and grid."""
     options = study.options
     size_px = options.size_px or _native_side(study.tiles)
     if size_px not in SIZES:
@@ -170,7 +170,7 @@ def _table(
 def _by_clusters(
     study: Study, seeds: int, pretrain: int, epochs: int, common: dict[str, Any]
 ) -> Table:
-    """Table 4: the first k classes with K = k (the paper's text leaves open what it varies)."""
+    """Run table 4 on the first k classes with K = k (the paper does not say what it varies)."""
     known = BY_CLUSTERS.get(study.whole.name, {})
     classes = len({tile.label for tile in study.tiles.tiles})
     found = {}
@@ -254,7 +254,7 @@ def _draw(
 
 
 def _grid(study: Study, report: Report, epochs: int, common: dict[str, Any]) -> None:
-    """Accuracy over the weights of reconstruction and pairs (the paper's grid of .1 to .9), one seed."""
+    """Run the paper's grid of weights (.1 to .9) of reconstruction and pairs; accuracy with one seed."""
     weights = (0.1, 0.3, 0.5, 0.7, 0.9)
     start = str(study.options.out / "runs" / "ae-kmeans-0")
     table = np.zeros((len(weights), len(weights)))

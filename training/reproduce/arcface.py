@@ -1,4 +1,4 @@
-"""Paper 004: folds of MobileNetV3-Small + ArcFace, held-out tiles clustered by k-means and HDBSCAN."""
+"""Paper 004: MobileNetV3-Small + ArcFace by folds; k-means and HDBSCAN cluster the held-out tiles."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ FOLDS = 10
 
 
 def reproduce(study: Study) -> Report:
-    """Train every fold and loss; PCA is fitted on the training part, the held-out fold is clustered."""
+    """Train every fold and loss; fit PCA on the training part and cluster the held-out fold."""
     options = study.options
     folds = study.pick(FOLDS, 2, options.seeds)
     if folds > FOLDS:
@@ -73,7 +73,7 @@ def reproduce(study: Study) -> Report:
 
 
 def _sides(records: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
-    """Return the metrics of every row: the losses, then the untrained net and the pixels."""
+    """Return the metrics by row: the losses, then the untrained net and the pixels."""
     sides = {name: [run["metrics"]["trained"] for run in runs] for name, runs in records.items()}
     first = records["ArcFace"]
     sides["random weights"] = [run["metrics"]["random_init"] for run in first]

@@ -1,4 +1,4 @@
-"""Paper 000, table 1: clusters of tumour and normal tiles by k-means on pixels and on five codes."""
+"""Paper 000, table 1: k-means clusters of tumour and normal tiles, from pixels and from five codes."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from .study import Study, draw, drawn_again, spread
 
 @dataclass(frozen=True)
 class Net:
-    """A row of the table: its model, what it published, and how it is trained.
+    """A row of the table: its model, its published scores and how it is trained.
 
     Attributes:
-        model: in the registry.
-        f1: published.
-        acc: published.
+        model: name in the registry.
+        f1: published F1.
+        acc: published accuracy.
         lr: learning rate.
-        epochs: full and quick.
-        batch: of the paper.
-        large: whether it costs more than 2 GMACs a tile.
+        epochs: epochs of a full and a quick run.
+        batch: batch size of the paper.
+        large: whether it costs more than 2 GMACs per tile.
     """
 
     model: str
@@ -58,7 +58,7 @@ FOLDS = 5
 
 
 def reproduce(study: Study) -> Report:
-    """Run the seven rows, each on the same folds; the map from clusters to labels is fitted on train."""
+    """Run the seven rows on the same folds; the training part maps clusters to labels."""
     options = study.options
     folds = study.pick(FOLDS, 1, options.seeds)
     if folds > FOLDS:
@@ -114,7 +114,7 @@ def reproduce(study: Study) -> Report:
 
 
 def _say_what_differs(study: Study, report: Report, names: list[str]) -> None:
-    """Note how the data and the training differ from the paper's."""
+    """Add notes on how the data and the training differ from the paper's."""
     options = study.options
     idc = study.whole.name.startswith("idc") or set(names) == {"0", "1"}
     if not idc:
@@ -144,7 +144,7 @@ def _say_what_differs(study: Study, report: Report, names: list[str]) -> None:
 def _row(
     study: Study, name: str, net: Net, fold: int, rule: str, positive: str
 ) -> tuple[tuple[float, float, float], str]:
-    """Train an autoencoder on a fold; return the score of its clusters, and the extent of training."""
+    """Train an autoencoder on a fold; return the scores of its clusters, and its epochs and tiles."""
     tiles = draw(study.tiles, study.options.limit_large) if net.large else study.tiles
     record = _train(study, name, net, fold, tiles)
     own = study.load(_side(net), tiles)
@@ -170,7 +170,7 @@ def _epochs(study: Study, epochs: tuple[int, int]) -> int:
 
 
 def _batch(study: Study, batch: int) -> int:
-    """The paper's batch, or an eighth of the training part where that is smaller."""
+    """Return the paper's batch, or an eighth of the training part if that is smaller; at least 16."""
     return max(16, min(batch, len(study.tiles) * 3 // 5 // 8))
 
 
@@ -188,7 +188,11 @@ def _train(study: Study, name: str, net: Net, fold: int, tiles: TileSet) -> dict
 def _score(
     train: Floats, test: Floats, data: LabelledTiles, parts: Split, rule: str, positive: str
 ) -> tuple[float, float, float]:
-    """Cluster, map clusters to labels on the training part, and score the held-out part."""
+    """Cluster and map clusters to labels on the training part, then score the held-out part.
+
+    Returns:
+        F1 and accuracy with one label per cluster (one to one), and accuracy with each cluster's majority.
+    """
     from sklearn.metrics import f1_score
 
     classes = len(data.label_names)
@@ -208,7 +212,7 @@ def _score(
 def _score_classifier(
     encoder: Encoder, data: LabelledTiles, parts: Split, positive: str
 ) -> tuple[float, float, float]:
-    """Score the supervised net on the held-out part; there is no mapping, so both accuracies are one."""
+    """Score the supervised net on the held-out part; without clusters both accuracies are the same."""
     from sklearn.metrics import f1_score
 
     predicted, kept = predict(encoder, data, parts.test)
@@ -226,7 +230,12 @@ def _mapping(labels: Ints, clusters: Ints, classes: int) -> Ints:
 
 
 def _trivial(data: LabelledTiles, parts: Split, positive: str) -> tuple[float, float, float]:
-    """All-positive F1 and the accuracy of the training part's largest class, on the held-out part."""
+    """Score the held-out part without a model.
+
+    Returns:
+        F1 if all tiles are called positive, accuracy of the training part's largest class, and purity of a
+        single cluster.
+    """
     truth = data.labels[parts.test]
     share = float(np.mean(truth == data.label_names.index(positive)))
     largest = np.bincount(data.labels[parts.train]).argmax()

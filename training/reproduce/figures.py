@@ -13,7 +13,7 @@ from ...errors import need
 from ...metrics import Floats, Ints
 
 MOST_POINTS = 3000
-# Okabe & Ito's palette (told apart by colour-blind readers), then greys.
+# Okabe & Ito's palette, which colour-blind readers can distinguish, then more colours and greys.
 COLOURS = (
     "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#8C6D31", "#000000", "#7F7F7F",
     "#B15928",
@@ -42,7 +42,7 @@ def curves(
     levels: Mapping[str, float] | None = None,
     at: Sequence[float] | None = None,
 ) -> str:
-    """Draw one line per name over 1..n (or ``at``), with dotted levels such as baselines."""
+    """Plot one line per name over 1..n (or ``at``); ``levels`` are dotted lines, such as baselines."""
     plt = _plot()
     figure, axes = plt.subplots(figsize=(7, 4))
     for number, (name, values) in enumerate(lines.items()):
@@ -93,7 +93,7 @@ def tsne(path: Path, vectors: Floats, labels: Ints, names: Sequence[str], title:
 
 
 def confusion(path: Path, table: NDArray[np.int64], names: Sequence[str], title: str) -> str:
-    """Draw a table of clusters (rows) by classes (columns), rows as shares, with the counts."""
+    """Draw a table of clusters (rows) by classes (columns): shades are shares of a row, text is counts."""
     plt = _plot()
     share = table / np.maximum(table.sum(1, keepdims=True), 1)
     figure, axes = plt.subplots(figsize=(1.2 + 0.55 * table.shape[1], 1.2 + 0.45 * table.shape[0]))
@@ -114,7 +114,7 @@ Pictures = dict[str, NDArray[Any]]
 
 
 def reconstructions(path: Path, rows: Pictures) -> str:
-    """Draw rows of pictures (N, H, W, 3) of 0..1, one row per name: the tiles, then each net's."""
+    """Draw one row of images (N, H, W, 3) in 0..1 per name: the tiles, then each net's reconstructions."""
     plt = _plot()
     count = min(len(pictures) for pictures in rows.values())
     figure, axes = plt.subplots(
@@ -135,7 +135,7 @@ def grid(
     path: Path, values: NDArray[np.float64], rows: Sequence[str], columns: Sequence[str],
     row_name: str, column_name: str, title: str,
 ) -> str:  # fmt: skip
-    """Draw a table of numbers as shades with the numbers in them."""
+    """Draw a table of numbers as shaded cells with the numbers in them."""
     plt = _plot()
     figure, axes = plt.subplots(figsize=(1.5 + 0.7 * len(columns), 1.3 + 0.45 * len(rows)))
     picture = axes.imshow(values, cmap="viridis", aspect="auto")

@@ -1,4 +1,4 @@
-"""Paper 002: DeepCluster with Sobel-AlexNet and with the P4M CNN: NMI between epochs, probe, AUC."""
+"""Paper 002: DeepCluster with Sobel-AlexNet and the P4M CNN; NMI between epochs, linear probe, AUC."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ CHEST = "chestxray14"
 
 
 def reproduce(study: Study) -> Report:
-    """Train both nets by DeepCluster, split by patient; probe and cluster held-out tiles."""
+    """Train both nets with DeepCluster, split by patient; probe and cluster the held-out tiles."""
     options = study.options
     epochs = study.pick(20, 2, options.epochs)
     seeds = study.pick(3, 1, options.seeds)
@@ -98,7 +98,7 @@ def _last(record: dict[str, Any], name: str) -> float:
 def _clusters(
     study: Study, records: dict[str, list[dict[str, Any]]], size_px: int, k: int
 ) -> Table:
-    """NMI and AMI: last epoch against the one before, and clusters of held-out tiles against labels."""
+    """Tabulate NMI and AMI: last epoch against the one before, held-out clusters against labels."""
     data = study.load(size_px)
     rows: dict[str, list[Cell]] = {}
     rng = np.random.default_rng(0)

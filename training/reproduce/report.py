@@ -1,4 +1,4 @@
-"""A report of a paper's table: published number, ours, trivial baseline, side by side."""
+"""A report of a paper's tables: published number, our number and trivial baseline, side by side."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ...artifacts.files import write_atomic, write_json
 
 @dataclass(frozen=True)
 class Cell:
-    """One number of a table: what the paper says, what we measured, what needs no model.
+    """One number of a table: published, measured by us, and of a trivial baseline.
 
     Attributes:
-        published: of the paper, or None.
-        ours: one value per seed or fold.
-        trivial: reached without any model, or None.
-        published_sd: the paper's spread, or None.
+        published: the paper's number, or None.
+        ours: our values, one per seed or fold.
+        trivial: number reached without a model, or None.
+        published_sd: the paper's standard deviation, or None.
     """
 
     published: float | None = None
@@ -34,12 +34,12 @@ class Cell:
 
     @property
     def mean(self) -> float | None:
-        """Mean of ours."""
+        """Mean of ``ours``; None if it is empty."""
         return float(np.mean(self.ours)) if self.ours else None
 
     @property
     def sd(self) -> float | None:
-        """Sample standard deviation of ours (n - 1); None for a single value."""
+        """Sample standard deviation of ``ours`` (n - 1); None for fewer than two values."""
         return float(np.std(self.ours, ddof=1)) if len(self.ours) > 1 else None
 
     def as_dict(self) -> dict[str, Any]:
@@ -63,12 +63,12 @@ class Table:
     """Rows of cells.
 
     Attributes:
-        title: of the table.
+        title: title of the table.
         columns: names of the metrics.
-        rows: cells by row name, in order of ``columns``.
-        trivial_is: what the trivial baseline is.
-        digits: after the point.
-        notes: below the table.
+        rows: cells by row name, in the order of ``columns``.
+        trivial_is: description of the trivial baseline.
+        digits: number of decimals.
+        notes: text below the table.
     """
 
     title: str
@@ -125,16 +125,16 @@ class Table:
 
 @dataclass
 class Report:
-    """What a protocol found.
+    """The results of a protocol.
 
     Attributes:
-        title: of the report.
-        paper: which.
-        command: that makes it again.
-        about: data, split, seeds, epochs, by name.
-        tables: of numbers.
-        figures: file name and caption.
-        notes: what a reader must know before comparing.
+        title: title of the report.
+        paper: number and name of the paper.
+        command: command that reproduces the report.
+        about: data, split, seeds and epochs, by name.
+        tables: tables of numbers.
+        figures: file name and caption of each figure.
+        notes: what a reader must know before comparing the numbers.
     """
 
     title: str

@@ -1,4 +1,4 @@
-"""What every protocol has: its options, its tiles, and one run folder per cell of the table."""
+"""Common parts of all protocols: options, tiles, and one run folder per cell of the table."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ from .report import Report
 
 
 class Study:
-    """A protocol being run on a tile set.
+    """One execution of a protocol on a tile set.
 
     Attributes:
-        options: of the protocol.
-        tiles: the whole set, or what ``limit`` leaves of it.
+        options: options of the protocol.
+        tiles: the labelled tiles of the set, at most ``limit``.
     """
 
     def __init__(self, options: StudyOptions, tiles: TileSet, progress: Progress) -> None:
@@ -46,7 +46,7 @@ class Study:
     def __call__(
         self, cell: str, recipe: str, tiles: TileSet | None = None, **options: Any
     ) -> dict[str, Any]:
-        """Train one cell of the table, or take it from an earlier call; returns its record."""
+        """Train one cell of the table unless it is finished already; returns its record."""
         chosen = find_recipe(recipe)
         own = {"accelerator": self.options.accelerator, "precision": self.options.precision}
         filled = chosen.options(**{**own, **options})
@@ -67,20 +67,20 @@ class Study:
         return record
 
     def only_training_part(self) -> None:
-        """Leave the test part out, where the set has parts."""
+        """Leave the test part out if the set has one."""
         part = [n for n, tile in enumerate(self.tiles.tiles) if tile.extra.get("part") != "test"]
         if len(part) < len(self.tiles):
             self.tiles = self.tiles.take(part)
 
     def pick(self, normal: int, quick: int, asked: int = 0) -> int:
-        """Return how many: what was asked for, else the protocol's own number, or the quick one."""
+        """Return ``asked`` if it is set, else the protocol's normal number, or its number for --quick."""
         return asked or (quick if self.options.quick else normal)
 
     def load(self, size_px: int, tiles: TileSet | None = None) -> LabelledTiles:
-        """Decode the tiles; all of them are held in memory.
+        """Decode all tiles into memory.
 
         Raises:
-            BadInput: they do not fit into memory.
+            BadInput: the tiles do not fit into memory.
         """
         data = load(self.tiles if tiles is None else tiles, size_px, lambda *_: None)
         if data.stream is not None:
@@ -100,13 +100,13 @@ class Study:
         return found
 
     def tensor(self, cell: str, name: str) -> NDArray[np.float32]:
-        """Return a tensor that a cell's run keeps beside its weights."""
+        """Return a tensor that a cell's run stores with its weights."""
         tensors, _ = load_tensors(self.options.out / "runs" / cell / WEIGHTS)
         found: NDArray[np.float32] = tensors[name].numpy()
         return found
 
     def report(self, title: str, paper: str, **about: Any) -> Report:
-        """Begin the report, with what there is to say of data and split."""
+        """Begin the report with a description of data and split."""
         options = self.options
         used = f"{len(self.tiles)} tiles of {self.whole.name}"
         if len(self.tiles) < len(self.whole):
@@ -127,7 +127,7 @@ class Study:
 
 
 def draw(tiles: TileSet, limit: int, seed: int = 0) -> TileSet:
-    """Return at most ``limit`` tiles, whole groups drawn at random; all of them for 0."""
+    """Return at most ``limit`` tiles, as whole groups drawn at random; 0 returns all tiles."""
     if not limit or limit >= len(tiles):
         return tiles
     members: dict[str, list[int]] = {}
@@ -148,19 +148,19 @@ def first_classes(tiles: TileSet, count: int) -> TileSet:
 
 
 def values(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Return metric values by name; what is not defined is nan."""
+    """Return metric values by name; undefined ones are nan."""
     return {row["name"]: float("nan") if row["value"] is None else row["value"] for row in rows}
 
 
 @torch.inference_mode()
 def drawn_again(encoder: AutoEncoder, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-    """Return reconstructions (N, H, W, 3) of uint8 tiles (N, S, S, 3), 0..1."""
+    """Return reconstructions (N, H, W, 3), in 0..1, of uint8 tiles (N, S, S, 3)."""
     encoder.eval()
     _, drawn, _ = encoder.reconstruct(to_input(encoder, tiles))
     return drawn.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def spread(numbers: Ints, count: int) -> Ints:
-    """Return ``count`` of ``numbers``, evenly spread."""
+    """Return ``count`` of ``numbers``, evenly spaced."""
     chosen: Ints = numbers[np.linspace(0, len(numbers) - 1, min(count, len(numbers))).astype(int)]
     return chosen

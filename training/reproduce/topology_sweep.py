@@ -1,4 +1,4 @@
-"""Paper 003, tables 1 and 2: purity of k-means on the codes of AEs and CAEs, by code size and K."""
+"""Paper 003, tables 1 and 2: purity of k-means on the codes of AEs and CAEs, by code length and K."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ CLUSTERS = (10, 20, 30, 40, 50)
 NETS = {"CAE": "topology-cae", "AE": "topology-ae"}
 INITIALISATIONS = 20
 SIDES = (28, 32)
-# Purity in %, mean and sd, by K; columns are codes of 16, 32, 64, 128.
+# Purity in %, mean and standard deviation, by K; columns are code lengths 16, 32, 64, 128.
 Row = tuple[tuple[float, float], ...]
 PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
     ("CAE", "cifar10"): {
@@ -68,9 +68,9 @@ PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
 
 
 def reproduce(study: Study) -> Report:
-    """Train every net once per code, cluster its codes 20 times per K from random centres.
+    """Train every net once per code length; cluster its codes 20 times per K, from random centres.
 
-    ``parts`` AE or CAE leaves the other out.
+    ``parts`` may be AE or CAE, to run only one of them.
     """
     options = study.options
     epochs = study.pick(50, 1, options.epochs)
@@ -125,7 +125,7 @@ def reproduce(study: Study) -> Report:
 
 
 def random_kmeans(codes: Floats, k: int, seed: int) -> Ints:
-    """Cluster by k-means from one random choice of centres, as the paper does."""
+    """Run k-means from one random choice of centres, as the paper does."""
     from sklearn.cluster import KMeans
 
     fitted = KMeans(k, init="random", n_init=1, random_state=seed).fit(codes)

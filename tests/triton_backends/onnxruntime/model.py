@@ -1,7 +1,7 @@
-"""Stands in for Triton's onnxruntime backend on a machine without one: a Python-based backend, CPU only.
+"""Substitute for Triton's onnxruntime backend on a machine without it: a Python backend on the CPU.
 
-Like the real one it refuses at load a configuration whose names, shapes or types are not the graph's.
-Model parameters make it slow (``test_delay_s``), or failing at a black tile (``test_fail``).
+Like the real backend, it refuses to load a configuration if its names, shapes or types differ from the
+graph's. Model parameters make it slow (``test_delay_s``) or make it fail at a black tile (``test_fail``).
 """
 
 import ctypes
