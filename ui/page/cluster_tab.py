@@ -1,4 +1,4 @@
-"""The tab Upload and cluster: images or zips of them, placed in clusters and on the map."""
+"""The tab Upload and cluster: assigns images, or zips of images, to clusters and places on the map."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from . import cluster_view, view
 from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told, with_files
 
 EXAMPLES = 3
-"""Tiles that stand for the cluster of each image."""
+"""Number of example tiles for the cluster of each image."""
 TRIES = 3
 ZIP_BYTES = 512 * 2**20
 ENTRIES = 4 * MAX_IMAGES
@@ -32,7 +32,7 @@ new MutationObserver(() => read().by ? map.set(read().by) : map.draw())
 
 
 def cluster_tab(server: Server) -> None:
-    """Lay the tab out."""
+    """Build the tab."""
     session = server.session
     names = session.atlas.clusterings()
     if not names:
@@ -65,13 +65,13 @@ def cluster_tab(server: Server) -> None:
             images = unpacked([(f["name"], Path(f["path"])) for f in files])
             for _ in range(
                 TRIES
-            ):  # the examples must be of the state that the images were placed in
+            ):  # the examples must come from the revision that assigned the images
                 answer = session.cluster(images, name)
                 described = session.atlas.clusters(answer.clustering, EXAMPLES)
                 if session.atlas.view().revision == answer.revision:
                     break
             else:
-                described = []  # a writer commits all the time: the answer stands without examples
+                described = []  # commits keep coming: show the answer without examples
             server.note_assign(request, answer)
         except HistoseekError as error:
             return told(error), "{}"
@@ -99,11 +99,11 @@ def cluster_tab(server: Server) -> None:
 
 
 def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]]:
-    """Return images with their names, those of zips one by one; nothing is written anywhere.
+    """Return images with their names, including each image in a zip; nothing is written to disk.
 
     Raises:
-        BadInput: a zip that cannot be read, or with a password.
-        TooLarge: too many images, or too many bytes when unpacked.
+        BadInput: a zip cannot be read, or has a password.
+        TooLarge: there are too many images, or too many bytes when unpacked.
     """
     found: list[tuple[str, Path | bytes]] = []
     budget = ZIP_BYTES
@@ -129,7 +129,7 @@ def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]
                         continue
                     if len(found) >= MAX_IMAGES:
                         raise TooLarge(f"{name} holds more than {MAX_IMAGES} images; split it")
-                    with pack.open(item) as stream:  # what it claims to hold is not trusted
+                    with pack.open(item) as stream:  # do not trust the size in the zip
                         blob = stream.read(min(UPLOAD_BYTES, budget) + 1)
                     budget -= len(blob)
                     if len(blob) > UPLOAD_BYTES or budget < 0:
@@ -137,7 +137,7 @@ def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]
                     found.append((f"{name}: {inner}", blob))
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
             raise BadInput(f"{name} cannot be unpacked ({error}); zip the images again") from error
-        except Exception as error:  # zlib, lzma and bz2 have errors of their own
+        except Exception as error:  # zlib, lzma and bz2 raise other errors
             if isinstance(error, HistoseekError):
                 raise
             raise BadInput(f"{name} is damaged ({error}); zip the images again") from error

@@ -1,4 +1,4 @@
-"""The verdict on a query: what its nearest tiles say, and whether the atlas holds anything like it."""
+"""The verdict on a query: a summary of its nearest tiles, and whether the atlas has anything like it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .answers import Verdict
 from .background import Background
 
 UNUSUAL = 0.01
-"""A query is unusual if at most this share of the atlas's own tiles is as far from all others."""
+"""A query is unusual if at most this share of the atlas's tiles is as far from all others."""
 
 
 def verdict_of(
@@ -30,19 +30,19 @@ def verdict_of(
 
     Args:
         view: the state that was searched.
-        query: its images are embedded.
-        clustering: to assign the query to; the newest when None.
-        vector: (D,) that was compared.
-        hits: what was found.
-        background: holds how near tiles of the atlas usually are.
+        query: the query, with embedded images.
+        clustering: clustering to assign the query to; the newest when None.
+        vector: (D,) the query's embedding.
+        hits: the hits of the search.
+        background: computes how near the atlas's tiles usually are to each other.
     """
     single = query.examples == 1
     placed = view.assign(vector[None], clustering)[0] if single and view.clusterings() else None
     nearer = _nearer_than(view, query, vector, hits, background) if single else None
     foreign = single and bool(view.state.manifest.foreign(vector[None])[0])
     if foreign and placed is not None:
-        foreign = placed["unknown"]  # clusters may ignore the detector
-    elif foreign:  # an atlas of other pictures ignores it, too
+        foreign = placed["unknown"]  # clusters may override the tissue gate
+    elif foreign:  # ignore the gate if most of the atlas is out of distribution
         share = background.get("foreign", view.revision, view.out_of_distribution_share)
         foreign = share is None or share <= 0.5
     return Verdict(
@@ -60,15 +60,15 @@ def verdict_of(
 def _nearer_than(
     view: View, query: Query, vector: NDArray[np.float32], hits: list[Hit], background: Background
 ) -> float | None:
-    """Return the share of the atlas's tiles that are farther from others than the query is from its best.
+    """Return the share of tiles that are farther from their nearest tile than the query from its best hit.
 
-    None while it is not known how near the atlas's tiles are, or if nothing was found.
+    None until the usual nearness of the atlas's tiles is computed, or if there is no hit.
     """
     usual = background.get("usual", view.revision, view.usual_nearness)
     if usual is None or not len(usual):
         return None
     best = hits
-    if query.where or query.least is not None:  # near or far is meant of the whole atlas
+    if query.where or query.least is not None:  # compare with the whole atlas, without filters
         (best,) = view.search(
             replace(query, where=None, least=None, k=1, per_slide=False, leave_out="tile")
         )
