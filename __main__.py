@@ -1,4 +1,4 @@
-"""The command line: parse, call, print. Every verb imports what it needs when it is called."""
+"""The command line: parse, call, print. Every command imports its modules when it runs."""
 
 from __future__ import annotations
 

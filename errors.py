@@ -9,7 +9,7 @@
     │   ├── BrokenFile      an input file is truncated or damaged: copy it again
     │   └── NotFound        no tile, slide, cluster or result has that name (any more)
     ├── Mismatch            two artifacts do not belong together (other encoder, other dimension)
-    ├── Damaged             a stored artifact fails its own check: rebuild or restore it
+    ├── Damaged             a stored artifact fails its integrity check: rebuild or restore it
     ├── MissingPart         an optional package is not installed: install the extra that the message names
     ├── Busy                another process holds the resource: wait and try again
     ├── Unavailable         a server does not answer or is overloaded: check the server and run again
@@ -54,7 +54,7 @@ class Mismatch(HistoseekError):
 
 
 class Damaged(HistoseekError):
-    """A stored artifact fails its own check."""
+    """A stored artifact fails its integrity check."""
 
 
 class MissingPart(HistoseekError):

@@ -53,7 +53,7 @@ class _Embedded:
 
 
 class _Slide:
-    """A slide or tile set on its way through the pool."""
+    """A slide or tile set that the pool is processing."""
 
     def __init__(self, work: Work) -> None:
         self.work = work

@@ -58,7 +58,7 @@ class Found:
         id: id under which the answer can be retrieved.
         at: time, UTC, ISO 8601.
         query: the query.
-        vector: (D,) the query's embedding.
+        vector: (D,) the query vector.
         hits: similar tiles, best first.
         verdict: summary of the hits.
         generation: generation of the index.

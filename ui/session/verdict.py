@@ -32,7 +32,7 @@ def verdict_of(
         view: the state that was searched.
         query: the query, with embedded images.
         clustering: clustering to assign the query to; the newest when None.
-        vector: (D,) the query's embedding.
+        vector: (D,) the query vector.
         hits: the hits of the search.
         background: computes how near the atlas's tiles usually are to each other.
     """
