@@ -1,4 +1,4 @@
-"""histoseek: a searchable atlas of whole slides, from training to the page a person looks at.
+"""histoseek: train an encoder, embed whole slides, build a searchable atlas, and serve it as a web page.
 
 The names below are the public interface; each is imported when it is first used.
 """

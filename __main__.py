@@ -1,11 +1,11 @@
-"""The command line: parse, call, print. Every verb imports what it needs when it is called."""
+"""The command line: parse, call, print. Every command imports its modules when it runs."""
 
 from __future__ import annotations
 
 from .ui.cli import start
 
 if __name__ == "__main__":
-    start.begin()  # before the imports below, during which Ctrl-C may come already
+    start.begin()  # before the slow imports below, so that Ctrl-C works during them
 
 import os
 import signal
@@ -22,7 +22,7 @@ from .ui.cli.embed import embed
 from .ui.cli.index import index_app
 from .ui.cli.model import ANY_FLAG, TrainCommand, export, reproduce, train, triton_app
 
-# Medical data: no part of this program reports to anyone. Set before any of them is imported.
+# Medical data: no library may send telemetry. Set before any of them is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
 os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
@@ -66,7 +66,7 @@ def demo(
     port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
     json: Json = False,
 ) -> None:
-    """Run the whole path on one real slide: embed, index, cluster, search, page."""
+    """Try everything on one real slide: embed, index, cluster, search, and open the page."""
     from .ui.cli.demo import run_demo
 
     atlas, found = run_demo(dir)
@@ -141,7 +141,7 @@ def ui(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Serve the page and the HTTP API of an atlas (API: /docs)."""
+    """Serve an atlas as a web page and an HTTP API (API documentation: /docs)."""
     from .ui.access.policy import access_for
     from .ui.access.proxies import proxies_for
     from .ui.server import ServeOptions
@@ -153,7 +153,7 @@ def ui(
         host, port, access, encoder, tuple(slides or ()), audit_log, page=not no_page
     )
     _open_page(atlas, options)
-    stopping.leave(console.EXIT_DONE)  # a map may still be computed by a foreign thread
+    stopping.leave(console.EXIT_DONE)  # a library's thread may still be computing a map
 
 
 def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = False) -> None:
@@ -162,7 +162,7 @@ def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = F
     running = Running(atlas, options)
     document = {"atlas": str(atlas), "address": running.address, "notes": running.notes}
     text = "\n".join([*running.notes, f"histoseek is at {running.address} (Ctrl-C stops it)"])
-    if quiet:  # the caller has printed its one JSON document already
+    if quiet:  # the caller has already printed its one JSON document
         console.say(text)
     else:
         console.emit(document, lambda: console.say(text))
@@ -176,14 +176,14 @@ def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = F
     except stopping.Stopped as stopped:
         if stopped.number != signal.SIGTERM:
             raise
-        stopping.settle()  # this is how a service manager ends a server: nothing was cut short
+        stopping.settle()  # SIGTERM is how a service manager ends a server: nothing was interrupted
     finally:
         running.close()
 
 
 @app.command()
 def doctor(json: Json = False) -> None:
-    """Say what is installed, which accelerators there are, and how to get what is missing."""
+    """Show what is installed, which accelerators were found, and how to install what is missing."""
     from .ui.cli.doctor import examine, show
 
     report = examine()
@@ -193,7 +193,7 @@ def doctor(json: Json = False) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; errors of ours exit 1, wrong usage 2, Ctrl-C 130, each with a message."""
+    """Run the command line; exit codes: 1 for our errors, 2 for wrong usage, 130 for Ctrl-C."""
     before = console.mode.json
     console.mode.json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     if start.is_command_line():
@@ -205,7 +205,7 @@ def main(arguments: list[str] | None = None) -> Any:
             stopping.leave(stopping.exit_code())
         sys.exit(console.exit_code(code))
     finally:
-        console.mode.json = before  # a program may call this and then print for a person
+        console.mode.json = before  # a program may call this and then print text
 
 
 def _run(arguments: list[str] | None) -> int:
@@ -218,7 +218,7 @@ def _run(arguments: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = console.EXIT_STOPPED
     except Exception as error:
-        usage = hasattr(error, "format_message")  # click's own: wrong usage
+        usage = hasattr(error, "format_message")  # an error of click: wrong usage
         if not usage and not stopping.requested():
             raise
         console.fail(error)

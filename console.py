@@ -1,11 +1,11 @@
-"""Talking to a person and to a program: progress and text on stderr/stdout, one JSON document on demand.
+"""Console output: text and progress for people, or one JSON document for programs.
 
 With ``--json`` a command prints exactly one JSON document on standard output; everything else goes to
-standard error. An error becomes ``{"error": {...}}`` there, and the exit code is not 0.
+standard error. An error is printed as ``{"error": {...}}``, and the exit code is not 0.
 
-Exit codes: 0 done; 1 failed, or something in it failed; 2 wrong usage; 74 done, but standard output did
-not take the answer (full disk, closed); 130 stopped by Ctrl-C; 141 done, but the reader of the pipe went
-away; 143 stopped by SIGTERM.
+Exit codes: 0 done; 1 failed, wholly or in part; 2 wrong usage; 74 done, but writing to standard output
+failed (full disk, closed); 130 stopped by Ctrl-C; 141 done, but the reader of the pipe closed it; 143
+stopped by SIGTERM.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 130
 EXIT_NOT_SAID = 74
-"""Standard output did not take the answer: sysexits' EX_IOERR."""
+"""Exit code if writing to standard output failed (EX_IOERR of sysexits)."""
 EXIT_NO_READER = 141
-"""The reader of a pipe went away: what a shell shows for SIGPIPE."""
+"""Exit code if the reader closed the pipe; a shell shows the same for SIGPIPE."""
 
 
 @dataclass
@@ -45,7 +45,7 @@ mode = _Mode()
 
 
 def set_json(wanted: bool) -> bool:
-    """Switch to JSON; the callback of every ``--json`` option."""
+    """Switch JSON mode on or off; the callback of every ``--json`` option."""
     mode.json = mode.json or wanted
     return wanted
 
@@ -57,7 +57,7 @@ Json = Annotated[
 
 
 def emit(document: Any, human: Callable[[], None]) -> None:
-    """Print ``document`` as JSON if that was asked for, else call ``human`` to print text."""
+    """Print ``document`` in JSON mode, else call ``human`` to print text."""
     if mode.json:
         _print_json(document, indent=2)
     else:
@@ -65,7 +65,7 @@ def emit(document: Any, human: Callable[[], None]) -> None:
 
 
 def _print_json(document: Any, indent: int | None = None) -> None:
-    """Print JSON that is valid in any encoding of standard output."""
+    """Print JSON that any encoding of standard output can represent."""
     escape = not outlets.speaks_unicode(sys.stdout)
     print(
         json.dumps(document, ensure_ascii=escape, indent=indent, allow_nan=False, default=str),
@@ -74,7 +74,7 @@ def _print_json(document: Any, indent: int | None = None) -> None:
 
 
 def tell_stop(done: bool) -> None:
-    """Say that the command was stopped, or that it was ``done`` by the time it was asked to stop."""
+    """Print that the command was stopped, or that it was already ``done`` when the stop request came."""
     if done:
         text = "asked to stop when all was done: the answer is complete"
     else:
@@ -85,12 +85,12 @@ def tell_stop(done: bool) -> None:
 
 
 def exit_code(code: int) -> int:
-    """Return the exit code of a command that ended with ``code``, once all its output is written.
+    """Return the process's exit code for a command that ended with ``code``; flushes its output first.
 
-    A failure to print changes only the code of a command that did what it was asked for.
+    A failed write changes the exit code only of a command that succeeded.
     """
     error = outlets.failure(sys.stdout)
-    outlets.failure(sys.stderr)  # who cannot hear it cannot be told; what was done is done
+    outlets.failure(sys.stderr)  # flush; a failure of stderr cannot be reported and is ignored
     if error is None or code != 0:
         return code
     if error.errno == errno.EPIPE:
@@ -106,7 +106,7 @@ def exit_code(code: int) -> int:
 
 
 def log_to_stderr(everything: bool) -> None:
-    """Write our log to standard error: warnings, or everything."""
+    """Write the package's log to standard error: warnings only, or all messages."""
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     ours = logging.getLogger("histoseek")
@@ -115,14 +115,14 @@ def log_to_stderr(everything: bool) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line for a person: on stdout, or on stderr when stdout carries JSON."""
+    """Print a line of text: on stdout, or on stderr when stdout carries JSON."""
     from rich.console import Console
 
     Console(stderr=mode.json, soft_wrap=True, highlight=False).print(text, markup=False)
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
-    """Print a table; columns whose values are all numbers are set flush right."""
+    """Print a table; columns that hold only numbers are aligned right."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -143,7 +143,7 @@ def _cell(value: object) -> str:
 
 
 def fail(error: Exception) -> None:
-    """Report an error: on stderr for a person, as a JSON document for a program."""
+    """Print an error: as text on stderr, or as a JSON document in JSON mode."""
     if mode.json:
         kind = type(error).__name__
         _print_json({"error": {"type": kind, "message": str(error)}})
@@ -159,8 +159,8 @@ def fail(error: Exception) -> None:
 def progress(title: str) -> Iterator[Report]:
     """Yield ``report(done, total, text)``, drawn as a bar with rate and time left on a terminal.
 
-    Where stderr is no terminal a line is printed every ten seconds instead. A report is also the point
-    where a loop stops after Ctrl-C.
+    If stderr is not a terminal, a line is printed every ten seconds instead. Each call of ``report`` also
+    checks for Ctrl-C and stops the loop.
     """
     if not _on_terminal():
         yield _line_reporter(title)
@@ -195,7 +195,7 @@ def progress(title: str) -> Iterator[Report]:
 
 @contextmanager
 def working(text: str) -> Iterator[None]:
-    """Show that something of unknown length goes on: a spinner on a terminal, else nothing."""
+    """Show a spinner on a terminal while a task of unknown duration runs; elsewhere print nothing."""
     if not _on_terminal():
         yield
         return

@@ -1,21 +1,21 @@
-"""What can go wrong, grouped by what the caller can do about it.
+"""Exceptions, grouped by what the caller can do about them.
 
 ::
 
-    HistoseekError          anything histoseek refuses or could not finish
+    HistoseekError          anything that histoseek refuses or cannot finish
     ├── BadInput            an image, slide, table or option is wrong: correct or replace it
-    │   ├── TooLarge        more bytes, pixels or items than are accepted: crop, downsample or split it
-    │   ├── Unsupported     a format or kind of picture that is not read: convert it
+    │   ├── TooLarge        more bytes, pixels or items than the limit: crop, downsample or split it
+    │   ├── Unsupported     a format or kind of image that cannot be read: convert it
     │   ├── BrokenFile      an input file is truncated or damaged: copy it again
-    │   └── NotFound        a tile, slide, cluster or result of that name is not there (any more)
+    │   └── NotFound        no tile, slide, cluster or result has that name (any more)
     ├── Mismatch            two artifacts do not belong together (other encoder, other dimension)
-    ├── Damaged             a stored artifact fails its own check: rebuild or restore it
-    ├── MissingPart         an optional package is not installed: install the extra that is named
+    ├── Damaged             a stored artifact fails its integrity check: rebuild or restore it
+    ├── MissingPart         an optional package is not installed: install the extra that the message names
     ├── Busy                another process holds the resource: wait and try again
-    ├── Unavailable         a server does not answer or has no room: see to it and run again
+    ├── Unavailable         a server does not answer or is overloaded: check the server and run again
     └── StorageFailed       the disk is full, read-only or failing: free space and run again
 
-Every message says what was wrong, with which value, what was expected, and the remedy.
+Every message states the problem, the value, what was expected, and the remedy.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class BadInput(HistoseekError):
 
 
 class TooLarge(BadInput):
-    """An input has more bytes, pixels or items than are accepted."""
+    """An input has more bytes, pixels or items than the limit."""
 
 
 class Unsupported(BadInput):
-    """An input is of a format or kind that is not read."""
+    """An input has a format or kind that cannot be read."""
 
 
 class BrokenFile(BadInput):
@@ -46,7 +46,7 @@ class BrokenFile(BadInput):
 
 
 class NotFound(BadInput):
-    """What was asked for by name or id is not there."""
+    """No object has the requested name or id."""
 
 
 class Mismatch(HistoseekError):
@@ -54,7 +54,7 @@ class Mismatch(HistoseekError):
 
 
 class Damaged(HistoseekError):
-    """A stored artifact fails its own check."""
+    """A stored artifact fails its integrity check."""
 
 
 class MissingPart(HistoseekError):
@@ -66,22 +66,22 @@ class Busy(HistoseekError):
 
 
 class Unavailable(HistoseekError):
-    """A server does not answer, or answers that it cannot take more, for longer than was allowed."""
+    """A server did not answer, or reported overload, until the deadline."""
 
 
 class StorageFailed(HistoseekError):
-    """Writing failed for a reason outside of histoseek (space, permission, quota)."""
+    """Writing failed for a reason outside histoseek (space, permission, quota)."""
 
 
 def need(module: str, extra: str) -> ModuleType:
     """Import an optional module.
 
     Args:
-        module: such as ``onnxruntime``.
-        extra: of this package, that installs it.
+        module: the module's name, such as ``onnxruntime``.
+        extra: the extra of this package that installs it.
 
     Raises:
-        MissingPart: it cannot be imported; says which extra to install.
+        MissingPart: the module cannot be imported; the message names the extra to install.
     """
     try:
         return importlib.import_module(module)
@@ -92,7 +92,7 @@ def need(module: str, extra: str) -> ModuleType:
 
 
 SHOWN = 30
-"""Choices that a message names."""
+"""Maximum number of choices that a message lists."""
 
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> NotFound:

@@ -1,8 +1,8 @@
-"""Clustering and retrieval metrics, each with the value that needs no model at all.
+"""Clustering and retrieval metrics, each with a trivial baseline that needs no model.
 
-Definitions follow the specification of the five papers: accuracy is the Hungarian (one-to-one)
-matching of clusters to labels, purity the many-to-one majority. HDBSCAN noise (-1) counts as wrong in
-accuracy and purity, and as a cluster of its own in ARI, NMI and AMI.
+The definitions follow the five papers. Accuracy uses the Hungarian (one-to-one) matching of clusters to
+labels, purity the many-to-one majority. HDBSCAN noise (-1) counts as wrong in accuracy and purity, and
+as a separate cluster in ARI, NMI and AMI.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Ints = NDArray[np.int64]
 
 @dataclass(frozen=True)
 class Metric:
-    """A measured value beside its trivial baseline, and what that baseline is."""
+    """A measured value, its trivial baseline, and a description of the baseline."""
 
     name: str
     value: float
@@ -28,16 +28,16 @@ class Metric:
     baseline_is: str
 
     def as_dict(self) -> dict[str, Any]:
-        """Return the metric as a JSON-ready dictionary; what is not defined is None."""
+        """Return the metric as a JSON-ready dictionary; undefined values become None."""
         return {k: None if v != v else v for k, v in asdict(self).items()}
 
 
 def flat_rows(content: Any, prefix: str = "") -> dict[str, dict[str, Any]]:
-    """Return every metric of a run's record by one name, such as ``hdbscan.ari``.
+    """Return every metric of a run's record under a flat name, such as ``hdbscan.ari``.
 
     Args:
-        content: nested dictionaries whose leaves are lists of what :meth:`Metric.as_dict` gives.
-        prefix: of all names.
+        content: nested dictionaries; the leaves are lists of results of :meth:`Metric.as_dict`.
+        prefix: put before every name.
     """
     rows: dict[str, dict[str, Any]] = {}
     if isinstance(content, list):
@@ -108,7 +108,7 @@ def _scores(labels: Ints, clusters: Ints) -> dict[str, float]:
 def clustering_report(
     embeddings: Floats, labels: Ints, clusters: Ints, seed: int = 0
 ) -> list[Metric]:
-    """Score clusters against labels; the baseline shuffles the cluster numbers.
+    """Score clusters against labels; the baseline uses shuffled cluster numbers.
 
     Args:
         embeddings: (N, D), for the silhouette.
@@ -132,7 +132,7 @@ def clustering_report(
 
 
 def silhouette(embeddings: Floats, clusters: Ints, seed: int = 0, sample: int = 3000) -> float:
-    """Mean silhouette without noise, on at most ``sample`` items; nan if it is not defined."""
+    """Mean silhouette without noise, on at most ``sample`` items; nan if undefined."""
     from sklearn.metrics import silhouette_score
 
     kept = np.flatnonzero(clusters >= 0)

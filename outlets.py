@@ -1,7 +1,7 @@
-"""Standard output and error that cannot break a command: any encoding, closed, full, or without a reader.
+"""Standard output and error that cannot fail a command: any encoding, closed, full, or without a reader.
 
-What was asked for is done by the time its outcome is printed. So a stream that does not take the text is
-remembered, what follows is dropped, and the exit code says so at the end (:func:`failure`).
+A command prints its outcome after its work is done, so a failed write must not undo that work. The first
+failure of a stream is stored, later output is dropped, and the exit code reports it (:func:`failure`).
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from contextlib import suppress
 from typing import Any, TextIO
 
 PLAIN = "histoseek-plain"
-"""Name of the rule for characters that a stream's encoding does not have."""
+"""Name of the codec error handler for characters that a stream's encoding lacks."""
 _LOOKALIKES = {
     "–": "-", "—": "-", "−": "-", "…": "...", "µ": "u", "μ": "u", "×": "x", "█": "#", "·": ".",
     "•": "*", "→": "->", "≥": ">=", "≤": "<=", "±": "+-", "’": "'", "‘": "'", "“": '"', "”": '"',
@@ -24,20 +24,20 @@ _LOOKALIKES = {
 
 
 class _Outlet(io.FileIO):
-    """A file descriptor whose first failure is kept; what is written after it is dropped.
+    """A file descriptor that stores its first failure and drops everything written after it.
 
     Attributes:
-        error: the first failure, None so far.
+        error: the first failure; None before that.
     """
 
     def __init__(self, descriptor: int, closed: bool = False) -> None:
-        """Write to a descriptor that stays open; ``closed`` says that it was closed at the start."""
+        """Write to a descriptor that stays open; ``closed``: it was already closed at the start."""
         super().__init__(descriptor, "w", closefd=False)
         self.error: OSError | None = None
         self._was_closed = closed
 
     def write(self, data: Any, /) -> int:
-        """Write all of ``data``, or remember why not."""
+        """Write all of ``data``, or store the error."""
         view = memoryview(data).cast("B")
         done = 0
         if self._was_closed and self.error is None:
@@ -48,14 +48,14 @@ class _Outlet(io.FileIO):
             except OSError as error:
                 self.error = error
                 break
-            if written is None:  # a pipe that was made not to wait: wait here
+            if written is None:  # a non-blocking pipe that is full: wait here
                 select.select([], [self.fileno()], [])
             done += written or 0
         return len(view)
 
 
 def plain(error: UnicodeError) -> tuple[str, int]:
-    """Replace characters that an encoding does not have: by a similar one, else by its escape."""
+    """Replace a character that an encoding lacks by a similar one, else by its escape sequence."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     found = error.object[error.start : error.end]
@@ -66,14 +66,14 @@ def plain(error: UnicodeError) -> tuple[str, int]:
 
 
 def take_over() -> None:
-    """Put careful streams in the place of ``sys.stdout`` and ``sys.stderr``; for the command line only."""
+    """Replace ``sys.stdout`` and ``sys.stderr`` by streams that never raise; for the command line only."""
     codecs.register_error(PLAIN, plain)
     sys.stdout = _careful(sys.stdout, 1)
     sys.stderr = _careful(sys.stderr, 2)
 
 
 def _careful(stream: TextIO | None, descriptor: int) -> TextIO:
-    """Return a stream like ``stream``, which is None if it was closed when Python started."""
+    """Return a stream like ``stream`` that never raises; None: it was closed when Python started."""
     raw = _Outlet(descriptor, closed=stream is None)
     if stream is not None:
         with suppress(OSError):
@@ -88,7 +88,7 @@ def _careful(stream: TextIO | None, descriptor: int) -> TextIO:
 
 
 def failure(stream: TextIO | None) -> OSError | None:
-    """Flush a stream; return why it did not take what was printed, None if it did."""
+    """Flush a stream; return its first write error, or None."""
     if stream is None:
         return None
     try:
@@ -100,6 +100,6 @@ def failure(stream: TextIO | None) -> OSError | None:
 
 
 def speaks_unicode(stream: TextIO | None) -> bool:
-    """Whether a stream can take any character."""
+    """Whether a stream's encoding has every character."""
     encoding = getattr(stream, "encoding", None) or "utf-8"
     return encoding.lower().replace("_", "-").startswith(("utf-8", "utf8", "utf-16", "utf-32"))

@@ -1,12 +1,12 @@
-"""Stopping a command: Ctrl-C and SIGTERM set a flag, and our own loops look at it.
+"""Stopping a command: Ctrl-C and SIGTERM set a flag, and the package's loops check it.
 
 Python's own handler raises ``KeyboardInterrupt`` wherever the main thread is. Inside HDF5, gRPC, FAISS or
 Ray that can break the process. So the command line installs handlers that raise nothing (:func:`arm`). A
-thread hears of the signal even while the main thread is in foreign code, and sets the flag. :func:`check`,
-called between the steps of our loops, raises :class:`Stopped` there. A second signal ends the process.
+thread receives the signal even while the main thread runs library code, and sets the flag. Loops call
+:func:`check` between steps, which raises :class:`Stopped`. A second signal ends the process.
 
-A program that uses histoseek as a library keeps its own handling of Ctrl-C: nothing is installed by an
-import, and then :func:`check` does nothing.
+A program that uses histoseek as a library keeps its handling of Ctrl-C: an import installs nothing, and
+:func:`check` then does nothing.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from typing import Any, NoReturn, TypeVar
 
 T = TypeVar("T")
 POLL_S = 0.1
-"""How often a wait looks at the flag."""
+"""Seconds between two checks of the flag during a wait."""
 SAME_S = 0.2
-"""Signals closer together are one: a terminal and a wrapper such as ``make`` may both send it."""
+"""Signals within this many seconds count as one: a terminal and ``make`` may both send the same one."""
 NOTICE_S = 1.0
-"""How long a command may take to stop before it says that it is stopping."""
+"""Seconds after which a command that has not stopped yet prints that it is stopping."""
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
 
@@ -42,17 +42,17 @@ class Stopped(KeyboardInterrupt):
     """The user (Ctrl-C) or the system (SIGTERM) asked the command to stop.
 
     Attributes:
-        number: of the signal.
+        number: the signal's number.
     """
 
     def __init__(self, number: int) -> None:
-        """Name the signal."""
+        """Store the signal's number."""
         super().__init__(_NAMES.get(signal.Signals(number), str(number)))
         self.number = number
 
 
 class _State:
-    """The flag, and what a sudden end must clean up."""
+    """The flag, and the paths to remove when the process ends at once."""
 
     def __init__(self) -> None:
         self.armed = False
@@ -69,18 +69,18 @@ _state = _State()
 def arm() -> None:
     """Take over Ctrl-C and SIGTERM in this process; called once, by the command line's main thread.
 
-    A Ctrl-C that the parent process has told us to ignore (``nohup``) stays ignored.
+    If the parent process set Ctrl-C to be ignored (``nohup``), it stays ignored.
     """
     if not _state.armed:
         _take(_SIGNALS)
-        atexit.register(_last)  # the first to be registered is the last to be called
+        atexit.register(_last)  # registered first, so called last
 
 
 @contextmanager
 def armed() -> Iterator[None]:
-    """Take over Ctrl-C for one task in a process that is not ours, such as a worker of a cluster.
+    """Take over Ctrl-C for one task in a process that histoseek did not start, such as a cluster worker.
 
-    Elsewhere than in the main thread, and in the command line, this changes nothing.
+    Outside the main thread, and in the command line, this changes nothing.
     """
     before = signal.getsignal(signal.SIGINT)
     if _state.armed or threading.current_thread() is not threading.main_thread() or before is None:
@@ -107,12 +107,12 @@ def _take(numbers: tuple[signal.Signals, ...]) -> None:
             signal.signal(number, _nothing)
     signal.set_wakeup_fd(_state.theirs.fileno(), warn_on_full_buffer=False)
     _state.armed = True
-    if first:  # last, so that whoever sees the thread knows that the handlers are there
+    if first:  # last: if this thread exists, the handlers are installed
         threading.Thread(target=_listen, args=(_state.ours,), name="signals", daemon=True).start()
 
 
 def rearm() -> None:
-    """Take the signals over again after a library has set handlers of its own."""
+    """Install the handlers again after a library has replaced them."""
     if _state.armed:
         for number in _SIGNALS:
             if signal.getsignal(number) not in (signal.SIG_IGN, _nothing):
@@ -120,21 +120,21 @@ def rearm() -> None:
 
 
 def _nothing(number: int, frame: FrameType | None) -> None:
-    """Raise nothing: the thread that listens sets the flag."""
+    """Raise nothing: the listening thread sets the flag."""
 
 
 def _last() -> None:
-    """While Python takes itself apart a signal must not change the exit code any more."""
+    """Ignore signals while Python shuts down, so that they cannot change the exit code."""
     with suppress(ValueError):
         signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def _disarm() -> None:
-    """Give a forked child Python's own handling back; its signals are not this process's."""
+    """Restore Python's default handling in a forked child: it receives its signals itself."""
     _state.armed, _state.number = False, None
     _state.unfinished = set()
     _state.ours = _state.theirs = None
-    with suppress(ValueError):  # forked by another thread than the main one
+    with suppress(ValueError):  # forked outside the main thread
         signal.set_wakeup_fd(-1)
         if signal.getsignal(signal.SIGINT) is _nothing:
             signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -143,7 +143,7 @@ def _disarm() -> None:
 
 
 def _listen(ours: socket.socket) -> None:
-    """Wait for signals: the first sets the flag, a second one ends the process at once."""
+    """Wait for signals: the first sets the flag, the second ends the process at once."""
     told = False
     while True:
         waiting = _state.number is not None and not told
@@ -169,7 +169,7 @@ def _tell(text: str) -> None:
 
 
 def _end_at_once(number: int) -> NoReturn:
-    """End the process without asking anybody; what is half written is removed first."""
+    """End the process at once; unfinished files are removed first."""
     _remove_unfinished()
     if os.isatty(2):
         _tell("\x1b[?25h")  # a progress bar may have hidden the cursor
@@ -178,14 +178,14 @@ def _end_at_once(number: int) -> NoReturn:
 
 
 def _remove_unfinished() -> None:
-    """Remove what is half written."""
+    """Remove unfinished files and folders."""
     for path in list(_state.unfinished):
         with suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
 def requested() -> bool:
-    """Whether somebody asked this command to stop."""
+    """Whether this command was asked to stop."""
     return _state.number is not None
 
 
@@ -195,12 +195,12 @@ def exit_code() -> int:
 
 
 def settle() -> None:
-    """Forget a request that was answered in full, such as SIGTERM to a server."""
+    """Clear a stop request that was fully handled, such as SIGTERM to a server."""
     _state.number = None
 
 
 def check() -> None:
-    """Stop here if somebody asked for it; for the safe points of our own loops.
+    """Raise if the command was asked to stop; call it where a loop can stop safely.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came.
@@ -224,10 +224,10 @@ def result(future: Future[T]) -> T:
 
 
 def aside(call: Callable[[], T]) -> T:
-    """Return what a long call of foreign code returns; the wait for it ends when the command is to stop.
+    """Return the result of a long call into a library; a stop request ends the wait for it.
 
-    The call goes on in a thread of its own then, until the process ends soon after. So it may only compute
-    or ask: what it writes to nobody would clean up. A library user's call is simply made.
+    The call then continues in another thread until the process ends soon after. So it may only compute
+    or read: nobody would clean up files that it writes. Without :func:`arm` the call is made directly.
 
     Raises:
         Stopped: Ctrl-C or SIGTERM came before it was over.
@@ -256,8 +256,8 @@ def wait_for_signal() -> NoReturn:
 def leave(code: int) -> NoReturn:
     """End the process after a stop.
 
-    Everything of ours is closed by now. Foreign threads may still be in a call that was given up, and
-    Python must not be taken apart under them: so the armed command line ends without that.
+    All of histoseek's files are closed by now. Threads of libraries may still run an abandoned call, and
+    Python must not shut down under them, so the armed command line ends the process directly.
     """
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
@@ -270,20 +270,20 @@ def leave(code: int) -> NoReturn:
 
 
 def mark(path: Path) -> None:
-    """Have a sudden end remove ``path``, a file or folder that is not whole yet."""
+    """Register ``path``, an unfinished file or folder, for removal if the process ends at once."""
     _state.unfinished.add(path)
 
 
 def unmark(path: Path) -> None:
-    """Take back :func:`mark`: the path is whole, or gone."""
+    """Undo :func:`mark`: the path is complete, or removed."""
     _state.unfinished.discard(path)
 
 
 @contextmanager
 def shielded() -> Iterator[None]:
-    """Keep Ctrl-C out of a call of foreign code; it is raised when the call is over.
+    """Delay Ctrl-C during a call into a library; it is raised after the call.
 
-    For programs that use histoseek as a library: the armed command line raises nothing there anyway.
+    For programs that use histoseek as a library: the armed command line raises nothing anyway.
     """
     handler = signal.getsignal(signal.SIGINT)
     if (

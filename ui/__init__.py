@@ -1,1 +1,1 @@
-"""UI: the page on which a person searches an atlas and places new images in its clusters."""
+"""User interfaces: web page, HTTP API, command line and notebook."""

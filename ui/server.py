@@ -1,4 +1,4 @@
-"""Running the page and the API: one process, on uvicorn, with everything opened before and closed after."""
+"""Runs the page and the API in one process on uvicorn; opens everything at start and closes it at stop."""
 
 from __future__ import annotations
 
@@ -27,16 +27,16 @@ CONNECTIONS = 1024
 
 @dataclass(frozen=True)
 class ServeOptions:
-    """How the page is served.
+    """How the page and the API are served.
 
     Attributes:
         host: address to listen on.
-        port: to listen on.
-        access: who may ask.
+        port: port to listen on.
+        access: users, token and limits.
         encoder: where the atlas's encoder runs, such as ``triton://…``; in this process when None.
         slides: folders from which slides may be added by their path.
         audit_log: file of the audit log; in the atlas's folder when None.
-        page: whether there is a page beside the API.
+        page: whether to serve the page in addition to the API.
     """
 
     host: str = "127.0.0.1"
@@ -48,7 +48,7 @@ class ServeOptions:
     page: bool = True
 
     def __post_init__(self) -> None:
-        """Check the ranges."""
+        """Check the values."""
         if not 1 <= self.port <= 65535:
             raise BadInput(f"--port is {self.port}; expected 1 to 65535")
         if not is_local(self.host) and not self.access.guarded:
@@ -61,15 +61,15 @@ class ServeOptions:
 
 
 class Running:
-    """A server that is up; :meth:`close` takes it down."""
+    """A running server; :meth:`close` stops it."""
 
     def __init__(self, atlas: Path, options: ServeOptions) -> None:
-        """Open everything and listen; answers as soon as this returns.
+        """Open everything and listen; the server answers when this returns.
 
         Raises:
-            Busy: the port is taken.
+            Busy: the port is in use.
             MissingPart: FastAPI, uvicorn or Gradio is not installed.
-            HistoseekError: whatever is wrong with atlas, encoder or audit log.
+            HistoseekError: the atlas, the encoder or the audit log cannot be opened.
         """
         listening = _listen(options.host, options.port)
         self._closing: list[Any] = [listening.close]
@@ -88,7 +88,7 @@ class Running:
             self._closing.append(audit.close)
         additions = Additions(self.session, options.slides)
         self._closing.append(additions.close)
-        # What people upload to the page is theirs: a folder of its own, gone with the server.
+        # Uploads to the page are private: they go to a separate folder, deleted with the server.
         private = tempfile.mkdtemp(prefix="histoseek-ui-")
         self._closing.append(lambda: shutil.rmtree(private, ignore_errors=True))
         os.environ["GRADIO_TEMP_DIR"] = private
@@ -119,7 +119,7 @@ class Running:
         self._thread.join(GRACE_S + 5)
 
     def close(self) -> None:
-        """Answer what is under way, then close everything in turn."""
+        """Finish running requests, then close everything."""
         while self._closing:
             self._closing.pop()()
 
@@ -148,7 +148,7 @@ def make_app(
 
 
 def _open_audit(atlas: Path, options: ServeOptions, session: Session) -> Audit | None:
-    """Open the audit log; an atlas that can only be read has one only where one is named."""
+    """Open the audit log; a read-only atlas has one only if ``audit_log`` is given."""
     try:
         return Audit(options.audit_log or atlas / FILE, session)
     except StorageFailed as error:

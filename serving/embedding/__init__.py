@@ -1,1 +1,1 @@
-"""Embedding: many slides and tile sets through an encoder, into feature files."""
+"""Embedding: turns slides and tile sets into feature files."""

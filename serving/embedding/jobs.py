@@ -1,4 +1,4 @@
-"""What to embed: inputs on the command line become jobs, one per slide or tile set."""
+"""Turns the inputs on the command line into jobs, one per slide or tile set."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ class Job:
     """One slide or tile set to embed.
 
     Attributes:
-        name: of the feature file; unique within a run.
+        name: name of the feature file; unique within a run.
         source: the file or folder.
         kind: ``slide`` or ``tiles``.
-        row: what the manifest says of a slide (mpp, label, patient, …).
-        aliases: further paths that lead to the same file.
-        regions: GeoJSON file of what to embed of a slide, if one was given.
+        row: the slide's row of the manifest (mpp, label, patient, …).
+        aliases: other paths that lead to the same file.
+        regions: GeoJSON file with the regions of the slide to embed, if one was given.
     """
 
     name: str
@@ -44,16 +44,16 @@ class Job:
 
     @property
     def stem(self) -> str:
-        """The name before any suffix that tells it from others."""
+        """The name without the suffix that makes it unique."""
         return _name_of(self.source, self.kind)
 
     @property
     def location(self) -> str:
-        """The absolute path under which the source was found; links in it are kept."""
+        """The absolute path under which the source was found; symbolic links are not resolved."""
         return os.path.abspath(self.source)
 
     def names(self) -> SlideName:
-        """Return what a table or a file may call this slide."""
+        """Return the names by which a table or a file may refer to this slide."""
         paths = dict.fromkeys(
             [
                 self.location,
@@ -67,14 +67,14 @@ class Job:
 
 @dataclass(frozen=True)
 class Inputs:
-    """What a run of embedding was given.
+    """The inputs of an embedding run.
 
     Attributes:
         jobs: what to embed.
-        left_out: files and folders that were found and not taken, each with the reason.
-        rows_unused: rows of the manifest that mean none of the inputs.
-        slides_without_row: slides that no row of the manifest means.
-        notes: what else was recognised or decided while looking.
+        left_out: files and folders that were found but not used, each with the reason.
+        rows_unused: rows of the manifest that match no input.
+        slides_without_row: slides that no row of the manifest matches.
+        notes: other decisions made during the search.
     """
 
     jobs: list[Job]
@@ -84,7 +84,7 @@ class Inputs:
     notes: tuple[str, ...] = ()
 
     def as_dict(self) -> dict[str, Any]:
-        """Return all but the jobs, JSON-ready."""
+        """Return everything but the jobs, JSON-ready."""
         return {
             "left_out": [left._asdict() for left in self.left_out],
             "rows_unused": list(self.rows_unused),
@@ -96,25 +96,24 @@ class Inputs:
 def find_jobs(
     inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
 ) -> list[Job]:
-    """Return the jobs of :func:`find_inputs` alone."""
+    """Return only the jobs of :func:`find_inputs`."""
     return find_inputs(inputs, kind, manifest).jobs
 
 
 def find_inputs(
     inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
 ) -> Inputs:
-    """Expand inputs: a slide is a job, a folder of slides many, a folder or pack of tiles one.
+    """Expand inputs: one job per slide; a folder or pack of tiles is one job.
 
     Args:
-        inputs: slides, pictures, folders, tar, npz or CSV.
-        kind: what a folder holds; ``auto`` takes slides if it finds any slide file, else tiles.
+        inputs: slides, images, folders, tar, npz or CSV.
+        kind: what a folder holds; ``auto`` means slides if there is any slide file, else tiles.
         manifest: CSV with a column ``file`` (or ``slide``), for slides with any of mpp, series, label
-            and patient. A row means a slide as :mod:`histoseek.artifacts.slide_names` says.
+            and patient. :mod:`histoseek.artifacts.slide_names` defines which slide a row matches.
 
     Raises:
-        BadInput: a folder that holds nothing, or slides and pictures mixed; a row that means two slides,
-            two rows that mean one; a manifest that means none of the inputs, or whose rows could be
-            both slides and tiles.
+        BadInput: a folder is empty, or mixes slides and images; a row matches two slides, or two rows
+            match one; the manifest matches no input, or its rows could be both slides and tiles.
     """
     found: list[Job] = []
     left_out: list[LeftOut] = []
@@ -123,7 +122,7 @@ def find_inputs(
             jobs, others = _folder_jobs(source, kind)
             found += jobs
             left_out += others
-        else:  # what does not exist is refused when its turn comes, by name
+        else:  # a missing file is reported when its job runs
             kind_of: Literal["slide", "tiles"] = "tiles" if _is_pack(source) else "slide"
             found.append(Job(_name_of(source, kind_of), source, kind_of))
     jobs = _unique(_each_once(found, left_out))
@@ -144,7 +143,7 @@ def _name_of(source: Path, kind: str) -> str:
 
 
 def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -> Inputs:
-    """Give each slide its row of the manifest."""
+    """Attach to each slide its row of the manifest."""
     slides = [number for number, job in enumerate(jobs) if job.kind == "slide"]
     sets = len(jobs) - len(slides)
     if sets > 1 or (sets and slides):
@@ -153,7 +152,7 @@ def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -
             f"{len(slides)} slide(s) and {sets} tile set(s): embed them in separate runs"
         )
     if sets:
-        return Inputs(jobs, left_out)  # the tile set reads it
+        return Inputs(jobs, left_out)  # the tile set reads the manifest itself
     table = read_csv(manifest, "file", "slide")
     rows = {row[table.key]: row for row in table.rows}
     matched = match(rows, [jobs[n].names() for n in slides], str(manifest), "row")
@@ -216,7 +215,7 @@ def _found_instead(left_out: Sequence[LeftOut]) -> str:
 
 
 def _one_per_series(slides: list[Path]) -> list[Path]:
-    """Keep one file of each DICOM series: OpenSlide joins the others of the folder by itself."""
+    """Keep one file of each DICOM series: OpenSlide finds the other files in the folder."""
     import openslide
 
     seen: set[str] = set()
@@ -228,7 +227,7 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
                     mark = opened.properties.get("openslide.quickhash-1", str(slide))
             except openslide.OpenSlideError:
                 mark = str(slide)
-            mark = f"{slide.parent}|{mark}"  # it joins the files of one folder only
+            mark = f"{slide.parent}|{mark}"  # OpenSlide joins files of one folder only
             if mark in seen:
                 continue
             seen.add(mark)
@@ -237,7 +236,7 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
 
 
 def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
-    """Keep one job of each source, under its real name where that was given."""
+    """Keep one job per source file; prefer the real path over links to it."""
     by_source = {job.source: job for job in reversed(jobs)}
     walked = once(list(by_source))
     left_out += walked.left_out
@@ -252,7 +251,7 @@ def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
 
 
 def _unique(jobs: list[Job]) -> list[Job]:
-    """Give jobs of the same name a suffix from their path, so that none overwrites another."""
+    """Add a suffix from the path to jobs with equal names, so that no job overwrites another."""
     counts = Counter(same_text(job.name) for job in jobs)
     return [
         replace(job, name=distinct_name(job)) if counts[same_text(job.name)] > 1 else job
@@ -261,5 +260,5 @@ def _unique(jobs: list[Job]) -> list[Job]:
 
 
 def distinct_name(job: Job) -> str:
-    """Return the job's name with eight digits of the hash of its path."""
+    """Return the job's name plus eight digits of the hash of its path."""
     return f"{job.stem}-{hashlib.sha256(os.fsencode(job.source.resolve())).hexdigest()[:8]}"

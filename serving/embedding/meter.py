@@ -1,4 +1,4 @@
-"""What a run of embedding is doing: tiles, seconds and the encoder's busy share, counted as it goes."""
+"""Live counters of an embedding run: tiles, seconds, and the share of time the encoder is busy."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ STAGES: tuple[Stage, ...] = ("open", "read", "encode")
 
 
 class Meter:
-    """Counts over all slides and threads; every method may be called from any thread."""
+    """Counts over all slides and threads; thread-safe."""
 
     def __init__(self, jobs: int = 0) -> None:
         """Start the clock.
 
         Args:
-            jobs: how many slides and tile sets there are.
+            jobs: number of slides and tile sets.
         """
         self.jobs = jobs
         self._lock = threading.Lock()
@@ -39,7 +39,7 @@ class Meter:
 
     @contextmanager
     def stage(self, name: Stage, items: int) -> Iterator[None]:
-        """Time a piece of work of ``items`` slides (open) or tiles (read, encode) on this thread."""
+        """Time a piece of work on this thread; ``items`` counts slides (open) or tiles (read, encode)."""
         started = time.monotonic()
         if name == "encode":
             with self._lock:
@@ -61,28 +61,28 @@ class Meter:
                         self._busy += ended - self._since
 
     def expect(self, tiles: int) -> None:
-        """Say that a slide was opened and has so many tiles to embed."""
+        """Count an opened slide and the tiles to embed in it."""
         with self._lock:
             self._opened += 1
             self._known += tiles
 
     def deal(self, tiles: int, unreadable: int = 0) -> None:
-        """Say that so many tiles were dealt with, some of them by finding them unreadable."""
+        """Count finished tiles; ``unreadable`` of them could not be read."""
         with self._lock:
             self._dealt += tiles
             self._unreadable += unreadable
 
     def end(self, state: str, opened: bool) -> None:
-        """Say that a slide or tile set is through, and whether it had been opened for that."""
+        """Count a finished slide or tile set by its state; ``opened``: its tiles were counted before."""
         with self._lock:
             self._states[state] += 1
             self._unopened += not opened
 
     def read(self) -> dict[str, Any]:
-        """Return everything counted so far.
+        """Return all counters.
 
-        ``busy`` is the share of the time from the first to the last call of the encoder in which at
-        least one call was under way; ``tiles_per_s`` of a stage is per worker at work on it.
+        ``encoder_busy`` is the share of the time between the first and the last encoder call during
+        which at least one call was running; ``tiles_per_s`` of a stage is per active worker.
         """
         with self._lock:
             now = time.monotonic()
@@ -113,7 +113,7 @@ class Meter:
             }
 
     def tell(self, report: Report, name: str) -> None:
-        """Draw progress: tiles of all slides, those not yet opened taken as large as the others."""
+        """Report progress in tiles; unopened slides count with the mean number of tiles of opened ones."""
         now = self.read()
         opened = now["opened"]
         waiting = max(0, self.jobs - opened - self._unopened)

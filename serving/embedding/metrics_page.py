@@ -1,4 +1,4 @@
-"""The run's counters as a Prometheus page."""
+"""The run's counters as Prometheus metrics."""
 
 from __future__ import annotations
 
@@ -12,15 +12,15 @@ from .meter import Meter
 
 @contextmanager
 def metrics_page(address: str | None, meter: Meter) -> Iterator[None]:
-    """Serve ``/metrics`` while the block runs; does nothing without an address.
+    """Serve ``/metrics`` during the ``with`` block; do nothing without an address.
 
     Args:
         address: ``PORT``, on 127.0.0.1, or ``HOST:PORT``.
-        meter: what is counted.
+        meter: the counters.
 
     Raises:
-        BadInput: not an address.
-        Busy: the port is taken.
+        BadInput: the address is invalid.
+        Busy: the port is in use.
         MissingPart: prometheus-client is not installed.
     """
     if address is None:
@@ -52,7 +52,7 @@ def metrics_page(address: str | None, meter: Meter) -> Iterator[None]:
 
 
 class _Collector:
-    """Reads the meter when Prometheus asks, so that counting costs nothing in between."""
+    """Reads the meter only when Prometheus asks."""
 
     def __init__(self, meter: Meter) -> None:
         self._meter = meter

@@ -1,9 +1,9 @@
-"""Embedding: every job becomes one feature file; what failed is recorded and never stops the rest.
+"""Embedding: every job becomes one feature file; a failed job is recorded and does not stop the others.
 
-Slides are opened a few ahead by their own threads, their tiles are read and encoded in pieces by a pool
-of workers, and this thread writes what comes back, in order. So the encoder has work while slides are
-opened and written, memory is bounded whatever a slide's size, and the files are the same to the byte
-whatever the number of workers: the pieces of a slide depend on nothing but the slide.
+Separate threads open slides a few ahead, a pool of workers reads and encodes their tiles in pieces, and
+this thread writes the results in order. So the encoder has work while slides are opened and written, and
+memory is bounded for slides of any size. The files are byte-identical for any number of workers, because
+the pieces of a slide depend only on the slide.
 """
 
 from __future__ import annotations
@@ -34,18 +34,18 @@ from .results import EmbedOptions, Result, State
 from .work import Work, failed, prepare, printable, refuse_if_broken
 
 PIECE = 64
-"""Least number of tiles that are read together; neighbours share what is decoded."""
+"""Minimum number of tiles read together; neighbouring tiles share decoded segments."""
 
 OPENERS = 2
 OPEN_AHEAD = 3
 PIECES_AHEAD = 2
 FATAL = (StorageFailed, Busy, Unavailable)
-"""What ends a run: every further slide would meet the same."""
+"""Errors that end a run, because every further slide would fail the same way."""
 
 
 @dataclass
 class _Embedded:
-    """What came of one piece: embeddings (M, D), their tile numbers (M,), reasons of the others."""
+    """Result of one piece: embeddings (M, D), their tile numbers (M,), errors of the other tiles."""
 
     features: NDArray[np.float32]
     kept: list[int]
@@ -53,7 +53,7 @@ class _Embedded:
 
 
 class _Slide:
-    """A slide or tile set on its way through the pool."""
+    """A slide or tile set that the pool is processing."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
@@ -80,24 +80,24 @@ def embed_jobs(
 ) -> list[Result]:
     """Embed every job and write its features under ``out``.
 
-    Feature files appear whole or not at all, so a run that was killed is finished by repeating it:
-    what is done is skipped. The state of every job is in ``out/status/<name>.json``.
+    Feature files appear complete or not at all, so repeating a killed run finishes it: finished jobs
+    are skipped. The state of every job is in ``out/status/<name>.json``.
 
     Args:
         jobs: from :func:`find_jobs`.
         encoder: any encoder.
-        out: the folder of features.
+        out: the folder for features.
         options: how to cut tiles.
         progress: called with tiles done, tiles expected, and a line about the run.
-        meter: counts tiles and seconds; a new one when left out.
-        results: filled with the result of each job as it ends, so that a run that ends early has them.
+        meter: counts tiles and seconds; a new one when None.
+        results: the result of each job is appended as the job ends, so it remains if the run ends early.
 
     Returns:
         The result of every job, in the order of the jobs.
 
     Raises:
-        StorageFailed: the disk is full or ``out`` cannot be written; earlier results stay.
-        Unavailable: a server stayed away longer than its deadline; earlier results stay. The encoder
+        StorageFailed: the disk is full or ``out`` is not writable; earlier results are kept.
+        Unavailable: a server did not answer until its deadline; earlier results are kept. The encoder
             is closed whenever a run ends early.
     """
     if options.overlap_px >= encoder.manifest.size_px:
@@ -112,7 +112,7 @@ def embed_jobs(
 
 
 def folders_of(out: Path) -> list[Path]:
-    """Return every folder of a run's files."""
+    """Return every folder that holds files of a run."""
     beside = (out / name for name in ("status", "overlays", "geojson"))
     return [out, *beside, *out.glob("*/features_*")]
 
@@ -135,7 +135,7 @@ class _Run:
         self._progress, self._meter = progress, meter
         meter.jobs = len(jobs)
         workers = options.jobs or cores()
-        if encoder.offloads:  # those that wait for it leave the cores to those that decode
+        if encoder.offloads:  # workers that wait for the encoder use no core
             workers += encoder.parallel
         batch = encoder.batch
         self._piece = -(-PIECE // batch) * batch
@@ -149,7 +149,7 @@ class _Run:
         self._stopping = False
 
     def all(self) -> list[Result]:
-        """Run to the end; on a fatal error or a stop end soon, and leave nothing half."""
+        """Run all jobs; on a fatal error or a stop request, end soon and leave no unfinished files."""
         opening: deque[tuple[Job, float, Future[Work | Result]]] = deque()
         waiting = deque(self._jobs)
         try:
@@ -170,7 +170,7 @@ class _Run:
                 self._land()
         except BaseException:
             self._stopping = True
-            self._encoder.close()  # nobody shall wait for a server any longer
+            self._encoder.close()  # ends all waiting for a server
             raise
         finally:
             self._openers.shutdown(cancel_futures=True)
@@ -182,7 +182,7 @@ class _Run:
         return [self._results[number] for number in sorted(self._results)]
 
     def _opened(self, future: Future[Work | Result]) -> Work | Result:
-        """Return what became of opening a job; what ends the run waits for the slides before it."""
+        """Return the outcome of opening a job; before a fatal error is raised, earlier slides finish."""
         try:
             return stopping.result(future)
         except FATAL:
@@ -208,11 +208,11 @@ class _Run:
                 return prepare(job, self._encoder.manifest, precision, self._out, self._options)
         except FATAL:
             raise
-        except Exception as error:  # one foreign file must not stop the others
+        except Exception as error:  # one bad file must not stop the others
             return failed(job, error)
 
     def _launch(self, slide: _Slide) -> None:
-        """Send a slide's pieces to the workers, never more than the window holds."""
+        """Send a slide's pieces to the workers; at most a window of pieces is in flight."""
         count = slide.work.count
         self._meter.expect(count)
         for start in range(0, count, self._piece):
@@ -221,7 +221,7 @@ class _Run:
             stop = min(count, start + self._piece)
             future = self._workers.submit(self._embed, slide, start, stop)
             self._flying.append((slide, future))
-        self._flying.append((slide, None))  # its end
+        self._flying.append((slide, None))  # marks the slide's end
 
     def _embed(self, slide: _Slide, start: int, stop: int) -> _Embedded:
         """Read and encode one piece; runs on a worker."""
@@ -243,7 +243,7 @@ class _Run:
             return _Embedded(self._encoder.embed(tiles), kept, reasons)
 
     def _buffer(self) -> NDArray[np.uint8]:
-        """Return this worker's room for one piece; fresh memory for each would cost as much as reading."""
+        """Return this worker's buffer for one piece; a new one each time would cost as much as reading."""
         if not hasattr(self._own, "buffer"):
             size = self._encoder.manifest.size_px
             self._own.buffer = np.empty((self._piece, size, size, 3), dtype=np.uint8)
@@ -251,16 +251,16 @@ class _Run:
         return room
 
     def _land(self) -> None:
-        """Take the oldest piece, wait for it, and write it; or finish the slide that ends here."""
+        """Wait for the oldest piece and write it; at a slide's end mark, finish the slide."""
         slide, future = self._flying[0]
         try:
             if future is None:
                 result = self._write(slide)
             else:
                 self._take(slide, stopping.result(future))
-        except (*FATAL, Mismatch):  # another encoder than the run began with is every slide's
+        except (*FATAL, Mismatch):  # a changed encoder concerns every slide
             raise
-        except Exception as error:  # a failed piece fails its own slide
+        except Exception as error:  # a failed piece fails only its slide
             slide.error = slide.error or error
             result = failed(slide.work.job, slide.error)
         self._flying.popleft()
@@ -321,12 +321,12 @@ class _Run:
         self._meter.tell(self._progress, result.name)
         status = self._out / "status" / f"{result.name}.json"
         if result.state != "skipped" or not _says_done(status):
-            with suppress(BadInput):  # a name too long for a file; the record of the run has it
+            with suppress(BadInput):  # the name is too long for a file; run.json holds the result
                 write_json(status, asdict(result))
 
 
 def _says_done(status: Path) -> bool:
-    """Whether a status file is there and tells of success; a kill may have left it behind."""
+    """Whether a status file exists and records success; a killed run may have left it behind."""
     try:
         return read_json(status)["state"] in {"done", "empty", "skipped"}
     except (HistoseekError, KeyError, TypeError):

@@ -1,8 +1,8 @@
-"""Embedding on a Ray cluster: one task per slide, the same job as on one machine.
+"""Embedding on a Ray cluster: one task per slide, with the same code as on one machine.
 
-Every machine sees the slides under the same paths. Features go to a folder that all share, or to a URL
-(fsspec: ``s3://``, ``gs://``, ``file://`` …). A task whose worker or machine is lost is run again
-elsewhere; feature files appear whole or not at all, so nothing is lost and nothing is there twice.
+Slides must have the same paths on every machine. Features go to a shared folder, or to a URL (fsspec:
+``s3://``, ``gs://``, ``file://`` …). If a worker or machine is lost, its task runs again elsewhere.
+Feature files appear complete or not at all, so nothing is lost and nothing is duplicated.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from .work import failed
 LOCAL = "local"
 RETRIES = 5
 CLOSING_S = 5.0
-"""How long tasks that are cancelled may take to end."""
+"""Seconds that cancelled tasks may take to end."""
 _NOWHERE = "http://127.0.0.1:9"
 
 
@@ -52,17 +52,17 @@ def run_on_ray(
     """Embed jobs on a Ray cluster.
 
     Args:
-        jobs: from :func:`~histoseek.serving.embedding.jobs.find_jobs`; their paths hold on every machine.
-        choice: of the encoder; opened once in every worker.
-        out: a folder that all machines share, or a URL.
+        jobs: from :func:`~histoseek.serving.embedding.jobs.find_jobs`; all machines must have their paths.
+        choice: the encoder to use; opened once in every worker.
+        out: a folder shared by all machines, or a URL.
         options: how to cut tiles; ``jobs`` is the number of cores per slide, 1 when None.
-        address: of the cluster, or ``local`` for one on this machine.
-        progress: draws progress.
-        results: filled with the result of each job as it ends.
+        address: the cluster's address, or ``local`` for a cluster on this machine.
+        progress: receives progress.
+        results: the result of each job is appended as the job ends.
 
     Raises:
         MissingPart: Ray is not installed.
-        Unavailable: no cluster answers there.
+        Unavailable: no cluster answers at the address.
     """
     if "://" in out:
         _check_url(out)
@@ -123,32 +123,32 @@ def _movable(job: Job) -> Job:
 
 
 def _end(ray: Any, waiting: list[Any], mine: bool, out: str) -> None:
-    """Cancel the tasks that are left, let them clean up for a while, and leave the cluster."""
+    """Cancel the remaining tasks, wait a while for their cleanup, and disconnect from the cluster."""
     for left in waiting:
         ray.cancel(left)
     if waiting:
         ray.wait(waiting, num_returns=len(waiting), timeout=CLOSING_S)
     if mine:
         ray.shutdown()
-    if waiting and "://" not in out:  # of workers of this machine that did not end in time
+    if waiting and "://" not in out:  # from local workers that did not end in time
         remove_leftovers(folders_of(Path(out)))
 
 
 def _connect(address: str) -> tuple[Any, bool]:
-    """Return Ray, connected, and whether it is ours to disconnect."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: it may report home
+    """Connect Ray; return the module, and whether this call made the connection."""
+    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: Ray may send telemetry
     try:
         import ray
     except ImportError as error:
         raise MissingPart("--ray needs Ray: pip install 'histoseek[ray]'") from error
-    stopping.rearm()  # Ray sets a handler of its own for SIGTERM
+    stopping.rearm()  # Ray replaces the SIGTERM handler
     if ray.is_initialized():
         return ray, False
     _knock(address)
     try:
         if address == LOCAL:
             with _nowhere_to_report():
-                # "local" by name: without an address Ray joins whatever cluster ran here last, dead or not.
+                # Without "local" Ray joins the cluster that last ran here, even a dead one.
                 ray.init(
                     address="local",
                     include_dashboard=False,
@@ -164,10 +164,10 @@ def _connect(address: str) -> tuple[Any, bool]:
 
 
 def _check_url(out: str) -> None:
-    """See whether this machine can write there, before a cluster tries.
+    """Check that this machine can write to a URL, before the cluster tries.
 
     Raises:
-        BadInput: no such kind of URL, or its package is missing.
+        BadInput: the URL's scheme is unknown, or its package is missing.
     """
     try:
         import fsspec
@@ -178,7 +178,7 @@ def _check_url(out: str) -> None:
 
 
 def _knock(address: str) -> None:
-    """See whether anybody listens: Ray itself ends the whole process where nobody does."""
+    """Check that the address accepts connections: if not, Ray would end the whole process."""
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
         return  # "local", "auto", a name that Ray looks up itself
@@ -192,10 +192,11 @@ def _knock(address: str) -> None:
 
 @contextmanager
 def _nowhere_to_report() -> Iterator[None]:
-    """Start a cluster whose processes cannot ask clouds where they run.
+    """Start a cluster whose processes cannot query cloud metadata services.
 
-    Ray asks the metadata services of three clouds over HTTP even where its statistics are off. Its
-    processes inherit a proxy that does not exist; workers drop it before they work.
+    Ray queries the metadata services of three clouds over HTTP even if its usage statistics are off.
+    Its processes therefore inherit the address of a proxy that does not exist; workers remove it
+    before they start work.
     """
     before = {name: os.environ.get(name) for name in ("http_proxy", "no_proxy")}
     os.environ["http_proxy"] = _NOWHERE
@@ -227,31 +228,31 @@ def _encoder(choice: EncoderChoice) -> Encoder:
 def embed_one(
     job: Job, choice: EncoderChoice, out: str, options: EmbedOptions
 ) -> tuple[Result, dict[str, Any]]:
-    """Embed one slide on a worker; returns what became of it, and what the meter counted."""
+    """Embed one slide on a worker; return its result and the meter's counters."""
     meter = Meter()
     if os.environ.get("http_proxy") == _NOWHERE:
         del os.environ["http_proxy"]
     try:
         encoder = _encoder(choice)
-        # Ray cancels a task by a Ctrl-C in its worker: the flag, not an exception in foreign code.
+        # Ray cancels a task by Ctrl-C in its worker; set the flag instead of raising inside a library.
         with stopping.armed(), _staged(job, encoder, out) as folder:
             (result,) = embed_jobs([job], encoder, folder, options, _no_report, meter)
             if "://" in out and result.features:
                 inside = Path(result.features).relative_to(folder).as_posix()
                 result = replace(result, features=f"{out.rstrip('/')}/{inside}")
-    except HistoseekError as error:  # a full disk of one machine is no reason for others to stop
-        _encoder.cache_clear()  # a run that ended early has closed it
+    except HistoseekError as error:  # a full disk on one machine must not stop the others
+        _encoder.cache_clear()  # a run that ended early closed the encoder
         result = failed(job, error)
     return result, meter.read()
 
 
 def _no_report(done: int, total: int, text: str) -> None:
-    """Workers draw nothing."""
+    """Do nothing: workers show no progress."""
 
 
 @contextmanager
 def _staged(job: Job, encoder: Encoder, out: str) -> Iterator[Path]:
-    """Yield the folder to write to; for a URL one on this machine, brought there at the end."""
+    """Yield the folder to write to; for a URL a temporary folder, which is uploaded at the end."""
     if "://" not in out:
         yield Path(out)
         return
@@ -280,7 +281,7 @@ def _staged(job: Job, encoder: Encoder, out: str) -> Iterator[Path]:
 
 
 def _together(counted: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Sum what the meters of all tasks counted."""
+    """Sum the counters of all tasks."""
     tiles = sum(one["tiles_done"] for one in counted)
     stages: dict[str, dict[str, float]] = {}
     for name in STAGES:

@@ -1,4 +1,4 @@
-"""Which annotations belong to which slide: one GeoJSON file for one slide, or a folder of them."""
+"""Matches annotations to slides: one GeoJSON file for one slide, or a folder of files."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ ENDING = ".geojson"
 
 
 def with_regions(jobs: Sequence[Job], regions: Path | None) -> list[Job]:
-    """Give each slide the GeoJSON file of its annotations.
+    """Attach to each slide the GeoJSON file of its annotations.
 
     Args:
-        jobs: those that have a file already keep it; tile sets get none.
-        regions: a file, for a single slide; or a folder, with files named after the slides
+        jobs: jobs that already have a file keep it; tile sets get none.
+        regions: a file for a single slide, or a folder with files named after the slides
             (see ``slide_names``), such as ``case-1.geojson`` or ``patientA/case-1.svs.geojson``.
 
     Raises:
-        BadInput: one file for several slides, or a file whose name means two slides.
+        BadInput: there is one file for several slides, or a file name matches two slides.
     """
     slides = [n for n, job in enumerate(jobs) if job.kind == "slide" and job.regions is None]
     if regions is None or not slides:
@@ -51,7 +51,7 @@ def with_regions(jobs: Sequence[Job], regions: Path | None) -> list[Job]:
 
 
 def unused_regions(jobs: Sequence[Job], regions: Path | None) -> list[str]:
-    """Return the GeoJSON files of a folder that mean none of the slides, sorted."""
+    """Return the GeoJSON files of a folder that match no slide, sorted."""
     if regions is None or not regions.is_dir():
         return []
     used = {job.regions for job in jobs}

@@ -1,4 +1,4 @@
-"""Saying what became of a run of embedding: ``run.json``, a table, and whether all was done."""
+"""Reports the outcome of an embedding run: ``run.json``, a table, and whether every job succeeded."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ SLOWEST = 3
 
 
 def report_results(ran: Ran, out: str, inputs: dict[str, Any] | None = None) -> bool:
-    """Write ``run.json`` into ``out`` and print the outcome; return whether all was done.
+    """Write ``run.json`` into ``out`` and print the outcome; return whether every job succeeded.
 
     Args:
-        ran: what became of the run.
-        out: a folder, or the URL of one.
-        inputs: what was left out of the inputs and of their tables, and why.
+        ran: the outcome of the run.
+        out: the folder's path or URL.
+        inputs: which inputs and table rows were left out, and why.
     """
     document = {**summary(ran), "inputs": inputs or {}}
     write_document(document, out)
@@ -48,14 +48,14 @@ def record_end(
     out: str,
     inputs: dict[str, Any] | None = None,
 ) -> None:
-    """Write into ``run.json`` that a run ended early, why, and what was through by then.
+    """Record in ``run.json`` that a run ended early, why, and which jobs had finished.
 
     Args:
-        error: that ended it.
-        results: of the jobs that were through.
-        jobs: how many there were.
+        error: the error that ended the run.
+        results: results of the finished jobs.
+        jobs: total number of jobs.
         out: the folder of features.
-        inputs: what was left out of the inputs and of their tables, and why.
+        inputs: which inputs and table rows were left out, and why.
     """
     states: dict[str, int] = Counter(result.state for result in results)
     document = {
@@ -65,13 +65,13 @@ def record_end(
         "results": [asdict(result) for result in results],
         "inputs": inputs or {},
     }
-    with suppress(HistoseekError):  # a full disk is what may have ended it
+    with suppress(HistoseekError):  # the disk may be full, which may have ended the run
         if Path(out).is_dir():
             write_document(document, out)
 
 
 def summary(ran: Ran) -> dict[str, Any]:
-    """Return counts by state, how the encoder ran, the speed, and every job's result."""
+    """Return counts by state, the encoder's settings, the speed, and every job's result."""
     return {
         "ok": all(result.ok for result in ran.results),
         "encoder": {"name": ran.manifest.name, "sha256": ran.manifest.sha256, **ran.encoder},
@@ -83,7 +83,7 @@ def summary(ran: Ran) -> dict[str, Any]:
 
 
 def write_document(document: dict[str, Any], out: str) -> None:
-    """Write ``run.json`` into a folder, or to a URL by fsspec."""
+    """Write ``run.json`` into a folder, or to a URL through fsspec."""
     if "://" not in out:
         write_json(Path(out) / "run.json", document)
         return
@@ -118,7 +118,7 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
 
 
 def lines_of(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
-    """Return a line for all that was left out, not used, guessed or overruled."""
+    """Return a line for each input that was not used, and for each value guessed or overridden."""
     lines = [f"note: {note}" for note in inputs.get("notes", [])]
     of_sets = [left for result in results for left in result.left_out]
     lines += summarised([LeftOut(**left) for left in [*inputs.get("left_out", []), *of_sets]])

@@ -1,4 +1,4 @@
-"""What a run of embedding is asked, and what becomes of each slide."""
+"""Options of an embedding run, and the result of each slide."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ State = Literal["done", "partial", "empty", "skipped", "failed"]
 
 @options
 class EncoderChoice:
-    """Which encoder, and how it runs; small enough to be sent to other machines."""
+    """Which encoder to use, and how to run it; small enough to send to other machines."""
 
     # fmt: off
     spec: Annotated[str,
@@ -34,10 +34,10 @@ class EncoderChoice:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Check that a server is not told how to compute.
+        """Check that no engine or precision is set for an encoder on a server.
 
         Raises:
-            BadInput: an engine or precision for an encoder on a server.
+            BadInput: an engine or precision is set for an encoder on a server.
         """
         if "://" in self.spec and (self.engine, self.precision) != ("auto", "f32"):
             raise BadInput(
@@ -48,7 +48,7 @@ class EncoderChoice:
 
 @options
 class EmbedOptions:
-    """How slides are cut into tiles, and what is written beside the features."""
+    """How slides are cut into tiles, and which files are written in addition to the features."""
 
     # fmt: off
     mpp: Annotated[float | None,
@@ -84,10 +84,10 @@ class EmbedOptions:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Check what depends on several options.
+        """Check combinations of options.
 
         Raises:
-            BadInput: naming the options and the remedy.
+            BadInput: options conflict; the message names them and the remedy.
         """
         if self.override_mpp is not None and self.assume_mpp is not None:
             raise BadInput("--override-mpp and --assume-mpp say the same thing; pass one of them")
@@ -99,23 +99,23 @@ class EmbedOptions:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of one job.
+    """The result of one job.
 
     Attributes:
-        name: of the slide or tile set.
+        name: name of the slide or tile set.
         source: the file or folder.
-        state: done, partial (some tiles unreadable), empty (no tissue), skipped (was done before)
+        state: done, partial (some tiles unreadable), empty (no tissue), skipped (already done)
             or failed.
-        reason: why, unless done.
-        tiles: how many were embedded.
-        unreadable: tiles that could not be read, with place and reason.
-        seconds: from opening to writing; slides overlap in time.
+        reason: reason for the state, unless done.
+        tiles: number of tiles embedded.
+        unreadable: tiles that could not be read, each with coordinates and reason.
+        seconds: time from opening to writing; slides overlap in time.
         features: the feature file, if there is one.
-        tissue: share of the slide that is tissue; None for tile sets and what was not opened.
-        notes: what was guessed, overruled or taken over, one sentence each.
-        left_out: of a tile set, the files that were not taken, each with the reason.
+        tissue: share of the slide that is tissue; None for tile sets and unopened slides.
+        notes: values that were guessed, overridden or updated, one sentence each.
+        left_out: files of a tile set that were not used, each with the reason.
         icc_profile: name of the slide's colour profile; None without one.
-        icc_applied: whether its pixels were converted by it to sRGB; those of slides are not.
+        icc_applied: whether the pixels were converted to sRGB with it; whole-slide pixels are not.
     """
 
     name: str
@@ -134,5 +134,5 @@ class Result:
 
     @property
     def ok(self) -> bool:
-        """Whether everything that was asked for of this job is done."""
+        """Whether the job is completely done."""
         return self.state in {"done", "empty", "skipped"}

@@ -1,4 +1,4 @@
-"""One run of embedding in this process: the encoder opened, the jobs done, everything counted."""
+"""One embedding run in this process: opens the encoder, runs the jobs, and counts."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ from .results import EmbedOptions, EncoderChoice, Result
 
 @dataclass(frozen=True)
 class Ran:
-    """What became of a run.
+    """The outcome of a run.
 
     Attributes:
-        results: of every job, in order.
-        manifest: of the encoder.
-        encoder: how it ran.
-        speed: what the meter counted.
+        results: result of every job, in order.
+        manifest: the encoder's manifest.
+        encoder: the encoder's settings.
+        speed: the meter's counters.
     """
 
     results: list[Result]
@@ -36,7 +36,7 @@ class Ran:
 
 
 def open_chosen(choice: EncoderChoice) -> Encoder:
-    """Open the encoder that was chosen."""
+    """Open the chosen encoder."""
     expect = read_manifest(choice.bundle) if choice.bundle is not None else None
     return open_encoder(
         choice.spec, expect, choice.engine, choice.precision, choice.batch, choice.streams
@@ -56,12 +56,12 @@ def run_here(
 
     Args:
         jobs: from :func:`~histoseek.serving.embedding.jobs.find_jobs`.
-        choice: of the encoder.
-        out: the folder of features.
+        choice: the encoder to use.
+        out: the folder for features.
         options: how to cut tiles.
-        progress: draws progress.
-        metrics: ``[HOST:]PORT`` of a Prometheus page while it runs.
-        results: filled with the result of each job as it ends.
+        progress: receives progress.
+        metrics: ``[HOST:]PORT`` at which to serve Prometheus metrics during the run.
+        results: the result of each job is appended as the job ends.
     """
     encoder, meter = open_chosen(choice), Meter()
     try:

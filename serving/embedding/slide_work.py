@@ -1,4 +1,4 @@
-"""A slide made ready: its tiles found, its pictures written; read piece by piece, then described."""
+"""A slide prepared for embedding: its tiles are found, then read piece by piece, then described."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from .results import EmbedOptions
 
 @dataclass(frozen=True)
 class Said:
-    """What people say of one slide.
+    """What the options and the manifest state about one slide.
 
     Attributes:
         mpp: micrometres per pixel of level 0, or None.
-        by: who says so: ``override`` or ``manifest``.
-        series: number of the picture of a TIFF that is the slide, or None.
-        notes: what one of them says and another overrules.
+        by: source of the mpp: ``override`` or ``manifest``.
+        series: index of the TIFF image that is the slide, or None.
+        notes: values that were overridden.
     """
 
     mpp: float | None = None
@@ -41,7 +41,7 @@ class Said:
 
 
 def said_of(job: Job, options: EmbedOptions) -> Said:
-    """Return what the options and the manifest say of a slide.
+    """Return what the options and the manifest state about a slide.
 
     Raises:
         BadInput: the manifest's mpp or series is not a number in range.
@@ -90,7 +90,7 @@ class SlideWork:
         key: dict[str, Any],
         said: Said,
     ) -> None:
-        """Keep what is needed to read and describe the slide's tiles; the pictures are not kept."""
+        """Store what is needed to read and describe the slide's tiles, without the grid's images."""
         self.job, self.name, self.path, self.count = job, name, path, len(grid.coords)
         self.tissue: float | None = round(grid.tissue, 4)
         self._slide, self._manifest, self._key = slide, manifest, key
@@ -153,7 +153,7 @@ class SlideWork:
 
 
 def pictures(name: str, out: Path, options: EmbedOptions) -> list[Path]:
-    """Return what is written beside the features: the overlay, tissue and tiles, as asked for."""
+    """Return the paths of the requested extra files: overlay, tissue and tiles."""
     found = [out / "overlays" / f"{name}.jpg"] if options.overlays else []
     if options.geojson:
         found += [out / "geojson" / f"{name}.{part}.geojson" for part in ("tissue", "tiles")]
@@ -161,7 +161,7 @@ def pictures(name: str, out: Path, options: EmbedOptions) -> list[Path]:
 
 
 def write_pictures(grid: Grid, name: str, out: Path, options: EmbedOptions) -> None:
-    """Write what :func:`pictures` names."""
+    """Write the files of :func:`pictures`."""
     if not (options.overlays or options.geojson):
         return
     polygons = outlines(grid.mask, grid.down)

@@ -1,4 +1,4 @@
-"""A job made ready: opened, its tiles found, its feature file named; read piece by piece."""
+"""A job prepared for embedding: opened, its tiles found, its feature file named; read piece by piece."""
 
 from __future__ import annotations
 
@@ -27,21 +27,21 @@ from .results import EmbedOptions, Result
 from .slide_work import Said, SlideWork, pictures, said_of, write_pictures
 
 MAX_UNREADABLE = 0.1
-"""A slide or tile set with a larger share of unreadable tiles counts as failed, not as partial."""
+"""Maximum share of unreadable tiles; a slide or tile set with more is failed, not partial."""
 
 
 class Work(Protocol):
-    """One slide or tile set that is open; ``read`` may be called from several threads.
+    """An open slide or tile set; ``read`` may be called from several threads.
 
     Attributes:
-        job: what was asked for.
-        name: of the feature file.
+        job: the job.
+        name: name of the feature file.
         path: the feature file.
-        count: how many tiles.
+        count: number of tiles.
         tissue: share of the slide that is tissue, or None.
-        notes: what was guessed, overruled or taken over.
-        left_out: of a tile set, the files that were not taken, each with the reason.
-        seconds: that opening it and finding its tiles took.
+        notes: values that were guessed, overridden or updated.
+        left_out: files of a tile set that were not used, each with the reason.
+        seconds: time to open it and find its tiles.
     """
 
     seconds: float
@@ -54,19 +54,19 @@ class Work(Protocol):
     left_out: Sequence[dict[str, str]]
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
-        """Read tiles from number ``start`` on into ``out``, uint8 (N, S, S, 3).
+        """Read tiles ``start``, ``start + 1``, … into ``out``, uint8 (N, S, S, 3).
 
         Returns:
-            By place in ``out`` why a tile cannot be read; empty if all was well.
+            The error of each unreadable tile, by its index in ``out``; empty if all were read.
         """
         ...
 
     def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
-        """Return everything about the feature file but the features.
+        """Return everything in the feature file but the embeddings.
 
         Args:
-            kept: numbers of the tiles that were embedded.
-            unreadable: why the others were not.
+            kept: numbers of the embedded tiles.
+            unreadable: why the other tiles could not be read.
         """
         ...
 
@@ -78,17 +78,17 @@ class Work(Protocol):
 def prepare(
     job: Job, manifest: Manifest, precision: str, out: Path, options: EmbedOptions
 ) -> Work | Result:
-    """Open a job and find its tiles; returns a result if there is nothing left to do.
+    """Open a job and find its tiles; return a result instead if nothing is left to do.
 
     Args:
         job: a slide or tile set.
-        manifest: of the encoder.
-        precision: in which the encoder computes; features of another are made anew.
+        manifest: the encoder's manifest.
+        precision: the encoder's precision; features with another precision are computed again.
         out: the folder of features.
         options: how to cut tiles.
 
     Raises:
-        HistoseekError: the job cannot be done, with the reason.
+        HistoseekError: the job cannot be done; the message gives the reason.
     """
     started = time.monotonic()
     if printable(str(job.source)) != str(job.source):
@@ -101,7 +101,7 @@ def prepare(
 
 
 def printable(text: str) -> str:
-    """Return text that can be written as UTF-8; what cannot becomes an escape."""
+    """Return text that can be written as UTF-8; other characters become escape sequences."""
     return text.encode(errors="backslashreplace").decode()
 
 
@@ -128,10 +128,10 @@ def _prepare(
 
 
 def refuse_if_broken(work: Work, unreadable: list[str]) -> None:
-    """Refuse a slide or tile set of which too much is unreadable.
+    """Raise if too many tiles of a slide or tile set are unreadable.
 
     Raises:
-        Damaged: says how much, and the first reason.
+        Damaged: the message states how many, and the first reason.
     """
     if work.count and len(unreadable) > MAX_UNREADABLE * work.count:
         raise Damaged(
@@ -143,13 +143,13 @@ def refuse_if_broken(work: Work, unreadable: list[str]) -> None:
 def _place(
     out: Path, folder: str, job: Job, manifest: Manifest, key: dict[str, Any]
 ) -> tuple[Path, str, bool]:
-    """Return the feature file, the name, and whether it is there already, made the same way."""
+    """Return the feature file, its name, and whether it already exists with the same settings."""
     parent = out / folder / f"features_{manifest.name}"
     names = dict.fromkeys((job.name, distinct_name(job)))
     for plain in (job.source.stem, job.stem):
         about = read_about(parent / f"{plain}.h5")
         if about is not None and _is_here(about, job):
-            names = {plain: None, **names}  # embedded before another slide of its name came
+            names = {plain: None, **names}  # embedded before another slide with this name was added
     if left_behind := _left_behind(parent, job, key["content"]):
         names = {left_behind: None, **names}
     for name in names:
@@ -165,14 +165,14 @@ def _place(
 
 
 def _is_here(about: dict[str, Any], job: Job) -> bool:
-    """Whether features were made of the file that a job names, wherever links lead to it."""
+    """Whether features were computed from the job's file, also when it is reached through links."""
     return about.get("source") in {job.location, str(job.source.resolve())}
 
 
 def _left_behind(parent: Path, job: Job, content: str) -> str | None:
-    """Return the name of features of the same file that was elsewhere and is not there any more.
+    """Return the name of features of the same file from a path that no longer exists.
 
-    Of several such files (copies of one slide) it is the one whose path ended most like the job's.
+    Of several (copies of one slide), return the one whose path shares the longest end with the job's path.
     """
     if (parent / f"{job.name}.h5").exists() or not parent.is_dir():
         return None
@@ -189,13 +189,13 @@ def _left_behind(parent: Path, job: Job, content: str) -> str | None:
 
 
 def _same_end(one: Path, other: Path) -> int:
-    """Return how many parts at the end of two paths are equal."""
+    """Return how many trailing parts two paths share."""
     pairs = zip(reversed(one.parts), reversed(other.parts), strict=False)
     return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def _moved_from(path: Path, job: Job) -> list[str]:
-    """Say where the file of a job lay when the features at ``path`` were made, if not where it lies now."""
+    """Return a note if the features at ``path`` record another path of the job's file."""
     about = read_about(path)
     if about is None or _is_here(about, job):
         return []
@@ -203,7 +203,7 @@ def _moved_from(path: Path, job: Job) -> list[str]:
 
 
 def _done_before(job: Job, name: str, path: Path) -> Result:
-    """Return the result of a job that was done before; features take over a new place of the slide."""
+    """Return the result of a job that was done before; store a new path of the slide in its features."""
     about = read_about(path) or {}
     notes = [*map(str, about.get("notes", [])), *_moved_from(path, job)]
     if not _is_here(about, job) or "bounds" not in about:
@@ -257,7 +257,7 @@ def _prepare_slide(
     path, name, ready = _place(out, folder, job, manifest, key)
     if (
         ready and slide.bounds is not None
-    ):  # features of before the bounds were heeded are made anew
+    ):  # features from before bounds were recorded are computed again
         ready = "bounds" in (read_about(path) or {})
     if ready and all(picture.is_file() for picture in pictures(name, out, options)):
         return _done_before(job, name, path)
@@ -290,7 +290,7 @@ class TilesWork:
         path: Path,
         key: dict[str, Any],
     ) -> None:
-        """Keep what is needed to read and describe the tiles."""
+        """Store what is needed to read and describe the tiles."""
         self.job, self.name, self.path, self.count = job, name, path, len(tileset)
         self._tileset, self._manifest, self._key = tileset, manifest, key
         self.notes = list(tileset.notes)
@@ -332,7 +332,7 @@ class TilesWork:
         )
 
     def close(self) -> None:
-        """Nothing is held open."""
+        """Do nothing: no file is held open."""
 
 
 def _prepare_tiles(
@@ -347,7 +347,7 @@ def _prepare_tiles(
 
 
 def failed(job: Job, error: Exception) -> Result:
-    """Return the result of a job that could not be done."""
+    """Return the result of a failed job."""
     reason = str(error)
     if not isinstance(error, HistoseekError):
         reason = f"{job.source}: unexpected {type(error).__name__}: {error}"

@@ -1,1 +1,1 @@
-"""Encoders: tiles to embeddings, in process or on Triton."""
+"""Encoders: turn tiles into embeddings, in this process or on Triton."""

@@ -1,4 +1,4 @@
-"""Which engine runs a graph on this machine, and how: stated, measured once, or remembered."""
+"""Chooses the engine and its settings for a graph on this machine: given, measured, or cached."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ from .engines import (
 GPU_BATCH = 64
 GPU_STREAMS = 2
 MARGIN = 1.05
-"""OpenVINO must be this much faster than ONNX Runtime to be preferred."""
+"""OpenVINO must be this many times as fast as ONNX Runtime to be chosen."""
 
 _TRIAL_S = 0.15
 _BUDGET_S = 6.0
@@ -50,14 +50,14 @@ def open_engine(
 
     Args:
         bundle: the folder.
-        manifest: of the bundle.
-        engine: ``onnxruntime``, ``openvino``, or ``auto`` for what is measured to be faster.
-        precision: ``f32`` or ``bf16``; bf16 is OpenVINO's.
-        batch: tiles per run; measured when left out and ``engine`` is ``auto``.
-        streams: runs side by side; one per core when left out.
+        manifest: the bundle's manifest.
+        engine: ``onnxruntime``, ``openvino``, or ``auto`` for the one measured to be faster.
+        precision: ``f32`` or ``bf16``; only OpenVINO supports bf16.
+        batch: tiles per run; measured when None and ``engine`` is ``auto``.
+        streams: parallel runs; one per core when None.
 
     Raises:
-        BadInput: an unknown engine or precision, or one that this machine or engine lacks.
+        BadInput: the engine or precision is unknown, or this machine or engine does not support it.
     """
     if engine not in {*ENGINES, "auto"}:
         raise unknown_name("engine", engine, [*ENGINES, "auto"])
@@ -108,7 +108,7 @@ def _candidates(precision: str, streams: int) -> list[Plan]:
 
 
 def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: int) -> Plan:
-    """Return the fastest plan on this machine, measured now or before."""
+    """Return the fastest plan on this machine, from the cache or measured now."""
     key = _machine_key(manifest, precision, streams)
     path = cache_folder() / "engines.json"
     try:
@@ -124,12 +124,12 @@ def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: 
         measured = [{**asdict(p), "tiles_per_s": round(rate, 1)} for p, rate in rates]
         write_json(path, {**before, key: {"plan": asdict(plan), "measured": measured}})
     except HistoseekError:
-        pass  # it is measured again next time
+        pass  # not cached: measured again next time
     return plan
 
 
 def fastest(rates: Sequence[tuple[Plan, float]]) -> Plan:
-    """Return the fastest plan; ONNX Runtime where OpenVINO is not clearly faster."""
+    """Return the fastest plan; ONNX Runtime unless OpenVINO is clearly faster."""
 
     def worth(item: tuple[Plan, float]) -> float:
         return item[1] / (MARGIN if item[0].engine == "openvino" else 1.0)
@@ -140,7 +140,7 @@ def fastest(rates: Sequence[tuple[Plan, float]]) -> Plan:
 def measure(
     bundle: Path, manifest: Manifest, plans: Sequence[Plan], trial_s: float = _TRIAL_S
 ) -> list[tuple[Plan, float]]:
-    """Return tiles per second of each plan, all streams at work; stops after some seconds."""
+    """Return tiles per second of each plan with all streams busy; stops after some seconds."""
     rng = np.random.default_rng(0)
     size = manifest.size_px
     started = time.perf_counter()
@@ -154,13 +154,13 @@ def measure(
         except Damaged:
             if plan.engine == "onnxruntime" or plan is plans[-1] and not found:
                 raise
-            continue  # an engine that cannot run this graph is none to choose
+            continue  # this engine cannot run the graph
         found.append((plan, rate_of(engine, tiles, trial_s)))
     return found
 
 
 def rate_of(engine: Engine, tiles: NDArray[np.uint8], seconds: float) -> float:
-    """Return tiles per second with every stream of an engine at work for some time."""
+    """Return tiles per second with all streams of an engine busy for ``seconds``."""
 
     def work(_: int) -> float:
         engine.run(tiles)

@@ -1,7 +1,7 @@
 """Engines that run an encoder's graph in this process: ONNX Runtime and OpenVINO.
 
-A small network is fastest where its activations stay in a core's cache: one stream per core, each with
-a small batch. Which engine and batch are best is chosen in ``engine_choice``.
+A small network is fastest if its activations stay in a core's cache: one stream per core, each with a
+small batch. ``engine_choice`` chooses the engine and the batch.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ Precision = Literal["f32", "bf16"]
 
 @dataclass(frozen=True)
 class Plan:
-    """How a graph is run.
+    """How to run a graph.
 
     Attributes:
         engine: ``onnxruntime`` or ``openvino``.
         precision: ``f32``, or ``bf16`` (OpenVINO on CPUs that have it).
         batch: tiles per run of the graph.
-        streams: runs side by side.
+        streams: parallel runs.
     """
 
     engine: EngineName = "onnxruntime"
@@ -47,7 +47,7 @@ class Engine(Protocol):
     plan: Plan
 
     def run(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, S, S, 3) -> float32 (N, D), N at most the plan's batch."""
+        """Embed uint8 (N, S, S, 3) -> float32 (N, D); N is at most the plan's batch."""
         ...
 
 
@@ -58,7 +58,7 @@ def cores() -> int:
 
 def load_onnxruntime() -> Any:
     """Import ONNX Runtime with its telemetry off."""
-    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: its wheels may report home
+    os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: its wheels may send telemetry
     try:
         import onnxruntime
     except ImportError as error:
@@ -87,7 +87,7 @@ class OnnxRuntimeEngine:
         """Load the graph.
 
         Raises:
-            Damaged: the graph cannot be loaded, or does not keep the manifest's contract.
+            Damaged: the graph cannot be loaded, or does not match the manifest's contract.
             MissingPart: ONNX Runtime is not installed.
         """
         runtime = load_onnxruntime()
@@ -145,7 +145,7 @@ class OpenVinoEngine:
             "INFERENCE_PRECISION_HINT": plan.precision,
             "NUM_STREAMS": str(plan.streams),
             "INFERENCE_NUM_THREADS": str(plan.streams),
-            "ENABLE_CPU_PINNING": "NO",  # a pinned stream waits while its core decodes tiles
+            "ENABLE_CPU_PINNING": "NO",  # a pinned stream would wait while its core decodes tiles
         }
         try:
             model = core.read_model(bundle / GRAPH)
@@ -162,7 +162,7 @@ class OpenVinoEngine:
             self._requests.put(compiled.create_infer_request())
 
     def run(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """See :class:`Engine`; a short batch is filled up, and the filling's embeddings dropped."""
+        """See :class:`Engine`; a short batch is padded, and the padding's embeddings are dropped."""
         count = len(tiles)
         if count < self.plan.batch:
             full = np.zeros((self.plan.batch, *tiles.shape[1:]), dtype=np.uint8)
@@ -177,10 +177,10 @@ class OpenVinoEngine:
 
 
 def _scale_before_turning(openvino: Any, model: Any) -> None:
-    """Move the turn to channels-first behind the scaling of pixels: then OpenVINO need not turn at all.
+    """Move the transpose to channels-first behind the scaling of pixels, so that OpenVINO can drop it.
 
-    Its convolutions keep channels last, so that it would turn the picture back right away. The graph
-    computes the same; one that is built otherwise is left as it is.
+    OpenVINO's convolutions use channels last, so it would transpose the image back at once. The result
+    is the same; a graph with another structure is left unchanged.
     """
     from openvino import opset13 as ops
 
@@ -215,7 +215,7 @@ def _constant(node: Any, side: int) -> list[int] | None:
 
 
 def _channels(node: Any, side: int, count: int) -> NDArray[np.float32] | None:
-    """Return a constant of one value per channel, (count,), if that is what a node takes."""
+    """Return a node's constant input with one value per channel, (count,); None if it has none."""
     source = node.input_value(side).get_node()
     if source.get_type_name() != "Constant" or list(source.shape)[-3:] != [count, 1, 1]:
         return None

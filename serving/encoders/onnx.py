@@ -1,4 +1,4 @@
-"""The in-process encoder: ONNX Runtime."""
+"""The in-process encoder, on ONNX Runtime or OpenVINO."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class OnnxEncoder:
         batch: int | None = None,
         streams: int | None = None,
     ) -> None:
-        """Load a bundle; for the options see :func:`~histoseek.serving.encoders.engine_choice.open_engine`.
+        """Load a bundle; options: see :func:`~histoseek.serving.encoders.engine_choice.open_engine`.
 
         Raises:
-            BadInput: no bundle there, or an option that does not fit.
-            Damaged: the graph is not the manifest's, or does not keep the contract.
+            BadInput: the folder is not a bundle, or an option is invalid.
+            Damaged: the graph does not match the manifest's hash or contract.
             MissingPart: the engine is not installed.
         """
         self.bundle = bundle
@@ -47,16 +47,16 @@ class OnnxEncoder:
 
     @property
     def parallel(self) -> int:
-        """Streams of the engine."""
+        """Number of the engine's streams."""
         return self._engine.plan.streams
 
     @property
     def offloads(self) -> bool:
-        """Whether a GPU does the work."""
+        """Whether the encoder runs on a GPU."""
         return self._engine.offloads
 
     def describe(self) -> dict[str, Any]:
-        """Return the engine, its precision, and how it is run."""
+        """Return the engine, its precision and its settings."""
         plan = self._engine.plan
         return {
             "engine": plan.engine,
@@ -67,13 +67,13 @@ class OnnxEncoder:
         }
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, S, S, 3) -> float32 (N, D).
+        """Embed uint8 (N, S, S, 3) -> float32 (N, D).
 
         Raises:
-            BadInput: tiles of another shape or type.
-            Damaged: the graph gave a value that is not finite.
+            BadInput: the tiles have the wrong shape or type.
+            Damaged: the graph returned a value that is not finite.
         """
         return in_batches(tiles, self._manifest, self.batch, self.parallel, self._engine.run)
 
     def close(self) -> None:
-        """Nothing to free before the process ends."""
+        """Do nothing: the engine is freed when the process ends."""

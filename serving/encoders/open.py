@@ -17,7 +17,7 @@ def bundle_path(spec: str) -> Path:
     """Return the bundle's folder for ``default`` or a path.
 
     Raises:
-        BadInput: it names a server.
+        BadInput: ``spec`` names a server.
     """
     if spec == DEFAULT:
         return DEFAULT_BUNDLE
@@ -34,19 +34,19 @@ def open_encoder(
     batch: int | None = None,
     streams: int | None = None,
 ) -> Encoder:
-    """Open an encoder by its bundle's folder, as ``default``, or on a Triton server.
+    """Open an encoder from a bundle's folder, the default one, or one on a Triton server.
 
     Args:
         spec: the folder, ``default`` for the one that ships with histoseek, or
             ``triton://HOST:PORT/MODEL[@VERSION]`` (``tritons://`` for TLS).
-        expect: the encoder that it must be.
-        engine: in this process: ``onnxruntime``, ``openvino`` or ``auto``.
-        precision: in this process: ``f32`` or ``bf16``.
-        batch: tiles per run; measured or asked of the server when left out.
-        streams: in this process: runs side by side; one per core when left out.
+        expect: manifest of the expected encoder; any encoder is accepted when None.
+        engine: for this process only: ``onnxruntime``, ``openvino`` or ``auto``.
+        precision: for this process only: ``f32`` or ``bf16``.
+        batch: tiles per run; measured, or the server's value, when None.
+        streams: for this process only: parallel runs; one per core when None.
 
     Raises:
-        Mismatch: it is another encoder; names both.
+        Mismatch: it is a different encoder; the message names both.
     """
     spec = str(spec)
     if "://" in spec:

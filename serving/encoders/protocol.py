@@ -1,4 +1,4 @@
-"""Encoders: what the pipeline asks of one, the in-process one, and how any is opened by name."""
+"""The interface of encoders, and the checks that all of them share."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ...artifacts.manifest import Manifest
 from ...errors import BadInput, Damaged, Mismatch
 
 FAN_OUT = 128
-"""Tiles in one call from which on an encoder works on several batches side by side by itself."""
+"""Minimum number of tiles in one call for which an encoder runs several batches in parallel."""
 
 
 class Encoder(Protocol):
@@ -31,24 +31,24 @@ class Encoder(Protocol):
 
     @property
     def parallel(self) -> int:
-        """How many calls side by side make it work at its best."""
+        """Number of parallel calls that give the best throughput."""
         ...
 
     @property
     def offloads(self) -> bool:
-        """Whether a call mostly waits (for a server or a GPU) instead of using this CPU."""
+        """Whether a call mostly waits for a server or a GPU instead of using this CPU."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """Return where and how it runs, JSON-ready."""
+        """Return where and how the encoder runs, JSON-ready."""
         ...
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, S, S, 3) -> float32 (N, D), finite."""
+        """Embed uint8 (N, S, S, 3) -> float32 (N, D), finite."""
         ...
 
     def close(self) -> None:
-        """Free what it holds; calls under way end soon."""
+        """Free the encoder's resources; running calls end soon."""
         ...
 
 
@@ -59,11 +59,11 @@ def in_batches(
     parallel: int,
     run: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
 ) -> NDArray[np.float32]:
-    """Run tiles (N, S, S, 3) in batches, several side by side if they are many; checks both ends.
+    """Run tiles (N, S, S, 3) in batches, many tiles in parallel; checks tiles and embeddings.
 
     Raises:
-        BadInput: tiles of another shape or type than the manifest's.
-        Damaged: a value came out that is not finite.
+        BadInput: the tiles do not have the manifest's shape and type.
+        Damaged: an embedding has a value that is not finite.
     """
     size = manifest.size_px
     if tiles.dtype != np.uint8 or tiles.shape[1:] != (size, size, 3):
@@ -83,10 +83,10 @@ def in_batches(
 
 
 def check_identity(found: Manifest, expect: Manifest | None) -> None:
-    """Compare an encoder with the one that is expected.
+    """Compare an encoder with the expected one.
 
     Raises:
-        Mismatch: it is another; names both.
+        Mismatch: they differ; the message names both.
     """
     if expect is not None and expect.sha256 != found.sha256:
         raise Mismatch(

@@ -1,4 +1,4 @@
-"""An encoder on a Triton server, over gRPC, behind the same protocol as the one in this process."""
+"""An encoder on a Triton server, over gRPC, with the same interface as the in-process encoder."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ from .triton_slots import GrpcSlot, SharedSlot, Slot
 
 CHECK_EVERY_S = 2.0
 IDLE_S = 0.25
-"""A server that comes back within this time is taken for one that never was away."""
+"""Seconds without an answer after which the server's identity is checked again before a request."""
 
 FIRST_WAIT_S, LONGEST_WAIT_S, TELL_AFTER_S = 0.1, 5.0, 1.5
 CLOSING_S = 2.0
 UNSETTLED = -1
-"""Epoch of a slot whose last request has not come back well: the server may still be reading it."""
+"""Marks a slot whose last request did not succeed; its shared memory must not be reused."""
 
 _TRANSIENT = {"UNAVAILABLE", "DEADLINE_EXCEEDED", "RESOURCE_EXHAUSTED", "CANCELLED", "ABORTED"}
 T = TypeVar("T")
@@ -38,9 +38,9 @@ T = TypeVar("T")
 class TritonEncoder:
     """An encoder served by Triton; see :class:`~histoseek.serving.encoders.protocol.Encoder`.
 
-    At the start, and after every time the server was away, it asks the server for names, types, shapes
-    and the encoder's sha256, and sends a known picture, so that embeddings of another encoder are never
-    taken for its own. Only what may pass is tried again: no answer, no room, time run out.
+    At the start, and whenever the server was unavailable, it checks the server's names, types, shapes
+    and the encoder's sha256, and sends a reference image, so that embeddings of another encoder are
+    never used. Only temporary errors are retried: no answer, overload, timeout.
     """
 
     offloads = True
@@ -50,14 +50,14 @@ class TritonEncoder:
 
         Args:
             spec: the address, see :func:`parse_address`.
-            expect: the encoder that it must be.
-            batch: tiles per request; the server's limit when left out.
+            expect: manifest of the expected encoder; any encoder is accepted when None.
+            batch: tiles per request; the server's limit when None.
 
         Raises:
-            BadInput: an address, token or model that cannot be used.
-            Mismatch: another encoder, or a model that does not keep the contract.
+            BadInput: the address, token or model cannot be used.
+            Mismatch: it is another encoder, or the model does not match the contract.
             MissingPart: tritonclient is not installed.
-            Unavailable: no server answers there.
+            Unavailable: no server answers at the address.
         """
         self.address = parse_address(spec)
         self._expect = expect
@@ -75,7 +75,7 @@ class TritonEncoder:
         self._grpc = load_grpc()
         self._headers = token_headers(self.address)
         self._client = connect(self.address)
-        atexit.register(self.close)  # for who forgets to: shared memory must be given back
+        atexit.register(self.close)  # if the caller forgets: shared memory must be released
         try:
             stopping.aside(lambda: self._begin(batch))
         except BaseException:
@@ -83,7 +83,7 @@ class TritonEncoder:
             raise
 
     def _begin(self, batch: int | None) -> None:
-        """Ask the server who it is, take room for tiles, and send the known picture."""
+        """Check the server's identity, allocate slots, and send the reference image."""
         self._served = self._retry(self._identify)
         self.version, limit = self._served.version, self._served.max_batch
         self._known = True
@@ -110,11 +110,11 @@ class TritonEncoder:
 
     @property
     def parallel(self) -> int:
-        """Requests in flight."""
+        """Maximum requests in flight."""
         return self.address.in_flight
 
     def describe(self) -> dict[str, Any]:
-        """Return the server, the model, and how tiles get there."""
+        """Return the server, the model, and how tiles are sent."""
         return {
             "engine": "triton",
             "server": self.address.host,
@@ -128,21 +128,21 @@ class TritonEncoder:
         }
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """uint8 (N, S, S, 3) -> float32 (N, D).
+        """Embed uint8 (N, S, S, 3) -> float32 (N, D).
 
         Raises:
-            BadInput: tiles of another shape or type, or ones that the server refuses.
-            Damaged: the server gave a value that is not finite.
+            BadInput: the tiles have the wrong shape or type, or the server refuses them.
+            Damaged: the server returned a value that is not finite.
             Mismatch: the server came back with another encoder.
-            Unavailable: no answer until the deadline.
+            Unavailable: the server did not answer until the deadline.
         """
         return in_batches(tiles, self.manifest, self._batch, self.parallel, self._send)
 
     def close(self) -> None:
-        """Stop waiting, give shared memory back, and close the channel, in this order.
+        """Stop waiting, release shared memory, and close the channel, in this order.
 
-        Calls under way may end by themselves for a while; then they are cut off. Nothing is freed that a
-        call still uses.
+        Running calls get some time to end; then they are cancelled. Memory that a call still uses is not
+        freed.
         """
         with self._idle:
             if self._closed.is_set():
@@ -151,24 +151,24 @@ class TritonEncoder:
         atexit.unregister(self.close)
         client = self._client
         if not self._all_back():
-            client.close()  # cuts them off; their threads come back with an error
+            client.close()  # cancels the calls; they fail with an error
             self._all_back()
             client = connect(
                 self.address
-            )  # the server must hear that the memory is not ours any more
+            )  # the server must unregister the memory: it is no longer ours
         with suppress(Empty):
             while True:
                 self._slots.get_nowait().close(client)
         client.close()
 
     def _all_back(self) -> bool:
-        """Wait a while for calls under way; return whether all have ended."""
+        """Wait a while for running calls; return whether all have ended."""
         with self._idle:
             return self._idle.wait_for(lambda: not self._calls, timeout=CLOSING_S)
 
     @contextmanager
     def _under_way(self) -> Iterator[None]:
-        """Count a call, for which :meth:`close` waits.
+        """Register a running call, so that :meth:`close` waits for it.
 
         Raises:
             Unavailable: the connection was closed.
@@ -205,7 +205,7 @@ class TritonEncoder:
     def _infer(self, slot: Slot, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         self._check_now_and_then()
         epoch = self._epoch
-        if slot.epoch != epoch:  # the server has forgotten its shared memory, or may still read it
+        if slot.epoch != epoch:  # the server lost its shared memory, or may still read it
             slot.renew(self._client, self._asking)
         slot.epoch = UNSETTLED
         found = self._ask(slot, tiles)
@@ -232,7 +232,7 @@ class TritonEncoder:
         return {"headers": self._headers, "client_timeout": self.address.timeout_s}
 
     def _retry(self, call: Callable[[], T]) -> T:
-        """Call until it works, an error says that it never will, or the deadline is over."""
+        """Call until it succeeds, fails permanently, or reaches the deadline."""
         with self._under_way():
             return self._try(call)
 
@@ -248,8 +248,8 @@ class TritonEncoder:
             except NotReady as error:
                 if not self._known:
                     raise BadInput(str(error)) from error
-                away, reason = True, str(error)  # it is still loading, or loaded anew
-            except ValueError as error:  # gRPC's way to say that the channel was closed
+                away, reason = True, str(error)  # the model is still loading, or is being reloaded
+            except ValueError as error:  # gRPC raises this if the channel was closed
                 if not self._closed.is_set():
                     raise
                 reason = str(error)
@@ -270,7 +270,7 @@ class TritonEncoder:
                 console.say(
                     f"{self.address.where} waiting for it, up to {self.address.deadline_s:g} s ({reason})"
                 )
-            self._closed.wait(wait * random.uniform(0.5, 1.0))  # jitter: clients come back apart
+            self._closed.wait(wait * random.uniform(0.5, 1.0))  # jitter: clients retry apart
             wait = min(LONGEST_WAIT_S, wait * 2)
 
     def _refusal(self, code: str, text: str) -> HistoseekError:
@@ -283,7 +283,7 @@ class TritonEncoder:
             return BadInput(f"{self.address.where} refuses the token in {TOKEN} ({text})")
         return BadInput(f"{self.address.where} refused the tiles ({code}: {text})")
 
-    # -- who the server is ----------------------------------------------------------------------
+    # -- identity of the server -----------------------------------------------------------------
 
     def _identify(self) -> Served:
         served = read_identity(
@@ -293,12 +293,12 @@ class TritonEncoder:
         return served
 
     def _prove(self) -> None:
-        """Send the known picture, and compare what comes with what the bundle makes of it."""
+        """Send the reference image, and compare its embedding with the bundle's."""
         found = self._ask(GrpcSlot(), probe_tile(self.manifest.size_px)[None])[0]
         check_probe(self._served, found, self.address.where)
 
     def _check_now_and_then(self) -> None:
-        """Ask again who the server is, if it could have been exchanged unseen."""
+        """Check the server's identity again if the server could have been replaced unnoticed."""
         with self._checking:
             now = time.monotonic()
             if now - self._checked > CHECK_EVERY_S or now - self._answered > IDLE_S:
@@ -306,7 +306,7 @@ class TritonEncoder:
                 self._checked = self._answered = time.monotonic()
 
     def _check_again(self) -> None:
-        """After the server was away: it must be the same encoder, and knows no shared memory."""
+        """Check the encoder after the server was away; slots then renew their shared memory."""
         with self._checking:
             self._check_identity()
             self._prove()
@@ -328,7 +328,7 @@ class TritonEncoder:
                 f"run began with {self._batch}: run the same command again"
             )
 
-    # -- how tiles get there ---------------------------------------------------------------------
+    # -- transport of tiles ----------------------------------------------------------------------
 
     @property
     def _shared(self) -> bool:
@@ -347,7 +347,7 @@ class TritonEncoder:
                 return made
             except MissingPart:
                 raise
-            except Exception as error:  # no room here, or the server sees another /dev/shm
+            except Exception as error:  # no space here, or the server has another /dev/shm
                 for slot in made:
                     slot.close(self._client)
                 reason = str(error) or type(error).__name__
@@ -359,7 +359,7 @@ class TritonEncoder:
 
 
 def _status(error: Any) -> str:
-    """Return gRPC's status name of an error, such as UNAVAILABLE."""
+    """Return the gRPC status name of an error, such as UNAVAILABLE."""
     return str(error.status() or "").rpartition(".")[2]
 
 
@@ -368,5 +368,5 @@ def _is_transient(code: str, text: str) -> bool:
 
 
 def _is_overload(text: str) -> bool:
-    """Whether UNAVAILABLE means a full queue or a request that waited too long in it."""
+    """Whether UNAVAILABLE means a full queue, or a request that timed out in the queue."""
     return "queue" in text.lower() or "timeout" in text.lower()

@@ -21,17 +21,17 @@ _MODEL = r"[A-Za-z0-9][A-Za-z0-9._-]*"
 
 @dataclass(frozen=True)
 class TritonAddress:
-    """What ``triton://HOST:PORT/MODEL[@VERSION][?option=value&…]`` says.
+    """The parts of ``triton://HOST:PORT/MODEL[@VERSION][?option=value&…]``.
 
     Attributes:
-        host: with its port.
-        model: its name.
-        version: or "" for the latest that is loaded.
-        tls: ``tritons://``.
-        shm: pass tiles through shared memory: ``system`` (``?shm=1``), ``cuda`` or "" for no.
-        timeout_s: of one request.
-        deadline_s: how long a request is tried again before the run is given up.
-        in_flight: requests side by side.
+        host: host and port.
+        model: name of the model.
+        version: version of the model, or "" for the latest that is loaded.
+        tls: whether TLS is used (``tritons://``).
+        shm: shared memory for tiles: ``system`` (``?shm=1``), ``cuda``, or "" for none.
+        timeout_s: timeout of one request in seconds.
+        deadline_s: seconds of retries after which the run is aborted.
+        in_flight: maximum parallel requests.
     """
 
     host: str
@@ -60,10 +60,10 @@ class TritonAddress:
 
 
 def parse_address(spec: str) -> TritonAddress:
-    """Read a server's address.
+    """Parse a server's address.
 
     Raises:
-        BadInput: says what was expected.
+        BadInput: the address is invalid; the message states the expected form.
     """
     expected = "expected triton://HOST:PORT/MODEL[@VERSION][?shm=1&timeout=30&deadline=120]"
     parts = urlsplit(spec)
@@ -95,10 +95,10 @@ def parse_address(spec: str) -> TritonAddress:
 
 
 def connect(address: TritonAddress) -> Any:
-    """Return a gRPC client; nothing is sent before it is asked something.
+    """Return a gRPC client; it connects at the first request.
 
     Raises:
-        BadInput: the file of certificates is not there.
+        BadInput: the certificate file is missing.
         MissingPart: tritonclient is not installed.
     """
     roots = os.environ.get(CERTIFICATES)
@@ -134,10 +134,10 @@ def load_grpc() -> Any:
 
 
 def token_headers(address: TritonAddress) -> dict[str, str]:
-    """Return the token in the environment as a header; empty without one.
+    """Return the token from the environment as a header; empty if no token is set.
 
     Raises:
-        BadInput: it would go to another machine unencrypted.
+        BadInput: the token would be sent unencrypted to another machine.
     """
     token = os.environ.get(TOKEN, "")
     if not token:

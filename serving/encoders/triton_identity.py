@@ -1,4 +1,4 @@
-"""Which encoder a Triton model is: what the server says, and what it makes of a known picture."""
+"""Identifies the encoder behind a Triton model, by the server's metadata and a reference image."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ MAX_PROBE_COSINE = 1e-3
 
 
 class NotReady(BadInput):
-    """The server is there, the model is not."""
+    """The server answers, but the model is not ready."""
 
 
 @dataclass(frozen=True)
@@ -35,11 +35,11 @@ class Served:
     """A model as the server describes it.
 
     Attributes:
-        manifest: of its encoder.
-        version: that answers.
-        max_batch: tiles per request.
-        precision: in which it computes.
-        probe: the known picture's embedding, base64 of float32.
+        manifest: the encoder's manifest.
+        version: the version that answers.
+        max_batch: maximum tiles per request.
+        precision: the model's precision.
+        probe: embedding of the reference image, base64 of float32.
     """
 
     manifest: Manifest
@@ -52,17 +52,17 @@ class Served:
 def read_identity(
     client: Any, address: TritonAddress, wanted: str, asking: dict[str, Any]
 ) -> Served:
-    """Ask the server what the model is.
+    """Read the model's identity from the server.
 
     Args:
-        client: of tritonclient.
-        address: of the model.
+        client: tritonclient's client.
+        address: the model's address.
         wanted: version, or "" for the newest that is loaded.
-        asking: headers and time limit of every question.
+        asking: headers and timeout of every request.
 
     Raises:
-        NotReady: no such model is ready; names those that are.
-        Mismatch: it does not say which encoder it is, or does not keep its contract.
+        NotReady: the model is not ready; the message names the models that are.
+        Mismatch: the model does not state its encoder, or does not match its contract.
     """
     model = address.model
     if not client.is_model_ready(model, wanted, **asking):
@@ -109,10 +109,10 @@ def _check_contract(about: Any, manifest: Manifest, where: str) -> None:
 
 
 def check_probe(served: Served, found: NDArray[np.float32], where: str) -> None:
-    """Compare the known picture's embedding (D,) with what the bundle makes of it.
+    """Compare the server's embedding of the reference image, (D,), with the bundle's.
 
     Raises:
-        Mismatch: they differ by more than half precision does: another graph stands behind the name.
+        Mismatch: they differ by more than half precision explains: the server runs another graph.
     """
     try:
         wanted = np.frombuffer(base64.b64decode(served.probe, validate=True), "<f4")
@@ -131,9 +131,9 @@ def check_probe(served: Served, found: NDArray[np.float32], where: str) -> None:
 
 
 def offers(client: Any, asking: dict[str, Any]) -> list[str]:
-    """Return the names of the models that are ready."""
+    """Return the names of the ready models."""
     try:
         index = client.get_model_repository_index(**asking)
         return sorted({m.name for m in index.models if m.state == "READY"})
-    except Exception:  # it only makes a message more helpful
+    except Exception:  # the names only improve an error message
         return []

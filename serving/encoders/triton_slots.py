@@ -1,4 +1,4 @@
-"""How a batch gets to a Triton server and its embeddings back: as gRPC messages, or by shared memory."""
+"""Transport of tiles and embeddings to and from a Triton server: gRPC messages or shared memory."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SHM = Path("/dev/shm")
 
 
 class Slot(Protocol):
-    """Room for one request at a time.
+    """Carries one request at a time.
 
     Attributes:
-        epoch: how often the server had been away when this slot last worked.
+        epoch: how often the server had been away when this slot last succeeded.
     """
 
     epoch: int
 
     def renew(self, client: Any, asking: dict[str, Any]) -> None:
-        """Take fresh shared memory and tell the server of it, if the slot has any.
+        """Allocate new shared memory and register it with the server, if the slot uses any.
 
-        Memory of a request that was given up is never used again: the server may still read it.
+        Memory of an abandoned request is never reused: the server may still read it.
         """
         ...
 
@@ -37,17 +37,17 @@ class Slot(Protocol):
         ...
 
     def close(self, client: Any) -> None:
-        """Give shared memory back."""
+        """Release shared memory."""
         ...
 
 
 class GrpcSlot:
-    """Tiles inside the message."""
+    """Sends tiles in gRPC messages."""
 
     epoch = 0
 
     def renew(self, client: Any, asking: dict[str, Any]) -> None:
-        """Nothing to tell."""
+        """Do nothing: there is no shared memory."""
 
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
         """See :class:`Slot`."""
@@ -60,19 +60,19 @@ class GrpcSlot:
         return np.asarray(answer.as_numpy(OUTPUT))
 
     def close(self, client: Any) -> None:
-        """Nothing to give back."""
+        """Do nothing: there is no shared memory."""
 
 
 class SharedSlot:
-    """Tiles and embeddings in memory that the server sees too: the host's, or a GPU's."""
+    """Passes tiles and embeddings in memory shared with the server, of the host or a GPU."""
 
     epoch = 0
 
     def __init__(self, number: int, batch: int, manifest: Manifest, cuda: bool) -> None:
-        """Plan room for one batch; :meth:`renew` takes it.
+        """Prepare for one batch; :meth:`renew` allocates the memory.
 
         Raises:
-            MissingPart: CUDA shared memory needs cuda-python.
+            MissingPart: CUDA shared memory needs cuda-python, which is not installed.
         """
         self._cuda = cuda
         self._dim = manifest.dim
@@ -85,7 +85,7 @@ class SharedSlot:
         """See :class:`Slot`.
 
         Raises:
-            Exception: there is no room, or the server does not see it.
+            Exception: there is no space, or the server cannot access the memory.
         """
         self.close(client)
         stem = f"histoseek-{os.getpid()}-{os.urandom(4).hex()}-{self._number}"
@@ -118,14 +118,14 @@ class SharedSlot:
         return np.array(self._memory.get_contents_as_numpy(target, np.float32, shape))
 
     def close(self, client: Any) -> None:
-        """See :class:`Slot`; a server that is gone has forgotten the region by itself."""
+        """See :class:`Slot`; a server that is gone needs no unregistering."""
         for name, handle in self._regions:
             try:
                 if self._cuda:
                     client.unregister_cuda_shared_memory(name, client_timeout=2)
                 else:
                     client.unregister_system_shared_memory(name, client_timeout=2)
-            except Exception:  # nobody to tell
+            except Exception:  # the server is gone
                 pass
             self._memory.destroy_shared_memory_region(handle)
             stopping.unmark(SHM / name)
@@ -148,7 +148,7 @@ def _module(cuda: bool) -> Any:
 
 
 def _fill(name: str, size: int) -> None:
-    """Take the region's pages now: a full /dev/shm is an error here, and a dead process later."""
+    """Allocate the region's pages now: a full /dev/shm is an error here, but kills the process later."""
     handle = os.open(SHM / name, os.O_RDWR)
     try:
         os.posix_fallocate(handle, 0, size)

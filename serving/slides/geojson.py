@@ -1,7 +1,7 @@
-"""GeoJSON as QuPath reads and writes it: annotations in, tissue outlines and tiles out.
+"""GeoJSON as QuPath reads and writes it: read annotations, write tissue outlines and tiles.
 
-QuPath shows the scanned area of a slide (``openslide.bounds-*``) with (0, 0) at its corner. Files are in
-that frame; everything else is in pixels of level 0, and :func:`moved` leads from one to the other.
+QuPath shows the scanned area of a slide (``openslide.bounds-*``) with (0, 0) at its corner. Files use
+these coordinates; everything else uses level-0 pixels, and :func:`moved` converts between the two.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ def read_annotations(path: Path, classes: Sequence[str] = ()) -> list[list[Ring]
 
     Args:
         path: a FeatureCollection, a Feature, or a list of Features.
-        classes: keep only annotations classified so; all when empty.
+        classes: keep only annotations of these classes; all when empty.
 
     Returns:
-        For each polygon its rings, (n, 2) of x, y in pixels as the file has them (QuPath's frame), outline
+        For each polygon its rings, (n, 2) of x, y in pixels in QuPath's coordinates as in the file, outline
         first, then holes.
 
     Raises:
-        BadInput: no such file, too large, no GeoJSON, or no polygon (of the classes) in it.
+        BadInput: the file is missing, too large or not GeoJSON, or holds no polygon (of the classes).
     """
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise BadInput(f"{path} is larger than {MAX_BYTES:,} bytes; export only the regions")
@@ -107,11 +107,11 @@ def _polygons(geometry: dict[str, Any]) -> list[list[Ring]]:
 
 
 def draw_mask(polygons: Sequence[Sequence[Ring]], size: tuple[int, int], down: float) -> Mask:
-    """Return True inside the polygons on a picture of (width, height), ``down`` times smaller."""
+    """Return True inside the polygons on an image of (width, height), ``down`` times smaller."""
     together = Image.new("1", size)
     whole = np.zeros((size[1], size[0]), dtype=bool)
     for rings in polygons:
-        holes = len(rings) > 1  # they must not be cut out of other polygons
+        holes = len(rings) > 1  # draw apart, so that the holes are not cut out of other polygons
         sheet = Image.new("1", size) if holes else together
         pen = ImageDraw.Draw(sheet)
         for number, ring in enumerate(rings):

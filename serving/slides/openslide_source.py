@@ -1,8 +1,8 @@
 """Slides through OpenSlide, with the tiles of plain TIFF pyramids decoded directly where that is exact.
 
-OpenSlide opens the file, names its levels and its scale, and reads whatever it likes best. For SVS and
-generic TIFF the same pixels come several times faster from the file's own segments; whether they are
-the same is tried on every level of every slide when it is opened.
+OpenSlide opens the file and reports its levels and scale. For SVS and generic TIFF, decoding the file's
+segments directly gives the same pixels several times faster; this is checked on every level of every
+slide when it is opened.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ _UNSUPPORTED = re.compile(
     re.IGNORECASE,
 )
 MAX_LOOK = 64_000_000
-"""Pixels of the coarsest level up to which it is looked at for what was scanned."""
+"""Maximum pixels of the coarsest level for which the scanned area is determined."""
 _DIRECT = {"aperio", "generic-tiff"}
 _NEAR = 1e-3
-"""Furthest from a whole pixel that a place on a level may lie and still be read directly."""
+"""Maximum distance of coordinates on a level from a whole pixel for a direct read."""
 
 
 class OpenSlideSource:
-    """OpenSlide, reopened after every error, because its handle is useless from then on."""
+    """OpenSlide, reopened after every error, because an error makes its handle unusable."""
 
     def __init__(self, path: Path, direct: bool = True) -> None:
         """Open a slide.
@@ -45,7 +45,7 @@ class OpenSlideSource:
             direct: decode TIFF segments directly where that gives OpenSlide's pixels.
 
         Raises:
-            BadInput: OpenSlide does not know it, or finds it damaged.
+            BadInput: OpenSlide does not know the format, or reports damage.
         """
         import openslide
 
@@ -84,7 +84,7 @@ class OpenSlideSource:
         return tuple(sorted(self._direct))
 
     def _open_directly(self) -> None:
-        """Find each level's page in the file, and keep those that give OpenSlide's pixels."""
+        """Find each level's page in the file, and keep the pages whose pixels equal OpenSlide's."""
         import tifffile
 
         try:
@@ -92,7 +92,7 @@ class OpenSlideSource:
                 whole = [page.aspage() for page in opened.pages]
                 pages = [page for page in whole if page.is_tiled]
                 levels = [self._level(pages, size) for _, size in self.levels]
-        except Exception:  # whatever tifffile cannot do, OpenSlide can
+        except Exception:  # OpenSlide can read what tifffile cannot
             return
         found = [(number, level) for number, level in enumerate(levels) if level is not None]
         if not found:
@@ -117,7 +117,7 @@ class OpenSlideSource:
         return level if decodes_exactly(level) else None
 
     def _same(self, pixels: TiffPixels, number: int, level: int) -> bool:
-        """Whether the middle segment of a level, or its first, comes out as OpenSlide reads it."""
+        """Whether the middle segment of a level, or its first, equals what OpenSlide reads."""
         at, down = pixels.levels[number], self.levels[level][0]
         left, top = at.across // 2 * at.tile_width, at.down // 2 * at.tile_height
         if _off(left * down) > _NEAR or _off(top * down) > _NEAR:
@@ -163,7 +163,7 @@ class OpenSlideSource:
     def _read_again(
         self, broken: Any, x: int, y: int, level: int, width: int, height: int
     ) -> Image.Image:
-        """Read by a handle of its own: the shared one may have failed at another thread's tile."""
+        """Read with a separate handle: the shared one may have failed on another thread's tile."""
         try:
             with self._reopened() as own:
                 picture: Image.Image = own.read_region((x, y), level, (width, height))
@@ -175,7 +175,7 @@ class OpenSlideSource:
             ) from error
         finally:
             with self._lock:
-                if self._slide is broken:  # who still reads by it may end
+                if self._slide is broken:  # threads that still use the old handle may finish
                     self._slide = self._reopened()
 
     def _reopened(self) -> Any:
@@ -213,7 +213,7 @@ class OpenSlideSource:
 
 
 def _why(path: Path, error: Exception) -> str:
-    """Say why OpenSlide cannot open a file: a kind that it does not read, or damage."""
+    """Return why OpenSlide cannot open a file: an unsupported format, or damage."""
     if _UNSUPPORTED.search(str(error)):
         return (
             f"{path} is of a kind that OpenSlide does not read ({error}); convert it to 8-bit RGB in a "
@@ -223,5 +223,5 @@ def _why(path: Path, error: Exception) -> str:
 
 
 def _off(value: float) -> float:
-    """Return how far a place lies from the next whole pixel."""
+    """Return the distance of a coordinate from the nearest whole pixel."""
     return abs(value - round(value))

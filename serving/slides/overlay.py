@@ -1,4 +1,4 @@
-"""A picture per slide of what was embedded: the tissue outlined, the tiles drawn, the numbers below."""
+"""An image per slide that shows what was embedded: tissue outlines, tiles, and a caption with numbers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def draw_overlay(grid: Grid, polygons: Sequence[Sequence[Ring]], caption: str) -
     """Return the thumbnail with tissue outlines (green) and tiles (blue), and a caption below.
 
     Args:
-        grid: of the slide.
+        grid: the slide's tiles and thumbnail.
         polygons: tissue outlines in level-0 pixels.
         caption: one line.
     """

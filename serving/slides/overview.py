@@ -1,4 +1,4 @@
-"""The whole slide as one small picture, and what every slide is read through."""
+"""The interface for reading slides, and the whole slide as one small image."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from ...errors import BadInput
 MAX_OVERVIEW = 4_000_000_000
 SMALLEST_PX = 128
 UNREADABLE = "#ff00ff"
-"""Colour of unreadable places on a thumbnail. It counts as tissue, so that the tiles there are tried,
-and recorded as unreadable, instead of vanishing as background."""
+"""Colour of unreadable areas on a thumbnail. It counts as tissue, so that the tiles there are read and
+recorded as unreadable instead of being dropped as background."""
 
 
 class Source(Protocol):
-    """What a slide is read through; safe to use from several threads.
+    """Reads the pixels of a slide; safe to use from several threads.
 
     Attributes:
         levels: downsample and (width, height) of each level, finest first.
-        properties: what the file says, under OpenSlide's names (``openslide.mpp-x``, …).
-        block_px: width and height of the blocks in which a whole level is best read.
+        properties: the file's metadata, under OpenSlide's names (``openslide.mpp-x``, …).
+        block_px: width and height of the blocks in which a whole level is read fastest.
     """
 
     levels: tuple[tuple[float, tuple[int, int]], ...]
@@ -40,20 +40,20 @@ class Source(Protocol):
         Args:
             places: left and top of each region in level-0 pixels.
             level: number of the level.
-            out: (N, height, width, 3), sizes in pixels of the level; filled with RGB, and with the
-                background beyond the slide. What cannot be read is left as it was.
+            out: (N, height, width, 3), sizes in pixels of the level; filled with RGB, outside the slide
+                with the background colour. Unreadable regions are left unchanged.
 
         Returns:
-            By number of the place why it cannot be read; empty if all was well.
+            The error of each unreadable region, by its index in ``places``; empty if all were read.
         """
         ...
 
     def scanned(self) -> NDArray[np.bool_] | None:
-        """Return True where anything was scanned, (H, W) over the whole slide; None if all of it was."""
+        """Return True where the slide was scanned, (H, W) over the whole slide; None if everywhere."""
         ...
 
     def forget(self) -> None:
-        """Free what is kept for neighbouring regions."""
+        """Free the pixels cached for neighbouring regions."""
         ...
 
     def close(self) -> None:
@@ -62,7 +62,7 @@ class Source(Protocol):
 
 
 class _Overview:
-    """A whole level, averaged down block by block, so that memory does not grow with the slide."""
+    """A whole level, downsampled block by block, so that memory use does not depend on the slide's size."""
 
     def __init__(self, source: Source, level: int) -> None:
         self._source, self._level = source, level
@@ -81,7 +81,7 @@ class _Overview:
         return small
 
     def _block(self, left: int, top: int, width: int, height: int) -> Image.Image:
-        """Read a block; where that fails, its quarters, down to 128 pixels; the rest is painted."""
+        """Read a block; if that fails, its quarters, down to 128 pixels; paint what remains unreadable."""
         downsample = self._source.levels[self._level][0]
         place = round(left * downsample), round(top * downsample)
         found = np.empty((1, height, width, 3), dtype=np.uint8)
@@ -103,12 +103,12 @@ def overview(source: Source, longest: int, path: Path) -> Image.Image:
     """Return the whole slide in RGB, at most ``longest`` pixels on its longer side.
 
     Args:
-        source: of the slide.
-        longest: pixels of the longer side, at most.
-        path: what messages call the slide.
+        source: reads the slide.
+        longest: maximum pixels of the longer side.
+        path: the slide's path, for messages.
 
     Raises:
-        BadInput: no part of it can be read, or its smallest usable level is too large.
+        BadInput: no part of the slide can be read, or its smallest usable level is too large.
     """
     wanted = max(1.0, max(source.levels[0][1]) / longest)
     level = max(n for n, (down, _) in enumerate(source.levels) if n == 0 or down <= wanted)

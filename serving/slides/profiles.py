@@ -1,7 +1,7 @@
-"""The colour profile (ICC) of a slide: found, named, and recorded with whether it was applied.
+"""The colour profile (ICC) of a slide: its name, and whether it was applied.
 
-Pixels of slides stay as they are stored, as OpenSlide gives them and as TRIDENT, CLAM and others embed
-them. The profile of a plain picture is converted to sRGB when the picture is decoded.
+Pixels of slides are not converted: OpenSlide returns them as stored, and TRIDENT, CLAM and others embed
+them so. A plain image with a profile is converted to sRGB when it is decoded.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ ICC = "histoseek.icc-profile"
 """Property of a slide: the name of its colour profile."""
 
 APPLIED = "histoseek.icc-applied"
-"""Property of a slide whose pixels were converted by its profile to sRGB."""
+"""Property of a slide: its pixels were converted to sRGB with its profile."""
 
 _TAG = "InterColorProfile"
 
@@ -24,7 +24,7 @@ def of_openslide(slide: Any) -> dict[str, str]:
     try:
         found = slide.color_profile
         profile = None if found is None else found.tobytes()
-    except Exception:  # there is one, and it is damaged in one of many ways
+    except Exception:  # a profile exists, but it is damaged
         return {ICC: "unnamed"}
     name = profile_name(profile)
     return {} if name is None else {ICC: name}
@@ -38,10 +38,10 @@ def of_page(page: Any) -> dict[str, str]:
 
 
 def of_picture(name: str | None) -> dict[str, str]:
-    """Return the properties of a plain picture with a profile of that name, which was applied."""
+    """Return the properties of a plain image to which the profile of that name was applied."""
     return {} if name is None else {ICC: name, APPLIED: "yes"}
 
 
 def about_profile(properties: dict[str, str]) -> dict[str, Any]:
-    """Return what a feature file says: ``icc_profile`` (name or None) and ``icc_applied``."""
+    """Return the entries for a feature file: ``icc_profile`` (name or None) and ``icc_applied``."""
     return {"icc_profile": properties.get(ICC), "icc_applied": APPLIED in properties}

@@ -1,4 +1,4 @@
-"""Micrometres per pixel of a slide: what people say, else what its file says, else what is assumed."""
+"""Micrometres per pixel of a slide: supplied by the user, else from its file, else assumed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from ...errors import BadInput
 from .tiff_source import BY_TAG
 
 PRINT_MPP = 10.0
-"""A coarser scale that only a TIFF's resolution tags name is that of a print, not of a microscope."""
+"""µm per pixel; a coarser scale from TIFF resolution tags alone is taken for a print resolution."""
 SQUARE = 1.05
-"""Ratio of a pixel's sides up to which it counts as square."""
+"""Maximum ratio of a pixel's sides for it to count as square."""
 SAME = 0.01
-"""Relative difference up to which two values of µm per pixel are the same."""
+"""Maximum relative difference at which two values of µm per pixel count as equal."""
 
 Sides = tuple[float, float]
 
@@ -22,9 +22,9 @@ class Scale(NamedTuple):
     """The scale of a slide.
 
     Attributes:
-        mpp: micrometres per pixel of level 0; None if nobody says.
+        mpp: micrometres per pixel of level 0; None if unknown.
         said_by: ``file``, ``stated``, ``assumed`` or None.
-        notes: which other value was overruled.
+        notes: which other value was overridden.
     """
 
     mpp: float | None
@@ -33,7 +33,7 @@ class Scale(NamedTuple):
 
 
 def sides_of(properties: dict[str, str]) -> Sides | None:
-    """Return width and height of a pixel in µm as the file says; None if it says nothing usable."""
+    """Return width and height of a pixel in µm from the file; None if it holds no usable value."""
     try:
         sides = float(properties["openslide.mpp-x"]), float(properties["openslide.mpp-y"])
     except (KeyError, ValueError):
@@ -44,7 +44,7 @@ def sides_of(properties: dict[str, str]) -> Sides | None:
 
 
 def is_of_a_print(sides: Sides | None, properties: dict[str, str]) -> bool:
-    """Whether a file's scale is only that of a print, by its resolution tags (300 dpi = 85 µm)."""
+    """Whether a file's scale is a print resolution from its TIFF resolution tags (300 dpi = 85 µm)."""
     return sides is not None and BY_TAG in properties and max(sides) > PRINT_MPP
 
 
@@ -55,17 +55,17 @@ def choose_mpp(
     assume_mpp: float | None,
     stated_mpp: float | None,
 ) -> Scale:
-    """Choose between what is said of a slide's scale.
+    """Choose a slide's scale from the file, the user and the assumption.
 
     Args:
-        path: of the slide, for messages.
-        sides: of a pixel, as the file says.
-        of_a_print: whether the file's value gives way to an assumption.
-        assume_mpp: for files that do not say.
-        stated_mpp: what a person says of this very slide; wins over the file.
+        path: the slide's path, for messages.
+        sides: width and height of a pixel in µm, from the file.
+        of_a_print: the file's value is a print resolution, and an assumption overrides it.
+        assume_mpp: value for files without a scale.
+        stated_mpp: value that the user supplied for this slide; overrides the file.
 
     Raises:
-        BadInput: the file says that its pixels are not square, and nobody says otherwise.
+        BadInput: the file's pixels are not square, and the user supplied no value.
     """
     said = "" if sides is None else f"{sides[0]:.4g} x {sides[1]:.4g}"
     if stated_mpp is not None:

@@ -1,4 +1,4 @@
-"""Slides: whole-slide files through OpenSlide, and plain pictures, read as tiles at a wanted mpp."""
+"""Slides: whole-slide files and plain images, read as tiles at a requested mpp."""
 
 from __future__ import annotations
 
@@ -24,31 +24,31 @@ from .tissue import Mask, tissue_mask, tissue_share
 
 THUMBNAIL_PX = 2048
 MIN_SCALE = 0.4
-"""Least ratio of wanted to given µm per pixel: 20x tiles from a 10x slide are the limit."""
+"""Minimum ratio of requested to available µm per pixel; allows 20x tiles from a 10x slide (ratio 0.5)."""
 
 MAX_SIDE = 32_768
 MAX_PLACES = 20_000_000
 BLOCK_TILES = (8, 8)
 MAX_READ = 64 * 2**20
-"""Bytes that are read at once before they are resampled."""
+"""Maximum bytes read at once before resampling."""
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The tiles of a slide that hold tissue.
+    """The tiles of a slide that contain tissue.
 
     Attributes:
-        coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, in blocks of 8 x 8 tiles, so
-            that tiles that are read together lie together.
-        width: of the slide in level-0 pixels.
+        coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, ordered in blocks of 8 x 8
+            tiles, so that tiles read together are neighbours.
+        width: width of the slide in level-0 pixels.
         size_px_level0: side of a tile in level-0 pixels.
-        bounds: left, top, width and height of the scanned area, or None where the file names none.
+        bounds: left, top, width and height of the scanned area; None if the file does not state it.
         mpp: micrometres per pixel of level 0.
         target_mpp: micrometres per pixel of the tiles.
-        size_px: side of a tile in its own pixels.
-        overlap_px: overlap of neighbours in the tile's own pixels.
-        candidates: number of grid places before the tissue mask.
-        tissue: share of the slide that the mask calls tissue.
+        size_px: side of a tile in tile pixels.
+        overlap_px: overlap of neighbours in tile pixels.
+        candidates: number of tiles before the tissue mask is applied.
+        tissue: share of the slide that is tissue according to the mask.
         thumbnail: (H, W, 3), of the whole slide.
         mask: (H, W), True where the thumbnail shows tissue.
     """
@@ -73,7 +73,7 @@ class Grid:
 
     @property
     def origin(self) -> tuple[int, int]:
-        """Left and top of QuPath's picture of the slide, in level-0 pixels."""
+        """Left and top of the area that QuPath shows, in level-0 pixels."""
         return self.bounds[:2] if self.bounds is not None else (0, 0)
 
 
@@ -82,14 +82,14 @@ class Slide:
 
     Attributes:
         path: the file.
-        width: of level 0, in pixels.
-        height: of level 0, in pixels.
-        mpp: micrometres per pixel of level 0, or None if nobody says.
+        width: width of level 0, in pixels.
+        height: height of level 0, in pixels.
+        mpp: micrometres per pixel of level 0, or None if unknown.
         mpp_from: ``file``, ``stated``, ``assumed`` or None.
-        bounds: left, top, width and height of the area that was scanned, in level-0 pixels, where the
-            file says (.mrxs, .scn, .bif); QuPath shows this area only, with (0, 0) at its corner.
+        bounds: left, top, width and height of the scanned area, in level-0 pixels, if the file states it
+            (.mrxs, .scn, .bif); QuPath shows only this area, with (0, 0) at its corner.
         objective: nominal magnification, or None.
-        notes: what the file says and a person overruled, or the other way round.
+        notes: which value overrode which: the user's or the file's.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class Slide:
 
         Args:
             path: the file.
-            assume_mpp: micrometres per pixel to take where the file does not say.
-            stated_mpp: micrometres per pixel that a person says of this very slide; wins over the file.
-            series: number of the picture of a TIFF that is the slide; found if left out.
+            assume_mpp: micrometres per pixel for files without a scale.
+            stated_mpp: micrometres per pixel that the user supplied for this slide; overrides the file.
+            series: index of the TIFF image that is the slide; detected when None.
 
         Raises:
-            BadInput: missing, empty, not readable, or with pixels that are not square.
+            BadInput: the file is missing, empty or unreadable, or its pixels are not square.
         """
         if not path.exists():
             raise BadInput(f"{path} does not exist; check the path")
@@ -153,14 +153,14 @@ class Slide:
 
     @property
     def colour_profile(self) -> dict[str, Any]:
-        """``icc_profile``, its name or None, and ``icc_applied``."""
+        """``icc_profile`` (its name or None) and ``icc_applied``."""
         return about_profile(self._source.properties)
 
     def require_mpp(self) -> float:
         """Return the slide's mpp.
 
         Raises:
-            BadInput: the file does not say and none was assumed.
+            BadInput: the file has no scale and none was assumed.
         """
         if self.mpp is None:
             raise BadInput(
@@ -184,18 +184,19 @@ class Slide:
     ) -> Grid:
         """Lay tiles over the slide and keep those with enough tissue.
 
-        Tiles at the right and bottom border that do not fit whole are left out, and so are tiles that
-        lie wholly outside what was scanned; a slide smaller than one tile gives none.
+        Tiles that cross the right or bottom border are left out, and so are tiles that lie wholly
+        outside the scanned area; a slide smaller than one tile gives none.
 
         Args:
             size_px: side of a tile.
             target_mpp: micrometres per pixel of the tiles.
             overlap_px: overlap of neighbours, in tile pixels.
-            min_tissue: least share of tissue in a tile.
-            regions: polygons in level-0 pixels that count as tissue, instead of what is found.
+            min_tissue: minimum share of tissue in a tile.
+            regions: polygons in level-0 pixels that replace tissue detection.
 
         Raises:
-            BadInput: no mpp, too coarse a slide, too many tiles, or pixels that cannot be read.
+            BadInput: the mpp is unknown, the slide is too coarse, there are too many tiles, or pixels
+                cannot be read.
         """
         mpp = self.require_mpp()
         scale = target_mpp / mpp
@@ -255,7 +256,7 @@ class Slide:
             )
 
     def _scanned(self, coords: NDArray[np.int64], side: int) -> NDArray[np.int64]:
-        """Return the places of tiles, (N, 2), that hold anything that was scanned."""
+        """Return the coordinates, (N, 2), of tiles that overlap the scanned area."""
         if self.bounds is None or not len(coords):
             return coords
         left, top, width, height = self.bounds
@@ -274,7 +275,7 @@ class Slide:
         """Read one tile; see :meth:`read_tiles`.
 
         Raises:
-            BadInput: it cannot be decoded.
+            BadInput: the tile cannot be decoded.
         """
         tile = np.empty((1, size_px, size_px, 3), dtype=np.uint8)
         failed = self.read_tiles([(x, y)], size_px_level0, tile)
@@ -286,11 +287,11 @@ class Slide:
     def read_tiles(
         self, places: Sequence[tuple[int, int]], size_px_level0: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
-        """Read squares at level-0 places and resample them to the size of ``out``.
+        """Read squares at level-0 coordinates and resample them to the size of ``out``.
 
-        What lies beyond the slide has the slide's background colour. The best level is the smallest
-        that is still at least as fine as wanted, so that pixels are averaged, never invented, unless
-        the slide itself is coarser. Neighbouring places in one call share what is decoded.
+        Pixels outside the slide get the slide's background colour. The level used is the coarsest one
+        that is still at least as fine as requested, so pixels are downsampled; they are upsampled only
+        if the slide itself is coarser. Neighbouring tiles in one call share decoded segments.
 
         Args:
             places: left and top of each tile in level-0 pixels.
@@ -298,7 +299,7 @@ class Slide:
             out: (N, size_px, size_px, 3), filled.
 
         Returns:
-            By number of the place why it cannot be read; empty if all was well.
+            The error of each unreadable tile, by its index in ``places``; empty if all were read.
         """
         size_px = out.shape[1]
         wanted = size_px_level0 / size_px
@@ -341,7 +342,7 @@ def _resample(tile: Rgb, size_px: int) -> Rgb:
 def _bounds(
     properties: dict[str, str], width: int, height: int
 ) -> tuple[int, int, int, int] | None:
-    """Return left, top, width and height of the scanned area, cut to the slide."""
+    """Return left, top, width and height of the scanned area, clipped to the slide."""
     try:
         left, top, across, down = (
             int(properties[f"openslide.bounds-{key}"]) for key in ("x", "y", "width", "height")
@@ -359,7 +360,7 @@ def open_slide(
     stated_mpp: float | None = None,
     series: int | None = None,
 ) -> Slide:
-    """Open a slide; every failure is an error of ours that names the file."""
+    """Open a slide; every failure becomes a HistoseekError that names the file."""
     try:
         return Slide(path, assume_mpp, stated_mpp, series)
     except HistoseekError:

@@ -1,4 +1,4 @@
-"""Opening a slide by what can read it: OpenSlide, tifffile or the decoder of plain pictures."""
+"""Opening a slide with the reader for its format: OpenSlide, tifffile, or the plain image decoder."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ MAX_SLIDE_PICTURE = 170_000_000
 
 
 class PictureSource:
-    """A plain picture as a slide of one level, held in memory."""
+    """A plain image as a slide with one level, held in memory."""
 
     def __init__(self, path: Path) -> None:
-        """Decode the picture."""
+        """Decode the image."""
         self._picture = decode(path, max_pixels=MAX_SLIDE_PICTURE)
         height, width = self._picture.shape[:2]
         self.levels: tuple[tuple[float, tuple[int, int]], ...] = ((1.0, (width, height)),)
@@ -59,10 +59,10 @@ class PictureSource:
         return {}
 
     def scanned(self) -> None:
-        """All of it was; see :class:`~histoseek.serving.slides.overview.Source`."""
+        """Return None: everywhere; see :class:`~histoseek.serving.slides.overview.Source`."""
 
     def forget(self) -> None:
-        """Nothing is kept but the picture itself."""
+        """Do nothing: only the image itself is kept."""
 
     def close(self) -> None:
         """Free the pixels."""
@@ -70,17 +70,18 @@ class PictureSource:
 
 
 def open_source(path: Path, series: int | None = None) -> Source:
-    """Open a file by OpenSlide if that knows it, else as TIFF, else as a plain picture.
+    """Open a file with OpenSlide if it knows the format, else as TIFF, else as a plain image.
 
-    OME-TIFF always goes to tifffile: OpenSlide reads some, but neither their scale nor their pyramid. So
-    does a TIFF in which OpenSlide takes a small first picture (a label, a macro) for the slide.
+    tifffile always reads OME-TIFF: OpenSlide reads some of them, but neither their scale nor their
+    pyramid. tifffile also reads a TIFF in which OpenSlide would take a small first image (a label, a
+    macro) for the slide.
 
     Args:
         path: the file.
-        series: number of the picture of a TIFF that is the slide; found if left out.
+        series: index of the TIFF image that is the slide; detected when None.
 
     Raises:
-        BadInput: none can read it.
+        BadInput: no reader can open the file.
     """
     if series is not None:
         return TiffSource(path, series)
@@ -115,14 +116,14 @@ def open_source(path: Path, series: int | None = None) -> Source:
 
 
 def _by_tifffile(path: Path) -> Source:
-    """Open a TIFF that OpenSlide knows and cannot read, such as one of another compression."""
+    """Open a TIFF that OpenSlide recognises but cannot read, such as one with another compression."""
     try:
         return TiffSource(path, the_slide(path))
     except BadInput as error:
         try:
             return OpenSlideSource(path)
         except BadInput as other:
-            # what tifffile knows to be unsupported is the better reason; of damage OpenSlide knows more
+            # tifffile reports unsupported formats better, OpenSlide reports damage better
             raise (other if isinstance(error, BrokenFile) else error) from other
 
 
@@ -133,11 +134,11 @@ def is_openslide(path: Path) -> bool:
     try:
         return openslide.OpenSlide.detect_format(str(path)) is not None
     except openslide.OpenSlideError:
-        return True  # it knows the format and found a fault, which opening will tell
+        return True  # the format is known but the file has a fault; opening it reports the fault
 
 
 def is_slide(path: Path) -> bool:
-    """Whether a file is a slide: by its name, by what OpenSlide says of a TIFF or CZI, or a DICOM file."""
+    """Whether a file is a slide: by its name, by OpenSlide for TIFF and CZI, or as a DICOM file."""
     suffix = path.suffix.lower()
     if suffix in SLIDE_SUFFIXES:
         return True

@@ -1,7 +1,7 @@
-"""What the pixels of a TIFF mean: bits, samples and colours, by the file's own tags, whoever reads them.
+"""Checks bit depth, channels and colours of a TIFF by its tags, whichever library reads the pixels.
 
-OpenSlide and libtiff convert what they can without a word: of 16 bits they keep the upper 8, of several
-channels the first, and CMYK becomes some RGB. A slide of that kind must be refused instead.
+OpenSlide and libtiff convert pixels silently: they keep the upper 8 of 16 bits and the first of several
+channels, and turn CMYK into some RGB. Such a slide must be refused instead.
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ _MAGIC = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
 _UNSIGNED = 1
 _WHITE_IS_ZERO, _GREY, _RGB, _PALETTE, _YCBCR = 0, 1, 2, 3, 6
 COLOURS = {(_RGB, 3), (_RGB, 4), (_YCBCR, 3), (_GREY, 1), (_WHITE_IS_ZERO, 1), (_PALETTE, 1)}
-"""Photometric interpretation and samples that have one reading as RGB."""
+"""Pairs of photometric interpretation and samples per pixel that convert to RGB unambiguously."""
 
 _REDUCED, _MASK = 1, 4
 _JPEG = {6, 7}
 _JPEG_2000 = {33003, 33004, 33005, 34712}
 _HEAD = 64 * 1024
-"""Bytes of a segment in which its header must lie."""
+"""Bytes at the start of a segment that must contain its header."""
 
 
 def check_page(page: Any, path: Path) -> None:
-    """Check that a page has one reading as 8-bit RGB.
+    """Check that a page converts to 8-bit RGB unambiguously.
 
     Args:
-        page: tifffile's TiffPage; its file is open.
-        path: for messages.
+        page: tifffile's TiffPage, with its file open.
+        path: the file's path, for messages.
 
     Raises:
         BadInput: more than 8 bits, signed or floating-point numbers, other channels or colours.
@@ -63,14 +63,14 @@ def check_page(page: Any, path: Path) -> None:
 
 
 def check_source(path: Path, source: Source) -> None:
-    """Check every level of a TIFF slide that OpenSlide opened; what others opened is checked there.
+    """Check every level of a TIFF slide that OpenSlide opened; the other readers make their own checks.
 
     Args:
         path: the file.
-        source: through which it is read.
+        source: reads the file.
 
     Raises:
-        BadInput: a level that has no single reading as 8-bit RGB.
+        BadInput: a level does not convert to 8-bit RGB unambiguously.
     """
     vendor = source.properties.get("openslide.vendor")
     if vendor is None or not path.is_file() or _magic(path) not in _MAGIC:
@@ -85,7 +85,7 @@ def check_source(path: Path, source: Source) -> None:
                 check_page(page, path)
     except HistoseekError:
         raise
-    except Exception as error:  # OpenSlide reads some files whose tags tifffile cannot
+    except Exception as error:  # OpenSlide reads some files whose tags tifffile cannot parse
         LOG.warning(
             "%s: its bits per channel could not be checked (%s: %s)",
             path,
@@ -95,9 +95,9 @@ def check_source(path: Path, source: Source) -> None:
 
 
 def _levels(pages: Sequence[Any], sizes: Sequence[tuple[int, int]], vendor: str) -> list[Any]:
-    """Return the pages that hold levels; all tiled ones where no page is as large as a level."""
+    """Return the pages that hold levels; all tiled pages if no page is as large as a level."""
     drawn = [page for page in pages if not int(page.subfiletype) & _MASK]
-    if vendor == "generic-tiff":  # OpenSlide takes the first page, and smaller copies of it
+    if vendor == "generic-tiff":  # OpenSlide takes the first page and its downsampled copies
         drawn = [p for n, p in enumerate(drawn) if n == 0 or int(p.subfiletype) & _REDUCED]
     fitting = [page for page in drawn if (page.imagewidth, page.imagelength) in set(sizes)]
     return fitting or [page for page in drawn if page.is_tiled]
@@ -109,12 +109,12 @@ def _magic(path: Path) -> bytes:
 
 
 def _numbers(value: Any) -> tuple[int, ...]:
-    """Return a tag of one number, or of one per sample, as numbers."""
+    """Return the numbers of a tag that holds one number, or one per sample."""
     return tuple(int(v) for v in value) if isinstance(value, tuple) else (int(value),)
 
 
 def _stored_bits(page: Any) -> int:
-    """Return the bits per channel that the first stored segment itself names; 0 if it names none."""
+    """Return the bits per channel in the header of the first stored segment; 0 if it has none."""
     compression = int(page.compression)
     if compression not in _JPEG | _JPEG_2000:
         return 0
@@ -128,7 +128,7 @@ def _stored_bits(page: Any) -> int:
 
 
 def _jpeg_2000_bits(head: bytes) -> int:
-    """Return the bits of the deepest component by the marker SIZ of a JPEG 2000 codestream."""
+    """Return the bits of the deepest component from the SIZ marker of a JPEG 2000 codestream."""
     at = head.find(b"\xff\x4f\xff\x51")
     if at < 0 or len(head) < at + 42:
         return 0
@@ -138,7 +138,7 @@ def _jpeg_2000_bits(head: bytes) -> int:
 
 
 def _jpeg_bits(head: bytes) -> int:
-    """Return the precision by the marker SOF of a JPEG."""
+    """Return the precision in bits from the SOF marker of a JPEG."""
     at = 2
     while at + 5 <= len(head) and head[at] == 0xFF:
         marker = head[at + 1]

@@ -1,7 +1,7 @@
-"""Pixels of tiled TIFF files, decoded segment by segment without OpenSlide, and equal to its pixels.
+"""Pixels of tiled TIFF files, decoded segment by segment without OpenSlide, equal to OpenSlide's.
 
-A segment is a TIFF tile or strip. JPEG goes through libjpeg-turbo (simplejpeg), which reports damaged
-data as OpenSlide does; every other compression through tifffile and imagecodecs.
+A segment is a TIFF tile or strip. libjpeg-turbo (simplejpeg) decodes JPEG and reports damaged data as
+OpenSlide does; tifffile and imagecodecs decode every other compression.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ from .tiff_depth import check_page
 
 MAX_SEGMENT_PX = 64_000_000
 CACHE_BYTES = 64 * 2**20
-"""Decoded segments kept per file: about one row of segments across a large slide, so that the tiles
-below need not decode them again."""
+"""Bytes of decoded segments cached per file: about one row of segments across a large slide, so that
+the next row of tiles need not decode them again."""
 
 _JPEG = 7
 _RGB, _YCBCR, _GREY = 2, 6, 1
 _LOSSLESS = {1, 5, 8, 32773, 32946, 34925, 50000}
-"""Compressions with one possible result: none, LZW, Deflate, PackBits, LZMA, Zstandard."""
+"""Lossless compressions: none, LZW, Deflate, PackBits, LZMA, Zstandard."""
 
 _WITH_HEADER = {33003, 33004, 33005, 34712, 34927, 34933, 50001}
-"""JPEG 2000, WebP, PNG: they say their size themselves, which is looked at before they are decoded."""
+"""JPEG 2000, WebP, PNG: their header holds the size, which is checked before decoding."""
 
 _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-"""A JPEG marker that says: three components, and they are red, green and blue."""
+"""A JPEG marker for three components that are red, green and blue."""
 
 
 @dataclass(frozen=True)
 class Level:
-    """One picture of a pyramid, and where its segments lie in the file.
+    """One level of a pyramid, and the position of its segments in the file.
 
     Attributes:
-        width: in pixels.
-        height: in pixels.
-        tile_width: of a segment.
-        tile_height: of a segment.
+        width: width in pixels.
+        height: height in pixels.
+        tile_width: width of a segment in pixels.
+        tile_height: height of a segment in pixels.
         page: tifffile's page.
-        planes: 3 if the file keeps red, green and blue apart, else 1.
-        alpha: what a fourth channel is: ``over`` (laid over white), ``premultiplied`` or "" (nothing).
+        planes: 3 if the file stores red, green and blue in separate planes, else 1.
+        alpha: meaning of a fourth channel: ``over`` (blended over white), ``premultiplied`` or "" (none).
     """
 
     width: int
@@ -80,10 +80,10 @@ def level_of(page: Any, path: Path) -> Level:
 
     Args:
         page: tifffile's TiffPage.
-        path: for messages.
+        path: the file's path, for messages.
 
     Raises:
-        BadInput: pixels that have no single reading as 8-bit RGB, or segments that do not fit.
+        BadInput: the pixels do not convert to 8-bit RGB unambiguously, or the segments do not fit.
     """
     width, height = int(page.imagewidth), int(page.imagelength)
     samples, photometric = int(page.samplesperpixel), int(page.photometric)
@@ -135,7 +135,7 @@ class TiffPixels:
     """Regions of the levels of one TIFF file; safe to use from several threads."""
 
     def __init__(self, path: Path, levels: Sequence[Level]) -> None:
-        """Open the file for reading by place; it is closed at the latest when nobody needs it."""
+        """Open the file for random access; it is closed at the latest when this object is freed."""
         self._path = path
         self.levels = tuple(levels)
         self._file = os.open(path, os.O_RDONLY)
@@ -145,8 +145,8 @@ class TiffPixels:
         self._lock = threading.Lock()
 
     def close(self) -> None:
-        """Close the file, and forget what was decoded."""
-        self._file = -1  # its number may soon be another file's
+        """Close the file, and free the decoded segments."""
+        self._file = -1  # the system may reuse the descriptor for another file
         self._closer()
         self.forget()
 
@@ -159,15 +159,15 @@ class TiffPixels:
     def squares(
         self, level: int, places: Sequence[tuple[int, int]], out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
-        """Read regions of one size; each segment that they share is decoded once.
+        """Read regions of one size; a shared segment is decoded once.
 
         Args:
             level: number of the level.
             places: left and top of each region, in pixels of the level.
-            out: (N, height, width, 3), filled; white beyond the picture.
+            out: (N, height, width, 3), filled; white outside the image.
 
         Returns:
-            By number of the place why it cannot be read; empty if all was well.
+            The error of each unreadable region, by its index in ``places``; empty if all were read.
         """
         at = self.levels[level]
         height, width = out.shape[1:3]
@@ -219,10 +219,10 @@ class TiffPixels:
         return pixels
 
     def segment(self, level: Level, number: int) -> Rgb:
-        """Decode one segment, cut at the picture's border, (h, w, 3).
+        """Decode one segment, clipped to the image, (h, w, 3).
 
         Raises:
-            BadInput: it is missing or damaged; says where.
+            BadInput: the segment is missing or damaged; the message says where.
         """
         row, column = divmod(number, level.across)
         high = min(level.tile_height, level.height - row * level.tile_height)
@@ -277,7 +277,7 @@ class TiffPixels:
 
 
 def _check_size(level: Level, blob: bytes) -> None:
-    """Refuse a segment that says that it is larger than its place."""
+    """Refuse a segment whose header states a larger size than a segment has."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with Image.open(io.BytesIO(blob)) as header:
@@ -287,7 +287,7 @@ def _check_size(level: Level, blob: bytes) -> None:
 
 
 def _rgb(pixels: NDArray[np.uint8], alpha: str) -> Rgb:
-    """Return RGB of grey, RGB or RGBA; alpha is laid over white, a channel that says nothing left out."""
+    """Return RGB from grey, RGB or RGBA; alpha is blended over white, an unspecified channel dropped."""
     if pixels.shape[2] == 1:
         return np.repeat(pixels, 3, axis=2)
     if pixels.shape[2] == 4 and alpha:
@@ -302,9 +302,9 @@ def _rgb(pixels: NDArray[np.uint8], alpha: str) -> Rgb:
 
 
 def decodes_exactly(level: Level) -> bool:
-    """Whether a level is stored so that our decoders and OpenSlide's can give but one result.
+    """Whether our decoders and OpenSlide's always give the same pixels for this level's compression.
 
-    A level with empty segments is not: OpenSlide fills them in its own way.
+    False for a level with empty segments: OpenSlide fills them differently.
     """
     known = int(level.page.compression) in {_JPEG, *_LOSSLESS}
     return known and all(level.page.databytecounts) and level.planes == 1

@@ -1,4 +1,4 @@
-"""Which of several pictures of a TIFF is the slide: neither a label, nor a macro, nor a thumbnail."""
+"""Finds which of several images in a TIFF is the slide, not a label, macro or thumbnail."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from .tiff_source import TiffSource, open_tiff
 from .tissue import tissue_mask
 
 RIVAL = 0.5
-"""Share of the largest picture's area from which another one could be the slide too."""
+"""Minimum share of the largest image's area for another image to be a candidate for the slide."""
 LOOK_PX = 512
 
 
 def the_slide(path: Path) -> int:
-    """Return the number of the picture of a TIFF that is the slide.
+    """Return the index of the TIFF image that is the slide.
 
-    It is the largest picture, if every other one has less than half of its area; else the only one of
-    the large pictures that shows tissue. A file that cannot be read has the number 0: opening it says why.
+    It is the largest image, if every other one has less than half of its area; else the only one of the
+    large images that shows tissue. Returns 0 for an unreadable file: opening it reports the error.
 
     Raises:
-        BadInput: several pictures could be the slide; names them and the option that chooses.
+        BadInput: several images could be the slide; the message lists them and names the option that
+            chooses one.
     """
     try:
         with open_tiff(path) as opened:
@@ -49,7 +50,7 @@ def the_slide(path: Path) -> int:
 
 
 def is_largest(path: Path, size: tuple[int, int]) -> bool:
-    """Whether no picture of a TIFF is larger than (width, height); True for what cannot be read."""
+    """Whether no image of a TIFF is larger than (width, height); True for an unreadable file."""
     try:
         with open_tiff(path) as opened:
             areas = [width * height for width, height in map(_size, opened.series)]
@@ -59,13 +60,13 @@ def is_largest(path: Path, size: tuple[int, int]) -> bool:
 
 
 def _size(series: Any) -> tuple[int, int]:
-    """Return width and height of a picture."""
+    """Return width and height of an image."""
     page = series.levels[0].pages[0].aspage()
     return int(page.imagewidth), int(page.imagelength)
 
 
 def _shows_tissue(path: Path, number: int) -> bool:
-    """Whether a picture can be read and shows tissue."""
+    """Whether an image can be read and shows tissue."""
     try:
         source = TiffSource(path, number)
         try:

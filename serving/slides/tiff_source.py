@@ -18,13 +18,13 @@ from .tiff_pixels import Level, TiffPixels, level_of
 _UNITS = {"nm": 1e-3, "µm": 1.0, "μm": 1.0, "um": 1.0, "mm": 1e3, "cm": 1e4, "m": 1e6}
 _ORIENTATIONS = {0, 1}
 SERIES = "histoseek.series"
-"""Property that says which picture of a TIFF was taken, of how many, where it holds several."""
+"""Property: which image of a TIFF was used and how many it holds, if there are several."""
 BY_TAG = "histoseek.mpp-by-resolution-tag"
-"""Property of slides whose scale is only that of a print (72 or 300 dpi), if it is coarse."""
+"""Property of slides whose only scale is a coarse print resolution (72 or 300 dpi)."""
 
 
 class Picture(NamedTuple):
-    """Name and size in pixels of a picture of a TIFF."""
+    """Name and size in pixels of an image in a TIFF."""
 
     name: str
     width: int
@@ -32,18 +32,18 @@ class Picture(NamedTuple):
 
 
 class TiffSource:
-    """A picture of a TIFF file with its pyramid, if it has one."""
+    """An image of a TIFF file with its pyramid, if it has one."""
 
     def __init__(self, path: Path, series: int = 0) -> None:
         """Open a TIFF.
 
         Args:
             path: the file.
-            series: number of the picture that is the slide.
+            series: index of the image that is the slide.
 
         Raises:
-            BadInput: not a TIFF, damaged, pixels that have no single reading as 8-bit RGB, or no picture
-                of that number.
+            BadInput: the file is not a TIFF or is damaged, its pixels do not convert to 8-bit RGB
+                unambiguously, or no image has that index.
         """
         try:
             with open_tiff(path) as opened:
@@ -77,7 +77,7 @@ class TiffSource:
         return self._pixels.squares(level, scaled, out)
 
     def scanned(self) -> None:
-        """All of it was; see :class:`~histoseek.serving.slides.overview.Source`."""
+        """Return None: everywhere; see :class:`~histoseek.serving.slides.overview.Source`."""
 
     def close(self) -> None:
         """Close the file."""
@@ -85,16 +85,16 @@ class TiffSource:
 
 
 def open_tiff(path: Path) -> Any:
-    """Open this file alone: OME-XML may name others, which are slides of their own."""
+    """Open this file alone: OME-XML may name other files, which are separate slides."""
     import tifffile
 
     return tifffile.TiffFile(path, _multifile=False)
 
 
 def whole_segments(level: Level, about: int = 1024) -> tuple[int, int]:
-    """Return width and height of blocks of whole segments, so that none is decoded twice.
+    """Return width and height of blocks of whole segments, so that no segment is decoded twice.
 
-    Strips are as wide as the picture; then a block is lower, so that it has not many more pixels.
+    Strips are as wide as the image; a block of strips is lower, to limit its pixels.
     """
     wide = max(1, about // level.tile_width) * level.tile_width
     high = min(about, about * about // wide)
@@ -141,10 +141,10 @@ def _properties(opened: Any, page: Any, name: str, number: int) -> dict[str, str
 
 
 def _ome_mpp(document: str | None, file: str, picture: Picture) -> tuple[float, float] | None:
-    """Return µm per pixel of a picture of a file; None if the OME-XML does not say it without doubt.
+    """Return µm per pixel of an image in a file; None if the OME-XML does not state it unambiguously.
 
-    Pictures are told apart by their size and name: their order is not that of the file where the document
-    describes pictures that other files hold.
+    Images are identified by size and name: if the document also describes images in other files, its
+    order differs from the file's.
     """
     if not document or "<!DOCTYPE" in document:
         return None
@@ -182,7 +182,7 @@ def _physical_size(pixels: ElementTree.Element) -> tuple[float, float]:
 
 
 def _tag_mpp(page: Any) -> tuple[float, float] | None:
-    """Return µm per pixel from the TIFF resolution tags, or None if they name no length."""
+    """Return µm per pixel from the TIFF resolution tags, or None if they have no unit of length."""
     per_unit = {2: 25_400.0, 3: 10_000.0}.get(int(page.tags.valueof("ResolutionUnit", 1)))
     if per_unit is None:
         return None
@@ -196,14 +196,14 @@ def _tag_mpp(page: Any) -> tuple[float, float] | None:
 
 
 def looks_like_tiff(path: Path) -> bool:
-    """Whether a file's name is a TIFF's."""
+    """Whether a file name has a TIFF suffix."""
     return re.search(r"\.(tiff?|qptiff|btf|tf[28])$", path.name.lower()) is not None
 
 
 def is_ome(path: Path) -> bool:
-    """Whether a TIFF carries OME-XML; False for what cannot be read."""
+    """Whether a TIFF contains OME-XML; False for an unreadable file."""
     try:
         with open_tiff(path) as opened:
             return bool(opened.is_ome)
-    except Exception:  # opening it for good will tell what is wrong
+    except Exception:  # opening the slide reports the error
         return False

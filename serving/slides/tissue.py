@@ -1,4 +1,4 @@
-"""Where tissue is: a mask on a thumbnail by colour saturation, as stains are coloured and glass is not."""
+"""Tissue detection on a thumbnail by colour saturation: stains are coloured, glass is not."""
 
 from __future__ import annotations
 
@@ -11,18 +11,18 @@ from ...artifacts.images import Rgb
 Mask = NDArray[np.bool_]
 
 MIN_SATURATION = 0.05
-"""Floor of the threshold, so that grey noise on an empty slide is not split into two by Otsu."""
+"""Minimum threshold, so that Otsu's method does not split grey noise on an empty slide in two."""
 
 MAX_THRESHOLD = 0.20
-"""Ceiling of the threshold, so that pale stroma beside dark stains is kept."""
+"""Maximum threshold, so that pale stroma beside dark stains is kept."""
 
 
 def tissue_mask(thumbnail: Rgb) -> Mask:
     """Return True where a thumbnail (H, W, 3) shows tissue.
 
-    HSV saturation, smoothed, above Otsu's threshold kept between 0.05 and 0.20; nearly black pixels
-    (scan borders, pen) are not tissue; specks under 0.01 % of the picture are removed and holes of
-    that size filled.
+    Tissue is where smoothed HSV saturation exceeds Otsu's threshold, clipped to 0.05 to 0.20. Nearly
+    black pixels (scan borders, pen) are not tissue. Specks under 0.01 % of the image are removed, and
+    holes of that size filled.
     """
     from skimage.filters import gaussian, threshold_otsu
     from skimage.morphology import remove_small_holes, remove_small_objects
@@ -48,7 +48,7 @@ def tissue_share(mask: Mask, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
 
     Args:
         mask: (H, W).
-        boxes: (N, 4) as x0, y0, x1, y1 in mask pixels, not necessarily whole.
+        boxes: (N, 4) as x0, y0, x1, y1 in mask pixels; fractions are allowed.
     """
     height, width = mask.shape
     total = np.zeros((height + 1, width + 1), dtype=np.int64)

@@ -1,1 +1,1 @@
-"""Access: who may ask, within which limits, and the record of it."""
+"""Access: authentication, roles, limits, and the audit log."""

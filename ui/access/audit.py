@@ -1,6 +1,6 @@
-"""The audit log: who asked what of which atlas with which encoder, a JSON line each, without any image.
+"""The audit log: one JSON line per action with user, atlas and encoder; it holds no images.
 
-Every line is linked to the one before by a hash; ``histoseek index verify`` checks the chain.
+Every line contains the hash of the line before; ``histoseek index verify`` checks this chain.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["FILE", "Audit"]
 
 
 class Audit:
-    """Appends lines to a file that only its owner may read."""
+    """Appends lines to a file that only its owner can read."""
 
     def __init__(self, path: Path, session: Session) -> None:
         """Open the log for appending.
@@ -50,10 +50,10 @@ class Audit:
         Args:
             action: search, assign, embed, add, remove, rename.
             who: user, address and request id.
-            facts: about it, JSON-ready, such as generation, filter, number of hits.
+            facts: details of the action, JSON-ready, such as generation, filter, number of hits.
 
         Raises:
-            StorageFailed: the disk is full; what was asked must not be done unseen.
+            StorageFailed: the disk is full; the caller must then not perform the action.
         """
         line = {"at": now(), "action": action, **who, **self._about, **facts}
         with self._lock:
@@ -68,7 +68,7 @@ class Audit:
             self._tell_notes()
 
     def close(self) -> None:
-        """Close the file; what comes after is refused."""
+        """Close the file; later writes fail."""
         with self._lock:
             if self._log is not None:
                 self._tell_head("ends")
@@ -76,14 +76,14 @@ class Audit:
             self._log = None
 
     def _tell_notes(self) -> None:
-        """Say once what was found in the log that a person should know."""
+        """Print the notes about problems found in the log, once each."""
         if self._log is not None:
             for note in self._log.notes:
                 say(f"audit log: {note}")
             self._log.notes.clear()
 
     def _tell_head(self, when: str) -> None:
-        """Say how far the log is: whoever keeps the server's output has a copy of the head elsewhere."""
+        """Print the last line's number and hash, so that the server's output keeps a copy of them."""
         if self._log is not None and self._log.last.number:
             last = self._log.last
             say(f"audit log: {when} at line {last.number}, sha256 {last.sha256}")

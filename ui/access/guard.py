@@ -1,8 +1,8 @@
-"""The layer around the page and the API: everything but ``/health`` passes here.
+"""The layer around the page and the API that checks every request except ``/health``.
 
-It checks the host that was asked for, the origin of the page that asks, user and password or token, the
-role, the size of the body, the number of requests under way. Every answer carries a request id and headers
-that keep a browser from doing more with it than showing it.
+It checks the host, the origin of the requesting page, the password or token, the role, the size of the
+body, and the number of concurrent requests. Every response carries a request id and security headers that
+restrict what a browser may do with it.
 """
 
 from __future__ import annotations
@@ -41,21 +41,21 @@ HEADERS = {
 }
 
 STREAMS = ("/gradio_api/heartbeat", "/gradio_api/queue/data")
-"""What a page keeps open as long as it is looked at; it does not count as a request under way."""
+"""Paths that an open page keeps connected; they do not count as concurrent requests."""
 
 READ_S = 60.0
-"""For which a caller may neither send nor take anything."""
+"""Idle timeout (s) while reading a request or sending a response."""
 PIECE_BYTES = 2**18
 DRAIN_S = 3.0
 CLOSING_S = 0.3
-"""How often what is kept open looks whether the server closes."""
+"""Seconds between two checks of an open connection whether the server is closing."""
 
 DROPPED = frozenset(
     {*FORWARDED, USER, ROLE, REQUEST_ID, "host", "forwarded", "x-real-ip", "x-gradio-server"}
 )
-"""Headers that the app gets from this layer or not at all."""
+"""Request headers that only this layer may set; the client's are removed."""
 WARNED = 16
-"""Peers whose ignored headers are logged, once each."""
+"""Maximum number of peers whose ignored headers are logged, once each."""
 
 log = logging.getLogger("histoseek.access")
 
@@ -71,9 +71,9 @@ class Guard:
         """Wrap an app.
 
         Args:
-            app: ASGI.
-            access: who may ask.
-            traffic: counts what was asked.
+            app: the ASGI app.
+            access: users, token and limits.
+            traffic: counts requests.
         """
         self._app = app
         self._access = access
@@ -86,16 +86,16 @@ class Guard:
         self._closing = False
 
     def close(self) -> None:
-        """End what pages keep open, so that the server can stop at once."""
+        """End the connections that pages keep open, so that the server can stop at once."""
         self._closing = True
         self._logins.close()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer a request, or let it through."""
+        """Reject a request, or pass it to the app."""
         if scope["type"] == "lifespan":
             await self._app(scope, receive, send)
             return
-        if scope["type"] != "http":  # nothing here speaks over web sockets
+        if scope["type"] != "http":  # web sockets are not supported
             await send({"type": "websocket.close", "code": 1008})
             return
         try:
@@ -108,7 +108,7 @@ class Guard:
         await _Exchange(self, scope, receive, send, seen).run()
 
     def _warn(self, seen: Asked, scope: Scope) -> None:
-        """Say once per peer that its headers were ignored: it may be a proxy that nobody named."""
+        """Log once per peer that its headers were ignored: it may be a proxy that was not configured."""
         peer = seen.address
         if not seen.ignored or peer in self._warned or len(self._warned) >= WARNED:
             return
@@ -185,7 +185,7 @@ class _Exchange(CheckedRequest):
             await self._refuse(*self.cut, more)
 
     async def _unless_too_much(self, message: Message) -> None:
-        """Pass the answer on, unless it is to a body that was cut off."""
+        """Send the app's response, unless the request's body was cut off."""
         if self.cut is None or self.status:
             await self._answer(message)
 
@@ -193,7 +193,7 @@ class _Exchange(CheckedRequest):
         await self.guard._app(self.scope, receive, send)
 
     def _hand_on(self) -> None:
-        """Tell the app who asks, and how; what a caller says of itself under these names is dropped."""
+        """Set the headers with user, role and request id for the app; the client's values are removed."""
         seen, own = self.seen, self.access.proxies.user_header
         headers = [
             (k, v)
@@ -213,10 +213,10 @@ class _Exchange(CheckedRequest):
         )  # fmt: skip
 
     async def _bounded(self) -> Message:
-        """Pass the body on as long as it is not too long, and say when the server closes."""
+        """Receive the next part of the body within its limits; end open streams when the server closes."""
         if self.stream:
             message = await self._until_closing()
-        elif self.over:  # asked whether the caller is still there
+        elif self.over:  # the app checks whether the client is still connected
             message = await self._receive()
         else:
             try:
@@ -237,16 +237,16 @@ class _Exchange(CheckedRequest):
         return message
 
     def _hold(self, count: int) -> None:
-        """Count bytes that are held in memory as long as this request is under way."""
+        """Count the bytes that this request holds in memory until it ends."""
         with self.guard._lock:
             self.held += count
             self.guard._bytes += count
             full = self.guard._bytes > self.access.limits.bytes_under_way
-        if full and self.guard._bytes > self.held:  # alone, a request may be as long as is allowed
+        if full and self.guard._bytes > self.held:  # a single request may use its full limit
             self._cut(429, "busy", "too many bytes are being sent at once; ask again in a moment")
 
     def _cut(self, status: int, code: str, text: str) -> NoReturn:
-        """Stop reading the body, and have the answer say why."""
+        """Stop reading the body; the response states why."""
         self.cut = status, code, text
         raise TooLarge(text)
 
@@ -260,10 +260,10 @@ class _Exchange(CheckedRequest):
         return task.result()
 
     async def _answer(self, message: Message) -> None:
-        """Pass the answer on with our headers."""
+        """Send the response with our headers."""
         if message["type"] == "http.response.start":
             self.status = message["status"]
-            # Gradio would let pages of other sites read its answers.
+            # Gradio would let pages of other sites read its responses.
             headers = [
                 (k, v)
                 for k, v in message.get("headers", [])
@@ -278,7 +278,7 @@ class _Exchange(CheckedRequest):
         await self._send_slowly(message)
 
     async def _send_slowly(self, message: Message) -> None:
-        """Send a body in pieces, each taken in time: who does not read keeps a place, and not for ever."""
+        """Send a body in pieces; a client that does not read a piece within READ_S is disconnected."""
         body = message.get("body", b"")
         if len(body) <= PIECE_BYTES:
             await asyncio.wait_for(self._send(message), READ_S)
@@ -289,7 +289,7 @@ class _Exchange(CheckedRequest):
         await self._send({**message, "body": b""})
 
     async def _drain(self) -> None:
-        """Take what is still being sent, for a moment: else the caller may not see the answer."""
+        """Read the rest of the body for a short time: else the client may not see the response."""
         with suppress(Exception):
             async with asyncio.timeout(DRAIN_S):
                 while (await self._receive()).get("more_body", False):

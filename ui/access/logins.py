@@ -1,6 +1,6 @@
-"""Checking passwords: how many wrong ones are taken, and what was right a moment ago.
+"""Checks passwords, limits failed attempts, and caches recent successes.
 
-Argon2 is slow by design. It runs on two threads of its own, and a right password is remembered for minutes
+Argon2 is slow by design. It runs on two separate threads, and a correct password is cached for minutes
 under a keyed hash, so that neither other requests nor the same user wait for it.
 """
 
@@ -21,33 +21,33 @@ from .proxies import parsed
 from .users import HASH
 
 FAILURES = 10
-"""Wrong passwords for one user from one address within a minute, after which both together must wait."""
+"""Wrong passwords per minute for one user from one address; after that, this user and address must wait."""
 ADDRESS_FAILURES = 100
-"""Wrong passwords from one address within a minute, of whichever users."""
+"""Wrong passwords per minute from one address, for any users."""
 FAILURES_S = 60.0
 COUNTED = 10_000
-"""Users and addresses whose failures are remembered at most."""
+"""Maximum number of users and addresses for which failures are counted."""
 REMEMBER_S = 300.0
 REMEMBERED = 1_024
 THREADS = 2
 WAITING = 64
-"""Passwords that wait for argon2 at most."""
+"""Maximum number of passwords that wait for argon2."""
 
 
 class MustWait(Exception):
-    """Nobody looks at the password now."""
+    """The password is not checked now; the client must wait."""
 
     def __init__(self, text: str, seconds: int) -> None:
-        """Say why, and for how long."""
+        """Store the reason and the seconds to wait."""
         super().__init__(text)
         self.seconds = seconds
 
 
 class Failures:
-    """Counts what went wrong within a minute by key, for a bounded number of keys."""
+    """Counts failures per minute and key, for a bounded number of keys."""
 
     def __init__(self, most: int, keys: int = COUNTED) -> None:
-        """Allow ``most`` failures a minute by key; the oldest keys are forgotten above ``keys``."""
+        """Allow ``most`` failures per minute and key; above ``keys`` keys, drop the oldest."""
         self._most, self._keys = most, keys
         self._times: OrderedDict[bytes, deque[float]] = OrderedDict()
 
@@ -55,32 +55,32 @@ class Failures:
         return len(self._times)
 
     def full(self, key: bytes) -> bool:
-        """Whether there were too many."""
+        """Whether a key has reached its limit."""
         times = self._times.get(key)
         if times is None or len(times) < self._most:
             return False
         return time.monotonic() - times[0] < FAILURES_S
 
     def add(self, key: bytes) -> None:
-        """Count one."""
+        """Count a failure."""
         self._times.setdefault(key, deque(maxlen=self._most)).append(time.monotonic())
         self._times.move_to_end(key)
         while len(self._times) > self._keys:
             self._times.popitem(last=False)
 
     def take_back(self, key: bytes) -> None:
-        """Take the last one back."""
+        """Uncount the last failure."""
         times = self._times.get(key)
         if times:
             times.pop()
 
     def clear(self, key: bytes) -> None:
-        """Forget a key."""
+        """Drop a key's failures."""
         self._times.pop(key, None)
 
 
 class Logins:
-    """Finds out who an ``Authorization`` header proves, and slows guessing down."""
+    """Authenticates ``Authorization`` headers, and slows down guessing."""
 
     def __init__(self, access: Access) -> None:
         """Check against these users and this token."""
@@ -95,21 +95,21 @@ class Logins:
         self._checks: dict[bytes, Future[str | None]] = {}
 
     def close(self) -> None:
-        """Let the threads go."""
+        """Stop the threads."""
         self._pool.shutdown(wait=False, cancel_futures=True)
 
     async def who(self, header: str, address: str) -> str | None:
-        """Return the user that a header proves; None if it proves none.
+        """Return the user that a header authenticates; None if it is wrong.
 
-        A wrong one counts against the user that it names at this address, and against the address. A right
-        one from elsewhere is not held up by either.
+        A wrong password counts for its user at this address, and for the address. Neither count delays a
+        correct password from another address.
 
         Args:
             header: ``Authorization``, not empty.
-            address: of the client.
+            address: the client's address.
 
         Raises:
-            MustWait: too many wrong ones, or too many at once.
+            MustWait: there were too many wrong passwords, or there are too many at once.
         """
         claim = claim_of(header)
         place = _place(address)
@@ -127,11 +127,11 @@ class Logins:
             check = self._checks.get(check_key)
             if check is None:
                 if self._by_address.full(address_key):
-                    self._by_user.add(user_key)  # else who guesses on could tell what is remembered
+                    self._by_user.add(user_key)  # else an attacker could detect cached passwords
                     text = "too many wrong passwords from this address; wait a minute"
                     raise MustWait(text, 60)
                 check = self._start(claim, check_key)
-                # Counted before it is known: many at once are no way around the limit.
+                # Counted before the result is known, so that parallel attempts cannot evade the limit.
                 self._by_user.add(user_key)
                 self._by_address.add(address_key)
         try:
@@ -152,7 +152,7 @@ class Logins:
         return user
 
     def _start(self, claim: Claim | None, key: bytes) -> Future[str | None]:
-        """Begin to check, on a thread where argon2 is asked; the same header is checked once at a time."""
+        """Start a check, on a thread if it needs argon2; equal headers share one check at a time."""
         if claim is not None and self._slow and not claim.bearer:
             if len(self._checks) >= WAITING:
                 raise MustWait("too many passwords are being checked; ask again in a moment", 1)
@@ -169,7 +169,7 @@ class Logins:
 
 
 def _place(address: str) -> str:
-    """Return what stands for a client: its address, or the /64 network that an IPv6 client has alone."""
+    """Return the key of a client: its address, or for IPv6 its /64 network."""
     found = parsed(address)
     if isinstance(found, ipaddress.IPv6Address):
         return str(ipaddress.ip_network((found, 64), strict=False))

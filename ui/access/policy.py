@@ -1,4 +1,4 @@
-"""Who may ask, and how much: users, token, roles, names of the server, limits."""
+"""The access policy: users, token, roles, host names and limits."""
 
 from __future__ import annotations
 
@@ -26,13 +26,14 @@ LOCAL_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 @dataclass(frozen=True)
 class Limits:
-    """How much is accepted.
+    """Limits on requests.
 
     Attributes:
-        body_bytes: of a request.
-        slide_bytes: of a request that uploads a slide.
-        requests: under way at the same time; more are turned away.
-        bytes_under_way: of all bodies of requests under way, but for slides, which go to the disk.
+        body_bytes: maximum bytes of a request's body.
+        slide_bytes: maximum bytes of a slide upload.
+        requests: maximum concurrent requests; more are refused.
+        bytes_under_way: maximum bytes of all concurrent bodies; slide uploads do not count, as they go
+            to disk.
     """
 
     body_bytes: int = 64 * 2**20
@@ -43,7 +44,7 @@ class Limits:
 
 @dataclass(frozen=True)
 class Claim:
-    """Who an ``Authorization`` header says that one is: user "" with ``bearer``, a token."""
+    """The user and secret in an ``Authorization`` header; with ``bearer`` a token, and user is ""."""
 
     user: str
     secret: str = field(repr=False)
@@ -51,7 +52,7 @@ class Claim:
 
 
 def claim_of(header: str) -> Claim | None:
-    """Return what an ``Authorization`` header claims; None if it cannot be read."""
+    """Parse an ``Authorization`` header; None if it cannot be read."""
     kind, _, value = header.partition(" ")
     value = value.strip()
     if kind.lower() == "bearer":
@@ -67,16 +68,16 @@ def claim_of(header: str) -> Claim | None:
 
 @dataclass(frozen=True)
 class Access:
-    """Who may ask.
+    """Who has access.
 
     Attributes:
-        users: passwords, or their argon2 hashes, by user.
-        token: that stands for a user of its own, an editor; "" for none.
-        hosts: names by which the server may be asked for; None for any.
-        limits: how much is accepted.
-        roles: of users; who is not there is an editor.
-        proxies: what is known of the proxies before the server.
-        notes: what should be said at the start.
+        users: password, or its argon2 hash, by user.
+        token: token that authenticates the user ``token``, an editor; "" for none.
+        hosts: host names that requests may use; None for any.
+        limits: limits on requests.
+        roles: role by user; a user without an entry is an editor.
+        proxies: settings of the proxies before the server.
+        notes: messages to print at the start.
     """
 
     users: dict[str, str] = field(default_factory=dict, repr=False)
@@ -89,27 +90,27 @@ class Access:
 
     @property
     def passwords(self) -> bool:
-        """Whether one may say by password or token who one is."""
+        """Whether users can log in by password or token."""
         return bool(self.users or self.token)
 
     @property
     def guarded(self) -> bool:
-        """Whether one must say who one is."""
+        """Whether a login is required."""
         return self.passwords or bool(self.proxies.user_header)
 
     def who(self, header: str) -> str | None:
-        """Return the user that an ``Authorization`` header proves; None if it proves none."""
+        """Return the user that an ``Authorization`` header authenticates; None if it is wrong."""
         claim = claim_of(header)
         return self.check(claim) if claim else None
 
     def check(self, claim: Claim) -> str | None:
-        """Return the user that a claim proves; None if it proves none.
+        """Return the user that a claim authenticates; None if it is wrong.
 
-        Takes as long for a wrong user as for a wrong password, and a tenth of a second or more with hashes.
+        A wrong user takes as long as a wrong password; with hashes, a tenth of a second or more.
         """
         if claim.bearer:
             return "token" if self._is_token(claim.secret) else None
-        if self._is_token(claim.secret):  # a browser asks for a user too: any does with the token
+        if self._is_token(claim.secret):  # browsers ask for a user name too: accept any
             return "token"
         secret = self.users.get(claim.user)
         if secret is None:
@@ -118,11 +119,11 @@ class Access:
         return claim.user if matches(secret, claim.secret) else None
 
     def role(self, user: str) -> Role:
-        """Return what a user may do who gave a password or a token, or need not."""
+        """Return the role of a user with a password or token, or of anyone if no login is required."""
         return self.roles.get(user, EDITOR)
 
     def proxied_role(self, user: str) -> Role:
-        """Return what a user may do whom a proxy named."""
+        """Return the role of a user named by a proxy."""
         return EDITOR if {user, EVERYONE} & self.proxies.editors else READER
 
     def _is_token(self, value: str) -> bool:
@@ -132,7 +133,7 @@ class Access:
 
 @cache
 def _decoy(hashed: bool) -> str:
-    """Return the secret that the password of an unknown user is compared with."""
+    """Return the secret to compare with an unknown user's password, to take equal time."""
     return hash_password("nobody") if hashed else "nobody"
 
 
@@ -143,7 +144,7 @@ def access_for(
     limits: Limits | None = None,
     proxies: Proxies | None = None,
 ) -> Access:
-    """Return who may ask a server that listens on ``host``.
+    """Return the access policy of a server that listens on ``host``.
 
     Users come from ``HISTOSEEK_UI_AUTH=user:password``, from a file and from a trusted proxy, a token from
     ``HISTOSEEK_UI_TOKEN``.
@@ -151,12 +152,12 @@ def access_for(
     Args:
         host: address to listen on.
         users_file: lines ``user:HASH`` or ``user:HASH:ROLE``, readable by its owner only.
-        allowed: further names by which the server may be asked for, such as that of a proxy.
-        limits: how much is accepted.
-        proxies: what is known of the proxies before the server.
+        allowed: additional host names that requests may use, such as a proxy's.
+        limits: limits on requests.
+        proxies: settings of the proxies before the server.
 
     Raises:
-        BadInput: others can reach it and nobody need say who they are; or users that cannot be read.
+        BadInput: other machines can reach the server without a login, or the users cannot be read.
     """
     users = read_users(users_file)
     token = os.environ.get(TOKEN, "")
@@ -190,5 +191,5 @@ def is_local(host: str) -> bool:
 
 
 def error_body(code: str, message: str, request_id: str) -> dict[str, Any]:
-    """Return how every error looks to a program."""
+    """Return the JSON body of an error."""
     return {"error": {"code": code, "message": message, "request_id": request_id}}

@@ -1,7 +1,7 @@
-"""Behind a proxy: the client's address, the public name and path, and the user that a proxy names.
+"""Support for reverse proxies: the client's address, the public host and path, and the user.
 
-Only a peer in ``--trusted-proxy`` may say so, by ``X-Forwarded-For``, ``-Proto``, ``-Host``, ``-Prefix``
-and the user header. From anyone else these headers are ignored.
+Only a peer in ``--trusted-proxy`` may set them, by ``X-Forwarded-For``, ``-Proto``, ``-Host``,
+``-Prefix`` and the user header. From any other peer these headers are ignored.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ OWN_PATHS = frozenset({
     "manifest.json", "favicon.ico", "pwa_icon", "monitoring", "custom_component", "file",
     "{page}", "_app", "__gradio",
 })  # fmt: skip
-"""First parts of paths that the server answers itself; a prefix may not begin with one."""
+"""First parts of the server's paths; a prefix must not begin with one of them."""
 
 
 @dataclass(frozen=True)
 class Proxies:
-    """What is known of the proxies before the server.
+    """Settings of the proxies before the server.
 
     Attributes:
-        networks: of proxies that are believed.
-        root_path: under which the page is reached from outside, such as ``/histo``; "" for none.
-        user_header: lower-case name of the header by which a proxy names the user; "" for none.
+        networks: networks of trusted proxies.
+        root_path: public path prefix of the page, such as ``/histo``; "" for none.
+        user_header: lower-case name of the header with the user; "" for none.
         editors: users named by a proxy who may change the atlas; ``*`` for all.
     """
 
@@ -46,25 +46,25 @@ class Proxies:
     editors: frozenset[str] = frozenset()
 
     def trusts(self, address: str) -> bool:
-        """Whether an address is that of a trusted proxy."""
+        """Whether an address belongs to a trusted proxy."""
         found = parsed(address)
         return found is not None and any(found in network for network in self.networks)
 
 
 @dataclass(frozen=True)
 class Asked:
-    """A request as the client made it.
+    """A request as the client sent it to the proxy.
 
     Attributes:
-        address: of the client.
+        address: the client's address.
         scheme: http or https.
-        scheme_known: whether a trusted proxy said the scheme.
-        host: with its port, as in a ``Host`` header.
-        prefix: under which the page is reached, "" for none.
-        path: within the server, without the prefix; "" when exactly the prefix was asked for.
-        proxied: whether it came from a trusted proxy.
-        user: whom the proxy names; "" for nobody.
-        ignored: headers that were ignored, because the peer is no trusted proxy.
+        scheme_known: whether a trusted proxy stated the scheme.
+        host: host and port, as in a ``Host`` header.
+        prefix: public path prefix of the page; "" for none.
+        path: path within the server, without the prefix; "" if the request's path was just the prefix.
+        proxied: whether the request came through a trusted proxy.
+        user: user named by the proxy; "" for none.
+        ignored: headers that were ignored because the peer is not a trusted proxy.
     """
 
     address: str
@@ -84,16 +84,16 @@ def proxies_for(
     user_header: str = "",
     editors: Sequence[str] = (),
 ) -> Proxies:
-    """Return what the command line says of proxies, checked.
+    """Check the command line's proxy options and return them.
 
     Args:
         trusted: addresses or networks, such as ``10.0.0.7`` or ``10.0.0.0/8``.
-        root_path: such as ``/histo``.
-        user_header: such as ``X-Forwarded-User``.
+        root_path: public path prefix, such as ``/histo``.
+        user_header: name of the user header, such as ``X-Forwarded-User``.
         editors: users named by the proxy who may change the atlas.
 
     Raises:
-        BadInput: no address, no path, or a header without a proxy to believe.
+        BadInput: an address or path is invalid, or a user header is set without a trusted proxy.
     """
     networks = []
     for text in trusted:
@@ -130,10 +130,10 @@ def proxies_for(
 
 
 def checked_prefix(text: str, source: str) -> str:
-    """Return a path prefix without slash at its end; "" for ``/``.
+    """Return a path prefix without trailing slash; "" for ``/``.
 
     Raises:
-        BadInput: it is no plain path, or one that the server answers itself.
+        BadInput: it is not a plain path, or it collides with one of the server's paths.
     """
     path = text.rstrip("/")
     parts = path.split("/")[1:]
@@ -150,7 +150,7 @@ def checked_prefix(text: str, source: str) -> str:
 
 
 def parsed(text: str) -> Address | None:
-    """Return an address that may have a port, brackets or a zone; None for anything else."""
+    """Parse an address that may have a port, brackets or a zone; None for anything else."""
     text = text.strip().strip('"')
     bracketed = re.fullmatch(r"\[([^\]]*)\](:\d+)?", text)
     if bracketed:
@@ -166,7 +166,7 @@ def parsed(text: str) -> Address | None:
 
 
 def asked(scope: Any, proxies: Proxies) -> Asked:
-    """Return a request as the client made it.
+    """Return a request as the client sent it.
 
     Raises:
         BadInput: a trusted proxy sent a header that cannot be read.
@@ -190,7 +190,7 @@ def asked(scope: Any, proxies: Proxies) -> Asked:
     path: str = scope["path"]
     if prefix and (
         path == prefix or path.startswith(prefix + "/")
-    ):  # a proxy that does not strip it
+    ):  # the proxy did not strip the prefix
         path = path[len(prefix) :]
     return Asked(
         address, scheme, trusted and "x-forwarded-proto" in there, host, prefix, path, trusted, user,
@@ -199,7 +199,7 @@ def asked(scope: Any, proxies: Proxies) -> Asked:
 
 
 def _client(values: Iterable[str], peer: str, proxies: Proxies) -> str:
-    """Return the rightmost address that is no trusted proxy: what stands left of it anyone may write."""
+    """Return the rightmost address that is not a trusted proxy: anyone can forge those to its left."""
     last = peer
     for text in reversed([part for value in values for part in value.split(",")]):
         found = parsed(text)
@@ -212,7 +212,7 @@ def _client(values: Iterable[str], peer: str, proxies: Proxies) -> str:
 
 
 def _last(said: dict[str, list[str]], name: str, pattern: str) -> str:
-    """Return what the nearest proxy says, which stands last."""
+    """Return a header's last value, which the nearest proxy wrote."""
     value = said[name][-1].rsplit(",", 1)[-1].strip() if name in said else ""
     if value and not re.fullmatch(pattern, value):
         raise BadInput(

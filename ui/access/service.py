@@ -1,4 +1,4 @@
-"""What the routes work on: the open atlas, slides on their way, counters, and the audit log."""
+"""The state behind the routes: the open atlas, slides being added, counters, and the audit log."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .traffic import Traffic
 
 @dataclass(frozen=True)
 class Server:
-    """What the routes work on."""
+    """The state behind the routes."""
 
     session: Session
     additions: Additions
@@ -23,12 +23,12 @@ class Server:
     traffic: Traffic
 
     def note(self, request: Any, action: str, **facts: Any) -> None:
-        """Write down who did what."""
+        """Record an action in the audit log."""
         if self.audit is not None:
             self.audit.write(action, who(request), **facts)
 
     def note_search(self, request: Any, found: Found) -> None:
-        """Write down a search."""
+        """Record a search in the audit log."""
         query = found.query
         self.note(
             request, "search", result=found.id, k=query.k, where=query.where, hits=len(found.hits),
@@ -37,7 +37,7 @@ class Server:
         )  # fmt: skip
 
     def note_assign(self, request: Any, placed: Clustered) -> None:
-        """Write down that images were placed in clusters."""
+        """Record an assignment of images in the audit log."""
         self.note(
             request, "assign", result=placed.id, clustering=placed.clustering,
             images=len(placed.names), refused=len(placed.refused),
@@ -46,7 +46,7 @@ class Server:
 
 
 def who(request: Any) -> dict[str, str]:
-    """Return who asks: the layer around the app has found out."""
+    """Return user, address and request id, which the guard put into the request's headers."""
     client = getattr(request, "client", None)
     headers = request.headers
     return {

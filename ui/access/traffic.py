@@ -1,4 +1,4 @@
-"""What was asked of the server, counted for Prometheus."""
+"""Request counters for Prometheus."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ BUCKETS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 
 
 class Traffic:
-    """Counts requests by route, method and status, and their seconds by route."""
+    """Counts requests by route, method and status, and measures seconds by route."""
 
     def __init__(self) -> None:
-        """Start at nothing."""
+        """Start all counters at 0."""
         self._lock = threading.Lock()
         self._requests: Counter[tuple[str, str, int]] = Counter()
         self._seconds: dict[str, list[float]] = {}
         self._buckets: dict[str, list[int]] = {}
 
     def count(self, scope: Any, method: str, status: int, seconds: float) -> None:
-        """Count one request; its route is the template that it matched, so that there are few."""
+        """Count a request; its route is the URL template, which keeps the number of routes small."""
         route = getattr(scope.get("route"), "path", None)
         name = str(route) if route and route != "/" else "page"
         if status in {401, 421}:
@@ -52,20 +52,20 @@ class Traffic:
 
 
 class Collector:
-    """Gives Prometheus the server's numbers when it asks."""
+    """Collects the server's metrics when Prometheus requests them."""
 
     def __init__(self, session: Session, traffic: Traffic, jobs: Any) -> None:
-        """Read from these.
+        """Store the sources of the metrics.
 
         Args:
             session: the open atlas.
-            traffic: what was counted.
-            jobs: returns the slides on their way.
+            traffic: the request counters.
+            jobs: returns the slides being added.
         """
         self._session, self._traffic, self._jobs = session, traffic, jobs
 
     def collect(self) -> Iterator[Any]:
-        """Return the families of metrics."""
+        """Yield the metric families."""
         from prometheus_client.core import (
             CounterMetricFamily,
             GaugeMetricFamily,

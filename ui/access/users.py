@@ -1,4 +1,4 @@
-"""Users with their passwords and roles: the file of ``--users``, and argon2 for its passwords."""
+"""Users, passwords and roles: reads the file of ``--users``, and hashes passwords with argon2."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ EDITOR: Role = "editor"
 ROLES: tuple[Role, ...] = (READER, EDITOR)
 HASH = "$argon2id$"
 HASH_BYTES = 32
-"""Of what argon2 computes; a line that was cut has fewer."""
+"""Length of an argon2 hash in bytes; a truncated line has fewer."""
 TAKEN = frozenset({"token", "-"})
-"""Names that the audit log uses for others."""
+"""Reserved names: the audit log uses them for other purposes."""
 EXPECTED = "expected user:HASH or user:HASH:ROLE, with HASH from `histoseek ui --hash-password`"
 
 
@@ -33,8 +33,8 @@ class Users:
 
     Attributes:
         secrets: password, or its argon2 hash, by user.
-        roles: by user.
-        notes: what should be said at the start.
+        roles: role by user.
+        notes: messages to print at the start.
     """
 
     secrets: dict[str, str] = field(default_factory=dict, repr=False)
@@ -49,8 +49,8 @@ def read_users(path: Path | None) -> Users:
         path: lines ``user:HASH``, ``user:HASH:ROLE`` or ``user:password``; None for no file.
 
     Raises:
-        BadInput: the file cannot be read, others can read it, or a line cannot.
-        MissingPart: a password is hashed and argon2 is not installed.
+        BadInput: the file cannot be read, other users can read it, or a line is invalid.
+        MissingPart: a password is hashed, but argon2 is not installed.
     """
     secrets: dict[str, str] = {}
     roles: dict[str, Role] = {}
@@ -86,7 +86,7 @@ def read_users(path: Path | None) -> Users:
 
 
 def _notes(path: Path, found: dict[str, tuple[str, Role | None]]) -> list[str]:
-    """Return what should be said of a file: plain passwords, and roles that it leaves open."""
+    """Return warnings about a file: plain passwords, and users without a role."""
     notes = []
     plain = [user for user, (secret, _) in found.items() if not secret.startswith(HASH)]
     if plain:
@@ -120,7 +120,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def _line(text: str, where: str, otherwise: str) -> tuple[str, str, Role | None]:
-    """Return user, secret and role of a line; the secret is never part of an error."""
+    """Return user, secret and role of a line; errors never contain the secret."""
     user, _, secret = text.partition(":")
     if not user or not secret:
         raise BadInput(otherwise)
@@ -165,10 +165,10 @@ def _check_hash(text: str, where: str) -> None:
 
 
 def hash_password(password: str) -> str:
-    """Return the argon2id hash of a password, with a salt of its own.
+    """Return the argon2id hash of a password, with a new salt.
 
     Raises:
-        BadInput: it is empty or longer than a thousand characters.
+        BadInput: the password is empty or longer than 1,000 characters.
         MissingPart: argon2 is not installed.
     """
     if not 0 < len(password) <= 1000:
@@ -177,7 +177,7 @@ def hash_password(password: str) -> str:
 
 
 def matches(secret: str, password: str) -> bool:
-    """Whether a password is the one that a secret stands for; a hash takes a tenth of a second or more."""
+    """Whether a password matches a secret; a hash takes a tenth of a second or more."""
     if not secret.startswith(HASH):
         return hmac.compare_digest(secret.encode(), password.encode())
     argon2 = _argon2()
@@ -188,10 +188,10 @@ def matches(secret: str, password: str) -> bool:
 
 
 def ask_password() -> str:
-    """Return a password that is typed twice without echo, or the first line of standard input.
+    """Return a password, typed twice without echo or read from the first line of standard input.
 
     Raises:
-        BadInput: the two differ, or there is none.
+        BadInput: the two differ, or the input is empty.
     """
     if not sys.stdin.isatty():
         return sys.stdin.readline().rstrip("\r\n")

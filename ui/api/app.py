@@ -1,4 +1,4 @@
-"""The HTTP API: the handlers as FastAPI routes, with their errors as JSON and their limits stated."""
+"""The HTTP API as a FastAPI app: routes, errors as JSON, and stated limits."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from .bodies import said
 
 ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 THREADS = 64
-"""Requests that are worked on at the same time; more wait their turn."""
+"""Maximum number of requests processed at the same time; more are queued."""
 TITLE = "histoseek"
 ABOUT = (
     "Search an atlas of embedded slides for similar tiles, place images in its clusters, add slides. "
@@ -58,7 +58,7 @@ STATUS: list[tuple[type[HistoseekError], int, str]] = [
     (MissingPart, 503, "missing_part"),
     (Damaged, 503, "damaged"),
 ]
-"""Status and code of an error: the first class that fits."""
+"""Status and code of an error; the first matching class counts."""
 REFUSALS: dict[int | str, dict[str, Any]] = {
     number: {"model": models.Error, "description": text}
     for number, text in {
@@ -78,7 +78,7 @@ REFUSALS: dict[int | str, dict[str, Any]] = {
 
 
 def make_api(server: Server) -> FastAPI:
-    """Return the API of an open atlas, without the layer that guards it."""
+    """Return the API of an open atlas, without the guard around it."""
 
     @asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncIterator[None]:
@@ -99,7 +99,7 @@ def make_api(server: Server) -> FastAPI:
 
 
 def _rest(app: FastAPI) -> None:
-    """Answer what no route of the API does, before the page takes it for its own."""
+    """Answer 404 or 405 for other requests to the API, which the page would otherwise answer."""
 
     async def nothing(request: Request) -> Response:
         allowed: set[str] = set()
@@ -164,12 +164,12 @@ def _service(app: FastAPI, server: Server) -> None:
 
     @app.get("/health", tags=["service"], response_model=models.Health)
     async def health() -> Any:
-        """Say that the process is up. Needs no credentials."""
+        """Return 200 while the process is running. Needs no credentials."""
         return {"status": "ok"}
 
     @app.get("/ready", tags=["service"], response_model=models.Ready)
     def ready() -> Any:
-        """Say whether the encoder answers and the atlas can be read."""
+        """Check whether the encoder answers and the atlas can be read."""
         why = session.ready()
         if why:
             raise Unavailable(why)
@@ -177,7 +177,7 @@ def _service(app: FastAPI, server: Server) -> None:
 
     @app.get("/info", tags=["service"])
     def info() -> dict[str, Any]:
-        """Return versions, encoder, counts, index, clusterings and limits."""
+        """Return versions, the encoder, counts, the index, clusterings and limits."""
         stats = session.atlas.stats()
         stats["atlas"] = session.atlas.path.name
         limits = {
@@ -190,12 +190,12 @@ def _service(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/me", tags=["service"], response_model=models.Me)
     def me(request: Request) -> Any:
-        """Return who asks, and the role: a reader may search and look, an editor may change the atlas."""
+        """Return your name and role: readers may search and view, editors may also change the atlas."""
         return {"user": who(request)["user"], "role": request.headers.get(ROLE, "reader")}
 
     @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
     def metrics() -> Response:
-        """Return the server's numbers for Prometheus."""
+        """Return the server's metrics for Prometheus."""
         try:
             from prometheus_client import CollectorRegistry, generate_latest
         except ImportError as error:

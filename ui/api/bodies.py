@@ -24,12 +24,12 @@ TRUTHS = ("true", "false")
 
 
 def body_of(model: type[M], files: dict[str, str], instead: tuple[str, ...] = ()) -> dict[str, Any]:
-    """Return what a route's OpenAPI says of its body: JSON, or the same as a form with files.
+    """Return the OpenAPI description of a body: JSON, or the same fields as a form with files.
 
     Args:
-        model: of the JSON.
-        files: fields that a form holds as files, with what they are.
-        instead: fields in the place of which a form may hold a file.
+        model: model of the JSON body.
+        files: description by field, for fields that a form sends as files.
+        instead: fields that a form may replace by a file.
     """
     schema = model.model_json_schema()
     form: dict[str, Any] = {**schema, "properties": dict(schema["properties"])}
@@ -55,7 +55,7 @@ def body_of(model: type[M], files: dict[str, str], instead: tuple[str, ...] = ()
 
 @dataclass(frozen=True)
 class Body:
-    """A request's body: its fields, and the files of a form by field, with their names."""
+    """A request's body: its fields, and a form's files with their names, by field."""
 
     fields: Any
     files: dict[str, list[tuple[str, UploadFile]]]
@@ -65,11 +65,11 @@ class Body:
 async def read_body(
     request: Request, model: type[M], files: tuple[str, ...]
 ) -> AsyncIterator[Body]:
-    """Read JSON or a form into a model; its files are open as long as the block runs.
+    """Read JSON or a form into a model; its files stay open during the ``with`` block.
 
     Raises:
-        Unsupported: neither of both.
-        BadInput: it does not fit the model.
+        Unsupported: the body is neither JSON nor a form.
+        BadInput: the body does not match the model.
     """
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
@@ -88,7 +88,7 @@ async def read_body(
         form = await request.form(max_files=MAX_IMAGES, max_fields=300)
     except HTTPException as error:
         raise BadInput(f"the form cannot be read: {error.detail}") from error
-    except Exception as error:  # python-multipart's own, and encodings that do not exist
+    except Exception as error:  # errors of python-multipart, and unknown encodings
         raise BadInput(f"the form cannot be read: {error}") from error
     try:
         yield _body_of_form(form, model, files)
@@ -130,16 +130,16 @@ def _is_list(schema: dict[str, Any]) -> bool:
 
 
 def _plain_name(name: str | None) -> str:
-    """Return the last part of a file's name, as it may be shown."""
+    """Return the last part of a file name, safe to display."""
     last = (name or "image").replace("\\", "/").rsplit("/", 1)[-1]
     return "".join(c if c.isprintable() else "?" for c in last)[:200] or "image"
 
 
 def _pixels(text: str) -> bytes:
-    """Return the bytes of an image in base64, with or without line breaks, or in a data URL.
+    """Decode an image from base64, with or without line breaks, or from a data URL.
 
     Raises:
-        BadInput: it is none.
+        BadInput: the text is not valid base64.
     """
     text = text.strip()
     if text[:5].lower() == "data:":
@@ -156,13 +156,13 @@ def _pixels(text: str) -> bytes:
 
 
 def images_of(body: Body, name: str) -> list[tuple[str, bytes]]:
-    """Return the images of a field, those of files first, with their names."""
+    """Return the images of a field with their names, files first."""
     found = [(label, file.file.read()) for label, file in body.files.get(name, [])]
     texts = getattr(body.fields, name)
     return found + [(f"{name}[{n}]", _pixels(text)) for n, text in enumerate(texts)]
 
 
 def said(errors: Any) -> str:
-    """Return what pydantic found wrong, without what was sent."""
+    """Return pydantic's error messages without the values that were sent."""
     parts = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in errors[:5]]
     return "; ".join(parts)[:1000]

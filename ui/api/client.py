@@ -37,7 +37,7 @@ ERRORS: dict[int, type[HistoseekError]] = {
 
 
 class Client:
-    """Asks a histoseek server; every error of the server is raised as one of ours."""
+    """Sends requests to a histoseek server; its errors are raised as :class:`HistoseekError`."""
 
     def __init__(
         self,
@@ -47,14 +47,14 @@ class Client:
         password: str = "",
         timeout_s: float = TIMEOUT_S,
     ) -> None:
-        """Name the server; nothing is asked yet.
+        """Store the address and credentials; no request is sent yet.
 
         Args:
-            address: of the page.
-            token: ``HISTOSEEK_UI_TOKEN`` of the environment when left out.
-            user: instead of a token.
-            password: of the user.
-            timeout_s: to wait for an answer.
+            address: the server's address.
+            token: access token; ``HISTOSEEK_UI_TOKEN`` of the environment when None.
+            user: user name, instead of a token.
+            password: the user's password.
+            timeout_s: timeout of a request in seconds.
         """
         self._address = address.rstrip("/")
         self._timeout = timeout_s
@@ -86,9 +86,9 @@ class Client:
         """Return similar tiles: ``hits``, ``verdict`` and ``provenance``.
 
         Args:
-            images: to be like.
-            like: tiles of the atlas to be like.
-            unlike: tiles not to be like.
+            images: images that hits should resemble.
+            like: ids of tiles that hits should resemble.
+            unlike: ids of tiles that hits should not resemble.
             options: k, where, least, per_slide, leave_out, clustering; see ``/docs``.
         """
         fields = {"like": list(like), "unlike": list(unlike), **options}
@@ -97,7 +97,7 @@ class Client:
         return self._form("/v1/search", fields, [("images", image) for image in images])
 
     def assign(self, images: Sequence[Image], clustering: str | None = None) -> dict[str, Any]:
-        """Return where images belong in a clustering."""
+        """Return the cluster of each image in a clustering."""
         files = [("images", image) for image in images]
         return self._form("/v1/assign", {"clustering": clustering}, files)
 
@@ -109,23 +109,23 @@ class Client:
     def add(
         self, path: str, label: str = "", patient: str = "", mpp: str = "", replace: bool = False
     ) -> dict[str, Any]:
-        """Have the server add a slide from one of its folders; returns the job."""
+        """Let the server add a slide from one of its folders; return the job."""
         row = {"path": path, "label": label, "patient": patient, "mpp": mpp, "replace": replace}
         return self._json("POST", "/v1/slides", row)
 
     def upload(
         self, file: Image, label: str = "", patient: str = "", mpp: str = ""
     ) -> dict[str, Any]:
-        """Upload a slide and have it added; returns the job."""
+        """Upload a slide to add it to the atlas; return the job."""
         row = {"label": label, "patient": patient, "mpp": mpp}
         return self._form("/v1/slides", row, [("file", file)])
 
     def wait(self, job: dict[str, Any], timeout_s: float = 3600) -> dict[str, Any]:
-        """Wait until a slide is in the atlas; returns its job.
+        """Wait until a slide is in the atlas; return its job.
 
         Raises:
-            BadInput: it could not be added.
-            Unavailable: it takes longer.
+            BadInput: the slide could not be added.
+            Unavailable: it takes longer than ``timeout_s``.
         """
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
@@ -138,11 +138,11 @@ class Client:
         raise Unavailable(f"{job['slide']} is not added after {timeout_s:.0f} s; it goes on")
 
     def remove(self, slide: str) -> dict[str, Any]:
-        """Take a slide out of the atlas."""
+        """Remove a slide from the atlas."""
         return self._json("DELETE", f"/v1/slides/{urllib.parse.quote(slide, safe='')}")
 
     def clusters(self, clustering: str | None = None) -> dict[str, Any]:
-        """Describe the clusters of a clustering."""
+        """Return the clusters of a clustering."""
         asked = f"?clustering={urllib.parse.quote(clustering)}" if clustering else ""
         return self._json("GET", f"/v1/clusters{asked}")
 
@@ -188,7 +188,7 @@ class Client:
     def _ask(
         self, method: str, path: str, body: bytes | None = None, kind: dict[str, str] | None = None
     ) -> bytes:
-        """Ask, and again where the server says that it was too much or too early."""
+        """Send a request; retry if the server is busy or the answer is not ready."""
         headers = {**self._headers, **(kind or {})}
         for left in reversed(range(TRIES)):
             request = urllib.request.Request(
@@ -213,7 +213,7 @@ class Client:
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that were given."""
+    """Return the fields that are set."""
     return {key: value for key, value in fields.items() if value not in (None, [], "")}
 
 
@@ -226,7 +226,7 @@ def _read(image: Path | str) -> tuple[bytes, str]:
 
 
 def _raised(error: urllib.error.HTTPError) -> HistoseekError:
-    """Return the error of ours that an answer stands for."""
+    """Return the HistoseekError that matches an error response."""
     try:
         text = str(json.loads(error.read())["error"]["message"])
     except (ValueError, KeyError, TypeError):

@@ -1,4 +1,4 @@
-"""The API's description as one page of plain HTML, made from its OpenAPI document; nothing is fetched."""
+"""The API documentation as one page of plain HTML, from the OpenAPI document; it loads nothing else."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def page(document: dict[str, Any], address: str) -> str:
     """Return the page.
 
     Args:
-        document: OpenAPI's.
-        address: of the server, as the reader's browser knows it, without a slash at its end.
+        document: the OpenAPI document.
+        address: the server's public address, without a trailing slash.
     """
     example = _EXAMPLE.replace("ADDRESS", address)
     tags: dict[str, list[str]] = {}

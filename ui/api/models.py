@@ -1,4 +1,4 @@
-"""What the API takes and gives, as pydantic models: the source of its OpenAPI document."""
+"""Request and response bodies of the API as pydantic models, the source of its OpenAPI document."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
 
 class Request(BaseModel):
-    """What every request body has in common: unknown fields are refused, so that typing errors show."""
+    """Base of all request bodies; unknown fields are refused, to reveal typing errors."""
 
     model_config = ConfigDict(extra="forbid")
 
 
 class Me(BaseModel):
-    """Who asks: ``-`` where nobody need say so."""
+    """The current user; ``-`` if no login is required."""
 
     user: str
     role: Literal["reader", "editor"]
 
 
 class EmbeddingsRequest(Request):
-    """Images to embed, as base64 (with or without ``data:…;base64,`` before it)."""
+    """Images to embed, as base64 (with or without the prefix ``data:…;base64,``)."""
 
     images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class SearchRequest(Request):
-    """What is searched for: at least one of ``images`` and ``like``."""
+    """A search query; needs at least one image or tile in ``images`` or ``like``."""
 
     images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64; to be like")
     unlike_images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64")
@@ -58,14 +58,14 @@ class SearchRequest(Request):
 
 
 class AssignRequest(Request):
-    """Images to place in clusters, as base64."""
+    """Images to assign to clusters, as base64."""
 
     images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
     clustering: Short | None = None
 
 
 class SlideRequest(Request):
-    """A slide to add from a folder from which slides may be added."""
+    """A slide to add from one of the server's allowed folders."""
 
     path: Annotated[str, Field(min_length=1, max_length=4_000)]
     label: Short = ""
@@ -75,7 +75,7 @@ class SlideRequest(Request):
 
 
 class ClusterRequest(Request):
-    """What people call a cluster; empty takes the name away."""
+    """A cluster's name; empty to remove it."""
 
     name: Annotated[str, Field(max_length=2_000)] = ""
     description: Annotated[str, Field(max_length=2_000)] = ""
@@ -83,7 +83,7 @@ class ClusterRequest(Request):
 
 
 class ErrorDetail(BaseModel):
-    """What went wrong."""
+    """Details of an error."""
 
     code: str
     message: str
@@ -91,13 +91,13 @@ class ErrorDetail(BaseModel):
 
 
 class Error(BaseModel):
-    """Every error's body."""
+    """The body of every error response."""
 
     error: ErrorDetail
 
 
 class Health(BaseModel):
-    """The process is up."""
+    """The process is running."""
 
     status: Literal["ok"] = "ok"
 
@@ -109,13 +109,13 @@ class Ready(BaseModel):
 
 
 class Pending(BaseModel):
-    """What was asked for is being made."""
+    """The requested result is still being computed."""
 
     status: Literal["being made"] = "being made"
 
 
 class Encoder(BaseModel):
-    """Which encoder made embeddings."""
+    """The encoder that computed the embeddings."""
 
     name: str
     sha256: str
@@ -123,14 +123,14 @@ class Encoder(BaseModel):
 
 
 class Embeddings(BaseModel):
-    """One embedding per image, in their order."""
+    """One embedding per image, in the order of the images."""
 
     encoder: Encoder
     embeddings: list[list[float]]
 
 
 class Tile(BaseModel):
-    """What is known of a tile."""
+    """A tile and its metadata."""
 
     tile: int
     slide: str
@@ -153,7 +153,7 @@ class Hit(Tile):
 
 
 class Placed(BaseModel):
-    """Where an image belongs in a clustering."""
+    """The cluster that an image is assigned to."""
 
     cluster: int
     name: str
@@ -163,14 +163,14 @@ class Placed(BaseModel):
 
 
 class LabelCount(BaseModel):
-    """How many hits have a label."""
+    """A label and the number of hits that have it."""
 
     label: str | None
     hits: int
 
 
 class Verdict(BaseModel):
-    """What the nearest tiles say; see :class:`histoseek.ui.session.answers.Verdict`."""
+    """Summary of the nearest tiles; see :class:`histoseek.ui.session.answers.Verdict`."""
 
     text: str
     labels: list[LabelCount]
@@ -181,7 +181,7 @@ class Verdict(BaseModel):
 
 
 class SearchAnswer(BaseModel):
-    """Similar tiles, what they say, and how they were found."""
+    """Similar tiles, the verdict on the query, and the provenance of the answer."""
 
     result: str
     verdict: Verdict
@@ -206,7 +206,7 @@ class RefusedImage(BaseModel):
 
 
 class AssignAnswer(BaseModel):
-    """Images in clusters."""
+    """Images with their clusters, and images that could not be read."""
 
     result: str
     images: list[PlacedImage]
@@ -231,14 +231,14 @@ class Slide(BaseModel):
 
 
 class Slides(BaseModel):
-    """Some slides of the atlas, by name."""
+    """A page of the atlas's slides, sorted by name."""
 
     slides: list[Slide]
     total: int
 
 
 class Job(BaseModel):
-    """A slide on its way into the atlas."""
+    """A slide that is being added to the atlas."""
 
     id: str
     slide: str
@@ -250,20 +250,20 @@ class Job(BaseModel):
 
 
 class Jobs(BaseModel):
-    """Slides on their way, newest first."""
+    """Slides that are being added, newest first."""
 
     jobs: list[Job]
 
 
 class Removed(BaseModel):
-    """What went with a slide."""
+    """What was removed with a slide."""
 
     slide: str
     tiles: int
 
 
 class Cluster(BaseModel):
-    """A cluster: what people call it, how large it is, what it holds."""
+    """A cluster: its name, size and contents."""
 
     cluster: int
     name: str
@@ -283,7 +283,7 @@ class Clusters(BaseModel):
 
 
 class Region(BaseModel):
-    """Two regions that are alike."""
+    """A pair of similar regions."""
 
     score: float
     query: int | None
@@ -291,7 +291,7 @@ class Region(BaseModel):
 
 
 class SimilarSlide(BaseModel):
-    """A slide or case like another."""
+    """A slide or case that is similar to the requested one."""
 
     name: str
     score: float
@@ -300,6 +300,6 @@ class SimilarSlide(BaseModel):
 
 
 class SimilarSlides(BaseModel):
-    """Slides or cases like another, most similar first."""
+    """Similar slides or cases, most similar first."""
 
     slides: list[SimilarSlide]

@@ -44,7 +44,7 @@ def add_queries(app: FastAPI, server: Server) -> None:
         openapi_extra=body_of(models.EmbeddingsRequest, {"images": "pictures"}),
     )
     async def embeddings(request: Request) -> Any:
-        """Embed images by the atlas's encoder."""
+        """Embed images with the atlas's encoder."""
         async with read_body(request, models.EmbeddingsRequest, ("images",)) as body:
 
             def work() -> Any:
@@ -66,7 +66,7 @@ def add_queries(app: FastAPI, server: Server) -> None:
         ),
     )
     async def search(request: Request) -> Any:
-        """Find the tiles most like images or tiles of the atlas, and unlike others."""
+        """Find the tiles most similar to images or tiles of the atlas, and dissimilar to others."""
         async with read_body(request, models.SearchRequest, ("images", "unlike_images")) as body:
 
             def work() -> Any:
@@ -102,7 +102,7 @@ def add_answers(app: FastAPI, server: Server) -> None:
         openapi_extra=body_of(models.AssignRequest, {"images": "pictures"}),
     )
     async def assign(request: Request) -> Any:
-        """Place images in the clusters of the atlas."""
+        """Assign images to the clusters of the atlas."""
         async with read_body(request, models.AssignRequest, ("images",)) as body:
 
             def work() -> Any:
@@ -120,7 +120,7 @@ def add_answers(app: FastAPI, server: Server) -> None:
     def result(
         result: Annotated[str, Parameter(max_length=64)], kind: Literal["csv", "json", "html"]
     ) -> Response:
-        """Return an earlier answer as a file; the last few hundred are kept."""
+        """Return an earlier answer as a file; the server keeps the last few hundred answers."""
         blob = report.write(session, session.results.get(result), kind)
         name = f'attachment; filename="histoseek-{result}.{kind}"'
         mime = report.KINDS[kind] + ("" if kind == "json" else "; charset=utf-8")
@@ -138,28 +138,28 @@ def add_pictures(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/tiles/{tile}.jpg", tags=["tiles"], responses=JPEG, response_class=Response)
     def tile_picture(tile: Number) -> Response:
-        """Return a tile as the encoder saw it."""
+        """Return a tile as an image, as the encoder sees it."""
         return jpeg(pictures.tile(tile))
 
     @app.get("/v1/tiles/{tile}/field.jpg", tags=["tiles"], responses=JPEG, response_class=Response)
     def field_picture(tile: Number) -> Response:
-        """Return a tile amid its neighbours, boxed."""
+        """Return an image of a tile and its neighbours, with a box around the tile."""
         return jpeg(pictures.field(tile))
 
     @app.get("/v1/tiles/{tile}/place.jpg", tags=["tiles"], responses=JPEG, response_class=Response)
     def place_picture(tile: Number) -> Response:
-        """Return the whole slide with a box where the tile lies."""
+        """Return an image of the whole slide, with a box around the tile."""
         return jpeg(pictures.place(tile))
 
     @app.get("/v1/tiles/{tile}", tags=["tiles"], response_model=models.Tile)
     def tile(tile: Number) -> Any:
-        """Return what is known of a tile."""
+        """Return a tile's metadata."""
         return session.atlas.tiles([tile])[tile]
 
     @app.get("/v1/slides/{slide}/thumbnail.jpg", tags=["slides"], responses=JPEG,
              response_class=Response)  # fmt: skip
     def thumbnail(slide: str, longest: Annotated[int, InUrl(ge=32, le=1024)] = 320) -> Response:
-        """Return a slide in small, or some tiles of a tile set."""
+        """Return a thumbnail of a slide, or some tiles of a tile set."""
         return jpeg(pictures.thumbnail(slide, longest), 60)
 
     @app.get("/v1/slides/{slide}/clusters.jpg", tags=["slides"], responses=JPEG,
@@ -192,7 +192,7 @@ def add_map(app: FastAPI, server: Server) -> None:
         """Return the tiles on the map: a JSON header and three arrays, little-endian.
 
         Four bytes give the header's length (uint32), the header is padded with spaces to a multiple of
-        eight bytes; then tile ids (float64, M), places (float32, M x 2) and colour numbers (int32, M).
+        eight bytes; then tile ids (float64, M), coordinates (float32, M x 2) and colour numbers (int32, M).
         """
         found = session.map.points()
         if found is None:
@@ -288,7 +288,7 @@ def add_jobs(app: FastAPI, server: Server) -> None:
         ),
     )
     async def add(request: Request) -> Any:
-        """Add a slide, by upload or by its path in an allowed folder; it is embedded in the background."""
+        """Add a slide by upload or from an allowed folder; it is embedded in the background."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
         form = kind == "multipart/form-data"
         async with read_body(
@@ -313,28 +313,28 @@ def add_jobs(app: FastAPI, server: Server) -> None:
 
     @app.get("/v1/jobs", tags=["slides"], response_model=models.Jobs)
     def jobs() -> Any:
-        """List the slides on their way, newest first."""
+        """List the slides that are being added, newest first."""
         return {"jobs": [job.public() for job in additions.all()]}
 
     @app.get("/v1/jobs/{job}", tags=["slides"], response_model=models.Job)
     def job(job: str) -> Any:
-        """Return how far a slide is."""
+        """Return the progress of a slide that is being added."""
         return additions.get(job).public()
 
 
 class _SlideForm(models.SlideRequest):
-    """As a form: the file may stand in the place of the path."""
+    """The same as a form, in which a file may replace the path."""
 
     path: str = ""
 
 
 def add_clusters(app: FastAPI, server: Server) -> None:
-    """Add clusters and their names."""
+    """Add the routes for clusters and their names."""
     session = server.session
 
     @app.get("/v1/clusters", tags=["clusters"], response_model=models.Clusters)
     def clusters(clustering: Name = None, examples: Annotated[int, InUrl(ge=0, le=24)] = 6) -> Any:
-        """Describe the clusters of a clustering; the newest one if it is not named."""
+        """Return the clusters of a clustering; of the newest one by default."""
         name, _ = session.atlas.clustering(clustering)
         return {"clustering": name, "clusters": session.atlas.clusters(name, examples)}
 
@@ -344,7 +344,7 @@ def add_clusters(app: FastAPI, server: Server) -> None:
         body: models.ClusterRequest,
         request: Request,
     ) -> Any:
-        """Say what people call a cluster."""
+        """Set the name of a cluster."""
         name, _ = session.atlas.clustering(body.clustering)
         server.note(request, "rename", clustering=name, cluster=cluster, name=body.name)
         session.atlas.name_cluster(cluster, body.name, body.description, name)

@@ -1,4 +1,4 @@
-/* What the page does in the browser: picking and cropping an image, the map, a tile in its context. */
+/* The page's JavaScript: choosing and cropping an image, uploads, the map, a tile in its context. */
 "use strict";
 (() => {
   const hs = (window.histoseek = window.histoseek || {});
@@ -11,7 +11,7 @@
     made.append(...children);
     return made;
   };
-  /* A page whose server does not know where it is cannot reach it: say which header the proxy leaves out. */
+  /* If the server does not know its public address, its links fail: name the header that the proxy omits. */
   const here = new URL(".", location.href), believed = new URL(window.gradio_config?.root || here, here);
   const missing = believed.hostname !== here.hostname ? "Host or X-Forwarded-Host"
     : believed.pathname.replace(/\/?$/, "/") !== here.pathname ? "X-Forwarded-Prefix (or start with --root-path)" : "";
@@ -21,7 +21,7 @@
 
   const tileUrl = (tile) => `v1/tiles/${tile}.jpg`;
 
-  /* A reader is not shown what only an editor may do; the server refuses it in any case. */
+  /* Hide the editors' controls from readers; the server refuses their actions in any case. */
   fetch("v1/me").then((answer) => answer.json()).then((me) => {
     if (me.role === "reader") document.documentElement.dataset.role = "reader";
   }).catch(() => {});
@@ -37,7 +37,7 @@
     return answer;
   }
 
-  /* ---- the query image: choose, drop or paste it, and draw the part that is searched for ---------- */
+  /* ---- the query image: choose, drop or paste it, and crop it ------------------------------------- */
   hs.picker = (element, trigger, upload) => {
     const input = element.querySelector("input");
     const stage = element.querySelector(".hs-stage");
@@ -126,7 +126,7 @@
       draw();
       send();
     });
-    /* By keyboard: arrows move the box, with Shift they change its size, Escape takes the whole picture. */
+    /* Keyboard: arrows move the box, with Shift they resize it, Escape selects the whole image. */
     stage.addEventListener("keydown", (e) => {
       const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[e.key];
       if (!path) return;
@@ -153,7 +153,7 @@
     };
   };
 
-  /* ---- files to upload: chosen or dropped, listed, and taken off the list again ------------------ */
+  /* ---- files to upload: chosen or dropped, listed, and removed from the list --------------------- */
   const choosers = {};
   hs.chosen = (name) => JSON.stringify(choosers[name]?.() ?? {});
   hs.files = (element, upload) => {
@@ -199,7 +199,7 @@
     root.addEventListener("hs-clear", () => { files = []; draw(); });
   };
 
-  /* ---- a new slide: straight to the API, which has room for it --------------------------------- */
+  /* ---- a new slide: sent directly to the API, which accepts large files ------------------------ */
   hs.addSlide = (name) => async (path, label, patient, mpp, replace) => {
     const root = document.querySelector(`#${name} .hs-picker`);
     const input = root.querySelector("input");
@@ -228,7 +228,7 @@
       request.onload = () => {
         note.textContent = "";
         let said = {};
-        try { said = JSON.parse(request.responseText); } catch { /* told by its status */ }
+        try { said = JSON.parse(request.responseText); } catch { /* use the status */ }
         if (request.status === 202) {
           input.value = "";
           root.dispatchEvent(new Event("hs-clear"));
@@ -247,7 +247,7 @@
     else if (button.dataset.like) pick("like", Number(button.dataset.like));
     else pick("unlike", Number(button.dataset.unlike));
   });
-  /* A tile that is chosen anywhere is searched for in the first tab, which is shown then. */
+  /* Choosing a tile anywhere opens the first tab, which searches for it. */
   function pick(kind, tile) {
     const tabs = [...document.querySelectorAll("[role=tab], .overflow-dropdown button")];
     const first = tabs.find((tab) => tab.textContent.trim() === "Find similar");
@@ -441,7 +441,7 @@
           el("img", { src: tileUrl(tile), alt: `tile ${tile}`, width: 96, height: 96, loading: "lazy" }))))));
     }
 
-    /* Plotly's own lasso asks every point at every move of the mouse; this one asks once, at its end. */
+    /* Plotly's lasso tests every point at every mouse move; this one tests once, at the end. */
     const lasso = gallery && element.querySelector(".hs-lasso");
     if (lasso) {
       const polygon = lasso.querySelector("polygon");
@@ -480,14 +480,14 @@
       lasso.addEventListener("pointerleave", () => { if (peek) peek.hidden = true; });
       use(window.innerWidth < 700 ? "move" : "lasso");  // a finger shall be able to scroll past
     }
-    /* The lasso lies over the points alone: legend and buttons stay within reach. */
+    /* The lasso covers only the points: legend and buttons stay clickable. */
     function fit() {
       if (!lasso || !plot._fullLayout) return;
       const { xaxis, yaxis } = plot._fullLayout;
       Object.assign(lasso.style, { left: `${xaxis._offset}px`, top: `${yaxis._offset}px`,
         width: `${xaxis._length}px`, height: `${yaxis._length}px` });
     }
-    /* Every point that is shown, with its place in pixels of the overlay. */
+    /* Every visible point with its coordinates in pixels of the overlay. */
     function* shownPoints() {
       const { xaxis, yaxis } = plot._fullLayout;
       for (const trace of plot.data) {
@@ -545,7 +545,7 @@
       select.addEventListener("change", () => { wanted = select.value; load(); });
     }
     show([]);
-    /* Drawn when it is first seen: a hidden tab has no width, and nobody waits for what is not looked at. */
+    /* Draw the map when it first becomes visible: a hidden tab has no width. */
     new IntersectionObserver((seen) => {
       if (seen.some((s) => s.isIntersecting) && loaded !== revision())
         load().catch((e) => { loaded = null; note.textContent = `No map: ${e.message}`; });
@@ -554,13 +554,13 @@
     return { draw, load, set: (value) => { if (value === wanted && data) return draw(); wanted = value; return load(); } };
   };
 
-  /* ---- where there is little room, the answer comes to the reader ------------------------------- */
+  /* ---- on small screens, scroll to the answer --------------------------------------------------- */
   hs.answered = (element) => new MutationObserver(() => {
     if (window.innerWidth < 700 && element.querySelector(".hs-verdict, .hs-problem"))
       element.scrollIntoView({ block: "start" });
   }).observe(element, { childList: true, subtree: true });
 
-  /* ---- clusters: names that people give -------------------------------------------------------- */
+  /* ---- clusters: names given by users ---------------------------------------------------------- */
   document.addEventListener("submit", async (e) => {
     const form = e.target.closest?.(".hs-rename");
     if (!form) return;

@@ -1,1 +1,1 @@
-"""CLI: the command line."""
+"""The command line."""

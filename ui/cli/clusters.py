@@ -1,4 +1,4 @@
-"""The clusters of an atlas: ``index fit``, ``curve``, ``clusters``, ``name`` and ``drift``."""
+"""Commands for clusters: ``index fit``, ``curve``, ``clusters``, ``name``, ``drift`` and the map."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def fit(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
-    """Fit clusters on the whole atlas; new images are assigned to them."""
+    """Fit clusters on all tiles of the atlas. New images can then be assigned to them."""
     from ...index.atlas import Atlas
 
     if k != "auto" and not (k.isascii() and k.isdigit() and int(k) >= 1):
@@ -72,7 +72,7 @@ def curve(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
-    """Show how well several numbers of clusters part the tiles, and whether they come out again."""
+    """Compare numbers of clusters: how well they separate the tiles, and how stable they are."""
     from ...index.atlas import Atlas
     from ...index.clusters.curve import curve as measure
     from ...index.clusters.fit import to_fit
@@ -140,7 +140,7 @@ def name(
     clustering: Clusters = None,
     json: Json = False,
 ) -> None:
-    """Give a cluster a name that people understand."""
+    """Give a cluster a name."""
     from ...index.atlas import Atlas
 
     Atlas(atlas).name_cluster(cluster, text, description, clustering)
@@ -149,7 +149,7 @@ def name(
 
 
 def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
-    """Say how many of the tiles that came after the fit are unknown to it; exit code 1 on drift."""
+    """Count tiles added after the fit that match no cluster; exit code 1 if there is drift."""
     from ...index.atlas import Atlas
 
     report = Atlas(atlas).drift(name)
@@ -183,7 +183,7 @@ def make_map(
     seed: Annotated[int, typer.Option(help="Of t-SNE.")] = 0,
     json: Json = False,
 ) -> None:
-    """Make the map of the atlas that the page shows (t-SNE); the page makes one if there is none."""
+    """Compute the map of the atlas for the page (t-SNE). The page computes it if there is none."""
     from ...index.atlas import Atlas
 
     with console.working("laying tiles out by t-SNE"):

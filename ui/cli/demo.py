@@ -1,4 +1,4 @@
-"""``histoseek demo``: the whole path on one real slide, with nothing to prepare."""
+"""``histoseek demo``: all steps on one real slide, without any preparation."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
     """Embed, index, cluster and search one slide in ``folder``.
 
     Returns:
-        The atlas, and whether the best hit was the place that the query was cut from.
+        The atlas, and whether the best hit is the position from which the query was cut.
 
-    Everything that is there already is used again, so the demo can be repeated.
+    Existing results are reused, so the demo can be repeated.
     """
     from ...index.atlas import Atlas
     from ...serving.encoders.open import DEFAULT_BUNDLE, open_encoder
@@ -117,14 +117,14 @@ def _fit(atlas: Atlas) -> None:
 
 
 def _program() -> str:
-    """Return how this program is called from here."""
+    """Return the command that starts this program."""
     here = Path(sys.executable).with_name("histoseek")
     on_path = shutil.which("histoseek")
     return "histoseek" if on_path and Path(on_path).resolve() == here.resolve() else str(here)
 
 
 def _queries(slide: Slide, atlas: Atlas, size_px: int) -> tuple[list[tuple[int, int]], list[Rgb]]:
-    """Cut a tile turned by a quarter, and twenty turned by any angle; returns places and crops."""
+    """Cut one tile rotated by 90 degrees, and twenty by random angles; return coordinates and crops."""
     rng = np.random.default_rng(CROP_SEED)
     tiles = atlas.view().columns.places().tolist()
     chosen = rng.choice(len(tiles), TURNED + 1, replace=len(tiles) <= TURNED)
@@ -145,12 +145,12 @@ def covers(hit_x: int, hit_y: int, side: int, x: int, y: int) -> bool:
 def rotated_crop(
     slide: Any, x: int, y: int, side: int, size_px: int, rng: np.random.Generator
 ) -> Rgb:
-    """Cut the tile at level-0 x, y, turned by any angle about its centre and mirrored half the time.
+    """Cut the tile at level-0 x, y, rotated by a random angle about its centre and mirrored half the time.
 
-    The pixels come from the slide itself; only a corner beyond its border is background.
+    The pixels come from the slide; only corners outside the slide are background.
     """
     scale = side / size_px
-    reach = int(np.ceil(side * 0.75))  # half a diagonal, and a little more
+    reach = int(np.ceil(side * 0.75))  # half a diagonal plus a margin
     cx, cy = x + side // 2, y + side // 2
     wide = slide.read_tile(cx - reach, cy - reach, 2 * reach, round(2 * reach / scale))
     picture = Image.fromarray(wide)
@@ -162,7 +162,7 @@ def rotated_crop(
 
 
 def get_slide(folder: Path) -> Path:
-    """Return the demo's slide: downloaded, or made from scikit-image's tissue when there is no net."""
+    """Return the demo's slide: downloaded, or made from scikit-image's tissue without network access."""
     real = folder / "CMU-1-Small-Region.svs"
     if real.is_file() and _sha256(real.read_bytes()) == SLIDE_SHA256:
         return real
@@ -184,8 +184,8 @@ def fetch(url: str, sha256: str, size: int) -> bytes:
     """Download a file and check it.
 
     Raises:
-        BadInput: no connection.
-        Damaged: what came is not the file that was asked for.
+        BadInput: there is no connection.
+        Damaged: the downloaded file has the wrong checksum.
     """
     try:
         with urllib.request.urlopen(url, timeout=TIMEOUT_S) as answer:
@@ -203,10 +203,10 @@ def _sha256(blob: bytes) -> str:
 
 
 def make_tissue_slide(path: Path) -> None:
-    """Write scikit-image's immunohistochemistry picture, enlarged three times, as a pyramidal TIFF.
+    """Write scikit-image's immunohistochemistry image, enlarged three times, as a pyramidal TIFF.
 
     Real tissue (colon, FHL2 with haematoxylin), 512 x 512, enlarged to 1536 x 1536 so that it holds
-    enough tiles; its scale is not known, 0.5 µm per pixel is assumed.
+    enough tiles. Its scale is unknown; 0.5 µm per pixel is assumed.
     """
     import io
 

@@ -1,4 +1,4 @@
-"""``histoseek doctor``: what is installed, which accelerators there are, how to get what is missing."""
+"""``histoseek doctor``: shows installed parts, accelerators, and how to install missing parts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 from ... import __version__, console
 
-# part, modules that it needs, extra that brings them, what it is for, needed by every user
+# part, modules that it needs, extra that installs them, its purpose, whether every user needs it
 PARTS = (
     ("embedding", ("onnxruntime",), "cpu", "embed slides, search and assign", True),
     ("index", ("faiss", "hdbscan", "sklearn"), "cpu", "atlas, search, clusters", True),
@@ -50,7 +50,7 @@ DISTRIBUTIONS = {
 
 
 def examine() -> dict[str, Any]:
-    """Return what is installed and what is missing; ``ok`` tells whether the core works."""
+    """Return the installed and the missing parts; ``ok`` states whether the core works."""
     parts = [_part(*row) for row in PARTS]
     return {
         "ok": all(part["installed"] for part in parts if part["needed"]),
@@ -120,7 +120,7 @@ def _encoder() -> dict[str, Any]:
 
 
 def show(report: dict[str, Any]) -> None:
-    """Print the report for a person."""
+    """Print the report as text."""
     console.say(f"histoseek {report['histoseek']}, Python {report['python']}, {report['platform']}")
     rows = []
     for part in report["parts"]:

@@ -1,4 +1,4 @@
-"""The verb ``embed``: slides and tile sets through an encoder, into feature files."""
+"""The command ``embed``: turns slides and tile sets into feature files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .options import with_flags
 
 
 class Kind(StrEnum):
-    """What the pictures of a folder are."""
+    """What the images in a folder are."""
 
     auto = "auto"
     slides = "slides"
@@ -47,7 +47,7 @@ def embed(
     ] = Kind.auto,
     json: Json = False,
 ) -> None:
-    """Embed slides and tile sets into feature files; a repeated run finishes what is not done."""
+    """Embed slides and tile sets into feature files. Repeat the command to finish an interrupted run."""
     from ...serving.embedding.jobs import find_inputs
     from ...serving.embedding.regions import unused_regions, with_regions
     from ...serving.embedding.report import record_end, report_results

@@ -1,4 +1,4 @@
-"""An atlas and other tools: ``index import``, ``export`` and ``push``; reading metadata for it."""
+"""Commands for exchange with other tools: ``index import``, ``export`` and ``push``."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ def report_added(
     left_out: Sequence[LeftOut] = (),
     encoder: str = "",
 ) -> None:
-    """Say what became of each file and of each row of the table; exit code 1 if a file failed.
+    """Print the result of each file and table row; exit code 1 if a file failed.
 
     Args:
-        results: of each file, and the rows that they had.
+        results: result of each file, with its rows.
         table: the metadata.
-        left_out: what else the folders hold.
-        encoder: that a person named, for files of other tools.
+        left_out: other files in the folders, which were not used.
+        encoder: the encoder named by the user, for files of other tools.
     """
     failed = [r for r in results if r.state == "failed"]
     rows = results.rows
@@ -83,7 +83,7 @@ def report_added(
 
 
 def say_names(what: str, names: Sequence[str]) -> None:
-    """Print how many there are and the first few; nothing if there are none."""
+    """Print the number of names and the first few; nothing if there are none."""
     if names:
         few = ", ".join(names[:FEW]) + (" …" if len(names) > FEW else "")
         console.say(f"{what}: {len(names)} ({few})")
@@ -116,7 +116,7 @@ def import_(
     mixed_scales: MixedScales = False,
     json: Json = False,
 ) -> None:
-    """Take in features of any encoder that other tools made; makes the atlas if it is not there."""
+    """Import feature files of other tools, from any encoder. Creates the atlas if it does not exist."""
     from ...index.exchange.imports import import_features
     from ...index.inputs import find_feature_files, read_metadata, rows_of
 
@@ -153,7 +153,7 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write vectors and metadata for other tools, or tiles with their clusters for QuPath."""
+    """Export vectors and metadata for other tools, or tiles with their clusters for QuPath."""
     from ...index.atlas import Atlas
     from ...index.exchange.exports import write
     from ...index.exchange.qupath import origins, without_size
@@ -208,7 +208,7 @@ def push(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Copy the atlas to Milvus, only what changed; then search with --engine."""
+    """Copy the atlas to Milvus; later only its changes. Then search there with --engine."""
     from ...index.atlas import Atlas
     from ...index.exchange.milvus_push import push as copy
 

@@ -1,4 +1,4 @@
-"""The command group ``histoseek index``: what an atlas holds and how it is kept."""
+"""The command group ``histoseek index``: creates, fills and maintains an atlas."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def create(
     encoder: Annotated[str, typer.Option(help="Encoder bundle, or 'default'.")] = "default",
     json: Json = False,
 ) -> None:
-    """Make an empty atlas bound to an encoder; it keeps a copy of the bundle."""
+    """Create an empty atlas for one encoder. It keeps a copy of the encoder's bundle."""
     from ...index.atlas import Atlas
     from ...serving.encoders.open import bundle_path
 
@@ -52,7 +52,7 @@ def add(
     mixed_scales: exchange_commands.MixedScales = False,
     json: Json = False,
 ) -> None:
-    """Add features; each file whole or not at all, and none twice."""
+    """Add feature files to the atlas. Each file is added completely or not at all, and only once."""
     from ...index.atlas import Atlas
     from ...index.inputs import find_feature_files, read_metadata, rows_of
 
@@ -66,7 +66,7 @@ def add(
 
 @index_app.command()
 def remove(atlas: AtlasPath, slides: Slides, json: Json = False) -> None:
-    """Remove slides or tile sets, all or none; ids of their tiles are never used again."""
+    """Remove slides or tile sets, all or none. Tile ids are never reused."""
     from ...index.atlas import Atlas
 
     tiles = Atlas(atlas).remove(slides)
@@ -84,7 +84,7 @@ def relabel(
     ],
     json: Json = False,
 ) -> None:
-    """Set labels, patients and other columns; all rows or none. An empty value takes one away."""
+    """Set labels, patients and other columns from a CSV, all rows or none. An empty value clears one."""
     from ...artifacts.tables import read_csv
     from ...index.atlas import Atlas
 
@@ -113,7 +113,7 @@ def relocate(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Tell an atlas where its slides lie now; each is taken only if its content is the same."""
+    """Update the paths of moved slides. A new path is accepted only if the file's content is the same."""
     from ...index.atlas import Atlas
 
     if (old is None) != (new is None) or (old is None) == (not slides):
@@ -181,7 +181,7 @@ def verify(
     ] = False,
     json: Json = False,
 ) -> None:
-    """Check every file, row and count of an atlas; exit code 1 if anything is (still) wrong."""
+    """Check every file, row and count of an atlas; exit code 1 if a problem remains."""
     from ...index.atlas import Atlas
 
     opened = Atlas(atlas)
@@ -208,7 +208,7 @@ def snapshot(
     out: Annotated[Path, typer.Option(help="New folder; it is an atlas itself.")],
     json: Json = False,
 ) -> None:
-    """Copy one committed state of an atlas, checked; searching may go on."""
+    """Copy one committed state of an atlas and check the copy. Searches can continue."""
     from ...index.atlas import Atlas
 
     with console.working("copying and checking"):
@@ -225,7 +225,7 @@ def restore(
     atlas: AtlasPath,
     json: Json = False,
 ) -> None:
-    """Put a snapshot in the place of an atlas; what was there is kept beside it."""
+    """Replace an atlas by a snapshot. The old atlas is kept in the same parent folder."""
     from ...index.care.snapshots import restore as put_back
 
     with console.working("copying and checking"):
@@ -250,7 +250,7 @@ def audit(
     seed: Annotated[int, typer.Option(help="Of the choice of tiles.")] = 1,
     json: Json = False,
 ) -> None:
-    """Measure what the index finds of the true neighbours, how fast, and what it takes."""
+    """Measure the index's recall of the true neighbours, its speed and its memory use."""
     from ...index.atlas import Atlas
 
     with console.working("asking"):
@@ -291,7 +291,7 @@ def tune(
     k: Annotated[int | None, typer.Option("-k", help="Neighbours the recall is of. [10]")] = None,
     json: Json = False,
 ) -> None:
-    """Write the index anew for other aims, which hold from then on."""
+    """Set new targets for recall or memory and rebuild the index. The targets are stored."""
     from ...index.atlas import Atlas
 
     with console.working("building and measuring"):

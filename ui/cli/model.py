@@ -1,4 +1,4 @@
-"""The verbs that make encoders: train, reproduce, export, triton repository."""
+"""The commands that make encoders: train, reproduce, export, triton repository."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ LabelFrom = Annotated[
 
 
 class TrainCommand(TyperCommand):
-    """``train``, whose ``--help`` also lists the options of the recipe that is named."""
+    """``train``; its ``--help`` also lists the options of the named recipe."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Keep the words for the help text, which is printed before they are parsed."""
+        """Store the arguments for the help text, which is printed before they are parsed."""
         ctx.meta["words"] = list(args)
         return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
-        """Write the options of the verb, then those of the recipe."""
+        """Write the command's options, then the recipe's."""
         super().format_options(ctx, formatter)
         if len(ctx.meta.get("words", [])) < 2:
             return
@@ -87,7 +87,7 @@ def train(
         return
     rules, columns = exclude or [], label_from.split(",")
     words = list(context.args)
-    if data is not None and str(data).startswith("--"):  # an option of the recipe, and no DATA
+    if data is not None and str(data).startswith("--"):  # a recipe option in the place of DATA
         words, data = [str(data), *words], None
     if not recipe or ((data is None or out is None) and not dry_run):
         raise BadInput("expected: histoseek train RECIPE DATA --out RUN (or --list, or --dry-run)")
@@ -113,7 +113,7 @@ def reproduce(
     label_from: LabelFrom = "label",
     json: Json = False,
 ) -> None:
-    """Run a paper's table: published number, ours, trivial baseline, side by side."""
+    """Reproduce a paper's table: published number, our number and trivial baseline, side by side."""
     _need_torch()
     from ...training import commands
 
@@ -137,7 +137,7 @@ def export(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Export a run to an encoder bundle: ONNX graph, manifest, parity proof, model card."""
+    """Export a run to an encoder bundle: ONNX graph, manifest, parity test, model card."""
     _need_torch()
     from ...export.bundle import export_run, parity_tiles
     from ...training.layouts import open_data
@@ -158,7 +158,7 @@ def export(
 
 @triton_app.callback()
 def triton() -> None:
-    """Serve encoders by NVIDIA Triton."""
+    """Serve encoders with NVIDIA Triton."""
 
 
 @triton_app.command()
@@ -172,7 +172,7 @@ def repository(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Write a Triton model repository: one model per bundle; a changed encoder adds a version."""
+    """Write a Triton model repository with one model per bundle. A changed encoder adds a version."""
     from dataclasses import asdict
 
     from ...artifacts.tileset_files import open_tiles
@@ -194,7 +194,7 @@ def repository(
 
 def _need_torch() -> None:
     parts = ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript")
-    missing = [part for part in parts if find_spec(part) is None]  # without the time to import them
+    missing = [part for part in parts if find_spec(part) is None]  # without a slow import
     if missing:
         raise MissingPart(
             f"training and export need {', '.join(missing)}: pip install 'histoseek[train]'"

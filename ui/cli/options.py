@@ -1,7 +1,7 @@
 """Command-line flags made from option models.
 
-A command takes a whole model as one parameter and shows a flag with type, range, default and help for
-each of its options::
+A command takes a model as one parameter and gets a flag, with type, range, default and help, for each of
+the model's options::
 
     @app.command()
     @with_flags
@@ -25,12 +25,12 @@ Model = TypeVar("Model")
 
 
 def with_flags(command: Callable[..., Any], text: bool = False) -> Callable[..., Any]:
-    """Replace each parameter whose type is a model by one flag per option, for Typer.
+    """Replace each parameter that is a model by one flag per option, for Typer.
 
     Args:
-        command: takes one or several models beside its other parameters.
-        text: let Typer pass every value as text, so that the model alone says what is wrong; and give
-            every switch its ``--no-…`` form.
+        command: function with one or more models among its parameters.
+        text: let Typer pass every value as text, so that all errors come from the model; also add the
+            ``--no-…`` form of every switch.
     """
     hints = get_type_hints(command, include_extras=True)
     models = {name: hint for name, hint in hints.items() if is_options(hint)}
@@ -95,13 +95,13 @@ def parse(model: type[Model], words: list[str], name: str) -> Model:
     """Turn ``--flag value`` words into a model.
 
     Raises:
-        BadInput: an unknown option, a missing value, or one that is out of range.
+        BadInput: an option is unknown, or a value is missing or out of range.
     """
     command = command_for(model, name)
     try:
         found: Model = command.main(list(words), prog_name=name, standalone_mode=False)
     except Exception as error:
-        if not hasattr(error, "format_message"):  # of the command line: unknown option, no value
+        if not hasattr(error, "format_message"):  # not a click error (unknown option, no value)
             raise
         flags = ", ".join(option.flag for option in read_options(model))
         raise BadInput(f"{error.format_message()} The options of {name} are: {flags}") from error

@@ -1,4 +1,4 @@
-"""Asking an atlas: ``index search``, ``similar``, ``evaluate``, ``duplicates`` and ``leakage``."""
+"""Commands that query an atlas: ``index search``, ``assign`` and ``similar``."""
 
 from __future__ import annotations
 
@@ -61,9 +61,9 @@ def search(
     engine: Annotated[str | None, typer.Option(help=ENGINE_HELP)] = None,
     json: Json = False,
 ) -> None:
-    """Find the tiles of the atlas that look most like each picture.
+    """Find the tiles of the atlas that look most similar to each image.
 
-    JSON: one list of hits per picture, in the order given; {"query", "error"} for one that failed.
+    JSON: one list of hits per image, in the order given; {"query", "error"} for an image that failed.
     """
     from ...index.atlas import Atlas
     from ...index.search.query import Query
@@ -112,7 +112,7 @@ def _images_and_tiles(names: Sequence[str]) -> tuple[list[Path], tuple[int, ...]
 
 
 def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
-    """Return hits for each image and tile that could be read, or one list if they are combined."""
+    """Return a list of hits per readable image and tile, or one list if the query combines them."""
     if not query.images and not query.tiles:
         return []
     embedded = query.embedded(embed_with(atlas))
@@ -125,7 +125,7 @@ def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
 
 
 def _table(title: str, found: Sequence[Hit], several: bool) -> None:
-    """Show hits; with the scale of each tile where the atlas holds several."""
+    """Print hits; with each tile's scale if the atlas holds several scales."""
     more = ("µm per pixel",) if several else ()
     rows = [(*_row(h), *([h.target_mpp] if several else ())) for h in found]
     console.table(title, (*COLUMNS, *more), rows)
@@ -138,10 +138,10 @@ def _row(h: Hit) -> tuple[Any, ...]:
 
 @contextmanager
 def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
-    """Open the Milvus that an atlas was pushed to.
+    """Open the Milvus collection to which an atlas was pushed.
 
     Raises:
-        Mismatch: it holds embeddings of another encoder.
+        Mismatch: the collection holds embeddings of another encoder.
     """
     from ...index.exchange.milvus import MilvusAtlas
 
@@ -169,9 +169,9 @@ def assign(
     engine: Annotated[str | None, typer.Option(help=ENGINE_HELP)] = None,
     json: Json = False,
 ) -> None:
-    """Place pictures in the atlas's clusters.
+    """Assign images to the atlas's clusters.
 
-    JSON: one object per picture, in the order given; {"query", "error"} for one that failed.
+    JSON: one object per image, in the order given; {"query", "error"} for an image that failed.
     """
     import numpy as np
 
@@ -211,10 +211,10 @@ def assign(
 def read_images(
     paths: Sequence[Path], size_px: int
 ) -> tuple[dict[Path, NDArray[np.uint8]], dict[Path, dict[str, Any]]]:
-    """Read pictures as an encoder takes them, (S, S, 3); one bad picture stops no other.
+    """Read images in the encoder's format, (S, S, 3); a bad image does not stop the others.
 
     Returns:
-        The pictures, and an error for each of those that could not be read.
+        The images by path, and an error for each unreadable one.
     """
     from ...artifacts.images import decode, square
 
@@ -230,7 +230,7 @@ def read_images(
 
 
 def check_images(atlas: Atlas) -> None:
-    """Refuse images where the atlas's encoder is not here.
+    """Raise if images cannot be embedded because the atlas has no encoder.
 
     Raises:
         BadInput: the atlas holds features of another tool.
@@ -240,7 +240,7 @@ def check_images(atlas: Atlas) -> None:
 
 
 def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """Return what embeds images (N, S, S, 3) with the atlas's encoder, opened at the call."""
+    """Return a function that embeds images (N, S, S, 3); it opens the atlas's encoder when called."""
 
     def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         from ...serving.encoders.open import open_encoder
@@ -252,7 +252,7 @@ def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32
 
 
 def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str, Any]]) -> None:
-    """Print answers, and what failed; exit code 1 if anything did."""
+    """Print answers and errors; exit code 1 if an image failed."""
 
     def tell() -> None:
         human()
@@ -281,9 +281,9 @@ def similar(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Find slides or cases like one of the atlas, or a new one, with the regions that look alike.
+    """Find slides or cases similar to one of the atlas, or to a new one, and show the similar regions.
 
-    Nothing of the query's own patient is returned.
+    Slides of the query's patient are left out.
     """
     from ...index.atlas import Atlas
     from ...index.exchange.imports import read_query
@@ -313,7 +313,7 @@ def similar(
 
 
 def _case(view: View, rank: int, s: Similar) -> dict[str, Any]:
-    """Return a similar slide or case, and the pairs of tiles that speak for it."""
+    """Return a similar slide or case as JSON, with its pairs of similar tiles."""
 
     def tile(number: int | None) -> dict[str, Any] | None:
         return None if number is None else view.tiles([number])[number]

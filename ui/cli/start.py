@@ -1,4 +1,4 @@
-"""The first moments of the command line: before anything large is imported or any file is opened."""
+"""Start of the command line, before any large import and before any file is opened."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from ... import stopping
 
 
 class _Process:
-    """Whether this process is the command line, not a program that uses histoseek as a library."""
+    """Whether this process is the command line, and not a program that uses histoseek as a library."""
 
     ours = False
 
 
 def begin() -> None:
-    """Make this process the command line: standard streams there, Ctrl-C taken over."""
+    """Make this process the command line: open missing standard streams, and take over Ctrl-C."""
     fill_descriptors()
     stopping.arm()
     _Process.ours = True
@@ -26,10 +26,10 @@ def is_command_line() -> bool:
 
 
 def fill_descriptors() -> None:
-    """Open the null device where standard input, output or error is closed.
+    """Open the null device in place of a closed standard input, output or error.
 
-    Else the next file that is opened, such as a database, would take the number, and what any library
-    prints would be written into it.
+    Otherwise the next opened file, such as a database, would get its descriptor, and a library's output
+    would be written into that file.
     """
     for number in range(3):
         try:

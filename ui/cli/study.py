@@ -29,7 +29,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
     json: Json = False,
 ) -> None:
-    """Ask every labelled tile of all other patients, and count how often the answer has its label."""
+    """Search with every labelled tile among other patients, and count hits with the same label."""
     import numpy as np
 
     from ...index.atlas import Atlas
@@ -99,7 +99,7 @@ def duplicates(
     where: Where = None,
     json: Json = False,
 ) -> None:
-    """Find groups of tiles that are nearly the same picture."""
+    """Find groups of tiles that are nearly the same image."""
     from ...index.atlas import Atlas
     from ...index.studies.duplicates import duplicates as run
 
@@ -128,7 +128,7 @@ def leakage(
     ] = None,
     json: Json = False,
 ) -> None:
-    """Check that parts of a data set share neither patients nor pictures; exit code 1 if they do."""
+    """Check that the parts of a data set share no patients and no images; exit code 1 if they do."""
     from ...index.atlas import Atlas
     from ...index.studies.duplicates import leakage as run
 

@@ -1,1 +1,1 @@
-"""Notebook: the atlas in Python, with paths and images as they come."""
+"""Notebook: the atlas in Python, with paths and images in any common form."""

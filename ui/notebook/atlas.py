@@ -1,4 +1,4 @@
-"""The atlas in Python: what the command line does, in a notebook's words."""
+"""The atlas in Python: the functions of the command line, for notebooks."""
 
 from __future__ import annotations
 
@@ -33,11 +33,11 @@ class Assignment(NamedTuple):
     """The cluster of one image.
 
     Attributes:
-        cluster: its number; -1 for noise.
-        name: that people gave to the cluster.
-        distance: to the cluster.
-        strength: of the membership, 0 to 1.
-        unknown: whether the image fits no cluster.
+        cluster: the cluster's number; -1 for noise.
+        name: the cluster's name, if users gave it one.
+        distance: distance to the cluster.
+        strength: strength of the membership, 0 to 1.
+        unknown: whether the image belongs to no cluster.
     """
 
     cluster: int
@@ -48,10 +48,10 @@ class Assignment(NamedTuple):
 
 
 class Hits(list[Hit]):
-    """Similar tiles, best first; in Jupyter with their pictures."""
+    """Similar tiles, best first; Jupyter shows their images."""
 
     def __init__(self, hits: Iterable[Hit], pictures: Pictures | None = None) -> None:
-        """Keep hits, and what reads their pixels."""
+        """Store hits, and the reader of their pixels."""
         super().__init__(hits)
         self._pictures = pictures
 
@@ -67,7 +67,7 @@ class Hits(list[Hit]):
     def _picture(self, tile: int) -> bytes | None:
         try:
             return None if self._pictures is None else self._pictures.tile(tile)
-        except HistoseekError:  # its slide is not here: the grey square says so
+        except HistoseekError:  # its slide is missing: show a grey square
             return None
 
 
@@ -83,19 +83,19 @@ class Atlas:
     """An atlas in Python: paths may be str; an image a path, bytes, an array or a PIL image.
 
     Attributes:
-        index: the atlas below, with all its questions; see :class:`histoseek.index.atlas.Atlas`.
+        index: the underlying atlas with all methods; see :class:`histoseek.index.atlas.Atlas`.
     """
 
     def __init__(self, path: str | Path, encoder: Encoder | None = None) -> None:
         """Open an atlas.
 
         Args:
-            path: its folder.
-            encoder: to embed images with; opened from the atlas's own copy at first use when None.
+            path: folder of the atlas.
+            encoder: encoder for images; opened from the atlas's copy at first use when None.
 
         Raises:
-            BadInput: not an atlas, or of a newer histoseek.
-            Mismatch: ``encoder`` is not the one that the atlas is bound to.
+            BadInput: the folder is not an atlas, or a newer histoseek wrote it.
+            Mismatch: ``encoder`` is not the atlas's encoder.
         """
         self.index = index.Atlas(path)
         self._encoder, self._opened_encoder = encoder, False
@@ -105,14 +105,14 @@ class Atlas:
 
     @classmethod
     def create(cls, path: str | Path, encoder: Encoder | str | Path = DEFAULT) -> Atlas:
-        """Make an empty atlas bound to an encoder, with a copy of its bundle.
+        """Create an empty atlas for one encoder, with a copy of the encoder's bundle.
 
         Args:
-            path: folder to make.
+            path: folder to create.
             encoder: an open encoder, or a bundle's folder.
 
         Raises:
-            BadInput: ``path`` exists, or the encoder runs on a server: name its bundle's folder then.
+            BadInput: ``path`` exists, or the encoder runs on a server: pass its bundle's folder instead.
         """
         if isinstance(encoder, str | Path):
             index.Atlas.create(path, bundle_path(str(encoder)))
@@ -133,7 +133,7 @@ class Atlas:
         """The encoder of the atlas.
 
         Raises:
-            BadInput: the atlas holds features of another tool, whose encoder is not here.
+            BadInput: the atlas holds features of another tool, and its encoder is not available.
         """
         if self._encoder is None:
             manifest = self.index.manifest
@@ -166,19 +166,19 @@ class Atlas:
         replace: bool = False,
         mixed_scales: bool = False,
     ) -> AddedSlides:
-        """Add features, each file whole or not at all; what is there already is left alone.
+        """Add feature files, each completely or not at all; files already in the atlas are skipped.
 
         Args:
-            features: what :func:`histoseek.embed` returned, or feature files and folders of them.
+            features: the result of :func:`histoseek.embed`, or feature files and folders of them.
             metadata: a CSV with a column ``slide``, or rows by slide: label, patient and any other column.
-            replace: put other features of a slide that is there in the place of the old ones.
-            mixed_scales: let the atlas hold tiles of different µm per pixel, from now on.
+            replace: replace a slide's features if they differ.
+            mixed_scales: allow tiles of different µm per pixel in the atlas, from now on.
 
         Returns:
-            What became of each file, which rows of the metadata were used, and what was left out.
+            The result of each file, which rows of the metadata were used, and what was left out.
 
         Raises:
-            BadInput: no such file, or a row of the metadata that means two slides.
+            BadInput: a file does not exist, or a row of the metadata matches two slides.
             Busy: another process is writing.
         """
         if isinstance(features, Features):
@@ -198,7 +198,7 @@ class Atlas:
         return added
 
     def remove(self, names: str | Sequence[str]) -> int:
-        """Remove slides or tile sets by name, all or none; return how many tiles went."""
+        """Remove slides or tile sets by name, all or none; return the number of tiles removed."""
         return self.index.remove([names] if isinstance(names, str) else names)
 
     # -- asking ---------------------------------------------------------------------------------
@@ -216,25 +216,25 @@ class Atlas:
         exact: bool = False,
         leave_out: LeaveOut = "tile",
     ) -> Any:
-        """Return the tiles most similar to images, or to several examples together.
+        """Return the tiles most similar to each image, or to several examples together.
 
         Args:
-            images: each is a question of its own.
-            k: hits per question.
+            images: images to search for, each as a separate query.
+            k: hits per query.
             where: metadata filter such as ``organ = 'colon' and patient != 'P7'``.
-            like: examples of one question: images, or ids of tiles of the atlas.
-            unlike: examples that the tiles are not to be like.
-            least: lowest score of a hit.
-            per_slide: at most one hit per slide.
-            exact: compare with every tile, whatever the index.
-            leave_out: of the tiles in ``like``: the ``tile`` itself, its ``slide``, or its ``patient``.
+            like: examples of one combined query: images, or ids of tiles of the atlas.
+            unlike: examples that hits should not resemble.
+            least: minimum score of a hit.
+            per_slide: return at most one hit per slide.
+            exact: compare with every tile instead of using the index.
+            leave_out: leave out each tile in ``like`` itself (``tile``), its ``slide``, or its ``patient``.
 
         Returns:
             :class:`Hits` for one image or for ``like``; a list of them for several images.
 
         Raises:
-            BadInput: nothing to look for, an image that cannot be read, or a filter that cannot be read.
-            NotFound: a tile that is not there.
+            BadInput: the query is empty, or an image or the filter cannot be read.
+            NotFound: a tile does not exist.
         """
         others, tiles = _examples(like)
         unlike_images, unlike_tiles = _examples(unlike)
@@ -259,7 +259,7 @@ class Atlas:
         how: How = "median",
         where: str | None = None,
     ) -> Cases:
-        """Return the slides or cases most like one of the atlas by name, or like new vectors (Q, D).
+        """Return the slides or cases most similar to a named one of the atlas, or to new vectors (Q, D).
 
         See :meth:`histoseek.index.view.View.similar`.
         """
@@ -268,10 +268,10 @@ class Atlas:
     def assign(
         self, images: Image | Sequence[Image], clustering: str | None = None
     ) -> list[Assignment]:
-        """Return the cluster of each image, in the newest clustering or one by name.
+        """Return the cluster of each image, in the newest clustering or a named one.
 
         Raises:
-            BadInput: nothing fitted yet, or an image that cannot be read.
+            BadInput: there is no clustering yet, or an image cannot be read.
         """
         tiles = read_images(images, self._size)
         if not tiles:
@@ -285,7 +285,7 @@ class Atlas:
         return self.index.fit(method, **options)
 
     def slides(self) -> Slides:
-        """Return every slide and tile set; in Jupyter with a picture of each."""
+        """Return every slide and tile set; Jupyter shows an image of each."""
         return Slides(self.index.slides(), self._pictures)
 
     def stats(self) -> dict[str, Any]:
@@ -293,7 +293,7 @@ class Atlas:
         return self.index.stats()
 
     def verify(self) -> list[str]:
-        """Check every file and count; return what is wrong, [] if nothing is."""
+        """Check every file and count; return the problems, [] if there are none."""
         return self.index.verify()
 
     @property
@@ -305,10 +305,10 @@ class Atlas:
 
 
 class Slides(list[dict[str, Any]]):
-    """Slides and tile sets of an atlas; in Jupyter with a picture of each."""
+    """Slides and tile sets of an atlas; Jupyter shows an image of each."""
 
     def __init__(self, slides: Iterable[dict[str, Any]], pictures: Pictures) -> None:
-        """Keep rows, and what reads their pixels."""
+        """Store rows, and the reader of their pixels."""
         super().__init__(slides)
         self._pictures = pictures
 
@@ -324,12 +324,12 @@ class Slides(list[dict[str, Any]]):
     def _thumbnail(self, name: str) -> bytes | None:
         try:
             return self._pictures.thumbnail(name)
-        except HistoseekError:  # the slide is not here: the grey square says so
+        except HistoseekError:  # the slide is missing: show a grey square
             return None
 
 
 def _examples(given: Example | Sequence[Example]) -> tuple[list[Image], tuple[int, ...]]:
-    """Part examples into images and ids of tiles."""
+    """Separate examples into images and tile ids."""
     if isinstance(given, int | np.integer):
         return [], (int(given),)
     if isinstance(given, np.ndarray) and given.dtype != np.uint8:

@@ -22,15 +22,15 @@ Progress = Callable[[int, int, str], None]
 
 
 class Features(list[Result]):
-    """What became of each slide and tile set of a run.
+    """The result of each slide and tile set of a run.
 
     Attributes:
-        folder: where the feature files are.
-        notes: what was left out, guessed or not used, a sentence each.
+        folder: folder of the feature files.
+        notes: inputs that were left out and values that were guessed, one sentence each.
     """
 
     def __init__(self, results: Iterable[Result], folder: Path, notes: Sequence[str]) -> None:
-        """Keep the results of a run that wrote to ``folder``."""
+        """Store the results of a run that wrote to ``folder``."""
         super().__init__(results)
         self.folder, self.notes = folder, list(notes)
 
@@ -58,21 +58,21 @@ def embed(
     progress: Progress | None = None,
     **options: Any,
 ) -> Features:
-    """Embed slides and tile sets into feature files; a repeated run finishes what is not done.
+    """Embed slides and tile sets into feature files; repeat the call to finish an interrupted run.
 
     Args:
         inputs: slides, folders of slides or tiles, ``.tar``, ``.npz`` or CSV.
-        out: folder of the features; it also gets ``run.json``.
-        encoder: an open encoder, or what :func:`open_encoder` takes.
-        kind: what a folder of pictures holds: ``slides``, ``tiles`` or ``auto``.
-        progress: called with slides done, slides in all, and a name.
-        options: of :class:`~histoseek.serving.embedding.results.EmbedOptions`, such as ``mpp=0.5``.
+        out: folder for the features and ``run.json``.
+        encoder: an open encoder, or an argument for :func:`open_encoder`.
+        kind: what a folder of images holds: ``slides``, ``tiles`` or ``auto``.
+        progress: called with tiles done, tiles expected, and a line about the run.
+        options: options of :class:`~histoseek.serving.embedding.results.EmbedOptions`, such as ``mpp=0.5``.
 
     Returns:
-        A result per slide or tile set. One that fails stops no other; a warning names it.
+        One result per slide or tile set. A failed one does not stop the others; a warning names it.
 
     Raises:
-        BadInput: an input that does not exist, or an option out of its range.
+        BadInput: an input does not exist, or an option is out of range.
     """
     paths = [inputs] if isinstance(inputs, str | Path) else inputs
     chosen = EmbedOptions(**options)

@@ -1,4 +1,4 @@
-"""Images as a notebook has them: a path, bytes, an array or a PIL image."""
+"""Images from a notebook: a path, bytes, an array or a PIL image."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Image: TypeAlias = str | Path | bytes | NDArray[np.uint8] | Pillow.Image
 
 
 def is_one(images: Image | Sequence[Image]) -> bool:
-    """Whether this is a single image, not several."""
+    """Whether the argument is a single image."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
     return isinstance(images, str | Path | bytes | Pillow.Image)
 
 
 def read_images(images: Image | Sequence[Image], size_px: int) -> list[Rgb]:
-    """Return images as an encoder takes them, each (S, S, 3).
+    """Return images in the encoder's format, each (S, S, 3).
 
     Args:
         images: one or several paths, bytes, arrays (H, W, 3) of uint8, or PIL images.
         size_px: side of a tile.
 
     Raises:
-        BadInput: one that cannot be read, by name.
+        BadInput: an image cannot be read; the message names it.
     """
     several: Any = [images] if is_one(images) else images
     return [square(_pixels(image), size_px) for image in several]

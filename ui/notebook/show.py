@@ -1,4 +1,4 @@
-"""How answers show themselves in Jupyter."""
+"""HTML of answers for Jupyter."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from html import escape
 def table_html(
     columns: Sequence[str], rows: Sequence[Sequence[object]], notes: Sequence[str] = ()
 ) -> str:
-    """Return a table as HTML; all texts are escaped."""
+    """Return a table as HTML; all text is escaped."""
     head = "".join(f"<th>{escape(column)}</th>" for column in columns)
     body = "".join(
         "<tr>" + "".join(f"<td>{escape(_text(value))}</td>" for value in row) + "</tr>"
@@ -21,7 +21,7 @@ def table_html(
 
 
 def figure_html(jpeg: bytes | None, lines: Sequence[str], side_px: int = 128) -> str:
-    """Return a picture with lines of text below it as HTML; without a picture a grey square."""
+    """Return an image with lines of text below it as HTML; without an image a grey square."""
     style = f"width:{side_px}px;height:{side_px}px;object-fit:contain;background:#ddd"
     picture = f'<div style="{style}"></div>'
     if jpeg is not None:

@@ -1,1 +1,1 @@
-"""Page: the Gradio page."""
+"""The web page, built with Gradio."""

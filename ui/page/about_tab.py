@@ -1,4 +1,4 @@
-"""The tab About: what the atlas holds, by which encoder, what the index finds, and versions."""
+"""The tab About: contents of the atlas, encoder, recall of the index, and versions."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ AUDIT_QUERIES = 200
 
 
 def about_tab(session: Session, tab: Any) -> None:
-    """Lay the tab out.
+    """Build the tab.
 
     Args:
         session: the open atlas.
-        tab: it is in.
+        tab: the Gradio tab.
     """
     about = html(_about(session))
     button = gr.Button("Measure what the index finds", elem_id="audit")

@@ -1,4 +1,4 @@
-"""The page: six tabs laid out in Gradio over the handlers; what it shows is written in ``view``."""
+"""The page: six tabs in Gradio on top of the session; ``view`` makes their HTML."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ FROM_HERE = '<link rel="icon" href="favicon.ico" /><link rel="manifest" href="ma
 
 
 def mount(app: Any, server: Server) -> Any:
-    """Put the page before the API; returns the app with both."""
+    """Mount the page on the API's app; return the app with both."""
     _fetch_nothing()
     _link_from_here()
     _assets(app)
@@ -42,7 +42,7 @@ def mount(app: Any, server: Server) -> Any:
         show_error=False,
         ssr_mode=False,
         enable_monitoring=False,
-        max_file_size=None,  # the guard counts bytes, and more for slides
+        max_file_size=None,  # the guard limits bytes, with a higher limit for slides
         theme=_theme(),
         css_paths=ASSETS / "page.css",
         head='<script src="page-assets/page.js"></script>',
@@ -50,7 +50,7 @@ def mount(app: Any, server: Server) -> Any:
 
 
 def _theme() -> Any:
-    """Return a theme whose texts stand out enough from what is behind them (WCAG AA)."""
+    """Return a theme with sufficient contrast of text (WCAG AA)."""
     theme = gr.themes.Soft(primary_hue="teal", font=FONTS, font_mono=MONO)
     return theme.set(
         block_title_background_fill="transparent",
@@ -84,7 +84,7 @@ def _theme() -> Any:
 
 
 def _fetch_nothing() -> None:
-    """Have Gradio refuse addresses in the place of files: nothing is fetched in anyone's name."""
+    """Make Gradio refuse URLs in place of files, so that the server never downloads for a client."""
     from gradio import processing_utils
 
     def refuse(*_: Any, **__: Any) -> Any:
@@ -96,7 +96,7 @@ def _fetch_nothing() -> None:
 
 
 def _link_from_here() -> None:
-    """Have Gradio's page link manifest and icon from where it is: the root of the host may be another's."""
+    """Make Gradio's links to manifest and icon relative: the host's root may belong to another site."""
     from gradio.routes import templates
     from jinja2 import BaseLoader
 

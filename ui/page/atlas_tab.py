@@ -1,4 +1,4 @@
-"""The tab Atlas: the map of all tiles, and the clusters with names that people give."""
+"""The tab Atlas: the map of all tiles, and the clusters with editable names."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from .widgets import HIDDEN, atlas_map, html, told
 
 
 def atlas_tab(session: Session, tab: Any) -> None:
-    """Lay the tab out.
+    """Build the tab.
 
     Args:
         session: the open atlas.
-        tab: it is in.
+        tab: the Gradio tab.
     """
     names = session.atlas.clusterings()
     fields = [(f"cluster.{name}", f"cluster ({name})") for name in names]

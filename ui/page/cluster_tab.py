@@ -1,4 +1,4 @@
-"""The tab Upload and cluster: images or zips of them, placed in clusters and on the map."""
+"""The tab Upload and cluster: assigns images, or zips of images, to clusters and places on the map."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def _stars(answer: Clustered) -> list[dict[str, Any]]:
 
 
 def cluster_tab(server: Server) -> None:
-    """Lay the tab out."""
+    """Build the tab."""
     session = server.session
     names = session.atlas.clusterings()
     if not names:
@@ -94,11 +94,11 @@ def cluster_tab(server: Server) -> None:
 
 
 def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]]:
-    """Return images with their names, those of zips one by one; nothing is written anywhere.
+    """Return images with their names, including each image in a zip; nothing is written to disk.
 
     Raises:
-        BadInput: a zip that cannot be read, or with a password.
-        TooLarge: too many images, or too many bytes when unpacked.
+        BadInput: a zip cannot be read, or has a password.
+        TooLarge: there are too many images, or too many bytes when unpacked.
     """
     found: list[tuple[str, Path | bytes]] = []
     budget = ZIP_BYTES
@@ -124,7 +124,7 @@ def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]
                         continue
                     if len(found) >= MAX_IMAGES:
                         raise TooLarge(f"{name} holds more than {MAX_IMAGES} images; split it")
-                    with pack.open(item) as stream:  # what it claims to hold is not trusted
+                    with pack.open(item) as stream:  # do not trust the size in the zip
                         blob = stream.read(min(UPLOAD_BYTES, budget) + 1)
                     budget -= len(blob)
                     if len(blob) > UPLOAD_BYTES or budget < 0:
@@ -132,7 +132,7 @@ def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]
                     found.append((f"{name}: {inner}", blob))
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
             raise BadInput(f"{name} cannot be unpacked ({error}); zip the images again") from error
-        except Exception as error:  # zlib, lzma and bz2 have errors of their own
+        except Exception as error:  # zlib, lzma and bz2 raise other errors
             if isinstance(error, HistoseekError):
                 raise
             raise BadInput(f"{name} is damaged ({error}); zip the images again") from error

@@ -1,4 +1,4 @@
-"""HTML of clusters and of pictures assigned to them."""
+"""HTML of clusters and of images assigned to them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from .view import EXAMPLES
 
 
 def placed_table(answer: Clustered, examples: Mapping[int, Sequence[int]]) -> str:
-    """Return the placed images with the nearest tile of each, and the refused ones.
+    """Return the assigned images with the nearest tile of each, and the unreadable ones.
 
     Args:
-        answer: what was placed.
-        examples: ids of tiles that stand for each cluster.
+        answer: the assigned images.
+        examples: ids of example tiles by cluster.
     """
     rows = []
     for number, (name, placed, hit) in enumerate(
@@ -87,7 +87,7 @@ def _dot(cluster: int) -> str:
 
 
 def cluster_cards(clusters: Sequence[Mapping[str, Any]], clustering: str) -> str:
-    """Return the clusters as cards: examples, size, labels, and a name that can be changed."""
+    """Return the clusters as cards: examples, size, labels, and an editable name."""
     cards = "".join(_cluster_card(cluster, clustering) for cluster in clusters)
     return f'<div class="hs-clusters">{cards}</div>'
 

@@ -20,7 +20,7 @@ from .widgets import EVENT, HIDDEN, UPLOAD_BYTES, html, told, uploaded
 
 EMPTY: dict[str, Any] = {"upload": None, "like": [], "unlike": []}
 CHOICES = 2_000
-"""Values that a list to choose from holds; the filter's text reaches the others."""
+"""Maximum number of values in a drop-down list; other values can be used in the filter's text."""
 COLUMN_VALUES = 60
 PICKER = f"""
 <div class="hs-picker" data-limit="{UPLOAD_BYTES}">
@@ -48,14 +48,14 @@ element.addEventListener('click', (e) => {
 
 
 def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
-    """Lay the tab out.
+    """Build the tab.
 
     Args:
-        server: what it works on.
-        last: state that holds the id of the last search.
+        server: the server's state.
+        last: Gradio state with the id of the last search.
 
     Returns:
-        A function that has a page fill in the values of the filters when it is loaded.
+        A function that lets a page fill in the filters' values when it loads.
     """
     session = server.session
     state = gr.State(EMPTY)
@@ -128,7 +128,7 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
 
 
 def _filters(session: Session) -> dict[str, Any]:
-    """Return the filters by what they do to a query."""
+    """Return the filter widgets by the part of the query that they set."""
     columns = session.atlas.view().columns
     further = [
         name
@@ -156,7 +156,7 @@ def _filters(session: Session) -> dict[str, Any]:
 
 
 def _choices(session: Session, names: Sequence[str]) -> list[Any]:
-    """Return the values that there are now, for each filter."""
+    """Return the current values of each filter."""
     columns = session.atlas.view().columns
     found = []
     for name in names:
@@ -179,7 +179,7 @@ def _cluster_choices(session: Session) -> list[tuple[str, int]]:
 
 
 def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, Any]) -> Query:
-    """Return the query that the widgets describe."""
+    """Return the query from the widgets' values."""
     where = (values.pop("where") or "").strip() or None
     leave_out: Any = values.pop("leave_out") or "tile"
     per_slide = values.pop("per_slide")
@@ -201,7 +201,7 @@ def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, An
 
 
 def _picked(asked: dict[str, Any], data: Any) -> dict[str, Any]:
-    """Return the state after a tile was chosen, dropped, or all were cleared."""
+    """Return the state after a tile was added or removed, or all were cleared."""
     kind = data.get("kind")
     if kind == "image":
         return {**asked, "upload": None}

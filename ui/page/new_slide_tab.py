@@ -1,4 +1,4 @@
-"""The tab New slide: a slide by upload or path, embedded in the background while one watches."""
+"""The tab New slide: adds a slide by upload or path, with progress; embedding runs in the background."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ from . import view
 from .widgets import EVENT, HIDDEN, chooser, html
 
 ADD_JS = "(...row) => histoseek.addSlide('new-file')(...row)"
-"""Sends the slide to the API, which has room for it, and puts what it says in the place of the path."""
+"""Sends the slide to the API, which accepts large files, and replaces the path by the API's answer."""
 
 
 def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]) -> None:
-    """Lay the tab out.
+    """Build the tab.
 
     Args:
-        server: what it works on.
-        tab: it is in.
-        head: of the page, which counts the tiles.
-        header: that writes it.
+        server: the server's state.
+        tab: the Gradio tab.
+        head: the page's head, which shows the number of tiles.
+        header: returns the head's HTML.
     """
     additions = server.additions
     html(view.readers_only(), elem_id="readers-note")

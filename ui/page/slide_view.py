@@ -48,16 +48,16 @@ def slide_detail(
     by: str,
     scale: tuple[float, float] = (0.0, 1.0),
 ) -> str:
-    """Return one slide: its picture, with clusters or a heat map, and what is like it.
+    """Return one slide: its image, with clusters or a heat map, and similar slides or cases.
 
     Args:
-        row: of the slide.
+        row: the slide's row.
         shows: ``slide``, ``clusters`` or ``similarity``.
-        clustering: that is laid over.
-        result: id of the search that is laid over.
-        names: of clusters, given by people.
-        counts: tiles of the slide by cluster.
-        similar: slides or cases.
+        clustering: clustering to overlay.
+        result: id of the search whose similarity is overlaid.
+        names: clusters' names.
+        counts: number of the slide's tiles by cluster.
+        similar: similar slides or cases.
         by: ``slide`` or ``patient``.
         scale: scores at the ends of the heat map's colours.
     """

@@ -1,4 +1,4 @@
-"""The tab Slides and cases: one slide with its clusters or a heat map, and what is like it."""
+"""The tab Slides and cases: one slide with its clusters or a heat map, and similar slides or cases."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ element.addEventListener('click', (e) => {
 
 
 def slides_tab(server: Server, last: Any, tab: Any) -> None:
-    """Lay the tab out.
+    """Build the tab.
 
     Args:
-        server: what it works on.
-        last: state that holds the id of the last search.
-        tab: it is in.
+        server: the server's state.
+        last: Gradio state with the id of the last search.
+        tab: the Gradio tab.
     """
     session = server.session
     names = session.atlas.clusterings()
@@ -130,7 +130,7 @@ def _detail(
     try:
         similar = session.similar_slides(asked, by="patient" if by == "patient" else "slide")
         server.note(request, "similar", slide=name, by=by, found=len(similar))
-    except BadInput:  # nothing else to compare
+    except BadInput:  # there is nothing to compare with
         similar = []
     names = session.atlas.cluster_names(clustering) if clustering else {}
     return slide_view.slide_detail(

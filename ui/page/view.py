@@ -1,4 +1,4 @@
-"""How answers look: cards, sentences, tables, as HTML whose every text is escaped."""
+"""HTML of answers: cards, sentences and tables, with all text escaped."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ EXAMPLES = 6
 
 
 def holds(stats: Mapping[str, Any]) -> str:
-    """Say how much an atlas holds."""
+    """Return a sentence with the atlas's counts."""
     slides = stats["slides"]
     noun = "slide or tile set" if slides == 1 else "slides and tile sets"
     return f"{stats['tiles']:,} tiles of {slides:,} {noun}"
 
 
 def header(stats: Mapping[str, Any], atlas: str) -> str:
-    """Return the page's head: name, what the atlas holds, the notice."""
+    """Return the page's head: name, contents of the atlas, and the notice."""
     return (
         f'<header class="hs-head" data-revision="{stats["revision"]}"><h1>histoseek</h1>'
         f"<p><b>{escape(atlas)}</b> {escape(holds(stats))}</p>"
@@ -34,12 +34,12 @@ def header(stats: Mapping[str, Any], atlas: str) -> str:
 
 
 def empty(title: str, text: str) -> str:
-    """Return what stands where nothing is yet."""
+    """Return the placeholder for an empty area."""
     return f'<div class="hs-empty"><b>{escape(title)}</b><span>{escape(text)}</span></div>'
 
 
 def problem(text: str) -> str:
-    """Return how an error is shown."""
+    """Return the HTML of an error."""
     return f'<div class="hs-problem" role="alert">{escape(text)}</div>'
 
 
@@ -47,13 +47,13 @@ def problem(text: str) -> str:
 
 
 def gallery(hits: Iterable[Hit], names: Mapping[int, str] | None = None) -> str:
-    """Return hits as cards: the tile, which opens in its context, what is known, two buttons."""
+    """Return hits as cards: the tile with a link to its context, its metadata, and two buttons."""
     cards = "".join(_card(hit, names) for hit in hits)
     return f'<ul class="hs-hits">{cards}</ul>' if cards else no_hits()
 
 
 def no_hits() -> str:
-    """Say that nothing passed."""
+    """Return the message for a search without hits."""
     return empty("No tile passes.", "Loosen the filter, or leave less out.")
 
 
@@ -76,7 +76,7 @@ def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
 
 
 def verdict(answer: Found) -> str:
-    """Return the verdict line, with a warning where the query is unlike anything in the atlas."""
+    """Return the verdict line, with a warning if the query is unlike anything in the atlas."""
     text = escape(verdict_text(answer))
     warning = ""
     if answer.verdict.unknown:
@@ -95,7 +95,7 @@ def verdict(answer: Found) -> str:
 
 
 def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) -> str:
-    """Return what is searched for: the image as the encoder sees it, and tiles that can be dropped."""
+    """Return the query's examples: images as the encoder sees them, and tiles that can be removed."""
     if not len(images) and not like and not unlike:
         return ""
     seen = "".join(
@@ -134,7 +134,7 @@ def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) ->
 
 
 def job_list(jobs: Sequence[Addition]) -> str:
-    """Return slides on their way, with bars."""
+    """Return the slides being added, with progress bars."""
     if not jobs:
         return empty("No slide has been added here yet.", "Upload one, or give its path.")
     return f'<ul class="hs-jobs">{"".join(_job(job) for job in jobs[:20])}</ul>'
@@ -153,7 +153,7 @@ def _job(job: Addition) -> str:
 
 
 def readers_only() -> str:
-    """Return what a reader is told in the place of the form; editors do not see it."""
+    """Return the message that readers see instead of the form; editors do not see it."""
     return empty(
         "You are a reader here.", "Slides are added by editors; how far they are stands below."
     )
@@ -163,7 +163,7 @@ def readers_only() -> str:
 
 
 def about(stats: Mapping[str, Any], card: str, versions: Mapping[str, str]) -> str:
-    """Return what the atlas holds, by which encoder, how well the index finds, and the versions."""
+    """Return the atlas's contents, its encoder, the index's recall, and the versions."""
     encoder = stats["encoder"]
     labels = ", ".join(f"{name} ({count:,})" for name, count in list(stats["labels"].items())[:20])
     fitted = ", ".join(f"{c['name']} ({c['clusters']} clusters)" for c in stats["clusterings"])
@@ -195,7 +195,7 @@ def _index(index: Mapping[str, Any]) -> str:
 
 
 def audit_text(report: Mapping[str, Any]) -> str:
-    """Return the measured recall of the index in a line."""
+    """Return a line with the measured recall of the index."""
     return (
         f'<p role="status">Recall@{report["k"]} {report["recall"]:.4f} of exact search, measured on '
         f"{report['queries']} tiles of this atlas; {report['index_ms_per_query']:.2f} ms per query.</p>"

@@ -1,4 +1,4 @@
-"""What the tabs share: HTML of ours in Gradio, choosing files, the map, and how errors are told."""
+"""Widgets and functions shared by the tabs: HTML in Gradio, file choosers, the map, and errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from . import view
 
 UPLOAD_BYTES = 64 * 2**20
 EVENT: dict[str, Any] = {"api_visibility": "private", "queue": False}
-"""Events of the page are no API: that one is beside it, and documented.
+"""The page's events are not a public API; the HTTP API is separate and documented.
 
-They are plain requests, not Gradio's queue: an answer that comes by its stream is lost when an event is
-sent just as the stream closes after the one before (Gradio 6.31). What waits is bounded by the guard and
-the gate.
+Events are plain requests and do not use Gradio's queue, which can lose an answer: its stream closes after
+an event, and an event sent at that moment gets no answer (Gradio 6.31). The guard and the batching queue
+limit the number of waiting requests.
 """
 HIDDEN: dict[str, Any] = {**EVENT, "show_progress": "hidden"}
 
@@ -39,24 +39,24 @@ _MAP = """
 
 
 def html(value: str = "", **options: Any) -> Any:
-    """Return HTML of ours, without Gradio's styles for texts."""
+    """Return an HTML widget without Gradio's text styles."""
     return gr.HTML(value, apply_default_css=False, **options)
 
 
 def told(error: Exception) -> str:
-    """Return what a person is told of an error."""
+    """Return the text of an error for users."""
     return view.problem(str(error))
 
 
 def chooser(name: str, title: str, options: str, limit: int, local: bool = False) -> Any:
-    """Return a place to choose or drop files: the field that :func:`with_files` fills with what is there.
+    """Return a field to choose or drop files; :func:`with_files` passes the files to an event.
 
     Args:
-        name: of the element.
-        title: of the link.
-        options: of the input, such as ``multiple``.
-        limit: bytes of a file.
-        local: leave the file in the browser; JavaScript of the tab sends it.
+        name: name of the element.
+        title: text of the link.
+        options: HTML attributes of the input, such as ``multiple``.
+        limit: maximum bytes of a file.
+        local: leave the file in the browser; the tab's JavaScript sends it.
     """
     kind = 'data-local="1"' if local else ""
     template = _FILES.format(name=name, title=title, options=options, limit=limit, local=kind)
@@ -65,15 +65,15 @@ def chooser(name: str, title: str, options: str, limit: int, local: bool = False
 
 
 def with_files(name: str) -> str:
-    """Return the JavaScript that puts what a chooser holds in the place of an event's first input."""
+    """Return JavaScript that replaces an event's first input by the files of a chooser."""
     return f"(...inputs) => [histoseek.chosen('{name}'), ...inputs.slice(1)]"
 
 
 def chosen(text: str | None) -> list[dict[str, Any]]:
-    """Return the uploads that a chooser holds.
+    """Return the uploaded files of a chooser.
 
     Raises:
-        BadInput: some are still being sent, or it names a file that was not uploaded.
+        BadInput: files are still being sent, or the data names a file that was not uploaded.
     """
     data = json.loads(text or "{}")
     if data.get("sending"):
@@ -82,10 +82,10 @@ def chosen(text: str | None) -> list[dict[str, Any]]:
 
 
 def uploaded(data: Any) -> dict[str, Any]:
-    """Return an upload that the browser names, after checking that it is one: path, name and crop.
+    """Check an upload named by the browser; return its path, name and crop.
 
     Raises:
-        BadInput: it names a file that was not uploaded.
+        BadInput: the data names a file that was not uploaded.
     """
     from gradio.utils import get_upload_folder
 
@@ -107,13 +107,13 @@ _TOOLS = """
 
 
 def atlas_map(js: str, elem_id: str, select: str = "", gallery: str = "") -> Any:
-    """Return the map of the atlas; it is drawn when it is first seen.
+    """Return the map of the atlas; it is drawn when it first becomes visible.
 
     Args:
-        js: that calls ``histoseek.map(element, {…})``.
-        elem_id: of the element.
-        select: HTML of the list that chooses colours.
-        gallery: HTML of the place for the tiles of a lasso.
+        js: JavaScript that calls ``histoseek.map(element, {…})``.
+        elem_id: id of the element.
+        select: HTML of the list of colourings.
+        gallery: HTML of the area for the tiles inside a lasso.
     """
     return html(
         html_template=_MAP.format(select=select, gallery=gallery, tools=_TOOLS if gallery else ""),

@@ -1,1 +1,1 @@
-"""Session: the answers that page and API share."""
+"""Session: the functions that the page and the API share."""

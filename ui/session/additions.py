@@ -1,7 +1,7 @@
-"""Adding slides while people search: a bounded queue, one slide at a time embedded in the background.
+"""Adds slides in the background: a bounded queue, and one slide is embedded at a time.
 
-A slide that was uploaded is kept in a folder of its own in the atlas's ``uploads/``, with what was said of
-it beside it until it is in the atlas; one that a kill left there is taken up again at the next start.
+Each uploaded slide has its folder in the atlas's ``uploads/``, with its metadata in a file until it is in
+the atlas. If the process is killed before that, the slide is queued again at the next start.
 """
 
 from __future__ import annotations
@@ -44,10 +44,10 @@ from .session import Session
 
 UPLOADS = "uploads"
 PENDING = "pending.json"
-"""Beside an upload as long as it is not in the atlas: what was said of it, and how often it was tried."""
+"""File next to an upload that is not yet in the atlas: its metadata and the number of attempts."""
 TRIES = 3
 CUT_OFF_S = 3600
-"""For which nothing was written to an upload that is not whole, after which nobody sends it any more."""
+"""Seconds without a write after which an incomplete upload is abandoned and deleted."""
 WAITS_S = (1, 2, 5, 15, 30)
 PASSING = (Busy, Unavailable, StorageFailed)
 INDEXES = frozenset({".mrxs", ".vms", ".vmu"})
@@ -59,21 +59,21 @@ log = logging.getLogger("histoseek.additions")
 
 
 class Additions:
-    """Takes slides by upload or from folders that are allowed, and adds them one after another."""
+    """Accepts slides by upload or from allowed folders, and adds them one after another."""
 
     def __init__(self, session: Session, folders: Sequence[Path] = ()) -> None:
-        """Start the worker, and take up what was left behind.
+        """Start the worker, and queue unfinished uploads again.
 
         Args:
             session: the open atlas.
-            folders: from which slides may be added by their path.
+            folders: folders from which slides may be added by their path.
         """
         self._session = session
         self._folders = [folder.resolve() for folder in folders]
         self._uploads = session.atlas.path.resolve() / UPLOADS
         self._jobs: OrderedDict[str, Addition] = OrderedDict()
         self._lock = threading.Lock()
-        self._queue: queue.Queue[str | None] = queue.Queue()  # the jobs are what is bounded
+        self._queue: queue.Queue[str | None] = queue.Queue()  # unbounded: jobs are limited
         self._stop = threading.Event()
         self._number = 0
         self._closing = False
@@ -83,24 +83,24 @@ class Additions:
 
     @property
     def takes_paths(self) -> bool:
-        """Whether there are folders from which slides may be added."""
+        """Whether slides may be added from folders."""
         return bool(self._folders)
 
-    # -- asking ---------------------------------------------------------------------------------
+    # -- requests -------------------------------------------------------------------------------
 
     def upload(self, stream: BinaryIO, name: str, row: dict[str, str], replace: bool) -> Addition:
-        """Keep an uploaded slide, in a folder of its own, and line it up.
+        """Save an uploaded slide in a separate folder, and queue it.
 
         Args:
-            stream: of its bytes.
-            name: of its file; only the last part counts.
+            stream: the file's bytes.
+            name: the file's name; only its last part is used.
             row: label, patient and mpp.
-            replace: put it in the place of a slide of that name; that one stays until this one is in.
+            replace: replace a slide with the same name, which stays until the new one is in the atlas.
 
         Raises:
-            BadInput: no name, a kind of file that is no slide, or a slide of that name is there.
-            Busy: too many wait.
-            StorageFailed: no space.
+            BadInput: the name is empty, the file is not a slide, or a slide with this name exists.
+            Busy: too many slides are waiting.
+            StorageFailed: there is no disk space.
         """
         file = plain(Path(name.replace("\\", "/")).name)
         if Path(file).suffix.lower() in INDEXES:
@@ -131,12 +131,13 @@ class Additions:
         return job
 
     def path(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
-        """Line up a slide that lies in an allowed folder.
+        """Queue a slide in an allowed folder.
 
         Raises:
-            NotFound: it does not exist, or lies elsewhere: which of both is not told.
-            BadInput: it is no slide, or a slide of that name is there.
-            Busy: too many wait.
+            NotFound: the file does not exist, or is outside the allowed folders; the message does not
+                reveal which.
+            BadInput: the file is not a slide, or a slide with this name exists.
+            Busy: too many slides are waiting.
         """
         try:
             real = path.resolve(strict=True)
@@ -161,7 +162,7 @@ class Additions:
         """Return a job by id.
 
         Raises:
-            NotFound: no such job (any more).
+            NotFound: there is no such job (any more).
         """
         with self._lock:
             if number not in self._jobs:
@@ -169,13 +170,13 @@ class Additions:
             return self._jobs[number]
 
     def remove(self, slide: str) -> int:
-        """Take a slide out of the atlas, and delete its file if it was uploaded here.
+        """Remove a slide from the atlas, and delete its file if it was uploaded.
 
         Returns:
-            How many tiles went.
+            The number of tiles removed.
 
         Raises:
-            NotFound: no such slide.
+            NotFound: there is no such slide.
             Busy: another process is writing.
         """
         source = next(
@@ -188,16 +189,16 @@ class Additions:
         return tiles
 
     def close(self) -> None:
-        """Let the slide under way be; it is taken up again at the next start if it was uploaded."""
+        """Stop the current slide; if it was uploaded, it is queued again at the next start."""
         self._closing = True
         self._stop.set()
         self._queue.put(None)
         self._worker.join(5)
 
-    # -- doing ----------------------------------------------------------------------------------
+    # -- worker ---------------------------------------------------------------------------------
 
     def _reserve(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
-        """Take a place in the line for a slide that can be added, or say why it cannot."""
+        """Reserve a place in the queue for a slide, or raise if it cannot be added."""
         if self._session.encoder is None:
             raise BadInput(
                 "this atlas has no encoder here, so slides cannot be embedded; embed them with the tool "
@@ -245,7 +246,7 @@ class Additions:
             self._jobs.pop(job.id, None)
 
     def _take_up(self) -> None:
-        """Line up uploads that a kill kept from the atlas; one that was tried too often is left alone."""
+        """Queue uploads that a killed process left behind; skip those with too many attempts."""
         if not self._uploads.is_dir() or self._session.encoder is None:
             return
         for folder in sorted(self._uploads.iterdir()):
@@ -269,10 +270,10 @@ class Additions:
                 log.error("%s cannot be taken up: %s", files[0], error)
 
     def _clear(self, folder: Path, files: list[Path]) -> None:
-        """Delete what was cut off while it was sent: of no slide, not waiting, no longer written to."""
+        """Delete an incomplete upload: no slide uses it, it is not queued, and nothing writes to it."""
         if not folder.is_dir() or (folder / PENDING).exists():
             return
-        # By name, not by path: the atlas may have been moved since, and a slide's file is not ours to lose.
+        # Compare names, not paths: the atlas may have moved, and a slide's file must not be deleted.
         if any(Path(s["source"]).parent.name == folder.name for s in self._session.atlas.slides()):
             return
         newest = max((file.stat().st_mtime for file in [folder, *files]), default=0.0)
@@ -283,12 +284,12 @@ class Additions:
         while (number := self._queue.get()) is not None and not self._closing:
             try:
                 self._try(number)
-            except Exception:  # whatever it is, the next one has its turn
+            except Exception:  # continue with the next slide
                 log.exception("job %s", number)
                 self._set(number, state="failed", message="a fault of the server; its log has more")
 
     def _try(self, number: str) -> None:
-        """Add one slide; wait for what passes, such as another writer, and keep the upload meanwhile."""
+        """Add one slide; keep the upload and retry after temporary errors, such as another writer."""
         path = self.get(number).path
         for wait in (*WAITS_S, None):
             try:
@@ -304,12 +305,12 @@ class Additions:
                 self._stop.wait(wait)
             except HistoseekError as error:
                 text = self._session.hide(str(error)).replace(str(path), path.name)
-                self._delete_upload(path)  # first: who is told that it failed finds nothing left
+                self._delete_upload(path)  # first: when users see the failure, the file is gone
                 self._set(number, state="failed", message=text)
                 return
 
     def _delete_upload(self, path: Path) -> None:
-        """Delete a slide that was uploaded, with its folder; any other file is not ours."""
+        """Delete an uploaded slide and its folder; other files are never deleted."""
         if path.resolve().parent.parent == self._uploads:
             shutil.rmtree(path.parent, ignore_errors=True)
 
@@ -324,7 +325,7 @@ class Additions:
 
         atlas = self._session.atlas
         before = [s["source"] for s in atlas.slides() if s["name"] == job.slide]
-        # An encoder of its own: a run that fails closes it, and people go on searching.
+        # A separate encoder: a failed run closes it, and searches must go on.
         encoder = open_encoder(self._session.spec, expect=atlas.manifest)
         options = EmbedOptions(overlays=False, jobs=max(1, cores() - 1))
         row = {key: value for key, value in job.row.items() if value}
@@ -338,7 +339,7 @@ class Additions:
                 metadata = {work.location: {k: v for k, v in row.items() if k != "mpp"}}
                 (added,) = self._session.atlas.add([Path(result.features)], metadata, job.replace)
         except KeyboardInterrupt:
-            return  # closing: the upload stays, and is taken up again
+            return  # closing: the upload stays, and is queued again
         finally:
             encoder.close()
         if added.state == "failed":

@@ -1,4 +1,4 @@
-"""What is asked and what is answered, as values: queries, hits with a verdict, placed images, the map."""
+"""Values of answers: hits with a verdict, assigned images, and points on the map; checks of queries."""
 
 from __future__ import annotations
 
@@ -18,27 +18,28 @@ from ...index.store.rows import Hit
 
 MAX_K = 1_000
 MAX_EXAMPLES = 64
-"""Images and tiles that one search may name."""
+"""Maximum number of images and tiles in one search."""
 
 MAX_IMAGES = 256
-"""Images that are embedded or assigned at once."""
+"""Maximum number of images embedded or assigned in one request."""
 MAX_PIXELS = 32_000_000
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """What the nearest tiles say of a query.
+    """Summary of a query's nearest tiles.
 
     Attributes:
-        labels: labels of the hits with their counts, most frequent first; None stands for no label.
-        slides: likewise the slides.
+        labels: labels of the hits with their counts, most frequent first; None means no label.
+        slides: slides of the hits with their counts, most frequent first.
         placed: cluster, name, distance, strength and unknown; None without a clustering, or if the
-            query is made of several examples.
-        nearer_than: share of the atlas's own tiles that are farther from their nearest tile of another
-            patient than the query is from its nearest hit; None while that is not known.
-        unknown: whether it is unlike anything in the atlas: fits no cluster, or is farther from all tiles
-            than all but 1 % of the atlas's own, or foreign.
-        foreign: whether it is unlike the stained tissue that the encoder was made for (``Manifest.gate``).
+            query combines several examples.
+        nearer_than: share of the atlas's tiles whose distance to the nearest tile of another patient
+            exceeds the query's distance to its nearest hit; None until it is computed.
+        unknown: whether the query is unlike anything in the atlas: it belongs to no cluster, or at most
+            1 % of the atlas's tiles are as far from all others, or it is foreign.
+        foreign: whether the query is out of distribution: not stained tissue, according to the encoder's
+            tissue gate.
     """
 
     labels: list[tuple[str | None, int]]
@@ -54,15 +55,15 @@ class Found:
     """The answer to a search.
 
     Attributes:
-        id: by which it can be asked for again.
-        at: when, UTC, ISO 8601.
-        query: what was asked.
-        vector: (D,) that was compared.
-        hits: best first.
-        verdict: what they say.
-        generation: of the index.
-        revision: of the atlas.
-        milliseconds: of embedding and of searching.
+        id: id under which the answer can be retrieved.
+        at: time, UTC, ISO 8601.
+        query: the query.
+        vector: (D,) the query vector.
+        hits: similar tiles, best first.
+        verdict: summary of the hits.
+        generation: generation of the index.
+        revision: revision of the atlas.
+        milliseconds: time of embedding and of searching.
     """
 
     id: str
@@ -78,13 +79,13 @@ class Found:
 
 @dataclass(frozen=True)
 class Clustered:
-    """The answer to several images.
+    """The cluster assignments of several images.
 
     Attributes:
-        id: by which it can be asked for again.
-        at: when, UTC, ISO 8601.
-        clustering: its name.
-        names: of the images that could be placed.
+        id: id under which the answer can be retrieved.
+        at: time, UTC, ISO 8601.
+        clustering: name of the clustering.
+        names: names of the assigned images.
         tiles: their pixels as the encoder saw them.
         placed: cluster, name, distance, strength, unknown and foreign of each.
         nearest: the most similar tile of the atlas of each.
@@ -111,14 +112,14 @@ class Clustered:
 
 @dataclass(frozen=True)
 class Points:
-    """The atlas on its map.
+    """The atlas's tiles on the map.
 
     Attributes:
-        ids: (M,) tiles that are shown, drawn at random if there are too many.
-        places: (M, 2) within -1 and 1.
-        total: tiles of the atlas.
-        layout: how they were placed.
-        revision: of the atlas.
+        ids: (M,) ids of the shown tiles, a random sample if there are too many.
+        places: (M, 2) coordinates from -1 to 1.
+        total: number of tiles in the atlas.
+        layout: method that computed the coordinates.
+        revision: revision of the atlas.
     """
 
     ids: NDArray[np.int64]
@@ -129,21 +130,21 @@ class Points:
 
 
 def now() -> str:
-    """Return the time, UTC, ISO 8601."""
+    """Return the current time, UTC, ISO 8601."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def new_id() -> str:
-    """Return an id for an answer that nobody can guess."""
+    """Return an unguessable id for an answer."""
     return secrets.token_urlsafe(12)
 
 
 def check_limits(query: Query) -> None:
-    """Refuse a query that is larger than page and API allow.
+    """Raise if a query exceeds the limits of the page and the API.
 
     Raises:
-        BadInput: nothing to be like, or k out of range.
-        TooLarge: too many examples.
+        BadInput: the query has no positive example, or k is out of range.
+        TooLarge: there are too many examples.
     """
     if not query.images and not query.tiles:
         raise BadInput("nothing to search for: give an image, or a tile of the atlas")
@@ -154,15 +155,15 @@ def check_limits(query: Query) -> None:
 
 
 def both(where: str | None, other: str) -> str:
-    """Return a filter that lets through what passes both."""
+    """Return a filter that combines both with ``and``."""
     return f"({where}) and {other}" if where else other
 
 
 def cropped(pixels: Rgb, crop: tuple[float, float, float, float], name: str) -> Rgb:
-    """Return part of a picture (H, W, 3), given as shares: left, top, width, height.
+    """Return a part of an image (H, W, 3); ``crop`` is left, top, width, height as shares.
 
     Raises:
-        BadInput: it lies outside, or holds less than 8 x 8 pixels.
+        BadInput: the crop is outside the image, or smaller than 8 x 8 pixels.
     """
     left, top, width, height = crop
     fits = all(np.isfinite(crop)) and left >= 0 and top >= 0 and width > 0 and height > 0

@@ -1,4 +1,4 @@
-"""Things that take seconds, made on threads of their own while people go on."""
+"""Slow results, computed in background threads while requests continue."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ...errors import MissingPart
 
 T = TypeVar("T")
 AGAIN_S = 30.0
-"""After how long what failed is tried again."""
+"""Seconds after which a failed computation is tried again."""
 
 
 log = logging.getLogger("histoseek.background")
 
 
 class Background:
-    """Makes things that take seconds on threads of their own, once per state, and keeps the last one."""
+    """Computes slow results in background threads, once per state; keeps the last result per name."""
 
     def __init__(self) -> None:
-        """Nothing is made yet."""
+        """Start without results."""
         self._lock = threading.Lock()
         self._made: dict[str, tuple[Any, Any]] = {}
         self._making: dict[str, threading.Thread] = {}
         self._failed: dict[str, tuple[Any, Exception, float]] = {}
 
     def get(self, name: str, state: Any, make: Callable[[], T]) -> T | None:
-        """Return what ``make`` gives for a state, an earlier state's while it is made, or None.
+        """Return the result of ``make`` for a state; until it is ready, an earlier state's result or None.
 
         Raises:
-            MissingPart: it cannot be made here.
+            MissingPart: a package that ``make`` needs is not installed.
         """
         with self._lock:
             state_made, made = self._made.get(name, (None, None))
@@ -66,7 +66,7 @@ class Background:
             self._making.pop(name, None)
 
     def close(self, patience_s: float = 20.0) -> None:
-        """Wait for what is being made: a thread in native code must not outlive the interpreter."""
+        """Wait for running computations: a thread in native code must not outlive the interpreter."""
         with self._lock:
             threads = list(self._making.values())
         deadline = time.monotonic() + patience_s

@@ -1,7 +1,7 @@
-"""The gate before the encoder: a bounded queue whose waiting images are embedded together.
+"""The batching queue before the encoder: a bounded queue; waiting images are embedded together.
 
-Nobody waits for a batch to fill: whenever the encoder is free, whatever waits goes in one run, up to a
-number that was measured to pay. Alone, an image goes at once.
+No image waits for a batch to fill: whenever the encoder is free, the waiting images are embedded in one
+batch, up to a batch size that was measured to be faster. A single image is embedded at once.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from ...errors import Busy, Unavailable
 from ...serving.encoders.protocol import Encoder
 
 MAX_WAITING = 256
-"""Images that may wait; more are turned away at once."""
+"""Maximum number of waiting images; more are refused at once."""
 PATIENCE_S = 30.0
 PAYS = 1.2
-"""A batch pays if it takes an image through in less than the time alone divided by this."""
+"""Use batches only if they are at least this many times faster per image."""
 TRIED = 8
 
 
@@ -35,14 +35,14 @@ class _Request:
 
 
 class Batcher:
-    """Lets images through to an encoder, a bounded number at a time; safe to use from any thread."""
+    """Passes images of all threads to an encoder in batches; thread-safe."""
 
     def __init__(self, encoder: Encoder, max_waiting: int = MAX_WAITING) -> None:
-        """Start as many workers as the encoder works best with.
+        """Start as many workers as parallel calls give the encoder's best throughput.
 
         Args:
-            encoder: any; it is not closed with the gate.
-            max_waiting: images that may wait.
+            encoder: any encoder; :meth:`close` does not close it.
+            max_waiting: maximum number of waiting images.
         """
         self._encoder = encoder
         self._max = max_waiting
@@ -51,7 +51,7 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
         self.batch = 1
-        """Images that go in one run."""
+        """Maximum number of images per batch."""
         self._workers = [
             threading.Thread(target=self._work, name=f"gate-{n}", daemon=True)
             for n in range(max(1, encoder.parallel))
@@ -61,11 +61,11 @@ class Batcher:
 
     @property
     def waiting(self) -> int:
-        """Images that wait now."""
+        """Number of waiting images."""
         return self._count
 
     def measure(self) -> dict[str, float]:
-        """Find out whether images are faster together, and set :attr:`batch` by it.
+        """Measure whether batches are faster, and set :attr:`batch` accordingly.
 
         Returns:
             Milliseconds per image alone and in a batch of eight, each the best of three.
@@ -90,10 +90,10 @@ class Batcher:
     def embed(
         self, tiles: list[Rgb] | NDArray[np.uint8], patience_s: float = PATIENCE_S
     ) -> NDArray[np.float32]:
-        """Embed tiles, uint8 (N, S, S, 3) -> float32 (N, D), when their turn comes.
+        """Embed tiles, uint8 (N, S, S, 3) -> float32 (N, D), in the order of the queue.
 
         Raises:
-            Busy: too many wait already.
+            Busy: too many images are waiting.
             Unavailable: the encoder did not answer in time.
         """
         request = _Request(np.asarray(tiles))
@@ -101,7 +101,7 @@ class Batcher:
         with self._changed:
             if self._closed:
                 raise Unavailable("the server is shutting down; ask again when it is back")
-            # A request that is alone always gets in, however large.
+            # If the queue is empty, a request of any size is accepted.
             if self._count and self._count + count > self._max:
                 raise Busy(
                     f"{self._count} images wait for the encoder already; at most {self._max} may: "
@@ -132,7 +132,7 @@ class Batcher:
                 continue
             try:
                 found = self._encoder.embed(np.concatenate([r.tiles for r in taken]))
-            except BaseException as error:  # each who asked hears of it, and nobody waits for ever
+            except BaseException as error:  # every request gets the error; none waits for ever
                 for request in taken:
                     request.answer.set_exception(error)
                 continue
@@ -142,7 +142,7 @@ class Batcher:
                 start += len(request.tiles)
 
     def _take(self) -> list[_Request]:
-        """Take what goes in the next run; the lock is held."""
+        """Take the next batch from the queue; the lock is held."""
         taken: list[_Request] = []
         size = 0
         while self._waiting:
@@ -151,13 +151,13 @@ class Batcher:
                 break
             self._waiting.popleft()
             self._count -= len(request.tiles)
-            if request.answer.set_running_or_notify_cancel():  # else nobody waits for it any more
+            if request.answer.set_running_or_notify_cancel():  # else the request was cancelled
                 taken.append(request)
                 size += len(request.tiles)
         return taken
 
     def close(self) -> None:
-        """Turn away who waits, and end the workers."""
+        """Cancel waiting requests, and end the workers."""
         with self._changed:
             self._closed = True
             for request in self._waiting:

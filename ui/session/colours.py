@@ -1,4 +1,4 @@
-"""Colours that mean something: of clusters and of a scale, told apart with any colour vision."""
+"""Colours of clusters and scales that can be told apart with any colour vision."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 PALETTE = ["#E69F00", "#56B4E9", "#009E73", "#C8B400", "#0072B2", "#D55E00", "#CC79A7"]
-"""Okabe & Ito's palette without black, its yellow darkened so that it is seen on white."""
+"""Okabe & Ito's palette without black, its yellow darkened to be visible on white."""
 NONE = "#9a9a9a"
 VIRIDIS = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725"]
 """Six steps of matplotlib's viridis, which is even in lightness."""
@@ -18,7 +18,7 @@ def rgb(colour: str) -> tuple[int, int, int]:
 
 
 def colour_of(number: int) -> str:
-    """Return the colour of the n-th value; negative numbers are none."""
+    """Return the colour of the n-th value; a negative number means no value."""
     return NONE if number < 0 else PALETTE[number % len(PALETTE)]
 
 

@@ -1,4 +1,4 @@
-"""The map of an atlas: made in the background, with its points and what colours them."""
+"""The map of an atlas: computed in the background, with its points and their colours."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from .answers import Points
 from .background import Background
 
 MAP_POINTS = 200_000
-"""Tiles that are shown at most."""
+"""Maximum number of tiles shown."""
 LAYOUT_S = 20.0
 """Seconds to wait for the map."""
 
 
 class AtlasMap:
-    """Where the tiles of an atlas lie on its map."""
+    """Coordinates of an atlas's tiles on its map."""
 
     def __init__(self, atlas: Atlas, background: Background) -> None:
-        """Show an atlas; the map is made in the background when it is first asked for."""
+        """Store the atlas; the map is computed in the background when it is first requested."""
         self._atlas, self._background = atlas, background
         self._points: Points | None = None
 
     def layout(self) -> Layout | None:
-        """Return the map; None while it is being made in the background.
+        """Return the map; None while it is being computed in the background.
 
         Raises:
             MissingPart: openTSNE is not installed.
@@ -38,7 +38,7 @@ class AtlasMap:
         def find() -> Layout:
             try:
                 found = self._atlas.layout()
-            except HistoseekError:  # damaged: it is made anew
+            except HistoseekError:  # damaged: compute it again
                 found = None
             return found or self._atlas.make_layout()
 
@@ -46,14 +46,14 @@ class AtlasMap:
         return self._background.get("layout", tiles.bit_length(), find)
 
     def wait(self, patience_s: float = LAYOUT_S) -> None:
-        """Wait until there is a map, at most so long."""
+        """Wait until the map is ready, at most ``patience_s`` seconds."""
         deadline = time.monotonic() + patience_s
         with suppress(MissingPart):
             while self.layout() is None and time.monotonic() < deadline:
                 time.sleep(0.1)
 
     def points(self) -> Points | None:
-        """Return where the tiles of the atlas lie on the map; None while it is being made."""
+        """Return the tiles' coordinates on the map; None while it is being computed."""
         layout = self.layout()
         if layout is None:
             return None
@@ -66,7 +66,7 @@ class AtlasMap:
         return found
 
     def _place_all(self, layout: Layout) -> Points:
-        # read before the vectors: a commit meanwhile then makes the points old, not wrong
+        # Read before the vectors: after a commit in between, the points are outdated but not wrong.
         revision = self._atlas.catalog.revision()
         ids, vectors = self._atlas.vectors()
         rows = np.arange(len(ids))
@@ -76,10 +76,10 @@ class AtlasMap:
         return Points(ids[rows], places, len(ids), layout, revision)
 
     def colours(self, points: Points, by: str) -> tuple[list[str], NDArray[np.int32]]:
-        """Return names and numbers (M,) of what colours the points: -1 for none.
+        """Return the values that colour the points, and each point's value number (M,), -1 for none.
 
         Args:
-            points: on the map.
+            points: points of the map.
             by: ``cluster``, ``cluster.NAME``, ``label``, ``slide``, ``patient`` or a metadata column.
         """
         view = self._atlas.view()

@@ -1,4 +1,4 @@
-"""Pictures of an atlas: its tiles, where they lie, its slides with clusters or a heat map laid over."""
+"""Images of an atlas: tiles, their surroundings, and slides with clusters or a heat map overlaid."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ OPEN_SOURCES = 8
 KEPT_BYTES = 128 * 2**20
 THUMBNAIL_PX = 1024
 FIELD = 5
-"""Side of the neighbouring field, in tiles."""
+"""Side of the area around a tile, in tiles."""
 FIELD_PX = 640
 CONTACT = 3
 _BOX = (255, 60, 0)
@@ -36,7 +36,7 @@ _Source = Slide | tuple[TileSet, dict[str, int]]
 
 
 class _Opened:
-    """A slide or tile set that is open; one thread at a time reads it."""
+    """An open slide or tile set; one thread at a time reads it."""
 
     def __init__(self, source: _Source) -> None:
         self.source = source
@@ -51,10 +51,10 @@ class _Opened:
 
 
 class Pictures:
-    """Reads pictures from where the tiles came from; keeps a few slides open and the last JPEGs."""
+    """Reads images from the tiles' source files; keeps a few slides open and caches the last JPEGs."""
 
     def __init__(self, atlas: Atlas) -> None:
-        """Read nothing yet."""
+        """Store the atlas; nothing is read yet."""
         self._atlas = atlas
         self._lock = threading.Lock()
         self._open: OrderedDict[int, _Opened] = OrderedDict()
@@ -62,29 +62,29 @@ class Pictures:
         self._bytes = 0
 
     def tile(self, tile: int) -> bytes:
-        """Return a tile as the encoder saw it, as JPEG.
+        """Return a tile as the encoder sees it, as JPEG.
 
         Raises:
-            NotFound: no such tile (any more), or its slide or picture is not where it was.
+            NotFound: there is no such tile (any more), or its slide or image file was moved.
         """
         view = self._atlas.view()
         at = self._at(tile, view)
         return self._keep(("tile", tile), lambda: encode_jpeg(self._tile(view, at)))
 
     def field(self, tile: int) -> bytes:
-        """Return the tile amid its neighbours at a lower magnification, boxed, as JPEG.
+        """Return the tile with its neighbours at a lower magnification, with a box around it, as JPEG.
 
-        Of a tile set's tile: the whole picture, with the square that the encoder saw.
+        For a tile of a tile set: the whole image, with a box around the square that the encoder sees.
         """
         view = self._atlas.view()
         at = self._at(tile, view)
         return self._keep(("field", tile), lambda: encode_jpeg(self._field(view, at)))
 
     def place(self, tile: int) -> bytes:
-        """Return the whole slide with a box where the tile lies, as JPEG.
+        """Return the whole slide with a box around the tile, as JPEG.
 
         Raises:
-            NotFound: the tile is of a tile set, which has no such picture.
+            NotFound: the tile belongs to a tile set, which has no such image.
         """
         view = self._atlas.view()
         at = self._at(tile, view)
@@ -103,7 +103,7 @@ class Pictures:
         return self._keep(("place", tile), draw)
 
     def thumbnail(self, slide: str, longest: int = 320) -> bytes:
-        """Return a slide in small, or some tiles of a tile set, as JPEG."""
+        """Return a thumbnail of a slide, or some tiles of a tile set, as JPEG."""
         view = self._atlas.view()
         number = slide_number(view, slide)
         key = ("thumbnail", view.columns.slides[number]["id"], longest)
@@ -113,7 +113,7 @@ class Pictures:
         """Return a slide with its tiles coloured by cluster, as JPEG.
 
         Raises:
-            NotFound: no such slide or clustering, or a tile set.
+            NotFound: there is no such slide or clustering, or ``slide`` is a tile set.
         """
         view = self._atlas.view()
         number = slide_number(view, slide)
@@ -125,7 +125,7 @@ class Pictures:
         return encode_jpeg(self._painted(view, number, colours, 0.45), 85)
 
     def heat(self, slide: str, query: NDArray[np.float32]) -> tuple[bytes, float, float]:
-        """Return a slide with its tiles coloured by similarity to a query (D,), and the range shown."""
+        """Return a slide with its tiles coloured by similarity to a query (D,), and the scale's ends."""
         view = self._atlas.view()
         number = slide_number(view, slide)
         scores = view.scores_in(slide, query)
@@ -137,9 +137,9 @@ class Pictures:
         return encode_jpeg(picture, 85), low, high
 
     def scale(self, scores: NDArray[np.float32]) -> tuple[float, float]:
-        """Return the scores at the ends of a heat map: 0 and 1 of a cosine, so that slides compare.
+        """Return the scores at the ends of a heat map: 0 and 1 for cosine, so that slides are comparable.
 
-        Distances have no such ends: the slide's own lowest and highest score.
+        Distances have no fixed range: the slide's lowest and highest score are returned.
         """
         if self._atlas.manifest.metric == "cosine":
             return 0.0, 1.0
@@ -236,7 +236,7 @@ class Pictures:
         return self._read(view, number, read)
 
     def _painted(self, view: View, number: int, colours: NDArray[np.uint8], strength: float) -> Rgb:
-        """Return the thumbnail with each tile's square (N,) tinted by a colour (N, 3)."""
+        """Return the thumbnail with the square of each of N tiles tinted by its colour, (N, 3)."""
         thumbnail, down = self._overview(view, number)
         start, end = view.columns.starts[number : number + 2].tolist()
         corners = view.columns.places()[start:end] / down
@@ -259,7 +259,7 @@ class Pictures:
             while True:
                 opened = self._source(slide)
                 with opened.lock:
-                    if not opened.closed:  # else it was the oldest, and was closed just now
+                    if not opened.closed:  # else it was just closed as the oldest one
                         return read(opened.source)
         except NotFound:
             raise
@@ -300,11 +300,11 @@ class Pictures:
         if oldest is not None:
             oldest.close()
         if opened.source is not source and isinstance(source, Slide):
-            source.close()  # another thread was quicker
+            source.close()  # another thread opened it first
         return opened
 
     def close(self) -> None:
-        """Close what is open."""
+        """Close all open slides."""
         with self._lock:
             opened = list(self._open.values())
             self._open.clear()
@@ -316,7 +316,7 @@ def slide_number(view: View, slide: str) -> int:
     """Return the number of a slide by name.
 
     Raises:
-        NotFound: no such slide.
+        NotFound: there is no such slide.
     """
     for number, row in enumerate(view.columns.slides):
         if row["name"] == slide and slide:
@@ -325,7 +325,7 @@ def slide_number(view: View, slide: str) -> int:
 
 
 def _row(view: View, at: int) -> tuple[int, int]:
-    """Return the slide's number and the tile's row in it."""
+    """Return the slide's number and the tile's row within the slide."""
     number = int(view.columns.slide_of(np.array([at]))[0])
     return number, at - int(view.columns.starts[number])
 

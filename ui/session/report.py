@@ -1,4 +1,4 @@
-"""An answer as a file: CSV and JSON to go on with, HTML to read and print, with how it came about."""
+"""Answers as files with their provenance: CSV and JSON for programs, HTML for reading and printing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def write(session: Session, answer: Found | Clustered, kind: str) -> bytes:
 
 
 def provenance(session: Session, answer: Found | Clustered) -> dict[str, Any]:
-    """Return what an answer came from: time, atlas, encoder, generation, filter."""
+    """Return an answer's provenance: time, atlas, encoder, generation, filter."""
     manifest = session.atlas.manifest
     about: dict[str, Any] = {
         "at": answer.at,
@@ -66,7 +66,7 @@ def provenance(session: Session, answer: Found | Clustered) -> dict[str, Any]:
 
 
 def as_json(session: Session, answer: Found | Clustered) -> dict[str, Any]:
-    """Return an answer as the API gives it."""
+    """Return an answer in the API's format."""
     if isinstance(answer, Found):
         return {
             "result": answer.id,
@@ -97,7 +97,7 @@ def verdict(answer: Found) -> dict[str, Any]:
 
 
 def placed_rows(answer: Clustered) -> list[dict[str, Any]]:
-    """Return where each image was placed, with the atlas's most similar tile."""
+    """Return each image's cluster, with the atlas's most similar tile."""
     return [
         {"image": name, **placed, "nearest": hit._asdict()}
         for name, placed, hit in zip(answer.names, answer.placed, answer.nearest, strict=True)

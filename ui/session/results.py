@@ -1,4 +1,4 @@
-"""Earlier answers, kept for the report, the heat map and the link to a result."""
+"""Earlier answers, stored for the report, the heat map and the link to a result."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from ...errors import NotFound
 from .answers import Clustered, Found
 
 KEPT = 512
-"""Answers that are kept."""
+"""Maximum number of stored answers."""
 KEPT_BYTES = 256 * 2**20
-"""Memory that the images of kept answers may take."""
+"""Maximum bytes of the images in stored answers."""
 Answer = TypeVar("Answer", Found, Clustered)
 
 
@@ -20,13 +20,13 @@ class Results:
     """The last few hundred answers by id; safe to use from several threads."""
 
     def __init__(self) -> None:
-        """Keep nothing yet."""
+        """Start without answers."""
         self._kept: OrderedDict[str, Found | Clustered] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
     def keep(self, answer: Answer) -> Answer:
-        """Keep an answer, drop the oldest if there is no room, and return it."""
+        """Store an answer and return it; drop the oldest ones above the limits."""
         with self._lock:
             self._kept[answer.id] = answer
             self._bytes += _image_bytes(answer)
@@ -39,7 +39,7 @@ class Results:
         """Return an earlier answer by its id.
 
         Raises:
-            NotFound: no such answer (any more).
+            NotFound: there is no such answer (any more).
         """
         with self._lock:
             if number not in self._kept:
@@ -48,7 +48,7 @@ class Results:
 
 
 def _image_bytes(answer: Found | Clustered) -> int:
-    """Return how much memory the images of an answer take."""
+    """Return the bytes of an answer's images."""
     if isinstance(answer, Clustered):
         return sum(tile.nbytes for tile in answer.tiles)
     return sum(tile.nbytes for tile in (*answer.query.images, *answer.query.unlike_images))

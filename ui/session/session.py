@@ -1,4 +1,4 @@
-"""What the page and the API do, as plain functions over an open atlas: no widget, no request, no global."""
+"""The functions of the page and the API on an open atlas, free of widgets, requests and globals."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ from .results import Results
 from .verdict import Usual, verdict_of
 
 DECODING_S = 30.0
-"""Seconds that a picture waits for its turn to be decoded."""
+"""Timeout (s) of an image that waits to be decoded."""
 
 
 class Session:
@@ -51,25 +51,25 @@ class Session:
 
     Attributes:
         atlas: the atlas.
-        encoder: its encoder; None where it is not here.
-        batching: what embeds images of several callers in one batch; None without an encoder.
-        pictures: the pixels of tiles and slides.
+        encoder: the atlas's encoder; None if it is not available.
+        batching: embeds images of several callers in one batch; None without an encoder.
+        pictures: reads the images of tiles and slides.
         results: earlier answers.
-        map: where the tiles lie on the atlas's map.
+        map: the tiles' coordinates on the atlas's map.
     """
 
     def __init__(self, path: Path, encoder: str | None = None) -> None:
         """Open the atlas and its encoder, and load the index.
 
-        An atlas of another tool's features has no encoder here: its own tiles can be searched by, new
+        An atlas with features of another tool has no encoder: its tiles can be used as queries, new
         images cannot.
 
         Args:
-            path: the atlas.
+            path: folder of the atlas.
             encoder: where its encoder runs, such as ``triton://…``; in this process when None.
 
         Raises:
-            HistoseekError: whatever is wrong with either.
+            HistoseekError: the atlas or the encoder cannot be opened.
         """
         self.atlas = Atlas(path)
         self.spec = encoder or str(self.atlas.encoder_bundle)
@@ -87,7 +87,7 @@ class Session:
         self.atlas.view()
 
     def close(self) -> None:
-        """Turn away who waits and free what is held."""
+        """Cancel waiting requests and free all resources."""
         if self.batching is not None:
             self.batching.close()
         self._background.close()
@@ -107,11 +107,11 @@ class Session:
 
         Args:
             image: a file or its bytes.
-            name: to call it by in messages.
-            crop: left, top, width and height as shares of the upright picture; all of it when None.
+            name: the image's name in messages.
+            crop: left, top, width and height as shares of the upright image; the whole image when None.
 
         Raises:
-            BadInput: no readable picture, or a crop that leaves nothing.
+            BadInput: the image cannot be read, or the crop is too small.
         """
         with self._decoding():
             pixels = decode(image, name=name, max_pixels=MAX_PIXELS)
@@ -121,7 +121,7 @@ class Session:
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
-        """Hold one of the few places to decode: large pictures take much memory while they are decoded."""
+        """Limit the number of images decoded at once: decoding large images needs much memory."""
         if not self._decoders.acquire(timeout=DECODING_S):
             raise Busy("too many pictures are being decoded; ask again in a moment")
         try:
@@ -130,12 +130,12 @@ class Session:
             self._decoders.release()
 
     def embed(self, tiles: Sequence[Rgb] | NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed tiles (S, S, 3) -> (N, D), in turn with everyone else.
+        """Embed tiles, each (S, S, 3), -> (N, D) through the batching queue.
 
         Raises:
-            BadInput: none, or an atlas without an encoder here.
-            TooLarge: too many.
-            Busy: too many wait already.
+            BadInput: there are no tiles, or the atlas has no encoder.
+            TooLarge: there are too many tiles.
+            Busy: too many images are waiting.
         """
         if self.batching is None:
             raise BadInput(
@@ -151,16 +151,16 @@ class Session:
     # -- searching ------------------------------------------------------------------------------
 
     def search(self, query: Query, clustering: str | None = None) -> Found:
-        """Search for the tiles that are like all examples of a query.
+        """Search for the tiles that resemble all examples of a query.
 
         Args:
-            query: its examples are combined.
-            clustering: in which the query is placed; the newest when None.
+            query: the query; its examples are combined.
+            clustering: clustering to assign the query to; the newest when None.
 
         Raises:
-            BadInput: a filter that cannot be read, an empty atlas, or no encoder for images.
-            NotFound: a tile that is not there.
-            Busy: too many wait for the encoder.
+            BadInput: the filter cannot be read, the atlas is empty, or there is no encoder for images.
+            NotFound: a tile does not exist.
+            Busy: too many images wait for the encoder.
         """
         query = replace(query, together=True, where=(query.where or "").strip() or None)
         check_limits(query)
@@ -169,11 +169,11 @@ class Session:
         milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
         found = self.atlas.ask(self._found, embedded, clustering)
         milliseconds |= found.milliseconds
-        # the answer shows what was asked, so it keeps the images
+        # keep the query's images, because the answer shows them
         return self.results.keep(replace(found, query=query, milliseconds=milliseconds))
 
     def _found(self, view: View, /, query: Query, clustering: str | None) -> Found:
-        """Answer a query whose images are embedded, all from one state of the atlas."""
+        """Answer a query with embedded images from one state of the atlas."""
         started = time.perf_counter()
         vector = view.vector_of(query)
         hits = view.search_near(vector, query)
@@ -191,14 +191,14 @@ class Session:
         )
 
     def hide(self, text: str) -> str:
-        """Return a text without the folders that nobody outside needs to know."""
+        """Return a text without the server's folders."""
         for folder in {str(self.atlas.path.resolve()), str(self.atlas.path), tempfile.gettempdir()}:
             if len(folder) > 1:
                 text = text.replace(folder + "/", "").replace(folder, self.atlas.path.name)
         return text
 
     def warm(self) -> None:
-        """Begin to make what the first answers need: batch size, usual nearness, map."""
+        """Start the computations for the first answers: batch size, usual nearness, map."""
         revision = self.atlas.catalog.revision()
         self._usual.nearness(revision)
         self._usual.out_of_distribution(revision)
@@ -215,7 +215,7 @@ class Session:
         name: str | None = None,
         examples: int = 0,
     ) -> Clustered:
-        """Assign images to the clusters of a clustering; a bad one is refused by name.
+        """Assign images to the clusters of a clustering; the answer lists unreadable images by name.
 
         Args:
             images: a name and a file, or its bytes, of each.
@@ -223,8 +223,8 @@ class Session:
             examples: tiles of each cluster to return with the answer; 0 for no description of clusters.
 
         Raises:
-            BadInput: no image, none readable, or no such clustering.
-            TooLarge: too many.
+            BadInput: there is no image, no readable image, or no such clustering.
+            TooLarge: there are too many images.
         """
         if not images:
             raise BadInput("no image was given; expected at least one")
@@ -244,7 +244,7 @@ class Session:
             raise BadInput(f"none of the {len(images)} images could be read: {refused[0][1]}")
         vectors = self.embed(tiles)
         layout = None
-        with suppress(MissingPart):  # without the map's package images are assigned all the same
+        with suppress(MissingPart):  # without the map's package, images are still assigned
             layout = self.map.layout()
 
         def answer(view: View) -> Clustered:
@@ -252,7 +252,7 @@ class Session:
             for row, foreign in zip(assigned, self.atlas.manifest.foreign(vectors), strict=True):
                 row["foreign"] = (
                     bool(foreign) and row["unknown"]
-                )  # clusters may ignore the detector
+                )  # clusters may override the tissue gate
             return Clustered(
                 id=new_id(),
                 at=now(),
@@ -275,19 +275,19 @@ class Session:
     def similar_slides(
         self, name: str, k: int = 6, by: Literal["slide", "patient"] = "slide", how: How = "median"
     ) -> list[SimilarSlide]:
-        """Return the slides or cases most like one, with the regions that are alike.
+        """Return the slides or cases most similar to one, with their similar regions.
 
         Raises:
-            NotFound: no such slide or patient.
+            NotFound: there is no such slide or patient.
         """
         if not 1 <= k <= MAX_K:
             raise BadInput(f"k is {k}; expected 1 to {MAX_K}")
         return self.atlas.similar(name, k, by, how)
 
     def ready(self) -> str:
-        """Return why the server is not ready to answer; "" if it is.
+        """Return why the server is not ready; "" if it is.
 
-        The encoder is asked for one tile, ahead of which whatever waits is answered.
+        Embeds one tile through the batching queue, after the images that are already waiting.
         """
         try:
             self.atlas.view()

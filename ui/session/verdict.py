@@ -1,4 +1,4 @@
-"""The verdict on a query: what its nearest tiles say, and whether the atlas holds anything like it."""
+"""The verdict on a query: a summary of its nearest tiles, and whether the atlas has anything like it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .answers import Verdict
 from .background import Background
 
 UNUSUAL = 0.01
-"""A query is unusual if at most this share of the atlas's own tiles is as far from all others."""
+"""A query is unusual if at most this share of the atlas's tiles is as far from all others."""
 
 
 class Usual:
@@ -77,9 +77,9 @@ def verdict_of(
 def _nearer_than(
     usual: Usual, view: View, query: Query, vector: NDArray[np.float32], hits: list[Hit]
 ) -> float | None:
-    """Return the share of the atlas's tiles that are farther from others than the query is from its best.
+    """Return the share of tiles that are farther from their nearest tile than the query from its best hit.
 
-    None while it is not known how near the atlas's tiles are, or if nothing was found.
+    None until the usual nearness of the atlas's tiles is computed, or if there is no hit.
     """
     nearness = usual.nearness(view.revision)
     if nearness is None or not len(nearness):

@@ -1,4 +1,4 @@
-"""Words for people that page, API and report share."""
+"""Texts for users, shared by page, API and report."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ LABELS_SHOWN = 4
 
 
 def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural where it must be."""
+    """Return a number with its noun, in the plural unless the number is 1."""
     return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def place(hit: Hit) -> str:
-    """Say where a hit is: the file in a tile set, x and y in a slide."""
+    """Return a hit's position: the file in a tile set, x and y in a slide."""
     return hit.file.rsplit("/", 1)[-1] if hit.file else f"x {hit.x}, y {hit.y}"
 
 
 def cluster_name(cluster: int, names: Mapping[int, str] | None = None) -> str:
-    """Return how a cluster is called on the page."""
+    """Return the name of a cluster on the page."""
     if cluster < 0:
         return "no cluster"
     return (names or {}).get(cluster) or f"cluster {cluster}"
 
 
 def cluster_title(placed: Mapping[str, Any]) -> str:
-    """Return how the cluster of a placed image is called."""
+    """Return the title of an image's assigned cluster."""
     return str(placed["name"] or cluster_name(placed["cluster"]))
 
 
 def verdict_text(answer: Found) -> str:
-    """Return in words what the nearest tiles are and whether the query fits the atlas."""
+    """Return a text about the nearest tiles and whether the atlas has anything like the query."""
     found = answer.verdict
     count = len(answer.hits)
     if not count:
