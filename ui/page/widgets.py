@@ -27,7 +27,7 @@ _FILES = """
   <label for="{name}-input">{title}</label>, or drop it here</div>
   <ul class="hs-files" aria-label="Files to upload"></ul><p class="hs-picker-note" role="status"></p>
 </div>"""
-_FILES_JS = "histoseek.artifacts.files(element, upload);"
+_FILES_JS = "histoseek.files(element, upload);"
 _MAP = """
 <div class="hs-mapbox">
   <div class="hs-mapbar">{select}{tools}
