@@ -15,7 +15,8 @@ NAME = "Fall µ – 組織 …"
 """A name with characters of Latin 1, of typography, and of neither."""
 PRINTING = f"""
 import sys
-from histoseek import __main__, console, start
+from histoseek import __main__, console
+from histoseek.ui.cli import start
 from histoseek.errors import BadInput
 start.begin()
 
@@ -103,7 +104,7 @@ def test_a_reader_that_goes_away_ends_nothing(lines):
 def test_no_file_takes_the_number_of_a_closed_stream(tmp_path):
     """What a library prints to descriptor 1 or 2 must not get into a file that was opened there."""
     code = (
-        "import os, sys\nfrom histoseek import start\nstart.begin()\n"
+        "import os, sys\nfrom histoseek.ui.cli import start\nstart.begin()\n"
         "opened = open(sys.argv[1], 'w')\nassert opened.fileno() > 2, opened.fileno()\n"
         "os.write(1, b'noise'); os.write(2, b'noise')\n"
     )

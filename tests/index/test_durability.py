@@ -341,7 +341,7 @@ def test_a_read_only_folder_is_searched_and_not_written(atlas, tmp_path):
         "from atlases import grouped\n"
         "from histoseek.index.atlas import Atlas\n"
         "from histoseek.errors import StorageFailed\n"
-        "from histoseek.index import verify\n"
+        "from histoseek.index.care import verify\n"
         "os.setgid(65534); os.setuid(65534)\n"  # the interpreter itself may be root's alone
         "atlas = Atlas(Path(sys.argv[1]))\n"
         "hits = atlas.search(grouped(np.random.default_rng(1), 10), 5, exact=True)\n"

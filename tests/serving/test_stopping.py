@@ -167,7 +167,8 @@ def test_ctrl_c_at_random_moments(kind, slides, load, triton, tmp_path):
 STUCK = """
 import ctypes, sys
 from pathlib import Path
-from histoseek import files, start
+from histoseek.artifacts import files
+from histoseek.ui.cli import start
 start.begin()
 files.temporary(Path(sys.argv[1]) / "half.h5")
 print("there", flush=True)
@@ -198,7 +199,8 @@ def test_a_second_ctrl_c_ends_a_process_that_is_in_foreign_code(tmp_path, holds)
 def test_two_signals_of_one_key_press_are_one(tmp_path):
     """A terminal and a wrapper such as make may each send one."""
     code = (
-        "import time\nfrom histoseek import start, stopping\nstart.begin()\nprint('there', flush=True)\n"
+        "import time\nfrom histoseek import stopping\nfrom histoseek.ui.cli import start\n"
+        "start.begin()\nprint('there', flush=True)\n"
         "time.sleep(.5)\nprint(stopping.requested())\nstopping.check()"
     )
     process = subprocess.Popen(
@@ -214,8 +216,9 @@ def test_two_signals_of_one_key_press_are_one(tmp_path):
 
 def test_an_import_leaves_the_signals_of_a_library_user_alone():
     code = (
-        "import signal\nfrom histoseek import start, stopping, feature_writer\n"
-        "from histoseek.serving import pipeline\n"
+        "import signal\nfrom histoseek import stopping\nfrom histoseek.ui.cli import start\n"
+        "from histoseek.artifacts import feature_writer\n"
+        "from histoseek.serving.embedding import pipeline\n"
         "assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
         "assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL\n"
         "signal.raise_signal(signal.SIGINT)"
@@ -226,7 +229,8 @@ def test_an_import_leaves_the_signals_of_a_library_user_alone():
 
 def test_a_forked_child_has_python_s_own_handling():
     code = (
-        "import os, signal\nfrom histoseek import start, stopping\nstart.begin()\n"
+        "import os, signal\nfrom histoseek import stopping\nfrom histoseek.ui.cli import start\n"
+        "start.begin()\n"
         "child = os.fork()\n"
         "if not child:\n"
         "    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler\n"
@@ -251,7 +255,7 @@ def test_sigterm_stops_like_ctrl_c_with_its_own_code(slides, tmp_path):
 def test_a_long_call_is_left_alone_when_the_command_stops():
     """FAISS, HDBSCAN and t-SNE compute in a thread that ends with the process."""
     code = (
-        "import time\nfrom histoseek import start, stopping\nstart.begin()\n"
+        "import time\nfrom histoseek import stopping\nfrom histoseek.ui.cli import start\nstart.begin()\n"
         "assert stopping.aside(lambda: 3) == 3\nprint('there', flush=True)\n"
         "try:\n    stopping.aside(lambda: time.sleep(60))\n"
         "except stopping.Stopped:\n    stopping.leave(stopping.exit_code())\n"
