@@ -126,7 +126,7 @@ def ui(
         typer.Option(help="Address or network whose X-Forwarded-… headers count; repeatable."),
     ] = None,
     user_header: Annotated[
-        str, typer.Option(help="Header by which the trusted proxy names the user.")
+        str, typer.Option(help="Header with the user's name, set by the trusted proxy.")
     ] = "",
     editor: Annotated[
         list[str] | None,

@@ -25,8 +25,10 @@ def fit(
     ] = "kmeans",
     k: Annotated[str, typer.Option(help="Clusters of k-means: auto or a number.")] = "auto",
     name: Annotated[str | None, typer.Option(help="Name of the clustering.")] = None,
-    min_cluster_size: Annotated[int | None, typer.Option(help="Of HDBSCAN.")] = None,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    min_cluster_size: Annotated[
+        int | None, typer.Option(help="Minimum cluster size of HDBSCAN.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     json: Json = False,
 ) -> None:
     """Fit clusters on all tiles of the atlas. New images can then be assigned to them."""
@@ -69,7 +71,7 @@ def fit(
 def curve(
     atlas: AtlasPath,
     method: Annotated[str, typer.Option(help="kmeans or hdbscan.")] = "kmeans",
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     json: Json = False,
 ) -> None:
     """Compare numbers of clusters: how well they separate the tiles, and how stable they are."""
@@ -105,7 +107,7 @@ def _bar(share: float | None) -> str:
 def clusters(
     atlas: AtlasPath,
     name: Clusters = None,
-    examples: Annotated[int, typer.Option(help="Tiles that stand for each cluster.")] = 3,
+    examples: Annotated[int, typer.Option(help="Example tiles per cluster.")] = 3,
     json: Json = False,
 ) -> None:
     """List the clusters with their names, sizes, labels and example tiles."""
@@ -134,9 +136,9 @@ def clusters(
 
 def name(
     atlas: AtlasPath,
-    cluster: Annotated[int, typer.Argument(help="Its number.")],
-    text: Annotated[str, typer.Argument(help="Its name; empty to take it away.")],
-    description: Annotated[str, typer.Option(help="What is in it.")] = "",
+    cluster: Annotated[int, typer.Argument(help="Number of the cluster.")],
+    text: Annotated[str, typer.Argument(help="New name; empty to remove it.")],
+    description: Annotated[str, typer.Option(help="Description of the cluster.")] = "",
     clustering: Clusters = None,
     json: Json = False,
 ) -> None:
@@ -180,7 +182,7 @@ def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
 
 def make_map(
     atlas: AtlasPath,
-    seed: Annotated[int, typer.Option(help="Of t-SNE.")] = 0,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     json: Json = False,
 ) -> None:
     """Compute the map of the atlas for the page (t-SNE). The page computes it if there is none."""

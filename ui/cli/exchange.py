@@ -106,12 +106,10 @@ def import_(
     tile_px: Annotated[
         int | None, typer.Option(help="Side of a tile in pixels of level 0, where no file says.")
     ] = None,
-    metric: Annotated[
-        str, typer.Option(help="cosine or l2, for an atlas that is made.")
-    ] = "cosine",
+    metric: Annotated[str, typer.Option(help="Metric of a new atlas: cosine or l2.")] = "cosine",
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Put new features of a known slide in place of the old."),
+        typer.Option("--replace", help="Replace the features of slides already in the atlas."),
     ] = False,
     mixed_scales: MixedScales = False,
     json: Json = False,

@@ -47,7 +47,7 @@ def add(
     ] = None,
     replace: Annotated[
         bool,
-        typer.Option("--replace", help="Put new features of a known slide in place of the old."),
+        typer.Option("--replace", help="Replace the features of slides already in the atlas."),
     ] = False,
     mixed_scales: exchange_commands.MixedScales = False,
     json: Json = False,
@@ -177,7 +177,8 @@ def _index_line(facts: dict[str, Any]) -> str:
 def verify(
     atlas: AtlasPath,
     repair: Annotated[
-        bool, typer.Option("--repair", help="Make again what is derived; the truth is not touched.")
+        bool,
+        typer.Option("--repair", help="Rebuild derived files; stored features stay unchanged."),
     ] = False,
     json: Json = False,
 ) -> None:
@@ -205,7 +206,7 @@ def verify(
 @index_app.command()
 def snapshot(
     atlas: AtlasPath,
-    out: Annotated[Path, typer.Option(help="New folder; it is an atlas itself.")],
+    out: Annotated[Path, typer.Option(help="New folder for the copy, which is a complete atlas.")],
     json: Json = False,
 ) -> None:
     """Copy one committed state of an atlas and check the copy. Searches can continue."""
@@ -221,7 +222,7 @@ def snapshot(
 
 @index_app.command()
 def restore(
-    snapshot: Annotated[Path, typer.Argument(help="What `index snapshot` wrote.")],
+    snapshot: Annotated[Path, typer.Argument(help="Folder written by `index snapshot`.")],
     atlas: AtlasPath,
     json: Json = False,
 ) -> None:
@@ -242,12 +243,10 @@ def restore(
 @index_app.command()
 def audit(
     atlas: AtlasPath,
-    queries: Annotated[int, typer.Option(help="Tiles that are asked, each without itself.")] = 500,
+    queries: Annotated[int, typer.Option(help="Number of query tiles.")] = 500,
     k: Annotated[int, typer.Option("-k", help="Neighbours.")] = 10,
-    where: Annotated[
-        str | None, typer.Option(help="Metadata filter under which it is measured.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Of the choice of tiles.")] = 1,
+    where: Annotated[str | None, typer.Option(help="Metadata filter for the measurement.")] = None,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 1,
     json: Json = False,
 ) -> None:
     """Measure the index's recall of the true neighbours, its speed and its memory use."""
@@ -283,7 +282,10 @@ def tune(
         float | None, typer.Option(help="Share of the true neighbours to find; 1 is exact. [0.99]")
     ] = None,
     memory_mb: Annotated[
-        float | None, typer.Option(help="What the index may take; codes are then ranked again.")
+        float | None,
+        typer.Option(
+            help="Memory limit of the index in MB; compressed candidates are then re-ranked."
+        ),
     ] = None,
     exact_up_to: Annotated[
         int | None, typer.Option(help="Tiles up to which search is exact. [100000]")

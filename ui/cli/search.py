@@ -32,31 +32,31 @@ COLUMNS = ("rank", "score", "tile", "slide", "place", "label", "patient", "clust
 
 def search(
     atlas: AtlasPath,
-    images: Annotated[list[Path] | None, typer.Argument(help="Pictures to ask about.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Hits per picture.")] = 10,
+    images: Annotated[list[Path] | None, typer.Argument(help="Query images.")] = None,
+    k: Annotated[int, typer.Option("-k", help="Hits per query.")] = 10,
     where: Where = None,
-    tile: Annotated[
-        list[int] | None, typer.Option(help="Ask with a tile of the atlas, by id.")
-    ] = None,
+    tile: Annotated[list[int] | None, typer.Option(help="Id of a tile to use as query.")] = None,
     leave_out: Annotated[
         str,
         typer.Option(
-            "--leave-out", "--without", help="With --tile: leave out its tile, slide or patient."
+            "--leave-out",
+            "--without",
+            help="With --tile: leave out that tile, its slide or its patient.",
         ),
     ] = "tile",
     together: Annotated[
-        bool, typer.Option("--together", help="One answer: like all of the pictures and tiles.")
+        bool, typer.Option("--together", help="Combine all images and tiles into one query.")
     ] = False,
     unlike: Annotated[
         list[str] | None,
-        typer.Option(help="And unlike this picture or tile id; implies --together."),
+        typer.Option(help="Image or tile id that hits should not resemble; implies --together."),
     ] = None,
-    least: Annotated[float | None, typer.Option(help="Lowest score of a hit.")] = None,
+    least: Annotated[float | None, typer.Option(help="Minimum score of a hit.")] = None,
     per_slide: Annotated[
         bool, typer.Option("--per-slide", help="At most one hit per slide.")
     ] = False,
     exact: Annotated[
-        bool, typer.Option("--exact", help="Compare with every tile, whatever the index.")
+        bool, typer.Option("--exact", help="Compare with every tile instead of using the index.")
     ] = False,
     engine: Annotated[str | None, typer.Option(help=ENGINE_HELP)] = None,
     json: Json = False,
@@ -162,7 +162,7 @@ def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
 
 def assign(
     atlas: AtlasPath,
-    images: Annotated[list[Path], typer.Argument(help="Pictures to ask about.")],
+    images: Annotated[list[Path], typer.Argument(help="Query images.")],
     clusters: Annotated[
         str | None, typer.Option(help="Name of the clustering; the newest if left out.")
     ] = None,
@@ -277,7 +277,7 @@ def similar(
     where: Where = None,
     features: Annotated[
         Path | None,
-        typer.Option(help="Ask with this feature file instead of a slide of the atlas."),
+        typer.Option(help="Use this feature file as query instead of a slide of the atlas."),
     ] = None,
     json: Json = False,
 ) -> None:

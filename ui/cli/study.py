@@ -16,17 +16,22 @@ if TYPE_CHECKING:
 
 def evaluate(
     atlas: AtlasPath,
-    label: Annotated[str, typer.Option(help="Column whose value is to be found again.")] = "label",
+    label: Annotated[str, typer.Option(help="Column to predict from the hits.")] = "label",
     leave_out: Annotated[
-        str, typer.Option(help="Column whose own value is left out: patient, slide, or another.")
+        str,
+        typer.Option(
+            help="Leave out hits with the query's value in this column: patient, slide, …"
+        ),
     ] = "patient",
     without_patients: Annotated[
-        bool, typer.Option("--without-patients", help="Go on where tiles have no patient.")
+        bool, typer.Option("--without-patients", help="Continue even if tiles have no patient.")
     ] = False,
     unit: Annotated[str, typer.Option(help="tile, or slide by its mosaic.")] = "tile",
-    queries: Annotated[int, typer.Option(help="Tiles that are asked, at most.")] = 20_000,
-    bootstrap: Annotated[int, typer.Option(help="Draws for the intervals.")] = 1_000,
-    seed: Annotated[int, typer.Option(help="Of everything random.")] = 0,
+    queries: Annotated[int, typer.Option(help="Maximum number of query tiles.")] = 20_000,
+    bootstrap: Annotated[
+        int, typer.Option(help="Bootstrap samples for the confidence intervals.")
+    ] = 1_000,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
     json: Json = False,
 ) -> None:
     """Search with every labelled tile among other patients, and count hits with the same label."""
