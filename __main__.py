@@ -18,9 +18,8 @@ import typer
 from . import __version__, console, outlets, stopping
 from .console import Json
 from .errors import HistoseekError
-from .ui.cli.embed import embed
 from .ui.cli.index import index_app
-from .ui.cli.model import ANY_FLAG, TrainCommand, export, reproduce, train, triton_app
+from .ui.cli.lazy import lazy, nothing
 
 # Medical data: no library may send telemetry. Set before any of them is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -37,11 +36,16 @@ app = typer.Typer(
     rich_markup_mode=None,
 )
 app.add_typer(index_app, name="index")
-app.command()(embed)
-app.command(cls=TrainCommand, context_settings=ANY_FLAG)(train)
-app.command()(reproduce)
-app.command()(export)
-app.add_typer(triton_app, name="triton")
+LAZY = {
+    "embed": (".embed", "embed_app", "Embed slides and tile sets into feature files."),
+    "train": (".model", "train_app", "Train an encoder."),
+    "reproduce": (".model", "reproduce_app", "Reproduce a paper's table."),
+    "export": (".model", "export_app", "Export a run to an encoder bundle."),
+    "triton": (".model", "triton_app", "Serve encoders by NVIDIA Triton."),
+}
+"""Commands whose flags are made from option models: module, app, and what the list of commands shows."""
+for _name, (_module, _holder, _help) in LAZY.items():
+    app.command(_name, cls=lazy(_module, _holder), help=_help)(nothing)
 
 
 def _version(wanted: bool) -> None:

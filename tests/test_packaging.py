@@ -14,7 +14,7 @@ import yaml
 import histoseek
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("training", "export", "serving", "index", "ui")
+FOLDERS = ("artifacts", "training", "export", "serving", "index", "ui")
 
 
 def test_every_folder_with_an_init_is_listed():
@@ -55,7 +55,9 @@ def test_the_wheel_holds_every_module_and_the_default_encoder(tmp_path):
     with zipfile.ZipFile(next(tmp_path.glob("*.whl"))) as wheel:
         inside = set(wheel.namelist())
     modules = {
-        f"histoseek/{n}" for n in tracked if n.endswith(".py") and not n.startswith("tests/")
+        f"histoseek/{n}"
+        for n in tracked
+        if n.endswith(".py") and not n.startswith(("tests/", "docs/"))
     }
     assert modules <= inside
     assert {n for n in inside if n.endswith(".py")} == modules

@@ -86,3 +86,7 @@ def _scale(mpp: float | None, magnification: float | None) -> float | None:
     if not 0.1 <= magnification <= 200:
         raise BadInput(f"--magnification is {magnification}; expected 0.1 to 200")
     return 10 / magnification
+
+
+embed_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+embed_app.command("embed")(embed)

@@ -20,7 +20,10 @@ from ...training.study_options import StudyOptions
 from .options import command_for, parse, with_flags
 
 ANY_FLAG = {"allow_extra_args": True, "ignore_unknown_options": True}
-triton_app = typer.Typer(help="Serve encoders by NVIDIA Triton.", no_args_is_help=True)
+triton_app = typer.Typer(
+    help="Serve encoders by NVIDIA Triton.", no_args_is_help=True, add_completion=False,
+    rich_markup_mode=None,
+)  # fmt: skip
 
 Also = Annotated[list[Path] | None, typer.Option(help="More data; repeatable.")]
 Exclude = Annotated[
@@ -199,3 +202,11 @@ def _need_torch() -> None:
         raise MissingPart(
             f"training and export need {', '.join(missing)}: pip install 'histoseek[train]'"
         )
+
+
+train_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+train_app.command("train", cls=TrainCommand, context_settings=ANY_FLAG)(train)
+reproduce_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+reproduce_app.command("reproduce")(reproduce)
+export_app = typer.Typer(add_completion=False, rich_markup_mode=None)
+export_app.command("export")(export)

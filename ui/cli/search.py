@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ... import console
-from ...artifacts.manifest import check_bundle_graph
 from ...console import Json
 from ...errors import BadInput, HistoseekError, Mismatch
 from .arguments import ENGINE_HELP, AtlasPath, Where
@@ -236,6 +235,8 @@ def check_images(atlas: Atlas) -> None:
         BadInput: the atlas holds features of another tool.
     """
     if atlas.manifest.external:
+        from ...artifacts.manifest import check_bundle_graph
+
         check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
 
 
