@@ -72,7 +72,9 @@ def test_an_image_is_a_path_bytes_an_array_or_pil(lines, tmp_path):
     answers = atlas.search(forms, 3)
     assert len(answers) == len(forms) and all(a == answers[0] for a in answers)
     assert atlas.search(path, 3) == answers[0]
-    see_through = Image.fromarray(np.dstack([np.asarray(picture), np.full(picture.size[::-1], 90)]))
+    see_through = Image.fromarray(
+        np.dstack([np.asarray(picture), np.full(picture.size[::-1], 90, np.uint8)])
+    )
     see_through.convert("RGBA").save(tmp_path / "alpha.png")
     by_path, by_pil = atlas.search([tmp_path / "alpha.png", Image.open(tmp_path / "alpha.png")], 3)
     assert by_path == by_pil

@@ -139,7 +139,7 @@ def test_the_command_line_prints_and_writes_the_report(tmp_path, tile_folder, cl
     wrong = cli(
         "reproduce", "arcface", "--data", tile_folder, "--out", tmp_path / "x", "--split", "slide"
     )
-    assert wrong.returncode == 1 and "expected group or tile" in wrong.stderr
+    assert wrong.returncode == 1 and "expected one of: group, tile" in wrong.stderr
 
 
 def test_what_a_protocol_cannot_do_is_refused_before_it_starts(kinds, tmp_path):
