@@ -430,7 +430,7 @@ def moving(tmp_path, tile_folder, monkeypatch):
     session.close()
 
 
-@pytest.mark.parametrize("step", ["search", "vector_of", "assign"])
+@pytest.mark.parametrize("step", ["search_near", "vector_of", "assign"])
 def test_an_answer_names_the_state_that_was_searched(moving, step):
     """A writer commits after each step: revision, labels, clusters and names are of one state."""
     session, between, commits = moving
