@@ -22,7 +22,8 @@ demo: $(DEMO_VENV)/.ready
 test: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh tests/get_chromium.sh
 	sh tests/get_nginx.sh
-	$(BIN)/python -m pytest $(PARALLEL) $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest $(PARALLEL) -m "not alone" $(PYTEST_FLAGS)
+	$(BIN)/python -m pytest -m alone $(PYTEST_FLAGS)
 
 # What needs no server, browser, cluster, process or training run; the rest is marked slow.
 test-quick: $(VENV)/.ready

@@ -94,5 +94,7 @@ def mark(item: pytest.Item) -> None:
     calls = set(getattr(getattr(item, "function", None), "__code__", mark.__code__).co_names)
     slow_calls = SLOW_CALLS | (SLOW_CALLS_IN_TRAINING if file.startswith("training/") else set())
     deep = item.get_closest_marker("deep") is not None
+    if GROUPS_BY_FILE.get(file) == "ray":  # a cluster on this machine needs all of its cores
+        item.add_marker(pytest.mark.alone)
     if deep or file in SLOW_FILES or fixtures & SLOW_FIXTURES or calls & slow_calls:
         item.add_marker(pytest.mark.slow)
