@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 from atlases import features, filled, grouped, unit
-from schedule import rounds
+from schedule import DEEP, rounds
 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Busy, Damaged
@@ -54,6 +54,8 @@ def test_killed_at_random_moments_what_was_acknowledged_is_there(tmp_path):
     assert report["killed"] == kills
     assert set(report["finished"]) == {"add", "upsert", "remove", "fit", "tune", "relabel"}
     assert sum(report["finished"].values()) > kills, report  # on a busy machine too
+    if DEEP:
+        assert min(report["finished"].values()) > 20, report
 
 
 @pytest.fixture(scope="session")
@@ -253,8 +255,7 @@ def test_any_flipped_byte_of_the_database_is_found(atlas):
     rng = random.Random(3)
     expected = answers(atlas), atlas.slides(), atlas.clusters("kmeans")
     found = 0
-    flips = rounds(50, 200)
-    for _ in range(flips):
+    for _ in range(200):
         flip(path, rng.randrange(len(whole)))
         try:
             opened = Atlas(atlas.path)
@@ -272,7 +273,7 @@ def test_any_flipped_byte_of_the_database_is_found(atlas):
         path.write_bytes(whole)
         for log in atlas.path.glob("atlas.db-*"):
             log.unlink()
-    assert found > flips / 3
+    assert found > 100
     assert Atlas(atlas.path).verify() == []
 
 

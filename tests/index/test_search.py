@@ -209,6 +209,28 @@ def test_a_view_stays_as_it_was_while_the_atlas_changes(tmp_path):
     assert view.columns.hits(found, np.zeros((1, 5), np.float32))[0][0].slide == "slide-1"
     assert len(view.index) == 150
     assert reader.search(query, 1)[0][0].slide != "slide-1" and len(reader.view().index) == 100
+    asked = []
+
+    def drifted(view):
+        asked.append(view.revision)
+        if len(asked) == 1:
+            atlas.relabel([{"slide": "slide-0", "label": "another"}])
+        return view.drift()
+
+    atlas.fit("kmeans", k=2)
+    with (
+        pytest.raises(Damaged, match=f"changed since revision {view.revision}"),
+        view.state.reading(),
+    ):
+        pass
+    assert reader.ask(drifted)["fitted"]["tiles"] == 100 and len(asked) == 2
+
+
+def test_images_that_were_not_embedded_are_refused(lists):
+    image = np.zeros((4, 4, 3), np.uint8)
+    for more in ({"tiles": (1,)}, {"unlike_images": (image,)}):
+        with pytest.raises(BadInput, match="not embedded"):
+            lists.ask(View.search, Query(images=(image,), **more))
 
 
 def test_an_l2_atlas_scores_by_distance(tmp_path):

@@ -6,6 +6,7 @@ import threading
 
 import numpy as np
 import pytest
+from atlases import features
 from PIL import Image
 
 from histoseek.artifacts.tileset_files import open_tiles
@@ -473,3 +474,26 @@ def test_a_question_whose_files_a_writer_took_is_asked_again_of_the_newest_state
 
     assert session.atlas.ask(question) == 5
     assert len(asked) == 2 and asked[1] > asked[0]
+
+
+def test_vectors_of_any_length_are_compared_with_clusters_as_they_are(tmp_path):
+    """Features of other tools are not of length 1, and neither are the clusters fitted on them."""
+    rng = np.random.default_rng(0)
+    opened = Atlas.create_external(tmp_path / "atlas", "uni", 16)
+    means = 9 * rng.normal(size=(2, 16))
+    for n, mean in enumerate(means):
+        vectors = (mean + rng.normal(size=(200, 16))).astype(np.float32)
+        file = features(
+            tmp_path / f"s{n}.h5", 200, n, encoder="uni", encoder_sha256=opened.manifest.sha256,
+            features=vectors,
+        )  # fmt: skip
+        assert opened.add([file])[0].state == "added"
+    opened.fit("kmeans", k=2)
+    session = Session(opened.path)
+    ids, assigned = opened.assigned()
+    row = int(np.flatnonzero(~assigned.unknown)[0])
+    found = session.search(Query(tiles=(int(ids[row]),), k=3))
+    assert found.verdict.placed["cluster"] == assigned.cluster[row]
+    assert found.verdict.placed["distance"] == pytest.approx(assigned.distance[row], abs=1e-3)
+    assert not found.verdict.placed["unknown"]
+    session.close()
