@@ -6,14 +6,9 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 from urllib.parse import parse_qs, urlsplit
 
 from ...errors import BadInput, Unavailable
-
-if TYPE_CHECKING:
-    pass
-
 
 TOKEN = "HISTOSEEK_MILVUS_TOKEN"
 COLLECTION = "histoseek"

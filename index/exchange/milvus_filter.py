@@ -4,17 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import BadInput, unknown_name
 from ..search.columns import NOT_PLACED
 from ..search.filters import Compare, Every, Filter, Not, holds
 from ..store.packing import MISSING
 from ..vectors.scan import Metric
-
-if TYPE_CHECKING:
-    pass
-
 
 Row = tuple[float, Mapping[str, Any]]
 FORMAT = 1

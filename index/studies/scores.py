@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput, unknown_name
-
-if TYPE_CHECKING:
-    pass
-
 
 Unit = Literal["tile", "slide"]
 RANKS = 5

@@ -3,13 +3,9 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
-
-if TYPE_CHECKING:
-    pass
-
 
 AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
 Where = Annotated[

@@ -53,7 +53,7 @@ class Batcher:
         self.batch = 1
         """Maximum number of images per batch."""
         self._workers = [
-            threading.Thread(target=self._work, name=f"gate-{n}", daemon=True)
+            threading.Thread(target=self._work, name=f"batching-{n}", daemon=True)
             for n in range(max(1, encoder.parallel))
         ]
         for worker in self._workers:
