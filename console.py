@@ -24,7 +24,7 @@ import typer
 
 from . import outlets, stopping
 
-Report = Callable[[int, int, str], None]
+Progress = Callable[[int, int, str], None]
 
 EXIT_DONE = 0
 EXIT_FAILED = 1
@@ -156,7 +156,7 @@ def fail(error: Exception) -> None:
 
 
 @contextmanager
-def progress(title: str) -> Iterator[Report]:
+def progress(title: str) -> Iterator[Progress]:
     """Yield ``report(done, total, text)``, drawn as a bar with rate and time left on a terminal.
 
     If stderr is not a terminal, a line is printed every ten seconds instead. Each call of ``report`` also
@@ -209,7 +209,7 @@ def _on_terminal() -> bool:
     return sys.stderr is not None and sys.stderr.isatty()
 
 
-def _line_reporter(title: str) -> Report:
+def _line_reporter(title: str) -> Progress:
     import time
 
     started = last = time.monotonic()

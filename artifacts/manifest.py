@@ -24,12 +24,12 @@ CARD = "MODEL_CARD.md"
 CLUSTERS = "clusters.npz"
 """File of the clusters found by training, for the graph's embeddings: centroids (K, D), reach (K,)."""
 RUN = "run.json"
-FOREIGN_ANGLE = math.pi / 3
+OOD_ANGLE = math.pi / 3
 """Maximum angle (radians) by which the tissue gate turns an embedding towards its last component.
 
 The embedding of an image that is certainly not tissue is turned by this angle.
 """
-FOREIGN = math.sin(FOREIGN_ANGLE / 2)
+OOD_THRESHOLD = math.sin(OOD_ANGLE / 2)
 """Threshold: an image with a larger last component is out of distribution (half the maximum angle)."""
 EXTERNAL = "external"
 """``arch`` of an encoder that is known by name only: its features come from other tools."""
@@ -45,9 +45,9 @@ TRITON_PRECISION = "precision"
 TRITON_PROBE = "probe_embedding"
 
 
-def passed_limit(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+def above_threshold(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Return which embeddings (N, dim) of an encoder with a tissue gate are out of distribution, (N,)."""
-    found: NDArray[np.bool_] = vectors[:, -1] > FOREIGN
+    found: NDArray[np.bool_] = vectors[:, -1] > OOD_THRESHOLD
     return found
 
 
@@ -68,16 +68,16 @@ class Manifest(BaseModel):
         metric: how two embeddings are compared.
         normalised: whether embeddings have length 1.
         views: number of rotated and mirrored views that the graph averages; 1 means the tile alone.
-        gate: whether the encoder has a tissue gate. Then the last component says how far an image is out
-            of distribution: it is the sine of an angle from 0 to :data:`FOREIGN_ANGLE`, and all other
-            components are scaled by the cosine of that angle.
+        tissue_gate: whether the encoder has a tissue gate (key ``gate`` of the file). Then the last
+            component says how far an image is out of distribution: it is the sine of an angle from 0 to
+            :data:`OOD_ANGLE`, and all other components are scaled by the cosine of that angle.
         training: origin of the weights.
         licence: of the weights.
         opset: ONNX operator set of the graph.
         versions: of the software that made the bundle.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
+    model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
 
     format: int = FORMAT
     name: str = Field(pattern=f"^{NAME}$")
@@ -89,17 +89,17 @@ class Manifest(BaseModel):
     metric: Literal["cosine", "l2"]
     normalised: bool
     views: int = Field(default=1, ge=1, le=8)
-    gate: bool = False
+    tissue_gate: bool = Field(default=False, alias="gate")
     training: dict[str, Any]
     licence: str
     opset: int
     versions: dict[str, str]
 
-    def foreign(self, vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
+    def out_of_distribution(self, vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Return which embeddings (N, dim) are out of distribution, (N,); none without a tissue gate."""
-        if not self.gate:
+        if not self.tissue_gate:
             return np.zeros(len(vectors), dtype=bool)
-        return passed_limit(vectors)
+        return above_threshold(vectors)
 
     @property
     def external(self) -> bool:

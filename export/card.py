@@ -21,7 +21,7 @@ def model_card(
         "",
         f"A {manifest.arch} encoder: {manifest.size_px} x {manifest.size_px} RGB tiles to "
         f"{manifest.dim}-dimensional embeddings of length 1, compared by cosine."
-        + (" The last component tells how foreign a picture is." if manifest.gate else ""),
+        + (" The last component tells how foreign a picture is." if manifest.tissue_gate else ""),
         "",
         "**For research only.** Similarity is no diagnosis.",
         "",

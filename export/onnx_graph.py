@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
-from ..artifacts.manifest import FOREIGN_ANGLE, INPUT, OUTPUT
+from ..artifacts.manifest import INPUT, OOD_ANGLE, OUTPUT
 from ..errors import BadInput, Mismatch, need
 
 OPSET = 18
@@ -36,7 +36,7 @@ class Graph(nn.Module):
     orientations has exactly the same embedding. The cost grows with the number of views.
 
     A tissue gate scores a tile from its pixels: 0 is tissue, 1 is out of distribution. The score times
-    :data:`FOREIGN_ANGLE` is an angle. Its sine is appended to the embedding as the last component, and all
+    :data:`OOD_ANGLE` is an angle. Its sine is appended to the embedding as the last component, and all
     other components are multiplied by its cosine. A tile that is out of distribution then has a cosine of
     at most .5 with tissue, and such tiles still differ from each other.
 
@@ -85,7 +85,7 @@ class Graph(nn.Module):
         if self.gate is not None:
             # Shrink first, then undo the scaling: this is cheap, and engines can still fuse the scaling.
             small = (self.gate.shrink(scaled) - self.offset) / self.scale / 255
-            angle = self.gate(small)[:, None] * FOREIGN_ANGLE
+            angle = self.gate(small)[:, None] * OOD_ANGLE
             unit = torch.cat([unit * torch.cos(angle), torch.sin(angle)], 1)
         return unit
 

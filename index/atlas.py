@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .. import stopping
 from ..artifacts.files import publish_folder, write_atomic, write_json
 from ..artifacts.manifest import MANIFEST, Manifest, external_manifest, read_manifest
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput, StorageFailed
 from .care import snapshots, verify
 from .care.audit import audit
@@ -97,7 +97,7 @@ class Atlas(OpenAtlas):
         files: Sequence[str | Path],
         metadata: Metadata | None = None,
         replace: bool = False,
-        progress: Report = lambda done, total, text: None,
+        progress: Progress = lambda done, total, text: None,
         mixed_scales: bool = False,
     ) -> AddedSlides:
         """Add feature files, each completely or not at all; features already in the atlas are skipped.

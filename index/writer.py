@@ -17,7 +17,7 @@ from .. import stopping
 from ..artifacts.feature_files import Features, check_features, parse_features, read_about
 from ..artifacts.files import remove_leftovers, sha256_file, write_atomic
 from ..artifacts.tables import clean_row
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
 from .clusters import stored as clusterings
 from .clusters.clustering import Clustering
@@ -45,7 +45,7 @@ class Writer:
         self._loaded: dict[int, Clustering] = {}
 
     def add(
-        self, files: Sequence[Path], metadata: Metadata, replace: bool, progress: Report
+        self, files: Sequence[Path], metadata: Metadata, replace: bool, progress: Progress
     ) -> AddedSlides:
         """Add feature files; see :meth:`Atlas.add <histoseek.index.atlas.Atlas.add>`."""
         results: list[Added] = []

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ..artifacts.images import Rgb, square
 from ..artifacts.tilesets import TileSet
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput
 from ..metrics import Ints, codes
 
@@ -91,7 +91,7 @@ _POOL = ThreadPoolExecutor(min(16, os.cpu_count() or 1), thread_name_prefix="dec
 
 
 def load(
-    tileset: TileSet, size_px: int, progress: Report, cut: int = 0, stream: bool = False
+    tileset: TileSet, size_px: int, progress: Progress, cut: int = 0, stream: bool = False
 ) -> LabelledTiles:
     """Decode a tile set; a tile that cannot be read is left out and recorded in ``unreadable``.
 

@@ -19,14 +19,14 @@ from torch import nn
 
 from ..artifacts.option_models import HIDDEN, Field, options
 from ..artifacts.tilesets import TileSet
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput
 from ..metrics import Ints
 from .augment import look
 from .components import drop_head
 from .data import LabelledTiles
 from .evaluate import calibrate
-from .foreign import fit_gate, judge_gate
+from .fit_gate import fit_gate, judge_gate
 from .job import Job
 from .losses import ArcFace, Contrastive, Softmax, Triplet
 from .models import Encoder, model_options
@@ -265,7 +265,7 @@ def fit(
     options: ArcFaceOptions,
     tileset: TileSet,
     out: Path,
-    progress: Report,
+    progress: Progress,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, evaluate on the held-out groups and write ``weights.safetensors`` and ``run.json``.

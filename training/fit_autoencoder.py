@@ -14,7 +14,7 @@ import torch
 
 from ..artifacts.option_models import Field, options
 from ..artifacts.tilesets import TileSet
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput
 from .distributed import processes
 from .job import Job
@@ -89,7 +89,7 @@ def fit(
     options: AutoencoderOptions,
     tileset: TileSet,
     out: Path,
-    progress: Report,
+    progress: Progress,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, cluster the latents, evaluate on held-out groups and write the run.

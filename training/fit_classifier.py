@@ -11,7 +11,7 @@ from torch import nn
 
 from ..artifacts.option_models import options
 from ..artifacts.tilesets import TileSet
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput
 from ..metrics import Ints, Metric
 from .data import LabelledTiles
@@ -54,7 +54,7 @@ def fit(
     options: ClassifierOptions,
     tileset: TileSet,
     out: Path,
-    progress: Report,
+    progress: Progress,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train on labels, evaluate on held-out groups and write the run; unlabelled tiles are left out.

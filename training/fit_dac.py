@@ -18,7 +18,7 @@ from torch import nn
 
 from ..artifacts.option_models import Field, options
 from ..artifacts.tilesets import TileSet
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput
 from ..metrics import Floats, Ints, clustering_report
 from .checkpoint import load_run_weights
@@ -238,7 +238,7 @@ def fit(
     options: DacOptions,
     tileset: TileSet,
     out: Path,
-    progress: Report,
+    progress: Progress,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, cluster, evaluate and write the run; uses all tiles, as the paper does, unless folds are set.

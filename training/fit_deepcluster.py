@@ -18,7 +18,7 @@ from torch import nn
 
 from ..artifacts.option_models import Field, options
 from ..artifacts.tilesets import TileSet
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput
 from ..metrics import Ints
 from .components import Chain
@@ -166,7 +166,7 @@ def fit(
     options: DeepClusterOptions,
     tileset: TileSet,
     out: Path,
-    progress: Report,
+    progress: Progress,
     selection: dict[str, Any] | None = None,
 ) -> dict[str, Any]:
     """Train, fit the last chain and its clusters, probe and evaluate on held-out groups, write the run.

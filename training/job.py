@@ -17,7 +17,7 @@ from torch import nn
 
 from .. import stopping
 from ..artifacts.tilesets import TileSet
-from ..console import Report
+from ..console import Progress
 from ..errors import BadInput
 from ..metrics import Ints
 from .augment import augment, placement
@@ -27,7 +27,7 @@ from .distributed import release_norms, synchronise_norms
 from .evaluate import judge, normalise, to_input
 from .models import Encoder, build
 from .options import TrainingOptions
-from .run import Progress, RunFolder
+from .run import RunFolder
 from .steps import (
     STILL,
     Objective,
@@ -64,7 +64,7 @@ class Job:
         options: TrainingOptions,
         tileset: TileSet,
         out: Path,
-        progress: Report,
+        progress: Progress,
         selection: dict[str, Any] | None = None,
     ) -> None:
         """Identify the run and read its record if it is finished; nothing else is read.
@@ -79,7 +79,7 @@ class Job:
         self.folder = RunFolder(out, identity)
         self.finished = self.folder.finished()
         self._progress = progress
-        self._state = Progress()
+        self._history: list[dict[str, Any]] = []
         self._scaler: Any = None
 
     def prepare(self, cut: int = 0) -> None:
@@ -125,7 +125,7 @@ class Job:
         Raises:
             BadInput: the loss is not finite; the last complete epoch is kept.
         """
-        self._state = self.folder.resume(net)
+        self._history = self.folder.resume(net)
         net.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.fabric.world_size > 1:
             synchronise_norms(net)
@@ -136,9 +136,9 @@ class Job:
         release_norms(net)
 
     def _run_phase(self, net: Objective, phase: Phase, total: int, log: Log) -> None:
-        done = [row for row in self._state.history if row["phase"] == phase.name]
+        done = [row for row in self._history if row["phase"] == phase.name]
         if len(done) >= phase.epochs or self._is_stopped(done):
-            if done and self._keeps and self._state.history[-1] is done[-1]:
+            if done and self._keeps and self._history[-1] is done[-1]:
                 self.folder.load_best(net)  # the run was killed after the phase's last epoch
             return
         net.begin_phase(phase)
@@ -151,13 +151,13 @@ class Job:
             row = self._epoch(net, model, optimizer, phase, epoch, done)
             self._check_weights(net, row)
             done.append(row)
-            self._state.history.append(row)
+            self._history.append(row)
             if self.fabric.is_global_zero:
                 best = min(done, key=watched_loss) is row
-                self.folder.save(net, optimizer, self._state, self._scaler, best and self._keeps)
+                self.folder.save(net, optimizer, self._history, self._scaler, best and self._keeps)
             log.epoch(row)
             shown = ", ".join(f"{k} {v:.4g}" for k, v in row.items() if isinstance(v, float))
-            self.report(len(self._state.history), total, f"{phase.name}: {shown}")
+            self.report(len(self._history), total, f"{phase.name}: {shown}")
             if self._is_stopped(done):
                 break
         if self._keeps:
@@ -185,7 +185,7 @@ class Job:
         done: list[dict[str, Any]],
     ) -> dict[str, Any]:
         """Train one epoch and return its record; seed, epoch and rank determine all random numbers."""
-        options, number = self.options, len(self._state.history)
+        options, number = self.options, len(self._history)
         told = net.begin_epoch(self, phase, epoch, optimizer)
         net.begin_phase(phase)
         started = time.monotonic()
@@ -356,7 +356,7 @@ class Job:
                     "data": {**describe(self.data, self.tileset), "selection": self.selection},
                     "split": describe_split(self.parts),
                     "metrics": {**found, **(metrics or {})},
-                    "epochs": self._state.history,
+                    "epochs": self._history,
                     "seconds": round(time.monotonic() - self.started, 1),
                 },
             )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,17 +17,6 @@ RECORD = "run.json"
 WEIGHTS = "weights.safetensors"
 CHECKPOINT = "checkpoint.safetensors"
 BEST = "best.safetensors"
-
-
-@dataclass
-class Progress:
-    """How far a run has got.
-
-    Attributes:
-        history: the measurements of each completed epoch, over all phases.
-    """
-
-    history: list[dict[str, Any]] = field(default_factory=list)
 
 
 class RunFolder:
@@ -72,14 +60,15 @@ class RunFolder:
             other.insert(0, f"recipe: {earlier.get('recipe')!r} -> {self.identity['recipe']!r}")
         return "; ".join(other)
 
-    def resume(self, net: torch.nn.Module) -> Progress:
-        """Load the last completed epoch into ``net``, if there is one; returns the progress so far."""
+    def resume(self, net: torch.nn.Module) -> list[dict[str, Any]]:
+        """Load the last completed epoch, if any, into ``net``; returns the measurements of each epoch."""
         path = self.path / CHECKPOINT
         if not path.is_file():
-            return Progress()
+            return []
         self._stored, self._about = load_tensors(path)
         net.load_state_dict(_of_net(self._stored))
-        return Progress(self._about["history"])
+        history: list[dict[str, Any]] = self._about["history"]
+        return history
 
     def resume_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         """Load the optimiser's state after the last completed epoch."""
@@ -94,7 +83,7 @@ class RunFolder:
         self,
         net: torch.nn.Module,
         optimizer: Any,
-        progress: Progress,
+        history: list[dict[str, Any]],
         scaler: Any = None,
         best: bool = False,
     ) -> None:
@@ -105,7 +94,7 @@ class RunFolder:
             save_tensors(self.path / BEST, weights, {})
         about = {
             "identity": self.identity,
-            "history": progress.history,
+            "history": history,
             "optimizer": groups,
             "scaler": scaler.state_dict() if scaler is not None else None,
         }

@@ -19,7 +19,7 @@ from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 
 from ..artifacts.files import cache_folder, replacing
-from ..console import Report
+from ..console import Progress
 from ..metrics import Ints
 from .checkpoint import load_backbone
 from .data import LabelledTiles
@@ -44,7 +44,7 @@ def teacher_maps(
     train: Ints,
     dim: int,
     device: torch.device,
-    progress: Report,
+    progress: Progress,
 ) -> NDArray[np.float16]:
     """Return the teacher's maps of every tile as whitened components, fitted on training tiles.
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.manifest import FOREIGN, passed_limit
+from ...artifacts.manifest import OOD_THRESHOLD, above_threshold
 from ...errors import BadInput, unknown_name
 from . import hdbscan as density
 from .clustering import FITTED, METHODS, Assigned, Clustering
@@ -40,8 +40,8 @@ def fit(
         seed: of k-means, and of the silhouette's sample.
         groups: (N,) patient or slide of each vector; k-means calibrates its thresholds for ``unknown`` on
             groups held out in turn.
-        gate: whether the encoder has a tissue gate (``Manifest.gate``). Vectors out of distribution are
-            unknown and not fitted. If most vectors are out of distribution, the encoder was not made for
+        gate: whether the encoder has a tissue gate (``Manifest.tissue_gate``). Vectors out of
+            distribution are unknown and not fitted. If most vectors are, the encoder was not made for
             such images: then the gate is ignored, and ``about`` says so.
 
     Raises:
@@ -64,12 +64,12 @@ def fit(
         )
     basis = basis_of(vectors)
     flat = project(vectors, basis)
-    heeded = gate and not passed_limit(vectors).any()
+    heeded = gate and not above_threshold(vectors).any()
     if heeded:
-        basis["foreign"] = np.asarray(FOREIGN)
+        basis["foreign"] = np.asarray(OOD_THRESHOLD)
     fitted = {"fitted_tiles": len(flat), "components": len(basis["components"]), "seed": seed}
     if gate:
-        fitted["foreign_tiles"] = int(passed_limit(everything).sum())
+        fitted["foreign_tiles"] = int(above_threshold(everything).sum())
         fitted["gate_ignored"] = not heeded
     if method == "kmeans":
         arrays, about = _fit_kmeans(flat, k, seed, groups)
@@ -104,9 +104,9 @@ def to_fit(vectors: NDArray[np.float32], gate: bool) -> NDArray[np.bool_]:
 
     These are all vectors if there is no gate, or if more than half of them are out of distribution.
     """
-    if not gate or 2 * np.sum(passed_limit(vectors)) > len(vectors):
+    if not gate or 2 * np.sum(above_threshold(vectors)) > len(vectors):
         return np.ones(len(vectors), dtype=bool)
-    return ~passed_limit(vectors)
+    return ~above_threshold(vectors)
 
 
 def _joined(placed: Assigned, own: Assigned, known: NDArray[np.bool_]) -> Assigned:

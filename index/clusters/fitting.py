@@ -70,7 +70,7 @@ def fitted(
     k = None if given.get("k") in {None, "auto"} else int(given["k"])
     vectors, groups, whole = sample(state, slides, given["seed"])
     least = given.get("min_cluster_size")
-    gate = state.manifest.gate
+    gate = state.manifest.tissue_gate
     clustering, placed = stopping.aside(
         lambda: fit_clusters(vectors, method, k, least, given["seed"], groups, gate)
     )

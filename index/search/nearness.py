@@ -30,10 +30,10 @@ def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> NDArray[np.
 
 def out_of_distribution_share(state: State, tiles: int = 1000, seed: int = 0) -> float:
     """Return the out-of-distribution share of sampled tiles; 0 if the encoder has no tissue gate."""
-    if not state.manifest.gate:
+    if not state.manifest.tissue_gate:
         return 0.0
     vectors = state.vectors_at(state.sample(tiles, seed))
-    return float(np.mean(state.manifest.foreign(vectors)))
+    return float(np.mean(state.manifest.out_of_distribution(vectors)))
 
 
 def scores_in(state: State, slide: str, query: NDArray[np.float32]) -> NDArray[np.float32]:

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...console import Report
+from ...console import Progress
 from ...errors import BadInput, unknown_name
 from ..atlas import Atlas
 from ..search.tiles import Mask, allowed
@@ -50,7 +50,7 @@ def _near(
     asked: Mask | None,
     allowed_: Mask | None,
     k: int,
-    progress: Report,
+    progress: Progress,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return pairs (P, 2) of a query tile and a tile near it, and scores (P,)."""
     found: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
@@ -79,7 +79,7 @@ def duplicates(
     atlas: Atlas,
     least: float | None = None,
     where: str | None = None,
-    progress: Report = lambda done, total, text: None,
+    progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Group tiles that are nearly the same.
 
@@ -139,7 +139,7 @@ def leakage(
     atlas: Atlas,
     split: str,
     least: float | None = None,
-    progress: Report = lambda done, total, text: None,
+    progress: Progress = lambda done, total, text: None,
 ) -> dict[str, Any]:
     """Check whether parts of a data set share patients or images.
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
 
-from ...console import Report
+from ...console import Progress
 
 Stage = Literal["open", "read", "encode"]
 STAGES: tuple[Stage, ...] = ("open", "read", "encode")
@@ -112,7 +112,7 @@ class Meter:
                 "stages": stages,
             }
 
-    def tell(self, report: Report, name: str) -> None:
+    def tell(self, report: Progress, name: str) -> None:
         """Report progress in tiles; unopened slides count with the mean number of tiles of opened ones."""
         now = self.read()
         opened = now["opened"]

@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from ... import stopping
 from ...artifacts.feature_writer import FeatureWriter
 from ...artifacts.files import read_json, remove_leftovers, write_json
-from ...console import Report
+from ...console import Progress
 from ...errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
 from ..encoders.engines import cores
 from ..encoders.protocol import Encoder
@@ -74,7 +74,7 @@ def embed_jobs(
     encoder: Encoder,
     out: Path,
     options: EmbedOptions,
-    progress: Report,
+    progress: Progress,
     meter: Meter | None = None,
     results: list[Result] | None = None,
 ) -> list[Result]:
@@ -126,7 +126,7 @@ class _Run:
         encoder: Encoder,
         out: Path,
         options: EmbedOptions,
-        progress: Report,
+        progress: Progress,
         meter: Meter,
         ended: list[Result],
     ) -> None:

@@ -22,7 +22,7 @@ from typing import Any
 
 from ... import stopping
 from ...artifacts.files import remove_leftovers
-from ...console import Report
+from ...console import Progress
 from ...errors import BadInput, HistoseekError, MissingPart, Unavailable
 from ..encoders.protocol import Encoder
 from .jobs import Job, distinct_name
@@ -46,7 +46,7 @@ def run_on_ray(
     out: str,
     options: EmbedOptions,
     address: str,
-    progress: Report,
+    progress: Progress,
     results: list[Result] | None = None,
 ) -> Ran:
     """Embed jobs on a Ray cluster.

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ...artifacts.manifest import Manifest, read_manifest
-from ...console import Report
+from ...console import Progress
 from ..encoders.open import open_encoder
 from ..encoders.protocol import Encoder
 from .jobs import Job
@@ -48,7 +48,7 @@ def run_here(
     choice: EncoderChoice,
     out: Path,
     options: EmbedOptions,
-    progress: Report,
+    progress: Progress,
     metrics: str | None = None,
     results: list[Result] | None = None,
 ) -> Ran:

@@ -21,8 +21,8 @@ from ...errors import BadInput, Damaged, HistoseekError, MissingPart, unknown_na
 from .engines import (
     ENGINES,
     Engine,
+    EnginePlan,
     OnnxRuntimeEngine,
-    Plan,
     Precision,
     cores,
     load_onnxruntime,
@@ -72,7 +72,7 @@ def open_engine(
     cuda = "CUDAExecutionProvider" in load_onnxruntime().get_available_providers()
     if cuda and precision == "f32" and engine != "openvino":
         loaded = OnnxRuntimeEngine(
-            bundle, manifest, Plan(batch=batch or GPU_BATCH, streams=streams or GPU_STREAMS)
+            bundle, manifest, EnginePlan(batch=batch or GPU_BATCH, streams=streams or GPU_STREAMS)
         )
         if loaded.offloads:
             return loaded
@@ -80,7 +80,7 @@ def open_engine(
         plan = _remembered_plan(bundle, manifest, precision, side)
     else:
         name = "onnxruntime" if engine == "auto" else engine
-        plan = Plan(name, precision, batch or Plan.batch, side)  # type: ignore[arg-type]
+        plan = EnginePlan(name, precision, batch or EnginePlan.batch, side)  # type: ignore[arg-type]
     made: Engine = ENGINES[plan.engine](bundle, manifest, plan)
     return made
 
@@ -93,27 +93,27 @@ def _check_bf16() -> None:
         )
 
 
-def _candidates(precision: str, streams: int) -> list[Plan]:
+def _candidates(precision: str, streams: int) -> list[EnginePlan]:
     plans = []
     if precision == "f32":
-        plans += [Plan("onnxruntime", "f32", batch, streams) for batch in (1, 2, 4, 8)]
+        plans += [EnginePlan("onnxruntime", "f32", batch, streams) for batch in (1, 2, 4, 8)]
     try:
         load_openvino()
     except MissingPart:
         if precision != "f32":
             raise
     else:
-        plans += [Plan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
+        plans += [EnginePlan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
     return plans
 
 
-def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: int) -> Plan:
+def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: int) -> EnginePlan:
     """Return the fastest plan on this machine, from the cache or measured now."""
     key = _machine_key(manifest, precision, streams)
     path = cache_folder() / "engines.json"
     try:
         known = read_json(path)
-        return Plan(**known[key]["plan"])
+        return EnginePlan(**known[key]["plan"])
     except (HistoseekError, KeyError, TypeError):
         known = {}
     rates = measure(bundle, manifest, _candidates(precision, streams))
@@ -128,23 +128,23 @@ def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: 
     return plan
 
 
-def fastest(rates: Sequence[tuple[Plan, float]]) -> Plan:
+def fastest(rates: Sequence[tuple[EnginePlan, float]]) -> EnginePlan:
     """Return the fastest plan; ONNX Runtime unless OpenVINO is clearly faster."""
 
-    def worth(item: tuple[Plan, float]) -> float:
+    def worth(item: tuple[EnginePlan, float]) -> float:
         return item[1] / (MARGIN if item[0].engine == "openvino" else 1.0)
 
     return max(rates, key=worth)[0]
 
 
 def measure(
-    bundle: Path, manifest: Manifest, plans: Sequence[Plan], trial_s: float = _TRIAL_S
-) -> list[tuple[Plan, float]]:
+    bundle: Path, manifest: Manifest, plans: Sequence[EnginePlan], trial_s: float = _TRIAL_S
+) -> list[tuple[EnginePlan, float]]:
     """Return tiles per second of each plan with all streams busy; stops after some seconds."""
     rng = np.random.default_rng(0)
     size = manifest.size_px
     started = time.perf_counter()
-    found: list[tuple[Plan, float]] = []
+    found: list[tuple[EnginePlan, float]] = []
     for plan in plans:
         if found and time.perf_counter() - started > _BUDGET_S:
             break

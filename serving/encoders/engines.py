@@ -24,7 +24,7 @@ Precision = Literal["f32", "bf16"]
 
 
 @dataclass(frozen=True)
-class Plan:
+class EnginePlan:
     """How to run a graph.
 
     Attributes:
@@ -44,7 +44,7 @@ class Engine(Protocol):
     """A loaded graph; ``run`` may be called from as many threads as there are streams."""
 
     offloads: bool
-    plan: Plan
+    plan: EnginePlan
 
     def run(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Embed uint8 (N, S, S, 3) -> float32 (N, D); N is at most the plan's batch."""
@@ -83,7 +83,7 @@ def load_openvino() -> Any:
 class OnnxRuntimeEngine:
     """ONNX Runtime: one session; on a CPU every run stays on the thread that calls it."""
 
-    def __init__(self, bundle: Path, manifest: Manifest, plan: Plan) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, plan: EnginePlan) -> None:
         """Load the graph.
 
         Raises:
@@ -131,7 +131,7 @@ class OpenVinoEngine:
 
     offloads = False
 
-    def __init__(self, bundle: Path, manifest: Manifest, plan: Plan) -> None:
+    def __init__(self, bundle: Path, manifest: Manifest, plan: EnginePlan) -> None:
         """Compile the graph for the plan's batch.
 
         Raises:

@@ -15,7 +15,7 @@ from histoseek.artifacts.manifest import GRAPH
 from histoseek.export.half_precision import to_fp16
 from histoseek.metrics import retrieval_report
 from histoseek.serving.encoders.engine_choice import rate_of
-from histoseek.serving.encoders.engines import ENGINES, Plan, cores
+from histoseek.serving.encoders.engines import ENGINES, EnginePlan, cores
 from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
@@ -76,7 +76,7 @@ def main():
         rows.insert(2, ("FP32", "openvino", "bf16"))
         engines = {}
         for name, engine, precision in rows:
-            plan = Plan(engine, precision, 2, cores())
+            plan = EnginePlan(engine, precision, 2, cores())
             engines[name, engine, precision] = ENGINES[engine](files[name], manifest, plan)
         speeds = {key: [] for key in rows}
         for _ in range(ROUNDS):

@@ -147,8 +147,11 @@ def test_a_gate_puts_foreign_pictures_at_a_right_angle_to_tissue(shared, tmp_pat
     grey = [square(p, 64) for p in map(open_tiles(shared / "busi.tar").read, range(40))]
     seen, foreign = gated.embed(tissue), gated.embed(np.stack(grey))
     np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1, atol=1e-5)
-    assert gated.manifest.foreign(seen).mean() < 0.1 and gated.manifest.foreign(foreign).all()
-    known = ~gated.manifest.foreign(seen)
+    assert (
+        gated.manifest.out_of_distribution(seen).mean() < 0.1
+        and gated.manifest.out_of_distribution(foreign).all()
+    )
+    known = ~gated.manifest.out_of_distribution(seen)
     surely = foreign[foreign[:, -1] > 0.8] @ seen[seen[:, -1] < 0.1].T
     assert surely.shape[0] > 20 and surely.shape[1] > 100 and surely.max() < 0.7  # whatever it sees
     # tissue is told apart as without a gate

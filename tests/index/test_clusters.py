@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits, make_blobs, make_moons
 
-from histoseek.artifacts.manifest import FOREIGN
+from histoseek.artifacts.manifest import OOD_THRESHOLD
 from histoseek.errors import BadInput, Damaged
 from histoseek.index.clusters.clustering import Clustering
 from histoseek.index.clusters.fit import fit
@@ -158,10 +158,12 @@ def test_what_the_gate_calls_foreign_is_unknown_and_takes_no_part_in_a_fit(metho
     flat = make_blobs(600, 8, centers=3, cluster_std=0.4, random_state=3)[0]
     flat /= np.linalg.norm(flat, axis=1, keepdims=True)
     angle = np.zeros((600, 1))
-    angle[:60] = np.arcsin(FOREIGN) * np.linspace(0.9, 1.1, 60)[:, None]  # half just past the limit
+    angle[:60] = (
+        np.arcsin(OOD_THRESHOLD) * np.linspace(0.9, 1.1, 60)[:, None]
+    )  # half just past the limit
     vectors = np.concatenate([flat * np.cos(angle), np.sin(angle)], axis=1).astype(np.float32)
     size = {"min_cluster_size": 20} if method == "hdbscan" else {"k": 3}
-    foreign = vectors[:, -1] > FOREIGN
+    foreign = vectors[:, -1] > OOD_THRESHOLD
     assert foreign.sum() == 30
     clustering, placed = fit(vectors, method, **size, groups=np.arange(600) // 5, gate=True)
     alone, own = fit(vectors[~foreign], method, **size, groups=(np.arange(600) // 5)[~foreign])

@@ -628,7 +628,7 @@ def test_two_phases_that_keep_their_best_resume_to_the_same_weights(
         7.0,
         8.0,
     )  # phase 2 is at its best in its second epoch of five
-    monkeypatch.setattr(job.Job, "_validate", lambda self, net: script[len(self._state.history)])
+    monkeypatch.setattr(job.Job, "_validate", lambda self, net: script[len(self._history)])
     fit("arcface", options, tiles, tmp_path / "whole")
 
     class Stop(Exception):

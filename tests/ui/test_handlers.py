@@ -21,7 +21,7 @@ from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 from histoseek.ui.page import cluster_view, slide_view, view
 from histoseek.ui.session import report, words
-from histoseek.ui.session.answers import Found, Verdict
+from histoseek.ui.session.answers import SearchAnswer, Verdict
 from histoseek.ui.session.session import Session, cropped
 
 
@@ -284,7 +284,7 @@ def test_names_cannot_inject_markup(session):
     hit = Hit(1, 0.5, 1, evil, 0, 0, 224, 0.5, evil, evil, 0, evil)
     verdict = Verdict([(evil, 1)], [(evil, 1)], {"cluster": 0, "name": evil, "distance": 1.0,
                       "strength": 0.1, "unknown": True}, None, True)  # fmt: skip
-    found = Found(
+    found = SearchAnswer(
         "r", "now", Query(tiles=(1,)), np.zeros(4, np.float32), [hit], verdict, 1, 1, {"a": 1.0}
     )
     cluster = {"cluster": 0, "name": evil, "description": evil, "tiles": 1, "slides": 1, "unknown": 0,

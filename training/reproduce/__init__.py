@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ...artifacts.tilesets import TileSet
-from ...console import Report as Progress
+from ...console import Progress
 from ...errors import unknown_name
 from ..study_options import StudyOptions
 from . import ae_dac, arcface, breast_ae, p4m_deepcluster, topology_sweep

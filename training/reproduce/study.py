@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.files import read_json
 from ...artifacts.tilesets import TileSet
-from ...console import Report as Progress
+from ...console import Progress
 from ...errors import BadInput
 from ...metrics import Ints
 from ..checkpoint import load_encoder, load_tensors

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..session.additions import Additions
-from ..session.answers import Clustered, Found
+from ..session.answers import ClusterAnswer, SearchAnswer
 from ..session.session import Session
 from .audit import Audit
 from .policy import REQUEST_ID, USER
@@ -27,7 +27,7 @@ class Server:
         if self.audit is not None:
             self.audit.write(action, who(request), **facts)
 
-    def note_search(self, request: Any, found: Found) -> None:
+    def note_search(self, request: Any, found: SearchAnswer) -> None:
         """Record a search in the audit log."""
         query = found.query
         self.note(
@@ -36,7 +36,7 @@ class Server:
             unlike=list(query.unlike_tiles), generation=found.generation, revision=found.revision,
         )  # fmt: skip
 
-    def note_assign(self, request: Any, placed: Clustered) -> None:
+    def note_assign(self, request: Any, placed: ClusterAnswer) -> None:
         """Record an assignment of images in the audit log."""
         self.note(
             request, "assign", result=placed.id, clustering=placed.clustering,

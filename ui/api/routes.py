@@ -17,7 +17,7 @@ from ...errors import BadInput, NotFound
 from ...index.search.query import Query
 from ..access.service import Server
 from ..session import report
-from ..session.answers import Found
+from ..session.answers import SearchAnswer
 from . import models
 from .bodies import body_of, images_of, read_body
 
@@ -178,7 +178,7 @@ def add_pictures(app: FastAPI, server: Server) -> None:
         """Return a slide with its tiles coloured by their similarity to an earlier search."""
         found = session.results.get(result)
         server.note(request, "heat", slide=slide, result=result)
-        if not isinstance(found, Found):
+        if not isinstance(found, SearchAnswer):
             raise BadInput("that result is no search; give the id of one")
         return jpeg(pictures.heat(slide, found.vector)[0], 0)
 

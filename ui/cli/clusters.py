@@ -85,7 +85,7 @@ def curve(
         if seed < 0:
             raise BadInput(f"--seed is {seed}; expected 0 or more")
         vectors, _, _ = sample(opened.view().state, opened.store.tile_ranges(), seed)
-        rows = measure(vectors[to_fit(vectors, opened.manifest.gate)], method, seed)
+        rows = measure(vectors[to_fit(vectors, opened.manifest.tissue_gate)], method, seed)
 
     def human() -> None:
         first = "k" if method == "kmeans" else "min_cluster_size"

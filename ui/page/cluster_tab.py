@@ -13,7 +13,7 @@ import gradio as gr
 from ...errors import BadInput, HistoseekError, TooLarge
 from ..access.service import Server
 from ..session import words
-from ..session.answers import MAX_IMAGES, Clustered
+from ..session.answers import MAX_IMAGES, ClusterAnswer
 from . import cluster_view, view
 from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told, with_files
 
@@ -30,7 +30,7 @@ new MutationObserver(() => read().by ? map.set(read().by) : map.draw())
 """
 
 
-def _stars(answer: Clustered) -> list[dict[str, Any]]:
+def _stars(answer: ClusterAnswer) -> list[dict[str, Any]]:
     """Return where the images lie on the map; nothing while there is no map."""
     if answer.points is None:
         return []

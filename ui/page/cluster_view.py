@@ -6,13 +6,13 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
-from ..session.answers import Clustered
+from ..session.answers import ClusterAnswer
 from ..session.colours import colour_of
 from ..session.words import LABELS_SHOWN, cluster_name, cluster_title, counted
 from .view import EXAMPLES
 
 
-def placed_table(answer: Clustered, examples: Mapping[int, Sequence[int]]) -> str:
+def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -> str:
     """Return the assigned images with the nearest tile of each, and the unreadable ones.
 
     Args:

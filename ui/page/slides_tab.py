@@ -9,7 +9,7 @@ import numpy as np
 
 from ...errors import BadInput, HistoseekError, NotFound
 from ..access.service import Server
-from ..session.answers import Found
+from ..session.answers import SearchAnswer
 from . import slide_view, view
 from .widgets import EVENT, HIDDEN, html, told
 
@@ -124,7 +124,7 @@ def _detail(
     scale = (0.0, 1.0)
     if shows == "similarity":
         found_before = session.results.get(result)
-        if isinstance(found_before, Found) and row["tiles"]:
+        if isinstance(found_before, SearchAnswer) and row["tiles"]:
             scale = session.pictures.scale(session.atlas.scores_in(name, found_before.vector))
     asked = row["patient"] if by == "patient" and row["patient"] else name
     try:

@@ -11,7 +11,7 @@ from ...artifacts.images import Rgb, encode_jpeg
 from ...index.store.rows import Hit
 from ...index.store.scales import scales_line
 from ..session.addition import Addition
-from ..session.answers import Found
+from ..session.answers import SearchAnswer
 from ..session.words import NOTICE_TEXT, cluster_name, place, verdict_text
 
 EXAMPLES = 6
@@ -75,7 +75,7 @@ def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
     )
 
 
-def verdict(answer: Found) -> str:
+def verdict(answer: SearchAnswer) -> str:
     """Return the verdict line, with a warning if the query is unlike anything in the atlas."""
     text = escape(verdict_text(answer))
     warning = ""

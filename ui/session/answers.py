@@ -51,7 +51,7 @@ class Verdict:
 
 
 @dataclass(frozen=True)
-class Found:
+class SearchAnswer:
     """The answer to a search.
 
     Attributes:
@@ -78,7 +78,7 @@ class Found:
 
 
 @dataclass(frozen=True)
-class Clustered:
+class ClusterAnswer:
     """The cluster assignments of several images.
 
     Attributes:

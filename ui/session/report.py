@@ -14,13 +14,13 @@ from ...artifacts.images import encode_jpeg
 from ...artifacts.spreadsheets import inert
 from ...errors import HistoseekError
 from . import words
-from .answers import Clustered, Found
+from .answers import ClusterAnswer, SearchAnswer
 from .session import Session
 
 KINDS = {"csv": "text/csv", "json": "application/json", "html": "text/html"}
 
 
-def write(session: Session, answer: Found | Clustered, kind: str) -> bytes:
+def write(session: Session, answer: SearchAnswer | ClusterAnswer, kind: str) -> bytes:
     """Return an answer as ``csv``, ``json`` or ``html``."""
     if kind == "csv":
         return _csv(answer, provenance(session, answer))
@@ -30,7 +30,7 @@ def write(session: Session, answer: Found | Clustered, kind: str) -> bytes:
     return _html(session, answer, document["provenance"])
 
 
-def provenance(session: Session, answer: Found | Clustered) -> dict[str, Any]:
+def provenance(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str, Any]:
     """Return an answer's provenance: time, atlas, encoder, generation, filter."""
     manifest = session.atlas.manifest
     about: dict[str, Any] = {
@@ -41,7 +41,7 @@ def provenance(session: Session, answer: Found | Clustered) -> dict[str, Any]:
         "encoder_sha256": manifest.sha256,
         "notice": words.NOTICE_TEXT,
     }
-    if isinstance(answer, Found):
+    if isinstance(answer, SearchAnswer):
         query = answer.query
         return about | {
             "index_generation": answer.generation,
@@ -65,9 +65,9 @@ def provenance(session: Session, answer: Found | Clustered) -> dict[str, Any]:
     }
 
 
-def as_json(session: Session, answer: Found | Clustered) -> dict[str, Any]:
+def as_json(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str, Any]:
     """Return an answer in the API's format."""
-    if isinstance(answer, Found):
+    if isinstance(answer, SearchAnswer):
         return {
             "result": answer.id,
             "verdict": verdict(answer),
@@ -83,7 +83,7 @@ def as_json(session: Session, answer: Found | Clustered) -> dict[str, Any]:
     }
 
 
-def verdict(answer: Found) -> dict[str, Any]:
+def verdict(answer: SearchAnswer) -> dict[str, Any]:
     """Return the verdict, JSON-ready."""
     found = answer.verdict
     return {
@@ -96,7 +96,7 @@ def verdict(answer: Found) -> dict[str, Any]:
     }
 
 
-def placed_rows(answer: Clustered) -> list[dict[str, Any]]:
+def placed_rows(answer: ClusterAnswer) -> list[dict[str, Any]]:
     """Return each image's cluster, with the atlas's most similar tile."""
     return [
         {"image": name, **placed, "nearest": hit._asdict()}
@@ -104,8 +104,8 @@ def placed_rows(answer: Clustered) -> list[dict[str, Any]]:
     ]
 
 
-def _csv(answer: Found | Clustered, about: dict[str, Any]) -> bytes:
-    if isinstance(answer, Found):
+def _csv(answer: SearchAnswer | ClusterAnswer, about: dict[str, Any]) -> bytes:
+    if isinstance(answer, SearchAnswer):
         rows = [hit._asdict() for hit in answer.hits]
         columns = list(rows[0]) if rows else ["rank", "score", "tile", "slide"]
     else:
@@ -140,14 +140,14 @@ def _csv(answer: Found | Clustered, about: dict[str, Any]) -> bytes:
 _STYLE = (Path(__file__).parents[1] / "assets" / "report.css").read_text(encoding="utf-8")
 
 
-def _html(session: Session, answer: Found | Clustered, about: dict[str, Any]) -> bytes:
-    title = "Similar tiles" if isinstance(answer, Found) else "Images placed in clusters"
+def _html(session: Session, answer: SearchAnswer | ClusterAnswer, about: dict[str, Any]) -> bytes:
+    title = "Similar tiles" if isinstance(answer, SearchAnswer) else "Images placed in clusters"
     facts = "".join(
         f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{escape(_shown(value))}</td></tr>"
         for key, value in about.items()
         if value not in (None, "") and key != "notice"
     )
-    body = _found(session, answer) if isinstance(answer, Found) else _clustered(answer)
+    body = _found(session, answer) if isinstance(answer, SearchAnswer) else _clustered(answer)
     page = (
         f'<!doctype html><html lang="en"><meta charset="utf-8"><title>histoseek: {title}</title>'
         f"<style>{_STYLE}</style><h1>{title}</h1>"
@@ -161,7 +161,7 @@ def _shown(value: Any) -> str:
     return json.dumps(value) if isinstance(value, dict) else str(value)
 
 
-def _found(session: Session, answer: Found) -> str:
+def _found(session: Session, answer: SearchAnswer) -> str:
     query = "".join(
         _figure(encode_jpeg(tile), f"image {n}") for n, tile in enumerate(answer.query.images, 1)
     )
@@ -188,7 +188,7 @@ def _found(session: Session, answer: Found) -> str:
     )
 
 
-def _clustered(answer: Clustered) -> str:
+def _clustered(answer: ClusterAnswer) -> str:
     figures = "".join(
         _figure(
             encode_jpeg(tile),

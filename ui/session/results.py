@@ -7,13 +7,13 @@ from collections import OrderedDict
 from typing import TypeVar
 
 from ...errors import NotFound
-from .answers import Clustered, Found
+from .answers import ClusterAnswer, SearchAnswer
 
 KEPT = 512
 """Maximum number of stored answers."""
 KEPT_BYTES = 256 * 2**20
 """Maximum bytes of the images in stored answers."""
-Answer = TypeVar("Answer", Found, Clustered)
+Answer = TypeVar("Answer", SearchAnswer, ClusterAnswer)
 
 
 class Results:
@@ -21,7 +21,7 @@ class Results:
 
     def __init__(self) -> None:
         """Start without answers."""
-        self._kept: OrderedDict[str, Found | Clustered] = OrderedDict()
+        self._kept: OrderedDict[str, SearchAnswer | ClusterAnswer] = OrderedDict()
         self._bytes = 0
         self._lock = threading.Lock()
 
@@ -35,7 +35,7 @@ class Results:
                 self._bytes -= _image_bytes(oldest)
         return answer
 
-    def get(self, number: str) -> Found | Clustered:
+    def get(self, number: str) -> SearchAnswer | ClusterAnswer:
         """Return an earlier answer by its id.
 
         Raises:
@@ -47,8 +47,8 @@ class Results:
             return self._kept[number]
 
 
-def _image_bytes(answer: Found | Clustered) -> int:
+def _image_bytes(answer: SearchAnswer | ClusterAnswer) -> int:
     """Return the bytes of an answer's images."""
-    if isinstance(answer, Clustered):
+    if isinstance(answer, ClusterAnswer):
         return sum(tile.nbytes for tile in answer.tiles)
     return sum(tile.nbytes for tile in (*answer.query.images, *answer.query.unlike_images))

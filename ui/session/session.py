@@ -28,8 +28,8 @@ from .answers import (
     MAX_IMAGES,
     MAX_K,
     MAX_PIXELS,
-    Clustered,
-    Found,
+    ClusterAnswer,
+    SearchAnswer,
     check_limits,
     cropped,
     new_id,
@@ -150,7 +150,7 @@ class Session:
 
     # -- searching ------------------------------------------------------------------------------
 
-    def search(self, query: Query, clustering: str | None = None) -> Found:
+    def search(self, query: Query, clustering: str | None = None) -> SearchAnswer:
         """Search for the tiles that resemble all examples of a query.
 
         Args:
@@ -172,13 +172,13 @@ class Session:
         # keep the query's images, because the answer shows them
         return self.results.keep(replace(found, query=query, milliseconds=milliseconds))
 
-    def _found(self, view: View, /, query: Query, clustering: str | None) -> Found:
+    def _found(self, view: View, /, query: Query, clustering: str | None) -> SearchAnswer:
         """Answer a query with embedded images from one state of the atlas."""
         started = time.perf_counter()
         vector = view.vector_of(query)
         hits = view.search_near(vector, query)
         searched = round(1000 * (time.perf_counter() - started), 2)
-        return Found(
+        return SearchAnswer(
             id=new_id(),
             at=now(),
             query=query,
@@ -214,7 +214,7 @@ class Session:
         images: Sequence[tuple[str, Path | bytes]],
         name: str | None = None,
         examples: int = 0,
-    ) -> Clustered:
+    ) -> ClusterAnswer:
         """Assign images to the clusters of a clustering; the answer lists unreadable images by name.
 
         Args:
@@ -247,13 +247,15 @@ class Session:
         with suppress(MissingPart):  # without the map's package, images are still assigned
             layout = self.map.layout()
 
-        def answer(view: View) -> Clustered:
+        def answer(view: View) -> ClusterAnswer:
             assigned = view.assign(vectors, name)
-            for row, foreign in zip(assigned, self.atlas.manifest.foreign(vectors), strict=True):
+            for row, foreign in zip(
+                assigned, self.atlas.manifest.out_of_distribution(vectors), strict=True
+            ):
                 row["foreign"] = (
                     bool(foreign) and row["unknown"]
                 )  # clusters may override the tissue gate
-            return Clustered(
+            return ClusterAnswer(
                 id=new_id(),
                 at=now(),
                 clustering=view.clustering(name)[0],

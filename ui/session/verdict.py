@@ -56,7 +56,7 @@ def verdict_of(
     single = query.examples == 1
     placed = view.assign(vector[None], clustering)[0] if single and view.clusterings() else None
     nearer = _nearer_than(usual, view, query, vector, hits) if single else None
-    foreign = single and bool(view.state.manifest.foreign(vector[None])[0])
+    foreign = single and bool(view.state.manifest.out_of_distribution(vector[None])[0])
     if foreign and placed is not None:
         foreign = placed["unknown"]  # clusters may ignore the detector
     elif foreign:  # an atlas of other pictures ignores it, too

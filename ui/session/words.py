@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ...index.store.rows import Hit
-from .answers import Found
+from .answers import SearchAnswer
 
 NOTICE_TEXT = "Research use only. Similarity is no diagnosis."
 LABELS_SHOWN = 4
@@ -34,7 +34,7 @@ def cluster_title(placed: Mapping[str, Any]) -> str:
     return str(placed["name"] or cluster_name(placed["cluster"]))
 
 
-def verdict_text(answer: Found) -> str:
+def verdict_text(answer: SearchAnswer) -> str:
     """Return a text about the nearest tiles and whether the atlas has anything like the query."""
     found = answer.verdict
     count = len(answer.hits)

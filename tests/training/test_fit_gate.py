@@ -6,16 +6,16 @@ import torch
 
 from histoseek.errors import BadInput
 from histoseek.training.data import LabelledTiles
-from histoseek.training.foreign import fit_gate, foreign_tiles, judge_gate, restained
+from histoseek.training.fit_gate import fit_gate, judge_gate, non_tissue_tiles, restained
 from histoseek.training.models.gate import STATISTICS, TissueGate, colour_statistics, shrink
 
 
 def test_foreign_pictures_repeat_by_seed_and_have_no_tissues_colours(tissue):
     tiles = np.stack([tissue[:96, :96], tissue[100:196, 100:196]])
-    made = foreign_tiles(tiles, 28, 3)
+    made = non_tissue_tiles(tiles, 28, 3)
     assert made.shape == (28, 96, 96, 3) and made.dtype == np.uint8
-    assert (made == foreign_tiles(tiles, 28, 3)).all() and (
-        made != foreign_tiles(tiles, 28, 4)
+    assert (made == non_tissue_tiles(tiles, 28, 3)).all() and (
+        made != non_tissue_tiles(tiles, 28, 4)
     ).any()
     grey, plain = made[0::7], made[4::7]
     assert (grey == grey[:, :, :, :1]).all()

@@ -38,7 +38,7 @@ Rng = np.random.Generator
 Picture = NDArray[np.float32]
 
 
-def foreign_tiles(tiles: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.uint8]:
+def non_tissue_tiles(tiles: NDArray[np.uint8], count: int, seed: int) -> NDArray[np.uint8]:
     """Return ``count`` synthetic images out of distribution, uint8 (count, S, S, 3).
 
     The kinds alternate: tiles without colour, with exchanged or rotated colours, inverted, or blurred and
@@ -197,13 +197,13 @@ def fit_gate(gate: TissueGate, data: LabelledTiles, train: Ints, seed: int) -> N
             _statistics(tiles[:plain], None, generator),
             _statistics(tiles[plain:other], OTHER_LABS, generator),
             _statistics(restained(tiles[other:], seed), OTHER_LABS, generator),
-            _statistics(foreign_tiles(tiles, len(tiles), seed), None, generator),
+            _statistics(non_tissue_tiles(tiles, len(tiles), seed), None, generator),
         ]
     )
-    is_foreign = np.arange(len(found)) >= len(tiles)
+    is_not_tissue = np.arange(len(found)) >= len(tiles)
     centre, spread = found.mean(0), found.std(0) + 1e-6
     near = np.clip((found - centre) / spread, -LIMIT, LIMIT)
-    model = LogisticRegression(C=0.1, max_iter=5000).fit(near, is_foreign)
+    model = LogisticRegression(C=0.1, max_iter=5000).fit(near, is_not_tissue)
     for name, value in {
         "centre": centre, "scale": 1 / spread, "weight": model.coef_[0], "bias": model.intercept_,
     }.items():  # fmt: skip
@@ -214,8 +214,10 @@ def judge_gate(gate: TissueGate, tiles: NDArray[np.uint8], seed: int) -> dict[st
     """Return false-alarm rate on held-out tiles (N, S, S, 3) and hit rate on images made from them."""
     with torch.inference_mode():
         alarms, catches = (
-            float(np.mean([_is_foreign(gate, part) for part in np.array_split(shown, len(shown))]))
-            for shown in (tiles, foreign_tiles(tiles, len(tiles), seed + 1))
+            float(
+                np.mean([_is_not_tissue(gate, part) for part in np.array_split(shown, len(shown))])
+            )
+            for shown in (tiles, non_tissue_tiles(tiles, len(tiles), seed + 1))
         )
     return {
         "gate": [
@@ -225,7 +227,7 @@ def judge_gate(gate: TissueGate, tiles: NDArray[np.uint8], seed: int) -> dict[st
     }
 
 
-def _is_foreign(gate: TissueGate, tiles: NDArray[np.uint8]) -> bool:
+def _is_not_tissue(gate: TissueGate, tiles: NDArray[np.uint8]) -> bool:
     pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float() / 255
     return bool(gate(gate.shrink(pixels))[0] > 0.5)
 
