@@ -36,7 +36,9 @@ def audit(
         BadInput: a number is out of range, or no tile passes the filter.
     """
     if queries < 1 or k < 1 or seed < 0:
-        raise BadInput(f"{queries} queries, k {k}, seed {seed}: expected at least 1, 1 and 0")
+        raise BadInput(
+            f"queries is {queries}, k is {k}, seed is {seed}; expected at least 1, 1 and 0"
+        )
     report = atlas.ask(_audit, queries, k, seed, where)
     return {**report, "bytes": atlas.generations.bytes_on_disk()}
 
@@ -47,7 +49,7 @@ def _audit(view: View, queries: int, k: int, seed: int, where: str | None) -> di
     vectors = prepared(state.vectors_at(picked), state.metric)
     passing = allowed(state, where)
     if passing is not None and not passing.any():
-        raise BadInput(f"no tile passes {where!r}; loosen the filter")
+        raise BadInput(f"no tile passes the filter {where!r}; use a wider filter")
     alive = state.columns.present()
     return {
         "generation": view.generation,

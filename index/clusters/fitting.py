@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -33,22 +33,16 @@ def fit(
     if not clustering.clusters:
         total = sum(s["tiles"] for s in slides)
         raise BadInput(
-            f"{method} finds no clusters among the {total:,} tiles: to it all are noise. Nothing was "
-            "stored; lower --min-cluster-size, or fit kmeans"
+            f"{method} found no clusters among the {total:,} tiles (all are noise), so nothing was stored; "
+            "lower --min-cluster-size, or use --method kmeans"
         )
     sizes: Counter[int] = Counter()
-    where = _counted(placed, sizes)
+    counted = _counted(placed, sizes)
     dropped = clusterings.store(
-        state.store.path, state.store.catalog, name, clustering, state.revision, where
+        state.store.path, state.store.catalog, name, clustering, state.revision, counted
     )
-    about = clustering.about
-    return {
-        "name": name,
-        "method": method,
-        **about,
-        "sizes": dict(sorted(sizes.items())),
-        "names_dropped": dropped,
-    }
+    facts = {"sizes": dict(sorted(sizes.items())), "names_dropped": dropped}
+    return {"name": name, "method": method, **clustering.about, **facts}
 
 
 def fitted(
@@ -66,7 +60,8 @@ def fitted(
         The clustering, and the assignments of each slide's tiles, by slide id.
     """
     if method == "encoder":
-        return (made := shipped(state.store.encoder_bundle)), _place(state, slides, made, None)
+        clustering = shipped(state.store.encoder_bundle)
+        return clustering, _place(state, slides, clustering, None)
     k = None if given.get("k") in {None, "auto"} else int(given["k"])
     vectors, groups, whole = sample(state, slides, given["seed"])
     least = given.get("min_cluster_size")
@@ -94,20 +89,23 @@ def sample(
     return gather(chunks, rows, state.manifest.dim), groups, len(rows) == total
 
 
-def _place(state: State, slides: Slides, clustering: Clustering, known: Assigned | None) -> Placed:
+def _place(
+    state: State, slides: Slides, clustering: Clustering, assigned: Assigned | None
+) -> Placed:
+    """Yield the assignments by slide; those of all tiles are given if they are known."""
     start = 0
     for slide in slides:
         stopping.check()
         end = start + slide["tiles"]
-        if known is None:
+        if assigned is None:
             yield slide["id"], clustering.assign(state.store.vectors_of(slide))
         else:
-            yield slide["id"], known.part(slice(start, end))
+            yield slide["id"], assigned.part(slice(start, end))
         start = end
 
 
-def _counted(placed: Iterable[tuple[int, Assigned]], sizes: Counter[int]) -> Placed:
+def _counted(placed: Placed, sizes: Counter[int]) -> Placed:
     """Yield the assignments unchanged, and count the tiles of each cluster."""
-    for slide, where in placed:
-        sizes.update(where.cluster.tolist())
-        yield slide, where
+    for slide, assigned in placed:
+        sizes.update(assigned.cluster.tolist())
+        yield slide, assigned

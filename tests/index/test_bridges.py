@@ -142,7 +142,7 @@ def test_metadata_is_matched_by_stem_and_own_columns_are_refused(tmp_path):
     _, (refused,) = import_features(
         tmp_path / "atlas", [clam(tmp_path / "other.h5")], "uni", {"other": {"x": "left"}}
     )
-    assert refused.state == "failed" and "'x', which is histoseek's own" in refused.reason
+    assert refused.state == "failed" and "'x'; histoseek uses this name itself" in refused.reason
     _, (wrong,) = import_features(atlas.path, [clam(tmp_path / "n.h5")], "uni", {}, -1.0)
     assert wrong.state == "failed" and "above 0" in wrong.reason
 

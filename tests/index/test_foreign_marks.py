@@ -248,7 +248,7 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json,
         0.5,
         0.4808,
     }
-    assert "mixed scales were allowed" in cli("index", "stats", atlas).stdout.replace("\n", " ")
+    assert "mixed scales are allowed" in cli("index", "stats", atlas).stdout.replace("\n", " ")
     (hits,) = cli_json("index", "search", atlas, "--tile", 1, "-k", 60)
     by_slide = {hit["slide"]: hit["target_mpp"] for hit in hits}
     assert by_slide["far"] == 1 and by_slide["one"] == 0.5 and by_slide["unsaid"] is None
