@@ -58,8 +58,8 @@ class Atlas(OpenAtlas):
 
     These methods of :class:`~histoseek.index.view.View` can be called on the atlas itself: ``vectors_of``,
     ``tiles``, ``scores_in``, ``usual_nearness``, ``out_of_distribution_share``, ``similar``,
-    ``clusterings``, ``clustering``, ``assign``, ``assigned``, ``clusters``, ``cluster_names``, ``drift``, ``layout`` and
-    ``stats``. ``search`` takes the fields of a query as arguments.
+    ``clusterings``, ``clustering``, ``assign``, ``assigned``, ``clusters``, ``cluster_names``, ``drift``,
+    ``layout`` and ``stats``. ``search`` takes the fields of a query as arguments.
     """
 
     @classmethod
@@ -169,7 +169,23 @@ class Atlas(OpenAtlas):
     def relocate(
         self, old: str | None, new: Path | None, folders: Sequence[Path]
     ) -> list[Relocated]:
-        """Update the paths of moved slides; see :func:`~histoseek.index.store.relocation.relocate`."""
+        """Find slides at their new paths by their content, and store these paths.
+
+        A slide is recognised by the content mark in its feature file (size, first and last mebibyte). A
+        tile set in a folder is recognised by the names of its tiles.
+
+        Args:
+            old: former folder of the slides; only slides below it are checked.
+            new: the folder that replaces ``old``.
+            folders: instead of ``old`` and ``new``: folders to search by file name, then by content.
+
+        Returns:
+            One entry for each slide that was checked, sorted by name.
+
+        Raises:
+            BadInput: a folder does not exist, or no slide is below ``old``.
+            Busy: another process is writing.
+        """
         with self.writing():
             return relocate(self.path, self.catalog, old, new, folders)
 
@@ -267,7 +283,17 @@ class Atlas(OpenAtlas):
     def audit(
         self, queries: int = 500, k: int = 10, seed: int = 1, where: str | None = None
     ) -> dict[str, Any]:
-        """Measure the index against exact search; see :func:`~histoseek.index.care.audit.audit`."""
+        """Measure recall against exact search, latency and size of the current index.
+
+        Args:
+            queries: number of query tiles from the atlas; a tile does not count as its own neighbour.
+            k: number of neighbours.
+            seed: of the choice of queries.
+            where: metadata filter for the measured searches.
+
+        Raises:
+            BadInput: a number is out of range, or no tile passes the filter.
+        """
         return audit(self, queries, k, seed, where)
 
     # -- clusters -------------------------------------------------------------------------------

@@ -237,14 +237,6 @@ class View:
             "index": {"generation": self.generation, **state.about},
             "scales": scales_of(slides, store.mixed_scales),
             "fields": self.columns.fields(),
-            "labels": self._labels(),
+            "labels": self.columns.label_counts(self.columns.present()),
             "clusterings": [{**row, "about": json.loads(row["about"])} for row in rows],
         }  # fmt: skip
-
-    def _labels(self) -> dict[str, int]:
-        """Return the number of tiles of each label, most frequent first."""
-        label = self.columns.coded("label")
-        codes = label.codes[self.columns.present()]
-        counts = np.bincount(codes + 1, minlength=len(label.names) + 1)
-        labels = dict(zip(["(none)", *label.names], counts.tolist(), strict=True))
-        return {k: n for k, n in sorted(labels.items(), key=lambda item: (-item[1], item[0])) if n}

@@ -196,11 +196,7 @@ class Writer:
         return Added(origin, old["name"], state, old["tiles"], text)
 
     def remove(self, names: Sequence[str]) -> int:
-        """Remove slides by name, all or none; return the number of tiles removed.
-
-        Raises:
-            BadInput: a slide is not in the atlas.
-        """
+        """Remove slides; see :meth:`Atlas.remove <histoseek.index.atlas.Atlas.remove>`."""
         self.tidy()
         slides = {row["name"]: row for row in self._catalog.rows("SELECT * FROM slides")}
         for name in names:
@@ -215,18 +211,7 @@ class Writer:
         return sum(slide["tiles"] for slide in removed)
 
     def relabel(self, rows: Iterable[dict[str, str]]) -> int:
-        """Set label, patient and other columns; all rows in one step.
-
-        Args:
-            rows: ``slide`` and the columns to set. A row with ``file`` sets those of one tile of a tile
-                set. An empty value removes the old one; missing columns are not changed.
-
-        Returns:
-            The number of slides changed.
-
-        Raises:
-            BadInput: a slide or file is not in the atlas; nothing is changed.
-        """
+        """Set metadata; see :meth:`Atlas.relabel <histoseek.index.atlas.Atlas.relabel>`."""
         of_slide: dict[str, Row] = {}
         of_tiles: dict[str, dict[str, Row]] = {}
         given = [clean_row(row) for row in rows]

@@ -20,7 +20,6 @@ from ...artifacts.files import sha256_file
 from ...artifacts.manifest import check_bundle_graph
 from ...errors import Damaged, HistoseekError, StorageFailed
 from ..clusters import stored as clusterings
-from ..clusters.clustering import Clustering
 from ..clusters.fitting import fitted
 from ..opened import OpenAtlas
 from ..search import layout
@@ -241,9 +240,10 @@ def repair(atlas: OpenAtlas, writer: Writer) -> list[str]:
     done: list[str] = []
     if any(problem.kind is Kind.INDEX for problem in problems(atlas)):
         _try(done, lambda: _write_index(atlas))
-    for row in _lost_fits(atlas):
-        _try(done, partial(_fit_again, atlas, row))
-    _try(done, lambda: _place_again(atlas))
+    for row in reversed(clusterings.stored(atlas.catalog)):
+        if _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS):
+            _try(done, partial(_fit_again, atlas, row))
+    _try(done, lambda: _assign_again(atlas))
     if _map(atlas):
         (atlas.path / layout.FILE).unlink()
         done.append("the damaged map was deleted; it will be rebuilt when it is needed")
@@ -266,29 +266,29 @@ def _write_index(atlas: OpenAtlas) -> list[str]:
     return ["the index was rebuilt"]
 
 
-def _place_again(atlas: OpenAtlas) -> list[str]:
-    broken = _broken_placements(atlas)
-    names = {
-        row["id"]: row["name"] for row in atlas.catalog.rows("SELECT id, name FROM clusterings")
-    }
-    loaded: dict[int, Clustering] = {}
-    for number, slide, was_fitted in broken:
-        if number not in loaded:
-            loaded[number] = atlas.view().clustering(names[number])[1]
-        placed = loaded[number].assign(atlas.store.vectors_of(slide))
+def _assign_again(atlas: OpenAtlas) -> list[str]:
+    """Replace damaged assignments."""
+    slides = {slide["id"]: slide for slide in atlas.store.tile_ranges()}
+    names = {row["id"]: row["name"] for row in clusterings.stored(atlas.catalog)}
+    rows = map(dict, atlas.catalog.rows("SELECT * FROM placements"))
+    broken = [
+        row
+        for row in rows
+        if (slide := slides.get(row["slide_id"]))
+        and (seal(row) != row[SEAL] or len(row["cluster"]) != 4 * slide["tiles"])
+    ]
+    if not broken:
+        return []
+    view = atlas.view()
+    for row in broken:
+        number, slide = row["clustering_id"], slides[row["slide_id"]]
+        assigned = view.clustering(names[number])[1].assign(atlas.store.vectors_of(slide))
         with atlas.catalog.write() as db:
             at = (number, slide["id"])
             db.execute("DELETE FROM placements WHERE clustering_id = ? AND slide_id = ?", at)
-            clusterings.insert_placement(db, number, slide["id"], placed, was_fitted)
-    return [f"the clusters of {len(broken)} slides were assigned again"] if broken else []
-
-
-def _lost_fits(atlas: OpenAtlas) -> list[dict[str, Any]]:
-    return [
-        dict(row)
-        for row in atlas.catalog.rows("SELECT * FROM clusterings ORDER BY id")
-        if _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS)
-    ]
+            fitted_on = row["fitted"] == 1
+            clusterings.insert_placement(db, number, slide["id"], assigned, fitted_on)
+    return [f"the clusters of {len(broken)} slides were assigned again"]
 
 
 def _fit_again(atlas: OpenAtlas, row: dict[str, Any]) -> list[str]:
@@ -298,25 +298,11 @@ def _fit_again(atlas: OpenAtlas, row: dict[str, Any]) -> list[str]:
     slides = [s for s in atlas.store.tile_ranges() if s["id"] in old and old[s["id"]][1]]
     about = {"seed": 0, **json.loads(row["about"])}
     method = "encoder" if about.get("from") == "encoder" else row["method"]
-    clustering, placed = fitted(atlas.view().state, method, slides, about)
-    if not all(np.array_equal(new.cluster, old[slide][0].cluster) for slide, new in placed):
+    clustering, by_slide = fitted(atlas.view().state, method, slides, about)
+    if not all(np.array_equal(new.cluster, old[slide][0].cluster) for slide, new in by_slide):
         return [
             f"clustering {name!r} cannot be rebuilt, because tiles that it was fitted to were removed; "
             "the tiles keep their clusters; fit it again to assign new images"
         ]
     clusterings.replace_file(atlas.path, atlas.catalog, row, clustering)
     return [f"clustering {name!r} was rebuilt; every tile has the same cluster as before"]
-
-
-def _broken_placements(atlas: OpenAtlas) -> list[tuple[int, dict[str, Any], bool]]:
-    """Return clustering, slide, and whether the clustering was fitted on it, for damaged assignments."""
-    slides = {slide["id"]: slide for slide in atlas.store.tile_ranges()}
-    return [
-        (row["clustering_id"], slides[row["slide_id"]], row["fitted"] == 1)
-        for row in atlas.catalog.rows("SELECT * FROM placements")
-        if row["slide_id"] in slides and _is_broken(dict(row), slides[row["slide_id"]]["tiles"])
-    ]
-
-
-def _is_broken(row: dict[str, Any], tiles: int) -> bool:
-    return seal(row) != row[SEAL] or len(row["cluster"]) != 4 * tiles

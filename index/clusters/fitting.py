@@ -20,7 +20,7 @@ from .fit import FIT_SAMPLE
 from .fit import fit as fit_clusters
 
 Slides = list[dict[str, Any]]
-Placed = Iterator[tuple[int, Assigned]]
+BySlide = Iterator[tuple[int, Assigned]]
 
 
 def fit(
@@ -29,7 +29,7 @@ def fit(
     """Fit clusters and store them; see :meth:`Atlas.fit <histoseek.index.atlas.Atlas.fit>`."""
     slides = state.store.tile_ranges()
     given = {"k": k or "auto", "min_cluster_size": min_cluster_size, "seed": seed}
-    clustering, placed = fitted(state, method, slides, given)
+    clustering, assigned = fitted(state, method, slides, given)
     if not clustering.clusters:
         total = sum(s["tiles"] for s in slides)
         raise BadInput(
@@ -37,7 +37,7 @@ def fit(
             "lower --min-cluster-size, or use --method kmeans"
         )
     sizes: Counter[int] = Counter()
-    counted = _counted(placed, sizes)
+    counted = _counted(assigned, sizes)
     dropped = clusterings.store(
         state.store.path, state.store.catalog, name, clustering, state.revision, counted
     )
@@ -47,7 +47,7 @@ def fit(
 
 def fitted(
     state: State, method: str, slides: Slides, given: dict[str, Any]
-) -> tuple[Clustering, Placed]:
+) -> tuple[Clustering, BySlide]:
     """Fit clusters on some slides and assign their tiles; nothing is stored.
 
     Args:
@@ -61,15 +61,15 @@ def fitted(
     """
     if method == "encoder":
         clustering = shipped(state.store.encoder_bundle)
-        return clustering, _place(state, slides, clustering, None)
+        return clustering, _by_slide(state, slides, clustering, None)
     k = None if given.get("k") in {None, "auto"} else int(given["k"])
-    vectors, groups, whole = sample(state, slides, given["seed"])
+    vectors, groups, complete = sample(state, slides, given["seed"])
     least = given.get("min_cluster_size")
     gate = state.manifest.tissue_gate
-    clustering, placed = stopping.aside(
+    clustering, assigned = stopping.aside(
         lambda: fit_clusters(vectors, method, k, least, given["seed"], groups, gate)
     )
-    return clustering, _place(state, slides, clustering, placed if whole else None)
+    return clustering, _by_slide(state, slides, clustering, assigned if complete else None)
 
 
 def sample(
@@ -81,17 +81,15 @@ def sample(
     if total > FIT_SAMPLE:
         rows = np.sort(np.random.default_rng(seed).permutation(total)[:FIT_SAMPLE])
     chunks = (state.store.vectors_of(slide) for slide in slides)
-    first = np.array([s["first_tile"] for s in slides], dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum([s["tiles"] for s in slides])]).astype(np.int64)
-    number = np.searchsorted(starts, rows, side="right") - 1
-    positions = state.columns.positions(first[number] + rows - starts[number])
-    groups = owners(state, "patient")[positions]
+    ids = [np.arange(s["first_tile"], s["first_tile"] + s["tiles"]) for s in slides]
+    tiles = np.concatenate([np.zeros(0, dtype=np.int64), *ids])[rows]
+    groups = owners(state, "patient")[state.columns.positions(tiles)]
     return gather(chunks, rows, state.manifest.dim), groups, len(rows) == total
 
 
-def _place(
+def _by_slide(
     state: State, slides: Slides, clustering: Clustering, assigned: Assigned | None
-) -> Placed:
+) -> BySlide:
     """Yield the assignments by slide; those of all tiles are given if they are known."""
     start = 0
     for slide in slides:
@@ -104,8 +102,8 @@ def _place(
         start = end
 
 
-def _counted(placed: Placed, sizes: Counter[int]) -> Placed:
+def _counted(by_slide: BySlide, sizes: Counter[int]) -> BySlide:
     """Yield the assignments unchanged, and count the tiles of each cluster."""
-    for slide, assigned in placed:
+    for slide, assigned in by_slide:
         sizes.update(assigned.cluster.tolist())
         yield slide, assigned

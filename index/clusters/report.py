@@ -48,15 +48,7 @@ def _names(state: State, name: str) -> dict[int, tuple[str, str]]:
 def rename(
     catalog: Catalog, name: str, clustering: Clustering, cluster: int, text: str, description: str
 ) -> None:
-    """Give a cluster a name and a description, replacing earlier ones.
-
-    Args:
-        catalog: of the atlas.
-        name: of the clustering.
-        clustering: the clustering.
-        cluster: number of the cluster.
-        text: the new name; "" removes the name.
-        description: what is in it.
+    """Give a cluster of the clustering ``name`` the name ``text`` and a description; "" removes them.
 
     Raises:
         BadInput: no such cluster, or a text is too long.
@@ -84,15 +76,11 @@ def describe(state: State, name: str, examples: int) -> list[dict[str, Any]]:
     ids, where = assigned(state, name)
     names = _names(state, name)
     columns = state.columns
-    label = columns.coded("label")
     positions = columns.positions(ids)
     slides = columns.slide_of(positions)
     report = []
     for cluster in np.unique(where.cluster).tolist():
         rows = np.flatnonzero(where.cluster == cluster)
-        codes = label.codes[positions[rows]]
-        counts = np.bincount(codes + 1, minlength=len(label.names) + 1)
-        labels = dict(zip(["(none)", *label.names], counts.tolist(), strict=True))
         best = _examples(where.part(rows), slides[rows], examples)
         text, description = names.get(cluster, ("", ""))
         report.append(
@@ -103,7 +91,7 @@ def describe(state: State, name: str, examples: int) -> list[dict[str, Any]]:
                 "tiles": len(rows),
                 "slides": len(np.unique(slides[rows])),
                 "unknown": int(where.unknown[rows].sum()),
-                "labels": {k: n for k, n in sorted(labels.items(), key=lambda kv: -kv[1]) if n},
+                "labels": columns.label_counts(positions[rows]),
                 "examples": columns.tiles(positions[rows[best]]),
             }
         )

@@ -24,7 +24,7 @@ def store(
     name: str,
     clustering: Clustering,
     revision: int,
-    placed: Iterable[tuple[int, Assigned]],
+    assigned: Iterable[tuple[int, Assigned]],
 ) -> int:
     """Store a clustering with the assignment of every tile, replacing an earlier one of that name.
 
@@ -36,10 +36,10 @@ def store(
         name: of the clustering.
         clustering: the fitted clustering.
         revision: of the state that it was fitted on.
-        placed: slide ids, each with the assignments of its tiles.
+        assigned: slide ids, each with the assignments of its tiles.
 
     Returns:
-        How many names that people had given were dropped, because the clusters have changed.
+        The number of user-given names that were dropped, because the clusters have changed.
     """
     file, digest = _write(path, name, clustering)
     row = {
@@ -60,8 +60,8 @@ def store(
         number = insert(db, "clusterings", row)
         for cluster in kept:
             insert(db, "clusters", {**cluster, "clustering_id": number})
-        for slide, assigned in placed:
-            insert_placement(db, number, slide, assigned, fitted=True)
+        for slide, of_tiles in assigned:
+            insert_placement(db, number, slide, of_tiles, fitted=True)
     remove_orphans(path, catalog)
     return len(given) - len(kept)
 
@@ -97,18 +97,10 @@ def remove_orphans(path: Path, catalog: Catalog) -> None:
 
 
 def insert_placement(
-    db: sqlite3.Connection, clustering: int, slide: int, placed: Assigned, fitted: bool
+    db: sqlite3.Connection, clustering: int, slide: int, assigned: Assigned, fitted: bool
 ) -> None:
-    """Insert the assignments of a slide's tiles, in the caller's transaction.
-
-    Args:
-        db: the catalog.
-        clustering: its id.
-        slide: its id.
-        placed: assignments of all its tiles.
-        fitted: whether the slide was in the atlas when the clustering was fitted.
-    """
-    columns = {key: pack_numbers(getattr(placed, key), kind) for key, kind in KINDS.items()}
+    """Insert the assignments of a slide's tiles; ``fitted`` if the clustering was fitted on this slide."""
+    columns = {key: pack_numbers(getattr(assigned, key), kind) for key, kind in KINDS.items()}
     row = {"clustering_id": clustering, "slide_id": slide, "fitted": int(fitted), **columns}
     insert(db, "placements", row)
 
@@ -158,7 +150,7 @@ def load(
 
     Args:
         path: the atlas.
-        rows: of the clusterings in the catalog, newest first; see :func:`stored`.
+        rows: of the clusterings; see :func:`stored`.
         name: of the clustering.
         cache: clusterings by sha256; read and filled.
 

@@ -182,6 +182,13 @@ class Columns:
                 part[of_tiles >= 0] = table[of_tiles[of_tiles >= 0]]
         return Coded(list(numbers), codes)
 
+    def label_counts(self, positions: NDArray[np.int64]) -> dict[str, int]:
+        """Return the number of tiles of each label at positions (T,), most frequent first."""
+        label = self.coded("label")
+        counts = np.bincount(label.codes[positions] + 1, minlength=len(label.names) + 1).tolist()
+        labels = [(n, name) for n, name in zip(counts, ["(none)", *label.names], strict=True) if n]
+        return {name: n for n, name in sorted(labels, key=lambda pair: (-pair[0], pair[1]))}
+
     def clusters(self, clustering: str | None = None) -> NDArray[np.int32] | None:
         """Return every tile's cluster (N,): -1 noise, -2 not assigned. Return None without a clustering.
 

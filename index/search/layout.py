@@ -116,14 +116,7 @@ def landmarks_of(state: State, seed: int = 0) -> Vectors:
 
 
 def make(atlas: str, tiles: int, landmarks: Vectors, metric: Metric, seed: int = 0) -> Layout:
-    """Compute the map of the landmarks.
-
-    Args:
-        atlas: its id.
-        tiles: number of its tiles.
-        landmarks: (L, D) prepared vectors of some of them.
-        metric: of the vectors.
-        seed: of t-SNE.
+    """Compute the map; the arguments are those of :class:`Layout`, and the seed of t-SNE.
 
     Raises:
         BadInput: no tiles.

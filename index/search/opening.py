@@ -131,23 +131,22 @@ class States:
 
     def _read_recent(self, late: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
         """Return the recent vectors, prepared; reuse those read before."""
-        ids = {slide["id"] for slide in late}
-        self._recent = {n: vectors for n, vectors in self._recent.items() if n in ids}
+        parts = []
         for slide in late:
-            if slide["id"] not in self._recent:
+            vectors = self._recent.get(slide["id"])
+            if vectors is None:
                 vectors = prepared(self._store.vectors_of(slide), self._store.manifest.metric)
                 if len(vectors) != slide["tiles"]:
                     raise Damaged(
                         f"{slide['features_file']} of slide {slide['name']!r} has {len(vectors)} vectors; "
                         f"expected {slide['tiles']}, as in the catalog; embed the slide again"
                     )
-                self._recent[slide["id"]] = vectors
+            parts.append(vectors)
         empty = np.zeros((0, self._store.manifest.dim), dtype=np.float32)
-        joined = np.concatenate([empty, *(self._recent[slide["id"]] for slide in late)])
-        start = 0
-        for slide in late:  # keep views of the joined array, not copies
-            self._recent[slide["id"]] = joined[start : start + slide["tiles"]]
-            start += slide["tiles"]
+        joined = np.concatenate([empty, *parts])
+        ends = np.cumsum([slide["tiles"] for slide in late], dtype=np.int64)
+        # np.split returns views of the joined array, not copies.
+        self._recent = dict(zip([s["id"] for s in late], np.split(joined, ends), strict=False))
         return joined
 
 

@@ -40,23 +40,9 @@ class Relocated(NamedTuple):
 def relocate(
     atlas: Path, catalog: Catalog, old: str | None, new: Path | None, folders: Sequence[Path]
 ) -> list[Relocated]:
-    """Find the slides of an atlas at their new paths and store these.
+    """Update the paths of moved slides; see :meth:`Atlas.relocate <histoseek.index.atlas.Atlas.relocate>`.
 
-    A slide is recognised by the content mark in its feature file (size, first and last mebibyte). A tile
-    set in a folder is recognised by the names of its tiles.
-
-    Args:
-        atlas: its folder.
-        catalog: of the atlas; the caller holds the atlas's lock.
-        old: former folder of the slides; only slides below it are checked.
-        new: the folder that replaces ``old``.
-        folders: instead of ``old`` and ``new``: folders to search by file name, then by content.
-
-    Returns:
-        One entry for each slide that was checked, sorted by name.
-
-    Raises:
-        BadInput: a folder does not exist, or no slide lies below ``old``.
+    The caller must hold the atlas's lock.
     """
     for folder in (*folders, *([new] if new is not None else [])):
         if not folder.is_dir():

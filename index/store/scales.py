@@ -53,16 +53,14 @@ def check_scale(db: sqlite3.Connection, name: str, target_mpp: float | None, ori
             )
     if scales:
         return ""
-    return f"sets the scale of the atlas: {target_mpp:.4g} µm per pixel (see --mixed-scales)"
+    return (
+        f"this slide sets the scale of the atlas: {target_mpp:.4g} µm per pixel; slides of another scale "
+        "need --mixed-scales"
+    )
 
 
 def scales_of(slides: Sequence[Mapping[str, Any]], mixed: bool) -> dict[str, Any]:
-    """Count slides and tiles by scale, JSON-ready; the scale with most tiles comes first.
-
-    Args:
-        slides: rows of the table ``slides``.
-        mixed: whether different scales are allowed.
-    """
+    """Count slides and tiles by scale, JSON-ready; the scale with most tiles comes first."""
     counts: dict[float | None, list[int]] = {}
     for slide in slides:
         scale = None if slide["target_mpp"] is None else round(float(slide["target_mpp"]), 4)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -33,13 +34,9 @@ def write_generation(
 ) -> dict[str, Any]:
     """Write the index of the current state as a new generation.
 
-    Args:
-        store: of the atlas.
-        options: the requirements for the index.
-        store_options: also use these options for later generations.
-
     Returns:
-        The plan, the options and the measurements.
+        The plan, the options and the measurements; with ``store_options``, later generations use the
+        options too.
 
     Raises:
         StorageFailed: no space; the previous generation stays.
@@ -66,7 +63,7 @@ def write_generation(
             partial(tuning.tune, index, exact, plan, chunks, held_out, metric, options)
         )
         write_main(index, file)
-        about = {"plan": plan.as_dict(), "options": options.as_dict(), "measured": measured}
+        about = {"plan": asdict(plan), "options": asdict(options), "measured": measured}
         _publish(store, file, exact_file, slides, about, store_options)
         return about
     finally:
@@ -83,16 +80,7 @@ def _publish(
     about: dict[str, Any],
     store_options: bool,
 ) -> None:
-    """Move the temporary files into place, then write the row that names them.
-
-    Args:
-        store: of the atlas.
-        index_file: the FAISS index.
-        exact_file: the exact vectors; None if the index itself has them.
-        slides: rows of the slides that the index covers, in order.
-        about: plan, options and measurements of the index.
-        store_options: also use the options for later generations.
-    """
+    """Move the temporary files into place, then write the row that names them."""
     last = store.catalog.rows("SELECT seq FROM sqlite_sequence WHERE name = 'generations'")
     number = (last[0]["seq"] if last else 0) + 1
     row: dict[str, Any] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -33,10 +33,6 @@ class IndexPlan:
     probes: int = 0
     widen: int = 1
     code_bytes: int = 0
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan, JSON-ready."""
-        return asdict(self)
 
 
 def new_main(dim: int, metric: Metric, plan: IndexPlan, sample: Vectors, seed: int) -> Any:

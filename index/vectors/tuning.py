@@ -6,7 +6,7 @@ Queries are tiles of the atlas that the index was not trained on; a tile never c
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -57,10 +57,6 @@ class IndexOptions:
             raise BadInput(f"exact_up_to is {self.exact_up_to}; expected 0 or more")
         if self.memory_mb is not None and self.memory_mb <= 0:
             raise BadInput(f"the memory budget is {self.memory_mb} MB; expected more than 0")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the options, JSON-ready."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -160,8 +156,8 @@ def neighbours(
         if not len(vectors):
             continue
         new_scores, new = scan(queries.vectors, vectors, min(k + 1, len(vectors)), metric)
-        own = new + start == queries.positions[:, None]
-        scores = np.concatenate([scores, np.where(own, -np.inf, new_scores)], axis=1)
+        itself = new + start == queries.positions[:, None]
+        scores = np.concatenate([scores, np.where(itself, -np.inf, new_scores)], axis=1)
         scores = -np.sort(-scores, axis=1)[:, :k]
         start += len(vectors)
     return scores if metric == "cosine" else -np.sqrt(np.maximum(-scores, 0))

@@ -234,6 +234,8 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json,
         "far": "failed",
         "unsaid": "added",
     }
+    assert "this slide sets the scale of the atlas: 0.5 µm per pixel" in states["one"][1]
+    assert states["near"][1] == "" and states["unsaid"][1] == ""
     assert "1 µm per pixel" in states["far"][1] and "0.5" in states["far"][1]
     assert "--mixed-scales" in states["far"][1]
     scales = cli_json("index", "stats", atlas)["scales"]
