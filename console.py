@@ -26,6 +26,11 @@ from . import outlets, stopping
 
 Progress = Callable[[int, int, str], None]
 
+
+def no_progress(done: int, total: int, text: str) -> None:
+    """Report nothing; the default where a function takes a :data:`Progress`."""
+
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2

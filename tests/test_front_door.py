@@ -83,7 +83,7 @@ def test_an_image_is_a_path_bytes_an_array_or_pil(lines, tmp_path):
         atlas.assign([])
     with pytest.raises(hs.HistoseekError, match="an image is dict"):
         atlas.search([{}], 3)
-    with pytest.raises(hs.HistoseekError, match="nothing to look for"):
+    with pytest.raises(hs.HistoseekError, match="the query has no example"):
         atlas.search()
 
 

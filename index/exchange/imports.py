@@ -29,7 +29,7 @@ from ...artifacts.files import discard, temporary
 from ...artifacts.hdf5_files import open_hdf5
 from ...artifacts.manifest import Manifest
 from ...artifacts.tables import number_of
-from ...console import Progress
+from ...console import Progress, no_progress
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..atlas import Atlas
 from ..store.metadata import AddedSlides, Metadata, Row, match_rows
@@ -203,7 +203,7 @@ def import_features(
     metric: str = "cosine",
     replace_known: bool = False,
     mixed_scales: bool = False,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> tuple[Atlas, AddedSlides]:
     """Import features of another tool into an atlas; create the atlas if it does not exist.
 

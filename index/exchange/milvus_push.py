@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...console import Progress
+from ...console import Progress, no_progress
 from ...errors import BadInput, Damaged, Mismatch, unknown_name
 from ..atlas import Atlas
 from ..search.columns import NOT_PLACED
@@ -36,7 +36,7 @@ def push(
     atlas: Atlas,
     url: str,
     index: str | None = None,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Copy an atlas to Milvus; only what changed since the last time.
 
@@ -107,7 +107,7 @@ def push_changes(
     engine: MilvusAtlas,
     atlas: Atlas,
     index: str | None = None,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Copy what changed of an atlas; see :func:`push`."""
     view = atlas.view()

@@ -19,7 +19,6 @@ from ...errors import BadInput
 from ..search.columns import Coded
 from ..search.tiles import allowed
 from ..store.rows import plain_name
-from ..store.store import Store
 from ..vectors.scan import prepared
 from ..view import View
 from .table import Table
@@ -59,7 +58,7 @@ def write_geojson(
             "say (import them with --tile-px)"
         )
     order = drawn[np.argsort(slides.codes[drawn], kind="stable")]
-    corners = origins(view.state.store)
+    corners = origins(view)
     parts = np.split(order, np.flatnonzero(np.diff(slides.codes[order])) + 1)
     with publish_folder(out) as folder:
         for rows in parts:
@@ -76,16 +75,20 @@ def write_geojson(
     return len(drawn)
 
 
-def origins(store: Store) -> dict[str, tuple[int, int] | None]:
+def origins(view: View, where: str | None = None) -> dict[str, tuple[int, int] | None]:
     """Return, by slide, the top-left corner of the scanned area (level-0 pixels), which is QuPath's (0, 0).
 
-    It is None if the feature file lacks it: files of other tools and of older versions do.
+    It is None if the feature file lacks it: files of other tools and of older versions do. With a filter,
+    slides without a tile that passes are left out.
     """
+    passing = allowed(view.state, where)
+    starts = view.columns.starts
     found: dict[str, tuple[int, int] | None] = {}
-    for slide in store.slides():
-        if slide["kind"] != "slide":
+    for number, slide in enumerate(view.columns.slides):
+        rows = slice(int(starts[number]), int(starts[number + 1]))
+        if slide["kind"] != "slide" or (passing is not None and not passing[rows].any()):
             continue
-        about = read_about(store.path / slide["features_file"]) or {}
+        about = read_about(view.state.store.path / slide["features_file"]) or {}
         bounds = about.get("bounds") or [0, 0]
         found[slide["name"]] = (int(bounds[0]), int(bounds[1])) if "bounds" in about else None
     return found

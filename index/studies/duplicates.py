@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...console import Progress
+from ...console import Progress, no_progress
 from ...errors import BadInput, unknown_name
 from ..atlas import Atlas
 from ..search.tiles import Mask, allowed
@@ -79,7 +79,7 @@ def duplicates(
     atlas: Atlas,
     least: float | None = None,
     where: str | None = None,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Group tiles that are nearly the same.
 
@@ -139,7 +139,7 @@ def leakage(
     atlas: Atlas,
     split: str,
     least: float | None = None,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Check whether parts of a data set share patients or images.
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -72,7 +73,7 @@ def evaluate(
         "atlas": str(atlas.path),
         "encoder": {"name": manifest.name, "sha256": manifest.sha256, "dim": manifest.dim},
         "revision": view.revision,
-        "index": view.index.plan.as_dict(),
+        "index": asdict(view.index.plan),
         "unit": options.unit,
         "label": options.label,
         "leave_out": options.leave_out,

@@ -194,7 +194,7 @@ def test_clusters_found_in_training_are_those_of_the_atlas(tile_folder, tmp_path
     assert sum(row["unknown"] for row in found) < 10
     export_run(tmp_path / "run", tmp_path / "four", tiles, build, ExportOptions(views=4))
     assert not (tmp_path / "four/clusters.npz").exists()  # they are of embeddings of one view
-    with pytest.raises(BadInput, match="ships no clusters"):
+    with pytest.raises(BadInput, match="has no clusters"):
         Atlas.create(tmp_path / "plain", tmp_path / "four").fit("encoder")
 
 

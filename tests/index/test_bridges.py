@@ -12,6 +12,7 @@ from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.index.atlas import Atlas
 from histoseek.index.exchange.exports import export
 from histoseek.index.exchange.imports import import_features, read_foreign
+from histoseek.index.exchange.qupath import origins
 from histoseek.index.studies.duplicates import duplicates, leakage
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
@@ -142,7 +143,7 @@ def test_metadata_is_matched_by_stem_and_own_columns_are_refused(tmp_path):
     _, (refused,) = import_features(
         tmp_path / "atlas", [clam(tmp_path / "other.h5")], "uni", {"other": {"x": "left"}}
     )
-    assert refused.state == "failed" and "'x', which is histoseek's own" in refused.reason
+    assert refused.state == "failed" and "'x'; histoseek uses this name itself" in refused.reason
     _, (wrong,) = import_features(atlas.path, [clam(tmp_path / "n.h5")], "uni", {}, -1.0)
     assert wrong.state == "failed" and "above 0" in wrong.reason
 
@@ -212,6 +213,8 @@ def test_tensorboards_projector_reads_what_is_written(atlas, tmp_path):
 def test_qupath_gets_tiles_with_their_cluster_or_their_similarity(atlas, tmp_path):
     from histoseek.serving.slides.geojson import read_annotations
 
+    assert set(origins(atlas.view())) == {"slide-0", "slide-1", "slide-2"}
+    assert set(origins(atlas.view(), "slide = 'slide-1'")) == {"slide-1"}
     export(atlas, tmp_path / "clusters", "geojson")
     files = sorted(p.name for p in (tmp_path / "clusters").iterdir())
     assert files == [

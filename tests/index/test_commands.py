@@ -45,7 +45,7 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
     "words, said",
     [
         (["search"], "nothing to look for"),
-        (["search", "--tile", "999999"], "holds no tile 999999"),
+        (["search", "--tile", "999999"], "has no tile 999999"),
         (["search", "--tile", "1", "--without", "hospital"], "tile, slide, patient"),
         (["search", "--tile", "1", "--engine", "milvus://x"], "not with --tile"),
         (["search", "{a}", "--where", "organ ="], "cannot be read at character"),
@@ -57,7 +57,7 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
         (["remove", "nope"], "unknown slide 'nope'"),
         (["relabel", "--metadata", "{bad}.csv"], "cannot be read"),
         (["tune", "--recall", "2"], "expected 0.5 to 1"),
-        (["tune", "--memory-mb", "0.001"], "too few for codes"),
+        (["tune", "--memory-mb", "0.001"], "too few to compress"),
         (["name", "0", "x", "--clusters", "none"], "no clusters yet"),
         (["drift"], "no clusters yet"),
         (["evaluate", "--label", "grade"], "unknown column 'grade'"),
@@ -65,8 +65,8 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
         (["export", "--out", "{a}"], "exists already"),
         (["export", "--out", "x.npz", "--like", "3"], "--to geojson"),
         (["push", "ftp://x"], "no address of Milvus"),
-        (["import", "{empty}", "--encoder", "uni"], "holds no .h5 files"),
-        (["snapshot", "--out", "{atlas}/inside"], "in the atlas itself"),
+        (["import", "{empty}", "--encoder", "uni"], "has no .h5 files"),
+        (["snapshot", "--out", "{atlas}/inside"], "is inside the atlas"),
     ],
 )
 def test_what_is_refused_is_refused_in_words(place, cli, words, said):
@@ -116,7 +116,7 @@ def test_labels_snapshot_tune_audit_and_repair(place, cli_json, cli):
     broken = cli_json("index", "verify", atlas, expect=1)
     assert len(broken["problems"]) == 1
     mended = cli_json("index", "verify", atlas, "--repair")
-    assert mended["ok"] and mended["repaired"] == ["the index was written again"]
+    assert mended["ok"] and mended["repaired"] == ["the index was rebuilt"]
     back = cli_json("index", "restore", place / "copy", atlas)
     assert back["kept"].endswith("atlas.before-restore-1")
     assert cli_json("index", "stats", atlas)["slides"] == 6
@@ -173,7 +173,7 @@ def test_an_empty_atlas_and_empty_answers_are_said(tmp_path, cli):
     atlas.fit("kmeans", k=3)
     cli("index", "create", tmp_path / "empty", check=True)
     done = cli("index", "evaluate", tmp_path / "empty", "--label", "label")
-    assert done.returncode == 1 and "holds no tiles yet" in done.stderr
+    assert done.returncode == 1 and "has no tiles yet" in done.stderr
     done = cli("index", "search", atlas.path, "--tile", 1, "--where", "organ = 'colom'", check=True)
     assert "no tile passes" in done.stdout
     done = cli("index", "search", atlas.path, "--tile", 1, "--where", "")

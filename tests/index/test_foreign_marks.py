@@ -234,6 +234,8 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json,
         "far": "failed",
         "unsaid": "added",
     }
+    assert "this slide sets the scale of the atlas: 0.5 µm per pixel" in states["one"][1]
+    assert states["near"][1] == "" and states["unsaid"][1] == ""
     assert "1 µm per pixel" in states["far"][1] and "0.5" in states["far"][1]
     assert "--mixed-scales" in states["far"][1]
     scales = cli_json("index", "stats", atlas)["scales"]
@@ -248,7 +250,7 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json,
         0.5,
         0.4808,
     }
-    assert "mixed scales were allowed" in cli("index", "stats", atlas).stdout.replace("\n", " ")
+    assert "mixed scales are allowed" in cli("index", "stats", atlas).stdout.replace("\n", " ")
     (hits,) = cli_json("index", "search", atlas, "--tile", 1, "-k", 60)
     by_slide = {hit["slide"]: hit["target_mpp"] for hit in hits}
     assert by_slide["far"] == 1 and by_slide["one"] == 0.5 and by_slide["unsaid"] is None

@@ -150,7 +150,7 @@ def test_no_value_is_no_patient_and_no_class(atlas, cli_json, tmp_path):
     atlas.relabel([{"slide": "s5", "patient": float("nan"), "label": "kept"}])  # as pandas gives it
     assert people(atlas)["s5"] == (None, "kept")
     with pytest.raises(
-        NotFound, match=r"2 rows mean no slide.*'gone', 'lost'.*nothing was changed"
+        NotFound, match=r"2 rows match no slide.*'gone', 'lost'.*nothing was changed"
     ):
         atlas.relabel(
             [{"slide": "gone", "label": "x"}, {"slide": "lost"}, {"slide": "s1", "label": "x"}]
@@ -228,7 +228,7 @@ def test_an_atlas_is_told_where_its_slides_lie_now(moved, embedded, cli_json, tm
     assert sources(moved)["a"] == str(tmp_path / "there/a.tiff")
     assert sources(moved)["b"] == str(embedded / "here/deep/b.tiff")
     assert moved.verify() == []
-    with pytest.raises(BadInput, match="no slide of the atlas lies below '/nowhere'"):
+    with pytest.raises(BadInput, match="no slide of the atlas is below '/nowhere'"):
         moved.relocate("/nowhere", tmp_path / "there", [])
 
 

@@ -165,7 +165,7 @@ def export(
         opened = Atlas(atlas)
         wrote = write(opened, out, to, where, **more)
     left_out = without_size(opened.view(), where) if to == "geojson" else {}
-    corners = origins(opened.store) if to == "geojson" else {}
+    corners = origins(opened.view(), where) if to == "geojson" else {}
     unknown = sorted(name for name, corner in corners.items() if corner is None)
     document = {
         "out": str(out),
