@@ -118,7 +118,7 @@ def test_a_full_line_is_said(served, monkeypatch, own_atlas, tmp_path, make_slid
         path.write_bytes(first.read_bytes()) if number else None
         additions.path(path, {}, False)
     (folder / "last.tiff").write_bytes(first.read_bytes())
-    with pytest.raises(Busy, match="wait already"):
+    with pytest.raises(Busy, match="waiting already"):
         additions.path(folder / "last.tiff", {}, False)
     with pytest.raises(NotFound):
         additions.get("999")
@@ -207,7 +207,7 @@ def test_a_fault_while_adding_stops_no_other(serve, own_atlas, tmp_path, make_sl
         one.client.post("/v1/slides", files=[("file", (f"{name}.tiff", blob, "image/tiff"))]).json()
         for name in ("bad", "good")
     ]
-    assert over(one.additions, jobs[0]["id"]).message == "a fault of the server; its log has more"
+    assert over(one.additions, jobs[0]["id"]).message == "an error in the server; see its log"
     assert over(one.additions, jobs[1]["id"]).state == "done"
 
 

@@ -298,7 +298,7 @@ def test_names_cannot_inject_markup(session):
             cluster_view.cluster_cards([cluster], evil), slide_view.slide_cards([row], 2, evil),
             slide_view.slide_detail(row, "clusters", evil, evil, {0: evil}, {0: 1}, [], "slide"),
             view.about(stats, evil, {evil: evil}), view.header(stats, evil),
-            report._html(session, found, {evil: evil}).decode(),
+            report._html(session, found, {evil: evil}),
         ]
     )  # fmt: skip
     assert "<script" not in html and "<img src=x" not in html

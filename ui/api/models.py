@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from ...index.search.cases import Pair
+from ...index.store import rows
+from ..access.users import Role
+from ..session.addition import Addition
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K
 
 MAX_TILE = 2**53
@@ -25,7 +29,7 @@ class Me(BaseModel):
     """The current user; ``-`` if no login is required."""
 
     user: str
-    role: Literal["reader", "editor"]
+    role: Role
 
 
 class EmbeddingsRequest(Request):
@@ -129,27 +133,22 @@ class Embeddings(BaseModel):
     embeddings: list[list[float]]
 
 
-class Tile(BaseModel):
+def _fields_of(value: type[Any], without: frozenset[str] = frozenset()) -> Any:
+    """Return a base model with the fields of a named tuple."""
+    fields: dict[str, Any] = {
+        name: (kind, value._field_defaults.get(name, ...))
+        for name, kind in get_type_hints(value).items()
+        if name not in without
+    }
+    return create_model(value.__name__, **fields)
+
+
+class Tile(_fields_of(rows.Hit, frozenset({"rank", "score"}))):  # type: ignore[misc]
     """A tile and its metadata."""
 
-    tile: int
-    slide: str
-    x: int
-    y: int
-    size_px_level0: int
-    mpp: float | None
-    label: str | None
-    patient: str | None
-    cluster: int | None
-    file: str | None
-    target_mpp: float | None = None
 
-
-class Hit(Tile):
-    """A similar tile; see :class:`histoseek.index.store.rows.Hit`."""
-
-    rank: int
-    score: float
+class Hit(_fields_of(rows.Hit)):  # type: ignore[misc]  # noqa: D101
+    __doc__ = rows.Hit.__doc__
 
 
 class Placed(BaseModel):
@@ -237,22 +236,10 @@ class Slides(BaseModel):
     total: int
 
 
-class Job(BaseModel):
-    """A slide that is being added to the atlas."""
-
-    id: str
-    slide: str
-    state: Literal["waiting", "embedding", "adding", "done", "failed"]
-    done: int
-    total: int
-    message: str
-    at: str
-
-
 class Jobs(BaseModel):
     """Slides that are being added, newest first."""
 
-    jobs: list[Job]
+    jobs: list[Addition]
 
 
 class Removed(BaseModel):
@@ -282,12 +269,8 @@ class Clusters(BaseModel):
     clusters: list[Cluster]
 
 
-class Region(BaseModel):
+class Region(_fields_of(Pair, frozenset({"query_row"}))):  # type: ignore[misc]
     """A pair of similar regions."""
-
-    score: float
-    query: int | None
-    match: int
 
 
 class SimilarSlide(BaseModel):
@@ -296,7 +279,7 @@ class SimilarSlide(BaseModel):
     name: str
     score: float
     label: str | None
-    regions: list[Region]
+    regions: list[Region] = Field(validation_alias="pairs")
 
 
 class SimilarSlides(BaseModel):
