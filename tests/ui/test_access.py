@@ -388,7 +388,7 @@ def test_a_taken_port_and_a_bad_folder_are_said(own_atlas, histoseek_ui, tmp_pat
         process = histoseek_ui(own_atlas, "--port", holder.getsockname()[1])
         assert process.wait(60) == 1 and b"choose another --port" in process.stdout.read()
     for options, says in (
-        (["--slides", tmp_path / "none"], b"is no folder"),
+        (["--slides", tmp_path / "none"], b"is not a folder"),
         (["--port", "0"], b"1 to 65535"),
         (["--audit-log", tmp_path / "none/log"], b"audit log"),
     ):

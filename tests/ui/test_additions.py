@@ -262,7 +262,7 @@ def test_the_client_speaks_to_a_real_server(histoseek_ui, own_atlas, tile_folder
         client.remove("case-2")
     with pytest.raises(BadInput, match="k: "):
         client.search([file], k=0)
-    with pytest.raises(BadInput, match="say who you are"):
+    with pytest.raises(BadInput, match="this needs a user and password"):
         Client(f"http://127.0.0.1:{port}", token="").info()
     with pytest.raises(BadInput, match="none.png"):
         client.search([tmp_path / "none.png"])

@@ -163,8 +163,8 @@ def access_for(
     token = os.environ.get(TOKEN, "")
     if token and len(token) < TOKEN_LEAST:
         raise BadInput(
-            f"{TOKEN} has {len(token)} characters; expected at least {TOKEN_LEAST}, such as "
-            "`openssl rand -hex 24` makes"
+            f"{TOKEN} has {len(token)} characters; expected at least {TOKEN_LEAST}: use the output of "
+            "`openssl rand -hex 24`"
         )
     proxies = proxies or Proxies()
     local = is_local(host)
@@ -173,11 +173,11 @@ def access_for(
         users.secrets, token, hosts, limits or Limits(), users.roles, proxies, users.notes
     )
     if (not local or allowed) and not access.guarded:
-        way = f"--host {host}" if not local else f"--allow-host {allowed[0]}"
+        option = f"--host {host}" if not local else f"--allow-host {allowed[0]}"
         raise BadInput(
-            f"{way} lets other machines in, and the page shows patients' tissue; set {AUTH}=user:password, "
-            f"{TOKEN} or --users FILE first, have a proxy name the users (--trusted-proxy ADDR "
-            "--user-header NAME), or listen on 127.0.0.1"
+            f"{option} lets other machines see the page, which shows patients' tissue; first set "
+            f"{AUTH}=user:password, {TOKEN} or --users FILE, or let a proxy name the users "
+            "(--trusted-proxy ADDR --user-header NAME), or listen on 127.0.0.1"
         )
     return access
 
