@@ -15,7 +15,7 @@ import pytest
 from histoseek.errors import BadInput
 from histoseek.ui.access import logins
 from histoseek.ui.access.logins import Failures, Logins, MustWait
-from histoseek.ui.access.policy import Access, access_for
+from histoseek.ui.access.policy import Access, access_for, claim_of
 from histoseek.ui.access.roles import READING, changes
 from histoseek.ui.access.users import hash_password, matches, read_users
 
@@ -96,9 +96,9 @@ def test_hashes_match_their_password_only():
     assert hash_password("x") != hash_password("x"), "a salt of its own"
     assert matches(ANN, "geheim:geheim") and not matches(ANN, "geheim") and not matches(ANN, ANN)
     assert matches("plain", "plain") and not matches("plain", "plai")
-    assert HASHED.who(basic("ann", "geheim:geheim")["authorization"]) == "ann"
-    assert HASHED.who(basic("nobody", "geheim:geheim")["authorization"]) is None
-    assert HASHED.who(basic("x", TOKEN)["authorization"]) == "token"
+    assert HASHED.check(claim_of(basic("ann", "geheim:geheim")["authorization"])) == "ann"
+    assert HASHED.check(claim_of(basic("nobody", "geheim:geheim")["authorization"])) is None
+    assert HASHED.check(claim_of(basic("x", TOKEN)["authorization"])) == "token"
 
 
 def hashing(*options, **more):

@@ -1,4 +1,4 @@
-"""Whether a request is let in: its host, its origin, its credentials, its role and its length."""
+"""Decides whether a request is accepted: its host, origin, credentials, role and length."""
 
 from __future__ import annotations
 
@@ -35,15 +35,7 @@ class CheckedRequest:
     def __init__(
         self, scope: Scope, seen: ClientRequest, access: Access, logins: Logins, wrong: str = ""
     ) -> None:
-        """Read the headers of a request.
-
-        Args:
-            scope: the ASGI scope.
-            seen: the request as the client sent it to the proxy.
-            access: users, token and limits.
-            logins: checks passwords.
-            wrong: why a proxy's headers are invalid; "" if they are valid.
-        """
+        """Read a request's headers; ``wrong`` says why a proxy's are invalid, or is ""."""
         self.scope, self.seen, self.access = scope, seen, access
         self._logins, self._wrong = logins, wrong
         self.headers = {k.lower(): v for k, v in scope["headers"]}

@@ -68,13 +68,7 @@ class Guard:
     """The layer around the app (ASGI)."""
 
     def __init__(self, app: Any, access: Access, traffic: Traffic) -> None:
-        """Wrap an app.
-
-        Args:
-            app: the ASGI app.
-            access: users, token and limits.
-            traffic: counts requests.
-        """
+        """Wrap an ASGI app."""
         self._app = app
         self._access = access
         self._traffic = traffic

@@ -98,11 +98,6 @@ class Access:
         """Whether a login is required."""
         return self.passwords or bool(self.proxies.user_header)
 
-    def who(self, header: str) -> str | None:
-        """Return the user that an ``Authorization`` header authenticates; None if it is wrong."""
-        claim = claim_of(header)
-        return self.check(claim) if claim else None
-
     def check(self, claim: Claim) -> str | None:
         """Return the user that a claim authenticates; None if it is wrong.
 
@@ -147,14 +142,7 @@ def access_for(
     """Return the access policy of a server that listens on ``host``.
 
     Users come from ``HISTOSEEK_UI_AUTH=user:password``, from a file and from a trusted proxy, a token from
-    ``HISTOSEEK_UI_TOKEN``.
-
-    Args:
-        host: address to listen on.
-        users_file: lines ``user:HASH`` or ``user:HASH:ROLE``, readable by its owner only.
-        allowed: additional host names that requests may use, such as a proxy's.
-        limits: limits on requests.
-        proxies: settings of the proxies before the server.
+    ``HISTOSEEK_UI_TOKEN``. ``allowed`` has additional host names that requests may use, such as a proxy's.
 
     Raises:
         BadInput: other machines can reach the server without a login, or the users cannot be read.

@@ -29,7 +29,7 @@ THREADS = 64
 """Maximum number of requests processed at the same time; more are queued."""
 TITLE = "histoseek"
 ABOUT = (
-    "Search an atlas of embedded slides for similar tiles, place images in its clusters, add slides. "
+    "Search an atlas of embedded slides for similar tiles, assign images to its clusters, add slides. "
     "Research use only: similarity is no diagnosis."
 )
 log = logging.getLogger("histoseek.api")

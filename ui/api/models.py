@@ -41,22 +41,26 @@ class EmbeddingsRequest(Request):
 class SearchRequest(Request):
     """A search query; needs at least one image or tile in ``images`` or ``like``."""
 
-    images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64; to be like")
-    unlike_images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64")
+    images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64; hits resemble them")
+    unlike_images: list[str] = Field(
+        [], max_length=MAX_EXAMPLES, description="base64; hits do not resemble them"
+    )
     crop: list[Share] | None = Field(
         None,
         min_length=4,
         max_length=4,
         description="left, top, width, height of the first image, as shares of it",
     )
-    like: list[TileId] = Field([], max_length=MAX_EXAMPLES, description="tiles of the atlas")
+    like: list[TileId] = Field(
+        [], max_length=MAX_EXAMPLES, description="ids of tiles that hits resemble"
+    )
     unlike: list[TileId] = Field([], max_length=MAX_EXAMPLES)
     k: int = Field(12, ge=1, le=MAX_K)
     where: Text | None = Field(None, description="such as: organ = 'colon' and patient != 'P7'")
     least: float | None = Field(None, allow_inf_nan=False, description="lowest score of a hit")
     per_slide: bool = Field(False, description="at most one hit per slide")
     leave_out: Literal["", "slide", "patient"] = Field(
-        "", description="of the tiles in like: their slides, or their patients too"
+        "", description="leave out the slides, or all slides of the patients, of the tiles in like"
     )
     clustering: Short | None = None
 

@@ -36,7 +36,7 @@ JPEG: dict[int | str, dict[str, Any]] = {
 
 
 def add_queries(app: FastAPI, server: Server) -> None:
-    """Add embeddings, search, assign, and earlier answers as files."""
+    """Add embeddings and search."""
     session = server.session
 
     @app.post(
@@ -82,6 +82,11 @@ def add_queries(app: FastAPI, server: Server) -> None:
             return report.as_json(session, answer)
 
         return await with_body(request, models.SearchRequest, ("images", "unlike_images"), work)
+
+
+def add_answers(app: FastAPI, server: Server) -> None:
+    """Add assign, and earlier answers as files."""
+    session = server.session
 
     @app.post(
         "/v1/assign", tags=["search"], response_model=models.AssignAnswer,
@@ -317,5 +322,5 @@ def add_clusters(app: FastAPI, server: Server) -> None:
         return {"clustering": name, "clusters": rows}
 
 
-ALL = (add_queries, add_pictures, add_map, add_slides, add_jobs, add_clusters)
+ALL = (add_queries, add_answers, add_pictures, add_map, add_slides, add_jobs, add_clusters)
 """What adds the routes of the API to an app."""
