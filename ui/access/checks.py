@@ -33,7 +33,7 @@ class CheckedRequest:
     """
 
     def __init__(
-        self, scope: Scope, seen: ClientRequest, access: Access, logins: Logins, wrong: str = ""
+        self, scope: Scope, seen: ClientRequest, access: Access, logins: Logins, wrong: str
     ) -> None:
         """Read a request's headers; ``wrong`` says why a proxy's are invalid, or is ""."""
         self.scope, self.seen, self.access = scope, seen, access

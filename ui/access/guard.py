@@ -123,7 +123,7 @@ class _Exchange(CheckedRequest):
         receive: Receive,
         send: Send,
         seen: ClientRequest,
-        wrong: str = "",
+        wrong: str,
     ) -> None:
         super().__init__(scope, seen, guard._access, guard._logins, wrong)
         self.guard, self._receive, self._send = guard, receive, send

@@ -108,11 +108,6 @@ def _other_paths(app: FastAPI) -> None:
 # -- errors -----------------------------------------------------------------------------------------
 
 
-def status_of(error: HistoseekError) -> tuple[int, str]:
-    """Return the HTTP status and the code of an error."""
-    return next((number, code) for kind, number, code in STATUS if isinstance(error, kind))
-
-
 def _errors(app: FastAPI, server: Server) -> None:
     def answer(request: Request, status: int, code: str, text: str) -> JSONResponse:
         body = error_body(code, text, request.headers.get(REQUEST_ID, "-"))
@@ -121,7 +116,7 @@ def _errors(app: FastAPI, server: Server) -> None:
 
     @app.exception_handler(HistoseekError)
     async def ours(request: Request, error: HistoseekError) -> JSONResponse:
-        status, code = status_of(error)
+        status, code = next((s, code) for kind, s, code in STATUS if isinstance(error, kind))
         if isinstance(error, Damaged):
             log.error("%s", error)
         return answer(request, status, code, server.session.hide(str(error)))

@@ -23,11 +23,6 @@ def colour_of(number: int) -> str:
     return NONE if number < 0 else PALETTE[number % len(PALETTE)]
 
 
-def cluster_colour(cluster: int) -> tuple[int, int, int]:
-    """Return the colour of a cluster."""
-    return rgb(colour_of(cluster))
-
-
 def ramp(share: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Return colours (N, 3) of shares (N,) from 0 to 1, by viridis."""
     steps = np.array([rgb(colour) for colour in VIRIDIS], dtype=np.float64)

@@ -20,7 +20,7 @@ from ...errors import BadInput, HistoseekError, NotFound
 from ...index.atlas import Atlas
 from ...index.view import View
 from ...serving.slides.slide import Slide, open_slide
-from .colours import cluster_colour, ramp
+from .colours import colour_of, ramp, rgb
 
 OPEN_SOURCES = 8
 KEPT_BYTES = 128 * 2**20
@@ -116,7 +116,7 @@ class Pictures:
                 f"the atlas has no clustering {clustering or ''}; fit one with `histoseek index fit`"
             )
         rows = slice(*view.columns.starts[number : number + 2])
-        colours = np.array([cluster_colour(c) for c in assigned[rows].tolist()]).reshape(-1, 3)
+        colours = np.array([rgb(colour_of(c)) for c in assigned[rows].tolist()]).reshape(-1, 3)
         return encode_jpeg(self._painted(view, number, colours, 0.45), 85)
 
     def heat(self, slide: str, query: NDArray[np.float32]) -> tuple[bytes, float, float]:
