@@ -99,6 +99,13 @@ def test_errors_are_one_json_document_and_exit_1(cli, cli_json, tmp_path, tile_f
         assert human.returncode == 1 and human.stdout == "" and "Traceback" not in human.stderr
 
 
+@pytest.mark.parametrize("words", [(), ("index",), ("triton",)])
+def test_a_group_without_a_command_prints_its_help(cli, words):
+    done = cli(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: ") and "Commands:" in done.stderr
+
+
 def test_wrong_usage_exits_2(cli_process):
     assert cli_process("embed").returncode == 2
     assert cli_process("no-such-verb").returncode == 2

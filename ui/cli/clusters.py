@@ -2,42 +2,42 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ... import console
-from ...console import Json
 from ...errors import BadInput
+from .arguments import AtlasPath, Clustering, Seed
 
-AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
-Clusters = Annotated[
-    str | None, typer.Option("--clusters", help="Name of the clustering; the newest if left out.")
-]
 BAR = 30
+"""Width of a bar, in characters."""
 
 
 def fit(
     atlas: AtlasPath,
     method: Annotated[
-        str, typer.Option(help="kmeans, hdbscan, or encoder: those it was trained with.")
+        str,
+        typer.Option(
+            help="kmeans, hdbscan, or encoder (the clusters that the encoder learned in training)."
+        ),
     ] = "kmeans",
-    k: Annotated[str, typer.Option(help="Clusters of k-means: auto or a number.")] = "auto",
+    k: Annotated[str, typer.Option(help="Number of k-means clusters, or auto.")] = "auto",
     name: Annotated[str | None, typer.Option(help="Name of the clustering.")] = None,
     min_cluster_size: Annotated[
-        int | None, typer.Option(help="Minimum cluster size of HDBSCAN.")
+        int | None, typer.Option(help="Minimum number of tiles in an HDBSCAN cluster.")
     ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    json: Json = False,
+    seed: Seed = 0,
 ) -> None:
-    """Fit clusters on all tiles of the atlas. New images can then be assigned to them."""
+    """Fit clusters to all tiles of the atlas. New images can then be assigned to them."""
     from ...index.atlas import Atlas
 
     if k != "auto" and not (k.isascii() and k.isdigit() and int(k) >= 1):
         raise BadInput(f"--k is {k!r}; expected auto or a number of at least 1")
     if k != "auto" and method != "kmeans":
-        raise BadInput(f"--k is for kmeans; {method} finds its number by itself")
+        raise BadInput(
+            f"--k is only for --method kmeans; {method} finds the number of clusters itself"
+        )
     count = None if k == "auto" else int(k)
     with console.working(f"fitting {method}"):
         result = Atlas(atlas).fit(method, count, name, min_cluster_size, seed)
@@ -48,16 +48,16 @@ def fit(
         console.table(title, ("cluster", "tiles"), rows)
         if result["names_dropped"]:
             console.say(
-                f"{result['names_dropped']} names that were given are gone: these are other clusters"
+                f"{result['names_dropped']} cluster names were removed, because the clusters changed"
             )
         foreign = result.get("foreign_tiles", 0)
         if foreign and result["gate_ignored"]:
             console.say(
-                f"{foreign} tiles do not look like stained tissue: more than half, so all were fitted to"
+                f"{foreign} tiles, more than half, do not look like stained tissue; all tiles were used"
             )
         elif foreign:
             console.say(
-                f"{foreign} tiles do not look like stained tissue: they are unknown and took no part"
+                f"{foreign} tiles do not look like stained tissue; they were not used and are unknown"
             )
         if "silhouette_by_k" in result:
             curve = ", ".join(
@@ -71,10 +71,9 @@ def fit(
 def curve(
     atlas: AtlasPath,
     method: Annotated[str, typer.Option(help="kmeans or hdbscan.")] = "kmeans",
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    json: Json = False,
+    seed: Seed = 0,
 ) -> None:
-    """Compare numbers of clusters: how well they separate the tiles, and how stable they are."""
+    """Compare numbers of clusters: how separate and stable are they?"""
     from ...index.atlas import Atlas
     from ...index.clusters.curve import curve as measure
     from ...index.clusters.fit import to_fit
@@ -94,7 +93,7 @@ def curve(
         sheet = [(*(row[n] for n in names), _bar(row["stability"])) for row in rows]
         console.table(f"{method} on {atlas}", (*names, ""), sheet)
         console.say(
-            "silhouette: 1 is well parted; stability: 1 comes out the same on any half (bar)"
+            "silhouette 1: well separated; stability 1 (bar): any half of the tiles gives the same clusters"
         )
 
     console.emit({"method": method, "curve": rows}, human)
@@ -106,11 +105,10 @@ def _bar(share: float | None) -> str:
 
 def clusters(
     atlas: AtlasPath,
-    name: Clusters = None,
-    examples: Annotated[int, typer.Option(help="Example tiles per cluster.")] = 3,
-    json: Json = False,
+    name: Clustering = None,
+    examples: Annotated[int, typer.Option(help="Number of example tiles per cluster.")] = 3,
 ) -> None:
-    """List the clusters with their names, sizes, labels and example tiles."""
+    """List clusters with name, size, labels and example tiles."""
     from ...index.atlas import Atlas
 
     report = Atlas(atlas).clusters(name, examples)
@@ -137,10 +135,9 @@ def clusters(
 def name(
     atlas: AtlasPath,
     cluster: Annotated[int, typer.Argument(help="Number of the cluster.")],
-    text: Annotated[str, typer.Argument(help="New name; empty to remove it.")],
+    text: Annotated[str, typer.Argument(help="New name; '' deletes the name.")],
     description: Annotated[str, typer.Option(help="Description of the cluster.")] = "",
-    clustering: Clusters = None,
-    json: Json = False,
+    clustering: Clustering = None,
 ) -> None:
     """Give a cluster a name."""
     from ...index.atlas import Atlas
@@ -150,8 +147,11 @@ def name(
     console.emit(document, lambda: console.say(f"cluster {cluster} is {text!r}"))
 
 
-def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
-    """Count tiles added after the fit that match no cluster; exit code 1 if there is drift."""
+def drift(atlas: AtlasPath, name: Clustering = None) -> None:
+    """Check whether tiles added after the fit still match clusters.
+
+    Exit code 1: no, significantly more of them are unknown.
+    """
     from ...index.atlas import Atlas
 
     report = Atlas(atlas).drift(name)
@@ -161,18 +161,16 @@ def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
             low, high = facts["interval_95"] or (None, None)
             return title, facts["tiles"], facts["unknown"], facts["share"], low, high
 
-        rows = [row("fitted", report["fitted"]), row("came later", report["later"])]
-        columns = ("tiles", "how many", "unknown", "share", "95 % from", "to")
+        rows = [row("fitted", report["fitted"]), row("added later", report["later"])]
+        columns = ("tiles", "number", "unknown", "share", "95 % from", "to")
         console.table(f"clustering {report['clustering']}", columns, rows)
         slides = [(s["slide"], s["tiles"], s["unknown"], s["share"]) for s in report["slides"][:20]]
         if slides:
-            console.table("slides that came later", ("slide", "tiles", "unknown", "share"), slides)
+            console.table("slides added later", ("slide", "tiles", "unknown", "share"), slides)
         if report["drifted"]:
-            text = (
-                "DRIFT: what came later is not what was fitted; fit again, or look at these slides"
-            )
+            text = "DRIFT: the added tiles differ from the fitted tiles; check these slides, or fit again"
         else:
-            text = "no drift" if report["later"]["tiles"] else "nothing came since the fit"
+            text = "no drift" if report["later"]["tiles"] else "no tiles were added after the fit"
         console.say(text)
 
     console.emit(report, human)
@@ -180,15 +178,14 @@ def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
         raise typer.Exit(console.EXIT_FAILED)
 
 
-def make_map(
+def map_(
     atlas: AtlasPath,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    json: Json = False,
+    seed: Seed = 0,
 ) -> None:
-    """Compute the map of the atlas for the page (t-SNE). The page computes it if there is none."""
+    """Compute the map of all tiles (t-SNE). Otherwise the page computes it when it is first needed."""
     from ...index.atlas import Atlas
 
-    with console.working("laying tiles out by t-SNE"):
+    with console.working("computing the map with t-SNE"):
         made = Atlas(atlas).make_layout(seed)
     document = {
         "method": made.method,
@@ -196,20 +193,7 @@ def make_map(
         "landmarks": len(made.points),
         "trustworthiness": made.trust,
     }
+    text = f"map of {made.tiles:,} tiles: {made.method} of {len(made.points):,} tiles, "
     console.emit(
-        document,
-        lambda: console.say(
-            f"map of {made.tiles:,} tiles by {made.method} of {len(made.points):,}; "
-            f"trustworthiness {made.trust:.3f} of 1"
-        ),
+        document, lambda: console.say(f"{text}trustworthiness {made.trust:.3f} (at most 1)")
     )
-
-
-COMMANDS = {
-    "fit": fit,
-    "map": make_map,
-    "curve": curve,
-    "clusters": clusters,
-    "name": name,
-    "drift": drift,
-}
