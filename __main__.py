@@ -58,14 +58,14 @@ def root(
 
 
 @app.command()
-def demo(
-    dir: Annotated[Path, typer.Option(help="Folder for the demo's files.")] = Path(
-        "histoseek-demo"
-    ),
-    no_ui: Annotated[bool, typer.Option("--no-ui", help="Do not open the page.")] = False,
-    port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
-) -> None:
-    """Try all steps on one real slide, then open the page."""
+def demo(dir: Path = Path("histoseek-demo"), no_ui: bool = False, port: int = 7860) -> None:
+    """Try all steps on one real slide, then open the page.
+
+    Options:
+        dir: Folder for the demo's files.
+        no_ui: Do not open the page.
+        port: Port of the page.
+    """
     from .ui.cli.demo import run_demo
 
     atlas, found = run_demo(dir)
@@ -91,70 +91,42 @@ def _hash_password(requested: bool) -> None:
 def ui(
     atlas: AtlasPath,
     hash_password: Annotated[
-        bool,
-        typer.Option(
-            "--hash-password",
-            callback=_hash_password,
-            is_eager=True,
-            help="Ask for a password, print its hash for the --users file, and exit.",
-        ),
+        bool, typer.Option("--hash-password", callback=_hash_password, is_eager=True)
     ] = False,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
-    encoder: Annotated[
-        str | None,
-        typer.Option(
-            help="Address of a Triton server that runs the atlas's encoder: triton://HOST:PORT/MODEL. "
-            "Default: run it in this process."
-        ),
-    ] = None,
-    slides: Annotated[
-        list[Path] | None,
-        typer.Option(help="Folder from which users may add slides by their path. Repeatable."),
-    ] = None,
-    users: Annotated[
-        Path | None,
-        typer.Option(
-            help="File of users, one user:HASH or user:HASH:ROLE per line. Only you may have access to it."
-        ),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Another host name under which clients reach this server, for example through a proxy. "
-            "Repeatable."
-        ),
-    ] = None,
-    root_path: Annotated[
-        str, typer.Option(help="URL path under which a proxy publishes the page, such as /histo.")
-    ] = "",
-    trusted_proxy: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Address or network of a proxy whose X-Forwarded-* headers are trusted. Repeatable."
-        ),
-    ] = None,
-    user_header: Annotated[
-        str, typer.Option(help="Header in which the trusted proxy sends the user's name.")
-    ] = "",
-    editor: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="User, named in --user-header, who may change the atlas; * for all users. Repeatable."
-        ),
-    ] = None,
-    audit_log: Annotated[
-        Path | None, typer.Option(help="File of the audit log. Default: a file in the atlas.")
-    ] = None,
-    no_page: Annotated[
-        bool, typer.Option("--no-page", help="Serve only the API, without the page.")
-    ] = False,
-    log_requests: Annotated[
-        bool,
-        typer.Option("--log-requests", help="Log all requests. Default: only refused requests."),
-    ] = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    encoder: str | None = None,
+    slides: list[Path] | None = None,
+    users: Path | None = None,
+    allow_host: list[str] | None = None,
+    root_path: str = "",
+    trusted_proxy: list[str] | None = None,
+    user_header: str = "",
+    editor: list[str] | None = None,
+    audit_log: Path | None = None,
+    no_page: bool = False,
+    log_requests: bool = False,
 ) -> None:
-    """Serve an atlas as a web page and an HTTP API. The API's documentation is at /docs."""
+    """Serve an atlas as a web page and an HTTP API. The API's documentation is at /docs.
+
+    Options:
+        hash_password: Ask for a password, print its hash for the --users file, and exit.
+        host: Address to listen on.
+        port: Port to listen on.
+        encoder: Address of a Triton server that runs the atlas's encoder: triton://HOST:PORT/MODEL.
+            Default: run it in this process.
+        slides: Folder from which users may add slides by their path. Repeatable.
+        users: File of users, one user:HASH or user:HASH:ROLE per line. Only you may have access to it.
+        allow_host: Another host name under which clients reach this server, for example through a proxy.
+            Repeatable.
+        root_path: URL path under which a proxy publishes the page, such as /histo.
+        trusted_proxy: Address or network of a proxy whose X-Forwarded-* headers are trusted. Repeatable.
+        user_header: Header in which the trusted proxy sends the user's name.
+        editor: User, named in --user-header, who may change the atlas; * for all users. Repeatable.
+        audit_log: File of the audit log. Default: a file in the atlas.
+        no_page: Serve only the API, without the page.
+        log_requests: Log all requests. Default: only refused requests.
+    """
     from .ui.access.policy import access_for
     from .ui.access.proxies import proxies_for
     from .ui.server import ServeOptions

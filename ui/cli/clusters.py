@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
@@ -16,20 +16,20 @@ BAR = 30
 
 def fit(
     atlas: AtlasPath,
-    method: Annotated[
-        str,
-        typer.Option(
-            help="kmeans, hdbscan, or encoder (the clusters that the encoder learned in training)."
-        ),
-    ] = "kmeans",
-    k: Annotated[str, typer.Option(help="Number of k-means clusters, or auto.")] = "auto",
-    name: Annotated[str | None, typer.Option(help="Name of the clustering.")] = None,
-    min_cluster_size: Annotated[
-        int | None, typer.Option(help="Minimum number of tiles in an HDBSCAN cluster.")
-    ] = None,
+    method: str = "kmeans",
+    k: str = "auto",
+    name: str | None = None,
+    min_cluster_size: int | None = None,
     seed: Seed = 0,
 ) -> None:
-    """Fit clusters to all tiles of the atlas. New images can then be assigned to them."""
+    """Fit clusters to all tiles of the atlas. New images can then be assigned to them.
+
+    Options:
+        method: kmeans, hdbscan, or encoder (the clusters that the encoder learned in training).
+        k: Number of k-means clusters, or auto.
+        name: Name of the clustering.
+        min_cluster_size: Minimum number of tiles in an HDBSCAN cluster.
+    """
     from ...index.atlas import Atlas
 
     if k != "auto" and not (k.isascii() and k.isdigit() and int(k) >= 1):
@@ -68,12 +68,12 @@ def fit(
     console.emit(result, human)
 
 
-def curve(
-    atlas: AtlasPath,
-    method: Annotated[str, typer.Option(help="kmeans or hdbscan.")] = "kmeans",
-    seed: Seed = 0,
-) -> None:
-    """Compare numbers of clusters: how separate and stable are they?"""
+def curve(atlas: AtlasPath, method: str = "kmeans", seed: Seed = 0) -> None:
+    """Compare numbers of clusters: how separate and stable are they?
+
+    Options:
+        method: kmeans or hdbscan.
+    """
     from ...index.atlas import Atlas
     from ...index.clusters.curve import curve as measure
     from ...index.clusters.fit import to_fit
@@ -103,12 +103,12 @@ def _bar(share: float | None) -> str:
     return "█" * max(0, round(BAR * (share or 0)))
 
 
-def clusters(
-    atlas: AtlasPath,
-    name: Clustering = None,
-    examples: Annotated[int, typer.Option(help="Number of example tiles per cluster.")] = 3,
-) -> None:
-    """List clusters with name, size, labels and example tiles."""
+def clusters(atlas: AtlasPath, name: Clustering = None, examples: int = 3) -> None:
+    """List clusters with name, size, labels and example tiles.
+
+    Options:
+        examples: Number of example tiles per cluster.
+    """
     from ...index.atlas import Atlas
 
     report = Atlas(atlas).clusters(name, examples)
@@ -133,13 +133,15 @@ def clusters(
 
 
 def name(
-    atlas: AtlasPath,
-    cluster: Annotated[int, typer.Argument(help="Number of the cluster.")],
-    text: Annotated[str, typer.Argument(help="New name; '' deletes the name.")],
-    description: Annotated[str, typer.Option(help="Description of the cluster.")] = "",
-    clustering: Clustering = None,
+    atlas: AtlasPath, cluster: int, text: str, description: str = "", clustering: Clustering = None
 ) -> None:
-    """Give a cluster a name."""
+    """Give a cluster a name.
+
+    Options:
+        cluster: Number of the cluster.
+        text: New name; '' deletes the name.
+        description: Description of the cluster.
+    """
     from ...index.atlas import Atlas
 
     Atlas(atlas).name_cluster(cluster, text, description, clustering)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
@@ -19,9 +20,15 @@ JSON = inspect.Parameter(
     annotation=Annotated[bool, typer.Option("--json", help="Print one JSON document.")],
 )
 
+HELP = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.M)
+"""An option and its help text in a docstring."""
+
 
 class Commands(typer.Typer):
-    """A group of commands. Each gets ``--json``; ``main`` looks for that word before it parses any."""
+    """A group of commands, whose help texts are in the functions' docstrings, in a section ``Options:``.
+
+    Each command has ``--json``; ``__main__.main`` looks for that word before it parses any argument.
+    """
 
     def __init__(self, help: str) -> None:
         """Create a group without commands; ``help`` describes it."""
@@ -40,22 +47,42 @@ class Commands(typer.Typer):
         register = super().command(name, *args, **settings)
 
         def add(function: Function) -> Function:
-            register(_with_json(function))
+            register(_command_line_form(function))
             return function
 
         return add
 
 
-def _with_json(function: Callable[..., Any]) -> Callable[..., Any]:
+def _command_line_form(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with ``--json``, and with the help texts of its docstring."""
+
     @wraps(function)
     def run(json: bool = False, **values: Any) -> Any:
         return function(**values)
 
+    text, _, options = inspect.cleandoc(function.__doc__ or "").partition("\nOptions:\n")
+    helps = {found[1]: " ".join(found[2].split()) for found in HELP.finditer(options)}
     signature = inspect.signature(function, eval_str=True)
-    parameters = [*signature.parameters.values(), JSON]
-    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in parameters}
+    parameters = [_with_help(p, helps.get(p.name)) for p in signature.parameters.values()]
+    run.__signature__ = signature.replace(parameters=[*parameters, JSON])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*parameters, JSON)}
+    run.__doc__ = text
     return run
+
+
+def _with_help(parameter: inspect.Parameter, text: str | None) -> inspect.Parameter:
+    """Add a help text; a parameter without default is an argument, a switch has no form ``--no-…``."""
+    if text is None:
+        return parameter
+    kind, info = parameter.annotation, None
+    if get_origin(kind) is Annotated:
+        kind, info = get_args(kind)
+    elif parameter.default is inspect.Parameter.empty:
+        info = typer.Argument()
+    else:
+        info = typer.Option(*([f"--{parameter.name.replace('_', '-')}"] if kind is bool else []))
+    info.help = text
+    return parameter.replace(annotation=Annotated[kind, info])
 
 
 def lazy(module: str) -> type[TyperCommand]:

@@ -29,37 +29,25 @@ class Kind(StrEnum):
 @app.command()
 @with_flags
 def embed(
-    inputs: Annotated[
-        list[Path],
-        typer.Argument(
-            help="Slides, folders of slides or tiles, or packed tiles (.tar, .npz, .csv)."
-        ),
-    ],
-    out: Annotated[
-        str,
-        typer.Option(
-            help="Folder to write feature files to; with --ray also a URL, such as s3://..."
-        ),
-    ],
+    inputs: list[Path],
+    out: Annotated[str, typer.Option()],
     choice: EncoderChoice,
     options: EmbedOptions,
-    magnification: Annotated[
-        float | None,
-        typer.Option(help="Another way to give --mpp: 20 means 0.5 µm per pixel, 40 means 0.25."),
-    ] = None,
-    metrics: Annotated[
-        str | None,
-        typer.Option(help="[HOST:]PORT at which Prometheus can read metrics during the run."),
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Address of a Ray cluster on which to embed, or 'local'."),
-    ] = None,
-    kind: Annotated[
-        Kind, typer.Option("--as", help="What a folder of images contains.", hidden=True)
-    ] = Kind.auto,
+    magnification: float | None = None,
+    metrics: str | None = None,
+    ray: str | None = None,
+    kind: Annotated[Kind, typer.Option("--as", hidden=True)] = Kind.auto,
 ) -> None:
-    """Embed slides and tile sets into feature files. Run the command again to finish an interrupted run."""
+    """Embed slides and tile sets into feature files. Run the command again to finish an interrupted run.
+
+    Options:
+        inputs: Slides, folders of slides or tiles, or packed tiles (.tar, .npz, .csv).
+        out: Folder to write feature files to; with --ray also a URL, such as s3://...
+        magnification: Another way to give --mpp: 20 means 0.5 µm per pixel, 40 means 0.25.
+        metrics: [HOST:]PORT at which Prometheus can read metrics during the run.
+        ray: Address of a Ray cluster on which to embed, or 'local'.
+        kind: What a folder of images contains.
+    """
     from ...serving.embedding.jobs import find_inputs
     from ...serving.embedding.regions import unused_regions, with_regions
     from ...serving.embedding.report import record_end, report_results

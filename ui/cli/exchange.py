@@ -84,32 +84,25 @@ def say_names(title: str, names: Sequence[str]) -> None:
 
 def import_(
     atlas: AtlasPath,
-    features: Annotated[
-        list[Path],
-        typer.Argument(help=".h5 files of TRIDENT, CLAM or STAMP, or folders of such files."),
-    ],
-    encoder: Annotated[
-        str, typer.Option(help="Name of the encoder that computed the features, such as uni_v1.")
-    ],
+    features: list[Path],
+    encoder: Annotated[str, typer.Option()],
     metadata: Metadata = None,
-    mpp: Annotated[
-        float | None,
-        typer.Option(
-            help="µm per pixel of level 0, for slides whose value is neither in their file nor in the "
-            "metadata (column mpp)."
-        ),
-    ] = None,
-    tile_px: Annotated[
-        int | None,
-        typer.Option(help="Side of a tile in pixels of level 0, for files that do not contain it."),
-    ] = None,
-    metric: Annotated[
-        str, typer.Option(help="Metric of the atlas, if it is new: cosine or l2.")
-    ] = "cosine",
+    mpp: float | None = None,
+    tile_px: int | None = None,
+    metric: str = "cosine",
     replace: Replace = False,
     mixed_scales: MixedScales = False,
 ) -> None:
-    """Import feature files of other tools, made by any encoder. Creates the atlas if it does not exist."""
+    """Import feature files of other tools, made by any encoder. Creates the atlas if it does not exist.
+
+    Options:
+        features: .h5 files of TRIDENT, CLAM or STAMP, or folders of such files.
+        encoder: Name of the encoder that computed the features, such as uni_v1.
+        mpp: µm per pixel of level 0, for slides whose value is neither in their file nor in the metadata
+            (column mpp).
+        tile_px: Side of a tile in pixels of level 0, for files that do not contain it.
+        metric: Metric of the atlas, if it is new: cosine or l2.
+    """
     from ...index.exchange.imports import import_features
     from ...index.inputs import find_feature_files, read_metadata, rows_of
 
@@ -133,25 +126,20 @@ def import_(
 
 def export(
     atlas: AtlasPath,
-    out: Annotated[Path, typer.Option(help="New file; for projector and geojson a folder.")],
-    to: Annotated[
-        str,
-        typer.Option(
-            help="Format: numpy, parquet, anndata (.h5ad or .zarr), projector or geojson."
-        ),
-    ] = "numpy",
+    out: Annotated[Path, typer.Option()],
+    to: str = "numpy",
     where: Where = None,
-    clusters: Annotated[
-        str | None, typer.Option(help="For geojson: clustering to draw. Default: the newest.")
-    ] = None,
-    like: Annotated[
-        int | None,
-        typer.Option(
-            help="For geojson: id of a tile. Draws the similarity to it instead of clusters."
-        ),
-    ] = None,
+    clusters: str | None = None,
+    like: int | None = None,
 ) -> None:
-    """Export vectors, metadata or clusters for other tools. For QuPath, use --to geojson."""
+    """Export vectors, metadata or clusters for other tools. For QuPath, use --to geojson.
+
+    Options:
+        out: New file; for projector and geojson a folder.
+        to: Format: numpy, parquet, anndata (.h5ad or .zarr), projector or geojson.
+        clusters: For geojson: clustering to draw. Default: the newest.
+        like: For geojson: id of a tile. Draws the similarity to it instead of clusters.
+    """
     from ...index.atlas import Atlas
     from ...index.exchange.exports import write
     from ...index.exchange.qupath import origins, without_size
@@ -194,24 +182,14 @@ def export(
     console.emit(document, human)
 
 
-def push(
-    atlas: AtlasPath,
-    milvus: Annotated[
-        str,
-        typer.Argument(
-            help="milvus://host:19530/collection, or milvus:///folder/file.db for a local file."
-        ),
-    ],
-    index: Annotated[
-        str | None,
-        typer.Option(
-            help="Index type of a new Milvus collection, such as FLAT, HNSW or AUTOINDEX."
-        ),
-    ] = None,
-) -> None:
+def push(atlas: AtlasPath, milvus: str, index: str | None = None) -> None:
     """Copy the atlas, or its changes since the last push, to Milvus.
 
     Afterwards, `index search --engine` and `index assign --engine` can search there.
+
+    Options:
+        milvus: milvus://host:19530/collection, or milvus:///folder/file.db for a local file.
+        index: Index type of a new Milvus collection, such as FLAT, HNSW or AUTOINDEX.
     """
     from ...index.atlas import Atlas
     from ...index.exchange.milvus_push import push as copy

@@ -18,13 +18,12 @@ Slides = Annotated[list[str], typer.Argument(help="Names of slides or tile sets.
 
 
 @index_app.command()
-def create(
-    atlas: AtlasPath,
-    encoder: Annotated[
-        str, typer.Option(help="Folder of an encoder bundle, or 'default'.")
-    ] = "default",
-) -> None:
-    """Create an empty atlas for one encoder. The atlas stores a copy of the encoder's bundle."""
+def create(atlas: AtlasPath, encoder: str = "default") -> None:
+    """Create an empty atlas for one encoder. The atlas stores a copy of the encoder's bundle.
+
+    Options:
+        encoder: Folder of an encoder bundle, or 'default'.
+    """
     from ...index.atlas import Atlas
     from ...serving.encoders.open import bundle_path
 
@@ -36,14 +35,16 @@ def create(
 @index_app.command()
 def add(
     atlas: AtlasPath,
-    features: Annotated[
-        list[Path], typer.Argument(help="Feature files, or folders with feature files.")
-    ],
+    features: list[Path],
     metadata: Metadata = None,
     replace: Replace = False,
     mixed_scales: MixedScales = False,
 ) -> None:
-    """Add feature files to the atlas. A file is added completely or not at all, and only once."""
+    """Add feature files to the atlas. A file is added completely or not at all, and only once.
+
+    Options:
+        features: Feature files, or folders with feature files.
+    """
     from ...index.atlas import Atlas
     from ...index.inputs import find_feature_files, read_metadata, rows_of
 
@@ -67,19 +68,14 @@ def remove(atlas: AtlasPath, slides: Slides) -> None:
 
 
 @index_app.command()
-def relabel(
-    atlas: AtlasPath,
-    metadata: Annotated[
-        Path,
-        typer.Option(
-            help="CSV with the column slide and the columns to set. A row with a value in the column file "
-            "sets them for that tile only."
-        ),
-    ],
-) -> None:
+def relabel(atlas: AtlasPath, metadata: Annotated[Path, typer.Option()]) -> None:
     """Set labels, patients and other columns from a CSV.
 
     If one row fails, nothing is changed. An empty cell deletes the value in the atlas.
+
+    Options:
+        metadata: CSV with the column slide and the columns to set. A row with a value in the column file
+            sets them for that tile only.
     """
     from ...artifacts.tables import read_csv
     from ...index.atlas import Atlas
@@ -102,16 +98,18 @@ def relabel(
 @index_app.command()
 def relocate(
     atlas: AtlasPath,
-    old: Annotated[str | None, typer.Option("--from", help="Old folder of the slides.")] = None,
-    new: Annotated[Path | None, typer.Option("--to", help="New folder of the slides.")] = None,
-    slides: Annotated[
-        list[Path] | None,
-        typer.Option(help="Folder in which to search for the slides. Repeatable."),
-    ] = None,
+    old: Annotated[str | None, typer.Option("--from")] = None,
+    new: Annotated[Path | None, typer.Option("--to")] = None,
+    slides: list[Path] | None = None,
 ) -> None:
     """Update the paths of moved slides. A new path is accepted only if the content of the file is the same.
 
     Give either --from and --to, or --slides.
+
+    Options:
+        old: Old folder of the slides.
+        new: New folder of the slides.
+        slides: Folder in which to search for the slides. Repeatable.
     """
     from ...index.atlas import Atlas
 
@@ -170,16 +168,12 @@ def _index_line(facts: dict[str, Any]) -> str:
 
 
 @index_app.command()
-def verify(
-    atlas: AtlasPath,
-    repair: Annotated[
-        bool,
-        typer.Option(
-            "--repair", help="First rebuild the files that can be rebuilt from the features."
-        ),
-    ] = False,
-) -> None:
-    """Check every file, row and count of an atlas. Exit code 1: there are problems."""
+def verify(atlas: AtlasPath, repair: bool = False) -> None:
+    """Check every file, row and count of an atlas. Exit code 1: there are problems.
+
+    Options:
+        repair: First rebuild the files that can be rebuilt from the features.
+    """
     from ...index.atlas import Atlas
 
     opened = Atlas(atlas)
@@ -201,11 +195,12 @@ def verify(
 
 
 @index_app.command()
-def snapshot(
-    atlas: AtlasPath,
-    out: Annotated[Path, typer.Option(help="New folder for the copy.")],
-) -> None:
-    """Copy an atlas to a new folder and check the copy. Searches can continue meanwhile."""
+def snapshot(atlas: AtlasPath, out: Annotated[Path, typer.Option()]) -> None:
+    """Copy an atlas to a new folder and check the copy. Searches can continue meanwhile.
+
+    Options:
+        out: New folder for the copy.
+    """
     from ...index.atlas import Atlas
 
     with console.working("copying and checking"):
@@ -217,11 +212,12 @@ def snapshot(
 
 
 @index_app.command()
-def restore(
-    snapshot: Annotated[Path, typer.Argument(help="Folder written by `index snapshot`.")],
-    atlas: AtlasPath,
-) -> None:
-    """Replace an atlas by a snapshot. The old atlas stays in the same parent folder, under a new name."""
+def restore(snapshot: Path, atlas: AtlasPath) -> None:
+    """Replace an atlas by a snapshot. The old atlas stays in the same parent folder, under a new name.
+
+    Options:
+        snapshot: Folder written by `index snapshot`.
+    """
     from ...index.care.snapshots import restore as put_back
 
     with console.working("copying and checking"):
@@ -238,14 +234,18 @@ def restore(
 @index_app.command()
 def audit(
     atlas: AtlasPath,
-    queries: Annotated[int, typer.Option(help="Number of query tiles.")] = 500,
-    k: Annotated[int, typer.Option("-k", help="Number of neighbours per query.")] = 10,
+    queries: int = 500,
+    k: Annotated[int, typer.Option("-k")] = 10,
     where: Where = None,
     seed: Seed = 1,
 ) -> None:
     """Measure recall, speed and memory of the index.
 
     Recall is the share of the true neighbours that the index finds.
+
+    Options:
+        queries: Number of query tiles.
+        k: Number of neighbours per query.
     """
     from ...index.atlas import Atlas
 
@@ -278,32 +278,21 @@ def audit(
 @index_app.command()
 def tune(
     atlas: AtlasPath,
-    recall: Annotated[
-        float | None,
-        typer.Option(
-            help="Target for recall, the share of the true neighbours that a search finds. 1 means exact "
-            "search. Default: 0.99."
-        ),
-    ] = None,
-    memory_mb: Annotated[
-        float | None,
-        typer.Option(
-            help="Memory limit of the index in MB. A small limit means short codes; candidates are then "
-            "ranked again by the exact vectors."
-        ),
-    ] = None,
-    exact_up_to: Annotated[
-        int | None,
-        typer.Option(
-            help="Search exactly while the atlas has at most this many tiles. Default: 100000."
-        ),
-    ] = None,
-    k: Annotated[
-        int | None,
-        typer.Option("-k", help="Number of neighbours for which recall is measured. Default: 10."),
-    ] = None,
+    recall: float | None = None,
+    memory_mb: float | None = None,
+    exact_up_to: int | None = None,
+    k: Annotated[int | None, typer.Option("-k")] = None,
 ) -> None:
-    """Set targets for recall or memory and rebuild the index. The atlas stores the targets."""
+    """Set targets for recall or memory and rebuild the index. The atlas stores the targets.
+
+    Options:
+        recall: Target for recall, the share of the true neighbours that a search finds. 1 means exact
+            search. Default: 0.99.
+        memory_mb: Memory limit of the index in MB. A small limit means short codes; candidates are then
+            ranked again by the exact vectors.
+        exact_up_to: Search exactly while the atlas has at most this many tiles. Default: 100000.
+        k: Number of neighbours for which recall is measured. Default: 10.
+    """
     from ...index.atlas import Atlas
 
     with console.working("building and measuring"):

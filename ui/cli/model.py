@@ -65,34 +65,26 @@ class TrainCommand(TyperCommand):
 @app.command(cls=TrainCommand, context_settings=ANY_FLAG)
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str,
-        typer.Argument(
-            help="Name of a recipe. `train RECIPE --help` also lists the recipe's options."
-        ),
-    ] = "",
-    data: Annotated[
-        Path | None, typer.Argument(help="Labelled tiles: folder, .csv manifest, .tar or .npz.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder to write the run to.")] = None,
+    recipe: Annotated[str, typer.Argument()] = "",
+    data: Annotated[Path | None, typer.Argument()] = None,
+    out: Path | None = None,
     also: Also = None,
     exclude: Exclude = None,
     label_from: LabelFrom = "label",
-    cross_validate: Annotated[
-        bool,
-        typer.Option("--cross-validate", help="Train once per fold, in the folders OUT/fold-<n>."),
-    ] = False,
-    list_recipes: Annotated[
-        bool, typer.Option("--list", help="List all recipes, models and options.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option(
-            "--dry-run", help="Print the model's layers and computing cost, without training."
-        ),
-    ] = False,
+    cross_validate: bool = False,
+    list_recipes: Annotated[bool, typer.Option("--list")] = False,
+    dry_run: bool = False,
 ) -> None:
-    """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value ...]."""
+    """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value ...].
+
+    Options:
+        recipe: Name of a recipe. `train RECIPE --help` also lists the recipe's options.
+        data: Labelled tiles: folder, .csv manifest, .tar or .npz.
+        out: Folder to write the run to.
+        cross_validate: Train once per fold, in the folders OUT/fold-<n>.
+        list_recipes: List all recipes, models and options.
+        dry_run: Print the model's layers and computing cost, without training.
+    """
     _need_torch()
     from ...training import commands
     from ...training.recipes import find_recipe
@@ -121,20 +113,19 @@ def train(
 @app.command()
 @with_flags
 def reproduce(
-    protocol: Annotated[
-        str,
-        typer.Argument(help="Name of the protocol, such as breast-ae, ae-dac or p4m-deepcluster."),
-    ],
-    data: Annotated[
-        Path,
-        typer.Option(help="The paper's data in its original layout, or any set of labelled tiles."),
-    ],
+    protocol: str,
+    data: Annotated[Path, typer.Option()],
     options: StudyOptions,
     also: Also = None,
     exclude: Exclude = None,
     label_from: LabelFrom = "label",
 ) -> None:
-    """Reproduce the table of a paper: its numbers, ours, and those of a trivial baseline, side by side."""
+    """Reproduce the table of a paper: its numbers, ours, and those of a trivial baseline, side by side.
+
+    Options:
+        protocol: Name of the protocol, such as breast-ae, ae-dac or p4m-deepcluster.
+        data: The paper's data in its original layout, or any set of labelled tiles.
+    """
     _need_torch()
     from ...training import commands
 
@@ -150,17 +141,18 @@ def reproduce(
 @app.command()
 @with_flags
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished training run.")],
-    out: Annotated[Path, typer.Option(help="New folder for the bundle.")],
+    run: Path,
+    out: Annotated[Path, typer.Option()],
     options: ExportOptions,
-    tiles: Annotated[
-        Path | None,
-        typer.Option(
-            help="Tiles for the parity test (ONNX against PyTorch). Default: the run's data."
-        ),
-    ] = None,
+    tiles: Path | None = None,
 ) -> None:
-    """Export a training run to an encoder bundle: ONNX graph, manifest, parity test and model card."""
+    """Export a training run to an encoder bundle: ONNX graph, manifest, parity test and model card.
+
+    Options:
+        run: Folder of a finished training run.
+        out: New folder for the bundle.
+        tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data.
+    """
     _need_torch()
     from ...export.bundle import export_run, parity_tiles
     from ...training.layouts import open_data
@@ -182,14 +174,18 @@ def export(
 @triton_app.command()
 @with_flags
 def repository(
-    bundles: Annotated[list[str], typer.Argument(help="Folders of encoder bundles, or 'default'.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model repository.")],
+    bundles: list[str],
+    out: Annotated[Path, typer.Option()],
     options: TritonOptions,
-    tiles: Annotated[
-        Path | None, typer.Option(help="Tiles on which to measure the error of --fp16.")
-    ] = None,
+    tiles: Path | None = None,
 ) -> None:
-    """Write a Triton model repository with one model per bundle. A changed encoder gets a new version."""
+    """Write a Triton model repository with one model per bundle. A changed encoder gets a new version.
+
+    Options:
+        bundles: Folders of encoder bundles, or 'default'.
+        out: Folder of the model repository.
+        tiles: Tiles on which to measure the error of --fp16.
+    """
     from dataclasses import asdict
 
     from ...artifacts.tileset_files import open_tiles

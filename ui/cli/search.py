@@ -29,44 +29,34 @@ COLUMNS = ("rank", "score", "tile", "slide", "position", "label", "patient", "cl
 
 def search(
     atlas: AtlasPath,
-    images: Annotated[list[Path] | None, typer.Argument(help="Query images.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Number of hits per query.")] = 10,
+    images: Annotated[list[Path] | None, typer.Argument()] = None,
+    k: Annotated[int, typer.Option("-k")] = 10,
     where: Where = None,
-    tile: Annotated[
-        list[int] | None,
-        typer.Option(help="Id of a tile of the atlas to use as query. Repeatable."),
-    ] = None,
-    leave_out: Annotated[
-        str,
-        typer.Option(
-            "--leave-out",
-            "--without",
-            help="With --tile: tile leaves out the query tile itself, slide leaves out all tiles of its "
-            "slide, patient all tiles of its patient.",
-        ),
-    ] = "tile",
-    together: Annotated[
-        bool, typer.Option("--together", help="Combine all images and tiles into one query.")
-    ] = False,
-    unlike: Annotated[
-        list[str] | None,
-        typer.Option(
-            help="Image, or tile id, that the hits should not resemble. Implies --together. Repeatable."
-        ),
-    ] = None,
-    least: Annotated[float | None, typer.Option(help="Minimum score of a hit.")] = None,
-    per_slide: Annotated[
-        bool, typer.Option("--per-slide", help="Return at most one hit per slide.")
-    ] = False,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Compare with every tile, without the index.")
-    ] = False,
+    tile: list[int] | None = None,
+    leave_out: Annotated[str, typer.Option("--leave-out", "--without")] = "tile",
+    together: bool = False,
+    unlike: list[str] | None = None,
+    least: float | None = None,
+    per_slide: bool = False,
+    exact: bool = False,
     engine: Engine = None,
 ) -> None:
     """Find the tiles that look most similar to each image.
 
     JSON: a list with one list of hits per image, in the given order; for an image that cannot be read,
     {"query", "error"}.
+
+    Options:
+        images: Query images.
+        k: Number of hits per query.
+        tile: Id of a tile of the atlas to use as query. Repeatable.
+        leave_out: With --tile: tile leaves out the query tile itself, slide leaves out all tiles of its
+            slide, patient all tiles of its patient.
+        together: Combine all images and tiles into one query.
+        unlike: Image, or tile id, that the hits should not resemble. Implies --together. Repeatable.
+        least: Minimum score of a hit.
+        per_slide: Return at most one hit per slide.
+        exact: Compare with every tile, without the index.
     """
     from ...index.atlas import Atlas
     from ...index.search.query import Query
@@ -181,15 +171,15 @@ def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
 
 
 def assign(
-    atlas: AtlasPath,
-    images: Annotated[list[Path], typer.Argument(help="Query images.")],
-    clusters: Clustering = None,
-    engine: Engine = None,
+    atlas: AtlasPath, images: list[Path], clusters: Clustering = None, engine: Engine = None
 ) -> None:
     """Assign images to the atlas's clusters.
 
     JSON: a list with one object per image, in the given order; for an image that cannot be read,
     {"query", "error"}.
+
+    Options:
+        images: Query images.
     """
     import numpy as np
 
@@ -283,30 +273,23 @@ def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str
 
 def similar(
     atlas: AtlasPath,
-    name: Annotated[
-        str | None, typer.Argument(help="Name of a slide; with --by patient, of a patient.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", help="Number of slides or cases to return.")] = 10,
-    by: Annotated[
-        str, typer.Option(help="What to compare: slide, or patient (all slides of a case).")
-    ] = "slide",
-    how: Annotated[
-        str,
-        typer.Option(
-            help="Score: median (of the minimum distances of tiles, as in Yottixel) or votes (of tiles)."
-        ),
-    ] = "median",
+    name: Annotated[str | None, typer.Argument()] = None,
+    k: Annotated[int, typer.Option("-k")] = 10,
+    by: str = "slide",
+    how: str = "median",
     where: Where = None,
-    features: Annotated[
-        Path | None,
-        typer.Option(
-            help="Feature file of a new slide, which is the query instead of a named one."
-        ),
-    ] = None,
+    features: Path | None = None,
 ) -> None:
     """Find the slides or cases most similar to a slide or case.
 
     Shows their most similar regions. Other slides of the same patient are left out.
+
+    Options:
+        name: Name of a slide; with --by patient, of a patient.
+        k: Number of slides or cases to return.
+        by: What to compare: slide, or patient (all slides of a case).
+        how: Score: median (of the minimum distances of tiles, as in Yottixel) or votes (of tiles).
+        features: Feature file of a new slide, which is the query instead of a named one.
     """
     from ...index.atlas import Atlas
     from ...index.exchange.imports import read_query

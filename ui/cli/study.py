@@ -16,31 +16,25 @@ if TYPE_CHECKING:
 
 def evaluate(
     atlas: AtlasPath,
-    label: Annotated[str, typer.Option(help="Column that is predicted from the hits.")] = "label",
-    leave_out: Annotated[
-        str,
-        typer.Option(
-            help="Column, such as patient or slide. Hits with the same value as the query are left out."
-        ),
-    ] = "patient",
-    without_patients: Annotated[
-        bool,
-        typer.Option(
-            "--without-patients", help="Evaluate although the patient of some tiles is unknown."
-        ),
-    ] = False,
-    unit: Annotated[
-        str, typer.Option(help="What is a query: tile, or slide (its mosaic).")
-    ] = "tile",
-    queries: Annotated[int, typer.Option(help="Maximum number of query tiles.")] = 20_000,
-    bootstrap: Annotated[
-        int, typer.Option(help="Number of bootstrap samples for the confidence intervals.")
-    ] = 1_000,
+    label: str = "label",
+    leave_out: str = "patient",
+    without_patients: bool = False,
+    unit: str = "tile",
+    queries: int = 20000,
+    bootstrap: int = 1000,
     seed: Seed = 0,
 ) -> None:
     """Measure how often hits have the label of the query.
 
     Searches with each labelled tile among the tiles of other patients.
+
+    Options:
+        label: Column that is predicted from the hits.
+        leave_out: Column, such as patient or slide. Hits with the same value as the query are left out.
+        without_patients: Evaluate although the patient of some tiles is unknown.
+        unit: What is a query: tile, or slide (its mosaic).
+        queries: Maximum number of query tiles.
+        bootstrap: Number of bootstrap samples for the confidence intervals.
     """
     import numpy as np
 
@@ -125,14 +119,12 @@ def duplicates(
     console.emit(report, human)
 
 
-def leakage(
-    atlas: AtlasPath,
-    split: Annotated[
-        str, typer.Option(help="Column with the part of each slide or tile, such as train or test.")
-    ],
-    least: Least = None,
-) -> None:
-    """Check that parts of a data set share no patients or images. Exit code 1: they share some."""
+def leakage(atlas: AtlasPath, split: Annotated[str, typer.Option()], least: Least = None) -> None:
+    """Check that parts of a data set share no patients or images. Exit code 1: they share some.
+
+    Options:
+        split: Column with the part of each slide or tile, such as train or test.
+    """
     from ...index.atlas import Atlas
     from ...index.studies.duplicates import leakage as run
 
