@@ -17,7 +17,6 @@ import typer
 
 from . import __version__, console, outlets, stopping
 from .errors import HistoseekError
-from .ui.cli.arguments import AtlasPath
 from .ui.cli.commands import Commands, lazy
 from .ui.cli.index import index_app
 
@@ -89,7 +88,7 @@ def _hash_password(requested: bool) -> None:
 
 @app.command()
 def ui(
-    atlas: AtlasPath,
+    atlas: Path,
     hash_password: Annotated[
         bool, typer.Option("--hash-password", callback=_hash_password, is_eager=True)
     ] = False,

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from ... import console
 from ...errors import BadInput
-from .arguments import AtlasPath, Clustering, Seed
 
 BAR = 30
 """Width of a bar, in characters."""
 
 
 def fit(
-    atlas: AtlasPath,
+    atlas: Path,
     method: str = "kmeans",
     k: str = "auto",
     name: str | None = None,
     min_cluster_size: int | None = None,
-    seed: Seed = 0,
+    seed: int = 0,
 ) -> None:
     """Fit clusters to all tiles of the atlas. New images can then be assigned to them.
 
@@ -68,7 +68,7 @@ def fit(
     console.emit(result, human)
 
 
-def curve(atlas: AtlasPath, method: str = "kmeans", seed: Seed = 0) -> None:
+def curve(atlas: Path, method: str = "kmeans", seed: int = 0) -> None:
     """Compare numbers of clusters: how separate and stable are they?
 
     Options:
@@ -103,7 +103,7 @@ def _bar(share: float | None) -> str:
     return "█" * max(0, round(BAR * (share or 0)))
 
 
-def clusters(atlas: AtlasPath, name: Clustering = None, examples: int = 3) -> None:
+def clusters(atlas: Path, clusters: str | None = None, examples: int = 3) -> None:
     """List clusters with name, size, labels and example tiles.
 
     Options:
@@ -111,7 +111,7 @@ def clusters(atlas: AtlasPath, name: Clustering = None, examples: int = 3) -> No
     """
     from ...index.atlas import Atlas
 
-    report = Atlas(atlas).clusters(name, examples)
+    report = Atlas(atlas).clusters(clusters, examples)
 
     def human() -> None:
         rows = [
@@ -133,7 +133,7 @@ def clusters(atlas: AtlasPath, name: Clustering = None, examples: int = 3) -> No
 
 
 def name(
-    atlas: AtlasPath, cluster: int, text: str, description: str = "", clustering: Clustering = None
+    atlas: Path, cluster: int, text: str, description: str = "", clusters: str | None = None
 ) -> None:
     """Give a cluster a name.
 
@@ -144,19 +144,19 @@ def name(
     """
     from ...index.atlas import Atlas
 
-    Atlas(atlas).name_cluster(cluster, text, description, clustering)
+    Atlas(atlas).name_cluster(cluster, text, description, clusters)
     document = {"cluster": cluster, "name": text, "description": description}
     console.emit(document, lambda: console.say(f"cluster {cluster} is {text!r}"))
 
 
-def drift(atlas: AtlasPath, name: Clustering = None) -> None:
+def drift(atlas: Path, clusters: str | None = None) -> None:
     """Check whether tiles added after the fit still match clusters.
 
     Exit code 1: no, significantly more of them are unknown.
     """
     from ...index.atlas import Atlas
 
-    report = Atlas(atlas).drift(name)
+    report = Atlas(atlas).drift(clusters)
 
     def human() -> None:
         def row(title: str, facts: dict[str, Any]) -> tuple[Any, ...]:
@@ -181,8 +181,8 @@ def drift(atlas: AtlasPath, name: Clustering = None) -> None:
 
 
 def map_(
-    atlas: AtlasPath,
-    seed: Seed = 0,
+    atlas: Path,
+    seed: int = 0,
 ) -> None:
     """Compute the map of all tiles (t-SNE). Otherwise the page computes it when it is first needed."""
     from ...index.atlas import Atlas

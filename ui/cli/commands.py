@@ -20,6 +20,22 @@ JSON = inspect.Parameter(
     annotation=Annotated[bool, typer.Option("--json", help="Print one JSON document.")],
 )
 
+COMMON = {
+    "atlas": "Folder of the atlas.",
+    "also": "Another folder or file to use in addition to DATA. Repeatable.",
+    "clusters": "Name of the clustering. Default: the newest.",
+    "engine": "Milvus collection to search in, such as milvus://host:19530/cases. Run `index push` first.",
+    "exclude": "COLUMN=VALUE[,VALUE...]: leave out tiles with one of these values in this manifest column. "
+    "Repeatable.",
+    "label_from": "Columns of the manifest that form the label, separated by commas.",
+    "least": "Minimum score at which two tiles count as the same. Default for cosine: 0.999.",
+    "metadata": "CSV with the columns slide, label, patient and any others.",
+    "mixed_scales": "From now on, the atlas may hold tiles whose µm per pixel differ by more than 5 %.",
+    "replace": "Replace the features of slides that are already in the atlas.",
+    "seed": "Random seed.",
+    "where": "Metadata filter, such as \"organ = 'colon' and patient != 'P7'\".",
+}
+"""Help texts of parameters that several commands have; a docstring may describe them differently."""
 HELP = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.M)
 """An option and its help text in a docstring."""
 
@@ -72,15 +88,16 @@ def _command_line_form(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _with_help(parameter: inspect.Parameter, text: str | None) -> inspect.Parameter:
     """Add a help text; a parameter without default is an argument, a switch has no form ``--no-…``."""
-    if text is None:
-        return parameter
     kind, info = parameter.annotation, None
     if get_origin(kind) is Annotated:
         kind, info = get_args(kind)
-    elif parameter.default is inspect.Parameter.empty:
-        info = typer.Argument()
-    else:
-        info = typer.Option(*([f"--{parameter.name.replace('_', '-')}"] if kind is bool else []))
+    text = text or getattr(info, "help", None) or COMMON.get(parameter.name)
+    if text is None:
+        return parameter
+    if info is None:
+        flag = [f"--{parameter.name.replace('_', '-')}"] if kind is bool else []
+        required = parameter.default is inspect.Parameter.empty
+        info = typer.Argument() if required else typer.Option(*flag)
     info.help = text
     return parameter.replace(annotation=Annotated[kind, info])
 

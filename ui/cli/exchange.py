@@ -13,7 +13,6 @@ from ... import console
 from ...artifacts.tables import Table
 from ...artifacts.walking import LeftOut, summarised
 from ...errors import BadInput
-from .arguments import AtlasPath, Metadata, MixedScales, Replace, Where
 
 if TYPE_CHECKING:
     from ...index.store.metadata import AddedSlides
@@ -83,15 +82,15 @@ def say_names(title: str, names: Sequence[str]) -> None:
 
 
 def import_(
-    atlas: AtlasPath,
+    atlas: Path,
     features: list[Path],
     encoder: Annotated[str, typer.Option()],
-    metadata: Metadata = None,
+    metadata: Path | None = None,
     mpp: float | None = None,
     tile_px: int | None = None,
     metric: str = "cosine",
-    replace: Replace = False,
-    mixed_scales: MixedScales = False,
+    replace: bool = False,
+    mixed_scales: bool = False,
 ) -> None:
     """Import feature files of other tools, made by any encoder. Creates the atlas if it does not exist.
 
@@ -125,10 +124,10 @@ def import_(
 
 
 def export(
-    atlas: AtlasPath,
+    atlas: Path,
     out: Annotated[Path, typer.Option()],
     to: str = "numpy",
-    where: Where = None,
+    where: str | None = None,
     clusters: str | None = None,
     like: int | None = None,
 ) -> None:
@@ -182,7 +181,7 @@ def export(
     console.emit(document, human)
 
 
-def push(atlas: AtlasPath, milvus: str, index: str | None = None) -> None:
+def push(atlas: Path, milvus: str, index: str | None = None) -> None:
     """Copy the atlas, or its changes since the last push, to Milvus.
 
     Afterwards, `index search --engine` and `index assign --engine` can search there.

@@ -10,15 +10,13 @@ import typer
 from ... import console
 from ...errors import BadInput
 from . import clusters, exchange, search, study
-from .arguments import AtlasPath, Metadata, MixedScales, Replace, Seed, Where
 from .commands import Commands
 
 index_app = Commands("Build, search, cluster and check an atlas.")
-Slides = Annotated[list[str], typer.Argument(help="Names of slides or tile sets.")]
 
 
 @index_app.command()
-def create(atlas: AtlasPath, encoder: str = "default") -> None:
+def create(atlas: Path, encoder: str = "default") -> None:
     """Create an empty atlas for one encoder. The atlas stores a copy of the encoder's bundle.
 
     Options:
@@ -34,11 +32,11 @@ def create(atlas: AtlasPath, encoder: str = "default") -> None:
 
 @index_app.command()
 def add(
-    atlas: AtlasPath,
+    atlas: Path,
     features: list[Path],
-    metadata: Metadata = None,
-    replace: Replace = False,
-    mixed_scales: MixedScales = False,
+    metadata: Path | None = None,
+    replace: bool = False,
+    mixed_scales: bool = False,
 ) -> None:
     """Add feature files to the atlas. A file is added completely or not at all, and only once.
 
@@ -56,8 +54,12 @@ def add(
 
 
 @index_app.command()
-def remove(atlas: AtlasPath, slides: Slides) -> None:
-    """Remove slides or tile sets. If one fails, none is removed. Tile ids are never reused."""
+def remove(atlas: Path, slides: list[str]) -> None:
+    """Remove slides or tile sets. If one fails, none is removed. Tile ids are never reused.
+
+    Options:
+        slides: Names of slides or tile sets.
+    """
     from ...index.atlas import Atlas
 
     removed, tiles = sorted(set(slides)), Atlas(atlas).remove(slides)
@@ -68,7 +70,7 @@ def remove(atlas: AtlasPath, slides: Slides) -> None:
 
 
 @index_app.command()
-def relabel(atlas: AtlasPath, metadata: Annotated[Path, typer.Option()]) -> None:
+def relabel(atlas: Path, metadata: Annotated[Path, typer.Option()]) -> None:
     """Set labels, patients and other columns from a CSV.
 
     If one row fails, nothing is changed. An empty cell deletes the value in the atlas.
@@ -97,7 +99,7 @@ def relabel(atlas: AtlasPath, metadata: Annotated[Path, typer.Option()]) -> None
 
 @index_app.command()
 def relocate(
-    atlas: AtlasPath,
+    atlas: Path,
     old: Annotated[str | None, typer.Option("--from")] = None,
     new: Annotated[Path | None, typer.Option("--to")] = None,
     slides: list[Path] | None = None,
@@ -128,7 +130,7 @@ def relocate(
 
 
 @index_app.command()
-def stats(atlas: AtlasPath) -> None:
+def stats(atlas: Path) -> None:
     """Show numbers of slides, tiles, labels and clusters. Also show encoder and index."""
     from ...index.atlas import Atlas
     from ...index.store.scales import scales_line
@@ -168,7 +170,7 @@ def _index_line(facts: dict[str, Any]) -> str:
 
 
 @index_app.command()
-def verify(atlas: AtlasPath, repair: bool = False) -> None:
+def verify(atlas: Path, repair: bool = False) -> None:
     """Check every file, row and count of an atlas. Exit code 1: there are problems.
 
     Options:
@@ -195,7 +197,7 @@ def verify(atlas: AtlasPath, repair: bool = False) -> None:
 
 
 @index_app.command()
-def snapshot(atlas: AtlasPath, out: Annotated[Path, typer.Option()]) -> None:
+def snapshot(atlas: Path, out: Annotated[Path, typer.Option()]) -> None:
     """Copy an atlas to a new folder and check the copy. Searches can continue meanwhile.
 
     Options:
@@ -212,7 +214,7 @@ def snapshot(atlas: AtlasPath, out: Annotated[Path, typer.Option()]) -> None:
 
 
 @index_app.command()
-def restore(snapshot: Path, atlas: AtlasPath) -> None:
+def restore(snapshot: Path, atlas: Path) -> None:
     """Replace an atlas by a snapshot. The old atlas stays in the same parent folder, under a new name.
 
     Options:
@@ -233,11 +235,11 @@ def restore(snapshot: Path, atlas: AtlasPath) -> None:
 
 @index_app.command()
 def audit(
-    atlas: AtlasPath,
+    atlas: Path,
     queries: int = 500,
     k: Annotated[int, typer.Option("-k")] = 10,
-    where: Where = None,
-    seed: Seed = 1,
+    where: str | None = None,
+    seed: int = 1,
 ) -> None:
     """Measure recall, speed and memory of the index.
 
@@ -277,7 +279,7 @@ def audit(
 
 @index_app.command()
 def tune(
-    atlas: AtlasPath,
+    atlas: Path,
     recall: float | None = None,
     memory_mb: float | None = None,
     exact_up_to: int | None = None,

@@ -24,21 +24,6 @@ app = Commands("Train, reproduce and export.")
 triton_app = Commands("Prepare encoders for NVIDIA Triton.")
 app.add_typer(triton_app, name="triton")
 
-Also = Annotated[
-    list[Path] | None,
-    typer.Option(help="Another folder or file to use in addition to DATA. Repeatable."),
-]
-Exclude = Annotated[
-    list[str] | None,
-    typer.Option(
-        help="COLUMN=VALUE[,VALUE...]: leave out tiles with one of these values in this manifest column. "
-        "Repeatable."
-    ),
-]
-LabelFrom = Annotated[
-    str, typer.Option(help="Columns of the manifest that form the label, separated by commas.")
-]
-
 
 class TrainCommand(TyperCommand):
     """The command ``train``, whose ``--help`` also lists the options of the named recipe."""
@@ -68,9 +53,9 @@ def train(
     recipe: Annotated[str, typer.Argument()] = "",
     data: Annotated[Path | None, typer.Argument()] = None,
     out: Path | None = None,
-    also: Also = None,
-    exclude: Exclude = None,
-    label_from: LabelFrom = "label",
+    also: list[Path] | None = None,
+    exclude: list[str] | None = None,
+    label_from: str = "label",
     cross_validate: bool = False,
     list_recipes: Annotated[bool, typer.Option("--list")] = False,
     dry_run: bool = False,
@@ -116,9 +101,9 @@ def reproduce(
     protocol: str,
     data: Annotated[Path, typer.Option()],
     options: StudyOptions,
-    also: Also = None,
-    exclude: Exclude = None,
-    label_from: LabelFrom = "label",
+    also: list[Path] | None = None,
+    exclude: list[str] | None = None,
+    label_from: str = "label",
 ) -> None:
     """Reproduce the table of a paper: its numbers, ours, and those of a trivial baseline, side by side.
 

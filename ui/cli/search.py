@@ -11,7 +11,6 @@ import typer
 
 from ... import console
 from ...errors import BadInput, HistoseekError, Mismatch
-from .arguments import AtlasPath, Clustering, Engine, Where
 
 if TYPE_CHECKING:
     import numpy as np
@@ -28,10 +27,10 @@ COLUMNS = ("rank", "score", "tile", "slide", "position", "label", "patient", "cl
 
 
 def search(
-    atlas: AtlasPath,
+    atlas: Path,
     images: Annotated[list[Path] | None, typer.Argument()] = None,
     k: Annotated[int, typer.Option("-k")] = 10,
-    where: Where = None,
+    where: str | None = None,
     tile: list[int] | None = None,
     leave_out: Annotated[str, typer.Option("--leave-out", "--without")] = "tile",
     together: bool = False,
@@ -39,7 +38,7 @@ def search(
     least: float | None = None,
     per_slide: bool = False,
     exact: bool = False,
-    engine: Engine = None,
+    engine: str | None = None,
 ) -> None:
     """Find the tiles that look most similar to each image.
 
@@ -171,7 +170,7 @@ def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
 
 
 def assign(
-    atlas: AtlasPath, images: list[Path], clusters: Clustering = None, engine: Engine = None
+    atlas: Path, images: list[Path], clusters: str | None = None, engine: str | None = None
 ) -> None:
     """Assign images to the atlas's clusters.
 
@@ -272,12 +271,12 @@ def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str
 
 
 def similar(
-    atlas: AtlasPath,
+    atlas: Path,
     name: Annotated[str | None, typer.Argument()] = None,
     k: Annotated[int, typer.Option("-k")] = 10,
     by: str = "slide",
     how: str = "median",
-    where: Where = None,
+    where: str | None = None,
     features: Path | None = None,
 ) -> None:
     """Find the slides or cases most similar to a slide or case.

@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ... import console
-from .arguments import AtlasPath, Least, Seed, Where
 
 if TYPE_CHECKING:
     from ...index.studies.scores import RetrievalOptions
 
 
 def evaluate(
-    atlas: AtlasPath,
+    atlas: Path,
     label: str = "label",
     leave_out: str = "patient",
     without_patients: bool = False,
     unit: str = "tile",
     queries: int = 20000,
     bootstrap: int = 1000,
-    seed: Seed = 0,
+    seed: int = 0,
 ) -> None:
     """Measure how often hits have the label of the query.
 
@@ -94,9 +94,9 @@ def _interval(bounds: Sequence[float]) -> str:
 
 
 def duplicates(
-    atlas: AtlasPath,
-    least: Least = None,
-    where: Where = None,
+    atlas: Path,
+    least: float | None = None,
+    where: str | None = None,
 ) -> None:
     """Find groups of tiles that are nearly the same image."""
     from ...index.atlas import Atlas
@@ -119,7 +119,7 @@ def duplicates(
     console.emit(report, human)
 
 
-def leakage(atlas: AtlasPath, split: Annotated[str, typer.Option()], least: Least = None) -> None:
+def leakage(atlas: Path, split: Annotated[str, typer.Option()], least: float | None = None) -> None:
     """Check that parts of a data set share no patients or images. Exit code 1: they share some.
 
     Options:

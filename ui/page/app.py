@@ -88,7 +88,7 @@ def _fetch_nothing() -> None:
     from gradio import processing_utils
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise ValueError("addresses are not fetched; upload the file")
+        raise ValueError("this server does not fetch URLs; upload the file")
 
     for name in ("save_url_to_cache", "async_save_url_to_cache", "ssrf_protected_download"):
         if hasattr(processing_utils, name):
@@ -96,7 +96,7 @@ def _fetch_nothing() -> None:
 
 
 def _link_from_here() -> None:
-    """Make Gradio's links to manifest and icon relative: the host's root may belong to another site."""
+    """Make the links to manifest and icon relative: a proxy may publish the page under a path."""
     from gradio.routes import templates
     from jinja2 import BaseLoader
 
@@ -104,8 +104,8 @@ def _link_from_here() -> None:
     inner = environment.loader
 
     class FromHere(BaseLoader):
-        def get_source(self, asked: Any, template: str) -> Any:
-            source, *rest = inner.get_source(asked, template)
+        def get_source(self, environment: Any, template: str) -> Any:
+            source, *rest = inner.get_source(environment, template)
             return source.replace(AT_ROOT, FROM_HERE), *rest
 
     if inner.__class__.__name__ != FromHere.__name__:
@@ -118,7 +118,7 @@ def _assets(app: Any) -> None:
 
     spec = find_spec("plotly")
     if spec is None or spec.origin is None:
-        raise MissingPart("the page needs plotly: pip install 'histoseek[ui]'")
+        raise MissingPart("the page needs plotly; run: pip install 'histoseek[ui]'")
     files = {
         "page.js": ASSETS / "page.js",
         "plotly.min.js": Path(spec.origin).parent / "package_data" / "plotly.min.js",
@@ -126,7 +126,7 @@ def _assets(app: Any) -> None:
 
     def asset(name: str) -> FileResponse:
         if name not in files:
-            raise NotFound(f"there is no {name}")
+            raise NotFound(f"there is no file {name!r}; reload the page")
         age = "no-cache" if name == "page.js" else "private, max-age=86400"
         return FileResponse(
             files[name], media_type="text/javascript", headers={"Cache-Control": age}

@@ -13,11 +13,9 @@ from . import view
 
 UPLOAD_BYTES = 64 * 2**20
 EVENT: dict[str, Any] = {"api_visibility": "private", "queue": False}
-"""The page's events are not a public API; the HTTP API is separate and documented.
-
-Events are plain requests and do not use Gradio's queue, which can lose an answer: its stream closes after
-an event, and an event sent at that moment gets no answer (Gradio 6.31). The guard and the batching queue
-limit the number of waiting requests.
+"""Settings of every event. They keep it out of Gradio's public API, and out of its queue, which can lose an
+answer: its stream closes after an event, and an event sent at that moment gets no answer (Gradio 6.31). The
+guard and the batching queue limit the number of waiting requests.
 """
 HIDDEN: dict[str, Any] = {**EVENT, "show_progress": "hidden"}
 
@@ -31,7 +29,7 @@ _FILES_JS = "histoseek.files(element, upload);"
 _MAP = """
 <div class="hs-mapbox">
   <div class="hs-mapbar">{select}{tools}
-    <p class="hs-map-note" role="status">The map is drawn when it is looked at.</p></div>
+    <p class="hs-map-note" role="status">The map appears when this tab is open.</p></div>
   <div class="hs-canvas"><div class="hs-plot" role="region" aria-label="Map of the atlas's tiles"></div>
     <svg class="hs-lasso" hidden aria-hidden="true"><polygon></polygon></svg></div>
   <div class="hs-peek" hidden></div>{gallery}
@@ -43,9 +41,15 @@ def html(value: str = "", **options: Any) -> Any:
     return gr.HTML(value, apply_default_css=False, **options)
 
 
-def told(error: Exception) -> str:
-    """Return the text of an error for users."""
+def error_html(error: Exception) -> str:
+    """Return the message of an error as HTML."""
     return view.problem(str(error))
+
+
+def no_clusters() -> Any:
+    """Return the widget that stands in for the clusters of an atlas without clusters."""
+    text = "Run `histoseek index fit` and restart the page."
+    return html(view.empty("This atlas has no clusters yet.", text))
 
 
 def chooser(name: str, title: str, options: str, limit: int, local: bool = False) -> Any:
@@ -77,11 +81,11 @@ def chosen(text: str | None) -> list[dict[str, Any]]:
     """
     data = json.loads(text or "{}")
     if data.get("sending"):
-        raise BadInput("files are still being sent; try again when they are listed")
-    return [uploaded(item) for item in data.get("files", [])]
+        raise BadInput("files are still being uploaded; try again when the list shows them")
+    return [check_upload(item) for item in data.get("files", [])]
 
 
-def uploaded(data: Any) -> dict[str, Any]:
+def check_upload(data: Any) -> dict[str, Any]:
     """Check an upload named by the browser; return its path, name and crop.
 
     Raises:
@@ -92,11 +96,11 @@ def uploaded(data: Any) -> dict[str, Any]:
     data = data if isinstance(data, dict) else {}
     path = Path(str(data.get("path"))).resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
-        raise BadInput("that file was not uploaded here; choose it again")
+        raise BadInput("the file was not uploaded to this server; choose it again")
     crop = data.get("crop")
     numbers = isinstance(crop, list) and len(crop) == 4
     if crop is not None and not (numbers and all(isinstance(c, int | float) for c in crop)):
-        raise BadInput("the crop is not four numbers; draw it again")
+        raise BadInput("the crop is not a list of four numbers; draw it again")
     return {"path": str(path), "name": Path(str(data.get("name", "image"))).name, "crop": crop}
 
 
