@@ -113,20 +113,18 @@ def clusters(atlas: Path, clusters: str | None = None, examples: int = 3) -> Non
 
     report = Atlas(atlas).clusters(clusters, examples)
 
+    columns = ("cluster", "name", "tiles", "slides", "unknown", "labels", "examples")
+
     def human() -> None:
         rows = [
             (
                 "noise" if c["cluster"] < 0 else c["cluster"],
-                c["name"],
-                c["tiles"],
-                c["slides"],
-                c["unknown"],
+                *(c[column] for column in columns[1:5]),
                 ", ".join(f"{k} {n}" for k, n in list(c["labels"].items())[:4]),
                 ", ".join(f"{t['slide']} {t['file'] or (t['x'], t['y'])}" for t in c["examples"]),
             )
             for c in report
         ]
-        columns = ("cluster", "name", "tiles", "slides", "unknown", "labels", "examples")
         console.table("", columns, rows)
 
     console.emit(report, human)
@@ -180,10 +178,7 @@ def drift(atlas: Path, clusters: str | None = None) -> None:
         raise typer.Exit(console.EXIT_FAILED)
 
 
-def map_(
-    atlas: Path,
-    seed: int = 0,
-) -> None:
+def map_(atlas: Path, seed: int = 0) -> None:
     """Compute the map of all tiles (t-SNE). Otherwise the page computes it when it is first needed."""
     from ...index.atlas import Atlas
 

@@ -103,11 +103,7 @@ def _with_help(parameter: inspect.Parameter, text: str | None) -> inspect.Parame
 
 
 def lazy(module: str) -> type[TyperCommand]:
-    """Return a class of commands that are imported when they are called, so that ``--help`` is quick.
-
-    Args:
-        module: module in this package, such as ``.embed``; its :class:`Commands` are called ``app``.
-    """
+    """Return the class of a command that is imported from ``module.app`` when it is called."""
 
     class Lazy(TyperCommand):
         """A command without parameters; the real command parses the arguments."""

@@ -22,10 +22,7 @@ FEW = 10
 
 
 def report_added(
-    results: AddedSlides,
-    table: Table | None,
-    left_out: Sequence[LeftOut] = (),
-    encoder: str = "",
+    results: AddedSlides, table: Table | None, left_out: Sequence[LeftOut] = (), encoder: str = ""
 ) -> None:
     """Print the result of each file and table row; exit code 1 if a file failed.
 

@@ -93,11 +93,7 @@ def _interval(bounds: Sequence[float]) -> str:
     return "{:.3f} to {:.3f}".format(*bounds)
 
 
-def duplicates(
-    atlas: Path,
-    least: float | None = None,
-    where: str | None = None,
-) -> None:
+def duplicates(atlas: Path, least: float | None = None, where: str | None = None) -> None:
     """Find groups of tiles that are nearly the same image."""
     from ...index.atlas import Atlas
     from ...index.studies.duplicates import duplicates as run

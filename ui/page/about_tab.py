@@ -19,12 +19,7 @@ AUDIT_QUERIES = 200
 
 
 def about_tab(session: Session, tab: Any) -> None:
-    """Build the tab.
-
-    Args:
-        session: the open atlas.
-        tab: the Gradio tab.
-    """
+    """Build the tab."""
     about = html(_about(session))
     button = gr.Button("Measure the recall of the index", elem_id="audit")
     note = html("", elem_id="audit-note")

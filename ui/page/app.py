@@ -52,34 +52,28 @@ def mount(app: Any, server: Server) -> Any:
 def _theme() -> Any:
     """Return a theme with sufficient contrast of text (WCAG AA)."""
     theme = gr.themes.Soft(primary_hue="teal", font=FONTS, font_mono=MONO)
+    both = {  # light, dark
+        "block_title_background_fill": ("transparent", "transparent"),
+        "block_title_text_color": ("*neutral_800", "*neutral_100"),
+        "body_text_color_subdued": ("*neutral_600", "*neutral_300"),
+        "block_label_background_fill": ("transparent", "transparent"),
+        "block_label_text_color": ("*neutral_800", "*neutral_100"),
+        "button_primary_background_fill": ("*primary_700", "*primary_700"),
+        "button_primary_background_fill_hover": ("*primary_800", "*primary_800"),
+        "input_border_color": ("*neutral_300", "*neutral_600"),
+        "input_placeholder_color": ("*neutral_500", "*neutral_400"),
+        "checkbox_label_background_fill_selected": ("*primary_700", "*primary_700"),
+    }
     return theme.set(
-        block_title_background_fill="transparent",
-        block_title_background_fill_dark="transparent",
-        block_title_text_color="*neutral_800",
-        block_title_text_color_dark="*neutral_100",
+        **{name: light for name, (light, _) in both.items()},
+        **{f"{name}_dark": dark for name, (_, dark) in both.items()},
         block_title_padding="0",
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_300",
-        block_label_background_fill="transparent",
-        block_label_background_fill_dark="transparent",
-        block_label_text_color="*neutral_800",
-        block_label_text_color_dark="*neutral_100",
-        button_primary_background_fill="*primary_700",
-        button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_800",
         button_primary_text_color="white",
         input_border_width="1px",
-        input_border_color="*neutral_300",
-        input_border_color_dark="*neutral_600",
         checkbox_border_width="1px",
         checkbox_border_color="*neutral_400",
         button_secondary_border_color="*neutral_300",
         button_border_width="1px",
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
-        checkbox_label_background_fill_selected="*primary_700",
-        checkbox_label_background_fill_selected_dark="*primary_700",
     )
 
 

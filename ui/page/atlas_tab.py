@@ -14,12 +14,7 @@ from .widgets import HIDDEN, atlas_map, error_html, html, no_clusters
 
 
 def atlas_tab(session: Session, tab: Any) -> None:
-    """Build the tab.
-
-    Args:
-        session: the open atlas.
-        tab: the Gradio tab.
-    """
+    """Build the tab."""
     names = session.atlas.clusterings()
     fields = [(f"cluster.{name}", f"cluster ({name})") for name in names]
     fields += [(name, name) for name in session.atlas.view().columns.names() if name != "kind"]

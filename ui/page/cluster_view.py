@@ -13,12 +13,7 @@ from .view import EXAMPLES
 
 
 def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -> str:
-    """Return a table of the assigned images, each with its nearest tile, and of the refused images.
-
-    Args:
-        answer: the assigned images.
-        examples: ids of example tiles by cluster.
-    """
+    """Return a table of the assigned and the refused images; ``examples`` are ids of tiles by cluster."""
     rows = []
     for number, (name, placed, hit) in enumerate(
         zip(answer.names, answer.placed, answer.nearest, strict=True)

@@ -49,15 +49,7 @@ element.addEventListener('click', (e) => {
 
 
 def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
-    """Build the tab.
-
-    Args:
-        server: the server's state.
-        last: Gradio state with the id of the last search.
-
-    Returns:
-        A function that lets a page fill in the filters' values when it loads.
-    """
+    """Build the tab; return a function that makes a page load the filters' values."""
     session = server.session
     state = gr.State(EMPTY)
     with gr.Row():

@@ -18,14 +18,7 @@ ADD_JS = "(...row) => histoseek.addSlide('new-file')(...row)"
 
 
 def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]) -> None:
-    """Build the tab.
-
-    Args:
-        server: the server's state.
-        tab: the Gradio tab.
-        head: the page's head, which shows the number of tiles.
-        header: returns the head's HTML.
-    """
+    """Build the tab; ``head`` is the page's head, which shows the number of tiles."""
     additions = server.additions
     html(view.readers_only(), elem_id="readers-note")
     with gr.Row():

@@ -24,13 +24,7 @@ element.addEventListener('click', (e) => {
 
 
 def slides_tab(server: Server, last: Any, tab: Any) -> None:
-    """Build the tab.
-
-    Args:
-        server: the server's state.
-        last: Gradio state with the id of the last search.
-        tab: the Gradio tab.
-    """
+    """Build the tab; ``last`` is the state with the id of the last search."""
     names = server.session.atlas.clusterings()
     chosen = gr.State("")
     with gr.Row():

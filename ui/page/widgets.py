@@ -55,12 +55,8 @@ def no_clusters() -> Any:
 def chooser(name: str, title: str, options: str, limit: int, local: bool = False) -> Any:
     """Return a field to choose or drop files; :func:`with_files` passes the files to an event.
 
-    Args:
-        name: name of the element.
-        title: text of the link.
-        options: HTML attributes of the input, such as ``multiple``.
-        limit: maximum bytes of a file.
-        local: leave the file in the browser; the tab's JavaScript sends it.
+    ``options`` are HTML attributes of the input, ``limit`` is bytes per file. ``local`` keeps the file in
+    the browser; the tab's JavaScript sends it.
     """
     kind = 'data-local="1"' if local else ""
     template = _FILES.format(name=name, title=title, options=options, limit=limit, local=kind)
@@ -111,13 +107,9 @@ _TOOLS = """
 
 
 def atlas_map(js: str, elem_id: str, select: str = "", gallery: str = "") -> Any:
-    """Return the map of the atlas; it is drawn when it first becomes visible.
+    """Return the map of the atlas; ``js`` calls ``histoseek.map``, which draws it when it becomes visible.
 
-    Args:
-        js: JavaScript that calls ``histoseek.map(element, {…})``.
-        elem_id: id of the element.
-        select: HTML of the list of colourings.
-        gallery: HTML of the area for the tiles inside a lasso.
+    ``select`` and ``gallery`` are HTML: the list of colourings, and the area for the tiles inside a lasso.
     """
     return html(
         html_template=_MAP.format(select=select, gallery=gallery, tools=_TOOLS if gallery else ""),
