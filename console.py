@@ -18,9 +18,7 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from . import outlets, stopping
 
@@ -47,18 +45,6 @@ class _Mode:
 
 
 mode = _Mode()
-
-
-def set_json(wanted: bool) -> bool:
-    """Switch JSON mode on or off; the callback of every ``--json`` option."""
-    mode.json = mode.json or wanted
-    return wanted
-
-
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON document.", callback=set_json),
-]
 
 
 def emit(document: Any, human: Callable[[], None]) -> None:

@@ -21,7 +21,7 @@ from histoseek.errors import BadInput
 start.begin()
 
 @__main__.app.command()
-def shout(json: console.Json = False, lines: int = 1) -> None:
+def shout(lines: int = 1) -> None:
     def human():
         console.table({NAME!r}, ("what", "value"), [("µm", None), ({NAME!r}, 1.5)])
         for _ in range(lines):
@@ -29,7 +29,7 @@ def shout(json: console.Json = False, lines: int = 1) -> None:
     console.emit({{"name": {NAME!r}}}, human)
 
 @__main__.app.command()
-def refuse(json: console.Json = False) -> None:
+def refuse() -> None:
     raise BadInput({NAME!r})
 
 __main__.main()

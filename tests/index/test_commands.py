@@ -44,10 +44,10 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["search"], "nothing to look for"),
+        (["search"], "no query was given"),
         (["search", "--tile", "999999"], "has no tile 999999"),
         (["search", "--tile", "1", "--without", "hospital"], "tile, slide, patient"),
-        (["search", "--tile", "1", "--engine", "milvus://x"], "not with --tile"),
+        (["search", "--tile", "1", "--engine", "milvus://x"], "searches with images only"),
         (["search", "{a}", "--where", "organ ="], "cannot be read at character"),
         (["search", "{a}", "--where", "grade = 1"], "unknown field 'grade'"),
         (["search", "{a}", "--engine", "http://x"], "no address of Milvus"),
@@ -130,7 +130,7 @@ def test_similar_duplicates_and_leaks(place, cli_json, cli):
     found = cli_json("index", "similar", atlas, "slide-0", "-k", 3)
     assert [f["rank"] for f in found] == [1, 2, 3] and "slide-1" not in {f["name"] for f in found}
     assert found[0]["evidence"][0]["match"]["slide"] == found[0]["name"]
-    assert "most alike" in cli("index", "similar", atlas, "P1", "--by", "patient").stdout
+    assert "most similar tile at" in cli("index", "similar", atlas, "P1", "--by", "patient").stdout
     new = features(place / "new-case.h5", 50, 3)
     assert len(cli_json("index", "similar", atlas, "--features", new, "-k", 4)) == 4
     assert cli("index", "similar", atlas).returncode == 1
@@ -175,10 +175,10 @@ def test_an_empty_atlas_and_empty_answers_are_said(tmp_path, cli):
     done = cli("index", "evaluate", tmp_path / "empty", "--label", "label")
     assert done.returncode == 1 and "has no tiles yet" in done.stderr
     done = cli("index", "search", atlas.path, "--tile", 1, "--where", "organ = 'colom'", check=True)
-    assert "no tile passes" in done.stdout
+    assert "no tile passes --where" in done.stdout
     done = cli("index", "search", atlas.path, "--tile", 1, "--where", "")
     assert done.returncode == 1 and "the filter is empty" in done.stderr
     done = cli("index", "audit", atlas.path, "--where", "organ = 'colon'", check=True)
-    assert "of them pass organ = 'colon'" in done.stdout and "40" in done.stdout
+    assert "tiles that pass organ = 'colon'" in done.stdout and "40" in done.stdout
     done = cli("index", "drift", atlas.path, check=True)
-    assert "nothing came since the fit" in done.stdout
+    assert "no tiles were added after the fit" in done.stdout

@@ -81,7 +81,7 @@ def test_a_folder_of_several_encoders_is_refused_before_anything_is_written(tmp_
     done = cli(
         "index", "import", tmp_path / "atlas", root / "features_uni_v1", "--encoder", "uni_v1"
     )
-    assert done.returncode == 0 and "your word" not in done.stdout
+    assert done.returncode == 0 and "do not name their encoder" not in done.stdout
 
 
 def test_what_says_no_encoder_is_told(tmp_path, cli, cli_json):
@@ -94,7 +94,7 @@ def test_what_says_no_encoder_is_told(tmp_path, cli, cli_json):
     said = {r["slide"]: r["encoder_by"] for r in report["added"]}
     assert said["s1"] == said["s2"] == "your word" and "folder" in said["s3"]
     told = cli("index", "import", tmp_path / "b", tmp_path / "f", "--encoder", "uni_v1").stdout
-    assert "2 files do not say their encoder; your word 'uni_v1' was taken" in told
+    assert "files that do not name their encoder: 2; used --encoder 'uni_v1'" in told
 
 
 def test_a_vector_of_a_whole_slide_is_no_tile(tmp_path):

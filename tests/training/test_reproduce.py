@@ -231,5 +231,5 @@ def test_listing_and_dry_run(tile_folder, tmp_path, cli, cli_json):
 def test_help_of_a_recipe_shows_its_options(cli):
     shown = " ".join(cli("train", "arcface", "--help").stdout.split())
     assert "Options of recipe arcface:" in shown and "--easy-margin" not in shown
-    assert "--batch <int> Tiles per step and device. [at least 2] [default: 32]" in shown
+    assert "--batch <int> Number of tiles per step and device. [at least 2] [default: 32]" in shown
     assert "Options of recipe" not in cli("train", "--help").stdout
