@@ -112,7 +112,7 @@ def test_a_push_that_is_killed_is_refused_until_it_is_repeated(tmp_path):
         ):  # the server that the dead process had started
             os.kill(int(line.split()[0]), signal.SIGKILL)
     engine = MilvusAtlas(url)
-    with pytest.raises(BadInput, match="not pushed to its end"):
+    with pytest.raises(BadInput, match="did not finish"):
         ask(engine, grouped(np.random.default_rng(0), 1))
     engine.close()
     push(atlas, url)
@@ -168,7 +168,7 @@ def test_facts_that_were_cut_off_while_they_were_written_are_written_again(tmp_p
         with pytest.raises(Unavailable):
             push_changes(engine, atlas)
     queries = grouped(np.random.default_rng(3), 4)
-    with pytest.raises(BadInput, match="not pushed to its end"):
+    with pytest.raises(BadInput, match="did not finish"):
         ask(reader, queries, 3)
     engine.close()
     push(atlas, url)
@@ -187,7 +187,7 @@ def test_new_images_are_assigned_there_as_here(pushed):
     queries = grouped(np.random.default_rng(8), 20)
     assert engine.assign(queries) == atlas.assign(queries)
     assert engine.assign(queries, "kmeans") == atlas.assign(queries, "kmeans")
-    with pytest.raises(BadInput, match="unknown clustering that was pushed 'other'.*kmeans"):
+    with pytest.raises(BadInput, match="unknown clustering in Milvus 'other'.*kmeans"):
         engine.assign(queries, "other")
 
 
