@@ -57,7 +57,7 @@ def report_added(
         "left_out": [left._asdict() for left in left_out],
         "notes": notes,
     }
-    unsaid = sum(r.encoder_by == "your word" for r in results)
+    unsaid = sum(r.encoder_by == "--encoder" for r in results)
     if encoder:
         document["files_that_say_no_encoder"] = unsaid
 
@@ -74,8 +74,10 @@ def report_added(
             rows.by_name_only,
         )
         if unsaid:
-            files = "1 file does not say its" if unsaid == 1 else f"{unsaid} files do not say their"
-            console.say(f"{files} encoder; your word {encoder!r} was taken")
+            files = (
+                "1 file does not name its" if unsaid == 1 else f"{unsaid} files do not name their"
+            )
+            console.say(f"{files} encoder; --encoder {encoder!r} was used")
 
     console.emit(document, human)
     if failed:
