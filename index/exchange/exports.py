@@ -27,7 +27,15 @@ from .qupath import write_geojson
 from .table import Table, table_of
 
 
-def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> int:
+@dataclass(frozen=True)
+class Exported:
+    """The number of tiles written, and the new name of each renamed metadata column by its old name."""
+
+    tiles: int
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> Exported:
     """Write an atlas, or the tiles that pass a filter, for another tool.
 
     Args:
@@ -37,27 +45,11 @@ def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more:
         where: metadata filter.
         more: for ``geojson``: ``clustering``, or ``like``, the id of a tile to compare all tiles with.
 
-    Returns:
-        The number of tiles written.
-
     Raises:
         BadInput: the kind is unknown, the file exists, or there is nothing to export.
         MissingPart: a package is missing.
         StorageFailed: no space.
     """
-    return write(atlas, out, kind, where, **more).tiles
-
-
-@dataclass(frozen=True)
-class Exported:
-    """The number of tiles written, and the new name of each renamed metadata column by its old name."""
-
-    tiles: int
-    renamed: dict[str, str] = field(default_factory=dict)
-
-
-def write(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> Exported:
-    """Write an atlas as :func:`export` does; the result also lists renamed columns."""
     if kind not in KINDS:
         raise unknown_name("kind of export", kind, KINDS)
     if out.exists():

@@ -6,6 +6,7 @@ import base64
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from contextlib import closing
 from typing import Any
 
 import numpy as np
@@ -52,11 +53,8 @@ def push(
         Mismatch: the collection belongs to another encoder or atlas.
         Unavailable: Milvus does not answer.
     """
-    engine = MilvusAtlas(url, must_exist=False)
-    try:
+    with closing(MilvusAtlas(url, must_exist=False)) as engine:
         return push_changes(engine, atlas, index, progress)
-    finally:
-        engine.close()
 
 
 def _create(engine: MilvusAtlas, about: About) -> None:

@@ -105,7 +105,7 @@ def scores_of(results: QueryResults, names: list[str], options: RetrievalOptions
         name = "top1" if k == 1 else f"mmv{k}"
         for suffix, measure in (("", _accuracy), ("_macro_f1", _macro_f1)):
             random = [
-                measure(_Counts.of(results, votes(drawn, k), classes).total()) for drawn in chance
+                measure(_Counts.of(results, votes(draw, k), classes).total()) for draw in chance
             ]
             metrics[name + suffix] = {
                 "value": float(measure(counts.total())[0]),
@@ -117,13 +117,15 @@ def scores_of(results: QueryResults, names: list[str], options: RetrievalOptions
             per_class = _per_class(counts, weights, names)
     precision = average_precision(results.hits, results.label, results.reachable)
     by_chance = [
-        average_precision(drawn, results.label, results.reachable).mean() for drawn in chance
+        average_precision(draw, results.label, results.reachable).mean() for draw in chance
     ]
-    sums = _per_owner(results.owner, np.stack([precision, np.ones(len(precision))], axis=1))
-    drawn_sums = weights @ sums
+    _, owner = np.unique(results.owner, return_inverse=True)
+    drawn = (
+        weights @ np.bincount(owner, precision) / np.maximum(weights @ np.bincount(owner), 1e-12)
+    )
     metrics["map5"] = {
         "value": float(precision.mean()),
-        "interval_95": _interval(drawn_sums[:, 0] / np.maximum(drawn_sums[:, 1], 1e-12)),
+        "interval_95": _interval(drawn),
         "random": float(np.mean(by_chance)),
         "majority": None,
     }
@@ -142,14 +144,6 @@ def _random_answers(results: QueryResults, rng: np.random.Generator) -> Ints:
             classes = np.repeat(np.tile(np.arange(len(pool)), len(rows)), drawn.ravel())
             hits[rows, :count] = rng.permuted(classes.reshape(len(rows), count), axis=1)
     return hits
-
-
-def _per_owner(owner: Ints, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum values (Q, V) by owner: (P, V)."""
-    _, number = np.unique(owner, return_inverse=True)
-    sums = np.zeros((number.max() + 1, values.shape[1]))
-    np.add.at(sums, number, values)
-    return sums
 
 
 @dataclass(frozen=True)

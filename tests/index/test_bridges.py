@@ -169,7 +169,7 @@ def test_numpy_and_parquet_and_anndata_hold_the_same(atlas, tmp_path):
 
     ids, stored = atlas.vectors()
     clusters = atlas.assigned("kmeans")[1].cluster
-    assert export(atlas, tmp_path / "a.npz", "numpy") == 160
+    assert export(atlas, tmp_path / "a.npz", "numpy").tiles == 160
     with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
         assert np.array_equal(found["vectors"], stored)
         assert np.array_equal(found["column_tile"], ids)

@@ -155,7 +155,7 @@ def export(
 ) -> None:
     """Export vectors and metadata for other tools, or tiles with their clusters for QuPath."""
     from ...index.atlas import Atlas
-    from ...index.exchange.exports import write
+    from ...index.exchange.exports import export as write
     from ...index.exchange.qupath import origins, without_size
 
     more: dict[str, Any] = {"clustering": clusters, "like": like} if to == "geojson" else {}
