@@ -107,7 +107,7 @@ def test_a_stated_scale_wins_over_another_tools_file(cli_json, tmp_path):
         "--metadata", tmp_path / "t.csv",
     )  # fmt: skip
     reasons = {one["slide"]: one["reason"] for one in said["added"]}
-    assert "0.5 by the metadata; the file's 0.25 was overruled" in reasons["one"]
+    assert "the metadata's 0.5 µm per pixel was used instead of the file's 0.25" in reasons["one"]
     assert reasons["two"] == ""
     assert {s["name"]: s["mpp"] for s in Atlas(tmp_path / "a").slides()} == {
         "one": 0.5,

@@ -42,7 +42,7 @@ def report_added(
         "left_out": [left._asdict() for left in left_out],
         "notes": notes,
     }
-    unnamed = sum(r.encoder_by == "your word" for r in results)
+    unnamed = sum(r.encoder_by == "--encoder" for r in results)
     if encoder:
         document["files_that_say_no_encoder"] = unnamed
 
@@ -137,7 +137,7 @@ def export(
         like: For geojson: id of a tile. Draws the similarity to it instead of clusters.
     """
     from ...index.atlas import Atlas
-    from ...index.exchange.exports import write
+    from ...index.exchange.exports import export as write
     from ...index.exchange.qupath import origins, without_size
 
     more: dict[str, Any] = {"clustering": clusters, "like": like} if to == "geojson" else {}
