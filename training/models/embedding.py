@@ -85,11 +85,11 @@ class Encoder(nn.Module):
     def classify(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes) of the linear classifier on the features."""
         if self.top is None:
-            raise BadInput("this encoder was built without a classifier; pass classes")
+            raise BadInput("this encoder has no classifier; build it with the option classes")
         features = self.features(tiles)
-        logits: torch.Tensor = self.top(
-            nn.functional.relu(features) if self.relu_before_top else features
-        )
+        if self.relu_before_top:
+            features = nn.functional.relu(features)
+        logits: torch.Tensor = self.top(features)
         return logits
 
     def attach_chain(self, dim: int) -> nn.Linear:
@@ -122,9 +122,9 @@ class AutoEncoder(Encoder):
 
     def reconstruct(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return embeddings (N, D), reconstructions (N, C, S, S) and their targets (N, C, S, S)."""
-        seen = self.colours(tiles)
-        code = self.backbone(seen)
-        return self.head(code), self.decoder(code), seen
+        target = self.colours(tiles)
+        code = self.backbone(target)
+        return self.head(code), self.decoder(code), target
 
 
 def projection_head(
