@@ -219,7 +219,7 @@ def whole_pixels(coords: NDArray[Any], path: Path) -> NDArray[np.int64]:
         row = int(wrong.argmax())
         raise BadInput(
             f"{path}: {int(wrong.sum())} of {len(coords)} coords are not whole pixels; the first is "
-            f"{coords[row].tolist()} in row {row}; expected level-0 pixels: convert micrometres, or round"
+            f"{coords[row].tolist()} in row {row}; expected level-0 pixels: convert or round them"
         )
     pixels: NDArray[np.int64] = coords.astype(np.int64)
     return pixels

@@ -55,10 +55,7 @@ def decode(
         return _to_rgb(source, name or "PIL image")
     label = name or (str(source) if isinstance(source, Path) else "image")
     blob = _read(source, label) if isinstance(source, Path) else source
-    if not blob:
-        raise BadInput(f"{label} is empty (0 bytes); copy or export it again")
-    if len(blob) > MAX_BYTES:
-        raise TooLarge(f"{label} has {len(blob):,} bytes; at most {MAX_BYTES:,} are accepted")
+    _check_size(len(blob), label)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
@@ -79,11 +76,16 @@ def decode(
         ) from error
 
 
+def _check_size(size: int, label: str) -> None:
+    if not size:
+        raise BadInput(f"{label} is empty (0 bytes); copy or export it again")
+    if size > MAX_BYTES:
+        raise TooLarge(f"{label} has {size:,} bytes; expected at most {MAX_BYTES:,}: crop it")
+
+
 def _read(path: Path, label: str) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise TooLarge(f"{label} has {size:,} bytes; at most {MAX_BYTES:,} are accepted")
+        _check_size(path.stat().st_size, label)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BadInput(f"{label} does not exist; check the path") from error

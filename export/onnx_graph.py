@@ -107,15 +107,9 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's notices; the parity test decides
             program = torch.onnx.export(
-                graph,
-                (example,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes={"tiles": {0: torch.export.Dim("batch", min=1)}},
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
+                graph, (example,), input_names=[INPUT], output_names=[OUTPUT], opset_version=OPSET,
+                dynamic_shapes={"tiles": {0: torch.export.Dim("batch", min=1)}}, dynamo=True, verbose=False,
+            )  # fmt: skip
     finally:
         quiet.setLevel(level)
     assert program is not None

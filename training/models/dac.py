@@ -43,15 +43,9 @@ class ClusteringAutoEncoder(AutoEncoder):
             raise BadInput(f"output is {output!r}; expected one of {', '.join(OUTPUTS)}")
         pool = nn.Sequential(nn.AdaptiveAvgPool2d(1), nn.Flatten()) if pooled else nn.Flatten()
         super().__init__(backbone, decoder, size_px, 256, grey, pool)
-        self.cluster_head = nn.Sequential(
-            nn.Linear(256, 64),
-            nn.BatchNorm1d(64),
-            nn.ReLU(),
-            nn.Linear(64, clusters),
-            nn.BatchNorm1d(clusters),
-            nn.ReLU(),
-            nn.Softmax(1),
-        )
+        hidden = (nn.Linear(256, 64), nn.BatchNorm1d(64), nn.ReLU())
+        last = (nn.Linear(64, clusters), nn.BatchNorm1d(clusters), nn.ReLU(), nn.Softmax(1))
+        self.cluster_head = nn.Sequential(*hidden, *last)
         self.clusters = clusters
         self.output = output
         if output == "clusters":

@@ -134,17 +134,9 @@ def projection_head(
 
     ``relu_embedding`` adds a ReLU to the embedding (the paper mentions zero elements in it).
     """
-    layers: list[nn.Module] = [
-        nn.Linear(features, hidden),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, dim),
-        nn.BatchNorm1d(dim),
-    ]
-    if relu_embedding:
-        layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
+    first = (nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout))
+    last = (nn.Linear(hidden, dim), nn.BatchNorm1d(dim))
+    return nn.Sequential(*first, *last, *([nn.ReLU()] if relu_embedding else []))
 
 
 def feature_encoder(

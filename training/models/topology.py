@@ -75,7 +75,7 @@ def build_topology_cae(
     last = 8 if family == "linear" else dim // cells
     if family == "map" and last * cells != dim:
         raise BadInput(
-            f"size_px is {size_px}; its map has {cells} cells, which do not divide {dim}"
+            f"size_px is {size_px}: the map has {cells} cells, but dim {dim} is not a multiple of that"
         )
 
     def pool() -> nn.Module:

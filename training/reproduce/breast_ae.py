@@ -108,20 +108,21 @@ def reproduce(study: Study) -> Report:
         extents[DENSENET] = _extent(record)
         encoder = study.encoder(f"densenet-{fold}")
         scores[DENSENET].append(_score_classifier(encoder, data, parts, positive))
-    published = PUBLISHED | {name: (net.f1, net.acc) for name, net in NETS.items()}
-    floor = np.mean(trivial, 0).tolist()
-    rows = {
-        name: row(COLUMNS, [dict(zip(COLUMNS, run, strict=True)) for run in runs],
-                  (*published[name], None), floor)
-        for name, runs in scores.items()
-    }  # fmt: skip
-    report.tables.append(Table(
-        f"Table 1: held-out tiles of {study.whole.name}", COLUMNS, rows,
-        "all-positive F1; always the training part's largest class; the held-out part's largest class",
-    ))  # fmt: skip
+    title = f"Table 1: held-out tiles of {study.whole.name}"
+    report.tables.append(_table(title, scores, np.mean(trivial, 0).tolist()))
     report.notes.append("Training: " + "; ".join(f"{n}: {t}" for n, t in extents.items()) + ".")
     _draw(study, report, data)
     return report
+
+
+def _table(title: str, scores: dict[str, list[Scores]], trivial: list[float]) -> Table:
+    published = PUBLISHED | {name: (net.f1, net.acc) for name, net in NETS.items()}
+    rows = {}
+    for name, runs in scores.items():
+        by_column = [dict(zip(COLUMNS, run, strict=True)) for run in runs]
+        rows[name] = row(COLUMNS, by_column, (*published[name], None), trivial)
+    trivial_is = "all-positive F1; always the training part's largest class; the held-out part's "
+    return Table(title, COLUMNS, rows, f"{trivial_is}largest class")
 
 
 def _note_differences(study: Study, report: Report, names: list[str]) -> None:
@@ -238,8 +239,7 @@ def _trivial(data: LabelledTiles, parts: Split, positive: str) -> Scores:
     """
     truth = data.labels[parts.test]
     share = float(np.mean(truth == data.label_names.index(positive)))
-    largest = np.bincount(data.labels[parts.train]).argmax()
-    majority = float(np.mean(truth == largest))
+    majority = float(np.mean(truth == np.bincount(data.labels[parts.train]).argmax()))
     return 2 * share / (1 + share), majority, purity(truth, np.zeros(len(truth), dtype=np.int64))
 
 

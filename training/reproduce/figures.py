@@ -54,8 +54,7 @@ def curves(
         axes.annotate(
             name, (0.99, level), xycoords=("axes fraction", "data"), ha="right", va="bottom", fontsize=8
         )  # fmt: skip
-    axes.set_xlabel(x)
-    axes.set_ylabel(y)
+    axes.set(xlabel=x, ylabel=y)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _save(figure, path)
@@ -77,8 +76,7 @@ def tsne(path: Path, vectors: Floats, labels: Ints, names: Sequence[str], title:
         colour = COLOURS[label % len(COLOURS)] if label >= 0 else "#BBBBBB"
         axes.scatter(flat[part, 0], flat[part, 1], s=5, color=colour, label=name[:24], linewidths=0)
     axes.set_title(title, fontsize=10)
-    axes.set_xticks([])
-    axes.set_yticks([])
+    axes.set(xticks=[], yticks=[])
     if len(np.unique(labels)) <= 20:
         axes.legend(fontsize=7, markerscale=3, loc="center left", bbox_to_anchor=(1.01, 0.5))
     return _save(figure, path)
@@ -118,8 +116,7 @@ def reconstructions(path: Path, rows: Images) -> str:
         for column in range(count):
             cell = axes[row][column]
             cell.imshow(np.clip(images[column], 0, 1), interpolation="nearest")
-            cell.set_xticks([])
-            cell.set_yticks([])
+            cell.set(xticks=[], yticks=[])
         axes[row][0].set_ylabel(name, rotation=0, ha="right", va="center", fontsize=8)
     figure.subplots_adjust(wspace=0.05, hspace=0.05)
     return _save(figure, path)
@@ -139,8 +136,7 @@ def grid(
         axes.text(column, row, text, ha="center", va="center", fontsize=8, color=colour)
     axes.set_xticks(range(len(columns)), columns)
     axes.set_yticks(range(len(rows)), rows)
-    axes.set_xlabel(column_name)
-    axes.set_ylabel(row_name)
+    axes.set(xlabel=column_name, ylabel=row_name)
     axes.set_title(title, fontsize=10)
     figure.colorbar(shades)
     return _save(figure, path)
