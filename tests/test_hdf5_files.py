@@ -40,7 +40,7 @@ def test_references_are_refused(tmp_path):
     with h5py.File(tmp_path / "s.h5", "w") as out:
         out["features"], out["coords"] = VECTORS, COORDS
         out.create_dataset("files", (10,), dtype=h5py.ref_dtype)
-    with pytest.raises(BadInput, match="/files holds references"):
+    with pytest.raises(BadInput, match="/files has references"):
         read_features(tmp_path / "s.h5")
 
 

@@ -213,7 +213,7 @@ def test_a_graph_that_is_not_the_net_is_refused_and_nothing_is_written(
         return blob
 
     monkeypatch.setattr(bundle, "to_onnx", other_net)
-    with pytest.raises(Mismatch, match="max_abs is .* allowed is 1e-04"):
+    with pytest.raises(Mismatch, match="max_abs is .* expected at most 1e-04"):
         export_run(run, tmp_path / "b", open_tiles(tile_folder), build)
     assert list(tmp_path.iterdir()) == []
 

@@ -124,8 +124,16 @@ def test_a_first_axis_of_one_and_whole_floats_are_taken(tmp_path, dtype):
 @pytest.mark.parametrize(
     ("places", "features", "says"),
     [
-        (PLACES + 0.5, None, r"12 of 12 coords are no whole pixels, first row 0: \[0.5, 0.5\]"),
-        (np.where(PLACES == 1024, np.nan, PLACES), None, "no whole pixels, first row 2"),
+        (
+            PLACES + 0.5,
+            None,
+            r"12 of 12 coords are not whole pixels; the first is \[0.5, 0.5\] in row 0",
+        ),
+        (
+            np.where(PLACES == 1024, np.nan, PLACES),
+            None,
+            r"not whole pixels; the first is .* in row 2",
+        ),
         (np.where(PLACES == 1024, np.inf, PLACES), None, "expected level-0 pixels"),
         (PLACES, np.stack([vectors(), vectors()]), r"\(2, 12, 16\)"),
         (PLACES[:5], None, "expected"),

@@ -56,14 +56,14 @@ def test_a_row_goes_to_the_slide_whose_path_it_ends(atlas, tmp_path):
 
 def test_a_row_that_means_two_slides_adds_nothing(atlas, tmp_path):
     files = made(tmp_path / "f", slide_a="/s/A/slide.svs", slide_b="/s/B/slide.svs")
-    with pytest.raises(BadInput, match=r"means 2 slides.*A/slide\.svs"):
+    with pytest.raises(BadInput, match=r"matches 2 slides.*A/slide\.svs"):
         atlas.add(files, {"slide.svs": {"patient": "P"}})
     assert people(atlas) == {}
     atlas.add(files[:1], {"slide.svs": {"patient": "PA"}})  # one slide is known: no doubt
-    with pytest.raises(BadInput, match="means 2 slides"):  # another of that name is in the atlas
+    with pytest.raises(BadInput, match="matches 2 slides"):  # another of that name is in the atlas
         atlas.add(files[1:], {"slide.svs": {"patient": "PB"}})
     assert people(atlas) == {"slide_a": ("PA", None)}
-    with pytest.raises(BadInput, match="both mean slide 'slide_a'"):
+    with pytest.raises(BadInput, match="both match slide 'slide_a'"):
         atlas.relabel([{"slide": "slide_a", "label": "x"}, {"slide": "A/slide.svs", "label": "y"}])
 
 
@@ -170,7 +170,7 @@ def test_folders_of_features_are_walked_like_folders_of_slides(atlas, cli_json, 
     left = {os.path.relpath(one["path"], tmp_path / "f"): one["reason"] for one in said["left_out"]}
     assert left == {
         "again/.snapshot": "hidden or system folder",
-        "batch1": "link to a folder that is walked already",
+        "batch1": "link to a folder that is searched already",
         "case.pt": "a pickle, which can run code",
     }
 

@@ -59,7 +59,7 @@ def test_rows_find_slides_of_one_name_by_their_folder(two_patients, tmp_path):
 def test_a_row_that_means_two_slides_stops_the_run(two_patients, cli, tmp_path):
     (tmp_path / "m.csv").write_text("file,mpp\nslide.tiff,0.25\n")
     done = cli("embed", two_patients, "--out", tmp_path / "out", "--manifest", tmp_path / "m.csv")
-    assert done.returncode == 1 and "means 2 slides" in done.stderr
+    assert done.returncode == 1 and "matches 2 slides" in done.stderr
     assert "patientA/slide.tiff" in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -91,7 +91,7 @@ def test_a_link_beside_its_slide_is_the_same_slide(make_slide, tmp_path):
     job = find_jobs([tmp_path], manifest=tmp_path / "m.csv")[0]
     assert job.row["patient"] == "P1"
     (tmp_path / "m.csv").write_text("file,patient\na.tiff,P1\nb.tiff,P2\n")
-    with pytest.raises(BadInput, match="both mean slide 'b'"):
+    with pytest.raises(BadInput, match="both match slide 'b'"):
         find_jobs([tmp_path], manifest=tmp_path / "m.csv")
     assert [job.name for job in find_jobs([tmp_path / "a.tiff"])] == ["a"]
 
@@ -222,7 +222,7 @@ def test_what_is_left_out_is_named_for_people_and_programs(make_slide, cli, tmp_
     for name in (
         "Philips iSyntax",
         "hidden or system folder: 2",
-        "neither a slide nor a picture: 1",
+        "neither a slide nor an image: 1",
     ):
         assert name in done.stdout, done.stdout
     assert record["states"] == {"done": 1}
@@ -315,7 +315,7 @@ def test_hidden_copies_are_no_tiles(tile_folder, tmp_path):
     tiles = open_tiles(tmp_path / "t")
     assert [(tile.file, tile.label) for tile in tiles.tiles] == [("tumour/a.png", "tumour")]
     assert sorted(left.reason for left in tiles.left_out) == [
-        *["hidden or system folder"] * 3, "neither a slide nor a picture"
+        *["hidden or system folder"] * 3, "neither a slide nor an image"
     ]  # fmt: skip
     with tarfile.open(tmp_path / "t.tar", "w") as pack:
         pack.add(tmp_path / "t", arcname=".")
@@ -451,7 +451,7 @@ def test_one_annotation_is_never_laid_on_two_slides(two_patients, encoder, cli_j
     refused = cli_json(
         "embed", two_patients, "--out", tmp_path / "1", "--regions", folder, expect=1
     )
-    assert "'slide' means 2 slides" in refused["error"]["message"]
+    assert "'slide' matches 2 slides" in refused["error"]["message"]
     (folder / "slide.geojson").rename(folder / "patientA/slide.geojson")
     drawn(folder / "stranger.geojson", 0, 0, 9, 9)
     found = cli_json(

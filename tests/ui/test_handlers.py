@@ -155,7 +155,7 @@ def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder
     assert answer.points.shape == (1, 2) and answer.nearest[0].score > 0.999
     table = cluster_view.placed_table(answer, {answer.placed[0]["cluster"]: [1, 2]})
     assert 'data-open="2"' in table
-    assert "1 placed in kmeans" in table and "1 refused" in table and "not a picture" in table
+    assert "1 placed in kmeans" in table and "1 refused" in table and "not an image" in table
     with pytest.raises(BadInput, match="none of the 1"):
         session.cluster([("bad.png", tmp_path / "bad.png")], None)
     with pytest.raises(BadInput, match="at least one"):

@@ -272,7 +272,7 @@ def test_bad_uploads_are_refused_on_the_page(page, tmp_path, tissue):
     deep = Image.fromarray(tissue[..., 0].astype(np.uint16) * 200)
     deep.save(tmp_path / "deep.png")
     (tmp_path / "text.png").write_text("no picture")
-    for name, says in (("deep.png", "8 bits"), ("text.png", "not a picture")):
+    for name, says in (("deep.png", "8 bits"), ("text.png", "not an image")):
         page.set_input_files("#hs-query-file", tmp_path / name)
         page.locator("#verdict [role=alert]", has_text=says).wait_for()
         assert name in page.locator("#verdict").inner_text()
