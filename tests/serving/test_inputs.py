@@ -227,7 +227,7 @@ def test_what_is_left_out_is_named_for_people_and_programs(make_slide, cli, tmp_
         assert name in done.stdout, done.stdout
     assert record["states"] == {"done": 1}
     with pytest.raises(
-        BadInput, match=r"neither slides nor pictures; it holds b\.vsi .*and 4 more"
+        BadInput, match=r"neither slides nor images; it contains b\.vsi .*and 4 more"
     ):
         (folder / "a.tiff").unlink()
         find_inputs([folder])
@@ -239,7 +239,7 @@ def test_slides_alone_leave_out_pictures_beside_them(make_slide, tissue, tmp_pat
     found = find_inputs([tmp_path], "slides")
     assert [job.name for job in found.jobs] == ["a"]
     assert [(left.path, left.reason) for left in found.left_out] == [
-        (str(tmp_path / "photo.jpg"), "picture beside slides (--as slides)")
+        (str(tmp_path / "photo.jpg"), "image beside slides (--as slides)")
     ]
     (tmp_path / "a.tiff").unlink()
     assert [job.name for job in find_inputs([tmp_path], "slides").jobs] == ["photo"]
@@ -460,7 +460,7 @@ def test_one_annotation_is_never_laid_on_two_slides(two_patients, encoder, cli_j
     )  # fmt: skip
     by_folder = {r["source"].split("/")[-2]: r for r in found["results"]}
     assert by_folder["patientA"]["tiles"] == 1
-    assert "holds no regions of slide.tiff" in by_folder["patientB"]["reason"]
+    assert "has no regions for slide.tiff" in by_folder["patientB"]["reason"]
     assert found["inputs"]["regions_unused"] == [str(folder / "stranger.geojson")]
 
 
