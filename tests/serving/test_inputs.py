@@ -137,7 +137,7 @@ def test_unequal_resolution_tags_give_way_to_a_stated_scale(tissue, encoder, tmp
         assert result.state == "done" and "which was overruled" in result.notes[0], result
     with open_slide(tmp_path / "print.tiff", assume_mpp=0.5) as slide:
         assert slide.mpp == 0.5 and "84.67 x 42.33" in slide.notes[0]
-    with pytest.raises(BadInput, match=r"0\.5 x 1 µm; expected square ones.*--override-mpp"):
+    with pytest.raises(BadInput, match=r"0\.5 x 1 µm; expected square pixels.*--override-mpp"):
         open_slide(tmp_path / "wrong.tiff", assume_mpp=0.5)
 
 
@@ -190,7 +190,7 @@ def test_pictures_of_one_size_are_told_apart_by_tissue_or_a_number(tissue, encod
         [tmp_path / "two.ome.tif"], encoder, tmp_path / "2", manifest=tmp_path / "m.csv"
     )
     assert read_features(tmp_path / by_row.features).mpp == 0.5
-    with pytest.raises(BadInput, match="no series 7; it holds 2"):
+    with pytest.raises(BadInput, match="no series 7; it has 2"):
         open_slide(tmp_path / "two.ome.tif", series=7)
 
 
