@@ -18,9 +18,9 @@ STAGES: tuple[Stage, ...] = ("open", "read", "encode")
 class Meter:
     """Counts over all slides and threads; thread-safe."""
 
-    def __init__(self, jobs: int = 0) -> None:
-        """Start the clock; ``jobs`` is the number of slides and tile sets."""
-        self.jobs = jobs
+    def __init__(self) -> None:
+        """Start the clock."""
+        self.jobs = 0  # number of slides and tile sets
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._seconds = dict.fromkeys(STAGES, 0.0)

@@ -12,16 +12,11 @@ from .meter import Meter
 
 @contextmanager
 def metrics_page(address: str | None, meter: Meter) -> Iterator[None]:
-    """Serve ``/metrics`` during the ``with`` block; do nothing without an address.
-
-    Args:
-        address: ``PORT``, on 127.0.0.1, or ``HOST:PORT``.
-        meter: the counters.
+    """Serve ``/metrics`` at ``PORT`` (of 127.0.0.1) or ``HOST:PORT`` during the ``with`` block, if given.
 
     Raises:
         BadInput: the address is invalid.
         Busy: the port is in use.
-        MissingPart: prometheus-client is not installed.
     """
     if address is None:
         yield

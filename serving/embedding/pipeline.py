@@ -85,7 +85,7 @@ def embed_jobs(
 
     Args:
         jobs: from :func:`find_jobs`.
-        encoder: any encoder.
+        encoder: any encoder; it is closed if the run ends early.
         out: the folder for features.
         options: how to cut tiles.
         progress: called with tiles done, tiles expected, and a line about the run.
@@ -97,8 +97,7 @@ def embed_jobs(
 
     Raises:
         StorageFailed: the disk is full or ``out`` is not writable; earlier results are kept.
-        Unavailable: a server did not answer until its deadline; earlier results are kept. The encoder
-            is closed whenever a run ends early.
+        Unavailable: a server did not answer until its deadline; earlier results are kept.
     """
     if options.overlap_px >= encoder.manifest.size_px:
         raise BadInput(

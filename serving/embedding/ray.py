@@ -48,16 +48,16 @@ def run_on_ray(
     progress: Progress,
     results: list[Result] | None = None,
 ) -> Ran:
-    """Embed jobs on a Ray cluster.
+    """Embed jobs on a Ray cluster; see also :func:`~histoseek.serving.embedding.pipeline.embed_jobs`.
 
     Args:
-        jobs: from :func:`~histoseek.serving.embedding.jobs.find_jobs`; all machines must have their paths.
+        jobs: all machines must have their paths.
         choice: the encoder to use; opened once in every worker.
         out: a folder shared by all machines, or a URL.
         options: how to cut tiles; ``jobs`` is the number of cores per slide, 1 when None.
         address: the cluster's address, or ``local`` for a cluster on this machine.
         progress: receives progress.
-        results: the result of each job is appended as the job ends.
+        results: as in ``embed_jobs``.
 
     Raises:
         MissingPart: Ray is not installed.
@@ -100,12 +100,7 @@ def _collect(
 ) -> list[tuple[Result, dict[str, Any]]]:
     """Wait for all tasks; return each job's result and counters, in the order of the jobs.
 
-    Args:
-        ray: the module.
-        tasks: number of the job by task; ended tasks are removed.
-        jobs: the jobs.
-        progress: receives progress.
-        results: the result of each job is appended as the job ends.
+    ``tasks`` has the number of the job by task; ended tasks are removed, and their results appended.
     """
     ended: dict[int, tuple[Result, dict[str, Any]]] = {}
     tiles = 0

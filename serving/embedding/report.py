@@ -27,23 +27,19 @@ NOT_USED = {
 SLOWEST = 3
 
 
-def report_results(ran: Ran, out: str, inputs: dict[str, Any] | None = None) -> bool:
+def report_results(ran: Ran, out: str, inputs: dict[str, Any]) -> bool:
     """Write ``run.json`` into the folder or URL ``out``, print the outcome; return whether all succeeded.
 
     ``inputs`` states which inputs and table rows were left out, and why.
     """
-    document = {**summary(ran), "inputs": inputs or {}}
+    document = {**summary(ran), "inputs": inputs}
     write_document(document, out)
     console.emit(document, lambda: _show(ran.results, document, out))
     return bool(document["ok"])
 
 
 def record_end(
-    error: BaseException,
-    results: Sequence[Result],
-    jobs: int,
-    out: str,
-    inputs: dict[str, Any] | None = None,
+    error: BaseException, results: Sequence[Result], jobs: int, out: str, inputs: dict[str, Any]
 ) -> None:
     """Record in ``run.json`` that a run of ``jobs`` jobs ended early, why, and which had finished."""
     states: dict[str, int] = Counter(result.state for result in results)
@@ -52,7 +48,7 @@ def record_end(
         "ended": f"{type(error).__name__}: {error}",
         "states": {**states, "not reached": jobs - len(results)},
         "results": [asdict(result) for result in results],
-        "inputs": inputs or {},
+        "inputs": inputs,
     }
     with suppress(HistoseekError):  # the disk may be full, which may have ended the run
         if Path(out).is_dir():

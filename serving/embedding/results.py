@@ -94,12 +94,10 @@ class Result:
     """The result of one job.
 
     Attributes:
-        name: name of the slide or tile set.
         source: the file or folder.
         state: done, partial (some tiles unreadable), empty (no tissue), skipped (already done)
             or failed.
         reason: reason for the state, unless done.
-        tiles: number of tiles embedded.
         unreadable: tiles that could not be read, each with coordinates and reason.
         seconds: time from opening to writing; slides overlap in time.
         features: the feature file, if there is one.

@@ -20,14 +20,7 @@ from .results import EmbedOptions, EncoderChoice, Result
 
 @dataclass(frozen=True)
 class Ran:
-    """The outcome of a run.
-
-    Attributes:
-        results: result of every job, in order.
-        manifest: the encoder's manifest.
-        encoder: the encoder's settings.
-        speed: the meter's counters.
-    """
+    """The outcome of a run: every job's result in order, the encoder, its settings, and the counters."""
 
     results: list[Result]
     manifest: Manifest

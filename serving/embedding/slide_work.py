@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,83 +77,78 @@ def stated_scale(job: Job, options: EmbedOptions) -> StatedScale:
     return StatedScale(chosen, by, series, tuple(notes))
 
 
+@dataclass
 class SlideWork:
     """A slide; see :class:`Work`."""
 
-    seconds = 0.0
+    job: Job
+    slide: Slide
+    grid: Grid
+    manifest: Manifest
+    name: str
+    path: Path
+    key: dict[str, Any]
+    stated: StatedScale
+    seconds: float = 0.0
     left_out: Sequence[dict[str, str]] = ()
 
-    def __init__(
-        self,
-        job: Job,
-        slide: Slide,
-        grid: Grid,
-        manifest: Manifest,
-        name: str,
-        path: Path,
-        key: dict[str, Any],
-        stated: StatedScale,
-    ) -> None:
-        """Store what is needed to read and describe the slide's tiles, without the grid's images."""
-        self.job, self.name, self.path, self.count = job, name, path, len(grid.coords)
-        self.tissue: float | None = round(grid.tissue, 4)
-        self._slide, self._manifest, self._key = slide, manifest, key
-        self._coords, self._side, self._size = grid.coords, grid.size_px_level0, grid.size_px
-        self._grid = (grid.overlap_px, grid.mpp, grid.target_mpp, grid.candidates)
-        self._bounds = None if grid.bounds is None else list(grid.bounds)
-        self._mpp_from = stated.by if slide.mpp_from == "stated" else slide.mpp_from
-        self.notes = [*stated.notes, *slide.notes]
+    def __post_init__(self) -> None:
+        """Count the tiles, collect what the result states, and free the grid's images."""
+        self.count = len(self.grid.coords)
+        self.tissue: float | None = round(self.grid.tissue, 4)
+        self.notes = [*self.stated.notes, *self.slide.notes]
+        nothing = np.zeros((0, 0, 3), dtype=np.uint8)
+        self.grid = replace(self.grid, thumbnail=nothing, mask=nothing[..., 0] > 0)
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
-        corners = [(int(x), int(y)) for x, y in self._coords[start : start + len(out)]]
-        return self._slide.read_tiles(corners, self._side, out)
+        corners = [(int(x), int(y)) for x, y in self.grid.coords[start : start + len(out)]]
+        return self.slide.read_tiles(corners, self.grid.size_px_level0, out)
 
     def describe(self, embedded: Sequence[int], unreadable: list[str]) -> Features:
         """See :class:`Work`."""
-        overlap_px, mpp, target_mpp, candidates = self._grid
-        reason = ""
-        if not self.count and not candidates:
+        grid, slide, reason = self.grid, self.slide, ""
+        if not self.count and not grid.candidates:
             reason = (
-                f"no tile: {self._slide.width} x {self._slide.height} pixels are smaller than one "
-                f"tile of {self._side}"
+                f"no tile: {slide.width} x {slide.height} pixels are smaller than one "
+                f"tile of {grid.size_px_level0}"
             )
         elif not self.count:
-            share = self._key["min_tissue"]
-            where = "the regions given" if self._key.get("regions") else "tissue"
-            reason = f"no tissue: none of {candidates} tiles reaches {share:.0%} of {where}"
+            share = self.key["min_tissue"]
+            where = "the regions given" if self.key.get("regions") else "tissue"
+            reason = f"no tissue: none of {grid.candidates} tiles reaches {share:.0%} of {where}"
         return Features(
             name=self.name,
-            encoder=self._manifest.name,
-            encoder_sha256=self._manifest.sha256,
-            features=np.zeros((0, self._manifest.dim), dtype=np.float32),
-            coords=self._coords[np.asarray(embedded, dtype=np.int64)],
+            encoder=self.manifest.name,
+            encoder_sha256=self.manifest.sha256,
+            features=np.zeros((0, self.manifest.dim), dtype=np.float32),
+            coords=grid.coords[np.asarray(embedded, dtype=np.int64)],
             source=self.job.location,
-            size_px=self._size,
-            size_px_level0=self._side,
-            overlap_px=overlap_px,
-            mpp=mpp,
-            target_mpp=target_mpp,
-            width=self._slide.width,
-            height=self._slide.height,
+            size_px=grid.size_px,
+            size_px_level0=grid.size_px_level0,
+            overlap_px=grid.overlap_px,
+            mpp=grid.mpp,
+            target_mpp=grid.target_mpp,
+            width=slide.width,
+            height=slide.height,
             about={
-                "key": self._key,
+                "key": self.key,
                 "source": self.job.location,
                 "reason": reason,
                 "unreadable": unreadable,
                 "tiles": len(embedded),
                 "tissue_share": self.tissue,
-                "mpp_from": self._mpp_from,
-                "bounds": self._bounds,
+                "mpp_from": self.stated.by if slide.mpp_from == "stated" else slide.mpp_from,
+                "bounds": None if grid.bounds is None else list(grid.bounds),
                 "notes": self.notes,
-                **self._slide.colour_profile,
-                "row": self._key["row"],
+                **slide.colour_profile,
+                "row": self.key["row"],
             },
         )
 
     def close(self) -> None:
         """Close the slide."""
-        self._slide.close()
+        self.slide.close()
 
 
 def overlay_files(name: str, out: Path, options: EmbedOptions) -> list[Path]:

@@ -281,54 +281,52 @@ def _done_before(job: Job, name: str, path: Path) -> Result:
     )
 
 
+@dataclass
 class TilesWork:
     """A tile set; see :class:`Work`."""
 
+    job: Job
+    tileset: TileSet
+    manifest: Manifest
+    name: str
+    path: Path
+    key: dict[str, Any]
     tissue: float | None = None
-    seconds = 0.0
+    seconds: float = 0.0
 
-    def __init__(
-        self,
-        job: Job,
-        tileset: TileSet,
-        manifest: Manifest,
-        name: str,
-        path: Path,
-        key: dict[str, Any],
-    ) -> None:
-        """Store the arguments."""
-        self.job, self.name, self.path, self.count = job, name, path, len(tileset)
-        self._tileset, self._manifest, self._key = tileset, manifest, key
-        self.notes = list(tileset.notes)
-        self.left_out: Sequence[dict[str, str]] = [left._asdict() for left in tileset.left_out]
+    def __post_init__(self) -> None:
+        """Count the tiles, and collect what the result states."""
+        self.count = len(self.tileset)
+        self.notes = list(self.tileset.notes)
+        self.left_out: Sequence[dict[str, str]] = [t._asdict() for t in self.tileset.left_out]
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
         failed = {}
         for number in range(len(out)):
             try:
-                out[number] = square(self._tileset.read(start + number), self._manifest.size_px)
+                out[number] = square(self.tileset.read(start + number), self.manifest.size_px)
             except BadInput as error:
                 failed[number] = error
         return failed
 
     def describe(self, embedded: Sequence[int], unreadable: list[str]) -> Features:
         """See :class:`Work`."""
-        tiles = [self._tileset.tiles[row] for row in embedded]
+        tiles = [self.tileset.tiles[row] for row in embedded]
         return Features(
             name=self.name,
-            encoder=self._manifest.name,
-            encoder_sha256=self._manifest.sha256,
-            features=np.zeros((0, self._manifest.dim), dtype=np.float32),
+            encoder=self.manifest.name,
+            encoder_sha256=self.manifest.sha256,
+            features=np.zeros((0, self.manifest.dim), dtype=np.float32),
             coords=np.zeros((len(tiles), 2), dtype=np.int64),
             files=tuple(t.file for t in tiles),
             kind="tiles",
             source=self.job.location,
-            size_px=self._manifest.size_px,
+            size_px=self.manifest.size_px,
             labels=tuple(t.label or "" for t in tiles),
             groups=tuple(t.group or "" for t in tiles),
             about={
-                "key": self._key,
+                "key": self.key,
                 "source": self.job.location,
                 "unreadable": unreadable,
                 "tiles": len(tiles),

@@ -95,17 +95,15 @@ def _check_bf16() -> None:
 
 
 def _candidates(precision: str, streams: int) -> list[EnginePlan]:
-    plans = []
-    if precision == "f32":
-        plans += [EnginePlan("onnxruntime", "f32", batch, streams) for batch in (1, 2, 4, 8)]
+    onnxruntime = [EnginePlan("onnxruntime", "f32", batch, streams) for batch in (1, 2, 4, 8)]
     try:
         load_openvino()
     except MissingPart:
         if precision != "f32":
             raise
-    else:
-        plans += [EnginePlan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
-    return plans
+        return onnxruntime
+    openvino = [EnginePlan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
+    return [*onnxruntime, *openvino] if precision == "f32" else openvino
 
 
 def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: int) -> EnginePlan:
@@ -133,7 +131,7 @@ def fastest(rates: Sequence[tuple[EnginePlan, float]]) -> EnginePlan:
 
 
 def measure(
-    bundle: Path, manifest: Manifest, plans: Sequence[EnginePlan], trial_s: float = _TRIAL_S
+    bundle: Path, manifest: Manifest, plans: Sequence[EnginePlan]
 ) -> list[tuple[EnginePlan, float]]:
     """Return tiles per second of each plan with all streams busy; stops after some seconds."""
     rng = np.random.default_rng(0)
@@ -150,7 +148,7 @@ def measure(
             if plan.engine == "onnxruntime" or plan is plans[-1] and not rates:
                 raise
             continue  # this engine cannot run the graph
-        rates.append((plan, rate_of(engine, tiles, trial_s)))
+        rates.append((plan, rate_of(engine, tiles, _TRIAL_S)))
     return rates
 
 

@@ -26,14 +26,7 @@ Precision = Literal["f32", "bf16"]
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How to run a graph.
-
-    Attributes:
-        engine: ``onnxruntime`` or ``openvino``.
-        precision: ``f32``, or ``bf16`` (OpenVINO on CPUs that have it).
-        batch: tiles per run of the graph.
-        streams: parallel runs.
-    """
+    """How to run a graph: tiles per run (``batch``) and parallel runs (``streams``)."""
 
     engine: EngineName = "onnxruntime"
     precision: Precision = "f32"
@@ -73,12 +66,7 @@ class OnnxRuntimeEngine:
     """ONNX Runtime: one session; on a CPU every run stays on the thread that calls it."""
 
     def __init__(self, bundle: Path, manifest: Manifest, plan: EnginePlan) -> None:
-        """Load the graph.
-
-        Raises:
-            Damaged: the graph cannot be loaded, or does not match the manifest's contract.
-            MissingPart: ONNX Runtime is not installed.
-        """
+        """Load the graph; raise Damaged if that fails or the graph does not match the manifest."""
         runtime = load_onnxruntime()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = 1
@@ -121,12 +109,7 @@ class OpenVinoEngine:
     offloads = False
 
     def __init__(self, bundle: Path, manifest: Manifest, plan: EnginePlan) -> None:
-        """Compile the graph for the plan's batch.
-
-        Raises:
-            Damaged: OpenVINO cannot compile it.
-            MissingPart: OpenVINO is not installed.
-        """
+        """Compile the graph for the plan's batch; raise Damaged if OpenVINO cannot."""
         openvino = load_openvino()
         core = openvino.Core()
         size = manifest.size_px

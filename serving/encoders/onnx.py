@@ -43,12 +43,7 @@ class OnnxEncoder:
         return {**asdict(self._engine.plan), "device": "cuda" if self.offloads else "cpu"}
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed uint8 (N, S, S, 3) -> float32 (N, D).
-
-        Raises:
-            BadInput: the tiles have the wrong shape or type.
-            Damaged: the graph returned a value that is not finite.
-        """
+        """See :class:`.protocol.Encoder`; errors as in :func:`.protocol.in_batches`."""
         return in_batches(tiles, self.manifest, self.batch, self.parallel, self._engine.run)
 
     def close(self) -> None:

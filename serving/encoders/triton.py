@@ -115,12 +115,11 @@ class TritonEncoder:
         }
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed uint8 (N, S, S, 3) -> float32 (N, D).
+        """See :class:`.protocol.Encoder`; errors as in :func:`.protocol.in_batches`, and of the server.
 
         Raises:
-            BadInput: the tiles have the wrong shape or type, or the server refuses them.
-            Damaged: the server returned a value that is not finite.
-            Mismatch: the server came back with another encoder.
+            BadInput: the server refuses the tiles.
+            Mismatch: the server now has another encoder.
             Unavailable: the server did not answer until the deadline.
         """
         return in_batches(tiles, self.manifest, self.batch, self.parallel, self._send)
@@ -153,11 +152,7 @@ class TritonEncoder:
 
     @contextmanager
     def _running_call(self) -> Iterator[None]:
-        """Register a running call, so that :meth:`close` waits for it.
-
-        Raises:
-            Unavailable: the connection was closed.
-        """
+        """Register a running call, so that :meth:`close` waits for it."""
         with self._idle:
             if self._closed.is_set():
                 raise Unavailable(f"{self.address.where} the connection was closed")
@@ -168,8 +163,6 @@ class TritonEncoder:
             with self._idle:
                 self._calls -= 1
                 self._idle.notify_all()
-
-    # -- requests -------------------------------------------------------------------------------
 
     def _send(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         with self._running_call():
@@ -270,8 +263,6 @@ class TritonEncoder:
             return BadInput(f"{self.address.where} refused the token in {TOKEN} ({text})")
         return BadInput(f"{self.address.where} refused the tiles ({code}: {text})")
 
-    # -- identity of the server -----------------------------------------------------------------
-
     def _identify(self) -> Served:
         served = read_identity(
             self._client, self.address, self.address.version or self.version, self._call_options
@@ -314,8 +305,6 @@ class TritonEncoder:
                 f"{self.address.where} now accepts batches of at most {now.max_batch} tiles; this "
                 f"run started with {self.batch}: run the same command again"
             )
-
-    # -- transport of tiles ----------------------------------------------------------------------
 
     @property
     def _shared(self) -> bool:

@@ -25,7 +25,6 @@ class TritonAddress:
 
     Attributes:
         host: host and port.
-        model: name of the model.
         version: version of the model, or "" for the latest that is loaded.
         tls: whether TLS is used (``tritons://``).
         shm: shared memory for tiles: ``system`` (``?shm=1``), ``cuda``, or "" for none.
@@ -95,12 +94,7 @@ def parse_address(spec: str) -> TritonAddress:
 
 
 def connect(address: TritonAddress) -> Any:
-    """Return a gRPC client; it connects at the first request.
-
-    Raises:
-        BadInput: the certificate file is missing.
-        MissingPart: tritonclient is not installed.
-    """
+    """Return a gRPC client, which connects at the first request; raise BadInput without certificates."""
     roots = os.environ.get(CERTIFICATES)
     if roots and not Path(roots).is_file():
         raise BadInput(
@@ -135,7 +129,7 @@ def token_headers(address: TritonAddress) -> dict[str, str]:
     Raises:
         BadInput: the token would be sent unencrypted to another machine.
     """
-    token = os.environ.get(TOKEN, "")
+    token = os.environ.get(TOKEN)
     if not token:
         return {}
     if not address.tls and not address.is_loopback:

@@ -32,15 +32,7 @@ class NotReady(BadInput):
 
 @dataclass(frozen=True)
 class Served:
-    """A model as the server describes it.
-
-    Attributes:
-        manifest: the encoder's manifest.
-        version: the version that answers.
-        max_batch: maximum tiles per request.
-        precision: the model's precision.
-        probe: embedding of the reference image, base64 of float32.
-    """
+    """A model as the server describes it; ``probe``: its embedding of the reference image, in base64."""
 
     manifest: Manifest
     version: str
@@ -52,13 +44,7 @@ class Served:
 def read_identity(
     client: Any, address: TritonAddress, version: str, call_options: dict[str, Any]
 ) -> Served:
-    """Read the model's identity from the server.
-
-    Args:
-        client: tritonclient's client.
-        address: the model's address.
-        version: the version, or "" for the newest that is loaded.
-        call_options: headers and timeout of every request.
+    """Read the identity of the model's ``version``, or of its newest loaded one, from the server.
 
     Raises:
         NotReady: the model is not ready; the message names the models that are.
@@ -116,7 +102,7 @@ def check_probe(served: Served, embedding: NDArray[np.float32], where: str) -> N
     """Compare the server's embedding of the reference image, (D,), with the bundle's.
 
     Raises:
-        Mismatch: they differ by more than half precision explains: the server runs another graph.
+        Mismatch: they differ by more than half precision explains.
     """
     try:
         expected = np.frombuffer(base64.b64decode(served.probe, validate=True), "<f4")

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,38 +19,31 @@ from .triton_address import load_grpc
 SHM = Path("/dev/shm")
 
 
-class Slot(Protocol):
+class Slot(ABC):
     """Carries one request at a time.
 
     Attributes:
         epoch: how often the server had been away when this slot last succeeded.
     """
 
-    epoch: int
+    epoch = 0
 
-    def renew(self, client: Any, call_options: dict[str, Any]) -> None:
+    def renew(self, client: Any, call_options: dict[str, Any]) -> None:  # noqa: B027  # optional
         """Allocate new shared memory and register it with the server, if the slot uses any.
 
         Memory of an abandoned request is never reused: the server may still read it.
         """
-        ...
 
+    @abstractmethod
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
         """Send tiles (N, S, S, 3), return embeddings (N, D)."""
-        ...
 
-    def close(self, client: Any) -> None:
-        """Release shared memory."""
-        ...
+    def close(self, client: Any) -> None:  # noqa: B027  # optional
+        """Release shared memory, if the slot uses any."""
 
 
-class GrpcSlot:
+class GrpcSlot(Slot):
     """Sends tiles in gRPC messages."""
-
-    epoch = 0
-
-    def renew(self, client: Any, call_options: dict[str, Any]) -> None:
-        """Do nothing: there is no shared memory."""
 
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
         """See :class:`Slot`."""
@@ -60,21 +54,12 @@ class GrpcSlot:
         answer = client.infer(inputs=[given], outputs=outputs, **request)
         return np.asarray(answer.as_numpy(OUTPUT))
 
-    def close(self, client: Any) -> None:
-        """Do nothing: there is no shared memory."""
 
-
-class SharedSlot:
+class SharedSlot(Slot):
     """Passes tiles and embeddings in memory shared with the server, of the host or a GPU."""
 
-    epoch = 0
-
     def __init__(self, number: int, batch: int, manifest: Manifest, cuda: bool) -> None:
-        """Prepare for one batch; :meth:`renew` allocates the memory.
-
-        Raises:
-            MissingPart: CUDA shared memory needs cuda-python, which is not installed.
-        """
+        """Prepare for one batch; :meth:`renew` allocates the memory."""
         self._cuda = cuda
         self._dim = manifest.dim
         self._sizes = batch * manifest.size_px**2 * 3, batch * manifest.dim * 4
@@ -83,11 +68,7 @@ class SharedSlot:
         self._regions: list[tuple[str, Any]] = []
 
     def renew(self, client: Any, call_options: dict[str, Any]) -> None:
-        """See :class:`Slot`.
-
-        Raises:
-            Exception: there is no space, or the server cannot access the memory.
-        """
+        """See :class:`Slot`; any error means no space, or that the server cannot access the memory."""
         self.close(client)
         stem = f"histoseek-{os.getpid()}-{os.urandom(4).hex()}-{self._number}"
         for kind, size in zip(("tiles", "embedding"), self._sizes, strict=True):

@@ -55,14 +55,9 @@ def choose_mpp(
     assume_mpp: float | None,
     stated_mpp: float | None,
 ) -> Scale:
-    """Choose a slide's scale from the file, the user and the assumption.
+    """Choose a slide's scale: stated by the user, else from the file, else assumed.
 
-    Args:
-        path: the slide.
-        sides: width and height of a pixel in µm, from the file.
-        of_a_print: the file's value is a print resolution, and an assumption overrides it.
-        assume_mpp: value for files without a scale.
-        stated_mpp: value that the user supplied for this slide; overrides the file.
+    ``sides`` are those of a pixel in µm, from the file; ``of_a_print``: an assumption overrides them.
 
     Raises:
         BadInput: the file's pixels are not square, and the user supplied no value.

@@ -41,11 +41,10 @@ class Grid:
         coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, ordered in blocks of 8 x 8
             tiles, so that tiles read together are neighbours.
         width: width of the slide in level-0 pixels.
-        size_px_level0: side of a tile in level-0 pixels.
+        size_px_level0: side of a tile in level-0 pixels; ``size_px``: in pixels of the tile.
         bounds: left, top, width and height of the scanned area; None if the file does not state it.
         mpp: micrometres per pixel of level 0.
         target_mpp: micrometres per pixel of the tiles.
-        size_px: side of a tile in tile pixels.
         overlap_px: overlap of neighbours in tile pixels.
         candidates: number of tiles before the tissue mask is applied.
         tissue: share of the slide that is tissue according to the mask.
@@ -81,9 +80,7 @@ class Slide:
     """An open slide.
 
     Attributes:
-        path: the file.
-        width: width of level 0, in pixels.
-        height: height of level 0, in pixels.
+        width: width of level 0, in pixels; ``height`` likewise.
         mpp: micrometres per pixel of level 0, or None if unknown.
         mpp_from: ``file``, ``stated``, ``assumed`` or None.
         bounds: left, top, width and height of the scanned area, in level-0 pixels, if the file states it
@@ -151,11 +148,7 @@ class Slide:
         return about_profile(self._source.properties)
 
     def require_mpp(self) -> float:
-        """Return the slide's mpp.
-
-        Raises:
-            BadInput: the file has no scale and none was assumed.
-        """
+        """Return the slide's mpp; raise BadInput if the file has none and none was assumed."""
         if self.mpp is None:
             raise BadInput(
                 f"{self.path} does not state its micrometres per pixel, so tiles cannot be cut at the "

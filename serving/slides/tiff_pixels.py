@@ -44,13 +44,9 @@ _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 
 @dataclass(frozen=True)
 class Level:
-    """One level of a pyramid, and the position of its segments in the file.
+    """One level of a pyramid, in segments of ``tile_width`` x ``tile_height`` pixels.
 
     Attributes:
-        width: width in pixels.
-        height: height in pixels.
-        tile_width: width of a segment in pixels.
-        tile_height: height of a segment in pixels.
         page: tifffile's page.
         planes: 3 if the file stores red, green and blue in separate planes, else 1.
         alpha: meaning of a fourth channel: ``over`` (blended over white), ``premultiplied`` or "" (none).
@@ -155,15 +151,9 @@ class TiffPixels:
     def squares(
         self, level: int, corners: Sequence[tuple[int, int]], out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
-        """Read regions of one size; a shared segment is decoded once.
+        """Read regions as :meth:`.overview.Source.regions` does, but with corners in pixels of the level.
 
-        Args:
-            level: number of the level.
-            corners: left and top of each region, in pixels of the level.
-            out: (N, height, width, 3), filled; white outside the image.
-
-        Returns:
-            The error of each unreadable region, by its index in ``corners``; empty if all were read.
+        A segment that regions share is decoded once; pixels outside the image are white.
         """
         at = self.levels[level]
         height, width = out.shape[1:3]
@@ -171,12 +161,10 @@ class TiffPixels:
         for number, (x, y) in enumerate(corners):
             if x < 0 or y < 0 or x + width > at.width or y + height > at.height:
                 out[number] = 255
-            for row in range(
-                max(0, y) // at.tile_height, min(at.down, -(-(y + height) // at.tile_height))
-            ):
-                for column in range(
-                    max(0, x) // at.tile_width, min(at.across, -(-(x + width) // at.tile_width))
-                ):
+            first_row, end_row = max(0, y) // at.tile_height, -(-(y + height) // at.tile_height)
+            first_column, end_column = max(0, x) // at.tile_width, -(-(x + width) // at.tile_width)
+            for row in range(first_row, min(at.down, end_row)):
+                for column in range(first_column, min(at.across, end_column)):
                     users.setdefault(row * at.across + column, []).append(number)
         failed: dict[int, BadInput] = {}
         for segment, numbers in sorted(users.items()):  # in the order of the file
@@ -215,11 +203,7 @@ class TiffPixels:
         return pixels
 
     def segment(self, level: Level, number: int) -> Rgb:
-        """Decode one segment, clipped to the image, (h, w, 3).
-
-        Raises:
-            BadInput: the segment is missing or damaged; the message says where.
-        """
+        """Decode one segment, clipped to the image, (h, w, 3); raise BadInput if it is damaged."""
         row, column = divmod(number, level.across)
         high = min(level.tile_height, level.height - row * level.tile_height)
         wide = min(level.tile_width, level.width - column * level.tile_width)

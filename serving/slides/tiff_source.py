@@ -36,11 +36,7 @@ class TiffSource(Source):
     """An image of a TIFF file with its pyramid, if it has one."""
 
     def __init__(self, path: Path, series: int = 0) -> None:
-        """Open a TIFF.
-
-        Args:
-            path: the file.
-            series: index of the image that is the slide.
+        """Open a TIFF; ``series`` is the index of the image that is the slide.
 
         Raises:
             BadInput: the file is not a TIFF or is damaged, its pixels do not convert to 8-bit RGB
@@ -71,7 +67,7 @@ class TiffSource(Source):
     def regions(
         self, corners: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
-        """Read several regions; see :class:`~histoseek.serving.slides.overview.Source`."""
+        """See :class:`.overview.Source`."""
         down = self.levels[level][0]
         scaled = [(round(x / down), round(y / down)) for x, y in corners]
         return self._pixels.squares(level, scaled, out)
