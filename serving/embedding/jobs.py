@@ -123,8 +123,8 @@ def find_inputs(
     jobs = _unique(_each_once(jobs, left_out))
     if manifest is None:
         return Inputs(jobs, tuple(left_out))
-    own = os.path.abspath(manifest)
-    left_out = [left for left in left_out if os.path.abspath(left.path) != own]
+    manifest_path = os.path.abspath(manifest)
+    left_out = [left for left in left_out if os.path.abspath(left.path) != manifest_path]
     return _with_rows(jobs, manifest, tuple(left_out))
 
 

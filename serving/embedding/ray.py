@@ -166,14 +166,9 @@ def _connect(address: str) -> tuple[Any, bool]:
 
 
 def _check_url(out: str) -> None:
-    """Check that this machine can write to a URL, before the cluster tries.
-
-    Raises:
-        BadInput: the URL's scheme is unknown, or its package is missing.
-    """
+    """Raise BadInput if a URL's scheme is unknown or its package is missing, before the cluster tries."""
+    fsspec = need("fsspec", "ray")
     try:
-        import fsspec
-
         fsspec.core.url_to_fs(out)
     except (ImportError, ValueError) as error:
         raise BadInput(f"--out {out!r}: {error}") from error
@@ -254,9 +249,7 @@ def _staged(job: Job, encoder: Encoder, out: str) -> Iterator[Path]:
     if "://" not in out:
         yield Path(out)
         return
-    import fsspec
-
-    system, root = fsspec.core.url_to_fs(out)
+    system, root = need("fsspec", "ray").core.url_to_fs(out)
     with TemporaryDirectory(prefix="histoseek-") as temp:
         folder = Path(temp)
         names = {job.name, job.stem, distinct_name(job)}

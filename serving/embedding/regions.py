@@ -15,12 +15,10 @@ ENDING = ".geojson"
 
 
 def with_regions(jobs: Sequence[Job], regions: Path | None) -> list[Job]:
-    """Attach to each slide the GeoJSON file of its annotations.
+    """Attach to each slide that has none the GeoJSON file of its annotations.
 
-    Args:
-        jobs: jobs that already have a file keep it; tile sets get none.
-        regions: a file for a single slide, or a folder with files named after the slides
-            (see ``slide_names``), such as ``case-1.geojson`` or ``patientA/case-1.svs.geojson``.
+    ``regions`` is a file for a single slide, or a folder with files named after the slides (see
+    ``slide_names``), such as ``case-1.geojson`` or ``patientA/case-1.svs.geojson``.
 
     Raises:
         BadInput: there is one file for several slides, or a file name matches two slides.

@@ -13,7 +13,7 @@ from typing import Any
 from ... import console
 from ...artifacts.files import write_json
 from ...artifacts.walking import LeftOut, summarised
-from ...errors import HistoseekError
+from ...errors import HistoseekError, need
 from .results import Result
 from .run import Ran
 
@@ -72,9 +72,7 @@ def write_document(document: dict[str, Any], out: str) -> None:
     if "://" not in out:
         write_json(Path(out) / "run.json", document)
         return
-    import fsspec
-
-    with fsspec.open(f"{out.rstrip('/')}/run.json", "w", encoding="utf-8") as stream:
+    with need("fsspec", "ray").open(f"{out.rstrip('/')}/run.json", "w", encoding="utf-8") as stream:
         stream.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 

@@ -28,9 +28,8 @@ class StatedScale:
     """The mpp and the TIFF series that the options and the manifest state for one slide.
 
     Attributes:
-        mpp: micrometres per pixel of level 0, or None.
         by: source of the mpp: ``override`` or ``manifest``.
-        series: index of the TIFF image that is the slide, or None.
+        series: index of the TIFF image that is the slide.
         notes: values that were overridden.
     """
 

@@ -77,11 +77,7 @@ def in_batches(
 
 
 def check_identity(manifest: Manifest, expect: Manifest | None) -> None:
-    """Compare an encoder with the expected one.
-
-    Raises:
-        Mismatch: they differ; the message names both.
-    """
+    """Raise Mismatch, with both names, if an encoder is not the expected one; any is accepted when None."""
     if expect is not None and expect.sha256 != manifest.sha256:
         raise Mismatch(
             f"encoder {manifest.name} ({manifest.sha256[:12]}…) is not {expect.name} "

@@ -234,8 +234,9 @@ class TritonEncoder:
                 reason = str(error)
             except self._grpc.InferenceServerException as error:
                 code, text = _status(error), str(error.message())
+                transient = code in _TRANSIENT and "larger than max" not in text
                 forgotten = self._shared and "shared memory" in text.lower()
-                if not (_is_transient(code, text) or (forgotten and not away)):
+                if not (transient or (forgotten and not away)):
                     raise self._refusal(code, text) from error
                 away = self._identified and (away or forgotten or not _is_overload(text))
                 reason = f"{code}: {text}"
@@ -336,10 +337,6 @@ class TritonEncoder:
 def _status(error: Any) -> str:
     """Return the gRPC status name of an error, such as UNAVAILABLE."""
     return str(error.status() or "").rpartition(".")[2]
-
-
-def _is_transient(code: str, text: str) -> bool:
-    return code in _TRANSIENT and "larger than max" not in text
 
 
 def _is_overload(text: str) -> bool:

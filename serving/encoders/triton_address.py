@@ -59,11 +59,7 @@ class TritonAddress:
 
 
 def parse_address(spec: str) -> TritonAddress:
-    """Parse a server's address.
-
-    Raises:
-        BadInput: the address is invalid; the message states the expected form.
-    """
+    """Parse a server's address; raise BadInput, with the expected form, if it is invalid."""
     expected = "expected triton://HOST:PORT/MODEL[@VERSION][?shm=1&timeout=30&deadline=120]"
     parts = urlsplit(spec)
     if parts.scheme not in {"triton", "tritons"}:

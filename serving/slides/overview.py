@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,7 +73,9 @@ class _Overview:
         across, down = self._source.levels[self._level][1]
         factor = max(1.0, max(across, down) / longest)
         small = Image.new("RGB", (max(1, round(across / factor)), max(1, round(down / factor))))
-        for left, top, right, bottom in blocks_of(across, down, self._source.block_px):
+        wide, high = self._source.block_px
+        for top, left in itertools.product(range(0, down, high), range(0, across, wide)):
+            right, bottom = min(across, left + wide), min(down, top + high)
             x0, y0 = round(left / factor), round(top / factor)
             size = max(1, round(right / factor) - x0), max(1, round(bottom / factor) - y0)
             block = self._block(left, top, right - left, bottom - top)
@@ -118,12 +121,3 @@ def overview(source: Source, longest: int, path: Path) -> Image.Image:
     if not whole.readable and whole.error is not None:
         raise whole.error
     return small
-
-
-def blocks_of(
-    width: int, height: int, block: tuple[int, int]
-) -> Iterator[tuple[int, int, int, int]]:
-    """Yield left, top, right, bottom of the blocks (width, height) that cover a level."""
-    for top in range(0, height, block[1]):
-        for left in range(0, width, block[0]):
-            yield left, top, min(width, left + block[0]), min(height, top + block[1])

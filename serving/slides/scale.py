@@ -19,13 +19,7 @@ Sides = tuple[float, float]
 
 
 class Scale(NamedTuple):
-    """The scale of a slide.
-
-    Attributes:
-        mpp: micrometres per pixel of level 0; None if unknown.
-        origin: ``file``, ``stated``, ``assumed`` or None.
-        notes: which other value was overridden.
-    """
+    """Micrometres per pixel of level 0, where the value comes from, and which other one was overridden."""
 
     mpp: float | None
     origin: Literal["file", "stated", "assumed"] | None

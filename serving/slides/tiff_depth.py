@@ -57,11 +57,7 @@ def check_page(page: Any, path: Path) -> None:
 
 
 def check_source(path: Path, source: Source) -> None:
-    """Check every level of a TIFF slide that OpenSlide opened; the other readers make their own checks.
-
-    Raises:
-        BadInput: a level does not convert to 8-bit RGB unambiguously.
-    """
+    """Check every level of a TIFF slide that OpenSlide opened; the other readers make their own checks."""
     vendor = source.properties.get("openslide.vendor")
     if vendor is None or not path.is_file() or _magic(path) not in _MAGIC:
         return
