@@ -22,25 +22,15 @@ from ..errors import BadInput
 from .images import SUFFIXES
 from .tables import same_text
 
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".qptiff"}
+)
+"""Suffixes that only slides have; files with another suffix are slides or images."""
+
+TIFF_SUFFIXES = (".tif", ".tiff", ".qptiff", ".btf", ".tf2", ".tf8")
 SLIDE_ENDINGS = (
-    ".ome.tif",
-    ".ome.tiff",
-    ".ome.btf",
-    ".svs",
-    ".ndpi",
-    ".mrxs",
-    ".scn",
-    ".bif",
-    ".vms",
-    ".vmu",
-    ".svslide",
-    ".dcm",
-    ".czi",
-    ".qptiff",
-    ".btf",
-    ".tf2",
-    ".tf8",
-    *sorted(SUFFIXES),
+    *(".ome.tif", ".ome.tiff", ".ome.btf", ".czi"),
+    *sorted({*SLIDE_SUFFIXES, *TIFF_SUFFIXES, *SUFFIXES}),
 )
 """Endings of slide files that a name may omit; no other part of a name may be omitted."""
 

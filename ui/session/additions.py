@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from ...artifacts.files import read_json, write_json
 from ...artifacts.images import SUFFIXES
-from ...artifacts.slide_names import without_last_ending
+from ...artifacts.slide_names import SLIDE_SUFFIXES, without_last_ending
 from ...errors import (
     BadInput,
     Busy,
@@ -37,7 +37,6 @@ from ...serving.embedding.pipeline import embed_jobs
 from ...serving.embedding.results import EmbedOptions
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
-from ...serving.slides.sources import SLIDE_SUFFIXES
 from .addition import Addition, plain
 from .answers import now
 from .session import Session
