@@ -284,7 +284,8 @@ class _Source:
         item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
         blob = _as_file(item, atlas.path)
         added = writer.add_features(item, blob, str(file), row, replace_known)
-        reasons = [added.reason or ("" if size else NO_TILE_SIZE), note]
+        without_size = not size and added.state not in {"failed", "unchanged"}
+        reasons = [added.reason, NO_TILE_SIZE if without_size else "", note]
         encoder_by = str(item.about["encoder_by"])
         return replace(added, reason="; ".join(filter(None, reasons)), encoder_by=encoder_by)
 
