@@ -4,8 +4,9 @@ Under pytest-xdist every file is a group: one worker runs it, so its module fixt
 in ``SPREAD`` have no expensive fixtures; their tests are distributed one by one, at the end. Tests that use
 a resource of the machine (a Ray cluster, a Triton server, a browser) form one group over all files.
 
-The mark ``slow`` is set by fixture, by file, by name, by what the test calls, or by hand. ``make test-quick`` leaves
-slow tests out and allows every other test 30 s, so a slow test without the mark fails there.
+The mark ``slow`` is set by fixture, by file, by name, by what the test calls, or by hand. ``make
+test-quick`` leaves slow tests out and allows every other test 30 s, so a slow test without the mark fails
+there.
 """
 
 import os
@@ -59,7 +60,6 @@ SLOW_FIXTURES = frozenset(
 SLOW_TESTS = frozenset(
     {
         "test_a_gate_learns_from_tissue_alone_to_refuse_what_is_none",
-        "test_a_polyglot_is_what_its_pixels_are",
         "test_a_run_on_a_papers_layout_exports_from_its_own_data",
         "test_a_teacher_sees_a_tile_however_it_lies",
         "test_alike_tiles_lie_together",
