@@ -49,7 +49,7 @@ def test_mnist_and_fashion_mnist(tmp_path, rng):
     ] == "test"
     assert (tiles.read(3)[..., 1] == pictures[3]).all()
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(pictures[:2])[:-5])
-    with pytest.raises(BadInput, match="t10k-images-idx3-ubyte is cut short"):
+    with pytest.raises(BadInput, match="t10k-images-idx3-ubyte is truncated"):
         open_data(folder)
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(pictures[:2])[:9])
     with pytest.raises(BadInput, match="not an idx file of bytes with 3 axes"):
@@ -88,7 +88,7 @@ def test_cifar(tmp_path, rng):
     with pytest.raises(BadInput, match="label outside of 0 to 9"):
         open_data(ten)
     (ten / "data_batch_1.bin").write_bytes(b"x" * 100)
-    with pytest.raises(BadInput, match="cut short"):
+    with pytest.raises(BadInput, match="truncated"):
         open_data(ten)
     python = tmp_path / "python"
     python.mkdir()

@@ -26,9 +26,10 @@ def fit(
 
     Options:
         method: kmeans, hdbscan, or encoder (the clusters that the encoder learned in training).
-        k: Number of k-means clusters, or auto.
+        k: Number of k-means clusters, or auto (chosen by the silhouette).
         name: Name of the clustering.
-        min_cluster_size: Minimum number of tiles in an HDBSCAN cluster.
+        min_cluster_size: Minimum number of tiles in an HDBSCAN cluster. Default: one fortieth of the tiles,
+            at least 15.
     """
     from ...index.atlas import Atlas
 
@@ -69,7 +70,7 @@ def fit(
 
 
 def curve(atlas: Path, method: str = "kmeans", seed: int = 0) -> None:
-    """Compare numbers of clusters: how separate and stable are they?
+    """Measure for several numbers of clusters how well separated and stable they are. Stores nothing.
 
     Options:
         method: kmeans or hdbscan.
