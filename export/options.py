@@ -18,7 +18,8 @@ class ExportOptions:
         Field(description="Name of the encoder. Default: the name of the folder --out.")] = None
     mpp: Annotated[float | None,
         Field(ge=0.01, le=100, description="µm per pixel at which the encoder is to be used; stored in "
-        "the bundle, and `histoseek embed` reads slides at this scale. Without it, `embed` needs --mpp.")] = None
+        "the bundle, and `histoseek embed` reads slides at this scale. Without it, `embed` needs "
+        "--mpp.")] = None
     pca: Annotated[float | None,
         Field(gt=0, le=1, description="Shorten the embeddings by PCA so that this share of the variance "
         "is kept; the PCA becomes part of the ONNX graph.")] = None
@@ -27,8 +28,8 @@ class ExportOptions:
         "this power: 0 leaves the components as they are, 1 gives all the same variance.")] = 0.0
     views: Annotated[int,
         Field(description="Number of orientations of a tile whose embeddings are averaged: 1 (as it is), "
-        "2 (and turned by 180 degrees), 4 (all quarter turns) or 8 (those, and mirrored). Embedding takes that "
-        "many times as long.")] = 1
+        "2 (and turned by 180 degrees), 4 (all quarter turns) or 8 (those, and mirrored). Embedding "
+        "takes that many times as long.")] = 1
     licence: Annotated[str, Field(description="Licence of the weights.")] = "not stated"
     notes: Annotated[Path | None, Field(description="Markdown file to add to the model card.")] = None
     # fmt: on

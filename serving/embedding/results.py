@@ -66,8 +66,8 @@ class EmbedOptions:
     overlap_px: Annotated[int,
         Field(ge=0, description="Overlap of neighbouring tiles, in pixels."), Flag("--overlap")] = 0
     min_tissue: Annotated[float,
-        Field(ge=0, le=1, description="Share of a tile that must be tissue; tiles with less are "
-        "left out.")] = 0.25
+        Field(ge=0, le=1, description="Share of a tile that must be tissue (with --regions: must "
+        "lie in a region); tiles with less are left out.")] = 0.25
     manifest: Annotated[Path | None,
         Field(description="CSV file. Columns for tiles: file, label, group; for slides: file, mpp, "
         "series, label, patient.")] = None

@@ -27,7 +27,7 @@ def fit(
     Options:
         method: kmeans, hdbscan, or encoder (the clusters that the encoder learned in training).
         k: Number of k-means clusters, or auto (chosen by the silhouette).
-        name: Name of the clustering.
+        name: Name of the clustering; an earlier one with the same name is replaced. Default: the method.
         min_cluster_size: Minimum number of tiles in an HDBSCAN cluster. Default: one fortieth of the tiles,
             at least 15.
     """
@@ -151,7 +151,8 @@ def name(
 def drift(atlas: Path, clusters: str | None = None) -> None:
     """Check whether tiles added after the fit still match clusters.
 
-    Exit code 1: no, significantly more of them are unknown.
+    Exit code 1: they do not; the share of them that fits no cluster (unknown) is significantly larger than
+    that of the fitted tiles.
     """
     from ...index.atlas import Atlas
 
