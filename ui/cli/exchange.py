@@ -170,8 +170,8 @@ def export(
             )
         say_names("slides of these tiles", list(left_out))
         say_names(
-            "slides whose scanned area is unknown; their coordinates are level-0 pixels. QuPath has another "
-            "origin for .mrxs, .scn and .bif; embed such slides again",
+            "slides whose scanned area is unknown; their coordinates are level-0 pixels. QuPath has "
+            "another origin for .mrxs, .scn and .bif; embed such slides again",
             unknown,
         )
 
