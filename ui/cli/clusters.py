@@ -70,7 +70,7 @@ def fit(
 
 
 def curve(atlas: Path, method: str = "kmeans", seed: int = 0) -> None:
-    """Measure for several numbers of clusters how well separated and stable they are. Stores nothing.
+    """Compare different numbers of clusters: separation and stability. Stores nothing.
 
     Options:
         method: kmeans or hdbscan.
