@@ -70,7 +70,7 @@ def fit(
 
 
 def curve(atlas: Path, method: str = "kmeans", seed: int = 0) -> None:
-    """Compare different numbers of clusters. Shows how well separated and how stable they are; stores nothing.
+    """Compare different numbers of clusters. Shows how separate and how stable they are; stores nothing.
 
     Options:
         method: kmeans or hdbscan.
