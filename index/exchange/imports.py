@@ -117,7 +117,7 @@ def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
     kind = text_of(stored.attrs.get("feat_type", "tile"))
     if kind != "tile":
         raise BadInput(
-            f"{path} holds one vector of a whole {kind} (STAMP's feat_type), not features of tiles; "
+            f"{path} contains one vector of a whole {kind} (STAMP's feat_type), not features of tiles; "
             "import the folder with the features of tiles"
         )
     data, coords = stored["feats"], stored["coords"]
@@ -236,8 +236,8 @@ def import_features(
     atlas = Atlas(path)
     if not atlas.manifest.external or atlas.manifest.name != encoder:
         raise Mismatch(
-            f"{path} is bound to encoder {atlas.manifest.name!r}; import features of {encoder!r} by "
-            "another tool into an atlas of their own"
+            f"{path} is bound to encoder {atlas.manifest.name!r}; import features of {encoder!r}, made by "
+            "another tool, into a separate atlas"
         )
     results: list[Added] = []
     with atlas.writing() as writer:
