@@ -110,7 +110,7 @@ def test_foreign_features_that_do_not_fit_are_refused(tmp_path, cli):
         _, (result,) = import_features(atlas.path, [file], "uni_v2", {})
         assert result.state == "failed" and re.search(said, result.reason), result
     assert [s["name"] for s in atlas.slides()] == ["good"] and atlas.verify() == []
-    with pytest.raises(Mismatch, match="atlas of their own"):
+    with pytest.raises(Mismatch, match="into a separate atlas"):
         import_features(atlas.path, [good], "conch", {})
     with pytest.raises(BadInput, match="not possible; its metric"):
         Atlas.create_external(tmp_path / "x", "uni", 5, "dot")
