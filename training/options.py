@@ -66,6 +66,9 @@ class TrainingOptions:
         Field(ge=0, le=1, description="Augmentation: Gaussian pixel noise."), HIDDEN] = 0.0
     crop_px: Annotated[int,
         Field(ge=0, description="Train on random crops of this side, unscaled; 0 for none."), HIDDEN] = 0
+    viewing: Annotated[bool,
+        Field(description="Augmentation: change tiles as other programs do: resampling filters, "
+        "sharpening, blur, gamma, saturation, contrast, JPEG, noise.")] = False
     folds: Annotated[int,
         Field(ge=0, description="Folds, by group; 0 trains on everything and measures nothing.")] = 5
     fold: Annotated[int,
@@ -135,7 +138,17 @@ class TrainingOptions:
 
     def augmentation(self) -> Augmentation:
         """Return the ranges of the random changes."""
-        names = ("rotation_deg", "zoom", "shift", "flip", "stain", "colour", "noise", "crop_px")
+        names = (
+            "rotation_deg",
+            "zoom",
+            "shift",
+            "flip",
+            "stain",
+            "colour",
+            "noise",
+            "crop_px",
+            "viewing",
+        )
         return Augmentation(**{name: getattr(self, name) for name in names})
 
     def rate(self, step: int, steps: int, epoch: int) -> float:
