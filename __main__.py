@@ -16,10 +16,9 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, console, outlets, stopping
-from .console import Json
 from .errors import HistoseekError
+from .ui.cli.commands import Commands, lazy
 from .ui.cli.index import index_app
-from .ui.cli.lazy import lazy, nothing
 
 # Medical data: no library may send telemetry. Set before any of them is imported.
 os.environ["ORT_DISABLE_TELEMETRY"] = "1"
@@ -27,125 +26,105 @@ os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
 os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 
-app = typer.Typer(
-    name="histoseek",
-    help="Find similar cases and clusters in whole slides.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-    rich_markup_mode=None,
-)
+app = Commands("Find similar cases and clusters in whole slides.")
 app.add_typer(index_app, name="index")
 LAZY = {
-    "embed": (".embed", "embed_app", "Embed slides and tile sets into feature files."),
-    "train": (".model", "train_app", "Train an encoder."),
-    "reproduce": (".model", "reproduce_app", "Reproduce a paper's table."),
-    "export": (".model", "export_app", "Export a run to an encoder bundle."),
-    "triton": (".model", "triton_app", "Serve encoders by NVIDIA Triton."),
+    "embed": (".embed", "Embed slides and tile sets into feature files."),
+    "train": (".model", "Train an encoder."),
+    "reproduce": (".model", "Reproduce the table of a paper."),
+    "export": (".model", "Export a training run to an encoder bundle."),
+    "triton": (".model", "Prepare encoders for NVIDIA Triton."),
 }
-"""Commands whose flags are made from option models: module, app, and what the list of commands shows."""
-for _name, (_module, _holder, _help) in LAZY.items():
-    app.command(_name, cls=lazy(_module, _holder), help=_help)(nothing)
+"""Commands that are imported when they are called: their module, and their line in the list of commands."""
+for _name, (_module, _help) in LAZY.items():
+    app.command(_name, cls=lazy(_module), help=_help)(lambda: None)
 
 
-def _version(wanted: bool) -> None:
-    if wanted:
+def _version(requested: bool) -> None:
+    if requested:
         print(f"histoseek {__version__}")
         raise typer.Exit
 
 
 @app.callback()
 def root(
-    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False,
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
 ) -> None:
     """Find similar cases and clusters in whole slides."""
 
 
 @app.command()
-def demo(
-    dir: Annotated[Path, typer.Option(help="Folder for the demo's files.")] = Path(
-        "histoseek-demo"
-    ),
-    no_ui: Annotated[bool, typer.Option("--no-ui", help="Do not open the page.")] = False,
-    port: Annotated[int, typer.Option(help="Port of the page.")] = 7860,
-    json: Json = False,
-) -> None:
-    """Try everything on one real slide: embed, index, cluster, search, and open the page."""
+def demo(dir: Path = Path("histoseek-demo"), no_ui: bool = False, port: int = 7860) -> None:
+    """Try all steps on one real slide, then open the page.
+
+    Options:
+        dir: Folder for the demo's files.
+        no_ui: Do not open the page.
+        port: Port of the page.
+    """
     from .ui.cli.demo import run_demo
 
     atlas, found = run_demo(dir)
     if not no_ui:
         from .ui.server import ServeOptions
 
-        _open_page(atlas, ServeOptions(port=port), quiet=json, browser=True)
+        _open_page(atlas, ServeOptions(port=port), after_demo=True)
     if not found:
         raise typer.Exit(console.EXIT_FAILED)
 
 
-def _hash_password(wanted: bool) -> None:
-    if not wanted:
+def _hash_password(requested: bool) -> None:
+    if not requested:
         return
     from .ui.access.users import ask_password, hash_password
 
-    made = hash_password(ask_password())
-    console.emit({"hash": made}, lambda: print(made))
+    hashed = hash_password(ask_password())
+    console.emit({"hash": hashed}, lambda: print(hashed))
     raise typer.Exit
-
-
-HashPassword = Annotated[
-    bool,
-    typer.Option(
-        "--hash-password",
-        callback=_hash_password,
-        is_eager=True,
-        help="Ask for a password, print its hash for --users, and stop.",
-    ),
-]
 
 
 @app.command()
 def ui(
-    atlas: Annotated[Path, typer.Argument(help="Folder of the atlas.")],
-    hash_password: HashPassword = False,
-    host: Annotated[str, typer.Option(help="Address to listen on.")] = "127.0.0.1",
-    port: Annotated[int, typer.Option(help="Port to listen on.")] = 7860,
-    encoder: Annotated[
-        str | None, typer.Option(help="Where the atlas's encoder runs, such as triton://….")
-    ] = None,
-    slides: Annotated[
-        list[Path] | None, typer.Option(help="Folder to add slides from by path; repeatable.")
-    ] = None,
-    users: Annotated[
-        Path | None,
-        typer.Option(help="File with lines user:HASH or user:HASH:ROLE, readable by you only."),
-    ] = None,
-    allow_host: Annotated[
-        list[str] | None, typer.Option(help="Further name it is asked for by, as of a proxy.")
-    ] = None,
-    root_path: Annotated[
-        str, typer.Option(help="Path under which a proxy shows the page, such as /histo.")
-    ] = "",
-    trusted_proxy: Annotated[
-        list[str] | None,
-        typer.Option(help="Address or network whose X-Forwarded-… headers count; repeatable."),
-    ] = None,
-    user_header: Annotated[
-        str, typer.Option(help="Header with the user's name, set by the trusted proxy.")
-    ] = "",
-    editor: Annotated[
-        list[str] | None,
-        typer.Option(help="User of that header who may change the atlas, * for all; repeatable."),
-    ] = None,
-    audit_log: Annotated[
-        Path | None, typer.Option(help="File of the audit log; in the atlas if left out.")
-    ] = None,
-    no_page: Annotated[bool, typer.Option("--no-page", help="Serve the API only.")] = False,
-    log_requests: Annotated[
-        bool, typer.Option("--log-requests", help="Log every request, not only refused ones.")
+    atlas: Path,
+    hash_password: Annotated[
+        bool, typer.Option("--hash-password", callback=_hash_password, is_eager=True)
     ] = False,
-    json: Json = False,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+    encoder: str | None = None,
+    slides: list[Path] | None = None,
+    users: Path | None = None,
+    allow_host: list[str] | None = None,
+    root_path: str = "",
+    trusted_proxy: list[str] | None = None,
+    user_header: str = "",
+    editor: list[str] | None = None,
+    audit_log: Path | None = None,
+    no_page: bool = False,
+    log_requests: bool = False,
 ) -> None:
-    """Serve an atlas as a web page and an HTTP API (API documentation: /docs)."""
+    """Serve an atlas as a web page and an HTTP API. The API's documentation is at /docs.
+
+    Options:
+        hash_password: Ask for a password, print its hash for the --users file, and exit.
+        host: Address to listen on.
+        port: Port to listen on.
+        encoder: Address of a Triton server that runs the atlas's encoder: triton://HOST:PORT/MODEL.
+            Default: run it in this process.
+        slides: Folder from which users may add slides by their path. Repeatable.
+        users: File of users, one user:HASH or user:HASH:ROLE per line. Only you may have access to it.
+        allow_host: Another host name under which clients reach this server, for example through a proxy.
+            Repeatable.
+        root_path: URL path under which a proxy publishes the page, such as /histo.
+        trusted_proxy: Address or network of a proxy whose X-Forwarded-* headers are trusted. Repeatable.
+        user_header: Header in which the trusted proxy sends the user's name.
+        editor: User, named in --user-header, who may change the atlas; * for all users. Repeatable.
+        audit_log: File of the audit log. Default: a file in the atlas.
+        no_page: Serve only the API, without the page.
+        log_requests: Log all requests. Default: only refused requests.
+    """
     from .ui.access.policy import access_for
     from .ui.access.proxies import proxies_for
     from .ui.server import ServeOptions
@@ -160,18 +139,19 @@ def ui(
     stopping.leave(console.EXIT_DONE)  # a library's thread may still be computing a map
 
 
-def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = False) -> None:
+def _open_page(atlas: Path, options: Any, after_demo: bool = False) -> None:
+    """Serve until Ctrl-C; after the demo, which printed its JSON document, also open a browser."""
     from .ui.server import Running
 
     running = Running(atlas, options)
     document = {"atlas": str(atlas), "address": running.address, "notes": running.notes}
-    text = "\n".join([*running.notes, f"histoseek is at {running.address} (Ctrl-C stops it)"])
-    if quiet:  # the caller has already printed its one JSON document
+    text = "\n".join([*running.notes, f"histoseek is at {running.address} (press Ctrl-C to stop)"])
+    if after_demo:
         console.say(text)
     else:
         console.emit(document, lambda: console.say(text))
     sys.stdout.flush()
-    if browser:
+    if after_demo:
         import webbrowser
 
         webbrowser.open(running.address)
@@ -186,8 +166,8 @@ def _open_page(atlas: Path, options: Any, quiet: bool = False, browser: bool = F
 
 
 @app.command()
-def doctor(json: Json = False) -> None:
-    """Show what is installed, which accelerators were found, and how to install what is missing."""
+def doctor() -> None:
+    """Show installed parts and accelerators. For missing parts, show how to install them."""
     from .ui.cli.doctor import examine, show
 
     report = examine()
@@ -197,7 +177,7 @@ def doctor(json: Json = False) -> None:
 
 
 def main(arguments: list[str] | None = None) -> Any:
-    """Run the command line; exit codes: 1 for our errors, 2 for wrong usage, 130 for Ctrl-C."""
+    """Run the command line; :mod:`histoseek.console` lists the exit codes."""
     before = console.mode.json
     console.mode.json = "--json" in (sys.argv[1:] if arguments is None else arguments)
     if start.is_command_line():
@@ -222,10 +202,15 @@ def _run(arguments: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = console.EXIT_STOPPED
     except Exception as error:
-        usage = hasattr(error, "format_message")  # an error of click: wrong usage
+        usage = hasattr(error, "format_message")  # click raises it for wrong usage
         if not usage and not stopping.requested():
             raise
-        console.fail(error)
+        if (
+            type(error).__name__ == "NoArgsIsHelpError"
+        ):  # a group without a command: its text is the help
+            print(error, file=sys.stderr)
+        else:
+            console.fail(error)
         code = console.EXIT_USAGE if usage else console.EXIT_FAILED
     return code if isinstance(code, int) else 0
 

@@ -15,23 +15,27 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from . import outlets, stopping
 
 Progress = Callable[[int, int, str], None]
 
+
+def no_progress(done: int, total: int, text: str) -> None:
+    """Report nothing; the default where a function takes a :data:`Progress`."""
+
+
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 130
-EXIT_NOT_SAID = 74
-"""Exit code if writing to standard output failed (EX_IOERR of sysexits)."""
+EXIT_NOT_PRINTED = 74
+"""Exit code if writing to standard output failed (EX_IOERR in sysexits.h)."""
 EXIT_NO_READER = 141
 """Exit code if the reader closed the pipe; a shell shows the same for SIGPIPE."""
 
@@ -42,18 +46,6 @@ class _Mode:
 
 
 mode = _Mode()
-
-
-def set_json(wanted: bool) -> bool:
-    """Switch JSON mode on or off; the callback of every ``--json`` option."""
-    mode.json = mode.json or wanted
-    return wanted
-
-
-Json = Annotated[
-    bool,
-    typer.Option("--json", help="Print one JSON document.", callback=set_json),
-]
 
 
 def emit(document: Any, human: Callable[[], None]) -> None:
@@ -67,18 +59,16 @@ def emit(document: Any, human: Callable[[], None]) -> None:
 def _print_json(document: Any, indent: int | None = None) -> None:
     """Print JSON that any encoding of standard output can represent."""
     escape = not outlets.speaks_unicode(sys.stdout)
-    print(
-        json.dumps(document, ensure_ascii=escape, indent=indent, allow_nan=False, default=str),
-        flush=True,
-    )
+    text = json.dumps(document, ensure_ascii=escape, indent=indent, allow_nan=False, default=str)
+    print(text, flush=True)
 
 
 def tell_stop(done: bool) -> None:
     """Print that the command was stopped, or that it was already ``done`` when the stop request came."""
     if done:
-        text = "asked to stop when all was done: the answer is complete"
+        text = "the stop request came after the last step: the answer is complete"
     else:
-        text = "stopped; repeat the command to go on where it was"
+        text = "stopped; repeat the command to continue from here"
         if mode.json:
             _print_json({"error": {"type": "Stopped", "message": text}})
     print(text, file=sys.stderr, flush=True)
@@ -95,14 +85,10 @@ def exit_code(code: int) -> int:
         return code
     if error.errno == errno.EPIPE:
         return EXIT_NO_READER
-    reason = os.strerror(error.errno or 0)
-    print(
-        f"standard output did not take all of the answer ({reason}); what was done stays done; "
-        "print it to another place to see it",
-        file=sys.stderr,
-        flush=True,
-    )
-    return EXIT_NOT_SAID
+    text = f"the answer could not be written to standard output ({os.strerror(error.errno or 0)}); the "
+    text += "command's results are stored: repeat it with another output to see the answer"
+    print(text, file=sys.stderr, flush=True)
+    return EXIT_NOT_PRINTED
 
 
 def log_to_stderr(everything: bool) -> None:
@@ -144,14 +130,14 @@ def _cell(value: object) -> str:
 
 def fail(error: Exception) -> None:
     """Print an error: as text on stderr, or as a JSON document in JSON mode."""
+    kind = type(error).__name__
     if mode.json:
-        kind = type(error).__name__
         _print_json({"error": {"type": kind, "message": str(error)}})
     else:
         from rich.console import Console
         from rich.text import Text
 
-        message = Text(f"{type(error).__name__}: ", style="bold red") + Text(str(error), style="")
+        message = Text(f"{kind}: ", style="bold red") + Text(str(error), style="")
         Console(stderr=True, soft_wrap=True).print(message)
 
 
@@ -165,25 +151,18 @@ def progress(title: str) -> Iterator[Progress]:
     if not _on_terminal():
         yield _line_reporter(title)
         return
+    from rich import progress as bars
     from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        MofNCompleteColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
 
     columns = (
-        TextColumn("{task.fields[title]}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.description}", style="dim"),
+        bars.TextColumn("{task.fields[title]}"),
+        bars.BarColumn(),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TimeRemainingColumn(),
+        bars.TextColumn("{task.description}", style="dim"),
     )
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with bars.Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", title=title, total=None)
 
         def report(done: int, total: int, text: str) -> None:
@@ -210,8 +189,6 @@ def _on_terminal() -> bool:
 
 
 def _line_reporter(title: str) -> Progress:
-    import time
-
     started = last = time.monotonic()
 
     def report(done: int, total: int, text: str) -> None:

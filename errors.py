@@ -87,7 +87,7 @@ def need(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise MissingPart(
-            f"{module} cannot be imported ({error}): pip install 'histoseek[{extra}]'"
+            f"{module} cannot be imported ({error}); run: pip install 'histoseek[{extra}]'"
         ) from error
 
 
@@ -97,6 +97,6 @@ SHOWN = 30
 
 def unknown_name(kind: str, name: str, choices: Iterable[str]) -> NotFound:
     """Return the error for a name that is not in a registry, with the choices listed."""
-    known = sorted(choices)
-    more = f" … and {len(known) - SHOWN:,} more" if len(known) > SHOWN else ""
-    return NotFound(f"unknown {kind} {name!r}; choose one of: {', '.join(known[:SHOWN])}{more}")
+    names = sorted(choices)
+    more = f" … and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    return NotFound(f"unknown {kind} {name!r}; choose one of: {', '.join(names[:SHOWN])}{more}")

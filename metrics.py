@@ -56,9 +56,9 @@ def codes(values: Sequence[str | None]) -> Ints:
 
 def contingency(labels: Ints, clusters: Ints) -> NDArray[np.int64]:
     """Return the table (clusters x classes) of counts; noise (-1) is left out."""
-    kept = clusters >= 0
+    assigned = clusters >= 0
     table = np.zeros((max(1, clusters.max(initial=-1) + 1), labels.max() + 1), dtype=np.int64)
-    np.add.at(table, (clusters[kept], labels[kept]), 1)
+    np.add.at(table, (clusters[assigned], labels[assigned]), 1)
     return table
 
 
@@ -117,16 +117,10 @@ def clustering_report(
         seed: of the shuffle.
     """
     shuffled = np.random.default_rng(seed).permutation(clusters)
-    found, chance = _scores(labels, clusters), _scores(labels, shuffled)
-    rows = [Metric(k, v, chance[k], "same clusters, shuffled") for k, v in found.items()]
-    rows.append(
-        Metric(
-            "silhouette",
-            silhouette(embeddings, clusters, seed),
-            silhouette(embeddings, shuffled, seed),
-            "same clusters, shuffled",
-        )
-    )
+    scores, by_chance = _scores(labels, clusters), _scores(labels, shuffled)
+    rows = [Metric(k, v, by_chance[k], "same clusters, shuffled") for k, v in scores.items()]
+    ours, chance = (silhouette(embeddings, c, seed) for c in (clusters, shuffled))
+    rows.append(Metric("silhouette", ours, chance, "same clusters, shuffled"))
     rows.append(Metric("noise_share", float(np.mean(clusters < 0)), 0.0, "no noise"))
     return rows
 
@@ -135,20 +129,19 @@ def silhouette(embeddings: Floats, clusters: Ints, seed: int = 0, sample: int = 
     """Mean silhouette without noise, on at most ``sample`` items; nan if undefined."""
     from sklearn.metrics import silhouette_score
 
-    kept = np.flatnonzero(clusters >= 0)
-    if len(kept) > sample:
-        kept = np.random.default_rng(seed).choice(kept, sample, replace=False)
-    count = len(np.unique(clusters[kept]))
-    if not 2 <= count < len(kept):
+    items = np.flatnonzero(clusters >= 0)
+    if len(items) > sample:
+        items = np.random.default_rng(seed).choice(items, sample, replace=False)
+    if not 2 <= len(np.unique(clusters[items])) < len(items):
         return float("nan")
-    return float(silhouette_score(embeddings[kept], clusters[kept]))
+    return float(silhouette_score(embeddings[items], clusters[items]))
 
 
-def _similarity(embeddings: Floats) -> NDArray[np.float64]:
-    exact = embeddings.astype(np.float64)
-    unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
-    similarity: NDArray[np.float64] = unit @ unit.T
-    return similarity
+def cosine_error(one: Floats, two: Floats) -> float:
+    """Return the largest 1 - cosine between the rows of two arrays (N, D); at least 0."""
+    a, b = one.astype(np.float64), two.astype(np.float64)
+    lengths = np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1)
+    return float(max(0.0, (1 - (a * b).sum(1) / np.maximum(lengths, 1e-12)).max()))
 
 
 def retrieval_report(embeddings: Floats, labels: Ints | None, groups: Ints | None) -> list[Metric]:
@@ -163,18 +156,20 @@ def retrieval_report(embeddings: Floats, labels: Ints | None, groups: Ints | Non
         labels: (N,) class numbers, -1 is unlabelled; None skips ``knn5``.
         groups: (N,) group numbers, -1 is no group; None skips ``same_group_r1``.
     """
-    similarity = _similarity(embeddings)
+    exact = embeddings.astype(np.float64)
+    unit = exact / np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-12)
+    similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
     report: list[Metric] = []
     if groups is not None and (groups >= 0).any():
         sizes = np.bincount(groups[groups >= 0])
         partners = np.where(groups >= 0, sizes[groups] - 1, 0)
-        asked = partners > 0
-        if asked.any():
-            hit = groups[similarity.argmax(axis=1)] == groups
-            chance = float(np.mean(partners[asked] / (len(groups) - 1)))
+        queries = partners > 0
+        if queries.any():
+            hits = (groups[similarity.argmax(axis=1)] == groups)[queries]
+            chance = float(np.mean(partners[queries] / (len(groups) - 1)))
             report.append(
-                Metric("same_group_r1", float(hit[asked].mean()), chance, "a random other tile")
+                Metric("same_group_r1", float(hits.mean()), chance, "a random other tile")
             )
     if labels is not None and len(np.unique(labels[labels >= 0])) > 1:
         value = _knn5(similarity, labels, groups)
@@ -190,11 +185,10 @@ def _knn5(similarity: NDArray[np.float64], labels: Ints, groups: Ints | None) ->
         same = (groups[:, None] == groups[None, :]) & (groups >= 0)[:, None]
         others[same] = -np.inf
     nearest = np.argsort(-others, axis=1)[:, :5]
-    asked = np.flatnonzero(labels >= 0)
     votes = np.zeros((len(labels), labels.max() + 1))
     for rank in range(nearest.shape[1]):
         column = nearest[:, rank]
         usable = np.isfinite(others[np.arange(len(labels)), column])
         weight = usable * (1.0 - 0.001 * rank)
         votes[np.arange(len(labels)), np.maximum(labels[column], 0)] += weight
-    return float(np.mean(votes.argmax(axis=1)[asked] == labels[asked]))
+    return float(np.mean((votes.argmax(axis=1) == labels)[labels >= 0]))

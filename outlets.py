@@ -1,4 +1,4 @@
-"""Standard output and error that cannot fail a command: any encoding, closed, full, or without a reader.
+"""Standard output and error that never make a command fail: any encoding, closed, full, or no reader.
 
 A command prints its outcome after its work is done, so a failed write must not undo that work. The first
 failure of a stream is stored, later output is dropped, and the exit code reports it (:func:`failure`).
@@ -31,7 +31,7 @@ class _Outlet(io.FileIO):
     """
 
     def __init__(self, descriptor: int, closed: bool = False) -> None:
-        """Write to a descriptor that stays open; ``closed``: it was already closed at the start."""
+        """Write to a descriptor, which is not closed; ``closed``: it was already closed at the start."""
         super().__init__(descriptor, "w", closefd=False)
         self.error: OSError | None = None
         self._was_closed = closed
@@ -58,11 +58,11 @@ def plain(error: UnicodeError) -> tuple[str, int]:
     """Replace a character that an encoding lacks by a similar one, else by its escape sequence."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
-    found = error.object[error.start : error.end]
-    text = "".join(
-        _LOOKALIKES.get(c) or c.encode("ascii", "backslashreplace").decode() for c in found
+    characters = error.object[error.start : error.end]
+    plain = (
+        _LOOKALIKES.get(c) or c.encode("ascii", "backslashreplace").decode() for c in characters
     )
-    return text, error.end
+    return "".join(plain), error.end
 
 
 def take_over() -> None:

@@ -57,10 +57,9 @@ class _State:
     def __init__(self) -> None:
         self.armed = False
         self.number: int | None = None
-        self.heard = 0.0
+        self.received = 0.0
         self.unfinished: set[Path] = set()
-        self.ours: socket.socket | None = None
-        self.theirs: socket.socket | None = None
+        self.sockets: tuple[socket.socket, socket.socket] | None = None
 
 
 _state = _State()
@@ -83,7 +82,7 @@ def armed() -> Iterator[None]:
     Outside the main thread, and in the command line, this changes nothing.
     """
     before = signal.getsignal(signal.SIGINT)
-    if _state.armed or threading.current_thread() is not threading.main_thread() or before is None:
+    if _state.armed or not _in_main_thread() or before is None:
         yield
         return
     _take((signal.SIGINT,))
@@ -97,18 +96,23 @@ def armed() -> Iterator[None]:
 
 def _take(numbers: tuple[signal.Signals, ...]) -> None:
     """Install the handlers and the thread that listens."""
-    first = _state.ours is None or _state.theirs is None
-    if _state.ours is None or _state.theirs is None:
-        _state.ours, _state.theirs = socket.socketpair()
-        _state.theirs.setblocking(False)
+    first = _state.sockets is None
+    if _state.sockets is None:
+        _state.sockets = socket.socketpair()
+        _state.sockets[1].setblocking(False)
         os.register_at_fork(after_in_child=_disarm)
+    receiver, sender = _state.sockets
     for number in numbers:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _nothing)
-    signal.set_wakeup_fd(_state.theirs.fileno(), warn_on_full_buffer=False)
+    signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
     _state.armed = True
     if first:  # last: if this thread exists, the handlers are installed
-        threading.Thread(target=_listen, args=(_state.ours,), name="signals", daemon=True).start()
+        threading.Thread(target=_listen, args=(receiver,), name="signals", daemon=True).start()
+
+
+def _in_main_thread() -> bool:
+    return threading.current_thread() is threading.main_thread()
 
 
 def rearm() -> None:
@@ -133,7 +137,7 @@ def _disarm() -> None:
     """Restore Python's default handling in a forked child: it receives its signals itself."""
     _state.armed, _state.number = False, None
     _state.unfinished = set()
-    _state.ours = _state.theirs = None
+    _state.sockets = None
     with suppress(ValueError):  # forked outside the main thread
         signal.set_wakeup_fd(-1)
         if signal.getsignal(signal.SIGINT) is _nothing:
@@ -142,27 +146,27 @@ def _disarm() -> None:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
-def _listen(ours: socket.socket) -> None:
+def _listen(receiver: socket.socket) -> None:
     """Wait for signals: the first sets the flag, the second ends the process at once."""
-    told = False
+    notice_given = False
     while True:
-        waiting = _state.number is not None and not told
-        ready, _, _ = select.select([ours], [], [], NOTICE_S if waiting else None)
+        waiting = _state.number is not None and not notice_given
+        ready, _, _ = select.select([receiver], [], [], NOTICE_S if waiting else None)
         if not ready:
-            told = True
-            _tell("stopping after the current step; press Ctrl-C again to end at once")
+            notice_given = True
+            _write("stopping after the current step; press Ctrl-C again to end at once")
             continue
-        numbers = [number for number in ours.recv(64) if number in _SIGNALS]
+        numbers = [number for number in receiver.recv(64) if number in _SIGNALS]
         if not numbers:
             continue
         now = time.monotonic()
         if _state.number is None:
-            _state.heard, _state.number, told = now, numbers[0], False
-        elif now - _state.heard > SAME_S:
+            _state.received, _state.number, notice_given = now, numbers[0], False
+        elif now - _state.received > SAME_S:
             _end_at_once(numbers[-1])
 
 
-def _tell(text: str) -> None:
+def _write(text: str) -> None:
     """Write a line to standard error from any thread, whatever the main thread is doing."""
     with suppress(OSError):
         os.write(2, f"{text}\n".encode())
@@ -172,13 +176,12 @@ def _end_at_once(number: int) -> NoReturn:
     """End the process at once; unfinished files are removed first."""
     _remove_unfinished()
     if os.isatty(2):
-        _tell("\x1b[?25h")  # a progress bar may have hidden the cursor
-    _tell("ended at once; repeat the command to go on where it was")
+        _write("\x1b[?25h")  # a progress bar may have hidden the cursor
+    _write("ended at once; repeat the command to continue from here")
     os._exit(128 + number)
 
 
 def _remove_unfinished() -> None:
-    """Remove unfinished files and folders."""
     for path in list(_state.unfinished):
         with suppress(OSError):
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -233,7 +236,7 @@ def aside(call: Callable[[], T]) -> T:
         Stopped: Ctrl-C or SIGTERM came before it was over.
         Exception: whatever the call raised.
     """
-    if not _state.armed or threading.current_thread() is not threading.main_thread():
+    if not _state.armed or not _in_main_thread():
         return call()
     pool = ThreadPoolExecutor(1, thread_name_prefix="aside")
     try:
@@ -286,11 +289,7 @@ def shielded() -> Iterator[None]:
     For programs that use histoseek as a library: the armed command line raises nothing anyway.
     """
     handler = signal.getsignal(signal.SIGINT)
-    if (
-        _state.armed
-        or threading.current_thread() is not threading.main_thread()
-        or not callable(handler)
-    ):
+    if _state.armed or not _in_main_thread() or not callable(handler):
         yield
         return
     came: list[tuple[Any, Any]] = []

@@ -2,7 +2,7 @@
 
 Every line ends with its number and a SHA-256 over the hash of the previous chained line, anything written
 between the two, and the line itself. So changing, removing or inserting a line breaks the chain there.
-Lines written before the log had a chain, or cut off by a crash, are covered by the next chained line. The
+The next chained line covers lines written before the log had a chain, and lines cut off by a crash. The
 head file ``<log>.head`` also holds number and hash of the last line, to detect lines missing at the end.
 """
 
@@ -14,7 +14,7 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -28,7 +28,7 @@ PIECE_BYTES = 2**20
 LINE = re.compile(rb'(\{.*, "n": ([0-9]{1,18})), "chain": "([0-9a-f]{64})"\}\n')
 HEAD_LINE = re.compile(rb"([0-9]{1,18}) ([0-9a-f]{64})\n *\n?")
 HEAD_BYTES = 96
-KEEP = "keep the files as they are, find out who wrote to them, and restore the log from a copy"
+REMEDY = "keep the files as they are, find out who wrote to them, and restore the log from a copy"
 
 
 @dataclass(frozen=True)
@@ -40,10 +40,11 @@ class Link:
 
 
 def _hash(before: str, *parts: bytes) -> str:
-    made = hashlib.sha256(before.encode())
-    for part in parts:
-        made.update(part)
-    return made.hexdigest()
+    return hashlib.sha256(before.encode() + b"".join(parts)).hexdigest()
+
+
+def _link(line: re.Match[bytes]) -> Link:
+    return Link(int(line[2]), line[3].decode())
 
 
 def head_path(log: Path) -> Path:
@@ -62,10 +63,15 @@ def read_head(log: Path) -> Link | None:
         blob = head_path(log).read_bytes()
     except FileNotFoundError:
         return None
-    found = HEAD_LINE.fullmatch(blob)
-    if found is None:
+    head = _parse_head(blob)
+    if head is None:
         raise ValueError(f"{head_path(log)} is damaged; expected a number and a SHA-256")
-    return Link(int(found[1]), found[2].decode())
+    return head
+
+
+def _parse_head(blob: bytes) -> Link | None:
+    found = HEAD_LINE.fullmatch(blob)
+    return Link(int(found[1]), found[2].decode()) if found else None
 
 
 # -- writing ----------------------------------------------------------------------------------------
@@ -75,8 +81,8 @@ class ChainedLog:
     """A log to append lines to; several processes may share it.
 
     Attributes:
-        last: the last line written or found.
-        notes: findings for the operator, such as a damaged head file.
+        last: number and hash of the last line.
+        notes: for the operator, such as that the head file is damaged.
     """
 
     def __init__(self, path: Path) -> None:
@@ -114,12 +120,13 @@ class ChainedLog:
             if os.fstat(self._file).st_size != self._size:  # another process wrote or emptied it
                 self._find_end()
             number = self.last.number + 1
-            told = {**line, **({"follows": self.last.sha256} if self._jump else {}), "n": number}
-            content = json.dumps(told, ensure_ascii=False, default=str)[:-1].encode()
-            made = self._pending.copy()
-            made.update(content)
-            self._write(content + b', "chain": "%s"}\n' % made.hexdigest().encode())
-            self._advance(Link(number, made.hexdigest()))
+            follows = {"follows": self.last.sha256} if self._jump else {}
+            document = {**line, **follows, "n": number}
+            content = json.dumps(document, ensure_ascii=False, default=str)[:-1].encode()
+            digest = self._pending.copy()
+            digest.update(content)
+            self._write(content + b', "chain": "%s"}\n' % digest.hexdigest().encode())
+            self._advance(Link(number, digest.hexdigest()))
             os.pwrite(self._head, _head_line(self.last), 0)
 
     def close(self) -> None:
@@ -137,16 +144,12 @@ class ChainedLog:
 
     def _follow_rename(self) -> None:
         """Reopen the log if log rotation has renamed the open file."""
-        try:
-            there = os.stat(self._path)
-            same = os.path.samestat(there, os.fstat(self._file))
-        except FileNotFoundError:
-            same = False
-        if not same:
-            os.close(self._file)
-            self._file = -1
-            self._open()
-            self._size = -1
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.stat(self._path), os.fstat(self._file)):
+                return
+        os.close(self._file)
+        self._file = self._size = -1
+        self._open()
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
@@ -157,12 +160,11 @@ class ChainedLog:
             fcntl.flock(self._head, fcntl.LOCK_UN)
 
     def _write(self, blob: bytes) -> None:
-        start = self._size
         try:
             while blob:
                 blob = blob[os.write(self._file, blob) :]
         except OSError:
-            os.ftruncate(self._file, start)  # remove the partial line
+            os.ftruncate(self._file, self._size)  # remove the partial line
             raise
 
     def _advance(self, last: Link) -> None:
@@ -188,26 +190,26 @@ class ChainedLog:
             os.write(self._file, b"\n")
             self._pending.update(b"\n")
             self._size += 1
-            self.notes.append(f"the last line of {self._path} is cut off; the next line covers it")
+            self.notes.append(
+                f"the last line of {self._path} is cut off; the hash of the next line covers it"
+            )
         if not end and size:
             self.notes.append(f"the lines in {self._path} have no hash chain; it begins now")
 
     def _known_head(self, last: Link) -> Link | None:
         """Return the head if it names a line that is no longer the last line of the log; else None."""
         blob = os.pread(self._head, HEAD_BYTES, 0)
-        found = HEAD_LINE.fullmatch(blob)
-        if found is None:
-            if blob.strip():
-                self.notes.append(f"{head_path(self._path)} is damaged; it is written anew")
-            elif last.number:
-                self.notes.append(f"{head_path(self._path)} is missing; it is written anew")
+        head = _parse_head(blob)
+        if head is None:
+            if blob.strip() or last.number:
+                what = "damaged" if blob.strip() else "missing"
+                self.notes.append(f"{head_path(self._path)} is {what}; it is written again")
             return None
-        head = Link(int(found[1]), found[2].decode())
         if head.number < last.number or head == last:
             return None
         self.notes.append(
-            f"{self._path} does not end with line {head.number}, which its head names (it was rotated, "
-            f"emptied or cut); the next line says that it follows on line {head.number}"
+            f"{self._path} does not end with line {head.number}, which its head file names (it was "
+            f"rotated, emptied or cut); the next line states that it follows line {head.number}"
         )
         return head
 
@@ -225,9 +227,8 @@ def _last_link(stream: BinaryIO, size: int) -> tuple[int, Link]:
         end, last = 0, Link()
         for line in stream:
             at += len(line)
-            found = LINE.fullmatch(line)
-            if found:
-                end, last = at, Link(int(found[2]), found[3].decode())
+            if found := LINE.fullmatch(line):
+                end, last = at, _link(found)
         if end:
             return end, last
     return 0, Link()
@@ -241,8 +242,7 @@ def problems(log: Path) -> list[str]:
 
     A log that never had a chain is not checked.
     """
-    found = _problems(log)
-    return _problems(log) if found else found  # check again: a server may have been writing
+    return _problems(log) and _problems(log)  # check again: a server may have been writing
 
 
 def _problems(log: Path) -> list[str]:
@@ -251,17 +251,17 @@ def _problems(log: Path) -> list[str]:
     except OSError as error:
         return [f"{head_path(log)} cannot be read ({error.strerror}); run this as its owner"]
     except ValueError as error:
-        return [f"{error}; {KEEP}"]
+        return [f"{error}; {REMEDY}"]
     try:
         with log.open("rb") as stream:
             found = _Check(log, head).run(stream)
     except FileNotFoundError:
         if head is None:
             return []
-        return [f"{log} is missing, and {head.number} lines with it; {KEEP}"]
+        return [f"{log} is missing, and {head.number} lines with it; {REMEDY}"]
     except OSError as error:
         return [f"{log} cannot be read ({error.strerror}); run this as its owner"]
-    return [f"{text}; {KEEP}" for text in found]
+    return [f"{text}; {REMEDY}" for text in found]
 
 
 class _Check:
@@ -284,12 +284,12 @@ class _Check:
                 self._gap_at = self._gap_at or at
                 self._gap.append(line)
                 continue
-            link = Link(int(match[2]), match[3].decode())
-            before, said = self._before(at, match[1], link)
+            link = _link(match)
+            before, missing = self._before(at, match[1], link)
             if _hash(before, *self._gap, match[1]) != link.sha256:
-                following = next((n for n in (LINE.fullmatch(x) for _, x in lines) if n), None)
-                return [*found, self._what(at, match[1], link, following)]
-            found += said
+                following = next(filter(None, (LINE.fullmatch(rest) for _, rest in lines)), None)
+                return [*found, self._cause(at, match[1], link, following)]
+            found += missing
             self._last, self._begun, self._gap, self._gap_at = link, True, [], 0
             self._matches_head = self._matches_head or link == self._head
         return [*found, *self._end()]
@@ -302,7 +302,7 @@ class _Check:
         missing = _numbers(self._last.number + 1, link.number - 1)
         if not self._begun and self._rotated(follows):
             return follows, []
-        where = "no file beside it ends with them" if not self._begun else "they were cut off"
+        where = "they were cut off" if self._begun else "no older file beside it ends with them"
         return follows, [f"{self._log}: before line {at}, {missing} missing: {where}"]
 
     def _rotated(self, last: str) -> bool:
@@ -315,7 +315,7 @@ class _Check:
                     return True
         return False
 
-    def _what(self, at: int, content: bytes, link: Link, following: re.Match[bytes] | None) -> str:
+    def _cause(self, at: int, content: bytes, link: Link, following: re.Match[bytes] | None) -> str:
         """Describe what happened to the first line that breaks the chain."""
         last, number, title = self._last, link.number, f"{self._log}, line {at}"
         if self._gap and not self._begun:
@@ -341,12 +341,12 @@ class _Check:
             found.append(f"{log}, line {self._gap_at}: it {text}, and no line after it covers it")
         if head is None:
             if self._begun:
-                text = "so that nobody sees whether lines are missing at the end"
-                found.append(f"{head_path(log)} is missing, {text}")
+                text = "is missing, so lines missing at the end of the log cannot be detected"
+                found.append(f"{head_path(log)} {text}")
         elif head.number > last.number:
             found.append(f"{log}: {_numbers(last.number + 1, head.number)} missing at its end")
         elif not self._matches_head:
-            found.append(f"{log}: it has no line {head.number} with the hash that its head names")
+            found.append(f"{log}: it has no line {head.number} with the hash in its head file")
         return found
 
 
@@ -355,10 +355,10 @@ def _follows(content: bytes) -> str | None:
     if b'"follows": "' not in content:
         return None
     try:
-        told = json.loads(content + b"}").get("follows")
+        follows = json.loads(content + b"}").get("follows")
     except (ValueError, AttributeError):
         return None
-    return told if isinstance(told, str) else None
+    return follows if isinstance(follows, str) else None
 
 
 def _numbers(first: int, last: int) -> str:

@@ -19,7 +19,7 @@ NEAR = 2
 """A profile counts as sRGB, whatever its name, if it changes no colour by more than this (of 255)."""
 
 MAX_BYTES = 4 * 2**20
-"""Largest profile that is read, in bytes; those of displays and cameras have a few kilobytes."""
+"""Largest profile that is read; those of displays and cameras have a few kilobytes."""
 
 _STEPS = 9
 
@@ -40,70 +40,60 @@ def profile_name(profile: bytes | None) -> str | None:
     return "".join(c for c in name if c.isprintable()).strip()[:200] or "unnamed"
 
 
-def to_srgb(picture: Image.Image, label: str) -> Image.Image:
+def to_srgb(image: Image.Image, label: str) -> Image.Image:
     """Return an image converted to sRGB by its embedded profile.
 
     An image without a profile, or with an sRGB profile, is returned unchanged. An unusable profile is
     ignored, as in viewers, with a warning in the log ``histoseek``.
 
     Args:
-        picture: grey, RGB or with a palette; alpha is kept.
+        image: grey, RGB or with a palette; alpha is kept.
         label: name of the image in the warning.
     """
-    profile = picture.info.get("icc_profile")
+    profile = image.info.get("icc_profile")
     if not profile:
-        return picture
+        return image
     try:
         if len(profile) > MAX_BYTES:
             raise Unusable(f"it has {len(profile):,} bytes; at most {MAX_BYTES:,} are read")
-        return _converted(picture, bytes(profile))
+        return _converted(image, bytes(profile))
     except Unusable as error:
-        _tell(label, profile_name(profile), error)
-        return picture
+        text = f"{label}: its colour profile ({profile_name(profile)}) cannot be used ({error})"
+        _warn_once(text)
+        return image
 
 
 @lru_cache(maxsize=10_000)
-def _told(label: str) -> list[str]:
-    """Return the warnings already given for an image; training decodes each image many times."""
-    return []
+def _warn_once(text: str) -> None:
+    """Log a warning, but not again: training decodes each image many times."""
+    LOG.warning("%s; its colours were read as sRGB", text)
 
 
-def _tell(label: str, name: str | None, error: Unusable) -> None:
-    text = f"{label}: its colour profile ({name}) cannot be used ({error}); "
-    if text not in _told(label):
-        _told(label).append(text)
-        LOG.warning("%sits colours were taken as sRGB", text)
-
-
-def _converted(picture: Image.Image, profile: bytes) -> Image.Image:
-    grey = picture.mode in {"1", "L", "LA"}
+def _converted(image: Image.Image, profile: bytes) -> Image.Image:
     space = _space(profile)
-    if space == "GRAY" and grey:
+    if space == "GRAY" and image.mode in {"1", "L", "LA"}:
         mode = "L"
     elif space == "RGB":
         mode = "RGB"
     else:
-        raise Unusable(f"it is for {space or 'no known colours'}, the picture is {picture.mode}")
-    change = _transform(profile, mode)
-    if change is None:
-        return picture
+        kind = f"for {space} images" if space else "for an unknown colour space"
+        raise Unusable(f"it is {kind}, but the image is {image.mode}")
+    transform = _transform(profile, mode)
+    if transform is None:
+        return image
     alpha = None
-    if picture.mode in {"RGBA", "LA", "PA"} or "transparency" in picture.info:
-        layer = picture.convert("RGBA")
-        alpha, picture = layer.getchannel("A"), layer
-    found: Image.Image = change.apply(picture.convert(mode))
+    if image.mode in {"RGBA", "LA", "PA"} or "transparency" in image.info:
+        image = image.convert("RGBA")
+        alpha = image.getchannel("A")
+    converted: Image.Image = transform.apply(image.convert(mode))
     if alpha is not None:
-        found.putalpha(alpha)
-    return found
+        converted.putalpha(alpha)
+    return converted
 
 
 @lru_cache(maxsize=8)
 def _space(profile: bytes) -> str:
-    """Return a profile's colour space, such as ``RGB``, ``GRAY`` or ``CMYK``.
-
-    Raises:
-        Unusable: the profile is damaged.
-    """
+    """Return a profile's colour space, such as ``RGB``, ``GRAY`` or ``CMYK``."""
     try:
         opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
         return str(opened.profile.xcolor_space).strip()
@@ -113,20 +103,12 @@ def _space(profile: bytes) -> str:
 
 @lru_cache(maxsize=8)
 def _transform(profile: bytes, mode: str) -> Any:
-    """Return the transform from a profile to sRGB (perceptual intent); None if it changes nothing visible.
-
-    Raises:
-        Unusable: the profile has no usable transform.
-    """
+    """Return the (perceptual) transform from a profile to sRGB; None if it changes nothing visible."""
     try:
         opened: Any = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        change: Any = ImageCms.buildTransform(
-            opened,
-            ImageCms.createProfile("sRGB"),
-            mode,
-            "RGB",
-            ImageCms.Intent.PERCEPTUAL,
-        )
+        srgb: Any = ImageCms.createProfile("sRGB")
+        intent = ImageCms.Intent.PERCEPTUAL
+        transform: Any = ImageCms.buildTransform(opened, srgb, mode, "RGB", intent)
     except (OSError, ImageCms.PyCMSError, ValueError) as error:
         raise Unusable(str(error)) from error
     steps = np.linspace(0, 255, _STEPS).round().astype(np.uint8)
@@ -134,5 +116,5 @@ def _transform(profile: bytes, mode: str) -> Any:
     if mode == "L":
         cube = np.repeat(np.arange(256, dtype=np.uint8)[None, :, None], 3, axis=2)
     probe = Image.fromarray(np.ascontiguousarray(cube)).convert(mode)
-    moved = np.abs(np.asarray(change.apply(probe)).astype(int) - cube).max()
-    return None if moved <= NEAR else change
+    difference = np.abs(np.asarray(transform.apply(probe)).astype(int) - cube).max()
+    return None if difference <= NEAR else transform

@@ -104,7 +104,7 @@ def parse_features(blob: bytes, path: Path) -> Features:
         raise
     except Exception as error:  # an untrusted file can make HDF5 and its attributes fail in any way
         raise Damaged(
-            f"{path} is not a whole feature file ({type(error).__name__}: {error}); embed its slide "
+            f"{path} is not a complete feature file ({type(error).__name__}: {error}); embed its slide "
             "again"
         ) from error
 
@@ -141,40 +141,45 @@ def _parse(path: Path, stored: h5py.File) -> Features:
             raise BadInput(
                 f"{path} has datasets {sorted(stored)}; expected 'features' and 'coords'"
             )
-    data, places = stored["features"], stored["coords"]
-    rows, sites = plain_shape(data), plain_shape(places)
-    if len(rows) != 2 or sites != (rows[0], 2):
+    data, coords = stored["features"], stored["coords"]
+    shape, coords_shape = plain_shape(data), plain_shape(coords)
+    if len(shape) != 2 or coords_shape != (shape[0], 2):
         raise BadInput(
-            f"{path}: features {data.shape} and coords {places.shape}; expected (N, D) and (N, 2)"
+            f"{path}: features {data.shape} and coords {coords.shape}; expected (N, D) and (N, 2)"
         )
-    if data.nbytes + places.nbytes > MAX_BYTES:
-        raise BadInput(f"{path} claims {data.shape} features; at most {MAX_BYTES:,} bytes are read")
-    if rows[0] > MAX_ROWS or data.dtype.kind != "f" or places.dtype.kind not in "iuf":
-        raise BadInput(f"{path}: features are {data.dtype} {data.shape}, coords {places.dtype}")
-    attributes, about = places.attrs, text_of(stored.attrs.get("about", "{}"))
+    if data.nbytes + coords.nbytes > MAX_BYTES:
+        raise BadInput(
+            f"{path} has {data.shape} features; expected at most {MAX_BYTES:,} bytes: split it"
+        )
+    if shape[0] > MAX_ROWS or data.dtype.kind != "f" or coords.dtype.kind not in "iuf":
+        raise BadInput(
+            f"{path}: features are {data.dtype} {data.shape}, coords {coords.dtype}; expected at most "
+            f"{MAX_ROWS:,} rows of floating-point features, and coords of numbers"
+        )
+    attributes = coords.attrs
 
-    def text(key: str) -> tuple[str, ...] | None:
+    def texts(key: str) -> tuple[str, ...] | None:
         if key not in stored:
             return None
-        if stored[key].shape != rows[:1]:  # before anything is read
+        if stored[key].shape != shape[:1]:  # before anything is read
             raise BadInput(
-                f"{path}: {key!r} has shape {stored[key].shape}, 'features' has {rows[0]} rows"
+                f"{path}: {key!r} has shape {stored[key].shape}, 'features' has {shape[0]} rows"
             )
         return tuple(v.decode("utf-8") for v in stored[key][()])
 
     def number(key: str) -> float | None:
         return float(attributes[key]) if key in attributes else None
 
-    known = json.loads(about)
-    if not isinstance(known, dict):
-        raise BadInput(f"{path}: its attribute 'about' is no JSON object; embed its slide again")
+    about = json.loads(text_of(stored.attrs.get("about", "{}")))
+    if not isinstance(about, dict):
+        raise BadInput(f"{path}: its attribute 'about' is not a JSON object; embed its slide again")
     return Features(
         name=text_of(data.attrs.get("name", path.stem)),
         encoder=text_of(data.attrs.get("encoder", "unknown")),
         encoder_sha256=text_of(data.attrs.get("encoder_sha256", "")),
-        features=data[()].reshape(rows).astype(np.float32),
-        coords=whole_places(np.asarray(places[()]).reshape(sites), path),
-        files=text("files"),
+        features=data[()].reshape(shape).astype(np.float32),
+        coords=whole_pixels(np.asarray(coords[()]).reshape(coords_shape), path),
+        files=texts("files"),
         kind=text_of(stored.attrs.get("kind", "slide")),
         source=text_of(stored.attrs.get("source", "")),
         size_px=int(attributes.get("patch_size", 0)),
@@ -184,9 +189,9 @@ def _parse(path: Path, stored: h5py.File) -> Features:
         target_mpp=number("target_mpp"),
         width=int(attributes.get("level0_width", 0)),
         height=int(attributes.get("level0_height", 0)),
-        labels=text("labels"),
-        groups=text("groups"),
-        about=known,
+        labels=texts("labels"),
+        groups=texts("groups"),
+        about=about,
     )
 
 
@@ -201,22 +206,23 @@ def text_of(value: Any) -> str:
     return value.decode("utf-8", "replace") if isinstance(value, bytes) else str(value)
 
 
-def whole_places(places: NDArray[Any], path: Path) -> NDArray[np.int64]:
+def whole_pixels(coords: NDArray[Any], path: Path) -> NDArray[np.int64]:
     """Return coordinates (N, 2) in pixels as integers; floating-point values must be whole numbers.
 
     Raises:
         BadInput: a value is fractional or not a number, so the unit is not level-0 pixels.
     """
-    if places.dtype.kind == "f" and len(places):
-        wrong = ~(np.isfinite(places) & (places == np.rint(places))).all(axis=1)
-        if wrong.any():
-            row = int(wrong.argmax())
-            raise BadInput(
-                f"{path}: {int(wrong.sum())} of {len(places)} coords are no whole pixels, first row {row}: "
-                f"{places[row].tolist()}; expected level-0 pixels: convert micrometres, or round them"
-            )
-    found: NDArray[np.int64] = places.astype(np.int64)
-    return found
+    wrong = np.zeros(len(coords), dtype=bool)
+    if coords.dtype.kind == "f":
+        wrong = ~(np.isfinite(coords) & (coords == np.rint(coords))).all(axis=1)
+    if wrong.any():
+        row = int(wrong.argmax())
+        raise BadInput(
+            f"{path}: {int(wrong.sum())} of {len(coords)} coords are not whole pixels; the first is "
+            f"{coords[row].tolist()} in row {row}; expected level-0 pixels: convert or round them"
+        )
+    pixels: NDArray[np.int64] = coords.astype(np.int64)
+    return pixels
 
 
 def content_sha256(item: Features) -> str:
@@ -237,19 +243,19 @@ def check_features(item: Features, encoder: str, sha256: str, dim: int, origin: 
         BadInput: values are not finite; the message says how many and where the first is.
     """
     if item.encoder_sha256 != sha256:
-        found = item.encoder_sha256[:12] or "no sha256"
+        other = item.encoder_sha256[:12] or "no sha256"
         raise Mismatch(
-            f"{origin} holds features of encoder {item.encoder!r} ({found}); this atlas is bound to "
+            f"{origin} has features of encoder {item.encoder!r} ({other}); this atlas is bound to "
             f"{encoder!r} ({sha256[:12]}): embed the slide with the atlas's encoder"
         )
     if item.features.shape[1] != dim:
         raise Mismatch(
-            f"{origin} holds {item.features.shape[1]}-dimensional features; encoder {encoder!r} gives "
-            f"{dim}: embed the slide again"
+            f"{origin} has {item.features.shape[1]}-dimensional features; encoder {encoder!r} gives "
+            f"{dim} dimensions: embed the slide again"
         )
     broken = np.asarray(~np.isfinite(item.features).all(axis=1))
     if broken.any():
         raise BadInput(
-            f"{origin}: {int(broken.sum())} of {len(broken)} feature rows hold NaN or infinity, first "
-            f"row {int(broken.argmax())}; embed the slide again"
+            f"{origin}: {int(broken.sum())} of {len(broken)} feature rows contain NaN or infinity; the "
+            f"first is row {int(broken.argmax())}; embed the slide again"
         )

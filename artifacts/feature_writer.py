@@ -40,9 +40,9 @@ def amend(path: Path, source: str, about: dict[str, Any]) -> None:
     with replacing(path) as temp, shielded():
         shutil.copyfile(path, temp)
         with h5py.File(temp, "r+") as stored:
-            known = json.loads(str(stored.attrs["about"]))
+            document = {**json.loads(str(stored.attrs["about"])), **about, "source": source}
             stored.attrs["source"] = source
-            stored.attrs["about"] = json.dumps({**known, **about, "source": source}, sort_keys=True)
+            stored.attrs["about"] = json.dumps(document, sort_keys=True)
 
 
 class FeatureWriter:
@@ -83,11 +83,7 @@ class FeatureWriter:
     def _start(self, dim: int) -> None:
         self._out = h5py.File(self._file, "w")
         self._data = self._out.create_dataset(
-            "features",
-            shape=(0, dim),
-            dtype=np.float32,
-            maxshape=(None, dim),
-            chunks=(self._rows, dim),
+            "features", (0, dim), np.float32, maxshape=(None, dim), chunks=(self._rows, dim)
         )
 
     def __enter__(self) -> FeatureWriter:
@@ -140,82 +136,44 @@ class FeatureWriter:
         discard(self._temp)
 
 
-class _TolerantFile(io.RawIOBase):
+class _TolerantFile(io.FileIO):
     """A file that stores its first error, such as a full disk, instead of raising it inside HDF5."""
 
     def __init__(self, path: Path) -> None:
-        super().__init__()
-        self._raw = open(path, "r+b", buffering=0)  # noqa: SIM115 - closed by close()
+        super().__init__(path, "r+b")
         self.error: Exception | None = None
 
-    def readable(self) -> bool:
-        return True
-
-    def writable(self) -> bool:
-        return True
-
-    def seekable(self) -> bool:
-        return True
-
-    def seek(self, offset: int, whence: int = 0) -> int:
-        return self._raw.seek(offset, whence)
-
-    def tell(self) -> int:
-        return self._raw.tell()
-
-    def readinto(self, buffer: Any) -> int:
+    def readinto(self, buffer: Any, /) -> int:
         view = memoryview(buffer)
-        got = self._raw.readinto(view) or 0
+        got = super().readinto(view) or 0
         view[got:] = bytes(len(view) - got)
         return len(view)
 
-    def write(self, data: Any) -> int:
+    def write(self, data: Any, /) -> int:
         view = memoryview(data).cast("B")
         done = 0
         try:
             while done < len(view):
-                done += self._raw.write(view[done:]) or 0
+                done += super().write(view[done:]) or 0
         except Exception as error:
             self.error = self.error or error
         return len(view)
 
-    def truncate(self, size: int | None = None) -> int:
+    def truncate(self, size: int | None = None, /) -> int:
         try:
-            return self._raw.truncate(size)
+            return super().truncate(size)
         except Exception as error:
             self.error = self.error or error
             return size or 0
-
-    def close(self) -> None:
-        self._raw.close()
-        super().close()
 
 
 def _write_rest(out: h5py.File, data: h5py.Dataset, item: Features, folder: Path) -> None:
     common = {"name": item.name, "savetodir": str(folder)}
     data.attrs.update({**common, "encoder": item.encoder, "encoder_sha256": item.encoder_sha256})
     coords = out.create_dataset(
-        "coords",
-        data=item.coords.astype(np.int64),
-        maxshape=(None, 2),
-        chunks=(data.chunks[0], 2),
+        "coords", data=item.coords.astype(np.int64), maxshape=(None, 2), chunks=(data.chunks[0], 2)
     )
-    coords.attrs.update({**common, **_coords_attributes(item)})
-    for key, values in (("files", item.files), ("labels", item.labels), ("groups", item.groups)):
-        if values is not None:
-            out.create_dataset(key, data=list(values), dtype=h5py.string_dtype("utf-8"))
-    out.attrs.update(
-        {
-            "kind": item.kind,
-            "source": item.source,
-            "about": json.dumps(item.about, sort_keys=True),
-        }
-    )
-
-
-def _coords_attributes(item: Features) -> dict[str, Any]:
-    known = {"mpp": item.mpp, "target_mpp": item.target_mpp}
-    return {
+    sizes = {
         "patch_size": item.size_px,
         "patch_size_level0": item.size_px_level0,
         "level0_magnification": magnification(item.mpp),
@@ -223,5 +181,11 @@ def _coords_attributes(item: Features) -> dict[str, Any]:
         "overlap": item.overlap_px,
         "level0_width": item.width,
         "level0_height": item.height,
-        **{k: v for k, v in known.items() if v is not None},
     }
+    scales = {"mpp": item.mpp, "target_mpp": item.target_mpp}
+    coords.attrs.update({**common, **sizes, **{k: v for k, v in scales.items() if v is not None}})
+    for key, values in (("files", item.files), ("labels", item.labels), ("groups", item.groups)):
+        if values is not None:
+            out.create_dataset(key, data=list(values), dtype=h5py.string_dtype("utf-8"))
+    about = json.dumps(item.about, sort_keys=True)
+    out.attrs.update({"kind": item.kind, "source": item.source, "about": about})

@@ -58,16 +58,19 @@ def storage_failed(path: Path, error: OSError) -> HistoseekError:
             f"a file cannot be named {path.name!r} ({error.strerror}); rename the input"
         )
     if error.errno in _SPACE:
-        why = f"no space left for {path} ({error.strerror})"
-        remedy = "free space or choose another folder, then run the same command again"
+        reason = f"no space left for {path} ({error.strerror})"
+        remedy = "free space or choose another folder"
     else:
-        why = f"cannot write {path} ({error.strerror or error})"
-        remedy = "check the folder's permissions, then run the same command again"
-    return StorageFailed(f"{why}; nothing already stored was changed; {remedy}")
+        reason = f"cannot write {path} ({error.strerror or error})"
+        remedy = "check the folder's permissions"
+    return StorageFailed(
+        f"{reason}; nothing already stored was changed; {remedy}, then run the same command again"
+    )
 
 
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
+def _sync(path: Path) -> None:
+    """Flush a file or folder to the disk."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -91,17 +94,16 @@ def replacing(path: Path) -> Iterator[Path]:
     Raises:
         StorageFailed: the disk is full or the folder cannot be written; ``path`` is unchanged.
     """
-    temp: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = temporary(path)
-        yield temp
-        publish_file(temp, path)
+        try:
+            yield temp
+            publish_file(temp, path)
+        finally:
+            discard(temp)
     except OSError as error:
         raise storage_failed(path, error) from error
-    finally:
-        if temp is not None:
-            discard(temp)
 
 
 def _temp_prefix(path: Path) -> str:
@@ -119,8 +121,8 @@ def _writer_is_gone(temp: Path) -> bool:
         os.kill(int(pid), 0)
     except ProcessLookupError:
         return True
-    except PermissionError:
-        return False
+    except PermissionError:  # it runs as another user
+        pass
     return False
 
 
@@ -151,12 +153,11 @@ def publish_file(temp: Path, path: Path) -> None:
         StorageFailed: the folder cannot be written; ``path`` is unchanged.
     """
     try:
-        with open(temp, "rb") as stream:
-            os.fsync(stream.fileno())
+        _sync(temp)
         os.chmod(temp, 0o666 & ~_umask())
         os.replace(temp, path)
         stopping.unmark(temp)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         raise storage_failed(path, error) from error
 
@@ -192,7 +193,7 @@ def read_json(path: Path) -> Any:
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Damaged(f"{path} is not valid JSON ({error}); restore it or make it again") from error
+        raise Damaged(f"{path} is not valid JSON ({error}); restore it from a copy") from error
 
 
 @contextmanager
@@ -204,7 +205,7 @@ def publish_folder(path: Path) -> Iterator[Path]:
         StorageFailed: the folder cannot be written.
     """
     if path.exists():
-        raise BadInput(f"{path} exists already; choose another name or remove it first")
+        raise BadInput(f"{path} exists already; choose another name, or remove it first")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         temp = Path(tempfile.mkdtemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP))
@@ -215,11 +216,10 @@ def publish_folder(path: Path) -> Iterator[Path]:
         yield temp
         for child in temp.rglob("*"):
             if child.is_file():
-                with open(child, "rb") as stream:
-                    os.fsync(stream.fileno())
+                _sync(child)
         os.chmod(temp, 0o777 & ~_umask())
         os.replace(temp, path)
-        _sync_folder(path.parent)
+        _sync(path.parent)
     except OSError as error:
         raise storage_failed(path, error) from error
     finally:
@@ -238,12 +238,8 @@ def remove_leftovers(folders: Iterable[Path], own: bool = False) -> int:
         The number deleted.
     """
     mine = _temp_prefix(Path("")).lstrip(".")
-    dead = [
-        t
-        for f in folders
-        for t in f.glob(f".*~*~*{TEMP}")
-        if _writer_is_gone(t) or (own and mine in t.name)
-    ]
+    found = [temp for folder in folders for temp in folder.glob(f".*~*~*{TEMP}")]
+    dead = [temp for temp in found if _writer_is_gone(temp) or (own and mine in temp.name)]
     for temp in dead:
         if temp.is_dir():
             shutil.rmtree(temp, ignore_errors=True)

@@ -19,13 +19,8 @@ from ..errors import BadInput
 
 MAX_OBJECTS = 100_000
 _FILTERS = {
-    h5py.h5z.FILTER_DEFLATE,
-    h5py.h5z.FILTER_SHUFFLE,
-    h5py.h5z.FILTER_FLETCHER32,
-    h5py.h5z.FILTER_SZIP,
-    h5py.h5z.FILTER_NBIT,
-    h5py.h5z.FILTER_SCALEOFFSET,
-    h5py.h5z.FILTER_LZF,
+    getattr(h5py.h5z, f"FILTER_{name}")
+    for name in ("DEFLATE", "SHUFFLE", "FLETCHER32", "SZIP", "NBIT", "SCALEOFFSET", "LZF")
 }
 """Filters built into HDF5 and h5py; any other filter is code that HDF5 would load from a folder."""
 
@@ -42,11 +37,12 @@ def open_hdf5(source: Path | bytes, name: Path | None = None) -> Iterator[h5py.F
         BadInput: data or links are outside the file; the message names them.
         OSError: the file is not HDF5.
     """
-    label = name or (source if isinstance(source, Path) else Path("the HDF5 file"))
-    opened: Any = source if isinstance(source, Path) else io.BytesIO(source)
-    more: dict[str, Any] = {"locking": False} if isinstance(source, Path) else {}
-    with h5py.File(opened, "r", **more) as stored:
-        check_self_contained(stored, label)
+    if isinstance(source, Path):
+        opened = h5py.File(source, "r", locking=False)
+    else:
+        opened = h5py.File(io.BytesIO(source), "r")
+    with opened as stored:
+        check_self_contained(stored, name or Path(str(stored.filename)))
         yield stored
 
 
@@ -65,52 +61,48 @@ def check_self_contained(stored: h5py.File, name: Path) -> None:
         for key in group:
             count += 1
             if count > MAX_OBJECTS:
-                raise BadInput(f"{name} holds more than {MAX_OBJECTS:,} objects; expected features")
-            place = f"{group.name.rstrip('/')}/{key}"
-            if not _is_own(group, key, place, name):
+                raise BadInput(f"{name} has more than {MAX_OBJECTS:,} objects; expected features")
+            inside = f"{group.name.rstrip('/')}/{key}"
+            if not _is_hard_link(group, key, inside, name):
                 continue
             item = group[key]
             if isinstance(item, h5py.Dataset):
-                _check_dataset(item, place, name)
+                _check_dataset(item, inside, name)
             elif isinstance(item, h5py.Group) and _address(item) not in seen:
                 seen.add(_address(item))
                 todo.append(item)
 
 
-def _is_own(group: h5py.Group, key: str, place: str, name: Path) -> bool:
-    """Whether a link is a hard link to an object; a soft link within the file is not followed.
-
-    Raises:
-        BadInput: the link points to another file.
-    """
+def _is_hard_link(group: h5py.Group, key: str, inside: str, name: Path) -> bool:
+    """Whether a link is a hard link; refuse a link to another file. A soft link is not followed."""
     try:
         link = group.get(key, getlink=True)
     except TypeError as error:  # a user-defined link type
-        raise BadInput(f"{name}: {place} is a link of an unknown kind; {_REMEDY}") from error
+        raise BadInput(f"{name}: {inside} is a link of an unknown kind; {_REMEDY}") from error
     if isinstance(link, h5py.ExternalLink):
         raise BadInput(
-            f"{name}: {place} is an external link to {link.path!r} in the file {link.filename!r}; "
+            f"{name}: {inside} is an external link to {link.path!r} in the file {link.filename!r}; "
             f"{_REMEDY}"
         )
     return isinstance(link, h5py.HardLink)
 
 
-def _check_dataset(data: h5py.Dataset, place: str, name: Path) -> None:
+def _check_dataset(data: h5py.Dataset, inside: str, name: Path) -> None:
     if data.external:
         files = ", ".join(sorted({repr(str(part[0])) for part in data.external})[:3])
-        raise BadInput(f"{name}: {place} has external storage in the file {files}; {_REMEDY}")
+        raise BadInput(f"{name}: {inside} has external storage in the file {files}; {_REMEDY}")
     if data.is_virtual:
         files = ", ".join(sorted({repr(str(s.file_name)) for s in data.virtual_sources()})[:3])
-        raise BadInput(f"{name}: {place} is a virtual dataset of the file {files}; {_REMEDY}")
+        raise BadInput(f"{name}: {inside} is a virtual dataset of the file {files}; {_REMEDY}")
     if h5py.check_ref_dtype(data.dtype) is not None:
-        raise BadInput(f"{name}: {place} holds references to other objects; {_REMEDY}")
+        raise BadInput(f"{name}: {inside} has references to other objects; {_REMEDY}")
     settings: Any = data.id.get_create_plist()
     for number in range(settings.get_nfilters()):
         code, _, _, label = settings.get_filter(number)
         if code not in _FILTERS:
             kind = label.decode("utf-8", "replace") or "an unknown filter"
             raise BadInput(
-                f"{name}: {place} is compressed by {kind!r} (HDF5 filter {code}), which would load a "
+                f"{name}: {inside} is compressed by {kind!r} (HDF5 filter {code}), which would load a "
                 "plugin; write it with gzip, or without compression"
             )
 

@@ -1,9 +1,9 @@
 """Decodes and resizes images: the only module that turns image files into uint8 RGB arrays.
 
 Every input is untrusted: size and format are read from the header and checked before any pixel is
-allocated. Images that cannot be read as 8-bit RGB in a unique way (16-bit, CMYK, animated) are refused, and
-the message names the remedy. Alpha is laid over white (the background of a slide), an EXIF rotation is
-applied, and an embedded colour profile is converted to sRGB.
+allocated. Images that can become 8-bit RGB in several ways (16-bit, CMYK, animated) are refused, and the
+message names the remedy. Transparent pixels are blended with white (the background of a slide), an EXIF
+rotation is applied, and an embedded colour profile is converted to sRGB.
 """
 
 from __future__ import annotations
@@ -27,13 +27,11 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
-_EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX"}
+_EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "YCbCr"}
 
 
 def decode(
-    source: Path | bytes | Rgb | Image.Image,
-    name: str | None = None,
-    max_pixels: int = MAX_PIXELS,
+    source: Path | bytes | Rgb | Image.Image, name: str | None = None, max_pixels: int = MAX_PIXELS
 ) -> Rgb:
     """Decode one image; of an MPO file (from phones and stereo cameras), the first image.
 
@@ -57,24 +55,19 @@ def decode(
         return _to_rgb(source, name or "PIL image")
     label = name or (str(source) if isinstance(source, Path) else "image")
     blob = _read(source, label) if isinstance(source, Path) else source
-    if not blob:
-        raise BadInput(f"{label} is empty (0 bytes); copy or export it again")
-    if len(blob) > MAX_BYTES:
-        raise TooLarge(f"{label} has {len(blob):,} bytes; at most {MAX_BYTES:,} are accepted")
+    _check_size(len(blob), label)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            with Image.open(io.BytesIO(blob), formats=FORMATS) as picture:
-                _check_header(picture, blob, label, max_pixels)
-                return _to_rgb(picture, label)
+            with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
+                _check_header(image, blob, label, max_pixels)
+                return _to_rgb(image, label)
     except UnidentifiedImageError as error:
         raise Unsupported(
-            f"{label} is not a picture that can be read; expected {', '.join(FORMATS)}"
+            f"{label} is not an image that can be read; expected {', '.join(FORMATS)}"
         ) from error
     except Image.DecompressionBombError as error:
-        raise TooLarge(
-            f"{label} claims too many pixels ({error}); crop or downsample it"
-        ) from error
+        raise TooLarge(f"{label} has too many pixels ({error}); crop or downsample it") from error
     except BadInput:
         raise
     except Exception as error:
@@ -83,11 +76,16 @@ def decode(
         ) from error
 
 
+def _check_size(size: int, label: str) -> None:
+    if not size:
+        raise BadInput(f"{label} is empty (0 bytes); copy or export it again")
+    if size > MAX_BYTES:
+        raise TooLarge(f"{label} has {size:,} bytes; expected at most {MAX_BYTES:,}: crop it")
+
+
 def _read(path: Path, label: str) -> bytes:
     try:
-        size = path.stat().st_size
-        if size > MAX_BYTES:
-            raise TooLarge(f"{label} has {size:,} bytes; at most {MAX_BYTES:,} are accepted")
+        _check_size(path.stat().st_size, label)
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BadInput(f"{label} does not exist; check the path") from error
@@ -97,44 +95,44 @@ def _read(path: Path, label: str) -> bytes:
         ) from error
 
 
-def _check_header(picture: Image.Image, blob: bytes, label: str, max_pixels: int) -> None:
-    width, height = picture.size
+def _check_header(image: Image.Image, blob: bytes, label: str, max_pixels: int) -> None:
+    width, height = image.size
     if width * height > max_pixels:
         raise TooLarge(
             f"{label} is {width} x {height} = {width * height:,} pixels; at most {max_pixels:,} are "
-            "decoded as one picture: crop it, or embed it as a slide"
+            "decoded as one image: crop it, or embed it as a slide"
         )
-    frames = getattr(picture, "n_frames", 1)
-    if frames > 1 and picture.format != "MPO":  # further MPO frames are previews or the other eye
-        kind = f"has {frames} pages" if picture.format == "TIFF" else "is animated"
-        raise Unsupported(f"{label} {kind}; expected one still picture: export a single one")
-    png_depth = blob[24] if picture.format == "PNG" and len(blob) > 24 else 8
-    bits = picture.tag_v2.get(258, (8,)) if hasattr(picture, "tag_v2") else (8,)
-    deepest = max(bits) if isinstance(bits, tuple) else bits
-    if picture.mode == "CMYK" or picture.mode == "YCCK":
+    frames = getattr(image, "n_frames", 1)
+    if frames > 1 and image.format != "MPO":  # further MPO frames are previews or the other eye
+        kind = f"has {frames} pages" if image.format == "TIFF" else "is animated"
+        raise Unsupported(f"{label} {kind}; expected a single still image: export one of them")
+    if image.mode in {"CMYK", "YCCK"}:
         raise Unsupported(
-            f"{label} is CMYK (print colours), which has no single RGB reading; "
+            f"{label} is CMYK (print colours), which can be converted to RGB in several ways; "
             "expected RGB: convert it with its colour profile first"
         )
-    if picture.mode.startswith(("I", "F")) or png_depth > 8 or deepest > 8:
+    png_depth = blob[24] if image.format == "PNG" and len(blob) > 24 else 8
+    bits = image.tag_v2.get(258, (8,)) if hasattr(image, "tag_v2") else (8,)
+    deepest = max(bits) if isinstance(bits, tuple) else bits
+    if image.mode.startswith(("I", "F")) or png_depth > 8 or deepest > 8:
         raise Unsupported(
-            f"{label} has more than 8 bits per channel (mode {picture.mode}); expected 8-bit RGB: "
-            "rescale it to 0-255 with the window that you want to see"
+            f"{label} has more than 8 bits per channel (mode {image.mode}); expected 8-bit RGB: "
+            "rescale the range of values that you want to see to 0-255"
         )
-    if picture.mode not in _EIGHT_BIT and picture.mode not in {"YCbCr"}:
-        raise Unsupported(f"{label} has mode {picture.mode}; expected 8-bit grey, RGB or RGBA")
+    if image.mode not in _EIGHT_BIT:
+        raise Unsupported(f"{label} has mode {image.mode}; expected 8-bit grey, RGB or RGBA")
 
 
 def profile_of(path: Path) -> str | None:
     """Return the name of an image's colour profile, which :func:`decode` converts; None without one."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with Image.open(path, formats=FORMATS) as picture:
-            return profile_name(picture.info.get("icc_profile"))
+        with Image.open(path, formats=FORMATS) as image:
+            return profile_name(image.info.get("icc_profile"))
 
 
-def _to_rgb(picture: Image.Image, label: str) -> Rgb:
-    upright = to_srgb(ImageOps.exif_transpose(picture), label)
+def _to_rgb(image: Image.Image, label: str) -> Rgb:
+    upright = to_srgb(ImageOps.exif_transpose(image), label)
     if upright.mode in {"RGBA", "LA", "PA"} or "transparency" in upright.info:
         layer = upright.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
@@ -165,8 +163,8 @@ def square(image: Rgb, size_px: int) -> Rgb:
     side = min(height, width)
     top, left = (height - side) // 2, (width - side) // 2
     box = (left, top, left + side, top + side)
-    picture = Image.fromarray(image).resize((size_px, size_px), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(picture)
+    resized = Image.fromarray(image).resize((size_px, size_px), Image.Resampling.LANCZOS, box=box)
+    return np.asarray(resized)
 
 
 def encode_jpeg(image: Rgb, quality: int = 90) -> bytes:

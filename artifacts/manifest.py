@@ -47,8 +47,8 @@ TRITON_PROBE = "probe_embedding"
 
 def above_threshold(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Return which embeddings (N, dim) of an encoder with a tissue gate are out of distribution, (N,)."""
-    found: NDArray[np.bool_] = vectors[:, -1] > OOD_THRESHOLD
-    return found
+    above: NDArray[np.bool_] = vectors[:, -1] > OOD_THRESHOLD
+    return above
 
 
 class Manifest(BaseModel):
@@ -133,8 +133,8 @@ def external_manifest(name: str, dim: int, metric: str, mpp: float | None) -> Ma
     except ValidationError as error:
         wrong = error.errors()[0]
         raise BadInput(
-            f"an encoder {name!r} of {dim} dimensions and metric {metric!r} is not possible: "
-            f"{wrong['loc'][0]} {wrong['msg']}"
+            f"an encoder {name!r} of {dim} dimensions with metric {metric!r} is not possible; its "
+            f"{wrong['loc'][0]}: {wrong['msg']}"
         ) from error
 
 
@@ -156,10 +156,10 @@ def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
         )
     _check_links(bundle)
     document = read_json(path)
-    found = document.get("format") if isinstance(document, dict) else None
-    if isinstance(found, int) and found > FORMAT:
+    version = document.get("format") if isinstance(document, dict) else None
+    if isinstance(version, int) and version > FORMAT:
         raise BadInput(
-            f"{path} has format {found}; this histoseek reads up to {FORMAT}: upgrade it"
+            f"{path} has format {version}; this histoseek reads formats up to {FORMAT}: upgrade histoseek"
         )
     try:
         manifest = Manifest.model_validate(document)
@@ -171,19 +171,15 @@ def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
 
 
 def _check_links(bundle: Path) -> None:
-    """Refuse a bundle with links out of its folder: copying or displaying it would follow them.
-
-    Raises:
-        BadInput: a symbolic link leaves the folder; the message names its target.
-    """
+    """Refuse a bundle with links out of its folder: copying or displaying it would follow them."""
     root = bundle.resolve()
     for top, folders, files in os.walk(root):
         for name in (*folders, *files):
             path = Path(top) / name
             if path.is_symlink() and not path.resolve().is_relative_to(root):
                 raise BadInput(
-                    f"{bundle / path.relative_to(root)} is a link to {path.resolve()}, outside of the "
-                    "bundle; expected the files themselves: copy the bundle with `cp -rL`"
+                    f"{bundle / path.relative_to(root)} is a link to {path.resolve()}, which is outside "
+                    "the bundle; expected the files themselves: copy the bundle with `cp -rL`"
                 )
 
 
@@ -196,8 +192,9 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
     """
     if manifest.external:
         raise BadInput(
-            f"encoder {manifest.name!r} is known by name only: its features were made by another tool, and "
-            "pictures cannot be embedded here; ask with tiles of the atlas, or by `similar --features`"
+            f"encoder {manifest.name!r} is known by name only: another tool made its features, and "
+            "histoseek cannot embed images with it; search with tiles of the atlas, or use "
+            "`similar --features`"
         )
     graph = bundle / GRAPH
     if not graph.is_file():

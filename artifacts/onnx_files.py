@@ -1,8 +1,8 @@
 """Detects ONNX graphs with weights in other files, without the package ``onnx``.
 
-A graph may name a file from which a runtime reads a tensor's bytes (external data): relative to the
-graph, relative to the working directory, or absolute. The graph's checksum does not cover such a file. This
-module reads Protocol Buffers: numbered fields, nested by length (onnx.proto of ONNX 1.20).
+A graph may name a file from which a runtime reads a tensor's bytes (external data): relative to the graph,
+relative to the working directory, or absolute. The graph's checksum does not cover such a file. The file's
+format is Protocol Buffers: numbered fields with their length, which can be nested (onnx.proto, ONNX 1.20).
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ _NESTED: dict[str, dict[int, str]] = {
 """For each message type, the numbers of its nested message fields and their types."""
 
 _EXTERNAL, _LOCATION, _NAME = 13, 14, 8
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
+_VARINT, _BYTES = 0, 2
+_FIXED_SIZES = {1: 8, 5: 4}
 _DEEPEST = 64
 
 
@@ -40,7 +41,7 @@ def check_graph_whole(path: Path) -> None:
         while todo:
             kind, message, depth = todo.pop()
             if depth > _DEEPEST:
-                raise ValueError(f"it is nested more than {_DEEPEST} deep")
+                raise ValueError(f"it has more than {_DEEPEST} nested levels")
             if kind == "tensor":
                 _check_tensor(message, path)
                 continue
@@ -49,7 +50,9 @@ def check_graph_whole(path: Path) -> None:
                 if number in nested and isinstance(value, memoryview):
                     todo.append((nested[number], value, depth + 1))
     except (ValueError, IndexError) as error:
-        raise Damaged(f"{path} is no whole ONNX graph ({error}); copy the bundle again") from error
+        raise Damaged(
+            f"{path} is not a complete ONNX graph ({error}); copy the bundle again"
+        ) from error
 
 
 def _check_tensor(message: memoryview, path: Path) -> None:
@@ -65,7 +68,7 @@ def _check_tensor(message: memoryview, path: Path) -> None:
     if external or entries:
         file = dict(entries).get("location", "another file")
         raise BadInput(
-            f"{path} takes the tensor {name!r} from the file {file!r} (external data), which its checksum "
+            f"{path} reads the tensor {name!r} from the file {file!r} (external data), which its checksum "
             "does not cover; expected all weights in the graph: save it as one file, and export the "
             "bundle again"
         )
@@ -76,31 +79,27 @@ def _text(value: memoryview) -> str:
 
 
 def _fields(message: memoryview) -> list[tuple[int, int | memoryview]]:
-    """Return number and value of each field of a message.
-
-    Raises:
-        ValueError: the message ends inside a field, or a field has an unknown type.
-    """
-    found: list[tuple[int, int | memoryview]] = []
+    """Return number and value of each field of a message."""
+    fields: list[tuple[int, int | memoryview]] = []
     at = 0
     while at < len(message):
         key, at = _varint(message, at)
         number, kind = key >> 3, key & 7
         if kind == _VARINT:
             value, at = _varint(message, at)
-            found.append((number, value))
+            fields.append((number, value))
             continue
         if kind == _BYTES:
             size, at = _varint(message, at)
-        elif kind in {_FIXED64, _FIXED32}:
-            size = 8 if kind == _FIXED64 else 4
+        elif kind in _FIXED_SIZES:
+            size = _FIXED_SIZES[kind]
         else:
-            raise ValueError(f"field {number} is of the unknown kind {kind}")
+            raise ValueError(f"field {number} has the unknown type {kind}")
         if at + size > len(message):
-            raise ValueError(f"it ends in field {number}")
-        found.append((number, message[at : at + size]))
+            raise ValueError(f"it ends inside field {number}")
+        fields.append((number, message[at : at + size]))
         at += size
-    return found
+    return fields
 
 
 def _varint(message: memoryview, at: int) -> tuple[int, int]:

@@ -13,17 +13,9 @@
 from __future__ import annotations
 
 import types
+import typing
 from dataclasses import MISSING, dataclass
-from typing import (
-    Any,
-    Literal,
-    TypeVar,
-    Union,
-    dataclass_transform,
-    get_args,
-    get_origin,
-    get_type_hints,
-)
+from typing import Any, Literal, TypeVar, get_args, get_origin
 
 from pydantic import ConfigDict, Field, ValidationError
 from pydantic.dataclasses import dataclass as pydantic_dataclass
@@ -85,7 +77,7 @@ class Option:
         return f"{self.meaning} [{self.expected}]" if self.expected else self.meaning
 
 
-@dataclass_transform(frozen_default=True)
+@typing.dataclass_transform(frozen_default=True)
 def options(model: type[Model]) -> type[Model]:
     """Make a class a frozen pydantic dataclass that raises BadInput for a wrong value.
 
@@ -93,26 +85,23 @@ def options(model: type[Model]) -> type[Model]:
     """
     inherited: Any = next((base for base in model.__mro__[1:] if is_options(base)), None)
     if inherited is not None:
-        hints = get_type_hints(inherited, include_extras=True)
-        own = model.__annotations__
-        kept = [
-            n for n in own if n in inherited.__dataclass_fields__ and "Annotated" not in str(own[n])
-        ]
-        own |= {name: hints[name] for name in kept}
-    made: Any = pydantic_dataclass(
-        model, frozen=True, config=ConfigDict(allow_inf_nan=False, extra="forbid")
-    )
-    checked = made.__init__
+        hints = typing.get_type_hints(inherited, include_extras=True)
+        annotations = model.__annotations__
+        for name, hint in annotations.items():
+            if name in inherited.__dataclass_fields__ and "Annotated" not in str(hint):
+                annotations[name] = hints[name]
+    config = ConfigDict(allow_inf_nan=False, extra="forbid")
+    result: Any = pydantic_dataclass(model, frozen=True, config=config)
+    checked = result.__init__
 
     def __init__(self: Any, *values: Any, **named: Any) -> None:
         try:
             checked(self, *values, **named)
         except ValidationError as error:
-            raise explain(error, made) from error
+            raise explain(error, result) from error
 
-    made.__init__ = __init__
-    result: type[Model] = made
-    return result
+    result.__init__ = __init__
+    return result  # type: ignore[no-any-return]
 
 
 def is_options(model: Any) -> bool:
@@ -122,18 +111,18 @@ def is_options(model: Any) -> bool:
 
 def read_options(model: type[Any]) -> list[Option]:
     """Return the options of a model in order, inherited ones included."""
-    found = []
+    read = []
     for name, info in model.__pydantic_fields__.items():
         cli = next((m for m in info.metadata if isinstance(m, Flag)), Flag())
         kind = info.annotation
-        if get_origin(kind) in (Union, types.UnionType):
+        if get_origin(kind) in (typing.Union, types.UnionType):
             kind = next(part for part in get_args(kind) if part is not type(None))
         bounds = {key: getattr(m, key) for m in info.metadata for key in _BOUNDS if hasattr(m, key)}
         default = MISSING if info.is_required() else info.default
         flag = cli.name or f"--{name.replace('_', '-')}"
         text = info.description or ""
-        found.append(Option(name, flag, kind, default, text, _expected(kind, bounds), cli))
-    return found
+        read.append(Option(name, flag, kind, default, text, _expected(kind, bounds), cli))
+    return read
 
 
 _BOUNDS = ("ge", "gt", "le", "lt")
@@ -150,22 +139,22 @@ def _expected(kind: Any, bounds: dict[str, float]) -> str:
 
 def explain(error: ValidationError, model: type[Any]) -> BadInput:
     """Translate pydantic's error; the message gives each option's flag, value and expected range."""
-    known = {option.name: option for option in read_options(model)}
+    options = {option.name: option for option in read_options(model)}
     lines = []
-    for found in error.errors(include_url=False):
-        option = known.get(str(found["loc"][0])) if found["loc"] else None
-        if option is None or found["type"].startswith("missing"):
-            where = ".".join(map(str, found["loc"]))
-            flags = ", ".join(o.flag for o in known.values())
-            lines.append(f"option {where!r}: {found['msg']}; the options are: {flags}")
+    for detail in error.errors(include_url=False):
+        option = options.get(str(detail["loc"][0])) if detail["loc"] else None
+        if option is None or detail["type"].startswith("missing"):
+            name = ".".join(map(str, detail["loc"]))
+            flags = ", ".join(o.flag for o in options.values())
+            lines.append(f"option {name!r}: {detail['msg']}; the options are: {flags}")
             continue
         expected = option.expected
-        if found["type"].endswith(("_parsing", "_type", "_from_float")):
+        if detail["type"].endswith(("_parsing", "_type", "_from_float")):
             expected = f"a value of type {option.type_name}" + (expected and f", {expected}")
         meaning = option.meaning.split(";")[0].split(". ")[0].rstrip(".")
         hint = f" ({meaning})" if meaning and not expected.startswith("one of") else ""
         lines.append(
-            f"{option.flag} is {found['input']!r}; expected {expected or found['msg']}{hint}"
+            f"{option.flag} is {detail['input']!r}; expected {expected or detail['msg']}{hint}"
         )
     return BadInput("\n".join(lines))
 

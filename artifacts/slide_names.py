@@ -22,25 +22,15 @@ from ..errors import BadInput
 from .images import SUFFIXES
 from .tables import same_text
 
+SLIDE_SUFFIXES = frozenset(
+    {".svs", ".ndpi", ".mrxs", ".scn", ".bif", ".vms", ".vmu", ".svslide", ".dcm", ".qptiff"}
+)
+"""Suffixes that only slides have; files with another suffix are slides or images."""
+
+TIFF_SUFFIXES = (".tif", ".tiff", ".qptiff", ".btf", ".tf2", ".tf8")
 SLIDE_ENDINGS = (
-    ".ome.tif",
-    ".ome.tiff",
-    ".ome.btf",
-    ".svs",
-    ".ndpi",
-    ".mrxs",
-    ".scn",
-    ".bif",
-    ".vms",
-    ".vmu",
-    ".svslide",
-    ".dcm",
-    ".czi",
-    ".qptiff",
-    ".btf",
-    ".tf2",
-    ".tf8",
-    *sorted(SUFFIXES),
+    *(".ome.tif", ".ome.tiff", ".ome.btf", ".czi"),
+    *sorted({*SLIDE_SUFFIXES, *TIFF_SUFFIXES, *SUFFIXES}),
 )
 """Endings of slide files that a name may omit; no other part of a name may be omitted."""
 
@@ -101,20 +91,22 @@ def match(names: Iterable[str], slides: Sequence[SlideName], origin: str, what: 
     Raises:
         BadInput: a name matches two slides, or two names match one slide; the message gives the remedy.
     """
-    meant = _meanings(slides)
+    numbers_of = _numbers_by_key(slides)
     by_slide: dict[int, str] = {}
     unused = []
     for name in names:
-        numbers = sorted(meant.get(_parts(name), ()))
-        numbers += [n for n in _by_name_only(name, meant, slides) if n not in numbers]
+        parts = _parts(name)
+        numbers = sorted(numbers_of.get(parts, ()))
+        pathless = (n for n in numbers_of.get(_bare(parts)[-1:], ()) if not slides[n].paths)
+        numbers += sorted(n for n in pathless if n not in numbers)
         if not numbers:
             unused.append(name)
         elif len(numbers) > 1:
-            raise BadInput(_fits_two(name, [slides[n] for n in numbers], origin, what))
+            raise BadInput(_ambiguous(name, [slides[n] for n in numbers], origin, what))
         elif numbers[0] in by_slide:
             slide = slides[numbers[0]]
             raise BadInput(
-                f"{origin}: the {what}s {by_slide[numbers[0]]!r} and {name!r} both mean slide "
+                f"{origin}: the {what}s {by_slide[numbers[0]]!r} and {name!r} both match slide "
                 f"{slide.name!r}{_at(slide)}; keep one of them"
             )
         else:
@@ -135,9 +127,9 @@ def _bare(parts: Key) -> Key:
     return (*parts[:-1], without_ending(parts[-1])) if parts else parts
 
 
-def _meanings(slides: Sequence[SlideName]) -> dict[Key, set[int]]:
+def _numbers_by_key(slides: Sequence[SlideName]) -> dict[Key, set[int]]:
     """Return the slides that each key matches; keys are all ends of all paths, with and without ending."""
-    meant: dict[Key, set[int]] = {}
+    numbers_of: dict[Key, set[int]] = {}
     for number, slide in enumerate(slides):
         keys: set[Key] = {_parts(slide.name), _bare(_parts(slide.name))}
         for path in slide.paths:
@@ -146,28 +138,22 @@ def _meanings(slides: Sequence[SlideName]) -> dict[Key, set[int]]:
                 end = parts[start:]
                 keys.update({end, _bare(end), (*end[:-1], without_last_ending(end[-1]))})
         for key in keys:
-            meant.setdefault(key, set()).add(number)
-    return meant
-
-
-def _by_name_only(name: str, meant: dict[Key, set[int]], slides: Sequence[SlideName]) -> list[int]:
-    """Match slides without known paths by the last part of a name, without its ending."""
-    bare = _bare(_parts(name))[-1:]
-    return sorted(n for n in meant.get(bare, ()) if not slides[n].paths)
+            numbers_of.setdefault(key, set()).add(number)
+    return numbers_of
 
 
 def _at(slide: SlideName) -> str:
     return f" ({slide.paths[0]})" if slide.paths else ""
 
 
-def _fits_two(name: str, slides: Sequence[SlideName], origin: str, what: str) -> str:
+def _ambiguous(name: str, slides: Sequence[SlideName], origin: str, what: str) -> str:
     few = "; ".join(f"{slide.name!r}{_at(slide)}" for slide in slides[:SHOWN])
     more = f" and {len(slides) - SHOWN} more" if len(slides) > SHOWN else ""
     example = _shortest(slides[0], slides[1:])
-    way = f", such as {example!r}" if example else ""
+    path = f", such as {example!r}" if example else ""
     return (
-        f"{origin}: the {what} {name!r} means {len(slides)} slides: {few}{more}; name one of them by more "
-        f"of its path{way}, or by its name in the atlas"
+        f"{origin}: the {what} {name!r} matches {len(slides)} slides: {few}{more}; write a longer part of "
+        f"the slide's path{path}, or its name in the atlas"
     )
 
 

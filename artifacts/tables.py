@@ -17,29 +17,10 @@ from typing import Any
 
 from ..errors import BadInput
 
-NO_VALUE = frozenset(
-    {
-        "",
-        "#N/A",
-        "#N/A N/A",
-        "#NA",
-        "-1.#IND",
-        "-1.#QNAN",
-        "-NaN",
-        "-nan",
-        "1.#IND",
-        "1.#QNAN",
-        "<NA>",
-        "N/A",
-        "NA",
-        "NULL",
-        "NaN",
-        "None",
-        "n/a",
-        "nan",
-        "null",
-    }
-)
+NO_VALUE = frozenset({
+    "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
+    "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+})  # fmt: skip
 """Texts that mean *no value*: the default list of pandas' ``read_csv``, and Excel's ``#N/A``."""
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
@@ -113,42 +94,40 @@ def parse_table(blob: bytes, origin: str, *keys: str, within: str | None = None)
     """
     text, encoding = _decoded(blob, origin)
     lines = list(io.StringIO(text, newline=""))
-    told = lines[0].rstrip("\r\n") if lines else ""
-    if told.lower().startswith("sep=") and len(told) == 5:  # Excel's separator line, not the header
-        separator, lines = told[4], ["\n", *lines[1:]]
+    first = lines[0].rstrip("\r\n") if lines else ""
+    if (
+        first.lower().startswith("sep=") and len(first) == 5
+    ):  # Excel's separator line, not the header
+        separator, lines = first[4], ["\n", *lines[1:]]
     else:
         separator = _separator(lines, keys)
     try:
-        cells = [
-            (number, row) for number, row in _numbered(lines, separator) if any(map(str.strip, row))
-        ]
+        reader = csv.reader(lines, delimiter=separator)
+        cells = [(reader.line_num, row) for row in reader if any(map(str.strip, row))]
     except csv.Error as error:
         raise BadInput(f"{origin} is not a CSV table ({error}); save it as CSV again") from error
-    names = [same_text(name.strip()) for name in cells[0][1]] if cells else []
-    key = next((name for name in keys if name in names), None)
+    columns = [same_text(name.strip()) for name in cells[0][1]] if cells else []
+    key = next((name for name in keys if name in columns), None)
+    separated = f"separated by {SEPARATORS.get(separator, repr(separator))}"
     if key is None:
-        wanted = " or ".join(repr(name) for name in keys)
+        expected = " or ".join(map(repr, keys))
         raise BadInput(
-            f"{origin} has columns {names}; expected a column {wanted} (read as {encoding}, separated by "
-            f"{SEPARATORS.get(separator, repr(separator))})"
+            f"{origin} has columns {columns}; expected a column {expected} (read as {encoding}, "
+            f"{separated})"
         )
-    notes = (
-        []
-        if separator == ","
-        else [f"{origin}: separated by {SEPARATORS.get(separator, separator)}"]
-    )
+    notes = [] if separator == "," else [f"{origin}: {separated}"]
     if encoding == "cp1252":
         notes.append(f"{origin}: not UTF-8; read as Windows' cp1252: check names with accents")
-    names, dropped = _without_empty_columns(names, [row for _, row in cells[1:]])
+    columns, dropped = _without_empty_columns(columns, [row for _, row in cells[1:]])
     if dropped:
         notes.append(f"{origin}: {dropped} empty column(s) without a name left out")
-    if len(set(names)) < len(names):
-        raise BadInput(f"{origin} names a column twice: {names}")
-    words: Counter[str] = Counter()
-    rows = _rows(cells[1:], names, key, within, origin, words)
-    if words:
-        each = ", ".join(f"{word} {count}" for word, count in sorted(words.items()))
-        notes.append(f"{origin}: {words.total()} cell(s) read as no value ({each})")
+    if len(set(columns)) < len(columns):
+        raise BadInput(f"{origin} has two columns of the same name: {columns}")
+    no_values: Counter[str] = Counter()
+    rows = _rows(cells[1:], columns, key, within, origin, no_values)
+    if no_values:
+        each = ", ".join(f"{text} {count}" for text, count in sorted(no_values.items()))
+        notes.append(f"{origin}: {no_values.total()} cell(s) read as no value ({each})")
     return Table(origin, key, tuple(rows), tuple(notes))
 
 
@@ -172,13 +151,8 @@ def _decoded(blob: bytes, origin: str) -> tuple[str, str]:
                 f"{origin} is not text in UTF-8, UTF-16 or cp1252 ({error}); save it as CSV UTF-8"
             ) from error
     if "\0" in text:
-        raise BadInput(f"{origin} is not a CSV table (it holds NUL bytes); save it as CSV UTF-8")
+        raise BadInput(f"{origin} is not a CSV table (it contains NUL bytes); save it as CSV UTF-8")
     return text, encoding.removesuffix("-sig")
-
-
-def _numbered(lines: Sequence[str], separator: str) -> list[tuple[int, list[str]]]:
-    reader = csv.reader(lines, delimiter=separator)
-    return [(reader.line_num, row) for row in reader]
 
 
 def _separator(lines: Sequence[str], keys: Sequence[str]) -> str:
@@ -196,12 +170,14 @@ def _separator(lines: Sequence[str], keys: Sequence[str]) -> str:
 
 def _without_empty_columns(names: list[str], rows: Sequence[list[str]]) -> tuple[list[str], int]:
     """Drop trailing columns without name and values, as Excel writes them; also return their number."""
-    kept = len(names)
-    while kept and not names[kept - 1]:
-        if any(len(row) >= kept and row[kept - 1].strip() for row in rows):
-            break
-        kept -= 1
-    return names[:kept], len(names) - kept
+    count = len(names)
+    while (
+        count
+        and not names[count - 1]
+        and not any("".join(row[count - 1 : count]).strip() for row in rows)
+    ):
+        count -= 1
+    return names[:count], len(names) - count
 
 
 def _rows(
@@ -210,9 +186,9 @@ def _rows(
     key: str,
     within: str | None,
     origin: str,
-    words: Counter[str],
+    no_values: Counter[str],
 ) -> list[dict[str, str]]:
-    """Return rows as dictionaries; count in ``words`` the texts that mean *no value*."""
+    """Return rows as dictionaries; count in ``no_values`` the texts that mean *no value*."""
     rows: list[dict[str, str]] = []
     seen: set[tuple[str, str]] = set()
     for number, row in cells:
@@ -220,20 +196,22 @@ def _rows(
             row = row[:-1]
         if len(row) != len(names):
             raise BadInput(
-                f"{origin}, line {number}: {len(row)} values for {len(names)} columns; put a value with "
-                "the separator in it in double quotes"
+                f"{origin}, line {number}: {len(row)} values for {len(names)} columns; if a value contains "
+                "the separator, put the value in double quotes"
             )
         clean: dict[str, str] = {}
         for name, cell in zip(names, row, strict=True):
             clean[name] = value_of(cell.strip())
             if not clean[name] and cell.strip():
-                words[cell.strip()] += 1
+                no_values[cell.strip()] += 1
         if not clean[key]:
-            raise BadInput(f"{origin}, line {number}: no value for {key!r}")
+            raise BadInput(f"{origin}, line {number}: no value for {key!r}; fill it in")
         item = same_text(clean[key]), same_text(clean.get(within or "", ""))
         if item in seen:
             text = " ".join(filter(None, item))
-            raise BadInput(f"{origin}, line {number}: {text!r} appears twice")
+            raise BadInput(
+                f"{origin}, line {number}: {text!r} appears twice; remove one of the rows"
+            )
         seen.add(item)
         rows.append(clean)
     return rows

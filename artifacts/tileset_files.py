@@ -37,7 +37,7 @@ def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
     if source.is_dir():
         tiles = _open_folder(source, manifest)
     elif manifest is not None and source.suffix.lower() in {".csv", ".npz"}:
-        raise BadInput(f"{source} has labels of its own; a manifest goes with a folder or a .tar")
+        raise BadInput(f"{source} has its own labels; pass a manifest with a folder or a .tar only")
     elif source.suffix.lower() == ".csv":
         tiles = _open_csv(source, source.parent, source.stem)
     elif source.suffix.lower() == ".npz":
@@ -49,18 +49,17 @@ def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
             f"{source} is not a tile set; expected a folder, a .csv manifest, a .tar or an .npz"
         )
     if not tiles.tiles:
-        raise BadInput(f"{source} holds no tile; expected pictures ({', '.join(sorted(SUFFIXES))})")
+        raise BadInput(f"{source} has no tiles; expected images ({', '.join(sorted(SUFFIXES))})")
     return tiles
 
 
-def _is_picture(name: str) -> bool:
+def _is_image(name: str) -> bool:
     path = PurePosixPath(name)
     return path.suffix.lower() in SUFFIXES and not any(map(is_hidden, path.parts))
 
 
 def _class_of(name: str) -> str | None:
-    parent = PurePosixPath(name).parent.name
-    return parent or None
+    return PurePosixPath(name).parent.name or None
 
 
 def _tile(row: dict[str, str]) -> Tile:
@@ -72,14 +71,10 @@ def _tile(row: dict[str, str]) -> Tile:
 def _open_csv(path: Path, root: Path, name: str) -> TileSet:
     table = read_csv(path, "file")
     tiles = tuple(_tile(row) for row in table.rows)
-    places = [_as_written(root / tile.file) for tile in tiles]
+    paths = [_as_written(root / tile.file) for tile in tiles]
+    fingerprint = _rows_fingerprint(tiles, _stamps(paths))
     return TileSet(
-        name=name,
-        source=str(path),
-        tiles=tiles,
-        fingerprint=_rows_fingerprint(tiles, _stamps(places)),
-        _load=lambda n: _file_bytes(places[n]),
-        notes=table.notes,
+        name, str(path), tiles, fingerprint, lambda n: _file_bytes(paths[n]), table.notes
     )
 
 
@@ -107,7 +102,7 @@ def _stamps(paths: Iterable[Path]) -> str:
 def _file_bytes(path: Path) -> bytes:
     try:
         if path.stat().st_size > MAX_BYTES:
-            raise BadInput(f"{path} is larger than {MAX_BYTES:,} bytes")
+            raise BadInput(f"{path} has more than {MAX_BYTES:,} bytes; crop or downsample it")
         return path.read_bytes()
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
@@ -120,7 +115,7 @@ def _check_inside(folder: Path, manifest: Path) -> None:
     root = folder.resolve()
     for row in read_csv(manifest, "file").rows:
         if not (folder / row["file"]).resolve().is_relative_to(root):
-            raise BadInput(f"{manifest} names {row['file']!r}, which is outside of {folder}")
+            raise BadInput(f"{manifest} names {row['file']!r}, which is outside {folder}")
 
 
 def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
@@ -131,19 +126,14 @@ def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
         return replace(_open_csv(manifest, folder, folder.resolve().name), source=str(folder))
     walked = walk(folder)
     names = [file.relative_to(folder).as_posix() for file in walked.files]
-    others = [name for name in names if not _is_picture(name)]
-    names = sorted(name for name in names if _is_picture(name))
-    left_out = [
-        *walked.left_out,
-        *(LeftOut(str(folder / n), why_unread(folder / n)) for n in others),
-    ]
-    tiles = tuple(Tile(name, _class_of(name)) for name in names)
-    sizes = _stamps(folder / name for name in names)
+    others = (folder / name for name in names if not _is_image(name))
+    left_out = [*walked.left_out, *(LeftOut(str(path), why_unread(path)) for path in others)]
+    tiles = tuple(Tile(name, _class_of(name)) for name in sorted(filter(_is_image, names)))
     return TileSet(
         name=folder.resolve().name,
         source=str(folder),
         tiles=tiles,
-        fingerprint=_rows_fingerprint(tiles, sizes),
+        fingerprint=_rows_fingerprint(tiles, _stamps(folder / tile.file for tile in tiles)),
         _load=lambda n: _file_bytes(folder / tiles[n].file),
         left_out=tuple(left_out),
     )
@@ -151,28 +141,27 @@ def _open_folder(folder: Path, manifest: Path | None) -> TileSet:
 
 def _open_tar(path: Path, manifest: Path | None) -> TileSet:
     try:
-        places, blobs, inner, left_out = _tar_members(path)
+        extents, blobs, inner, left_out = _tar_members(path)
     except (tarfile.TarError, OSError, EOFError, zlib.error) as error:
         raise BadInput(f"{path} is not a readable tar ({error}); copy it again") from error
-    notes: tuple[str, ...] = ()
-    if manifest is not None or inner is not None:
-        table = (
-            read_csv(manifest, "file")
-            if manifest is not None
-            else parse_table(inner or b"", f"{path}:{MANIFEST}", "file")
-        )
+    table = None
+    if manifest is not None:
+        table = read_csv(manifest, "file")
+    elif inner is not None:
+        table = parse_table(inner, f"{path}:{MANIFEST}", "file")
+    if table is not None:
         tiles, notes = tuple(_tile(row) for row in table.rows), table.notes
     else:
-        tiles = tuple(Tile(n, _class_of(n)) for n in sorted(places) if _is_picture(n))
-    written = {same_text(name): name for name in places}
+        tiles, notes = tuple(Tile(name, _class_of(name)) for name in sorted(extents)), ()
+    composed = {same_text(name): name for name in extents}
 
     def load(number: int) -> bytes:
-        name = written.get(same_text(tiles[number].file), "")
+        name = composed.get(same_text(tiles[number].file), "")
         if not name:
             raise BadInput(f"{path}: {tiles[number].file} is in the manifest but not in the tar")
         if name in blobs:
             return blobs[name]
-        offset, size = places[name]
+        offset, size = extents[name]
         with open(path, "rb") as stream:
             stream.seek(offset)
             return stream.read(size)
@@ -192,7 +181,7 @@ def _tar_members(
         Offset and size (bytes) by name; the data by name if the tar is compressed; the manifest; the reason
         for each member that is left out, by name.
     """
-    places: dict[str, tuple[int, int]] = {}
+    extents: dict[str, tuple[int, int]] = {}
     blobs: dict[str, bytes] = {}
     inner: bytes | None = None
     left_out: dict[str, str] = {}
@@ -203,21 +192,23 @@ def _tar_members(
             name = member.name.removeprefix("./")
             if not member.isfile():
                 continue
-            if not (_is_picture(name) or name == MANIFEST):
+            if not (_is_image(name) or name == MANIFEST):
                 hidden = any(map(is_hidden, PurePosixPath(name).parts))
                 left_out[name] = "hidden or system file" if hidden else why_unread(Path(name))
                 continue
-            places[name] = (member.offset_data, member.size)
+            extents[name] = (member.offset_data, member.size)
             unpacked += member.size
-            if member.size > MAX_BYTES or (not plain and unpacked > MAX_UNPACKED):
-                raise BadInput(f"{path}: {name} makes it unpack to more than is accepted")
+            if member.size > MAX_BYTES:
+                raise BadInput(f"{path}: {name} has more than {MAX_BYTES:,} bytes")
+            if not plain and unpacked > MAX_UNPACKED:
+                raise BadInput(f"{path} unpacks to more than {MAX_UNPACKED:,} bytes; split it")
             stream = pack.extractfile(member) if name == MANIFEST or not plain else None
             if stream is not None and name == MANIFEST:
                 inner = stream.read()
             elif stream is not None:
                 blobs[name] = stream.read()
-    places.pop(MANIFEST, None)
-    return places, blobs, inner, left_out
+    extents.pop(MANIFEST, None)
+    return extents, blobs, inner, left_out
 
 
 def _is_plain_tar(path: Path) -> bool:
@@ -234,7 +225,7 @@ def _open_npz(path: Path) -> TileSet:
             unpacked = sum(member.file_size for member in members.infolist())
         if unpacked > MAX_UNPACKED:
             raise BadInput(
-                f"{path} unpacks to {unpacked:,} bytes; at most {MAX_UNPACKED:,} are read"
+                f"{path} unpacks to {unpacked:,} bytes; expected at most {MAX_UNPACKED:,}: split it"
             )
         with np.load(path, allow_pickle=False) as pack:
             arrays = {key: pack[key] for key in pack.files}

@@ -36,8 +36,8 @@ class Tile:
 
     def column(self, name: str) -> str:
         """Return the value of a manifest column; empty if there is none."""
-        known = {"file": self.file, "label": self.label, "group": self.group}
-        return (known[name] or "") if name in known else self.extra.get(name, "")
+        fixed = {"file": self.file, "label": self.label, "group": self.group}
+        return fixed.get(name, self.extra.get(name)) or ""
 
 
 @dataclass(frozen=True)
@@ -90,8 +90,8 @@ class TileSet:
 
     def without(self, column: str, values: Iterable[str]) -> TileSet:
         """Return the tile set without the tiles whose ``column`` has one of ``values``."""
-        gone = set(values)
-        return self.take([n for n, t in enumerate(self.tiles) if t.column(column) not in gone])
+        excluded = set(values)
+        return self.take([n for n, t in enumerate(self.tiles) if t.column(column) not in excluded])
 
     def relabelled(self, columns: Sequence[str]) -> TileSet:
         """Return the tile set with labels joined from several manifest columns by ``/``."""
@@ -119,7 +119,7 @@ def sample_tiles(tileset: TileSet, size_px: int, count: int = SAMPLE) -> NDArray
         except BadInput as error:
             reason = str(error)
     if not tiles:
-        raise BadInput(f"no tile to prove parity on: {reason}")
+        raise BadInput(f"no tile for the parity test could be read: {reason}")
     return np.stack(tiles)
 
 
@@ -128,7 +128,7 @@ def concatenate(sets: Sequence[TileSet]) -> TileSet:
     if len(sets) == 1:
         return sets[0]
     tiles: list[Tile] = []
-    places: list[tuple[TileSet, int]] = []
+    origins: list[tuple[TileSet, int]] = []
     seen: Counter[str] = Counter()
     for part in sets:
         seen[part.name] += 1
@@ -137,13 +137,13 @@ def concatenate(sets: Sequence[TileSet]) -> TileSet:
             label = f"{name}/{tile.label}" if tile.label is not None else None
             group = f"{name}/{tile.group}" if tile.group is not None else None
             tiles.append(replace(tile, file=f"{name}/{tile.file}", label=label, group=group))
-            places.append((part, number))
+            origins.append((part, number))
     return TileSet(
         name="+".join(part.name for part in sets),
         source="+".join(part.source for part in sets),
         tiles=tuple(tiles),
         fingerprint=content_hash([part.fingerprint for part in sets]),
-        _load=lambda n: places[n][0]._load(places[n][1]),
+        _load=lambda n: origins[n][0]._load(origins[n][1]),
         notes=tuple(note for part in sets for note in part.notes),
         left_out=tuple(left for part in sets for left in part.left_out),
     )

@@ -6,30 +6,13 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 UNREAD_FORMATS = {
-    ".czi": "Zeiss CZI",
-    ".dzi": "Deep Zoom",
-    ".ets": "Olympus VSI's pixels",
-    ".i2syntax": "Philips iSyntax",
-    ".ims": "Imaris",
-    ".isyntax": "Philips iSyntax",
-    ".kfb": "KFBIO",
-    ".kfbf": "KFBIO",
-    ".lif": "Leica LIF",
-    ".lof": "Leica LOF",
-    ".lsm": "Zeiss LSM",
-    ".mdsx": "Motic MDSX",
-    ".nd2": "Nikon ND2",
-    ".oib": "Olympus OIB",
-    ".oif": "Olympus OIF",
-    ".oir": "Olympus OIR",
-    ".sdpc": "TEKSQRAY SDPC",
-    ".svsx": "SVSX",
-    ".tmap": "UNIC TMAP",
-    ".tron": "InteMedic TRON",
-    ".vsi": "Olympus VSI",
-    ".zarr": "OME-Zarr",
-    ".zvi": "Zeiss ZVI",
-}
+    ".czi": "Zeiss CZI", ".lsm": "Zeiss LSM", ".zvi": "Zeiss ZVI", ".dzi": "Deep Zoom",
+    ".ets": "Olympus VSI's pixels", ".oib": "Olympus OIB", ".oif": "Olympus OIF", ".oir": "Olympus OIR",
+    ".vsi": "Olympus VSI", ".i2syntax": "Philips iSyntax", ".isyntax": "Philips iSyntax", ".ims": "Imaris",
+    ".kfb": "KFBIO", ".kfbf": "KFBIO", ".lif": "Leica LIF", ".lof": "Leica LOF", ".mdsx": "Motic MDSX",
+    ".nd2": "Nikon ND2", ".sdpc": "TEKSQRAY SDPC", ".svsx": "SVSX", ".tmap": "UNIC TMAP",
+    ".tron": "InteMedic TRON", ".zarr": "OME-Zarr",
+}  # fmt: skip
 ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"})
 INDEXES = frozenset({".vms", ".vmu"})
 """Index files: text files that name the images of a slide."""
@@ -42,7 +25,7 @@ def why_unread(path: Path) -> str:
         return f"slide format that is not read ({UNREAD_FORMATS[suffix]}): convert it to SVS or OME-TIFF"
     if suffix in ARCHIVES:
         return "archive: unpack it first"
-    return "DICOM, but no slide" if is_dicom(path) else "neither a slide nor a picture"
+    return "DICOM, but not a slide" if is_dicom(path) else "neither a slide nor an image"
 
 
 def is_dicom(path: Path) -> bool:
@@ -56,17 +39,15 @@ def is_dicom(path: Path) -> bool:
 
 def belongs_to(here: Path, folders: Sequence[str], files: Sequence[str]) -> dict[str, str | None]:
     """Return the sub-folders with the data of a slide file next to them; see :data:`..walking.Prune`."""
-    found: dict[str, str | None] = {}
+    reasons: dict[str, str | None] = {}
     for name in files:
         stem, suffix = Path(name).stem, Path(name).suffix.lower()
         if suffix == ".mrxs" and (here / stem / "Slidedat.ini").is_file():
-            found[stem] = None
+            reasons[stem] = None
         elif suffix == ".vsi" and any((here / f"_{stem}_").glob("*/*.ets")):
-            found[f"_{stem}_"] = None
-    for name in folders:
-        if name.lower().endswith(".zarr"):
-            found[name] = why_unread(Path(name))
-    return found
+            reasons[f"_{stem}_"] = None
+    zarrs = (name for name in folders if name.lower().endswith(".zarr"))
+    return reasons | {name: why_unread(Path(name)) for name in zarrs}
 
 
 def parts_of(files: Iterable[Path]) -> set[Path]:

@@ -1,4 +1,4 @@
-"""Walks folders: lists every file below a folder once, and what was left out and why.
+"""Walks folders: lists every file below a folder once, and what is left out with the reason.
 
 Links to folders are followed, without loops. A file that is found twice is listed under its real name.
 Folders that file managers, servers and notebooks create for internal use are left out and reported.
@@ -8,25 +8,16 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import NamedTuple
 
 from ..errors import BadInput
 
-SYSTEM_FOLDERS = frozenset(
-    {
-        "@eadir",
-        "@recycle",
-        "@recently-snapshot",
-        "#recycle",
-        "#snapshot",
-        "$recycle.bin",
-        "__macosx",
-        "lost+found",
-        "system volume information",
-    }
-)
+SYSTEM_FOLDERS = frozenset({
+    "@eadir", "@recycle", "@recently-snapshot", "#recycle", "#snapshot", "$recycle.bin", "__macosx",
+    "lost+found", "system volume information",
+})  # fmt: skip
 """Names (lower case) of folders in which servers and file managers keep copies and trash."""
 SYSTEM_FILES = frozenset({"thumbs.db", "desktop.ini"})
 SHOWN = 3
@@ -86,14 +77,13 @@ def walk(folder: Path, prune: Prune | None = None) -> Walk:
         link = walked.links.pop(0)
         real = os.path.realpath(link)
         if real in walked.visited:
-            walked.leave_out(link, "link to a folder that is walked already")
+            walked.leave_out(link, "link to a folder that is searched already")
         elif walked.root == real or walked.root.startswith(real.rstrip(os.sep) + os.sep):
-            walked.leave_out(link, "link to a folder that holds the one that is walked")
+            walked.leave_out(link, "link to a folder that contains the searched one")
         else:
             walked.go(link)
     found = once(walked.found)
-    left_out = sorted([*walked.left_out, *found.left_out])
-    return Walk(found.files, tuple(left_out), found.aliases)
+    return replace(found, left_out=tuple(sorted([*walked.left_out, *found.left_out])))
 
 
 class _Walking:
@@ -120,8 +110,7 @@ class _Walking:
                 if is_hidden(name):
                     self.leave_out(here / name, "hidden or system folder")
                 elif name in skipped:
-                    reason = skipped[name]
-                    if reason is not None:
+                    if (reason := skipped[name]) is not None:
                         self.leave_out(here / name, reason)
                 elif (here / name).is_symlink():
                     self.links.append(here / name)
@@ -132,7 +121,7 @@ class _Walking:
                 if is_hidden(name):
                     self.leave_out(here / name, "hidden or system file")
                 elif not (here / name).exists():
-                    self.leave_out(here / name, "link that leads nowhere")
+                    self.leave_out(here / name, "broken link")
                 else:
                     self.found.append(here / name)
 
@@ -142,22 +131,21 @@ def once(found: Sequence[Path]) -> Walk:
     by_real: dict[str, list[Path]] = {}
     for path in sorted(found):
         by_real.setdefault(os.path.realpath(path), []).append(path)
-    files: list[Path] = []
-    left_out: list[LeftOut] = []
-    aliases: dict[Path, tuple[Path, ...]] = {}
+    others: dict[Path, tuple[Path, ...]] = {}
     for paths in by_real.values():
         chosen = next((path for path in paths if not path.is_symlink()), paths[0])
-        files.append(chosen)
-        others = tuple(path for path in paths if path != chosen)
-        if others:
-            aliases[chosen] = others
-        left_out += [LeftOut(str(path), f"the same file as {chosen}") for path in others]
-    return Walk(tuple(sorted(files)), tuple(left_out), aliases)
+        others[chosen] = tuple(path for path in paths if path != chosen)
+    left_out = [
+        LeftOut(str(alias), f"the same file as {chosen}")
+        for chosen, aliases in others.items()
+        for alias in aliases
+    ]
+    return Walk(tuple(sorted(others)), tuple(left_out), {k: v for k, v in others.items() if v})
 
 
 def _unreadable(error: OSError) -> None:
     raise BadInput(
-        f"{error.filename} cannot be read ({error.strerror}); check its permissions, or name the files"
+        f"{error.filename} cannot be read ({error.strerror}); check its permissions, or pass its files"
     ) from error
 
 

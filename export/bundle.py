@@ -15,14 +15,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
-from ..artifacts.files import (
-    publish_folder,
-    read_json,
-    read_text,
-    sha256_file,
-    write_atomic,
-    write_json,
-)
+from ..artifacts import files
+from ..artifacts.files import read_json, sha256_file, write_atomic, write_json
 from ..artifacts.manifest import CARD, CLUSTERS, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
 from ..artifacts.tileset_files import open_tiles
 from ..artifacts.tilesets import TileSet, sample_tiles
@@ -39,21 +33,21 @@ LEAST_SPREAD = 1e-4
 
 
 def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[str, torch.Tensor]]:
-    """Read a run folder: its record, its encoder with weights, its PCA basis and clusters.
+    """Read a run folder: its record, its encoder with weights, and its fitted PCA basis and clusters.
 
     Args:
         run: a folder written by ``histoseek train``.
         build: builds an architecture: ``build(model=name, **sizes)``.
 
     Raises:
-        BadInput: the folder holds no finished run.
-        Damaged: the weights do not fit the architecture that the file names.
+        BadInput: the folder has no finished run.
+        Damaged: the weights do not match the architecture that the file names.
     """
     weights = run / "weights.safetensors"
     if not (run / "run.json").is_file() or not weights.is_file():
         raise BadInput(
-            f"{run} holds no finished run (run.json and weights.safetensors); "
-            "finish it by repeating its `histoseek train` command"
+            f"{run} has no finished run (run.json and weights.safetensors); repeat its `histoseek train` "
+            "command to finish it"
         )
     record = read_json(run / "run.json")
     try:
@@ -61,13 +55,13 @@ def load_run(run: Path, build: Build) -> tuple[dict[str, Any], nn.Module, dict[s
             about = json.loads((stored.metadata() or {}).get("about", "{}"))
             tensors = {k: stored.get_tensor(k) for k in stored.keys()}  # noqa: SIM118
         encoder = build(**about["architecture"])
-        encoder.load_state_dict(
-            {k: v for k, v in tensors.items() if not k.startswith(("pca.", "clusters."))}
-        )
+        fitted = {k: tensors.pop(k) for k in list(tensors) if k.startswith(("pca.", "clusters."))}
+        encoder.load_state_dict(tensors)
     except (SafetensorError, KeyError, RuntimeError, json.JSONDecodeError) as error:
-        raise Damaged(f"{weights} does not fit the architecture it names ({error})") from error
-    beside = {k: v for k, v in tensors.items() if k.startswith(("pca.", "clusters."))}
-    return record, encoder.eval(), beside
+        raise Damaged(
+            f"{weights} does not match the architecture that it names ({error}); copy the run again"
+        ) from error
+    return record, encoder.eval(), fitted
 
 
 def parity_tiles(run: Path, tiles: Path | None, open_source: Open = open_tiles) -> TileSet:
@@ -79,7 +73,7 @@ def parity_tiles(run: Path, tiles: Path | None, open_source: Open = open_tiles) 
         open_source: function that opens a data set; training's also knows the layouts of the papers' data.
 
     Raises:
-        BadInput: no tiles are given, and the run's training data is no longer in its place.
+        BadInput: no tiles are given, and the run's training data was not found.
     """
     if tiles is not None:
         return open_source(tiles)
@@ -89,7 +83,7 @@ def parity_tiles(run: Path, tiles: Path | None, open_source: Open = open_tiles) 
         if Path(source).exists():
             return open_source(Path(source))
     raise BadInput(
-        f"the data that {run} was trained on is not at {', '.join(sources) or 'a known place'}; pass "
+        f"the training data of {run} was not found ({', '.join(sources) or 'its path is unknown'}); pass "
         "--tiles with real tiles for the parity test"
     )
 
@@ -117,14 +111,14 @@ def export_run(
     name = options.name or out.name
     if not re.fullmatch(NAME, name):
         raise BadInput(
-            f"encoder name {name!r}: expected letters, digits, '.', '_' and '-'; pass --name"
+            f"encoder name {name!r}: expected letters, digits, '.', '_' and '-' only; pass --name"
         )
-    notes = read_text(options.notes) if options.notes else ""
-    record, encoder, beside = load_run(run, build)
-    components = _components(beside, options, run)
+    notes = files.read_text(options.notes) if options.notes else ""
+    record, encoder, fitted = load_run(run, build)
+    components = _components(fitted, options, run)
     graph = Graph(encoder, encoder.mean, encoder.std, components, options.views)  # type: ignore[arg-type]
     tiles = sample_tiles(tileset, int(encoder.size_px))  # type: ignore[arg-type]
-    with publish_folder(out) as folder:
+    with files.publish_folder(out) as folder:
         write_atomic(folder / GRAPH, to_onnx(graph, int(encoder.size_px)))  # type: ignore[arg-type]
         onnx.checker.check_model(str(folder / GRAPH), full_check=True)
         parity = measure_parity(graph, folder / GRAPH, tiles)
@@ -134,8 +128,8 @@ def export_run(
         write_json(folder / PARITY, parity.as_dict())
         write_json(folder / RUN, record)
         unchanged = components is None and options.views == 1 and graph.gate is None
-        if "clusters.reach" in beside and unchanged:
-            write_atomic(folder / CLUSTERS, _clusters(beside))
+        if "clusters.reach" in fitted and unchanged:
+            write_atomic(folder / CLUSTERS, _clusters(fitted))
         write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict(), notes))
     return manifest
 
@@ -143,7 +137,7 @@ def export_run(
 def _manifest(
     name: str, graph: Graph, record: dict[str, Any], sha256: str, options: ExportOptions
 ) -> Manifest:
-    encoder = graph.encoder
+    encoder, data = graph.encoder, record["data"]
     dim = len(graph.pca_components) if graph.has_pca else int(encoder.dim)  # type: ignore[arg-type]
     return Manifest(
         name=name,
@@ -156,41 +150,37 @@ def _manifest(
         normalised=True,
         views=options.views,
         gate=graph.gate is not None,
-        training=_provenance(record),
+        training={
+            "recipe": record["recipe"],
+            "paper": record["paper"],
+            "data": {k: data[k] for k in ("name", "fingerprint", "tiles", "groups")},
+            "seed": record["options"]["seed"],
+        },
         licence=options.licence,
         opset=OPSET,
         versions={"torch": torch.__version__, "onnx": onnx.__version__},
     )
 
 
-def _clusters(beside: dict[str, torch.Tensor]) -> bytes:
+def _clusters(fitted: dict[str, torch.Tensor]) -> bytes:
     """Return the clusters of a run as an .npz file: ``centroids`` (K, D) and ``reach`` (K,)."""
     buffer = io.BytesIO()
-    arrays = {"centroids": "clusters.centres", "reach": "clusters.reach"}
-    np.savez(buffer, allow_pickle=False, **{k: beside[v].numpy() for k, v in arrays.items()})
+    centroids, reach = fitted["clusters.centres"].numpy(), fitted["clusters.reach"].numpy()
+    np.savez(buffer, allow_pickle=False, centroids=centroids, reach=reach)
     return buffer.getvalue()
 
 
 def _components(
-    basis: dict[str, torch.Tensor], options: ExportOptions, run: Path
+    fitted: dict[str, torch.Tensor], options: ExportOptions, run: Path
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Return mean (D,) and scaled components (R, D) of the PCA; None without ``pca``."""
     if options.pca is None:
         return None
-    if "pca.components" not in basis:
-        raise BadInput(f"{run} holds no PCA basis; train it again with this version")
-    shares = torch.cumsum(basis["pca.variance"], 0)
+    if "pca.components" not in fitted:
+        raise BadInput(f"{run} has no PCA basis; train it again with this version")
+    shares = torch.cumsum(fitted["pca.variance"], 0)
     count = min(int((shares < options.pca).sum()) + 1, len(shares))
-    spread = basis["pca.variance"][:count].sqrt()
-    counts = spread > LEAST_SPREAD * spread[0]
-    weights = (spread[0] / spread[counts]) ** options.whiten
-    return basis["pca.mean"], basis["pca.components"][:count][counts] * weights[:, None]
-
-
-def _provenance(record: dict[str, Any]) -> dict[str, Any]:
-    data = record["data"]
-    return {
-        "recipe": record["recipe"],
-        "paper": record["paper"],
-        "data": {k: data[k] for k in ("name", "fingerprint", "tiles", "groups")},
-        "seed": record["options"]["seed"],
-    }
+    spread = fitted["pca.variance"][:count].sqrt()
+    usable = spread > LEAST_SPREAD * spread[0]
+    weights = (spread[0] / spread[usable]) ** options.whiten
+    return fitted["pca.mean"], fitted["pca.components"][:count][usable] * weights[:, None]

@@ -8,6 +8,7 @@ from ..artifacts.manifest import Manifest
 from ..metrics import flat_rows
 
 JUDGED = ("trained", "random_init", "pixels")
+GATE = "The last component (tissue gate) says how far an image is out of distribution."
 
 
 def model_card(
@@ -16,12 +17,16 @@ def model_card(
     """Return the card as Markdown; all numbers come from the run's record or the parity test."""
     data, split = record["data"], record["split"]
     mpp = f"{manifest.mpp} µm per pixel" if manifest.mpp else "not stated"
+    excluded = "; ".join(data.get("selection", {}).get("exclude", []))
+    measured = (
+        "held-out tiles" if split["held_out_tiles"] else "training tiles (nothing was held out)"
+    )
     lines = [
         f"# {manifest.name}",
         "",
         f"A {manifest.arch} encoder: {manifest.size_px} x {manifest.size_px} RGB tiles to "
-        f"{manifest.dim}-dimensional embeddings of length 1, compared by cosine."
-        + (" The last component tells how foreign a picture is." if manifest.tissue_gate else ""),
+        f"{manifest.dim}-dimensional embeddings of length 1, which are compared by cosine similarity."
+        + (f" {GATE}" if manifest.tissue_gate else ""),
         "",
         "**For research only.** Similarity is no diagnosis.",
         "",
@@ -37,20 +42,17 @@ def model_card(
         "## Training data",
         f"{data['name']}: {data['tiles']} tiles, {len(data['classes'])} classes, "
         f"{data['groups'] or 'no'} groups; {len(data['unreadable'])} unreadable tiles left out. "
-        f"{_left_out(data)}Fingerprint `{data['fingerprint'][:16]}`.",
+        f"{f'Excluded on purpose: {excluded}. ' if excluded else ''}"
+        f"Fingerprint `{data['fingerprint'][:16]}`.",
         "",
-        f"Split by {split['by']}: {split['train_tiles']} tiles trained on, "
+        f"Split by {split['by']}: {split['train_tiles']} tiles for training, "
         f"{split['held_out_tiles']} held out.",
         "",
-        "## Measured on the held-out tiles"
-        if split["held_out_tiles"]
-        else "## Measured on the training tiles (nothing was held out)",
+        f"## Measured on the {measured}",
     ]
     if manifest.views > 1:
-        lines += [
-            "",
-            f"Of the net as trained, with one view of each tile; the graph averages {manifest.views}.",
-        ]
+        views = f"the graph averages {manifest.views} views"
+        lines += ["", f"Measured for the trained network with one view of each tile; {views}."]
     lines += _tables(record.get("metrics", {}))
     lines += [
         "",
@@ -64,44 +66,30 @@ def model_card(
     return "\n".join([*lines, notes.strip(), ""]) if notes.strip() else "\n".join(lines)
 
 
-def _left_out(data: dict[str, Any]) -> str:
-    rules = data.get("selection", {}).get("exclude", [])
-    return f"Left out on purpose: {'; '.join(rules)}. " if rules else ""
-
-
 def _tables(metrics: dict[str, Any]) -> list[str]:
-    own = flat_rows({k: v for k, v in metrics.items() if k not in JUDGED})
     lines = _judged(metrics) if "trained" in metrics else []
-    if own:
-        lines += [
-            "",
-            "The recipe's own:",
-            "",
-            "| metric | value | trivial baseline |",
-            "|---|---|---|",
-        ]
-    for name, row in own.items():
-        values = ("–" if row[k] is None else f"{row[k]:.3f}" for k in ("value", "baseline"))
-        lines.append(f"| {name} | {' | '.join(values)} ({row['baseline_is']}) |")
+    others = flat_rows({k: v for k, v in metrics.items() if k not in JUDGED})
+    if others:
+        lines += ["", "Metrics of the recipe itself:", ""]
+        lines += ["| metric | value | trivial baseline |", "|---|---|---|"]
+    lines += [_line(name, row, row["value"]) for name, row in others.items()]
     return lines or ["Nothing was held out, so nothing was measured."]
 
 
 def _judged(metrics: dict[str, Any]) -> list[str]:
     trained, untrained = metrics["trained"], metrics["random_init"]
-    lines = [
-        "",
-        "| metric | this encoder | random weights | trivial baseline |",
-        "|---|---|---|---|",
-    ]
-    sections = [("", "retrieval")]
-    sections += [(f"{k}: ", k) for k in trained if isinstance(trained[k], dict)]
-    for prefix, key in sections:
-        rows, others = (
-            (side[key] if key == "retrieval" else side[key]["scores"])
-            for side in (trained, untrained)
-        )
+    head = "| metric | this encoder | random weights | trivial baseline |"
+    lines = ["", head, "|---|---|---|---|"]
+    pairs = [("", trained["retrieval"], untrained["retrieval"])]
+    for key, part in trained.items():
+        if isinstance(part, dict):
+            pairs.append((f"{key}: ", part["scores"], untrained[key]["scores"]))
+    for prefix, rows, others in pairs:
         for row, other in zip(rows, others, strict=True):
-            values = (row["value"], other["value"], row["baseline"])
-            shown = ["–" if v is None else f"{v:.3f}" for v in values]
-            lines.append(f"| {prefix}{row['name']} | {' | '.join(shown)} ({row['baseline_is']}) |")
+            lines.append(_line(f"{prefix}{row['name']}", row, row["value"], other["value"]))
     return lines
+
+
+def _line(name: str, row: dict[str, Any], *values: float | None) -> str:
+    numbers = ("–" if v is None else f"{v:.3f}" for v in (*values, row["baseline"]))
+    return f"| {name} | {' | '.join(numbers)} ({row['baseline_is']}) |"

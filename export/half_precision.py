@@ -31,29 +31,23 @@ def to_fp16(blob: bytes) -> bytes:
     heavy = [n for n, node in enumerate(graph.node) if node.op_type in _HEAVY]
     if not heavy:
         raise BadInput("the graph has no layer with weights; serve it without --fp16")
-    body = graph.node[heavy[0] : heavy[-1] + 1]
-    if any(attribute.HasField("g") for node in body for attribute in node.attribute):
+    nodes, first, end = list(graph.node), heavy[0], heavy[-1] + 1
+    head, middle, tail = nodes[:first], nodes[first:end], nodes[end:]
+    if any(attribute.HasField("g") for node in middle for attribute in node.attribute):
         raise BadInput("the graph has branches or loops; serve it without --fp16")
     floats = _float_values(onnx, graph)
-    head, middle, tail = (
-        list(graph.node[: heavy[0]]),
-        list(body),
-        list(graph.node[heavy[-1] + 1 :]),
-    )
-    made = {name for node in middle for name in node.output}
+    computed = {name for node in middle for name in node.output}
     halved = _halve_weights(onnx, graph, middle, [*head, *tail])
-    into = _crossing(middle, floats - made - halved)
-    out = [
-        name
-        for name in _crossing([*tail, _outputs_of(onnx, graph)], floats & made)
-        if name not in halved
-    ]
+    # A node whose inputs are the graph's outputs, so that these count as used.
+    outputs = onnx.helper.make_node("Identity", [value.name for value in graph.output], [])
+    into = _inputs(middle, floats - computed - halved)
+    out = _inputs([*tail, outputs], (floats & computed) - halved)
     _rename(middle, {name: f"{name}.half" for name in [*into, *halved, *out]})
     for node in middle:
         _halve_node(onnx, node)
-    cast = onnx.helper.make_node
-    before = [cast("Cast", [n], [f"{n}.half"], to=onnx.TensorProto.FLOAT16) for n in into]
-    after = [cast("Cast", [f"{n}.half"], [n], to=onnx.TensorProto.FLOAT) for n in out]
+    node_of = onnx.helper.make_node
+    before = [node_of("Cast", [n], [f"{n}.half"], to=onnx.TensorProto.FLOAT16) for n in into]
+    after = [node_of("Cast", [f"{n}.half"], [n], to=onnx.TensorProto.FLOAT) for n in out]
     del graph.node[:], graph.value_info[:]
     graph.node.extend([*head, *before, *middle, *after, *tail])
     try:
@@ -68,39 +62,34 @@ def to_fp16(blob: bytes) -> bytes:
 
 def _float_values(onnx: Any, graph: Any) -> set[str]:
     """Return the names of all float32 tensors."""
-    wanted = onnx.TensorProto.FLOAT
+    float32 = onnx.TensorProto.FLOAT
     named = [*graph.value_info, *graph.input, *graph.output]
-    found = {value.name for value in named if value.type.tensor_type.elem_type == wanted}
-    return found | {weight.name for weight in graph.initializer if weight.data_type == wanted}
+    values = {value.name for value in named if value.type.tensor_type.elem_type == float32}
+    return values | {weight.name for weight in graph.initializer if weight.data_type == float32}
 
 
-def _crossing(nodes: Sequence[Any], among: set[str]) -> list[str]:
+def _inputs(nodes: Sequence[Any], among: set[str]) -> list[str]:
     """Return the inputs of the nodes that are in ``among``, each once, in order."""
-    taken = dict.fromkeys(name for node in nodes for name in node.input)
-    return [name for name in taken if name in among]
-
-
-def _outputs_of(onnx: Any, graph: Any) -> Any:
-    """Return a node whose inputs are the graph's outputs, so that these count as used."""
-    return onnx.helper.make_node("Identity", [value.name for value in graph.output], [])
+    names = dict.fromkeys(name for node in nodes for name in node.input)
+    return [name for name in names if name in among]
 
 
 def _halve_weights(onnx: Any, graph: Any, middle: Sequence[Any], rest: Sequence[Any]) -> set[str]:
     """Add a float16 copy of every float32 weight that the layers use; delete originals no longer used."""
     used = {name for node in middle for name in node.input}
-    still = {name for node in rest for name in node.input}
-    halved, kept = set(), []
+    used_elsewhere = {name for node in rest for name in node.input}
+    halved, weights = set(), []
     for weight in graph.initializer:
         if weight.data_type == onnx.TensorProto.FLOAT and weight.name in used:
             values = np.clip(onnx.numpy_helper.to_array(weight), -_LARGEST, _LARGEST)
             name = f"{weight.name}.half"
-            kept.append(onnx.numpy_helper.from_array(values.astype(np.float16), name))
+            weights.append(onnx.numpy_helper.from_array(values.astype(np.float16), name))
             halved.add(weight.name)
-            if weight.name not in still:
+            if weight.name not in used_elsewhere:
                 continue
-        kept.append(weight)
+        weights.append(weight)
     del graph.initializer[:]
-    graph.initializer.extend(kept)
+    graph.initializer.extend(weights)
     return halved
 
 

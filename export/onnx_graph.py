@@ -16,6 +16,7 @@ from torch import nn
 
 from ..artifacts.manifest import INPUT, OOD_ANGLE, OUTPUT
 from ..errors import BadInput, Mismatch, need
+from ..metrics import cosine_error
 
 OPSET = 18
 """ONNX opset; ONNX Runtime 1.24 (Triton 26.04) and much older versions load it."""
@@ -23,9 +24,8 @@ OPSET = 18
 VIEWS = (1, 2, 4, 8)
 LARGEST_FOLDED = 2**16
 """Constants of up to this many values are computed when the graph is written; larger ones stay compact."""
-MAX_ABS = 1e-4
-MAX_COSINE = 1e-6
-MAX_BATCH_ABS = 1e-5
+BOUNDS = {"max_abs": 1e-4, "max_cosine_error": 1e-6, "batch_max_abs": 1e-5}
+"""Largest accepted differences of the parity test; see :class:`Parity`."""
 
 
 class Graph(nn.Module):
@@ -59,17 +59,15 @@ class Graph(nn.Module):
         """Merge scaling and normalisation into one factor and one offset."""
         super().__init__()
         self.encoder = encoder
-        scale = 1 / (255 * torch.tensor(std))
-        offset = -torch.tensor(mean) / torch.tensor(std)
-        self.scale = nn.Buffer(scale[:, None, None])
-        self.offset = nn.Buffer(offset[:, None, None])
+        self.scale = nn.Buffer((1 / (255 * torch.tensor(std)))[:, None, None])
+        self.offset = nn.Buffer((-torch.tensor(mean) / torch.tensor(std))[:, None, None])
         if views not in VIEWS:
             raise BadInput(f"--views is {views}; expected one of {', '.join(map(str, VIEWS))}")
         self.views = views
         self.gate = getattr(encoder, "gate", None)
         self.has_pca = pca is not None
-        mean_of, components = pca if pca is not None else (torch.zeros(0), torch.zeros(0, 0))
-        self.pca_mean = nn.Buffer(mean_of)
+        pca_mean, components = pca if pca is not None else (torch.zeros(0), torch.zeros(0, 0))
+        self.pca_mean = nn.Buffer(pca_mean)
         self.pca_components = nn.Buffer(components)
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
@@ -109,15 +107,9 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's notices; the parity test decides
             program = torch.onnx.export(
-                graph,
-                (example,),
-                input_names=[INPUT],
-                output_names=[OUTPUT],
-                dynamic_shapes={"tiles": {0: torch.export.Dim("batch", min=1)}},
-                opset_version=OPSET,
-                dynamo=True,
-                verbose=False,
-            )
+                graph, (example,), input_names=[INPUT], output_names=[OUTPUT], opset_version=OPSET,
+                dynamic_shapes={"tiles": {0: torch.export.Dim("batch", min=1)}}, dynamo=True, verbose=False,
+            )  # fmt: skip
     finally:
         quiet.setLevel(level)
     assert program is not None
@@ -126,13 +118,12 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
     optimize_ir(program.model, input_size_limit=LARGEST_FOLDED)
     program.optimize()
     model = program.model_proto
-    for node in model.graph.node:  # stack traces with paths of this machine
+    for node in model.graph.node:  # these fields have stack traces with local paths
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
-    for value in (*model.graph.value_info, *model.graph.input, *model.graph.output):
-        value.ClearField("metadata_props")
-    model.graph.ClearField("metadata_props")
-    model.ClearField("metadata_props")
+    values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
+    for part in (*values, model.graph, model):
+        part.ClearField("metadata_props")
     blob: bytes = model.SerializeToString()
     return blob
 
@@ -159,12 +150,7 @@ class Parity:
 
     def as_dict(self) -> dict[str, object]:
         """Return the numbers with their bounds."""
-        bounds = {
-            "max_abs": MAX_ABS,
-            "max_cosine_error": MAX_COSINE,
-            "batch_max_abs": MAX_BATCH_ABS,
-        }
-        return {**asdict(self), "bounds": bounds}
+        return {**asdict(self), "bounds": BOUNDS}
 
 
 def measure_parity(graph: Graph, model: Path | bytes, tiles: NDArray[np.uint8]) -> Parity:
@@ -181,17 +167,13 @@ def measure_parity(graph: Graph, model: Path | bytes, tiles: NDArray[np.uint8]) 
         expected = torch.cat(
             [graph(torch.from_numpy(tiles[n : n + 16])) for n in range(0, len(tiles), 16)]
         ).numpy()
-    found = np.concatenate([run(tiles[n : n + 64]) for n in range(0, len(tiles), 64)])
+    actual = np.concatenate([run(tiles[n : n + 64]) for n in range(0, len(tiles), 64)])
     alone = np.concatenate([run(tiles[n : n + 1]) for n in range(min(64, len(tiles)))])
     filled = run(np.resize(tiles, (64, *tiles.shape[1:])))[: len(alone)]
-    both = expected.astype(np.float64), found.astype(np.float64)
-    cosine = (both[0] * both[1]).sum(1) / np.maximum(
-        np.linalg.norm(both[0], axis=1) * np.linalg.norm(both[1], axis=1), 1e-12
-    )
     return Parity(
         tiles=len(tiles),
-        max_abs=float(np.abs(expected - found).max()),
-        max_cosine_error=float(max(0.0, 1 - cosine.min())),
+        max_abs=float(np.abs(expected - actual).max()),
+        max_cosine_error=cosine_error(expected, actual),
         batch_max_abs=float(np.abs(alone - filled).max()),
         providers=list(session.get_providers()),
         onnxruntime=onnxruntime.__version__,
@@ -204,14 +186,10 @@ def check_parity(parity: Parity) -> None:
     Raises:
         Mismatch: a difference exceeds its bound; the message states both.
     """
-    for name, bound in (
-        ("max_abs", MAX_ABS),
-        ("max_cosine_error", MAX_COSINE),
-        ("batch_max_abs", MAX_BATCH_ABS),
-    ):
+    for name, bound in BOUNDS.items():
         value = getattr(parity, name)
         if not value <= bound:
             raise Mismatch(
                 f"the ONNX graph differs from torch: {name} is {value:.2e} on {parity.tiles} tiles, "
-                f"allowed is {bound:.0e}; no bundle was written: report this with the run's run.json"
+                f"expected at most {bound:.0e}; no bundle was written: report this with the run's run.json"
             )

@@ -15,29 +15,27 @@ class ExportOptions:
 
     # fmt: off
     name: Annotated[str | None,
-        Field(description="Name of the encoder; the folder's if left out.")] = None
+        Field(description="Name of the encoder; default: the folder's name.")] = None
     mpp: Annotated[float | None,
         Field(ge=0.01, le=100, description="µm per pixel to read slides at.")] = None
     pca: Annotated[float | None,
         Field(gt=0, le=1, description="Keep this share of the variance by PCA in the graph.")] = None
     whiten: Annotated[float,
         Field(ge=0, le=1, description="With --pca, divide each component by its standard deviation to "
-        "this power: 0 keeps their scale, 1 weighs all alike.")] = 0.0
+        "this power: 0 keeps their scale, 1 gives all the same weight.")] = 0.0
     views: Annotated[int,
-        Field(description="Average over 2 half turns, 4 quarter turns, 8 with mirror images; 1: "
-        "none.")] = 1
+        Field(description="Orientations to average: 1 none, 2 half turns, 4 quarter turns, 8 also "
+        "mirror images.")] = 1
     licence: Annotated[str, Field(description="Licence of the weights.")] = "not stated"
-    notes: Annotated[Path | None, Field(description="Markdown file to add to the model card.")] = (None)
+    notes: Annotated[Path | None, Field(description="Markdown file to add to the model card.")] = None
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Check that ``whiten`` comes with ``pca``.
-
-        Raises:
-            BadInput: ``whiten`` is set without ``pca``.
-        """
+        """Raise BadInput if ``whiten`` is set without ``pca``."""
         if self.whiten and self.pca is None:
-            raise BadInput(f"--whiten {self.whiten} needs --pca: it scales principal components")
+            raise BadInput(
+                f"--whiten is {self.whiten}, which needs --pca: it scales its components"
+            )
 
 
 @options
@@ -45,11 +43,11 @@ class TritonOptions:
     """Options of a model on a server; each is a flag of ``histoseek triton repository``."""
 
     # fmt: off
-    max_batch: Annotated[int, Field(ge=1, le=1024, description="Most tiles per run.")] = 64
+    max_batch: Annotated[int, Field(ge=1, le=1024, description="Most tiles per batch.")] = 64
     instances: Annotated[int,
-        Field(ge=1, le=64, description="Copies per GPU; without a GPU: cores.")] = 2
+        Field(ge=1, le=64, description="Copies of the model per GPU; without a GPU: per machine.")] = 2
     queue: Annotated[int,
-        Field(ge=1, le=100_000, description="Most requests that wait; more are refused.")] = 256
+        Field(ge=1, le=100_000, description="Most waiting requests; more are refused.")] = 256
     delay_us: Annotated[int,
         Field(ge=0, le=1_000_000, description="Microseconds to wait for a full batch.")] = 1000
     fp16: Annotated[bool,

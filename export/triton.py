@@ -18,21 +18,12 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ..artifacts import manifest as keys
 from ..artifacts.files import publish_folder, read_json, write_atomic, write_json
-from ..artifacts.manifest import (
-    GRAPH,
-    INPUT,
-    OUTPUT,
-    TRITON_MANIFEST,
-    TRITON_PRECISION,
-    TRITON_PROBE,
-    TRITON_SHA256,
-    Manifest,
-    probe_tile,
-    read_manifest,
-)
+from ..artifacts.manifest import GRAPH, INPUT, OUTPUT, Manifest, probe_tile, read_manifest
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Mismatch, need
+from ..metrics import cosine_error
 from .options import TritonOptions
 
 MODEL = "model.onnx"
@@ -89,7 +80,9 @@ def write_repository(
     names += [f"{name}-fp16" for name in names if options.fp16]
     for name in names:
         if names.count(name) > 1:
-            raise BadInput(f"two models would be {name!r}; export a bundle by another --name")
+            raise BadInput(
+                f"two models would have the name {name!r}; export one bundle with another --name"
+            )
     written = []
     for bundle, manifest in zip(bundles, manifests, strict=True):
         blob = (bundle / GRAPH).read_bytes()
@@ -99,16 +92,15 @@ def write_repository(
         if options.fp16:
             from .half_precision import to_fp16
 
-            half = to_fp16(blob)
-            found = _run(half, probes)
-            error = _cosine_error(embeddings, found)
+            name, half = f"{manifest.name}-fp16", to_fp16(blob)
+            halved = _run(half, probes)
+            error = cosine_error(embeddings, halved)
             if not error <= MAX_FP16_COSINE:
                 raise Mismatch(
-                    f"{manifest.name} in half precision differs from the bundle by 1 - cosine "
-                    f"{error:.1e}; allowed is {MAX_FP16_COSINE:.0e}: serve it without --fp16"
+                    f"{manifest.name} in half precision differs from the bundle: 1 - cosine is "
+                    f"{error:.1e}, expected at most {MAX_FP16_COSINE:.0e}; serve it without --fp16"
                 )
-            name = f"{manifest.name}-fp16"
-            written.append(_write_model(out, name, manifest, half, found, options, "fp16", error))
+            written.append(_write_model(out, name, manifest, half, halved, options, "fp16", error))
     return written
 
 
@@ -127,12 +119,6 @@ def _run(blob: bytes, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     session = onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
     parts = [session.run([OUTPUT], {INPUT: tile[None]})[0] for tile in tiles]
     return np.concatenate(parts)
-
-
-def _cosine_error(one: NDArray[np.float32], two: NDArray[np.float32]) -> float:
-    both = (one.astype(np.float64) * two).sum(1)
-    lengths = np.linalg.norm(one, axis=1) * np.linalg.norm(two.astype(np.float64), axis=1)
-    return float(max(0.0, (1 - both / np.maximum(lengths, 1e-12)).max()))
 
 
 def _write_model(
@@ -157,9 +143,9 @@ def _write_model(
             "precision": precision,
             "probe": base64.b64encode(embeddings[0].astype("<f4").tobytes()).decode(),
         }
-        with publish_folder(folder / str(version)) as made:
-            (made / MODEL).write_bytes(blob)
-            write_json(made / ABOUT, about)
+        with publish_folder(folder / str(version)) as new:
+            (new / MODEL).write_bytes(blob)
+            write_json(new / ABOUT, about)
         versions[version] = about
     text = config(name, manifest, _parameters(versions), options)
     write_atomic(folder / TENSORRT, text + _tensorrt(name, manifest, options))
@@ -168,37 +154,37 @@ def _write_model(
 
 
 def _versions(folder: Path) -> dict[int, dict[str, Any]]:
-    found = {}
+    """Return the record of each version of a model that is in its folder."""
+    versions = {}
     for path in sorted(p for p in folder.glob("[0-9]*") if p.name.isdigit()):
         if not (path / ABOUT).is_file():
             raise BadInput(f"{path} was not written by histoseek; choose another --out")
-        found[int(path.name)] = read_json(path / ABOUT)
-    return found
+        versions[int(path.name)] = read_json(path / ABOUT)
+    return versions
 
 
 def _check_shape(folder: Path, before: dict[str, Any], now: Manifest) -> None:
     old = before["size_px"], before["dim"]
     if old != (now.size_px, now.dim):
         raise Mismatch(
-            f"{folder} serves tiles of {old[0]} px as {old[1]}-d embeddings, encoder {now.name} takes "
-            f"{now.size_px} px and gives {now.dim}-d: versions of a model must agree; choose another "
-            "--out, or export the encoder by another name"
+            f"the model in {folder} embeds tiles of {old[0]} px in {old[1]} dimensions, but encoder "
+            f"{now.name} takes {now.size_px} px and has {now.dim} dimensions; all versions of a model must "
+            "agree: choose another --out, or export the encoder with another --name"
         )
 
 
 def _parameters(versions: dict[int, dict[str, Any]]) -> dict[str, str]:
-    latest = versions[max(versions)]
-    found = {TRITON_SHA256: latest["manifest"]["sha256"]}
+    parameters = {keys.TRITON_SHA256: versions[max(versions)]["manifest"]["sha256"]}
     for version, about in versions.items():
         values = {
-            TRITON_SHA256: about["manifest"]["sha256"],
-            TRITON_PRECISION: about["precision"],
-            TRITON_MANIFEST: json.dumps(about["manifest"], ensure_ascii=False),
-            TRITON_PROBE: about["probe"],
+            keys.TRITON_SHA256: about["manifest"]["sha256"],
+            keys.TRITON_PRECISION: about["precision"],
+            keys.TRITON_MANIFEST: json.dumps(about["manifest"], ensure_ascii=False),
+            keys.TRITON_PROBE: about["probe"],
         }
-        found.update({f"{key}.{version}": value for key, value in values.items()})
+        parameters |= {f"{key}.{version}": value for key, value in values.items()}
     # "1" is cuDNN's heuristic search; the default tries every algorithm at each new batch size.
-    return {**found, "cudnn_conv_algo_search": "1", "intra_op_thread_count": "1"}
+    return {**parameters, "cudnn_conv_algo_search": "1", "intra_op_thread_count": "1"}
 
 
 def config(

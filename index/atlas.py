@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from .. import stopping
 from ..artifacts.files import publish_folder, write_atomic, write_json
 from ..artifacts.manifest import MANIFEST, Manifest, external_manifest, read_manifest
-from ..console import Progress
+from ..console import Progress, no_progress
 from ..errors import BadInput, StorageFailed
 from .care import snapshots, verify
 from .care.audit import audit
@@ -54,7 +54,13 @@ def _of_view(method: Callable[Concatenate[View, P], R]) -> Callable[Concatenate[
 
 
 class Atlas(OpenAtlas):
-    """An atlas. Its query methods are those of a view of the newest committed state."""
+    """An atlas. Its query methods are those of a view of the newest committed state.
+
+    These methods of :class:`~histoseek.index.view.View` can be called on the atlas itself: ``vectors_of``,
+    ``tiles``, ``scores_in``, ``usual_nearness``, ``out_of_distribution_share``, ``similar``,
+    ``clusterings``, ``clustering``, ``assign``, ``assigned``, ``clusters``, ``cluster_names``, ``drift``,
+    ``layout`` and ``stats``. ``search`` takes the fields of a query as arguments.
+    """
 
     @classmethod
     def create(cls, path: str | Path, bundle: str | Path) -> Atlas:
@@ -97,7 +103,7 @@ class Atlas(OpenAtlas):
         files: Sequence[str | Path],
         metadata: Metadata | None = None,
         replace: bool = False,
-        progress: Progress = lambda done, total, text: None,
+        progress: Progress = no_progress,
         mixed_scales: bool = False,
     ) -> AddedSlides:
         """Add feature files, each completely or not at all; features already in the atlas are skipped.
@@ -157,13 +163,29 @@ class Atlas(OpenAtlas):
     def slides_without_row(self, names: Iterable[str]) -> list[str]:
         """Return the slides that none of the names (of a table's rows) matches, sorted."""
         slides = self.store.slides()
-        meant = set(slides_meant(set(names), slides).values())
-        return sorted(slide["name"] for slide in slides if slide["name"] not in meant)
+        matched = slides_meant(set(names), slides).values()
+        return sorted({slide["name"] for slide in slides} - set(matched))
 
     def relocate(
         self, old: str | None, new: Path | None, folders: Sequence[Path]
     ) -> list[Relocated]:
-        """Update the paths of moved slides; see :func:`~histoseek.index.store.relocation.relocate`."""
+        """Find slides at their new paths by their content, and store these paths.
+
+        A slide is recognised by the content mark in its feature file (size, first and last mebibyte). A
+        tile set in a folder is recognised by the names of its tiles.
+
+        Args:
+            old: former folder of the slides; only slides below it are checked.
+            new: the folder that replaces ``old``.
+            folders: instead of ``old`` and ``new``: folders to search by file name, then by content.
+
+        Returns:
+            One entry for each slide that was checked, sorted by name.
+
+        Raises:
+            BadInput: a folder does not exist, or no slide is below ``old``.
+            Busy: another process is writing.
+        """
         with self.writing():
             return relocate(self.path, self.catalog, old, new, folders)
 
@@ -183,13 +205,9 @@ class Atlas(OpenAtlas):
     ) -> list[list[Hit]]:
         """Return the k most similar tiles of each vector, then of each tile; best first.
 
-        The arguments are those of :class:`~histoseek.index.search.query.Query`. To combine examples, or to
-        run several searches on one state, use a :meth:`view`.
-
-        Raises:
-            BadInput: k is below 1, the filter is invalid, the atlas is empty, or vectors are not finite.
-            NotFound: a tile is not in the atlas.
-            Mismatch: vectors have another length.
+        The arguments are those of :class:`~histoseek.index.search.query.Query`; for errors see
+        :meth:`View.search <histoseek.index.view.View.search>`. To combine examples, or to run several
+        searches on one state, use a :meth:`view`.
         """
         query = Query(
             vectors=vectors, tiles=tuple(tiles), k=k, where=where, least=least, per_slide=per_slide,
@@ -265,7 +283,17 @@ class Atlas(OpenAtlas):
     def audit(
         self, queries: int = 500, k: int = 10, seed: int = 1, where: str | None = None
     ) -> dict[str, Any]:
-        """Measure the index against exact search; see :func:`~histoseek.index.care.audit.audit`."""
+        """Measure recall against exact search, latency and size of the current index.
+
+        Args:
+            queries: number of query tiles from the atlas; a tile does not count as its own neighbour.
+            k: number of neighbours.
+            seed: of the choice of queries.
+            where: metadata filter for the measured searches.
+
+        Raises:
+            BadInput: a number is out of range, or no tile passes the filter.
+        """
         return audit(self, queries, k, seed, where)
 
     # -- clusters -------------------------------------------------------------------------------
@@ -297,7 +325,10 @@ class Atlas(OpenAtlas):
         """
         name = name or method
         if plain_name(name) != name or len(name) > NAME_LIMIT:
-            raise BadInput(f"name {name!r}: expected letters, digits, '-', '_' and '.' only")
+            raise BadInput(
+                f"the name {name!r} of a clustering is not valid; expected at most {NAME_LIMIT} letters, "
+                "digits, '-', '_' and '.'"
+            )
         with self.writing() as writer:
             writer.tidy()
             return fitting.fit(self.view().state, method, name, k, min_cluster_size, seed)
@@ -312,8 +343,8 @@ class Atlas(OpenAtlas):
             Busy: another process is writing.
         """
         with self.writing():
-            name, found = self.view().clustering(clustering)
-            report.rename(self.catalog, name, found, cluster, text, description)
+            name, fitted = self.view().clustering(clustering)
+            report.rename(self.catalog, name, fitted, cluster, text, description)
 
     # -- the map --------------------------------------------------------------------------------
 
@@ -330,10 +361,10 @@ class Atlas(OpenAtlas):
 
         vectors, tiles = self.ask(landmarks)
         metric, identity = self.manifest.metric, self.store.identity
-        made = stopping.aside(lambda: layout.make(identity, tiles, vectors, metric, seed))
+        new_map = stopping.aside(lambda: layout.make(identity, tiles, vectors, metric, seed))
         with suppress(StorageFailed):  # a read-only folder: the caller still gets the map
-            write_atomic(self.path / layout.FILE, made.to_bytes())
-        return made
+            write_atomic(self.path / layout.FILE, new_map.to_bytes())
+        return new_map
 
     # -- care -----------------------------------------------------------------------------------
 
@@ -341,9 +372,9 @@ class Atlas(OpenAtlas):
         """Check the hash of every file and all counts; return the problems, [] if there are none."""
         while True:
             revision = self.catalog.revision()
-            found = [problem.text for problem in verify.problems(self)]
-            if not found or self.catalog.revision() == revision:
-                return found  # else a writer changed it during the check
+            problems = [problem.text for problem in verify.problems(self)]
+            if not problems or self.catalog.revision() == revision:
+                return problems  # else a writer changed it during the check
 
     def repair(self) -> list[str]:
         """Rebuild missing or damaged derived data; the source data is never changed.

@@ -44,13 +44,13 @@ def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut
         inside = [file for file in walked.files if file.suffix.lower() == ".h5"]
         pickles = [file for file in walked.files if file.suffix.lower() in PICKLES]
         if not inside:
-            hint = "; its .pt files are pickles, which are not read" if pickles else ""
+            hint = " (its pickle files, such as .pt, are not read)" if pickles else ""
             raise BadInput(
-                f"{path} holds no .h5 files{hint}; run `histoseek embed` first, or name features of "
-                "another tool"
+                f"{path} has no .h5 files{hint}; run `histoseek embed` first, or give a folder of "
+                "another tool's feature files"
             )
         files += inside
         left_out += walked.left_out
         left_out += [LeftOut(str(file), "a pickle, which can run code") for file in pickles]
-    taken = set(once(files).files)
-    return [file for file in dict.fromkeys(files) if file in taken], left_out
+    unique = set(once(files).files)
+    return [file for file in dict.fromkeys(files) if file in unique], left_out

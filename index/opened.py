@@ -26,7 +26,8 @@ class OpenAtlas:
         path: the folder.
         store: its catalog and feature files.
         catalog: of the store.
-        manifest: of the encoder that the atlas is bound to.
+        encoder_bundle: the folder of the atlas's copy of its encoder.
+        manifest: of this encoder.
         generations: its index files.
     """
 
@@ -40,15 +41,11 @@ class OpenAtlas:
         self.path = Path(path)
         self.store = Store(self.path)
         self.catalog, self.manifest = self.store.catalog, self.store.manifest
+        self.encoder_bundle = self.store.encoder_bundle
         self.generations = Generations(self.store)
         self._states = States(self.store, self.generations)
         self._writer = Writer(self.store, self.generations)
         self._clusterings: dict[str, Clustering] = {}
-
-    @property
-    def encoder_bundle(self) -> Path:
-        """The folder of the atlas's copy of its encoder."""
-        return self.store.encoder_bundle
 
     def view(self) -> View:
         """Return a view of the newest committed state.

@@ -3,7 +3,7 @@
 The state does not change when the atlas does, so that answers of several questions fit together. Search,
 tiles and assignments are answered from memory. Questions that read the catalog (clusters, drift, exports)
 or a feature file that a writer has deleted raise :class:`~histoseek.errors.Damaged` once a writer has
-replaced the state; ``Atlas.ask`` then asks again of the newest state.
+replaced the state; ``Atlas.ask`` then repeats them on the newest state.
 """
 
 from __future__ import annotations
@@ -101,8 +101,7 @@ class View:
         Raises:
             NotFound: the atlas has no tile with one of the ids.
         """
-        found = self.columns.tiles(self.state.positions(ids))
-        return {tile["tile"]: tile for tile in found}
+        return {tile["tile"]: tile for tile in self.columns.tiles(self.state.positions(ids))}
 
     def scores_in(self, slide: str, vector: NDArray[np.float32]) -> NDArray[np.float32]:
         """Return the score (N,) of every tile of a slide for one vector (D,).
@@ -140,7 +139,7 @@ class View:
             where: metadata filter; only tiles that pass count.
 
         Raises:
-            BadInput: no such slide or patient, or it has no tiles.
+            BadInput: no such slide or patient, it has no tiles, or no other slide passes the filter.
         """
         return cases.similar_slides(self.state, query, k, by, how, where)
 
@@ -215,39 +214,29 @@ class View:
             Damaged: its file is incomplete.
         """
         store = self.state.store
-        found = layouts.read(store.path)
-        fits = layouts.fits(found, store.identity, len(self.index), store.manifest.dim)
-        return found if fits else None
+        layout = layouts.read(store.path)
+        fits = layouts.fits(layout, store.identity, len(self.index), store.manifest.dim)
+        return layout if fits else None
 
     def stats(self) -> dict[str, Any]:
         """Return counts, encoder, index and clusterings."""
         state, store = self.state, self.state.store
-        there = [s for s in self.columns.slides if s["name"]]
+        slides = [s for s in self.columns.slides if s["name"]]
         meta = store.catalog.meta()
         shown = ("name", "method", "clusters", "about", "revision", "created_at")
         rows = [{key: row[key] for key in shown} for row in reversed(state.clusterings)]
         encoder = ("name", "sha256", "arch", "dim", "metric", "size_px", "mpp", "licence")
         return {
             "atlas": str(store.path),
-            "slides": len(there),
+            "slides": len(slides),
             "tiles": len(self.index),
-            "slides_without_tiles": sum(not s["tiles"] for s in there),
+            "slides_without_tiles": sum(not s["tiles"] for s in slides),
             "revision": self.revision,
             "created_at": meta["created_at"],
             "encoder": {key: getattr(store.manifest, key) for key in encoder},
             "index": {"generation": self.generation, **state.about},
-            "scales": scales_of(there, store.mixed_scales),
-            "fields": [
-                *self.columns.names(), "file", "tile", "x", "y", "mpp", "target_mpp", "cluster"
-            ],
-            "labels": self._labels(),
+            "scales": scales_of(slides, store.mixed_scales),
+            "fields": self.columns.fields(),
+            "labels": self.columns.label_counts(self.columns.present()),
             "clusterings": [{**row, "about": json.loads(row["about"])} for row in rows],
         }  # fmt: skip
-
-    def _labels(self) -> dict[str, int]:
-        """Return the number of tiles of each label, most frequent first."""
-        label = self.columns.coded("label")
-        codes = label.codes[self.columns.present()]
-        counts = np.bincount(codes + 1, minlength=len(label.names) + 1)
-        labels = dict(zip(["(none)", *label.names], counts.tolist(), strict=True))
-        return {k: n for k, n in sorted(labels.items(), key=lambda item: (-item[1], item[0])) if n}

@@ -41,15 +41,14 @@ class Writer:
         """Write to an atlas."""
         self._store, self._generations = store, generations
         self._path, self._catalog, self._manifest = store.path, store.catalog, store.manifest
-        self._known: dict[int, str] = {}
-        self._loaded: dict[int, Clustering] = {}
+        self._cached: dict[str, Clustering] = {}
 
     def add(
         self, files: Sequence[Path], metadata: Metadata, replace: bool, progress: Progress
     ) -> AddedSlides:
         """Add feature files; see :meth:`Atlas.add <histoseek.index.atlas.Atlas.add>`."""
         results: list[Added] = []
-        rows = self.match_rows(metadata, files)
+        rows = match_rows(metadata, files, self._catalog.rows("SELECT name, source FROM slides"))
         self.tidy()
         for number, file in enumerate(files, start=1):
             try:
@@ -59,15 +58,11 @@ class Writer:
             except HistoseekError as error:
                 results.append(Added(str(file), file.stem, "failed", reason=str(error)))
             except Exception as error:  # one invalid file must not stop the others
-                reason = f"{file}: unexpected {type(error).__name__}: {error}"
+                reason = f"{file}: unexpected error {type(error).__name__}: {error}"
                 results.append(Added(str(file), file.stem, "failed", reason=reason))
             progress(number, len(files), file.stem)
         self.finish()
         return AddedSlides(results, rows)
-
-    def match_rows(self, metadata: Metadata, files: Sequence[Path]) -> Rows:
-        """Find the row of each slide; see :func:`~histoseek.index.store.metadata.match_rows`."""
-        return match_rows(metadata, files, self._catalog.rows("SELECT name, source FROM slides"))
 
     def allow_mixed_scales(self) -> None:
         """From now on, allow tiles of different scales in the atlas."""
@@ -83,7 +78,7 @@ class Writer:
         """Update all derived data for the current slides."""
         self._remove_orphans()
         with suppress(Damaged):  # `verify` reports slides that cannot be read
-            self.assign_new()
+            self._assign_new()
             self._generations.settle()
 
     def _add_one(self, file: Path, rows: Rows, replace: bool) -> Added:
@@ -115,166 +110,145 @@ class Writer:
         digest = hashlib.sha256(blob).hexdigest()
         target = f"{FEATURES}/{plain_name(item.name)}-{digest[:12]}.h5"
         row = slide_row(item, target, digest, given)
-        found = self._catalog.rows("SELECT * FROM slides WHERE name = ?", (item.name,))
-        same = bool(found) and found[0]["content_sha256"] == row["content_sha256"]
-        changed = [key for key in SCALE if same and row[key] and row[key] != found[0][key]]
-        if same and not changed:
-            self._mend(dict(found[0]), row, blob, item.about)
-            source = _source_now(found[0]["source"], row["source"])
-            return self._relabel_known(origin, dict(found[0]), given, source)
-        learnt = bool(changed) and not any(found[0][key] for key in changed)
+        rows = self._catalog.rows("SELECT * FROM slides WHERE name = ?", (item.name,))
+        old = dict(rows[0]) if rows else None
+        adds_scale = False
+        if old is not None and old["content_sha256"] == row["content_sha256"]:
+            changed = [key for key in SCALE if row[key] and row[key] != old[key]]
+            if not changed:
+                self._mend(old, row, blob, item.about)
+                source = _source_now(old["source"], row["source"])
+                return self._relabel_known(origin, old, given, source)
+            adds_scale = not any(old[key] for key in changed)
         with self._catalog.read() as db:
-            check_scale(db, item.name, item.target_mpp if len(item.features) else None, origin)
-        if found and not replace and not learnt:
+            notice = check_scale(
+                db, item.name, item.target_mpp if len(item.features) else None, origin
+            )
+        if old is not None and not replace and not adds_scale:
             raise Mismatch(
-                f"the atlas holds slide {item.name!r} (from {found[0]['source']}) with other features; "
-                "to put these in its place add them with --replace; if it is another slide of the same "
-                "name, embed both in one run, which gives them different names"
+                f"the atlas has other features of slide {item.name!r} (from {old['source']}); to replace "
+                "them, add these with --replace; if this is another slide of the same name, embed both in "
+                "one run, which gives them different names"
             )
-        reason = str(row["reason"])
-        if found and self._is_another(dict(found[0]), item):
-            reason = "; ".join(
-                filter(
-                    None,
-                    [
-                        reason,
-                        f"another slide than the one at {found[0]['source']}: its label, patient and other "
-                        "columns were not taken over",
-                    ],
-                )
+        reasons = [str(row["reason"]), notice]
+        if old is not None and self._is_another(old, item):
+            reasons.append(
+                f"is another slide than the one at {old['source']}: that slide's label, patient and other "
+                "columns were not copied"
             )
-        elif found:  # keep the slide's metadata unless new values are given
-            before = json.loads(found[0]["metadata"])
-            row["metadata"] = json.dumps(before | json.loads(row["metadata"]), sort_keys=True)
-            row["label"] = given.get("label") or found[0]["label"] or row["label"]
-            row["patient"] = given.get("patient") or found[0]["patient"] or row["patient"]
+        elif old is not None:
+            _keep_metadata(row, old, given)
         write_atomic(self._path / target, blob)
-        tiles = tiles_row(item, manifest.metric)
-        placed = [
-            (number, clustering.assign(item.features))
-            for number, clustering in self._clusterings().items()
-        ]
-        with self._catalog.write() as db:
-            if found:
-                db.execute("DELETE FROM slides WHERE id = ?", (found[0]["id"],))
-            first = int(get_meta(db, NEXT_TILE))
-            number = insert(db, "slides", row)
-            insert(db, "slide_tiles", {**tiles, "slide_id": number, "first_tile": first})
-            set_meta(db, NEXT_TILE, str(first + len(item.features)))
-            for clustering, where in placed:
-                clusterings.insert_placement(db, clustering, number, where, fitted=False)
-        state = "replaced" if found else "added"
-        return Added(origin, item.name, state, len(item.features), reason)
+        self._replace_rows(row, old, item)
+        state = "added" if old is None else "replaced"
+        return Added(origin, item.name, state, len(item.features), "; ".join(filter(None, reasons)))
 
-    def _is_another(self, found: dict[str, Any], item: Features) -> bool:
+    def _replace_rows(
+        self, row: dict[str, Any], old: dict[str, Any] | None, item: Features
+    ) -> None:
+        """Write the rows of a slide, its tiles and their clusters in one step, replacing an old slide."""
+        tiles = tiles_row(item, self._manifest.metric)
+        assigned = {n: c.assign(item.features) for n, c in self._clusterings().items()}
+        with self._catalog.write() as db:
+            if old is not None:
+                db.execute("DELETE FROM slides WHERE id = ?", (old["id"],))
+            first = int(get_meta(db, NEXT_TILE))
+            slide = insert(db, "slides", row)
+            insert(db, "slide_tiles", {**tiles, "slide_id": slide, "first_tile": first})
+            set_meta(db, NEXT_TILE, str(first + len(item.features)))
+            for clustering, of_tiles in assigned.items():
+                clusterings.insert_placement(db, clustering, slide, of_tiles, fitted=False)
+
+    def _is_another(self, old: dict[str, Any], item: Features) -> bool:
         """Whether features belong to another slide file than those in the atlas: other content and path."""
-        before = read_about(self._path / found["features_file"]) or {}
+        before = read_about(self._path / old["features_file"]) or {}
         marks = [about.get("key", {}).get("content") for about in (before, item.about)]
-        return None not in marks and marks[0] != marks[1] and found["source"] != item.source
+        return None not in marks and marks[0] != marks[1] and old["source"] != item.source
 
     def _mend(
-        self, found: dict[str, Any], row: dict[str, Any], blob: bytes, about: dict[str, Any]
+        self, old: dict[str, Any], row: dict[str, Any], blob: bytes, about: dict[str, Any]
     ) -> None:
-        """Rewrite the feature file of a known slide if it is damaged, or if the new one holds more."""
-        path = self._path / found["features_file"]
-        whole = path.is_file() and sha256_file(path) == found["features_sha256"]
-        knows_more = "bounds" in about and "bounds" not in (read_about(path) or {})
-        if whole and not knows_more:
+        """Rewrite the feature file of a known slide if it is damaged, or if the new one has more facts."""
+        path = self._path / old["features_file"]
+        intact = path.is_file() and sha256_file(path) == old["features_sha256"]
+        has_more = "bounds" in about and "bounds" not in (read_about(path) or {})
+        if intact and not has_more:
             return
         write_atomic(self._path / row["features_file"], blob)
         keys = ("features_file", "features_sha256")
         with self._catalog.write() as db:
-            update(db, "slides", {"id": found["id"]}, {key: row[key] for key in keys})
+            update(db, "slides", {"id": old["id"]}, {key: row[key] for key in keys})
 
-    def _relabel_known(self, origin: str, found: dict[str, Any], given: Row, source: str) -> Added:
+    def _relabel_known(self, origin: str, old: dict[str, Any], given: Row, source: str) -> Added:
         """Update a slide that is already in the atlas from new metadata and features."""
-        changes = _slide_changes(found, {k: v for k, v in given.items() if v})
+        changes = _slide_changes(old, {k: v for k, v in given.items() if v})
         state = "relabelled" if changes else "moved"
-        if source != found["source"]:
+        if source != old["source"]:
             changes["source"] = source
         if not changes:
-            return Added(origin, found["name"], "unchanged", found["tiles"])
+            return Added(origin, old["name"], "unchanged", old["tiles"])
         with self._catalog.write() as db:
-            update(db, "slides", {"id": found["id"]}, changes)
-        known = {**found, **json.loads(found["metadata"])}
-        said = {**changes, **json.loads(changes.get("metadata") or "{}")}
-        said.pop("metadata", None)
-        text = ", ".join(f"{k} {v!r}" for k, v in said.items() if known.get(k) != v)
-        return Added(origin, found["name"], state, found["tiles"], text)
+            update(db, "slides", {"id": old["id"]}, changes)
+        before = {**old, **json.loads(old["metadata"])}
+        metadata = json.loads(changes.pop("metadata", "{}"))
+        after = {**changes, **metadata}
+        text = ", ".join(f"{k} {v!r}" for k, v in after.items() if before.get(k) != v)
+        return Added(origin, old["name"], state, old["tiles"], text)
 
     def remove(self, names: Sequence[str]) -> int:
-        """Remove slides by name, all or none; return the number of tiles removed.
-
-        Raises:
-            BadInput: a slide is not in the atlas.
-        """
+        """Remove slides; see :meth:`Atlas.remove <histoseek.index.atlas.Atlas.remove>`."""
         self.tidy()
         slides = {row["name"]: row for row in self._catalog.rows("SELECT * FROM slides")}
         for name in names:
             if name not in slides:
-                close = [known for known in slides if name.lower() in known.lower()][:10]
+                close = [other for other in slides if name.lower() in other.lower()][:10]
                 raise unknown_name("slide", name, close or sorted(slides)[:10])
-        wanted = set(names)
+        removed = [slides[name] for name in set(names)]
         with self._catalog.write() as db:
-            for name in wanted:
-                db.execute("DELETE FROM slides WHERE id = ?", (slides[name]["id"],))
+            for slide in removed:
+                db.execute("DELETE FROM slides WHERE id = ?", (slide["id"],))
         self.finish()
-        return sum(slides[name]["tiles"] for name in wanted)
+        return sum(slide["tiles"] for slide in removed)
 
     def relabel(self, rows: Iterable[dict[str, str]]) -> int:
-        """Set label, patient and other columns; all rows in one step.
-
-        Args:
-            rows: ``slide`` and the columns to set. A row with ``file`` sets those of one tile of a tile
-                set. An empty value removes the old one; missing columns are not changed.
-
-        Returns:
-            The number of slides changed.
-
-        Raises:
-            BadInput: a slide or file is not in the atlas; nothing is changed.
-        """
+        """Set metadata; see :meth:`Atlas.relabel <histoseek.index.atlas.Atlas.relabel>`."""
         of_slide: dict[str, Row] = {}
         of_tiles: dict[str, dict[str, Row]] = {}
         given = [clean_row(row) for row in rows]
         for row in given:
             if not row.get("slide"):
                 raise BadInput(
-                    f"a row of metadata names no slide: {row}; expected a column 'slide'"
+                    f"a row of the metadata names no slide: {row}; expected a value in the column 'slide'"
                 )
         changed = set()
         with self._catalog.write() as db:
-            known = {row["name"]: dict(row) for row in db.execute("SELECT * FROM slides")}
-            meant = slides_meant({row["slide"] for row in given}, list(known.values()))
+            slides = {row["name"]: dict(row) for row in db.execute("SELECT * FROM slides")}
+            matched = slides_meant({row["slide"] for row in given}, list(slides.values()))
             for row in given:
-                name = meant[row["slide"]]
+                name = matched[row["slide"]]
                 if row.get("file"):
                     of_tiles.setdefault(name, {})[row["file"]] = row
                 else:
                     of_slide.setdefault(name, {}).update(row)
             for name, row in of_slide.items():
-                values = _slide_changes(known[name], row)
-                if values:
-                    update(db, "slides", {"id": known[name]["id"]}, values)
+                if changes := _slide_changes(slides[name], row):
+                    update(db, "slides", {"id": slides[name]["id"]}, changes)
                     changed.add(name)
             for name, tiles in of_tiles.items():
-                if _relabel_tiles(db, known[name], tiles):
+                if _relabel_tiles(db, slides[name], tiles):
                     changed.add(name)
         return len(changed)
 
     def _clusterings(self) -> dict[int, Clustering]:
-        """Return the clusterings by id, cached; those with a lost file are left out."""
-        fits = clusterings.stored(self._catalog)
-        known = {row["id"]: row["sha256"] for row in fits}
-        kept = {n: c for n, c in self._loaded.items() if known.get(n) == self._known.get(n)}
-        for row in fits:
-            if row["id"] not in kept:
-                with suppress(Damaged):
-                    kept[row["id"]] = clusterings.load(self._path, fits, row["name"])[1]
-        self._known, self._loaded = known, kept
-        return kept
+        """Return the clusterings by id; those with a lost file are left out."""
+        rows = clusterings.stored(self._catalog)
+        loaded = {}
+        for row in rows:
+            with suppress(Damaged):
+                loaded[row["id"]] = clusterings.load(self._path, rows, row["name"], self._cached)[1]
+        return loaded
 
-    def assign_new(self) -> None:
+    def _assign_new(self) -> None:
         """Assign slides to clusterings that lack them, for example because their file was lost."""
         for number, clustering in self._clusterings().items():
             missing = self._catalog.rows(
@@ -284,9 +258,9 @@ class Writer:
             )
             for slide in missing:
                 stopping.check()
-                placed = clustering.assign(self._store.vectors_of(dict(slide)))
+                assigned = clustering.assign(self._store.vectors_of(dict(slide)))
                 with self._catalog.write() as db:
-                    clusterings.insert_placement(db, number, slide["id"], placed, fitted=False)
+                    clusterings.insert_placement(db, number, slide["id"], assigned, fitted=False)
 
     def _remove_orphans(self) -> None:
         """Delete unused feature files: those of removed slides, and leftovers of a crash."""
@@ -300,20 +274,26 @@ class Writer:
         self._generations.remove_orphans()
 
 
-def _source_now(known: str, given: str) -> str:
+def _source_now(old: str, new: str) -> str:
     """Return the slide's path: that of the new features, unless the slide exists only at the old one."""
-    if not given or (Path(known).exists() and not Path(given).exists()):
-        return known
-    return given
+    return old if not new or (Path(old).exists() and not Path(new).exists()) else new
 
 
-def _slide_changes(known: dict[str, Any], row: dict[str, str]) -> dict[str, Any]:
+def _keep_metadata(row: dict[str, Any], old: dict[str, Any], given: Row) -> None:
+    """Keep the metadata of the replaced slide in ``row`` unless new values are given."""
+    metadata = json.loads(old["metadata"]) | json.loads(row["metadata"])
+    row["metadata"] = json.dumps(metadata, sort_keys=True)
+    for key in ("label", "patient"):
+        row[key] = given.get(key) or old[key] or row[key]
+
+
+def _slide_changes(slide: dict[str, Any], row: dict[str, str]) -> dict[str, Any]:
     changes: dict[str, Any] = {
         key: row[key] or None
         for key in ("label", "patient")
-        if key in row and (row[key] or None) != known[key]
+        if key in row and (row[key] or None) != slide[key]
     }
-    before: dict[str, str] = json.loads(known["metadata"])
+    before: dict[str, str] = json.loads(slide["metadata"])
     emptied = {key for key, value in row.items() if value == ""}
     after = {k: v for k, v in (before | further(row)).items() if k not in emptied}
     if after != before:
@@ -326,15 +306,15 @@ def _relabel_tiles(
 ) -> bool:
     row = db.execute("SELECT * FROM slide_tiles WHERE slide_id = ?", (slide["id"],)).fetchone()
     files = [] if row["files"] is None else unpack_texts(row["files"])
-    place = {file: n for n, file in enumerate(files)}
+    number_of = {file: n for n, file in enumerate(files)}
     changes: dict[str, Any] = {}
     for file in tiles:
-        if file not in place:
+        if file not in number_of:
             raise BadInput(
-                f"{slide['name']!r} holds no tile {file!r}; expected the name of a tile of a tile set"
+                f"{slide['name']!r} has no tile {file!r}; expected the name of a tile of a tile set"
             )
     for column, key in (("labels", "label"), ("patients", "patient")):
-        given = {place[file]: new[key] for file, new in tiles.items() if key in new}
+        given = {number_of[file]: new[key] for file, new in tiles.items() if key in new}
         if not given:
             continue
         values: list[str | None] = [None] * slide["tiles"]

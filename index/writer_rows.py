@@ -16,9 +16,9 @@ from .vectors.scan import Metric, prepared
 
 def slide_row(item: Features, file: str, digest: str, given: dict[str, str]) -> dict[str, Any]:
     """Return the row of table ``slides`` for a feature file; ``given`` metadata overrides the file's."""
-    own = item.about.get("row", {})
-    own = clean_row(own) if isinstance(own, dict) else {}
-    more = further({k: v for k, v in own.items() if k not in OWN}) | further(given)
+    stored = item.about.get("row", {})
+    stored = clean_row(stored) if isinstance(stored, dict) else {}
+    metadata = further({k: v for k, v in stored.items() if k not in OWN}) | further(given)
     return {
         "name": item.name,
         "kind": item.kind,
@@ -32,9 +32,9 @@ def slide_row(item: Features, file: str, digest: str, given: dict[str, str]) -> 
         "target_mpp": item.target_mpp,
         "width": item.width,
         "height": item.height,
-        "label": given.get("label") or own.get("label") or None,
-        "patient": given.get("patient") or own.get("patient") or None,
-        "metadata": json.dumps(more, sort_keys=True),
+        "label": given.get("label") or stored.get("label") or None,
+        "patient": given.get("patient") or stored.get("patient") or None,
+        "metadata": json.dumps(metadata, sort_keys=True),
         "reason": str(item.about.get("reason", "")),
         "added_at": now(),
     }

@@ -98,7 +98,7 @@ def test_the_files_themselves_are_missed(path):
     head_path(path).write_bytes(head[:20])
     assert "is damaged" in problems(path)[0]
     head_path(path).write_bytes(b"2 " + b"0" * 64 + b"\n")
-    assert "no line 2 with the hash that its head names" in problems(path)[0]
+    assert "no line 2 with the hash in its head file" in problems(path)[0]
     head_path(path).write_bytes(head)
     assert problems(path) == []
     path.unlink()
@@ -157,7 +157,7 @@ def test_a_rotated_log_is_whole_together_with_its_older_file(path):
     assert [json.loads(line)["n"] for line in lines(path)] == [3]
     assert problems(path) == []
     older.unlink()
-    assert "numbers 1 to 2 are missing: no file beside it ends with them" in problems(path)[0]
+    assert "numbers 1 to 2 are missing: no older file beside it ends with them" in problems(path)[0]
 
 
 def test_a_log_that_is_emptied_while_it_is_open_says_so(path):

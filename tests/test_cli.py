@@ -3,9 +3,12 @@
 import json
 
 import pytest
+import typer
 from PIL import Image
 
 from histoseek import __version__, console
+from histoseek.__main__ import app
+from histoseek.ui.cli import embed, model
 
 
 @pytest.fixture(scope="module")
@@ -97,6 +100,36 @@ def test_errors_are_one_json_document_and_exit_1(cli, cli_json, tmp_path, tile_f
         assert says in error["message"], error
         human = cli(*words)
         assert human.returncode == 1 and human.stdout == "" and "Traceback" not in human.stderr
+
+
+def commands(group, words=()):
+    """Yield every command below a group, with the words that call it."""
+    for name, command in group.commands.items():
+        if hasattr(command, "commands"):
+            yield from commands(command, (*words, name))
+        else:
+            yield (*words, name), command
+
+
+def test_every_command_and_every_option_has_a_help_text():
+    listed = [
+        *commands(typer.main.get_command(app)),
+        *commands(typer.main.get_group(embed.app)),
+        *commands(typer.main.get_group(model.app)),
+    ]
+    real = dict(listed)  # the last two groups stand in for commands that are imported later
+    assert len(real) >= 34
+    for words, command in real.items():
+        assert command.help and "Options:" not in command.help, words
+        assert all(p.help for p in command.params), (words, [p.name for p in command.params])
+        assert {"--json"} <= {flag for p in command.params for flag in p.opts}, words
+
+
+@pytest.mark.parametrize("words", [(), ("index",), ("triton",)])
+def test_a_group_without_a_command_prints_its_help(cli, words):
+    done = cli(*words)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("Usage: ") and "Commands:" in done.stderr
 
 
 def test_wrong_usage_exits_2(cli_process):

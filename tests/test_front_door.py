@@ -15,9 +15,9 @@ import histoseek as hs
 ROOT = Path(__file__).parents[1]
 
 
-def python_block(page):
-    """Return the first Python block of a page."""
-    return re.search(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)[1]
+def python_blocks(page):
+    """Return the Python blocks of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def lines(tmp_path_factory, make_slide, pictures):
     variables = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(folder)
-        exec(python_block("README.md"), variables)
+        exec(python_blocks("README.md")[0], variables)
         yield variables
 
 
@@ -49,6 +49,20 @@ def test_the_lines_give_what_they_say(lines):
     similar = lines["atlas"].similar("slide-17")
     assert [s.name for s in similar] and "slide-17" not in {s.name for s in similar}
     assert lines["atlas"].verify() == []
+
+
+def test_the_lines_of_the_python_page_run(lines):
+    first, *others = python_blocks("docs/python.md")
+    assert first == python_blocks("README.md")[0] and len(others) == 4
+    variables = dict(lines)
+    for block in others:
+        exec(block, variables)
+    assert [len(hits) for hits in (variables["one"], *variables["two"])] == [3, 3, 3]
+    slides = [hit.slide for hit in variables["both"]]
+    assert slides and len(slides) == len(set(slides))
+    assert len(variables["table"]) == len(lines["hits"])
+    assert "slide-99" in variables["message"] and "slide-17" in variables["message"]
+    assert variables["view"].stats()["slides"] == 3
 
 
 def test_answers_go_into_pandas_and_show_themselves(lines):
@@ -81,9 +95,9 @@ def test_an_image_is_a_path_bytes_an_array_or_pil(lines, tmp_path):
     assert atlas.search(like=np.array([17, 42]), k=3) == atlas.search(like=[17, 42], k=3)
     with pytest.raises(hs.HistoseekError, match="no image was given"):
         atlas.assign([])
-    with pytest.raises(hs.HistoseekError, match="an image is dict"):
+    with pytest.raises(hs.HistoseekError, match="an image is of type dict"):
         atlas.search([{}], 3)
-    with pytest.raises(hs.HistoseekError, match="nothing to look for"):
+    with pytest.raises(hs.HistoseekError, match="the query has no example"):
         atlas.search()
 
 
@@ -97,7 +111,7 @@ def test_an_atlas_opens_by_its_path_alone(lines):
 
 def test_what_could_not_be_embedded_is_named_in_a_warning(lines, tmp_path):
     (tmp_path / "broken.svs").write_bytes(b"no slide")
-    with pytest.warns(UserWarning, match="1 of 1 were not embedded whole: broken"):
+    with pytest.warns(UserWarning, match="1 of 1 inputs could not be embedded completely: broken"):
         found = hs.embed(tmp_path / "broken.svs", tmp_path / "out", lines["encoder"])
     assert not found.ok and found.files == []
 

@@ -6,7 +6,7 @@ import pytest
 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput
-from histoseek.index.exchange.imports import read_foreign
+from histoseek.index.exchange.imports import read_tool_features
 
 COORDS = np.arange(20).reshape(10, 2)
 VECTORS = np.arange(160, dtype=np.float32).reshape(10, 16)
@@ -24,7 +24,9 @@ def raw(path, filter_code=None, kind=h5py.h5t.IEEE_F32LE):
 
 
 @pytest.mark.parametrize("code", [305, 32001, 32015, 32004])  # unregistered, Blosc, Zstandard, LZ4
-@pytest.mark.parametrize("read", [read_features, lambda path: read_foreign(path, "uni_v1", 0.5)])
+@pytest.mark.parametrize(
+    "read", [read_features, lambda path: read_tool_features(path, "uni_v1", 0.5)]
+)
 def test_a_filter_that_needs_a_plugin_is_refused_by_its_number(tmp_path, code, read):
     path = raw(tmp_path / "s.h5", code)
     with pytest.raises(
@@ -38,7 +40,7 @@ def test_references_are_refused(tmp_path):
     with h5py.File(tmp_path / "s.h5", "w") as out:
         out["features"], out["coords"] = VECTORS, COORDS
         out.create_dataset("files", (10,), dtype=h5py.ref_dtype)
-    with pytest.raises(BadInput, match="/files holds references"):
+    with pytest.raises(BadInput, match="/files has references"):
         read_features(tmp_path / "s.h5")
 
 

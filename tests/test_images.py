@@ -54,7 +54,7 @@ def test_exif_rotation_is_applied(tissue):
         (lambda t: animated(t, "WEBP"), "animated"),
         (lambda t: encoded(Image.fromarray(t), "JPEG")[:4000], "truncated"),
         (lambda t: b"", "0 bytes"),
-        (lambda t: b"no picture at all", "not a picture"),
+        (lambda t: b"no picture at all", "not an image"),
         (lambda t: bomb_png(60_000, 60_000), "pixels"),
     ],
     ids=[
@@ -209,4 +209,4 @@ def test_a_profile_that_cannot_be_used_is_ignored_and_said(tissue, caplog, mode,
     found = decode(encoded(picture, "TIFF", icc_profile=profile), name=name)
     assert np.array_equal(found, tissue)
     (said,) = [r.getMessage() for r in caplog.records if r.name == "histoseek"]
-    assert name in said and "cannot be used" in said and "taken as sRGB" in said
+    assert name in said and "cannot be used" in said and "read as sRGB" in said

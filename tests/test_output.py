@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from histoseek import outlets
-from histoseek.console import EXIT_NO_READER, EXIT_NOT_SAID
+from histoseek.console import EXIT_NO_READER, EXIT_NOT_PRINTED
 
 NAME = "Fall µ – 組織 …"
 """A name with characters of Latin 1, of typography, and of neither."""
@@ -21,7 +21,7 @@ from histoseek.errors import BadInput
 start.begin()
 
 @__main__.app.command()
-def shout(json: console.Json = False, lines: int = 1) -> None:
+def shout(lines: int = 1) -> None:
     def human():
         console.table({NAME!r}, ("what", "value"), [("µm", None), ({NAME!r}, 1.5)])
         for _ in range(lines):
@@ -29,7 +29,7 @@ def shout(json: console.Json = False, lines: int = 1) -> None:
     console.emit({{"name": {NAME!r}}}, human)
 
 @__main__.app.command()
-def refuse(json: console.Json = False) -> None:
+def refuse() -> None:
     raise BadInput({NAME!r})
 
 __main__.main()
@@ -69,9 +69,9 @@ def test_any_encoding_gets_plain_text_and_valid_json(encoding, said):
 def test_a_full_disk_is_named_and_has_a_code_of_its_own(words):
     with open("/dev/full", "wb") as full:
         done = run(*words, stdout=full)
-    assert done.returncode == EXIT_NOT_SAID
+    assert done.returncode == EXIT_NOT_PRINTED
     assert done.stderr.decode().startswith(
-        "standard output did not take all of the answer (No space left on device)"
+        "the answer could not be written to standard output (No space left on device)"
     )
     assert not any(word in done.stderr.decode() for word in BROKEN)
 
@@ -79,7 +79,7 @@ def test_a_full_disk_is_named_and_has_a_code_of_its_own(words):
 @pytest.mark.parametrize("words", [["shout"], ["shout", "--json"]])
 def test_closed_streams(words):
     done = run(*words, stdout=None, preexec_fn=lambda: os.close(1))
-    assert done.returncode == EXIT_NOT_SAID and b"Bad file descriptor" in done.stderr
+    assert done.returncode == EXIT_NOT_PRINTED and b"Bad file descriptor" in done.stderr
     done = run(*words, stderr=None, preexec_fn=lambda: os.close(2))
     assert done.returncode == 0 and NAME.encode() in done.stdout.replace(b"\\u00b5", "µ".encode())
     done = run("refuse", stdout=None, stderr=None, preexec_fn=lambda: (os.close(1), os.close(2)))

@@ -66,7 +66,9 @@ def test_the_wheel_holds_every_module_and_the_default_encoder(tmp_path):
         "ui/assets/page.css",
         "ui/assets/page.js",
         "ui/assets/docs.css",
+        "ui/assets/docs.html",
         "ui/assets/report.css",
+        "ui/assets/report.html",
         "serving/default_encoder/encoder.onnx",
     ):
         assert f"histoseek/{extra}" in inside

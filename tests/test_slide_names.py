@@ -47,19 +47,19 @@ def test_a_name_means_one_slide_or_none(name, slide):
 @pytest.mark.parametrize("name", ["slide.svs", "slide"])
 def test_a_name_that_means_two_slides_is_refused_with_the_ways_out(name):
     with pytest.raises(
-        BadInput, match=r"t\.csv: the row 'slide.*' means 2 slides.*'patientA/slide\.svs'"
+        BadInput, match=r"t\.csv: the row 'slide.*' matches 2 slides.*'patientA/slide\.svs'"
     ):
         match([name], SLIDES, "t.csv", "row")
 
 
 def test_two_names_of_one_slide_are_refused():
-    with pytest.raises(BadInput, match=r"'case' and 's/case\.svs' both mean slide 'case'"):
+    with pytest.raises(BadInput, match=r"'case' and 's/case\.svs' both match slide 'case'"):
         match(["case", "s/case.svs"], SLIDES, "t.csv", "row")
 
 
 def test_a_slides_name_in_the_atlas_and_anothers_file_name_are_two_meanings():
     slides = [SlideName("slide", ("/a/slide.svs",)), SlideName("slide-1", ("/b/slide.svs",))]
-    with pytest.raises(BadInput, match="means 2 slides"):
+    with pytest.raises(BadInput, match="matches 2 slides"):
         match(["slide"], slides, "t.csv", "row")
     assert match(["a/slide.svs"], slides, "t.csv", "row").by_slide == {0: "a/slide.svs"}
     nested = [SlideName("x", ("/s/slide.svs",)), SlideName("y", ("/s/b/slide.svs",))]

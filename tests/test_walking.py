@@ -27,10 +27,10 @@ def test_links_to_folders_are_followed_once_and_without_loops(tmp_path):
     assert names(walked, root) == ["batch/deep/four", "batch/three", "one", "real/two"]
     reasons = {os.path.relpath(left.path, root): left.reason for left in walked.left_out}
     assert reasons == {
-        "a-link": "link to a folder that is walked already",
-        "batch/back": "link to a folder that is walked already",
-        "self": "link to a folder that is walked already",
-        "up": "link to a folder that holds the one that is walked",
+        "a-link": "link to a folder that is searched already",
+        "batch/back": "link to a folder that is searched already",
+        "self": "link to a folder that is searched already",
+        "up": "link to a folder that contains the searched one",
     }
 
 
@@ -43,7 +43,7 @@ def test_a_file_has_its_real_name_where_that_is_found(tmp_path):
     assert names(walked, tmp_path) == ["a.svs"]
     assert [p.name for p in walked.aliases[tmp_path / "a.svs"]] == ["0.svs", "z.svs"]
     left = {os.path.basename(path): reason for path, reason in walked.left_out}
-    assert left["lost.svs"] == "link that leads nowhere"
+    assert left["lost.svs"] == "broken link"
     assert left["z.svs"] == f"the same file as {tmp_path / 'a.svs'}"
     # A link whose file lies elsewhere keeps its own name: a store of objects has no names to give.
     assert once([tmp_path / "z.svs"]).files == (tmp_path / "z.svs",)

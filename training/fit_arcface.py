@@ -67,39 +67,41 @@ class ArcFaceOptions(TrainingOptions):
         bool,
         Field(
             description="After training, replace the head by half-whitened principal components of "
-            "the backbone's pooled features: the head keeps only what tells the training "
-            "classes apart."
+            "the backbone's pooled features. The head keeps only what separates the training "
+            "classes; the components keep more."
         ),
     ] = False
     hidden: Annotated[int, Field(ge=1, description="Width of the head's hidden layer.")] = 256
     dropout: Annotated[float, Field(ge=0, le=0.99, description="Dropout in the head.")] = 0.3
     relu_embedding: Annotated[bool, Field(description="End the head with a ReLU."), HIDDEN] = False
     loss: Annotated[Literal["arcface", "softmax", "triplet", "contrastive"],
-        Field(description="Loss.")] = "arcface"
+        Field(description="Loss function.")] = "arcface"
     target: Annotated[str,
-        Field(description="What the loss tells apart, joined by +: label, group (source picture or "
-        "patient), place (as group, but each part of a cut picture by itself).")] = "label"
+        Field(description="Classes that the loss separates: label, group (source image or patient) or "
+        "place (as group, but each part of a cut image is a class). Join several by +.")] = "label"
     per_class: Annotated[int,
-        Field(ge=0, description="Tiles of one class (of the first target) side by side in a batch; 0 "
-        "draws freely.")] = 0
+        Field(ge=0, description="Number of tiles of one class (of the first target) that a batch draws "
+        "together; 0: tiles are drawn independently.")] = 0
     cut: Annotated[int,
-        Field(ge=0, description="Cut pictures of at least this many times size_px either way into "
-        "tiles; 0 shrinks all.")] = 0
+        Field(ge=0, description="Cut an image into tiles if both sides are at least this many times "
+        "--size-px; otherwise, and with 0, shrink it.")] = 0
     label_weight: Annotated[float,
-        Field(ge=0, le=1000, description="Weight of the loss on labels beside group or place.")] = 1.0
-    scale: Annotated[float, Field(ge=1e-3, le=1000, description="s of ArcFace.")] = 30.0
+        Field(ge=0, le=1000, description="Weight of the loss on labels, if --target has other classes "
+        "too.")] = 1.0
+    scale: Annotated[float, Field(ge=1e-3, le=1000, description="Scale s of ArcFace.")] = 30.0
     margin: Annotated[float,
-        Field(ge=0, le=3.1, description="m of ArcFace, radians; of triplet and contrastive, a "
+        Field(ge=0, le=3.1, description="Margin: m of ArcFace, in radians; for triplet and contrastive a "
         "distance.")] = 0.5
     easy_margin: Annotated[bool,
         Field(description="Apply ArcFace's margin only to positive cosines."), HIDDEN] = False
     teacher: Annotated[Literal["", "efficientnet-lite0"],
-        Field(description="Teacher (ImageNet, from a PyPI package): the embedding of a changed tile "
-        "must also predict the teacher's features of it; empty for none.")] = ""
+        Field(description="Teacher network (trained on ImageNet, from a PyPI package): the embedding "
+        "of an augmented tile must also predict the teacher's features. Empty: none.")] = ""
     teacher_weight: Annotated[float,
         Field(ge=0, le=1000, description="Weight of the teacher's loss.")] = 1.0
     teacher_dim: Annotated[int,
-        Field(ge=1, description="Whitened principal components of the teacher to predict.")] = 128
+        Field(ge=1, description="Number of whitened principal components of the teacher's features to "
+        "predict.")] = 128
     teacher_power: Annotated[float,
         Field(ge=0, le=1, description="Weight of the teacher's components by this power of their "
         "standard deviation; 0 weighs all the same."), HIDDEN] = 0.0
@@ -115,17 +117,17 @@ class ArcFaceOptions(TrainingOptions):
     gate: Annotated[
         bool,
         Field(
-            description="Also learn to tell stained tissue from other pictures by colour; one "
-            "component of the embedding, the last, then sets pictures out of distribution apart. "
-            "Not for grey pictures."
+            description="Also learn to recognise stained tissue by its colour. The last component of "
+            "the embedding then marks images that are out of distribution. Not for grey images."
         ),
     ] = False
     epochs_head: Annotated[int,
-        Field(ge=0, description="With weights: epochs of phase 1, the head.")] = 10
+        Field(ge=0, description="With --weights: number of epochs of phase 1, which trains the head.")] = 10
     epochs_tail: Annotated[int,
-        Field(ge=0, description="With weights: epochs of phase 2, the last layers.")] = 20
+        Field(ge=0, description="With --weights: number of epochs of phase 2, which trains the last "
+        "layers.")] = 20
     lr_tail: Annotated[float,
-        Field(ge=1e-9, le=10, description="With weights: learning rate of phase 2.")] = 1e-4
+        Field(ge=1e-9, le=10, description="With --weights: learning rate of phase 2.")] = 1e-4
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -37,15 +37,16 @@ class AutoencoderOptions(TrainingOptions):
     keep_best: bool = True
     # fmt: off
     reduction: Annotated[Literal["sum", "mean"],
-        Field(description="Squared error: sum over pixels and batch (paper 000's code) or mean; with "
-        "mean the same weight decay weighs far more.")] = "sum"
+        Field(description="Squared error: sum over pixels and batch (as in the code of paper 000) or "
+        "mean. With mean, the same weight decay has far more effect.")] = "sum"
     beta: Annotated[float,
         Field(ge=0, le=1000, description="Weight of the divergence in a variational autoencoder.")] = 1.0
     clusters: Annotated[int,
-        Field(ge=0, description="K of k-means on the latents; 0 for the number of classes (at least "
-        "2).")] = 0
+        Field(ge=0, description="Number of k-means clusters; 0: the number of classes, but at least "
+        "2.")] = 0
     kmeans: Annotated[Literal["full", "minibatch", "literal"],
-        Field(description="minibatch: Sculley 2010; literal: paper 000's equation 10.")] = "full"
+        Field(description="Algorithm of k-means: full, minibatch (Sculley 2010) or literal (equation 10 "
+        "of paper 000).")] = "full"
     # fmt: on
 
 

@@ -47,30 +47,32 @@ class DacOptions(TrainingOptions):
     folds: int = 0
     # fmt: off
     method: Annotated[Literal["ae-dac", "dac", "dec", "ae-kmeans"],
-        Field(description="The paper's method, or one of its baselines.")] = "ae-dac"
-    clusters: Annotated[int, Field(ge=0, description="K; 0 for the number of classes.")] = 0
+        Field(description="The method of the paper (ae-dac), or one of its baselines.")] = "ae-dac"
+    clusters: Annotated[int, Field(ge=0, description="Number of clusters; 0: the number of classes.")] = 0
     pretrain: Annotated[int,
-        Field(ge=0, description="Epochs of reconstruction before clustering (not for dac).")] = 50
+        Field(ge=0, description="Number of epochs of reconstruction before clustering (not for dac).")] = 50
     start: Annotated[str,
-        Field(description="Finished run of this recipe and model to take the first weights from, such "
-        "as an ae-kmeans run (then with --pretrain 0).")] = ""
+        Field(description="Finished run of this recipe and model whose weights are the start, such as "
+        "an ae-kmeans run. Then also give --pretrain 0.")] = ""
     lr_cluster: Annotated[float,
         Field(ge=1e-9, le=10, description="Learning rate of the clustering phase.")] = 1e-4
     alpha: Annotated[float,
-        Field(ge=0, le=1000, description="Weight of the reconstruction while clustering.")] = 0.5
-    beta: Annotated[float, Field(ge=0, le=1000, description="Weight of the loss on pairs.")] = 0.3
+        Field(ge=0, le=1000, description="Weight of the reconstruction loss during clustering.")] = 0.5
+    beta: Annotated[float, Field(ge=0, le=1000, description="Weight of the loss on pairs of tiles.")] = 0.3
     thresholds: Annotated[Literal["001", "dac"],
-        Field(description="Start and speed of the thresholds: the paper's (001), or its "
-        "source's.")] = "001"
+        Field(description="Start and step of the thresholds: as in the paper (001), or as in the "
+        "original DAC.")] = "001"
     eta: Annotated[float,
-        Field(ge=-1, le=1, description="Step of the thresholds per epoch; 0 lets them meet in the last "
-        "epoch, below 0 takes that of --thresholds.")] = -1.0
+        Field(ge=-1, le=1, description="Step of the thresholds per epoch. 0: they meet in the last epoch; "
+        "below 0: as set by --thresholds.")] = -1.0
     reduction: Annotated[Literal["mean", "sum"],
         Field(description="Squared error: mean over pixels, or sum (the paper's equation 1).")] = "mean"
     output: Annotated[Literal["code", "clusters"],
-        Field(description="What export ships: the code (256 numbers) or cluster probabilities.")] = "code"
+        Field(description="Output of the exported encoder: code (256 numbers) or cluster "
+        "probabilities.")] = "code"
     judge_every: Annotated[int,
-        Field(ge=0, description="Epochs between two measurements of clusters; 0 for the end only.")] = 5
+        Field(ge=0, description="Measure the clusters after this number of epochs; 0: only at the "
+        "end.")] = 5
     # fmt: on
 
     VALIDATES: ClassVar[bool] = False

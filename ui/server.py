@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from ..console import say
-from ..errors import BadInput, Busy, MissingPart, StorageFailed
+from ..errors import BadInput, Busy, StorageFailed, need
 from .access.audit import FILE, Audit
 from .access.guard import Guard
 from .access.policy import Access, is_local
@@ -53,11 +53,11 @@ class ServeOptions:
             raise BadInput(f"--port is {self.port}; expected 1 to 65535")
         if not is_local(self.host) and not self.access.guarded:
             raise BadInput(
-                f"host {self.host} lets other machines in; give users or a token in access"
+                f"host {self.host} lets other machines use the page; set users or a token in access"
             )
         for folder in self.slides:
             if not folder.is_dir():
-                raise BadInput(f"--slides {folder} is no folder; check the path")
+                raise BadInput(f"--slides {folder} is not a folder; check the path")
 
 
 class Running:
@@ -80,7 +80,7 @@ class Running:
             raise
 
     def _start(self, atlas: Path, options: ServeOptions, listening: socket.socket) -> None:
-        uvicorn = _need("uvicorn")
+        uvicorn = need("uvicorn", "ui")
         self.session = Session(atlas, options.encoder)
         self._closing.append(self.session.close)
         audit = _open_audit(atlas, options, self.session)
@@ -106,7 +106,9 @@ class Running:
         self._closing.append(self._stop)
         while not self._server.started:
             if not self._thread.is_alive():
-                raise Busy(f"the server did not start on {options.host}:{options.port}; see above")
+                raise Busy(
+                    f"the server did not start on {options.host}:{options.port}; the lines above say why"
+                )
             self._thread.join(0.01)
         name = f"[{options.host}]" if ":" in options.host else options.host
         self.address = f"http://{name}:{options.port}/"
@@ -132,7 +134,9 @@ def make_app(
     with_page: bool = True,
 ) -> Guard:
     """Return the whole ASGI app: the API, the page, and the guard around both."""
-    _need("fastapi")
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    need("fastapi", "ui")
     from .access.service import Server
     from .api.app import make_api
 
@@ -140,7 +144,7 @@ def make_app(
     server = Server(session, additions, audit, traffic)
     app = make_api(server)
     if with_page:
-        _need("gradio")
+        need("gradio", "ui")
         from .page.app import mount
 
         app = mount(app, server)
@@ -154,29 +158,20 @@ def _open_audit(atlas: Path, options: ServeOptions, session: Session) -> Audit |
     except StorageFailed as error:
         if options.audit_log is not None or options.access.guarded:
             raise
-        say(f"no audit log: {error}")
+        say(f"there is no audit log: {error}")
         return None
 
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    made = socket.socket(family, socket.SOCK_STREAM)
-    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    listening = socket.socket(family, socket.SOCK_STREAM)
+    listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     try:
-        made.bind((host, port))
-        made.listen(2048)
+        listening.bind((host, port))
+        listening.listen(2048)
     except OSError as error:
-        made.close()
+        listening.close()
         raise Busy(
             f"port {port} on {host} cannot be used ({error}); choose another --port"
         ) from error
-    return made
-
-
-def _need(module: str) -> Any:
-    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    try:
-        return __import__(module)
-    except ImportError as error:
-        raise MissingPart(f"the page needs {module}: pip install 'histoseek[ui]'") from error
+    return listening

@@ -21,7 +21,7 @@ from .verify import problems
 def take(atlas: OpenAtlas, out: Path) -> dict[str, Any]:
     """Copy an atlas; see :meth:`Atlas.snapshot <histoseek.index.atlas.Atlas.snapshot>`."""
     if out.resolve().is_relative_to(atlas.path.resolve()):
-        raise BadInput(f"{out} lies in the atlas itself; choose a folder outside of {atlas.path}")
+        raise BadInput(f"{out} is inside the atlas; choose a folder outside {atlas.path}")
     # Only a later writer deletes files of this state, so keep writers out.
     with exclusive(atlas.path / LOCK, f"atlas {atlas.path}"), publish_folder(out) as folder:
         try:
@@ -40,9 +40,10 @@ def take(atlas: OpenAtlas, out: Path) -> dict[str, Any]:
         copied = OpenAtlas(folder)
         wrong = problems(copied)
         if wrong:
+            first = wrong[0].text.replace(str(folder), str(atlas.path))
             raise Damaged(
-                f"no snapshot was made: {wrong[0].text.replace(str(folder), str(atlas.path))} "
-                f"({len(wrong)} problem(s) in all); run `histoseek index verify --repair`"
+                f"no snapshot was written: the atlas has {len(wrong)} problem(s), such as: {first}; "
+                "run `histoseek index verify --repair`"
             )
         revision = copied.catalog.revision()
     size = sum(path.stat().st_size for path in out.rglob("*") if path.is_file())
@@ -50,10 +51,7 @@ def take(atlas: OpenAtlas, out: Path) -> dict[str, Any]:
 
 
 def _copy_database(source: Path, target: Path) -> None:
-    with (
-        closing(sqlite3.connect(source)) as old,
-        closing(sqlite3.connect(target)) as new,
-    ):
+    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
         old.backup(new)
         new.execute("PRAGMA journal_mode = WAL")
 
@@ -104,10 +102,10 @@ def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
 def _go_on_counting(fresh: Path, atlas: Path) -> None:
     """Continue ids and revisions after those of the replaced atlas, so that none is used twice."""
     old, new = Catalog(atlas), Catalog(fresh)
-    known = {row["name"]: row["seq"] for row in old.rows("SELECT name, seq FROM sqlite_sequence")}
+    sequences = old.rows("SELECT name, seq FROM sqlite_sequence")
     meta = old.meta()
     with new.write() as db:
-        for name, last in known.items():
+        for name, last in sequences:
             row = db.execute("SELECT seq FROM sqlite_sequence WHERE name = ?", (name,)).fetchone()
             if row is None:
                 db.execute("INSERT INTO sqlite_sequence (name, seq) VALUES (?, ?)", (name, last))
@@ -120,6 +118,6 @@ def _go_on_counting(fresh: Path, atlas: Path) -> None:
 
 def _free_name(atlas: Path) -> Path:
     number = 1
-    while (found := atlas.with_name(f"{atlas.name}.before-restore-{number}")).exists():
+    while (path := atlas.with_name(f"{atlas.name}.before-restore-{number}")).exists():
         number += 1
-    return found
+    return path

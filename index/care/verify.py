@@ -20,11 +20,11 @@ from ...artifacts.files import sha256_file
 from ...artifacts.manifest import check_bundle_graph
 from ...errors import Damaged, HistoseekError, StorageFailed
 from ..clusters import stored as clusterings
-from ..clusters.clustering import Clustering
 from ..clusters.fitting import fitted
 from ..opened import OpenAtlas
 from ..search import layout
 from ..store.packing import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
+from ..store.store import RESTORE
 from ..writer import Writer
 
 SEALED = ("meta", "slides", "slide_tiles", "generations", "clusterings", "placements", "clusters")
@@ -57,14 +57,10 @@ class Problem:
     text: str
     kind: Kind = Kind.TRUTH
 
-    @property
-    def derived(self) -> bool:
-        """Whether it can be rebuilt from other data."""
-        return self.kind is not Kind.TRUTH
-
 
 ROWS = {"generations": Kind.INDEX, "placements": Kind.PLACEMENT}
 """Tables whose rows can be rebuilt."""
+REBUILT = "(it can be rebuilt)"
 
 
 def problems(atlas: OpenAtlas) -> list[Problem]:
@@ -90,15 +86,16 @@ def _database(atlas: OpenAtlas) -> list[Problem]:
         rows = atlas.catalog.rows("PRAGMA integrity_check")
         found += [Problem(f"atlas.db: {row[0]}") for row in rows if row[0] != "ok"]
         links = atlas.catalog.rows("PRAGMA foreign_key_check")
-        found += [Problem(f"atlas.db: row {row[1]} of {row[0]} links to nothing") for row in links]
+        found += [
+            Problem(f"atlas.db: row {row[1]} of {row[0]} links to a row that does not exist")
+            for row in links
+        ]
         for table in SEALED:
             for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
                 if seal(dict(row)) != row[SEAL]:
-                    name = " ".join(str(row[key]) for key in row.keys()[:2])
-                    kind = ROWS.get(table, Kind.TRUTH)
-                    found.append(
-                        Problem(f"atlas.db: a row of {table} ({name[:60]}) is damaged", kind)
-                    )
+                    name = " ".join(map(str, row[:2]))[:60]
+                    text = f"atlas.db: a row of {table} ({name}) is damaged"
+                    found.append(Problem(text, ROWS.get(table, Kind.TRUTH)))
     except (HistoseekError, sqlite3.Error, UnicodeDecodeError) as error:
         found.append(Problem(f"atlas.db: {error}"))
     return found
@@ -141,13 +138,12 @@ def _slides(atlas: OpenAtlas) -> list[Problem]:
 def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
     path = atlas.path / slide["features_file"]
     title = f"{path} of slide {slide['name']!r}"
-    remedy = "restore it, or embed the slide again and add it with --replace"
     manifest = atlas.manifest
     try:
         if not path.is_file():
-            return [Problem(f"{title} is missing; {remedy}")]
+            return [Problem(f"{title} is missing; {RESTORE}")]
         if sha256_file(path) != slide["features_sha256"]:
-            return [Problem(f"{title} is changed since it was added; {remedy}")]
+            return [Problem(f"{title} has changed since it was added; {RESTORE}")]
         item = read_features(path)
         check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
     except OSError as error:
@@ -155,27 +151,30 @@ def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
     except HistoseekError as error:
         return [Problem(str(error))]
     found = []
-    count = len(item.features)
-    lengths = {"said": slide["tiles"], "in features": count}
-    places = unpack_places(slide["places"])
-    lengths["listed"] = len(places)
+    count, places = len(item.features), unpack_places(slide["places"])
+    lengths = {
+        "in the catalog": slide["tiles"],
+        "feature vectors": count,
+        "coordinates": len(places),
+    }
     if slide["files"] is not None:
         lengths["file names"] = len(unpack_texts(slide["files"]))
     for key in ("labels", "patients"):
         if slide[key] is not None:
             lengths[key] = len(unpack_coded(slide[key])[1])
     if len(set(lengths.values())) != 1:
-        said = ", ".join(f"{number} {key}" for key, number in lengths.items())
-        found.append(Problem(f"slide {slide['name']!r}: the numbers of its tiles differ: {said}"))
+        counts = ", ".join(f"{number} {key}" for key, number in lengths.items())
+        found.append(Problem(f"slide {slide['name']!r}: the numbers of its tiles differ: {counts}"))
     elif not np.array_equal(places, item.coords):
-        found.append(
-            Problem(f"slide {slide['name']!r}: places in atlas.db are not those of {path}")
+        text = (
+            f"slide {slide['name']!r}: the tile coordinates in atlas.db differ from those in {path}"
         )
+        found.append(Problem(text))
     if slide["mosaic"] is not None:
         rows = unpack_numbers(slide["mosaic"], "<i4")
         if len(rows) and (rows.min() < 0 or rows.max() >= count):
             found.append(
-                Problem(f"slide {slide['name']!r}: its mosaic names tiles that are not there")
+                Problem(f"slide {slide['name']!r}: its mosaic has tiles that do not exist")
             )
     return found
 
@@ -183,22 +182,21 @@ def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
 def _placements(atlas: OpenAtlas) -> list[Problem]:
     """Check that every clustering has an assignment for each tile of every slide."""
     found = []
-    slides = {row["id"]: dict(row) for row in atlas.catalog.rows("SELECT * FROM slides")}
-    with atlas.catalog.read() as db:
-        names = [row["name"] for row in db.execute("SELECT name FROM clusterings")]
-    for name in names:
+    slides = atlas.catalog.rows("SELECT * FROM slides")
+    for name in [row["name"] for row in clusterings.stored(atlas.catalog)]:
         with atlas.catalog.read() as db:
             placed = clusterings.placements(db, name)
-        for number, slide in slides.items():
-            if number not in placed:
-                text = f"slide {slide['name']!r} is not placed in clustering {name!r}"
-                found.append(Problem(f"{text} (derived: it can be made again)", Kind.PLACEMENT))
+        for slide in slides:
+            if slide["id"] not in placed:
+                text = f"slide {slide['name']!r} is not assigned to clusters of {name!r}"
+                found.append(Problem(f"{text} {REBUILT}", Kind.PLACEMENT))
                 continue
-            where = placed[number][0]
-            columns = (where.cluster, where.distance, where.strength, where.unknown)
-            if {len(column) for column in columns} != {slide["tiles"]}:
-                text = f"slide {slide['name']!r} has other tiles than clustering {name!r} placed"
-                found.append(Problem(f"{text} (derived: it can be made again)", Kind.PLACEMENT))
+            assigned = placed[slide["id"]][0]
+            lengths = {len(getattr(assigned, column)) for column in clusterings.KINDS}
+            if lengths != {slide["tiles"]}:
+                text = f"slide {slide['name']!r} has {slide['tiles']} tiles, but clustering {name!r} has "
+                text += f"the clusters of {max(lengths)}"
+                found.append(Problem(f"{text} {REBUILT}", Kind.PLACEMENT))
     return found
 
 
@@ -216,9 +214,9 @@ def _files(atlas: OpenAtlas) -> list[Problem]:
 
 def _file(path: Path, digest: str, kind: Kind) -> list[Problem]:
     if not path.is_file():
-        return [Problem(f"{path} is missing (derived: it can be made again)", kind)]
+        return [Problem(f"{path} is missing {REBUILT}", kind)]
     if sha256_file(path) != digest:
-        return [Problem(f"{path} is changed (derived: it can be made again)", kind)]
+        return [Problem(f"{path} has changed {REBUILT}", kind)]
     return []
 
 
@@ -227,8 +225,8 @@ def _index(atlas: OpenAtlas) -> list[Problem]:
     view = atlas.view()
     total = atlas.catalog.rows("SELECT COALESCE(SUM(tiles), 0) AS tiles FROM slides")[0]["tiles"]
     if len(view.index) != total:
-        text = f"the index finds {len(view.index)} vectors, the atlas has {total} tiles"
-        return [Problem(f"{text} (derived: it can be made again)", Kind.INDEX)]
+        text = f"the index has {len(view.index)} vectors, but the atlas has {total} tiles"
+        return [Problem(f"{text} {REBUILT}", Kind.INDEX)]
     return []
 
 
@@ -239,16 +237,16 @@ def repair(atlas: OpenAtlas, writer: Writer) -> list[str]:
     tile gets the same assignment as before, so that names given by people stay correct.
     """
     writer.tidy()
-    stale = any(problem.kind is Kind.INDEX for problem in problems(atlas))
     done: list[str] = []
-    if stale:
+    if any(problem.kind is Kind.INDEX for problem in problems(atlas)):
         _try(done, lambda: _write_index(atlas))
-    for row in _lost_fits(atlas):
-        _try(done, partial(_fit_again, atlas, row))
-    _try(done, lambda: _place_again(atlas))
+    for row in reversed(clusterings.stored(atlas.catalog)):
+        if _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS):
+            _try(done, partial(_fit_again, atlas, row))
+    _try(done, lambda: _assign_again(atlas))
     if _map(atlas):
         (atlas.path / layout.FILE).unlink()
-        done.append("the damaged map was deleted; it is made again when it is asked for")
+        done.append("the damaged map was deleted; it will be rebuilt when it is needed")
     writer.finish()
     return done
 
@@ -265,61 +263,46 @@ def _try(done: list[str], mend: Callable[[], list[str]]) -> None:
 
 def _write_index(atlas: OpenAtlas) -> list[str]:
     atlas.generations.write(atlas.generations.options())
-    return ["the index was written again"]
+    return ["the index was rebuilt"]
 
 
-def _place_again(atlas: OpenAtlas) -> list[str]:
-    broken = _broken_placements(atlas)
-    names = {
-        row["id"]: row["name"] for row in atlas.catalog.rows("SELECT id, name FROM clusterings")
-    }
-    loaded: dict[int, Clustering] = {}
-    for number, slide, was_fitted in broken:
-        if number not in loaded:
-            loaded[number] = atlas.view().clustering(names[number])[1]
-        placed = loaded[number].assign(atlas.store.vectors_of(slide))
+def _assign_again(atlas: OpenAtlas) -> list[str]:
+    """Replace damaged assignments."""
+    slides = {slide["id"]: slide for slide in atlas.store.tile_ranges()}
+    names = {row["id"]: row["name"] for row in clusterings.stored(atlas.catalog)}
+    rows = map(dict, atlas.catalog.rows("SELECT * FROM placements"))
+    broken = [
+        row
+        for row in rows
+        if (slide := slides.get(row["slide_id"]))
+        and (seal(row) != row[SEAL] or len(row["cluster"]) != 4 * slide["tiles"])
+    ]
+    if not broken:
+        return []
+    view = atlas.view()
+    for row in broken:
+        number, slide = row["clustering_id"], slides[row["slide_id"]]
+        assigned = view.clustering(names[number])[1].assign(atlas.store.vectors_of(slide))
         with atlas.catalog.write() as db:
             at = (number, slide["id"])
             db.execute("DELETE FROM placements WHERE clustering_id = ? AND slide_id = ?", at)
-            clusterings.insert_placement(db, number, slide["id"], placed, was_fitted)
-    return [f"{len(broken)} slides were placed in their clusters again"] if broken else []
-
-
-def _lost_fits(atlas: OpenAtlas) -> list[dict[str, Any]]:
-    return [
-        dict(row)
-        for row in atlas.catalog.rows("SELECT * FROM clusterings ORDER BY id")
-        if _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS)
-    ]
+            fitted_on = row["fitted"] == 1
+            clusterings.insert_placement(db, number, slide["id"], assigned, fitted_on)
+    return [f"the clusters of {len(broken)} slides were assigned again"]
 
 
 def _fit_again(atlas: OpenAtlas, row: dict[str, Any]) -> list[str]:
     name = row["name"]
     with atlas.catalog.read() as db:
-        known = clusterings.placements(db, name)
-    slides = [s for s in atlas.store.tile_ranges() if known.get(s["id"], (None, False))[1]]
+        old = clusterings.placements(db, name)
+    slides = [s for s in atlas.store.tile_ranges() if s["id"] in old and old[s["id"]][1]]
     about = {"seed": 0, **json.loads(row["about"])}
     method = "encoder" if about.get("from") == "encoder" else row["method"]
-    clustering, placed = fitted(atlas.view().state, method, slides, about)
-    same = all(np.array_equal(where.cluster, known[slide][0].cluster) for slide, where in placed)
-    if not same:
+    clustering, by_slide = fitted(atlas.view().state, method, slides, about)
+    if not all(np.array_equal(new.cluster, old[slide][0].cluster) for slide, new in by_slide):
         return [
-            f"clustering {name!r} cannot be made again as it was (tiles that it was fitted on are gone); "
-            "its tiles keep their clusters; fit it again to place new images"
+            f"clustering {name!r} cannot be rebuilt, because tiles that it was fitted to were removed; "
+            "the tiles keep their clusters; fit it again to assign new images"
         ]
     clusterings.replace_file(atlas.path, atlas.catalog, row, clustering)
-    return [f"clustering {name!r} was fitted again; every tile is where it was"]
-
-
-def _broken_placements(atlas: OpenAtlas) -> list[tuple[int, dict[str, Any], bool]]:
-    """Return clustering, slide, and whether the clustering was fitted on it, for damaged assignments."""
-    slides = {slide["id"]: slide for slide in atlas.store.tile_ranges()}
-    return [
-        (row["clustering_id"], slides[row["slide_id"]], row["fitted"] == 1)
-        for row in atlas.catalog.rows("SELECT * FROM placements")
-        if row["slide_id"] in slides and _is_broken(dict(row), slides[row["slide_id"]]["tiles"])
-    ]
-
-
-def _is_broken(row: dict[str, Any], tiles: int) -> bool:
-    return seal(row) != row[SEAL] or len(row["cluster"]) != 4 * tiles
+    return [f"clustering {name!r} was rebuilt; every tile has the same cluster as before"]

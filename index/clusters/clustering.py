@@ -15,7 +15,7 @@ from ...artifacts.manifest import CLUSTERS
 from ...errors import BadInput, Damaged
 from . import hdbscan as density
 from .hdbscan import Arrays, Floats
-from .kmeans import _to_centroids, project
+from .kmeans import nearest_two, project
 
 Method = Literal["kmeans", "hdbscan"]
 FITTED = ("kmeans", "hdbscan")
@@ -83,7 +83,11 @@ class Clustering:
         """Assign vectors (N, D)."""
         flat = project(vectors, self.arrays)
         assign = _assign_kmeans if self.method == "kmeans" else _assign_hdbscan
-        return _gated(assign(flat, self.arrays), vectors, self.arrays)
+        assigned = assign(flat, self.arrays)
+        if "foreign" not in self.arrays:  # the encoder has no tissue gate
+            return assigned
+        out_of_distribution = vectors[:, -1] > self.arrays["foreign"]
+        return replace(assigned, unknown=assigned.unknown | out_of_distribution)
 
     def to_bytes(self) -> bytes:
         """Serialise the arrays as .npz."""
@@ -107,13 +111,6 @@ class Clustering:
             ) from error
 
 
-def _gated(placed: Assigned, vectors: NDArray[np.float32], arrays: Arrays) -> Assigned:
-    """Mark images as unknown that are out of distribution, if the encoder has a tissue gate."""
-    if "foreign" not in arrays:
-        return placed
-    return replace(placed, unknown=placed.unknown | (vectors[:, -1] > arrays["foreign"]))
-
-
 def shipped(bundle: Path) -> Clustering:
     """Return the clusters that an encoder was trained with, from its bundle.
 
@@ -124,24 +121,27 @@ def shipped(bundle: Path) -> Clustering:
     path = bundle / CLUSTERS
     if not path.is_file():
         raise BadInput(
-            "the atlas's encoder ships no clusters (recipes autoencoder, dac and deepcluster do, exported "
-            "without --pca and --views); use --method kmeans or hdbscan"
+            "the encoder of the atlas has no clusters (only encoders of the recipes autoencoder, dac and "
+            "deepcluster, exported without --pca and --views, have them); use --method kmeans or hdbscan"
         )
-    found = Clustering.from_bytes("kmeans", path.read_bytes(), {}).arrays
-    if set(found) != {"centroids", "reach"} or found["reach"].shape != found["centroids"].shape[:1]:
-        raise Damaged(f"{path} is not what export writes; export the encoder again")
-    dim = found["centroids"].shape[1]
-    arrays = {"mean": np.zeros(dim), "components": np.eye(dim), **found}
-    return Clustering("kmeans", arrays, {"clusters": len(found["centroids"]), "from": "encoder"})
+    stored = Clustering.from_bytes("kmeans", path.read_bytes(), {}).arrays
+    expected = {"centroids", "reach"}
+    if set(stored) != expected or stored["reach"].shape != stored["centroids"].shape[:1]:
+        raise Damaged(
+            f"{path} is not a cluster file of `histoseek export`; export the encoder again"
+        )
+    count, dim = stored["centroids"].shape
+    arrays = {"mean": np.zeros(dim), "components": np.eye(dim), **stored}
+    return Clustering("kmeans", arrays, {"clusters": count, "from": "encoder"})
 
 
 def _assign_kmeans(flat: Floats, arrays: Arrays) -> Assigned:
     centroids = arrays["centroids"]
-    distances, order = _to_centroids(flat, centroids)
-    cluster, own = order[:, 0], distances[:, 0]
-    other = distances[:, -1] if len(centroids) > 1 else np.full(len(own), np.inf)
-    strength = np.clip(1 - own / np.maximum(other, 1e-12), 0, 1)
-    return Assigned(cluster, own, strength, own > arrays["reach"][cluster] * (1 + 1e-9))
+    distances, order = nearest_two(flat, centroids)
+    cluster, nearest = order[:, 0], distances[:, 0]
+    second = distances[:, -1] if len(centroids) > 1 else np.full(len(nearest), np.inf)
+    strength = np.clip(1 - nearest / np.maximum(second, 1e-12), 0, 1)
+    return Assigned(cluster, nearest, strength, nearest > arrays["reach"][cluster] * (1 + 1e-9))
 
 
 def _assign_hdbscan(flat: Floats, arrays: Arrays) -> Assigned:

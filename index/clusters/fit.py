@@ -6,6 +6,7 @@ cluster, a distance and a strength from 0 to 1. If it fits no cluster, it is ``u
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -16,7 +17,7 @@ from ...errors import BadInput, unknown_name
 from . import hdbscan as density
 from .clustering import FITTED, METHODS, Assigned, Clustering
 from .hdbscan import Arrays
-from .kmeans import _fit_kmeans, basis_of, project
+from .kmeans import basis_of, fit_kmeans, project
 
 FIT_SAMPLE = 200_000
 
@@ -54,32 +55,35 @@ def fit(
     if min_cluster_size is not None and (min_cluster_size < 2 or method != "hdbscan"):
         raise BadInput(f"min_cluster_size is {min_cluster_size}; expected 2 or more, for hdbscan")
     least = max(3, (k or 0) + 1) if method == "kmeans" else 10
-    everything, known = vectors, to_fit(vectors, gate)
-    vectors, groups = vectors[known], None if groups is None else groups[known]
+    everything, is_fitted = vectors, to_fit(vectors, gate)
+    vectors, groups = vectors[is_fitted], None if groups is None else groups[is_fitted]
     left_out = len(everything) - len(vectors)
     if len(vectors) < least:
-        also = f" ({left_out} more do not look like stained tissue)" if left_out else ""
+        also = f" ({left_out} more are out of distribution)" if left_out else ""
         raise BadInput(
             f"{len(vectors)} tiles{also} are too few for {method}; expected at least {least}"
         )
     basis = basis_of(vectors)
     flat = project(vectors, basis)
-    heeded = gate and not above_threshold(vectors).any()
-    if heeded:
+    gate_used = gate and not above_threshold(vectors).any()
+    if gate_used:
         basis["foreign"] = np.asarray(OOD_THRESHOLD)
-    fitted = {"fitted_tiles": len(flat), "components": len(basis["components"]), "seed": seed}
+    facts = {"fitted_tiles": len(flat), "components": len(basis["components"]), "seed": seed}
     if gate:
-        fitted["foreign_tiles"] = int(above_threshold(everything).sum())
-        fitted["gate_ignored"] = not heeded
+        facts["foreign_tiles"] = int(above_threshold(everything).sum())
+        facts["gate_ignored"] = not gate_used
     if method == "kmeans":
-        arrays, about = _fit_kmeans(flat, k, seed, groups)
-        clustering = Clustering("kmeans", basis | arrays, {**about, **fitted})
+        arrays, about = fit_kmeans(flat, k, seed, groups)
+        clustering = Clustering("kmeans", basis | arrays, {**about, **facts})
         return clustering, clustering.assign(everything)
-    arrays, about, fitted_tiles = _fit_hdbscan(flat, min_cluster_size)
-    clustering = Clustering("hdbscan", basis | arrays, {**about, **fitted})
+    arrays, about, of_fitted = _fit_hdbscan(flat, min_cluster_size)
+    clustering = Clustering("hdbscan", basis | arrays, {**about, **facts})
     if not left_out:
-        return clustering, fitted_tiles
-    return clustering, _joined(clustering.assign(everything), fitted_tiles, known)
+        return clustering, of_fitted
+    assigned = clustering.assign(everything)
+    for column in fields(Assigned):
+        getattr(assigned, column.name)[is_fitted] = getattr(of_fitted, column.name)
+    return clustering, assigned
 
 
 def _fit_hdbscan(
@@ -107,10 +111,3 @@ def to_fit(vectors: NDArray[np.float32], gate: bool) -> NDArray[np.bool_]:
     if not gate or 2 * np.sum(above_threshold(vectors)) > len(vectors):
         return np.ones(len(vectors), dtype=bool)
     return ~above_threshold(vectors)
-
-
-def _joined(placed: Assigned, own: Assigned, known: NDArray[np.bool_]) -> Assigned:
-    """Join the assignments of the fitted vectors with those of the others."""
-    for name in ("cluster", "distance", "strength", "unknown"):
-        getattr(placed, name)[known] = getattr(own, name)
-    return placed

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -20,7 +20,7 @@ from .fit import FIT_SAMPLE
 from .fit import fit as fit_clusters
 
 Slides = list[dict[str, Any]]
-Placed = Iterator[tuple[int, Assigned]]
+BySlide = Iterator[tuple[int, Assigned]]
 
 
 def fit(
@@ -29,31 +29,25 @@ def fit(
     """Fit clusters and store them; see :meth:`Atlas.fit <histoseek.index.atlas.Atlas.fit>`."""
     slides = state.store.tile_ranges()
     given = {"k": k or "auto", "min_cluster_size": min_cluster_size, "seed": seed}
-    clustering, placed = fitted(state, method, slides, given)
+    clustering, assigned = fitted(state, method, slides, given)
     if not clustering.clusters:
         total = sum(s["tiles"] for s in slides)
         raise BadInput(
-            f"{method} finds no clusters among the {total:,} tiles: to it all are noise. Nothing was "
-            "stored; lower --min-cluster-size, or fit kmeans"
+            f"{method} found no clusters among the {total:,} tiles (all are noise), so nothing was stored; "
+            "lower --min-cluster-size, or use --method kmeans"
         )
     sizes: Counter[int] = Counter()
-    where = _counted(placed, sizes)
+    counted = _counted(assigned, sizes)
     dropped = clusterings.store(
-        state.store.path, state.store.catalog, name, clustering, state.revision, where
+        state.store.path, state.store.catalog, name, clustering, state.revision, counted
     )
-    about = clustering.about
-    return {
-        "name": name,
-        "method": method,
-        **about,
-        "sizes": dict(sorted(sizes.items())),
-        "names_dropped": dropped,
-    }
+    facts = {"sizes": dict(sorted(sizes.items())), "names_dropped": dropped}
+    return {"name": name, "method": method, **clustering.about, **facts}
 
 
 def fitted(
     state: State, method: str, slides: Slides, given: dict[str, Any]
-) -> tuple[Clustering, Placed]:
+) -> tuple[Clustering, BySlide]:
     """Fit clusters on some slides and assign their tiles; nothing is stored.
 
     Args:
@@ -66,15 +60,16 @@ def fitted(
         The clustering, and the assignments of each slide's tiles, by slide id.
     """
     if method == "encoder":
-        return (made := shipped(state.store.encoder_bundle)), _place(state, slides, made, None)
+        clustering = shipped(state.store.encoder_bundle)
+        return clustering, _by_slide(state, slides, clustering, None)
     k = None if given.get("k") in {None, "auto"} else int(given["k"])
-    vectors, groups, whole = sample(state, slides, given["seed"])
+    vectors, groups, complete = sample(state, slides, given["seed"])
     least = given.get("min_cluster_size")
     gate = state.manifest.tissue_gate
-    clustering, placed = stopping.aside(
+    clustering, assigned = stopping.aside(
         lambda: fit_clusters(vectors, method, k, least, given["seed"], groups, gate)
     )
-    return clustering, _place(state, slides, clustering, placed if whole else None)
+    return clustering, _by_slide(state, slides, clustering, assigned if complete else None)
 
 
 def sample(
@@ -86,28 +81,29 @@ def sample(
     if total > FIT_SAMPLE:
         rows = np.sort(np.random.default_rng(seed).permutation(total)[:FIT_SAMPLE])
     chunks = (state.store.vectors_of(slide) for slide in slides)
-    first = np.array([s["first_tile"] for s in slides], dtype=np.int64)
-    starts = np.concatenate([[0], np.cumsum([s["tiles"] for s in slides])]).astype(np.int64)
-    number = np.searchsorted(starts, rows, side="right") - 1
-    positions = state.columns.positions(first[number] + rows - starts[number])
-    groups = owners(state, "patient")[positions]
+    ids = [np.arange(s["first_tile"], s["first_tile"] + s["tiles"]) for s in slides]
+    tiles = np.concatenate([np.zeros(0, dtype=np.int64), *ids])[rows]
+    groups = owners(state, "patient")[state.columns.positions(tiles)]
     return gather(chunks, rows, state.manifest.dim), groups, len(rows) == total
 
 
-def _place(state: State, slides: Slides, clustering: Clustering, known: Assigned | None) -> Placed:
+def _by_slide(
+    state: State, slides: Slides, clustering: Clustering, assigned: Assigned | None
+) -> BySlide:
+    """Yield the assignments by slide; those of all tiles are given if they are known."""
     start = 0
     for slide in slides:
         stopping.check()
         end = start + slide["tiles"]
-        if known is None:
+        if assigned is None:
             yield slide["id"], clustering.assign(state.store.vectors_of(slide))
         else:
-            yield slide["id"], known.part(slice(start, end))
+            yield slide["id"], assigned.part(slice(start, end))
         start = end
 
 
-def _counted(placed: Iterable[tuple[int, Assigned]], sizes: Counter[int]) -> Placed:
+def _counted(by_slide: BySlide, sizes: Counter[int]) -> BySlide:
     """Yield the assignments unchanged, and count the tiles of each cluster."""
-    for slide, where in placed:
-        sizes.update(where.cluster.tolist())
-        yield slide, where
+    for slide, assigned in by_slide:
+        sizes.update(assigned.cluster.tolist())
+        yield slide, assigned

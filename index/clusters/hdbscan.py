@@ -19,21 +19,13 @@ QUERIES = 32_768
 """Number of points whose neighbours are looked up at once."""
 
 
-def fit_arrays(flat: Floats, min_cluster_size: int, min_samples: int | None = None) -> Arrays:
-    """Fit HDBSCAN on points (N, C) and return the arrays that an assignment needs.
-
-    Args:
-        flat: the points.
-        min_cluster_size: smallest number of points that form a cluster.
-        min_samples: the core distance of a point reaches to this neighbour; None for ``min_cluster_size``.
-    """
+def fit_arrays(flat: Floats, min_cluster_size: int) -> Arrays:
+    """Fit HDBSCAN on points (N, C) and return the arrays that an assignment needs."""
     from hdbscan import HDBSCAN
 
     count = len(flat)
-    model = HDBSCAN(
-        min_cluster_size=min_cluster_size, min_samples=min_samples, prediction_data=True
-    ).fit(flat)
-    known = model.prediction_data_
+    model = HDBSCAN(min_cluster_size=min_cluster_size, prediction_data=True).fit(flat)
+    prediction = model.prediction_data_
     tree = model.condensed_tree_._raw_tree
     points = tree[tree["child"] < count]
     branches = tree[tree["child"] >= count]
@@ -42,22 +34,22 @@ def fit_arrays(flat: Floats, min_cluster_size: int, min_samples: int | None = No
         "points": flat,
         "labels": model.labels_.astype(np.int64),
         "strengths": model.probabilities_,
-        "core_distances": known.core_distances,
+        "core_distances": prediction.core_distances,
         "point_parent": np.full(count, count, dtype=np.int64),
         "point_lambda": np.zeros(count),
         "branch_parent": np.full(clusters, -1, dtype=np.int64),
         "branch_lambda": np.zeros(clusters),
         "branch_label": np.full(clusters, -1, dtype=np.int64),
         "branch_max_lambda": np.zeros(clusters),
-        "min_samples": np.array(min_samples or min_cluster_size),
+        "min_samples": np.array(min_cluster_size),
     }
     arrays["point_parent"][points["child"]] = points["parent"]
     arrays["point_lambda"][points["child"]] = points["lambda_val"]
     arrays["branch_parent"][branches["child"] - count] = branches["parent"]
     arrays["branch_lambda"][branches["child"] - count] = branches["lambda_val"]
-    for branch, label in known.cluster_map.items():
+    for branch, label in prediction.cluster_map.items():
         arrays["branch_label"][int(branch) - count] = label
-        arrays["branch_max_lambda"][int(branch) - count] = known.max_lambdas[branch]
+        arrays["branch_max_lambda"][int(branch) - count] = prediction.max_lambdas[branch]
     return arrays
 
 
@@ -77,8 +69,7 @@ def place(flat: Floats, arrays: Arrays) -> tuple[NDArray[np.int64], Floats, Floa
         to 1.
     """
     if not len(flat):
-        none = np.zeros(0)
-        return none.astype(np.int64), none, none
+        return np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0)
     reach, neighbour = _reach(flat, arrays)
     density = np.where(reach > 0, 1 / np.maximum(reach, 1e-300), np.finfo(np.float64).max)
     count = len(arrays["points"])

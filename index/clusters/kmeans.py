@@ -19,13 +19,14 @@ PIECE = 8_192
 """Number of vectors converted to float64 at once."""
 CALIBRATION_FOLDS = 5
 CALIBRATION_LEAST = 100
-"""A cluster with fewer held-out tiles than this gets no threshold from its tiles alone."""
+"""Least number of held-out tiles from which a cluster gets a threshold of its own."""
 
 
 def basis_of(vectors: NDArray[np.float32], keep: float = 0.95) -> Arrays:
     """Return the mean and the principal components that explain the share ``keep`` of the variance.
 
     The (D, D) covariance is summed in pieces, so memory does not grow with the number of vectors.
+    scikit-learn's PCA gives the same components in the same time, but copies all vectors as float64.
     """
     count, dim = vectors.shape
     mean = vectors.mean(axis=0, dtype=np.float64)
@@ -75,11 +76,11 @@ def kmeans(
 
 def nearest_centroid(flat: Floats, centroids: Floats) -> tuple[NDArray[np.int64], Floats]:
     """Return the nearest centroid of each point (N,) and the distance (N,)."""
-    distances, order = _to_centroids(flat, centroids)
+    distances, order = nearest_two(flat, centroids)
     return order[:, 0], distances[:, 0]
 
 
-def _to_centroids(flat: Floats, centroids: Floats) -> tuple[Floats, NDArray[np.int64]]:
+def nearest_two(flat: Floats, centroids: Floats) -> tuple[Floats, NDArray[np.int64]]:
     """Return distances and numbers (N, 2) of the two nearest centroids; (N, 1) if there is only one."""
     from scipy.spatial.distance import cdist
 
@@ -100,27 +101,26 @@ def distinct(flat: Floats) -> int:
     return len(np.unique(flat.round(9), axis=0))
 
 
-def _fit_kmeans(
+def fit_kmeans(
     flat: Floats, k: int | None, seed: int, groups: NDArray[np.int64] | None
 ) -> tuple[Arrays, dict[str, Any]]:
+    """Fit k-means to components (N, C); return its arrays and facts about the fit."""
     different = distinct(flat)
     if k is not None and k > different:
-        raise BadInput(f"k is {k}, but only {different} of {len(flat)} tiles differ; lower --k")
+        raise BadInput(
+            f"k is {k}, but only {different} of {len(flat)} tiles are different; lower --k"
+        )
     if different < min(K_RANGE):
-        raise BadInput(f"all {len(flat)} tiles are the same: there is nothing to cluster")
+        raise BadInput(
+            f"all {len(flat)} tiles are equal; expected at least {min(K_RANGE)} different tiles"
+        )
     curve: dict[str, float | None] = {}
     if k is None:
-        tried = {
-            count: kmeans(flat, count, seed)
-            for count in K_RANGE
-            if count <= different and count < len(flat)
-        }
-        scores = {
-            c: silhouette(flat, nearest_centroid(flat, found)[0], seed)
-            for c, found in tried.items()
-        }
+        counts = [count for count in K_RANGE if count <= different and count < len(flat)]
+        fits = {count: kmeans(flat, count, seed) for count in counts}
+        scores = {c: silhouette(flat, nearest_centroid(flat, fits[c])[0], seed) for c in counts}
         curve = {str(c): None if np.isnan(s) else s for c, s in scores.items()}
-        centroids = tried[max(tried, key=lambda count: np.nan_to_num(scores[count], nan=-1))]
+        centroids = fits[max(counts, key=lambda count: np.nan_to_num(scores[count], nan=-1))]
     else:
         centroids = kmeans(flat, k, seed)
     arrays: Arrays = {"centroids": centroids}
@@ -155,25 +155,20 @@ def _calibrated_reach(
     distance = np.empty(len(flat))
     for part in range(CALIBRATION_FOLDS):
         held = fold == part
-        if held.all() or not held.any() or (~held).sum() <= len(centroids):
-            moved = centroids
-        else:
-            moved = kmeans(flat[~held], len(centroids), seed, start=centroids)
-        cluster[held], distance[held] = nearest_centroid(flat[held], moved)
+        refitted = centroids
+        if held.any() and (~held).sum() > len(centroids):
+            refitted = kmeans(flat[~held], len(centroids), seed, start=centroids)
+        cluster[held], distance[held] = nearest_centroid(flat[held], refitted)
     # A held-out group may be the only one with a kind of tissue. Its tiles then go to a neighbouring
     # cluster and must not widen that cluster's threshold.
     stays = cluster == nearest_centroid(flat, centroids)[0]
     if stays.any():
         cluster, distance = cluster[stays], distance[stays]
-    spread = np.array(
-        [np.sqrt(np.mean(distance[cluster == c] ** 2)) if (cluster == c).any() else 0.0
-         for c in range(len(centroids))]
-    )  # fmt: skip
+    by_cluster = [distance[cluster == c] for c in range(len(centroids))]
+    spread = np.array([np.sqrt(np.mean(d**2)) if len(d) else 0.0 for d in by_cluster])
     spread = np.maximum(np.where(spread > 0, spread, spread.mean()), 1e-12)
-    usual = float(np.quantile(distance / spread[cluster], KNOWN_SHARE))
-    reach = spread * usual
-    for c in range(len(centroids)):
-        own = distance[cluster == c]
-        if len(own) >= CALIBRATION_LEAST:
-            reach[c] = np.quantile(own, KNOWN_SHARE)
+    reach = spread * np.quantile(distance / spread[cluster], KNOWN_SHARE)
+    for c, distances in enumerate(by_cluster):
+        if len(distances) >= CALIBRATION_LEAST:
+            reach[c] = np.quantile(distances, KNOWN_SHARE)
     return reach, how

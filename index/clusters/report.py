@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from typing import Any
 
 import numpy as np
@@ -22,24 +23,18 @@ def assigned(state: State, name: str) -> tuple[NDArray[np.int64], Assigned]:
     """Return tile ids (N,) ascending and their assignments; tiles not assigned yet are left out."""
     with state.reading() as db:
         by_slide = placements(db, name)
-    parts = [(s, by_slide[s["id"]][0]) for s in state.columns.slides if s["id"] in by_slide]
-    ids = [np.arange(s["first_tile"], s["first_tile"] + s["tiles"]) for s, _ in parts]
-    return np.concatenate([np.zeros(0, dtype=np.int64), *ids]), _joined([p for _, p in parts])
-
-
-def _joined(parts: list[Assigned]) -> Assigned:
-    def column(key: str, kind: Any) -> NDArray[Any]:
-        return np.concatenate([np.zeros(0, dtype=kind), *(getattr(p, key) for p in parts)])
-
-    return Assigned(
-        column("cluster", np.int64),
-        column("distance", np.float64),
-        column("strength", np.float64),
-        column("unknown", bool),
+    slides = [s for s in state.columns.slides if s["id"] in by_slide]
+    ids = [np.arange(s["first_tile"], s["first_tile"] + s["tiles"]) for s in slides]
+    numbers, floats, flags = np.zeros(0, dtype=np.int64), np.zeros(0), np.zeros(0, dtype=bool)
+    parts = [Assigned(numbers, floats, floats, flags), *(by_slide[s["id"]][0] for s in slides)]
+    columns = (
+        np.concatenate([getattr(part, column.name) for part in parts])
+        for column in fields(Assigned)
     )
+    return np.concatenate([numbers, *ids]), Assigned(*columns)
 
 
-def names(state: State, name: str) -> dict[int, tuple[str, str]]:
+def _names(state: State, name: str) -> dict[int, tuple[str, str]]:
     """Return names and descriptions that people gave to the clusters of a clustering."""
     with state.reading() as db:
         rows = db.execute(
@@ -53,15 +48,7 @@ def names(state: State, name: str) -> dict[int, tuple[str, str]]:
 def rename(
     catalog: Catalog, name: str, clustering: Clustering, cluster: int, text: str, description: str
 ) -> None:
-    """Give a cluster a name and a description, replacing earlier ones.
-
-    Args:
-        catalog: of the atlas.
-        name: of the clustering.
-        clustering: the clustering.
-        cluster: number of the cluster.
-        text: the new name; "" removes the name.
-        description: what is in it.
+    """Give a cluster of the clustering ``name`` the name ``text`` and a description; "" removes them.
 
     Raises:
         BadInput: no such cluster, or a text is too long.
@@ -87,19 +74,15 @@ def rename(
 def describe(state: State, name: str, examples: int) -> list[dict[str, Any]]:
     """Describe the clusters of a clustering, by number, noise first."""
     ids, where = assigned(state, name)
-    given = names(state, name)
+    names = _names(state, name)
     columns = state.columns
-    label = columns.coded("label")
     positions = columns.positions(ids)
     slides = columns.slide_of(positions)
     report = []
     for cluster in np.unique(where.cluster).tolist():
         rows = np.flatnonzero(where.cluster == cluster)
-        codes = label.codes[positions[rows]]
-        counts = np.bincount(codes + 1, minlength=len(label.names) + 1)
-        labels = dict(zip(["(none)", *label.names], counts.tolist(), strict=True))
         best = _examples(where.part(rows), slides[rows], examples)
-        text, description = given.get(cluster, ("", ""))
+        text, description = names.get(cluster, ("", ""))
         report.append(
             {
                 "cluster": cluster,
@@ -108,7 +91,7 @@ def describe(state: State, name: str, examples: int) -> list[dict[str, Any]]:
                 "tiles": len(rows),
                 "slides": len(np.unique(slides[rows])),
                 "unknown": int(where.unknown[rows].sum()),
-                "labels": {k: n for k, n in sorted(labels.items(), key=lambda kv: -kv[1]) if n},
+                "labels": columns.label_counts(positions[rows]),
                 "examples": columns.tiles(positions[rows[best]]),
             }
         )
@@ -142,14 +125,9 @@ def drift(state: State, name: str) -> dict[str, Any]:
         counts[fitted][0] += unknown
         counts[fitted][1] += total
         if not fitted and total:
-            slides.append(
-                {
-                    "slide": titles.get(number, ""),
-                    "tiles": total,
-                    "unknown": unknown,
-                    "share": round(unknown / total, 4),
-                }
-            )
+            share = round(unknown / total, 4)
+            title = titles.get(number, "")
+            slides.append({"slide": title, "tiles": total, "unknown": unknown, "share": share})
     report: dict[str, Any] = {"clustering": name}
     for fitted, key in ((True, "fitted"), (False, "later")):
         unknown, total = counts[fitted]

@@ -24,7 +24,7 @@ def store(
     name: str,
     clustering: Clustering,
     revision: int,
-    placed: Iterable[tuple[int, Assigned]],
+    assigned: Iterable[tuple[int, Assigned]],
 ) -> int:
     """Store a clustering with the assignment of every tile, replacing an earlier one of that name.
 
@@ -36,10 +36,10 @@ def store(
         name: of the clustering.
         clustering: the fitted clustering.
         revision: of the state that it was fitted on.
-        placed: slide ids, each with the assignments of its tiles.
+        assigned: slide ids, each with the assignments of its tiles.
 
     Returns:
-        How many names that people had given were dropped, because the clusters have changed.
+        The number of user-given names that were dropped, because the clusters have changed.
     """
     file, digest = _write(path, name, clustering)
     row = {
@@ -55,15 +55,15 @@ def store(
     with catalog.write() as db:
         old = db.execute("SELECT id, sha256 FROM clusterings WHERE name = ?", (name,)).fetchone()
         given = [] if old is None else _names(db, old["id"])
-        named = given if old is not None and old["sha256"] == digest else []
+        kept = given if old is not None and old["sha256"] == digest else []  # identical clusters
         db.execute("DELETE FROM clusterings WHERE name = ?", (name,))
         number = insert(db, "clusterings", row)
-        for known in named:  # identical clusters: keep the names that people gave
-            insert(db, "clusters", {**known, "clustering_id": number})
-        for slide, found in placed:
-            insert_placement(db, number, slide, found, fitted=True)
+        for cluster in kept:
+            insert(db, "clusters", {**cluster, "clustering_id": number})
+        for slide, of_tiles in assigned:
+            insert_placement(db, number, slide, of_tiles, fitted=True)
     remove_orphans(path, catalog)
-    return len(given) - len(named)
+    return len(given) - len(kept)
 
 
 def _names(db: sqlite3.Connection, clustering: int) -> list[dict[str, Any]]:
@@ -97,18 +97,10 @@ def remove_orphans(path: Path, catalog: Catalog) -> None:
 
 
 def insert_placement(
-    db: sqlite3.Connection, clustering: int, slide: int, placed: Assigned, fitted: bool
+    db: sqlite3.Connection, clustering: int, slide: int, assigned: Assigned, fitted: bool
 ) -> None:
-    """Insert the assignments of a slide's tiles, in the caller's transaction.
-
-    Args:
-        db: the catalog.
-        clustering: its id.
-        slide: its id.
-        placed: assignments of all its tiles.
-        fitted: whether the slide was in the atlas when the clustering was fitted.
-    """
-    columns = {key: pack_numbers(getattr(placed, key), kind) for key, kind in KINDS.items()}
+    """Insert the assignments of a slide's tiles; ``fitted`` if the clustering was fitted on this slide."""
+    columns = {key: pack_numbers(getattr(assigned, key), kind) for key, kind in KINDS.items()}
     row = {"clustering_id": clustering, "slide_id": slide, "fitted": int(fitted), **columns}
     insert(db, "placements", row)
 
@@ -120,12 +112,12 @@ def placements(db: sqlite3.Connection, name: str) -> dict[int, tuple[Assigned, b
         "WHERE c.name = ?",
         (name,),
     ).fetchall()
-    found = {}
+    by_slide = {}
     for row in rows:
         columns = {key: unpack_numbers(row[key], kind) for key, kind in KINDS.items()}
         columns["unknown"] = columns["unknown"].astype(bool)
-        found[row["slide_id"]] = Assigned(**columns), bool(row["fitted"])
-    return found
+        by_slide[row["slide_id"]] = Assigned(**columns), bool(row["fitted"])
+    return by_slide
 
 
 def stored(catalog: Catalog) -> list[dict[str, Any]]:
@@ -134,10 +126,11 @@ def stored(catalog: Catalog) -> list[dict[str, Any]]:
 
 
 def row_of(path: Path, rows: Sequence[Mapping[str, Any]], name: str | None) -> Mapping[str, Any]:
-    """Return the row of a clustering by name; the newest when left out.
+    """Return the row of a clustering by name; None for the newest.
 
     Raises:
-        BadInput: none fitted yet, or none of that name.
+        BadInput: there is no clustering.
+        NotFound: there is no clustering of that name.
     """
     if not rows:
         raise BadInput(f"{path} has no clusters yet; run `histoseek index fit` first")
@@ -151,31 +144,32 @@ def load(
     path: Path,
     rows: Sequence[Mapping[str, Any]],
     name: str | None,
-    kept: dict[str, Clustering] | None = None,
+    cache: dict[str, Clustering],
 ) -> tuple[str, Clustering]:
     """Return a clustering by name; None for the newest.
 
     Args:
         path: the atlas.
-        rows: of the clusterings in the catalog, newest first; see :func:`stored`.
+        rows: of the clusterings; see :func:`stored`.
         name: of the clustering.
-        kept: cache of clusterings by sha256; read and filled.
+        cache: clusterings by sha256; read and filled.
 
     Raises:
-        BadInput: there is no clustering, or none of that name.
-        Damaged: its file is missing or changed.
+        BadInput: there is no clustering.
+        NotFound: there is no clustering of that name.
+        Damaged: its file is missing or has changed.
     """
     row = row_of(path, rows, name)
-    found = None if kept is None else kept.get(row["sha256"])
-    if found is not None:
-        return row["name"], found
-    file = path / row["file"]
-    if not file.is_file() or sha256_file(file) != row["sha256"]:
-        raise Damaged(f"{file} is missing or changed; fit clustering {row['name']!r} again")
-    about: dict[str, Any] = json.loads(row["about"])
-    loaded = Clustering.from_bytes(row["method"], file.read_bytes(), about)
-    if kept is not None:
-        for stale in set(kept) - {other["sha256"] for other in rows}:
-            kept.pop(stale, None)
-        kept[row["sha256"]] = loaded
-    return row["name"], loaded
+    clustering = cache.get(row["sha256"])
+    if clustering is None:
+        file = path / row["file"]
+        if not file.is_file() or sha256_file(file) != row["sha256"]:
+            raise Damaged(
+                f"{file} is missing or has changed; fit the clustering {row['name']!r} again"
+            )
+        about: dict[str, Any] = json.loads(row["about"])
+        clustering = Clustering.from_bytes(row["method"], file.read_bytes(), about)
+        for stale in set(cache) - {other["sha256"] for other in rows}:
+            cache.pop(stale, None)
+        cache[row["sha256"]] = clustering
+    return row["name"], clustering

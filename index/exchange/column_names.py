@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Collection, Iterable
+from itertools import chain, count
 
 from ...artifacts.spreadsheets import inert
 
@@ -26,30 +28,26 @@ def unique_names(
         The new name of each column. Unchanged names take precedence; a new name that is already in use
         gets ``_2``, then ``_3``, and so on.
     """
-    wanted = {name: allowed(name) or "column" for name in names}
-    found = {n: n for n, made in wanted.items() if n == made and n not in taken}
-    used = {*taken, *found}
-    for name, made in wanted.items():
-        if name in found:
-            continue
-        candidate, number = made, 2
-        while candidate in used:
-            candidate, number = f"{made}_{number}", number + 1
-        found[name] = candidate
-        used.add(candidate)
-    return {name: found[name] for name in wanted}
+    cleaned = {name: allowed(name) or "column" for name in names}
+    result = {name: name for name, clean in cleaned.items() if name == clean and name not in taken}
+    used = {*taken, *result}
+    for name, clean in cleaned.items():
+        if name not in result:
+            numbered = (f"{clean}_{number}" for number in count(2))
+            result[name] = next(c for c in chain([clean], numbered) if c not in used)
+            used.add(result[name])
+    return {name: result[name] for name in cleaned}
 
 
 def for_anndata(name: str) -> str:
     """Return a name that HDF5 and Zarr do not read as a path, and that is not too long for a folder."""
-    flat = name.replace("/", "_").replace("\\", "_").replace("\0", "_")
-    short = flat.encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
+    short = for_numpy(name).encode("utf-8", "replace")[:LONGEST].decode("utf-8", "ignore")
     return f"_{short}" if short.startswith(".") else short
 
 
 def for_numpy(name: str) -> str:
     """Return a name that a zip archive does not read as a path."""
-    return name.replace("/", "_").replace("\\", "_").replace("\0", "_")
+    return re.sub(r"[/\\\0]", "_", name)
 
 
 def for_tsv(name: str) -> str:
@@ -59,6 +57,4 @@ def for_tsv(name: str) -> str:
 
 def one_cell(text: str) -> str:
     """Return a text without tabs and line breaks."""
-    for mark in "\t\r\n":
-        text = text.replace(mark, " ")
-    return text
+    return re.sub(r"[\t\r\n]", " ", text)

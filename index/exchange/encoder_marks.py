@@ -19,40 +19,30 @@ from ...artifacts.hdf5_files import open_hdf5
 from ...errors import HistoseekError, Mismatch
 
 _FOLDER = re.compile(r"features_(.+)")
-_UNSAID = {"", "unknown", "None", "none"}
+_UNKNOWN = {"", "unknown", "None", "none"}
 
 
 @dataclass(frozen=True)
 class Mark:
-    """The encoder that made a file.
-
-    Attributes:
-        encoder: its name.
-        place: where the name was found, such as an attribute or a folder.
-    """
+    """The name of the encoder that made a file, and where it was found: an attribute or a folder."""
 
     encoder: str
-    place: str
+    source: str
 
 
 def mark_of(stored: h5py.File, path: Path) -> Mark | None:
-    """Return the encoder that a file names: in an attribute, else in ``savetodir``, else in its folder.
-
-    Args:
-        stored: the open file.
-        path: path of the file.
-    """
+    """Return the encoder that an open file names: in an attribute, else in ``savetodir``, else folder."""
     data = stored.get("features")
-    own = data.attrs if isinstance(data, h5py.Dataset) else {}
-    for attributes, key in ((own, "encoder"), (stored.attrs, "extractor")):
+    of_features = data.attrs if isinstance(data, h5py.Dataset) else {}
+    for attributes, key in ((of_features, "encoder"), (stored.attrs, "extractor")):
         name = text_of(attributes.get(key, "")).strip()
-        if name not in _UNSAID:
+        if name not in _UNKNOWN:
             return Mark(name, f"its attribute {key!r}")
-    saved = [p for p in re.split(r"[\\/]+", text_of(own.get("savetodir", ""))) if p]
-    if saved and (found := _FOLDER.fullmatch(saved[-1])):
-        return Mark(found[1], f"its attribute 'savetodir', which ends in {saved[-1]!r}")
-    if found := _FOLDER.fullmatch(path.absolute().parent.name):
-        return Mark(found[1], f"its folder {path.absolute().parent.name!r}")
+    saved = [p for p in re.split(r"[\\/]+", text_of(of_features.get("savetodir", ""))) if p]
+    if saved and (match := _FOLDER.fullmatch(saved[-1])):
+        return Mark(match[1], f"its attribute 'savetodir', which ends in {saved[-1]!r}")
+    if match := _FOLDER.fullmatch(path.absolute().parent.name):
+        return Mark(match[1], f"its folder {path.absolute().parent.name!r}")
     return None
 
 
@@ -60,8 +50,7 @@ def check_one_encoder(files: Sequence[Path]) -> None:
     """Check that all files name the same encoder; unreadable files are skipped and reported later.
 
     Raises:
-        Mismatch: the files name several encoders; the message lists each one with its number of files and
-            where the first file names it.
+        Mismatch: the files name several encoders; the message lists each one with its number of files.
     """
     counts: Counter[str] = Counter()
     first: dict[str, str] = {}
@@ -73,13 +62,13 @@ def check_one_encoder(files: Sequence[Path]) -> None:
             continue
         if mark is not None:
             counts[mark.encoder] += 1
-            first.setdefault(mark.encoder, f"{path} by {mark.place}")
+            first.setdefault(mark.encoder, f"{path}, {mark.source}")
     if len(counts) > 1:
-        told = "; ".join(
+        encoders = "; ".join(
             f"{name!r}: {count} file{'' if count == 1 else 's'} (first {first[name]})"
             for name, count in counts.most_common()
         )
         raise Mismatch(
-            f"the files are of {len(counts)} encoders, whose features cannot be compared: {told}; "
+            f"the files are from {len(counts)} encoders, whose features cannot be compared: {encoders}; "
             "nothing was imported: import the folder of one encoder"
         )

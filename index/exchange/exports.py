@@ -1,6 +1,6 @@
 """Exports an atlas for other tools: NumPy, Parquet, AnnData, TensorBoard's projector, GeoJSON for QuPath.
 
-Every format except GeoJSON holds the vectors. All hold, per tile, the fields of a hit.
+Every format except GeoJSON contains the vectors. All contain, per tile, the fields of a hit.
 """
 
 from __future__ import annotations
@@ -16,13 +16,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.files import (
-    discard,
-    publish_file,
-    publish_folder,
-    storage_failed,
-    temporary,
-)
+from ...artifacts.files import discard, publish_file, publish_folder, storage_failed, temporary
 from ...artifacts.spreadsheets import inert
 from ...errors import BadInput, MissingPart, unknown_name
 from ..atlas import Atlas
@@ -33,7 +27,15 @@ from .qupath import write_geojson
 from .table import Table, table_of
 
 
-def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> int:
+@dataclass(frozen=True)
+class Exported:
+    """The number of tiles written, and the new name of each renamed metadata column by its old name."""
+
+    tiles: int
+    renamed: dict[str, str] = field(default_factory=dict)
+
+
+def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> Exported:
     """Write an atlas, or the tiles that pass a filter, for another tool.
 
     Args:
@@ -43,32 +45,11 @@ def export(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more:
         where: metadata filter.
         more: for ``geojson``: ``clustering``, or ``like``, the id of a tile to compare all tiles with.
 
-    Returns:
-        The number of tiles written.
-
     Raises:
         BadInput: the kind is unknown, the file exists, or there is nothing to export.
         MissingPart: a package is missing.
         StorageFailed: no space.
     """
-    return write(atlas, out, kind, where, **more).tiles
-
-
-@dataclass(frozen=True)
-class Exported:
-    """The result of an export.
-
-    Attributes:
-        tiles: number of tiles written.
-        renamed: new name, by old name, of each metadata column that had to be renamed.
-    """
-
-    tiles: int
-    renamed: dict[str, str] = field(default_factory=dict)
-
-
-def write(atlas: Atlas, out: Path, kind: str, where: str | None = None, **more: Any) -> Exported:
-    """Write an atlas as :func:`export` does; the result also lists renamed columns."""
     if kind not in KINDS:
         raise unknown_name("kind of export", kind, KINDS)
     if out.exists():
@@ -91,16 +72,16 @@ def _renamed(table: Table, names: dict[str, str]) -> dict[str, str]:
 
 def _numpy(table: Table, out: Path) -> dict[str, str]:
     """Write one .npz without pickles: ``vectors`` and all columns; texts as ``codes`` into ``names``."""
-    names: dict[str, Any] = {}
+    arrays: dict[str, Any] = {}
     called = unique_names(table.columns, for_numpy)
     renamed = _renamed(table, called)
     for column, values in table.columns.items():
         name = called[column]
         if isinstance(values, Coded):
-            names[f"codes_{name}"] = values.codes
-            names[f"names_{name}"] = np.array(values.names or [""])
+            arrays[f"codes_{name}"] = values.codes
+            arrays[f"names_{name}"] = np.array(values.names or [""])
         else:
-            names[f"column_{name}"] = values
+            arrays[f"column_{name}"] = values
     _publish(
         out,
         ".npz",
@@ -110,7 +91,7 @@ def _numpy(table: Table, out: Path) -> dict[str, str]:
             vectors=table.vectors,
             encoder=json.dumps(table.encoder),
             renamed_columns=json.dumps(renamed),
-            **names,
+            **arrays,
         ),
     )
     return renamed
@@ -165,9 +146,9 @@ def _anndata(table: Table, out: Path) -> dict[str, str]:
         },
         index=[str(tile) for tile in table.numbers("tile").tolist()],
     )
-    places = np.stack([table.numbers("x"), table.numbers("y")], axis=1).astype(np.float64)
+    coords = np.stack([table.numbers("x"), table.numbers("y")], axis=1).astype(np.float64)
     uns = {"encoder": dict(table.encoder), "renamed_columns": json.dumps(renamed)}
-    made = anndata.AnnData(X=table.vectors, obs=obs, obsm={"spatial": places}, uns=uns)
+    made = anndata.AnnData(X=table.vectors, obs=obs, obsm={"spatial": coords}, uns=uns)
     if out.suffix == ".zarr":
         with publish_folder(out) as folder:
             made.write_zarr(folder)
@@ -225,9 +206,9 @@ def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def _publish(out: Path, suffix: str, write: Callable[[Path], Any]) -> None:
-    """Let a library write a file; it appears under its name complete or not at all."""
+    """Let a library write a file, which appears under its name only when it is complete."""
     if out.suffix != suffix:
-        raise BadInput(f"{out} is to end in {suffix}")
+        raise BadInput(f"the name {out} must end in {suffix}")
     out.parent.mkdir(parents=True, exist_ok=True)
     temp = temporary(out)
     named = temp.with_name(temp.name + suffix)  # libraries append the suffix that they expect

@@ -8,7 +8,7 @@ same without attributes. STAMP writes ``feats`` float16, ``coords`` in micrometr
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import h5py
@@ -29,19 +29,21 @@ from ...artifacts.files import discard, temporary
 from ...artifacts.hdf5_files import open_hdf5
 from ...artifacts.manifest import Manifest
 from ...artifacts.tables import number_of
-from ...console import Progress
+from ...console import Progress, no_progress
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..atlas import Atlas
-from ..store.metadata import AddedSlides, Metadata, Row, match_rows
+from ..store.metadata import AddedSlides, Metadata, Row, Rows, match_rows
 from ..store.rows import Added
-from .encoder_marks import Mark, check_one_encoder, mark_of
+from ..writer import Writer
+from .encoder_marks import check_one_encoder, mark_of
 
-YOUR_WORD = "your word"
-"""Reported as the source of the encoder's name if the file itself names none."""
+BY_OPTION = "--encoder"
+"""Reported as the source of the encoder's name if the file names none."""
+NO_TILE_SIZE = "the file has no tile size; import it again with --tile-px"
 
 
-def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features:
-    """Read the features of one slide as TRIDENT, CLAM or STAMP wrote them.
+def read_tool_features(path: Path, encoder: str, mpp: float | None = None) -> Features:
+    """Read the features of one slide from an .h5 file of TRIDENT, CLAM or STAMP.
 
     Args:
         path: .h5 file.
@@ -49,14 +51,14 @@ def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features
         mpp: micrometres per pixel of the slide's level 0; required for STAMP's coordinates.
 
     Raises:
-        BadInput: the file is a pickle, has another layout, or is STAMP's and mpp is missing.
+        BadInput: the file is a pickle, has another layout, or is from STAMP and mpp is missing.
         Mismatch: the file names another encoder.
         Damaged: the HDF5 file is incomplete.
     """
     if path.suffix.lower() in {".pt", ".pth", ".pkl"}:
         raise BadInput(
-            f"{path} is a pickle, which can run code when opened; expected .h5 (CLAM writes both: take the "
-            "folder h5_files)"
+            f"{path} is a pickle, which can run code when it is opened; expected .h5 (CLAM writes both: "
+            "use its folder h5_files)"
         )
     if not path.is_file():
         raise BadInput(f"{path} does not exist; check the path")
@@ -64,14 +66,18 @@ def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features
         blob = path.read_bytes()
         with open_hdf5(blob, path) as stored:
             mark = mark_of(stored, path)
-            _check_encoder(path, mark, encoder)
+            if mark is not None and mark.encoder != encoder:
+                raise Mismatch(
+                    f"{path} names the encoder {mark.encoder!r} in {mark.source}, but --encoder is "
+                    f"{encoder!r}; pass the name in the file, or import other files"
+                )
             nominal = _nominal_mpp(stored)
             item = _read_stamp(path, stored, mpp) if "feats" in stored else None
     except HistoseekError:
         raise
     except Exception as error:  # a file of another tool can make HDF5 fail in any way
         raise Damaged(
-            f"{path} is not a whole HDF5 file ({type(error).__name__}: {error}); make it again"
+            f"{path} is damaged or not an HDF5 file ({type(error).__name__}: {error}); create it again"
         ) from error
     layout = "stamp"
     if item is None:
@@ -84,29 +90,16 @@ def read_foreign(path: Path, encoder: str, mpp: float | None = None) -> Features
         **item.about,
         "imported_from": str(path),
         "layout": layout,
-        "encoder_by": YOUR_WORD if mark is None else mark.place,
+        "encoder_by": BY_OPTION if mark is None else mark.source,
     }
     return replace(item, name=name, encoder=encoder, about=about, labels=None, groups=None)
 
 
-def _check_encoder(path: Path, mark: Mark | None, encoder: str) -> None:
-    """Compare the encoder that a file names with the one that the user names.
-
-    Raises:
-        Mismatch: they differ; the message says where the file names its encoder.
-    """
-    if mark is not None and mark.encoder != encoder:
-        raise Mismatch(
-            f"{path} says by {mark.place} that its features are of encoder {mark.encoder!r}; you said "
-            f"{encoder!r} (--encoder): pass the name that the file gives, or import other files"
-        )
-
-
 def _nominal_mpp(stored: h5py.File) -> float | None:
     """Return µm per pixel of the tiles from TRIDENT's ``target_magnification`` (20 means 0.5), if given."""
-    places = stored.get("coords")
-    given = places.attrs.get("target_magnification") if isinstance(places, h5py.Dataset) else None
-    power = float(given) if given is not None else 0.0
+    coords = stored.get("coords")
+    attributes = coords.attrs if isinstance(coords, h5py.Dataset) else {}
+    power = float(attributes.get("target_magnification", 0.0))
     return 10 / power if 0 < power < 1000 else None
 
 
@@ -125,29 +118,32 @@ def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
     if kind != "tile":
         raise BadInput(
             f"{path} holds one vector of a whole {kind} (STAMP's feat_type), not features of tiles; "
-            "import the folder of the tile features"
+            "import the folder with the features of tiles"
         )
-    data, places = stored["feats"], stored["coords"]
-    rows, sites = plain_shape(data), plain_shape(places)
+    data, coords = stored["feats"], stored["coords"]
+    rows, sites = plain_shape(data), plain_shape(coords)
     if len(rows) != 2 or sites != (rows[0], 2) or data.dtype.kind != "f":
         raise BadInput(
-            f"{path}: feats {data.dtype} {data.shape} and coords {places.shape} do not fit"
+            f"{path} has feats {data.dtype} {data.shape} and coords {coords.shape}; expected floats (N, D) "
+            "and coords (N, 2)"
         )
-    if data.nbytes * 2 + places.nbytes > MAX_BYTES:
-        raise BadInput(f"{path} claims {data.shape} features; at most {MAX_BYTES:,} bytes are read")
-    flat = np.asarray(places[()], np.float64).reshape(sites)
-    places_um, size_um, size_px = _stamp_places(path, stored, flat)
+    if data.nbytes * 2 + coords.nbytes > MAX_BYTES:
+        raise BadInput(
+            f"{path} has features of shape {data.shape}; the limit is {MAX_BYTES:,} bytes"
+        )
+    flat = np.asarray(coords[()], np.float64).reshape(sites)
+    coords_um, size_um, size_px = _stamp_coords(path, stored, flat)
     if mpp is None:
         raise BadInput(
-            f"{path} has places in micrometres; say how large a pixel of level 0 is, by --mpp or a column "
-            "mpp of --metadata"
+            f"{path} has coordinates in micrometres; give the size of a level-0 pixel by --mpp or by a "
+            "column mpp in --metadata"
         )
     return Features(
         name=path.stem,
         encoder=text_of(stored.attrs.get("extractor", "unknown")),
         encoder_sha256="",
         features=data[()].reshape(rows).astype(np.float32),
-        coords=np.rint(places_um / mpp).astype(np.int64),
+        coords=np.rint(coords_um / mpp).astype(np.int64),
         size_px=size_px,
         size_px_level0=round(size_um / mpp),
         mpp=mpp,
@@ -155,8 +151,8 @@ def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
     )
 
 
-def _stamp_places(
-    path: Path, stored: h5py.File, places: NDArray[np.float64]
+def _stamp_coords(
+    path: Path, stored: h5py.File, coords: NDArray[np.float64]
 ) -> tuple[NDArray[np.float64], float, int]:
     """Return coordinates (N, 2) and side of a tile in micrometres, and its side in pixels.
 
@@ -168,13 +164,15 @@ def _stamp_places(
     if unit in {"um", "µm"}:
         size_um = float(attributes.get("tile_size_um", attributes.get("tile_size", 0)))
         if size_um > 0:
-            return places, size_um, int(attributes.get("tile_size_px", 0))
-        raise BadInput(f"{path} does not say how large a tile is; make it with a newer STAMP")
-    steps = np.diff(np.unique(places[:, 0])) if len(places) else np.zeros(0)
+            return coords, size_um, int(attributes.get("tile_size_px", 0))
+        raise BadInput(f"{path} has no tile size; create it with a newer STAMP")
+    steps = np.diff(np.unique(coords[:, 0]))
     in_pixels = len(steps) and not (steps % 224).any()
     if unit is None and (round(float(attributes.get("tile_size", 0))) == 224 or in_pixels):
-        return places * (256 / 224), 256.0, 224
-    raise BadInput(f"{path} has places in {unit or 'no unit'!r}; expected um, as STAMP writes them")
+        return coords * (256 / 224), 256.0, 224
+    raise BadInput(
+        f"{path} has coordinates in unit {unit or 'none'!r}; expected 'um', which STAMP writes"
+    )
 
 
 def read_query(path: Path, manifest: Manifest) -> NDArray[np.float32]:
@@ -184,12 +182,14 @@ def read_query(path: Path, manifest: Manifest) -> NDArray[np.float32]:
         BadInput: the file cannot be read as features.
         Mismatch: the features have another encoder or length.
     """
-    item = read_foreign(path, manifest.name, 1.0) if manifest.external else read_features(path)
+    item = (
+        read_tool_features(path, manifest.name, 1.0) if manifest.external else read_features(path)
+    )
     if manifest.external:
         item = replace(item, encoder_sha256=manifest.sha256)
     check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
     if not len(item.features):
-        raise BadInput(f"{path} holds no tiles; there is nothing to ask with")
+        raise BadInput(f"{path} contains no tiles; choose a file with tiles as the query")
     return item.features
 
 
@@ -203,7 +203,7 @@ def import_features(
     metric: str = "cosine",
     replace_known: bool = False,
     mixed_scales: bool = False,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> tuple[Atlas, AddedSlides]:
     """Import features of another tool into an atlas; create the atlas if it does not exist.
 
@@ -212,8 +212,8 @@ def import_features(
         files: one per slide.
         encoder: name of the encoder that made them all.
         metadata: by slide: label, patient, mpp and any other column.
-        mpp: micrometres per pixel of level 0, used if neither file nor metadata gives it.
-        tile_px: side of a tile in level-0 pixels, used if the file does not give it (CLAM's do not).
+        mpp: micrometres per pixel of level 0, used if neither file nor metadata has it.
+        tile_px: side of a tile in level-0 pixels, used if the file does not have it (CLAM's do not).
         metric: cosine or l2, for a new atlas.
         replace_known: replace the features of a slide that is already in the atlas.
         mixed_scales: from now on, allow tiles of different µm per pixel in the atlas.
@@ -229,27 +229,15 @@ def import_features(
     check_one_encoder(files)
     slides = Atlas(path).slides() if path.exists() else []
     rows = match_rows(metadata, files, slides)
-
-    def row_of(file: Path) -> Row:
-        return rows.of(file)
-
-    def mpp_of(file: Path) -> float | None:
-        given = row_of(file).get("mpp") or mpp
-        found = number_of(str(given)) if given else None
-        if given and (found is None or not 0 < found < 1000):
-            raise BadInput(
-                f"mpp of {file.stem!r} is {given!r}; expected micrometres per pixel, above 0"
-            )
-        return found
-
+    source = _Source(encoder, rows, mpp, tile_px)
     if not path.exists():
-        item = _first_readable(files, lambda file: read_foreign(file, encoder, mpp_of(file)))
+        item = _first_readable(files, source.read)
         Atlas.create_external(path, encoder, item.features.shape[1], metric, item.target_mpp)
     atlas = Atlas(path)
     if not atlas.manifest.external or atlas.manifest.name != encoder:
         raise Mismatch(
-            f"{path} is bound to encoder {atlas.manifest.name!r}; features of {encoder!r} made elsewhere "
-            "belong in an atlas of their own"
+            f"{path} is bound to encoder {atlas.manifest.name!r}; import features of {encoder!r} by "
+            "another tool into an atlas of their own"
         )
     results: list[Added] = []
     with atlas.writing() as writer:
@@ -258,19 +246,7 @@ def import_features(
             writer.allow_mixed_scales()
         for number, file in enumerate(files, start=1):
             try:
-                item = read_foreign(file, encoder, mpp_of(file))
-                size = item.size_px_level0 or tile_px or 0
-                item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
-                item, overruled = _with_stated_mpp(item, row_of(file))
-                blob = _as_file(item, atlas.path)
-                added = writer.add_features(item, blob, str(file), row_of(file), replace_known)
-                if not size and not added.reason:
-                    text = "no file says how large its tiles are: import it again with --tile-px"
-                    added = replace(added, reason=text)
-                if overruled:
-                    reason = "; ".join(filter(None, [added.reason, overruled]))
-                    added = replace(added, reason=reason)
-                results.append(replace(added, encoder_by=str(item.about["encoder_by"])))
+                results.append(source.add(atlas, writer, file, replace_known))
             except StorageFailed:
                 raise
             except HistoseekError as error:
@@ -280,13 +256,46 @@ def import_features(
     return atlas, AddedSlides(results, rows)
 
 
-def _with_stated_mpp(item: Features, row: Row) -> tuple[Features, str]:
+@dataclass(frozen=True)
+class _Source:
+    """What is known of the files besides their contents; see :func:`import_features`."""
+
+    encoder: str
+    rows: Rows
+    mpp: float | None
+    tile_px: int | None
+
+    def read(self, file: Path) -> Features:
+        return read_tool_features(file, self.encoder, self._mpp_of(file))
+
+    def _mpp_of(self, file: Path) -> float | None:
+        given = self.rows.of(file).get("mpp") or self.mpp
+        mpp = number_of(str(given)) if given else None
+        if given and (mpp is None or not 0 < mpp < 1000):
+            raise BadInput(
+                f"mpp of {file.stem!r} is {given!r}; expected a number of micrometres per pixel above 0"
+            )
+        return mpp
+
+    def add(self, atlas: Atlas, writer: Writer, file: Path, replace_known: bool) -> Added:
+        row = self.rows.of(file)
+        item, note = _with_metadata_mpp(self.read(file), row)
+        size = item.size_px_level0 or self.tile_px or 0
+        item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
+        blob = _as_file(item, atlas.path)
+        added = writer.add_features(item, blob, str(file), row, replace_known)
+        reasons = [added.reason or ("" if size else NO_TILE_SIZE), note]
+        encoder_by = str(item.about["encoder_by"])
+        return replace(added, reason="; ".join(filter(None, reasons)), encoder_by=encoder_by)
+
+
+def _with_metadata_mpp(item: Features, row: Row) -> tuple[Features, str]:
     """Replace the file's mpp by the metadata's; also return a note if the two differ."""
-    stated = number_of(row.get("mpp", ""))
-    if stated is None or item.mpp is None or abs(stated - item.mpp) <= 0.01 * stated:
+    mpp = number_of(row.get("mpp", ""))
+    if mpp is None or item.mpp is None or abs(mpp - item.mpp) <= 0.01 * mpp:
         return item, ""
-    note = f"µm per pixel is {stated:g} by the metadata; the file's {item.mpp:g} was overruled"
-    return replace(item, mpp=stated), note
+    note = f"the metadata's {mpp:g} µm per pixel was used instead of the file's {item.mpp:g}"
+    return replace(item, mpp=mpp), note
 
 
 def _first_readable(files: Sequence[Path], read: Callable[[Path], Features]) -> Features:
@@ -296,8 +305,7 @@ def _first_readable(files: Sequence[Path], read: Callable[[Path], Features]) -> 
             return read(file)
         except HistoseekError as error:
             first = first or error
-    assert first is not None
-    raise first
+    raise first or BadInput("there are no files to import")
 
 
 def _as_file(item: Features, folder: Path) -> bytes:

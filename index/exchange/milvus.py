@@ -1,9 +1,9 @@
 """The atlas on Milvus: the same search, distributed over several machines.
 
 ``push`` copies tiles to a collection and skips unchanged slides, so an interrupted push is completed by
-repeating it. Repeated values (slide, label, patient, metadata) are stored as numbers; their names are in a
-second collection. So a filter becomes lists of numbers, and no user-supplied text gets into a Milvus
-expression.
+repeating it. Repeated values (slide, label, patient, metadata) are stored as numbers; a second collection
+holds their names. So a filter becomes lists of numbers, and no text of a user gets into a Milvus
+expression. (Filter templates would do the same for texts, but Milvus Lite 3.2 does not read them.)
 """
 
 from __future__ import annotations
@@ -28,11 +28,14 @@ from ..store.packing import MISSING
 from ..store.rows import Hit
 from ..vectors.scan import prepared
 from .milvus_address import TIMEOUT_S, TOKEN, calls, parse_url
-from .milvus_filter import FORMAT, About, Row, expression_of
+from .milvus_filter import FORMAT, About, expression_of
 
+Row = tuple[float, Mapping[str, Any]]
+"""A score, and a row as Milvus returns it."""
 LIMIT = 16_384
 """Maximum number of hits of one Milvus search."""
 TEXT = 60_000
+"""Maximum bytes of one text field; Milvus allows 65,535."""
 SLOT = 1_000_000
 """Maximum number of parts of one text in the second collection; part 0 holds their number and hash."""
 FACTS, CLUSTERINGS = 0, 1
@@ -42,14 +45,10 @@ class MilvusAtlas:
     """A pushed atlas; it offers search and assign like :class:`~histoseek.index.atlas.Atlas`."""
 
     def __init__(self, url: str, must_exist: bool = True) -> None:
-        """Connect.
-
-        Args:
-            url: see :func:`parse_url`.
-            must_exist: whether to fail if the collection does not exist.
+        """Connect to an address (see :func:`parse_url`).
 
         Raises:
-            BadInput: there is no such collection, or a newer histoseek wrote it.
+            BadInput: the collection does not exist although it must, or a newer histoseek wrote it.
             MissingPart: pymilvus is not installed.
             Unavailable: Milvus does not answer.
         """
@@ -59,18 +58,18 @@ class MilvusAtlas:
             raise MissingPart("Milvus needs pymilvus: pip install 'histoseek[milvus]'") from error
         for name in ("pymilvus", "milvus_lite"):
             logging.getLogger(name).setLevel(logging.CRITICAL)  # they also raise what they log
-        self.place = parse_url(url)
-        with calls(self.place):
+        self.address = parse_url(url)
+        with calls(self.address):
             self.client: Any = MilvusClient(
-                self.place.uri, token=os.environ.get(TOKEN, ""), timeout=TIMEOUT_S
+                self.address.uri, token=os.environ.get(TOKEN, ""), timeout=TIMEOUT_S
             )
-            there = self.client.has_collection(self.facts)
-            for name in (self.facts, self.place.collection) if there else ():
+            exists = self.client.has_collection(self.facts)
+            for name in (self.facts, self.address.collection) if exists else ():
                 if self.client.has_collection(name):
                     self.client.load_collection(name)  # Milvus Lite forgets that when it is killed
         self._seen = ""
-        self.about: About | None = self._read_about() if there else None
-        if must_exist and not there:
+        self.about: About | None = self._read_about() if exists else None
+        if must_exist and not exists:
             raise BadInput(f"{url} holds no atlas; run `histoseek index push ATLAS {url}` first")
 
     def close(self) -> None:
@@ -80,12 +79,10 @@ class MilvusAtlas:
     @property
     def facts(self) -> str:
         """Name of the second collection, which describes the first."""
-        return f"{self.place.collection}_about"
-
-    # -- texts in the second collection --------------------------------------------------------
+        return f"{self.address.collection}_about"
 
     def _parts(self, first: int, last: int) -> dict[int, str]:
-        with calls(self.place):
+        with calls(self.address):
             rows = self.client.query(
                 self.facts,
                 filter=f"part >= {first} and part < {last}",
@@ -100,55 +97,49 @@ class MilvusAtlas:
         head = self._parts(start, start + 1).get(start)
         if head is None:
             return None
-        known = json.loads(head)
-        found: dict[int, str] = {}
+        summary = json.loads(head)
+        end = start + 1 + summary["parts"]
+        parts: dict[int, str] = {}
         step = LIMIT // 2
-        for first in range(start + 1, start + 1 + known["parts"], step):
-            found |= self._parts(first, min(first + step, start + 1 + known["parts"]))
-        text = "".join(found[part] for part in sorted(found))
-        if hashlib.sha256(text.encode()).hexdigest() != known["sha256"]:
-            return None
-        return text
+        for first in range(start + 1, end, step):
+            parts |= self._parts(first, min(first + step, end))
+        text = "".join(parts[part] for part in sorted(parts))
+        return text if _sha256(text) == summary["sha256"] else None
 
     def write_text(self, slot: int, text: str) -> None:
-        """Write a text: its pieces first, then the part that says which they are."""
-        start = slot * SLOT
-        pieces = [text[at : at + TEXT] for at in range(0, len(text), TEXT)]
-        head = json.dumps(
-            {"parts": len(pieces), "sha256": hashlib.sha256(text.encode()).hexdigest()}
-        )
-        rows = [{"part": start + n, "text": p, "none": [0.0, 0.0]} for n, p in enumerate(pieces, 1)]
-        with calls(self.place):
-            for at in range(0, len(rows), 50):
+        """Write an ASCII text (a part has as many bytes as characters): its parts, then their summary."""
+        parts = [text[at : at + TEXT] for at in range(0, len(text), TEXT)]
+        summary = json.dumps({"parts": len(parts), "sha256": _sha256(text)})
+        rows = [
+            {"part": slot * SLOT + n, "text": part, "none": [0.0, 0.0]}
+            for n, part in enumerate([summary, *parts])
+        ]
+        with calls(self.address):
+            for at in range(1, len(rows), 50):
                 self.client.upsert(self.facts, rows[at : at + 50])
-            self.client.upsert(self.facts, [{"part": start, "text": head, "none": [0.0, 0.0]}])
+            self.client.upsert(self.facts, rows[:1])
 
     def _read_about(self) -> About | None:
         text = self._read_text(FACTS)
         if text is None:
             return None
-        known = json.loads(text)
-        if known["format"] > FORMAT:
+        record = json.loads(text)
+        if record["format"] > FORMAT:
             raise BadInput(
-                f"{self.place.url} has format {known['format']}; this histoseek knows {FORMAT}: upgrade it"
+                f"{self.address.url} has format {record['format']}; this histoseek reads formats up to "
+                f"{FORMAT}: install a newer histoseek"
             )
-        known["slides"] = {int(n): slide for n, slide in known["slides"].items()}
-        self._seen = hashlib.sha256(text.encode()).hexdigest()
-        return About(**known)
+        record["slides"] = {int(code): slide for code, slide in record["slides"].items()}
+        self._seen = _sha256(text)
+        return About(**record)
 
     def write_about(self, about: About) -> None:
-        """Replace what the collection says of itself."""
-        # Only ASCII, so that a piece has as many bytes as characters.
+        """Replace the description of the collection."""
         text = json.dumps(about.__dict__)
         self.write_text(FACTS, text)
-        self._seen, self.about = hashlib.sha256(text.encode()).hexdigest(), about
+        self._seen, self.about = _sha256(text), about
 
-    # -- searching ------------------------------------------------------------------------------
-
-    def search(
-        self,
-        query: Query,
-    ) -> list[list[Hit]]:
+    def search(self, query: Query) -> list[list[Hit]]:
         """Return the most similar tiles of each vector of a query; see ``View.search``.
 
         Raises:
@@ -157,27 +148,28 @@ class MilvusAtlas:
             Unavailable: Milvus does not answer.
         """
         if query.tiles or query.combines or query.vectors is None:
-            raise BadInput("Milvus is searched by images, each of its own; leave --engine out")
+            raise BadInput(
+                "Milvus cannot search by tiles of the atlas or by combined examples; leave out --engine"
+            )
         k, where, least = query.k, query.where, query.least
         about = self._ready(query.vectors)
         if k > LIMIT:
-            raise BadInput(f"k is {k}; Milvus gives at most {LIMIT} hits")
+            raise BadInput(f"k is {k}; Milvus returns at most {LIMIT} hits")
         if about.index != "FLAT" and (query.exact or least is not None):
             raise BadInput(
-                f"the collection has index {about.index}; exact search and --least need FLAT"
+                f"the collection has index {about.index}; exact search and --least need index FLAT"
             )
         expression = expression_of(about, parse(where)) if where and where.strip() else ""
         ready = prepared(query.vectors, about.metric)
         if query.per_slide:
-            found = [self._one_per_slide(about, vector, k, expression) for vector in ready]
+            answers = [self._one_per_slide(about, vector, k, expression) for vector in ready]
         else:
-            found = self._found(about, ready, k, expression)
-        answers = []
-        for rows in found:
-            kept = [row for row in rows if least is None or row[0] >= least][:k]
-            hits = [_hit(about, score, row) for score, row in kept]
-            answers.append([hit._replace(rank=rank) for rank, hit in enumerate(hits, start=1)])
-        return answers
+            answers = self._nearest(about, ready, k, expression)
+        near = [[row for row in rows if least is None or row[0] >= least] for rows in answers]
+        return [
+            [_hit(about, rank, score, row) for rank, (score, row) in enumerate(rows, start=1)]
+            for rows in near
+        ]
 
     def assign(self, queries: NDArray[np.float32], name: str | None = None) -> list[dict[str, Any]]:
         """Assign new vectors (Q, D) to the pushed clusters; see ``Atlas.assign``.
@@ -186,15 +178,14 @@ class MilvusAtlas:
             BadInput: the collection has no such clustering, or it was too large to push.
         """
         about = self._ready(queries)
-        known = json.loads(self._read_text(CLUSTERINGS) or "{}")
+        pushed = json.loads(self._read_text(CLUSTERINGS) or "{}")
         name = name or about.clustering
-        if name not in known:
-            raise unknown_name("clustering that was pushed", name, known)
-        made = known[name]
-        clustering = Clustering.from_bytes(
-            made["method"], base64.b64decode(made["npz"]), made["about"]
-        )
-        names = {int(cluster): text for cluster, text in made["names"].items()}
+        if name not in pushed:
+            raise unknown_name("clustering in Milvus", name, pushed)
+        record = pushed[name]
+        blob = base64.b64decode(record["npz"])
+        clustering = Clustering.from_bytes(record["method"], blob, record["about"])
+        names = {int(cluster): text for cluster, text in record["names"].items()}
         return clustering.assign(queries).rows(names)
 
     def _ready(self, queries: NDArray[np.float32]) -> About:
@@ -205,24 +196,24 @@ class MilvusAtlas:
         about = self.about
         if about is None or about.revision < 0:
             raise BadInput(
-                f"{self.place.url} was not pushed to its end; run `histoseek index push` again"
+                f"the last push to {self.address.url} did not finish; run `histoseek index push` again"
             )
         if queries.ndim != 2 or queries.shape[1] != about.dim:
             raise Mismatch(
                 f"queries have shape {queries.shape}; expected vectors of length {about.dim}"
             )
         if not np.isfinite(queries).all():
-            raise BadInput("queries hold NaN or infinity; embed the images again")
+            raise BadInput("the queries contain NaN or infinity; embed the images again")
         return about
 
-    def _found(
+    def _nearest(
         self, about: About, ready: NDArray[np.float32], k: int, expression: str
     ) -> list[list[Row]]:
         fields = ["x", "y", "cluster", "file", *(f"c{n}" for n in range(len(about.columns)))]
         metric = "COSINE" if about.metric == "cosine" else "L2"
-        with calls(self.place):
+        with calls(self.address):
             results = self.client.search(
-                self.place.collection,
+                self.address.collection,
                 data=list(ready),
                 limit=k,
                 filter=expression,
@@ -234,38 +225,44 @@ class MilvusAtlas:
     def _one_per_slide(
         self, about: About, vector: NDArray[np.float32], k: int, expression: str
     ) -> list[Row]:
-        """Return the best tile of each of the k nearest slides."""
-        column = f"c{list(about.columns).index('slide')}"
+        """Return the best tile of each of the k nearest slides.
+
+        Milvus's ``group_by_field`` returns too few slides if one slide has thousands of near tiles.
+        """
+        column = about.field_of("slide")
         best: dict[int, Row] = {}
-        ask = min(LIMIT, 8 * k)
+        limit = min(LIMIT, 8 * k)
         while len(best) < k:
             others = f"{column} not in {sorted(best)}" if best else ""
             both = " and ".join(f"({part})" for part in (expression, others) if part)
-            (rows,) = self._found(about, vector[None], ask, both)
+            (rows,) = self._nearest(about, vector[None], limit, both)
             for score, row in rows:
                 if len(best) < k:
                     best.setdefault(row["entity"][column], (score, row))
-            if len(rows) < ask:
+            if len(rows) < limit:
                 break
-            ask = min(LIMIT, 4 * ask)
+            limit = min(LIMIT, 4 * limit)
         return list(best.values())
+
+
+def _sha256(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _score(about: About, distance: float) -> float:
     return distance if about.metric == "cosine" else -float(np.sqrt(max(distance, 0.0)))
 
 
-def _hit(about: About, score: float, row: Mapping[str, Any]) -> Hit:
+def _hit(about: About, rank: int, score: float, row: Mapping[str, Any]) -> Hit:
     entity = row["entity"]
-    order = list(about.columns)
 
     def name(column: str) -> str | None:
-        code = entity[f"c{order.index(column)}"]
+        code = entity[about.field_of(column)]
         return None if code == MISSING else about.columns[column][code]
 
-    _, _, size, mpp, *scale = about.slides[entity[f"c{order.index('slide')}"]]
+    _, _, size, mpp, *scale = about.slides[entity[about.field_of("slide")]]
     return Hit(
-        0,
+        rank,
         round(score, 6),
         row["tile"],
         name("slide") or "",

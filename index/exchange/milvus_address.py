@@ -16,27 +16,21 @@ TIMEOUT_S = 60
 
 
 @dataclass(frozen=True)
-class Place:
-    """The address of a collection.
-
-    Attributes:
-        uri: as pymilvus takes it.
-        collection: its name.
-        url: as it was given.
-    """
+class Address:
+    """The address of a collection: ``uri`` for pymilvus, its name, and the ``url`` of the user."""
 
     uri: str
     collection: str
     url: str
 
 
-def parse_url(url: str) -> Place:
+def parse_url(url: str) -> Address:
     """Read ``milvus://host:19530/collection``, ``milvus+https://…``, or ``milvus:///folder/file.db``.
 
     The last is Milvus Lite, a file on this machine; ``?collection=`` names another collection in it.
 
     Raises:
-        BadInput: the address has another form; the message does not repeat secrets in it.
+        BadInput: the address has another form; the message does not repeat its secrets.
     """
     expected = (
         "expected milvus://host:19530/collection, or milvus:///folder/file.db for Milvus Lite"
@@ -45,14 +39,16 @@ def parse_url(url: str) -> Place:
         parts = urlsplit(url)
         port = parts.port
     except ValueError as error:
-        raise BadInput(f"that is no address of Milvus ({error}); {expected}") from error
+        raise BadInput(f"the Milvus address is invalid ({error}); {expected}") from error
     shown = f"{parts.scheme}://{parts.hostname or ''}{parts.path}"
     secret = parts.username or parts.password or parts.fragment
     if parts.scheme not in {"milvus", "milvus+https"} or secret or (parts.hostname and parts.query):
-        raise BadInput(f"{shown!r} is no address of Milvus; {expected}; a token goes into {TOKEN}")
+        raise BadInput(
+            f"{shown!r} is not a Milvus address; {expected}; put a token into the variable {TOKEN}"
+        )
     if not parts.hostname:
         if not parts.path.endswith(".db"):
-            raise BadInput(f"{shown!r} names no host and no .db file; {expected}")
+            raise BadInput(f"{shown!r} has neither a host nor a .db file; {expected}")
         collection = parse_qs(parts.query).get("collection", [COLLECTION])[0]
         uri = parts.path
     else:
@@ -60,13 +56,15 @@ def parse_url(url: str) -> Place:
         scheme = "https" if parts.scheme.endswith("https") else "http"
         uri = f"{scheme}://{parts.hostname}:{port or 19530}"
     if not re.fullmatch(r"[A-Za-z_]\w{0,200}", collection):
-        raise BadInput(f"collection {collection!r}: expected letters, digits and _ only")
-    return Place(uri, collection, url)
+        raise BadInput(
+            f"the name of collection {collection!r} is invalid; expected letters, digits and _, at most 201"
+        )
+    return Address(uri, collection, url)
 
 
 @contextmanager
-def calls(place: Place) -> Iterator[None]:
-    """Turn what pymilvus raises into our errors."""
+def calls(address: Address) -> Iterator[None]:
+    """Turn errors of pymilvus into ours."""
     from pymilvus.exceptions import MilvusException
 
     try:
@@ -75,6 +73,6 @@ def calls(place: Place) -> Iterator[None]:
         lines = str(getattr(error, "message", "") or error).splitlines()
         text = lines[0][:300] if lines else type(error).__name__
         raise Unavailable(
-            f"Milvus at {place.url} did not do what was asked ({text}); see that it runs and that {TOKEN} "
-            "is right, then run the same command again"
+            f"Milvus at {address.url} failed or did not answer ({text}); check that it runs and that "
+            f"{TOKEN} is correct, then run the same command again"
         ) from error

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,7 +11,6 @@ from ..search.filters import Compare, Every, Filter, Not, holds
 from ..store.packing import MISSING
 from ..vectors.scan import Metric
 
-Row = tuple[float, Mapping[str, Any]]
 FORMAT = 1
 
 
@@ -29,9 +27,9 @@ class About:
         revision: of the atlas when it was pushed; -1 during a push or after an interrupted one.
         clustering: the clustering shown in hits; "" for none.
         index: type of Milvus's index.
-        columns: for each column, the names in the order of their numbers; the order never changes.
-        slides: by number of the slide's name: id, checksum, size_px_level0, mpp and target_mpp (the last
-            is missing for slides that an older histoseek pushed).
+        columns: for each column, the names in the order of their codes; the order never changes.
+        slides: by code of the slide's name: id, checksum, size_px_level0, mpp and target_mpp (which is
+            missing for slides that an older histoseek pushed).
     """
 
     atlas: str
@@ -46,59 +44,61 @@ class About:
     slides: dict[int, list[Any]] = field(default_factory=dict)
     format: int = FORMAT
 
+    def field_of(self, column: str) -> str:
+        """Return the name of the Milvus field that holds a column's codes."""
+        return f"c{list(self.columns).index(column)}"
 
-def expression_of(about: About, wanted: Filter) -> str:
+
+def expression_of(about: About, part: Filter) -> str:
     """Return a filter as a Milvus expression that contains only field names and numbers.
 
     Raises:
         BadInput: the collection lacks a field, or cannot filter by it.
     """
-    if isinstance(wanted, Not):
-        return f"not ({expression_of(about, wanted.part)})"
-    if not isinstance(wanted, Compare):
-        word = " and " if isinstance(wanted, Every) else " or "
-        return word.join(f"({expression_of(about, part)})" for part in wanted.parts)
-    if wanted.field in {"x", "y", "tile"} or wanted.field == "cluster":
-        return _number_expression(about, wanted)
-    if wanted.field == "mpp" or (
-        wanted.field == "target_mpp" and "target_mpp" not in about.columns
-    ):
-        _check_numbers(wanted)
-        place = {"mpp": 3, "target_mpp": 4}[wanted.field]
-        values = {number: [*facts, None][place] for number, facts in about.slides.items()}
-        numbers = [
-            number
-            for number, value in values.items()
-            if holds(None if value is None else repr(float(value)), wanted)
-        ]
-        return f"c{list(about.columns).index('slide')} in {numbers}"
-    if wanted.field not in about.columns:
-        raise unknown_name("field of the Milvus collection", wanted.field, about.columns)
-    names = about.columns[wanted.field]
-    passing = [number for number, name in enumerate(names) if holds(name, wanted)]
-    passing += [MISSING] * holds(None, wanted)
-    return f"c{list(about.columns).index(wanted.field)} in {passing}"
+    if isinstance(part, Not):
+        return f"not ({expression_of(about, part.part)})"
+    if not isinstance(part, Compare):
+        word = " and " if isinstance(part, Every) else " or "
+        return word.join(f"({expression_of(about, inner)})" for inner in part.parts)
+    name = part.field
+    if name in {"x", "y", "tile", "cluster"}:
+        return _number_expression(about, part)
+    if name == "mpp" or (name == "target_mpp" and name not in about.columns):
+        _check_numbers(part)
+        position = {"mpp": 3, "target_mpp": 4}[name]
+        values = {code: [*slide, None][position] for code, slide in about.slides.items()}
+        texts = {c: None if v is None else repr(float(v)) for c, v in values.items()}
+        return (
+            f"{about.field_of('slide')} in {[c for c, text in texts.items() if holds(text, part)]}"
+        )
+    if name not in about.columns:
+        raise unknown_name("field of the Milvus collection", name, about.columns)
+    codes = [code for code, text in enumerate(about.columns[name]) if holds(text, part)]
+    codes += [MISSING] * holds(None, part)
+    return f"{about.field_of(name)} in {codes}"
 
 
-def _check_numbers(wanted: Compare) -> None:
-    if any(isinstance(value, str) for value in wanted.values):
-        raise BadInput(f"{wanted.field} is a number; the filter compares it with {wanted.values}")
-    if wanted.operator in {"like", "not like"}:
-        raise BadInput(f"{wanted.field} is a number; {wanted.operator!r} is for texts")
+def _check_numbers(compare: Compare) -> None:
+    name, operator = compare.field, compare.operator
+    if any(isinstance(value, str) for value in compare.values):
+        raise BadInput(f"{name} is a number; the filter compares it with {compare.values}")
+    if operator in {"like", "not like"}:
+        raise BadInput(f"{name} is a number; {operator!r} compares texts only")
 
 
-def _number_expression(about: About, wanted: Compare) -> str:
-    _check_numbers(wanted)
-    if wanted.field == "cluster" and not about.clustering:
-        raise BadInput("the atlas had no clusters when it was pushed; fit some and push again")
-    missing = f"{wanted.field} == {NOT_PLACED}" if wanted.field == "cluster" else "tile < 0"
-    if wanted.operator in {"is null", "is not null"}:
-        return missing if wanted.operator == "is null" else f"not ({missing})"
-    numbers = [float(value) for value in wanted.values]
-    if wanted.operator in {"in", "not in"}:
+def _number_expression(about: About, compare: Compare) -> str:
+    _check_numbers(compare)
+    name, operator = compare.field, compare.operator
+    if name == "cluster" and not about.clustering:
+        raise BadInput(
+            "the atlas had no clusters when it was pushed; run `histoseek index fit` and push it again"
+        )
+    missing = f"{name} == {NOT_PLACED}" if name == "cluster" else "tile < 0"
+    if operator in {"is null", "is not null"}:
+        return missing if operator == "is null" else f"not ({missing})"
+    numbers = [float(value) for value in compare.values]
+    if operator in {"in", "not in"}:
         whole = [int(v) for v in numbers if v.is_integer() and abs(v) < 2**53 and v != NOT_PLACED]
-        inside = f"{wanted.field} in {whole}"
-        return inside if wanted.operator == "in" else f"not ({inside})"
-    sign = {"=": "==", "!=": "!="}.get(wanted.operator, wanted.operator)
-    compared = f"{wanted.field} {sign} {numbers[0]!r}"
-    return compared if wanted.operator == "!=" else f"({compared}) and not ({missing})"
+        return f"{name} in {whole}" if operator == "in" else f"not ({name} in {whole})"
+    compared = f"{name} {'==' if operator == '=' else operator} {numbers[0]!r}"
+    return compared if operator == "!=" else f"({compared}) and not ({missing})"

@@ -54,7 +54,7 @@ def table_of(view: View, where: str | None = None) -> Table:
     mask: Mask = alive if passing is None else alive & passing
     rows = np.flatnonzero(mask)
     if not len(rows):
-        raise BadInput("no tile passes the filter; loosen it")
+        raise BadInput("no tile passes the filter; use a filter that matches more tiles")
     vectors = np.empty((len(rows), view.state.manifest.dim), dtype=np.float32)
     at = 0
     for number, slide in enumerate(columns.slides):
@@ -65,31 +65,31 @@ def table_of(view: View, where: str | None = None) -> Table:
             at += len(inside)
     manifest = view.state.manifest
     encoder = {"name": manifest.name, "sha256": manifest.sha256, "metric": manifest.metric}
-    own = _tile_columns(view, rows)
-    names = unique_names(columns.names(), taken=own)
-    given: dict[str, NDArray[Any] | Coded] = {}
+    of_tiles = _tile_columns(view, rows)
+    names = unique_names(columns.names(), taken=of_tiles)
+    metadata: dict[str, NDArray[Any] | Coded] = {}
     for name, called in names.items():
         coded = columns.coded(name)
-        given[called] = Coded(coded.names, coded.codes[rows])
-    first = dict(list(own.items())[:FIRST])
+        metadata[called] = Coded(coded.names, coded.codes[rows])
+    first = dict(list(of_tiles.items())[:FIRST])
     original = {called: name for name, called in names.items() if called != name}
-    return Table(vectors, {**first, **given, **own}, encoder, original)
+    return Table(vectors, {**first, **metadata, **of_tiles}, encoder, original)
 
 
 def _tile_columns(view: View, rows: NDArray[np.int64]) -> dict[str, NDArray[Any] | Coded]:
     """Return histoseek's columns of each tile; a metadata column of the same name is renamed."""
     columns = view.columns
-    places = columns.places()[rows]
+    coords = columns.places()[rows]
     slide = columns.slide_of(rows)
     scales = {
         key: np.array([np.nan if s[key] is None else s[key] for s in columns.slides], np.float64)
         for key in ("mpp", "target_mpp")
     }
     size = np.array([s["size_px_level0"] for s in columns.slides])
-    found: dict[str, NDArray[Any] | Coded] = {
+    values: dict[str, NDArray[Any] | Coded] = {
         "tile": columns.ids(rows),
-        "x": places[:, 0],
-        "y": places[:, 1],
+        "x": coords[:, 0],
+        "y": coords[:, 1],
         "size_px_level0": size[slide],
         "mpp": scales["mpp"][slide],
         "target_mpp": scales["target_mpp"][slide],
@@ -98,10 +98,10 @@ def _tile_columns(view: View, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]
     if any(f is not None for f in files):
         inside = rows - columns.starts[slide]
         pairs = zip(slide.tolist(), inside.tolist(), strict=True)
-        found["file"] = np.array([_name(files[s], r) for s, r in pairs])
+        values["file"] = np.array([_name(files[s], r) for s, r in pairs])
     for name in columns.clusterings():
-        found |= _assigned(view, name, rows, slide)
-    return found
+        values |= _assigned(view, name, rows, slide)
+    return values
 
 
 def _assigned(
@@ -115,17 +115,13 @@ def _assigned(
     strength = np.zeros(len(rows))
     unknown = np.ones(len(rows), dtype=bool)
     for number in np.unique(slide).tolist():
-        there = slide == number
-        where = by_slide.get(columns.slides[number]["id"])
-        if where is not None:
-            part = where[0].part(rows[there] - columns.starts[number])
-            cluster[there], strength[there] = part.cluster, part.strength
-            unknown[there] = part.unknown
-    return {
-        f"cluster.{name}": cluster,
-        f"strength.{name}": strength,
-        f"unknown.{name}": unknown,
-    }
+        inside = slide == number
+        stored = by_slide.get(columns.slides[number]["id"])
+        if stored is not None:
+            part = stored[0].part(rows[inside] - columns.starts[number])
+            cluster[inside], strength[inside] = part.cluster, part.strength
+            unknown[inside] = part.unknown
+    return {f"cluster.{name}": cluster, f"strength.{name}": strength, f"unknown.{name}": unknown}
 
 
 def _name(files: list[str | None] | None, row: int) -> str:

@@ -80,15 +80,8 @@ class Mosaics:
         return Mosaics(self.positions[rows], self.vectors[rows])
 
 
-def mosaics_of(
-    state: State,
-    chosen: Sequence[int] | None = None,
-) -> Mosaics:
-    """Return the mosaics of the given slides, or of all slides.
-
-    Args:
-        state: the state.
-        chosen: numbers of slides; None for all.
+def mosaics_of(state: State, chosen: Sequence[int] | None = None) -> Mosaics:
+    """Return the mosaics of the slides with these numbers; None for all slides.
 
     Raises:
         BadInput: none of the slides has tiles.
@@ -97,11 +90,11 @@ def mosaics_of(
     for number in range(len(state.columns.slides)) if chosen is None else chosen:
         slide = state.columns.slides[number]
         if slide["tiles"] and slide["name"]:
-            rows, own = state.mosaic_of(slide)
+            rows, mosaic = state.mosaic_of(slide)
             positions.append(rows + state.columns.starts[number])
-            vectors.append(own)
+            vectors.append(mosaic)
     if not positions:
-        raise BadInput("there are no slides with tiles to compare; add features first")
+        raise BadInput("the atlas has no slides with tiles to compare; add features first")
     return Mosaics(np.concatenate(positions), np.concatenate(vectors))
 
 
@@ -134,8 +127,8 @@ def owners_of(state: State, by: str) -> Owners:
     first[number[::-1]] = label.codes[::-1]
     mixed = np.zeros(len(names), dtype=bool)
     mixed[number[label.codes != first[number]]] = True
-    known = [*label.names, None, None]  # -1 and -2 mean no label
-    labels = [None if mixed[n] else known[first[n]] for n in range(len(names))]
+    choices = [*label.names, None, None]  # -1 and -2 mean no label
+    labels = [None if mixed[n] else choices[first[n]] for n in range(len(names))]
     return Owners(number, names, labels)
 
 
@@ -171,65 +164,63 @@ def rank(
     return numbers[best_first], medians[best_first]
 
 
-def _by_median(state: State, query: Mosaics, all_: Mosaics, known: Owners, k: int) -> list[Similar]:
+def _by_median(state: State, query: Mosaics, all_: Mosaics, cases: Owners, k: int) -> list[Similar]:
     metric = state.metric
-    owner = known.number[all_.positions]
+    owner = cases.number[all_.positions]
     numbers, medians = rank(query, all_, owner, metric)
     ranked = []
     for number, score in zip(numbers[:k].tolist(), medians[:k].tolist(), strict=True):
-        own = all_.part(np.flatnonzero(owner == number))
-        scores, best = scan(query.vectors, own.vectors, 1, metric)
+        mosaic = all_.part(np.flatnonzero(owner == number))
+        scores, best = scan(query.vectors, mosaic.vectors, 1, metric)
         nearest = scores[:, 0] if metric == "cosine" else -np.sqrt(np.maximum(-scores[:, 0], 0))
-        pairs = _pairs(state, nearest, query.positions, own.positions[best[:, 0]], None)
-        ranked.append(Similar(known.names[number], score, pairs, known.labels[number]))
+        rows = np.arange(len(nearest))
+        pairs = _pairs(state, query, rows, mosaic.positions[best[:, 0]], nearest)
+        ranked.append(Similar(cases.names[number], score, pairs, cases.labels[number]))
     return ranked
 
 
-def _by_votes(state: State, query: Mosaics, known: Owners, k: int, passing: Mask) -> list[Similar]:
+def _by_votes(state: State, query: Mosaics, cases: Owners, k: int, passing: Mask) -> list[Similar]:
     """Rank by votes of the nearest tiles of the whole atlas; the votes of each query tile add up to one."""
-    scores, found = find(state, query.vectors, Query(k=VOTES), passing)
-    there = found >= 0
-    votes = np.zeros(len(known.names))
-    share = 1 / np.maximum(there.sum(axis=1), 1)
-    rows, _ = np.nonzero(there)
-    voted = known.number[found[there]]
-    np.add.at(votes, voted, share[rows])
+    scores, positions = find(state, query.vectors, Query(k=VOTES), passing)
+    is_hit = positions >= 0
+    rows, _ = np.nonzero(is_hit)
+    scores, positions = scores[is_hit], positions[is_hit]
+    owner = cases.number[positions]
+    votes = np.zeros(len(cases.names))
+    np.add.at(votes, owner, 1 / is_hit.sum(axis=1)[rows])
     votes /= max(1, len(query.vectors))
     ranked = []
     for number in np.argsort(-votes, kind="stable")[:k].tolist():
         if votes[number] == 0:
             break
-        own = voted == number
-        pairs = _pairs(
-            state, scores[there][own], query.positions[rows[own]], found[there][own], rows[own]
-        )
-        name, label = known.names[number], known.labels[number]
+        voted = owner == number
+        pairs = _pairs(state, query, rows[voted], positions[voted], scores[voted])
+        name, label = cases.names[number], cases.labels[number]
         ranked.append(Similar(name, float(votes[number]), pairs, label))
     return ranked
 
 
 def _pairs(
     state: State,
-    scores: NDArray[np.float32],
-    query_positions: NDArray[np.int64],
+    query: Mosaics,
+    query_rows: NDArray[np.int64],
     matches: NDArray[np.int64],
-    query_rows: NDArray[np.int64] | None,
+    scores: NDArray[np.float32],
 ) -> list[Pair]:
     """Return the most similar regions; each tile of query and match is used at most once."""
-    rows = np.arange(len(scores)) if query_rows is None else query_rows
     ids = state.columns.ids
     pairs: list[Pair] = []
     used: set[int] = set()
-    asked: set[int] = set()
+    used_rows: set[int] = set()
     for n in np.argsort(-scores, kind="stable").tolist():
-        if int(matches[n]) in used or int(rows[n]) in asked:
+        row, match = int(query_rows[n]), int(ids(matches[n : n + 1])[0])
+        if match in used or row in used_rows:
             continue
-        used.add(int(matches[n]))
-        asked.add(int(rows[n]))
-        position = query_positions[n : n + 1]
-        query = None if position[0] < 0 else int(ids(position)[0])
-        match = int(ids(matches[n : n + 1])[0])
-        pairs.append(Pair(round(float(scores[n]), 6), query, int(rows[n]), match))
+        used.add(match)
+        used_rows.add(row)
+        position = query.positions[row : row + 1]
+        tile = None if position[0] < 0 else int(ids(position)[0])
+        pairs.append(Pair(round(float(scores[n]), 6), tile, row, match))
         if len(pairs) == EVIDENCE:
             break
     return pairs
@@ -243,19 +234,7 @@ def similar_slides(
     how: How = "median",
     where: str | None = None,
 ) -> list[Similar]:
-    """Return the slides or cases most similar to a slide or case of the atlas, or to new tiles.
-
-    Args:
-        state: the state to search.
-        query: name of a slide (with ``by="patient"`` also of a patient), or the vectors (Q, D) of tiles.
-        k: number of slides or cases.
-        by: what is ranked. If the query's patient is known, none of the patient's slides is returned.
-        how: ``median`` of the minimum distances (Yottixel), or ``votes`` of the nearest tiles.
-        where: metadata filter; only tiles that pass count.
-
-    Raises:
-        BadInput: no such slide or patient, or it has no tiles.
-    """
+    """Return similar slides or cases; see :meth:`View.similar <histoseek.index.view.View.similar>`."""
     if k < 1:
         raise BadInput(f"k is {k}; expected 1 or more")
     if how not in HOWS:
@@ -264,38 +243,36 @@ def similar_slides(
     columns = state.columns
     others = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
     if isinstance(query, str):
-        asked, own = _of_the_atlas(state, cases, query, by)
-        others &= ~own
+        mosaic, left_out = _of_the_atlas(state, cases, query, by)
+        others &= ~left_out
     else:
         state.check_queries(query)
-        asked = Mosaics(np.full(len(query), -1), prepared(query, state.metric))
+        mosaic = Mosaics(np.full(len(query), -1), prepared(query, state.metric))
     passing = allowed(state, where)
     others = others if passing is None else others & passing
     if not others.any():
-        raise BadInput("no other slide passes; loosen the filter, or add slides")
+        raise BadInput("no other slide passes the filter; use a wider filter, or add slides")
     if how == "votes":
-        return _by_votes(state, asked, cases, k, others)
+        return _by_votes(state, mosaic, cases, k, others)
     all_ = mosaics_of(state)
-    return _by_median(state, asked, all_.part(others[all_.positions]), cases, k)
+    return _by_median(state, mosaic, all_.part(others[all_.positions]), cases, k)
 
 
 def _of_the_atlas(
     state: State, cases: Owners, name: str, by: str
 ) -> tuple[Mosaics, NDArray[np.bool_]]:
     """Return the mosaic of a slide or case, and which positions (N,) belong to it or to its patients."""
-    there = np.unique(cases.number)
-    numbers = [n for n in there.tolist() if cases.names[n] == name]
+    present = np.unique(cases.number).tolist()
+    numbers = [n for n in present if cases.names[n] == name]
     if not numbers:
-        raise unknown_name(by, name, [cases.names[n] for n in there.tolist() if cases.names[n]])
-    own = cases.number == numbers[-1]  # a patient takes precedence over a slide of the same name
-    slides = np.unique(state.columns.slide_of(np.flatnonzero(own))).tolist()
-    asked = mosaics_of(state, slides)
-    asked = asked.part(own[asked.positions])
-    if not len(
-        asked.positions
-    ):  # the tile set's mosaic holds no tile of this case: take the first ones
-        some = np.flatnonzero(own)[:CASE_TILES]
-        asked = Mosaics(some, prepared(state.vectors_at(some), state.metric))
+        raise unknown_name(by, name, [cases.names[n] for n in present if cases.names[n]])
+    inside = cases.number == numbers[-1]  # a patient takes precedence over a slide of the same name
+    slides = np.unique(state.columns.slide_of(np.flatnonzero(inside))).tolist()
+    mosaic = mosaics_of(state, slides)
+    mosaic = mosaic.part(inside[mosaic.positions])
+    if not len(mosaic.positions):  # the mosaic of the tile set has no tile of this case
+        some = np.flatnonzero(inside)[:CASE_TILES]
+        mosaic = Mosaics(some, prepared(state.vectors_at(some), state.metric))
     patient = state.columns.coded("patient").codes
-    patients = np.unique(patient[own])
-    return asked, own | np.isin(patient, patients[patients >= 0])
+    patients = np.unique(patient[inside])
+    return mosaic, inside | np.isin(patient, patients[patients >= 0])

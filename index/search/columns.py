@@ -11,22 +11,18 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from itertools import islice
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ..store.packing import (
-    MISSING,
-    Codes,
-    unpack_coded,
-    unpack_numbers,
-    unpack_places,
-    unpack_texts,
-)
+from ..store import packing
+from ..store.packing import MISSING, Codes, unpack_coded, unpack_numbers
 from ..store.rows import Hit
 
-KEPT_MASKS = 16
+T = TypeVar("T")
+MASKS_CACHED = 16
 FACTS = ("name", "size_px_level0", "mpp", "target_mpp")
 """Columns of the slide that appear in a hit."""
 
@@ -69,40 +65,39 @@ class Columns:
         sizes = np.array([s["tiles"] for s in slides], dtype=np.int64)
         self.starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._first = np.array([s["first_tile"] for s in slides], dtype=np.int64)
-        self._kept: dict[str, Any] = {}
+        self._cache: dict[str, Any] = {}
         self._masks: OrderedDict[str, NDArray[np.bool_]] = OrderedDict()
         self._lock = threading.RLock()
 
     def __len__(self) -> int:
         return int(self.starts[-1])
 
-    def keep(self, key: str, make: Callable[[], Any]) -> Any:
+    def cached(self, key: str, make: Callable[[], T]) -> T:
         """Return the result of ``make``, which is called once per key and cached."""
         with self._lock:
-            if key not in self._kept:
-                self._kept[key] = make()
-            return self._kept[key]
+            if key not in self._cache:
+                self._cache[key] = make()
+            value: T = self._cache[key]
+            return value
 
     def mask(self, where: str, make: Callable[[], NDArray[np.bool_]]) -> NDArray[np.bool_]:
         """Return which tiles (N,) pass a filter; the last few masks are cached."""
         with self._lock:
             if where not in self._masks:
                 self._masks[where] = make()
-                if len(self._masks) > KEPT_MASKS:
+                if len(self._masks) > MASKS_CACHED:
                     self._masks.popitem(last=False)
             self._masks.move_to_end(where)
             return self._masks[where]
 
     def slide_of(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the slide's number (row of ``slides``) of each position."""
-        found: NDArray[np.int64] = np.searchsorted(self.starts, positions, side="right") - 1
-        return found
+        return np.searchsorted(self.starts, positions, side="right") - 1
 
     def ids(self, positions: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the tile ids of positions."""
         slide = self.slide_of(positions)
-        found: NDArray[np.int64] = self._first[slide] + positions - self.starts[slide]
-        return found
+        return self._first[slide] + positions - self.starts[slide]
 
     def positions(self, tiles: NDArray[np.int64]) -> NDArray[np.int64]:
         """Return the positions of tile ids; -1 for an unknown or removed id."""
@@ -120,49 +115,48 @@ class Columns:
         """Return the positions of all tiles except those of removed slides, ascending."""
 
         def make() -> NDArray[np.int64]:
-            there = [bool(s["name"]) for s in self.slides]
-            return np.flatnonzero(np.repeat(np.array(there, dtype=bool), np.diff(self.starts)))
+            named = np.array([bool(s["name"]) for s in self.slides], dtype=bool)
+            return np.flatnonzero(np.repeat(named, np.diff(self.starts)))
 
-        found: NDArray[np.int64] = self.keep("present", make)
-        return found
+        return self.cached("present", make)
 
     def places(self) -> NDArray[np.int32]:
         """Return the level-0 coordinates x, y of every tile (N, 2)."""
 
         def make() -> NDArray[np.int32]:
-            parts = [unpack_places(s["places"]) for s in self.slides]
+            parts = [packing.unpack_places(s["places"]) for s in self.slides]
             return np.concatenate([np.zeros((0, 2), dtype=np.int32), *parts])
 
-        found: NDArray[np.int32] = self.keep("places", make)
-        return found
+        return self.cached("places", make)
 
     def files(self, slide: int) -> list[str | None] | None:
         """Return the file names of a tile set's tiles; None for a slide."""
         blob = self.slides[slide]["files"]
         if blob is None:
             return None
-        found: list[str | None] = self.keep(f"files {slide}", lambda: unpack_texts(blob))
-        return found
+        return self.cached(f"files {slide}", lambda: packing.unpack_texts(blob))
 
     def metadata(self, slide: int) -> dict[str, str]:
         """Return the user-defined columns of a slide."""
-        found: dict[str, str] = self.keep(
-            f"metadata {slide}", lambda: json.loads(self.slides[slide]["metadata"])
+        return self.cached(
+            f"metadata {slide}", lambda: dict(json.loads(self.slides[slide]["metadata"]))
         )
-        return found
 
     def names(self) -> list[str]:
         """Return the fields that :meth:`coded` accepts."""
         extra = {key for n in range(len(self.slides)) for key in self.metadata(n)}
         return ["slide", "kind", "label", "patient", *sorted(extra)]
 
+    def fields(self) -> list[str]:
+        """Return all fields that a filter accepts."""
+        return [*self.names(), "file", "tile", "x", "y", "mpp", "target_mpp", "cluster"]
+
     def coded(self, field: str) -> Coded:
         """Return a column by name: slide, kind, label, patient, or any column of the metadata.
 
         The label or patient of a tile takes precedence over that of its slide.
         """
-        found: Coded = self.keep(f"coded {field}", lambda: self._make_coded(field))
-        return found
+        return self.cached(f"coded {field}", lambda: self._make_coded(field))
 
     def _make_coded(self, field: str) -> Coded:
         numbers: dict[str, int] = {}
@@ -183,10 +177,17 @@ class Columns:
                 part[:] = number(whole)
             blob = slide[f"{field}s"] if field in {"label", "patient"} else None
             if blob is not None:
-                names, own = unpack_coded(blob)
+                names, of_tiles = unpack_coded(blob)
                 table = np.array([number(name) for name in names], dtype=np.int32)
-                part[own >= 0] = table[own[own >= 0]]
+                part[of_tiles >= 0] = table[of_tiles[of_tiles >= 0]]
         return Coded(list(numbers), codes)
+
+    def label_counts(self, positions: NDArray[np.int64]) -> dict[str, int]:
+        """Return the number of tiles of each label at positions (T,), most frequent first."""
+        label = self.coded("label")
+        counts = np.bincount(label.codes[positions] + 1, minlength=len(label.names) + 1).tolist()
+        labels = [(n, name) for n, name in zip(counts, ["(none)", *label.names], strict=True) if n]
+        return {name: n for n, name in sorted(labels, key=lambda pair: (-pair[0], pair[1]))}
 
     def clusters(self, clustering: str | None = None) -> NDArray[np.int32] | None:
         """Return every tile's cluster (N,): -1 noise, -2 not assigned. Return None without a clustering.
@@ -199,16 +200,15 @@ class Columns:
             return None
 
         def make() -> NDArray[np.int32]:
-            placed = self._placements[name]
-            found = np.full(len(self), NOT_PLACED, dtype=np.int32)
+            stored = self._placements[name]
+            clusters = np.full(len(self), NOT_PLACED, dtype=np.int32)
             for n, slide in enumerate(self.slides):
-                if slide["id"] in placed:
-                    part = unpack_numbers(placed[slide["id"]], "<i4")
-                    found[self.starts[n] : self.starts[n + 1]] = part
-            return found
+                if slide["id"] in stored:
+                    part = unpack_numbers(stored[slide["id"]], "<i4")
+                    clusters[self.starts[n] : self.starts[n + 1]] = part
+            return clusters
 
-        kept: NDArray[np.int32] = self.keep(f"clusters {name}", make)
-        return kept
+        return self.cached(f"clusters {name}", make)
 
     def placement(self, slide: int) -> bytes:
         """Return the clusters of a slide's tiles (by slide id) in the newest clustering, as stored."""
@@ -225,24 +225,24 @@ class Columns:
             positions: best first.
             scores: (Q, k).
         """
-        there = positions >= 0
-        flat = positions[there]
+        is_hit = positions >= 0
+        flat = positions[is_hit]
         clusters = self.clusters()
         label, patient = self.coded("label"), self.coded("patient")
         places = self.places()[flat].tolist()
         slide_of = self.slide_of(flat)
         numbers = slide_of.tolist()
         rows = (flat - self.starts[slide_of]).tolist()
-        ranks = np.nonzero(there)[1] + 1
+        ranks = np.nonzero(is_hit)[1] + 1
         cluster = [NOT_PLACED] * len(flat) if clusters is None else clusters[flat].tolist()
         # The code -1 picks the last name, which is None.
         labels = [*label.names, None]
         patients = [*patient.names, None]
         facts = {n: (*(self.slides[n][key] for key in FACTS), self.files(n)) for n in set(numbers)}
-        made = []
-        for rank, score, tile, number, row, place, code, who, group in zip(
+        hits = []
+        for rank, score, tile, number, row, (x, y), label_code, patient_code, group in zip(
             ranks.tolist(),
-            scores[there].astype(np.float64).round(6).tolist(),
+            scores[is_hit].astype(np.float64).round(6).tolist(),
             self.ids(flat).tolist(),
             numbers,
             rows,
@@ -253,23 +253,19 @@ class Columns:
             strict=True,
         ):
             name, size, mpp, scale, files = facts[number]
-            made.append(
+            hits.append(
                 Hit(
-                    rank, score, tile, name, place[0], place[1], size, mpp, labels[code],
-                    patients[who], None if group == NOT_PLACED else group,
+                    rank, score, tile, name, x, y, size, mpp, labels[label_code],
+                    patients[patient_code], None if group == NOT_PLACED else group,
                     None if files is None else files[row], scale,
                 )
             )  # fmt: skip
-        found, start = [], 0
-        for count in there.sum(axis=1).tolist():
-            found.append(made[start : start + count])
-            start += count
-        return found
+        rest = iter(hits)
+        return [list(islice(rest, count)) for count in is_hit.sum(axis=1).tolist()]
 
     def tiles(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the fields of a hit, except rank and score, for the tiles at positions (T,)."""
-        none = np.zeros((1, len(positions)), dtype=np.float32)
-        (found,) = self.hits(positions[None], none)
+        (hits,) = self.hits(positions[None], np.zeros((1, len(positions)), dtype=np.float32))
         return [
-            {k: v for k, v in hit._asdict().items() if k not in {"rank", "score"}} for hit in found
+            {k: v for k, v in hit._asdict().items() if k not in {"rank", "score"}} for hit in hits
         ]

@@ -13,6 +13,7 @@ several words in backticks. A tile without a value equals nothing, so ``!=`` and
 
 from __future__ import annotations
 
+import operator as operators
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -99,7 +100,7 @@ def _grammar() -> Any:
         return lambda tokens: kind(tuple(tokens[0][::2]))
 
     infix: Any = pp.infix_notation
-    found = infix(
+    grammar = infix(
         comparison,
         [
             (lower("not"), 1, pp.OpAssoc.RIGHT, lambda tokens: Not(tokens[0][1])),
@@ -107,7 +108,7 @@ def _grammar() -> Any:
             (lower("or"), 2, pp.OpAssoc.LEFT, fold(Some)),
         ],
     )
-    return found.parse_with_tabs()  # otherwise a tab in a text becomes spaces
+    return grammar.parse_with_tabs()  # otherwise a tab in a text becomes spaces
 
 
 def quoted(text: str) -> str:
@@ -130,19 +131,18 @@ def parse(text: str) -> Filter:
     import pyparsing as pp
 
     if not text.strip():
-        raise BadInput("the filter is empty; leave it out, or give one such as label = 'tumour'")
+        raise BadInput("the filter is empty; omit it, or write one such as label = 'tumour'")
     if len(text) > LENGTH_LIMIT:
-        raise BadInput(f"the filter has {len(text)} characters; at most {LENGTH_LIMIT} are read")
+        raise BadInput(f"the filter has {len(text)} characters; at most {LENGTH_LIMIT} are allowed")
     try:
-        (found,) = _grammar().parse_string(text, parse_all=True)
+        parsed: Filter = _grammar().parse_string(text, parse_all=True)[0]
     except (pp.ParseBaseException, RecursionError) as error:
-        place = getattr(error, "column", 1)
+        column = getattr(error, "column", 1)
         raise BadInput(
-            f"the filter {text!r} cannot be read at character {place}; expected something like "
+            f"the filter {text!r} cannot be read at character {column}; expected a filter such as "
             "label = 'tumour' and patient not in ('P1', 'P2')"
         ) from error
-    wanted: Filter = found
-    return wanted
+    return parsed
 
 
 def select(columns: Columns, wanted: Filter) -> Mask:
@@ -156,8 +156,8 @@ def select(columns: Columns, wanted: Filter) -> Mask:
     if isinstance(wanted, Every | Some):
         masks = [select(columns, part) for part in wanted.parts]
         join = np.logical_and if isinstance(wanted, Every) else np.logical_or
-        found: Mask = join.reduce(masks)
-        return found
+        mask: Mask = join.reduce(masks)
+        return mask
     return _compare(columns, wanted)
 
 
@@ -169,12 +169,11 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
     if field == "file":
         return _files(columns, wanted)
     if field not in columns.names():
-        choices = [*columns.names(), "file", "tile", "x", "y", "mpp", "target_mpp", "cluster"]
-        raise BadInput(str(unknown_name("field", field, choices)))
+        raise BadInput(str(unknown_name("field", field, columns.fields())))
     coded = columns.coded(field)
     passing = np.array([holds(name, wanted) for name in (*coded.names, None)])
-    found: Mask = passing[coded.codes]
-    return found
+    mask: Mask = passing[coded.codes]
+    return mask
 
 
 def _numbers(columns: Columns, field: str) -> NDArray[np.float64] | None:
@@ -188,18 +187,20 @@ def _numbers(columns: Columns, field: str) -> NDArray[np.float64] | None:
         return np.repeat(per_slide.astype(np.float64), np.diff(columns.starts))
     if field == "cluster" or field.startswith("cluster."):
         name = field.partition(".")[2] or None
-        found = columns.clusters(name)
-        if found is None:
+        clusters = columns.clusters(name)
+        if clusters is None:
             if name is not None:
                 raise BadInput(str(unknown_name("clustering", name, columns.clusterings())))
             raise BadInput("the atlas has no clusters yet; run `histoseek index fit` first")
-        return np.where(found == NOT_PLACED, np.nan, found)
+        return np.where(clusters == NOT_PLACED, np.nan, clusters)
     return None
 
 
 def _compare_numbers(numbers: NDArray[np.float64], wanted: Compare) -> Mask:
     if any(isinstance(v, str) for v in wanted.values):
-        raise BadInput(f"{wanted.field} is a number; the filter compares it with {wanted.values}")
+        raise BadInput(
+            f"{wanted.field} is a number; the filter compares it with a text: {wanted.values}"
+        )
     missing = np.isnan(numbers)
     if wanted.operator == "is null":
         return missing
@@ -209,31 +210,26 @@ def _compare_numbers(numbers: NDArray[np.float64], wanted: Compare) -> Mask:
         inside = np.isin(numbers, np.array(wanted.values, dtype=np.float64))
         return inside if wanted.operator == "in" else ~inside
     if wanted.operator not in _ORDER:
-        raise BadInput(f"{wanted.field} is a number; {wanted.operator!r} is for texts")
+        raise BadInput(f"{wanted.field} is a number; {wanted.operator!r} compares only texts")
     with np.errstate(invalid="ignore"):
-        found: Mask = _ORDER[wanted.operator](numbers, wanted.values[0])
-    return found
+        mask: Mask = _ORDER[wanted.operator](numbers, wanted.values[0])
+    return mask
 
 
 def _files(columns: Columns, wanted: Compare) -> Mask:
-    found = np.zeros(len(columns), dtype=bool)
+    mask = np.zeros(len(columns), dtype=bool)
     for n in range(len(columns.slides)):
-        start, end = columns.starts[n], columns.starts[n + 1]
         names = columns.files(n)
-        found[start:end] = (
+        mask[columns.starts[n] : columns.starts[n + 1]] = (
             holds(None, wanted) if names is None else [holds(name, wanted) for name in names]
         )
-    return found
+    return mask
 
 
 _ORDER: dict[str, Callable[[Any, Any], Any]] = {
-    "=": lambda a, b: a == b,
-    "!=": lambda a, b: a != b,
-    "<": lambda a, b: a < b,
-    "<=": lambda a, b: a <= b,
-    ">": lambda a, b: a > b,
-    ">=": lambda a, b: a >= b,
-}
+    "=": operators.eq, "!=": operators.ne, "<": operators.lt, "<=": operators.le,
+    ">": operators.gt, ">=": operators.ge,
+}  # fmt: skip
 
 
 def holds(name: str | None, wanted: Compare) -> bool:

@@ -62,9 +62,9 @@ class Layout:
         places = self.points[near]
         close = np.abs(places - places[:, :1]).max(axis=2) <= 2 * NEAR
         weight = close / (distance + 1e-6)
+        mean: NDArray[np.float64]
         mean = (places * weight[:, :, None]).sum(axis=1) / weight.sum(axis=1)[:, None]
-        found: NDArray[np.float32] = mean.astype(np.float32)
-        return found
+        return mean.astype(np.float32)
 
     def to_bytes(self) -> bytes:
         """Return the map as the bytes of its file."""
@@ -89,19 +89,15 @@ def read(path: Path) -> Layout | None:
         blob = (path / FILE).read_bytes()
         with np.load(io.BytesIO(blob), allow_pickle=False) as arrays:
             atlas, tiles, metric, method = (str(part) for part in arrays["about"])
-            return Layout(
-                atlas,
-                int(tiles),
-                "l2" if metric == "l2" else "cosine",
-                arrays["landmarks"],
-                arrays["points"],
-                float(arrays["trust"]),
-                method,
-            )
+            checked: Metric = "l2" if metric == "l2" else "cosine"
+            landmarks, points, trust = arrays["landmarks"], arrays["points"], float(arrays["trust"])
+            return Layout(atlas, int(tiles), checked, landmarks, points, trust, method)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, BadZipFile, EOFError) as error:
-        raise Damaged(f"{path / FILE} is damaged ({error}); delete it, it is made again") from error
+        raise Damaged(
+            f"{path / FILE} is damaged ({error}); delete it: it will be rebuilt"
+        ) from error
 
 
 def fits(layout: Layout | None, atlas: str, tiles: int, dim: int) -> bool:
@@ -120,21 +116,14 @@ def landmarks_of(state: State, seed: int = 0) -> Vectors:
 
 
 def make(atlas: str, tiles: int, landmarks: Vectors, metric: Metric, seed: int = 0) -> Layout:
-    """Compute the map of the landmarks.
-
-    Args:
-        atlas: its id.
-        tiles: number of its tiles.
-        landmarks: (L, D) prepared vectors of some of them.
-        metric: of the vectors.
-        seed: of t-SNE.
+    """Compute the map; the arguments are those of :class:`Layout`, and the seed of t-SNE.
 
     Raises:
         BadInput: no tiles.
         MissingPart: openTSNE is not installed.
     """
     if not len(landmarks):
-        raise BadInput("the atlas holds no tiles to draw a map of; add features first")
+        raise BadInput("the atlas has no tiles to show on a map; add features first")
     flat = landmarks.astype(np.float64)
     method = "t-SNE" if len(flat) >= FEW else "PCA"
     points = _tsne(flat, seed) if method == "t-SNE" else _first_two(flat)
@@ -149,9 +138,10 @@ def _tsne(flat: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
         from openTSNE import TSNE
     except ImportError as error:
         raise MissingPart("the map needs openTSNE: pip install 'histoseek[ui]'") from error
-    # Equal tiles would start at the same coordinates and could not separate.
-    start = 1e-4 * _first_two(flat) / max(float(_first_two(flat).std()), 1e-12)
-    start = start + np.random.default_rng(seed).normal(scale=1e-6, size=start.shape)
+    plane = _first_two(flat)
+    start = 1e-4 * plane / max(float(plane.std()), 1e-12)
+    # Without noise, equal tiles would start at the same coordinates and could not separate.
+    start += np.random.default_rng(seed).normal(scale=1e-6, size=start.shape)
     perplexity = min(PERPLEXITY, (len(flat) - 1) / 3)
     tsne = TSNE(
         perplexity=perplexity, initialization=start, random_state=seed, n_jobs=-1, neighbors="exact"
@@ -160,13 +150,15 @@ def _tsne(flat: NDArray[np.float64], seed: int) -> NDArray[np.float64]:
 
 
 def _first_two(flat: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the first two principal components (N, 2), with zeros for missing ones."""
+    """Return the first two principal components (N, 2), with zeros for missing ones.
+
+    Unlike scikit-learn's PCA, this also works for one tile and for equal tiles.
+    """
     centred = flat - flat.mean(axis=0)
-    _, _, axes = np.linalg.svd(centred, full_matrices=False)
-    found = np.zeros((len(flat), 2))
-    some = axes[: min(2, len(axes))]
-    found[:, : len(some)] = centred @ some.T
-    return found
+    axes = np.linalg.svd(centred, full_matrices=False)[2][:2]
+    plane = np.zeros((len(flat), 2))
+    plane[:, : len(axes)] = centred @ axes.T
+    return plane
 
 
 def _trust(flat: NDArray[np.float64], points: NDArray[np.float64]) -> float:

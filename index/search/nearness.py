@@ -22,9 +22,10 @@ def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> NDArray[np.
     vectors = state.vectors_at(some)
     choices: tuple[LeaveOut, ...] = ("patient", "tile")
     for leave_out in choices:
-        scores, at = find_like(state, some, vectors, Query(k=1, leave_out=leave_out))
-        if scores.shape[1] and (at[:, 0] >= 0).any():
-            return np.sort(scores[:, 0][at[:, 0] >= 0])
+        scores, positions = find_like(state, some, vectors, Query(k=1, leave_out=leave_out))
+        is_hit = positions >= 0
+        if is_hit.any():
+            return np.sort(scores[is_hit])
     return np.zeros(0, dtype=np.float32)
 
 
@@ -44,11 +45,10 @@ def scores_in(state: State, slide: str, query: NDArray[np.float32]) -> NDArray[n
     """
     row = next((s for s in state.columns.slides if s["name"] == slide and slide), None)
     if row is None:
-        raise NotFound(f"{state.store.path} holds no slide {slide!r}")
+        raise NotFound(f"{state.store.path} has no slide {slide!r}")
     vectors = prepared(state.store.vectors_of(row), state.metric)
-    asked = prepared(query[None], state.metric)
-    if state.metric == "cosine":
-        scores: NDArray[np.float32] = vectors @ asked[0]
-        return scores
-    distances: NDArray[np.float32] = np.linalg.norm(vectors - asked, axis=1)
-    return -distances
+    query = prepared(query[None], state.metric)
+    cosine = state.metric == "cosine"
+    scores: NDArray[np.float32]
+    scores = vectors @ query[0] if cosine else -np.linalg.norm(vectors - query, axis=1)
+    return scores

@@ -39,7 +39,7 @@ class States:
     """Opens states of an atlas; keeps the newest state and the parts that the next one can reuse."""
 
     def __init__(self, store: Store, generations: Generations) -> None:
-        """Serve an atlas; nothing is loaded yet."""
+        """Use the store and index files of an atlas; nothing is loaded yet."""
         self._store, self._generations = store, generations
         self._lock = threading.Lock()
         self._newest: State | None = None
@@ -86,14 +86,8 @@ class States:
                 placements[row["name"]][row["slide_id"]] = row["cluster"]
             if int(get_meta(db, REVISION)) != revision:  # read without locks in a read-only folder
                 raise StateGone(f"{self._store.path} changed while it was read; try again")
-        return _Rows(
-            revision,
-            [dict(row) for row in slides],
-            None if generation is None else dict(generation),
-            placements,
-            fits[::-1],
-            names,
-        )
+        opened = None if generation is None else dict(generation)
+        return _Rows(revision, [dict(row) for row in slides], opened, placements, fits[::-1], names)
 
     def _open(self, rows: _Rows) -> State:
         by_id = {slide["id"]: slide for slide in rows.slides}
@@ -110,8 +104,8 @@ class States:
         order = [*covered, *late]
         alive = None
         if any(slide["first_tile"] == GONE for slide in covered):
-            there = [slide["first_tile"] != GONE for slide in order]
-            alive = np.repeat(there, [slide["tiles"] for slide in order])
+            present = [slide["first_tile"] != GONE for slide in order]
+            alive = np.repeat(present, [slide["tiles"] for slide in order])
         index = VectorIndex(
             self._store.manifest.dim,
             self._store.manifest.metric,
@@ -137,43 +131,35 @@ class States:
 
     def _read_recent(self, late: Sequence[dict[str, Any]]) -> NDArray[np.float32]:
         """Return the recent vectors, prepared; reuse those read before."""
-        wanted = {slide["id"] for slide in late}
-        self._recent = {n: vectors for n, vectors in self._recent.items() if n in wanted}
+        parts = []
         for slide in late:
-            if slide["id"] not in self._recent:
+            vectors = self._recent.get(slide["id"])
+            if vectors is None:
                 vectors = prepared(self._store.vectors_of(slide), self._store.manifest.metric)
                 if len(vectors) != slide["tiles"]:
                     raise Damaged(
-                        f"{slide['features_file']} of slide {slide['name']!r} holds {len(vectors)} "
-                        f"vectors, the catalog says {slide['tiles']}; embed the slide again"
+                        f"{slide['features_file']} of slide {slide['name']!r} has {len(vectors)} vectors; "
+                        f"expected {slide['tiles']}, as in the catalog; embed the slide again"
                     )
-                self._recent[slide["id"]] = vectors
+            parts.append(vectors)
         empty = np.zeros((0, self._store.manifest.dim), dtype=np.float32)
-        joined = np.concatenate([empty, *(self._recent[slide["id"]] for slide in late)])
-        start = 0
-        for slide in late:  # keep views of the joined array, not copies
-            self._recent[slide["id"]] = joined[start : start + slide["tiles"]]
-            start += slide["tiles"]
+        joined = np.concatenate([empty, *parts])
+        ends = np.cumsum([slide["tiles"] for slide in late], dtype=np.int64)
+        # np.split returns views of the joined array, not copies.
+        self._recent = dict(zip([s["id"] for s in late], np.split(joined, ends), strict=False))
         return joined
 
 
 def _removed(number: int, tiles: int) -> dict[str, Any]:
     """Return a placeholder row for a slide that was removed after the index file was written."""
-    return {
+    empty = ("kind", "files", "labels", "patients", "label", "patient", "mpp", "target_mpp")
+    return dict.fromkeys(empty) | {
         "id": number,
         "name": "",
-        "kind": None,
         "tiles": tiles,
         "first_tile": GONE,
         "places": bytes(8 * tiles),
-        "files": None,
-        "labels": None,
-        "patients": None,
         "mosaic": b"",
-        "label": None,
-        "patient": None,
         "metadata": "{}",
-        "mpp": None,
-        "target_mpp": None,
         "size_px_level0": 0,
     }

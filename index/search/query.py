@@ -62,11 +62,10 @@ class Query:
         if self.k < 1:
             raise BadInput(f"k is {self.k}; expected 1 or more")
         if self.least is not None and self.least != self.least:
-            raise BadInput("the lowest score is no number; expected one such as 0.8")
+            raise BadInput("the lowest score is not a number; expected one such as 0.8")
         if self.leave_out not in LEAVE_OUT:
-            raise BadInput(
-                f"leave_out is {self.leave_out!r}; expected one of: {', '.join(LEAVE_OUT)}"
-            )
+            choices = ", ".join(LEAVE_OUT)
+            raise BadInput(f"leave_out is {self.leave_out!r}; expected one of: {choices}")
 
     @property
     def examples(self) -> int:
@@ -94,12 +93,9 @@ class Query:
         vectors = embed(np.stack(images))
         like, unlike = vectors[: len(self.images)], vectors[len(self.images) :]
         return replace(
-            self,
-            images=(),
-            unlike_images=(),
-            vectors=_joined(self.vectors, like),
-            unlike_vectors=_joined(self.unlike_vectors, unlike),
-        )
+            self, images=(), vectors=_joined(self.vectors, like),
+            unlike_images=(), unlike_vectors=_joined(self.unlike_vectors, unlike),
+        )  # fmt: skip
 
 
 def _joined(

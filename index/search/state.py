@@ -66,7 +66,7 @@ class State:
             BadInput: it has none.
         """
         if not len(self.index):
-            raise BadInput(f"{self.store.path} holds no tiles yet; add features first")
+            raise BadInput(f"{self.store.path} has no tiles yet; add features first")
 
     def positions(self, tiles: Sequence[int]) -> NDArray[np.int64]:
         """Return the positions (T,) of tiles by id.
@@ -76,8 +76,10 @@ class State:
         """
         positions = self.columns.positions(np.asarray(tiles, dtype=np.int64))
         if (positions < 0).any():
-            lost = [int(t) for t, p in zip(tiles, positions.tolist(), strict=True) if p < 0]
-            raise NotFound(f"{self.store.path} holds no tile {lost[0]} (any more); search again")
+            missing = np.asarray(tiles)[positions < 0]
+            raise NotFound(
+                f"{self.store.path} has no tile {missing[0]}, or it was removed; search again"
+            )
         return positions
 
     def vectors_at(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
@@ -87,20 +89,15 @@ class State:
             Damaged: a feature file is missing or has changed since it was added.
         """
         slides = self.columns.slide_of(positions)
-        found = np.empty((len(positions), self.manifest.dim), dtype=np.float32)
+        vectors = np.empty((len(positions), self.manifest.dim), dtype=np.float32)
         for number in np.unique(slides).tolist():
             rows = slides == number
-            vectors = self.store.vectors_of(self.columns.slides[number])
-            found[rows] = vectors[positions[rows] - self.columns.starts[number]]
-        return found
+            of_slide = self.store.vectors_of(self.columns.slides[number])
+            vectors[rows] = of_slide[positions[rows] - self.columns.starts[number]]
+        return vectors
 
     def vectors_of(self, tiles: Sequence[int]) -> NDArray[np.float32]:
-        """Return the vectors (T, D) of tiles by id, from the feature files.
-
-        Raises:
-            NotFound: the atlas has no tile with one of the ids.
-            Damaged: a feature file is missing or has changed since it was added.
-        """
+        """Return the vectors (T, D) of tiles by id; see :meth:`positions` and :meth:`vectors_at`."""
         return self.vectors_at(self.positions(tiles))
 
     def sample(self, count: int, seed: int) -> NDArray[np.int64]:
@@ -112,8 +109,7 @@ class State:
 
     def mosaic_of(self, slide: Mapping[str, Any]) -> Mosaic:
         """Return the mosaic of a slide: rows of its tiles (M,) and their prepared vectors (M, D)."""
-        found = self.mosaics.get(slide["id"])
-        if found is None:
+        if slide["id"] not in self.mosaics:
             if slide["mosaic"] is None:
                 raise Damaged(
                     f"slide {slide['name']!r} was added by a version that was never released; build the "
@@ -121,8 +117,8 @@ class State:
                 )
             vectors = prepared(self.store.vectors_of(slide), self.metric)
             rows = unpack_numbers(slide["mosaic"], "<i4").astype(np.int64)
-            found = self.mosaics[slide["id"]] = rows, vectors[rows]
-        return found
+            self.mosaics[slide["id"]] = rows, vectors[rows]
+        return self.mosaics[slide["id"]]
 
     def check_queries(self, queries: NDArray[np.float32]) -> None:
         """Check that vectors can be compared with those of this atlas.
@@ -133,11 +129,11 @@ class State:
         """
         if queries.ndim != 2 or queries.shape[1] != self.manifest.dim:
             raise Mismatch(
-                f"queries have shape {queries.shape}; this atlas compares vectors of length "
-                f"{self.manifest.dim}"
+                f"the query vectors have the shape {queries.shape}; expected (N, {self.manifest.dim}), as "
+                "in this atlas"
             )
         if not np.isfinite(queries).all():
-            raise BadInput("queries hold NaN or infinity; embed the images again")
+            raise BadInput("the query vectors contain NaN or infinity; embed the images again")
 
     @contextmanager
     def reading(self) -> Iterator[Connection]:

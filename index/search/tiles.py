@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -20,7 +21,7 @@ Scores = NDArray[np.float32]
 UNLIKE = 0.5
 """Weight of the examples to be unlike."""
 SLIDE_STEP = 4_096
-"""If this many hits yield too few slides, the search goes on without the slides already found."""
+"""If this many hits are of too few slides, the search goes on without these slides."""
 
 
 def allowed(state: State, where: str | None) -> Mask | None:
@@ -45,7 +46,7 @@ def find(
     if mask is not None:
         passing = mask if passing is None else passing & mask
     if settings.per_slide:
-        return _one_per_slide(state, queries, settings, passing)
+        return _stacked([_slides_of_one(state, query, settings, passing) for query in queries])
     if settings.least is not None:
         answers = state.index.within(queries, settings.least, passing, settings.k)
         return _stacked([(scores[: settings.k], at[: settings.k]) for scores, at in answers])
@@ -62,54 +63,39 @@ def _stacked(answers: list[tuple[Scores, Positions]]) -> tuple[Scores, Positions
     return scores, positions
 
 
-def _one_per_slide(
-    state: State, queries: NDArray[np.float32], settings: Query, passing: Mask | None
-) -> tuple[Scores, Positions]:
-    return _stacked([_slides_of_one(state, query, settings, passing) for query in queries])
-
-
 def _slides_of_one(
     state: State, query: NDArray[np.float32], settings: Query, passing: Mask | None
 ) -> tuple[Scores, Positions]:
     """Return the best tile of each of the k nearest slides."""
     columns = state.columns
-    scores: list[float] = []
-    best: list[int] = []
-    seen: set[int] = set()
-    ask = 4 * settings.k
-    while len(best) < settings.k:
-        found_scores, found = state.index.search(query[None], ask, passing, settings.exact)
-        there = found[0] >= 0
-        slides = columns.slide_of(found[0][there])
-        for score, at, slide in zip(
-            found_scores[0][there].tolist(), found[0][there].tolist(), slides.tolist(), strict=True
-        ):
-            low = settings.least is not None and score < settings.least
-            if slide not in seen and not low and len(best) < settings.k:
-                seen.add(slide)
-                scores.append(score)
-                best.append(at)
-        if there.sum() < ask or (
-            settings.least is not None
-            and there.any()
-            and found_scores[0][there][-1] < settings.least
-        ):
+    least = -np.inf if settings.least is None else settings.least
+    best: dict[int, tuple[float, int]] = {}  # score and position, by slide
+    count = 4 * settings.k
+    while True:
+        scores, positions = state.index.search(query[None], count, passing, settings.exact)
+        is_hit = (positions[0] >= 0) & (scores[0] >= least)
+        hits = positions[0][is_hit]
+        slides, found = columns.slide_of(hits).tolist(), scores[0][is_hit].tolist()
+        for slide, score, position in zip(slides, found, hits.tolist(), strict=True):
+            best.setdefault(slide, (score, position))
+        if len(best) >= settings.k or len(hits) < count:
             break
-        if ask < SLIDE_STEP:
-            ask *= 4
-        else:  # few slides hold all hits: go on without these slides
+        if count < SLIDE_STEP:
+            count *= 4
+        else:  # few slides contain all hits: go on without these slides
             others = np.repeat(
-                [n not in seen for n in range(len(columns.slides))], np.diff(columns.starts)
+                [n not in best for n in range(len(columns.slides))], np.diff(columns.starts)
             )
             passing = others if passing is None else passing & others
-    return np.array(scores, dtype=np.float32), np.array(best, dtype=np.int64)
+    chosen = list(best.values())[: settings.k]
+    return (
+        np.array([score for score, _ in chosen], dtype=np.float32),
+        np.array([position for _, position in chosen], dtype=np.int64),
+    )
 
 
 def find_like(
-    state: State,
-    tiles: NDArray[np.int64],
-    vectors: NDArray[np.float32],
-    settings: Query,
+    state: State, tiles: NDArray[np.int64], vectors: NDArray[np.float32], settings: Query
 ) -> tuple[Scores, Positions]:
     """Search by tiles of the atlas, without the tile, slide or patient of each query.
 
@@ -131,9 +117,9 @@ def find_like(
         )
     owner = owners(state, settings.leave_out)
     answers: dict[int, tuple[Scores, Positions]] = {}
-    for own in np.unique(owner[tiles]):
-        rows = np.flatnonzero(owner[tiles] == own)
-        scores, found = find(state, vectors[rows], settings, owner != own)
+    for number in np.unique(owner[tiles]):
+        rows = np.flatnonzero(owner[tiles] == number)
+        scores, found = find(state, vectors[rows], settings, owner != number)
         for row, score, at in zip(rows.tolist(), scores, found, strict=True):
             answers[row] = score[at >= 0], at[at >= 0]
     return _stacked([answers[row] for row in range(len(tiles))])
@@ -166,16 +152,12 @@ def owners(state: State, of: LeaveOut) -> NDArray[np.int64]:
     count = state.index.positions
     if of == "tile":
         return np.arange(count)
-    slide: NDArray[np.int64] = state.columns.keep(
-        "owner slide", lambda: state.columns.slide_of(np.arange(count))
-    )
+    slide = state.columns.cached("owner", lambda: state.columns.slide_of(np.arange(count)))
     if of == "slide":
         return slide
     patient = state.columns.coded("patient")
-    found: NDArray[np.int64] = np.where(
-        patient.codes >= 0, len(state.columns.slides) + patient.codes.astype(np.int64), slide
-    )
-    return found
+    number = len(state.columns.slides) + patient.codes.astype(np.int64)
+    return np.where(patient.codes >= 0, number, slide)
 
 
 def combined(
@@ -186,34 +168,26 @@ def combined(
     For cosine, it is the mean of the vectors to be like minus half the mean of those to be unlike. For l2,
     it is the mean of the vectors to be like, moved away from the other mean by half their difference.
     """
-    if len(positive) == 1 and not len(negative):
-        only: NDArray[np.float32] = positive[0]
-        return only  # as it is: clusters are fitted on vectors of any length
-    like: NDArray[np.float32] = prepared(positive, metric).mean(axis=0)
+    like: NDArray[np.float32]
     if not len(negative):
+        # One vector stays as it is: clusters are fitted on vectors of any length.
+        like = positive[0] if len(positive) == 1 else prepared(positive, metric).mean(axis=0)
         return like
+    like = prepared(positive, metric).mean(axis=0)
     unlike: NDArray[np.float32] = prepared(negative, metric).mean(axis=0)
     return like - UNLIKE * unlike if metric == "cosine" else like + UNLIKE * (like - unlike)
 
 
 def answer(state: State, query: Query) -> list[list[Hit]]:
-    """Return hits, best first: one list if the query combines its examples, else one per example.
-
-    Answers for vectors come first, then those for tiles. Images must already be embedded.
-
-    Raises:
-        BadInput: no example to be like, an invalid filter, or an atlas without tiles.
-        NotFound: a tile is not in the atlas.
-        Mismatch: vectors have another length.
-    """
+    """Return hits by example; see :meth:`View.search <histoseek.index.view.View.search>`."""
     state.require_tiles()
     if query.images or query.unlike_images:
         raise BadInput("the query's images are not embedded; call Query.embedded first")
     if query.combines:
         return [answer_near(state, combined_vector(state, query), query)]
-    hits: list[list[Hit]] = []
     if query.vectors is None and not query.tiles:
-        raise BadInput("nothing to look for: give an image, or the id of a tile")
+        raise BadInput("the query has no example; give an image, or the id of a tile")
+    hits: list[list[Hit]] = []
     if query.vectors is not None and len(query.vectors):
         state.check_queries(query.vectors)
         scores, positions = find(state, query.vectors, query)
@@ -228,8 +202,8 @@ def answer(state: State, query: Query) -> list[list[Hit]]:
 def answer_near(state: State, vector: NDArray[np.float32], query: Query) -> list[Hit]:
     """Return hits near a vector (D,) that stands for all examples of a query, best first."""
     state.require_tiles()
-    found = find_together(state, vector, state.positions(query.tiles), query)
-    return state.columns.hits(found[1], found[0])[0]
+    scores, positions = find_together(state, vector, state.positions(query.tiles), query)
+    return state.columns.hits(positions, scores)[0]
 
 
 def combined_vector(state: State, query: Query) -> NDArray[np.float32]:
@@ -238,13 +212,14 @@ def combined_vector(state: State, query: Query) -> NDArray[np.float32]:
     Raises:
         BadInput: no example to be like.
     """
-    none = np.zeros((0, state.manifest.dim), dtype=np.float32)
-    given = none if query.vectors is None else query.vectors
-    others = none if query.unlike_vectors is None else query.unlike_vectors
-    state.check_queries(given)
-    state.check_queries(others)
-    like = np.concatenate([given, state.vectors_of(query.tiles)])
-    unlike = np.concatenate([others, state.vectors_of(query.unlike_tiles)])
+
+    def joined(vectors: NDArray[np.float32] | None, tiles: Sequence[int]) -> NDArray[np.float32]:
+        if vectors is None:
+            return state.vectors_of(tiles)
+        state.check_queries(vectors)
+        return np.concatenate([vectors, state.vectors_of(tiles)])
+
+    like = joined(query.vectors, query.tiles)
     if not len(like):
-        raise BadInput("no example to be like was given; expected at least one")
-    return combined(like, unlike, state.metric)
+        raise BadInput("the query has no example that hits should resemble; expected at least one")
+    return combined(like, joined(query.unlike_vectors, query.unlike_tiles), state.metric)

@@ -18,13 +18,16 @@ FILE = "atlas.db"
 REVISION = "revision"
 ATLAS_ID = "atlas_id"
 NEXT_TILE = "next_tile"
+CANNOT_WRITE = {
+    sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR, sqlite3.SQLITE_READONLY, sqlite3.SQLITE_CANTOPEN
+}  # fmt: skip
 
 
 class Catalog:
-    """An atlas's database; every method opens its own connection, so threads may share it."""
+    """The database of an atlas; every method opens its own connection, so threads may share it."""
 
     def __init__(self, folder: Path) -> None:
-        """Name the database of the atlas in ``folder``; nothing is opened yet."""
+        """Use the database in the folder of an atlas; nothing is opened yet."""
         self.path = folder / FILE
 
     def create(self, meta: dict[str, str]) -> None:
@@ -53,22 +56,19 @@ class Catalog:
             yield db
         except sqlite3.OperationalError as error:
             raise _operational(self.path, error) from error
-        except (
-            sqlite3.DatabaseError,
-            UnicodeDecodeError,
-        ) as error:  # damaged text is not valid UTF-8
+        except (sqlite3.DatabaseError, UnicodeDecodeError) as error:  # damaged text is not UTF-8
             raise Damaged(
-                f"{self.path} is damaged ({error}); restore the atlas from a copy, or build it again "
+                f"{self.path} is damaged ({error}); restore the atlas from a copy, or create a new atlas "
                 "from its feature files"
             ) from error
         finally:
             db.close()
 
     def _uri(self) -> str:
-        """Return the database's address for SQLite.
+        """Return the address for SQLite: read-only without write permission.
 
-        Without write permission, the database is opened read-only together with the writer's log. If there
-        is no log, it is opened as immutable, because SQLite could not create one.
+        The database is then read together with the writer's log. If there is no log, it is opened as
+        immutable, because SQLite could not create one.
         """
         uri = self.path.absolute().as_uri()
         if os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK):
@@ -121,26 +121,33 @@ class Catalog:
 
     def _check_there(self) -> None:
         try:
-            there = self.path.is_file()
+            exists = self.path.is_file()
         except OSError as error:
             raise BadInput(
                 f"{self.path} cannot be read ({error.strerror}); check the permissions"
             ) from error
-        if not there:
-            raise BadInput(f"{self.path.parent} is not an atlas (no {FILE}); create one first")
+        if not exists:
+            raise BadInput(
+                f"{self.path.parent} is not an atlas: it has no file {FILE}; check the path, or create an "
+                "atlas with `histoseek index create`"
+            )
 
     def _check_version(self, db: sqlite3.Connection) -> None:
         version = db.execute("PRAGMA user_version").fetchone()[0]
         if version == 0:
-            raise Damaged(f"{self.path} has no schema; the atlas was not created whole: remove it")
+            raise Damaged(
+                f"{self.path} has no tables, because creating the atlas was interrupted; delete the folder "
+                "and create the atlas again"
+            )
         if version > schema.newest():
             raise BadInput(
-                f"{self.path} has schema {version}; this histoseek knows {schema.newest()}: upgrade it"
+                f"{self.path} has schema {version}; this version of histoseek reads schemas up to "
+                f"{schema.newest()}: upgrade histoseek"
             )
         if version < schema.FIRST:
             raise BadInput(
                 f"{self.path} has schema {version}, which was never released; build the atlas again from "
-                "its feature files with `histoseek index create` and `index add`"
+                "its feature files with `histoseek index create` and `histoseek index add`"
             )
         if version < schema.newest():
             self._migrate(db)
@@ -160,12 +167,13 @@ class Catalog:
         Raises:
             Damaged: one of them is missing.
         """
-        with self.read() as db:
-            found = {row["key"]: row["value"] for row in db.execute("SELECT key, value FROM meta")}
+        meta = {row["key"]: row["value"] for row in self.rows("SELECT key, value FROM meta")}
         for key in ("encoder_sha256", REVISION, NEXT_TILE, ATLAS_ID):
-            if key not in found:
-                raise Damaged(f"{self.path} has lost its {key}; restore the atlas from a copy")
-        return found
+            if key not in meta:
+                raise Damaged(
+                    f"{self.path} has no value for {key!r}; restore the atlas from a copy"
+                )
+        return meta
 
     def revision(self) -> int:
         """Return the number of committed changes."""
@@ -181,17 +189,12 @@ def _operational(path: Path, error: sqlite3.OperationalError) -> HistoseekError:
     code = getattr(error, "sqlite_errorcode", 0) & 0xFF
     if code in {sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED}:
         return Busy(f"{path} is locked by another process; wait until it ends and try again")
-    if code in {
-        sqlite3.SQLITE_FULL,
-        sqlite3.SQLITE_IOERR,
-        sqlite3.SQLITE_READONLY,
-        sqlite3.SQLITE_CANTOPEN,
-    }:
+    if code in CANNOT_WRITE:
         return StorageFailed(
             f"cannot write {path} ({error}); nothing already stored was changed; free space or check "
             "the folder's permissions, then run the same command again"
         )
-    return Damaged(f"{path} does not answer as an atlas should ({error}); run `index verify`")
+    return Damaged(f"{path} is not a valid atlas database ({error}); run `histoseek index verify`")
 
 
 def insert(db: sqlite3.Connection, table: str, row: dict[str, Any]) -> int:
@@ -208,21 +211,19 @@ def update(
     db: sqlite3.Connection, table: str, where: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     """Change the rows that have the values ``where``, and update their checksums."""
-    found = " AND ".join(f"{key} = ?" for key in where)
-    rows = db.execute(
-        f"SELECT rowid AS at, * FROM {table} WHERE {found}", (*where.values(),)
-    ).fetchall()
-    for row in rows:
-        known = {key: row[key] for key in row.keys() if key != "at"}  # noqa: SIM118 - a sqlite3.Row
-        changed = {**changes, SEAL: seal({**known, **changes})}
+    conditions = " AND ".join(f"{key} = ?" for key in where)
+    select = f"SELECT rowid AS row_number, * FROM {table} WHERE {conditions}"
+    for row in map(dict, db.execute(select, (*where.values(),)).fetchall()):
+        number = row.pop("row_number")
+        changed = {**changes, SEAL: seal({**row, **changes})}
         sets = ", ".join(f"{key} = ?" for key in changed)
-        db.execute(f"UPDATE {table} SET {sets} WHERE rowid = ?", (*changed.values(), row["at"]))
+        db.execute(f"UPDATE {table} SET {sets} WHERE rowid = ?", (*changed.values(), number))
 
 
-def get_meta(db: sqlite3.Connection, key: str, default: str = "") -> str:
-    """Return one property of the atlas; ``default`` if it is not stored."""
+def get_meta(db: sqlite3.Connection, key: str) -> str:
+    """Return one property of the atlas; "" if it is not stored."""
     row = db.execute("SELECT value FROM meta WHERE key = ?", (key,)).fetchone()
-    return default if row is None else str(row["value"])
+    return "" if row is None else str(row["value"])
 
 
 def set_meta(db: sqlite3.Connection, key: str, value: str) -> None:

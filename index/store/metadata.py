@@ -54,14 +54,14 @@ class AddedSlides(list[Added]):
     """
 
     def __init__(self, results: Iterable[Added], rows: Rows) -> None:
-        """Keep the results and their metadata rows."""
+        """Store the results and their metadata rows."""
         super().__init__(results)
         self.rows = rows
         self.left_out: list[LeftOut] = []
         self.notes: list[str] = []
 
 
-def names_in_atlas(slides: Iterable[Any]) -> list[SlideName]:
+def _names_in_atlas(slides: Iterable[Any]) -> list[SlideName]:
     """Return the names and paths by which the slides of an atlas (rows of its table) can be matched."""
     return [SlideName(row["name"], (row["source"],) if row["source"] else ()) for row in slides]
 
@@ -84,29 +84,30 @@ def match_rows(metadata: Metadata, files: Sequence[Path], slides: Iterable[Any])
     files_of: dict[SlideName, list[Path]] = {}
     for file in files:
         files_of.setdefault(name_in(file), []).append(file)
-    added = list(files_of)
-    names = {slide.name for slide in added}
-    others = [slide for slide in names_in_atlas(slides) if slide.name not in names]
-    every = [*added, *others]
-    found = match(metadata, every, TABLE, "row")
+    names = {slide.name for slide in files_of}
+    others = [slide for slide in _names_in_atlas(slides) if slide.name not in names]
+    every = [*files_of, *others]
+    matches = match(metadata, every, TABLE, "row")
+    by_slide = {every[number]: row for number, row in matches.by_slide.items()}
     return Rows(
         {
             file: clean_row(metadata[row])
-            for number, row in found.by_slide.items()
-            if number < len(added)
-            for file in files_of[every[number]]
+            for slide, row in by_slide.items()
+            for file in files_of.get(slide, [])
         },
-        tuple(found.unused),
-        tuple(sorted(row for number, row in found.by_slide.items() if number >= len(added))),
-        tuple(sorted(every[number].name for number in found.without if number < len(added))),
+        tuple(matches.unused),
+        tuple(sorted(row for slide, row in by_slide.items() if slide not in files_of)),
         tuple(
-            sorted(
-                row
-                for number, row in found.by_slide.items()
-                if not every[number].paths and row.replace("\\", "/").strip("./").count("/")
-            )
+            sorted(every[number].name for number in matches.without if every[number] in files_of)
+        ),
+        tuple(
+            sorted(row for slide, row in by_slide.items() if not slide.paths and _has_folder(row))
         ),
     )
+
+
+def _has_folder(name: str) -> bool:
+    return "/" in name.replace("\\", "/").strip("./")
 
 
 def slides_meant(names: Iterable[str], slides: Sequence[Any]) -> dict[str, str]:
@@ -116,14 +117,15 @@ def slides_meant(names: Iterable[str], slides: Sequence[Any]) -> dict[str, str]:
         BadInput: a name matches two slides, or two names match one slide.
         NotFound: names match no slide; the message lists them all.
     """
-    every = names_in_atlas(slides)
-    found = match(sorted(names), every, TABLE, "row")
-    if found.unused:
-        first = unknown_name("slide", found.unused[0], sorted(s.name for s in every)[:10])
-        if len(found.unused) == 1:
+    every = _names_in_atlas(slides)
+    matches = match(sorted(names), every, TABLE, "row")
+    if matches.unused:
+        first = unknown_name("slide", matches.unused[0], sorted(s.name for s in every)[:10])
+        if len(matches.unused) == 1:
             raise first
+        unmatched = ", ".join(map(repr, matches.unused))
         raise NotFound(
-            f"{len(found.unused)} rows mean no slide of the atlas ({', '.join(map(repr, found.unused))}); "
-            f"nothing was changed; {first}"
+            f"{len(matches.unused)} rows match no slide of the atlas ({unmatched}); nothing was changed; "
+            f"{first}"
         )
-    return {name: every[n].name for n, name in found.by_slide.items()}
+    return {name: every[n].name for n, name in matches.by_slide.items()}

@@ -21,6 +21,7 @@ Codes = NDArray[np.int32]
 MISSING = -1
 """Code of a tile without a value."""
 SEAL = "seal"
+REMEDY = "restore the database from a copy"
 
 
 def seal(row: Mapping[str, Any]) -> bytes:
@@ -54,7 +55,7 @@ def unpack_numbers(blob: bytes, dtype: str) -> NDArray[Any]:
         return np.frombuffer(blob, dtype=np.dtype(dtype))
     except ValueError as error:
         raise Damaged(
-            f"a column of tiles is cut ({error}); restore the atlas's database"
+            f"a tile column in the atlas's database is incomplete ({error}); {REMEDY}"
         ) from error
 
 
@@ -66,7 +67,9 @@ def pack_places(places: Any) -> bytes:
     """
     wide = np.asarray(places, dtype=np.int64).reshape(-1, 2)
     if len(wide) and (wide.min() < -(2**31) or wide.max() >= 2**31):
-        raise BadInput(f"a tile lies at {wide.max()} px; expected coordinates below 2^31")
+        raise BadInput(
+            f"tiles have coordinates from {wide.min()} to {wide.max()} px; expected -2^31 to 2^31 - 1"
+        )
     return wide.astype("<i4").tobytes()
 
 
@@ -74,7 +77,7 @@ def unpack_places(blob: bytes) -> NDArray[np.int32]:
     """Decode what :func:`pack_places` encoded: (N, 2)."""
     numbers = unpack_numbers(blob, "<i4")
     if len(numbers) % 2:
-        raise Damaged("a column of places is cut; restore the atlas's database")
+        raise Damaged(f"the tile coordinates in the atlas's database are incomplete; {REMEDY}")
     return numbers.reshape(-1, 2)
 
 
@@ -87,8 +90,8 @@ def pack_texts(values: Sequence[str | None] | None) -> bytes | None:
 
 def unpack_texts(blob: bytes) -> list[str | None]:
     """Decode what :func:`pack_texts` encoded."""
-    found: list[str | None] = json.loads(_inflate(blob))
-    return found
+    texts: list[str | None] = json.loads(_inflate(blob))
+    return texts
 
 
 def pack_coded(values: Sequence[str | None] | None) -> bytes | None:
@@ -98,9 +101,8 @@ def pack_coded(values: Sequence[str | None] | None) -> bytes | None:
     names = sorted({v for v in values if v})
     number = {name: code for code, name in enumerate(names)}
     codes = np.array([number.get(v or "", MISSING) for v in values], dtype="<i4")
-    return zlib.compress(
-        json.dumps(names, ensure_ascii=False).encode() + b"\0" + codes.tobytes(), 1
-    )
+    text = json.dumps(names, ensure_ascii=False)
+    return zlib.compress(text.encode() + b"\0" + codes.tobytes(), 1)
 
 
 def unpack_coded(blob: bytes) -> tuple[list[str], Codes]:
@@ -114,5 +116,5 @@ def _inflate(blob: bytes) -> bytes:
         return zlib.decompress(blob)
     except zlib.error as error:
         raise Damaged(
-            f"a column of tiles cannot be read ({error}); restore the atlas's database"
+            f"a tile column in the atlas's database cannot be read ({error}); {REMEDY}"
         ) from error

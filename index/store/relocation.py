@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,9 @@ from ...artifacts.unread import INDEXES, belongs_to
 from ...artifacts.walking import walk
 from ...errors import BadInput
 from .catalog import Catalog, update
+
+MarkOf = Callable[[Path], str]
+"""Returns the content mark of a file; each is computed once."""
 
 
 class Relocated(NamedTuple):
@@ -36,93 +40,68 @@ class Relocated(NamedTuple):
 def relocate(
     atlas: Path, catalog: Catalog, old: str | None, new: Path | None, folders: Sequence[Path]
 ) -> list[Relocated]:
-    """Find the slides of an atlas at their new paths and store these.
+    """Update the paths of moved slides; see :meth:`Atlas.relocate <histoseek.index.atlas.Atlas.relocate>`.
 
-    A slide is recognised by the content mark in its feature file (size, first and last mebibyte). A tile
-    set in a folder is recognised by the names of its tiles.
-
-    Args:
-        atlas: its folder.
-        catalog: of the atlas; the caller holds the atlas's lock.
-        old: former folder of the slides; only slides below it are checked.
-        new: the folder that replaces ``old``.
-        folders: instead of ``old`` and ``new``: folders to search by file name, then by content.
-
-    Returns:
-        One entry for each slide that was checked, sorted by name.
-
-    Raises:
-        BadInput: a folder does not exist, or no slide lies below ``old``.
+    The caller must hold the atlas's lock.
     """
     for folder in (*folders, *([new] if new is not None else [])):
         if not folder.is_dir():
             raise BadInput(f"{folder} is not a folder; check the path")
     slides = [dict(row) for row in catalog.rows("SELECT * FROM slides ORDER BY name")]
+    mark_of = cache(_mark)
+    files = None
     if old is not None and new is not None:
         below = [slide for slide in slides if _below(slide["source"], old) is not None]
         if not below:
-            known = sorted({os.path.dirname(slide["source"]) for slide in slides})[:5]
+            parents = sorted({os.path.dirname(slide["source"]) for slide in slides})[:5]
             raise BadInput(
-                f"no slide of the atlas lies below {old!r}; its slides lie in {', '.join(known)}"
+                f"no slide of the atlas is below {old!r}; its slides are in {', '.join(parents)}"
             )
-        files = None
-        wanted = {slide["id"]: [new / (_below(slide["source"], old) or "")] for slide in below}
+        candidates = {slide["id"]: [new / (_below(slide["source"], old) or "")] for slide in below}
         slides = below
     else:
-        files = _Files(folders)
-        wanted = {slide["id"]: files.named(slide) for slide in slides}
-    marks = _Marks()
-    found = []
+        files = _Files(folders, mark_of)
+        candidates = {slide["id"]: files.named(slide) for slide in slides}
+    results = []
     for slide in slides:
         features = read_features(atlas / slide["features_file"])
-        result = _relocated(slide, features, wanted[slide["id"]], marks)
+        result = _relocated(slide, features, candidates[slide["id"]], mark_of)
         if result.state in {"not found", "other content"} and files is not None:
-            result = _anywhere(slide, features, files, marks) or result
+            result = _anywhere(slide, features, files) or result
         if result.state == "moved":
             with catalog.write() as db:
                 update(db, "slides", {"id": slide["id"]}, {"source": result.source})
-        found.append(result)
-    return found
+        results.append(result)
+    return results
 
 
 class _Files:
     """The files and folders to search."""
 
-    def __init__(self, folders: Sequence[Path]) -> None:
-        self.every = [file for folder in folders for file in walk(folder, belongs_to).files]
+    def __init__(self, folders: Sequence[Path], mark_of: MarkOf) -> None:
+        self._files = [file for folder in folders for file in walk(folder, belongs_to).files]
+        self._mark_of = mark_of
         self._named: dict[str, list[Path]] = {}
-        above = {parent for file in self.every for parent in file.parents}
+        above = {parent for file in self._files for parent in file.parents}
         inside = [p for p in above if any(p == f or p.is_relative_to(f) for f in folders)]
-        for path in sorted([*self.every, *inside]):
+        for path in sorted([*self._files, *inside]):
             self._named.setdefault(path.name, []).append(path)
-        self._by_mark: dict[str, list[Path]] | None = None
 
     def named(self, slide: Mapping[str, Any]) -> list[Path]:
         """Return the files and folders with the file name of a slide or tile set."""
         return self._named.get(Path(slide["source"]).name, [])
 
-    def with_mark(self, mark: str, marks: _Marks) -> list[Path]:
-        """Return the files with a content mark; the first call reads the marks of all files."""
-        if self._by_mark is None:
-            self._by_mark = {}
-            for file in self.every:
-                self._by_mark.setdefault(marks.of(file), []).append(file)
-        return self._by_mark.get(mark, [])
+    @cached_property
+    def by_mark(self) -> dict[str, Path]:
+        """The first file with each content mark; the first access reads the marks of all files."""
+        return {self._mark_of(file): file for file in reversed(self._files)}
 
 
-class _Marks:
-    """Content marks of files, each computed once."""
-
-    def __init__(self) -> None:
-        self._known: dict[Path, str] = {}
-
-    def of(self, path: Path) -> str:
-        if path not in self._known:
-            try:
-                self._known[path] = content_mark(path)
-            except OSError as error:
-                self._known[path] = f"unreadable: {error}"
-        return self._known[path]
+def _mark(path: Path) -> str:
+    try:
+        return content_mark(path)
+    except OSError as error:
+        return f"unreadable: {error}"
 
 
 def _below(source: str, folder: str) -> str | None:
@@ -135,57 +114,52 @@ def _below(source: str, folder: str) -> str | None:
 
 
 def _relocated(
-    slide: Mapping[str, Any], features: Features, candidates: Sequence[Path], marks: _Marks
+    slide: Mapping[str, Any], features: Features, candidates: Sequence[Path], mark_of: MarkOf
 ) -> Relocated:
-    """Compare the candidate paths of a slide with its known content."""
+    """Compare the content of the candidate paths with the slide's stored content mark."""
     name, source = str(slide["name"]), str(slide["source"])
     mark = features.about.get("key", {}).get("content")
     if mark is None:
         reason = (
-            "its features hold no content mark, as those of other tools; its place was not changed"
+            "its feature file has no content mark (files of other tools have none), so its path was not "
+            "changed"
         )
         return Relocated(name, "unchecked", source, reason)
-    there = [path for path in candidates if path.exists()]
-    for path in there:
-        same, reason = _is_same(slide, features, mark, path, marks)
+    existing = [path for path in candidates if path.exists()]
+    for path in existing:
+        same, reason = _is_same(slide, features, mark, path, mark_of)
         if same:
-            place = os.path.abspath(path)
-            return Relocated(name, "there" if place == source else "moved", place, reason)
-    if source and _is_same(slide, features, mark, Path(source), marks)[0]:
+            target = os.path.abspath(path)
+            return Relocated(name, "there" if target == source else "moved", target, reason)
+    if source and _is_same(slide, features, mark, Path(source), mark_of)[0]:
         return Relocated(name, "there", source)
-    if there:
-        reason = f"{there[0]} has other content; embed it as a new slide, or look elsewhere"
+    if existing:
+        reason = f"{existing[0]} has other content; embed it as a new slide, or give another folder"
         return Relocated(name, "other content", source, reason)
-    return Relocated(name, "not found", source, "no file there has its content")
+    return Relocated(name, "not found", source, "no file in this folder has its content")
 
 
-def _anywhere(
-    slide: Mapping[str, Any], features: Features, files: _Files, marks: _Marks
-) -> Relocated | None:
+def _anywhere(slide: Mapping[str, Any], features: Features, files: _Files) -> Relocated | None:
     """Search for a slide under another file name, by its content.
 
     A slide's index file (``.mrxs``, ``.vms``) is small and may equal those of other slides, so it is found
     only under its own name.
     """
     mark = features.about.get("key", {}).get("content")
-    if mark is None or slide["kind"] != "slide" or _is_index(Path(slide["source"])):
+    is_index = Path(slide["source"]).suffix.lower() in {".mrxs", *INDEXES}
+    if mark is None or slide["kind"] != "slide" or is_index:
         return None
-    for path in files.with_mark(mark, marks):
-        return Relocated(str(slide["name"]), "moved", os.path.abspath(path))
-    return None
-
-
-def _is_index(path: Path) -> bool:
-    return path.suffix.lower() in {".mrxs", *INDEXES}
+    path = files.by_mark.get(mark)
+    return None if path is None else Relocated(slide["name"], "moved", os.path.abspath(path))
 
 
 def _is_same(
-    slide: Mapping[str, Any], features: Features, mark: str, path: Path, marks: _Marks
+    slide: Mapping[str, Any], features: Features, mark: str, path: Path, mark_of: MarkOf
 ) -> tuple[bool, str]:
     """Return whether ``path`` is this slide or tile set, and what could not be checked."""
     if slide["kind"] == "slide":
-        whole = path.suffix.lower() != ".mrxs" or path.with_suffix("").is_dir()
-        return whole and path.is_file() and marks.of(path) == mark, ""
+        complete = path.suffix.lower() != ".mrxs" or path.with_suffix("").is_dir()
+        return complete and path.is_file() and mark_of(path) == mark, ""
     if path.name != Path(slide["source"]).name:
         return False, ""
     try:
@@ -197,4 +171,4 @@ def _is_same(
     # A copied folder has new file times and so another fingerprint: compare the names of the tiles instead.
     names = set(features.files or ())
     same = path.is_dir() and bool(names) and names <= {tile.file for tile in tiles.tiles}
-    return same, "its tiles were found by name; their content was not compared" if same else ""
+    return same, "its tiles were compared by name, not by content" if same else ""

@@ -52,7 +52,7 @@ class Added:
         state: added, unchanged (already in the atlas), relabelled, moved (the slide has a new path),
             replaced or failed.
         tiles: number of tiles.
-        reason: why it failed, or why it has no tiles.
+        reason: why it failed or has no tiles, or what else the user should know.
         encoder_by: for a file of another tool, the source that states which encoder made it.
     """
 
@@ -70,16 +70,8 @@ def plain_name(name: str) -> str:
 
 
 OWN = {
-    "tile",
-    "x",
-    "y",
-    "size_px_level0",
-    "kind",
-    "cluster",
-    "vector",
-    "projection_x",
-    "projection_y",
-}
+    "tile", "x", "y", "size_px_level0", "kind", "cluster", "vector", "projection_x", "projection_y"
+}  # fmt: skip
 """Column names reserved for histoseek and its exports."""
 
 
@@ -89,9 +81,9 @@ def further(row: dict[str, Any]) -> dict[str, str]:
     Raises:
         BadInput: a column has a name reserved for histoseek.
     """
-    known = {"slide", "path", "label", "patient", "mpp", "file"}
-    if taken := sorted(OWN & set(row)):
+    standard = {"slide", "path", "label", "patient", "mpp", "file"}
+    if reserved := sorted(OWN & set(row)):
         raise BadInput(
-            f"the metadata has a column {taken[0]!r}, which is histoseek's own: rename it"
+            f"the metadata has a column {reserved[0]!r}; histoseek uses this name itself: rename the column"
         )
-    return {str(k): str(v) for k, v in row.items() if k not in known and v not in (None, "")}
+    return {str(k): str(v) for k, v in row.items() if k not in standard and v not in (None, "")}

@@ -21,12 +21,7 @@ TOLERANCE = 0.05
 """Relative tolerance between two scales; 0.5 and 0.499 µm per pixel count as equal."""
 
 
-def differ(one: float, other: float) -> bool:
-    """Whether two scales (µm per pixel) differ by more than the tolerance."""
-    return max(one, other) > (1 + TOLERANCE) * min(one, other)
-
-
-def check_scale(db: sqlite3.Connection, name: str, target_mpp: float | None, origin: str) -> None:
+def check_scale(db: sqlite3.Connection, name: str, target_mpp: float | None, origin: str) -> str:
     """Check that a slide's tiles have the scale of the atlas's tiles.
 
     Args:
@@ -35,46 +30,49 @@ def check_scale(db: sqlite3.Connection, name: str, target_mpp: float | None, ori
         target_mpp: µm per pixel of its tiles; None if unknown.
         origin: name of the input for messages.
 
+    Returns:
+        A notice if this slide sets the scale of the atlas, because no other slide has one; else "".
+
     Raises:
         Mismatch: the scales differ, and the atlas does not allow mixed scales; the message gives both.
     """
     if target_mpp is None or get_meta(db, MIXED):
-        return
-    known = db.execute(
+        return ""
+    scales = db.execute(
         "SELECT target_mpp, COUNT(*) AS slides FROM slides WHERE target_mpp IS NOT NULL AND tiles > 0 "
         "AND name != ? GROUP BY target_mpp ORDER BY slides DESC",
         (name,),
     ).fetchall()
-    others = [row for row in known if differ(row["target_mpp"], target_mpp)]
-    if others:
-        theirs, slides = others[0]["target_mpp"], others[0]["slides"]
-        raise Mismatch(
-            f"{origin} has tiles of {target_mpp:.4g} µm per pixel; the atlas holds tiles of {theirs:.4g} "
-            f"({slides} slide{'' if slides == 1 else 's'}), and at most {TOLERANCE:.0%} apart are "
-            "compared: embed the slide at the atlas's scale, or pass --mixed-scales to `index add` or "
-            "`index import`"
-        )
+    for theirs, slides in scales:
+        if max(theirs, target_mpp) > (1 + TOLERANCE) * min(theirs, target_mpp):
+            raise Mismatch(
+                f"{origin} has tiles of {target_mpp:.4g} µm per pixel, but the atlas has tiles of "
+                f"{theirs:.4g} µm per pixel ({slides} slide{'' if slides == 1 else 's'}); the scales may "
+                f"differ by at most {TOLERANCE:.0%}: embed the slide at the atlas's scale, or pass "
+                "--mixed-scales to `histoseek index add` or `histoseek index import`"
+            )
+    if scales:
+        return ""
+    return (
+        f"this slide sets the scale of the atlas: {target_mpp:.4g} µm per pixel; slides of another scale "
+        "need --mixed-scales"
+    )
 
 
 def scales_of(slides: Sequence[Mapping[str, Any]], mixed: bool) -> dict[str, Any]:
-    """Count slides and tiles by scale, JSON-ready; the scale with most tiles comes first.
-
-    Args:
-        slides: rows of the table ``slides``.
-        mixed: whether different scales are allowed.
-    """
+    """Count slides and tiles by scale, JSON-ready; the scale with most tiles comes first."""
     counts: dict[float | None, list[int]] = {}
     for slide in slides:
         scale = None if slide["target_mpp"] is None else round(float(slide["target_mpp"]), 4)
-        found = counts.setdefault(scale, [0, 0])
-        found[0] += 1
-        found[1] += slide["tiles"]
-    without = counts.pop(None, [0, 0])
+        count = counts.setdefault(scale, [0, 0])
+        count[0] += 1
+        count[1] += slide["tiles"]
+    slides_unknown, tiles_unknown = counts.pop(None, [0, 0])
     order = sorted(counts.items(), key=lambda item: (-item[1][1], item[0] or 0))
     return {
         "mixed": mixed,
         "of_tiles": [{"target_mpp": k, "slides": n, "tiles": t} for k, (n, t) in order],
-        "unknown": {"slides": without[0], "tiles": without[1]},
+        "unknown": {"slides": slides_unknown, "tiles": tiles_unknown},
     }
 
 
@@ -85,5 +83,6 @@ def scales_line(scales: Mapping[str, Any]) -> str:
     ]
     if scales["unknown"]["tiles"]:
         parts.append(f"unknown ({scales['unknown']['tiles']:,} tiles)")
-    mixed = "mixed scales were allowed" if scales["mixed"] else ""
-    return "; ".join([*parts, *([mixed] if mixed else [])]) or "no tiles"
+    if scales["mixed"]:
+        parts.append("mixed scales are allowed")
+    return "; ".join(parts) or "no tiles"

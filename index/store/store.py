@@ -18,6 +18,7 @@ from ...artifacts.feature_files import parse_features
 from ...artifacts.manifest import Manifest, read_manifest
 from ...errors import Damaged
 from .catalog import ATLAS_ID, Catalog
+from .packing import SEAL
 from .scales import MIXED
 
 T = TypeVar("T")
@@ -26,6 +27,8 @@ ENCODER = "encoder"
 FEATURES = "features"
 """Folder of the feature files."""
 LOCK = ".lock"
+RESTORE = "restore it from a copy, or embed the slide again and add it with --replace"
+"""The remedy for a damaged feature file."""
 RETRIES = 100
 
 
@@ -39,7 +42,8 @@ class Store:
     Attributes:
         path: the folder.
         catalog: its database.
-        manifest: of the encoder that the atlas is bound to.
+        encoder_bundle: the folder of the atlas's copy of its encoder.
+        manifest: of this encoder.
     """
 
     def __init__(self, path: Path) -> None:
@@ -49,20 +53,15 @@ class Store:
             BadInput: the folder is not an atlas, or a newer histoseek wrote it.
             Damaged: the catalog names another encoder than the bundle in the folder.
         """
-        self.path = path
+        self.path, self.encoder_bundle = path, path / ENCODER
         self.catalog = Catalog(path)
-        meta = self.catalog.meta()
-        self.manifest: Manifest = read_manifest(path / ENCODER, check_graph=False)
-        if meta["encoder_sha256"] != self.manifest.sha256:
+        expected = self.catalog.meta()["encoder_sha256"]
+        self.manifest: Manifest = read_manifest(self.encoder_bundle, check_graph=False)
+        if self.manifest.sha256 != expected:
             raise Damaged(
-                f"{path / ENCODER} is encoder {self.manifest.sha256[:12]}…, the atlas is bound to "
-                f"{meta['encoder_sha256'][:12]}…; put the right bundle back"
+                f"{self.encoder_bundle} contains encoder {self.manifest.sha256[:12]}…, but the atlas was "
+                f"created with encoder {expected[:12]}…; restore that bundle"
             )
-
-    @property
-    def encoder_bundle(self) -> Path:
-        """The folder of the atlas's copy of its encoder."""
-        return self.path / ENCODER
 
     @property
     def identity(self) -> str:
@@ -81,18 +80,15 @@ class Store:
             Damaged: the file is missing, cannot be read, or has changed since it was added.
         """
         path = self.path / slide["features_file"]
-        state = "is changed"
+        blob, state = b"", "has changed since it was added"
         try:
             blob = path.read_bytes()
         except FileNotFoundError:
-            blob, state = b"", "is missing"
+            state = "is missing"
         except OSError as error:
-            blob, state = b"", f"cannot be read ({error.strerror})"
+            state = f"cannot be read ({error.strerror})"
         if hashlib.sha256(blob).hexdigest() != slide["features_sha256"]:
-            raise Damaged(
-                f"{path} of slide {slide['name']!r} {state}; restore it, or embed the slide again and add "
-                "it with --replace"
-            )
+            raise Damaged(f"{path} of slide {slide['name']!r} {state}; {RESTORE}")
         return parse_features(blob, path).features
 
     def tile_ranges(self) -> list[dict[str, Any]]:
@@ -106,18 +102,11 @@ class Store:
     def slides(self) -> list[dict[str, Any]]:
         """Return all slides and tile sets with counts, labels, metadata and provenance, sorted by name."""
         rows = self.catalog.rows("SELECT * FROM slides ORDER BY name")
-        return [
-            {k: v for k, v in dict(row).items() if k not in {"metadata", "seal"}}
-            | {"metadata": json.loads(row["metadata"])}
-            for row in rows
-        ]
+        slides = [dict(row) | {"metadata": json.loads(row["metadata"])} for row in rows]
+        return [{k: v for k, v in slide.items() if k != SEAL} for slide in slides]
 
     def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
-        """Return tile ids (N,) ascending and vectors (N, D), from the feature files.
-
-        Raises:
-            Damaged: a feature file is missing or has changed since it was added.
-        """
+        """Return tile ids (N,) ascending and vectors (N, D); see :meth:`vectors_of`."""
         return self.retry_if_changed(self._vectors)
 
     def _vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from itertools import combinations
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...console import Progress
+from ...console import Progress, no_progress
 from ...errors import BadInput, unknown_name
 from ..atlas import Atlas
 from ..search.tiles import Mask, allowed
@@ -33,53 +34,56 @@ def least_score(view: View, least: float | None) -> float:
     highest = 1.0 if cosine else 0.0
     if least is not None:
         if not -np.inf < least <= highest:
-            raise BadInput(f"a score of {least} is not possible; expected at most {highest:g}")
+            raise BadInput(
+                f"a score of {least} is not possible; expected a number up to {highest:g}"
+            )
         return least
     if cosine:
         return SAME
-    some = next((s for s in view.columns.slides if s["name"] and s["tiles"]), None)
-    if some is None:
-        raise BadInput(f"{view.state.store.path} holds no tiles yet; add features first")
-    length = float(np.median(np.linalg.norm(view.state.store.vectors_of(some), axis=1)))
+    sample = next((s for s in view.columns.slides if s["name"] and s["tiles"]), None)
+    if sample is None:
+        raise BadInput(f"{view.state.store.path} contains no tiles yet; add features first")
+    length = float(np.median(np.linalg.norm(view.state.store.vectors_of(sample), axis=1)))
     return -float(np.sqrt(2 - 2 * SAME)) * length
 
 
 def _near(
     view: View,
     least: float,
-    asked: Mask | None,
-    allowed_: Mask | None,
+    queries: Mask | None,
+    candidates: Mask | None,
     k: int,
     progress: Progress,
 ) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return pairs (P, 2) of a query tile and a tile near it, and scores (P,)."""
-    found: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
+    pairs: list[NDArray[np.int64]] = [np.zeros((0, 2), dtype=np.int64)]
     scores: list[NDArray[np.float32]] = [np.zeros(0, dtype=np.float32)]
     slides = view.columns.slides
     for number, slide in enumerate(slides):
         progress(number + 1, len(slides), slide["name"])
         start = int(view.columns.starts[number])
         rows = np.arange(slide["tiles"])
-        if asked is not None:
-            rows = rows[asked[start : start + slide["tiles"]]]
+        if queries is not None:
+            rows = rows[queries[start : start + slide["tiles"]]]
         if not slide["name"] or not len(rows):
             continue
         vectors = view.state.store.vectors_of(slide)
         for at in range(0, len(rows), BATCH):
             part = rows[at : at + BATCH]
-            score, near = view.index.search(vectors[part], k, allowed_)
-            own = (start + part)[:, None]
-            line, column = np.nonzero((near >= 0) & (score >= least) & (near != own))
-            found.append(np.stack([start + part[line], near[line, column]], axis=1))
+            score, near = view.index.search(vectors[part], k, candidates)
+            positions = start + part
+            close = (near >= 0) & (score >= least) & (near != positions[:, None])
+            line, column = np.nonzero(close)
+            pairs.append(np.stack([positions[line], near[line, column]], axis=1))
             scores.append(score[line, column])
-    return np.concatenate(found), np.concatenate(scores)
+    return np.concatenate(pairs), np.concatenate(scores)
 
 
 def duplicates(
     atlas: Atlas,
     least: float | None = None,
     where: str | None = None,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Group tiles that are nearly the same.
 
@@ -97,8 +101,8 @@ def duplicates(
     view = atlas.view()
     least = least_score(view, least)
     mask = allowed(view.state, where)
-    found, scores = _near(view, least, mask, mask, NEIGHBOURS + 1, progress)
-    groups = _groups(found)
+    pairs, scores = _near(view, least, mask, mask, NEIGHBOURS + 1, progress)
+    groups = _groups(pairs)
     slide = view.columns.slide_of
     shown = [
         {
@@ -118,17 +122,17 @@ def duplicates(
     }
 
 
-def _groups(found: NDArray[np.int64]) -> list[list[int]]:
+def _groups(pairs: NDArray[np.int64]) -> list[list[int]]:
     """Return the connected components of the pairs, largest first."""
     from scipy.sparse import coo_matrix
     from scipy.sparse.csgraph import connected_components
 
-    if not len(found):
+    if not len(pairs):
         return []
-    members, number = np.unique(found, return_inverse=True)
-    number = number.reshape(found.shape)
+    members, number = np.unique(pairs, return_inverse=True)
+    number = number.reshape(pairs.shape)
     size = len(members)
-    graph = coo_matrix((np.ones(len(found)), (number[:, 0], number[:, 1])), shape=(size, size))
+    graph = coo_matrix((np.ones(len(pairs)), (number[:, 0], number[:, 1])), shape=(size, size))
     _, group = connected_components(graph, directed=False)
     order = np.argsort(group, kind="stable")
     parts = np.split(members[order], np.flatnonzero(np.diff(group[order])) + 1)
@@ -139,7 +143,7 @@ def leakage(
     atlas: Atlas,
     split: str,
     least: float | None = None,
-    progress: Progress = lambda done, total, text: None,
+    progress: Progress = no_progress,
 ) -> dict[str, Any]:
     """Check whether parts of a data set share patients or images.
 
@@ -162,28 +166,27 @@ def leakage(
     part, patient = view.columns.coded(split), view.columns.coded("patient")
     if not 2 <= len(part.names) <= MAX_PARTS:
         raise BadInput(
-            f"column {split!r} names {len(part.names)} part(s); expected 2 to {MAX_PARTS}, such as train "
+            f"column {split!r} has {len(part.names)} value(s); expected 2 to {MAX_PARTS}, such as train "
             "and test"
         )
     least = least_score(view, least)
     alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
     reports = []
-    for a in range(len(part.names)):
-        for b in range(a + 1, len(part.names)):
-            of_a, of_b = alive & (part.codes == a), alive & (part.codes == b)
-            both = set(patient.codes[of_a].tolist()) & set(patient.codes[of_b].tolist())
-            names = sorted(patient.names[code] for code in both - {-1})
-            found, scores = _near(view, least, of_a, of_b, 1, progress)
-            examples = found[np.argsort(-scores, kind="stable")][:20]
-            reports.append(
-                {
-                    "parts": [part.names[a], part.names[b]],
-                    "patients_in_both": len(names),
-                    "patients": names[:50],
-                    "near_duplicates": len(found),
-                    "examples": [view.columns.tiles(pair) for pair in examples],
-                }
-            )
+    for a, b in combinations(range(len(part.names)), 2):
+        of_a, of_b = alive & (part.codes == a), alive & (part.codes == b)
+        both = np.intersect1d(patient.codes[of_a], patient.codes[of_b]).tolist()
+        names = sorted(patient.names[code] for code in both if code >= 0)
+        pairs, scores = _near(view, least, of_a, of_b, 1, progress)
+        examples = pairs[np.argsort(-scores, kind="stable")][:20]
+        reports.append(
+            {
+                "parts": [part.names[a], part.names[b]],
+                "patients_in_both": len(names),
+                "patients": names[:50],
+                "near_duplicates": len(pairs),
+                "examples": [view.columns.tiles(pair) for pair in examples],
+            }
+        )
     return {
         "split": split,
         "least": least,

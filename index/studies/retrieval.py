@@ -13,6 +13,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable
+from dataclasses import asdict
 from typing import Any
 
 import numpy as np
@@ -23,15 +24,13 @@ from ..atlas import Atlas
 from ..search import cases
 from ..search.tiles import Mask
 from ..view import View
-from .scores import RANKS, Asked, Ints, RetrievalOptions, _scores
+from .scores import RANKS, Ints, QueryResults, RetrievalOptions, scores_of
 
 LATENCY_RUNS = 30
 
 
 def evaluate(
-    atlas: Atlas,
-    options: RetrievalOptions,
-    encode: Callable[[], NDArray[np.float32]] | None = None,
+    atlas: Atlas, options: RetrievalOptions, encode: Callable[[], NDArray[np.float32]] | None = None
 ) -> dict[str, Any]:
     """Evaluate the search of an atlas.
 
@@ -50,49 +49,49 @@ def evaluate(
     view = atlas.view()
     view.state.require_tiles()
     label = _column(view, options.label)
-    owner, how = _owners(view, options)
+    owner, note = _owners(view, options)
     slide_ms: float | None = None
     alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
-    known = alive & (label.codes >= 0)
-    warnings = [how] if how else []
-    _check(options, known, label.codes, owner, label.names)
+    labelled = alive & (label.codes >= 0)
+    warnings = [note] if note else []
+    _check(options, labelled, label.codes, owner, label.names)
     if options.unit == "tile":
-        asked = _ask_tiles(view, known, label.codes, owner, options)
-        total = int(known.sum())
-        if len(asked.label) < total:
+        results = _query_tiles(view, labelled, label.codes, owner, options)
+        used, total = len(results.label), int(labelled.sum())
+        if used < total:
             warnings.append(
-                f"{len(asked.label)} of {total} labelled tiles were asked, drawn at random"
+                f"{used} of {total} labelled tiles were used as queries, drawn at random"
             )
     else:
-        asked, more, slide_ms = _ask_slides(view, known, label.codes, owner)
-        warnings += more
-    warnings += _unanswerable(asked, label.names)
+        results, notes, slide_ms = _query_slides(view, labelled, label.codes, owner)
+        warnings += notes
+    warnings += _unanswerable(results, label.names)
     manifest = atlas.manifest
     return {
         "atlas": str(atlas.path),
         "encoder": {"name": manifest.name, "sha256": manifest.sha256, "dim": manifest.dim},
         "revision": view.revision,
-        "index": view.index.plan.as_dict(),
+        "index": asdict(view.index.plan),
         "unit": options.unit,
         "label": options.label,
         "leave_out": options.leave_out,
-        "queries": len(asked.label),
-        "owners": len(np.unique(asked.owner)),
-        "classes": {name: int((asked.label == n).sum()) for n, name in enumerate(label.names)},
+        "queries": len(results.label),
+        "owners": len(np.unique(results.owner)),
+        "classes": {name: int((results.label == n).sum()) for n, name in enumerate(label.names)},
         "warnings": warnings,
-        **_scores(asked, label.names, options),
+        **scores_of(results, label.names, options),
         "latency": {**_latency(atlas, encode), "slide_search_ms": slide_ms},
     }
 
 
-def _unanswerable(asked: Asked, names: list[str]) -> list[str]:
-    """Return the classes that only one owner has: their queries cannot be answered correctly."""
-    lost = asked.reachable == 0
+def _unanswerable(results: QueryResults, names: list[str]) -> list[str]:
+    """Return a warning if only one owner has a class: its queries cannot be answered correctly."""
+    lost = results.reachable == 0
     if not lost.any():
         return []
-    classes = sorted({names[code] for code in asked.label[lost].tolist()})
+    classes = sorted({names[code] for code in results.label[lost].tolist()})
     return [
-        f"{int(lost.sum())} queries cannot be answered, since no other owner has their class "
+        f"{int(lost.sum())} queries cannot be answered, because no other owner has their class "
         f"({', '.join(classes[:5])}); they count as wrong"
     ]
 
@@ -115,13 +114,13 @@ def _owners(view: View, options: RetrievalOptions) -> tuple[Ints, str]:
     )
     if not options.without_patients:
         raise BadInput(
-            f"{share}: tiles of one patient in both parts would make every number too good; give "
-            f"{options.leave_out}s with `index relabel --metadata`, or pass --without-patients to leave "
-            "out the slide instead (the report says so)"
+            f"{share}; if a tile could find tiles of its own patient, all results would be too good. "
+            f"Add the {options.leave_out} with `index relabel --metadata`, or pass --without-patients to "
+            "leave out the tile's slide instead (the report then has a warning)"
         )
     slide = view.columns.slide_of(np.arange(len(owner)))
     warning = (
-        f"{share}; their slide was left out instead. If a patient has several slides, the numbers are too "
+        f"{share}; their slide was left out instead. If a patient has several slides, the results are too "
         "good"
     )
     return _joined(owner, slide), warning
@@ -133,50 +132,53 @@ def _joined(owner: Ints, slide: Ints) -> Ints:
     from scipy.sparse.csgraph import connected_components
 
     slides, owners = int(slide.max()) + 1, int(owner.max()) + 1
-    known = owner >= 0
+    named = owner >= 0
     size = slides + owners
-    links = (np.ones(int(known.sum())), (slide[known], slides + owner[known]))
+    links = (np.ones(int(named.sum())), (slide[named], slides + owner[named]))
     _, group = connected_components(coo_matrix(links, shape=(size, size)), directed=False)
-    found: Ints = group[slide].astype(np.int64)
-    return found
+    merged: Ints = group[slide].astype(np.int64)
+    return merged
 
 
 def _check(
-    options: RetrievalOptions, known: Mask, labels: Any, owner: Ints, names: list[str]
+    options: RetrievalOptions, labelled: Mask, labels: Any, owner: Ints, names: list[str]
 ) -> None:
-    classes = len(np.unique(labels[known]))
+    classes = len(np.unique(labels[labelled]))
     if classes < 2:
         raise BadInput(
-            f"column {options.label!r} has {classes} value(s) ({', '.join(names[:3])}); retrieval needs 2"
+            f"column {options.label!r} has {classes} value(s) ({', '.join(names[:3])}); retrieval needs at "
+            "least 2"
         )
-    if len(np.unique(owner[known])) < 2:
-        raise BadInput(f"all labelled tiles are of one {options.leave_out}; at least 2 are needed")
+    if len(np.unique(owner[labelled])) < 2:
+        raise BadInput(
+            f"all labelled tiles belong to one {options.leave_out}; retrieval needs at least 2"
+        )
 
 
-def _ask_tiles(
-    view: View, known: Mask, labels: Any, owner: Ints, options: RetrievalOptions
-) -> Asked:
-    positions = np.flatnonzero(known)
+def _query_tiles(
+    view: View, labelled: Mask, labels: Any, owner: Ints, options: RetrievalOptions
+) -> QueryResults:
+    positions = np.flatnonzero(labelled)
     if len(positions) > options.queries:
         rng = np.random.default_rng(options.seed)
         positions = np.sort(rng.choice(positions, options.queries, replace=False))
     vectors = view.state.vectors_at(positions)
-    found = np.full((len(positions), RANKS), -1, dtype=np.int64)
+    hits = np.full((len(positions), RANKS), -1, dtype=np.int64)
     candidates = np.zeros((len(positions), int(labels.max()) + 1), dtype=np.int64)
-    for own in np.unique(owner[positions]):
-        rows = np.flatnonzero(owner[positions] == own)
-        mask = known & (owner != own)
+    for left_out in np.unique(owner[positions]):
+        rows = np.flatnonzero(owner[positions] == left_out)
+        mask = labelled & (owner != left_out)
         _, at = view.index.search(vectors[rows], RANKS, mask)
-        found[rows[:, None], np.arange(at.shape[1])] = np.where(at >= 0, labels[at], -1)
+        hits[rows[:, None], np.arange(at.shape[1])] = np.where(at >= 0, labels[at], -1)
         candidates[rows] = np.bincount(labels[mask], minlength=candidates.shape[1])
-    asked = labels[positions].astype(np.int64)
-    reachable = candidates[np.arange(len(asked)), asked]
-    return Asked(asked, owner[positions], found, reachable, candidates)
+    label = labels[positions].astype(np.int64)
+    reachable = candidates[np.arange(len(label)), label]
+    return QueryResults(label, owner[positions], hits, reachable, candidates)
 
 
-def _ask_slides(
-    view: View, known: Mask, labels: Any, owner: Ints
-) -> tuple[Asked, list[str], float]:
+def _query_slides(
+    view: View, labelled: Mask, labels: Any, owner: Ints
+) -> tuple[QueryResults, list[str], float]:
     """Use every slide whose tiles have one label and one owner as a query.
 
     Returns:
@@ -184,41 +186,42 @@ def _ask_slides(
     """
     columns = view.columns
     usable: list[tuple[int, int, int]] = []
-    labelled = 0
+    total = 0
     for number, slide in enumerate(columns.slides):
         part = slice(int(columns.starts[number]), int(columns.starts[number + 1]))
-        if not slide["name"] or not known[part].any():
+        if not slide["name"] or not labelled[part].any():
             continue
-        labelled += 1
+        total += 1
         of_one = len(set(labels[part].tolist())) == 1 == len(set(owner[part].tolist()))
-        if known[part].all() and of_one:
+        if labelled[part].all() and of_one:
             usable.append((number, int(labels[part][0]), int(owner[part][0])))
-    if len({own for _, _, own in usable}) < 2:
-        raise BadInput("fewer than 2 slides have one label and one patient; use --unit tile")
-    warnings = []
-    if len(usable) < labelled:
-        lost = labelled - len(usable)
-        warnings.append(
-            f"{lost} of {labelled} slides hold several labels or patients, and were left out"
+    if len({who for _, _, who in usable}) < 2:
+        raise BadInput(
+            "fewer than 2 patients have a slide with one label and one patient; use --unit tile"
         )
-    all_ = cases.mosaics_of(view.state, [n for n, _, _ in usable])
+    warnings = []
+    if lost := total - len(usable):
+        warnings.append(
+            f"{lost} of {total} slides have several labels or patients and were left out"
+        )
+    mosaics = cases.mosaics_of(view.state, [n for n, _, _ in usable])
     row_of = {number: row for row, (number, _, _) in enumerate(usable)}
-    slide_row = np.array([row_of[n] for n in columns.slide_of(all_.positions).tolist()])
+    slide_row = np.array([row_of[n] for n in columns.slide_of(mosaics.positions).tolist()])
     label = np.array([code for _, code, _ in usable])
-    own = np.array([who for _, _, who in usable])
-    found = np.full((len(usable), RANKS), -1, dtype=np.int64)
+    owners = np.array([who for _, _, who in usable])
+    hits = np.full((len(usable), RANKS), -1, dtype=np.int64)
     candidates = np.zeros((len(usable), int(labels.max()) + 1), dtype=np.int64)
     started = time.perf_counter()
-    for row, who in enumerate(own.tolist()):
-        others = np.flatnonzero(own[slide_row] != who)
-        asked = all_.part(np.flatnonzero(slide_row == row))
-        ranked, _ = cases.rank(asked, all_.part(others), slide_row[others], view.state.metric)
+    for row, who in enumerate(owners.tolist()):
+        others = np.flatnonzero(owners[slide_row] != who)
+        query = mosaics.part(np.flatnonzero(slide_row == row))
+        ranked, _ = cases.rank(query, mosaics.part(others), slide_row[others], view.state.metric)
         best = label[ranked[:RANKS]]
-        found[row, : len(best)] = best
-        candidates[row] = np.bincount(label[own != who], minlength=candidates.shape[1])
+        hits[row, : len(best)] = best
+        candidates[row] = np.bincount(label[owners != who], minlength=candidates.shape[1])
     took = 1000 * (time.perf_counter() - started) / len(usable)
     reachable = candidates[np.arange(len(label)), label]
-    return Asked(label, own, found, reachable, candidates), warnings, took
+    return QueryResults(label, owners, hits, reachable, candidates), warnings, took
 
 
 def _latency(

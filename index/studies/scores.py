@@ -45,66 +45,67 @@ class RetrievalOptions:
             raise unknown_name("unit", self.unit, ("tile", "slide"))
         if self.queries < 1 or self.bootstrap < 1 or self.seed < 0:
             raise BadInput(
-                f"queries {self.queries}, bootstrap {self.bootstrap}, seed {self.seed}: expected at least "
-                "1, 1 and 0"
+                f"queries is {self.queries}, bootstrap {self.bootstrap}, seed {self.seed}; expected at "
+                "least 1, 1 and 0"
             )
 
 
 @dataclass(frozen=True)
-class Asked:
-    """Queries and their hits.
+class QueryResults:
+    """The classes and owners of the queries, and the classes of their hits.
 
     Attributes:
         label: (Q,) class numbers of the queries.
         owner: (Q,) owners (such as patients) of the queries.
-        found: (Q, 5) class numbers of the hits, best first; -1 for missing hits.
+        hits: (Q, 5) class numbers of the hits, best first; -1 for missing hits.
         reachable: (Q,) number of possible hits of the query's class.
         candidates: (Q, C) number of possible hits of each class.
     """
 
     label: Ints
     owner: Ints
-    found: Ints
+    hits: Ints
     reachable: Ints
     candidates: Ints
 
 
-def votes(found: Ints, k: int) -> Ints:
+def votes(hits: Ints, k: int) -> Ints:
     """Return the majority class of the first k hits (Q,), -1 without hits; the first class wins a tie."""
-    best = np.full(len(found), -1, dtype=np.int64)
-    most = np.zeros(len(found))
-    for rank in range(min(k, found.shape[1])):
-        own = found[:, rank]
-        count = (found[:, :k] == own[:, None]).sum(axis=1) - 0.01 * rank
-        better = (own >= 0) & (count > most)
-        best, most = np.where(better, own, best), np.where(better, count, most)
+    best = np.full(len(hits), -1, dtype=np.int64)
+    most = np.zeros(len(hits))
+    for rank in range(min(k, hits.shape[1])):
+        label = hits[:, rank]
+        count = (hits[:, :k] == label[:, None]).sum(axis=1) - 0.01 * rank
+        better = (label >= 0) & (count > most)
+        best, most = np.where(better, label, best), np.where(better, count, most)
     return best
 
 
-def average_precision(found: Ints, label: Ints, reachable: Ints) -> NDArray[np.float64]:
+def average_precision(hits: Ints, label: Ints, reachable: Ints) -> NDArray[np.float64]:
     """Return AP@5 of each query (Q,)."""
-    right = found == label[:, None]
-    precision = np.cumsum(right, axis=1) / np.arange(1, right.shape[1] + 1)
-    total: NDArray[np.float64] = (precision * right).sum(axis=1)
-    averaged: NDArray[np.float64] = total / np.maximum(1, np.minimum(right.shape[1], reachable))
+    correct = hits == label[:, None]
+    precision = np.cumsum(correct, axis=1) / np.arange(1, correct.shape[1] + 1)
+    total: NDArray[np.float64] = (precision * correct).sum(axis=1)
+    averaged: NDArray[np.float64] = total / np.maximum(1, np.minimum(correct.shape[1], reachable))
     return averaged
 
 
-def _scores(asked: Asked, names: list[str], options: RetrievalOptions) -> dict[str, Any]:
+def scores_of(results: QueryResults, names: list[str], options: RetrievalOptions) -> dict[str, Any]:
+    """Return each metric with interval and baselines, and the results per class; JSON-ready."""
     rng = np.random.default_rng(options.seed)
-    majority = np.full(len(asked.label), np.bincount(asked.label).argmax())
-    weights = _bootstrap_weights(asked.owner, options.bootstrap, rng)
+    majority = np.full(len(results.label), np.bincount(results.label).argmax())
+    weights = _bootstrap_weights(results.owner, options.bootstrap, rng)
     classes = len(names)
-    chance = [_random_answers(asked, rng) for _ in range(RANDOM_DRAWS)]
-    by_majority = _Counts.of(asked, majority, classes)
+    chance = [_random_answers(results, rng) for _ in range(RANDOM_DRAWS)]
+    by_majority = _Counts.of(results, majority, classes)
     metrics: dict[str, Any] = {}
     per_class: list[dict[str, Any]] = []
     for k in VOTES:
-        counts = _Counts.of(asked, votes(asked.found, k), classes)
+        counts = _Counts.of(results, votes(results.hits, k), classes)
         name = "top1" if k == 1 else f"mmv{k}"
         for suffix, measure in (("", _accuracy), ("_macro_f1", _macro_f1)):
             random = [
-                measure(_Counts.of(asked, votes(drawn, k), classes).total()) for drawn in chance
+                measure(_Counts.of(results, votes(draw, k), classes).total()) for draw in chance
             ]
             metrics[name + suffix] = {
                 "value": float(measure(counts.total())[0]),
@@ -114,43 +115,35 @@ def _scores(asked: Asked, names: list[str], options: RetrievalOptions) -> dict[s
             }
         if k == RANKS:
             per_class = _per_class(counts, weights, names)
-    precision = average_precision(asked.found, asked.label, asked.reachable)
-    by_chance = [average_precision(drawn, asked.label, asked.reachable).mean() for drawn in chance]
-    sums = _per_owner(asked.owner, np.stack([precision, np.ones(len(precision))], axis=1))
-    drawn_sums = weights @ sums
+    precision = average_precision(results.hits, results.label, results.reachable)
+    by_chance = [
+        average_precision(draw, results.label, results.reachable).mean() for draw in chance
+    ]
+    _, owner = np.unique(results.owner, return_inverse=True)
+    drawn = (
+        weights @ np.bincount(owner, precision) / np.maximum(weights @ np.bincount(owner), 1e-12)
+    )
     metrics["map5"] = {
         "value": float(precision.mean()),
-        "interval_95": _interval(drawn_sums[:, 0] / np.maximum(drawn_sums[:, 1], 1e-12)),
+        "interval_95": _interval(drawn),
         "random": float(np.mean(by_chance)),
         "majority": None,
     }
     return {"metrics": metrics, "per_class_mmv5": per_class}
 
 
-def _random_answers(asked: Asked, rng: np.random.Generator) -> Ints:
+def _random_answers(results: QueryResults, rng: np.random.Generator) -> Ints:
     """Return the classes (Q, 5) of five distinct random tiles of other patients, as a baseline."""
-    found = np.full((len(asked.label), RANKS), -1, dtype=np.int64)
-    for own in np.unique(asked.owner):
-        rows = np.flatnonzero(asked.owner == own)
-        there = asked.candidates[rows[0]]
-        count = min(RANKS, int(there.sum()))
+    hits = np.full((len(results.label), RANKS), -1, dtype=np.int64)
+    for owner in np.unique(results.owner):
+        rows = np.flatnonzero(results.owner == owner)
+        pool = results.candidates[rows[0]]
+        count = min(RANKS, int(pool.sum()))
         if count:
-            drawn = rng.multivariate_hypergeometric(
-                there, count, size=len(rows), method="marginals"
-            )
-            classes = np.repeat(np.tile(np.arange(len(there)), len(rows)), drawn.ravel()).reshape(
-                len(rows), count
-            )
-            found[rows, :count] = rng.permuted(classes, axis=1)
-    return found
-
-
-def _per_owner(owner: Ints, values: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Sum values (Q, V) by owner: (P, V)."""
-    _, number = np.unique(owner, return_inverse=True)
-    sums = np.zeros((number.max() + 1, values.shape[1]))
-    np.add.at(sums, number, values)
-    return sums
+            drawn = rng.multivariate_hypergeometric(pool, count, len(rows), method="marginals")
+            classes = np.repeat(np.tile(np.arange(len(pool)), len(rows)), drawn.ravel())
+            hits[rows, :count] = rng.permuted(classes.reshape(len(rows), count), axis=1)
+    return hits
 
 
 @dataclass(frozen=True)
@@ -158,12 +151,12 @@ class _Counts:
     """Per owner and class (P, C): numbers of queries, of answers, and of correct answers."""
 
     true: NDArray[np.float64]
-    said: NDArray[np.float64]
-    right: NDArray[np.float64]
+    predicted: NDArray[np.float64]
+    correct: NDArray[np.float64]
 
     @classmethod
-    def of(cls, asked: Asked, predicted: Ints, classes: int) -> _Counts:
-        _, owner = np.unique(asked.owner, return_inverse=True)
+    def of(cls, results: QueryResults, predicted: Ints, classes: int) -> _Counts:
+        _, owner = np.unique(results.owner, return_inverse=True)
         size = int(owner.max()) + 1
 
         def table(rows: NDArray[np.bool_], code: Ints) -> NDArray[np.float64]:
@@ -171,15 +164,17 @@ class _Counts:
             return flat.reshape(size, classes).astype(np.float64)
 
         answered = predicted >= 0
-        right = answered & (predicted == asked.label)
+        correct = answered & (predicted == results.label)
         everything = np.ones(len(owner), dtype=bool)
         return cls(
-            table(everything, asked.label), table(answered, predicted), table(right, asked.label)
+            table(everything, results.label),
+            table(answered, predicted),
+            table(correct, results.label),
         )
 
     def weighted(self, weights: NDArray[np.float64]) -> _Counts:
         """Return the sums over owners, weighted by the number of draws (B, P): (B, C)."""
-        return _Counts(weights @ self.true, weights @ self.said, weights @ self.right)
+        return _Counts(weights @ self.true, weights @ self.predicted, weights @ self.correct)
 
     def total(self) -> _Counts:
         """Return the sums over all owners: (1, C)."""
@@ -187,16 +182,16 @@ class _Counts:
 
 
 def _accuracy(counts: _Counts) -> NDArray[np.float64]:
-    found: NDArray[np.float64] = counts.right.sum(1) / np.maximum(counts.true.sum(1), 1e-12)
-    return found
+    share: NDArray[np.float64] = counts.correct.sum(1) / np.maximum(counts.true.sum(1), 1e-12)
+    return share
 
 
 def _macro_f1(counts: _Counts) -> NDArray[np.float64]:
     """Return the mean F1 over the classes that occur."""
-    score = 2 * counts.right / np.maximum(counts.true + counts.said, 1e-12)
-    there = counts.true > 0
-    found: NDArray[np.float64] = (score * there).sum(1) / np.maximum(there.sum(1), 1)
-    return found
+    score = 2 * counts.correct / np.maximum(counts.true + counts.predicted, 1e-12)
+    occurs = counts.true > 0
+    mean: NDArray[np.float64] = (score * occurs).sum(1) / np.maximum(occurs.sum(1), 1)
+    return mean
 
 
 def _bootstrap_weights(owner: Ints, draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
@@ -216,19 +211,19 @@ def _per_class(
     whole, drawn = counts.total(), counts.weighted(weights)
     rows = []
     for n, name in enumerate(names):
-        right, true, said = whole.right[0, n], whole.true[0, n], whole.said[0, n]
+        correct, true, predicted = whole.correct[0, n], whole.true[0, n], whole.predicted[0, n]
         if not true:
             continue
-        there = drawn.true[:, n] > 0
-        recalls = drawn.right[there, n] / drawn.true[there, n]
+        occurs = drawn.true[:, n] > 0
+        recalls = drawn.correct[occurs, n] / drawn.true[occurs, n]
         rows.append(
             {
                 "class": name,
                 "queries": int(true),
-                "recall": float(right / true),
+                "recall": float(correct / true),
                 "recall_interval_95": _interval(recalls),
-                "precision": float(right / said) if said else None,
-                "f1": float(2 * right / (true + said)),
+                "precision": float(correct / predicted) if predicted else None,
+                "f1": float(2 * correct / (true + predicted)),
             }
         )
     return rows

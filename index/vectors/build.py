@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,30 +22,11 @@ from ..store.catalog import insert, now, set_meta
 from ..store.packing import pack_numbers
 from ..store.store import Store
 from . import tuning
-from .files import IndexPlan, new_main, read_main, write_main
+from .files import new_main, read_main, write_main
 from .scan import import_faiss, prepared
 
 OPTIONS = "index_options"
 """Key of the catalog under which the options of the index are stored."""
-
-
-@dataclass(frozen=True)
-class _Built:
-    """An index in temporary files.
-
-    Attributes:
-        file: the FAISS index.
-        exact_file: the exact vectors; None if the index itself holds them.
-        slides: rows of the slides it covers, in order.
-        plan: how it was built.
-        measured: measurements of it, such as recall.
-    """
-
-    file: Path
-    exact_file: Path | None
-    slides: list[dict[str, Any]]
-    plan: IndexPlan
-    measured: dict[str, Any]
 
 
 def write_generation(
@@ -53,13 +34,9 @@ def write_generation(
 ) -> dict[str, Any]:
     """Write the index of the current state as a new generation.
 
-    Args:
-        store: of the atlas.
-        options: the requirements for the index.
-        store_options: also use these options for later generations.
-
     Returns:
-        The plan, the options and the measurements.
+        The plan, the options and the measurements; with ``store_options``, later generations use the
+        options too.
 
     Raises:
         StorageFailed: no space; the previous generation stays.
@@ -86,8 +63,9 @@ def write_generation(
             partial(tuning.tune, index, exact, plan, chunks, held_out, metric, options)
         )
         write_main(index, file)
-        built = _Built(file, exact_file, slides, plan, measured)
-        return _publish(store, built, options, store_options)
+        about = {"plan": asdict(plan), "options": asdict(options), "measured": measured}
+        _publish(store, file, exact_file, slides, about, store_options)
+        return about
     finally:
         discard(file)
         if exact_file is not None:
@@ -95,40 +73,37 @@ def write_generation(
 
 
 def _publish(
-    store: Store, built: _Built, options: tuning.IndexOptions, store_options: bool
-) -> dict[str, Any]:
-    """Move the files into place, then write the row that names them."""
+    store: Store,
+    index_file: Path,
+    exact_file: Path | None,
+    slides: list[dict[str, Any]],
+    about: dict[str, Any],
+    store_options: bool,
+) -> None:
+    """Move the temporary files into place, then write the row that names them."""
     last = store.catalog.rows("SELECT seq FROM sqlite_sequence WHERE name = 'generations'")
     number = (last[0]["seq"] if last else 0) + 1
-    file = store.path / f"index-{number}.faiss"
-    exact_file = store.path / f"vectors-{number}.faiss"
-    coded = built.exact_file is not None
-    about = {
-        "plan": built.plan.as_dict(),
-        "options": options.as_dict(),
-        "measured": built.measured,
-    }
     row: dict[str, Any] = {
         "id": number,
-        "file": file.name,
-        "sha256": sha256_file(built.file),
-        "bytes": built.file.stat().st_size,
-        "raw_file": exact_file.name if coded else None,
-        "raw_sha256": None if built.exact_file is None else sha256_file(built.exact_file),
-        "slides": pack_numbers([(s["id"], s["tiles"]) for s in built.slides], "<i8"),
-        "vectors": sum(slide["tiles"] for slide in built.slides),
+        "file": f"index-{number}.faiss",
+        "sha256": sha256_file(index_file),
+        "bytes": index_file.stat().st_size,
+        "raw_file": None,
+        "raw_sha256": None,
+        "slides": pack_numbers([(s["id"], s["tiles"]) for s in slides], "<i8"),
+        "vectors": sum(slide["tiles"] for slide in slides),
         "about": json.dumps(about),
         "created_at": now(),
     }
-    publish_file(built.file, file)
-    if built.exact_file is not None:
-        publish_file(built.exact_file, exact_file)
+    if exact_file is not None:
+        row |= {"raw_file": f"vectors-{number}.faiss", "raw_sha256": sha256_file(exact_file)}
+        publish_file(exact_file, store.path / row["raw_file"])
+    publish_file(index_file, store.path / row["file"])
     with store.catalog.write() as db:
         db.execute("DELETE FROM generations")
         insert(db, "generations", row)
         if store_options:
-            set_meta(db, OPTIONS, json.dumps(options.as_dict()))
-    return about
+            set_meta(db, OPTIONS, json.dumps(about["options"]))
 
 
 def _write_flat(path: Path, chunks: Iterable[NDArray[np.float32]], like: Any, total: int) -> None:
@@ -146,8 +121,7 @@ def _write_flat(path: Path, chunks: Iterable[NDArray[np.float32]], like: Any, to
     def counted(vectors: int) -> bytes:
         """Return the header: bytes 8 to 16 count the vectors, the last 8 bytes count their values."""
         values = (vectors * like.d).to_bytes(8, "little")
-        found: bytes = header[:8] + vectors.to_bytes(8, "little") + header[16:-8] + values
-        return found
+        return b"".join([header[:8], vectors.to_bytes(8, "little"), header[16:-8], values])
 
     flat.add(np.zeros((1, like.d), dtype=np.float32))
     assert faiss.serialize_index(flat).tobytes()[: len(header)] == counted(1), (
@@ -174,7 +148,7 @@ class _Chunks:
             vectors = self._store.vectors_of(slide)
             if len(vectors) != slide["tiles"]:
                 raise BadInput(
-                    f"slide {slide['name']!r} has {len(vectors)} vectors, the catalog says "
-                    f"{slide['tiles']}; run `histoseek index verify`"
+                    f"slide {slide['name']!r} has {len(vectors)} vectors; expected {slide['tiles']}, as in "
+                    "the catalog; run `histoseek index verify`"
                 )
             yield prepared(vectors, metric)

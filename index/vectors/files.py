@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -34,10 +34,6 @@ class IndexPlan:
     widen: int = 1
     code_bytes: int = 0
 
-    def as_dict(self) -> dict[str, Any]:
-        """Return the plan, JSON-ready."""
-        return asdict(self)
-
 
 def new_main(dim: int, metric: Metric, plan: IndexPlan, sample: Vectors, seed: int) -> Any:
     """Return an empty FAISS index of a plan, trained on a sample (M, D) of prepared vectors."""
@@ -68,8 +64,8 @@ def write_main(index: Any, path: Path) -> None:
         import_faiss().write_index(index, str(path))
     except RuntimeError as error:
         raise StorageFailed(
-            f"the index {path.name} cannot be written ({_short(error)}); what was added before is stored "
-            "and is searched without it; free space, then run `histoseek index tune`"
+            f"the index {path.name} cannot be written ({_short(error)}); the features are stored and "
+            "can be searched without it; free space, then run `histoseek index tune`"
         ) from error
 
 
@@ -85,7 +81,7 @@ def read_main(path: Path, dim: int) -> Any:
     except (OSError, RuntimeError) as error:
         raise Damaged(f"{path} is not a readable FAISS index ({_short(error)})") from error
     if index.d != dim:
-        raise Damaged(f"{path} has dimension {index.d}, the atlas {dim}")
+        raise Damaged(f"{path} has vectors of length {index.d}; expected {dim}, as in the atlas")
     return index
 
 

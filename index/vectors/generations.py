@@ -55,16 +55,18 @@ class Generations:
     """Opens and replaces the index file of an atlas."""
 
     def __init__(self, store: Store) -> None:
-        """Serve an atlas; nothing is loaded yet."""
+        """Use the index files of an atlas; nothing is loaded yet."""
         self._store = store
         self._opened: OpenIndex | None = None
 
     def bytes_on_disk(self) -> dict[str, int]:
         """Return the sizes of the index files of the newest generation."""
+        paths = [self._store.path / name for name in self._files()]
+        return {path.name: path.stat().st_size for path in paths if path.is_file()}
+
+    def _files(self) -> list[str]:
         rows = self._store.catalog.rows("SELECT file, raw_file FROM generations")
-        names = [row[key] for row in rows for key in ("file", "raw_file") if row[key]]
-        there = {name: self._store.path / name for name in names}
-        return {name: path.stat().st_size for name, path in there.items() if path.is_file()}
+        return [row[key] for row in rows for key in ("file", "raw_file") if row[key]]
 
     def open(self, row: dict[str, Any]) -> OpenIndex | None:
         """Open the index file of a row of the table ``generations``; None if it cannot be used."""
@@ -72,16 +74,16 @@ class Generations:
             return self._opened
         path, dim = self._store.path, self._store.manifest.dim
         try:
-            if seal(row) != row[SEAL] or not self._is_whole(
-                row["file"], row["sha256"], row["bytes"]
-            ):
+            if seal(row) != row[SEAL]:
+                return None
+            if not self._is_intact(row["file"], row["sha256"], row["bytes"]):
                 return None
             about = json.loads(row["about"])
             plan = IndexPlan(**about["plan"])
             main = read_main(path / row["file"], dim)
             exact = None
             if row["raw_file"] is not None:
-                if not self._is_whole(row["raw_file"], row["raw_sha256"], None):
+                if not self._is_intact(row["raw_file"], row["raw_sha256"], None):
                     return None
                 exact = read_main(path / row["raw_file"], dim)
             slides = unpack_numbers(row["slides"], "<i8").reshape(-1, 2)
@@ -93,13 +95,13 @@ class Generations:
         self._opened = OpenIndex(row["id"], main, exact, plan, about, pairs, gpu_copy(main, plan))
         return self._opened
 
-    def _is_whole(self, file: str, sha256: str, size: int | None) -> bool:
+    def _is_intact(self, file: str, sha256: str, size: int | None) -> bool:
         """Whether a file has the recorded size and, if it is small enough to hash, the recorded hash."""
         path = self._store.path / file
-        found = path.stat().st_size
-        if size is not None and found != size:
+        actual = path.stat().st_size
+        if size is not None and actual != size:
             return False
-        return found > HASHED_BYTES or sha256_file(path) == sha256
+        return actual > HASHED_BYTES or sha256_file(path) == sha256
 
     def options(self) -> tuning.IndexOptions:
         """Return the stored options of the index, or the defaults."""
@@ -112,14 +114,10 @@ class Generations:
         rows = catalog.rows("SELECT * FROM generations ORDER BY id DESC LIMIT 1")
         opened = self.open(dict(rows[0])) if rows else None
         tiles = {s["id"]: s["tiles"] for s in catalog.rows("SELECT id, tiles FROM slides")}
-        if opened is None:
-            late, covered = sum(tiles.values()), 0
-        else:
-            held = dict(opened.slides)
-            covered = sum(held.values())
-            late = sum(n for number, n in tiles.items() if number not in held)
-            late += sum(n for number, n in held.items() if number not in tiles)
-        if late > min(FOLD_ROWS, FOLD_SHARE * covered) or (opened is None and late):
+        covered = dict(opened.slides) if opened is not None else {}
+        changed = tiles.keys() ^ covered.keys()  # slides added or removed since
+        rows_changed = sum((tiles | covered)[slide] for slide in changed)
+        if rows_changed > min(FOLD_ROWS, FOLD_SHARE * sum(covered.values())):
             options = self.options()
             try:
                 self.write(options)
@@ -134,11 +132,7 @@ class Generations:
 
     def remove_orphans(self) -> None:
         """Delete index files that no generation names."""
-        named = {
-            row[key]
-            for row in self._store.catalog.rows("SELECT file, raw_file FROM generations")
-            for key in ("file", "raw_file")
-        }
+        named = self._files()
         for pattern in ("index-*.faiss", "vectors-*.faiss"):
             for path in self._store.path.glob(pattern):
                 if path.name not in named:

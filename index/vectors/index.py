@@ -22,10 +22,10 @@ from .scan import (
     Metric,
     Positions,
     Vectors,
-    _merged,
-    _nothing,
+    empty_hits,
     import_faiss,
     matrix_of,
+    merged,
     prepared,
     rescored,
     scan,
@@ -101,8 +101,8 @@ class VectorIndex:
         self._exact: Any = None if main is None else matrix_of(self._exact_index)
         self._cells: NDArray[np.int32] | None = None
         self._gpu = gpu
-        self._kept: list[_Passing] = []
-        self._joined: list[tuple[Mask, Mask]] = []
+        self._filters: list[_Passing] = []
+        self._masks: list[tuple[Mask, Mask]] = []
         self._count = self.positions if alive is None else int(alive.sum())
         self._lock = threading.Lock()
 
@@ -123,11 +123,7 @@ class VectorIndex:
     # -- searching ------------------------------------------------------------------------------
 
     def search(
-        self,
-        queries: Vectors,
-        k: int,
-        allowed: Mask | None = None,
-        exact: bool = False,
+        self, queries: Vectors, k: int, allowed: Mask | None = None, exact: bool = False
     ) -> Found:
         """Return scores (Q, k') and positions (Q, k'), best first; -1 fills missing hits.
 
@@ -140,7 +136,7 @@ class VectorIndex:
         mask = self._mask(allowed)
         k = min(k, self.positions)
         if k == 0 or not len(queries):
-            return _nothing(len(queries), 0)
+            return empty_hits(len(queries), 0)
         ready = prepared(queries, self.metric)
         rows = self._main_rows
         parts = []
@@ -150,7 +146,7 @@ class VectorIndex:
             part = None if mask is None else mask[rows:]
             scores, found = scan(ready, self._recent, k, self.metric, part)
             parts.append((scores, np.where(found >= 0, found + rows, -1)))
-        scores, found = _merged(parts, k)
+        scores, found = merged(parts, k)
         if self.metric == "l2":
             scores = -np.sqrt(np.maximum(-scores, 0))
         return scores, found
@@ -162,17 +158,17 @@ class VectorIndex:
         if allowed is self._alive:
             return allowed
         with self._lock:
-            for known, both in self._joined:
-                if known is allowed or both is allowed:
+            for given, both in self._masks:
+                if given is allowed or both is allowed:
                     return both
             both = allowed & self._alive
-            self._joined = [(allowed, both), *self._joined[: FILTERS_KEPT - 1]]
+            self._masks = [(allowed, both), *self._masks[: FILTERS_KEPT - 1]]
             return both
 
     def _search_main(self, ready: Vectors, k: int, mask: Mask | None, exact: bool) -> Found:
         head = None if mask is None else mask[: self._main_rows]
         if head is not None and not head.any():
-            return _nothing(len(ready), k)
+            return empty_hits(len(ready), k)
         if self.plan.kind == "flat":
             return scan(ready, self._exact, k, self.metric, head)
         passing = None
@@ -218,21 +214,21 @@ class VectorIndex:
     def _passing(self, mask: Mask, head: Mask) -> _Passing:
         """Return what passes a filter in the main part; the results for the last filters are cached."""
         with self._lock:
-            for known in self._kept:
-                if known.mask is mask:
-                    return known
+            for cached in self._filters:
+                if cached.mask is mask:
+                    return cached
         rows = np.flatnonzero(head)
         bits = np.packbits(head, bitorder="little")
         if mask is self._alive:
-            made = _Passing(mask, rows, None, None, bits)
+            passing = _Passing(mask, rows, None, None, bits)
         elif len(rows) <= min(FILTER_EXACT, FILTER_VALUES // self.dim):
-            made = _Passing(mask, rows, self._exact[rows], None, None)
+            passing = _Passing(mask, rows, self._exact[rows], None, None)
         else:
-            counts = np.bincount(self.cell_of()[rows], minlength=self.plan.cells)
-            made = _Passing(mask, rows, None, counts, bits)
+            counts = np.bincount(self._cell_of()[rows], minlength=self.plan.cells)
+            passing = _Passing(mask, rows, None, counts, bits)
         with self._lock:
-            self._kept = [made, *self._kept[: FILTERS_KEPT - 1]]
-        return made
+            self._filters = [passing, *self._filters[: FILTERS_KEPT - 1]]
+        return passing
 
     def _search_passing(self, ready: Vectors, k: int, passing: _Passing, times: int) -> Positions:
         """Return candidates (Q, k) that pass the filter, ranked by their codes."""
@@ -241,18 +237,12 @@ class VectorIndex:
         distances, cells = self._cells_to_read(ready, passing, times)
         scores = np.empty((len(ready), k), dtype=np.float32)
         found = np.empty((len(ready), k), dtype=np.int64)
+        parameters = faiss.SearchParametersIVF(nprobe=cells.shape[1], sel=selector)
         pointer = faiss.swig_ptr
         self._main.search_preassigned_c(
-            len(ready),
-            pointer(ready),
-            k,
-            pointer(cells),
-            pointer(distances),
-            pointer(scores),
-            pointer(found),
-            False,
-            faiss.SearchParametersIVF(nprobe=cells.shape[1], sel=selector),
-        )
+            len(ready), pointer(ready), k, pointer(cells), pointer(distances), pointer(scores),
+            pointer(found), False, parameters,
+        )  # fmt: skip
         return found
 
     def _cells_to_read(
@@ -265,35 +255,31 @@ class VectorIndex:
         """
         cells = self.plan.cells
         usual = self.plan.probes * self._main_rows / cells
-        wanted = np.inf if times >= cells else FILTER_MARGIN * usual * times
+        enough = np.inf if times >= cells else FILTER_MARGIN * usual * times
         per_cell = len(passing.rows) / cells
-        width = cells if wanted == np.inf else min(cells, 8 + 2 * int(wanted / per_cell))
+        width = cells if enough == np.inf else min(cells, 8 + 2 * int(enough / per_cell))
         while True:
             distances, near = self._main.quantizer.search(ready, width)
-            held = passing.counts[near]
-            before = np.cumsum(held, axis=1) - held
-            if width == cells or (before[:, -1] >= wanted).all():
+            counts = passing.counts[near]
+            before = np.cumsum(counts, axis=1) - counts
+            if width == cells or (before[:, -1] >= enough).all():
                 break
             width = min(cells, 4 * width)
-        read = (held > 0) & (before < wanted)
+        read = (counts > 0) & (before < enough)
         order = np.argsort(~read, axis=1, kind="stable")[:, : max(1, int(read.sum(axis=1).max()))]
         chosen = np.take_along_axis(np.where(read, near, -1), order, 1)
-        return (
-            np.ascontiguousarray(np.take_along_axis(distances, order, 1)),
-            np.ascontiguousarray(chosen),
-        )
+        nearest = np.take_along_axis(distances, order, 1)
+        return np.ascontiguousarray(nearest), np.ascontiguousarray(chosen)
 
-    def cell_of(self) -> NDArray[np.int32]:
+    def _cell_of(self) -> NDArray[np.int32]:
         """Return the cell of every vector of the main part (M,); all -1 if there are no cells."""
         if self._cells is None:
-            faiss = import_faiss()
-            found = np.full(self._main_rows, -1, dtype=np.int32)
+            faiss, lists = import_faiss(), self._main.invlists
+            cells = np.full(self._main_rows, -1, dtype=np.int32)
             for cell in range(self.plan.cells):
-                lists = self._main.invlists
-                size = lists.list_size(cell)
-                if size:
-                    found[faiss.rev_swig_ptr(lists.get_ids(cell), size)] = cell
-            self._cells = found
+                if size := lists.list_size(cell):
+                    cells[faiss.rev_swig_ptr(lists.get_ids(cell), size)] = cell
+            self._cells = cells
         return self._cells
 
     def within(
@@ -310,7 +296,7 @@ class VectorIndex:
         mask = self._mask(allowed)
         answers = []
         for query in queries:
-            # Growing k step by step finds all without holding a score for every vector.
+            # Increasing k step by step finds all without a score for every vector in memory.
             k = min(256, max(1, self.positions))
             while True:
                 scores, found = self.search(query[None], k, mask, exact=True)

@@ -30,7 +30,7 @@ def import_faiss() -> Any:
         import faiss
     except ImportError as error:
         raise MissingPart(
-            "the index needs FAISS: pip install 'histoseek[cpu]' (or [gpu])"
+            "the index needs FAISS: pip install 'histoseek[cpu]' or 'histoseek[gpu]'"
         ) from error
     return faiss
 
@@ -51,12 +51,13 @@ def matrix_of(flat: Any) -> Vectors:
     return matrix
 
 
-def _nothing(queries: int, k: int) -> Found:
+def empty_hits(queries: int, k: int) -> Found:
+    """Return scores and positions (Q, k) without any hit."""
     scores = np.full((queries, k), -np.inf, dtype=np.float32)
     return scores, np.full((queries, k), -1, dtype=np.int64)
 
 
-def _merged(parts: list[Found], k: int) -> Found:
+def merged(parts: list[Found], k: int) -> Found:
     """Merge the hits (Q, k_i) of several parts and return the best k."""
     if len(parts) == 1:
         scores, found = parts[0]
@@ -84,7 +85,7 @@ def scan(
     rows = None if mask is None else np.flatnonzero(mask)
     total = len(matrix) if rows is None else len(rows)
     kind = faiss.METRIC_INNER_PRODUCT if metric == "cosine" else faiss.METRIC_L2
-    best = _nothing(len(ready), k)
+    best = empty_hits(len(ready), k)
     for start in range(0, total, SCAN_ROWS):
         end = min(start + SCAN_ROWS, total)
         part = matrix[start:end] if rows is None else matrix[rows[start:end]]
@@ -94,7 +95,7 @@ def scan(
         )
         found = found + start if rows is None else rows[start:end][found]
         scores = scores if metric == "cosine" else -scores
-        best = (scores, found) if start == 0 and count == k else _merged([best, (scores, found)], k)
+        best = (scores, found) if start == 0 and count == k else merged([best, (scores, found)], k)
     return best
 
 

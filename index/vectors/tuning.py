@@ -6,7 +6,7 @@ Queries are tiles of the atlas that the index was not trained on; a tile never c
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -50,17 +50,13 @@ class IndexOptions:
     def __post_init__(self) -> None:
         """Check the ranges."""
         if not 0.5 <= self.recall <= 1:
-            raise BadInput(f"the recall to reach is {self.recall}; expected 0.5 to 1")
+            raise BadInput(f"recall is {self.recall}; expected 0.5 to 1")
         if self.k < 1:
             raise BadInput(f"k is {self.k}; expected 1 or more")
         if self.exact_up_to < 0:
             raise BadInput(f"exact_up_to is {self.exact_up_to}; expected 0 or more")
         if self.memory_mb is not None and self.memory_mb <= 0:
             raise BadInput(f"the memory budget is {self.memory_mb} MB; expected more than 0")
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the options, JSON-ready."""
-        return asdict(self)
 
 
 @dataclass(frozen=True)
@@ -98,7 +94,8 @@ def plan_for(total: int, dim: int, options: IndexOptions) -> IndexPlan:
         return IndexPlan()
     if total <= LEAST_FOR_LISTS:
         raise BadInput(
-            f"{total} vectors are too few for codes; expected more than {LEAST_FOR_LISTS}"
+            f"{total} vectors are too few to compress; expected more than {LEAST_FOR_LISTS}, or a larger "
+            "memory budget"
         )
     budget -= 4 * dim * (_cells(total) + 256)  # centroids, and the codebook of pq
     room = budget / LISTS_OVERHEAD / total - 8  # bytes per vector beside its number
@@ -130,13 +127,11 @@ def draw(
     nothing = np.zeros((0, dim), dtype=np.float32)
     if plan.kind == "flat":
         return nothing, HeldOut(np.zeros(0, dtype=np.int64), nothing)
-    wanted = plan.cells * PER_CELL
-    if plan.coding == "pq":
-        wanted = max(wanted, 256 * PER_CELL)
-    picked = np.random.default_rng(seed).permutation(total)
-    asked = np.sort(picked[: min(QUERIES, max(1, total // 10))])
-    trained = np.sort(picked[len(asked) : len(asked) + wanted])
-    return gather(chunks, trained, dim), HeldOut(asked, gather(chunks, asked, dim))
+    size = PER_CELL * (max(plan.cells, 256) if plan.coding == "pq" else plan.cells)
+    shuffled = np.random.default_rng(seed).permutation(total)
+    queries = np.sort(shuffled[: min(QUERIES, max(1, total // 10))])
+    sample = np.sort(shuffled[len(queries) : len(queries) + size])
+    return gather(chunks, sample, dim), HeldOut(queries, gather(chunks, queries, dim))
 
 
 def gather(
@@ -152,17 +147,17 @@ def gather(
 
 
 def neighbours(
-    chunks: Iterable[NDArray[np.float32]], asked: HeldOut, k: int, metric: Metric
+    chunks: Iterable[NDArray[np.float32]], queries: HeldOut, k: int, metric: Metric
 ) -> NDArray[np.float32]:
     """Return the scores (Q, k) of the k nearest other tiles of each tile, by exact search."""
-    scores = np.full((len(asked), k), -np.inf, dtype=np.float32)
+    scores = np.full((len(queries), k), -np.inf, dtype=np.float32)
     start = 0
     for vectors in chunks:
         if not len(vectors):
             continue
-        new_scores, new = scan(asked.vectors, vectors, min(k + 1, len(vectors)), metric)
-        own = new + start == asked.positions[:, None]
-        scores = np.concatenate([scores, np.where(own, -np.inf, new_scores)], axis=1)
+        new_scores, new = scan(queries.vectors, vectors, min(k + 1, len(vectors)), metric)
+        itself = new + start == queries.positions[:, None]
+        scores = np.concatenate([scores, np.where(itself, -np.inf, new_scores)], axis=1)
         scores = -np.sort(-scores, axis=1)[:, :k]
         start += len(vectors)
     return scores if metric == "cosine" else -np.sqrt(np.maximum(-scores, 0))
@@ -170,7 +165,7 @@ def neighbours(
 
 def recall_of(
     index: VectorIndex,
-    asked: HeldOut,
+    queries: HeldOut,
     truth: NDArray[np.float32],
     k: int,
     allowed: Mask | None = None,
@@ -179,19 +174,19 @@ def recall_of(
 
     Args:
         index: to search.
-        asked: query tiles; a tile does not count as its own neighbour.
+        queries: query tiles; a tile does not count as its own neighbour.
         truth: (Q, k) scores of the true neighbours. Any tile that scores at least as high as the last of
             them counts as one, because tiles with the same image are interchangeable.
         k: number of neighbours.
         allowed: (N,) positions that may be found.
     """
-    scores, found = index.search(asked.vectors, k + 1, allowed)
-    other = (found >= 0) & (found != asked.positions[:, None])
-    wanted = np.isfinite(truth).sum(axis=1)
-    last = np.where(wanted > 0, truth[np.arange(len(truth)), np.maximum(wanted - 1, 0)], np.inf)
+    scores, found = index.search(queries.vectors, k + 1, allowed)
+    other = (found >= 0) & (found != queries.positions[:, None])
+    count = np.isfinite(truth).sum(axis=1)
+    last = np.where(count > 0, truth[np.arange(len(truth)), np.maximum(count - 1, 0)], np.inf)
     near = other & (scores >= last[:, None] - 1e-5 * np.maximum(1, np.abs(last[:, None])))
-    got = np.minimum(near.sum(axis=1), wanted)
-    return float((got[wanted > 0] / wanted[wanted > 0]).mean()) if wanted.any() else 1.0
+    hits = np.minimum(near.sum(axis=1), count)
+    return float((hits[count > 0] / count[count > 0]).mean()) if count.any() else 1.0
 
 
 def tune(
@@ -199,7 +194,7 @@ def tune(
     exact_vectors: Any,
     plan: IndexPlan,
     chunks: Iterable[NDArray[np.float32]],
-    asked: HeldOut,
+    queries: HeldOut,
     metric: Metric,
     options: IndexOptions,
 ) -> tuple[IndexPlan, dict[str, Any]]:
@@ -214,22 +209,20 @@ def tune(
     if plan.kind == "flat":
         return plan, {"recall": 1.0, "exact": True}
     k = min(options.k, max(1, main.ntotal - 1))
-    truth = neighbours(chunks, asked, k, metric)
-    half = len(asked) // 2
+    truth = neighbours(chunks, queries, k, metric)
+    half = len(queries) // 2
     recent = np.zeros((0, main.d), dtype=np.float32)
 
     def reached(candidate: IndexPlan, part: slice) -> float:
         index = VectorIndex(main.d, metric, recent, main, candidate, exact_vectors)
-        return recall_of(index, asked.part(part), truth[part], k)
+        return recall_of(index, queries.part(part), truth[part], k)
 
     choosing, judging = slice(0, half), slice(half, None)
-    best: IndexPlan | None = None
+    best = plan
     for widen in WIDEN:
-        candidate = replace(plan, widen=widen, probes=plan.cells)
-        best = candidate
-        if reached(candidate, choosing) >= options.recall:
+        best = replace(plan, widen=widen, probes=plan.cells)
+        if reached(best, choosing) >= options.recall:
             break
-    assert best is not None
     low, high = 0, best.cells  # the smallest sufficient number is in (low, high]
     while high - low > max(1, low // 8):
         middle = min(max(low + 1, 2 * low), (low + high) // 2) if low else 1
@@ -240,13 +233,12 @@ def tune(
     chosen = replace(best, probes=high)
     judged = reached(chosen, judging)
     while judged < options.recall and chosen.probes < chosen.cells:
-        chosen = replace(
-            chosen, probes=min(chosen.cells, chosen.probes + max(1, chosen.probes // 4))
-        )
+        probes = chosen.probes + max(1, chosen.probes // 4)
+        chosen = replace(chosen, probes=min(chosen.cells, probes))
         judged = reached(chosen, judging)
     return chosen, {
         "recall": round(judged, 5),
         "k": k,
-        "queries": len(asked) - half,
+        "queries": len(queries) - half,
         "reached": judged >= options.recall,
     }

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -54,15 +54,9 @@ class Job:
 
     def names(self) -> SlideName:
         """Return the names by which a table or a file may refer to this slide."""
-        paths = dict.fromkeys(
-            [
-                self.location,
-                os.path.realpath(self.source),
-                str(self.source),
-                *map(os.path.abspath, self.aliases),
-            ]
-        )
-        return SlideName(self.name, tuple(paths))
+        paths = [self.location, os.path.realpath(self.source), str(self.source)]
+        paths += map(os.path.abspath, self.aliases)
+        return SlideName(self.name, tuple(dict.fromkeys(paths)))
 
 
 @dataclass(frozen=True)
@@ -115,27 +109,23 @@ def find_inputs(
         BadInput: a folder is empty, or mixes slides and images; a row matches two slides, or two rows
             match one; the manifest matches no input, or its rows could be both slides and tiles.
     """
-    found: list[Job] = []
+    jobs: list[Job] = []
     left_out: list[LeftOut] = []
     for source in inputs:
         if source.is_dir():
-            jobs, others = _folder_jobs(source, kind)
-            found += jobs
+            folder_jobs, others = _folder_jobs(source, kind)
+            jobs += folder_jobs
             left_out += others
         else:  # a missing file is reported when its job runs
-            kind_of: Literal["slide", "tiles"] = "tiles" if _is_pack(source) else "slide"
-            found.append(Job(_name_of(source, kind_of), source, kind_of))
-    jobs = _unique(_each_once(found, left_out))
+            pack = source.suffix.lower() in {".csv", ".npz", ".tgz"} or ".tar" in source.suffixes
+            job_kind: Literal["slide", "tiles"] = "tiles" if pack else "slide"
+            jobs.append(Job(_name_of(source, job_kind), source, job_kind))
+    jobs = _unique(_each_once(jobs, left_out))
     if manifest is None:
         return Inputs(jobs, tuple(left_out))
-    left_out = [
-        left for left in left_out if os.path.abspath(left.path) != os.path.abspath(manifest)
-    ]
+    manifest_path = os.path.abspath(manifest)
+    left_out = [left for left in left_out if os.path.abspath(left.path) != manifest_path]
     return _with_rows(jobs, manifest, tuple(left_out))
-
-
-def _is_pack(source: Path) -> bool:
-    return source.suffix.lower() in {".csv", ".npz", ".tgz"} or ".tar" in source.suffixes
 
 
 def _name_of(source: Path, kind: str) -> str:
@@ -158,17 +148,14 @@ def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -
     matched = match(rows, [jobs[n].names() for n in slides], str(manifest), "row")
     if rows and slides and not matched.by_slide:
         raise BadInput(
-            f"{manifest} names none of the inputs; its column {table.key!r} holds {_few(rows)}"
+            f"no row of {manifest} matches an input; its column {table.key!r} contains "
+            f"{', '.join(sorted(rows)[:3])}{' …' if len(rows) > 3 else ''}"
         )
-    for at, name in matched.by_slide.items():
-        jobs[slides[at]] = replace(jobs[slides[at]], row={**rows[name], "file": name})
-    without = tuple(jobs[slides[at]].name for at in matched.without)
+    for index, name in matched.by_slide.items():
+        number = slides[index]
+        jobs[number] = replace(jobs[number], row={**rows[name], "file": name})
+    without = tuple(jobs[slides[index]].name for index in matched.without)
     return Inputs(jobs, left_out, tuple(matched.unused), without, table.notes)
-
-
-def _few(names: Iterable[str]) -> str:
-    known = sorted(names)
-    return ", ".join(known[:3]) + (" …" if len(known) > 3 else "")
 
 
 def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
@@ -178,26 +165,26 @@ def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
     parts = parts_of(walked.files)
     files = [file for file in walked.files if file not in parts]
     slides = [file for file in files if is_slide(file)]
-    taken = set(slides)
-    plain = [file for file in files if file not in taken and file.suffix.lower() in SUFFIXES]
-    taken.update(plain)
+    used = set(slides)
+    images = [file for file in files if file not in used and file.suffix.lower() in SUFFIXES]
+    used.update(images)
     left_out = [
         *walked.left_out,
-        *(LeftOut(str(file), why_unread(file)) for file in files if file not in taken),
+        *(LeftOut(str(file), why_unread(file)) for file in files if file not in used),
     ]
     has_manifest = (folder / MANIFEST).is_file()
-    if kind == "auto" and slides and plain and not has_manifest:
+    if kind == "auto" and slides and images and not has_manifest:
         raise BadInput(
-            f"{folder} holds {len(slides)} slides and {len(plain)} pictures; say which to take: --as "
-            "slides (the slides; the pictures are left out) or --as tiles (one picture, one tile)"
+            f"{folder} contains {len(slides)} slides and {len(images)} images; choose what to embed: --as "
+            "slides (the slides; the images are left out) or --as tiles (each image is one tile)"
         )
-    if kind == "auto" and plain and (has_manifest or not slides):
+    if kind == "auto" and images and (has_manifest or not slides):
         return [Job(folder.resolve().name, folder, "tiles")], []
-    if slides and plain:
-        left_out += [LeftOut(str(file), "picture beside slides (--as slides)") for file in plain]
-    chosen = slides or plain
+    if slides and images:
+        left_out += [LeftOut(str(file), "image beside slides (--as slides)") for file in images]
+    chosen = slides or images
     if not chosen:
-        raise BadInput(f"{folder} holds neither slides nor pictures{_found_instead(left_out)}")
+        raise BadInput(f"{folder} contains neither slides nor images{_contents(left_out)}")
     jobs = [
         Job(_name_of(file, "slide"), file, "slide", aliases=walked.aliases.get(file, ()))
         for file in _one_per_series(chosen)
@@ -205,13 +192,13 @@ def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
     return jobs, left_out
 
 
-def _found_instead(left_out: Sequence[LeftOut]) -> str:
+def _contents(left_out: Sequence[LeftOut]) -> str:
     if not left_out:
         return "; check the path"
     left_out = sorted(left_out, key=lambda left: left.reason.startswith("hidden"))
     few = "; ".join(f"{Path(left.path).name} ({left.reason})" for left in left_out[:5])
     more = f" and {len(left_out) - 5} more" if len(left_out) > 5 else ""
-    return f"; it holds {few}{more}"
+    return f"; it contains {few}{more}"
 
 
 def _one_per_series(slides: list[Path]) -> list[Path]:
@@ -219,7 +206,7 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
     import openslide
 
     seen: set[str] = set()
-    kept: list[Path] = []
+    first_files: list[Path] = []
     for slide in slides:
         if is_dicom(slide):
             try:
@@ -231,8 +218,8 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
             if mark in seen:
                 continue
             seen.add(mark)
-        kept.append(slide)
-    return kept
+        first_files.append(slide)
+    return first_files
 
 
 def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
@@ -240,14 +227,14 @@ def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
     by_source = {job.source: job for job in reversed(jobs)}
     walked = once(list(by_source))
     left_out += walked.left_out
-    taken = set(walked.files)
-    kept = []
+    files = set(walked.files)
+    each_once = []
     for source in dict.fromkeys(job.source for job in jobs):
-        if source in taken:
+        if source in files:
             job = by_source[source]
             aliases = dict.fromkeys([*job.aliases, *walked.aliases.get(source, ())])
-            kept.append(replace(job, aliases=tuple(aliases)))
-    return kept
+            each_once.append(replace(job, aliases=tuple(aliases)))
+    return each_once
 
 
 def _unique(jobs: list[Job]) -> list[Job]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal
 
@@ -18,24 +18,21 @@ STAGES: tuple[Stage, ...] = ("open", "read", "encode")
 class Meter:
     """Counts over all slides and threads; thread-safe."""
 
-    def __init__(self, jobs: int = 0) -> None:
-        """Start the clock.
-
-        Args:
-            jobs: number of slides and tile sets.
-        """
-        self.jobs = jobs
+    def __init__(self) -> None:
+        """Start the clock."""
+        self.jobs = 0  # number of slides and tile sets
         self._lock = threading.Lock()
         self._started = time.monotonic()
         self._seconds = dict.fromkeys(STAGES, 0.0)
         self._items = dict.fromkeys(STAGES, 0)
-        self._encoding = 0
-        self._since = 0.0
+        self._encoding = 0  # running encoder calls
+        self._busy_since = 0.0
         self._busy = 0.0
-        self._first: float | None = None
-        self._last: float | None = None
+        self._first_call: float | None = None
+        self._last_call: float | None = None
         self._states: Counter[str] = Counter()
-        self._known = self._dealt = self._opened = self._unopened = self._unreadable = 0
+        self._tiles_found = self._tiles_done = self._tiles_unreadable = 0
+        self._opened = self._ended_unopened = 0
 
     @contextmanager
     def stage(self, name: Stage, items: int) -> Iterator[None]:
@@ -43,9 +40,9 @@ class Meter:
         started = time.monotonic()
         if name == "encode":
             with self._lock:
-                self._first = started if self._first is None else self._first
+                self._first_call = started if self._first_call is None else self._first_call
                 if self._encoding == 0:
-                    self._since = started
+                    self._busy_since = started
                 self._encoding += 1
         try:
             yield
@@ -55,28 +52,28 @@ class Meter:
                 self._seconds[name] += ended - started
                 self._items[name] += items
                 if name == "encode":
-                    self._last = ended
+                    self._last_call = ended
                     self._encoding -= 1
                     if self._encoding == 0:
-                        self._busy += ended - self._since
+                        self._busy += ended - self._busy_since
 
-    def expect(self, tiles: int) -> None:
+    def slide_opened(self, tiles: int) -> None:
         """Count an opened slide and the tiles to embed in it."""
         with self._lock:
             self._opened += 1
-            self._known += tiles
+            self._tiles_found += tiles
 
-    def deal(self, tiles: int, unreadable: int = 0) -> None:
+    def tiles_ended(self, tiles: int, unreadable: int = 0) -> None:
         """Count finished tiles; ``unreadable`` of them could not be read."""
         with self._lock:
-            self._dealt += tiles
-            self._unreadable += unreadable
+            self._tiles_done += tiles
+            self._tiles_unreadable += unreadable
 
-    def end(self, state: str, opened: bool) -> None:
+    def slide_ended(self, state: str, opened: bool) -> None:
         """Count a finished slide or tile set by its state; ``opened``: its tiles were counted before."""
         with self._lock:
             self._states[state] += 1
-            self._unopened += not opened
+            self._ended_unopened += not opened
 
     def read(self) -> dict[str, Any]:
         """Return all counters.
@@ -86,40 +83,67 @@ class Meter:
         """
         with self._lock:
             now = time.monotonic()
-            busy = self._busy + (now - self._since if self._encoding else 0.0)
-            first = self._first if self._first is not None else now
-            last = now if self._encoding or self._last is None else self._last
+            busy = self._busy + (now - self._busy_since if self._encoding else 0.0)
+            first = self._first_call if self._first_call is not None else now
+            last = now if self._encoding or self._last_call is None else self._last_call
             seconds = now - self._started
-            stages = {
-                name: {"items": self._items[name], "seconds": round(self._seconds[name], 3)}
-                for name in STAGES
-            }
-            for name in ("read", "encode"):
-                spent = self._seconds[name]
-                stages[name]["tiles_per_s"] = (
-                    round(stages[name]["items"] / spent, 1) if spent else 0
-                )
             return {
                 "seconds": round(seconds, 3),
                 "jobs": self.jobs,
                 "states": dict(self._states),
                 "opened": self._opened,
-                "tiles_known": self._known,
-                "tiles_done": self._dealt,
-                "tiles_unreadable": self._unreadable,
-                "tiles_per_s": round(self._dealt / seconds, 1) if seconds else 0,
+                "tiles_known": self._tiles_found,
+                "tiles_done": self._tiles_done,
+                "tiles_unreadable": self._tiles_unreadable,
+                "tiles_per_s": _rate(self._tiles_done, seconds),
                 "encoder_busy": round(busy / (last - first), 4) if last > first else 0.0,
-                "stages": stages,
+                "stages": _by_stage(self._items, self._seconds),
             }
 
-    def tell(self, report: Progress, name: str) -> None:
+    def report(self, progress: Progress, name: str) -> None:
         """Report progress in tiles; unopened slides count with the mean number of tiles of opened ones."""
         now = self.read()
         opened = now["opened"]
-        waiting = max(0, self.jobs - opened - self._unopened)
+        waiting = max(0, self.jobs - opened - self._ended_unopened)
         total = now["tiles_known"] + (round(now["tiles_known"] / opened * waiting) if opened else 0)
         text = (
             f"{sum(now['states'].values())}/{self.jobs} slides, {now['tiles_per_s']:.0f} tiles/s, "
             f"encoder {now['encoder_busy']:.0%} busy, {name}"
         )
-        report(now["tiles_done"], total, text)
+        progress(now["tiles_done"], total, text)
+
+
+def added_up(counts: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
+    """Add up what the meters of several processes returned by :meth:`Meter.read`."""
+    tiles = sum(count["tiles_done"] for count in counts)
+    states: Counter[str] = Counter()
+    for count in counts:
+        states.update(count["states"])
+    items, spent = (
+        {name: sum(count["stages"][name][key] for count in counts) for name in STAGES}
+        for key in ("items", "seconds")
+    )
+    return {
+        "seconds": round(seconds, 3),
+        "jobs": len(counts),
+        "states": dict(states),
+        "tiles_done": tiles,
+        "tiles_unreadable": sum(count["tiles_unreadable"] for count in counts),
+        "tiles_per_s": _rate(tiles, seconds),
+        "stages": _by_stage(items, spent),
+    }
+
+
+def _rate(tiles: int, seconds: float) -> float:
+    return round(tiles / seconds, 1) if seconds else 0
+
+
+def _by_stage(
+    items: Mapping[Stage, int], seconds: Mapping[Stage, float]
+) -> dict[str, dict[str, float]]:
+    stages: dict[str, dict[str, float]] = {}
+    for name in STAGES:
+        stages[name] = {"items": items[name], "seconds": round(seconds[name], 3)}
+        if name != "open":  # that counts slides
+            stages[name]["tiles_per_s"] = _rate(items[name], seconds[name])
+    return stages

@@ -48,18 +48,18 @@ class _Embedded:
     """Result of one piece: embeddings (M, D), their tile numbers (M,), errors of the other tiles."""
 
     features: NDArray[np.float32]
-    kept: list[int]
+    numbers: list[int]
     unreadable: list[str]
 
 
 class _Slide:
-    """A slide or tile set that the pool is processing."""
+    """A slide or tile set that the workers are processing."""
 
     def __init__(self, work: Work) -> None:
         self.work = work
-        self.first: float | None = None
+        self.started: float | None = None  # when a worker began to read it
         self.writer: FeatureWriter | None = None
-        self.kept: list[int] = []
+        self.embedded: list[int] = []  # numbers of tiles
         self.unreadable: list[str] = []
         self.error: Exception | None = None
 
@@ -85,20 +85,19 @@ def embed_jobs(
 
     Args:
         jobs: from :func:`find_jobs`.
-        encoder: any encoder.
+        encoder: any encoder; it is closed if the run ends early.
         out: the folder for features.
         options: how to cut tiles.
         progress: called with tiles done, tiles expected, and a line about the run.
         meter: counts tiles and seconds; a new one when None.
-        results: the result of each job is appended as the job ends, so it remains if the run ends early.
+        results: the result of each job is appended as the job ends, also if the run ends early.
 
     Returns:
         The result of every job, in the order of the jobs.
 
     Raises:
         StorageFailed: the disk is full or ``out`` is not writable; earlier results are kept.
-        Unavailable: a server did not answer until its deadline; earlier results are kept. The encoder
-            is closed whenever a run ends early.
+        Unavailable: a server did not answer until its deadline; earlier results are kept.
     """
     if options.overlap_px >= encoder.manifest.size_px:
         raise BadInput(
@@ -108,7 +107,7 @@ def embed_jobs(
     remove_leftovers(folders_of(out))
     jobs = with_regions(jobs, options.regions)
     ended = [] if results is None else results
-    return _Run(jobs, encoder, out, options, progress, meter or Meter(), ended).all()
+    return _Run(jobs, encoder, out, options, progress, meter or Meter(), ended).run()
 
 
 def folders_of(out: Path) -> list[Path]:
@@ -137,18 +136,17 @@ class _Run:
         workers = options.jobs or cores()
         if encoder.offloads:  # workers that wait for the encoder use no core
             workers += encoder.parallel
-        batch = encoder.batch
-        self._piece = -(-PIECE // batch) * batch
+        self._piece = -(-PIECE // encoder.batch) * encoder.batch
         self._window = PIECES_AHEAD * workers
         self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="open")
         self._workers = ThreadPoolExecutor(workers, thread_name_prefix="embed")
-        self._flying: deque[tuple[_Slide, Future[_Embedded] | None]] = deque()
+        self._in_flight: deque[tuple[_Slide, Future[_Embedded] | None]] = deque()
         self._results: dict[int, Result] = {}
         self._numbers = {id(job): number for number, job in enumerate(jobs)}
-        self._own = threading.local()
+        self._per_thread = threading.local()
         self._stopping = False
 
-    def all(self) -> list[Result]:
+    def run(self) -> list[Result]:
         """Run all jobs; on a fatal error or a stop request, end soon and leave no unfinished files."""
         opening: deque[tuple[Job, float, Future[Work | Result]]] = deque()
         waiting = deque(self._jobs)
@@ -158,16 +156,16 @@ class _Run:
                     job = waiting.popleft()
                     opening.append((job, time.monotonic(), self._openers.submit(self._open, job)))
                 job, started, future = opening[0]
-                while not future.done() and self._flying:
-                    self._land()
-                made = self._opened(future)
+                while not future.done() and self._in_flight:
+                    self._finish_oldest()
+                work = self._opened(future)
                 opening.popleft()
-                if isinstance(made, Result):
-                    self._finish(job, made, started, opened=False)
+                if isinstance(work, Result):
+                    self._record(job, work, started, opened=False)
                 else:
-                    self._launch(_Slide(made))
-            while self._flying:
-                self._land()
+                    self._submit(_Slide(work))
+            while self._in_flight:
+                self._finish_oldest()
         except BaseException:
             self._stopping = True
             self._encoder.close()  # ends all waiting for a server
@@ -176,9 +174,6 @@ class _Run:
             self._openers.shutdown(cancel_futures=True)
             self._workers.shutdown(cancel_futures=True)
             self._close([future for _, _, future in opening])
-        return self._ordered()
-
-    def _ordered(self) -> list[Result]:
         return [self._results[number] for number in sorted(self._results)]
 
     def _opened(self, future: Future[Work | Result]) -> Work | Result:
@@ -186,19 +181,19 @@ class _Run:
         try:
             return stopping.result(future)
         except FATAL:
-            while self._flying:
-                self._land()
+            while self._in_flight:
+                self._finish_oldest()
             raise
 
     def _close(self, opening: Sequence[Future[Work | Result]]) -> None:
         """Close the slides of a run that ended early."""
-        for slide in {id(slide): slide for slide, _ in self._flying}.values():
+        for slide in {id(slide): slide for slide, _ in self._in_flight}.values():
             slide.close()
         for future in opening:
             if future.done() and not future.cancelled() and future.exception() is None:
-                made = future.result()
-                if not isinstance(made, Result):
-                    made.close()
+                work = future.result()
+                if not isinstance(work, Result):
+                    work.close()
         remove_leftovers(folders_of(self._out), own=self._stopping)
 
     def _open(self, job: Job) -> Work | Result:
@@ -211,103 +206,104 @@ class _Run:
         except Exception as error:  # one bad file must not stop the others
             return failed(job, error)
 
-    def _launch(self, slide: _Slide) -> None:
+    def _submit(self, slide: _Slide) -> None:
         """Send a slide's pieces to the workers; at most a window of pieces is in flight."""
         count = slide.work.count
-        self._meter.expect(count)
+        self._meter.slide_opened(count)
         for start in range(0, count, self._piece):
-            while len(self._flying) >= self._window:
-                self._land()
+            while len(self._in_flight) >= self._window:
+                self._finish_oldest()
             stop = min(count, start + self._piece)
             future = self._workers.submit(self._embed, slide, start, stop)
-            self._flying.append((slide, future))
-        self._flying.append((slide, None))  # marks the slide's end
+            self._in_flight.append((slide, future))
+        self._in_flight.append((slide, None))  # marks the slide's end
 
     def _embed(self, slide: _Slide, start: int, stop: int) -> _Embedded:
         """Read and encode one piece; runs on a worker."""
-        dim = self._encoder.manifest.dim
-        none = np.zeros((0, dim), dtype=np.float32)
+        nothing = np.zeros((0, self._encoder.manifest.dim), dtype=np.float32)
         if self._stopping or slide.error is not None:
-            return _Embedded(none, [], [])
-        slide.first = slide.first or time.monotonic()
+            return _Embedded(nothing, [], [])
+        slide.started = slide.started or time.monotonic()
         tiles = self._buffer()[: stop - start]
         with self._meter.stage("read", stop - start):
-            broken = slide.work.read(start, tiles)
-        kept = [start + n for n in range(len(tiles)) if n not in broken]
-        reasons = [str(error) for _, error in sorted(broken.items())]
-        if not kept:
-            return _Embedded(none, [], reasons)
-        if broken:
-            tiles = np.delete(tiles, list(broken), axis=0)
+            errors = slide.work.read(start, tiles)
+        numbers = [start + n for n in range(len(tiles)) if n not in errors]
+        reasons = [str(error) for _, error in sorted(errors.items())]
+        if not numbers:
+            return _Embedded(nothing, [], reasons)
+        if errors:
+            tiles = np.delete(tiles, list(errors), axis=0)
         with self._meter.stage("encode", len(tiles)):
-            return _Embedded(self._encoder.embed(tiles), kept, reasons)
+            return _Embedded(self._encoder.embed(tiles), numbers, reasons)
 
     def _buffer(self) -> NDArray[np.uint8]:
         """Return this worker's buffer for one piece; a new one each time would cost as much as reading."""
-        if not hasattr(self._own, "buffer"):
+        if not hasattr(self._per_thread, "buffer"):
             size = self._encoder.manifest.size_px
-            self._own.buffer = np.empty((self._piece, size, size, 3), dtype=np.uint8)
-        room: NDArray[np.uint8] = self._own.buffer
-        return room
+            self._per_thread.buffer = np.empty((self._piece, size, size, 3), dtype=np.uint8)
+        buffer: NDArray[np.uint8] = self._per_thread.buffer
+        return buffer
 
-    def _land(self) -> None:
+    def _finish_oldest(self) -> None:
         """Wait for the oldest piece and write it; at a slide's end mark, finish the slide."""
-        slide, future = self._flying[0]
+        slide, future = self._in_flight[0]
         try:
             if future is None:
                 result = self._write(slide)
             else:
-                self._take(slide, stopping.result(future))
+                self._append(slide, stopping.result(future))
         except (*FATAL, Mismatch):  # a changed encoder concerns every slide
             raise
         except Exception as error:  # a failed piece fails only its slide
             slide.error = slide.error or error
             result = failed(slide.work.job, slide.error)
-        self._flying.popleft()
+        self._in_flight.popleft()
         if future is None:
             slide.close()
             result = replace(result, name=slide.work.name, tissue=slide.work.tissue)
-            began = slide.first or time.monotonic()
-            self._finish(slide.work.job, result, began - slide.work.seconds, opened=True)
+            started = slide.started or time.monotonic()
+            self._record(slide.work.job, result, started - slide.work.seconds, opened=True)
 
-    def _take(self, slide: _Slide, piece: _Embedded) -> None:
-        self._meter.deal(len(piece.kept) + len(piece.unreadable), len(piece.unreadable))
-        slide.kept += piece.kept
+    def _append(self, slide: _Slide, piece: _Embedded) -> None:
+        unreadable = len(piece.unreadable)
+        self._meter.tiles_ended(len(piece.numbers) + unreadable, unreadable)
+        slide.embedded += piece.numbers
         slide.unreadable += piece.unreadable
+        self._writer(slide).append(piece.features)
+        self._meter.report(self._progress, slide.work.name)
+
+    def _writer(self, slide: _Slide) -> FeatureWriter:
         if slide.writer is None:
             dim = self._encoder.manifest.dim
             slide.writer = FeatureWriter(slide.work.path, dim, slide.work.count)
-        slide.writer.append(piece.features)
-        self._meter.tell(self._progress, slide.work.name)
+        return slide.writer
 
     def _write(self, slide: _Slide) -> Result:
         work = slide.work
         if slide.error is not None:
             return failed(work.job, slide.error)
         refuse_if_broken(work, slide.unreadable)
-        if slide.writer is None:
-            slide.writer = FeatureWriter(work.path, self._encoder.manifest.dim, 0)
-        item = work.describe(slide.kept, slide.unreadable)
-        slide.writer.publish(item)
-        state: State = "partial" if slide.unreadable else "done" if slide.kept else "empty"
-        reason = item.about["reason"]
+        features = work.describe(slide.embedded, slide.unreadable)
+        self._writer(slide).publish(features)
+        state: State = "done" if slide.embedded else "empty"
+        reason = features.about["reason"]
         if slide.unreadable:
-            reason = f"{len(slide.unreadable)} tiles unreadable"
+            state, reason = "partial", f"{len(slide.unreadable)} tiles are unreadable"
         return Result(
             work.name,
             str(work.job.source),
             state,
             reason,
-            len(slide.kept),
+            len(slide.embedded),
             slide.unreadable,
             features=str(work.path),
             notes=list(work.notes),
             left_out=list(work.left_out),
-            icc_profile=item.about.get("icc_profile"),
-            icc_applied=item.about.get("icc_applied", False),
+            icc_profile=features.about.get("icc_profile"),
+            icc_applied=features.about.get("icc_applied", False),
         )
 
-    def _finish(self, job: Job, result: Result, started: float, opened: bool) -> None:
+    def _record(self, job: Job, result: Result, started: float, opened: bool) -> None:
         result = replace(
             result,
             name=printable(result.name),
@@ -317,15 +313,15 @@ class _Run:
         )
         self._results[self._numbers[id(job)]] = result
         self._ended.append(result)
-        self._meter.end(result.state, opened)
-        self._meter.tell(self._progress, result.name)
+        self._meter.slide_ended(result.state, opened)
+        self._meter.report(self._progress, result.name)
         status = self._out / "status" / f"{result.name}.json"
-        if result.state != "skipped" or not _says_done(status):
+        if result.state != "skipped" or not _is_success(status):
             with suppress(BadInput):  # the name is too long for a file; run.json holds the result
                 write_json(status, asdict(result))
 
 
-def _says_done(status: Path) -> bool:
+def _is_success(status: Path) -> bool:
     """Whether a status file exists and records success; a killed run may have left it behind."""
     try:
         return read_json(status)["state"] in {"done", "empty", "skipped"}

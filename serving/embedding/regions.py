@@ -15,12 +15,10 @@ ENDING = ".geojson"
 
 
 def with_regions(jobs: Sequence[Job], regions: Path | None) -> list[Job]:
-    """Attach to each slide the GeoJSON file of its annotations.
+    """Attach to each slide that has none the GeoJSON file of its annotations.
 
-    Args:
-        jobs: jobs that already have a file keep it; tile sets get none.
-        regions: a file for a single slide, or a folder with files named after the slides
-            (see ``slide_names``), such as ``case-1.geojson`` or ``patientA/case-1.svs.geojson``.
+    ``regions`` is a file for a single slide, or a folder with files named after the slides (see
+    ``slide_names``), such as ``case-1.geojson`` or ``patientA/case-1.svs.geojson``.
 
     Raises:
         BadInput: there is one file for several slides, or a file name matches two slides.
@@ -28,26 +26,26 @@ def with_regions(jobs: Sequence[Job], regions: Path | None) -> list[Job]:
     slides = [n for n, job in enumerate(jobs) if job.kind == "slide" and job.regions is None]
     if regions is None or not slides:
         return list(jobs)
-    given = list(jobs)
+    jobs = list(jobs)
     if regions.is_file():
         count = sum(job.kind == "slide" for job in jobs)
         if count > 1:
             raise BadInput(
-                f"--regions {regions} is one file and there are {count} slides, so the annotations of one "
-                "would be laid on all; pass a folder with a file for each slide, named <slide>.geojson, or "
-                "embed this slide alone"
+                f"--regions {regions} is one file and there are {count} slides: the annotations of one "
+                "slide would be used for all; pass a folder with a <slide>.geojson for each, or embed "
+                "this slide alone"
             )
-        given[slides[0]] = replace(given[slides[0]], regions=regions)
-        return given
+        jobs[slides[0]] = replace(jobs[slides[0]], regions=regions)
+        return jobs
     files = {
         path.relative_to(regions).as_posix()[: -len(ENDING)]: path
         for path in walk(regions).files
         if path.name.lower().endswith(ENDING)
     }
     matched = match(files, [jobs[n].names() for n in slides], f"--regions {regions}", "file")
-    for at, name in matched.by_slide.items():
-        given[slides[at]] = replace(given[slides[at]], regions=files[name])
-    return given
+    for index, name in matched.by_slide.items():
+        jobs[slides[index]] = replace(jobs[slides[index]], regions=files[name])
+    return jobs
 
 
 def unused_regions(jobs: Sequence[Job], regions: Path | None) -> list[str]:

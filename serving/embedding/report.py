@@ -13,57 +13,42 @@ from typing import Any
 from ... import console
 from ...artifacts.files import write_json
 from ...artifacts.walking import LeftOut, summarised
-from ...errors import HistoseekError
+from ...errors import HistoseekError, need
 from .results import Result
 from .run import Ran
 
 SHOWN = 40
 FEW = 5
 NOT_USED = {
-    "rows_unused": "rows of the manifest that mean none of the inputs",
+    "rows_unused": "rows of the manifest that match no input",
     "slides_without_row": "slides without a row in the manifest",
-    "regions_unused": "GeoJSON files that mean none of the slides",
+    "regions_unused": "GeoJSON files that match no slide",
 }
 SLOWEST = 3
 
 
-def report_results(ran: Ran, out: str, inputs: dict[str, Any] | None = None) -> bool:
-    """Write ``run.json`` into ``out`` and print the outcome; return whether every job succeeded.
+def report_results(ran: Ran, out: str, inputs: dict[str, Any]) -> bool:
+    """Write ``run.json`` into the folder or URL ``out``, print the outcome; return whether all succeeded.
 
-    Args:
-        ran: the outcome of the run.
-        out: the folder's path or URL.
-        inputs: which inputs and table rows were left out, and why.
+    ``inputs`` states which inputs and table rows were left out, and why.
     """
-    document = {**summary(ran), "inputs": inputs or {}}
+    document = {**summary(ran), "inputs": inputs}
     write_document(document, out)
     console.emit(document, lambda: _show(ran.results, document, out))
     return bool(document["ok"])
 
 
 def record_end(
-    error: BaseException,
-    results: Sequence[Result],
-    jobs: int,
-    out: str,
-    inputs: dict[str, Any] | None = None,
+    error: BaseException, results: Sequence[Result], jobs: int, out: str, inputs: dict[str, Any]
 ) -> None:
-    """Record in ``run.json`` that a run ended early, why, and which jobs had finished.
-
-    Args:
-        error: the error that ended the run.
-        results: results of the finished jobs.
-        jobs: total number of jobs.
-        out: the folder of features.
-        inputs: which inputs and table rows were left out, and why.
-    """
+    """Record in ``run.json`` that a run of ``jobs`` jobs ended early, why, and which had finished."""
     states: dict[str, int] = Counter(result.state for result in results)
     document = {
         "ok": False,
         "ended": f"{type(error).__name__}: {error}",
         "states": {**states, "not reached": jobs - len(results)},
         "results": [asdict(result) for result in results],
-        "inputs": inputs or {},
+        "inputs": inputs,
     }
     with suppress(HistoseekError):  # the disk may be full, which may have ended the run
         if Path(out).is_dir():
@@ -87,16 +72,14 @@ def write_document(document: dict[str, Any], out: str) -> None:
     if "://" not in out:
         write_json(Path(out) / "run.json", document)
         return
-    import fsspec
-
-    with fsspec.open(f"{out.rstrip('/')}/run.json", "w", encoding="utf-8") as stream:
+    with need("fsspec", "ray").open(f"{out.rstrip('/')}/run.json", "w", encoding="utf-8") as stream:
         stream.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
 
 
 def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None:
-    telling = [r for r in results if not r.ok or r.state == "empty"]
-    rest = [r for r in results if r not in telling]
-    shown = [*telling, *rest][: max(SHOWN, len(telling))]
+    notable = [r for r in results if not r.ok or r.state == "empty"]
+    rest = [r for r in results if r not in notable]
+    shown = [*notable, *rest][: max(SHOWN, len(notable))]
     rows = [
         (r.name, r.state, r.tiles, _percent(r.tissue), round(r.seconds, 1), r.reason) for r in shown
     ]
@@ -120,32 +103,32 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
 def lines_of(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
     """Return a line for each input that was not used, and for each value guessed or overridden."""
     lines = [f"note: {note}" for note in inputs.get("notes", [])]
-    of_sets = [left for result in results for left in result.left_out]
-    lines += summarised([LeftOut(**left) for left in [*inputs.get("left_out", []), *of_sets]])
+    left_out = [*inputs.get("left_out", []), *(left for r in results for left in r.left_out)]
+    lines += summarised([LeftOut(**left) for left in left_out])
     for key, what in NOT_USED.items():
         names = inputs.get(key) or []
         if names:
-            few = ", ".join(names[:FEW]) + (" …" if len(names) > FEW else "")
-            lines.append(f"{what}: {len(names)} ({few})")
+            lines.append(f"{what}: {len(names)} ({_few(names)})")
     by_note: dict[str, list[str]] = {}
     for result in results:
         for note in result.notes:
             by_note.setdefault(note, []).append(result.name)
-    for note, names in by_note.items():
-        few = ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
-        lines.append(f"{few}: {note}")
-    return lines
+    return lines + [f"{_few(names)}: {note}" for note, names in by_note.items()]
+
+
+def _few(names: Sequence[str]) -> str:
+    return ", ".join(names[:FEW]) + (f" and {len(names) - FEW} more" if len(names) > FEW else "")
 
 
 def _show_profiles(results: Sequence[Result]) -> None:
-    kept = Counter(r.icc_profile for r in results if r.icc_profile and not r.icc_applied)
-    for name, count in kept.most_common(SLOWEST):
+    unused = Counter(r.icc_profile for r in results if r.icc_profile and not r.icc_applied)
+    for name, count in unused.most_common(SLOWEST):
         console.say(
             f"colour profile {name!r} of {count} slide{'' if count == 1 else 's'} was not applied: the "
             "pixels were embedded as they are stored"
         )
-    if len(kept) > SLOWEST:
-        console.say(f"… and {len(kept) - SLOWEST} more colour profiles; run.json has all")
+    if len(unused) > SLOWEST:
+        console.say(f"… and {len(unused) - SLOWEST} more colour profiles; run.json lists all")
 
 
 def _percent(share: float | None) -> str:

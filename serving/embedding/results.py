@@ -34,15 +34,11 @@ class EncoderChoice:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Check that no engine or precision is set for an encoder on a server.
-
-        Raises:
-            BadInput: an engine or precision is set for an encoder on a server.
-        """
+        """Raise BadInput if an engine or precision is set for an encoder on a server."""
         if "://" in self.spec and (self.engine, self.precision) != ("auto", "f32"):
             raise BadInput(
-                "--engine and --precision are for an encoder in this process; a server has its own "
-                "(for half precision name its model <name>-fp16)"
+                "--engine and --precision are for an encoder in this process; a server uses its own "
+                "settings (for half precision use the server's model <name>-fp16)"
             )
 
 
@@ -56,27 +52,27 @@ class EmbedOptions:
         "out.")] = None
     assume_mpp: Annotated[float | None,
         Field(ge=0.01, le=100, description="µm per pixel of slides whose file and manifest do not "
-        "say.")] = None
+        "state it.")] = None
     override_mpp: Annotated[float | None,
-        Field(ge=0.01, le=100, description="µm per pixel of all slides of this run, whatever their "
-        "files say.")] = None
+        Field(ge=0.01, le=100, description="µm per pixel of all slides of this run; replaces "
+        "the values of their files.")] = None
     series: Annotated[int | None,
-        Field(ge=0, description="Number of the picture that is the slide, in a TIFF with "
-        "several.")] = None
+        Field(ge=0, description="Number of the image that is the slide, in a TIFF with "
+        "several images.")] = None
     overlap_px: Annotated[int,
         Field(ge=0, description="Overlap of tiles, in pixels."), Flag("--overlap")] = 0
     min_tissue: Annotated[float,
-        Field(ge=0, le=1, description="Least share of tissue in a tile.")] = 0.25
+        Field(ge=0, le=1, description="Minimum share of tissue in a tile.")] = 0.25
     manifest: Annotated[Path | None,
         Field(description="CSV: file, label, group; for slides file, mpp, series, label, "
         "patient.")] = None
     regions: Annotated[Path | None,
-        Field(description="GeoJSON (QuPath) of what to embed: a file for one slide, or a folder of "
+        Field(description="GeoJSON (QuPath) of the regions to embed: a file for one slide, or a folder of "
         "<slide>.geojson.")] = None
     region_classes: Annotated[tuple[str, ...],
         Field(description="Only annotations of this class; repeatable."), Flag("--region-class")] = ()
     overlays: Annotated[bool,
-        Field(description="Write a picture per slide of its tissue and tiles.")] = True
+        Field(description="Write an image per slide that shows its tissue and tiles.")] = True
     geojson: Annotated[bool, Field(description="Write tissue outlines and tiles for QuPath.")] = (False)
     jobs: Annotated[int | None,
         Field(ge=1, le=512, description="Decoder workers; one per core if left out. The result is the "
@@ -84,15 +80,11 @@ class EmbedOptions:
     # fmt: on
 
     def __post_init__(self) -> None:
-        """Check combinations of options.
-
-        Raises:
-            BadInput: options conflict; the message names them and the remedy.
-        """
+        """Raise BadInput if options conflict."""
         if self.override_mpp is not None and self.assume_mpp is not None:
-            raise BadInput("--override-mpp and --assume-mpp say the same thing; pass one of them")
+            raise BadInput("--override-mpp and --assume-mpp exclude each other; pass one of them")
         if self.region_classes and self.regions is None:
-            raise BadInput("--region-class goes with --regions")
+            raise BadInput("--region-class needs --regions; pass both")
         if self.regions is not None and not self.regions.exists():
             raise BadInput(f"--regions {self.regions} does not exist; check the path")
 
@@ -102,12 +94,10 @@ class Result:
     """The result of one job.
 
     Attributes:
-        name: name of the slide or tile set.
         source: the file or folder.
         state: done, partial (some tiles unreadable), empty (no tissue), skipped (already done)
             or failed.
         reason: reason for the state, unless done.
-        tiles: number of tiles embedded.
         unreadable: tiles that could not be read, each with coordinates and reason.
         seconds: time from opening to writing; slides overlap in time.
         features: the feature file, if there is one.

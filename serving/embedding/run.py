@@ -20,14 +20,7 @@ from .results import EmbedOptions, EncoderChoice, Result
 
 @dataclass(frozen=True)
 class Ran:
-    """The outcome of a run.
-
-    Attributes:
-        results: result of every job, in order.
-        manifest: the encoder's manifest.
-        encoder: the encoder's settings.
-        speed: the meter's counters.
-    """
+    """The outcome of a run: every job's result in order, the encoder, its settings, and the counters."""
 
     results: list[Result]
     manifest: Manifest
@@ -54,19 +47,12 @@ def run_here(
 ) -> Ran:
     """Embed jobs in this process; see :func:`~histoseek.serving.embedding.pipeline.embed_jobs`.
 
-    Args:
-        jobs: from :func:`~histoseek.serving.embedding.jobs.find_jobs`.
-        choice: the encoder to use.
-        out: the folder for features.
-        options: how to cut tiles.
-        progress: receives progress.
-        metrics: ``[HOST:]PORT`` at which to serve Prometheus metrics during the run.
-        results: the result of each job is appended as the job ends.
+    With ``metrics`` (``[HOST:]PORT``), Prometheus metrics are served during the run.
     """
     encoder, meter = open_chosen(choice), Meter()
     try:
         with metrics_page(metrics, meter):
-            found = embed_jobs(jobs, encoder, out, options, progress, meter, results)
-        return Ran(found, encoder.manifest, encoder.describe(), meter.read())
+            ended = embed_jobs(jobs, encoder, out, options, progress, meter, results)
+        return Ran(ended, encoder.manifest, encoder.describe(), meter.read())
     finally:
         encoder.close()

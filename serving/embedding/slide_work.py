@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,13 +24,12 @@ from .results import EmbedOptions
 
 
 @dataclass(frozen=True)
-class Said:
-    """What the options and the manifest state about one slide.
+class StatedScale:
+    """The mpp and the TIFF series that the options and the manifest state for one slide.
 
     Attributes:
-        mpp: micrometres per pixel of level 0, or None.
         by: source of the mpp: ``override`` or ``manifest``.
-        series: index of the TIFF image that is the slide, or None.
+        series: index of the TIFF image that is the slide.
         notes: values that were overridden.
     """
 
@@ -40,8 +39,8 @@ class Said:
     notes: tuple[str, ...] = ()
 
 
-def said_of(job: Job, options: EmbedOptions) -> Said:
-    """Return what the options and the manifest state about a slide.
+def stated_scale(job: Job, options: EmbedOptions) -> StatedScale:
+    """Return the mpp and the TIFF series that the options and the manifest state for a slide.
 
     Raises:
         BadInput: the manifest's mpp or series is not a number in range.
@@ -49,7 +48,9 @@ def said_of(job: Job, options: EmbedOptions) -> Said:
     notes = []
     series, text = options.series, job.row.get("series", "")
     if text and not (text.isdecimal() and len(text) < 10):
-        raise BadInput(f"the manifest gives {job.source.name} series {text!r}; expected a number")
+        raise BadInput(
+            f"the manifest's series of {job.source.name} is {text!r}; expected a number of the TIFF image"
+        )
     if text and series is None:
         series = int(text)
     elif text and series != int(text):
@@ -57,7 +58,9 @@ def said_of(job: Job, options: EmbedOptions) -> Said:
     stated = job.row.get("mpp", "")
     value = number_of(stated) if stated else None
     if stated and (value is None or not 0.01 <= value <= 100):
-        raise BadInput(f"the manifest gives {job.source.name} mpp {stated!r}; expected 0.01 to 100")
+        raise BadInput(
+            f"the manifest's mpp of {job.source.name} is {stated!r}; expected 0.01 to 100"
+        )
     chosen, by = value, "manifest" if stated else ""
     if options.override_mpp is not None:
         chosen, by = options.override_mpp, "override"
@@ -70,98 +73,93 @@ def said_of(job: Job, options: EmbedOptions) -> Said:
             f"µm per pixel is {value:g} by the manifest; --assume-mpp {options.assume_mpp:g} is for slides "
             "of which nothing says it"
         )
-    return Said(chosen, by, series, tuple(notes))
+    return StatedScale(chosen, by, series, tuple(notes))
 
 
+@dataclass
 class SlideWork:
     """A slide; see :class:`Work`."""
 
-    seconds = 0.0
+    job: Job
+    slide: Slide
+    grid: Grid
+    manifest: Manifest
+    name: str
+    path: Path
+    key: dict[str, Any]
+    stated: StatedScale
+    seconds: float = 0.0
     left_out: Sequence[dict[str, str]] = ()
 
-    def __init__(
-        self,
-        job: Job,
-        slide: Slide,
-        grid: Grid,
-        manifest: Manifest,
-        name: str,
-        path: Path,
-        key: dict[str, Any],
-        said: Said,
-    ) -> None:
-        """Store what is needed to read and describe the slide's tiles, without the grid's images."""
-        self.job, self.name, self.path, self.count = job, name, path, len(grid.coords)
-        self.tissue: float | None = round(grid.tissue, 4)
-        self._slide, self._manifest, self._key = slide, manifest, key
-        self._coords, self._side, self._size = grid.coords, grid.size_px_level0, grid.size_px
-        self._grid = (grid.overlap_px, grid.mpp, grid.target_mpp, grid.candidates)
-        self._bounds = None if grid.bounds is None else list(grid.bounds)
-        self._mpp_from = said.by if slide.mpp_from == "stated" else slide.mpp_from
-        self.notes = [*said.notes, *slide.notes]
+    def __post_init__(self) -> None:
+        """Count the tiles, collect what the result states, and free the grid's images."""
+        self.count = len(self.grid.coords)
+        self.tissue: float | None = round(self.grid.tissue, 4)
+        self.notes = [*self.stated.notes, *self.slide.notes]
+        nothing = np.zeros((0, 0, 3), dtype=np.uint8)
+        self.grid = replace(self.grid, thumbnail=nothing, mask=nothing[..., 0] > 0)
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
-        places = [(int(x), int(y)) for x, y in self._coords[start : start + len(out)]]
-        return self._slide.read_tiles(places, self._side, out)
+        corners = [(int(x), int(y)) for x, y in self.grid.coords[start : start + len(out)]]
+        return self.slide.read_tiles(corners, self.grid.size_px_level0, out)
 
-    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+    def describe(self, embedded: Sequence[int], unreadable: list[str]) -> Features:
         """See :class:`Work`."""
-        overlap_px, mpp, target_mpp, candidates = self._grid
-        reason = ""
-        if not self.count and not candidates:
+        grid, slide, reason = self.grid, self.slide, ""
+        if not self.count and not grid.candidates:
             reason = (
-                f"no tile: {self._slide.width} x {self._slide.height} pixels are smaller than one "
-                f"tile of {self._side}"
+                f"no tile: {slide.width} x {slide.height} pixels are smaller than one "
+                f"tile of {grid.size_px_level0}"
             )
         elif not self.count:
-            share = self._key["min_tissue"]
-            where = "the regions given" if self._key.get("regions") else "tissue"
-            reason = f"no tissue: none of {candidates} tiles reaches {share:.0%} of {where}"
+            share = self.key["min_tissue"]
+            where = "the regions given" if self.key.get("regions") else "tissue"
+            reason = f"no tissue: none of {grid.candidates} tiles reaches {share:.0%} of {where}"
         return Features(
             name=self.name,
-            encoder=self._manifest.name,
-            encoder_sha256=self._manifest.sha256,
-            features=np.zeros((0, self._manifest.dim), dtype=np.float32),
-            coords=self._coords[np.asarray(kept, dtype=np.int64)],
+            encoder=self.manifest.name,
+            encoder_sha256=self.manifest.sha256,
+            features=np.zeros((0, self.manifest.dim), dtype=np.float32),
+            coords=grid.coords[np.asarray(embedded, dtype=np.int64)],
             source=self.job.location,
-            size_px=self._size,
-            size_px_level0=self._side,
-            overlap_px=overlap_px,
-            mpp=mpp,
-            target_mpp=target_mpp,
-            width=self._slide.width,
-            height=self._slide.height,
+            size_px=grid.size_px,
+            size_px_level0=grid.size_px_level0,
+            overlap_px=grid.overlap_px,
+            mpp=grid.mpp,
+            target_mpp=grid.target_mpp,
+            width=slide.width,
+            height=slide.height,
             about={
-                "key": self._key,
+                "key": self.key,
                 "source": self.job.location,
                 "reason": reason,
                 "unreadable": unreadable,
-                "tiles": len(kept),
+                "tiles": len(embedded),
                 "tissue_share": self.tissue,
-                "mpp_from": self._mpp_from,
-                "bounds": self._bounds,
+                "mpp_from": self.stated.by if slide.mpp_from == "stated" else slide.mpp_from,
+                "bounds": None if grid.bounds is None else list(grid.bounds),
                 "notes": self.notes,
-                **self._slide.colour_profile,
-                "row": self._key["row"],
+                **slide.colour_profile,
+                "row": self.key["row"],
             },
         )
 
     def close(self) -> None:
         """Close the slide."""
-        self._slide.close()
+        self.slide.close()
 
 
-def pictures(name: str, out: Path, options: EmbedOptions) -> list[Path]:
+def overlay_files(name: str, out: Path, options: EmbedOptions) -> list[Path]:
     """Return the paths of the requested extra files: overlay, tissue and tiles."""
-    found = [out / "overlays" / f"{name}.jpg"] if options.overlays else []
+    paths = [out / "overlays" / f"{name}.jpg"] if options.overlays else []
     if options.geojson:
-        found += [out / "geojson" / f"{name}.{part}.geojson" for part in ("tissue", "tiles")]
-    return found
+        paths += [out / "geojson" / f"{name}.{part}.geojson" for part in ("tissue", "tiles")]
+    return paths
 
 
-def write_pictures(grid: Grid, name: str, out: Path, options: EmbedOptions) -> None:
-    """Write the files of :func:`pictures`."""
+def write_overlay_files(grid: Grid, name: str, out: Path, options: EmbedOptions) -> None:
+    """Write the files of :func:`overlay_files`."""
     if not (options.overlays or options.geojson):
         return
     polygons = outlines(grid.mask, grid.down)
@@ -169,11 +167,11 @@ def write_pictures(grid: Grid, name: str, out: Path, options: EmbedOptions) -> N
         caption = (
             f"{name}: {len(grid.coords)} tiles at mpp {grid.target_mpp:g}, {grid.tissue:.0%} tissue"
         )
-        picture = draw_overlay(grid, polygons, caption)
-        write_atomic(out / "overlays" / f"{name}.jpg", encode_jpeg(picture, 85))
+        overlay = draw_overlay(grid, polygons, caption)
+        write_atomic(out / "overlays" / f"{name}.jpg", encode_jpeg(overlay, 85))
     if options.geojson:
         left, top = grid.origin
-        drawn = moved(polygons, -left, -top)
-        write_tissue(out / "geojson" / f"{name}.tissue.geojson", drawn)
+        folder = out / "geojson"
+        write_tissue(folder / f"{name}.tissue.geojson", moved(polygons, -left, -top))
         corners = grid.coords - (left, top)
-        write_tiles(out / "geojson" / f"{name}.tiles.geojson", corners, grid.size_px_level0)
+        write_tiles(folder / f"{name}.tiles.geojson", corners, grid.size_px_level0)

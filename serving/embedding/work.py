@@ -6,6 +6,7 @@ import glob
 import itertools
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -24,7 +25,7 @@ from ..slides.geojson import moved, read_annotations
 from ..slides.slide import Slide, open_slide
 from .jobs import Job, distinct_name
 from .results import EmbedOptions, Result
-from .slide_work import Said, SlideWork, pictures, said_of, write_pictures
+from .slide_work import SlideWork, StatedScale, overlay_files, stated_scale, write_overlay_files
 
 MAX_UNREADABLE = 0.1
 """Maximum share of unreadable tiles; a slide or tile set with more is failed, not partial."""
@@ -44,7 +45,6 @@ class Work(Protocol):
         seconds: time to open it and find its tiles.
     """
 
-    seconds: float
     job: Job
     name: str
     path: Path
@@ -52,6 +52,7 @@ class Work(Protocol):
     tissue: float | None
     notes: list[str]
     left_out: Sequence[dict[str, str]]
+    seconds: float
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """Read tiles ``start``, ``start + 1``, … into ``out``, uint8 (N, S, S, 3).
@@ -61,12 +62,12 @@ class Work(Protocol):
         """
         ...
 
-    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+    def describe(self, embedded: Sequence[int], unreadable: list[str]) -> Features:
         """Return everything in the feature file but the embeddings.
 
         Args:
-            kept: numbers of the embedded tiles.
-            unreadable: why the other tiles could not be read.
+            embedded: numbers of the embedded tiles.
+            unreadable: reasons why the other tiles could not be read.
         """
         ...
 
@@ -80,24 +81,20 @@ def prepare(
 ) -> Work | Result:
     """Open a job and find its tiles; return a result instead if nothing is left to do.
 
-    Args:
-        job: a slide or tile set.
-        manifest: the encoder's manifest.
-        precision: the encoder's precision; features with another precision are computed again.
-        out: the folder of features.
-        options: how to cut tiles.
+    Features that were computed with another encoder, precision or option are computed again.
 
     Raises:
         HistoseekError: the job cannot be done; the message gives the reason.
     """
     started = time.monotonic()
     if printable(str(job.source)) != str(job.source):
-        raise BadInput(f"{printable(str(job.source))}: its name is not UTF-8; rename it")
-    lower = {} if precision in {"f32", "fp32"} else {"precision": precision}
-    made = _prepare(job, manifest, lower, out, options)
-    if not isinstance(made, Result):
-        made.seconds = time.monotonic() - started
-    return made
+        raise BadInput(f"{printable(str(job.source))}: the name is not valid UTF-8; rename it")
+    settings = {} if precision in {"f32", "fp32"} else {"precision": precision}
+    preparation = _Preparation(job, manifest, settings, out, options)
+    work = preparation.tiles() if job.kind == "tiles" else preparation.slide()
+    if not isinstance(work, Result):
+        work.seconds = time.monotonic() - started
+    return work
 
 
 def printable(text: str) -> str:
@@ -105,34 +102,8 @@ def printable(text: str) -> str:
     return text.encode(errors="backslashreplace").decode()
 
 
-def _prepare(
-    job: Job, manifest: Manifest, lower: dict[str, Any], out: Path, options: EmbedOptions
-) -> Work | Result:
-    if job.kind == "tiles":
-        return _prepare_tiles(job, manifest, lower, out, options)
-    mpp = options.mpp or manifest.mpp
-    if mpp is None:
-        raise Mismatch(
-            f"encoder {manifest.name} names no mpp to read slides at; pass --mpp or --magnification"
-        )
-    said = said_of(job, options)
-    slide = open_slide(job.source, options.assume_mpp, said.mpp, said.series)
-    try:
-        made = _prepare_slide(job, slide, said, mpp, manifest, lower, out, options)
-    except BaseException:
-        slide.close()
-        raise
-    if isinstance(made, Result):
-        slide.close()
-    return made
-
-
 def refuse_if_broken(work: Work, unreadable: list[str]) -> None:
-    """Raise if too many tiles of a slide or tile set are unreadable.
-
-    Raises:
-        Damaged: the message states how many, and the first reason.
-    """
+    """Raise Damaged if too many tiles of a slide or tile set are unreadable."""
     if work.count and len(unreadable) > MAX_UNREADABLE * work.count:
         raise Damaged(
             f"{work.job.source}: {len(unreadable)} of {work.count} tiles are unreadable, first: "
@@ -140,28 +111,116 @@ def refuse_if_broken(work: Work, unreadable: list[str]) -> None:
         )
 
 
-def _place(
-    out: Path, folder: str, job: Job, manifest: Manifest, key: dict[str, Any]
-) -> tuple[Path, str, bool]:
-    """Return the feature file, its name, and whether it already exists with the same settings."""
-    parent = out / folder / f"features_{manifest.name}"
-    names = dict.fromkeys((job.name, distinct_name(job)))
-    for plain in (job.source.stem, job.stem):
-        about = read_about(parent / f"{plain}.h5")
-        if about is not None and _is_here(about, job):
-            names = {plain: None, **names}  # embedded before another slide with this name was added
-    if left_behind := _left_behind(parent, job, key["content"]):
-        names = {left_behind: None, **names}
-    for name in names:
-        path = parent / f"{name}.h5"
-        about = read_about(path)
-        if about is None:
-            return path, name, False
-        if about.get("key") == key:
-            return path, name, not about.get("unreadable")
-        if about.get("key", {}).get("content") == key["content"] or _is_here(about, job):
-            return path, name, False
-    return path, name, False
+@dataclass(frozen=True)
+class _Preparation:
+    """One job with what :func:`prepare` was given; ``settings`` belong into every feature file's key."""
+
+    job: Job
+    manifest: Manifest
+    settings: dict[str, Any]
+    out: Path
+    options: EmbedOptions
+
+    def tiles(self) -> Work | Result:
+        tileset = open_tiles(self.job.source, self.options.manifest)
+        key = {"content": tileset.fingerprint, "encoder": self.manifest.sha256, **self.settings}
+        path, name, complete = self._feature_file(f"tiles_{self.manifest.size_px}px", key)
+        if complete:
+            return _done_before(self.job, name, path)
+        return TilesWork(self.job, tileset, self.manifest, name, path, key)
+
+    def slide(self) -> Work | Result:
+        mpp = self.options.mpp or self.manifest.mpp
+        if mpp is None:
+            raise Mismatch(
+                f"encoder {self.manifest.name} does not state the µm per pixel of its tiles; pass --mpp or "
+                "--magnification"
+            )
+        stated = stated_scale(self.job, self.options)
+        slide = open_slide(self.job.source, self.options.assume_mpp, stated.mpp, stated.series)
+        try:
+            work = self._slide_work(slide, stated, mpp)
+        except BaseException:
+            slide.close()
+            raise
+        if isinstance(work, Result):
+            slide.close()
+        return work
+
+    def _slide_work(self, slide: Slide, stated: StatedScale, target_mpp: float) -> Work | Result:
+        job, manifest, out, options = self.job, self.manifest, self.out, self.options
+        if job.regions is None and options.regions is not None:
+            raise BadInput(
+                f"--regions {options.regions} has no regions for {job.source.name}; expected a file such "
+                f"as {job.stem}.geojson or {job.source.name}.geojson"
+            )
+        key = self._slide_key(slide, stated, target_mpp)
+        folder = f"{magnification(target_mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
+        path, name, complete = self._feature_file(folder, key)
+        if complete and slide.bounds is not None:
+            # features from before bounds were recorded are computed again
+            complete = "bounds" in (read_about(path) or {})
+        if complete and all(file.is_file() for file in overlay_files(name, out, options)):
+            return _done_before(job, name, path)
+        regions = None
+        if job.regions is not None:
+            left, top = slide.bounds[:2] if slide.bounds is not None else (0, 0)
+            regions = moved(read_annotations(job.regions, options.region_classes), left, top)
+        grid = slide.grid(
+            manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions
+        )
+        write_overlay_files(grid, name, out, options)
+        if complete:
+            return _done_before(job, name, path)
+        work = SlideWork(job, slide, grid, manifest, name, path, key, stated)
+        if key["content"] == (read_about(path) or {}).get("key", {}).get("content"):
+            work.notes += _moved_from(path, job)
+        return work
+
+    def _slide_key(self, slide: Slide, stated: StatedScale, target_mpp: float) -> dict[str, Any]:
+        """Return the settings that features of a slide depend on; features with other ones are replaced."""
+        job, options = self.job, self.options
+        key: dict[str, Any] = {
+            "content": content_mark(job.source),
+            "encoder": self.manifest.sha256,
+            "mpp": slide.require_mpp(),
+            "target_mpp": target_mpp,
+            "min_tissue": options.min_tissue,
+            "row": {k: v for k, v in job.row.items() if k != "file"},
+            **self.settings,
+        }
+        if stated.series is not None:
+            key["series"] = stated.series
+        if job.regions is not None:
+            key["regions"] = [sha256_file(job.regions), *options.region_classes]
+            if slide.bounds is not None:
+                key["regions"].append("QuPath's frame")
+        return key
+
+    def _feature_file(self, folder: str, key: dict[str, Any]) -> tuple[Path, str, bool]:
+        """Return the feature file, its name, and whether it is complete with the same settings."""
+        job = self.job
+        parent = self.out / folder / f"features_{self.manifest.name}"
+        names = dict.fromkeys((job.name, distinct_name(job)))
+        for plain in (job.source.stem, job.stem):
+            about = read_about(parent / f"{plain}.h5")
+            if about is not None and _is_here(about, job):
+                names = {
+                    plain: None,
+                    **names,
+                }  # embedded before another slide with this name was added
+        if left_behind := _left_behind(parent, job, key["content"]):
+            names = {left_behind: None, **names}
+        for name in names:
+            path = parent / f"{name}.h5"
+            about = read_about(path)
+            if about is None:
+                return path, name, False
+            if about.get("key") == key:
+                return path, name, not about.get("unreadable")
+            if about.get("key", {}).get("content") == key["content"] or _is_here(about, job):
+                return path, name, False
+        return path, name, False
 
 
 def _is_here(about: dict[str, Any], job: Job) -> bool:
@@ -176,15 +235,15 @@ def _left_behind(parent: Path, job: Job, content: str) -> str | None:
     """
     if (parent / f"{job.name}.h5").exists() or not parent.is_dir():
         return None
-    alike: dict[str, int] = {}
+    shared_parts: dict[str, int] = {}
     for path in sorted(parent.glob(f"{glob.escape(job.stem)}-????????.h5")):
         about = read_about(path)
         if about is None or about.get("key", {}).get("content") != content:
             continue
         source = Path(str(about.get("source")))
         if not source.exists():
-            alike[path.stem] = _same_end(source, Path(job.location))
-    best = [name for name, parts in alike.items() if parts == max(alike.values())]
+            shared_parts[path.stem] = _same_end(source, Path(job.location))
+    best = [name for name, n in shared_parts.items() if n == max(shared_parts.values())]
     return best[0] if len(best) == 1 else None
 
 
@@ -222,110 +281,55 @@ def _done_before(job: Job, name: str, path: Path) -> Result:
     )
 
 
-def _prepare_slide(
-    job: Job,
-    slide: Slide,
-    said: Said,
-    target_mpp: float,
-    manifest: Manifest,
-    lower: dict[str, Any],
-    out: Path,
-    options: EmbedOptions,
-) -> Work | Result:
-    folder = f"{magnification(target_mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
-    given = job.regions
-    if given is None and options.regions is not None:
-        raise BadInput(
-            f"--regions {options.regions} holds no regions of {job.source.name}; expected a file such as "
-            f"{job.stem}.geojson or {job.source.name}.geojson"
-        )
-    key = {
-        "content": content_mark(job.source),
-        "encoder": manifest.sha256,
-        "mpp": slide.require_mpp(),
-        "target_mpp": target_mpp,
-        "min_tissue": options.min_tissue,
-        "row": {k: v for k, v in job.row.items() if k != "file"},
-        **lower,
-    }
-    if said.series is not None:
-        key["series"] = said.series
-    if given is not None:
-        key["regions"] = [sha256_file(given), *options.region_classes]
-        if slide.bounds is not None:
-            key["regions"].append("QuPath's frame")
-    path, name, ready = _place(out, folder, job, manifest, key)
-    if (
-        ready and slide.bounds is not None
-    ):  # features from before bounds were recorded are computed again
-        ready = "bounds" in (read_about(path) or {})
-    if ready and all(picture.is_file() for picture in pictures(name, out, options)):
-        return _done_before(job, name, path)
-    regions = None
-    if given is not None:
-        left, top = slide.bounds[:2] if slide.bounds is not None else (0, 0)
-        regions = moved(read_annotations(given, options.region_classes), left, top)
-    grid = slide.grid(manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions)
-    write_pictures(grid, name, out, options)
-    if ready:
-        return _done_before(job, name, path)
-    work = SlideWork(job, slide, grid, manifest, name, path, key, said)
-    if key["content"] == (read_about(path) or {}).get("key", {}).get("content"):
-        work.notes += _moved_from(path, job)
-    return work
-
-
+@dataclass
 class TilesWork:
     """A tile set; see :class:`Work`."""
 
+    job: Job
+    tileset: TileSet
+    manifest: Manifest
+    name: str
+    path: Path
+    key: dict[str, Any]
     tissue: float | None = None
-    seconds = 0.0
+    seconds: float = 0.0
 
-    def __init__(
-        self,
-        job: Job,
-        tileset: TileSet,
-        manifest: Manifest,
-        name: str,
-        path: Path,
-        key: dict[str, Any],
-    ) -> None:
-        """Store what is needed to read and describe the tiles."""
-        self.job, self.name, self.path, self.count = job, name, path, len(tileset)
-        self._tileset, self._manifest, self._key = tileset, manifest, key
-        self.notes = list(tileset.notes)
-        self.left_out: Sequence[dict[str, str]] = [left._asdict() for left in tileset.left_out]
+    def __post_init__(self) -> None:
+        """Count the tiles, and collect what the result states."""
+        self.count = len(self.tileset)
+        self.notes = list(self.tileset.notes)
+        self.left_out: Sequence[dict[str, str]] = [t._asdict() for t in self.tileset.left_out]
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
         failed = {}
         for number in range(len(out)):
             try:
-                out[number] = square(self._tileset.read(start + number), self._manifest.size_px)
+                out[number] = square(self.tileset.read(start + number), self.manifest.size_px)
             except BadInput as error:
                 failed[number] = error
         return failed
 
-    def describe(self, kept: Sequence[int], unreadable: list[str]) -> Features:
+    def describe(self, embedded: Sequence[int], unreadable: list[str]) -> Features:
         """See :class:`Work`."""
-        tiles = [self._tileset.tiles[row] for row in kept]
+        tiles = [self.tileset.tiles[row] for row in embedded]
         return Features(
             name=self.name,
-            encoder=self._manifest.name,
-            encoder_sha256=self._manifest.sha256,
-            features=np.zeros((0, self._manifest.dim), dtype=np.float32),
-            coords=np.zeros((len(kept), 2), dtype=np.int64),
+            encoder=self.manifest.name,
+            encoder_sha256=self.manifest.sha256,
+            features=np.zeros((0, self.manifest.dim), dtype=np.float32),
+            coords=np.zeros((len(tiles), 2), dtype=np.int64),
             files=tuple(t.file for t in tiles),
             kind="tiles",
             source=self.job.location,
-            size_px=self._manifest.size_px,
+            size_px=self.manifest.size_px,
             labels=tuple(t.label or "" for t in tiles),
             groups=tuple(t.group or "" for t in tiles),
             about={
-                "key": self._key,
+                "key": self.key,
                 "source": self.job.location,
                 "unreadable": unreadable,
-                "tiles": len(kept),
+                "tiles": len(tiles),
                 "reason": "",
                 "notes": self.notes,
             },
@@ -335,20 +339,9 @@ class TilesWork:
         """Do nothing: no file is held open."""
 
 
-def _prepare_tiles(
-    job: Job, manifest: Manifest, lower: dict[str, Any], out: Path, options: EmbedOptions
-) -> Work | Result:
-    tileset = open_tiles(job.source, options.manifest)
-    key = {"content": tileset.fingerprint, "encoder": manifest.sha256, **lower}
-    path, name, ready = _place(out, f"tiles_{manifest.size_px}px", job, manifest, key)
-    if ready:
-        return _done_before(job, name, path)
-    return TilesWork(job, tileset, manifest, name, path, key)
-
-
 def failed(job: Job, error: Exception) -> Result:
     """Return the result of a failed job."""
     reason = str(error)
     if not isinstance(error, HistoseekError):
-        reason = f"{job.source}: unexpected {type(error).__name__}: {error}"
+        reason = f"{job.source}: unexpected error {type(error).__name__}: {error}"
     return Result(job.name, str(job.source), "failed", reason)

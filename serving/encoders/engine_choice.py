@@ -7,6 +7,7 @@ import platform
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from threading import Barrier
@@ -81,30 +82,28 @@ def open_engine(
     else:
         name = "onnxruntime" if engine == "auto" else engine
         plan = EnginePlan(name, precision, batch or EnginePlan.batch, side)  # type: ignore[arg-type]
-    made: Engine = ENGINES[plan.engine](bundle, manifest, plan)
-    return made
+    return ENGINES[plan.engine](bundle, manifest, plan)
 
 
 def _check_bf16() -> None:
-    able = load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-    if "BF16" not in able:
+    supported = load_openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
+    if "BF16" not in supported:
         raise BadInput(
-            f"--precision bf16: this CPU does not compute in bf16 (it has {', '.join(able)}); use f32"
+            f"--precision bf16: this CPU does not support bf16 (it supports {', '.join(supported)}); use "
+            "--precision f32"
         )
 
 
 def _candidates(precision: str, streams: int) -> list[EnginePlan]:
-    plans = []
-    if precision == "f32":
-        plans += [EnginePlan("onnxruntime", "f32", batch, streams) for batch in (1, 2, 4, 8)]
+    onnxruntime = [EnginePlan("onnxruntime", "f32", batch, streams) for batch in (1, 2, 4, 8)]
     try:
         load_openvino()
     except MissingPart:
         if precision != "f32":
             raise
-    else:
-        plans += [EnginePlan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
-    return plans
+        return onnxruntime
+    openvino = [EnginePlan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
+    return [*onnxruntime, *openvino] if precision == "f32" else openvino
 
 
 def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: int) -> EnginePlan:
@@ -112,51 +111,45 @@ def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: 
     key = _machine_key(manifest, precision, streams)
     path = cache_folder() / "engines.json"
     try:
-        known = read_json(path)
-        return EnginePlan(**known[key]["plan"])
+        return EnginePlan(**read_json(path)[key]["plan"])
     except (HistoseekError, KeyError, TypeError):
-        known = {}
+        pass  # not measured yet
     rates = measure(bundle, manifest, _candidates(precision, streams))
     plan = fastest(rates)
-    try:
-        before = read_json(path) if path.is_file() else {}
-        before = before if isinstance(before, dict) else {}
+    with suppress(HistoseekError):  # not cached: measured again next time
+        cached = read_json(path) if path.is_file() else {}
         measured = [{**asdict(p), "tiles_per_s": round(rate, 1)} for p, rate in rates]
-        write_json(path, {**before, key: {"plan": asdict(plan), "measured": measured}})
-    except HistoseekError:
-        pass  # not cached: measured again next time
+        entry = {key: {"plan": asdict(plan), "measured": measured}}
+        write_json(path, {**cached, **entry} if isinstance(cached, dict) else entry)
     return plan
 
 
 def fastest(rates: Sequence[tuple[EnginePlan, float]]) -> EnginePlan:
     """Return the fastest plan; ONNX Runtime unless OpenVINO is clearly faster."""
-
-    def worth(item: tuple[EnginePlan, float]) -> float:
-        return item[1] / (MARGIN if item[0].engine == "openvino" else 1.0)
-
-    return max(rates, key=worth)[0]
+    margin = {"openvino": MARGIN}
+    return max(rates, key=lambda item: item[1] / margin.get(item[0].engine, 1.0))[0]
 
 
 def measure(
-    bundle: Path, manifest: Manifest, plans: Sequence[EnginePlan], trial_s: float = _TRIAL_S
+    bundle: Path, manifest: Manifest, plans: Sequence[EnginePlan]
 ) -> list[tuple[EnginePlan, float]]:
     """Return tiles per second of each plan with all streams busy; stops after some seconds."""
     rng = np.random.default_rng(0)
     size = manifest.size_px
     started = time.perf_counter()
-    found: list[tuple[EnginePlan, float]] = []
+    rates: list[tuple[EnginePlan, float]] = []
     for plan in plans:
-        if found and time.perf_counter() - started > _BUDGET_S:
+        if rates and time.perf_counter() - started > _BUDGET_S:
             break
         tiles = rng.integers(0, 256, (plan.batch, size, size, 3), dtype=np.uint8)
         try:
             engine = ENGINES[plan.engine](bundle, manifest, plan)
         except Damaged:
-            if plan.engine == "onnxruntime" or plan is plans[-1] and not found:
+            if plan.engine == "onnxruntime" or plan is plans[-1] and not rates:
                 raise
             continue  # this engine cannot run the graph
-        found.append((plan, rate_of(engine, tiles, trial_s)))
-    return found
+        rates.append((plan, rate_of(engine, tiles, _TRIAL_S)))
+    return rates
 
 
 def rate_of(engine: Engine, tiles: NDArray[np.uint8], seconds: float) -> float:
@@ -164,7 +157,7 @@ def rate_of(engine: Engine, tiles: NDArray[np.uint8], seconds: float) -> float:
 
     def work(_: int) -> float:
         engine.run(tiles)
-        together.wait()
+        all_ready.wait()
         done, started = 0, time.perf_counter()
         while time.perf_counter() - started < seconds:
             engine.run(tiles)
@@ -172,7 +165,7 @@ def rate_of(engine: Engine, tiles: NDArray[np.uint8], seconds: float) -> float:
         return done / (time.perf_counter() - started)
 
     streams = engine.plan.streams
-    together = Barrier(streams)
+    all_ready = Barrier(streams)
     with ThreadPoolExecutor(streams) as pool:
         return sum(pool.map(work, range(streams)))
 

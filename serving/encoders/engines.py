@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -17,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.manifest import GRAPH, INPUT, OUTPUT, Manifest
-from ...errors import Damaged, MissingPart
+from ...errors import Damaged, need
 
 EngineName = Literal["onnxruntime", "openvino"]
 Precision = Literal["f32", "bf16"]
@@ -25,14 +26,7 @@ Precision = Literal["f32", "bf16"]
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How to run a graph.
-
-    Attributes:
-        engine: ``onnxruntime`` or ``openvino``.
-        precision: ``f32``, or ``bf16`` (OpenVINO on CPUs that have it).
-        batch: tiles per run of the graph.
-        streams: parallel runs.
-    """
+    """How to run a graph: tiles per run (``batch``) and parallel runs (``streams``)."""
 
     engine: EngineName = "onnxruntime"
     precision: Precision = "f32"
@@ -59,43 +53,26 @@ def cores() -> int:
 def load_onnxruntime() -> Any:
     """Import ONNX Runtime with its telemetry off."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: its wheels may send telemetry
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise MissingPart(
-            "embedding needs ONNX Runtime: pip install 'histoseek[cpu]' (or [gpu])"
-        ) from error
-    return onnxruntime
+    return need("onnxruntime", "cpu")
 
 
 def load_openvino() -> Any:
     """Import OpenVINO without its telemetry."""
     sys.modules.setdefault("openvino_telemetry", None)  # type: ignore[arg-type]  # never loaded
-    try:
-        import openvino
-    except ImportError as error:
-        raise MissingPart(
-            "--engine openvino needs OpenVINO: pip install 'histoseek[openvino]'"
-        ) from error
-    return openvino
+    return need("openvino", "openvino")
 
 
 class OnnxRuntimeEngine:
     """ONNX Runtime: one session; on a CPU every run stays on the thread that calls it."""
 
     def __init__(self, bundle: Path, manifest: Manifest, plan: EnginePlan) -> None:
-        """Load the graph.
-
-        Raises:
-            Damaged: the graph cannot be loaded, or does not match the manifest's contract.
-            MissingPart: ONNX Runtime is not installed.
-        """
+        """Load the graph; raise Damaged if that fails or the graph does not match the manifest."""
         runtime = load_onnxruntime()
         options = runtime.SessionOptions()
         options.intra_op_num_threads = 1
         options.log_severity_level = 3
-        wanted = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        usable = [p for p in wanted if p in runtime.get_available_providers()]
+        preferred = ("CUDAExecutionProvider", "CPUExecutionProvider")
+        usable = [p for p in preferred if p in runtime.get_available_providers()]
         try:
             self._session = runtime.InferenceSession(str(bundle / GRAPH), options, providers=usable)
         except Exception as error:
@@ -117,7 +94,7 @@ class OnnxRuntimeEngine:
             OUTPUT: ("tensor(float)", [manifest.dim])
         }:
             raise Damaged(
-                f"{bundle / GRAPH} has {inputs} -> {outputs}; its manifest promises {INPUT} uint8 "
+                f"{bundle / GRAPH} has {inputs} -> {outputs}; its manifest states {INPUT} uint8 "
                 f"[N, {size}, {size}, 3] -> {OUTPUT} float [N, {manifest.dim}]: export it again"
             )
 
@@ -132,12 +109,7 @@ class OpenVinoEngine:
     offloads = False
 
     def __init__(self, bundle: Path, manifest: Manifest, plan: EnginePlan) -> None:
-        """Compile the graph for the plan's batch.
-
-        Raises:
-            Damaged: OpenVINO cannot compile it.
-            MissingPart: OpenVINO is not installed.
-        """
+        """Compile the graph for the plan's batch; raise Damaged if OpenVINO cannot."""
         openvino = load_openvino()
         core = openvino.Core()
         size = manifest.size_px
@@ -150,7 +122,7 @@ class OpenVinoEngine:
         try:
             model = core.read_model(bundle / GRAPH)
             model.reshape({INPUT: [plan.batch, size, size, 3]})
-            _scale_before_turning(openvino, model)
+            _scale_before_transpose(openvino, model)
             compiled = core.compile_model(model, "CPU", settings)
         except Exception as error:
             raise Damaged(
@@ -176,7 +148,7 @@ class OpenVinoEngine:
             self._requests.put(request)
 
 
-def _scale_before_turning(openvino: Any, model: Any) -> None:
+def _scale_before_transpose(openvino: Any, model: Any) -> None:
     """Move the transpose to channels-first behind the scaling of pixels, so that OpenVINO can drop it.
 
     OpenVINO's convolutions use channels last, so it would transpose the image back at once. The result
@@ -184,28 +156,27 @@ def _scale_before_turning(openvino: Any, model: Any) -> None:
     """
     from openvino import opset13 as ops
 
-    for turn in model.get_ordered_ops():
-        if turn.get_type_name() != "Transpose" or _constant(turn, 1) != [0, 3, 1, 2]:
+    for transpose in model.get_ordered_ops():
+        if transpose.get_type_name() != "Transpose" or _constant(transpose, 1) != [0, 3, 1, 2]:
             continue
-        made, last = turn.input_value(0), turn
+        scaled, last = transpose.input_value(0), transpose
         while True:
             users = list(last.output(0).get_target_inputs())
             node = users[0].get_node() if len(users) == 1 else None
             kind = node.get_type_name() if node is not None else ""
             if node is not None and kind == "Convert":
-                made = ops.convert(made, node.get_element_type().to_dtype()).output(0)
+                scaled = ops.convert(scaled, node.get_element_type().to_dtype()).output(0)
             elif node is not None and kind in {"Multiply", "Add"}:
-                side = 1 - users[0].get_index()
-                value = _channels(node, side, 3)
+                value = _channels(node, 1 - users[0].get_index(), 3)
                 if value is None:
                     break
-                made = getattr(ops, kind.lower())(made, value).output(0)
+                scaled = getattr(ops, kind.lower())(scaled, value).output(0)
             else:
                 break
             last = node
-        if last is not turn:
+        if last is not transpose:
             order = ops.constant([0, 3, 1, 2], dtype=np.int64)
-            last.output(0).replace(ops.transpose(made, order).output(0))
+            last.output(0).replace(ops.transpose(scaled, order).output(0))
     model.validate_nodes_and_infer_types()
 
 
@@ -222,4 +193,7 @@ def _channels(node: Any, side: int, count: int) -> NDArray[np.float32] | None:
     return np.asarray(source.data, dtype=np.float32).reshape(count)
 
 
-ENGINES: dict[str, Any] = {"onnxruntime": OnnxRuntimeEngine, "openvino": OpenVinoEngine}
+ENGINES: dict[str, Callable[[Path, Manifest, EnginePlan], Engine]] = {
+    "onnxruntime": OnnxRuntimeEngine,
+    "openvino": OpenVinoEngine,
+}

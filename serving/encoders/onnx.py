@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.manifest import Manifest, read_manifest
+from ...artifacts.manifest import read_manifest
 from .engine_choice import open_engine
 from .protocol import in_batches
 
 
 class OnnxEncoder:
-    """An encoder bundle in this process, on ONNX Runtime or OpenVINO."""
+    """An encoder bundle in this process, on ONNX Runtime or OpenVINO; see :class:`.protocol.Encoder`."""
 
     def __init__(
         self,
@@ -32,48 +33,18 @@ class OnnxEncoder:
             MissingPart: the engine is not installed.
         """
         self.bundle = bundle
-        self._manifest = read_manifest(bundle)
-        self._engine = open_engine(bundle, self._manifest, engine, precision, batch, streams)
-
-    @property
-    def manifest(self) -> Manifest:
-        """The encoder's identity and contract."""
-        return self._manifest
-
-    @property
-    def batch(self) -> int:
-        """Tiles per run of the graph."""
-        return self._engine.plan.batch
-
-    @property
-    def parallel(self) -> int:
-        """Number of the engine's streams."""
-        return self._engine.plan.streams
-
-    @property
-    def offloads(self) -> bool:
-        """Whether the encoder runs on a GPU."""
-        return self._engine.offloads
+        self.manifest = read_manifest(bundle)
+        self._engine = open_engine(bundle, self.manifest, engine, precision, batch, streams)
+        plan = self._engine.plan
+        self.batch, self.parallel, self.offloads = plan.batch, plan.streams, self._engine.offloads
 
     def describe(self) -> dict[str, Any]:
         """Return the engine, its precision and its settings."""
-        plan = self._engine.plan
-        return {
-            "engine": plan.engine,
-            "precision": plan.precision,
-            "batch": plan.batch,
-            "streams": plan.streams,
-            "device": "cuda" if self.offloads else "cpu",
-        }
+        return {**asdict(self._engine.plan), "device": "cuda" if self.offloads else "cpu"}
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed uint8 (N, S, S, 3) -> float32 (N, D).
-
-        Raises:
-            BadInput: the tiles have the wrong shape or type.
-            Damaged: the graph returned a value that is not finite.
-        """
-        return in_batches(tiles, self._manifest, self.batch, self.parallel, self._engine.run)
+        """See :class:`.protocol.Encoder`; errors as in :func:`.protocol.in_batches`."""
+        return in_batches(tiles, self.manifest, self.batch, self.parallel, self._engine.run)
 
     def close(self) -> None:
         """Do nothing: the engine is freed when the process ends."""

@@ -22,7 +22,7 @@ def bundle_path(spec: str) -> Path:
     if spec == DEFAULT:
         return DEFAULT_BUNDLE
     if "://" in spec:
-        raise BadInput(f"encoder {spec!r}: expected a bundle folder here, or {DEFAULT!r}")
+        raise BadInput(f"encoder {spec!r} is on a server; expected a bundle folder or {DEFAULT!r}")
     return Path(spec)
 
 

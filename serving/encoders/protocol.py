@@ -17,27 +17,19 @@ FAN_OUT = 128
 
 
 class Encoder(Protocol):
-    """Turns tiles into embeddings; safe to call from several threads."""
+    """Turns tiles into embeddings; safe to call from several threads.
 
-    @property
-    def manifest(self) -> Manifest:
-        """The encoder's identity and contract."""
-        ...
+    Attributes:
+        manifest: the encoder's identity and contract.
+        batch: tiles per run of the graph.
+        parallel: number of parallel calls that give the best throughput.
+        offloads: whether a call mostly waits for a server or a GPU instead of using this CPU.
+    """
 
-    @property
-    def batch(self) -> int:
-        """Tiles per run of the graph."""
-        ...
-
-    @property
-    def parallel(self) -> int:
-        """Number of parallel calls that give the best throughput."""
-        ...
-
-    @property
-    def offloads(self) -> bool:
-        """Whether a call mostly waits for a server or a GPU instead of using this CPU."""
-        ...
+    manifest: Manifest
+    batch: int
+    parallel: int
+    offloads: bool
 
     def describe(self) -> dict[str, Any]:
         """Return where and how the encoder runs, JSON-ready."""
@@ -59,7 +51,7 @@ def in_batches(
     parallel: int,
     run: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
 ) -> NDArray[np.float32]:
-    """Run tiles (N, S, S, 3) in batches, many tiles in parallel; checks tiles and embeddings.
+    """Run tiles (N, S, S, 3) in batches, many tiles in parallel; check tiles and embeddings.
 
     Raises:
         BadInput: the tiles do not have the manifest's shape and type.
@@ -73,23 +65,21 @@ def in_batches(
     parts = [tiles[start : start + batch] for start in range(0, len(tiles), batch)]
     if len(tiles) >= FAN_OUT and parallel > 1 and len(parts) > 1:
         with ThreadPoolExecutor(parallel, thread_name_prefix="embed") as pool:
-            found = list(pool.map(run, parts))
+            embeddings = list(pool.map(run, parts))
     else:
-        found = [run(part) for part in parts]
-    result = np.concatenate([np.zeros((0, manifest.dim), dtype=np.float32), *found])
+        embeddings = [run(part) for part in parts]
+    result = np.concatenate([np.zeros((0, manifest.dim), dtype=np.float32), *embeddings])
     if not np.isfinite(result).all():
-        raise Damaged(f"encoder {manifest.name} gave values that are not finite")
+        raise Damaged(
+            f"encoder {manifest.name} returned embeddings with values that are not finite"
+        )
     return result
 
 
-def check_identity(found: Manifest, expect: Manifest | None) -> None:
-    """Compare an encoder with the expected one.
-
-    Raises:
-        Mismatch: they differ; the message names both.
-    """
-    if expect is not None and expect.sha256 != found.sha256:
+def check_identity(manifest: Manifest, expect: Manifest | None) -> None:
+    """Raise Mismatch, with both names, if an encoder is not the expected one; any is accepted when None."""
+    if expect is not None and expect.sha256 != manifest.sha256:
         raise Mismatch(
-            f"encoder {found.name} ({found.sha256[:12]}…) is not {expect.name} "
-            f"({expect.sha256[:12]}…); use the encoder that the features were made with"
+            f"encoder {manifest.name} ({manifest.sha256[:12]}…) is not {expect.name} "
+            f"({expect.sha256[:12]}…); use the encoder that made the features"
         )

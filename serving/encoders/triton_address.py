@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import parse_qsl, urlsplit
 
-from ...errors import BadInput, MissingPart
+from ...errors import BadInput, need
 
 TOKEN = "HISTOSEEK_TRITON_TOKEN"
 CERTIFICATES = "HISTOSEEK_TRITON_CA"
@@ -25,7 +25,6 @@ class TritonAddress:
 
     Attributes:
         host: host and port.
-        model: name of the model.
         version: version of the model, or "" for the latest that is loaded.
         tls: whether TLS is used (``tritons://``).
         shm: shared memory for tiles: ``system`` (``?shm=1``), ``cuda``, or "" for none.
@@ -60,50 +59,43 @@ class TritonAddress:
 
 
 def parse_address(spec: str) -> TritonAddress:
-    """Parse a server's address.
-
-    Raises:
-        BadInput: the address is invalid; the message states the expected form.
-    """
+    """Parse a server's address; raise BadInput, with the expected form, if it is invalid."""
     expected = "expected triton://HOST:PORT/MODEL[@VERSION][?shm=1&timeout=30&deadline=120]"
     parts = urlsplit(spec)
     if parts.scheme not in {"triton", "tritons"}:
         raise BadInput(f"encoder {spec!r}: unknown scheme {parts.scheme!r}; {expected}")
-    found = re.fullmatch(rf"/({_MODEL})(?:@([0-9]+))?/?", parts.path)
+    path = re.fullmatch(rf"/({_MODEL})(?:@([0-9]+))?/?", parts.path)
     try:
         port = parts.port
     except ValueError:
         port = None
-    if not found or not parts.hostname or port is None or parts.username or parts.fragment:
+    if not path or not parts.hostname or port is None or parts.username or parts.fragment:
         raise BadInput(f"encoder {spec!r}: {expected}")
-    known: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for key, value in parse_qsl(parts.query, keep_blank_values=True):
         if key == "shm" and value in {"0", "1", "cuda"}:
-            known["shm"] = {"0": "", "1": "system", "cuda": "cuda"}[value]
+            options["shm"] = {"0": "", "1": "system", "cuda": "cuda"}[value]
         elif key in {"timeout", "deadline"} and re.fullmatch(r"\d{1,6}(\.\d+)?", value):
-            known[f"{key}_s"] = max(0.01, float(value))
+            options[f"{key}_s"] = max(0.01, float(value))
         elif key == "in_flight" and re.fullmatch(r"[1-9]\d?", value):
-            known[key] = int(value)
+            options[key] = int(value)
         else:
             raise BadInput(
-                f"encoder {spec!r}: option {key}={value} is not known; expected shm=0|1|cuda, "
+                f"encoder {spec!r}: unknown option {key}={value}; expected shm=0|1|cuda, "
                 "timeout=SECONDS, deadline=SECONDS or in_flight=1..99"
             )
     host = f"[{parts.hostname}]" if ":" in parts.hostname else parts.hostname
-    model, version = found.groups(default="")
-    return TritonAddress(f"{host}:{port}", model, version, parts.scheme == "tritons", **known)
+    model, version = path.groups(default="")
+    return TritonAddress(f"{host}:{port}", model, version, parts.scheme == "tritons", **options)
 
 
 def connect(address: TritonAddress) -> Any:
-    """Return a gRPC client; it connects at the first request.
-
-    Raises:
-        BadInput: the certificate file is missing.
-        MissingPart: tritonclient is not installed.
-    """
+    """Return a gRPC client, which connects at the first request; raise BadInput without certificates."""
     roots = os.environ.get(CERTIFICATES)
     if roots and not Path(roots).is_file():
-        raise BadInput(f"{CERTIFICATES} is {roots!r}, which is no file")
+        raise BadInput(
+            f"{CERTIFICATES} is {roots!r}, which is not a file; expected a file with certificates (PEM)"
+        )
     channel = [
         ("grpc.max_send_message_length", MAX_MESSAGE),
         ("grpc.max_receive_message_length", MAX_MESSAGE),
@@ -124,13 +116,7 @@ def connect(address: TritonAddress) -> Any:
 
 def load_grpc() -> Any:
     """Import tritonclient's gRPC client."""
-    try:
-        import tritonclient.grpc
-    except ImportError as error:
-        raise MissingPart(
-            "an encoder on Triton needs tritonclient: pip install 'histoseek[triton]'"
-        ) from error
-    return tritonclient.grpc
+    return need("tritonclient.grpc", "triton")
 
 
 def token_headers(address: TritonAddress) -> dict[str, str]:
@@ -139,7 +125,7 @@ def token_headers(address: TritonAddress) -> dict[str, str]:
     Raises:
         BadInput: the token would be sent unencrypted to another machine.
     """
-    token = os.environ.get(TOKEN, "")
+    token = os.environ.get(TOKEN)
     if not token:
         return {}
     if not address.tls and not address.is_loopback:

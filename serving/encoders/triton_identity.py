@@ -32,15 +32,7 @@ class NotReady(BadInput):
 
 @dataclass(frozen=True)
 class Served:
-    """A model as the server describes it.
-
-    Attributes:
-        manifest: the encoder's manifest.
-        version: the version that answers.
-        max_batch: maximum tiles per request.
-        precision: the model's precision.
-        probe: embedding of the reference image, base64 of float32.
-    """
+    """A model as the server describes it; ``probe``: its embedding of the reference image, in base64."""
 
     manifest: Manifest
     version: str
@@ -50,43 +42,41 @@ class Served:
 
 
 def read_identity(
-    client: Any, address: TritonAddress, wanted: str, asking: dict[str, Any]
+    client: Any, address: TritonAddress, version: str, call_options: dict[str, Any]
 ) -> Served:
-    """Read the model's identity from the server.
-
-    Args:
-        client: tritonclient's client.
-        address: the model's address.
-        wanted: version, or "" for the newest that is loaded.
-        asking: headers and timeout of every request.
+    """Read the identity of the model's ``version``, or of its newest loaded one, from the server.
 
     Raises:
         NotReady: the model is not ready; the message names the models that are.
         Mismatch: the model does not state its encoder, or does not match its contract.
     """
     model = address.model
-    if not client.is_model_ready(model, wanted, **asking):
+    if not client.is_model_ready(model, version, **call_options):
         raise NotReady(
-            f"{address.where} has no such model ready; it offers: "
-            f"{', '.join(offers(client, asking)) or 'none'}"
+            f"{address.where} this model is not ready; models that are ready: "
+            f"{ready_models(client, call_options)}"
         )
-    about = client.get_model_metadata(model, wanted, **asking)
-    version = wanted or max(about.versions, key=int)
-    config = client.get_model_config(model, version, **asking).config
+    metadata = client.get_model_metadata(model, version, **call_options)
+    version = version or max(metadata.versions, key=int)
+    config = client.get_model_config(model, version, **call_options).config
     stated = {key: value.string_value for key, value in config.parameters.items()}
     text = stated.get(f"{TRITON_MANIFEST}.{version}")
     if text is None:
         raise Mismatch(
-            f"{address.where} does not say which encoder it is; write its repository with "
-            "`histoseek triton repository`"
+            f"{address.where} the model does not state its encoder; write its repository "
+            "with `histoseek triton repository`"
         )
     try:
         manifest = Manifest.model_validate(json.loads(text))
     except (ValidationError, json.JSONDecodeError) as error:
-        raise Mismatch(f"{address.where} describes its encoder wrongly ({error})") from error
+        raise Mismatch(
+            f"{address.where} the manifest of its encoder is invalid ({error})"
+        ) from error
     if stated.get(f"{TRITON_SHA256}.{version}") != manifest.sha256:
-        raise Mismatch(f"{address.where} names two encoders; write its repository again")
-    _check_contract(about, manifest, address.where)
+        raise Mismatch(
+            f"{address.where} its manifest and its sha256 are of two encoders; write its repository again"
+        )
+    _check_contract(metadata, manifest, address.where)
     return Served(
         manifest,
         version,
@@ -96,44 +86,45 @@ def read_identity(
     )
 
 
-def _check_contract(about: Any, manifest: Manifest, where: str) -> None:
+def _check_contract(metadata: Any, manifest: Manifest, where: str) -> None:
     size = manifest.size_px
-    sides = about.inputs, about.outputs
-    found = [[(t.name, t.datatype, list(t.shape)) for t in side] for side in sides]
-    wanted = [
+    sides = metadata.inputs, metadata.outputs
+    served = [[(t.name, t.datatype, list(t.shape)) for t in side] for side in sides]
+    expected = [
         [(INPUT, "UINT8", [-1, size, size, 3])],
         [(OUTPUT, "FP32", [-1, manifest.dim])],
     ]
-    if found != wanted:
-        raise Mismatch(f"{where} takes and gives {found}; its encoder has {wanted}")
+    if served != expected:
+        raise Mismatch(f"{where} its inputs and outputs are {served}; expected {expected}")
 
 
-def check_probe(served: Served, found: NDArray[np.float32], where: str) -> None:
+def check_probe(served: Served, embedding: NDArray[np.float32], where: str) -> None:
     """Compare the server's embedding of the reference image, (D,), with the bundle's.
 
     Raises:
-        Mismatch: they differ by more than half precision explains: the server runs another graph.
+        Mismatch: they differ by more than half precision explains.
     """
     try:
-        wanted = np.frombuffer(base64.b64decode(served.probe, validate=True), "<f4")
+        expected = np.frombuffer(base64.b64decode(served.probe, validate=True), "<f4")
     except ValueError:
-        wanted = np.zeros(0, np.float32)
-    if wanted.shape != found.shape:
-        raise Mismatch(f"{where} has no known picture; write its repository again")
-    lengths = float(np.linalg.norm(wanted) * np.linalg.norm(found))
-    error = 1 - float(wanted @ found) / max(lengths, 1e-12)
+        expected = np.zeros(0, np.float32)
+    if expected.shape != embedding.shape:
+        raise Mismatch(
+            f"{where} its embedding of the reference image is missing; write its repository again"
+        )
+    lengths = float(np.linalg.norm(expected) * np.linalg.norm(embedding))
+    error = 1 - float(expected @ embedding) / max(lengths, 1e-12)
     if not error <= MAX_PROBE_COSINE:
         raise Mismatch(
-            f"{where} says that it is encoder {served.manifest.name}, but embeds a known picture "
-            f"otherwise (1 - cosine {error:.3f}); its model.onnx was exchanged: write the repository "
-            "again"
+            f"{where} its name is {served.manifest.name}, but it embeds the reference image differently "
+            f"(1 - cosine {error:.3f}); its model.onnx was replaced: write the repository again"
         )
 
 
-def offers(client: Any, asking: dict[str, Any]) -> list[str]:
-    """Return the names of the ready models."""
+def ready_models(client: Any, call_options: dict[str, Any]) -> str:
+    """Return the names of the ready models for an error message: ``a, b``, or ``none``."""
     try:
-        index = client.get_model_repository_index(**asking)
-        return sorted({m.name for m in index.models if m.state == "READY"})
+        index = client.get_model_repository_index(**call_options)
+        return ", ".join(sorted({m.name for m in index.models if m.state == "READY"})) or "none"
     except Exception:  # the names only improve an error message
-        return []
+        return "none"

@@ -3,77 +3,63 @@
 from __future__ import annotations
 
 import os
+from abc import ABC, abstractmethod
+from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ... import stopping
 from ...artifacts.manifest import INPUT, OUTPUT, Manifest
-from ...errors import MissingPart
+from ...errors import MissingPart, need
+from .triton_address import load_grpc
 
 SHM = Path("/dev/shm")
 
 
-class Slot(Protocol):
+class Slot(ABC):
     """Carries one request at a time.
 
     Attributes:
         epoch: how often the server had been away when this slot last succeeded.
     """
 
-    epoch: int
+    epoch = 0
 
-    def renew(self, client: Any, asking: dict[str, Any]) -> None:
+    def renew(self, client: Any, call_options: dict[str, Any]) -> None:  # noqa: B027  # optional
         """Allocate new shared memory and register it with the server, if the slot uses any.
 
         Memory of an abandoned request is never reused: the server may still read it.
         """
-        ...
 
+    @abstractmethod
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
         """Send tiles (N, S, S, 3), return embeddings (N, D)."""
-        ...
 
-    def close(self, client: Any) -> None:
-        """Release shared memory."""
-        ...
+    def close(self, client: Any) -> None:  # noqa: B027  # optional
+        """Release shared memory, if the slot uses any."""
 
 
-class GrpcSlot:
+class GrpcSlot(Slot):
     """Sends tiles in gRPC messages."""
-
-    epoch = 0
-
-    def renew(self, client: Any, asking: dict[str, Any]) -> None:
-        """Do nothing: there is no shared memory."""
 
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
         """See :class:`Slot`."""
-        import tritonclient.grpc as grpc
-
+        grpc = load_grpc()
         given = grpc.InferInput(INPUT, list(tiles.shape), "UINT8")
         given.set_data_from_numpy(np.ascontiguousarray(tiles))
-        wanted = [grpc.InferRequestedOutput(OUTPUT)]
-        answer = client.infer(inputs=[given], outputs=wanted, **request)
+        outputs = [grpc.InferRequestedOutput(OUTPUT)]
+        answer = client.infer(inputs=[given], outputs=outputs, **request)
         return np.asarray(answer.as_numpy(OUTPUT))
 
-    def close(self, client: Any) -> None:
-        """Do nothing: there is no shared memory."""
 
-
-class SharedSlot:
+class SharedSlot(Slot):
     """Passes tiles and embeddings in memory shared with the server, of the host or a GPU."""
 
-    epoch = 0
-
     def __init__(self, number: int, batch: int, manifest: Manifest, cuda: bool) -> None:
-        """Prepare for one batch; :meth:`renew` allocates the memory.
-
-        Raises:
-            MissingPart: CUDA shared memory needs cuda-python, which is not installed.
-        """
+        """Prepare for one batch; :meth:`renew` allocates the memory."""
         self._cuda = cuda
         self._dim = manifest.dim
         self._sizes = batch * manifest.size_px**2 * 3, batch * manifest.dim * 4
@@ -81,12 +67,8 @@ class SharedSlot:
         self._number = number
         self._regions: list[tuple[str, Any]] = []
 
-    def renew(self, client: Any, asking: dict[str, Any]) -> None:
-        """See :class:`Slot`.
-
-        Raises:
-            Exception: there is no space, or the server cannot access the memory.
-        """
+    def renew(self, client: Any, call_options: dict[str, Any]) -> None:
+        """See :class:`Slot`; any error means no space, or that the server cannot access the memory."""
         self.close(client)
         stem = f"histoseek-{os.getpid()}-{os.urandom(4).hex()}-{self._number}"
         for kind, size in zip(("tiles", "embedding"), self._sizes, strict=True):
@@ -95,38 +77,35 @@ class SharedSlot:
                 handle = self._memory.create_shared_memory_region(name, size, 0)
                 self._regions.append((name, handle))
                 raw = self._memory.get_raw_handle(handle)
-                client.register_cuda_shared_memory(name, raw, 0, size, **asking)
+                client.register_cuda_shared_memory(name, raw, 0, size, **call_options)
             else:
                 handle = self._memory.create_shared_memory_region(name, f"/{name}", size, True)
                 self._regions.append((name, handle))
                 stopping.mark(SHM / name)
                 _fill(name, size)
-                client.register_system_shared_memory(name, f"/{name}", size, **asking)
+                client.register_system_shared_memory(name, f"/{name}", size, **call_options)
 
     def infer(self, client: Any, tiles: NDArray[np.uint8], **request: Any) -> NDArray[np.float32]:
         """See :class:`Slot`."""
-        import tritonclient.grpc as grpc
-
-        (taken, source), (made, target) = self._regions
+        grpc = load_grpc()
+        (source_name, source), (target_name, target) = self._regions
         self._memory.set_shared_memory_region(source, [np.ascontiguousarray(tiles)])
         given = grpc.InferInput(INPUT, list(tiles.shape), "UINT8")
-        given.set_shared_memory(taken, tiles.nbytes)
-        wanted = grpc.InferRequestedOutput(OUTPUT)
+        given.set_shared_memory(source_name, tiles.nbytes)
+        output = grpc.InferRequestedOutput(OUTPUT)
         shape = (len(tiles), self._dim)
-        wanted.set_shared_memory(made, shape[0] * shape[1] * 4)
-        client.infer(inputs=[given], outputs=[wanted], **request)
+        output.set_shared_memory(target_name, shape[0] * shape[1] * 4)
+        client.infer(inputs=[given], outputs=[output], **request)
         return np.array(self._memory.get_contents_as_numpy(target, np.float32, shape))
 
     def close(self, client: Any) -> None:
         """See :class:`Slot`; a server that is gone needs no unregistering."""
         for name, handle in self._regions:
-            try:
+            with suppress(Exception):  # the server is gone
                 if self._cuda:
                     client.unregister_cuda_shared_memory(name, client_timeout=2)
                 else:
                     client.unregister_system_shared_memory(name, client_timeout=2)
-            except Exception:  # the server is gone
-                pass
             self._memory.destroy_shared_memory_region(handle)
             stopping.unmark(SHM / name)
         self._regions = []
@@ -134,17 +113,15 @@ class SharedSlot:
 
 def _module(cuda: bool) -> Any:
     if not cuda:
-        import tritonclient.utils.shared_memory as system
-
-        return system
+        return need("tritonclient.utils.shared_memory", "triton")
     try:
-        import tritonclient.utils.cuda_shared_memory as device
+        import tritonclient.utils.cuda_shared_memory as cuda_shared_memory
     except ImportError as error:
         raise MissingPart(
-            f"?shm=cuda needs a GPU here and cuda-python ({error}): pip install "
+            f"?shm=cuda needs a GPU on this machine and cuda-python ({error}): pip install "
             "'tritonclient[cuda]'; or use ?shm=1"
         ) from error
-    return device
+    return cuda_shared_memory
 
 
 def _fill(name: str, size: int) -> None:

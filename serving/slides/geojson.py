@@ -35,7 +35,7 @@ def read_annotations(path: Path, classes: Sequence[str] = ()) -> list[list[Ring]
         first, then holes.
 
     Raises:
-        BadInput: the file is missing, too large or not GeoJSON, or holds no polygon (of the classes).
+        BadInput: the file is missing, too large or not GeoJSON, or has no polygon (of the classes).
     """
     if path.is_file() and path.stat().st_size > MAX_BYTES:
         raise BadInput(f"{path} is larger than {MAX_BYTES:,} bytes; export only the regions")
@@ -53,11 +53,11 @@ def read_annotations(path: Path, classes: Sequence[str] = ()) -> list[list[Ring]
         try:
             polygons += _polygons(feature.get("geometry") or {})
         except (TypeError, ValueError, KeyError, AttributeError, RecursionError) as error:
-            raise BadInput(f"{path} holds a polygon that cannot be read ({error})") from error
+            raise BadInput(f"{path} has a polygon that cannot be read ({error})") from error
     if not polygons:
-        found = ", ".join(sorted(filter(None, seen))) or "none"
-        wanted = f" of class {', '.join(classes)}" if classes else ""
-        raise BadInput(f"{path} holds no polygon{wanted}; classes in it: {found}")
+        present = ", ".join(sorted(filter(None, seen))) or "none"
+        required = f" of class {', '.join(classes)}" if classes else ""
+        raise BadInput(f"{path} has no polygon{required}; classes in it: {present}")
     return polygons
 
 
@@ -69,11 +69,13 @@ def moved(polygons: Sequence[Sequence[Ring]], x: float, y: float) -> list[list[R
 def _class_of(feature: dict[str, Any]) -> str:
     """Return an annotation's class; QuPath writes a derived class as a list of names."""
     properties = feature.get("properties")
-    given = properties.get("classification") if isinstance(properties, dict) else None
-    if not isinstance(given, dict):
+    classification = properties.get("classification") if isinstance(properties, dict) else None
+    if not isinstance(classification, dict):
         return ""
-    names = given.get("names")
-    return ": ".join(map(str, names)) if isinstance(names, list) else str(given.get("name", ""))
+    names = classification.get("names")
+    if isinstance(names, list):
+        return ": ".join(map(str, names))
+    return str(classification.get("name", ""))
 
 
 def _features(document: Any) -> Iterator[dict[str, Any]]:
@@ -98,7 +100,7 @@ def _polygons(geometry: dict[str, Any]) -> list[list[Ring]]:
     for rings in parts:
         arrays = [np.asarray(ring, dtype=np.float64) for ring in rings]
         if any(ring.ndim != 2 or ring.shape[1] < 2 for ring in arrays):
-            raise ValueError("a ring is a list of points")
+            raise ValueError("a ring must be a list of points")
         arrays = [ring[:, :2] for ring in arrays]
         if any(len(ring) < 3 or not np.isfinite(ring).all() for ring in arrays):
             raise ValueError("a ring needs three points or more, all of them finite")
@@ -108,28 +110,23 @@ def _polygons(geometry: dict[str, Any]) -> list[list[Ring]]:
 
 def draw_mask(polygons: Sequence[Sequence[Ring]], size: tuple[int, int], down: float) -> Mask:
     """Return True inside the polygons on an image of (width, height), ``down`` times smaller."""
-    together = Image.new("1", size)
-    whole = np.zeros((size[1], size[0]), dtype=bool)
+    plain = Image.new("1", size)
+    mask = np.zeros((size[1], size[0]), dtype=bool)
     for rings in polygons:
         holes = len(rings) > 1  # draw apart, so that the holes are not cut out of other polygons
-        sheet = Image.new("1", size) if holes else together
+        sheet = Image.new("1", size) if holes else plain
         pen = ImageDraw.Draw(sheet)
         for number, ring in enumerate(rings):
-            near = np.clip(ring / down, -1e6, 1e6)
-            pen.polygon([(x, y) for x, y in near], fill=0 if number else 1)
+            points = np.clip(ring / down, -1e6, 1e6)
+            pen.polygon([(x, y) for x, y in points], fill=0 if number else 1)
         if holes:
-            whole |= np.asarray(sheet)
-    drawn: Mask = whole | np.asarray(together)
-    return drawn
+            mask |= np.asarray(sheet)
+    mask |= np.asarray(plain)
+    return mask
 
 
 def outlines(mask: Mask, down: float) -> list[list[Ring]]:
-    """Return the polygons of a mask in level-0 pixels, each with its holes.
-
-    Args:
-        mask: (H, W).
-        down: level-0 pixels per pixel of the mask.
-    """
+    """Return the polygons and holes of a mask (H, W) in level-0 pixels: ``down`` per pixel of the mask."""
     from skimage.measure import find_contours, label, regionprops
 
     polygons = []
@@ -137,8 +134,7 @@ def outlines(mask: Mask, down: float) -> list[list[Ring]]:
         top, left = region.bbox[:2]
         padded = np.pad(region.image, 1).astype(np.float64)
         rings = sorted(find_contours(padded, 0.5), key=_area, reverse=True)
-        moved = [(ring[:, ::-1] + (left - 0.5, top - 0.5)) * down for ring in rings]
-        polygons.append(moved)
+        polygons.append([(ring[:, ::-1] + (left - 0.5, top - 0.5)) * down for ring in rings])
     return polygons
 
 
@@ -150,13 +146,8 @@ def _area(ring: Ring) -> float:
 def write_tissue(path: Path, polygons: Sequence[Sequence[Ring]]) -> None:
     """Write tissue outlines as QuPath annotations of class ``Tissue``."""
     properties = {"objectType": "annotation", "classification": {"name": "Tissue"}}
-    _write(
-        path,
-        [
-            _feature([np.round(ring, 1).tolist() for ring in rings], properties)
-            for rings in polygons
-        ],
-    )
+    rounded = ([np.round(ring, 1).tolist() for ring in rings] for rings in polygons)
+    _write(path, [_feature(rings, properties) for rings in rounded])
 
 
 def write_tiles(path: Path, coords: NDArray[np.int64], side: int) -> None:

@@ -19,6 +19,7 @@ from PIL import Image
 
 from ...artifacts.images import Rgb
 from ...errors import BadInput, Damaged, HistoseekError
+from .overview import Source
 from .profiles import of_openslide
 from .tiff_pixels import Level, TiffPixels, decodes_exactly, level_of
 from .tiff_source import BY_TAG, whole_segments
@@ -27,22 +28,18 @@ _UNSUPPORTED = re.compile(
     "unsupported|not supported|transfer syntax|bitsallocated|samplesperpixel|photometric|image flavor",
     re.IGNORECASE,
 )
-MAX_LOOK = 64_000_000
+MAX_COARSEST_PX = 64_000_000
 """Maximum pixels of the coarsest level for which the scanned area is determined."""
 _DIRECT = {"aperio", "generic-tiff"}
 _NEAR = 1e-3
 """Maximum distance of coordinates on a level from a whole pixel for a direct read."""
 
 
-class OpenSlideSource:
+class OpenSlideSource(Source):
     """OpenSlide, reopened after every error, because an error makes its handle unusable."""
 
     def __init__(self, path: Path, direct: bool = True) -> None:
-        """Open a slide.
-
-        Args:
-            path: the file.
-            direct: decode TIFF segments directly where that gives OpenSlide's pixels.
+        """Open a slide; ``direct``: decode TIFF segments directly where that gives OpenSlide's pixels.
 
         Raises:
             BadInput: OpenSlide does not know the format, or reports damage.
@@ -55,11 +52,11 @@ class OpenSlideSource:
         try:
             self._slide = openslide.OpenSlide(str(path))
         except openslide.OpenSlideUnsupportedFormatError as error:
-            what = " (a segmentation, an annotation, or another modality?)"
+            dicom = path.suffix.lower() == ".dcm"
+            hint = " (a segmentation, an annotation, or another modality?)" if dicom else ""
             raise BadInput(
                 f"{path} is not a slide that OpenSlide reads (.svs .ndpi .mrxs .scn .bif .tiff .dcm …)"
-                f"{what if path.suffix.lower() == '.dcm' else ''}; if it should be one, it was cut "
-                "short: copy it again"
+                f"{hint}; if it is one, the file is truncated: copy it again"
             ) from error
         except openslide.OpenSlideError as error:
             raise BadInput(_why(path, error)) from error
@@ -94,17 +91,17 @@ class OpenSlideSource:
                 levels = [self._level(pages, size) for _, size in self.levels]
         except Exception:  # OpenSlide can read what tifffile cannot
             return
-        found = [(number, level) for number, level in enumerate(levels) if level is not None]
-        if not found:
+        matched = [(number, level) for number, level in enumerate(levels) if level is not None]
+        if not matched:
             return
-        pixels = TiffPixels(self._path, [level for _, level in found])
-        same = [n for n, (number, _) in enumerate(found) if self._same(pixels, n, number)]
+        pixels = TiffPixels(self._path, [level for _, level in matched])
+        same = [n for n, (number, _) in enumerate(matched) if self._is_same(pixels, n, number)]
         if not same:
             pixels.close()
             return
         self._pixels = pixels
-        self._direct = {found[n][0]: n for n in same}
-        self.block_px = whole_segments(found[same[0]][1])
+        self._direct = {matched[n][0]: n for n in same}
+        self.block_px = whole_segments(matched[same[0]][1])
 
     def _level(self, pages: list[Any], size: tuple[int, int]) -> Level | None:
         fitting = [page for page in pages if (page.imagewidth, page.imagelength) == size]
@@ -116,11 +113,11 @@ class OpenSlideSource:
             return None
         return level if decodes_exactly(level) else None
 
-    def _same(self, pixels: TiffPixels, number: int, level: int) -> bool:
+    def _is_same(self, pixels: TiffPixels, number: int, level: int) -> bool:
         """Whether the middle segment of a level, or its first, equals what OpenSlide reads."""
         at, down = pixels.levels[number], self.levels[level][0]
         left, top = at.across // 2 * at.tile_width, at.down // 2 * at.tile_height
-        if _off(left * down) > _NEAR or _off(top * down) > _NEAR:
+        if not (_is_whole(left * down) and _is_whole(top * down)):
             left = top = 0
         size = min(at.tile_width, at.width - left), min(at.tile_height, at.height - top)
         mine = np.empty((1, size[1], size[0], 3), dtype=np.uint8)
@@ -132,18 +129,18 @@ class OpenSlideSource:
         return not failed and np.array_equal(mine[0], other)
 
     def regions(
-        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+        self, corners: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
         """Read several regions; see ``overview.Source``."""
         down = self.levels[level][0]
-        scaled = [(x / down, y / down) for x, y in places]
-        exact = all(_off(value) < _NEAR for place in scaled for value in place)
+        scaled = [(x / down, y / down) for x, y in corners]
+        exact = all(_is_whole(value) for corner in scaled for value in corner)
         if self._pixels is not None and level in self._direct and exact:
             whole = [(round(x), round(y)) for x, y in scaled]
             return self._pixels.squares(self._direct[level], whole, out)
         failed: dict[int, BadInput] = {}
         height, width = out.shape[1:3]
-        for number, (x, y) in enumerate(places):
+        for number, (x, y) in enumerate(corners):
             try:
                 out[number] = self._read(x, y, level, width, height)
             except BadInput as error:
@@ -153,11 +150,11 @@ class OpenSlideSource:
     def _read(self, x: int, y: int, level: int, width: int, height: int) -> Rgb:
         shared = self._slide
         try:
-            picture = shared.read_region((x, y), level, (width, height))
+            region = shared.read_region((x, y), level, (width, height))
         except (self._openslide.OpenSlideError, ValueError):
-            picture = self._read_again(shared, x, y, level, width, height)
-        flat = Image.new("RGB", picture.size, self._background)
-        flat.paste(picture, mask=picture.getchannel("A"))
+            region = self._read_again(shared, x, y, level, width, height)
+        flat = Image.new("RGB", region.size, self._background)
+        flat.paste(region, mask=region.getchannel("A"))
         return np.asarray(flat)
 
     def _read_again(
@@ -165,9 +162,9 @@ class OpenSlideSource:
     ) -> Image.Image:
         """Read with a separate handle: the shared one may have failed on another thread's tile."""
         try:
-            with self._reopened() as own:
-                picture: Image.Image = own.read_region((x, y), level, (width, height))
-                return picture
+            with self._reopened() as separate:
+                region: Image.Image = separate.read_region((x, y), level, (width, height))
+                return region
         except (self._openslide.OpenSlideError, ValueError) as error:
             raise BadInput(
                 f"{self._path}: the region at x={x}, y={y} cannot be read ({error}); the file is "
@@ -190,14 +187,14 @@ class OpenSlideSource:
         """Return where the coarsest level is opaque; see ``overview.Source``."""
         level = len(self.levels) - 1
         width, height = self.levels[level][1]
-        if width * height > MAX_LOOK:
+        if width * height > MAX_COARSEST_PX:
             return None
         try:
-            picture = self._slide.read_region((0, 0), level, (width, height))
+            whole = self._slide.read_region((0, 0), level, (width, height))
         except (self._openslide.OpenSlideError, ValueError):
             self._slide = self._reopened()
             return None
-        opaque: NDArray[np.bool_] = np.asarray(picture.getchannel("A")) > 0
+        opaque: NDArray[np.bool_] = np.asarray(whole.getchannel("A")) > 0
         return opaque
 
     def forget(self) -> None:
@@ -216,12 +213,11 @@ def _why(path: Path, error: Exception) -> str:
     """Return why OpenSlide cannot open a file: an unsupported format, or damage."""
     if _UNSUPPORTED.search(str(error)):
         return (
-            f"{path} is of a kind that OpenSlide does not read ({error}); convert it to 8-bit RGB in a "
+            f"{path} has a format that OpenSlide does not read ({error}); convert it to 8-bit RGB in a "
             "tiled TIFF (JPEG) or an SVS"
         )
     return f"{path} cannot be opened ({error}); it is truncated or damaged: copy it again"
 
 
-def _off(value: float) -> float:
-    """Return the distance of a coordinate from the nearest whole pixel."""
-    return abs(value - round(value))
+def _is_whole(coordinate: float) -> bool:
+    return abs(coordinate - round(coordinate)) < _NEAR

@@ -18,17 +18,11 @@ _STRIP_PX = 26
 
 
 def draw_overlay(grid: Grid, polygons: Sequence[Sequence[Ring]], caption: str) -> Rgb:
-    """Return the thumbnail with tissue outlines (green) and tiles (blue), and a caption below.
-
-    Args:
-        grid: the slide's tiles and thumbnail.
-        polygons: tissue outlines in level-0 pixels.
-        caption: one line.
-    """
+    """Return the thumbnail with tissue outlines (green; in level-0 pixels), tiles (blue) and a caption."""
     height, width = grid.thumbnail.shape[:2]
     factor = min(1.0, LONGEST / max(width, height))
     size = max(1, round(width * factor)), max(1, round(height * factor))
-    picture = Image.fromarray(grid.thumbnail).resize(size, Image.Resampling.BOX)
+    thumbnail = Image.fromarray(grid.thumbnail).resize(size, Image.Resampling.BOX)
     scale = size[0] / grid.width
     tint = Image.new("RGBA", size)
     pen = ImageDraw.Draw(tint)
@@ -39,7 +33,7 @@ def draw_overlay(grid: Grid, polygons: Sequence[Sequence[Ring]], caption: str) -
     for rings in polygons:
         for ring in rings:
             pen.line([(x, y) for x, y in ring * scale], fill=(*_TISSUE, 255), width=2)
-    marked = Image.alpha_composite(picture.convert("RGBA"), tint).convert("RGB")
+    marked = Image.alpha_composite(thumbnail.convert("RGBA"), tint).convert("RGB")
     sheet = Image.new("RGB", (max(size[0], 420), size[1] + _STRIP_PX), "white")
     sheet.paste(marked, (0, 0))
     font = ImageFont.load_default(13)

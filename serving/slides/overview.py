@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import itertools
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,7 +20,7 @@ UNREADABLE = "#ff00ff"
 recorded as unreadable instead of being dropped as background."""
 
 
-class Source(Protocol):
+class Source(ABC):
     """Reads the pixels of a slide; safe to use from several threads.
 
     Attributes:
@@ -32,33 +33,32 @@ class Source(Protocol):
     properties: dict[str, str]
     block_px: tuple[int, int]
 
+    @abstractmethod
     def regions(
-        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+        self, corners: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
         """Read regions of one size.
 
         Args:
-            places: left and top of each region in level-0 pixels.
+            corners: left and top of each region in level-0 pixels.
             level: number of the level.
             out: (N, height, width, 3), sizes in pixels of the level; filled with RGB, outside the slide
                 with the background colour. Unreadable regions are left unchanged.
 
         Returns:
-            The error of each unreadable region, by its index in ``places``; empty if all were read.
+            The error of each unreadable region, by its index in ``corners``; empty if all were read.
         """
-        ...
 
     def scanned(self) -> NDArray[np.bool_] | None:
         """Return True where the slide was scanned, (H, W) over the whole slide; None if everywhere."""
-        ...
+        return None
 
-    def forget(self) -> None:
+    def forget(self) -> None:  # noqa: B027  # most sources cache nothing
         """Free the pixels cached for neighbouring regions."""
-        ...
 
+    @abstractmethod
     def close(self) -> None:
         """Close the file."""
-        ...
 
 
 class _Overview:
@@ -66,14 +66,16 @@ class _Overview:
 
     def __init__(self, source: Source, level: int) -> None:
         self._source, self._level = source, level
-        self.broken: BadInput | None = None
+        self.error: BadInput | None = None
         self.readable = False
 
     def shrink(self, longest: int) -> Image.Image:
         across, down = self._source.levels[self._level][1]
         factor = max(1.0, max(across, down) / longest)
         small = Image.new("RGB", (max(1, round(across / factor)), max(1, round(down / factor))))
-        for left, top, right, bottom in blocks_of(across, down, self._source.block_px):
+        wide, high = self._source.block_px
+        for top, left in itertools.product(range(0, down, high), range(0, across, wide)):
+            right, bottom = min(across, left + wide), min(down, top + high)
             x0, y0 = round(left / factor), round(top / factor)
             size = max(1, round(right / factor) - x0), max(1, round(bottom / factor) - y0)
             block = self._block(left, top, right - left, bottom - top)
@@ -83,13 +85,13 @@ class _Overview:
     def _block(self, left: int, top: int, width: int, height: int) -> Image.Image:
         """Read a block; if that fails, its quarters, down to 128 pixels; paint what remains unreadable."""
         downsample = self._source.levels[self._level][0]
-        place = round(left * downsample), round(top * downsample)
-        found = np.empty((1, height, width, 3), dtype=np.uint8)
-        failed = self._source.regions([place], self._level, found)
+        corner = round(left * downsample), round(top * downsample)
+        pixels = np.empty((1, height, width, 3), dtype=np.uint8)
+        failed = self._source.regions([corner], self._level, pixels)
         if not failed:
             self.readable = True
-            return Image.fromarray(found[0])
-        self.broken = self.broken or failed[0]
+            return Image.fromarray(pixels[0])
+        self.error = self.error or failed[0]
         block = Image.new("RGB", (width, height), UNREADABLE)
         if min(width, height) >= 2 * SMALLEST_PX:
             half = width // 2, height // 2
@@ -102,16 +104,11 @@ class _Overview:
 def overview(source: Source, longest: int, path: Path) -> Image.Image:
     """Return the whole slide in RGB, at most ``longest`` pixels on its longer side.
 
-    Args:
-        source: reads the slide.
-        longest: maximum pixels of the longer side.
-        path: the slide's path, for messages.
-
     Raises:
         BadInput: no part of the slide can be read, or its smallest usable level is too large.
     """
-    wanted = max(1.0, max(source.levels[0][1]) / longest)
-    level = max(n for n, (down, _) in enumerate(source.levels) if n == 0 or down <= wanted)
+    most = max(1.0, max(source.levels[0][1]) / longest)
+    level = max(n for n, (down, _) in enumerate(source.levels) if n == 0 or down <= most)
     across, down = source.levels[level][1]
     if across * down > MAX_OVERVIEW:
         raise BadInput(
@@ -121,15 +118,6 @@ def overview(source: Source, longest: int, path: Path) -> Image.Image:
     whole = _Overview(source, level)
     small = whole.shrink(longest)
     source.forget()
-    if not whole.readable and whole.broken is not None:
-        raise whole.broken
+    if not whole.readable and whole.error is not None:
+        raise whole.error
     return small
-
-
-def blocks_of(
-    width: int, height: int, block: tuple[int, int]
-) -> Iterator[tuple[int, int, int, int]]:
-    """Yield left, top, right, bottom of the blocks (width, height) that cover a level."""
-    for top in range(0, height, block[1]):
-        for left in range(0, width, block[0]):
-            yield left, top, min(width, left + block[0]), min(height, top + block[1])

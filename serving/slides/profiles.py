@@ -22,8 +22,8 @@ _TAG = "InterColorProfile"
 def of_openslide(slide: Any) -> dict[str, str]:
     """Return the property :data:`ICC` of a slide that OpenSlide opened; empty without a profile."""
     try:
-        found = slide.color_profile
-        profile = None if found is None else found.tobytes()
+        icc = slide.color_profile
+        profile = None if icc is None else icc.tobytes()
     except Exception:  # a profile exists, but it is damaged
         return {ICC: "unnamed"}
     name = profile_name(profile)
@@ -37,7 +37,7 @@ def of_page(page: Any) -> dict[str, str]:
     return {} if name is None else {ICC: name}
 
 
-def of_picture(name: str | None) -> dict[str, str]:
+def of_image(name: str | None) -> dict[str, str]:
     """Return the properties of a plain image to which the profile of that name was applied."""
     return {} if name is None else {ICC: name, APPLIED: "yes"}
 

@@ -19,16 +19,10 @@ Sides = tuple[float, float]
 
 
 class Scale(NamedTuple):
-    """The scale of a slide.
-
-    Attributes:
-        mpp: micrometres per pixel of level 0; None if unknown.
-        said_by: ``file``, ``stated``, ``assumed`` or None.
-        notes: which other value was overridden.
-    """
+    """Micrometres per pixel of level 0, where the value comes from, and which other one was overridden."""
 
     mpp: float | None
-    said_by: Literal["file", "stated", "assumed"] | None
+    origin: Literal["file", "stated", "assumed"] | None
     notes: tuple[str, ...] = ()
 
 
@@ -55,22 +49,17 @@ def choose_mpp(
     assume_mpp: float | None,
     stated_mpp: float | None,
 ) -> Scale:
-    """Choose a slide's scale from the file, the user and the assumption.
+    """Choose a slide's scale: stated by the user, else from the file, else assumed.
 
-    Args:
-        path: the slide's path, for messages.
-        sides: width and height of a pixel in µm, from the file.
-        of_a_print: the file's value is a print resolution, and an assumption overrides it.
-        assume_mpp: value for files without a scale.
-        stated_mpp: value that the user supplied for this slide; overrides the file.
+    ``sides`` are those of a pixel in µm, from the file; ``of_a_print``: an assumption overrides them.
 
     Raises:
         BadInput: the file's pixels are not square, and the user supplied no value.
     """
-    said = "" if sides is None else f"{sides[0]:.4g} x {sides[1]:.4g}"
+    size = "" if sides is None else f"{sides[0]:.4g} x {sides[1]:.4g}"
     if stated_mpp is not None:
         note = (
-            f"µm per pixel is {stated_mpp:g} as stated; the file says {said}, which was overruled"
+            f"µm per pixel is {stated_mpp:g} as stated; the file says {size}, which was overruled"
         )
         differs = sides is not None and not _agree(stated_mpp, sides)
         return Scale(stated_mpp, "stated", (note,) if differs else ())
@@ -78,21 +67,21 @@ def choose_mpp(
         return Scale(assume_mpp, "assumed" if assume_mpp else None)
     if of_a_print and assume_mpp:
         note = (
-            f"µm per pixel is {assume_mpp:g} as assumed; the file's resolution tags say {said}, which is "
+            f"µm per pixel is {assume_mpp:g} as assumed; the file's resolution tags say {size}, which is "
             "the scale of a print"
         )
         return Scale(assume_mpp, "assumed", (note,))
     if max(sides) / min(sides) > SQUARE:
         raise BadInput(
-            f"{path} says that its pixels are {said} µm; expected square ones: if that is wrong, state the "
-            "right value by --override-mpp, or in the manifest's column mpp; if it is right, resample the "
-            "slide"
+            f"{path} states pixels of {size} µm; expected square pixels: if that is wrong, state the "
+            "correct value with --override-mpp or in the manifest's column mpp; if it is right, resample "
+            "the slide"
         )
     mpp = sum(sides) / 2
     if assume_mpp is None or _agree(assume_mpp, sides):
         return Scale(mpp, "file")
     note = (
-        f"µm per pixel is {said} as the file says; --assume-mpp {assume_mpp:g} is for files that do not "
+        f"µm per pixel is {size} as the file says; --assume-mpp {assume_mpp:g} is for files that do not "
         "say (--override-mpp overrules them)"
     )
     return Scale(mpp, "file", (note,))

@@ -27,7 +27,7 @@ MIN_SCALE = 0.4
 """Minimum ratio of requested to available µm per pixel; allows 20x tiles from a 10x slide (ratio 0.5)."""
 
 MAX_SIDE = 32_768
-MAX_PLACES = 20_000_000
+MAX_CANDIDATES = 20_000_000
 BLOCK_TILES = (8, 8)
 MAX_READ = 64 * 2**20
 """Maximum bytes read at once before resampling."""
@@ -41,11 +41,10 @@ class Grid:
         coords: (N, 2) int64, top-left x, y of each tile in level-0 pixels, ordered in blocks of 8 x 8
             tiles, so that tiles read together are neighbours.
         width: width of the slide in level-0 pixels.
-        size_px_level0: side of a tile in level-0 pixels.
+        size_px_level0: side of a tile in level-0 pixels; ``size_px``: in pixels of the tile.
         bounds: left, top, width and height of the scanned area; None if the file does not state it.
         mpp: micrometres per pixel of level 0.
         target_mpp: micrometres per pixel of the tiles.
-        size_px: side of a tile in tile pixels.
         overlap_px: overlap of neighbours in tile pixels.
         candidates: number of tiles before the tissue mask is applied.
         tissue: share of the slide that is tissue according to the mask.
@@ -81,9 +80,7 @@ class Slide:
     """An open slide.
 
     Attributes:
-        path: the file.
-        width: width of level 0, in pixels.
-        height: height of level 0, in pixels.
+        width: width of level 0, in pixels; ``height`` likewise.
         mpp: micrometres per pixel of level 0, or None if unknown.
         mpp_from: ``file``, ``stated``, ``assumed`` or None.
         bounds: left, top, width and height of the scanned area, in level-0 pixels, if the file states it
@@ -99,13 +96,7 @@ class Slide:
         stated_mpp: float | None = None,
         series: int | None = None,
     ) -> None:
-        """Open a slide.
-
-        Args:
-            path: the file.
-            assume_mpp: micrometres per pixel for files without a scale.
-            stated_mpp: micrometres per pixel that the user supplied for this slide; overrides the file.
-            series: index of the TIFF image that is the slide; detected when None.
+        """Open a slide; see :func:`open_slide`.
 
         Raises:
             BadInput: the file is missing, empty or unreadable, or its pixels are not square.
@@ -135,7 +126,7 @@ class Slide:
         sides = sides_of(properties)
         self._of_a_print = is_of_a_print(sides, properties)
         chosen = choose_mpp(self.path, sides, self._of_a_print, assume_mpp, stated_mpp)
-        self.mpp, self.mpp_from = chosen.mpp, chosen.said_by
+        self.mpp, self.mpp_from = chosen.mpp, chosen.origin
         self.notes += chosen.notes
         self.bounds = _bounds(properties, self.width, self.height)
         power = properties.get("openslide.objective-power", "")
@@ -157,15 +148,11 @@ class Slide:
         return about_profile(self._source.properties)
 
     def require_mpp(self) -> float:
-        """Return the slide's mpp.
-
-        Raises:
-            BadInput: the file has no scale and none was assumed.
-        """
+        """Return the slide's mpp; raise BadInput if the file has none and none was assumed."""
         if self.mpp is None:
             raise BadInput(
-                f"{self.path} does not say its micrometres per pixel, so tiles cannot be cut at the "
-                "encoder's scale; pass --assume-mpp, or a manifest with a column mpp, if you know it "
+                f"{self.path} does not state its micrometres per pixel, so tiles cannot be cut at the "
+                "encoder's scale; if you know it, pass --assume-mpp or a manifest with a column mpp "
                 "(about 0.25 at 40x, 0.5 at 20x)"
             )
         return self.mpp
@@ -203,10 +190,11 @@ class Slide:
         self._check_scale(size_px, mpp, target_mpp)
         side = round(size_px * scale)
         step = max(1, round((size_px - overlap_px) * scale))
-        places = (self.width // step + 1) * (self.height // step + 1)
-        if places > MAX_PLACES:
+        candidates = (self.width // step + 1) * (self.height // step + 1)
+        if candidates > MAX_CANDIDATES:
             raise BadInput(
-                f"{self.path}: {places:,} tiles; at most {MAX_PLACES:,} are cut from a slide"
+                f"{self.path} has {candidates:,} tiles; expected at most {MAX_CANDIDATES:,}: pass a larger "
+                "--mpp or a smaller --overlap"
             )
         thumbnail = self.thumbnail()
         if regions is None:
@@ -214,14 +202,12 @@ class Slide:
         else:
             size = thumbnail.shape[1], thumbnail.shape[0]
             mask = draw_mask(regions, size, self.width / thumbnail.shape[1])
-        coords = self._scanned(_places(self.width, self.height, side, step), side)
-        kept = coords
-        if len(coords):
-            to_mask = mask.shape[1] / self.width, mask.shape[0] / self.height
-            boxes = np.concatenate([coords, coords + side], axis=1) * np.tile(to_mask, 2)
-            kept = coords[tissue_share(mask, boxes) >= min_tissue]
+        coords = self._scanned(_corners(self.width, self.height, side, step), side)
+        to_mask = mask.shape[1] / self.width, mask.shape[0] / self.height
+        boxes = np.concatenate([coords, coords + side], axis=1) * np.tile(to_mask, 2)
+        with_tissue = coords[tissue_share(mask, boxes) >= min_tissue]
         return Grid(
-            coords=np.ascontiguousarray(kept),
+            coords=np.ascontiguousarray(with_tissue),
             width=self.width,
             size_px_level0=side,
             bounds=self.bounds,
@@ -236,23 +222,20 @@ class Slide:
         )
 
     def _check_scale(self, size_px: int, mpp: float, target_mpp: float) -> None:
-        """Refuse tiles that would be enlarged much, or that cover too many pixels.
-
-        Raises:
-            BadInput: either.
-        """
+        """Refuse tiles that would be enlarged much, or that cover too many pixels."""
         scale = target_mpp / mpp
         if scale < MIN_SCALE:
             options = "--assume-mpp, --override-mpp" if self._of_a_print else "--override-mpp"
             raise BadInput(
-                f"{self.path} has {mpp:g} µm per pixel; tiles at {target_mpp:g} would be invented from "
-                f"{scale:.2f} pixels each: pass a larger --mpp; if the slide's own value is wrong, state "
-                f"the right one by {options} or in the manifest's column mpp"
+                f"{self.path} has {mpp:g} µm per pixel; for tiles at {target_mpp:g} it would be enlarged "
+                f"{1 / scale:.3g} times, expected at most {1 / MIN_SCALE:g}: pass a larger --mpp; if the "
+                f"slide's own value is wrong, state the correct one with {options} or in the manifest's "
+                "column mpp"
             )
         if scale * size_px > MAX_SIDE:
             raise BadInput(
-                f"{self.path}: a tile at {target_mpp:g} µm per pixel covers {scale * size_px:,.0f} of its "
-                f"pixels; at most {MAX_SIDE:,} are read at once: pass a smaller --mpp"
+                f"{self.path}: a tile at {target_mpp:g} µm per pixel is {scale * size_px:,.0f} of its "
+                f"pixels wide; expected at most {MAX_SIDE:,}: pass a smaller --mpp"
             )
 
     def _scanned(self, coords: NDArray[np.int64], side: int) -> NDArray[np.int64]:
@@ -260,9 +243,8 @@ class Slide:
         if self.bounds is None or not len(coords):
             return coords
         left, top, width, height = self.bounds
-        near = coords - (left, top)
-        inside = ((near > -side) & (near < (width, height))).all(axis=1)
-        coords = coords[inside]
+        offsets = coords - (left, top)
+        coords = coords[((offsets > -side) & (offsets < (width, height))).all(axis=1)]
         scanned = self._source.scanned()
         if scanned is None or not len(coords):
             return coords
@@ -272,11 +254,7 @@ class Slide:
         return coords[tissue_share(scanned, boxes) > 0]
 
     def read_tile(self, x: int, y: int, size_px_level0: int, size_px: int) -> Rgb:
-        """Read one tile; see :meth:`read_tiles`.
-
-        Raises:
-            BadInput: the tile cannot be decoded.
-        """
+        """Read one tile, or raise BadInput if it cannot be decoded; see :meth:`read_tiles`."""
         tile = np.empty((1, size_px, size_px, 3), dtype=np.uint8)
         failed = self.read_tiles([(x, y)], size_px_level0, tile)
         if failed:
@@ -285,7 +263,7 @@ class Slide:
         return only
 
     def read_tiles(
-        self, places: Sequence[tuple[int, int]], size_px_level0: int, out: NDArray[np.uint8]
+        self, corners: Sequence[tuple[int, int]], size_px_level0: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
         """Read squares at level-0 coordinates and resample them to the size of ``out``.
 
@@ -294,35 +272,33 @@ class Slide:
         if the slide itself is coarser. Neighbouring tiles in one call share decoded segments.
 
         Args:
-            places: left and top of each tile in level-0 pixels.
+            corners: left and top of each tile in level-0 pixels.
             size_px_level0: side of a tile in level-0 pixels.
             out: (N, size_px, size_px, 3), filled.
 
         Returns:
-            The error of each unreadable tile, by its index in ``places``; empty if all were read.
+            The error of each unreadable tile, by its index in ``corners``; empty if all were read.
         """
         size_px = out.shape[1]
-        wanted = size_px_level0 / size_px
-        level = 0
-        for number, (downsample, _) in enumerate(self._source.levels):
-            if downsample <= wanted * 1.01:
-                level = number
+        most = size_px_level0 / size_px * 1.01
+        levels = enumerate(self._source.levels)
+        level = max((n for n, (downsample, _) in levels if downsample <= most), default=0)
         side = max(1, round(size_px_level0 / self._source.levels[level][0]))
         if side == size_px:
-            return self._source.regions(places, level, out)
+            return self._source.regions(corners, level, out)
         failed: dict[int, BadInput] = {}
         step = max(1, MAX_READ // (side * side * 3))
-        for start in range(0, len(places), step):
-            part = places[start : start + step]
+        for start in range(0, len(corners), step):
+            part = corners[start : start + step]
             large = np.empty((len(part), side, side, 3), dtype=np.uint8)
-            broken = self._source.regions(part, level, large)
-            failed.update({start + number: error for number, error in broken.items()})
+            errors = self._source.regions(part, level, large)
+            failed.update({start + number: error for number, error in errors.items()})
             for number in range(len(part)):
                 out[start + number] = _resample(large[number], size_px)
         return failed
 
 
-def _places(width: int, height: int, side: int, step: int) -> NDArray[np.int64]:
+def _corners(width: int, height: int, side: int, step: int) -> NDArray[np.int64]:
     """Return top-left x, y of every whole tile, block by block, row by row inside a block."""
     xs = np.arange(max(0, (width - side) // step + 1), dtype=np.int64)
     ys = np.arange(max(0, (height - side) // step + 1), dtype=np.int64)
@@ -333,9 +309,10 @@ def _places(width: int, height: int, side: int, step: int) -> NDArray[np.int64]:
 
 def _resample(tile: Rgb, size_px: int) -> Rgb:
     side = tile.shape[0]
-    resample = Image.Resampling.BOX if side > size_px else Image.Resampling.BICUBIC
-    if side > size_px and side % size_px:
-        resample = Image.Resampling.LANCZOS
+    if side <= size_px:
+        resample = Image.Resampling.BICUBIC
+    else:
+        resample = Image.Resampling.LANCZOS if side % size_px else Image.Resampling.BOX
     return np.asarray(Image.fromarray(tile).resize((size_px, size_px), resample))
 
 
@@ -360,7 +337,14 @@ def open_slide(
     stated_mpp: float | None = None,
     series: int | None = None,
 ) -> Slide:
-    """Open a slide; every failure becomes a HistoseekError that names the file."""
+    """Open a slide; every failure becomes a HistoseekError that names the file.
+
+    Args:
+        path: the file.
+        assume_mpp: micrometres per pixel for files without a scale.
+        stated_mpp: micrometres per pixel that the user supplied for this slide; overrides the file.
+        series: index of the TIFF image that is the slide; detected when None.
+    """
     try:
         return Slide(path, assume_mpp, stated_mpp, series)
     except HistoseekError:

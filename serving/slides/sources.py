@@ -9,64 +9,45 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.images import SUFFIXES, decode, profile_of
+from ...artifacts.slide_names import SLIDE_SUFFIXES
 from ...artifacts.unread import is_dicom
 from ...errors import BadInput, BrokenFile
 from .openslide_source import OpenSlideSource
 from .overview import Source
-from .profiles import of_picture
+from .profiles import of_image
 from .tiff_series import is_largest, the_slide
 from .tiff_source import BY_TAG, TiffSource, is_ome, looks_like_tiff
 
-SLIDE_SUFFIXES = frozenset(
-    {
-        ".svs",
-        ".ndpi",
-        ".mrxs",
-        ".scn",
-        ".bif",
-        ".vms",
-        ".vmu",
-        ".svslide",
-        ".dcm",
-        ".qptiff",
-    }
-)
-MAX_SLIDE_PICTURE = 170_000_000
+MAX_IMAGE_PX = 170_000_000
 
 
-class PictureSource:
+class ImageSource(Source):
     """A plain image as a slide with one level, held in memory."""
 
     def __init__(self, path: Path) -> None:
         """Decode the image."""
-        self._picture = decode(path, max_pixels=MAX_SLIDE_PICTURE)
-        height, width = self._picture.shape[:2]
+        self._image = decode(path, max_pixels=MAX_IMAGE_PX)
+        height, width = self._image.shape[:2]
         self.levels: tuple[tuple[float, tuple[int, int]], ...] = ((1.0, (width, height)),)
-        self.properties: dict[str, str] = of_picture(profile_of(path))
+        self.properties: dict[str, str] = of_image(profile_of(path))
         self.block_px = (width, height)
 
     def regions(
-        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+        self, corners: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
         """Cut out regions; see :class:`Source`."""
-        for number, (x, y) in enumerate(places):
+        for number, (x, y) in enumerate(corners):
             height, width = out.shape[1:3]
             out[number] = 255
             left, top = max(0, x), max(0, y)
-            part = self._picture[top : max(0, y + height), left : max(0, x + width)]
+            part = self._image[top : max(0, y + height), left : max(0, x + width)]
             high, wide = part.shape[:2]
             out[number, top - y : top - y + high, left - x : left - x + wide] = part
         return {}
 
-    def scanned(self) -> None:
-        """Return None: everywhere; see :class:`~histoseek.serving.slides.overview.Source`."""
-
-    def forget(self) -> None:
-        """Do nothing: only the image itself is kept."""
-
     def close(self) -> None:
         """Free the pixels."""
-        self._picture = np.zeros((0, 0, 3), dtype=np.uint8)
+        self._image = np.zeros((0, 0, 3), dtype=np.uint8)
 
 
 def open_source(path: Path, series: int | None = None) -> Source:
@@ -89,30 +70,30 @@ def open_source(path: Path, series: int | None = None) -> Source:
         return TiffSource(path, the_slide(path))
     if path.suffix.lower() == ".mrxs" and not path.with_suffix("").is_dir():
         raise BadInput(
-            f"{path} needs the folder {path.with_suffix('').name}/ beside it, which holds its pixels "
-            "and is not there; copy it too"
+            f"{path} needs the folder {path.with_suffix('').name}/ beside it, which contains its pixels "
+            "and is missing; copy it too"
         )
     if is_openslide(path):
         try:
-            found = OpenSlideSource(path)
+            source = OpenSlideSource(path)
         except BadInput:
             if not looks_like_tiff(path):
                 raise
             return _by_tifffile(path)
-        if BY_TAG in found.properties and not is_largest(path, found.levels[0][1]):
-            found.close()
+        if BY_TAG in source.properties and not is_largest(path, source.levels[0][1]):
+            source.close()
             return TiffSource(path, the_slide(path))
-        return found
+        return source
     if looks_like_tiff(path):
         return TiffSource(path, the_slide(path))
     if path.suffix.lower() in SLIDE_SUFFIXES:
         return OpenSlideSource(path)
     if path.suffix.lower() not in SUFFIXES:
         raise BadInput(
-            f"{path} is neither a slide that OpenSlide reads nor a picture "
+            f"{path} is neither a slide that OpenSlide reads nor an image "
             f"({', '.join(sorted(SUFFIXES))})"
         )
-    return PictureSource(path)
+    return ImageSource(path)
 
 
 def _by_tifffile(path: Path) -> Source:
@@ -122,9 +103,9 @@ def _by_tifffile(path: Path) -> Source:
     except BadInput as error:
         try:
             return OpenSlideSource(path)
-        except BadInput as other:
+        except BadInput as openslide_error:
             # tifffile reports unsupported formats better, OpenSlide reports damage better
-            raise (other if isinstance(error, BrokenFile) else error) from other
+            raise (openslide_error if isinstance(error, BrokenFile) else error) from openslide_error
 
 
 def is_openslide(path: Path) -> bool:

@@ -9,12 +9,10 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ...errors import BadInput, HistoseekError
-
-if TYPE_CHECKING:
-    from .overview import Source
+from .overview import Source
 
 LOG = logging.getLogger("histoseek")
 _MAGIC = {b"II*\0", b"MM\0*", b"II+\0", b"MM\0+"}
@@ -31,11 +29,7 @@ _HEAD = 64 * 1024
 
 
 def check_page(page: Any, path: Path) -> None:
-    """Check that a page converts to 8-bit RGB unambiguously.
-
-    Args:
-        page: tifffile's TiffPage, with its file open.
-        path: the file's path, for messages.
+    """Check that a page, tifffile's TiffPage with its file open, converts to 8-bit RGB unambiguously.
 
     Raises:
         BadInput: more than 8 bits, signed or floating-point numbers, other channels or colours.
@@ -45,7 +39,7 @@ def check_page(page: Any, path: Path) -> None:
         kind = "" if page.dtype is None else f" ({page.dtype})"
         raise BadInput(
             f"{path} has {max(bits)} bits per channel{kind}; expected 8-bit RGB: rescale it to 0-255 "
-            "with the window that you want to see"
+            "over the brightness range that you need"
         )
     samples, photometric = int(page.samplesperpixel), int(page.photometric)
     if (photometric, samples) not in COLOURS:
@@ -57,21 +51,13 @@ def check_page(page: Any, path: Path) -> None:
     stored = _stored_bits(page)
     if stored > 8:
         raise BadInput(
-            f"{path} says that it has 8 bits per channel, but its compressed pixels have {stored}; "
-            "expected 8-bit RGB: rescale it to 0-255 with the window that you want to see"
+            f"{path} states 8 bits per channel, but its compressed pixels have {stored}; "
+            "expected 8-bit RGB: rescale it to 0-255 over the brightness range that you need"
         )
 
 
 def check_source(path: Path, source: Source) -> None:
-    """Check every level of a TIFF slide that OpenSlide opened; the other readers make their own checks.
-
-    Args:
-        path: the file.
-        source: reads the file.
-
-    Raises:
-        BadInput: a level does not convert to 8-bit RGB unambiguously.
-    """
+    """Check every level of a TIFF slide that OpenSlide opened; the other readers make their own checks."""
     vendor = source.properties.get("openslide.vendor")
     if vendor is None or not path.is_file() or _magic(path) not in _MAGIC:
         return
@@ -96,11 +82,11 @@ def check_source(path: Path, source: Source) -> None:
 
 def _levels(pages: Sequence[Any], sizes: Sequence[tuple[int, int]], vendor: str) -> list[Any]:
     """Return the pages that hold levels; all tiled pages if no page is as large as a level."""
-    drawn = [page for page in pages if not int(page.subfiletype) & _MASK]
+    images = [page for page in pages if not int(page.subfiletype) & _MASK]
     if vendor == "generic-tiff":  # OpenSlide takes the first page and its downsampled copies
-        drawn = [p for n, p in enumerate(drawn) if n == 0 or int(p.subfiletype) & _REDUCED]
-    fitting = [page for page in drawn if (page.imagewidth, page.imagelength) in set(sizes)]
-    return fitting or [page for page in drawn if page.is_tiled]
+        images = [p for n, p in enumerate(images) if n == 0 or int(p.subfiletype) & _REDUCED]
+    fitting = [page for page in images if (page.imagewidth, page.imagelength) in set(sizes)]
+    return fitting or [page for page in images if page.is_tiled]
 
 
 def _magic(path: Path) -> bytes:
@@ -118,12 +104,12 @@ def _stored_bits(page: Any) -> int:
     compression = int(page.compression)
     if compression not in _JPEG | _JPEG_2000:
         return 0
-    place = next((n for n, size in enumerate(page.databytecounts) if size), None)
+    first = next((n for n, size in enumerate(page.databytecounts) if size), None)
     file = page.parent.filehandle
-    if place is None or file.closed:
+    if first is None or file.closed:
         return 0
-    file.seek(page.dataoffsets[place])
-    head = file.read(min(_HEAD, page.databytecounts[place]))
+    file.seek(page.dataoffsets[first])
+    head = file.read(min(_HEAD, page.databytecounts[first]))
     return _jpeg_bits(head) if compression in _JPEG else _jpeg_2000_bits(head)
 
 

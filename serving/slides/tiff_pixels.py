@@ -44,13 +44,9 @@ _ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
 
 @dataclass(frozen=True)
 class Level:
-    """One level of a pyramid, and the position of its segments in the file.
+    """One level of a pyramid, in segments of ``tile_width`` x ``tile_height`` pixels.
 
     Attributes:
-        width: width in pixels.
-        height: height in pixels.
-        tile_width: width of a segment in pixels.
-        tile_height: height of a segment in pixels.
         page: tifffile's page.
         planes: 3 if the file stores red, green and blue in separate planes, else 1.
         alpha: meaning of a fourth channel: ``over`` (blended over white), ``premultiplied`` or "" (none).
@@ -76,11 +72,7 @@ class Level:
 
 
 def level_of(page: Any, path: Path) -> Level:
-    """Describe a page of 8-bit RGB or grey.
-
-    Args:
-        page: tifffile's TiffPage.
-        path: the file's path, for messages.
+    """Describe a page, tifffile's TiffPage, of 8-bit RGB or grey.
 
     Raises:
         BadInput: the pixels do not convert to 8-bit RGB unambiguously, or the segments do not fit.
@@ -104,10 +96,10 @@ def level_of(page: Any, path: Path) -> Level:
         )
     if photometric == _YCBCR and compression != _JPEG:
         raise BadInput(
-            f"{path} holds YCbCr that is not JPEG, which has no single reading; convert it to RGB"
+            f"{path} has YCbCr that is not JPEG, whose RGB values are ambiguous; convert it to RGB"
         )
     if int(getattr(page, "imagedepth", 1)) != 1:
-        raise BadInput(f"{path} is a volume of {page.imagedepth} planes; expected one picture")
+        raise BadInput(f"{path} is a volume of {page.imagedepth} planes; expected one image")
     tiled = bool(page.is_tiled)
     tile_width = int(page.tilewidth) if tiled else width
     tile_height = int(page.tilelength) if tiled else min(height, int(page.rowsperstrip))
@@ -115,8 +107,8 @@ def level_of(page: Any, path: Path) -> Level:
         raise BrokenFile(f"{path} has {width} x {height} pixels; it is damaged: copy it again")
     if tile_width * tile_height > MAX_SEGMENT_PX:
         raise BadInput(
-            f"{path} is stored in pieces of {tile_width} x {tile_height} pixels; at most "
-            f"{MAX_SEGMENT_PX:,} are decoded at once: save it tiled (256 to 1024 pixels)"
+            f"{path} is stored in segments of {tile_width} x {tile_height} pixels; expected at most "
+            f"{MAX_SEGMENT_PX:,} pixels each: save it tiled (256 to 1024 pixels)"
         )
     planes = samples if int(page.planarconfig) == 2 and samples > 1 else 1
     extra = int(page.extrasamples[0]) if samples == 4 and page.extrasamples else 0
@@ -125,7 +117,7 @@ def level_of(page: Any, path: Path) -> Level:
     expected = level.across * level.down * planes
     if min(len(page.dataoffsets), len(page.databytecounts)) < expected:
         raise BrokenFile(
-            f"{path} lists {len(page.dataoffsets)} pieces of its {width} x {height} pixels; expected "
+            f"{path} lists {len(page.dataoffsets)} segments of its {width} x {height} pixels; expected "
             f"{expected}: it is damaged, copy it again"
         )
     return level
@@ -157,30 +149,22 @@ class TiffPixels:
             self._cached = 0
 
     def squares(
-        self, level: int, places: Sequence[tuple[int, int]], out: NDArray[np.uint8]
+        self, level: int, corners: Sequence[tuple[int, int]], out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
-        """Read regions of one size; a shared segment is decoded once.
+        """Read regions as :meth:`.overview.Source.regions` does, but with corners in pixels of the level.
 
-        Args:
-            level: number of the level.
-            places: left and top of each region, in pixels of the level.
-            out: (N, height, width, 3), filled; white outside the image.
-
-        Returns:
-            The error of each unreadable region, by its index in ``places``; empty if all were read.
+        A segment that regions share is decoded once; pixels outside the image are white.
         """
         at = self.levels[level]
         height, width = out.shape[1:3]
         users: dict[int, list[int]] = {}
-        for number, (x, y) in enumerate(places):
+        for number, (x, y) in enumerate(corners):
             if x < 0 or y < 0 or x + width > at.width or y + height > at.height:
                 out[number] = 255
-            for row in range(
-                max(0, y) // at.tile_height, min(at.down, -(-(y + height) // at.tile_height))
-            ):
-                for column in range(
-                    max(0, x) // at.tile_width, min(at.across, -(-(x + width) // at.tile_width))
-                ):
+            first_row, end_row = max(0, y) // at.tile_height, -(-(y + height) // at.tile_height)
+            first_column, end_column = max(0, x) // at.tile_width, -(-(x + width) // at.tile_width)
+            for row in range(first_row, min(at.down, end_row)):
+                for column in range(first_column, min(at.across, end_column)):
                     users.setdefault(row * at.across + column, []).append(number)
         failed: dict[int, BadInput] = {}
         for segment, numbers in sorted(users.items()):  # in the order of the file
@@ -193,7 +177,7 @@ class TiffPixels:
             left = segment % at.across * at.tile_width
             bottom, right = top + pixels.shape[0], left + pixels.shape[1]
             for number in numbers:
-                x, y = places[number]
+                x, y = corners[number]
                 x0, x1 = max(x, left), min(x + width, right)
                 y0, y1 = max(y, top), min(y + height, bottom)
                 out[number, y0 - y : y1 - y, x0 - x : x1 - x] = pixels[
@@ -204,10 +188,10 @@ class TiffPixels:
     def _cached_segment(self, level: int, number: int) -> Rgb:
         key = (level, number)
         with self._lock:
-            known = self._cache.get(key)
-            if known is not None:
+            cached = self._cache.get(key)
+            if cached is not None:
                 self._cache.move_to_end(key)
-                return known
+                return cached
         pixels = self.segment(self.levels[level], number)
         if pixels.nbytes * 8 <= CACHE_BYTES:
             with self._lock:
@@ -219,11 +203,7 @@ class TiffPixels:
         return pixels
 
     def segment(self, level: Level, number: int) -> Rgb:
-        """Decode one segment, clipped to the image, (h, w, 3).
-
-        Raises:
-            BadInput: the segment is missing or damaged; the message says where.
-        """
+        """Decode one segment, clipped to the image, (h, w, 3); raise BadInput if it is damaged."""
         row, column = divmod(number, level.across)
         high = min(level.tile_height, level.height - row * level.tile_height)
         wide = min(level.tile_width, level.width - column * level.tile_width)
@@ -295,8 +275,8 @@ def _rgb(pixels: NDArray[np.uint8], alpha: str) -> Rgb:
         colour = pixels[:, :, :3].astype(np.uint16)
         if alpha == "over":
             colour = (colour * share + 127) // 255
-        laid: Rgb = np.minimum(colour + (255 - share), 255).astype(np.uint8)
-        return laid
+        blended: Rgb = np.minimum(colour + (255 - share), 255).astype(np.uint8)
+        return blended
     colours: Rgb = pixels[:, :, :3]
     return colours
 
@@ -306,5 +286,5 @@ def decodes_exactly(level: Level) -> bool:
 
     False for a level with empty segments: OpenSlide fills them differently.
     """
-    known = int(level.page.compression) in {_JPEG, *_LOSSLESS}
-    return known and all(level.page.databytecounts) and level.planes == 1
+    exact = int(level.page.compression) in {_JPEG, *_LOSSLESS}
+    return exact and all(level.page.databytecounts) and level.planes == 1

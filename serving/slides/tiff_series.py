@@ -29,23 +29,22 @@ def the_slide(path: Path) -> int:
     """
     try:
         with open_tiff(path) as opened:
-            pictures = [(str(series.name), *_size(series)) for series in opened.series]
+            images = [(str(series.name), *_size(series)) for series in opened.series]
     except Exception:
         return 0
-    if len(pictures) <= 1:
+    if len(images) <= 1:
         return 0
-    areas = [width * height for _, width, height in pictures]
+    areas = [width * height for _, width, height in images]
     large = [number for number, area in enumerate(areas) if area >= RIVAL * max(areas)]
-    showing = large if len(large) == 1 else [n for n in large if _shows_tissue(path, n)]
-    if len(showing) == 1:
-        return showing[0]
-    named = ", ".join(
-        f"{number} ({pictures[number][0] or 'no name'}, {pictures[number][1]} x {pictures[number][2]})"
-        for number in (showing or large)
+    candidates = large if len(large) == 1 else [n for n in large if _shows_tissue(path, n)] or large
+    if len(candidates) == 1:
+        return candidates[0]
+    listed = ", ".join(
+        f"{n} ({images[n][0] or 'no name'}, {images[n][1]} x {images[n][2]})" for n in candidates
     )
     raise BadInput(
-        f"{path} holds {len(showing or large)} pictures that could be the slide: {named}; say which with "
-        "--series N, or by a column 'series' of the manifest"
+        f"{path} contains {len(candidates)} images that could be the slide: {listed}; choose one with "
+        "--series N, or with a column 'series' of the manifest"
     )
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,7 +10,9 @@ from xml.etree import ElementTree
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.slide_names import TIFF_SUFFIXES
 from ...errors import BadInput, BrokenFile, HistoseekError
+from .overview import Source
 from .profiles import of_page
 from .tiff_pixels import Level, TiffPixels, level_of
 
@@ -23,7 +24,7 @@ BY_TAG = "histoseek.mpp-by-resolution-tag"
 """Property of slides whose only scale is a coarse print resolution (72 or 300 dpi)."""
 
 
-class Picture(NamedTuple):
+class TiffImage(NamedTuple):
     """Name and size in pixels of an image in a TIFF."""
 
     name: str
@@ -31,15 +32,11 @@ class Picture(NamedTuple):
     height: int
 
 
-class TiffSource:
+class TiffSource(Source):
     """An image of a TIFF file with its pyramid, if it has one."""
 
     def __init__(self, path: Path, series: int = 0) -> None:
-        """Open a TIFF.
-
-        Args:
-            path: the file.
-            series: index of the image that is the slide.
+        """Open a TIFF; ``series`` is the index of the image that is the slide.
 
         Raises:
             BadInput: the file is not a TIFF or is damaged, its pixels do not convert to 8-bit RGB
@@ -57,27 +54,27 @@ class TiffSource:
             raise
         except Exception as error:  # a damaged header can make the parser fail in any way
             raise BrokenFile(
-                f"{path} is no slide: it cannot be read as TIFF ({type(error).__name__}: {error}); it "
-                "is truncated or damaged: copy it again"
+                f"{path} is not a readable TIFF slide ({type(error).__name__}: {error}); it is truncated "
+                "or damaged: copy it again"
             ) from error
         self._pixels = TiffPixels(path, levels)
         first = levels[0]
         self.block_px = whole_segments(first)
-        self.forget = self._pixels.forget
         self.levels: tuple[tuple[float, tuple[int, int]], ...] = tuple(
             (first.width / at.width, (at.width, at.height)) for at in levels
         )
 
     def regions(
-        self, places: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
+        self, corners: Sequence[tuple[int, int]], level: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
-        """Read several regions; see :class:`~histoseek.serving.slides.overview.Source`."""
+        """See :class:`.overview.Source`."""
         down = self.levels[level][0]
-        scaled = [(round(x / down), round(y / down)) for x, y in places]
+        scaled = [(round(x / down), round(y / down)) for x, y in corners]
         return self._pixels.squares(level, scaled, out)
 
-    def scanned(self) -> None:
-        """Return None: everywhere; see :class:`~histoseek.serving.slides.overview.Source`."""
+    def forget(self) -> None:
+        """Free the decoded segments."""
+        self._pixels.forget()
 
     def close(self) -> None:
         """Close the file."""
@@ -103,23 +100,23 @@ def whole_segments(level: Level, about: int = 1024) -> tuple[int, int]:
 
 def _pyramid(opened: Any, path: Path, number: int) -> list[Any]:
     if not opened.series:
-        raise BrokenFile(f"{path} holds no picture; copy it again")
+        raise BrokenFile(f"{path} contains no image; copy it again")
     if not 0 <= number < len(opened.series):
         raise BadInput(
-            f"{path} has no series {number}; it holds {len(opened.series)} picture(s), numbered from 0"
+            f"{path} has no series {number}; it has {len(opened.series)} image(s), numbered from 0"
         )
     series = opened.series[number]
     first = series.levels[0]
     if len(first.pages) != 1:
         raise BadInput(
             f"{path} has {len(first.pages)} planes (axes {first.axes}, shape {first.shape}): channels, "
-            "depths or times; expected one picture of 8-bit RGB (fluorescence is not read)"
+            "depths or times; expected one image of 8-bit RGB (fluorescence is not read)"
         )
     pages = [level.pages[0] for level in series.levels if len(level.pages) == 1]
     orientation = int(pages[0].tags.valueof("Orientation", 1))
     if orientation not in _ORIENTATIONS:
         raise BadInput(
-            f"{path} is stored turned or mirrored (TIFF orientation {orientation}), so places on it "
+            f"{path} is stored rotated or mirrored (TIFF orientation {orientation}), so coordinates "
             "would be ambiguous; save it upright"
         )
     pages = [page.aspage() for page in pages]
@@ -128,19 +125,19 @@ def _pyramid(opened: Any, path: Path, number: int) -> list[Any]:
 
 
 def _properties(opened: Any, page: Any, name: str, number: int) -> dict[str, str]:
-    found = {SERIES: f"{number} of 0 to {len(opened.series) - 1}"} if len(opened.series) > 1 else {}
-    picture = Picture(str(opened.series[number].name), page.imagewidth, page.imagelength)
-    sizes = _ome_mpp(opened.ome_metadata, name, picture) if opened.is_ome else None
-    if sizes is not None:
-        return {**found, "openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
-    sizes = _tag_mpp(page)
+    count = len(opened.series)
+    properties = {SERIES: f"{number} of 0 to {count - 1}"} if count > 1 else {}
+    image = TiffImage(str(opened.series[number].name), page.imagewidth, page.imagelength)
+    sizes = _ome_mpp(opened.ome_metadata, name, image) if opened.is_ome else None
     if sizes is None:
-        return found
-    found |= {"openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
-    return {**found, BY_TAG: "yes"}
+        sizes = _tag_mpp(page)
+        if sizes is None:
+            return properties
+        properties[BY_TAG] = "yes"
+    return {**properties, "openslide.mpp-x": repr(sizes[0]), "openslide.mpp-y": repr(sizes[1])}
 
 
-def _ome_mpp(document: str | None, file: str, picture: Picture) -> tuple[float, float] | None:
+def _ome_mpp(document: str | None, file: str, image: TiffImage) -> tuple[float, float] | None:
     """Return µm per pixel of an image in a file; None if the OME-XML does not state it unambiguously.
 
     Images are identified by size and name: if the document also describes images in other files, its
@@ -149,24 +146,24 @@ def _ome_mpp(document: str | None, file: str, picture: Picture) -> tuple[float, 
     if not document or "<!DOCTYPE" in document:
         return None
     try:
-        images = [e for e in ElementTree.fromstring(document).iter() if e.tag.endswith("Image")]
-        every = [
-            (image.get("Name", ""), pixels)
-            for image in images
-            for pixels in image
+        entries = [
+            (element.get("Name", ""), pixels)
+            for element in ElementTree.fromstring(document).iter()
+            if element.tag.endswith("Image")
+            for pixels in element
             if pixels.tag.endswith("Pixels")
         ]
-        mine = [
+        of_file = [
             (name, pixels)
-            for name, pixels in every
+            for name, pixels in entries
             if any(child.get("FileName") == file for child in pixels.iter())
         ]
-        given = mine or every
-        if len(given) > 1:
-            size = str(picture.width), str(picture.height)
-            given = [(n, p) for n, p in given if (p.get("SizeX"), p.get("SizeY")) == size]
-        named = [(n, p) for n, p in given if n == picture.name]
-        sizes = {_physical_size(pixels) for _, pixels in named or given}
+        entries = of_file or entries
+        if len(entries) > 1:
+            size = str(image.width), str(image.height)
+            entries = [(n, p) for n, p in entries if (p.get("SizeX"), p.get("SizeY")) == size]
+        named = [(n, p) for n, p in entries if n == image.name]
+        sizes = {_physical_size(pixels) for _, pixels in named or entries}
     except (ElementTree.ParseError, KeyError, ValueError):
         return None
     return sizes.pop() if len(sizes) == 1 else None
@@ -197,7 +194,7 @@ def _tag_mpp(page: Any) -> tuple[float, float] | None:
 
 def looks_like_tiff(path: Path) -> bool:
     """Whether a file name has a TIFF suffix."""
-    return re.search(r"\.(tiff?|qptiff|btf|tf[28])$", path.name.lower()) is not None
+    return path.name.lower().endswith(TIFF_SUFFIXES)
 
 
 def is_ome(path: Path) -> bool:

@@ -44,12 +44,7 @@ def tissue_mask(thumbnail: Rgb) -> Mask:
 
 
 def tissue_share(mask: Mask, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the share of tissue in each box.
-
-    Args:
-        mask: (H, W).
-        boxes: (N, 4) as x0, y0, x1, y1 in mask pixels; fractions are allowed.
-    """
+    """Return the share of tissue in boxes (N, 4) of x0, y0, x1, y1 in (fractional) pixels of the mask."""
     height, width = mask.shape
     total = np.zeros((height + 1, width + 1), dtype=np.int64)
     total[1:, 1:] = mask.cumsum(0).cumsum(1)

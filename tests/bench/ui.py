@@ -274,7 +274,7 @@ def map_drawn(path, rounds=3):
                 page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=6)
                 page.mouse.down() if number == 0 else None
             page.mouse.up()
-            page.locator(".hs-lassoed", has_text="tiles chosen").wait_for(timeout=60_000)
+            page.locator(".hs-lassoed", has_text="tiles selected").wait_for(timeout=60_000)
             found["lasso_ms"].append(round(1000 * (time.perf_counter() - started)))
             started = time.perf_counter()
             page.mouse.wheel(0, -400)

@@ -194,7 +194,7 @@ def test_clusters_found_in_training_are_those_of_the_atlas(tile_folder, tmp_path
     assert sum(row["unknown"] for row in found) < 10
     export_run(tmp_path / "run", tmp_path / "four", tiles, build, ExportOptions(views=4))
     assert not (tmp_path / "four/clusters.npz").exists()  # they are of embeddings of one view
-    with pytest.raises(BadInput, match="ships no clusters"):
+    with pytest.raises(BadInput, match="has no clusters"):
         Atlas.create(tmp_path / "plain", tmp_path / "four").fit("encoder")
 
 
@@ -213,7 +213,7 @@ def test_a_graph_that_is_not_the_net_is_refused_and_nothing_is_written(
         return blob
 
     monkeypatch.setattr(bundle, "to_onnx", other_net)
-    with pytest.raises(Mismatch, match="max_abs is .* allowed is 1e-04"):
+    with pytest.raises(Mismatch, match="max_abs is .* expected at most 1e-04"):
         export_run(run, tmp_path / "b", open_tiles(tile_folder), build)
     assert list(tmp_path.iterdir()) == []
 

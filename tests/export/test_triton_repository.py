@@ -129,7 +129,7 @@ def test_writing_again_changes_nothing_and_a_new_encoder_adds_a_version(
 
 
 def test_what_cannot_be_served_together_is_refused(tmp_path, other_bundle):
-    with pytest.raises(BadInput, match="two models would be"):
+    with pytest.raises(BadInput, match="two models would have the name"):
         write_repository([DEFAULT_BUNDLE, DEFAULT_BUNDLE], tmp_path / "m", TritonOptions())
     write_repository([other_bundle], tmp_path / "m", TritonOptions())
     name = read_manifest(other_bundle).name

@@ -247,7 +247,7 @@ def test_clusters_are_stored_assigned_and_replaced(atlas):
     (placed,) = atlas.assign(vectors[:1])
     assert set(placed) == {"cluster", "name", "distance", "strength", "unknown"}
     assert placed["cluster"] == atlas.search(vectors[:1], k=1)[0][0].cluster
-    with pytest.raises(BadInput, match="finds no clusters among the 93 tiles"):
+    with pytest.raises(BadInput, match="found no clusters among the 93 tiles"):
         atlas.fit("hdbscan")
     assert atlas.clustering()[0] == "kmeans", "what finds nothing does not become the newest"
     atlas.fit("kmeans", k=2, name="dense")
@@ -322,7 +322,7 @@ def test_vectors_changed_behind_the_atlas_are_not_searched(atlas):
     blob = file.read_bytes()
     assert blob.count(row) == 1
     file.write_bytes(blob.replace(row, row[::-1]))
-    with pytest.raises(Damaged, match="slide-1.*is changed"):
+    with pytest.raises(Damaged, match="slide-1.*has changed"):
         Atlas(atlas.path).vectors()
 
 

@@ -11,7 +11,8 @@ from atlases import DIM, features, filled, unit
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.index.atlas import Atlas
 from histoseek.index.exchange.exports import export
-from histoseek.index.exchange.imports import import_features, read_foreign
+from histoseek.index.exchange.imports import import_features, read_tool_features
+from histoseek.index.exchange.qupath import origins
 from histoseek.index.studies.duplicates import duplicates, leakage
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
@@ -91,13 +92,15 @@ def test_foreign_features_that_do_not_fit_are_refused(tmp_path, cli):
     with h5py.File(tmp_path / "odd.h5", "w") as out:
         out["feats"], out["coords"] = np.zeros((3, 4), np.float16), np.zeros((5, 2))
     bad = {
-        tmp_path / "cut.h5": "make it again|embed its slide again",
+        tmp_path / "cut.h5": "create it again|make it again|embed its slide again",
         tmp_path / "bag.pt": "pickle",
         tmp_path / "other.h5": "embeddings",
-        tmp_path / "odd.h5": "do not fit",
+        tmp_path / "odd.h5": "expected floats",
         stamp(tmp_path / "stamp.h5", extractor="uni_v2"): "micrometres.*--mpp",
         stamp(tmp_path / "px.h5", unit_="px", extractor="uni_v2"): "'px'",
-        trident(tmp_path / "gigapath.h5", encoder="gigapath"): "'gigapath'; you said 'uni_v2'",
+        trident(
+            tmp_path / "gigapath.h5", encoder="gigapath"
+        ): "names the encoder 'gigapath' in .*but --encoder is 'uni_v2'",
         clam(tmp_path / "short.h5", dim=512): "512-dimensional",
         tmp_path / "absent.h5": "does not exist",
     }
@@ -112,7 +115,7 @@ def test_foreign_features_that_do_not_fit_are_refused(tmp_path, cli):
     with pytest.raises(BadInput, match="not possible: metric"):
         Atlas.create_external(tmp_path / "x", "uni", 5, "dot")
     with pytest.raises(Damaged):
-        read_foreign(tmp_path / "cut.h5", "uni_v2")
+        read_tool_features(tmp_path / "cut.h5", "uni_v2")
     asked = cli("index", "search", atlas.path, tmp_path / "bag.pt")
     assert asked.returncode == 1 and "known by name only" in asked.stderr
     done = cli("index", "search", atlas.path, "--tile", 3, "-k", 2)
@@ -128,7 +131,7 @@ def test_places_of_earlier_stamps_are_read_right(tmp_path, version):
             out.attrs.update({"unit": "um", "tile_size": 256.0})
         else:  # pixels of tiles of 224 px, which are 256 um wide
             out["coords"] = np.array([[0, 0], [224, 0], [448, 224]], np.float32)
-    item = read_foreign(tmp_path / "s.h5", "ctranspath", 0.5)
+    item = read_tool_features(tmp_path / "s.h5", "ctranspath", 0.5)
     assert item.coords.tolist() == [[0, 0], [512, 0], [1024, 512]] and item.size_px_level0 == 512
 
 
@@ -142,7 +145,7 @@ def test_metadata_is_matched_by_stem_and_own_columns_are_refused(tmp_path):
     _, (refused,) = import_features(
         tmp_path / "atlas", [clam(tmp_path / "other.h5")], "uni", {"other": {"x": "left"}}
     )
-    assert refused.state == "failed" and "'x', which is histoseek's own" in refused.reason
+    assert refused.state == "failed" and "'x'; histoseek uses this name itself" in refused.reason
     _, (wrong,) = import_features(atlas.path, [clam(tmp_path / "n.h5")], "uni", {}, -1.0)
     assert wrong.state == "failed" and "above 0" in wrong.reason
 
@@ -167,7 +170,7 @@ def test_numpy_and_parquet_and_anndata_hold_the_same(atlas, tmp_path):
 
     ids, stored = atlas.vectors()
     clusters = atlas.assigned("kmeans")[1].cluster
-    assert export(atlas, tmp_path / "a.npz", "numpy") == 160
+    assert export(atlas, tmp_path / "a.npz", "numpy").tiles == 160
     with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
         assert np.array_equal(found["vectors"], stored)
         assert np.array_equal(found["column_tile"], ids)
@@ -212,6 +215,8 @@ def test_tensorboards_projector_reads_what_is_written(atlas, tmp_path):
 def test_qupath_gets_tiles_with_their_cluster_or_their_similarity(atlas, tmp_path):
     from histoseek.serving.slides.geojson import read_annotations
 
+    assert set(origins(atlas.view())) == {"slide-0", "slide-1", "slide-2"}
+    assert set(origins(atlas.view(), "slide = 'slide-1'")) == {"slide-1"}
     export(atlas, tmp_path / "clusters", "geojson")
     files = sorted(p.name for p in (tmp_path / "clusters").iterdir())
     assert files == [
@@ -245,7 +250,7 @@ def test_exports_that_cannot_be_are_refused(atlas, tmp_path):
         export(atlas, tmp_path / "x.pq", "parquet")
     with pytest.raises(BadInput, match="no tile passes"):
         export(atlas, tmp_path / "x.npz", "numpy", "label = 'nothing'")
-    with pytest.raises(BadInput, match="no places"):
+    with pytest.raises(BadInput, match="no coordinates"):
         export(atlas, tmp_path / "g", "geojson", "slide = 'set'")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["there.npz"]
 

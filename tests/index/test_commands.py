@@ -44,29 +44,29 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
 @pytest.mark.parametrize(
     "words, said",
     [
-        (["search"], "nothing to look for"),
-        (["search", "--tile", "999999"], "holds no tile 999999"),
+        (["search"], "no query was given"),
+        (["search", "--tile", "999999"], "has no tile 999999"),
         (["search", "--tile", "1", "--without", "hospital"], "tile, slide, patient"),
-        (["search", "--tile", "1", "--engine", "milvus://x"], "not with --tile"),
+        (["search", "--tile", "1", "--engine", "milvus://x"], "searches with images only"),
         (["search", "{a}", "--where", "organ ="], "cannot be read at character"),
         (["search", "{a}", "--where", "grade = 1"], "unknown field 'grade'"),
-        (["search", "{a}", "--engine", "http://x"], "no address of Milvus"),
+        (["search", "{a}", "--engine", "http://x"], "is not a Milvus address"),
         (["search", "{bad}", "--together"], "bad.png"),
         (["similar", "nope"], "unknown slide 'nope'"),
         (["similar", "slide-0", "--by", "hospital"], "patient, slide"),
         (["remove", "nope"], "unknown slide 'nope'"),
         (["relabel", "--metadata", "{bad}.csv"], "cannot be read"),
         (["tune", "--recall", "2"], "expected 0.5 to 1"),
-        (["tune", "--memory-mb", "0.001"], "too few for codes"),
+        (["tune", "--memory-mb", "0.001"], "too few to compress"),
         (["name", "0", "x", "--clusters", "none"], "no clusters yet"),
         (["drift"], "no clusters yet"),
         (["evaluate", "--label", "grade"], "unknown column 'grade'"),
         (["leakage", "--split", "grade"], "unknown column 'grade'"),
         (["export", "--out", "{a}"], "exists already"),
         (["export", "--out", "x.npz", "--like", "3"], "--to geojson"),
-        (["push", "ftp://x"], "no address of Milvus"),
-        (["import", "{empty}", "--encoder", "uni"], "holds no .h5 files"),
-        (["snapshot", "--out", "{atlas}/inside"], "in the atlas itself"),
+        (["push", "ftp://x"], "is not a Milvus address"),
+        (["import", "{empty}", "--encoder", "uni"], "has no .h5 files"),
+        (["snapshot", "--out", "{atlas}/inside"], "is inside the atlas"),
     ],
 )
 def test_what_is_refused_is_refused_in_words(place, cli, words, said):
@@ -116,7 +116,7 @@ def test_labels_snapshot_tune_audit_and_repair(place, cli_json, cli):
     broken = cli_json("index", "verify", atlas, expect=1)
     assert len(broken["problems"]) == 1
     mended = cli_json("index", "verify", atlas, "--repair")
-    assert mended["ok"] and mended["repaired"] == ["the index was written again"]
+    assert mended["ok"] and mended["repaired"] == ["the index was rebuilt"]
     back = cli_json("index", "restore", place / "copy", atlas)
     assert back["kept"].endswith("atlas.before-restore-1")
     assert cli_json("index", "stats", atlas)["slides"] == 6
@@ -130,7 +130,7 @@ def test_similar_duplicates_and_leaks(place, cli_json, cli):
     found = cli_json("index", "similar", atlas, "slide-0", "-k", 3)
     assert [f["rank"] for f in found] == [1, 2, 3] and "slide-1" not in {f["name"] for f in found}
     assert found[0]["evidence"][0]["match"]["slide"] == found[0]["name"]
-    assert "most alike" in cli("index", "similar", atlas, "P1", "--by", "patient").stdout
+    assert "most similar tile at" in cli("index", "similar", atlas, "P1", "--by", "patient").stdout
     new = features(place / "new-case.h5", 50, 3)
     assert len(cli_json("index", "similar", atlas, "--features", new, "-k", 4)) == 4
     assert cli("index", "similar", atlas).returncode == 1
@@ -173,12 +173,12 @@ def test_an_empty_atlas_and_empty_answers_are_said(tmp_path, cli):
     atlas.fit("kmeans", k=3)
     cli("index", "create", tmp_path / "empty", check=True)
     done = cli("index", "evaluate", tmp_path / "empty", "--label", "label")
-    assert done.returncode == 1 and "holds no tiles yet" in done.stderr
+    assert done.returncode == 1 and "has no tiles yet" in done.stderr
     done = cli("index", "search", atlas.path, "--tile", 1, "--where", "organ = 'colom'", check=True)
-    assert "no tile passes" in done.stdout
+    assert "no tile passes --where" in done.stdout
     done = cli("index", "search", atlas.path, "--tile", 1, "--where", "")
     assert done.returncode == 1 and "the filter is empty" in done.stderr
     done = cli("index", "audit", atlas.path, "--where", "organ = 'colon'", check=True)
-    assert "of them pass organ = 'colon'" in done.stdout and "40" in done.stdout
+    assert "tiles that pass organ = 'colon'" in done.stdout and "40" in done.stdout
     done = cli("index", "drift", atlas.path, check=True)
-    assert "nothing came since the fit" in done.stdout
+    assert "no tiles were added after the fit" in done.stdout

@@ -127,7 +127,7 @@ def test_what_is_derived_is_named_and_made_again(atlas, what, how):
         place = 45 + 256 * position if what == "raw vectors" else path.stat().st_size // 2
         flip(path, place + 3)
     found = Atlas(atlas.path).verify()
-    assert len(found) == 1 and path.name in found[0] and "can be made again" in found[0]
+    assert len(found) == 1 and path.name in found[0] and "can be rebuilt" in found[0]
     assert answers(Atlas(atlas.path)) == before  # never a wrong answer meanwhile
     done = Atlas(atlas.path).repair()
     assert len(done) == 1, done
@@ -198,7 +198,7 @@ def test_a_damaged_row_of_a_generation_is_made_again(atlas, column):
     db.commit()
     db.close()
     assert answers(Atlas(atlas.path)) == before and Atlas(atlas.path).verify()
-    assert Atlas(atlas.path).repair() == ["the index was written again"]
+    assert Atlas(atlas.path).repair() == ["the index was rebuilt"]
     assert Atlas(atlas.path).verify() == [] and answers(Atlas(atlas.path)) == before
 
 
@@ -295,7 +295,7 @@ def test_a_fit_that_would_differ_is_not_put_in_the_place_of_the_lost_one(atlas):
     atlas.remove(["slide-0"])
     files_of(atlas)["kmeans"].unlink()
     (line,) = Atlas(atlas.path).repair()
-    assert "cannot be made again as it was" in line
+    assert "cannot be rebuilt" in line
     again = Atlas(atlas.path)
     assert any("clusters-kmeans" in p for p in again.verify())
     assert again.search(unit(np.random.default_rng(0), 1), 1)[0][0].cluster is not None
@@ -458,7 +458,7 @@ def test_a_snapshot_is_an_atlas_and_comes_back(atlas, tmp_path):
     assert copy.clusters("kmeans")[1]["name"] == "stroma"
     with pytest.raises(BadInput, match="exists already"):
         atlas.snapshot(tmp_path / "copy")
-    with pytest.raises(BadInput, match="in the atlas itself"):
+    with pytest.raises(BadInput, match="is inside the atlas"):
         atlas.snapshot(atlas.path / "inside")
     atlas.remove(["slide-0", "slide-1"])
     back = restore(tmp_path / "copy", atlas.path)
@@ -539,7 +539,7 @@ def test_a_repair_does_not_depend_on_words_in_a_path(tmp_path, folder):
     before = index.name, index.stat().st_mtime_ns
     next(atlas.path.glob("clusters-kmeans.*.npz")).unlink()
     done = Atlas(atlas.path).repair()
-    assert done == ["clustering 'kmeans' was fitted again; every tile is where it was"]
+    assert done == ["clustering 'kmeans' was rebuilt; every tile has the same cluster as before"]
     (index,) = atlas.path.glob("index-*.faiss")
     assert (index.name, index.stat().st_mtime_ns) == before
     assert Atlas(atlas.path).verify() == []
@@ -559,7 +559,6 @@ def test_every_problem_has_its_kind(tmp_path):
         path.unlink()
         found = problems(Atlas(atlas.path))
         assert kind in {p.kind for p in found if path.name in p.text}
-        assert all(p.derived == (p.kind is not Kind.TRUTH) for p in found)
         path.write_bytes(blob)
     with atlas.catalog.write() as db:
         db.execute("DELETE FROM placements WHERE slide_id = 1")

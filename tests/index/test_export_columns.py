@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from histoseek.artifacts.spreadsheets import inert
 from histoseek.index.atlas import Atlas
 from histoseek.index.exchange.column_names import for_anndata, for_numpy, for_tsv, unique_names
-from histoseek.index.exchange.exports import export, write
+from histoseek.index.exchange.exports import export
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 ODD = {
@@ -58,7 +58,7 @@ def test_anndata_keeps_every_column(atlas, tmp_path):
     for name in ("a.h5ad", "a.zarr"):
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # anndata's own, about its string columns
-            renamed = write(atlas, tmp_path / name, "anndata").renamed
+            renamed = export(atlas, tmp_path / name, "anndata").renamed
             read = anndata.read_h5ad if name.endswith("h5ad") else anndata.read_zarr
             obs = (found := read(tmp_path / name)).obs
         assert json.loads(found.uns["renamed_columns"]) == renamed
@@ -73,13 +73,13 @@ def test_anndata_keeps_every_column(atlas, tmp_path):
 def test_parquet_numpy_and_projector_keep_every_column(atlas, tmp_path):
     import pyarrow.parquet as parquet
 
-    renamed = write(atlas, tmp_path / "a.parquet", "parquet").renamed
+    renamed = export(atlas, tmp_path / "a.parquet", "parquet").renamed
     table = parquet.read_table(tmp_path / "a.parquet")
     assert len(set(table.column_names)) == len(table.column_names)
     assert json.loads(table.schema.metadata[b"renamed_columns"]) == renamed
     assert set(renamed) == {"cluster.kmeans", "target_mpp"}
     by_name(lambda c: (table[c][0].as_py(), table[c][-1].as_py()), renamed)
-    renamed = write(atlas, tmp_path / "a.npz", "numpy").renamed
+    renamed = export(atlas, tmp_path / "a.npz", "numpy").renamed
     with np.load(tmp_path / "a.npz", allow_pickle=False) as found:
         assert json.loads(str(found["renamed_columns"])) == renamed
         assert not any("/" in name or "\\" in name for name in found.files)
@@ -89,7 +89,7 @@ def test_parquet_numpy_and_projector_keep_every_column(atlas, tmp_path):
             return names[codes[0]], None if codes[-1] < 0 else "there"
 
         by_name(read, renamed)
-    renamed = write(atlas, tmp_path / "p", "projector").renamed
+    renamed = export(atlas, tmp_path / "p", "projector").renamed
     head, first, *_, last = (tmp_path / "p/metadata.tsv").read_bytes().decode().split("\n")[:-1]
     head, first, last = (line.split("\t") for line in (head, first, last))
     assert len(head) == len(set(head)) == len(first) == len(last)
@@ -107,7 +107,7 @@ def test_what_was_renamed_is_said(atlas, tmp_path, cli, cli_json):
     assert report["renamed_columns"]["ER/PR"] == "ER_PR_3"
     told = cli(*words, tmp_path / "b.h5ad").stdout.replace("\n", " ")
     assert "the column 'ER/PR' is named 'ER_PR_3' there" in told
-    assert export(atlas, tmp_path / "c.npz", "numpy") == 60
+    assert export(atlas, tmp_path / "c.npz", "numpy").tiles == 60
 
 
 @given(

@@ -10,7 +10,7 @@ from histoseek.artifacts.feature_files import parse_features, read_about, read_f
 from histoseek.artifacts.hdf5_files import open_hdf5
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.index.atlas import Atlas
-from histoseek.index.exchange.imports import import_features, read_foreign
+from histoseek.index.exchange.imports import import_features, read_tool_features
 from histoseek.ui.page.view import gallery
 
 DIM = 16
@@ -58,8 +58,10 @@ def write(path, seed=0, places=PLACES, features=None, on_features=(), on_coords=
 )  # fmt: skip
 def test_the_tools_own_mark_is_heeded(tmp_path, folder, marks, encoder, place):
     file = write(tmp_path / folder / "s1.h5", **marks)
-    with pytest.raises(Mismatch, match=f"'{encoder}'; you said 'uni_v1'") as caught:
-        read_foreign(file, "uni_v1")
+    with pytest.raises(
+        Mismatch, match=f"names the encoder '{encoder}' in .*but --encoder is 'uni_v1'"
+    ) as caught:
+        read_tool_features(file, "uni_v1")
     assert place in str(caught.value) and str(file) in str(caught.value)
     with pytest.raises(Mismatch):
         import_features(tmp_path / "atlas", [file], "uni_v1", {})
@@ -81,7 +83,7 @@ def test_a_folder_of_several_encoders_is_refused_before_anything_is_written(tmp_
     done = cli(
         "index", "import", tmp_path / "atlas", root / "features_uni_v1", "--encoder", "uni_v1"
     )
-    assert done.returncode == 0 and "your word" not in done.stdout
+    assert done.returncode == 0 and "do not name their encoder" not in done.stdout
 
 
 def test_what_says_no_encoder_is_told(tmp_path, cli, cli_json):
@@ -92,9 +94,9 @@ def test_what_says_no_encoder_is_told(tmp_path, cli, cli_json):
     report = cli_json(*words, "--encoder", "uni_v1")
     assert report["files_that_say_no_encoder"] == 2
     said = {r["slide"]: r["encoder_by"] for r in report["added"]}
-    assert said["s1"] == said["s2"] == "your word" and "folder" in said["s3"]
+    assert said["s1"] == said["s2"] == "--encoder" and "folder" in said["s3"]
     told = cli("index", "import", tmp_path / "b", tmp_path / "f", "--encoder", "uni_v1").stdout
-    assert "2 files do not say their encoder; your word 'uni_v1' was taken" in told
+    assert "files that do not name their encoder: 2; used --encoder 'uni_v1'" in told
 
 
 def test_a_vector_of_a_whole_slide_is_no_tile(tmp_path):
@@ -102,7 +104,7 @@ def test_a_vector_of_a_whole_slide_is_no_tile(tmp_path):
         out["feats"], out["coords"] = vectors(count=1), np.zeros((1, 2), np.float32)
         out.attrs.update({"unit": "um", "tile_size_um": 256.0, "feat_type": "slide"})
     with pytest.raises(BadInput, match="one vector of a whole slide"):
-        read_foreign(tmp_path / "s.h5", "titan", 0.5)
+        read_tool_features(tmp_path / "s.h5", "titan", 0.5)
 
 
 # -- shapes -----------------------------------------------------------------------------------------
@@ -110,20 +112,28 @@ def test_a_vector_of_a_whole_slide_is_no_tile(tmp_path):
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, np.float16])
 def test_a_first_axis_of_one_and_whole_floats_are_taken(tmp_path, dtype):
-    right = read_foreign(write(tmp_path / "plain.h5"), "uni")
+    right = read_tool_features(write(tmp_path / "plain.h5"), "uni")
     file = write(tmp_path / "odd.h5", places=PLACES.astype(dtype)[None], features=vectors()[None])
-    found = read_foreign(file, "uni")
+    found = read_tool_features(file, "uni")
     assert found.features.shape == (12, DIM) and np.array_equal(found.features, right.features)
     assert found.coords.dtype == np.int64 and np.array_equal(found.coords, PLACES)
     only = write(tmp_path / "one.h5", places=PLACES[:1], features=vectors()[:1])
-    assert read_foreign(only, "uni").features.shape == (1, DIM)
+    assert read_tool_features(only, "uni").features.shape == (1, DIM)
 
 
 @pytest.mark.parametrize(
     ("places", "features", "says"),
     [
-        (PLACES + 0.5, None, r"12 of 12 coords are no whole pixels, first row 0: \[0.5, 0.5\]"),
-        (np.where(PLACES == 1024, np.nan, PLACES), None, "no whole pixels, first row 2"),
+        (
+            PLACES + 0.5,
+            None,
+            r"12 of 12 coords are not whole pixels; the first is \[0.5, 0.5\] in row 0",
+        ),
+        (
+            np.where(PLACES == 1024, np.nan, PLACES),
+            None,
+            r"not whole pixels; the first is .* in row 2",
+        ),
         (np.where(PLACES == 1024, np.inf, PLACES), None, "expected level-0 pixels"),
         (PLACES, np.stack([vectors(), vectors()]), r"\(2, 12, 16\)"),
         (PLACES[:5], None, "expected"),
@@ -133,7 +143,7 @@ def test_a_first_axis_of_one_and_whole_floats_are_taken(tmp_path, dtype):
 )
 def test_other_shapes_and_fractions_are_refused(tmp_path, places, features, says):
     with pytest.raises(BadInput, match=says):
-        read_foreign(write(tmp_path / "odd.h5", places=places, features=features), "uni")
+        read_tool_features(write(tmp_path / "odd.h5", places=places, features=features), "uni")
 
 
 # -- whose bytes ------------------------------------------------------------------------------------
@@ -184,7 +194,7 @@ def test_data_of_other_files_are_refused_by_name_and_never_read(tmp_path, make, 
     for read in (
         lambda: read_features(path),
         lambda: parse_features(path.read_bytes(), path),
-        lambda: read_foreign(path, "uni"),
+        lambda: read_tool_features(path, "uni"),
         lambda: open_hdf5(path).__enter__(),
     ):
         with pytest.raises(
@@ -204,7 +214,7 @@ def test_links_inside_of_the_file_and_loops_are_followed(tmp_path):
         out["features"] = h5py.SoftLink("/deep/features")
         out["deep/loop"] = out["/"]
         out["nothing"] = h5py.SoftLink("/not/there")
-    assert np.array_equal(read_foreign(path, "uni").features, vectors())
+    assert np.array_equal(read_tool_features(path, "uni").features, vectors())
     with pytest.raises(Damaged):
         parse_features(path.read_bytes()[:700], path)
 
@@ -234,6 +244,8 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json,
         "far": "failed",
         "unsaid": "added",
     }
+    assert "this slide sets the scale of the atlas: 0.5 µm per pixel" in states["one"][1]
+    assert states["near"][1] == "" and states["unsaid"][1] == ""
     assert "1 µm per pixel" in states["far"][1] and "0.5" in states["far"][1]
     assert "--mixed-scales" in states["far"][1]
     scales = cli_json("index", "stats", atlas)["scales"]
@@ -248,7 +260,7 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json,
         0.5,
         0.4808,
     }
-    assert "mixed scales were allowed" in cli("index", "stats", atlas).stdout.replace("\n", " ")
+    assert "mixed scales are allowed" in cli("index", "stats", atlas).stdout.replace("\n", " ")
     (hits,) = cli_json("index", "search", atlas, "--tile", 1, "-k", 60)
     by_slide = {hit["slide"]: hit["target_mpp"] for hit in hits}
     assert by_slide["far"] == 1 and by_slide["one"] == 0.5 and by_slide["unsaid"] is None

@@ -86,7 +86,7 @@ def test_few_tiles_have_a_map_too(count):
         for metric in ("cosine", "l2"):
             made = layout.make("a", count, given, metric)
             assert np.isfinite(made.points).all() and np.isfinite(made.place(given)).all()
-    with pytest.raises(BadInput, match="holds no tiles"):
+    with pytest.raises(BadInput, match="has no tiles"):
         layout.make("a", 0, vectors[:0], "cosine")
 
 

@@ -69,6 +69,39 @@ def test_range_and_one_per_slide_are_the_same_too(pushed):
     same(atlas.search(queries, 6, per_slide=True), ask(engine, queries, 6, per_slide=True))
 
 
+def test_one_hit_per_slide_even_when_one_slide_has_all_the_nearest_tiles(tmp_path):
+    """Milvus's own group_by_field returns one slide here."""
+    centre = grouped(np.random.default_rng(0), 1)
+    near = centre + grouped(np.random.default_rng(1), 3_000) * 0.01
+    atlas = filled(tmp_path, slides=4, count=20)
+    atlas.add([features(tmp_path / "near.h5", 3_000, features=near.astype(np.float32))])
+    url = f"milvus://{tmp_path}/lite.db"
+    push(atlas, url)
+    engine = MilvusAtlas(url)
+    hits = atlas.search(centre, 5, per_slide=True)
+    assert hits[0][0].slide == "near" and len({hit.slide for hit in hits[0]}) == 5
+    same(hits, ask(engine, centre, 5, per_slide=True))
+    engine.close()
+
+
+def test_file_names_are_stored_and_too_long_ones_refused(tmp_path):
+    atlas = filled(tmp_path, slides=2, count=10)
+    names = tuple(f"é \"{n}\" 'x'.png" for n in range(5))
+    atlas.add([features(tmp_path / "set.h5", 5, 60, files=names)])
+    url = f"milvus://{tmp_path}/lite.db"
+    push(atlas, url)
+    engine = MilvusAtlas(url)
+    query = grouped(np.random.default_rng(3), 1)
+    same(atlas.search(query, 25), ask(engine, query, 25))
+    engine.close()
+    too_long = ("é" * 30_001, *names[1:])
+    atlas.add([features(tmp_path / "set.h5", 5, 60, files=too_long)], replace=True)
+    with pytest.raises(
+        BadInput, match="'set' has a file name of more than 60,000 bytes.*shorten it"
+    ):
+        push(atlas, url)
+
+
 def test_only_what_changed_is_pushed_again(tmp_path):
     atlas = filled(tmp_path, slides=4, count=40)
     url = f"milvus://{tmp_path}/lite.db"
@@ -112,7 +145,7 @@ def test_a_push_that_is_killed_is_refused_until_it_is_repeated(tmp_path):
         ):  # the server that the dead process had started
             os.kill(int(line.split()[0]), signal.SIGKILL)
     engine = MilvusAtlas(url)
-    with pytest.raises(BadInput, match="not pushed to its end"):
+    with pytest.raises(BadInput, match="did not finish"):
         ask(engine, grouped(np.random.default_rng(0), 1))
     engine.close()
     push(atlas, url)
@@ -168,7 +201,7 @@ def test_facts_that_were_cut_off_while_they_were_written_are_written_again(tmp_p
         with pytest.raises(Unavailable):
             push_changes(engine, atlas)
     queries = grouped(np.random.default_rng(3), 4)
-    with pytest.raises(BadInput, match="not pushed to its end"):
+    with pytest.raises(BadInput, match="did not finish"):
         ask(reader, queries, 3)
     engine.close()
     push(atlas, url)
@@ -187,7 +220,7 @@ def test_new_images_are_assigned_there_as_here(pushed):
     queries = grouped(np.random.default_rng(8), 20)
     assert engine.assign(queries) == atlas.assign(queries)
     assert engine.assign(queries, "kmeans") == atlas.assign(queries, "kmeans")
-    with pytest.raises(BadInput, match="unknown clustering that was pushed 'other'.*kmeans"):
+    with pytest.raises(BadInput, match="unknown clustering in Milvus 'other'.*kmeans"):
         engine.assign(queries, "other")
 
 

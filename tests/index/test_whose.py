@@ -56,14 +56,14 @@ def test_a_row_goes_to_the_slide_whose_path_it_ends(atlas, tmp_path):
 
 def test_a_row_that_means_two_slides_adds_nothing(atlas, tmp_path):
     files = made(tmp_path / "f", slide_a="/s/A/slide.svs", slide_b="/s/B/slide.svs")
-    with pytest.raises(BadInput, match=r"means 2 slides.*A/slide\.svs"):
+    with pytest.raises(BadInput, match=r"matches 2 slides.*A/slide\.svs"):
         atlas.add(files, {"slide.svs": {"patient": "P"}})
     assert people(atlas) == {}
     atlas.add(files[:1], {"slide.svs": {"patient": "PA"}})  # one slide is known: no doubt
-    with pytest.raises(BadInput, match="means 2 slides"):  # another of that name is in the atlas
+    with pytest.raises(BadInput, match="matches 2 slides"):  # another of that name is in the atlas
         atlas.add(files[1:], {"slide.svs": {"patient": "PB"}})
     assert people(atlas) == {"slide_a": ("PA", None)}
-    with pytest.raises(BadInput, match="both mean slide 'slide_a'"):
+    with pytest.raises(BadInput, match="both match slide 'slide_a'"):
         atlas.relabel([{"slide": "slide_a", "label": "x"}, {"slide": "A/slide.svs", "label": "y"}])
 
 
@@ -107,7 +107,7 @@ def test_a_stated_scale_wins_over_another_tools_file(cli_json, tmp_path):
         "--metadata", tmp_path / "t.csv",
     )  # fmt: skip
     reasons = {one["slide"]: one["reason"] for one in said["added"]}
-    assert "0.5 by the metadata; the file's 0.25 was overruled" in reasons["one"]
+    assert "the metadata's 0.5 µm per pixel was used instead of the file's 0.25" in reasons["one"]
     assert reasons["two"] == ""
     assert {s["name"]: s["mpp"] for s in Atlas(tmp_path / "a").slides()} == {
         "one": 0.5,
@@ -150,7 +150,7 @@ def test_no_value_is_no_patient_and_no_class(atlas, cli_json, tmp_path):
     atlas.relabel([{"slide": "s5", "patient": float("nan"), "label": "kept"}])  # as pandas gives it
     assert people(atlas)["s5"] == (None, "kept")
     with pytest.raises(
-        NotFound, match=r"2 rows mean no slide.*'gone', 'lost'.*nothing was changed"
+        NotFound, match=r"2 rows match no slide.*'gone', 'lost'.*nothing was changed"
     ):
         atlas.relabel(
             [{"slide": "gone", "label": "x"}, {"slide": "lost"}, {"slide": "s1", "label": "x"}]
@@ -170,7 +170,7 @@ def test_folders_of_features_are_walked_like_folders_of_slides(atlas, cli_json, 
     left = {os.path.relpath(one["path"], tmp_path / "f"): one["reason"] for one in said["left_out"]}
     assert left == {
         "again/.snapshot": "hidden or system folder",
-        "batch1": "link to a folder that is walked already",
+        "batch1": "link to a folder that is searched already",
         "case.pt": "a pickle, which can run code",
     }
 
@@ -228,7 +228,7 @@ def test_an_atlas_is_told_where_its_slides_lie_now(moved, embedded, cli_json, tm
     assert sources(moved)["a"] == str(tmp_path / "there/a.tiff")
     assert sources(moved)["b"] == str(embedded / "here/deep/b.tiff")
     assert moved.verify() == []
-    with pytest.raises(BadInput, match="no slide of the atlas lies below '/nowhere'"):
+    with pytest.raises(BadInput, match="no slide of the atlas is below '/nowhere'"):
         moved.relocate("/nowhere", tmp_path / "there", [])
 
 

@@ -59,7 +59,7 @@ def test_rows_find_slides_of_one_name_by_their_folder(two_patients, tmp_path):
 def test_a_row_that_means_two_slides_stops_the_run(two_patients, cli, tmp_path):
     (tmp_path / "m.csv").write_text("file,mpp\nslide.tiff,0.25\n")
     done = cli("embed", two_patients, "--out", tmp_path / "out", "--manifest", tmp_path / "m.csv")
-    assert done.returncode == 1 and "means 2 slides" in done.stderr
+    assert done.returncode == 1 and "matches 2 slides" in done.stderr
     assert "patientA/slide.tiff" in done.stderr and not (tmp_path / "out").exists()
 
 
@@ -91,7 +91,7 @@ def test_a_link_beside_its_slide_is_the_same_slide(make_slide, tmp_path):
     job = find_jobs([tmp_path], manifest=tmp_path / "m.csv")[0]
     assert job.row["patient"] == "P1"
     (tmp_path / "m.csv").write_text("file,patient\na.tiff,P1\nb.tiff,P2\n")
-    with pytest.raises(BadInput, match="both mean slide 'b'"):
+    with pytest.raises(BadInput, match="both match slide 'b'"):
         find_jobs([tmp_path], manifest=tmp_path / "m.csv")
     assert [job.name for job in find_jobs([tmp_path / "a.tiff"])] == ["a"]
 
@@ -137,7 +137,7 @@ def test_unequal_resolution_tags_give_way_to_a_stated_scale(tissue, encoder, tmp
         assert result.state == "done" and "which was overruled" in result.notes[0], result
     with open_slide(tmp_path / "print.tiff", assume_mpp=0.5) as slide:
         assert slide.mpp == 0.5 and "84.67 x 42.33" in slide.notes[0]
-    with pytest.raises(BadInput, match=r"0\.5 x 1 µm; expected square ones.*--override-mpp"):
+    with pytest.raises(BadInput, match=r"0\.5 x 1 µm; expected square pixels.*--override-mpp"):
         open_slide(tmp_path / "wrong.tiff", assume_mpp=0.5)
 
 
@@ -190,7 +190,7 @@ def test_pictures_of_one_size_are_told_apart_by_tissue_or_a_number(tissue, encod
         [tmp_path / "two.ome.tif"], encoder, tmp_path / "2", manifest=tmp_path / "m.csv"
     )
     assert read_features(tmp_path / by_row.features).mpp == 0.5
-    with pytest.raises(BadInput, match="no series 7; it holds 2"):
+    with pytest.raises(BadInput, match="no series 7; it has 2"):
         open_slide(tmp_path / "two.ome.tif", series=7)
 
 
@@ -222,12 +222,12 @@ def test_what_is_left_out_is_named_for_people_and_programs(make_slide, cli, tmp_
     for name in (
         "Philips iSyntax",
         "hidden or system folder: 2",
-        "neither a slide nor a picture: 1",
+        "neither a slide nor an image: 1",
     ):
         assert name in done.stdout, done.stdout
     assert record["states"] == {"done": 1}
     with pytest.raises(
-        BadInput, match=r"neither slides nor pictures; it holds b\.vsi .*and 4 more"
+        BadInput, match=r"neither slides nor images; it contains b\.vsi .*and 4 more"
     ):
         (folder / "a.tiff").unlink()
         find_inputs([folder])
@@ -239,7 +239,7 @@ def test_slides_alone_leave_out_pictures_beside_them(make_slide, tissue, tmp_pat
     found = find_inputs([tmp_path], "slides")
     assert [job.name for job in found.jobs] == ["a"]
     assert [(left.path, left.reason) for left in found.left_out] == [
-        (str(tmp_path / "photo.jpg"), "picture beside slides (--as slides)")
+        (str(tmp_path / "photo.jpg"), "image beside slides (--as slides)")
     ]
     (tmp_path / "a.tiff").unlink()
     assert [job.name for job in find_inputs([tmp_path], "slides").jobs] == ["photo"]
@@ -315,7 +315,7 @@ def test_hidden_copies_are_no_tiles(tile_folder, tmp_path):
     tiles = open_tiles(tmp_path / "t")
     assert [(tile.file, tile.label) for tile in tiles.tiles] == [("tumour/a.png", "tumour")]
     assert sorted(left.reason for left in tiles.left_out) == [
-        *["hidden or system folder"] * 3, "neither a slide nor a picture"
+        *["hidden or system folder"] * 3, "neither a slide nor an image"
     ]  # fmt: skip
     with tarfile.open(tmp_path / "t.tar", "w") as pack:
         pack.add(tmp_path / "t", arcname=".")
@@ -451,7 +451,7 @@ def test_one_annotation_is_never_laid_on_two_slides(two_patients, encoder, cli_j
     refused = cli_json(
         "embed", two_patients, "--out", tmp_path / "1", "--regions", folder, expect=1
     )
-    assert "'slide' means 2 slides" in refused["error"]["message"]
+    assert "'slide' matches 2 slides" in refused["error"]["message"]
     (folder / "slide.geojson").rename(folder / "patientA/slide.geojson")
     drawn(folder / "stranger.geojson", 0, 0, 9, 9)
     found = cli_json(
@@ -460,7 +460,7 @@ def test_one_annotation_is_never_laid_on_two_slides(two_patients, encoder, cli_j
     )  # fmt: skip
     by_folder = {r["source"].split("/")[-2]: r for r in found["results"]}
     assert by_folder["patientA"]["tiles"] == 1
-    assert "holds no regions of slide.tiff" in by_folder["patientB"]["reason"]
+    assert "has no regions for slide.tiff" in by_folder["patientB"]["reason"]
     assert found["inputs"]["regions_unused"] == [str(folder / "stranger.geojson")]
 
 

@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 import time
+import types
 import urllib.request
 from pathlib import Path
 
@@ -63,22 +64,89 @@ def slides(make_slide, tmp_path_factory):
     return [make_slide(folder / f"case-{n}.tiff", side=1400, seed=n) for n in range(6)]
 
 
+WAIT_S = 60
+"""Seconds until a wait counts as endless: stages that do not overlap would wait for each other."""
+
+
+class HeldEncoder(SlowEncoder):
+    """Ends a call only when the slide after next has opened; the first call also when a second one runs."""
+
+    def __init__(self, slides):
+        super().__init__(0)
+        self.last = slides - 1
+        self.change = threading.Condition()
+        self.here = threading.local()  # number of the slide whose tiles this thread has read
+        self.opened, self.endless = set(), []
+
+    def wait(self, reason, condition):
+        with self.change:
+            if not self.change.wait_for(condition, timeout=WAIT_S):
+                self.endless.append(reason)
+
+    def embed(self, tiles):
+        number = self.here.number
+        with self.change:
+            self.now += 1
+            self.most = max(self.most, self.now)
+            self.change.notify_all()
+        ahead = min(number + 2, self.last)
+        self.wait(f"a call for slide {number}: slide {ahead} opens", lambda: ahead in self.opened)
+        self.wait("the first call: another call", lambda: self.most >= 2)
+        with self.change:
+            self.now -= 1
+        return np.ones((len(tiles), self.manifest.dim), np.float32)
+
+
 def test_the_encoder_does_not_wait_for_slides_to_open(slides, tmp_path, monkeypatch):
-    prepare = pipeline.prepare
+    """Calls wait for slides that open later, and all slides but the first open during a call."""
+    prepare, encoder, meter = pipeline.prepare, HeldEncoder(len(slides)), Meter()
 
-    meter, encoder, meanwhile = Meter(), SlowEncoder(0.5), []
+    def prepare_during_a_call(job, *args):
+        number = slides.index(job.source)
+        if number:
+            encoder.wait(f"slide {number}: a call", lambda: encoder.now > 0)
+        time.sleep(0.05)
+        work = prepare(job, *args)
+        read = work.read
 
-    def slow(*args):
-        time.sleep(0.4)
-        meanwhile.append(encoder.now > 0)
-        return prepare(*args)
+        def read_and_note(*args):
+            encoder.here.number = number
+            return read(*args)
 
-    monkeypatch.setattr(pipeline, "prepare", slow)
+        work.read = read_and_note
+        with encoder.change:
+            encoder.opened.add(number)
+            encoder.change.notify_all()
+        return work
+
+    monkeypatch.setattr(pipeline, "prepare", prepare_during_a_call)
     results = run(slides, encoder, tmp_path / "out", meter, overlap_px=112)
+    assert encoder.endless == []
     assert all(r.state == "done" for r in results) and encoder.most >= 2
-    assert sum(meanwhile) >= 3, meanwhile  # of six slides, the first is opened before any call
+    assert results[0].tiles > encoder.batch, "the first slide needs two calls"
     counted = meter.read()
-    assert counted["stages"]["open"]["seconds"] >= 2.4 and 0.3 < counted["encoder_busy"] <= 1
+    assert counted["stages"]["open"]["items"] == 6 and counted["stages"]["open"]["seconds"] >= 0.3
+    assert 0 < counted["encoder_busy"] <= 1
+
+
+def test_the_encoder_is_busy_while_at_least_one_call_runs(monkeypatch):
+    now = [0.0]
+    clock = types.SimpleNamespace(monotonic=lambda: now[0])
+    monkeypatch.setattr("histoseek.serving.embedding.meter.time", clock)
+    meter = Meter()
+    calls = [meter.stage("encode", 10) for _ in range(3)]
+    for seconds, call, step in (
+        (5, 0, "begins"), (10, 1, "begins"), (15, 0, "ends"), (25, 1, "ends"), (35, 2, "begins"),
+    ):  # fmt: skip
+        now[0] = seconds
+        calls[call].__enter__() if step == "begins" else calls[call].__exit__(None, None, None)
+    now[0] = 45.0
+    assert meter.read()["encoder_busy"] == 0.75  # 5 to 25 and 35 to 45, of 5 to 45
+    calls[2].__exit__(None, None, None)
+    now[0] = 100.0
+    counted = meter.read()
+    assert counted["encoder_busy"] == 0.75 and counted["seconds"] == 100
+    assert counted["stages"]["encode"] == {"items": 30, "seconds": 35, "tiles_per_s": 0.9}
 
 
 def test_files_are_the_same_to_the_byte_whatever_the_number_of_workers(slides, tmp_path):

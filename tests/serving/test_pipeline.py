@@ -463,7 +463,7 @@ def test_strange_names_stop_no_other_slide(make_slide, encoder, tmp_path):
     states = {r.name: (r.state, r.reason) for r in results}
     assert states["good"][0] == "done" and states["組" * 80][0] == "done"
     (bad,) = [reason for name, (state, reason) in states.items() if name.startswith("caf")]
-    assert "not UTF-8" in bad
+    assert "not valid UTF-8" in bad
     for name in ("x" * 248, "y" * 251):
         assert states[name][0] == "failed" and "cannot be named" in states[name][1]
     for path in (tmp_path / "out/status").glob("*.json"):

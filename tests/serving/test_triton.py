@@ -128,9 +128,9 @@ def test_a_server_that_is_not_there_is_named_after_the_deadline():
 
 def test_a_missing_model_names_those_that_are_there(repository, triton):
     server = triton(repository(max_batch=4))
-    with pytest.raises(BadInput, match="offers: other"):
+    with pytest.raises(BadInput, match="models that are ready: other"):
         open_encoder(server.url("nothing"))
-    with pytest.raises(BadInput, match="no such model"):
+    with pytest.raises(BadInput, match="this model is not ready"):
         open_encoder(server.url(MODEL, "@7"))
 
 
@@ -143,7 +143,7 @@ def test_another_encoder_behind_the_name_is_refused(repository, triton, other_bu
     server.stop()
     onnx.save(model, folder / MODEL / "1/model.onnx")  # same name, same shape, other weights
     server.start()
-    with pytest.raises(Mismatch, match="was exchanged"):
+    with pytest.raises(Mismatch, match="was replaced"):
         open_encoder(server.url(MODEL), read_manifest(other_bundle))
 
 
@@ -194,7 +194,7 @@ def test_a_server_that_comes_back_with_another_encoder_is_not_believed(
     changed = exported_anew(other_bundle, tmp_path / "changed")
     server.repository = repository(tmp_path / "others", changed, max_batch=8)
     server.start()
-    with pytest.raises(Mismatch, match="came back as encoder other|is not other"):
+    with pytest.raises(Mismatch, match="now serves encoder other|is not other"):
         encoder.embed(tiles)
     encoder.close()
 
@@ -236,7 +236,7 @@ def test_requests_that_take_too_long_end_the_run_and_keep_what_is_done(
     server.start()
     encoder = open_encoder(server.url(MODEL, "?timeout=5&deadline=1"))
     object.__setattr__(encoder.address, "timeout_s", 0.3)  # the start-up check may take longer
-    with pytest.raises(Unavailable, match="DEADLINE_EXCEEDED.*what is done is kept"):
+    with pytest.raises(Unavailable, match="DEADLINE_EXCEEDED.*finished slides are kept"):
         embed(slides, encoder, out)
     assert sorted(p.stem for p in out.rglob("*.h5")) == ["case-0", "case-1"]
     assert not list(out.rglob("*.histoseek-tmp"))
@@ -430,7 +430,7 @@ def test_a_model_exchanged_while_the_server_was_away_is_noticed(repository, trit
     onnx.save(model, folder / MODEL / "1/model.onnx")
     seen = threading.Thread(target=server.start)
     seen.start()
-    with pytest.raises(Mismatch, match="was exchanged"):
+    with pytest.raises(Mismatch, match="was replaced"):
         encoder.embed(tiles)
     seen.join()
     encoder.close()

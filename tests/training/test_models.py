@@ -125,8 +125,8 @@ def test_shape_gradient_and_round_trip(name, tmp_path):
 
 def test_what_a_model_cannot_be_is_refused():
     for name, options, says in (
-        ("cnn-ae", {"size_px": 64}, "closes at 50 px"),
-        ("resnet-ae", {"size_px": 250}, "closes at 256 px"),
+        ("cnn-ae", {"size_px": 64}, "tiles of 50 px only"),
+        ("resnet-ae", {"size_px": 250}, "tiles of 256 px only"),
         ("topology-ae", {"dim": 20}, "16, 32, 64, 128"),
         ("p4m-cnn", {"widths": "wide"}, "published"),
         ("vae", {"size_px": 50}, "multiple of 16"),

@@ -364,7 +364,7 @@ def test_labels_are_needed_only_where_they_are_learnt(recipe, tmp_path):
 def test_an_empty_folder_says_what_it_expects(tmp_path, cli):
     (tmp_path / "empty").mkdir()
     answer = cli("train", "dac", tmp_path / "empty", "--out", tmp_path / "run")
-    assert answer.returncode == 1 and "holds no tile; expected pictures" in answer.stderr
+    assert answer.returncode == 1 and "has no tiles; expected images" in answer.stderr
     assert not (tmp_path / "run").exists()
 
 

@@ -119,7 +119,7 @@ def test_breast_ae(kinds, tmp_path, monkeypatch):
     supervised = document["tables"][0]["rows"]["DenseNet, supervised"]
     assert 0 <= supervised["F1"]["mean"] <= 1 and supervised["F1"]["published"] == 0.825
     assert any("IDC set" in note for note in document["notes"])
-    with pytest.raises(BadInput, match="is no label"):
+    with pytest.raises(BadInput, match="is not a label"):
         quick("breast-ae", two, tmp_path / "x", positive="tumour")
     with pytest.raises(BadInput, match=r"1 label\(s\)"):
         quick("breast-ae", kinds.without("label", ["cat", "retina"]), tmp_path / "y")
@@ -231,5 +231,5 @@ def test_listing_and_dry_run(tile_folder, tmp_path, cli, cli_json):
 def test_help_of_a_recipe_shows_its_options(cli):
     shown = " ".join(cli("train", "arcface", "--help").stdout.split())
     assert "Options of recipe arcface:" in shown and "--easy-margin" not in shown
-    assert "--batch <int> Tiles per step and device. [at least 2] [default: 32]" in shown
+    assert "--batch <int> Number of tiles per step and device. [at least 2] [default: 32]" in shown
     assert "Options of recipe" not in cli("train", "--help").stdout

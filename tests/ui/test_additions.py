@@ -118,7 +118,7 @@ def test_a_full_line_is_said(served, monkeypatch, own_atlas, tmp_path, make_slid
         path.write_bytes(first.read_bytes()) if number else None
         additions.path(path, {}, False)
     (folder / "last.tiff").write_bytes(first.read_bytes())
-    with pytest.raises(Busy, match="wait already"):
+    with pytest.raises(Busy, match="waiting already"):
         additions.path(folder / "last.tiff", {}, False)
     with pytest.raises(NotFound):
         additions.get("999")
@@ -207,8 +207,25 @@ def test_a_fault_while_adding_stops_no_other(serve, own_atlas, tmp_path, make_sl
         one.client.post("/v1/slides", files=[("file", (f"{name}.tiff", blob, "image/tiff"))]).json()
         for name in ("bad", "good")
     ]
-    assert over(one.additions, jobs[0]["id"]).message == "a fault of the server; its log has more"
+    assert over(one.additions, jobs[0]["id"]).message == "an error in the server; see its log"
     assert over(one.additions, jobs[1]["id"]).state == "done"
+
+
+def test_a_stop_while_the_encoder_opens_ends_the_worker_and_keeps_the_upload(
+    serve, own_atlas, tmp_path, make_slide, monkeypatch
+):
+    def stopped(*_, **__):
+        raise KeyboardInterrupt
+
+    one = serve(own_atlas)
+    monkeypatch.setattr("histoseek.ui.session.additions.open_encoder", stopped)
+    blob = make_slide(tmp_path / "s.tiff", side=700).read_bytes()
+    job = one.client.post("/v1/slides", files=[("file", ("s.tiff", blob, "image/tiff"))]).json()
+    one.additions._worker.join(30)
+    assert not one.additions._worker.is_alive()
+    assert one.additions.get(job["id"]).state == "waiting"
+    (kept,) = (own_atlas / "uploads").glob("*/s.tiff")
+    assert kept.read_bytes() == blob and (kept.parent / "pending.json").exists()
 
 
 def test_a_killed_server_takes_an_upload_up_again(histoseek_ui, own_atlas, tmp_path, make_slide):
@@ -262,7 +279,9 @@ def test_the_client_speaks_to_a_real_server(histoseek_ui, own_atlas, tile_folder
         client.remove("case-2")
     with pytest.raises(BadInput, match="k: "):
         client.search([file], k=0)
-    with pytest.raises(BadInput, match="say who you are"):
+    with pytest.raises(BadInput, match="images: "):
+        client.assign([])
+    with pytest.raises(BadInput, match="this needs a user and password"):
         Client(f"http://127.0.0.1:{port}", token="").info()
     with pytest.raises(BadInput, match="none.png"):
         client.search([tmp_path / "none.png"])

@@ -87,7 +87,7 @@ def test_assign_names_and_refuses(client, tile_folder, tmp_path):
     assert answer["refused"][0]["name"] == "bad.png"
     assert client.get(f"/v1/results/{answer['result']}/csv").status_code == 200
     heat = client.get(f"/v1/slides/case-1/heat.jpg?result={answer['result']}")
-    assert heat.status_code == 422 and "no search" in said(heat)
+    assert heat.status_code == 422 and "is not a search" in said(heat)
 
 
 def test_tiles_and_pictures(client):
@@ -161,7 +161,7 @@ BAD = [
     ("get", "/v1/results/none/exe", {}, 422, "kind"),
     ("get", "/v1/jobs/77", {}, 404, "no job"),
     ("get", "/v1/map?by=nothing", {}, 404, "no column"),
-    ("get", "/v1/nothing", {}, 404, "see /docs"),
+    ("get", "/v1/nothing", {}, 404, "/docs lists all paths"),
     ("post", "/health", {}, 405, "expected GET"),
     ("trace", "/v1/search", {}, 405, "expected POST"),
     ("get", "/v1/clusters?clustering=x", {}, 404, "unknown clustering"),

@@ -89,7 +89,7 @@ def test_a_full_queue_turns_away_and_recovers():
     until(lambda: gate.waiting == 0)
     more, also = ask(gate, [1, 2, 3])
     until(lambda: gate.waiting == 3)
-    with pytest.raises(Busy, match="3 images wait"):
+    with pytest.raises(Busy, match="3 images are waiting"):
         gate.embed(tile(9))
     encoder.go.set()
     [thread.join(20) for thread in threads + more]

@@ -335,7 +335,10 @@ def test_the_proxy_names_the_user_and_nobody_else_does(behind):
     assert site.ask("/histo/v1/me", user="rita:apple", X_Forwarded_User="eve")[0] == 401
     assert site.ask("/histo/v1/me", X_Forwarded_User="eve")[0] == 401
     status, _, blob = site.ask_directly("/v1/me", X_Forwarded_User="eve")
-    assert status == 401 and "ask through it" in json.loads(blob)["error"]["message"]
+    assert (
+        status == 401
+        and "send the request through the proxy" in json.loads(blob)["error"]["message"]
+    )
 
 
 def test_a_proxy_that_hides_the_host_is_told_which_header_is_missing(behind, browser):

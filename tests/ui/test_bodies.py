@@ -32,11 +32,11 @@ def test_base64_is_read_with_line_breaks_and_in_data_urls(text):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("not base64!", "no base64"),
-        (TEXT[:-1] + "é", "no base64"),
-        (TEXT[:-3], "no base64"),
-        ("data:image/png,%89PNG", "';base64'"),
-        ("data:image/png;base64", "';base64'|no base64"),
+        ("not base64!", "not valid base64"),
+        (TEXT[:-1] + "é", "not valid base64"),
+        (TEXT[:-3], "not valid base64"),
+        ("data:image/png,%89PNG", "';base64,'"),
+        ("data:image/png;base64", "';base64,'|not valid base64"),
     ],
 )
 def test_other_texts_are_refused(text, says):

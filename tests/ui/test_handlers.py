@@ -122,7 +122,7 @@ def test_a_part_of_a_picture_is_searched_for(session, pictures):
     columns = slice(round(wide * 0.25), round(wide * 0.75))
     assert np.array_equal(part, whole[rows, columns])
     for crop in ((0.5, 0, 0.6, 1), (-0.1, 0, 1, 1), (0, 0, float("nan"), 1), (0, 0, 0, 1)):
-        with pytest.raises(BadInput, match="shares of the picture"):
+        with pytest.raises(BadInput, match="shares of the image"):
             cropped(whole, crop, "retina")
     with pytest.raises(BadInput, match="at least 8 x 8"):
         cropped(whole, (0, 0, 0.001, 0.5), "retina")
@@ -155,7 +155,7 @@ def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder
     assert answer.points.shape == (1, 2) and answer.nearest[0].score > 0.999
     table = cluster_view.placed_table(answer, {answer.placed[0]["cluster"]: [1, 2]})
     assert 'data-open="2"' in table
-    assert "1 placed in kmeans" in table and "1 refused" in table and "not a picture" in table
+    assert "1 placed in kmeans" in table and "1 refused" in table and "not an image" in table
     with pytest.raises(BadInput, match="none of the 1"):
         session.cluster([("bad.png", tmp_path / "bad.png")], None)
     with pytest.raises(BadInput, match="at least one"):
@@ -298,7 +298,7 @@ def test_names_cannot_inject_markup(session):
             cluster_view.cluster_cards([cluster], evil), slide_view.slide_cards([row], 2, evil),
             slide_view.slide_detail(row, "clusters", evil, evil, {0: evil}, {0: 1}, [], "slide"),
             view.about(stats, evil, {evil: evil}), view.header(stats, evil),
-            report._html(session, found, {evil: evil}).decode(),
+            report._html(session, found, {evil: evil}),
         ]
     )  # fmt: skip
     assert "<script" not in html and "<img src=x" not in html
@@ -385,7 +385,7 @@ def test_an_atlas_of_other_features_is_searched_by_its_own_tiles(tmp_path):
     session = Session(tmp_path / "uni")
     found = session.search(Query(tiles=(3,), k=4))
     assert len(found.hits) == 4
-    with pytest.raises(BadInput, match="uni_v2, which is not here"):
+    with pytest.raises(BadInput, match="uni_v2, which is not installed here"):
         session.embed([np.zeros((224, 224, 3), np.uint8)])
     session.close()
 

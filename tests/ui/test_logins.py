@@ -15,7 +15,7 @@ import pytest
 from histoseek.errors import BadInput
 from histoseek.ui.access import logins
 from histoseek.ui.access.logins import Failures, Logins, MustWait
-from histoseek.ui.access.policy import Access, access_for
+from histoseek.ui.access.policy import Access, access_for, claim_of
 from histoseek.ui.access.roles import READING, changes
 from histoseek.ui.access.users import hash_password, matches, read_users
 
@@ -67,11 +67,11 @@ def test_plain_passwords_are_read_and_warned_of_without_being_shown(users_file):
     ("line", "says"),
     [
         ("ann", "expected user:HASH"), (":pw", "expected user:HASH"), ("ann:", "expected user:HASH"),
-        (f"ann:{ANN}:admin", "role 'admin'"), (f"ann:{ANN}:", "role ''"),
-        (f"ann:{ANN[:-9]}", "cut or changed"),
-        ("ann:$argon2id$v=19$m=1", "cut or changed"), ("ann:$2y$10$abcdefg", "another kind"),
-        ("ann:$6$salt$x", "another kind"), ("ann:secret:reader", "needs a hashed password"),
-        ("token:pw", "no name of a user"), ("ann:pw\nann:pw2", "line 2: user 'ann' is there twice"),
+        (f"ann:{ANN}:admin", "role is 'admin'"), (f"ann:{ANN}:", "role is ''"),
+        (f"ann:{ANN[:-9]}", "truncated or changed"),
+        ("ann:$argon2id$v=19$m=1", "truncated or changed"), ("ann:$2y$10$abcdefg", "not argon2id"),
+        ("ann:$6$salt$x", "not argon2id"), ("ann:secret:reader", "needs a hashed password"),
+        ("token:pw", "is reserved"), ("ann:pw\nann:pw2", "line 2: user 'ann' is listed twice"),
     ],
     ids=range(12),  # a hash is another one in every worker
 )  # fmt: skip
@@ -86,16 +86,19 @@ def test_a_user_of_the_environment_may_be_hashed_and_the_file_counts(users_file,
     monkeypatch.setenv("HISTOSEEK_UI_AUTH", f"ann:{ANN}:reader")
     assert read_users(None).roles == {"ann": "reader"}
     found = read_users(users_file(f"ann:{ANN}:editor\n"))
-    assert found.roles == {"ann": "editor"} and "the file counts" in found.notes[0]
+    assert (
+        found.roles == {"ann": "editor"}
+        and "the file's password and role are used" in found.notes[0]
+    )
 
 
 def test_hashes_match_their_password_only():
     assert hash_password("x") != hash_password("x"), "a salt of its own"
     assert matches(ANN, "geheim:geheim") and not matches(ANN, "geheim") and not matches(ANN, ANN)
     assert matches("plain", "plain") and not matches("plain", "plai")
-    assert HASHED.who(basic("ann", "geheim:geheim")["authorization"]) == "ann"
-    assert HASHED.who(basic("nobody", "geheim:geheim")["authorization"]) is None
-    assert HASHED.who(basic("x", TOKEN)["authorization"]) == "token"
+    assert HASHED.check(claim_of(basic("ann", "geheim:geheim")["authorization"])) == "ann"
+    assert HASHED.check(claim_of(basic("nobody", "geheim:geheim")["authorization"])) is None
+    assert HASHED.check(claim_of(basic("x", TOKEN)["authorization"])) == "token"
 
 
 def hashing(*options, **more):
@@ -170,7 +173,7 @@ def test_guessing_at_one_user_locks_that_user_there_only(access):
         (basic("ann", password), "10.0.0.7"), ({"authorization": f"Bearer {TOKEN}"}, "10.0.0.7"),
     )  # fmt: skip
     assert found[:10] == [None] * 10
-    assert found[10] == "too many wrong passwords for this user from here; wait a minute"
+    assert found[10] == "too many wrong passwords for this user from this address; wait a minute"
     assert found[11:] == ["bob", "ann", "token"]
 
 
@@ -188,7 +191,9 @@ def test_guessing_at_many_users_locks_the_address_but_not_who_is_known_there():
     known, new = (basic("ann", "geheim"), "10.0.0.7"), (basic("bob", "secret"), "10.0.0.7")
     found = run(PLAIN, known, *spray, known, new, (basic("bob", "secret"), "10.0.0.8"))
     assert found[1:101] == [None] * 100
-    assert found[101] == "ann" and "from this address" in found[102] and found[103] == "bob"
+    assert (
+        found[101] == "ann" and "passwords from this address" in found[102] and found[103] == "bob"
+    )
 
 
 def test_a_locked_address_does_not_tell_whose_password_is_remembered():
@@ -198,7 +203,7 @@ def test_a_locked_address_does_not_tell_whose_password_is_remembered():
     guesses = [(basic("ann", f"guess{n}"), place) for n in range(10)]
     right = (basic("ann", "geheim"), place)
     found = run(PLAIN, right, *spray, *guesses, right, (right[0], "10.0.0.8"))
-    assert all("from this address" in text for text in found[101:111])
+    assert all("passwords from this address" in text for text in found[101:111])
     assert "for this user" in found[111] and found[112] == "ann"
 
 

@@ -178,11 +178,11 @@ def test_find_similar(page, browser, tiles):
 
 def test_filters_and_how_many(page, tiles):
     page.locator("#filters button").first.click()
-    page.get_by_label("Further filter").fill("organ = 'skin'")
+    page.get_by_label("Other filter").fill("organ = 'skin'")
     find(page, tiles / "query.png")
     assert set(page.locator("#hits small").filter(has_text="CMU").all_inner_texts())
     assert page.locator("#hits .hs-card", has_text="CMU-1-Small-Region").count() == 12
-    page.get_by_label("Further filter").fill("")
+    page.get_by_label("Other filter").fill("")
     label = page.get_by_label("Label", exact=True).first
     label.click()
     page.get_by_role("option", name="lung_scc").click()
@@ -191,7 +191,7 @@ def test_filters_and_how_many(page, tiles):
     page.locator("#hits .hs-card", has_text="lung_scc").first.wait_for()
     assert page.locator("#hits .hs-card", has_text="lung_scc").count() == 12
     shot(page, "filters")
-    page.get_by_label("Further filter").fill("organ = ")
+    page.get_by_label("Other filter").fill("organ = ")
     page.locator("#find").click()
     page.locator("#verdict [role=alert]", has_text="filter").wait_for()
     shot(page, "error")
@@ -242,13 +242,13 @@ def test_more_like_this_and_less_like_that(page, tiles):
     page.locator("#basket [data-clear]").click()
     page.locator("#basket [data-drop]").first.wait_for(state="detached")
     page.locator("#basket [data-image]").click()
-    page.locator("#hits", has_text="Nothing to search for").wait_for()
+    page.locator("#hits", has_text="No query.").wait_for()
     assert page.locator(".hs-stage").is_hidden()
 
 
 def test_a_hit_is_opened_in_its_context(page, tiles):
     page.locator("#filters button").first.click()
-    page.get_by_label("Further filter").fill("organ = 'skin'")
+    page.get_by_label("Other filter").fill("organ = 'skin'")
     find(page, tiles / "query.png")
     card = page.locator("#hits [data-open]").first
     card.focus()
@@ -272,7 +272,7 @@ def test_bad_uploads_are_refused_on_the_page(page, tmp_path, tissue):
     deep = Image.fromarray(tissue[..., 0].astype(np.uint16) * 200)
     deep.save(tmp_path / "deep.png")
     (tmp_path / "text.png").write_text("no picture")
-    for name, says in (("deep.png", "8 bits"), ("text.png", "not a picture")):
+    for name, says in (("deep.png", "8 bits"), ("text.png", "not an image")):
         page.set_input_files("#hs-query-file", tmp_path / name)
         page.locator("#verdict [role=alert]", has_text=says).wait_for()
         assert name in page.locator("#verdict").inner_text()
@@ -300,7 +300,7 @@ def test_upload_and_cluster(page, tiles, tmp_path):
     page.locator("#uploads .hs-files li").nth(2).wait_for()
     page.wait_for_function("!document.querySelector('#uploads .hs-picker-note').textContent")
     page.click("#place")
-    page.locator("#placed-note", has_text="4 placed").wait_for()
+    page.locator("#placed-note", has_text="4 images assigned").wait_for()
     assert "1 refused" in page.locator("#placed-note").inner_text()
     table = page.locator("#placed").inner_text()
     assert "query.png" in table and "more.zip: 300.jpeg" in table and "refused: broken.png" in table
@@ -314,7 +314,7 @@ def test_upload_and_cluster(page, tiles, tmp_path):
     with page.expect_download() as got:
         page.locator("#placed-note a", has_text="CSV").click()
     assert Path(got.value.path()).read_text().count("\n") == 6
-    page.get_by_label("Take broken.png off the list").click()
+    page.get_by_label("Remove broken.png from the list").click()
     page.click("#place")
     page.locator("#placed-note", has_text="0 refused").wait_for()
 
@@ -332,16 +332,18 @@ def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
         if number == 0:
             page.mouse.down()
     page.mouse.up()
-    page.locator(".hs-lassoed", has_text="tiles chosen").wait_for()
+    page.locator(".hs-lassoed", has_text="tiles selected").wait_for()
     assert re.search(
-        r"\d+ tiles chosen, \d+ of them shown", page.locator(".hs-lassoed").inner_text()
+        r"\d+ tiles selected, \d+ of them shown", page.locator(".hs-lassoed").inner_text()
     )
     pictures_are_there(page, ".hs-lassoed li:nth-child(-n+5) img")
     everything = page.locator(".hs-lassoed [role=status]").inner_text()
-    assert everything.startswith(f"{Atlas(atlas).stats()['tiles']:,} tiles chosen"), (
+    assert everything.startswith(f"{Atlas(atlas).stats()['tiles']:,} tiles selected"), (
         "all are inside"
     )
-    page.locator("#atlas-map .legendtoggle").first.click()  # a cluster that is hidden is not chosen
+    page.locator(
+        "#atlas-map .legendtoggle"
+    ).first.click()  # a cluster that is hidden is not selected
     page.wait_for_timeout(600)
     for number, (x, y) in enumerate(corners):
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=8)
@@ -420,7 +422,7 @@ def test_a_new_slide_is_added_and_searched(page, make_slide, tmp_path, atlas):
     before = Atlas(atlas).stats()["tiles"]
     tab(page, "New slide")
     page.click("#add")
-    page.locator("#add-note", has_text="either a file or a path").wait_for()
+    page.locator("#add-note", has_text="choose a file or enter a path").wait_for()
     page.set_input_files("#new-file-input", make_slide(tmp_path / "fresh.tiff", side=1500, seed=5))
     page.locator("#new-file .hs-files li").wait_for()
     page.get_by_label("Patient").last.fill("P-new")

@@ -8,7 +8,7 @@ from loopback import free_port, up
 
 from histoseek.errors import BadInput
 from histoseek.ui.access.policy import Access, access_for
-from histoseek.ui.access.proxies import OWN_PATHS, asked, parsed, proxies_for
+from histoseek.ui.access.proxies import OWN_PATHS, client_request, parsed, proxies_for
 
 PROXY = "10.0.0.7"
 NAMED = proxies_for(
@@ -40,7 +40,7 @@ def scope(*headers, peer=PROXY, path="/v1/slides", scheme="http"):
     ],
 )
 def test_the_client_is_the_last_address_that_is_no_proxy(values, address):
-    found = asked(scope(*[("X-Forwarded-For", value) for value in values]), NAMED)
+    found = client_request(scope(*[("X-Forwarded-For", value) for value in values]), NAMED)
     assert found.address == address and found.proxied
 
 
@@ -48,12 +48,12 @@ def test_from_anyone_else_these_headers_are_ignored():
     headers = [("Host", "a.example"), ("X-Forwarded-For", "1.2.3.4"), ("X-Forwarded-Proto", "https"),
                ("X-Forwarded-Host", "b.example"), ("X-Forwarded-Prefix", "/x"),
                ("X-Forwarded-User", "ann")]  # fmt: skip
-    found = asked(scope(*headers, peer="10.0.0.8"), NAMED)
+    found = client_request(scope(*headers, peer="10.0.0.8"), NAMED)
     assert (found.address, found.scheme, found.host, found.prefix, found.user) == (
         "10.0.0.8", "http", "a.example", "", "",
     )  # fmt: skip
     assert set(found.ignored) == {name.lower() for name, _ in headers[1:]} and not found.proxied
-    found = asked(scope(*headers), NAMED)
+    found = client_request(scope(*headers), NAMED)
     assert (found.address, found.scheme, found.host, found.prefix, found.user) == (
         "1.2.3.4", "https", "b.example", "/x", "ann",
     )  # fmt: skip
@@ -61,7 +61,7 @@ def test_from_anyone_else_these_headers_are_ignored():
 
 
 def test_of_many_hosts_the_one_of_the_nearest_proxy_counts():
-    found = asked(scope(("X-Forwarded-Host", "evil.example, a.example")), NAMED)
+    found = client_request(scope(("X-Forwarded-Host", "evil.example, a.example")), NAMED)
     assert found.host == "a.example"
 
 
@@ -78,9 +78,9 @@ def test_of_many_hosts_the_one_of_the_nearest_proxy_counts():
     ],
 )
 def test_a_path_comes_with_or_without_the_prefix(path, inner):
-    found = asked(scope(path=path), proxies_for(root_path="/histo/"))
+    found = client_request(scope(path=path), proxies_for(root_path="/histo/"))
     assert found.path == inner and found.prefix == "/histo"
-    found = asked(scope(("X-Forwarded-Prefix", "/histo"), path=path), NAMED)
+    found = client_request(scope(("X-Forwarded-Prefix", "/histo"), path=path), NAMED)
     assert found.path == inner and found.prefix == "/histo"
 
 
@@ -95,13 +95,13 @@ def test_a_path_comes_with_or_without_the_prefix(path, inner):
 )  # fmt: skip
 def test_what_a_proxy_says_must_make_sense(header, value):
     with pytest.raises(BadInput, match=f"(?i){header}"):
-        asked(scope((header, value)), NAMED)
+        client_request(scope((header, value)), NAMED)
 
 
 def test_a_user_named_twice_is_refused():
     headers = [("X-Forwarded-User", "ann"), ("X-Forwarded-User", "eve")]
     with pytest.raises(BadInput, match="2 times"):
-        asked(scope(*headers), NAMED)
+        client_request(scope(*headers), NAMED)
 
 
 @pytest.mark.parametrize(
@@ -164,7 +164,10 @@ def test_a_client_cannot_say_that_it_is_the_proxy(serve, own_atlas, caplog):
     headers = {"x-forwarded-user": "ann", "x-forwarded-for": PROXY, "forwarded": f"for={PROXY}",
                "x-real-ip": PROXY}  # fmt: skip
     answer = one.client.get("/v1/me", headers=headers)
-    assert answer.status_code == 401 and "ask through it" in answer.json()["error"]["message"]
+    assert (
+        answer.status_code == 401
+        and "send the request through the proxy" in answer.json()["error"]["message"]
+    )
     assert "--trusted-proxy 10.0.0.8" in caplog.text
     caplog.clear()
     one.client.get("/v1/me", headers=headers)
@@ -216,9 +219,10 @@ def test_the_origin_is_compared_with_what_the_browser_asked_for(serve, own_atlas
 @pytest.mark.parametrize(
     ("headers", "says"),
     [
-        ({}, ["header Host", "proxy_set_header Host $http_host", "--trusted-proxy 10.0.0.8",
+        ({}, ["browser's Host header", "proxy_set_header Host $http_host", "--trusted-proxy 10.0.0.8",
               "--allow-host"]),
-        ({"x-forwarded-host": "atlas.example"}, ["does not count: start with --trusted-proxy 10.0.0.8"]),
+        ({"x-forwarded-host": "atlas.example"}, ["X-Forwarded-Host was ignored;",
+              "if 10.0.0.8 is the proxy, start with --trusted-proxy 10.0.0.8"]),
     ],
 )  # fmt: skip
 def test_the_refusal_names_the_header_that_is_missing(serve, own_atlas, headers, says):

@@ -68,24 +68,24 @@ def model_options(model: str) -> dict[str, Any]:
 
 
 def parse_model_options(model: str, text: str) -> dict[str, Any]:
-    """Parse ``name=value,name=value`` into a model's options.
+    """Read a model's options from ``name=value,name=value``.
 
     Raises:
         BadInput: the model has no such option, or a value has the wrong type.
     """
-    known = model_options(model)
+    defaults = model_options(model)
     types = get_type_hints(MODELS[model].build)
-    result: dict[str, Any] = {}
+    options: dict[str, Any] = {}
     for part in filter(None, text.split(",")):
         name, equals, value = part.partition("=")
-        if not equals or name not in known:
-            raise _wrong_option(model, part, known)
+        if not equals or name not in defaults:
+            raise _wrong_option(model, part, defaults)
         try:
-            result[name] = TypeAdapter(types[name]).validate_python(value)
+            options[name] = TypeAdapter(types[name]).validate_python(value)
         except ValidationError as error:
-            wanted = types[name].__name__
-            raise BadInput(f"model option {part!r}: expected a value of type {wanted}") from error
-    return result
+            expected = types[name].__name__
+            raise BadInput(f"model option {part!r}: expected a value of type {expected}") from error
+    return options
 
 
 def build(model: str, chain: int = 0, gate: bool = False, **options: Any) -> Encoder:
@@ -93,17 +93,17 @@ def build(model: str, chain: int = 0, gate: bool = False, **options: Any) -> Enc
 
     Args:
         model: name in the registry.
-        chain: length of the embedding after a fitted PCA and whitening; 0 adds no such layer.
+        chain: length of the embedding after a fitted PCA and whitening; 0: no such layer.
         gate: add a tissue gate, still to be fitted, that detects images out of distribution.
         options: options of the model's builder.
 
     Raises:
         BadInput: the name is not registered, or the model has no such option; the choices are listed.
     """
-    known = model_options(model)
+    defaults = model_options(model)
     for name in options:
-        if name not in known:
-            raise _wrong_option(model, name, known)
+        if name not in defaults:
+            raise _wrong_option(model, name, defaults)
     try:
         encoder = MODELS[model].build(**options)
     except (RuntimeError, ValueError, ZeroDivisionError) as error:
@@ -116,17 +116,10 @@ def build(model: str, chain: int = 0, gate: bool = False, **options: Any) -> Enc
     return encoder
 
 
-def _wrong_option(model: str, option: str, known: dict[str, Any]) -> BadInput:
-    choices = ", ".join(f"{name}={default}" for name, default in known.items())
+def _wrong_option(model: str, option: str, defaults: dict[str, Any]) -> BadInput:
+    choices = ", ".join(f"{name}={default}" for name, default in defaults.items())
     return BadInput(f"model {model} has no option {option!r}; it has {choices}")
 
 
-__all__ = [
-    "MODELS",
-    "AutoEncoder",
-    "Encoder",
-    "Model",
-    "build",
-    "model_options",
-    "parse_model_options",
-]
+__all__ = ["MODELS", "AutoEncoder", "Encoder", "Model", "build", "model_options",
+           "parse_model_options"]  # fmt: skip

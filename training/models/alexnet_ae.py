@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...errors import BadInput
 from .embedding import AutoEncoder
+from .layers import deconv, require_size
 
 SIZE_PX = 250
 
@@ -61,13 +61,7 @@ def build_alexnet_ae(size_px: int = SIZE_PX, dim: int = 512, dropout: float = 0.
     The decoder always outputs 250 x 250 pixels. Tiles are in 0..1 without normalisation, even with ImageNet
     weights, as in the authors' code.
     """
-    if size_px != SIZE_PX:
-        raise BadInput(f"size_px is {size_px}; this net closes at {SIZE_PX} px only")
-
-    def up(inside: int, out: int, kernel: int, stride: int, padding: int) -> list[nn.Module]:
-        deconv = nn.ConvTranspose2d(inside, out, kernel, stride, padding)
-        return [deconv, nn.BatchNorm2d(out), nn.ReLU()]
-
+    require_size(size_px, SIZE_PX)
     decoder = nn.Sequential(
         nn.ReLU(),  # not in place: that would change the code, which is the embedding
         nn.Dropout(dropout),
@@ -81,11 +75,11 @@ def build_alexnet_ae(size_px: int = SIZE_PX, dim: int = 512, dropout: float = 0.
         nn.Unflatten(1, (256, 6, 6)),
         nn.BatchNorm2d(256),
         nn.ReLU(),
-        *up(256, 256, 5, 1, 1),
-        *up(256, 384, 4, 2, 1),
-        *up(384, 192, 4, 2, 2),
-        *up(192, 192, 6, 2, 1),
-        *up(192, 64, 6, 2, 1),
+        *deconv(256, 256, 5, 1, 1),
+        *deconv(256, 384, 4, 2, 1),
+        *deconv(384, 192, 4, 2, 2),
+        *deconv(192, 192, 6, 2, 1),
+        *deconv(192, 64, 6, 2, 1),
         nn.ConvTranspose2d(64, 3, 4, 2, 2),
         nn.Sigmoid(),
     )

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import torch
 from torch import nn
@@ -33,16 +34,14 @@ def summarise(model: Encoder) -> list[Layer]:
     """
     layers: list[Layer] = []
 
-    def note(name: str) -> Any:
-        def hook(module: nn.Module, inputs: tuple[torch.Tensor, ...], out: torch.Tensor) -> None:
-            own = sum(p.numel() for p in module.parameters())
-            macs = _macs(module, inputs[0], out)
-            layers.append(Layer(name, type(module).__name__, tuple(out.shape[1:]), own, macs))
-
-        return hook
+    def note(
+        name: str, module: nn.Module, inputs: Sequence[torch.Tensor], out: torch.Tensor
+    ) -> None:
+        shape, macs = tuple(out.shape[1:]), _macs(module, inputs[0], out)
+        layers.append(Layer(name, type(module).__name__, shape, parameters(module), macs))
 
     handles = [
-        module.register_forward_hook(note(name))
+        module.register_forward_hook(partial(note, name))
         for name, module in model.named_modules()
         if not list(module.children())
     ]
@@ -71,9 +70,7 @@ def _macs(module: nn.Module, given: torch.Tensor, out: torch.Tensor) -> int:
         return module.in_features * module.out_features
     if isinstance(module, nn.ConvTranspose2d):
         return math.prod(given.shape[1:]) * math.prod(module.weight.shape[1:])
-    if isinstance(module, nn.Conv2d):
-        return math.prod(out.shape[1:]) * math.prod(module.weight.shape[1:])
-    if isinstance(module, LiftingConv | GroupConv):
+    if isinstance(module, nn.Conv2d | LiftingConv | GroupConv):
         return math.prod(out.shape[1:]) * math.prod(module.weight.shape[1:])
     return 0
 

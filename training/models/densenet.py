@@ -123,7 +123,9 @@ def build_densenet(
 ) -> Encoder:
     """Return paper 000's supervised DenseNet: five blocks of six layers; embeds by pooled features."""
     if size_px < 16:
-        raise BadInput(f"size_px is {size_px}; five blocks halve it four times: at least 16 px")
+        raise BadInput(
+            f"size_px is {size_px}; expected at least 16: the blocks halve it four times"
+        )
     net = DenseNet((6, 6, 6, 6, 6), growth, 2 * growth, large=False)
     tail = ("features.denseblock5", "features.norm5")
     return feature_encoder(

@@ -89,11 +89,11 @@ class Encoder(nn.Module):
     def classify(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return logits (N, classes) of the linear classifier on the features."""
         if self.top is None:
-            raise BadInput("this encoder was built without a classifier; pass classes")
+            raise BadInput("this encoder has no classifier; build it with the option classes")
         features = self.features(tiles)
-        logits: torch.Tensor = self.top(
-            nn.functional.relu(features) if self.relu_before_top else features
-        )
+        if self.relu_before_top:
+            features = nn.functional.relu(features)
+        logits: torch.Tensor = self.top(features)
         return logits
 
     def attach_chain(self, dim: int) -> nn.Linear:
@@ -126,9 +126,9 @@ class AutoEncoder(Encoder):
 
     def reconstruct(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return embeddings (N, D), reconstructions (N, C, S, S) and their targets (N, C, S, S)."""
-        seen = self.colours(tiles)
-        code = self.backbone(seen)
-        return self.head(code), self.decoder(code), seen
+        target = self.colours(tiles)
+        code = self.backbone(target)
+        return self.head(code), self.decoder(code), target
 
 
 def projection_head(
@@ -138,17 +138,9 @@ def projection_head(
 
     ``relu_embedding`` adds a ReLU to the embedding (the paper mentions zero elements in it).
     """
-    layers: list[nn.Module] = [
-        nn.Linear(features, hidden),
-        nn.BatchNorm1d(hidden),
-        nn.ReLU(),
-        nn.Dropout(dropout),
-        nn.Linear(hidden, dim),
-        nn.BatchNorm1d(dim),
-    ]
-    if relu_embedding:
-        layers.append(nn.ReLU())
-    return nn.Sequential(*layers)
+    first = (nn.Linear(features, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(dropout))
+    last = (nn.Linear(hidden, dim), nn.BatchNorm1d(dim))
+    return nn.Sequential(*first, *last, *([nn.ReLU()] if relu_embedding else []))
 
 
 def feature_encoder(

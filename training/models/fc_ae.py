@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 from torch import nn
 
 from .embedding import AutoEncoder
@@ -16,17 +18,12 @@ def _dense(inside: int, out: int) -> list[nn.Module]:
 def build_fc_ae(size_px: int = 50) -> AutoEncoder:
     """Return paper 000's FC AE: 7500-2000-1000-500-64 and back, BN and ReLU also on the code."""
     pixels = 3 * size_px * size_px
-    sizes = (pixels, *WIDTHS)
     encoder: list[nn.Module] = [nn.Flatten()]
-    for inside, out in zip(sizes, sizes[1:], strict=False):
+    for inside, out in pairwise((pixels, *WIDTHS)):
         encoder += _dense(inside, out)
     decoder: list[nn.Module] = []
-    back = WIDTHS[::-1]
-    for inside, out in zip(back, back[1:], strict=False):
+    for inside, out in pairwise(WIDTHS[::-1]):
         decoder += _dense(inside, out)
-    decoder += [
-        nn.Linear(WIDTHS[0], pixels),
-        nn.Sigmoid(),
-        nn.Unflatten(1, (3, size_px, size_px)),
-    ]
+    tiles = nn.Unflatten(1, (3, size_px, size_px))
+    decoder += [nn.Linear(WIDTHS[0], pixels), nn.Sigmoid(), tiles]
     return AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, WIDTHS[-1])

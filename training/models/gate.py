@@ -1,6 +1,6 @@
 """The tissue gate: a linear classifier on colour statistics that detects tiles out of distribution.
 
-An encoder trained only on tissue embeds a photograph near some tissue. The gate measures instead how stains
+An encoder trained only on tissue embeds a photograph near some tissue. So the gate measures how stains
 absorb light: means, spreads and correlations of the channels' optical densities.
 """
 
@@ -43,22 +43,9 @@ def colour_statistics(small: torch.Tensor) -> torch.Tensor:
     grey = small.mean(1)
     down = (grey[:, 1:] - grey[:, :-1]).abs().mean((1, 2))
     across = (grey[:, :, 1:] - grey[:, :, :-1]).abs().mean((1, 2))
-    return torch.cat(
-        [
-            mean,
-            spread,
-            pairs,
-            pairs / product,
-            mean / (mean.norm(dim=1, keepdim=True) + 1e-3),
-            spread / (spread.norm(dim=1, keepdim=True) + 1e-3),
-            around,
-            varies,
-            ((down + across) / 2)[:, None],
-            torch.log(spread),
-            torch.log(varies),
-        ],
-        1,
-    )
+    directions = [part / (part.norm(dim=1, keepdim=True) + 1e-3) for part in (mean, spread)]
+    others = [around, varies, ((down + across) / 2)[:, None], spread.log(), varies.log()]
+    return torch.cat([mean, spread, pairs, pairs / product, *directions, *others], 1)
 
 
 class TissueGate(nn.Module):
@@ -79,12 +66,10 @@ class TissueGate(nn.Module):
         self.weight = nn.Buffer(torch.zeros(STATISTICS))
         self.bias = nn.Buffer(torch.zeros(1))
 
-    def shrink(self, tiles: torch.Tensor) -> torch.Tensor:
-        """Shrink tiles (N, 3, S, S), in any range of values, to the size that ``forward`` takes."""
-        return shrink(tiles)
+    shrink = staticmethod(shrink)
 
     def forward(self, small: torch.Tensor) -> torch.Tensor:
         """Return the score of each tile, 0 (tissue) to 1 (out of distribution)."""
-        found = (colour_statistics(small) - self.centre) * self.scale
-        logit = (found.clamp(-LIMIT, LIMIT) * self.weight).sum(1) + self.bias
+        scaled = (colour_statistics(small) - self.centre) * self.scale
+        logit = (scaled.clamp(-LIMIT, LIMIT) * self.weight).sum(1) + self.bias
         return torch.sigmoid(SHARPNESS * logit)

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ...errors import BadInput
 from .embedding import AutoEncoder
+from .layers import require_size
 
 SIZE_PX = 256
 
@@ -49,15 +49,13 @@ def build_resnet_ae(
     """Return paper 000's ResNet AE with a code of 256.
 
     Args:
-        size_px: 256; the paper says 250, for which the sizes do not work out.
+        size_px: 256; the paper says 250, which is not possible with its layers.
         dim: length of the code.
         dropout: dropout before the code and in the decoder.
         decoder_norm: use batch norm and ReLU in the decoder instead of ReLU and dropout, as in the authors'
             later code.
     """
-    if size_px != SIZE_PX:
-        raise BadInput(f"size_px is {size_px}; this net closes at {SIZE_PX} px only")
-
+    require_size(size_px, SIZE_PX)
     encoder = _encoder(dim, dropout)
     return AutoEncoder(encoder, _decoder(dim, dropout, decoder_norm), size_px, dim)
 

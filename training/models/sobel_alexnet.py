@@ -9,6 +9,7 @@ from torch import nn
 
 from ...errors import BadInput
 from .embedding import Encoder
+from .layers import conv
 
 FEATURES = 4096
 LEAST_PX = 63
@@ -29,10 +30,6 @@ class Sobel(nn.Conv2d):
         self.requires_grad_(False)
 
 
-def _conv(inside: int, out: int, kernel: int, stride: int, padding: int) -> list[nn.Module]:
-    return [nn.Conv2d(inside, out, kernel, stride, padding), nn.BatchNorm2d(out), nn.ReLU()]
-
-
 def build_sobel_alexnet(size_px: int = 64, classes: int = 200, dropout: float = 0.5) -> Encoder:
     """Return Sobel-AlexNet-BN; its 4096 features are taken before the last ReLU, as in DeepCluster.
 
@@ -45,16 +42,16 @@ def build_sobel_alexnet(size_px: int = 64, classes: int = 200, dropout: float = 
         dropout: dropout in the classifier.
     """
     if size_px < LEAST_PX:
-        raise BadInput(f"size_px is {size_px}; this net needs at least {LEAST_PX} px")
+        raise BadInput(f"size_px is {size_px}; this network needs at least {LEAST_PX} px")
     convolutions = nn.Sequential(
         Sobel(),
-        *_conv(2, 96, 11, 4, 2),
+        *conv(2, 96, 11, 4, 2),
         nn.MaxPool2d(3, 2),
-        *_conv(96, 256, 5, 1, 2),
+        *conv(96, 256, 5, 1, 2),
         nn.MaxPool2d(3, 2),
-        *_conv(256, 384, 3, 1, 1),
-        *_conv(384, 384, 3, 1, 1),
-        *_conv(384, 256, 3, 1, 1),
+        *conv(256, 384, 3, 1, 1),
+        *conv(384, 384, 3, 1, 1),
+        *conv(384, 256, 3, 1, 1),
         nn.MaxPool2d(3, 2),
         nn.Flatten(),
     )

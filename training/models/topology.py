@@ -9,12 +9,13 @@ number of pixels (the paper says 3072 for grey 32 x 32, which has 1024).
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
-import torch
 from torch import nn
 
 from ...errors import BadInput
 from .embedding import AutoEncoder
+from .layers import conv
 
 CODES = (16, 32, 64, 128)
 FAMILIES = ("map", "linear")
@@ -36,27 +37,16 @@ def build_topology_ae(size_px: int = 28, dim: int = 32, relu_code: bool = False)
     _check_code(dim)
     sizes = [size_px * size_px, *(code for code in CODES[::-1] if code >= dim)]
     encoder: list[nn.Module] = [nn.Flatten()]
-    for inside, out in zip(sizes, sizes[1:], strict=False):
+    for inside, out in pairwise(sizes):
         encoder += [nn.Linear(inside, out), nn.ReLU()]
     if not relu_code:
         encoder.pop()
     decoder: list[nn.Module] = []
-    for inside, out in zip(sizes[:0:-1], sizes[-2::-1], strict=True):
+    for inside, out in pairwise(sizes[::-1]):
         decoder += [nn.Linear(inside, out), nn.ReLU()]
     decoder[-1] = nn.Sigmoid()
     decoder.append(nn.Unflatten(1, (1, size_px, size_px)))
     return AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim, grey=True)
-
-
-class _Resize(nn.Module):
-    """Nearest-neighbour up-sampling to a fixed side."""
-
-    def __init__(self, size_px: int) -> None:
-        super().__init__()
-        self.size_px = size_px
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.interpolate(x, (self.size_px, self.size_px), mode="nearest")
 
 
 def build_topology_cae(
@@ -85,23 +75,20 @@ def build_topology_cae(
     last = 8 if family == "linear" else dim // cells
     if family == "map" and last * cells != dim:
         raise BadInput(
-            f"size_px is {size_px}; its map has {cells} cells, which do not divide {dim}"
+            f"size_px is {size_px}: the map has {cells} cells, but dim {dim} is not a multiple of that"
         )
-
-    def conv(inside: int, out: int) -> list[nn.Module]:
-        return [nn.Conv2d(inside, out, 3, 1, 1), nn.BatchNorm2d(out), nn.ReLU()]
 
     def pool() -> nn.Module:
         return nn.MaxPool2d(2, ceil_mode=True)
 
-    encoder: list[nn.Module] = [*conv(3, first), pool(), *conv(first, second), pool()]
-    encoder += [*conv(second, last)[:2], pool(), nn.Flatten()]  # the code has no ReLU
+    encoder = [*conv(3, first, 3, 1, 1), pool(), *conv(first, second, 3, 1, 1), pool()]
+    encoder += [*conv(second, last, 3, 1, 1)[:2], pool(), nn.Flatten()]  # the code has no ReLU
     decoder: list[nn.Module] = []
     if family == "linear":
         encoder.append(nn.Linear(last * cells, dim))
         decoder.append(nn.Linear(dim, last * cells))
     decoder.append(nn.Unflatten(1, (last, sides[3], sides[3])))
     for inside, out, side in ((last, second, 2), (second, second, 1), (second, first, 0)):
-        decoder += [*conv(inside, out), _Resize(sides[side])]
+        decoder += [*conv(inside, out, 3, 1, 1), nn.Upsample(sides[side])]
     decoder += [nn.Conv2d(first, 3, 3, 1, 1), nn.Sigmoid()]
     return AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim)

@@ -1,4 +1,4 @@
-"""A convolutional variational autoencoder (Kingma & Welling 2014), which papers 000 and 003 call for."""
+"""A convolutional variational autoencoder (Kingma & Welling 2014); papers 000 and 003 suggest one."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from torch import nn
 
 from ...errors import BadInput
 from .embedding import AutoEncoder
+from .layers import conv, deconv
 
 WIDTHS = (32, 64, 128, 256)
 
@@ -23,16 +24,12 @@ class VariationalAutoEncoder(AutoEncoder):
         channels, side = 3, size_px // 16
         layers: list[nn.Module] = []
         for width in WIDTHS:
-            layers += [nn.Conv2d(channels, width, 4, 2, 1), nn.BatchNorm2d(width), nn.ReLU()]
+            layers += conv(channels, width, 4, 2, 1)
             channels = width
         flat = channels * side * side
         back: list[nn.Module] = [nn.Linear(dim, flat), nn.Unflatten(1, (channels, side, side))]
         for width in (*WIDTHS[-2::-1], 3):
-            back += [
-                nn.ConvTranspose2d(channels, width, 4, 2, 1),
-                nn.BatchNorm2d(width),
-                nn.ReLU(),
-            ]
+            back += deconv(channels, width, 4, 2, 1)
             channels = width
         decoder = nn.Sequential(*back[:-2], nn.Sigmoid())
         encoder = nn.Sequential(*layers, nn.Flatten())
@@ -41,17 +38,17 @@ class VariationalAutoEncoder(AutoEncoder):
 
     def reconstruct(self, tiles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return means (N, D), reconstructions from the means, and the targets of the reconstructions."""
-        seen = self.colours(tiles)
-        mean = self.head(self.backbone(seen))
-        return mean, self.decoder(mean), seen
+        target = self.colours(tiles)
+        mean = self.head(self.backbone(target))
+        return mean, self.decoder(mean), target
 
     def sample(self, tiles: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Return means and log variances (N, D), reconstructions from a sampled code, and their targets."""
-        seen = self.colours(tiles)
-        features = self.backbone(seen)
+        target = self.colours(tiles)
+        features = self.backbone(target)
         mean, log_variance = self.head(features), self.log_variance(features)
         draw = mean + torch.exp(0.5 * log_variance) * torch.randn_like(mean)
-        return mean, log_variance, self.decoder(draw), seen
+        return mean, log_variance, self.decoder(draw), target
 
 
 def build_vae(size_px: int = 64, dim: int = 64) -> VariationalAutoEncoder:

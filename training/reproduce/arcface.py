@@ -6,14 +6,14 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import BadInput
 from ..data import split
 from ..evaluate import embed_numbers, pca_basis, project
 from ..pretrained import LITE0
 from . import figures
-from .report import Cell, Report, Table
+from .report import Cell, Report, Table, row
 from .study import Study, values
 
+Records = dict[str, list[dict[str, Any]]]
 LOSSES = {"ArcFace": "arcface", "softmax": "softmax", "triplet": "triplet"}
 MARGINS = {"arcface": 0.5, "softmax": 0.5, "triplet": 0.2}
 LITE0_ROW = "ArcFace on EfficientNet-Lite0 (ImageNet)"
@@ -30,12 +30,11 @@ FOLDS = 10
 def reproduce(study: Study) -> Report:
     """Train every fold and loss; fit PCA on the training part and cluster the held-out fold."""
     options = study.options
-    folds = study.pick(FOLDS, 2, options.seeds)
-    if folds > FOLDS:
-        raise BadInput(f"--seeds is {folds}; the protocol has {FOLDS} folds")
+    folds = study.folds(FOLDS, 2)
     epochs = study.pick(30, 1, options.epochs)
     size_px = options.size_px or 224
-    study.cells = folds * len(LOSSES)
+    lite0 = "lite0" in study.parts
+    study.cells = folds * (len(LOSSES) + lite0)
     report = study.report(
         "MobileNetV3-Small and ArcFace: k-means and HDBSCAN on held-out folds", "004",
         seeds=f"{folds} of {FOLDS} folds", epochs=epochs,
@@ -43,28 +42,29 @@ def reproduce(study: Study) -> Report:
         "AdamW 1e-3 with cosine; ArcFace s = 30, m = 0.5; triplet margin 0.2",
     )  # fmt: skip
     report.notes += [
-        "The published numbers are of a breast ultrasound set of 6,000 pictures in two classes with "
-        "ImageNet weights; its folds most likely hold augmented copies of one lesion on both sides.",
-        "ArcFace is supervised: the labels of the training part are used; clusters are of held-out tiles.",
-        "HDBSCAN noise counts as wrong in ACC and F1, and as a cluster of its own in ARI and NMI.",
-        "HDBSCAN: min_cluster_size is max(15, n / 40), which the paper leaves open.",
+        "The published numbers are of a breast ultrasound set of 6,000 images in two classes, with "
+        "ImageNet weights; its folds most likely have augmented copies of one lesion on both sides.",
+        "ArcFace is supervised: it trains on the labels of the training part; only held-out tiles are "
+        "clustered.",
+        "HDBSCAN noise counts as wrong in ACC and F1, and as a separate cluster in ARI and NMI.",
+        "HDBSCAN: min_cluster_size is max(15, n / 40); the paper does not state it.",
     ]
-    lite0 = "lite0" in options.parts.split(",")
-    study.cells += folds * lite0
-    records: dict[str, list[dict[str, Any]]] = {name: [] for name in LOSSES}
-    if lite0:
-        records[LITE0_ROW] = []
-    own: dict[str, Any]
+    records: Records = {name: [] for name in (*LOSSES, *[LITE0_ROW] * lite0)}
     shared: dict[str, Any] = {"size_px": size_px, "split": options.split, "stain": 0.0}
     half = max(1, epochs // 2)
+    tuned: dict[str, Any] = {
+        "model": LITE0,
+        "weights": LITE0,
+        "epochs_head": half,
+        "epochs_tail": half,
+    }
     for fold in range(folds):
         shared |= {"fold": fold, "folds": FOLDS}
         if lite0:
-            own = {"model": LITE0, "weights": LITE0, "epochs_head": half, "epochs_tail": half}
-            records[LITE0_ROW].append(study(f"lite0-{fold}", "arcface", **own, **shared))
+            records[LITE0_ROW].append(study(f"lite0-{fold}", "arcface", **tuned, **shared))
         for name, loss in LOSSES.items():
-            own = {"loss": loss, "margin": MARGINS[loss], "epochs": epochs}
-            records[name].append(study(f"{loss}-{fold}", "arcface", **own, **shared))
+            chosen: dict[str, Any] = {"loss": loss, "margin": MARGINS[loss], "epochs": epochs}
+            records[name].append(study(f"{loss}-{fold}", "arcface", **chosen, **shared))
     for title, key in CLUSTERINGS.items():
         report.tables.append(_table(f"{title}, held-out folds of {study.whole.name}", key, records))
     report.tables.append(_retrieval(records))
@@ -72,7 +72,7 @@ def reproduce(study: Study) -> Report:
     return report
 
 
-def _sides(records: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str, Any]]]:
+def _sides(records: Records) -> Records:
     """Return the metrics by row: the losses, then the untrained net and the pixels."""
     sides = {name: [run["metrics"]["trained"] for run in runs] for name, runs in records.items()}
     first = records["ArcFace"]
@@ -81,35 +81,25 @@ def _sides(records: dict[str, list[dict[str, Any]]]) -> dict[str, list[dict[str,
     return sides
 
 
-def _table(title: str, key: str, records: dict[str, list[dict[str, Any]]]) -> Table:
+def _table(title: str, key: str, records: Records) -> Table:
     rows = {}
     for name, sides in _sides(records).items():
-        scored = [side[key]["scores"] for side in sides if key in side]
-        found = [values(scores) for scores in scored]
-        base = {
-            metric: float(
-                np.mean([row["baseline"] for s in scored for row in s if row["name"] == metric])
-            )
-            for metric in NAMES
-        }
-        said = (*PUBLISHED.get((name, key), (None,) * 4), None)
-        rows[name] = [
-            Cell(paper, tuple(run[metric] for run in found), base[metric])
-            for metric, paper in zip(NAMES, said, strict=True)
-        ]
+        scores = [side[key]["scores"] for side in sides if key in side]
+        baselines = [{metric["name"]: metric["baseline"] for metric in run} for run in scores]
+        trivial = [float(np.mean([run[metric] for run in baselines])) for metric in NAMES]
+        published = (*PUBLISHED.get((name, key), (None,) * 4), None)
+        rows[name] = row(NAMES, [values(run) for run in scores], published, trivial)
     return Table(title, COLUMNS, rows, "the same clusters, shuffled")
 
 
-def _retrieval(records: dict[str, list[dict[str, Any]]]) -> Table:
-    names = ("same_group_r1", "knn5")
-    rows = {}
+def _retrieval(records: Records) -> Table:
+    rows: dict[str, list[Cell]] = {}
     for name, sides in _sides(records).items():
-        cells = []
-        for metric in names:
-            found = [row for side in sides for row in side["retrieval"] if row["name"] == metric]
-            base = float(np.mean([row["baseline"] for row in found])) if found else None
-            cells.append(Cell(None, tuple(row["value"] for row in found), base))
-        rows[name] = cells
+        rows[name] = []
+        for metric in ("same_group_r1", "knn5"):
+            runs = [run for side in sides for run in side["retrieval"] if run["name"] == metric]
+            trivial = float(np.mean([run["baseline"] for run in runs])) if runs else None
+            rows[name].append(Cell(None, tuple(run["value"] for run in runs), trivial))
     return Table(
         "Retrieval on held-out folds (not in the paper)", ("same-group R@1", "5-NN of other groups"),
         rows, "a random other tile; always the largest class",
@@ -120,7 +110,6 @@ def _draw(study: Study, report: Report, size_px: int) -> None:
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 
-    out = study.options.out
     data = study.load(size_px)
     parts = split(data, FOLDS, 0, 0, study.options.split)
     counts = [k for k in range(2, 11) if k < len(parts.test)]
@@ -128,17 +117,16 @@ def _draw(study: Study, report: Report, size_px: int) -> None:
     for name, loss in LOSSES.items():
         encoder = study.encoder(f"{loss}-0")
         basis = pca_basis(embed_numbers(encoder, data, parts.train)[0])
-        vectors, kept = embed_numbers(encoder, data, parts.test)
+        vectors, readable = embed_numbers(encoder, data, parts.test)
         flat = project(vectors, basis)
         lines[name] = [
             float(silhouette_score(flat, KMeans(k, n_init=10, random_state=0).fit_predict(flat)))
             for k in counts
         ]
-        file = figures.tsne(
-            out / f"tsne-{loss}.png", vectors, data.labels[kept], data.label_names, name
-        )
-        report.figures.append((file, f"t-SNE of held-out embeddings, {name}, fold 0"))
-    curve = figures.curves(out / "silhouette.png", lines, "K", "silhouette of k-means", at=counts)
-    report.figures.insert(
-        0, (curve, "Silhouette by K on the held-out fold 0 (paper 004 chooses K by it)")
+        file = study.tsne(f"tsne-{loss}.png", vectors, data, readable, name)
+        report.add_figure(file, f"t-SNE of held-out embeddings, {name}, fold 0")
+    file = figures.curves(
+        study.out / "silhouette.png", lines, "K", "silhouette of k-means", at=counts
     )
+    caption = "Silhouette by K on the held-out fold 0 (paper 004 chooses K by it)"
+    report.figures.insert(0, (file, caption))

@@ -14,10 +14,10 @@ from ..data import LabelledTiles, Split, split
 from ..evaluate import embed_numbers
 from ..fit_classifier import predict
 from ..kmeans import assign, kmeans
-from ..models import AutoEncoder, Encoder
+from ..models import Encoder
 from . import figures
-from .report import Cell, Report, Table
-from .study import Study, draw, drawn_again, spread
+from .report import Report, Table, row
+from .study import Study, draw, reconstruct, spread
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Net:
         lr: learning rate.
         epochs: epochs of a full and a quick run.
         batch: batch size of the paper.
+        size_px: side of a tile.
         large: whether it costs more than 2 GMACs per tile.
     """
 
@@ -40,29 +41,31 @@ class Net:
     lr: float = 1e-3
     epochs: tuple[int, int] = (70, 1)
     batch: int = 1000
+    size_px: int = 50
     large: bool = False
 
 
 NETS = {
     "FC AE": Net("fc-ae", 0.605, 0.729),
     "CNN AE": Net("cnn-ae", 0.623, 0.736),
-    "AlexNet AE": Net("alexnet-ae", 0.53, 0.532, epochs=(40, 1), batch=300, large=True),
-    "ResNet AE": Net("resnet-ae", 0.515, 0.50, 1e-4, (4, 1), 160, large=True),
+    "AlexNet AE": Net("alexnet-ae", 0.53, 0.532, 1e-3, (40, 1), 300, 250, large=True),
+    "ResNet AE": Net("resnet-ae", 0.515, 0.50, 1e-4, (4, 1), 160, 256, large=True),
     "CNN AE, no max-pool": Net("cnn-ae-no-pool", 0.651, 0.747),
 }
-PIXELS = (0.593, 0.714)
-DENSENET = (0.825, 0.90)
+PIXELS = "k-means on pixels"
+DENSENET = "DenseNet, supervised"
+PUBLISHED = {PIXELS: (0.593, 0.714), DENSENET: (0.825, 0.90)}
 IDC_MAJORITY, IDC_POSITIVE_F1 = 0.7161, 0.442
 COLUMNS = ("F1", "ACC (one-to-one)", "ACC (majority)")
 FOLDS = 5
+Scores = tuple[float, float, float]
+"""F1, accuracy with one label per cluster (one to one), accuracy with each cluster's majority."""
 
 
 def reproduce(study: Study) -> Report:
     """Run the seven rows on the same folds; the training part maps clusters to labels."""
     options = study.options
-    folds = study.pick(FOLDS, 1, options.seeds)
-    if folds > FOLDS:
-        raise BadInput(f"--seeds is {folds}; the protocol has {FOLDS} folds")
+    folds = study.folds(FOLDS, 1)
     rule = "minibatch" if options.preset == "paper" else "full"
     names = sorted({tile.label for tile in study.tiles.tiles if tile.label is not None})
     if len(names) < 2:
@@ -71,7 +74,9 @@ def reproduce(study: Study) -> Report:
         )
     positive = options.positive or names[-1]
     if positive not in names:
-        raise BadInput(f"--positive {positive!r} is no label; the data has {', '.join(names)}")
+        raise BadInput(
+            f"--positive {positive!r} is not a label of the data; it has {', '.join(names)}"
+        )
     study.cells = folds * (len(NETS) + 1)
     report = study.report(
         "Breast histopathology: autoencoders and k-means", "000, table 1",
@@ -80,54 +85,62 @@ def reproduce(study: Study) -> Report:
         clustering=f"k-means ({rule}), K = {len(names)}, on the training part's codes",
         positive=positive,
     )  # fmt: skip
-    _say_what_differs(study, report, names)
-    found: dict[str, list[tuple[float, float, float]]] = {"k-means on pixels": []}
-    found |= {name: [] for name in NETS} | {"DenseNet, supervised": []}
-    trivial: list[tuple[float, float, float]] = []
-    used: dict[str, str] = {}
+    _note_differences(study, report, names)
+    scores: dict[str, list[Scores]] = {name: [] for name in (PIXELS, *NETS, DENSENET)}
+    trivial: list[Scores] = []
+    extents: dict[str, str] = {}
+    data = study.load(50)
+    pixels = data.tiles.reshape(len(data), -1).astype(np.float32) / 255
     for fold in range(folds):
-        data = study.load(50)
-        parts = split(data, FOLDS, fold, 0, options.split, validate=True)
+        parts = _split(study, data, fold)
         trivial.append(_trivial(data, parts, positive))
-        pixels = data.tiles.reshape(len(data), -1).astype(np.float32) / 255
-        found["k-means on pixels"].append(
+        scores[PIXELS].append(
             _score(pixels[parts.train], pixels[parts.test], data, parts, rule, positive)
         )
         for name, net in NETS.items():
-            score, used[name] = _row(study, name, net, fold, rule, positive)
-            found[name].append(score)
+            score, extents[name] = _row(study, net, fold, rule, positive)
+            scores[name].append(score)
         record = study(
             f"densenet-{fold}", "classifier", model="densenet", epochs=_epochs(study, (30, 1)),
             batch=_batch(study, 1000), lr=1e-3 if options.epochs else 1e-4, fold=fold, folds=FOLDS,
             split=options.split, judge=False,
         )  # fmt: skip
-        found["DenseNet, supervised"].append(
-            _score_classifier(study.encoder(f"densenet-{fold}"), data, parts, positive)
-        )
-        used["DenseNet, supervised"] = _extent(record)
-    report.tables.append(_table(study, found, trivial))
-    report.notes.append(
-        "Training: " + "; ".join(f"{name}: {text}" for name, text in used.items()) + "."
-    )
-    _draw(study, report)
+        extents[DENSENET] = _extent(record)
+        encoder = study.encoder(f"densenet-{fold}")
+        scores[DENSENET].append(_score_classifier(encoder, data, parts, positive))
+    title = f"Table 1: held-out tiles of {study.whole.name}"
+    report.tables.append(_table(title, scores, np.mean(trivial, 0).tolist()))
+    report.notes.append("Training: " + "; ".join(f"{n}: {t}" for n, t in extents.items()) + ".")
+    _draw(study, report, data)
     return report
 
 
-def _say_what_differs(study: Study, report: Report, names: list[str]) -> None:
+def _table(title: str, scores: dict[str, list[Scores]], trivial: list[float]) -> Table:
+    published = PUBLISHED | {name: (net.f1, net.acc) for name, net in NETS.items()}
+    rows = {}
+    for name, runs in scores.items():
+        by_column = [dict(zip(COLUMNS, run, strict=True)) for run in runs]
+        rows[name] = row(COLUMNS, by_column, (*published[name], None), trivial)
+    trivial_is = "all-positive F1; always the training part's largest class; the held-out part's "
+    return Table(title, COLUMNS, rows, f"{trivial_is}largest class")
+
+
+def _note_differences(study: Study, report: Report, names: list[str]) -> None:
     """Add notes on how the data and the training differ from the paper's."""
     options = study.options
     idc = study.whole.name.startswith("idc") or set(names) == {"0", "1"}
     if not idc:
         report.notes.append(
-            "The published numbers are of the IDC set (198,738 negative, 78,786 positive patches), which "
-            "this is not: they stand beside ours for orientation only."
+            "The published numbers are of the IDC set (198,738 negative, 78,786 positive patches), not of "
+            "this data set: they only give orientation."
         )
     report.notes += [
-        "AlexNet AE starts from random weights (the paper: ImageNet's, which are not at hand), code 512 "
-        "(the authors' settings: 256); AlexNet and ResNet AE take a quarter of the others' batch; a batch "
-        "is at most an eighth of the training part.",
-        f"On IDC always the larger class has ACC {IDC_MAJORITY}, all-positive F1 {IDC_POSITIVE_F1}: the "
-        "published k-means is below the former, the best autoencoder 3 points above.",
+        "AlexNet AE starts from random weights (the paper: from ImageNet's, which we do not have), with a "
+        "code of 512 (the authors' settings: 256). AlexNet and ResNet AE take a quarter of the others' "
+        "batch; a batch is at most an eighth of the training part.",
+        f"On IDC, always the larger class has ACC {IDC_MAJORITY}, and all-positive has F1 "
+        f"{IDC_POSITIVE_F1}: the published k-means is below this ACC, and the best autoencoder 3 points "
+        "above it.",
         "The published split is one shuffle of patches, so that patients are in both parts.",
     ]
     if options.epochs:
@@ -141,27 +154,36 @@ def _say_what_differs(study: Study, report: Report, names: list[str]) -> None:
         )
 
 
-def _row(
-    study: Study, name: str, net: Net, fold: int, rule: str, positive: str
-) -> tuple[tuple[float, float, float], str]:
+def _row(study: Study, net: Net, fold: int, rule: str, positive: str) -> tuple[Scores, str]:
     """Train an autoencoder on a fold; return the scores of its clusters, and its epochs and tiles."""
-    tiles = draw(study.tiles, study.options.limit_large) if net.large else study.tiles
-    record = _train(study, name, net, fold, tiles)
-    own = study.load(_side(net), tiles)
-    mine = split(own, FOLDS, fold, 0, study.options.split, validate=True)
+    authors = study.options.preset == "authors"
+    tiles = _tiles(study, net)
+    record = study(
+        f"{net.model}-{fold}", "autoencoder", tiles, model=net.model, epochs=_epochs(study, net.epochs),
+        batch=max(8, _batch(study, net.batch) // (4 if net.large else 1)), lr=net.lr,
+        weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
+        step_epochs=7, keep_best=True, fold=fold, folds=FOLDS, split=study.options.split, judge=False,
+        kmeans="minibatch",
+    )  # fmt: skip
+    data = study.load(net.size_px, tiles)
+    parts = _split(study, data, fold)
     encoder = study.encoder(f"{net.model}-{fold}")
-    train, kept = embed_numbers(encoder, own, mine.train, unit=False)
-    test, read = embed_numbers(encoder, own, mine.test, unit=False)
-    shown = Split(kept, mine.validate, read, mine.by)
-    return _score(train, test, own, shown, rule, positive), _extent(record)
+    train, train_numbers = embed_numbers(encoder, data, parts.train, unit=False)
+    test, test_numbers = embed_numbers(encoder, data, parts.test, unit=False)
+    readable = Split(train_numbers, parts.validate, test_numbers, parts.by)
+    return _score(train, test, data, readable, rule, positive), _extent(record)
+
+
+def _tiles(study: Study, net: Net) -> TileSet:
+    return draw(study.tiles, study.options.limit_large) if net.large else study.tiles
+
+
+def _split(study: Study, data: LabelledTiles, fold: int) -> Split:
+    return split(data, FOLDS, fold, 0, study.options.split, validate=True)
 
 
 def _extent(record: dict[str, Any]) -> str:
     return f"{len(record['epochs'])} epochs, {record['split']['train_tiles']} tiles trained on"
-
-
-def _side(net: Net) -> int:
-    return {"alexnet-ae": 250, "resnet-ae": 256}.get(net.model, 50)
 
 
 def _epochs(study: Study, epochs: tuple[int, int]) -> int:
@@ -174,62 +196,41 @@ def _batch(study: Study, batch: int) -> int:
     return max(16, min(batch, len(study.tiles) * 3 // 5 // 8))
 
 
-def _train(study: Study, name: str, net: Net, fold: int, tiles: TileSet) -> dict[str, Any]:
-    authors = study.options.preset == "authors"
-    return study(
-        f"{net.model}-{fold}", "autoencoder", tiles, model=net.model, epochs=_epochs(study, net.epochs),
-        batch=max(8, _batch(study, net.batch) // (4 if net.large else 1)), lr=net.lr,
-        weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
-        step_epochs=7, keep_best=True, fold=fold, folds=FOLDS, split=study.options.split, judge=False,
-        kmeans="minibatch",
-    )  # fmt: skip
-
-
 def _score(
     train: Floats, test: Floats, data: LabelledTiles, parts: Split, rule: str, positive: str
-) -> tuple[float, float, float]:
-    """Cluster and map clusters to labels on the training part, then score the held-out part.
-
-    Returns:
-        F1 and accuracy with one label per cluster (one to one), and accuracy with each cluster's majority.
-    """
-    from sklearn.metrics import f1_score
-
+) -> Scores:
+    """Cluster and map clusters to labels on the training part, then score the held-out part."""
     classes = len(data.label_names)
     centres = kmeans(train, classes, rule, restarts=50 if rule == "full" else 10)
-    clusters, asked = assign(train, centres), assign(test, centres)
+    clusters, held_out = assign(train, centres), assign(test, centres)
     labels, truth = data.labels[parts.train], data.labels[parts.test]
-    one_to_one = _mapping(labels, clusters, classes)
-    table = contingency(labels, clusters)
+    one_to_one = np.zeros(classes, dtype=np.int64)
+    one_to_one[clusters] = match(labels, clusters)
+    counts = contingency(labels, clusters)
     majority = np.zeros(classes, dtype=np.int64)
-    majority[: len(table)] = table.argmax(1)
-    predicted = one_to_one[asked]
-    number = data.label_names.index(positive)
-    f1 = float(f1_score(truth == number, predicted == number, zero_division=0))
-    return f1, float(np.mean(predicted == truth)), float(np.mean(majority[asked] == truth))
+    majority[: len(counts)] = counts.argmax(1)
+    f1, right = _f1_and_accuracy(data, truth, one_to_one[held_out], positive)
+    return f1, right, float(np.mean(majority[held_out] == truth))
 
 
-def _score_classifier(
-    encoder: Encoder, data: LabelledTiles, parts: Split, positive: str
-) -> tuple[float, float, float]:
+def _score_classifier(encoder: Encoder, data: LabelledTiles, parts: Split, positive: str) -> Scores:
     """Score the supervised net on the held-out part; without clusters both accuracies are the same."""
-    from sklearn.metrics import f1_score
-
-    predicted, kept = predict(encoder, data, parts.test)
-    truth, number = data.labels[kept], data.label_names.index(positive)
-    f1 = float(f1_score(truth == number, predicted == number, zero_division=0))
-    right = float(np.mean(predicted == truth))
+    predicted, readable = predict(encoder, data, parts.test)
+    f1, right = _f1_and_accuracy(data, data.labels[readable], predicted, positive)
     return f1, right, right
 
 
-def _mapping(labels: Ints, clusters: Ints, classes: int) -> Ints:
-    mapped = match(labels, clusters)
-    mapping = np.zeros(classes, dtype=np.int64)
-    mapping[clusters] = mapped
-    return mapping
+def _f1_and_accuracy(
+    data: LabelledTiles, truth: Ints, predicted: Ints, positive: str
+) -> tuple[float, float]:
+    from sklearn.metrics import f1_score
+
+    number = data.label_names.index(positive)
+    f1 = float(f1_score(truth == number, predicted == number, zero_division=0))
+    return f1, float(np.mean(predicted == truth))
 
 
-def _trivial(data: LabelledTiles, parts: Split, positive: str) -> tuple[float, float, float]:
+def _trivial(data: LabelledTiles, parts: Split, positive: str) -> Scores:
     """Score the held-out part without a model.
 
     Returns:
@@ -238,63 +239,26 @@ def _trivial(data: LabelledTiles, parts: Split, positive: str) -> tuple[float, f
     """
     truth = data.labels[parts.test]
     share = float(np.mean(truth == data.label_names.index(positive)))
-    largest = np.bincount(data.labels[parts.train]).argmax()
-    majority = float(np.mean(truth == largest))
+    majority = float(np.mean(truth == np.bincount(data.labels[parts.train]).argmax()))
     return 2 * share / (1 + share), majority, purity(truth, np.zeros(len(truth), dtype=np.int64))
 
 
-def _table(
-    study: Study,
-    found: dict[str, list[tuple[float, float, float]]],
-    trivial: list[tuple[float, float, float]],
-) -> Table:
-    said = {"k-means on pixels": PIXELS, "DenseNet, supervised": DENSENET}
-    said |= {name: (net.f1, net.acc) for name, net in NETS.items()}
-    base = np.mean(trivial, 0).tolist()
-    rows = {}
-    for name, runs in found.items():
-        f1, acc = said[name]
-        columns = zip((f1, acc, None), zip(*runs, strict=True), base, strict=True)
-        rows[name] = [Cell(paper, tuple(ours), floor) for paper, ours, floor in columns]
-    return Table(
-        f"Table 1: held-out tiles of {study.whole.name}", COLUMNS, rows,
-        "all-positive F1; always the training part's largest class; the held-out part's largest class",
-    )  # fmt: skip
-
-
-def _draw(study: Study, report: Report) -> None:
-    out, options = study.options.out, study.options
-    small = study.load(50)
-    test = split(small, FOLDS, 0, 0, options.split, validate=True).test
-    few = spread(test, 10)
-    rows: figures.Pictures = {"tiles": small.tiles[few].astype(np.float32) / 255}
+def _draw(study: Study, report: Report, small: LabelledTiles) -> None:
+    test = _split(study, small, 0).test
+    images: figures.Images = {"tiles": small.tiles[spread(test, 10)]}
     lines: dict[str, list[float]] = {}
     for name, net in NETS.items():
-        encoder = study.encoder(f"{net.model}-0")
-        assert isinstance(encoder, AutoEncoder)
-        tiles = draw(study.tiles, options.limit_large) if net.large else study.tiles
+        tiles = images["tiles"]
         if net.large:
-            own = study.load(_side(net), tiles)
-            shown = spread(split(own, FOLDS, 0, 0, options.split, validate=True).test, 10)
-            rows[f"tiles, {_side(net)} px"] = own.tiles[shown].astype(np.float32) / 255
-            rows[name] = drawn_again(encoder, own.tiles[shown])
-        else:
-            rows[name] = drawn_again(encoder, small.tiles[few])
-        record = study.record(f"{net.model}-0")
-        lines[name] = [row["mse"] for row in record["epochs"]]
-    best = study.encoder("cnn-ae-no-pool-0")
-    vectors, kept = embed_numbers(best, small, test)
-    name = figures.reconstructions(out / "reconstructions.png", rows)
-    report.figures += [
-        (name, "Held-out tiles and their reconstructions"),
-        (
-            figures.curves(out / "loss.png", lines, "epoch", "mean squared error of a pixel"),
-            "Training error by epoch, fold 0",
-        ),
-        (
-            figures.tsne(
-                out / "tsne.png", vectors, small.labels[kept], small.label_names, "CNN AE, no max-pool"
-            ),
-            "t-SNE of the codes of held-out tiles, CNN AE without max-pool, fold 0",
-        ),
-    ]  # fmt: skip
+            data = study.load(net.size_px, _tiles(study, net))
+            tiles = data.tiles[spread(_split(study, data, 0).test, 10)]
+            images[f"tiles, {net.size_px} px"] = tiles
+        images[name] = reconstruct(study.autoencoder(f"{net.model}-0"), tiles)
+        lines[name] = [epoch["mse"] for epoch in study.record(f"{net.model}-0")["epochs"]]
+    file = figures.reconstructions(study.out / "reconstructions.png", images)
+    report.add_figure(file, "Held-out tiles and their reconstructions")
+    file = figures.curves(study.out / "loss.png", lines, "epoch", "mean squared error of a pixel")
+    report.add_figure(file, "Training error by epoch, fold 0")
+    vectors, readable = embed_numbers(study.encoder("cnn-ae-no-pool-0"), small, test)
+    file = study.tsne("tsne.png", vectors, small, readable, "CNN AE, no max-pool")
+    report.add_figure(file, "t-SNE of the codes of held-out tiles, CNN AE without max-pool, fold 0")

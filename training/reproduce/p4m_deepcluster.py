@@ -7,14 +7,15 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
-from ..data import split
+from ..data import LabelledTiles, split
 from ..evaluate import embed_numbers, pixel_features
 from ..kmeans import assign
 from ..probe import linear_probe
 from . import figures
-from .report import Cell, Report, Table
+from .report import Cell, Report, Table, row
 from .study import Study, spread, values
 
+Records = dict[str, list[dict[str, Any]]]
 NETS: dict[str, dict[str, Any]] = {
     "Sobel-AlexNet": {"model": "sobel-alexnet", "rotation_deg": 360.0},
     "P4M CNN": {"model": "p4m-cnn"},
@@ -46,160 +47,111 @@ def reproduce(study: Study) -> Report:
         "The published curves cannot be targets: the authors' P4M loop learns from the image number "
         "modulo 200, three quarters of the rows that it clusters are zeros, and a constant predictor "
         "reaches micro-AUC .977 on its labels.",
-        "NMI grows with K at small n: read AMI, or NMI beside that of shuffled clusters.",
+        "NMI grows with K if there are few tiles: read AMI, or compare NMI with that of shuffled clusters.",
     ]
     if widths != "published":
         report.notes.append(
             f"P4M widths {widths}; the published net is 64-128-256 (`--widths published`, 9.7 GMACs)."
         )
     if len(study.tiles) < 20 * 200:
-        report.notes.append(
-            f"K is {k}, one cluster per 20 tiles, where the paper has 200 for 112,120."
-        )
-    records: dict[str, list[dict[str, Any]]] = {name: [] for name in NETS}
-    for seed in range(seeds):
-        for name, own in NETS.items():
-            more: dict[str, Any] = (
-                {"model_options": f"widths={widths}"} if name == "P4M CNN" else {}
-            )
-            records[name].append(
-                study(
-                    f"{own['model']}-{seed}",
-                    "deepcluster",
-                    size_px=size_px,
-                    epochs=epochs,
-                    clusters=k,
-                    seed=seed,
-                    fold=seed % 5,
-                    split=options.split,
-                    judge=False,
-                    batch=min(256, max(16, len(study.tiles) // 8)),
-                    **own,
-                    **more,
-                )  # fmt: skip
-            )
+        report.notes.append(f"K is {k}, one cluster per 20 tiles; the paper has 200 for 112,120.")
     if study.whole.name != CHEST:
         report.notes.append(
-            "The published numbers are of ChestX-ray14, which this is not: orientation only."
+            "The published numbers are of ChestX-ray14, not of this data set: they only give orientation."
         )
-    report.tables += [
-        _clusters(study, records, size_px, k),
-        _probes(study, records, size_px),
-    ]
-    _draw(study, report, records, size_px)
+    common: dict[str, Any] = {
+        "size_px": size_px, "epochs": epochs, "clusters": k, "split": options.split, "judge": False,
+        "batch": min(256, max(16, len(study.tiles) // 8)),
+    }  # fmt: skip
+    records: Records = {name: [] for name in NETS}
+    for seed in range(seeds):
+        for name, net in NETS.items():
+            net = net | ({"model_options": f"widths={widths}"} if name == "P4M CNN" else {})
+            cell = f"{net['model']}-{seed}"
+            records[name].append(
+                study(cell, "deepcluster", seed=seed, fold=seed % 5, **net, **common)
+            )
+    data = study.load(size_px)
+    report.tables += [_clusters(study, records, data, k), _probes(study, records, data)]
+    _draw(study, report, records, data)
     return report
 
 
 def _last(record: dict[str, Any], name: str) -> float:
-    found = [row[name] for row in record["epochs"] if name in row]
-    return float(found[-1]) if found else float("nan")
+    values = [epoch[name] for epoch in record["epochs"] if name in epoch]
+    return float(values[-1]) if values else float("nan")
 
 
-def _clusters(
-    study: Study, records: dict[str, list[dict[str, Any]]], size_px: int, k: int
-) -> Table:
+def _clusters(study: Study, records: Records, data: LabelledTiles, k: int) -> Table:
     """Tabulate NMI and AMI: last epoch against the one before, held-out clusters against labels."""
-    data = study.load(size_px)
     rows: dict[str, list[Cell]] = {}
     rng = np.random.default_rng(0)
     for name, runs in records.items():
-        nmi, ami, null = [], [], []
-        for seed, _ in enumerate(runs):
+        nmi, ami, shuffled = [], [], []
+        for seed in range(len(runs)):
+            cell = f"{NETS[name]['model']}-{seed}"
             test = split(data, 5, seed % 5, seed, study.options.split).test
-            encoder = study.encoder(f"{NETS[name]['model']}-{seed}")
-            vectors, kept = embed_numbers(encoder, data, test)
-            clusters = assign(
-                vectors, study.tensor(f"{NETS[name]['model']}-{seed}", "clusters.centres")
-            )
-            labels = data.labels[kept]
+            vectors, readable = embed_numbers(study.encoder(cell), data, test)
+            clusters = assign(vectors, study.tensor(cell, "clusters.centres"))
+            labels = data.labels[readable]
             nmi.append(normalized_mutual_info_score(labels, clusters))
             ami.append(adjusted_mutual_info_score(labels, clusters))
-            null.append(normalized_mutual_info_score(labels, rng.permutation(clusters)))
+            shuffled.append(normalized_mutual_info_score(labels, rng.permutation(clusters)))
         rows[name] = [
             Cell(LAST_NMI[name], tuple(_last(run, "nmi_previous") for run in runs)),
             Cell(None, tuple(_last(run, "ami_previous") for run in runs), 0.0),
-            Cell(None, tuple(nmi), float(np.mean(null))),
+            Cell(None, tuple(nmi), float(np.mean(shuffled))),
             Cell(None, tuple(ami), 0.0),
         ]
     columns = ("NMI(t, t-1)", "AMI(t, t-1)", "NMI to labels", "AMI to labels")
     return Table(f"Clusters, K = {k}", columns, rows, "the same clusters, shuffled")
 
 
-def _probes(
-    study: Study,
-    records: dict[str, list[dict[str, Any]]],
-    size_px: int,
-) -> Table:
-    data = study.load(size_px)
-    rows = {}
-    chance: list[list[float]] = []
+def _probes(study: Study, records: Records, data: LabelledTiles) -> Table:
+    rows: dict[str, list[Cell]] = {}
+    trivial: list[float] = []
     for name, runs in records.items():
-        found = [values(run["metrics"]["probe"]) for run in runs]
-        chance = [[m["baseline"] for m in run["metrics"]["probe"]] for run in runs]
-        trivial = np.mean(chance, 0).tolist()
-        rows[name] = [
-            Cell(paper, tuple(run[metric] for run in found), base)
-            for metric, paper, base in zip(PROBE_NAMES, PUBLISHED[name], trivial, strict=True)
-        ]
+        probes = [run["metrics"]["probe"] for run in runs]
+        trivial = np.mean([[m["baseline"] for m in probe] for probe in probes], 0).tolist()
+        rows[name] = row(PROBE_NAMES, [values(probe) for probe in probes], PUBLISHED[name], trivial)
     flat = pixel_features(data.tiles)
-    own: list[dict[str, float]] = []
+    runs_on_pixels = []
     for seed in range(len(next(iter(records.values())))):
         parts = split(data, 5, seed % 5, seed, study.options.split)
-        report = linear_probe(
+        probe = linear_probe(
             flat[parts.train], data.labels[parts.train], flat[parts.test], data.labels[parts.test],
             data.label_names,
         )  # fmt: skip
-        own.append({metric.name: metric.value for metric in report})
-    trivial = np.mean(chance, 0).tolist()
-    rows["pixels (16 x 16)"] = [
-        Cell(None, tuple(run[metric] for run in own), base)
-        for metric, base in zip(PROBE_NAMES, trivial, strict=True)
-    ]
-    meaning = "the largest class; class shares as constant scores; chance"
-    return Table("Linear probe on held-out tiles", PROBE, rows, meaning)
+        runs_on_pixels.append({metric.name: metric.value for metric in probe})
+    rows["pixels (16 x 16)"] = row(PROBE_NAMES, runs_on_pixels, trivial=trivial)
+    trivial_is = "the largest class; class shares as constant scores; chance"
+    return Table("Linear probe on held-out tiles", PROBE, rows, trivial_is)
 
 
-def _draw(
-    study: Study, report: Report, records: dict[str, list[dict[str, Any]]], size_px: int
-) -> None:
-    out = study.options.out
-    data = study.load(size_px)
-
+def _draw(study: Study, report: Report, records: Records, data: LabelledTiles) -> None:
     def line(name: str, key: str) -> list[float]:
-        curves = [[row[key] for row in run["epochs"] if key in row] for run in records[name]]
+        curves = [[epoch[key] for epoch in run["epochs"] if key in epoch] for run in records[name]]
         return [float(value) for value in np.mean(curves, 0)]
 
     agreement = {f"{name}: {key.split('_')[0].upper()}": line(name, key)
                  for name in records for key in ("nmi_previous", "ami_previous")}  # fmt: skip
     losses = {name: line(name, "loss") for name in records}
     used = int(max(_last(run, "clusters_used") for runs in records.values() for run in runs))
-    report.figures += [
-        (
-            figures.curves(
-                out / "agreement.png",
-                agreement,
-                "epoch",
-                "agreement with the epoch before",
-                at=range(2, 1000),
-            ),
-            "Agreement of the clusters with those of the epoch before, mean over seeds",
+    report.add_figure(
+        figures.curves(
+            study.out / "agreement.png", agreement, "epoch", "agreement with the epoch before",
+            at=range(2, 1000),
         ),
-        (
-            figures.curves(
-                out / "loss.png", losses, "epoch", "cross-entropy", {"ln K": float(np.log(used))}
-            ),
-            "Loss by epoch; a net that learns nothing stays at ln K",
-        ),
-    ]
+        "Agreement of the clusters with those of the epoch before, mean over seeds",
+    )  # fmt: skip
+    levels = {"ln K": float(np.log(used))}
+    report.add_figure(
+        figures.curves(study.out / "loss.png", losses, "epoch", "cross-entropy", levels),
+        "Loss by epoch; a net that learns nothing stays at ln K",
+    )
+    numbers = spread(np.arange(len(data)), 2000)
     for name in records:
-        encoder = study.encoder(f"{NETS[name]['model']}-0")
-        numbers = spread(np.arange(len(data)), 2000)
-        vectors, kept = embed_numbers(encoder, data, numbers)
-        file = figures.tsne(
-            out / f"tsne-{NETS[name]['model']}.png",
-            vectors,
-            data.labels[kept],
-            data.label_names,
-            name,
-        )
-        report.figures.append((file, f"t-SNE of the embeddings of {name}, seed 0, by label"))
+        model = NETS[name]["model"]
+        vectors, readable = embed_numbers(study.encoder(f"{model}-0"), data, numbers)
+        file = study.tsne(f"tsne-{model}.png", vectors, data, readable, name)
+        report.add_figure(file, f"t-SNE of the embeddings of {name}, seed 0, by label")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
@@ -42,6 +42,13 @@ class Cell:
         """Sample standard deviation of ``ours`` (n - 1); None for fewer than two values."""
         return float(np.std(self.ours, ddof=1)) if len(self.ours) > 1 else None
 
+    @property
+    def near(self) -> bool | None:
+        """Whether the mean is within two published standard deviations; None if a number is missing."""
+        if self.mean is None or self.published is None or self.published_sd is None:
+            return None
+        return abs(self.mean - self.published) <= 2 * self.published_sd
+
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
         return {
@@ -56,6 +63,19 @@ class Cell:
 
 def _finite(value: float | None) -> float | None:
     return None if value is None or value != value else value
+
+
+def row(
+    metrics: Sequence[str],
+    runs: Sequence[Mapping[str, float]],
+    published: Iterable[float | None] | None = None,
+    trivial: Iterable[float | None] | None = None,
+    scale: float = 1,
+) -> list[Cell]:
+    """Return a row of a table: one cell per metric, with its value in every run times ``scale``."""
+    none = [None] * len(metrics)
+    numbers = zip(metrics, published or none, trivial or none, strict=True)
+    return [Cell(p, tuple(scale * run[name] for run in runs), t) for name, p, t in numbers]
 
 
 @dataclass
@@ -81,15 +101,10 @@ class Table:
     def markdown(self) -> list[str]:
         """Return the table as lines of Markdown: published / ours / trivial per metric."""
         head = " | ".join(f"{c}: published | ours | trivial" for c in self.columns)
-        lines = [
-            f"### {self.title}",
-            "",
-            f"| | {head} |",
-            "|---" * (1 + 3 * len(self.columns)) + "|",
-        ]
+        lines = [f"### {self.title}", "", f"| | {head} |"]
+        lines.append("|---" * (1 + 3 * len(self.columns)) + "|")
         for name, cells in self.rows.items():
-            shown = " | ".join(self._cell(cell) for cell in cells)
-            lines.append(f"| {name} | {shown} |")
+            lines.append(f"| {name} | {' | '.join(map(self._cell, cells))} |")
         if self.trivial_is:
             lines += ["", f"Trivial: {self.trivial_is}."]
         return [*lines, *(f"\n{note}" for note in self.notes), ""]
@@ -101,13 +116,8 @@ class Table:
             spread = f" ± {sd:.{self.digits}f}" if sd is not None and sd == sd else ""
             return f"{value:.{self.digits}f}{spread}"
 
-        return " | ".join(
-            (
-                number(cell.published, cell.published_sd),
-                number(cell.mean, cell.sd),
-                number(cell.trivial),
-            )
-        )
+        published = number(cell.published, cell.published_sd)
+        return f"{published} | {number(cell.mean, cell.sd)} | {number(cell.trivial)}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
@@ -115,12 +125,8 @@ class Table:
             name: dict(zip(self.columns, (c.as_dict() for c in cells), strict=True))
             for name, cells in self.rows.items()
         }
-        return {
-            "title": self.title,
-            "trivial_is": self.trivial_is,
-            "rows": rows,
-            "notes": self.notes,
-        }
+        about = {"title": self.title, "trivial_is": self.trivial_is}
+        return {**about, "rows": rows, "notes": self.notes}
 
 
 @dataclass
@@ -145,18 +151,22 @@ class Report:
     figures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
 
+    def add_figure(self, file: str, caption: str) -> None:
+        """Append a figure."""
+        self.figures.append((file, caption))
+
     def write(self, out: Path) -> dict[str, Any]:
         """Write report.md and report.json into ``out``; returns the JSON document."""
-        machine = {
+        gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+        about = {
+            **self.about,
             "date": datetime.now(UTC).date().isoformat(),
-            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}"
-            + (f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ", no GPU"),
+            "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}",
             "torch": torch.__version__,
         }
         lines = [f"# {self.title}", "", f"Paper {self.paper}.", "", "```", self.command, "```", ""]
         lines += ["| | |", "|---|---|"]
-        lines += [f"| {name} | {value} |" for name, value in {**self.about, **machine}.items()]
-        lines.append("")
+        lines += [*(f"| {name} | {value} |" for name, value in about.items()), ""]
         lines += [f"- {note}" for note in self.notes] + ([""] if self.notes else [])
         for table in self.tables:
             lines += table.markdown()
@@ -167,7 +177,7 @@ class Report:
             "title": self.title,
             "paper": self.paper,
             "command": self.command,
-            "about": {**self.about, **machine},
+            "about": about,
             "notes": self.notes,
             "tables": [table.as_dict() for table in self.tables],
             "figures": [{"file": file, "caption": caption} for file, caption in self.figures],

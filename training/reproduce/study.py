@@ -1,8 +1,9 @@
-"""Common parts of all protocols: options, tiles, and one run folder per cell of the table."""
+"""What all protocols share: options, tiles, and one run folder per cell of the table."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ from ...artifacts.files import read_json
 from ...artifacts.tilesets import TileSet
 from ...console import Progress
 from ...errors import BadInput
-from ...metrics import Ints
+from ...metrics import Floats, Ints
 from ..checkpoint import load_encoder, load_tensors
 from ..data import LabelledTiles, load
 from ..evaluate import to_input
@@ -21,6 +22,7 @@ from ..models import AutoEncoder, Encoder
 from ..recipes import find_recipe
 from ..run import RECORD, WEIGHTS
 from ..study_options import StudyOptions
+from . import figures
 from .report import Report
 
 
@@ -29,15 +31,20 @@ class Study:
 
     Attributes:
         options: options of the protocol.
-        tiles: the labelled tiles of the set, at most ``limit``.
+        out: folder of the report and its runs.
+        parts: optional parts of the protocol that the user requested.
+        whole: the labelled tiles of the set.
+        tiles: those that are used, at most ``limit``.
+        cells: number of trainings of the whole protocol, for the progress.
     """
 
     def __init__(self, options: StudyOptions, tiles: TileSet, progress: Progress) -> None:
         """Draw the tiles; nothing is trained yet."""
-        self.options = options
-        known = [n for n, tile in enumerate(tiles.tiles) if tile.label is not None]
-        self.unlabelled = len(tiles) - len(known)
-        self.whole = tiles.take(known) if self.unlabelled else tiles
+        self.options, self.out = options, options.out
+        self.parts = set(filter(None, options.parts.split(",")))
+        labelled = [n for n, tile in enumerate(tiles.tiles) if tile.label is not None]
+        self.unlabelled = len(tiles) - len(labelled)
+        self.whole = tiles.take(labelled) if self.unlabelled else tiles
         self.tiles = draw(self.whole, options.limit)
         self.cells = 0
         self.done = 0
@@ -48,8 +55,9 @@ class Study:
     ) -> dict[str, Any]:
         """Train one cell of the table unless it is finished already; returns its record."""
         chosen = find_recipe(recipe)
-        own = {"accelerator": self.options.accelerator, "precision": self.options.precision}
-        filled = chosen.options(**{**own, **options})
+        device = {"accelerator": self.options.accelerator, "precision": self.options.precision}
+        given = self.tiles if tiles is None else tiles
+        selection = {"sources": [given.source], "exclude": [], "label_from": ["label"]}
 
         def report(done: int, total: int, text: str) -> None:
             share = done / total if total else 0.0
@@ -59,22 +67,31 @@ class Study:
                 f"{cell}: {text}",
             )
 
-        folder = self.options.out / "runs" / cell
-        given = self.tiles if tiles is None else tiles
-        selection = {"sources": [given.source], "exclude": [], "label_from": ["label"]}
-        record = chosen.fit(filled, given, folder, report, selection)
+        filled = chosen.options(**{**device, **options})
+        record = chosen.fit(filled, given, self.folder(cell), report, selection)
         self.done += 1
         return record
 
-    def only_training_part(self) -> None:
-        """Leave the test part out if the set has one."""
+    def leave_out_test_part(self) -> None:
+        """Use only the training part of a set that has a test part."""
         part = [n for n, tile in enumerate(self.tiles.tiles) if tile.extra.get("part") != "test"]
         if len(part) < len(self.tiles):
             self.tiles = self.tiles.take(part)
 
-    def pick(self, normal: int, quick: int, asked: int = 0) -> int:
-        """Return ``asked`` if it is set, else the protocol's normal number, or its number for --quick."""
-        return asked or (quick if self.options.quick else normal)
+    def pick(self, normal: int, quick: int, option: int = 0) -> int:
+        """Return ``option`` if it is set, else the protocol's normal number, or its number for --quick."""
+        return option or (quick if self.options.quick else normal)
+
+    def folds(self, most: int, quick: int) -> int:
+        """Return the number of folds to run: ``--seeds``, else ``most``, or ``quick`` for --quick.
+
+        Raises:
+            BadInput: ``--seeds`` is larger than ``most``.
+        """
+        folds = self.pick(most, quick, self.options.seeds)
+        if folds > most:
+            raise BadInput(f"--seeds is {folds}; the protocol has {most} folds")
+        return folds
 
     def load(self, size_px: int, tiles: TileSet | None = None) -> LabelledTiles:
         """Decode all tiles into memory.
@@ -89,24 +106,40 @@ class Study:
             )
         return data
 
+    def folder(self, cell: str) -> Path:
+        """Return the folder of a cell's run."""
+        return self.out / "runs" / cell
+
     def encoder(self, cell: str) -> Encoder:
         """Return the trained encoder of a cell."""
         gpu = torch.cuda.is_available() and self.options.accelerator in {"auto", "cuda", "gpu"}
-        return load_encoder(self.options.out / "runs" / cell).to("cuda" if gpu else "cpu")
+        return load_encoder(self.folder(cell)).to("cuda" if gpu else "cpu")
+
+    def autoencoder(self, cell: str) -> AutoEncoder:
+        """Return the trained autoencoder of a cell."""
+        encoder = self.encoder(cell)
+        assert isinstance(encoder, AutoEncoder)
+        return encoder
 
     def record(self, cell: str) -> dict[str, Any]:
         """Return the record of a cell's run."""
-        found: dict[str, Any] = read_json(self.options.out / "runs" / cell / RECORD)
-        return found
+        record: dict[str, Any] = read_json(self.folder(cell) / RECORD)
+        return record
 
     def tensor(self, cell: str, name: str) -> NDArray[np.float32]:
         """Return a tensor that a cell's run stores with its weights."""
-        tensors, _ = load_tensors(self.options.out / "runs" / cell / WEIGHTS)
-        found: NDArray[np.float32] = tensors[name].numpy()
-        return found
+        tensor: NDArray[np.float32] = load_tensors(self.folder(cell) / WEIGHTS)[0][name].numpy()
+        return tensor
+
+    def tsne(
+        self, file: str, vectors: Floats, data: LabelledTiles, numbers: Ints, title: str
+    ) -> str:
+        """Draw a t-SNE map of the vectors of tiles ``numbers`` by label; returns the file's name."""
+        labels = data.labels[numbers]
+        return figures.tsne(self.out / file, vectors, labels, data.label_names, title)
 
     def report(self, title: str, paper: str, **about: Any) -> Report:
-        """Begin the report with a description of data and split."""
+        """Begin the report with a description of data and split; ``about`` may have another split."""
         options = self.options
         used = f"{len(self.tiles)} tiles of {self.whole.name}"
         if len(self.tiles) < len(self.whole):
@@ -115,14 +148,11 @@ class Study:
         split = "by group" if grouped else "by tile (the data names no groups)"
         if options.split == "tile" and grouped:
             split = "by tile ACROSS groups, as the paper has it: LEAKY, siblings are in both parts"
-        said = {"data": used, "split": split, **about}
-        report = Report(title, paper, options.command, said)
+        report = Report(title, paper, options.command, {"data": used, "split": split, **about})
         if self.unlabelled:
             report.notes.append(f"{self.unlabelled} tiles without a label were left out.")
         if options.quick:
-            report.notes.append(
-                "`--quick`: this shows that the protocol runs; it measures nothing."
-            )
+            report.notes.append("`--quick` shows that the protocol runs; it measures nothing.")
         return report
 
 
@@ -153,11 +183,11 @@ def values(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 @torch.inference_mode()
-def drawn_again(encoder: AutoEncoder, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+def reconstruct(encoder: AutoEncoder, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     """Return reconstructions (N, H, W, 3), in 0..1, of uint8 tiles (N, S, S, 3)."""
     encoder.eval()
-    _, drawn, _ = encoder.reconstruct(to_input(encoder, tiles))
-    return drawn.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
+    _, images, _ = encoder.reconstruct(to_input(encoder, tiles))
+    return images.expand(-1, 3, -1, -1).permute(0, 2, 3, 1).cpu().numpy()
 
 
 def spread(numbers: Ints, count: int) -> Ints:

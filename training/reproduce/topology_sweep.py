@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 
 from ...errors import BadInput
 from ...metrics import Floats, Ints, accuracy, purity
 from ..evaluate import embed_numbers
-from ..models import AutoEncoder
 from . import figures
 from .report import Cell, Report, Table
-from .study import Study, drawn_again, spread
+from .study import Study, reconstruct, spread
 
 CODES = (16, 32, 64, 128)
 CLUSTERS = (10, 20, 30, 40, 50)
 NETS = {"CAE": "topology-cae", "AE": "topology-ae"}
 INITIALISATIONS = 20
 SIDES = (28, 32)
+UNPUBLISHED = ((None, None),) * len(CODES)
+Values = dict[int, list[float]]
+"""One value per initialisation of k-means, by code length."""
 # Purity in %, mean and standard deviation, by K; columns are code lengths 16, 32, 64, 128.
 Row = tuple[tuple[float, float], ...]
 PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
@@ -80,47 +80,53 @@ def reproduce(study: Study) -> Report:
         raise BadInput(
             f"tiles of {side} px: the paper's nets are for 28 and 32 px; pass --size-px 32"
         )
-    study.only_training_part()
-    asked = set(filter(None, options.parts.split(",")))
-    nets = {net: model for net, model in NETS.items() if not asked or net in asked}
+    study.leave_out_test_part()
+    nets = [net for net in NETS if not study.parts or net in study.parts]
     study.cells = len(CODES) * len(nets)
     report = study.report(
         "Topology, code size and K", "003, tables 1 and 2", epochs=epochs,
+        split="none: fitted and judged on the same tiles, as the paper has it",
         seeds=f"one trained net per cell, {repeats} random initialisations of k-means",
         network=f"AE on {side * side} grey pixels, CAE (32, 16, c) on 3 channels; Adam, batch 256, MSE",
     )  # fmt: skip
-    report.about["split"] = "none: fitted and judged on the same tiles, as the paper has it"
     report.notes += [
         "Purity never falls with K and is at least the share of the largest class.",
         "The paper names no optimiser, rate, epochs or batch; those here are ours.",
     ]
     data = study.load(side)
-    truth = data.labels
-    results: dict[str, dict[int, dict[int, list[float]]]] = {}
-    matched: dict[str, dict[int, list[float]]] = {}
-    drawn: dict[str, Any] = {}
-    for net, model in nets.items():
-        results[net], matched[net] = {k: {} for k in CLUSTERS}, {}
+    purities: dict[str, dict[int, Values]] = {}
+    accuracies: dict[str, Values] = {}
+    images: figures.Images = {}
+    for net in nets:
+        purities[net], accuracies[net] = {k: {} for k in CLUSTERS}, {}
         for code in CODES:
             cell = f"{net.lower()}-{code}"
             study(
-                cell, "autoencoder", model=model, model_options=f"dim={code}", size_px=side, epochs=epochs,
-                batch=256, lr=1e-3, weight_decay=0.0, reduction="mean", keep_best=False, folds=0,
-                judge=False, clusters=10, kmeans="minibatch",
+                cell, "autoencoder", model=NETS[net], model_options=f"dim={code}", size_px=side,
+                epochs=epochs, batch=256, lr=1e-3, weight_decay=0.0, reduction="mean", keep_best=False,
+                folds=0, judge=False, clusters=10, kmeans="minibatch",
             )  # fmt: skip
-            encoder = study.encoder(cell)
-            assert isinstance(encoder, AutoEncoder)
-            codes, kept = embed_numbers(encoder, data, np.arange(len(data)), unit=False)
+            encoder = study.autoencoder(cell)
+            codes, readable = embed_numbers(encoder, data, np.arange(len(data)), unit=False)
+            labels = data.labels[readable]
             for k in CLUSTERS:
-                found = [random_kmeans(codes, k, n) for n in range(repeats)]
-                results[net][k][code] = [100 * purity(truth[kept], c) for c in found]
+                clusters = [random_kmeans(codes, k, seed) for seed in range(repeats)]
+                purities[net][k][code] = [100 * purity(labels, run) for run in clusters]
                 if k == CLUSTERS[0]:
-                    matched[net][code] = [100 * accuracy(truth[kept], c) for c in found]
-            few = data.read(spread(kept, 10))[0]
-            drawn.setdefault("tiles", few.astype(np.float32) / 255)
-            drawn[f"{net} {code}"] = drawn_again(encoder, few)
-    _tables(study, report, results, matched, truth)
-    _draw(study, report, results, drawn)
+                    accuracies[net][code] = [100 * accuracy(labels, run) for run in clusters]
+            few = data.read(spread(readable, 10))[0]
+            images.setdefault("tiles", few)
+            images[f"{net} {code}"] = reconstruct(encoder, few)
+    report.tables += _tables(study, purities, accuracies, data.labels)
+    lines = {
+        f"{net}, code {code}": [float(np.mean(by_k[k][code])) for k in CLUSTERS]
+        for net, by_k in purities.items()
+        for code in CODES
+    }
+    file = figures.curves(study.out / "purity.png", lines, "K", "purity in %", at=CLUSTERS)
+    report.add_figure(file, "Purity by K")
+    file = figures.reconstructions(study.out / "reconstructions.png", images)
+    report.add_figure(file, "Tiles and their reconstructions, by net and code size")
     return report
 
 
@@ -134,53 +140,35 @@ def random_kmeans(codes: Floats, k: int, seed: int) -> Ints:
 
 def _tables(
     study: Study,
-    report: Report,
-    results: dict[str, dict[int, dict[int, list[float]]]],
-    matched: dict[str, dict[int, list[float]]],
-    truth: Ints,
-) -> None:
+    purities: dict[str, dict[int, Values]],
+    accuracies: dict[str, Values],
+    labels: Ints,
+) -> list[Table]:
     rng = np.random.default_rng(0)
     columns = [f"code {code}" for code in CODES]
-    for number, net in ((number, net) for number, net in ((1, "CAE"), (2, "AE")) if net in results):
-        said = PUBLISHED.get((net, study.whole.name), {})
+    tables = []
+    for number, net in enumerate(NETS, 1):
+        if net not in purities:
+            continue
+        published = PUBLISHED.get((net, study.whole.name), {})
         rows = {}
-        near = []
         for k in CLUSTERS:
-            chance = 100 * purity(truth, rng.integers(0, k, len(truth)))
-            cells = []
-            for at, code in enumerate(CODES):
-                paper, sd = said[k][at] if k in said else (None, None)
-                cell = Cell(paper, tuple(results[net][k][code]), chance, sd)
-                cells.append(cell)
-                if paper is not None and sd is not None and cell.mean is not None:
-                    near.append(abs(cell.mean - paper) <= 2 * sd)
-            rows[f"K = {k}"] = cells
+            trivial = 100 * purity(labels, rng.integers(0, k, len(labels)))
+            rows[f"K = {k}"] = [
+                Cell(mean, tuple(purities[net][k][code]), trivial, sd)
+                for code, (mean, sd) in zip(CODES, published.get(k, UNPUBLISHED), strict=True)
+            ]
         title = f"Table {number}: purity in % of k-means on the code, {net}, {study.whole.name}"
         table = Table(title, columns, rows, "purity of clusters drawn at random", digits=2)
+        near = [
+            n for cells in rows.values() for n in (cell.near for cell in cells) if n is not None
+        ]
         if near:
             table.notes.append(f"{sum(near)} of {len(near)} cells are within 2 published sd.")
-        report.tables.append(table)
-    rows = {net: [Cell(None, tuple(matched[net][code]), 10.0) for code in CODES] for net in matched}
-    report.tables.append(
-        Table(
-            "Hungarian accuracy in % at K = 10 (not in the paper)", columns, rows, "1/K", digits=2
-        )
-    )
-
-
-def _draw(
-    study: Study,
-    report: Report,
-    results: dict[str, dict[int, dict[int, list[float]]]],
-    drawn: dict[str, Any],
-) -> None:
-    out = study.options.out
-    lines = {
-        f"{net}, code {code}": [float(np.mean(results[net][k][code])) for k in CLUSTERS]
-        for net in results
-        for code in CODES
+        tables.append(table)
+    rows = {
+        net: [Cell(None, tuple(by_code[code]), 10.0) for code in CODES]
+        for net, by_code in accuracies.items()
     }
-    name = figures.curves(out / "purity.png", lines, "K", "purity in %", at=CLUSTERS)
-    report.figures.append((name, "Purity by K"))
-    name = figures.reconstructions(out / "reconstructions.png", drawn)
-    report.figures.append((name, "Tiles and their reconstructions, by net and code size"))
+    title = "Hungarian accuracy in % at K = 10 (not in the paper)"
+    return [*tables, Table(title, columns, rows, "1/K", digits=2)]

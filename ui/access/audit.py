@@ -39,7 +39,8 @@ class Audit:
             self._log: ChainedLog | None = ChainedLog(path)
         except OSError as error:
             raise StorageFailed(
-                f"the audit log {path} cannot be written ({error.strerror}); name another by --audit-log"
+                f"the audit log {path} cannot be written ({error.strerror}); choose another file with "
+                "--audit-log"
             ) from error
         self._tell_notes()
         self._tell_head("begins")

@@ -1,4 +1,4 @@
-"""Whether a request is let in: its host, its origin, its credentials, its role and its length."""
+"""Decides whether a request is accepted: its host, origin, credentials, role and length."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from urllib.parse import urlsplit
 
 from .logins import Logins, MustWait
 from .policy import REQUEST_ID, Access, is_local
-from .proxies import Asked
+from .proxies import ClientRequest
 from .roles import SAFE, changes
 from .users import EDITOR, READER, Role
 
 LARGE = "/v1/slides"
-"""Where slides are uploaded, as a form: they are larger than pictures, and go to the disk."""
+"""Path of slide uploads: they are larger than images, and are written to disk."""
 DEFAULT_PORTS = {"http": 80, "https": 443}
 
 Scope = MutableMapping[str, Any]
@@ -23,30 +23,21 @@ Refusal = tuple[int, str, str, dict[bytes, bytes]]
 
 
 class CheckedRequest:
-    """What is known of a request, and whether it is let in.
+    """A request, and the decision whether it is accepted.
 
     Attributes:
-        user: who asks; "-" before that is known.
-        role: of the user.
-        limit: bytes that the body may have.
-        large: whether it is the upload of a slide, which goes to the disk.
+        user: the user; "-" until the user is known.
+        role: the user's role.
+        limit: maximum bytes of the body.
+        large: whether it uploads a slide, which is written to disk.
     """
 
     def __init__(
-        self, scope: Scope, seen: Asked, access: Access, logins: Logins, wrong: str = ""
+        self, scope: Scope, seen: ClientRequest, access: Access, logins: Logins, wrong: str
     ) -> None:
-        """Look at a request.
-
-        Args:
-            scope: ASGI's.
-            seen: what network and trusted proxies say of it.
-            access: who may ask.
-            logins: checks passwords.
-            wrong: why its headers cannot be believed; "" if they can.
-        """
-        self.scope, self.seen, self.access, self._logins, self.wrong = (
-            scope, seen, access, logins, wrong
-        )  # fmt: skip
+        """Read a request's headers; ``wrong`` says why a proxy's are invalid, or is ""."""
+        self.scope, self.seen, self.access = scope, seen, access
+        self._logins, self._wrong = logins, wrong
         self.headers = {k.lower(): v for k, v in scope["headers"]}
         self.path = seen.path
         self.method: str = scope["method"]
@@ -63,13 +54,8 @@ class CheckedRequest:
         """Return a header, "" if there is none."""
         return str(self.headers.get(name.encode(), b"").decode("latin-1"))
 
-    @property
-    def address(self) -> str:
-        """Who asks, as far as the network and trusted proxies know."""
-        return self.seen.address
-
     async def refusal(self) -> Refusal | None:
-        """Return why the request is refused: status, code, text and headers; None if it is let in."""
+        """Return why the request is refused: status, code, text and headers; None if it is accepted."""
         if self.path == "/health":
             return None
         refused = self._wrong_way()
@@ -78,12 +64,13 @@ class CheckedRequest:
         if refused is not None:
             return refused
         if self.role == READER and changes(self.method, self.path):
-            text = f"this needs the role editor, and {self.user!r} is a reader; ask whoever keeps the users"
+            text = (
+                f"this needs the role editor, and {self.user!r} is a reader; ask the administrator"
+            )
             return 403, "role", text, {}
         if self.path == "" and self.method in {"GET", "HEAD"}:  # relative links need the slash
-            return 307, "moved", "the page is at this path with a slash", {
-                b"location": f"{self.seen.prefix}/".encode()
-            }  # fmt: skip
+            location = {b"location": f"{self.seen.prefix}/".encode()}
+            return 307, "moved", "the page is at this path with a slash at its end", location
         length = self.text("content-length")
         if length.isdigit() and int(length) > self.limit:
             text = f"the body has {int(length):,} bytes; at most {self.limit:,} are accepted"
@@ -91,31 +78,32 @@ class CheckedRequest:
         return None
 
     def _wrong_way(self) -> Refusal | None:
-        """Refuse what comes under another name, from a page of another site, or from too far away."""
-        if self.wrong:
-            return 422, "bad_input", self.wrong, {}
+        """Refuse a wrong host name, a page of another site, and another machine without credentials."""
+        if self._wrong:
+            return 422, "bad_input", self._wrong, {}
         host = _host_name(self.seen.host)
         hosts = self.access.hosts
         if hosts is not None and host not in hosts:
-            text = f"host {host[:100]!r} is not served here; start with --allow-host {host[:100]}"
+            text = (
+                f"the host {host[:100]!r} is not served here; start with --allow-host {host[:100]}"
+            )
             return 421, "wrong_host", text, {}
-        foreign = self._foreign()
-        if foreign:
-            return 403, "foreign_origin", foreign, {}
+        if problem := self._foreign_origin():
+            return 403, "foreign_origin", problem, {}
         if self.seen.proxied and not self.access.guarded and not is_local(self.seen.address):
             text = (
-                f"{self.seen.address} is another machine, and this server asks for no password; start it "
+                f"{self.seen.address} is another machine, and this server requires no password; start it "
                 "with --users FILE, or with --user-header NAME if the proxy knows the users"
             )
             return 403, "no_credentials", text, {}
         return None
 
-    def _foreign(self) -> str:
-        """Return why a request that does something may come from a page of another site; "" if not."""
+    def _foreign_origin(self) -> str:
+        """Return why a changing request may come from a page of another site; "" if it does not."""
         if self.method in SAFE:
             return ""
         if self.text("sec-fetch-site") in {"cross-site", "same-site"}:
-            return "a page of another site may not ask for this"
+            return "a page of another site may not send this request"
         origin = self.text("origin")
         if not origin:
             return ""
@@ -126,25 +114,27 @@ class CheckedRequest:
         return self._other_origin(origin)
 
     def _other_origin(self, origin: str) -> str:
-        """Say which header is missing, if it is a proxy that hides where the page is."""
+        """Return a message that also says how to configure a proxy, which may cause the difference."""
         seen, peer = self.seen, self.seen.address
-        told = (
-            f"the page is at {origin[:200]}, and the request names the host {seen.host[:200]!r}"
-            + (f" by {seen.scheme}" if seen.scheme_known else "")
-            + "; a page of another site may not ask for this. If a proxy is between, "
+        scheme = f" by {seen.scheme}" if seen.scheme_known else ""
+        text = (
+            f"the page is at {origin[:200]}, but the request names the host {seen.host[:200]!r}{scheme}; "
+            "a page of another site may not send this request. If you use a proxy, "
         )
         if seen.proxied:
-            return told + (
-                "it must send X-Forwarded-Host and X-Forwarded-Proto as the browser asked "
+            return text + (
+                "it must send X-Forwarded-Host and X-Forwarded-Proto with the browser's values "
                 "(nginx: proxy_set_header X-Forwarded-Host $http_host)"
             )
         if "x-forwarded-host" in seen.ignored:
-            return told + (
-                f"its X-Forwarded-Host does not count: start with --trusted-proxy {peer} if {peer} is it"
+            return text + (
+                f"its X-Forwarded-Host was ignored; if {peer} is the proxy, start with --trusted-proxy "
+                f"{peer}"
             )
-        return told + (
-            "it must send the header Host as the browser did (nginx: proxy_set_header Host $http_host), or "
-            f"X-Forwarded-Host with --trusted-proxy {peer} here; another name also needs --allow-host NAME"
+        return text + (
+            "it must send the browser's Host header (nginx: proxy_set_header Host $http_host), or send "
+            f"X-Forwarded-Host to a server started with --trusted-proxy {peer}; another name also needs "
+            "--allow-host NAME"
         )
 
     async def _credentials(self) -> Refusal | None:
@@ -156,22 +146,24 @@ class CheckedRequest:
             return 401, "unauthorized", self._no_user(), {}
         if header:
             try:
-                user = await self._logins.who(header, self.address)
+                user = await self._logins.who(header, self.seen.address)
             except MustWait as error:
-                retry = {b"retry-after": str(error.seconds).encode()}
                 code = "too_many_failures" if error.seconds > 1 else "busy"
-                return 429, code, str(error), retry
+                return 429, code, str(error), {b"retry-after": str(error.seconds).encode()}
             if user is not None:
                 self.user, self.role = user, self.access.role(user)
                 return None
         challenge = {b"www-authenticate": b'Basic realm="histoseek", charset="UTF-8"'}
-        return 401, "unauthorized", "say who you are: user and password, or a token", challenge
+        return 401, "unauthorized", "this needs a user and password, or a token", challenge
 
     def _no_user(self) -> str:
         name = self.access.proxies.user_header
         if self.seen.proxied:
-            return f"the proxy sent no user in {name}; have it log people in and send that header"
-        return f"users are known from the proxy only ({name}), and {self.address} is none; ask through it"
+            return f"the proxy sent no user in {name}; let it log users in and send that header"
+        return (
+            f"only a trusted proxy names the users (header {name}), and {self.seen.address} is not one; "
+            "send the request through the proxy"
+        )
 
 
 def _site(address: str) -> tuple[str, str, int | None]:

@@ -21,7 +21,7 @@ from ...errors import BadInput, TooLarge
 from .checks import CheckedRequest, Scope
 from .logins import Logins
 from .policy import REQUEST_ID, ROLE, USER, Access, error_body
-from .proxies import FORWARDED, Asked, Proxies, asked
+from .proxies import FORWARDED, ClientRequest, Proxies, client_request
 from .roles import SAFE
 from .traffic import Traffic
 
@@ -68,13 +68,7 @@ class Guard:
     """The layer around the app (ASGI)."""
 
     def __init__(self, app: Any, access: Access, traffic: Traffic) -> None:
-        """Wrap an app.
-
-        Args:
-            app: the ASGI app.
-            access: users, token and limits.
-            traffic: counts requests.
-        """
+        """Wrap an ASGI app."""
         self._app = app
         self._access = access
         self._traffic = traffic
@@ -98,24 +92,24 @@ class Guard:
         if scope["type"] != "http":  # web sockets are not supported
             await send({"type": "websocket.close", "code": 1008})
             return
+        wrong = ""
         try:
-            seen = asked(scope, self._access.proxies)
+            seen = client_request(scope, self._access.proxies)
         except BadInput as error:
-            seen = asked(scope, Proxies())
-            await _Exchange(self, scope, receive, send, seen, str(error)).run()
-            return
-        self._warn(seen, scope)
-        await _Exchange(self, scope, receive, send, seen).run()
+            seen, wrong = client_request(scope, Proxies()), str(error)
+        else:
+            self._warn(seen)
+        await _Exchange(self, scope, receive, send, seen, wrong).run()
 
-    def _warn(self, seen: Asked, scope: Scope) -> None:
+    def _warn(self, seen: ClientRequest) -> None:
         """Log once per peer that its headers were ignored: it may be a proxy that was not configured."""
         peer = seen.address
         if not seen.ignored or peer in self._warned or len(self._warned) >= WARNED:
             return
         self._warned.add(peer)
         log.warning(
-            "%s sent %s, which counts from a trusted proxy only; if it is your proxy, start with "
-            "--trusted-proxy %s", peer, ", ".join(seen.ignored), peer,
+            "%s sent %s, which is ignored unless a trusted proxy sends it; if this is your proxy, start "
+            "with --trusted-proxy %s", peer, ", ".join(seen.ignored), peer,
         )  # fmt: skip
 
 
@@ -123,7 +117,13 @@ class _Exchange(CheckedRequest):
     """One request and its answer."""
 
     def __init__(
-        self, guard: Guard, scope: Scope, receive: Receive, send: Send, seen: Asked, wrong: str = ""
+        self,
+        guard: Guard,
+        scope: Scope,
+        receive: Receive,
+        send: Send,
+        seen: ClientRequest,
+        wrong: str,
     ) -> None:
         super().__init__(scope, seen, guard._access, guard._logins, wrong)
         self.guard, self._receive, self._send = guard, receive, send
@@ -140,23 +140,21 @@ class _Exchange(CheckedRequest):
         counted = False
         try:
             refused = await self.refusal()
-        except ValueError:  # a header that is none, such as an origin that is no address
+        except ValueError:  # an invalid header, such as an origin that is not an address
             refused = 422, "bad_input", "a header of the request cannot be read", {}
         if refused is None and self.path != "/health" and not self.stream:
             with self.guard._lock:
-                if self.guard._under_way >= self.access.limits.requests:
-                    refused = 429, "busy", "too many requests are under way; ask again in a moment", {
-                        b"retry-after": b"1"
-                    }  # fmt: skip
-                else:
-                    self.guard._under_way += 1
-                    counted = True
+                counted = self.guard._under_way < self.access.limits.requests
+                self.guard._under_way += counted
+            if not counted:
+                text = "too many requests are in progress; try again in a moment"
+                refused = 429, "busy", text, {b"retry-after": b"1"}
         try:
             if refused is not None:
                 await self._refuse(*refused)
             else:
-                self._hand_on()
-                await self._let_through()
+                self._set_headers()
+                await self._call_app()
         finally:
             if self.pending is not None:
                 self.pending.cancel()
@@ -169,36 +167,29 @@ class _Exchange(CheckedRequest):
             log.log(
                 logging.WARNING if refused_or_failed else logging.INFO,
                 "%s %s %s %d %.0f ms user=%s id=%s",
-                self.address, self.method, self.path, self.status, 1000 * seconds, self.user, self.id,
+                self.seen.address, self.method, self.path, self.status, 1000 * seconds, self.user, self.id,
             )  # fmt: skip
 
-    async def _let_through(self) -> None:
+    async def _call_app(self) -> None:
         try:
-            await self._app(self._bounded, self._unless_too_much)
+            await self.guard._app(self.scope, self._bounded, self._unless_cut)
         except Exception:
             if self.cut is None:
                 raise
         if self.cut is not None and not self.status:
-            more = {b"connection": b"close"} | (
-                {b"retry-after": b"1"} if self.cut[0] == 429 else {}
-            )
-            await self._refuse(*self.cut, more)
+            retry = {b"retry-after": b"1"} if self.cut[0] == 429 else {}
+            await self._refuse(*self.cut, {b"connection": b"close", **retry})
 
-    async def _unless_too_much(self, message: Message) -> None:
+    async def _unless_cut(self, message: Message) -> None:
         """Send the app's response, unless the request's body was cut off."""
         if self.cut is None or self.status:
             await self._answer(message)
 
-    async def _app(self, receive: Receive, send: Send) -> None:
-        await self.guard._app(self.scope, receive, send)
-
-    def _hand_on(self) -> None:
+    def _set_headers(self) -> None:
         """Set the headers with user, role and request id for the app; the client's values are removed."""
-        seen, own = self.seen, self.access.proxies.user_header
+        seen, dropped = self.seen, DROPPED | {self.access.proxies.user_header}
         headers = [
-            (k, v)
-            for k, v in self.scope["headers"]
-            if (name := k.lower().decode("latin-1")) not in DROPPED and name != own
+            (k, v) for k, v in self.scope["headers"] if k.lower().decode("latin-1") not in dropped
         ]
         headers += [
             (b"host", seen.host.encode("latin-1")),
@@ -222,16 +213,13 @@ class _Exchange(CheckedRequest):
             try:
                 message = await asyncio.wait_for(self._receive(), READ_S)
             except TimeoutError:
-                self._cut(408, "timeout", "the body did not come in time; send it again")
+                self._cut(408, "timeout", "the body did not arrive in time; send it again")
         self.over = self.over or not message.get("more_body", False)
         if message["type"] == "http.request":
             self.received += len(message.get("body", b""))
             if self.received > self.limit:
-                self._cut(
-                    413,
-                    "too_large",
-                    f"the body has more than {self.limit:,} bytes; send less at once",
-                )
+                text = f"the body has more than {self.limit:,} bytes; send less at once"
+                self._cut(413, "too_large", text)
             if not self.large:
                 self._hold(len(message.get("body", b"")))
         return message
@@ -243,7 +231,8 @@ class _Exchange(CheckedRequest):
             self.guard._bytes += count
             full = self.guard._bytes > self.access.limits.bytes_under_way
         if full and self.guard._bytes > self.held:  # a single request may use its full limit
-            self._cut(429, "busy", "too many bytes are being sent at once; ask again in a moment")
+            text = "the server is receiving too many bytes; try again in a moment"
+            self._cut(429, "busy", text)
 
     def _cut(self, status: int, code: str, text: str) -> NoReturn:
         """Stop reading the body; the response states why."""
@@ -272,12 +261,11 @@ class _Exchange(CheckedRequest):
             if not any(k.lower() == b"cache-control" for k, _ in headers):
                 headers.append((b"cache-control", b"no-store"))
             headers += [*HEADERS.items(), (REQUEST_ID.encode(), self.id.encode())]
-            message = {**message, "headers": headers}
-            await self._send(message)
-            return
-        await self._send_slowly(message)
+            await self._send({**message, "headers": headers})
+        else:
+            await self._send_body(message)
 
-    async def _send_slowly(self, message: Message) -> None:
+    async def _send_body(self, message: Message) -> None:
         """Send a body in pieces; a client that does not read a piece within READ_S is disconnected."""
         body = message.get("body", b"")
         if len(body) <= PIECE_BYTES:

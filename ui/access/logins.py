@@ -112,18 +112,18 @@ class Logins:
             MustWait: there were too many wrong passwords, or there are too many at once.
         """
         claim = claim_of(header)
-        place = _place(address)
-        user_key = self._hash("user", claim.user if claim else "", place)
-        address_key = self._hash("address", place)
+        network = _network(address)
+        user_key = self._hash("user", claim.user if claim else "", network)
+        address_key = self._hash("address", network)
         right_key = self._hash("right", header)
-        check_key = self._hash("check", header, place)
+        check_key = self._hash("check", header, network)
         with self._lock:
             if self._by_user.full(user_key):
-                text = "too many wrong passwords for this user from here; wait a minute"
+                text = "too many wrong passwords for this user from this address; wait a minute"
                 raise MustWait(text, 60)
-            known = self._right.get(right_key)
-            if known is not None and time.monotonic() < known[1]:
-                return known[0]
+            user, until = self._right.get(right_key, (None, 0.0))
+            if user is not None and time.monotonic() < until:
+                return user
             check = self._checks.get(check_key)
             if check is None:
                 if self._by_address.full(address_key):
@@ -155,7 +155,7 @@ class Logins:
         """Start a check, on a thread if it needs argon2; equal headers share one check at a time."""
         if claim is not None and self._slow and not claim.bearer:
             if len(self._checks) >= WAITING:
-                raise MustWait("too many passwords are being checked; ask again in a moment", 1)
+                raise MustWait("too many passwords are being checked; try again in a moment", 1)
             check = self._pool.submit(self._access.check, claim)
         else:
             check = Future()
@@ -168,9 +168,9 @@ class Logins:
         return hmac.digest(self._key, text, hashlib.sha256)
 
 
-def _place(address: str) -> str:
-    """Return the key of a client: its address, or for IPv6 its /64 network."""
-    found = parsed(address)
-    if isinstance(found, ipaddress.IPv6Address):
-        return str(ipaddress.ip_network((found, 64), strict=False))
-    return str(found or address)
+def _network(address: str) -> str:
+    """Return a client's address, or for IPv6 its /64 network."""
+    client = parsed(address)
+    if isinstance(client, ipaddress.IPv6Address):
+        return str(ipaddress.ip_network((client, 64), strict=False))
+    return str(client or address)

@@ -98,11 +98,6 @@ class Access:
         """Whether a login is required."""
         return self.passwords or bool(self.proxies.user_header)
 
-    def who(self, header: str) -> str | None:
-        """Return the user that an ``Authorization`` header authenticates; None if it is wrong."""
-        claim = claim_of(header)
-        return self.check(claim) if claim else None
-
     def check(self, claim: Claim) -> str | None:
         """Return the user that a claim authenticates; None if it is wrong.
 
@@ -147,14 +142,7 @@ def access_for(
     """Return the access policy of a server that listens on ``host``.
 
     Users come from ``HISTOSEEK_UI_AUTH=user:password``, from a file and from a trusted proxy, a token from
-    ``HISTOSEEK_UI_TOKEN``.
-
-    Args:
-        host: address to listen on.
-        users_file: lines ``user:HASH`` or ``user:HASH:ROLE``, readable by its owner only.
-        allowed: additional host names that requests may use, such as a proxy's.
-        limits: limits on requests.
-        proxies: settings of the proxies before the server.
+    ``HISTOSEEK_UI_TOKEN``. ``allowed`` has additional host names that requests may use, such as a proxy's.
 
     Raises:
         BadInput: other machines can reach the server without a login, or the users cannot be read.
@@ -163,8 +151,8 @@ def access_for(
     token = os.environ.get(TOKEN, "")
     if token and len(token) < TOKEN_LEAST:
         raise BadInput(
-            f"{TOKEN} has {len(token)} characters; expected at least {TOKEN_LEAST}, such as "
-            "`openssl rand -hex 24` makes"
+            f"{TOKEN} has {len(token)} characters; expected at least {TOKEN_LEAST}: use the output of "
+            "`openssl rand -hex 24`"
         )
     proxies = proxies or Proxies()
     local = is_local(host)
@@ -173,11 +161,11 @@ def access_for(
         users.secrets, token, hosts, limits or Limits(), users.roles, proxies, users.notes
     )
     if (not local or allowed) and not access.guarded:
-        way = f"--host {host}" if not local else f"--allow-host {allowed[0]}"
+        option = f"--host {host}" if not local else f"--allow-host {allowed[0]}"
         raise BadInput(
-            f"{way} lets other machines in, and the page shows patients' tissue; set {AUTH}=user:password, "
-            f"{TOKEN} or --users FILE first, have a proxy name the users (--trusted-proxy ADDR "
-            "--user-header NAME), or listen on 127.0.0.1"
+            f"{option} lets other machines see the page, which shows patients' tissue; first set "
+            f"{AUTH}=user:password, {TOKEN} or --users FILE, or let a proxy name the users "
+            "(--trusted-proxy ADDR --user-header NAME), or listen on 127.0.0.1"
         )
     return access
 

@@ -47,13 +47,13 @@ class Proxies:
 
     def trusts(self, address: str) -> bool:
         """Whether an address belongs to a trusted proxy."""
-        found = parsed(address)
-        return found is not None and any(found in network for network in self.networks)
+        client = parsed(address)
+        return client is not None and any(client in network for network in self.networks)
 
 
 @dataclass(frozen=True)
-class Asked:
-    """A request as the client sent it to the proxy.
+class ClientRequest:
+    """A request as the client sent it to the first proxy.
 
     Attributes:
         address: the client's address.
@@ -106,24 +106,24 @@ def proxies_for(
             ) from error
         if network.prefixlen == 0:
             raise BadInput(
-                f"--trusted-proxy {text} is every address, so that anyone could name any user; "
+                f"--trusted-proxy {text} contains every address, so that anyone could name any user; "
                 "give the address of the proxy"
             )
         networks.append(network)
     if user_header and not networks:
         raise BadInput(
-            f"--user-header {user_header} needs --trusted-proxy ADDR: else anyone could send the header"
+            f"--user-header {user_header} needs --trusted-proxy ADDR; else anyone could send the header"
         )
     if user_header and (
         not re.fullmatch(r"[A-Za-z0-9-]{1,100}", user_header)
         or user_header.lower() in {*FORWARDED, "host", "authorization", "cookie", "origin"}
     ):
         raise BadInput(
-            f"--user-header {user_header}: expected a header of its own, such as X-Forwarded-User"
+            f"--user-header is {user_header!r}; expected a header of its own, such as X-Forwarded-User"
         )
     if editors and not user_header:
         raise BadInput(
-            f"--editor {editors[0]} needs --user-header; users of --users have their role in the file"
+            f"--editor {editors[0]} needs --user-header; the roles of users in --users FILE are there"
         )
     path = checked_prefix(root_path, "--root-path") if root_path else ""
     return Proxies(tuple(networks), path, user_header.lower(), frozenset(editors))
@@ -140,7 +140,7 @@ def checked_prefix(text: str, source: str) -> str:
     plain = re.fullmatch(r"(/[A-Za-z0-9._~-]+)*", path) and not {".", ".."} & set(parts)
     if not plain or len(path) > PATH_CHARS:
         raise BadInput(
-            f"{source} is {text[:100]!r}; expected a path such as /histo: letters, digits, . _ ~ - and /"
+            f"{source} is {text[:100]!r}; expected a path such as /histo, of letters, digits and . _ ~ - /"
         )
     if path and parts[0] in OWN_PATHS:
         raise BadInput(
@@ -158,43 +158,41 @@ def parsed(text: str) -> Address | None:
     elif text.count(":") == 1:
         text = text.partition(":")[0]
     try:
-        found = ipaddress.ip_address(text.partition("%")[0])
+        address = ipaddress.ip_address(text.partition("%")[0])
     except ValueError:
         return None
-    mapped = found.ipv4_mapped if isinstance(found, ipaddress.IPv6Address) else None
-    return mapped or found
+    mapped = address.ipv4_mapped if isinstance(address, ipaddress.IPv6Address) else None
+    return mapped or address
 
 
-def asked(scope: Any, proxies: Proxies) -> Asked:
+def client_request(scope: Any, proxies: Proxies) -> ClientRequest:
     """Return a request as the client sent it.
 
     Raises:
         BadInput: a trusted proxy sent a header that cannot be read.
     """
-    said: dict[str, list[str]] = {}
+    headers: dict[str, list[str]] = {}
     for key, value in scope["headers"]:
-        said.setdefault(key.decode("latin-1").lower(), []).append(value.decode("latin-1"))
+        headers.setdefault(key.decode("latin-1").lower(), []).append(value.decode("latin-1"))
     peer = scope["client"][0] if scope.get("client") else "-"
     trusted = proxies.trusts(peer)
     names = [*FORWARDED, *([proxies.user_header] if proxies.user_header else [])]
-    there = {name: said[name] for name in names if name in said}
-    host = said.get("host", [""])[-1]
+    sent = {name: headers[name] for name in names if name in headers}
+    host = headers.get("host", [""])[-1]
     scheme, prefix, address, user = scope.get("scheme", "http"), proxies.root_path, peer, ""
     if trusted:
-        address = _client(there.get("x-forwarded-for", ()), peer, proxies)
-        host = _last(there, "x-forwarded-host", r"[A-Za-z0-9._\-\[\]:]{1,255}") or host
-        scheme = _last(there, "x-forwarded-proto", r"https?") or scheme
-        given = _last(there, "x-forwarded-prefix", r"/.*")
+        address = _client(sent.get("x-forwarded-for", ()), peer, proxies)
+        host = _last(sent, "x-forwarded-host", r"[A-Za-z0-9._\-\[\]:]{1,255}") or host
+        scheme = _last(sent, "x-forwarded-proto", r"https?") or scheme
+        given = _last(sent, "x-forwarded-prefix", r"/.*")
         prefix = checked_prefix(given, "X-Forwarded-Prefix") if given else prefix
-        user = _user(there, proxies.user_header)
+        user = _user(sent, proxies.user_header)
     path: str = scope["path"]
-    if prefix and (
-        path == prefix or path.startswith(prefix + "/")
-    ):  # the proxy did not strip the prefix
+    if f"{path}/".startswith(f"{prefix}/"):  # the proxy did not strip the prefix
         path = path[len(prefix) :]
-    return Asked(
-        address, scheme, trusted and "x-forwarded-proto" in there, host, prefix, path, trusted, user,
-        () if trusted else tuple(there),
+    return ClientRequest(
+        address, scheme, trusted and "x-forwarded-proto" in sent, host, prefix, path, trusted, user,
+        () if trusted else tuple(sent),
     )  # fmt: skip
 
 
@@ -202,30 +200,30 @@ def _client(values: Iterable[str], peer: str, proxies: Proxies) -> str:
     """Return the rightmost address that is not a trusted proxy: anyone can forge those to its left."""
     last = peer
     for text in reversed([part for value in values for part in value.split(",")]):
-        found = parsed(text)
-        if found is None:
+        address = parsed(text)
+        if address is None:
             return last
-        last = str(found)
+        last = str(address)
         if not proxies.trusts(last):
             return last
     return last
 
 
-def _last(said: dict[str, list[str]], name: str, pattern: str) -> str:
+def _last(headers: dict[str, list[str]], name: str, pattern: str) -> str:
     """Return a header's last value, which the nearest proxy wrote."""
-    value = said[name][-1].rsplit(",", 1)[-1].strip() if name in said else ""
+    value = headers[name][-1].rsplit(",", 1)[-1].strip() if name in headers else ""
     if value and not re.fullmatch(pattern, value):
         raise BadInput(
-            f"the proxy sent {name} {value[:100]!r}, which cannot be read; correct it in the proxy"
+            f"the proxy sent {name} {value[:100]!r}, which is invalid; correct the proxy's configuration"
         )
     return value
 
 
-def _user(said: dict[str, list[str]], name: str) -> str:
-    values = said.get(name, []) if name else []
+def _user(headers: dict[str, list[str]], name: str) -> str:
+    values = headers.get(name, [])
     if len(values) > 1:
         raise BadInput(
-            f"the proxy sent {name} {len(values)} times; have it replace what the client sent"
+            f"the proxy sent {name} {len(values)} times; let it replace the client's header"
         )
     text = values[0].strip() if values else ""
     try:

@@ -10,7 +10,7 @@ READING = frozenset({"/v1/embeddings", "/v1/search", "/v1/assign"})
 PAGE = re.compile(
     r"/gradio_api/(upload|reset/?|cancel|queue/join|(run|api|call|call/v2)/[^/]+/?|component_server/?)"
 )
-"""Paths of the page at which a POST changes nothing: its events only search and show."""
+"""Paths of the page at which a POST changes nothing: the page's events only search and display."""
 
 
 def changes(method: str, path: str) -> bool:

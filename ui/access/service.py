@@ -27,20 +27,20 @@ class Server:
         if self.audit is not None:
             self.audit.write(action, who(request), **facts)
 
-    def note_search(self, request: Any, found: SearchAnswer) -> None:
+    def note_search(self, request: Any, answer: SearchAnswer) -> None:
         """Record a search in the audit log."""
-        query = found.query
+        query = answer.query
         self.note(
-            request, "search", result=found.id, k=query.k, where=query.where, hits=len(found.hits),
+            request, "search", result=answer.id, k=query.k, where=query.where, hits=len(answer.hits),
             images=len(query.images) + len(query.unlike_images), like=list(query.tiles),
-            unlike=list(query.unlike_tiles), generation=found.generation, revision=found.revision,
+            unlike=list(query.unlike_tiles), generation=answer.generation, revision=answer.revision,
         )  # fmt: skip
 
-    def note_assign(self, request: Any, placed: ClusterAnswer) -> None:
+    def note_assign(self, request: Any, answer: ClusterAnswer) -> None:
         """Record an assignment of images in the audit log."""
         self.note(
-            request, "assign", result=placed.id, clustering=placed.clustering,
-            images=len(placed.names), refused=len(placed.refused),
+            request, "assign", result=answer.id, clustering=answer.clustering,
+            images=len(answer.names), refused=len(answer.refused),
             revision=self.session.atlas.catalog.revision(),
         )  # fmt: skip
 

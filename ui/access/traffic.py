@@ -1,12 +1,13 @@
-"""Request counters for Prometheus."""
+"""The server's metrics for Prometheus: request counters, and the state of the atlas."""
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, get_args
 
+from ...errors import need
+from ..session.addition import Addition, State
 from ..session.session import Session
 
 METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
@@ -17,11 +18,19 @@ class Traffic:
     """Counts requests by route, method and status, and measures seconds by route."""
 
     def __init__(self) -> None:
-        """Start all counters at 0."""
-        self._lock = threading.Lock()
-        self._requests: Counter[tuple[str, str, int]] = Counter()
-        self._seconds: dict[str, list[float]] = {}
-        self._buckets: dict[str, list[int]] = {}
+        """Start all counters at 0.
+
+        Raises:
+            MissingPart: prometheus-client is not installed.
+        """
+        prometheus = need("prometheus_client", "ui")
+        self._requests = prometheus.Counter(
+            "histoseek_requests", "Requests answered", ["route", "method", "status"], registry=None
+        )
+        self._seconds = prometheus.Histogram(
+            "histoseek_request_seconds", "Seconds from request to answer", ["route"],
+            buckets=BUCKETS, registry=None,
+        )  # fmt: skip
 
     def count(self, scope: Any, method: str, status: int, seconds: float) -> None:
         """Count a request; its route is the URL template, which keeps the number of routes small."""
@@ -29,73 +38,46 @@ class Traffic:
         name = str(route) if route and route != "/" else "page"
         if status in {401, 421}:
             name = "refused"
-        method = method if method in METHODS else "other"
-        with self._lock:
-            self._requests[name, method, status] += 1
-            sums = self._seconds.setdefault(name, [0.0, 0.0])
-            sums[0] += seconds
-            sums[1] += 1
-            buckets = self._buckets.setdefault(name, [0] * len(BUCKETS))
-            for n, limit in enumerate(BUCKETS):
-                buckets[n] += seconds <= limit
+        self._requests.labels(name, method if method in METHODS else "other", status).inc()
+        self._seconds.labels(name).observe(seconds)
 
-    def read(
-        self,
-    ) -> tuple[dict[tuple[str, str, int], int], dict[str, tuple[float, int, list[int]]]]:
-        """Return requests by route, method and status; by route seconds, count and buckets."""
-        with self._lock:
-            seconds = {
-                name: (sums[0], int(sums[1]), list(self._buckets[name]))
-                for name, sums in self._seconds.items()
-            }
-            return dict(self._requests), seconds
+    def collect(self) -> Iterator[Any]:
+        """Yield the metric families, without the times at which the counters were created."""
+        for family in (*self._requests.collect(), *self._seconds.collect()):
+            family.samples = [s for s in family.samples if not s.name.endswith("_created")]
+            yield family
 
 
-class Collector:
-    """Collects the server's metrics when Prometheus requests them."""
+class AtlasState:
+    """Measures the atlas, the queue before the encoder and the slides being added."""
 
-    def __init__(self, session: Session, traffic: Traffic, jobs: Any) -> None:
-        """Store the sources of the metrics.
-
-        Args:
-            session: the open atlas.
-            traffic: the request counters.
-            jobs: returns the slides being added.
-        """
-        self._session, self._traffic, self._jobs = session, traffic, jobs
+    def __init__(self, session: Session, additions: Callable[[], Iterable[Addition]]) -> None:
+        """Store the sources; they are read when Prometheus asks for the metrics."""
+        self._session, self._additions = session, additions
 
     def collect(self) -> Iterator[Any]:
         """Yield the metric families."""
-        from prometheus_client.core import (
-            CounterMetricFamily,
-            GaugeMetricFamily,
-            HistogramMetricFamily,
-        )
-
-        requests, seconds = self._traffic.read()
-        asked = CounterMetricFamily(
-            "histoseek_requests", "Requests answered", labels=["route", "method", "status"]
-        )
-        for (route, method, status), count in requests.items():
-            asked.add_metric([route, method, str(status)], count)
-        yield asked
-        took = HistogramMetricFamily(
-            "histoseek_request_seconds", "Seconds from request to answer", labels=["route"]
-        )
-        for route, (total, count, buckets) in seconds.items():
-            steps = [(str(limit), n) for limit, n in zip(BUCKETS, buckets, strict=True)]
-            took.add_metric([route], [*steps, ("+Inf", count)], total)
-        yield took
+        gauge = need("prometheus_client.core", "ui").GaugeMetricFamily
         view = self._session.atlas.view()
-        yield GaugeMetricFamily("histoseek_tiles", "Tiles of the atlas", len(view.index))
-        there = sum(bool(slide["name"]) for slide in view.columns.slides)
-        yield GaugeMetricFamily("histoseek_slides", "Slides and tile sets of the atlas", there)
-        yield GaugeMetricFamily("histoseek_revision", "Revision of the atlas", view.revision)
         batching = self._session.batching
+        slides = sum(bool(slide["name"]) for slide in view.columns.slides)
         waiting = batching.waiting if batching else 0
-        yield GaugeMetricFamily("histoseek_images_waiting", "Images before the encoder", waiting)
-        jobs = GaugeMetricFamily("histoseek_additions", "Slides being added", labels=["state"])
-        states = Counter(job.state for job in self._jobs())
-        for state in ("waiting", "embedding", "adding", "done", "failed"):
-            jobs.add_metric([state], states[state])
-        yield jobs
+        yield gauge("histoseek_tiles", "Tiles of the atlas", len(view.index))
+        yield gauge("histoseek_slides", "Slides and tile sets of the atlas", slides)
+        yield gauge("histoseek_revision", "Revision of the atlas", view.revision)
+        yield gauge("histoseek_images_waiting", "Images before the encoder", waiting)
+        family = gauge("histoseek_additions", "Slides being added", labels=["state"])
+        states = Counter(job.state for job in self._additions())
+        for state in get_args(State):
+            family.add_metric([state], states[state])
+        yield family
+
+
+def metrics_text(*collectors: Any) -> bytes:
+    """Return the collectors' metrics in the text format of Prometheus."""
+    prometheus = need("prometheus_client", "ui")
+    registry = prometheus.CollectorRegistry()
+    for collector in collectors:
+        registry.register(collector)
+    text: bytes = prometheus.generate_latest(registry)
+    return text

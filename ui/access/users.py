@@ -10,9 +10,9 @@ import stat
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from ...errors import BadInput, MissingPart
+from ...errors import BadInput, need
 
 AUTH = "HISTOSEEK_UI_AUTH"
 Role = Literal["reader", "editor"]
@@ -54,51 +54,46 @@ def read_users(path: Path | None) -> Users:
     """
     secrets: dict[str, str] = {}
     roles: dict[str, Role] = {}
-    notes: list[str] = []
-    given = os.environ.get(AUTH)
-    if given:
-        user, secret, role = _line(
-            given, AUTH, f"{AUTH} is set but not as user:password; correct or unset it"
-        )
+    if given := os.environ.get(AUTH):
+        problem = f"{AUTH} is not of the form user:password; correct or unset it"
+        user, secret, role = _line(given, AUTH, problem)
         secrets[user], roles[user] = secret, role or EDITOR
     if path is None:
         return Users(secrets, roles)
-    found: dict[str, tuple[str, Role | None]] = {}
+    listed: dict[str, tuple[str, Role | None]] = {}
     for number, line in enumerate(_lines(path), 1):
         if not line.strip() or line.startswith("#"):
             continue
         where = f"--users {path}, line {number}"
         user, secret, role = _line(line, where, f"{where}: {EXPECTED}")
-        if user in found:
-            raise BadInput(f"{where}: user {user!r} is there twice; remove one of the lines")
-        found[user] = secret, role
-    if not found:
+        if user in listed:
+            raise BadInput(f"{where}: user {user!r} is listed twice; remove one of the lines")
+        listed[user] = secret, role
+    if not listed:
         raise BadInput(f"--users {path} names no user; {EXPECTED}")
-    notes += [
-        f"--users {path} names {user!r} like {AUTH}; the file counts"
+    notes = [
+        f"--users {path} and {AUTH} both name {user!r}; the file's password and role are used"
         for user in secrets
-        if user in found
+        if user in listed
     ]
-    notes += _notes(path, found)
-    secrets |= {user: secret for user, (secret, _) in found.items()}
-    roles |= {user: role or EDITOR for user, (_, role) in found.items()}
+    notes += _notes(path, listed)
+    secrets |= {user: secret for user, (secret, _) in listed.items()}
+    roles |= {user: role or EDITOR for user, (_, role) in listed.items()}
     return Users(secrets, roles, tuple(notes))
 
 
-def _notes(path: Path, found: dict[str, tuple[str, Role | None]]) -> list[str]:
+def _notes(path: Path, listed: dict[str, tuple[str, Role | None]]) -> list[str]:
     """Return warnings about a file: plain passwords, and users without a role."""
     notes = []
-    plain = [user for user, (secret, _) in found.items() if not secret.startswith(HASH)]
-    if plain:
+    if plain := [user for user, (secret, _) in listed.items() if not secret.startswith(HASH)]:
         notes.append(
-            f"--users {path}: passwords in plain text of {_named(plain)}; replace each by what "
-            "`histoseek ui --hash-password` prints"
+            f"--users {path}: the passwords of {_named(plain)} are in plain text; replace each by the "
+            "output of `histoseek ui --hash-password`"
         )
-    open_ = [user for user, (_, role) in found.items() if role is None]
-    if open_:
+    if no_role := [user for user, (_, role) in listed.items() if role is None]:
         notes.append(
-            f"--users {path}: no role for {_named(open_)}: they are editors and may change the atlas; "
-            "write user:HASH:reader for users who may only search and look"
+            f"--users {path}: no role for {_named(no_role)}: they are editors and may change the atlas; "
+            "write user:HASH:reader for users who may only search and view"
         )
     return notes
 
@@ -115,7 +110,7 @@ def _lines(path: Path) -> list[str]:
     except (OSError, UnicodeDecodeError) as error:
         raise BadInput(f"--users {path} cannot be read ({error}); check the path") from error
     if mode & (stat.S_IRWXG | stat.S_IRWXO):
-        raise BadInput(f"--users {path} can be read by others; run: chmod 600 {path}")
+        raise BadInput(f"--users {path} can be read by other users; run: chmod 600 {path}")
     return lines
 
 
@@ -125,18 +120,18 @@ def _line(text: str, where: str, otherwise: str) -> tuple[str, str, Role | None]
     if not user or not secret:
         raise BadInput(otherwise)
     if user in TAKEN:
-        raise BadInput(f"{where}: {user!r} is no name of a user; choose another")
+        raise BadInput(f"{where}: the user name {user!r} is reserved; choose another")
     if secret.startswith(HASH):
         secret, colon, role = secret.partition(":")
         if colon and role not in ROLES:
-            raise BadInput(f"{where}: role {role[:50]!r}; expected reader or editor")
+            raise BadInput(f"{where}: the role is {role[:50]!r}; expected reader or editor")
         _check_hash(secret, where)
         return user, secret, READER if role == READER else EDITOR if colon else None
     if re.match(r"\$[0-9a-z]+\$", secret):
-        raise BadInput(f"{where}: a hash of another kind; {EXPECTED}")
+        raise BadInput(f"{where}: the hash is not argon2id; {EXPECTED}")
     if secret.endswith((":reader", ":editor")):
         raise BadInput(
-            f"{where}: a role needs a hashed password, since a plain one may hold colons; {EXPECTED}"
+            f"{where}: a role needs a hashed password, because a plain one may contain colons; {EXPECTED}"
         )
     return user, secret, None
 
@@ -144,24 +139,14 @@ def _line(text: str, where: str, otherwise: str) -> tuple[str, str, Role | None]
 # -- passwords --------------------------------------------------------------------------------------
 
 
-def _argon2() -> Any:
-    try:
-        import argon2
-    except ImportError as error:
-        raise MissingPart(
-            "hashed passwords need argon2-cffi: pip install 'histoseek[ui]'"
-        ) from error
-    return argon2
-
-
 def _check_hash(text: str, where: str) -> None:
-    argon2 = _argon2()
+    argon2 = need("argon2", "ui")
     try:
-        whole = argon2.extract_parameters(text).hash_len == HASH_BYTES
+        complete = argon2.extract_parameters(text).hash_len == HASH_BYTES
     except (argon2.exceptions.InvalidHashError, ValueError):
-        whole = False
-    if not whole:
-        raise BadInput(f"{where}: the hash is cut or changed; {EXPECTED}")
+        complete = False
+    if not complete:
+        raise BadInput(f"{where}: the hash is truncated or changed; {EXPECTED}")
 
 
 def hash_password(password: str) -> str:
@@ -173,14 +158,14 @@ def hash_password(password: str) -> str:
     """
     if not 0 < len(password) <= 1000:
         raise BadInput(f"the password has {len(password)} characters; expected 1 to 1,000")
-    return str(_argon2().PasswordHasher().hash(password))
+    return str(need("argon2", "ui").PasswordHasher().hash(password))
 
 
 def matches(secret: str, password: str) -> bool:
     """Whether a password matches a secret; a hash takes a tenth of a second or more."""
     if not secret.startswith(HASH):
         return hmac.compare_digest(secret.encode(), password.encode())
-    argon2 = _argon2()
+    argon2 = need("argon2", "ui")
     try:
         return bool(argon2.PasswordHasher().verify(secret, password))
     except argon2.exceptions.Argon2Error:
@@ -191,11 +176,11 @@ def ask_password() -> str:
     """Return a password, typed twice without echo or read from the first line of standard input.
 
     Raises:
-        BadInput: the two differ, or the input is empty.
+        BadInput: the two differ.
     """
     if not sys.stdin.isatty():
         return sys.stdin.readline().rstrip("\r\n")
     password = getpass.getpass("Password: ")
-    if password != getpass.getpass("Once more: "):
+    if password != getpass.getpass("Repeat the password: "):
         raise BadInput("the two passwords differ; run the command again")
     return password

@@ -14,65 +14,54 @@ from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
 from starlette.routing import Match, Route
 
-from ... import __version__
-from ...errors import (
-    BadInput,
-    Busy,
-    Damaged,
-    HistoseekError,
-    Mismatch,
-    MissingPart,
-    NotFound,
-    StorageFailed,
-    TooLarge,
-    Unavailable,
-    Unsupported,
-)
+from ... import __version__, errors
+from ...errors import Damaged, HistoseekError, NotFound, Unavailable
 from ..access.policy import REQUEST_ID, ROLE, error_body
 from ..access.service import Server, who
-from ..access.traffic import Collector
+from ..access.traffic import AtlasState, metrics_text
 from ..session import answers
 from . import models, routes
-from .bodies import said
+from .bodies import validation_text
+from .docs import page as docs_page
 
 ALL_METHODS = ["GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS", "TRACE", "QUERY"]
 THREADS = 64
 """Maximum number of requests processed at the same time; more are queued."""
 TITLE = "histoseek"
 ABOUT = (
-    "Search an atlas of embedded slides for similar tiles, place images in its clusters, add slides. "
+    "Search an atlas of embedded slides for similar tiles, assign images to its clusters, add slides. "
     "Research use only: similarity is no diagnosis."
 )
 log = logging.getLogger("histoseek.api")
 
 
 STATUS: list[tuple[type[HistoseekError], int, str]] = [
-    (NotFound, 404, "not_found"),
-    (TooLarge, 413, "too_large"),
-    (Unsupported, 415, "unsupported"),
-    (BadInput, 422, "bad_input"),
-    (Mismatch, 409, "mismatch"),
-    (Busy, 429, "busy"),
-    (Unavailable, 503, "unavailable"),
-    (StorageFailed, 503, "storage_failed"),
-    (MissingPart, 503, "missing_part"),
-    (Damaged, 503, "damaged"),
+    (errors.NotFound, 404, "not_found"),
+    (errors.TooLarge, 413, "too_large"),
+    (errors.Unsupported, 415, "unsupported"),
+    (errors.BadInput, 422, "bad_input"),
+    (errors.Mismatch, 409, "mismatch"),
+    (errors.Busy, 429, "busy"),
+    (errors.Unavailable, 503, "unavailable"),
+    (errors.StorageFailed, 503, "storage_failed"),
+    (errors.MissingPart, 503, "missing_part"),
+    (errors.Damaged, 503, "damaged"),
 ]
 """Status and code of an error; the first matching class counts."""
 REFUSALS: dict[int | str, dict[str, Any]] = {
     number: {"model": models.Error, "description": text}
     for number, text in {
-        401: "who asks is not known",
-        403: "a page of another site asks, or only an editor may",
-        404: "not there (any more)",
-        408: "the body did not come in time",
-        409: "another encoder",
+        401: "credentials are missing or wrong",
+        403: "the request comes from another site, or the role does not allow it",
+        404: "not found, or removed",
+        408: "the body did not arrive in time",
+        409: "the artifacts belong to different encoders",
         413: "too many bytes, pixels or items",
-        415: "a format that is not read",
-        421: "another host is meant",
-        422: "what was sent is wrong; the message says what was expected",
-        429: "too much at once; see Retry-After",
-        503: "not able to answer now",
+        415: "a format that cannot be read",
+        421: "the host name is not served here",
+        422: "a value is invalid; the message says what was expected",
+        429: "too many requests at once; see Retry-After",
+        503: "temporarily unavailable; see Retry-After",
     }.items()
 }
 
@@ -93,12 +82,11 @@ def make_api(server: Server) -> FastAPI:
     _service(app, server)
     for add in routes.ALL:
         add(app, server)
-
-    _rest(app)
+    _other_paths(app)
     return app
 
 
-def _rest(app: FastAPI) -> None:
+def _other_paths(app: FastAPI) -> None:
     """Answer 404 or 405 for other requests to the API, which the page would otherwise answer."""
 
     async def nothing(request: Request) -> Response:
@@ -109,19 +97,15 @@ def _rest(app: FastAPI) -> None:
                 allowed |= route.methods or set()
         if allowed:
             listed = ", ".join(sorted(allowed))
-            raise HTTPException(405, f"expected {listed}", {"Allow": listed})
-        raise NotFound(f"there is no {request.url.path[:200]}; see /docs")
+            text = f"{request.method} is not allowed here; expected {listed}"
+            raise HTTPException(405, text, {"Allow": listed})
+        raise NotFound(f"there is no path {request.url.path[:200]}; /docs lists all paths")
 
     for path in ("/v1/{rest:path}", "/health", "/ready", "/info", "/metrics"):
         app.add_route(path, nothing, ALL_METHODS, include_in_schema=False)
 
 
 # -- errors -----------------------------------------------------------------------------------------
-
-
-def status_of(error: HistoseekError) -> tuple[int, str]:
-    """Return the HTTP status and the code of an error."""
-    return next((number, code) for kind, number, code in STATUS if isinstance(error, kind))
 
 
 def _errors(app: FastAPI, server: Server) -> None:
@@ -132,28 +116,29 @@ def _errors(app: FastAPI, server: Server) -> None:
 
     @app.exception_handler(HistoseekError)
     async def ours(request: Request, error: HistoseekError) -> JSONResponse:
-        status, code = status_of(error)
+        status, code = next((s, code) for kind, s, code in STATUS if isinstance(error, kind))
         if isinstance(error, Damaged):
             log.error("%s", error)
         return answer(request, status, code, server.session.hide(str(error)))
 
     @app.exception_handler(RequestValidationError)
     async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:
-        return answer(request, 422, "bad_input", said(error.errors()))
+        return answer(request, 422, "bad_input", validation_text(error.errors()))
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException) -> JSONResponse:
-        known = {400: "bad_input", 404: "not_found", 405: "method_not_allowed"}
+        codes = {400: "bad_input", 404: "not_found", 405: "method_not_allowed"}
         status = 422 if error.status_code == 400 else error.status_code
-        code = known.get(error.status_code, "refused")
-        answered = answer(request, status, code, str(error.detail))
-        answered.headers.update(error.headers or {})
-        return answered
+        response = answer(
+            request, status, codes.get(error.status_code, "refused"), str(error.detail)
+        )
+        response.headers.update(error.headers or {})
+        return response
 
     @app.exception_handler(Exception)
     async def fault(request: Request, error: Exception) -> JSONResponse:
-        log.exception("fault of the server, request %s", request.headers.get(REQUEST_ID, "-"))
-        return answer(request, 500, "fault", "a fault of the server; its log has more")
+        log.exception("error in the server, request %s", request.headers.get(REQUEST_ID, "-"))
+        return answer(request, 500, "fault", "an error in the server; see its log")
 
 
 # -- the service itself -----------------------------------------------------------------------------
@@ -170,9 +155,8 @@ def _service(app: FastAPI, server: Server) -> None:
     @app.get("/ready", tags=["service"], response_model=models.Ready)
     def ready() -> Any:
         """Check whether the encoder answers and the atlas can be read."""
-        why = session.ready()
-        if why:
-            raise Unavailable(why)
+        if problem := session.ready():
+            raise Unavailable(problem)
         return {"status": "ready"}
 
     @app.get("/info", tags=["service"])
@@ -196,16 +180,10 @@ def _service(app: FastAPI, server: Server) -> None:
     @app.get("/metrics", tags=["service"], response_class=PlainTextResponse)
     def metrics() -> Response:
         """Return the server's metrics for Prometheus."""
-        try:
-            from prometheus_client import CollectorRegistry, generate_latest
-        except ImportError as error:
-            raise MissingPart("/metrics needs prometheus-client: pip install it") from error
-        registry = CollectorRegistry()
-        registry.register(Collector(session, server.traffic, server.additions.all))
-        return Response(generate_latest(registry), media_type="text/plain; version=0.0.4")
+        state = AtlasState(session, server.additions.all)
+        text = metrics_text(server.traffic, state)
+        return Response(text, media_type="text/plain; version=0.0.4")
 
     @app.get("/docs", include_in_schema=False)
     async def docs(request: Request) -> HTMLResponse:
-        from .docs import page
-
-        return HTMLResponse(page(app.openapi(), str(request.base_url).rstrip("/")))
+        return HTMLResponse(docs_page(app.openapi(), str(request.base_url).rstrip("/")))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -20,6 +20,7 @@ from ...errors import BadInput, Unsupported
 from ..session.answers import MAX_IMAGES
 
 M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
 TRUTHS = ("true", "false")
 
 
@@ -61,24 +62,42 @@ class Body:
     files: dict[str, list[tuple[str, UploadFile]]]
 
 
-@asynccontextmanager
-async def read_body(
-    request: Request, model: type[M], files: tuple[str, ...]
-) -> AsyncIterator[Body]:
-    """Read JSON or a form into a model; its files stay open during the ``with`` block.
+async def with_body(
+    request: Request, model: type[BaseModel], files: tuple[str, ...], work: Callable[[Body], T]
+) -> T:
+    """Read JSON or a form into a model, and return the result of ``work`` in a thread.
+
+    Args:
+        request: the request.
+        model: model of the fields.
+        files: fields of a form that may be files; they stay open during ``work``.
+        work: gets the body.
 
     Raises:
         Unsupported: the body is neither JSON nor a form.
         BadInput: the body does not match the model.
     """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    async with _read_body(request, model, files) as body:
+        return await run_in_threadpool(work, body)
+
+
+def content_type(request: Request) -> str:
+    """Return a request's content type without its parameters."""
+    return request.headers.get("content-type", "").partition(";")[0].strip().lower()
+
+
+@asynccontextmanager
+async def _read_body(
+    request: Request, model: type[M], files: tuple[str, ...]
+) -> AsyncIterator[Body]:
+    kind = content_type(request)
     if kind == "application/json":
         raw = await request.body()
         try:
-            parsed = await run_in_threadpool(model.model_validate_json, raw)
+            fields = await run_in_threadpool(model.model_validate_json, raw)
         except ValidationError as error:
-            raise BadInput(said(error.errors(include_input=False, include_url=False))) from error
-        yield Body(parsed, {})
+            raise BadInput(validation_text(error.errors())) from error
+        yield Body(fields, {})
         return
     if kind != "multipart/form-data":
         raise Unsupported(
@@ -86,10 +105,9 @@ async def read_body(
         )
     try:
         form = await request.form(max_files=MAX_IMAGES, max_fields=300)
-    except HTTPException as error:
-        raise BadInput(f"the form cannot be read: {error.detail}") from error
-    except Exception as error:  # errors of python-multipart, and unknown encodings
-        raise BadInput(f"the form cannot be read: {error}") from error
+    except Exception as error:  # also errors of python-multipart, and unknown encodings
+        reason = error.detail if isinstance(error, HTTPException) else error
+        raise BadInput(f"the form cannot be read: {reason}") from error
     try:
         yield _body_of_form(form, model, files)
     finally:
@@ -97,31 +115,30 @@ async def read_body(
 
 
 def _body_of_form(form: FormData, model: type[M], files: tuple[str, ...]) -> Body:
-    found: dict[str, list[tuple[str, UploadFile]]] = {}
+    uploads: dict[str, list[tuple[str, UploadFile]]] = {}
     fields: dict[str, Any] = {}
     properties = model.model_json_schema()["properties"]
-    for name in form:
-        for value in form.getlist(name):
-            if isinstance(value, UploadFile) and name in files:
-                found.setdefault(name, []).append((_plain_name(value.filename), value))
-            elif isinstance(value, UploadFile):
-                raise BadInput(
-                    f"field {name[:100]!r} is a file; expected files in: {', '.join(files)}"
-                )
-            elif properties.get(name, {}).get("type") == "boolean" and value not in TRUTHS:
-                raise BadInput(f"{name}: expected true or false")
-            elif _is_list(properties.get(name, {})):
-                fields.setdefault(name, []).append(value)
-            else:
-                fields[name] = value
-    spare = {name: ["-"] for name in found if name in properties and name not in fields}
+    for name, value in form.multi_items():
+        schema = properties.get(name, {})
+        if isinstance(value, UploadFile) and name in files:
+            uploads.setdefault(name, []).append((_plain_name(value.filename), value))
+        elif isinstance(value, UploadFile):
+            raise BadInput(f"field {name[:100]!r} is a file; expected files in: {', '.join(files)}")
+        elif schema.get("type") == "boolean" and value not in TRUTHS:
+            raise BadInput(f"{name} is {value[:100]!r}; expected true or false")
+        elif _is_list(schema):
+            fields.setdefault(name, []).append(value)
+        else:
+            fields[name] = value
+    # Fields of the model that a form sends as files only: a placeholder passes the validation.
+    only_files = [name for name in uploads if name in properties and name not in fields]
     try:
-        parsed = model.model_validate({**fields, **spare})
+        parsed = model.model_validate({**fields, **{name: ["-"] for name in only_files}})
     except ValidationError as error:
-        raise BadInput(said(error.errors(include_input=False, include_url=False))) from error
-    for name in spare:
+        raise BadInput(validation_text(error.errors())) from error
+    for name in only_files:
         setattr(parsed, name, [])
-    return Body(parsed, found)
+    return Body(parsed, uploads)
 
 
 def _is_list(schema: dict[str, Any]) -> bool:
@@ -146,23 +163,25 @@ def _pixels(text: str) -> bytes:
         kind, comma, text = text.partition(",")
         if not comma or not kind.lower().endswith(";base64"):
             raise BadInput(
-                f"an image is a data URL of the kind {kind[:40]!r}; expected one that ends in ';base64'"
+                f"an image is a data URL that begins with {kind[:40]!r}; expected ';base64,' in it"
             )
         text = unquote(text)
     try:
         return base64.b64decode("".join(text.split()), validate=True)
     except (binascii.Error, ValueError) as error:
-        raise BadInput(f"an image is no base64 ({error})") from error
+        raise BadInput(
+            f"an image is not valid base64 ({error}); encode its file in base64"
+        ) from error
 
 
 def images_of(body: Body, name: str) -> list[tuple[str, bytes]]:
     """Return the images of a field with their names, files first."""
-    found = [(label, file.file.read()) for label, file in body.files.get(name, [])]
+    files = [(label, file.file.read()) for label, file in body.files.get(name, [])]
     texts = getattr(body.fields, name)
-    return found + [(f"{name}[{n}]", _pixels(text)) for n, text in enumerate(texts)]
+    return files + [(f"{name}[{n}]", _pixels(text)) for n, text in enumerate(texts)]
 
 
-def said(errors: Any) -> str:
+def validation_text(errors: Any) -> str:
     """Return pydantic's error messages without the values that were sent."""
     parts = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in errors[:5]]
     return "; ".join(parts)[:1000]

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, create_model
 
+from ...index.search.cases import Pair
+from ...index.store import rows
+from ..access.users import Role
+from ..session.addition import Addition
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K
 
 MAX_TILE = 2**53
@@ -25,7 +29,7 @@ class Me(BaseModel):
     """The current user; ``-`` if no login is required."""
 
     user: str
-    role: Literal["reader", "editor"]
+    role: Role
 
 
 class EmbeddingsRequest(Request):
@@ -37,22 +41,26 @@ class EmbeddingsRequest(Request):
 class SearchRequest(Request):
     """A search query; needs at least one image or tile in ``images`` or ``like``."""
 
-    images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64; to be like")
-    unlike_images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64")
+    images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64; hits resemble them")
+    unlike_images: list[str] = Field(
+        [], max_length=MAX_EXAMPLES, description="base64; hits do not resemble them"
+    )
     crop: list[Share] | None = Field(
         None,
         min_length=4,
         max_length=4,
         description="left, top, width, height of the first image, as shares of it",
     )
-    like: list[TileId] = Field([], max_length=MAX_EXAMPLES, description="tiles of the atlas")
+    like: list[TileId] = Field(
+        [], max_length=MAX_EXAMPLES, description="ids of tiles that hits resemble"
+    )
     unlike: list[TileId] = Field([], max_length=MAX_EXAMPLES)
     k: int = Field(12, ge=1, le=MAX_K)
     where: Text | None = Field(None, description="such as: organ = 'colon' and patient != 'P7'")
     least: float | None = Field(None, allow_inf_nan=False, description="lowest score of a hit")
     per_slide: bool = Field(False, description="at most one hit per slide")
     leave_out: Literal["", "slide", "patient"] = Field(
-        "", description="of the tiles in like: their slides, or their patients too"
+        "", description="leave out the slides, or all slides of the patients, of the tiles in like"
     )
     clustering: Short | None = None
 
@@ -129,27 +137,22 @@ class Embeddings(BaseModel):
     embeddings: list[list[float]]
 
 
-class Tile(BaseModel):
+def _fields_of(value: type[Any], without: frozenset[str] = frozenset()) -> Any:
+    """Return a base model with the fields of a named tuple."""
+    fields: dict[str, Any] = {
+        name: (kind, value._field_defaults.get(name, ...))
+        for name, kind in get_type_hints(value).items()
+        if name not in without
+    }
+    return create_model(value.__name__, **fields)
+
+
+class Tile(_fields_of(rows.Hit, frozenset({"rank", "score"}))):  # type: ignore[misc]
     """A tile and its metadata."""
 
-    tile: int
-    slide: str
-    x: int
-    y: int
-    size_px_level0: int
-    mpp: float | None
-    label: str | None
-    patient: str | None
-    cluster: int | None
-    file: str | None
-    target_mpp: float | None = None
 
-
-class Hit(Tile):
-    """A similar tile; see :class:`histoseek.index.store.rows.Hit`."""
-
-    rank: int
-    score: float
+class Hit(_fields_of(rows.Hit)):  # type: ignore[misc]  # noqa: D101
+    __doc__ = rows.Hit.__doc__
 
 
 class Placed(BaseModel):
@@ -237,22 +240,10 @@ class Slides(BaseModel):
     total: int
 
 
-class Job(BaseModel):
-    """A slide that is being added to the atlas."""
-
-    id: str
-    slide: str
-    state: Literal["waiting", "embedding", "adding", "done", "failed"]
-    done: int
-    total: int
-    message: str
-    at: str
-
-
 class Jobs(BaseModel):
     """Slides that are being added, newest first."""
 
-    jobs: list[Job]
+    jobs: list[Addition]
 
 
 class Removed(BaseModel):
@@ -282,12 +273,8 @@ class Clusters(BaseModel):
     clusters: list[Cluster]
 
 
-class Region(BaseModel):
+class Region(_fields_of(Pair, frozenset({"query_row"}))):  # type: ignore[misc]
     """A pair of similar regions."""
-
-    score: float
-    query: int | None
-    match: int
 
 
 class SimilarSlide(BaseModel):
@@ -296,7 +283,7 @@ class SimilarSlide(BaseModel):
     name: str
     score: float
     label: str | None
-    regions: list[Region]
+    regions: list[Region] = Field(validation_alias="pairs")
 
 
 class SimilarSlides(BaseModel):

@@ -16,7 +16,7 @@
   const missing = believed.hostname !== here.hostname ? "Host or X-Forwarded-Host"
     : believed.pathname.replace(/\/?$/, "/") !== here.pathname ? "X-Forwarded-Prefix (or start with --root-path)" : "";
   if (missing) document.body.prepend(el("p", { class: "hs-problem", role: "alert" },
-    `This page is at ${here.href}, but the server takes it to be at ${believed.href}. The proxy in between must send ` +
+    `This page is at ${here.href}, but the server was told that it is at ${believed.href}. The proxy must send ` +
     `${missing}; see "Behind a proxy" in docs/ui.md. Until then the page cannot search.`));
 
   const tileUrl = (tile) => `v1/tiles/${tile}.jpg`;
@@ -37,6 +37,14 @@
     return answer;
   }
 
+  /* Call `take` with the files that are dropped on an element. */
+  function onDrop(target, take) {
+    for (const kind of ["dragenter", "dragover"])
+      target.addEventListener(kind, (e) => { e.preventDefault(); target.classList.add("hs-over"); });
+    for (const kind of ["dragleave", "drop"]) target.addEventListener(kind, () => target.classList.remove("hs-over"));
+    target.addEventListener("drop", (e) => { e.preventDefault(); take(e.dataTransfer.files); });
+  }
+
   /* ---- the query image: choose, drop or paste it, and crop it ------------------------------------- */
   hs.picker = (element, trigger, upload) => {
     const input = element.querySelector("input");
@@ -45,7 +53,6 @@
     const box = stage.querySelector(".hs-crop");
     const note = element.querySelector(".hs-picker-note");
     const whole = element.querySelector(".hs-whole");
-    const drop = element.querySelector(".hs-drop");
     const limit = Number(element.querySelector(".hs-picker").dataset.limit);
     let path = null, name = "", crop = null, start = null, url = null, latest = 0;
 
@@ -60,12 +67,12 @@
     async function take(file) {
       if (!file) return;
       if (file.size > limit) {
-        note.textContent = `${file.name} has ${file.size.toLocaleString()} bytes; at most ` +
-          `${limit.toLocaleString()} are taken. Crop or downsample it.`;
+        note.textContent = `${file.name} has ${file.size.toLocaleString()} bytes; the limit is ` +
+          `${limit.toLocaleString()}. Crop or downsample the image.`;
         return;
       }
       const mine = ++latest;
-      path = null;  // what is drawn from now on is of the new picture
+      path = null;  // a box drawn from now on belongs to the new image
       input.value = "";
       note.textContent = `Sending ${file.name} …`;
       if (url) URL.revokeObjectURL(url);
@@ -87,15 +94,12 @@
       if (mine !== latest) return;
       path = sent;
       name = file.name;
-      note.textContent = seen ? `${name}. Drag over the picture to search for a part of it.`
-        : `${name}. This browser does not show such files, so the whole picture is searched for.`;
+      note.textContent = seen ? `${name}. Drag over the image to search with a part of it.`
+        : `${name}. This browser cannot show this format, so the whole image is the query.`;
       send();
     }
     input.addEventListener("change", () => take(input.files[0]));
-    for (const kind of ["dragenter", "dragover"])
-      drop.addEventListener(kind, (e) => { e.preventDefault(); drop.classList.add("hs-over"); });
-    for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("hs-over"));
-    drop.addEventListener("drop", (e) => { e.preventDefault(); take(e.dataTransfer.files[0]); });
+    onDrop(element.querySelector(".hs-drop"), (files) => take(files[0]));
     document.addEventListener("paste", (e) => {
       const file = [...(e.clipboardData?.files ?? [])].find((f) => f.type.startsWith("image/"));
       if (file && element.offsetParent) take(file);
@@ -159,14 +163,13 @@
   hs.files = (element, upload) => {
     const root = element.querySelector(".hs-picker");
     const input = root.querySelector("input");
-    const drop = root.querySelector(".hs-drop");
     const list = root.querySelector(".hs-files");
     const note = root.querySelector(".hs-picker-note");
     const limit = Number(root.dataset.limit), many = input.multiple;
     let files = [], sending = 0;
     choosers[input.id.replace(/-input$/, "")] = () => ({ files, sending });
     const draw = () => list.replaceChildren(...files.map((file, n) => el("li", {}, el("span", {}, file.name),
-      el("button", { type: "button", "aria-label": `Take ${file.name} off the list`, onclick: () => {
+      el("button", { type: "button", "aria-label": `Remove ${file.name} from the list`, onclick: () => {
         files = files.filter((_, m) => m !== n); if (root.dataset.local) input.value = ""; draw(); } }, "×"))));
     async function take(chosen) {
       if (root.dataset.local) {
@@ -192,10 +195,7 @@
       sending--;
     }
     input.addEventListener("change", () => take(input.files));
-    for (const kind of ["dragenter", "dragover"])
-      drop.addEventListener(kind, (e) => { e.preventDefault(); drop.classList.add("hs-over"); });
-    for (const kind of ["dragleave", "drop"]) drop.addEventListener(kind, () => drop.classList.remove("hs-over"));
-    drop.addEventListener("drop", (e) => { e.preventDefault(); take(e.dataTransfer.files); });
+    onDrop(root.querySelector(".hs-drop"), take);
     root.addEventListener("hs-clear", () => { files = []; draw(); });
   };
 
@@ -207,7 +207,7 @@
     const row = { label: label ?? "", patient: patient ?? "", mpp: mpp ?? "", replace: Boolean(replace) };
     const file = input.files[0];
     const done = (ok, text) => [JSON.stringify({ ok, text }), label, patient, mpp, replace];
-    if (Boolean(file) === Boolean(path?.trim())) return done(false, "give either a file or a path");
+    if (Boolean(file) === Boolean(path?.trim())) return done(false, "choose a file or enter a path; expected exactly one of them");
     let body, kind = null;
     if (file) {
       body = new FormData();
@@ -227,13 +227,13 @@
       request.onerror = () => resolve(done(false, "the server does not answer; try again"));
       request.onload = () => {
         note.textContent = "";
-        let said = {};
-        try { said = JSON.parse(request.responseText); } catch { /* use the status */ }
+        let reply = {};
+        try { reply = JSON.parse(request.responseText); } catch { /* use the status */ }
         if (request.status === 202) {
           input.value = "";
           root.dispatchEvent(new Event("hs-clear"));
-          resolve(done(true, `${said.slide} was taken; how far it is stands below.`));
-        } else resolve(done(false, said.error?.message ?? `the server answered ${request.status}`));
+          resolve(done(true, `${reply.slide} was accepted. The list shows its progress.`));
+        } else resolve(done(false, reply.error?.message ?? `the server answered ${request.status}`));
       };
       request.send(body);
     });
@@ -257,10 +257,10 @@
   document.addEventListener("error", (e) => {
     const image = e.target;
     if (!(image instanceof HTMLImageElement) || !image.src.includes("/v1/")) return;
-    const told = el("span", { class: "hs-missing", role: "img", "aria-label": image.alt }, "picture not there");
-    image.replaceWith(told);
+    const text = el("span", { class: "hs-missing", role: "img", "aria-label": image.alt }, "image not available");
+    image.replaceWith(text);
     fetch(image.src).then(async (r) => {
-      if (!r.ok) told.textContent = (await r.json())?.error?.message ?? told.textContent;
+      if (!r.ok) text.textContent = (await r.json())?.error?.message ?? text.textContent;
     }).catch(() => {});
   }, true);
 
@@ -287,26 +287,23 @@
     }
     if (mine !== opening) return;
     const where = facts.file ?? `x ${facts.x}, y ${facts.y}`;
-    const figure = (url, alt, caption) => {
-      const shown = el("figure", {}, el("img", { src: url, alt }), el("figcaption", {}, caption));
-      return shown;
-    };
+    const figure = (url, alt, caption) => el("figure", {}, el("img", { src: url, alt }), el("figcaption", {}, caption));
     const list = el("dl", { class: "hs-facts-list" });
-    const known = { slide: facts.slide, place: where, label: facts.label, patient: facts.patient,
+    const rows = { slide: facts.slide, position: where, label: facts.label, patient: facts.patient,
       cluster: facts.cluster === null || facts.cluster < 0 ? null : facts.cluster,
       "µm per pixel of level 0": facts.mpp };
-    for (const [key, value] of Object.entries(known))
+    for (const [key, value] of Object.entries(rows))
       if (value !== null && value !== undefined && value !== "")
         list.append(el("dt", {}, key), el("dd", {}, String(value)));
     const act = (kind, text) => el("button", {
       class: "hs-act", onclick: () => { dialog.close(); pick(kind, tile); } }, text);
-    const pictures = el("div", { class: "hs-context" },
+    const images = el("div", { class: "hs-context" },
       figure(tileUrl(tile), `tile ${tile}`, "the tile"),
-      figure(`v1/tiles/${tile}/field.jpg`, `tile ${tile} amid its neighbours`,
-        facts.file ? "the whole picture; the encoder saw the box" : "around it, at a lower magnification"));
-    if (!facts.file) pictures.append(figure(`v1/tiles/${tile}/place.jpg`, `where tile ${tile} lies`, "on the slide"));
+      figure(`v1/tiles/${tile}/field.jpg`, `tile ${tile} with its surroundings`,
+        facts.file ? "the whole image; the box is what the encoder saw" : "its surroundings, at a lower magnification"));
+    if (!facts.file) images.append(figure(`v1/tiles/${tile}/place.jpg`, `position of tile ${tile} on the slide`, "position on the slide"));
     dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `${facts.slide}, ${where}`),
-      pictures, list, el("div", { class: "hs-acts" }, act("like", "+ More like this"), act("unlike", "− Unlike this")));
+      images, list, el("div", { class: "hs-acts" }, act("like", "+ More like this"), act("unlike", "− Unlike this")));
     close.focus();
   };
 
@@ -329,7 +326,7 @@
     let loading = null;
     return () => (loading ??= new Promise((done, failed) => {
       document.head.append(el("script", { src: "page-assets/plotly.min.js", onload: done,
-        onerror: () => { loading = null; failed(new Error("the map's program could not be loaded")); } }));
+        onerror: () => { loading = null; failed(new Error("the library Plotly could not be loaded; reload the page")); } }));
     }));
   })();
 
@@ -359,7 +356,7 @@
           return;
         }
         if (mine !== drawing) return;
-        if (wait > 3) note.textContent = "Laying the tiles out … this happens once, and takes some seconds.";
+        if (wait > 3) note.textContent = "Computing the map … this happens once and takes some seconds.";
         await new Promise((r) => setTimeout(r, wait < 4 ? 300 : 1500));
       }
       await draw();
@@ -409,11 +406,11 @@
       }, { displaylogo: false, responsive: true, showTips: false, scrollZoom: true,
         modeBarButtons: [["zoomIn2d", "zoomOut2d", "resetScale2d"]] });
       const shown = about.shown < about.total
-        ? `${about.shown.toLocaleString()} of ${about.total.toLocaleString()} tiles, drawn at random`
+        ? `${about.shown.toLocaleString()} of ${about.total.toLocaleString()} tiles, chosen at random`
         : `All ${about.total.toLocaleString()} tiles`;
       note.textContent = `${shown}. ${about.method} of ${about.landmarks.toLocaleString()}; trustworthiness ` +
-        `${about.trust.toFixed(3)} of 1: near points are alike, distances between islands mean little.` +
-        (few ? "" : ` ${about.names.length.toLocaleString()} values share seven colours.`);
+        `${about.trust.toFixed(3)} of 1: points that are close are similar; distances between groups mean little.` +
+        (few ? "" : ` ${about.names.length.toLocaleString()} values share seven colours, so a colour has several meanings.`);
       fit();
       if (plot.dataset.wired) return;
       plot.dataset.wired = "1";
@@ -434,8 +431,8 @@
       if (!gallery) return;
       const some = ids.length > 60 ? ids.filter((_, n) => n % Math.ceil(ids.length / 60) === 0) : ids;
       const head = ids.length
-        ? `${ids.length.toLocaleString()} tiles chosen` + (some.length < ids.length ? `, ${some.length} of them shown` : "")
-        : "Draw around points to see their tiles; click one to open it.";
+        ? `${ids.length.toLocaleString()} tiles selected` + (some.length < ids.length ? `, ${some.length} of them shown` : "")
+        : "Draw around points to see their tiles; click a point or a tile to open it.";
       gallery.replaceChildren(el("p", { role: "status" }, head), el("ul", { class: "hs-strip" }, ...some.map((tile) =>
         el("li", {}, el("button", { class: "hs-open", "data-open": tile, "aria-label": `Open tile ${tile}` },
           el("img", { src: tileUrl(tile), alt: `tile ${tile}`, width: 96, height: 96, loading: "lazy" }))))));
@@ -478,7 +475,7 @@
         plot.querySelector(".nsewdrag")?.dispatchEvent(new WheelEvent("wheel", e));
       }, { passive: false });
       lasso.addEventListener("pointerleave", () => { if (peek) peek.hidden = true; });
-      use(window.innerWidth < 700 ? "move" : "lasso");  // a finger shall be able to scroll past
+      use(window.innerWidth < 700 ? "move" : "lasso");  // so that a finger can scroll the page
     }
     /* The lasso covers only the points: legend and buttons stay clickable. */
     function fit() {
@@ -566,18 +563,17 @@
     if (!form) return;
     e.preventDefault();
     const cluster = form.closest("[data-cluster]").dataset.cluster;
-    const told = form.querySelector("[role=status]");
-    told.textContent = "Saving …";
+    const status = form.querySelector("[role=status]");
+    status.textContent = "Saving …";
     const body = { name: form.elements.name.value, description: form.elements.description.value,
       clustering: form.dataset.clustering };
     try {
       const answer = await fetch(`v1/clusters/${cluster}`, {
         method: "PUT", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
-      const said = await answer.json();
-      told.textContent = answer.ok ? "Saved." : said.error.message;
+      status.textContent = answer.ok ? "Saved." : (await answer.json()).error.message;
       if (answer.ok) hs.changes = (hs.changes ?? 0) + 1;
     } catch (error) {
-      told.textContent = `Not saved: ${error.message}. Is the server up?`;
+      status.textContent = `Not saved: ${error.message}. Check that the server is running.`;
     }
   });
 })();

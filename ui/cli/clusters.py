@@ -3,41 +3,41 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import typer
 
 from ... import console
-from ...console import Json
 from ...errors import BadInput
 
-AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
-Clusters = Annotated[
-    str | None, typer.Option("--clusters", help="Name of the clustering; the newest if left out.")
-]
 BAR = 30
+"""Width of a bar, in characters."""
 
 
 def fit(
-    atlas: AtlasPath,
-    method: Annotated[
-        str, typer.Option(help="kmeans, hdbscan, or encoder: those it was trained with.")
-    ] = "kmeans",
-    k: Annotated[str, typer.Option(help="Clusters of k-means: auto or a number.")] = "auto",
-    name: Annotated[str | None, typer.Option(help="Name of the clustering.")] = None,
-    min_cluster_size: Annotated[
-        int | None, typer.Option(help="Minimum cluster size of HDBSCAN.")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    json: Json = False,
+    atlas: Path,
+    method: str = "kmeans",
+    k: str = "auto",
+    name: str | None = None,
+    min_cluster_size: int | None = None,
+    seed: int = 0,
 ) -> None:
-    """Fit clusters on all tiles of the atlas. New images can then be assigned to them."""
+    """Fit clusters to all tiles of the atlas. New images can then be assigned to them.
+
+    Options:
+        method: kmeans, hdbscan, or encoder (the clusters that the encoder learned in training).
+        k: Number of k-means clusters, or auto.
+        name: Name of the clustering.
+        min_cluster_size: Minimum number of tiles in an HDBSCAN cluster.
+    """
     from ...index.atlas import Atlas
 
     if k != "auto" and not (k.isascii() and k.isdigit() and int(k) >= 1):
         raise BadInput(f"--k is {k!r}; expected auto or a number of at least 1")
     if k != "auto" and method != "kmeans":
-        raise BadInput(f"--k is for kmeans; {method} finds its number by itself")
+        raise BadInput(
+            f"--k is only for --method kmeans; {method} finds the number of clusters itself"
+        )
     count = None if k == "auto" else int(k)
     with console.working(f"fitting {method}"):
         result = Atlas(atlas).fit(method, count, name, min_cluster_size, seed)
@@ -48,16 +48,16 @@ def fit(
         console.table(title, ("cluster", "tiles"), rows)
         if result["names_dropped"]:
             console.say(
-                f"{result['names_dropped']} names that were given are gone: these are other clusters"
+                f"{result['names_dropped']} cluster names were removed, because the clusters changed"
             )
         foreign = result.get("foreign_tiles", 0)
         if foreign and result["gate_ignored"]:
             console.say(
-                f"{foreign} tiles do not look like stained tissue: more than half, so all were fitted to"
+                f"{foreign} tiles, more than half, do not look like stained tissue; all tiles were used"
             )
         elif foreign:
             console.say(
-                f"{foreign} tiles do not look like stained tissue: they are unknown and took no part"
+                f"{foreign} tiles do not look like stained tissue; they were not used and are unknown"
             )
         if "silhouette_by_k" in result:
             curve = ", ".join(
@@ -68,13 +68,12 @@ def fit(
     console.emit(result, human)
 
 
-def curve(
-    atlas: AtlasPath,
-    method: Annotated[str, typer.Option(help="kmeans or hdbscan.")] = "kmeans",
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    json: Json = False,
-) -> None:
-    """Compare numbers of clusters: how well they separate the tiles, and how stable they are."""
+def curve(atlas: Path, method: str = "kmeans", seed: int = 0) -> None:
+    """Compare numbers of clusters: how separate and stable are they?
+
+    Options:
+        method: kmeans or hdbscan.
+    """
     from ...index.atlas import Atlas
     from ...index.clusters.curve import curve as measure
     from ...index.clusters.fit import to_fit
@@ -94,7 +93,7 @@ def curve(
         sheet = [(*(row[n] for n in names), _bar(row["stability"])) for row in rows]
         console.table(f"{method} on {atlas}", (*names, ""), sheet)
         console.say(
-            "silhouette: 1 is well parted; stability: 1 comes out the same on any half (bar)"
+            "silhouette 1: well separated; stability 1 (bar): any half of the tiles gives the same clusters"
         )
 
     console.emit({"method": method, "curve": rows}, human)
@@ -104,75 +103,74 @@ def _bar(share: float | None) -> str:
     return "█" * max(0, round(BAR * (share or 0)))
 
 
-def clusters(
-    atlas: AtlasPath,
-    name: Clusters = None,
-    examples: Annotated[int, typer.Option(help="Example tiles per cluster.")] = 3,
-    json: Json = False,
-) -> None:
-    """List the clusters with their names, sizes, labels and example tiles."""
+def clusters(atlas: Path, clusters: str | None = None, examples: int = 3) -> None:
+    """List clusters with name, size, labels and example tiles.
+
+    Options:
+        examples: Number of example tiles per cluster.
+    """
     from ...index.atlas import Atlas
 
-    report = Atlas(atlas).clusters(name, examples)
+    report = Atlas(atlas).clusters(clusters, examples)
+
+    columns = ("cluster", "name", "tiles", "slides", "unknown", "labels", "examples")
 
     def human() -> None:
         rows = [
             (
                 "noise" if c["cluster"] < 0 else c["cluster"],
-                c["name"],
-                c["tiles"],
-                c["slides"],
-                c["unknown"],
+                *(c[column] for column in columns[1:5]),
                 ", ".join(f"{k} {n}" for k, n in list(c["labels"].items())[:4]),
                 ", ".join(f"{t['slide']} {t['file'] or (t['x'], t['y'])}" for t in c["examples"]),
             )
             for c in report
         ]
-        columns = ("cluster", "name", "tiles", "slides", "unknown", "labels", "examples")
         console.table("", columns, rows)
 
     console.emit(report, human)
 
 
 def name(
-    atlas: AtlasPath,
-    cluster: Annotated[int, typer.Argument(help="Number of the cluster.")],
-    text: Annotated[str, typer.Argument(help="New name; empty to remove it.")],
-    description: Annotated[str, typer.Option(help="Description of the cluster.")] = "",
-    clustering: Clusters = None,
-    json: Json = False,
+    atlas: Path, cluster: int, text: str, description: str = "", clusters: str | None = None
 ) -> None:
-    """Give a cluster a name."""
+    """Give a cluster a name.
+
+    Options:
+        cluster: Number of the cluster.
+        text: New name; '' deletes the name.
+        description: Description of the cluster.
+    """
     from ...index.atlas import Atlas
 
-    Atlas(atlas).name_cluster(cluster, text, description, clustering)
+    Atlas(atlas).name_cluster(cluster, text, description, clusters)
     document = {"cluster": cluster, "name": text, "description": description}
     console.emit(document, lambda: console.say(f"cluster {cluster} is {text!r}"))
 
 
-def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
-    """Count tiles added after the fit that match no cluster; exit code 1 if there is drift."""
+def drift(atlas: Path, clusters: str | None = None) -> None:
+    """Check whether tiles added after the fit still match clusters.
+
+    Exit code 1: no, significantly more of them are unknown.
+    """
     from ...index.atlas import Atlas
 
-    report = Atlas(atlas).drift(name)
+    report = Atlas(atlas).drift(clusters)
 
     def human() -> None:
         def row(title: str, facts: dict[str, Any]) -> tuple[Any, ...]:
             low, high = facts["interval_95"] or (None, None)
             return title, facts["tiles"], facts["unknown"], facts["share"], low, high
 
-        rows = [row("fitted", report["fitted"]), row("came later", report["later"])]
-        columns = ("tiles", "how many", "unknown", "share", "95 % from", "to")
+        rows = [row("fitted", report["fitted"]), row("added later", report["later"])]
+        columns = ("tiles", "number", "unknown", "share", "95 % from", "to")
         console.table(f"clustering {report['clustering']}", columns, rows)
         slides = [(s["slide"], s["tiles"], s["unknown"], s["share"]) for s in report["slides"][:20]]
         if slides:
-            console.table("slides that came later", ("slide", "tiles", "unknown", "share"), slides)
+            console.table("slides added later", ("slide", "tiles", "unknown", "share"), slides)
         if report["drifted"]:
-            text = (
-                "DRIFT: what came later is not what was fitted; fit again, or look at these slides"
-            )
+            text = "DRIFT: the added tiles differ from the fitted tiles; check these slides, or fit again"
         else:
-            text = "no drift" if report["later"]["tiles"] else "nothing came since the fit"
+            text = "no drift" if report["later"]["tiles"] else "no tiles were added after the fit"
         console.say(text)
 
     console.emit(report, human)
@@ -180,15 +178,11 @@ def drift(atlas: AtlasPath, name: Clusters = None, json: Json = False) -> None:
         raise typer.Exit(console.EXIT_FAILED)
 
 
-def make_map(
-    atlas: AtlasPath,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    json: Json = False,
-) -> None:
-    """Compute the map of the atlas for the page (t-SNE). The page computes it if there is none."""
+def map_(atlas: Path, seed: int = 0) -> None:
+    """Compute the map of all tiles (t-SNE). Otherwise the page computes it when it is first needed."""
     from ...index.atlas import Atlas
 
-    with console.working("laying tiles out by t-SNE"):
+    with console.working("computing the map with t-SNE"):
         made = Atlas(atlas).make_layout(seed)
     document = {
         "method": made.method,
@@ -196,20 +190,7 @@ def make_map(
         "landmarks": len(made.points),
         "trustworthiness": made.trust,
     }
+    text = f"map of {made.tiles:,} tiles: {made.method} of {len(made.points):,} tiles, "
     console.emit(
-        document,
-        lambda: console.say(
-            f"map of {made.tiles:,} tiles by {made.method} of {len(made.points):,}; "
-            f"trustworthiness {made.trust:.3f} of 1"
-        ),
+        document, lambda: console.say(f"{text}trustworthiness {made.trust:.3f} (at most 1)")
     )
-
-
-COMMANDS = {
-    "fit": fit,
-    "map": make_map,
-    "curve": curve,
-    "clusters": clusters,
-    "name": name,
-    "drift": drift,
-}

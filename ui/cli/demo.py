@@ -47,7 +47,7 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
     from ...serving.slides.slide import open_slide
 
     if folder.exists() and not folder.is_dir():
-        raise BadInput(f"{folder} is a file; pass --dir with a folder")
+        raise BadInput(f"--dir {folder} is a file; expected a folder")
     folder.mkdir(parents=True, exist_ok=True)
     slide = get_slide(folder)
     encoder = open_encoder("default")
@@ -56,38 +56,42 @@ def run_demo(folder: Path) -> tuple[Path, bool]:
     atlas = Atlas(path) if path.exists() else Atlas.create(path, DEFAULT_BUNDLE)
     added = atlas.add([features])[0]
     if added.state == "failed":
-        raise BadInput(f"{added.reason} (remove {folder} to start afresh)")
-    console.say(f"2  atlas {path}: {added.tiles} tiles of tissue")
+        raise BadInput(f"{added.reason} (delete {folder} and run the demo again)")
+    console.say(f"2  added {added.tiles} tiles with tissue to the atlas {path}")
     _fit(atlas)
     with open_slide(slide) as opened:
-        asked, crops = _queries(opened, atlas, encoder.manifest.size_px)
-    Image.fromarray(crops[0]).save(folder / "query.png")
-    (x, y), side = asked[0], atlas.slides()[0]["size_px_level0"]
-    console.say(f"4  query: the tile at x={x}, y={y}, turned by a quarter ({folder / 'query.png'})")
-    found = atlas.search(encoder.embed(np.stack(crops)), 5)
-    hits = found[0]
+        corners, crops = _queries(opened, atlas, encoder.manifest.size_px)
+    query = folder / "query.png"
+    Image.fromarray(crops[0]).save(query)
+    (x, y), side = corners[0], atlas.slides()[0]["size_px_level0"]
+    console.say(f"4  query: the tile at x={x}, y={y}, rotated by 90 degrees ({query})")
+    answers = atlas.search(encoder.embed(np.stack(crops)), 5)
+    hits = answers[0]
     rows = [(h.rank, h.score, h.slide, h.x, h.y, h.cluster) for h in hits]
     console.table("", ("rank", "score", "slide", "x", "y", "cluster"), rows)
-    right = [covers(h[0].x, h[0].y, side, *place) for h, place in zip(found, asked, strict=True)]
-    verdict = "is where the crop was cut from" if right[0] else "is NOT where the crop was cut from"
-    console.say(f"   the best hit {verdict}")
+    found = [covers(h[0].x, h[0].y, side, *c) for h, c in zip(answers, corners, strict=True)]
+    console.say(f"   the best hit is {'' if found[0] else 'NOT '}the position of the query")
     console.say(
-        f"   of {TURNED} more crops, turned by any angle, {sum(right[1:])} found their place"
+        f"   of {TURNED} crops at random angles, {sum(found[1:])} were found at their position"
     )
-    placed = atlas.assign(encoder.embed(crops[0][None]))[0]
-    console.say(f"   its cluster: {placed['cluster']}, strength {placed['strength']:.2f}")
+    assigned = atlas.assign(encoder.embed(crops[0][None]))[0]
+    console.say(
+        f"   cluster of the query: {assigned['cluster']}, strength {assigned['strength']:.2f}"
+    )
     document: dict[str, Any] = {
         "slide": str(slide),
         "atlas": str(path),
         "tiles": added.tiles,
         "query": {"x": x, "y": y},
-        "best_hit_is_the_place": right[0],
-        "turned_by_any_angle": {"crops": TURNED, "found_their_place": sum(right[1:])},
+        "best_hit_is_the_place": found[0],
+        "turned_by_any_angle": {"crops": TURNED, "found_their_place": sum(found[1:])},
         "hits": [h._asdict() for h in hits],
-        "assigned": placed,
+        "assigned": assigned,
     }
-    console.emit(document, lambda: console.say(f"done; open the page: {_program()} ui {path}"))
-    return path, right[0]
+    console.emit(
+        document, lambda: console.say(f"done; to open the page, run: {_program()} ui {path}")
+    )
+    return path, found[0]
 
 
 def _embed(slide: Path, encoder: Encoder, out: Path) -> Path:
@@ -106,10 +110,10 @@ def _embed(slide: Path, encoder: Encoder, out: Path) -> Path:
 
 
 def _fit(atlas: Atlas) -> None:
-    for method in ("hdbscan", "kmeans"):  # the last one fitted is the one that hits show
+    for method in ("hdbscan", "kmeans"):  # hits show the clusters of the last one
         try:
             fitted = atlas.fit(method)
-        except BadInput as error:  # a small slide may be all of one kind
+        except BadInput as error:  # a small slide may have too few kinds of tissue
             console.say(f"3  {error}")
             continue
         sizes = ", ".join(f"{'noise' if c < 0 else c}: {n}" for c, n in fitted["sizes"].items())
@@ -128,13 +132,11 @@ def _queries(slide: Slide, atlas: Atlas, size_px: int) -> tuple[list[tuple[int, 
     rng = np.random.default_rng(CROP_SEED)
     tiles = atlas.view().columns.places().tolist()
     chosen = rng.choice(len(tiles), TURNED + 1, replace=len(tiles) <= TURNED)
-    places = [(tiles[n][0], tiles[n][1]) for n in chosen]
+    corners = [(tiles[n][0], tiles[n][1]) for n in chosen]
     side = atlas.slides()[0]["size_px_level0"]
-    first = np.ascontiguousarray(np.rot90(slide.read_tile(*places[0], side, size_px)))
-    return places, [
-        first,
-        *(rotated_crop(slide, x, y, side, size_px, rng) for x, y in places[1:]),
-    ]
+    first = np.ascontiguousarray(np.rot90(slide.read_tile(*corners[0], side, size_px)))
+    others = (rotated_crop(slide, x, y, side, size_px, rng) for x, y in corners[1:])
+    return corners, [first, *others]
 
 
 def covers(hit_x: int, hit_y: int, side: int, x: int, y: int) -> bool:
@@ -153,29 +155,29 @@ def rotated_crop(
     reach = int(np.ceil(side * 0.75))  # half a diagonal plus a margin
     cx, cy = x + side // 2, y + side // 2
     wide = slide.read_tile(cx - reach, cy - reach, 2 * reach, round(2 * reach / scale))
-    picture = Image.fromarray(wide)
+    image = Image.fromarray(wide)
     if rng.random() < 0.5:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-    turned = picture.rotate(float(rng.uniform(0, 360)), Image.Resampling.BICUBIC)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    turned = image.rotate(float(rng.uniform(0, 360)), Image.Resampling.BICUBIC)
     edge = (turned.width - size_px) // 2
     return np.asarray(turned.crop((edge, edge, edge + size_px, edge + size_px)))
 
 
 def get_slide(folder: Path) -> Path:
-    """Return the demo's slide: downloaded, or made from scikit-image's tissue without network access."""
+    """Return the demo's slide: downloaded, or without network access made from an image of scikit-image."""
     real = folder / "CMU-1-Small-Region.svs"
     if real.is_file() and _sha256(real.read_bytes()) == SLIDE_SHA256:
         return real
     made = folder / "immunohistochemistry.tiff"
     if made.is_file():
         return made
-    console.say(f"fetching {SLIDE_URL}")
+    console.say(f"downloading {SLIDE_URL}")
     try:
         write_atomic(real, fetch(SLIDE_URL, SLIDE_SHA256, SLIDE_BYTES))
         return real
     except (BadInput, Damaged) as error:
         console.say(f"   {error}")
-    console.say("   instead: a pyramidal TIFF of scikit-image's immunohistochemistry picture")
+    console.say("   using a slide made from scikit-image's immunohistochemistry image instead")
     make_tissue_slide(made)
     return made
 
@@ -192,9 +194,13 @@ def fetch(url: str, sha256: str, size: int) -> bytes:
             blob: bytes = answer.read(2 * size + 1)
     except (urllib.error.URLError, http.client.HTTPException, OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
-        raise BadInput(f"cannot fetch {url} ({reason}); no internet here?") from error
+        raise BadInput(
+            f"{url} cannot be downloaded ({reason}); check the internet connection"
+        ) from error
     if _sha256(blob) != sha256:
-        raise Damaged(f"{url} gave other bytes than expected ({len(blob):,}); try again later")
+        raise Damaged(
+            f"the file downloaded from {url} ({len(blob):,} bytes) has a wrong checksum; try again later"
+        )
     return blob
 
 
@@ -213,9 +219,9 @@ def make_tissue_slide(path: Path) -> None:
     import tifffile
     from skimage import data
 
-    picture = Image.fromarray(data.immunohistochemistry())
-    side = picture.width * ENLARGED
-    level = picture.resize((side, side), Image.Resampling.BICUBIC)
+    image = Image.fromarray(data.immunohistochemistry())
+    side = image.width * ENLARGED
+    level = image.resize((side, side), Image.Resampling.BICUBIC)
     buffer = io.BytesIO()
     with tifffile.TiffWriter(buffer) as out:
         for number in range(3):

@@ -1,4 +1,4 @@
-"""``histoseek doctor``: shows installed parts, accelerators, and how to install missing parts."""
+"""``histoseek doctor``: installed parts, accelerators, and how to install missing parts."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import platform
 import shutil
 import subprocess
 import sys
+from functools import cache
 from importlib import import_module, metadata
 from typing import Any
 
@@ -15,38 +16,18 @@ from ... import __version__, console
 PARTS = (
     ("embedding", ("onnxruntime",), "cpu", "embed slides, search and assign", True),
     ("index", ("faiss", "hdbscan", "sklearn"), "cpu", "atlas, search, clusters", True),
-    (
-        "slides",
-        ("openslide", "tifffile", "imagecodecs", "simplejpeg", "h5py", "skimage"),
-        "cpu",
-        "read whole slides",
-        True,
-    ),
+    ("slides", ("openslide", "tifffile", "imagecodecs", "simplejpeg", "h5py", "skimage"), "cpu",
+     "read whole slides", True),
     ("page", ("gradio", "fastapi", "uvicorn", "plotly", "openTSNE"), "ui", "histoseek ui", False),
-    (
-        "training",
-        ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript"),
-        "train",
-        "histoseek train and export",
-        False,
-    ),
-    ("openvino", ("openvino",), "openvino", "a faster engine on many CPUs", False),
+    ("training", ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript"), "train",
+     "histoseek train and export", False),
+    ("openvino", ("openvino",), "openvino", "faster embedding on many CPUs", False),
     ("triton", ("tritonclient.grpc",), "triton", "encoders on a Triton server", False),
     ("ray", ("ray", "fsspec"), "ray", "embed on many machines", False),
-    ("metrics", ("prometheus_client",), "metrics", "embed --metrics", False),
-    ("milvus", ("pymilvus",), "milvus", "atlas on Milvus", False),
-    ("bridges", ("pyarrow", "anndata"), "bridges", "index export to Parquet and AnnData", False),
-)
-DISTRIBUTIONS = {
-    "faiss": ("faiss-cpu", "faiss-gpu-cu12"),
-    "sklearn": ("scikit-learn",),
-    "skimage": ("scikit-image",),
-    "onnxruntime": ("onnxruntime", "onnxruntime-gpu"),
-    "openslide": ("openslide-python",),
-    "lightning_fabric": ("lightning-fabric",),
-    "tritonclient.grpc": ("tritonclient",),
-    "prometheus_client": ("prometheus-client",),
-}
+    ("metrics", ("prometheus_client",), "metrics", "metrics of histoseek embed", False),
+    ("milvus", ("pymilvus",), "milvus", "search in Milvus", False),
+    ("bridges", ("pyarrow", "anndata"), "bridges", "export to Parquet and AnnData", False),
+)  # fmt: skip
 
 
 def examine() -> dict[str, Any]:
@@ -84,27 +65,28 @@ def _part(
     }
 
 
+_distributions = cache(metadata.packages_distributions)
+
+
 def _version(module: str) -> str:
-    for distribution in DISTRIBUTIONS.get(module, (module,)):
-        try:
-            return metadata.version(distribution)
-        except metadata.PackageNotFoundError:
-            continue
-    return "?"
+    distributions = _distributions().get(module.partition(".")[0], [])
+    return metadata.version(distributions[0]) if distributions else "?"
 
 
 def _accelerators() -> dict[str, Any]:
-    found: dict[str, Any] = {"onnxruntime": [], "faiss_gpus": 0, "nvidia": []}
+    accelerators: dict[str, Any] = {"onnxruntime": [], "faiss_gpus": 0, "nvidia": []}
     if "onnxruntime" in sys.modules:
-        found["onnxruntime"] = sys.modules["onnxruntime"].get_available_providers()
+        accelerators["onnxruntime"] = sys.modules["onnxruntime"].get_available_providers()
     if "faiss" in sys.modules and hasattr(sys.modules["faiss"], "get_num_gpus"):
-        found["faiss_gpus"] = sys.modules["faiss"].get_num_gpus()
+        accelerators["faiss_gpus"] = sys.modules["faiss"].get_num_gpus()
     tool = shutil.which("nvidia-smi")
     if tool:
         command = [tool, "--query-gpu=name,memory.total", "--format=csv,noheader"]
         answer = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
-        found["nvidia"] = answer.stdout.strip().splitlines() if answer.returncode == 0 else []
-    return found
+        accelerators["nvidia"] = (
+            answer.stdout.strip().splitlines() if answer.returncode == 0 else []
+        )
+    return accelerators
 
 
 def _encoder() -> dict[str, Any]:
@@ -127,14 +109,13 @@ def show(report: dict[str, Any]) -> None:
         state = "ok" if part["installed"] else f"missing {', '.join(part['missing'])}"
         versions = ", ".join(f"{k} {v}" for k, v in part["versions"].items())
         rows.append((part["name"], part["for"], state, part["remedy"] or versions))
-    console.table("", ("part", "for", "state", "versions, or how to get it"), rows)
-    found = report["accelerators"]
-    console.say(f"ONNX Runtime: {', '.join(found['onnxruntime']) or 'not installed'}")
-    console.say(f"GPUs: {', '.join(found['nvidia']) or 'none found'}; FAISS: {found['faiss_gpus']}")
+    console.table("", ("part", "needed for", "state", "versions, or how to install"), rows)
+    accelerators = report["accelerators"]
+    console.say(f"ONNX Runtime: {', '.join(accelerators['onnxruntime']) or 'not installed'}")
+    gpus = ", ".join(accelerators["nvidia"]) or "none found"
+    console.say(f"GPUs: {gpus}; usable by FAISS: {accelerators['faiss_gpus']}")
     encoder = report["encoder"]
-    if encoder["ok"]:
-        console.say(f"default encoder: {encoder['name']} ({encoder['sha256'][:12]}…)")
-    else:
-        console.say(f"default encoder: {encoder['reason']}")
+    text = f"{encoder['name']} ({encoder['sha256'][:12]}…)" if encoder["ok"] else encoder["reason"]
+    console.say(f"default encoder: {text}")
     if not report["ok"]:
-        console.say("a needed part is missing: install what the table says")
+        console.say("a required part is missing; run the command in its row of the table")

@@ -10,10 +10,12 @@ from typing import Annotated
 import typer
 
 from ... import console
-from ...console import Json
 from ...errors import BadInput
 from ...serving.embedding.results import EmbedOptions, EncoderChoice, Result
+from .commands import Commands
 from .options import with_flags
+
+app = Commands("Embed.")
 
 
 class Kind(StrEnum):
@@ -24,30 +26,28 @@ class Kind(StrEnum):
     tiles = "tiles"
 
 
+@app.command()
 @with_flags
 def embed(
-    inputs: Annotated[list[Path], typer.Argument(help="Slides, folders, tile packs.")],
-    out: Annotated[
-        str, typer.Option(help="Folder of the feature files; with --ray also a URL (s3://…).")
-    ],
+    inputs: list[Path],
+    out: Annotated[str, typer.Option()],
     choice: EncoderChoice,
     options: EmbedOptions,
-    magnification: Annotated[
-        float | None, typer.Option(help="Instead of --mpp: 20 is 0.5 µm per pixel, 40 is 0.25.")
-    ] = None,
-    metrics: Annotated[
-        str | None, typer.Option(help="[HOST:]PORT for Prometheus while it runs.")
-    ] = None,
-    ray: Annotated[
-        str | None,
-        typer.Option(help="Spread slides over a Ray cluster: its address, or 'local'."),
-    ] = None,
-    kind: Annotated[
-        Kind, typer.Option("--as", help="What a folder of pictures holds.", hidden=True)
-    ] = Kind.auto,
-    json: Json = False,
+    magnification: float | None = None,
+    metrics: str | None = None,
+    ray: str | None = None,
+    kind: Annotated[Kind, typer.Option("--as", hidden=True)] = Kind.auto,
 ) -> None:
-    """Embed slides and tile sets into feature files. Repeat the command to finish an interrupted run."""
+    """Embed slides and tile sets into feature files. Run the command again to finish an interrupted run.
+
+    Options:
+        inputs: Slides, folders of slides or tiles, or packed tiles (.tar, .npz, .csv).
+        out: Folder to write feature files to; with --ray also a URL, such as s3://...
+        magnification: Another way to give --mpp: 20 means 0.5 µm per pixel, 40 means 0.25.
+        metrics: [HOST:]PORT at which Prometheus can read metrics during the run.
+        ray: Address of a Ray cluster on which to embed, or 'local'.
+        kind: What a folder of images contains.
+    """
     from ...serving.embedding.jobs import find_inputs
     from ...serving.embedding.regions import unused_regions, with_regions
     from ...serving.embedding.report import record_end, report_results
@@ -55,23 +55,25 @@ def embed(
 
     options = replace(options, mpp=_scale(options.mpp, magnification))
     if ray is not None and metrics is not None:
-        raise BadInput("--metrics tells of this process; with --ray the work is elsewhere")
+        raise BadInput(
+            "--metrics measures this process, but with --ray others do the work; leave out one of them"
+        )
     given = find_inputs(inputs, kind.value, options.manifest)
-    found = with_regions(given.jobs, options.regions)
-    facts = {**given.as_dict(), "regions_unused": unused_regions(found, options.regions)}
+    jobs = with_regions(given.jobs, options.regions)
+    facts = {**given.as_dict(), "regions_unused": unused_regions(jobs, options.regions)}
     if ray is None and "://" in out:
-        raise BadInput(f"--out {out!r}: expected a folder; URLs are for --ray")
+        raise BadInput(f"--out is {out!r}; expected a folder, because URLs need --ray")
     ended: list[Result] = []
     try:
         with console.progress("embedding") as progress:
             if ray is not None:
                 from ...serving.embedding.ray import run_on_ray
 
-                ran = run_on_ray(found, choice, out, options, ray, progress, ended)
+                ran = run_on_ray(jobs, choice, out, options, ray, progress, ended)
             else:
-                ran = run_here(found, choice, Path(out), options, progress, metrics, ended)
+                ran = run_here(jobs, choice, Path(out), options, progress, metrics, ended)
     except BaseException as error:
-        record_end(error, ended, len(found), out, facts)
+        record_end(error, ended, len(jobs), out, facts)
         raise
     if not report_results(ran, out, facts):
         raise typer.Exit(console.EXIT_FAILED)
@@ -82,11 +84,7 @@ def _scale(mpp: float | None, magnification: float | None) -> float | None:
     if magnification is None:
         return mpp
     if mpp is not None:
-        raise BadInput("--mpp and --magnification say the same thing; pass one of them")
+        raise BadInput("--mpp and --magnification both set the scale; give only one of them")
     if not 0.1 <= magnification <= 200:
         raise BadInput(f"--magnification is {magnification}; expected 0.1 to 200")
     return 10 / magnification
-
-
-embed_app = typer.Typer(add_completion=False, rich_markup_mode=None)
-embed_app.command("embed")(embed)

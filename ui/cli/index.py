@@ -8,28 +8,20 @@ from typing import Annotated, Any
 import typer
 
 from ... import console
-from ...console import Json
 from ...errors import BadInput
-from . import clusters as cluster_commands
-from . import exchange as exchange_commands
-from . import search as search_commands
+from . import clusters, exchange, search, study
+from .commands import Commands
 
-index_app = typer.Typer(
-    help="Keep embeddings in an atlas: search it, cluster it, check it.",
-    no_args_is_help=True,
-    rich_markup_mode=None,
-)
-AtlasPath = Annotated[Path, typer.Argument(help="Folder of the atlas.")]
-Slides = Annotated[list[str], typer.Argument(help="Names of slides or tile sets.")]
+index_app = Commands("Build, search, cluster and check an atlas.")
 
 
 @index_app.command()
-def create(
-    atlas: AtlasPath,
-    encoder: Annotated[str, typer.Option(help="Encoder bundle, or 'default'.")] = "default",
-    json: Json = False,
-) -> None:
-    """Create an empty atlas for one encoder. It keeps a copy of the encoder's bundle."""
+def create(atlas: Path, encoder: str = "default") -> None:
+    """Create an empty atlas for one encoder. The atlas stores a copy of the encoder's bundle.
+
+    Options:
+        encoder: Folder of an encoder bundle, or 'default'.
+    """
     from ...index.atlas import Atlas
     from ...serving.encoders.open import bundle_path
 
@@ -40,51 +32,53 @@ def create(
 
 @index_app.command()
 def add(
-    atlas: AtlasPath,
-    features: Annotated[list[Path], typer.Argument(help="Feature files, or folders of them.")],
-    metadata: Annotated[
-        Path | None, typer.Option(help="CSV with slide, label, patient and any other column.")
-    ] = None,
-    replace: Annotated[
-        bool,
-        typer.Option("--replace", help="Replace the features of slides already in the atlas."),
-    ] = False,
-    mixed_scales: exchange_commands.MixedScales = False,
-    json: Json = False,
+    atlas: Path,
+    features: list[Path],
+    metadata: Path | None = None,
+    replace: bool = False,
+    mixed_scales: bool = False,
 ) -> None:
-    """Add feature files to the atlas. Each file is added completely or not at all, and only once."""
+    """Add feature files to the atlas. A file is added completely or not at all, and only once.
+
+    Options:
+        features: Feature files, or folders with feature files.
+    """
     from ...index.atlas import Atlas
     from ...index.inputs import find_feature_files, read_metadata, rows_of
 
     files, left_out = find_feature_files(features)
     table = read_metadata(metadata)
-    rows = rows_of(table)
     with console.progress("adding") as progress:
-        results = Atlas(atlas).add(files, rows, replace, progress, mixed_scales)
-    exchange_commands.report_added(results, table, left_out)
+        results = Atlas(atlas).add(files, rows_of(table), replace, progress, mixed_scales)
+    exchange.report_added(results, table, left_out)
 
 
 @index_app.command()
-def remove(atlas: AtlasPath, slides: Slides, json: Json = False) -> None:
-    """Remove slides or tile sets, all or none. Tile ids are never reused."""
+def remove(atlas: Path, slides: list[str]) -> None:
+    """Remove slides or tile sets. If one fails, none is removed. Tile ids are never reused.
+
+    Options:
+        slides: Names of slides or tile sets.
+    """
     from ...index.atlas import Atlas
 
-    tiles = Atlas(atlas).remove(slides)
-    document = {"removed": sorted(set(slides)), "tiles": tiles}
+    removed, tiles = sorted(set(slides)), Atlas(atlas).remove(slides)
     console.emit(
-        document, lambda: console.say(f"{atlas}: {len(set(slides))} slides, {tiles} tiles removed")
+        {"removed": removed, "tiles": tiles},
+        lambda: console.say(f"{atlas}: {len(removed)} slides with {tiles} tiles were removed"),
     )
 
 
 @index_app.command()
-def relabel(
-    atlas: AtlasPath,
-    metadata: Annotated[
-        Path, typer.Option(help="CSV: slide (and file, for a tile), then the columns to set.")
-    ],
-    json: Json = False,
-) -> None:
-    """Set labels, patients and other columns from a CSV, all rows or none. An empty value clears one."""
+def relabel(atlas: Path, metadata: Annotated[Path, typer.Option()]) -> None:
+    """Set labels, patients and other columns from a CSV.
+
+    If one row fails, nothing is changed. An empty cell deletes the value in the atlas.
+
+    Options:
+        metadata: CSV with the column slide and the columns to set. A row with a value in the column file
+            sets them for that tile only.
+    """
     from ...artifacts.tables import read_csv
     from ...index.atlas import Atlas
 
@@ -97,7 +91,7 @@ def relabel(
     def human() -> None:
         for note in table.notes:
             console.say(note)
-        exchange_commands.say_names("slides without a row, left as they are", without)
+        exchange.say_names("slides without a row in the CSV; they were not changed", without)
         console.say(f"{atlas}: {changed} slides have new labels")
 
     console.emit(document, human)
@@ -105,37 +99,39 @@ def relabel(
 
 @index_app.command()
 def relocate(
-    atlas: AtlasPath,
-    old: Annotated[str | None, typer.Option("--from", help="Folder where slides were.")] = None,
-    new: Annotated[Path | None, typer.Option("--to", help="Folder where they are now.")] = None,
-    slides: Annotated[
-        list[Path] | None, typer.Option(help="Folder to look for slides in; repeatable.")
-    ] = None,
-    json: Json = False,
+    atlas: Path,
+    old: Annotated[str | None, typer.Option("--from")] = None,
+    new: Annotated[Path | None, typer.Option("--to")] = None,
+    slides: list[Path] | None = None,
 ) -> None:
-    """Update the paths of moved slides. A new path is accepted only if the file's content is the same."""
+    """Update the paths of moved slides. A new path is accepted only if the content of the file is the same.
+
+    Give either --from and --to, or --slides.
+
+    Options:
+        old: Old folder of the slides.
+        new: New folder of the slides.
+        slides: Folder in which to search for the slides. Repeatable.
+    """
     from ...index.atlas import Atlas
 
     if (old is None) != (new is None) or (old is None) == (not slides):
-        raise BadInput("expected --from OLD --to NEW, or --slides FOLDER")
-    opened = Atlas(atlas)
+        raise BadInput("expected either --from OLD --to NEW, or --slides FOLDER")
     with console.working("comparing"):
-        found = opened.relocate(old, new, slides or [])
-    refused = [one for one in found if one.state not in {"moved", "there"}]
-
-    def human() -> None:
-        rows = [(one.slide, one.state, one.source, one.reason) for one in found]
-        console.table("", ("slide", "state", "source", "reason"), rows)
-
-    document = {"ok": not refused, "slides": [one._asdict() for one in found]}
-    console.emit(document, human)
-    if refused:
+        results = Atlas(atlas).relocate(old, new, slides or [])
+    ok = all(result.state in {"moved", "there"} for result in results)
+    rows = [(result.slide, result.state, result.source, result.reason) for result in results]
+    console.emit(
+        {"ok": ok, "slides": [result._asdict() for result in results]},
+        lambda: console.table("", ("slide", "state", "source", "reason"), rows),
+    )
+    if not ok:
         raise typer.Exit(console.EXIT_FAILED)
 
 
 @index_app.command()
-def stats(atlas: AtlasPath, json: Json = False) -> None:
-    """Count slides, tiles, labels and clusters."""
+def stats(atlas: Path) -> None:
+    """Show numbers of slides, tiles, labels and clusters. Also show encoder and index."""
     from ...index.atlas import Atlas
     from ...index.store.scales import scales_line
 
@@ -145,7 +141,7 @@ def stats(atlas: AtlasPath, json: Json = False) -> None:
         encoder = facts["encoder"]
         rows = [
             ("slides and tile sets", facts["slides"]),
-            ("of them without tiles", facts["slides_without_tiles"]),
+            ("slides without tiles", facts["slides_without_tiles"]),
             ("tiles", facts["tiles"]),
             ("scale of the tiles", scales_line(facts["scales"])),
             ("encoder", f"{encoder['name']} ({encoder['sha256'][:12]}…), {encoder['dim']}-d"),
@@ -154,7 +150,7 @@ def stats(atlas: AtlasPath, json: Json = False) -> None:
             *((f"label {label}", count) for label, count in facts["labels"].items()),
             *((f"clusters {c['name']}", c["clusters"]) for c in facts["clusterings"]),
         ]
-        console.table(facts["atlas"], ("what", "how many"), rows)
+        console.table(facts["atlas"], ("property", "value"), rows)
 
     console.emit(facts, human)
 
@@ -162,54 +158,51 @@ def stats(atlas: AtlasPath, json: Json = False) -> None:
 def _index_line(facts: dict[str, Any]) -> str:
     plan = facts.get("plan")
     if plan is None:
-        return "none written; search is exact"
+        return "no index is stored; search is exact"
     if plan["kind"] == "flat":
         return f"generation {facts['generation']}, exact"
     recall = facts["measured"].get("recall")
     coding = "" if plan["coding"] == "none" else f" {plan['coding']}"
     return (
-        f"generation {facts['generation']}, {plan['cells']} lists{coding}, {plan['probes']} read, "
-        f"recall {recall} when built"
+        f"generation {facts['generation']}, {plan['cells']} lists{coding}, a query reads {plan['probes']}, "
+        f"recall {recall} at the time of building"
     )
 
 
 @index_app.command()
-def verify(
-    atlas: AtlasPath,
-    repair: Annotated[
-        bool,
-        typer.Option("--repair", help="Rebuild derived files; stored features stay unchanged."),
-    ] = False,
-    json: Json = False,
-) -> None:
-    """Check every file, row and count of an atlas; exit code 1 if a problem remains."""
+def verify(atlas: Path, repair: bool = False) -> None:
+    """Check every file, row and count of an atlas. Exit code 1: there are problems.
+
+    Options:
+        repair: First rebuild the files that can be rebuilt from the features.
+    """
     from ...index.atlas import Atlas
 
     opened = Atlas(atlas)
-    done: list[str] = []
+    repaired: list[str] = []
     if repair:
         with console.working("repairing"):
-            done = opened.repair()
+            repaired = opened.repair()
     with console.working("checking every file"):
-        found = opened.verify()
+        problems = opened.verify()
 
     def human() -> None:
-        for line in [*done, *found]:
+        for line in [*repaired, *problems]:
             console.say(line)
-        console.say(f"{atlas}: {len(found)} problem(s)" if found else f"{atlas}: all is well")
+        console.say(f"{atlas}: {len(problems) or 'no'} problem(s) found")
 
-    console.emit({"ok": not found, "problems": found, "repaired": done}, human)
-    if found:
+    console.emit({"ok": not problems, "problems": problems, "repaired": repaired}, human)
+    if problems:
         raise typer.Exit(console.EXIT_FAILED)
 
 
 @index_app.command()
-def snapshot(
-    atlas: AtlasPath,
-    out: Annotated[Path, typer.Option(help="New folder for the copy, which is a complete atlas.")],
-    json: Json = False,
-) -> None:
-    """Copy one committed state of an atlas and check the copy. Searches can continue."""
+def snapshot(atlas: Path, out: Annotated[Path, typer.Option()]) -> None:
+    """Copy an atlas to a new folder and check the copy. Searches can continue meanwhile.
+
+    Options:
+        out: New folder for the copy.
+    """
     from ...index.atlas import Atlas
 
     with console.working("copying and checking"):
@@ -221,38 +214,44 @@ def snapshot(
 
 
 @index_app.command()
-def restore(
-    snapshot: Annotated[Path, typer.Argument(help="Folder written by `index snapshot`.")],
-    atlas: AtlasPath,
-    json: Json = False,
-) -> None:
-    """Replace an atlas by a snapshot. The old atlas is kept in the same parent folder."""
+def restore(snapshot: Path, atlas: Path) -> None:
+    """Replace an atlas by a snapshot. The old atlas stays in the same parent folder, under a new name.
+
+    Options:
+        snapshot: Folder written by `index snapshot`.
+    """
     from ...index.care.snapshots import restore as put_back
 
     with console.working("copying and checking"):
         report = put_back(snapshot, atlas)
 
     def human() -> None:
-        console.say(f"{atlas}: revision {report['revision']} is back")
+        console.say(f"{atlas}: restored to revision {report['revision']}")
         if report["kept"]:
-            console.say(f"what was there before is now {report['kept']}")
+            console.say(f"the old atlas is now in {report['kept']}")
 
     console.emit(report, human)
 
 
 @index_app.command()
 def audit(
-    atlas: AtlasPath,
-    queries: Annotated[int, typer.Option(help="Number of query tiles.")] = 500,
-    k: Annotated[int, typer.Option("-k", help="Neighbours.")] = 10,
-    where: Annotated[str | None, typer.Option(help="Metadata filter for the measurement.")] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 1,
-    json: Json = False,
+    atlas: Path,
+    queries: int = 500,
+    k: Annotated[int, typer.Option("-k")] = 10,
+    where: str | None = None,
+    seed: int = 1,
 ) -> None:
-    """Measure the index's recall of the true neighbours, its speed and its memory use."""
+    """Measure recall, speed and memory of the index.
+
+    Recall is the share of the true neighbours that the index finds.
+
+    Options:
+        queries: Number of query tiles.
+        k: Number of neighbours per query.
+    """
     from ...index.atlas import Atlas
 
-    with console.working("asking"):
+    with console.working("measuring"):
         report = Atlas(atlas).audit(queries, k, seed, where)
 
     def human() -> None:
@@ -261,39 +260,41 @@ def audit(
         rows = [
             (f"recall@{report['k']} on {report['queries']} tiles", report["recall"]),
             ("one query, ms", report["index_ms_per_query"]),
-            ("the same, compared with every tile", report["exact_ms_per_query"]),
+            ("one exact query (compared with every tile), ms", report["exact_ms_per_query"]),
             ("tiles", report["tiles"]),
-            *([(f"of them pass {where}", report["passing"])] if where else []),
-            ("of them since the index was written", report["tiles_since_the_index_was_written"]),
+            *([(f"tiles that pass {where}", report["passing"])] if where else []),
+            (
+                "tiles added since the index was written",
+                report["tiles_since_the_index_was_written"],
+            ),
             ("index", plan["kind"] + ("" if plan["coding"] == "none" else f", {plan['coding']}")),
-            ("lists, and how many a query reads", f"{plan['cells']}, {plan['probes']}"),
+            ("lists in the index, lists read per query", f"{plan['cells']}, {plan['probes']}"),
             ("index files, MB", f"{size / 1e6:.3g}"),
-            ("vectors as they are, MB", f"{report['bytes_of_the_vectors'] / 1e6:.3g}"),
+            ("uncompressed vectors, MB", f"{report['bytes_of_the_vectors'] / 1e6:.3g}"),
         ]
-        console.table(str(atlas), ("what", "measured"), rows)
+        console.table(str(atlas), ("property", "value"), rows)
 
     console.emit(report, human)
 
 
 @index_app.command()
 def tune(
-    atlas: AtlasPath,
-    recall: Annotated[
-        float | None, typer.Option(help="Share of the true neighbours to find; 1 is exact. [0.99]")
-    ] = None,
-    memory_mb: Annotated[
-        float | None,
-        typer.Option(
-            help="Memory limit of the index in MB; compressed candidates are then re-ranked."
-        ),
-    ] = None,
-    exact_up_to: Annotated[
-        int | None, typer.Option(help="Tiles up to which search is exact. [100000]")
-    ] = None,
-    k: Annotated[int | None, typer.Option("-k", help="Neighbours the recall is of. [10]")] = None,
-    json: Json = False,
+    atlas: Path,
+    recall: float | None = None,
+    memory_mb: float | None = None,
+    exact_up_to: int | None = None,
+    k: Annotated[int | None, typer.Option("-k")] = None,
 ) -> None:
-    """Set new targets for recall or memory and rebuild the index. The targets are stored."""
+    """Set targets for recall or memory and rebuild the index. The atlas stores the targets.
+
+    Options:
+        recall: Target for recall, the share of the true neighbours that a search finds. 1 means exact
+            search. Default: 0.99.
+        memory_mb: Memory limit of the index in MB. A small limit means short codes; candidates are then
+            ranked again by the exact vectors.
+        exact_up_to: Search exactly while the atlas has at most this many tiles. Default: 100000.
+        k: Number of neighbours for which recall is measured. Default: 10.
+    """
     from ...index.atlas import Atlas
 
     with console.working("building and measuring"):
@@ -304,15 +305,18 @@ def tune(
         if plan["kind"] == "flat":
             console.say(f"{atlas}: exact search")
             return
-        reached = "" if measured["reached"] else " (the aim was not reached)"
+        reached = "" if measured["reached"] else " (the target was not reached)"
         console.say(
-            f"{atlas}: {plan['cells']} lists ({plan['coding']}), {plan['probes']} read per query, recall "
+            f"{atlas}: {plan['cells']} lists ({plan['coding']}), a query reads {plan['probes']}; recall "
             f"{measured['recall']} on {measured['queries']} held-out tiles{reached}"
         )
 
     console.emit(report, human)
 
 
-for _commands in (search_commands, cluster_commands, exchange_commands):
-    for _name, _function in _commands.COMMANDS.items():
-        index_app.command(_name)(_function)
+for _command in (
+    search.search, search.assign, search.similar, study.evaluate, study.duplicates, study.leakage,
+    clusters.fit, clusters.map_, clusters.curve, clusters.clusters, clusters.name, clusters.drift,
+    exchange.import_, exchange.export, exchange.push,
+):  # fmt: skip
+    index_app.command(_command.__name__.rstrip("_"))(_command)

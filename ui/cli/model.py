@@ -13,29 +13,20 @@ import typer
 from typer.core import TyperCommand
 
 from ... import console
-from ...console import Json
 from ...errors import BadInput, MissingPart
 from ...export.options import ExportOptions, TritonOptions
 from ...training.study_options import StudyOptions
+from .commands import Commands
 from .options import command_for, parse, with_flags
 
 ANY_FLAG = {"allow_extra_args": True, "ignore_unknown_options": True}
-triton_app = typer.Typer(
-    help="Serve encoders by NVIDIA Triton.", no_args_is_help=True, add_completion=False,
-    rich_markup_mode=None,
-)  # fmt: skip
-
-Also = Annotated[list[Path] | None, typer.Option(help="More data; repeatable.")]
-Exclude = Annotated[
-    list[str] | None, typer.Option(help="Leave out COLUMN=VALUE[,VALUE…]; repeatable.")
-]
-LabelFrom = Annotated[
-    str, typer.Option(help="Manifest columns that make the label, joined by comma.")
-]
+app = Commands("Train, reproduce and export.")
+triton_app = Commands("Prepare encoders for NVIDIA Triton.")
+app.add_typer(triton_app, name="triton")
 
 
 class TrainCommand(TyperCommand):
-    """``train``; its ``--help`` also lists the options of the named recipe."""
+    """The command ``train``, whose ``--help`` also lists the options of the named recipe."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         """Store the arguments for the help text, which is printed before they are parsed."""
@@ -56,31 +47,29 @@ class TrainCommand(TyperCommand):
                 formatter.write_dl([row for row in rows if row and row[0] != "--help"])
 
 
+@app.command(cls=TrainCommand, context_settings=ANY_FLAG)
 def train(
     context: typer.Context,
-    recipe: Annotated[
-        str, typer.Argument(help="Name of a recipe; RECIPE --help shows its options.")
-    ] = "",
-    data: Annotated[
-        Path | None, typer.Argument(help="Folder, .csv manifest, .tar or .npz of labelled tiles.")
-    ] = None,
-    out: Annotated[Path | None, typer.Option(help="Folder of the run.")] = None,
-    also: Also = None,
-    exclude: Exclude = None,
-    label_from: LabelFrom = "label",
-    cross_validate: Annotated[
-        bool, typer.Option("--cross-validate", help="Train every fold, into OUT/fold-<n>.")
-    ] = False,
-    list_recipes: Annotated[
-        bool, typer.Option("--list", help="List recipes, models and options.")
-    ] = False,
-    dry_run: Annotated[
-        bool,
-        typer.Option("--dry-run", help="Print the model's layers and the cost; train nothing."),
-    ] = False,
-    json: Json = False,
+    recipe: Annotated[str, typer.Argument()] = "",
+    data: Annotated[Path | None, typer.Argument()] = None,
+    out: Path | None = None,
+    also: list[Path] | None = None,
+    exclude: list[str] | None = None,
+    label_from: str = "label",
+    cross_validate: bool = False,
+    list_recipes: Annotated[bool, typer.Option("--list")] = False,
+    dry_run: bool = False,
 ) -> None:
-    """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value …]."""
+    """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value ...].
+
+    Options:
+        recipe: Name of a recipe. `train RECIPE --help` also lists the recipe's options.
+        data: Labelled tiles: folder, .csv manifest, .tar or .npz.
+        out: Folder to write the run to.
+        cross_validate: Train once per fold, in the folders OUT/fold-<n>.
+        list_recipes: List all recipes, models and options.
+        dry_run: Print the model's layers and computing cost, without training.
+    """
     _need_torch()
     from ...training import commands
     from ...training.recipes import find_recipe
@@ -90,10 +79,12 @@ def train(
         return
     rules, columns = exclude or [], label_from.split(",")
     words = list(context.args)
-    if data is not None and str(data).startswith("--"):  # a recipe option in the place of DATA
+    if data is not None and str(data).startswith("--"):  # an option of the recipe, and no DATA
         words, data = [str(data), *words], None
     if not recipe or ((data is None or out is None) and not dry_run):
-        raise BadInput("expected: histoseek train RECIPE DATA --out RUN (or --list, or --dry-run)")
+        raise BadInput(
+            "expected `histoseek train RECIPE DATA --out RUN`, or --list, or RECIPE --dry-run"
+        )
     options = parse(find_recipe(recipe).options, words, f"recipe {recipe}")
     sources = [data, *(also or [])] if data else []
     if dry_run:
@@ -104,19 +95,22 @@ def train(
         commands.train(recipe, options, sources, out, rules, columns, cross_validate)
 
 
+@app.command()
 @with_flags
 def reproduce(
-    protocol: Annotated[str, typer.Argument(help="breast-ae, ae-dac, p4m-deepcluster, …")],
-    data: Annotated[
-        Path, typer.Option(help="The paper's data in its own layout, or any labelled set.")
-    ],
+    protocol: str,
+    data: Annotated[Path, typer.Option()],
     options: StudyOptions,
-    also: Also = None,
-    exclude: Exclude = None,
-    label_from: LabelFrom = "label",
-    json: Json = False,
+    also: list[Path] | None = None,
+    exclude: list[str] | None = None,
+    label_from: str = "label",
 ) -> None:
-    """Reproduce a paper's table: published number, our number and trivial baseline, side by side."""
+    """Reproduce the table of a paper: its numbers, ours, and those of a trivial baseline, side by side.
+
+    Options:
+        protocol: Name of the protocol, such as breast-ae, ae-dac or p4m-deepcluster.
+        data: The paper's data in its original layout, or any set of labelled tiles.
+    """
     _need_torch()
     from ...training import commands
 
@@ -129,60 +123,61 @@ def reproduce(
     )
 
 
+@app.command()
 @with_flags
 def export(
-    run: Annotated[Path, typer.Argument(help="Folder of a finished run.")],
-    out: Annotated[Path, typer.Option(help="Folder of the bundle; must not exist.")],
+    run: Path,
+    out: Annotated[Path, typer.Option()],
     options: ExportOptions,
-    tiles: Annotated[
-        Path | None,
-        typer.Option(help="Real tiles for the parity test; the run's data if left out."),
-    ] = None,
-    json: Json = False,
+    tiles: Path | None = None,
 ) -> None:
-    """Export a run to an encoder bundle: ONNX graph, manifest, parity test, model card."""
+    """Export a training run to an encoder bundle: ONNX graph, manifest, parity test and model card.
+
+    Options:
+        run: Folder of a finished training run.
+        out: New folder for the bundle.
+        tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data.
+    """
     _need_torch()
     from ...export.bundle import export_run, parity_tiles
     from ...training.layouts import open_data
     from ...training.models import build
 
     source = parity_tiles(run, tiles, open_data)
-    with console.working("exporting, and proving parity on real tiles"):
+    with console.working("exporting and testing parity"):
         manifest = export_run(run, out, source, build, options)
     document = {"bundle": str(out), **manifest.model_dump()}
     console.emit(
         document,
         lambda: console.say(
             f"{out}: encoder {manifest.name}, {manifest.dim}-d, sha256 {manifest.sha256[:12]}…, "
-            f"parity proven ({out / 'parity.json'})"
+            f"parity test passed ({out / 'parity.json'})"
         ),
     )
-
-
-@triton_app.callback()
-def triton() -> None:
-    """Serve encoders with NVIDIA Triton."""
 
 
 @triton_app.command()
 @with_flags
 def repository(
-    bundles: Annotated[list[str], typer.Argument(help="Encoder bundles, or 'default'.")],
-    out: Annotated[Path, typer.Option(help="Folder of the model repository.")],
+    bundles: list[str],
+    out: Annotated[Path, typer.Option()],
     options: TritonOptions,
-    tiles: Annotated[
-        Path | None, typer.Option(help="Real tiles to measure the loss of --fp16 on.")
-    ] = None,
-    json: Json = False,
+    tiles: Path | None = None,
 ) -> None:
-    """Write a Triton model repository with one model per bundle. A changed encoder adds a version."""
+    """Write a Triton model repository with one model per bundle. A changed encoder gets a new version.
+
+    Options:
+        bundles: Folders of encoder bundles, or 'default'.
+        out: Folder of the model repository.
+        tiles: Tiles on which to measure the error of --fp16.
+    """
     from dataclasses import asdict
 
     from ...artifacts.tileset_files import open_tiles
     from ...export.triton import write_repository
     from ...serving.encoders.open import bundle_path
 
-    with console.working("writing the repository, and measuring parity"):
+    with console.working("writing the repository and measuring parity"):
         written = write_repository(
             [bundle_path(b) for b in bundles], out, options, open_tiles(tiles) if tiles else None
         )
@@ -200,13 +195,5 @@ def _need_torch() -> None:
     missing = [part for part in parts if find_spec(part) is None]  # without a slow import
     if missing:
         raise MissingPart(
-            f"training and export need {', '.join(missing)}: pip install 'histoseek[train]'"
+            f"training and export need {', '.join(missing)}; run: pip install 'histoseek[train]'"
         )
-
-
-train_app = typer.Typer(add_completion=False, rich_markup_mode=None)
-train_app.command("train", cls=TrainCommand, context_settings=ANY_FLAG)(train)
-reproduce_app = typer.Typer(add_completion=False, rich_markup_mode=None)
-reproduce_app.command("reproduce")(reproduce)
-export_app = typer.Typer(add_completion=False, rich_markup_mode=None)
-export_app.command("export")(export)

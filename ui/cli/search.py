@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,10 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ... import console
-from ...console import Json
 from ...errors import BadInput, HistoseekError, Mismatch
-from .arguments import ENGINE_HELP, AtlasPath, Where
-from .study import duplicates, evaluate, leakage
 
 if TYPE_CHECKING:
     import numpy as np
@@ -26,88 +23,112 @@ if TYPE_CHECKING:
     from ...index.store.rows import Hit
     from ...index.view import View
 
-COLUMNS = ("rank", "score", "tile", "slide", "place", "label", "patient", "cluster")
+COLUMNS = ("rank", "score", "tile", "slide", "position", "label", "patient", "cluster")
 
 
 def search(
-    atlas: AtlasPath,
-    images: Annotated[list[Path] | None, typer.Argument(help="Query images.")] = None,
-    k: Annotated[int, typer.Option("-k", help="Hits per query.")] = 10,
-    where: Where = None,
-    tile: Annotated[list[int] | None, typer.Option(help="Id of a tile to use as query.")] = None,
-    leave_out: Annotated[
-        str,
-        typer.Option(
-            "--leave-out",
-            "--without",
-            help="With --tile: leave out that tile, its slide or its patient.",
-        ),
-    ] = "tile",
-    together: Annotated[
-        bool, typer.Option("--together", help="Combine all images and tiles into one query.")
-    ] = False,
-    unlike: Annotated[
-        list[str] | None,
-        typer.Option(help="Image or tile id that hits should not resemble; implies --together."),
-    ] = None,
-    least: Annotated[float | None, typer.Option(help="Minimum score of a hit.")] = None,
-    per_slide: Annotated[
-        bool, typer.Option("--per-slide", help="At most one hit per slide.")
-    ] = False,
-    exact: Annotated[
-        bool, typer.Option("--exact", help="Compare with every tile instead of using the index.")
-    ] = False,
-    engine: Annotated[str | None, typer.Option(help=ENGINE_HELP)] = None,
-    json: Json = False,
+    atlas: Path,
+    images: Annotated[list[Path] | None, typer.Argument()] = None,
+    k: Annotated[int, typer.Option("-k")] = 10,
+    where: str | None = None,
+    tile: list[int] | None = None,
+    leave_out: Annotated[str, typer.Option("--leave-out", "--without")] = "tile",
+    together: bool = False,
+    unlike: list[str] | None = None,
+    least: float | None = None,
+    per_slide: bool = False,
+    exact: bool = False,
+    engine: str | None = None,
 ) -> None:
-    """Find the tiles of the atlas that look most similar to each image.
+    """Find the tiles that look most similar to each image.
 
-    JSON: one list of hits per image, in the order given; {"query", "error"} for an image that failed.
+    JSON: a list with one list of hits per image, in the given order; for an image that cannot be read,
+    {"query", "error"}.
+
+    Options:
+        images: Query images.
+        k: Number of hits per query.
+        tile: Id of a tile of the atlas to use as query. Repeatable.
+        leave_out: With --tile: tile leaves out the query tile itself, slide leaves out all tiles of its
+            slide, patient all tiles of its patient.
+        together: Combine all images and tiles into one query.
+        unlike: Image, or tile id, that the hits should not resemble. Implies --together. Repeatable.
+        least: Minimum score of a hit.
+        per_slide: Return at most one hit per slide.
+        exact: Compare with every tile, without the index.
     """
     from ...index.atlas import Atlas
     from ...index.search.query import Query
 
-    opened, pictures, tiles = Atlas(atlas), images or [], tile or []
-    if not pictures and not tiles:
-        raise BadInput("nothing to look for: give pictures, or --tile with the id of a tile")
-    others, unlike_tiles = _images_and_tiles(unlike or [])
+    opened, paths, tiles = Atlas(atlas), images or [], tile or []
+    if not paths and not tiles:
+        raise BadInput(
+            "no query was given; name at least one image, or --tile with the id of a tile"
+        )
     if engine and (tiles or together or unlike):
-        raise BadInput("--engine goes with pictures, not with --tile, --together or --unlike")
-    if pictures or others:
+        raise BadInput(
+            "--engine searches with images only; leave out --tile, --together and --unlike"
+        )
+    unlike_paths = [Path(name) for name in unlike or [] if not name.isdigit()]
+    unlike_tiles = tuple(int(name) for name in unlike or [] if name.isdigit())
+    if paths or unlike_paths:
         check_images(opened)
-    read, failed = read_images(pictures, opened.manifest.size_px)
-    unlike_read, refused = read_images(others, opened.manifest.size_px)
+    read, failed = read_images(paths, opened.manifest.size_px)
+    unlike_read, unlike_failed = read_images(unlike_paths, opened.manifest.size_px)
     query = Query(
         images=tuple(read.values()), tiles=tuple(tiles), unlike_images=tuple(unlike_read.values()),
         unlike_tiles=unlike_tiles, together=together, k=k, where=where, least=least,
         per_slide=per_slide, exact=exact, leave_out=leave_out,  # type: ignore[arg-type]
     )  # fmt: skip
-    if bad := [*refused.values(), *(failed.values() if query.combines else ())]:
-        raise BadInput(bad[0]["error"]["message"])
-    hits = _ask(opened, query, engine)
-    of_tiles = [f"tile {number}" for number in tiles]
-    names: list[str | Path] = ["all together"] if query.combines else [*read, *of_tiles]
-    keys: list[str | Path] = names if query.combines else [*pictures, *of_tiles]
-    answers = {n: [hit._asdict() for hit in found] for n, found in zip(names, hits, strict=True)}
-    document = [answers.get(key, failed.get(Path(key))) for key in keys]
-    answer(document, lambda: _show(opened, names, hits, where), failed)
+    for item in (*unlike_failed.values(), *(failed.values() if query.combines else ())):
+        raise BadInput(item["error"]["message"])
+    _answer_search(opened, query, paths, read, _ask(opened, query, engine), failed)
 
 
-def _show(
-    atlas: Atlas, names: Sequence[str | Path], hits: list[list[Hit]], where: str | None
+def _answer_search(
+    atlas: Atlas,
+    query: Query,
+    paths: list[Path],
+    read: Iterable[Path],
+    hits: list[list[Hit]],
+    failed: dict[Path, dict[str, Any]],
 ) -> None:
-    """Print a table per question."""
-    several = atlas.mixed_scales
-    for name, found in zip(names, hits, strict=True):
-        _table(str(name), found, several)
-        if not found:
-            console.say("no tile passes; loosen the filter" if where else "no tile is that near")
+    """Print the hits of each readable image and tile, or of the one combined query."""
+    tiles = [f"tile {number}" for number in query.tiles]
+    names: list[str | Path] = ["all together"] if query.combines else [*paths, *tiles]
+    searched: list[str | Path] = names if query.combines else [*read, *tiles]
+    hits_of = dict(zip(searched, hits, strict=True))
+    document = [
+        [hit._asdict() for hit in hits_of[name]] if name in hits_of else failed[Path(name)]
+        for name in names
+    ]
+    answer(document, lambda: _print_hits(atlas, hits_of, query.where), failed)
 
 
-def _images_and_tiles(names: Sequence[str]) -> tuple[list[Path], tuple[int, ...]]:
-    """Part what is named on the command line into pictures and ids of tiles."""
-    tiles = tuple(int(name) for name in names if name.isdigit())
-    return [Path(name) for name in names if not name.isdigit()], tiles
+def _print_hits(atlas: Atlas, hits_of: dict[str | Path, list[Hit]], where: str | None) -> None:
+    """Print a table per query; with the scale of each tile if the atlas has tiles of several scales."""
+    for name, hits in hits_of.items():
+        rows = [
+            (
+                h.rank,
+                h.score,
+                h.tile,
+                h.slide,
+                h.file or f"{h.x}, {h.y}",
+                h.label,
+                h.patient,
+                h.cluster,
+            )
+            for h in hits
+        ]
+        if atlas.mixed_scales:
+            scaled = [(*row, hit.target_mpp) for row, hit in zip(rows, hits, strict=True)]
+            console.table(str(name), (*COLUMNS, "µm per pixel"), scaled)
+        else:
+            console.table(str(name), COLUMNS, rows)
+        if not hits:
+            option = "--where" if where else "--least"
+            console.say(f"no tile passes {option}; loosen it to get hits")
 
 
 def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
@@ -119,20 +140,8 @@ def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
         from ...index.view import View
 
         return atlas.ask(View.search, embedded)
-    with _milvus(atlas, engine) as there:
-        return there.search(embedded)
-
-
-def _table(title: str, found: Sequence[Hit], several: bool) -> None:
-    """Print hits; with each tile's scale if the atlas holds several scales."""
-    more = ("µm per pixel",) if several else ()
-    rows = [(*_row(h), *([h.target_mpp] if several else ())) for h in found]
-    console.table(title, (*COLUMNS, *more), rows)
-
-
-def _row(h: Hit) -> tuple[Any, ...]:
-    place = h.file or f"{h.x}, {h.y}"
-    return (h.rank, h.score, h.tile, h.slide, place, h.label, h.patient, h.cluster)
+    with _milvus(atlas, engine) as milvus:
+        return milvus.search(embedded)
 
 
 @contextmanager
@@ -144,33 +153,32 @@ def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
     """
     from ...index.exchange.milvus import MilvusAtlas
 
-    with closing(MilvusAtlas(engine)) as there:
-        about = there.about
+    with closing(MilvusAtlas(engine)) as milvus:
+        about = milvus.about
         if about is not None and about.sha256 != atlas.manifest.sha256:
             raise Mismatch(
-                f"{engine} holds embeddings of {about.encoder!r}, {atlas.path} is bound to "
-                f"{atlas.manifest.name!r}"
+                f"{engine} holds embeddings of the encoder {about.encoder!r}, but {atlas.path} belongs to "
+                f"{atlas.manifest.name!r}; push the atlas to another collection"
             )
         revision = atlas.catalog.revision()
         if about is not None and about.revision != revision:
             console.say(
-                f"{engine} holds revision {about.revision}, the atlas is at {revision}: push it again"
+                f"{engine} holds revision {about.revision}, but the atlas is at revision {revision}; run "
+                "`index push` again"
             )
-        yield there
+        yield milvus
 
 
 def assign(
-    atlas: AtlasPath,
-    images: Annotated[list[Path], typer.Argument(help="Query images.")],
-    clusters: Annotated[
-        str | None, typer.Option(help="Name of the clustering; the newest if left out.")
-    ] = None,
-    engine: Annotated[str | None, typer.Option(help=ENGINE_HELP)] = None,
-    json: Json = False,
+    atlas: Path, images: list[Path], clusters: str | None = None, engine: str | None = None
 ) -> None:
     """Assign images to the atlas's clusters.
 
-    JSON: one object per image, in the order given; {"query", "error"} for an image that failed.
+    JSON: a list with one object per image, in the given order; for an image that cannot be read,
+    {"query", "error"}.
+
+    Options:
+        images: Query images.
     """
     import numpy as np
 
@@ -185,24 +193,21 @@ def assign(
         if engine is None:
             assigned = opened.assign(vectors, clusters)
         else:
-            with _milvus(opened, engine) as there:
-                assigned = there.assign(vectors, clusters)
-    answers = {i: {"query": str(i), **p} for i, p in zip(read, assigned, strict=True)}
-    document = [answers.get(image, failed.get(image)) for image in images]
+            with _milvus(opened, engine) as milvus:
+                assigned = milvus.assign(vectors, clusters)
+    by_image = dict(zip(read, assigned, strict=True))
+    document = [
+        {"query": str(image), **by_image[image]} if image in by_image else failed[image]
+        for image in images
+    ]
 
     def human() -> None:
+        columns = ("cluster", "name", "distance", "strength")
         rows = [
-            (
-                image.name,
-                p["cluster"],
-                p["name"],
-                p["distance"],
-                p["strength"],
-                "unknown" if p["unknown"] else "",
-            )
-            for image, p in zip(read, assigned, strict=True)
+            (image.name, *(a[key] for key in columns), "unknown" if a["unknown"] else "")
+            for image, a in by_image.items()
         ]
-        console.table("", ("picture", "cluster", "name", "distance", "strength", ""), rows)
+        console.table("", ("image", *columns, ""), rows)
 
     answer(document, human, failed)
 
@@ -241,7 +246,7 @@ def check_images(atlas: Atlas) -> None:
 
 
 def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """Return a function that embeds images (N, S, S, 3); it opens the atlas's encoder when called."""
+    """Return a function that opens the atlas's encoder and embeds images (N, S, S, 3)."""
 
     def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         from ...serving.encoders.open import open_encoder
@@ -255,85 +260,78 @@ def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32
 def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str, Any]]) -> None:
     """Print answers and errors; exit code 1 if an image failed."""
 
-    def tell() -> None:
+    def human_and_errors() -> None:
         human()
         for item in failed.values():
             console.say(f"{item['query']}: {item['error']['message']}")
 
-    console.emit(document, tell)
+    console.emit(document, human_and_errors)
     if failed:
         raise typer.Exit(console.EXIT_FAILED)
 
 
 def similar(
-    atlas: AtlasPath,
-    name: Annotated[
-        str | None, typer.Argument(help="A slide, or a patient with --by patient.")
-    ] = None,
-    k: Annotated[int, typer.Option("-k", help="Slides or cases.")] = 10,
-    by: Annotated[str, typer.Option(help="What is ranked: slide or patient.")] = "slide",
-    how: Annotated[
-        str, typer.Option(help="median of the minimum distances (Yottixel), or votes of tiles.")
-    ] = "median",
-    where: Where = None,
-    features: Annotated[
-        Path | None,
-        typer.Option(help="Use this feature file as query instead of a slide of the atlas."),
-    ] = None,
-    json: Json = False,
+    atlas: Path,
+    name: Annotated[str | None, typer.Argument()] = None,
+    k: Annotated[int, typer.Option("-k")] = 10,
+    by: str = "slide",
+    how: str = "median",
+    where: str | None = None,
+    features: Path | None = None,
 ) -> None:
-    """Find slides or cases similar to one of the atlas, or to a new one, and show the similar regions.
+    """Find the slides or cases most similar to a slide or case.
 
-    Slides of the query's patient are left out.
+    Shows their most similar regions. Other slides of the same patient are left out.
+
+    Options:
+        name: Name of a slide; with --by patient, of a patient.
+        k: Number of slides or cases to return.
+        by: What to compare: slide, or patient (all slides of a case).
+        how: Score: median (of the minimum distances of tiles, as in Yottixel) or votes (of tiles).
+        features: Feature file of a new slide, which is the query instead of a named one.
     """
     from ...index.atlas import Atlas
     from ...index.exchange.imports import read_query
 
     if (name is None) == (features is None):
-        raise BadInput("give the name of a slide of the atlas, or --features of a new one")
+        raise BadInput(
+            "give either the name of a slide or patient of the atlas, or --features of a new slide"
+        )
     opened = Atlas(atlas)
     query = name if features is None else read_query(features, opened.manifest)
     assert query is not None
 
     def ask(view: View) -> tuple[list[Similar], list[dict[str, Any]]]:
-        found = view.similar(query, k, by, how, where)  # type: ignore[arg-type]
-        return found, [_case(view, *ranked) for ranked in enumerate(found, start=1)]
+        cases = view.similar(query, k, by, how, where)  # type: ignore[arg-type]
+        return cases, [_case(view, *ranked) for ranked in enumerate(cases, start=1)]
 
-    found, document = opened.ask(ask)
+    cases, document = opened.ask(ask)
 
     def human() -> None:
         rows = []
-        for rank, s in enumerate(found, start=1):
-            best = document[rank - 1]["evidence"][0]["match"] or {}
-            place = best["file"] or f"{best['x']}, {best['y']}"
-            rows.append((rank, s.name, s.score, s.label, place, s.pairs[0].score))
-        columns = ("rank", by, "score", "label", "most alike at", "its score")
+        for case, row in zip(cases, document, strict=True):
+            best = row["evidence"][0]["match"] or {}
+            position = best["file"] or f"{best['x']}, {best['y']}"
+            rows.append(
+                (row["rank"], case.name, case.score, case.label, position, case.pairs[0].score)
+            )
+        columns = ("rank", by, "score", "label", "most similar tile at", "its score")
         console.table(f"{name or features}, by {how}", columns, rows)
 
     console.emit(document, human)
 
 
-def _case(view: View, rank: int, s: Similar) -> dict[str, Any]:
+def _case(view: View, rank: int, case: Similar) -> dict[str, Any]:
     """Return a similar slide or case as JSON, with its pairs of similar tiles."""
 
     def tile(number: int | None) -> dict[str, Any] | None:
         return None if number is None else view.tiles([number])[number]
 
-    pairs = [{"score": p.score, "query": tile(p.query), "match": tile(p.match)} for p in s.pairs]
+    pairs = [{"score": p.score, "query": tile(p.query), "match": tile(p.match)} for p in case.pairs]
     return {
         "rank": rank,
-        "name": s.name,
-        "score": round(s.score, 6),
-        "label": s.label,
+        "name": case.name,
+        "score": round(case.score, 6),
+        "label": case.label,
         "evidence": pairs,
     }
-
-
-COMMANDS = {
-    "search": search,
-    "assign": assign,
-    "similar": similar,
-    "evaluate": evaluate,
-    "duplicates": duplicates,
-    "leakage": leakage,
-}

@@ -6,23 +6,21 @@ import os
 
 from ... import stopping
 
-
-class _Process:
-    """Whether this process is the command line, and not a program that uses histoseek as a library."""
-
-    ours = False
+_begun = False
+"""Whether this process is the command line, and not a program that uses histoseek as a library."""
 
 
 def begin() -> None:
     """Make this process the command line: open missing standard streams, and take over Ctrl-C."""
+    global _begun
     fill_descriptors()
     stopping.arm()
-    _Process.ours = True
+    _begun = True
 
 
 def is_command_line() -> bool:
     """Whether :func:`begin` was called in this process."""
-    return _Process.ours
+    return _begun
 
 
 def fill_descriptors() -> None:
@@ -42,7 +40,7 @@ def fill_descriptors() -> None:
 
 
 def run() -> None:
-    """Run the command ``histoseek``: take over Ctrl-C before anything large is imported."""
+    """Run the command ``histoseek``; Ctrl-C is handled before the slow imports."""
     begin()
     from ...__main__ import main
 

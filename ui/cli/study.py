@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ... import console
-from ...console import Json
-from .arguments import AtlasPath, Where
 
 if TYPE_CHECKING:
     from ...index.studies.scores import RetrievalOptions
 
 
 def evaluate(
-    atlas: AtlasPath,
-    label: Annotated[str, typer.Option(help="Column to predict from the hits.")] = "label",
-    leave_out: Annotated[
-        str,
-        typer.Option(
-            help="Leave out hits with the query's value in this column: patient, slide, …"
-        ),
-    ] = "patient",
-    without_patients: Annotated[
-        bool, typer.Option("--without-patients", help="Continue even if tiles have no patient.")
-    ] = False,
-    unit: Annotated[str, typer.Option(help="tile, or slide by its mosaic.")] = "tile",
-    queries: Annotated[int, typer.Option(help="Maximum number of query tiles.")] = 20_000,
-    bootstrap: Annotated[
-        int, typer.Option(help="Bootstrap samples for the confidence intervals.")
-    ] = 1_000,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
-    json: Json = False,
+    atlas: Path,
+    label: str = "label",
+    leave_out: str = "patient",
+    without_patients: bool = False,
+    unit: str = "tile",
+    queries: int = 20000,
+    bootstrap: int = 1000,
+    seed: int = 0,
 ) -> None:
-    """Search with every labelled tile among other patients, and count hits with the same label."""
+    """Measure how often hits have the label of the query.
+
+    Searches with each labelled tile among the tiles of other patients.
+
+    Options:
+        label: Column that is predicted from the hits.
+        leave_out: Column, such as patient or slide. Hits with the same value as the query are left out.
+        without_patients: Evaluate although the patient of some tiles is unknown.
+        unit: What is a query: tile, or slide (its mosaic).
+        queries: Maximum number of query tiles.
+        bootstrap: Number of bootstrap samples for the confidence intervals.
+    """
     import numpy as np
 
     from ...index.atlas import Atlas
@@ -51,7 +52,7 @@ def evaluate(
         size = opened.manifest.size_px
         noise = np.random.default_rng(0).integers(0, 256, (1, size, size, 3), dtype=np.uint8)
         encode = lambda: encoder.embed(noise)  # noqa: E731
-    with console.working("asking every tile"):
+    with console.working("searching with every tile"):
         report = run(opened, options, encode)
 
     console.emit(report, lambda: _show_evaluation(report, options))
@@ -61,13 +62,7 @@ def _show_evaluation(report: dict[str, Any], options: RetrievalOptions) -> None:
     for warning in report["warnings"]:
         console.say(f"NOTE: {warning}")
     rows = [
-        (
-            name,
-            m["value"],
-            "{:.3f} to {:.3f}".format(*m["interval_95"]),
-            m["random"],
-            m["majority"],
-        )
+        (name, m["value"], _interval(m["interval_95"]), m["random"], m["majority"])
         for name, m in report["metrics"].items()
     ]
     title = (
@@ -80,7 +75,7 @@ def _show_evaluation(report: dict[str, Any], options: RetrievalOptions) -> None:
             c["class"],
             c["queries"],
             c["recall"],
-            "{:.3f} to {:.3f}".format(*c["recall_interval_95"]),
+            _interval(c["recall_interval_95"]),
             c["precision"],
             c["f1"],
         )
@@ -89,21 +84,16 @@ def _show_evaluation(report: dict[str, Any], options: RetrievalOptions) -> None:
     names = ("class", "queries", "recall", "95 %", "precision", "F1")
     console.table("majority of 5", names, classes)
     latency = report["latency"]
-    both = latency["end_to_end_ms"]
-    console.say(
-        f"one query: search {latency['search_ms']} ms"
-        + ("" if both is None else f", with encoding {both} ms")
-    )
+    console.say(f"time of one query: search {latency['search_ms']} ms")
+    if latency["end_to_end_ms"] is not None:
+        console.say(f"time of one query: embed and search {latency['end_to_end_ms']} ms")
 
 
-def duplicates(
-    atlas: AtlasPath,
-    least: Annotated[
-        float | None, typer.Option(help="Score from which two tiles are the same. [cosine .999]")
-    ] = None,
-    where: Where = None,
-    json: Json = False,
-) -> None:
+def _interval(bounds: Sequence[float]) -> str:
+    return "{:.3f} to {:.3f}".format(*bounds)
+
+
+def duplicates(atlas: Path, least: float | None = None, where: str | None = None) -> None:
     """Find groups of tiles that are nearly the same image."""
     from ...index.atlas import Atlas
     from ...index.studies.duplicates import duplicates as run
@@ -116,24 +106,21 @@ def duplicates(
             (n, g["size"], g["slides"], ", ".join(_short(t) for t in g["tiles"][:4]))
             for n, g in enumerate(report["shown"][:20], start=1)
         ]
-        console.table("largest groups", ("group", "tiles", "slides", "such as"), rows)
+        console.table("largest groups", ("group", "tiles", "slides", "examples"), rows)
         console.say(
             f"{report['groups']} groups of {report['tiles_in_groups']} tiles with a score of at least "
-            f"{report['least']:g}; {report['across_slides']} groups lie on several slides"
+            f"{report['least']:g}; {report['across_slides']} groups have tiles of several slides"
         )
 
     console.emit(report, human)
 
 
-def leakage(
-    atlas: AtlasPath,
-    split: Annotated[str, typer.Option(help="Column that names the part, such as train and test.")],
-    least: Annotated[
-        float | None, typer.Option(help="Score from which two tiles are the same. [cosine .999]")
-    ] = None,
-    json: Json = False,
-) -> None:
-    """Check that the parts of a data set share no patients and no images; exit code 1 if they do."""
+def leakage(atlas: Path, split: Annotated[str, typer.Option()], least: float | None = None) -> None:
+    """Check that parts of a data set share no patients or images. Exit code 1: they share some.
+
+    Options:
+        split: Column with the part of each slide or tile, such as train or test.
+    """
     from ...index.atlas import Atlas
     from ...index.studies.duplicates import leakage as run
 
@@ -150,10 +137,12 @@ def leakage(
             )
             for p in report["parts"]
         ]
-        console.table("", ("parts", "patients in both", "near-duplicates", "such as"), rows)
+        console.table("", ("parts", "patients in both", "near-duplicates", "examples"), rows)
         if report["tiles_without_patient"]:
             console.say(f"NOTE: {report['tiles_without_patient']} tiles have no patient")
-        console.say("they LEAK" if report["leaks"] else "no leak was found")
+        console.say(
+            "LEAK: parts share patients or images" if report["leaks"] else "no leak was found"
+        )
 
     console.emit(report, human)
     if report["leaks"]:

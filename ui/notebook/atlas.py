@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -57,18 +59,12 @@ class Hits(list[Hit]):
 
     def _repr_html_(self) -> str:
         return "".join(
-            figure_html(
-                self._picture(hit.tile),
-                [f"{hit.rank}. {hit.score:.3f}", hit.slide, hit.label or "", hit.file or ""],
+            _figure(
+                partial(self._pictures.tile, hit.tile) if self._pictures else None,
+                (f"{hit.rank}. {hit.score:.3f}", hit.slide, hit.label or "", hit.file or ""),
             )
             for hit in self[:TILES_SHOWN]
         )
-
-    def _picture(self, tile: int) -> bytes | None:
-        try:
-            return None if self._pictures is None else self._pictures.tile(tile)
-        except HistoseekError:  # its slide is missing: show a grey square
-            return None
 
 
 class Cases(list[Similar]):
@@ -119,7 +115,7 @@ class Atlas:
             return cls(path)
         bundle = getattr(encoder, "bundle", None)
         if bundle is None:
-            raise BadInput("this encoder runs elsewhere; pass the folder of its bundle instead")
+            raise BadInput("this encoder runs on a server; pass the folder of its bundle instead")
         index.Atlas.create(path, bundle)
         return cls(path, encoder)
 
@@ -143,7 +139,7 @@ class Atlas:
         return self._encoder
 
     def close(self) -> None:
-        """Close slides that were opened for their pictures, and the encoder if the atlas opened it."""
+        """Close the slides that were opened to show images, and the encoder if the atlas opened it."""
         self._pictures.close()
         if self._opened_encoder and self._encoder is not None:
             self._encoder.close()
@@ -187,14 +183,10 @@ class Atlas:
             given = [features] if isinstance(features, str | Path) else features
             inputs = [Path(path) for path in given]
         files, left_out = find_feature_files(inputs)
-        notes: Sequence[str] = ()
-        if isinstance(metadata, str | Path):
-            table = read_metadata(Path(metadata))
-            rows, notes = rows_of(table), table.notes if table else ()
-        else:
-            rows = dict(metadata or {})
+        table = read_metadata(Path(metadata)) if isinstance(metadata, str | Path) else None
+        rows = rows_of(table) if isinstance(metadata, str | Path) else dict(metadata or {})
         added = self.index.add(files, rows, replace, mixed_scales=mixed_scales)
-        added.left_out, added.notes = left_out, list(notes)
+        added.left_out, added.notes = left_out, list(table.notes) if table else []
         return added
 
     def remove(self, names: str | Sequence[str]) -> int:
@@ -236,20 +228,22 @@ class Atlas:
             BadInput: the query is empty, or an image or the filter cannot be read.
             NotFound: a tile does not exist.
         """
-        others, tiles = _examples(like)
+        like_images, tiles = _examples(like)
         unlike_images, unlike_tiles = _examples(unlike)
-        combined = bool(others or tiles or unlike_images or unlike_tiles)
+        combined = bool(like_images or tiles or unlike_images or unlike_tiles)
         single = combined or (images is not None and is_one(images))
-        asked = [] if images is None else read_images(images, self._size)
+        separate = [] if images is None else read_images(images, self._size)
         query = Query(
-            images=(*asked, *read_images(others, self._size)), tiles=tiles,
+            images=(*separate, *read_images(like_images, self._size)), tiles=tiles,
             unlike_images=tuple(read_images(unlike_images, self._size)), unlike_tiles=unlike_tiles,
             together=combined, k=k, where=where, least=least, per_slide=per_slide, exact=exact,
             leave_out=leave_out,
         )  # fmt: skip
-        answers = self.index.ask(View.search, query.embedded(self._embed))
-        found = [Hits(hits, self._pictures) for hits in answers]
-        return found[0] if single else found
+        answers = self.index.ask(
+            View.search, query.embedded(lambda tiles: self.encoder.embed(tiles))
+        )
+        results = [Hits(hits, self._pictures) for hits in answers]
+        return results[0] if single else results
 
     def similar(
         self,
@@ -276,8 +270,7 @@ class Atlas:
         tiles = read_images(images, self._size)
         if not tiles:
             raise BadInput("no image was given; expected at least one")
-        vectors = self._embed(np.stack(tiles))
-        rows = self.index.assign(vectors, clustering)
+        rows = self.index.assign(self.encoder.embed(np.stack(tiles)), clustering)
         return [Assignment(**{key: row[key] for key in Assignment._fields}) for row in rows]
 
     def fit(self, method: str = "kmeans", **options: Any) -> dict[str, Any]:
@@ -300,9 +293,6 @@ class Atlas:
     def _size(self) -> int:
         return self.index.manifest.size_px
 
-    def _embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return self.encoder.embed(tiles)
-
 
 class Slides(list[dict[str, Any]]):
     """Slides and tile sets of an atlas; Jupyter shows an image of each."""
@@ -314,18 +304,21 @@ class Slides(list[dict[str, Any]]):
 
     def _repr_html_(self) -> str:
         return "".join(
-            figure_html(
-                self._thumbnail(slide["name"]),
-                [slide["name"], f"{slide['tiles']} tiles", slide["label"] or ""],
+            _figure(
+                partial(self._pictures.thumbnail, slide["name"]),
+                (slide["name"], f"{slide['tiles']} tiles", slide["label"] or ""),
             )
             for slide in self[:TILES_SHOWN]
         )
 
-    def _thumbnail(self, name: str) -> bytes | None:
-        try:
-            return self._pictures.thumbnail(name)
-        except HistoseekError:  # the slide is missing: show a grey square
-            return None
+
+def _figure(read: Callable[[], bytes] | None, lines: Sequence[str]) -> str:
+    """Return an image with lines of text as HTML; a grey square if the image cannot be read."""
+    jpeg = None
+    if read is not None:
+        with suppress(HistoseekError):  # the slide is missing
+            jpeg = read()
+    return figure_html(jpeg, lines)
 
 
 def _examples(given: Example | Sequence[Example]) -> tuple[list[Image], tuple[int, ...]]:

@@ -88,11 +88,13 @@ def embed(
         if opened is not encoder:
             opened.close()
     facts = {**given.as_dict(), "regions_unused": unused}
-    document = {**summary(ran), "inputs": facts}
-    write_document(document, str(folder))
-    found = Features(results, folder, lines_of(results, facts))
-    failed = [f"{result.name}: {result.reason}" for result in found if not result.ok]
+    write_document({**summary(ran), "inputs": facts}, str(folder))
+    features = Features(results, folder, lines_of(results, facts))
+    failed = [f"{result.name}: {result.reason}" for result in features if not result.ok]
     if failed:
         few = "; ".join(failed[:3]) + (" …" if len(failed) > 3 else "")
-        warnings.warn(f"{len(failed)} of {len(found)} were not embedded whole: {few}", stacklevel=2)
-    return found
+        warnings.warn(
+            f"{len(failed)} of {len(features)} inputs could not be embedded completely: {few}",
+            stacklevel=2,
+        )
+    return features

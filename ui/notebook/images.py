@@ -43,5 +43,5 @@ def _pixels(image: Image) -> Rgb:
     if isinstance(image, bytes | np.ndarray | Pillow.Image):
         return decode(image)
     raise BadInput(
-        f"an image is {type(image).__name__}; expected a path, bytes, an array of uint8 or a PIL image"
+        f"an image is of type {type(image).__name__}; expected a path, bytes, a uint8 array or a PIL image"
     )

@@ -23,13 +23,13 @@ def table_html(
 def figure_html(jpeg: bytes | None, lines: Sequence[str], side_px: int = 128) -> str:
     """Return an image with lines of text below it as HTML; without an image a grey square."""
     style = f"width:{side_px}px;height:{side_px}px;object-fit:contain;background:#ddd"
-    picture = f'<div style="{style}"></div>'
+    image = f'<div style="{style}"></div>'
     if jpeg is not None:
         data = base64.b64encode(jpeg).decode()
-        picture = f'<img alt="tile" style="{style}" src="data:image/jpeg;base64,{data}">'
+        image = f'<img alt="tile" style="{style}" src="data:image/jpeg;base64,{data}">'
     text = "<br>".join(escape(line) for line in lines)
     box = f"display:inline-block;margin:4px;width:{side_px}px;vertical-align:top"
-    return f'<figure style="{box}">{picture}<figcaption>{text}</figcaption></figure>'
+    return f'<figure style="{box}">{image}<figcaption>{text}</figcaption></figure>'
 
 
 def _text(value: object) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
@@ -12,41 +13,32 @@ from ...artifacts.manifest import CARD
 from ...errors import HistoseekError
 from ..session.session import Session
 from . import view
-from .widgets import EVENT, HIDDEN, html, told
+from .widgets import EVENT, HIDDEN, error_html, html
 
 AUDIT_QUERIES = 200
 
 
 def about_tab(session: Session, tab: Any) -> None:
-    """Build the tab.
-
-    Args:
-        session: the open atlas.
-        tab: the Gradio tab.
-    """
+    """Build the tab."""
     about = html(_about(session))
-    button = gr.Button("Measure what the index finds", elem_id="audit")
+    button = gr.Button("Measure the recall of the index", elem_id="audit")
     note = html("", elem_id="audit-note")
 
     def measure() -> str:
         try:
             return view.audit_text(session.atlas.audit(AUDIT_QUERIES))
         except HistoseekError as error:
-            return told(error)
+            return error_html(error)
 
     button.click(measure, None, note, **EVENT)
     tab.select(lambda: _about(session), None, about, **HIDDEN)
 
 
 def _about(session: Session) -> str:
-    def known(name: str) -> str:
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return "–"
-
-    names = ("gradio", "onnxruntime", "faiss-cpu")
-    versions = {"histoseek": __version__} | {name: known(name) for name in names}
+    versions = {"histoseek": __version__}
+    for name in ("gradio", "onnxruntime", "faiss-cpu"):
+        with suppress(PackageNotFoundError):
+            versions[name] = version(name)
     path = session.atlas.encoder_bundle / CARD
-    card = path.read_text(encoding="utf-8") if path.is_file() else "It has no card."
+    card = path.read_text(encoding="utf-8") if path.is_file() else "The encoder has no model card."
     return view.about(session.atlas.stats(), card, versions)

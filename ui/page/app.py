@@ -52,34 +52,28 @@ def mount(app: Any, server: Server) -> Any:
 def _theme() -> Any:
     """Return a theme with sufficient contrast of text (WCAG AA)."""
     theme = gr.themes.Soft(primary_hue="teal", font=FONTS, font_mono=MONO)
+    both = {  # light, dark
+        "block_title_background_fill": ("transparent", "transparent"),
+        "block_title_text_color": ("*neutral_800", "*neutral_100"),
+        "body_text_color_subdued": ("*neutral_600", "*neutral_300"),
+        "block_label_background_fill": ("transparent", "transparent"),
+        "block_label_text_color": ("*neutral_800", "*neutral_100"),
+        "button_primary_background_fill": ("*primary_700", "*primary_700"),
+        "button_primary_background_fill_hover": ("*primary_800", "*primary_800"),
+        "input_border_color": ("*neutral_300", "*neutral_600"),
+        "input_placeholder_color": ("*neutral_500", "*neutral_400"),
+        "checkbox_label_background_fill_selected": ("*primary_700", "*primary_700"),
+    }
     return theme.set(
-        block_title_background_fill="transparent",
-        block_title_background_fill_dark="transparent",
-        block_title_text_color="*neutral_800",
-        block_title_text_color_dark="*neutral_100",
+        **{name: light for name, (light, _) in both.items()},
+        **{f"{name}_dark": dark for name, (_, dark) in both.items()},
         block_title_padding="0",
-        body_text_color_subdued="*neutral_600",
-        body_text_color_subdued_dark="*neutral_300",
-        block_label_background_fill="transparent",
-        block_label_background_fill_dark="transparent",
-        block_label_text_color="*neutral_800",
-        block_label_text_color_dark="*neutral_100",
-        button_primary_background_fill="*primary_700",
-        button_primary_background_fill_hover="*primary_800",
-        button_primary_background_fill_dark="*primary_700",
-        button_primary_background_fill_hover_dark="*primary_800",
         button_primary_text_color="white",
         input_border_width="1px",
-        input_border_color="*neutral_300",
-        input_border_color_dark="*neutral_600",
         checkbox_border_width="1px",
         checkbox_border_color="*neutral_400",
         button_secondary_border_color="*neutral_300",
         button_border_width="1px",
-        input_placeholder_color="*neutral_500",
-        input_placeholder_color_dark="*neutral_400",
-        checkbox_label_background_fill_selected="*primary_700",
-        checkbox_label_background_fill_selected_dark="*primary_700",
     )
 
 
@@ -88,7 +82,7 @@ def _fetch_nothing() -> None:
     from gradio import processing_utils
 
     def refuse(*_: Any, **__: Any) -> Any:
-        raise ValueError("addresses are not fetched; upload the file")
+        raise ValueError("this server does not fetch URLs; upload the file")
 
     for name in ("save_url_to_cache", "async_save_url_to_cache", "ssrf_protected_download"):
         if hasattr(processing_utils, name):
@@ -96,7 +90,7 @@ def _fetch_nothing() -> None:
 
 
 def _link_from_here() -> None:
-    """Make Gradio's links to manifest and icon relative: the host's root may belong to another site."""
+    """Make the links to manifest and icon relative: a proxy may publish the page under a path."""
     from gradio.routes import templates
     from jinja2 import BaseLoader
 
@@ -104,8 +98,8 @@ def _link_from_here() -> None:
     inner = environment.loader
 
     class FromHere(BaseLoader):
-        def get_source(self, asked: Any, template: str) -> Any:
-            source, *rest = inner.get_source(asked, template)
+        def get_source(self, environment: Any, template: str) -> Any:
+            source, *rest = inner.get_source(environment, template)
             return source.replace(AT_ROOT, FROM_HERE), *rest
 
     if inner.__class__.__name__ != FromHere.__name__:
@@ -118,7 +112,7 @@ def _assets(app: Any) -> None:
 
     spec = find_spec("plotly")
     if spec is None or spec.origin is None:
-        raise MissingPart("the page needs plotly: pip install 'histoseek[ui]'")
+        raise MissingPart("the page needs plotly; run: pip install 'histoseek[ui]'")
     files = {
         "page.js": ASSETS / "page.js",
         "plotly.min.js": Path(spec.origin).parent / "package_data" / "plotly.min.js",
@@ -126,7 +120,7 @@ def _assets(app: Any) -> None:
 
     def asset(name: str) -> FileResponse:
         if name not in files:
-            raise NotFound(f"there is no {name}")
+            raise NotFound(f"there is no file {name!r}; reload the page")
         age = "no-cache" if name == "page.js" else "private, max-age=86400"
         return FileResponse(
             files[name], media_type="text/javascript", headers={"Cache-Control": age}

@@ -10,16 +10,11 @@ import gradio as gr
 from ...errors import HistoseekError
 from ..session.session import Session
 from . import cluster_view, view
-from .widgets import HIDDEN, atlas_map, html, told
+from .widgets import HIDDEN, atlas_map, error_html, html, no_clusters
 
 
 def atlas_tab(session: Session, tab: Any) -> None:
-    """Build the tab.
-
-    Args:
-        session: the open atlas.
-        tab: the Gradio tab.
-    """
+    """Build the tab."""
     names = session.atlas.clusterings()
     fields = [(f"cluster.{name}", f"cluster ({name})") for name in names]
     fields += [(name, name) for name in session.atlas.view().columns.names() if name != "kind"]
@@ -29,12 +24,7 @@ def atlas_tab(session: Session, tab: Any) -> None:
     js = f"histoseek.map(element, {{fields: {listed}, by: {first}}});"
     atlas_map(js, "atlas-map", select, '<div class="hs-lassoed"></div>')
     if not names:
-        html(
-            view.empty(
-                "This atlas has no clusters yet.",
-                "Run `histoseek index fit` and restart the page.",
-            )
-        )
+        no_clusters()
         return
     chosen = gr.Dropdown(names, value=names[0], label="Clusters of")
     cards = html(view.empty("Clusters", "Loading …"), elem_id="clusters")
@@ -43,7 +33,7 @@ def atlas_tab(session: Session, tab: Any) -> None:
         try:
             return cluster_view.cluster_cards(session.atlas.clusters(name, view.EXAMPLES), name)
         except HistoseekError as error:
-            return told(error)
+            return error_html(error)
 
     tab.select(show, chosen, cards, **HIDDEN)
     chosen.change(show, chosen, cards, **HIDDEN)

@@ -15,7 +15,17 @@ from ..access.service import Server
 from ..session import words
 from ..session.answers import MAX_IMAGES, ClusterAnswer
 from . import cluster_view, view
-from .widgets import EVENT, UPLOAD_BYTES, atlas_map, chooser, chosen, html, told, with_files
+from .widgets import (
+    EVENT,
+    UPLOAD_BYTES,
+    atlas_map,
+    chooser,
+    chosen,
+    error_html,
+    html,
+    no_clusters,
+    with_files,
+)
 
 EXAMPLES = 3
 """Tiles that stand for the cluster of each image."""
@@ -31,7 +41,7 @@ new MutationObserver(() => read().by ? map.set(read().by) : map.draw())
 
 
 def _stars(answer: ClusterAnswer) -> list[dict[str, Any]]:
-    """Return where the images lie on the map; nothing while there is no map."""
+    """Return the images' positions on the map; nothing if there is no map yet."""
     if answer.points is None:
         return []
     return [
@@ -47,21 +57,18 @@ def cluster_tab(server: Server) -> None:
     session = server.session
     names = session.atlas.clusterings()
     if not names:
-        html(
-            view.empty(
-                "This atlas has no clusters yet.",
-                "Run `histoseek index fit` and restart the page.",
-            )
-        )
+        no_clusters()
         return
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             files = chooser("uploads", "Choose images, or zips of them", "multiple", UPLOAD_BYTES)
             clustering = gr.Dropdown(names, value=names[0], label="Clustering")
-            button = gr.Button("Place in clusters", variant="primary", elem_id="place")
+            button = gr.Button("Assign to clusters", variant="primary", elem_id="place")
         with gr.Column(scale=3, min_width=320):
             table = html(
-                view.empty("Where your images belong appears here.", "Choose some on the left."),
+                view.empty(
+                    "The clusters of your images appear here.", "Choose images on the left."
+                ),
                 elem_id="placed-box",
             )
             stars = html("{}", visible="hidden", elem_id="stars")
@@ -71,13 +78,13 @@ def cluster_tab(server: Server) -> None:
         try:
             files = chosen(given)
             if not files:
-                return view.problem("No image yet. Choose one or more first."), "{}"
+                return view.problem("No image yet. Choose one or more images first."), "{}"
             session.map.wait()
             images = unpacked([(f["name"], Path(f["path"])) for f in files])
             answer = session.cluster(images, name, EXAMPLES)
             server.note_assign(request, answer)
         except HistoseekError as error:
-            return told(error), "{}"
+            return error_html(error), "{}"
         drawn = {"by": f"cluster.{answer.clustering}", "stars": _stars(answer)}
         examples = {c["cluster"]: [t["tile"] for t in c["examples"]] for c in answer.clusters}
         table = cluster_view.placed_table(answer, examples)
@@ -108,11 +115,13 @@ def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]
             continue
         try:
             if path.stat().st_size > UPLOAD_BYTES:
-                raise TooLarge(f"{name} has more than {UPLOAD_BYTES:,} bytes; split it")
+                raise TooLarge(
+                    f"{name} has more than {UPLOAD_BYTES:,} bytes; split it into smaller zips"
+                )
             with zipfile.ZipFile(path) as pack:
                 if len(pack.infolist()) > ENTRIES:
                     raise TooLarge(
-                        f"{name} lists more than {ENTRIES:,} files and folders; split it"
+                        f"{name} has more than {ENTRIES:,} files and folders; split it into smaller zips"
                     )
                 for item in pack.infolist():
                     inner = item.filename.rsplit("/", 1)[-1]
@@ -123,12 +132,16 @@ def unpacked(files: Sequence[tuple[str, Path]]) -> list[tuple[str, Path | bytes]
                     ):
                         continue
                     if len(found) >= MAX_IMAGES:
-                        raise TooLarge(f"{name} holds more than {MAX_IMAGES} images; split it")
+                        raise TooLarge(
+                            f"there are more than {MAX_IMAGES} images with those in {name}; upload fewer"
+                        )
                     with pack.open(item) as stream:  # do not trust the size in the zip
                         blob = stream.read(min(UPLOAD_BYTES, budget) + 1)
                     budget -= len(blob)
                     if len(blob) > UPLOAD_BYTES or budget < 0:
-                        raise TooLarge(f"{name} unpacks to too many bytes; split it")
+                        raise TooLarge(
+                            f"{name} unpacks to too many bytes; upload fewer images at once"
+                        )
                     found.append((f"{name}: {inner}", blob))
         except (zipfile.BadZipFile, RuntimeError, NotImplementedError, OSError, EOFError) as error:
             raise BadInput(f"{name} cannot be unpacked ({error}); zip the images again") from error

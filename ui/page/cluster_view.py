@@ -13,26 +13,17 @@ from .view import EXAMPLES
 
 
 def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -> str:
-    """Return the assigned images with the nearest tile of each, and the unreadable ones.
-
-    Args:
-        answer: the assigned images.
-        examples: ids of example tiles by cluster.
-    """
+    """Return a table of the assigned and the refused images; ``examples`` are ids of tiles by cluster."""
     rows = []
     for number, (name, placed, hit) in enumerate(
         zip(answer.names, answer.placed, answer.nearest, strict=True)
     ):
         title = escape(cluster_title(placed))
-        why = (
-            "unlike the stained tissue that the encoder knows"
-            if placed["foreign"]
-            else "fits no cluster"
-        )
+        why = "does not look like stained tissue" if placed["foreign"] else "matches no cluster"
         note = f'<span class="hs-unknown">unknown: {why}</span>' if placed["unknown"] else ""
         rows.append(
             f'<tr><td data-label="image">{escape(name)}</td>'
-            f'<td data-label="cluster">{_dot(placed["cluster"])}{title}</td>'
+            f'<td data-label="cluster">{dot(placed["cluster"])}{title}</td>'
             f'<td data-label="strength">{placed["strength"]:.2f}</td>'
             f'<td data-label="distance">{placed["distance"]:.3f}</td>'
             f'<td data-label="nearest tile"><button class="hs-open hs-mini" data-open="{hit.tile}" '
@@ -49,14 +40,14 @@ def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -
     ]
     unknown = sum(bool(placed["unknown"]) for placed in answer.placed)
     summary = (
-        f"{len(answer.names)} placed in {escape(answer.clustering)}, {unknown} of them unknown, "
-        f"{len(answer.refused)} refused."
+        f"{counted(len(answer.names), 'image')} assigned to {escape(answer.clustering)}, {unknown} of them "
+        f"unknown; {len(answer.refused)} refused."
     )
     links = " ".join(
         f'<a href="v1/results/{answer.id}/{kind}" download>{title}</a>'
         for kind, title in (("csv", "CSV"), ("json", "JSON"), ("html", "Report"))
     )
-    heads = (
+    columns = (
         "image",
         "cluster",
         "strength",
@@ -65,7 +56,7 @@ def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -
         "examples of its cluster",
         "note",
     )
-    head = "".join(f'<th scope="col">{name}</th>' for name in heads)
+    head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     return (
         f'<p role="status" id="placed-note">{summary} Save: {links}</p><table class="hs-table" id="placed">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
@@ -80,7 +71,8 @@ def _minis(tiles: Sequence[int]) -> str:
     )
 
 
-def _dot(cluster: int) -> str:
+def dot(cluster: int) -> str:
+    """Return a dot in the colour of a cluster."""
     return (
         f'<span class="hs-dot" style="background:{colour_of(cluster)}" aria-hidden="true"></span>'
     )
@@ -94,34 +86,34 @@ def cluster_cards(clusters: Sequence[Mapping[str, Any]], clustering: str) -> str
 
 def _cluster_card(cluster: Mapping[str, Any], clustering: str) -> str:
     number = cluster["cluster"]
-    called = escape(cluster_name(number), quote=True)
+    name = escape(cluster_name(number), quote=True)
     tiles = "".join(
         f'<button class="hs-open" data-open="{tile["tile"]}" aria-label="Open tile {tile["tile"]} of '
-        f'{called}"><img loading="lazy" src="v1/tiles/{tile["tile"]}.jpg" alt="example of {called}" '
+        f'{name}"><img loading="lazy" src="v1/tiles/{tile["tile"]}.jpg" alt="example of {name}" '
         'width="96" height="96"></button>'
         for tile in cluster["examples"][:EXAMPLES]
     )
     total = max(1, cluster["tiles"])
-    named = [(name, n) for name, n in cluster["labels"].items() if name != "(none)"]
+    labels = [(label, n) for label, n in cluster["labels"].items() if label != "(none)"]
     bars = "".join(
         f'<li><span class="hs-bar" style="width:{100 * n / total:.1f}%"></span>'
-        f"<span>{escape(name)}</span> <span>{n / total:.0%}</span></li>"
-        for name, n in named[:LABELS_SHOWN]
+        f"<span>{escape(label)}</span> <span>{n / total:.0%}</span></li>"
+        for label, n in labels[:LABELS_SHOWN]
     )
     title = "No cluster" if number < 0 else f"Cluster {number}"
     named_title = f"{title}: {escape(cluster['name'])}" if cluster["name"] else title
-    shown = f"hs-name-{number}"
+    field = f"hs-name-{number}"
     return (
         f'<section class="hs-cluster" data-cluster="{number}" aria-label="{title}">'
-        f"<h2>{_dot(number)}{named_title}</h2>"
+        f"<h2>{dot(number)}{named_title}</h2>"
         f"<p>{counted(cluster['tiles'], 'tile')}, {counted(cluster['slides'], 'slide')}"
         + (f", {cluster['unknown']:,} unknown" if cluster["unknown"] else "")
         + f'</p><div class="hs-examples">{tiles}</div>'
         + (f'<ul class="hs-labels">{bars}</ul>' if bars else "")
         + f'<form class="hs-rename" data-clustering="{escape(clustering, quote=True)}">'
-        f'<label for="{shown}">Name</label><input id="{shown}" name="name" maxlength="200" '
-        f'value="{escape(cluster["name"], quote=True)}" placeholder="what it shows">'
-        f'<label for="{shown}-d">Description</label><input id="{shown}-d" name="description" '
+        f'<label for="{field}">Name</label><input id="{field}" name="name" maxlength="200" '
+        f'value="{escape(cluster["name"], quote=True)}" placeholder="what its tiles show">'
+        f'<label for="{field}-d">Description</label><input id="{field}-d" name="description" '
         f'maxlength="1000" value="{escape(cluster["description"], quote=True)}">'
         '<button type="submit">Save</button><span role="status"></span></form></section>'
     )

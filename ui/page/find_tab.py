@@ -16,9 +16,10 @@ from ..session import words
 from ..session.answers import both
 from ..session.session import Session
 from . import view
-from .widgets import EVENT, HIDDEN, UPLOAD_BYTES, html, told, uploaded
+from .widgets import EVENT, HIDDEN, UPLOAD_BYTES, check_upload, error_html, html
 
-EMPTY: dict[str, Any] = {"upload": None, "like": [], "unlike": []}
+Examples = dict[str, Any]
+EMPTY: Examples = {"upload": None, "like": [], "unlike": []}
 CHOICES = 2_000
 """Maximum number of values in a drop-down list; other values can be used in the filter's text."""
 COLUMN_VALUES = 60
@@ -27,9 +28,9 @@ PICKER = f"""
   <div class="hs-drop"><input type="file" id="hs-query-file" accept="image/*,.tif,.tiff">
   <label for="hs-query-file">Choose an image</label>, drop it here, or paste it</div>
   <div class="hs-stage" tabindex="0" role="group" hidden
-       aria-label="Your image. Arrow keys place a box, with Shift they size it, Escape takes it all.">
+       aria-label="Your image. Arrow keys move a box, Shift with arrow keys resizes it, Escape removes it.">
     <img alt=""><div class="hs-crop" hidden></div></div>
-  <button class="hs-whole" type="button" hidden>Search for the whole picture</button>
+  <button class="hs-whole" type="button" hidden>Search with the whole image</button>
   <p class="hs-picker-note" role="status"></p>
 </div>"""
 PICKER_JS = """
@@ -48,22 +49,14 @@ element.addEventListener('click', (e) => {
 
 
 def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
-    """Build the tab.
-
-    Args:
-        server: the server's state.
-        last: Gradio state with the id of the last search.
-
-    Returns:
-        A function that lets a page fill in the filters' values when it loads.
-    """
+    """Build the tab; return a function that makes a page load the filters' values."""
     session = server.session
     state = gr.State(EMPTY)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             picker = html(html_template=PICKER, js_on_load=PICKER_JS, elem_id="query")
             basket = html("", js_on_load=BASKET_JS, elem_id="basket")
-            count = gr.Slider(1, 60, value=12, step=1, label="How many hits")
+            count = gr.Slider(1, 60, value=12, step=1, label="Number of hits")
             with gr.Accordion("Filters", open=False, elem_id="filters"):
                 fields = _filters(session)
             button = gr.Button("Find similar tiles", variant="primary", elem_id="find")
@@ -76,50 +69,13 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
                 ),
                 elem_id="hits",
             )
+    handlers = _Handlers(server, list(fields))
     inputs = [state, count, *fields.values()]
     outputs = [state, basket, note, hits, last]
-
-    def search(asked: dict[str, Any], k: float, values: Sequence[Any], request: Any) -> Any:
-        shown = view.basket((), asked["like"], asked["unlike"])
-        if not asked["upload"] and not asked["like"]:
-            text = "No image yet. Choose one first, or a tile of the atlas."
-            return asked, shown, view.problem(text), gr.skip(), ""
-        try:
-            chosen = dict(zip(fields, values, strict=True))
-            found = session.search(_query(session, asked, int(k), chosen))
-            shown = view.basket(found.query.images, asked["like"], asked["unlike"])
-            server.note_search(request, found)
-            names = session.atlas.cluster_names() if session.atlas.clusterings() else {}
-        except HistoseekError as error:
-            return asked, shown, told(error), view.empty("Not searched.", "See above."), ""
-        return asked, shown, view.verdict(found), view.gallery(found.hits, names), found.id
-
-    def chosen_image(
-        event: gr.EventData, request: gr.Request, asked: dict[str, Any], k: float, *values: Any
-    ) -> Any:
-        try:
-            asked = {**asked, "upload": uploaded(event._data)}
-        except HistoseekError as error:
-            shown = view.basket((), asked["like"], asked["unlike"])
-            return asked, shown, told(error), view.empty("Not searched.", "See above."), ""
-        return search(asked, k, values, request)
-
-    def picked(
-        event: gr.EventData, request: gr.Request, asked: dict[str, Any], k: float, *values: Any
-    ) -> Any:
-        asked = _picked(asked, event._data)
-        if not asked["upload"] and not asked["like"]:
-            empty = view.empty("Nothing to search for.", "Choose an image, or a tile to be like.")
-            return asked, view.basket((), (), asked["unlike"]), "", empty, ""
-        return search(asked, k, values, request)
-
-    def clicked(request: gr.Request, asked: dict[str, Any], k: float, *values: Any) -> Any:
-        return search(asked, k, values, request)
-
     events: dict[str, Any] = {**EVENT, "show_progress_on": [hits]}
-    picker.upload(chosen_image, inputs, outputs, trigger_mode="always_last", **events)
-    basket.select(picked, inputs, outputs, trigger_mode="multiple", **events)
-    button.click(clicked, inputs, outputs, **events)
+    picker.upload(handlers.uploaded, inputs, outputs, trigger_mode="always_last", **events)
+    basket.select(handlers.picked, inputs, outputs, trigger_mode="multiple", **events)
+    button.click(handlers.clicked, inputs, outputs, **events)
 
     def refresh(page: Any) -> None:
         page.load(lambda: _choices(session, list(fields)), None, list(fields.values()), **HIDDEN)
@@ -127,10 +83,64 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
     return refresh
 
 
+class _Handlers:
+    """Handlers of the tab's events. Each takes and returns the query's examples, and searches."""
+
+    def __init__(self, server: Server, fields: Sequence[str]) -> None:
+        self.server, self.fields = server, fields
+
+    def clicked(self, request: gr.Request, query: Examples, k: float, *values: Any) -> Any:
+        if not query["upload"] and not query["like"]:
+            text = "No image yet. Choose an image first, or a tile of the atlas."
+            return query, _basket(query), view.problem(text), gr.skip(), ""
+        try:
+            chosen = dict(zip(self.fields, values, strict=True))
+            session = self.server.session
+            answer = session.search(_query(session, query, int(k), chosen))
+            self.server.note_search(request, answer)
+            names = session.atlas.cluster_names() if session.atlas.clusterings() else {}
+        except HistoseekError as error:
+            return _failed(query, error)
+        basket = view.basket(answer.query.images, query["like"], query["unlike"])
+        return query, basket, view.verdict(answer), view.gallery(answer.hits, names), answer.id
+
+    def uploaded(
+        self, event: gr.EventData, request: gr.Request, query: Examples, k: float, *values: Any
+    ) -> Any:
+        try:
+            query = {**query, "upload": check_upload(event._data)}
+        except HistoseekError as error:
+            return _failed(query, error)
+        return self.clicked(request, query, k, *values)
+
+    def picked(
+        self, event: gr.EventData, request: gr.Request, query: Examples, k: float, *values: Any
+    ) -> Any:
+        query = _picked(query, event._data)
+        if not query["upload"] and not query["like"]:
+            empty = view.empty("No query.", "Choose an image, or a tile with + like.")
+            return query, _basket(query), "", empty, ""
+        return self.clicked(request, query, k, *values)
+
+
+def _basket(query: Examples) -> str:
+    return view.basket((), query["like"], query["unlike"])
+
+
+def _failed(query: Examples, error: Exception) -> tuple[Any, ...]:
+    return (
+        query,
+        _basket(query),
+        error_html(error),
+        view.empty("No search.", "See the message above."),
+        "",
+    )
+
+
 def _filters(session: Session) -> dict[str, Any]:
     """Return the filter widgets by the part of the query that they set."""
     columns = session.atlas.view().columns
-    further = [
+    others = [
         name
         for name in columns.names()
         if name not in {"slide", "kind", "label", "patient"}
@@ -138,19 +148,19 @@ def _filters(session: Session) -> dict[str, Any]:
     ]
     many = {"multiselect": True, "choices": []}
     fields = {"in label": gr.Dropdown(label="Label", **many)}
-    for name in further:
+    for name in others:
         fields[f"in {name}"] = gr.Dropdown(label=name, **many)
     fields["in slide"] = gr.Dropdown(label="Slide", **many)
     fields["in cluster"] = gr.Dropdown(label="Cluster", **many)
     fields["not in patient"] = gr.Dropdown(label="Leave out these patients", **many)
     fields["leave_out"] = gr.Radio(
-        [("nothing more", ""), ("its slide", "slide"), ("its patient", "patient")],
+        [("only the tile", ""), ("its slide", "slide"), ("its patient", "patient")],
         value="",
-        label="When searching by a tile of the atlas, leave out",
+        label="If the query is a tile of the atlas, leave out",
     )
     fields["per_slide"] = gr.Checkbox(label="At most one hit per slide")
     fields["where"] = gr.Textbox(
-        label="Further filter", placeholder="organ = 'colon' and x > 2000", max_lines=3
+        label="Other filter", placeholder="organ = 'colon' and x > 2000", max_lines=3
     )
     return fields
 
@@ -158,16 +168,16 @@ def _filters(session: Session) -> dict[str, Any]:
 def _choices(session: Session, names: Sequence[str]) -> list[Any]:
     """Return the current values of each filter."""
     columns = session.atlas.view().columns
-    found = []
+    updates = []
     for name in names:
         field = name.removeprefix("not in ").removeprefix("in ")
         if field == name:
-            found.append(gr.skip())
+            updates.append(gr.skip())
         elif field == "cluster":
-            found.append(gr.update(choices=_cluster_choices(session)))
+            updates.append(gr.update(choices=_cluster_choices(session)))
         else:
-            found.append(gr.update(choices=sorted(columns.coded(field).names)[:CHOICES]))
-    return found
+            updates.append(gr.update(choices=sorted(columns.coded(field).names)[:CHOICES]))
+    return updates
 
 
 def _cluster_choices(session: Session) -> list[tuple[str, int]]:
@@ -178,7 +188,7 @@ def _cluster_choices(session: Session) -> list[tuple[str, int]]:
     return [(words.cluster_name(c, names), c) for c in range(clustering.clusters)]
 
 
-def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, Any]) -> Query:
+def _query(session: Session, query: Examples, k: int, values: dict[str, Any]) -> Query:
     """Return the query from the widgets' values."""
     where = (values.pop("where") or "").strip() or None
     leave_out: Any = values.pop("leave_out") or "tile"
@@ -190,30 +200,29 @@ def _query(session: Session, asked: dict[str, Any], k: int, values: dict[str, An
             clause = f"{quoted_field(field)} {operator} ({listed})"
             where = both(where, clause) if where else clause
     images = []
-    if asked["upload"]:
-        upload = asked["upload"]
+    if upload := query["upload"]:
         crop = tuple(upload["crop"]) if upload["crop"] else None
         images.append(session.read(Path(upload["path"]), upload["name"], crop))
     return Query(
-        tuple(images), tiles=tuple(asked["like"]), unlike_tiles=tuple(asked["unlike"]), k=k, where=where,
+        tuple(images), tiles=tuple(query["like"]), unlike_tiles=tuple(query["unlike"]), k=k, where=where,
         per_slide=bool(per_slide), leave_out=leave_out,
     )  # fmt: skip
 
 
-def _picked(asked: dict[str, Any], data: Any) -> dict[str, Any]:
+def _picked(query: Examples, data: Any) -> Examples:
     """Return the state after a tile was added or removed, or all were cleared."""
     kind = data.get("kind")
     if kind == "image":
-        return {**asked, "upload": None}
+        return {**query, "upload": None}
     if kind == "clear":
-        return {**asked, "like": [], "unlike": []}
+        return {**query, "like": [], "unlike": []}
     if kind not in {"like", "unlike", "drop"} or not isinstance(data.get("tile"), int):
-        return asked
+        return query
     tile = data["tile"]
-    like = [t for t in asked["like"] if t != tile]
-    unlike = [t for t in asked["unlike"] if t != tile]
+    like = [t for t in query["like"] if t != tile]
+    unlike = [t for t in query["unlike"] if t != tile]
     if kind == "like":
         like.append(tile)
     elif kind == "unlike":
         unlike.append(tile)
-    return {**asked, "like": like, "unlike": unlike}
+    return {**query, "like": like, "unlike": unlike}

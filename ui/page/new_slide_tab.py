@@ -18,29 +18,24 @@ ADD_JS = "(...row) => histoseek.addSlide('new-file')(...row)"
 
 
 def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]) -> None:
-    """Build the tab.
-
-    Args:
-        server: the server's state.
-        tab: the Gradio tab.
-        head: the page's head, which shows the number of tiles.
-        header: returns the head's HTML.
-    """
+    """Build the tab; ``head`` is the page's head, which shows the number of tiles."""
     additions = server.additions
     html(view.readers_only(), elem_id="readers-note")
     with gr.Row():
         with gr.Column(scale=1, min_width=300, elem_id="new-form"):
             chooser("new-file", "Choose a slide", "", 0, local=True)
             path = gr.Textbox(
-                label="Or its path on the server", placeholder="/slides/case-7.svs",
+                label="Or enter its path on the server", placeholder="/slides/case-7.svs",
                 visible=additions.takes_paths, elem_id="new-path",
             )  # fmt: skip
             label = gr.Textbox(label="Label", max_length=200)
             patient = gr.Textbox(label="Patient", max_length=200)
             mpp = gr.Textbox(
-                label="µm per pixel, if the file does not say", placeholder="0.5", max_length=20
+                label="µm per pixel, if the file does not contain it",
+                placeholder="0.5",
+                max_length=20,
             )
-            again = gr.Checkbox(label="Replace a slide of that name")
+            again = gr.Checkbox(label="Replace the slide of that name")
             button = gr.Button("Add to the atlas", variant="primary", elem_id="add")
         with gr.Column(scale=3, min_width=320):
             note = html("", elem_id="add-note")
@@ -50,8 +45,8 @@ def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]
     def busy() -> bool:
         return any(not job.over for job in additions.all())
 
-    def added(said: str, *row: Any) -> Any:
-        answer = json.loads(said or "{}")
+    def added(answer_json: str, *row: Any) -> Any:
+        answer = json.loads(answer_json or "{}")
         text = str(answer.get("text", ""))
         shown = f'<p role="status">{escape(text)}</p>' if answer.get("ok") else view.problem(text)
         cleared = ["", "", ""] if answer.get("ok") else [gr.skip()] * 3

@@ -10,16 +10,16 @@ from urllib.parse import quote
 from ...index.search.cases import Similar
 from ..session.colours import VIRIDIS
 from ..session.words import cluster_name
-from .cluster_view import _dot
+from .cluster_view import dot
 from .view import empty
 
 
 def slide_cards(rows: Sequence[Mapping[str, Any]], total: int, chosen: str | None) -> str:
     """Return slides as cards with thumbnails."""
     if not rows:
-        return empty("No slide of that name.", "Search for another part of it.")
+        return empty("No slide of that name.", "Type another part of the name.")
     cards = "".join(_slide_card(row, row["name"] == chosen) for row in rows)
-    more = f"<p>{len(rows)} of {total:,} shown; type part of a name to find others.</p>"
+    more = f"<p>{len(rows)} of {total:,} slides are shown; type part of a name to find others.</p>"
     return f'<ul class="hs-slides">{cards}</ul>{more if len(rows) < total else ""}'
 
 
@@ -66,7 +66,7 @@ def slide_detail(
     if shows == "clusters" and clustering:
         source = f"v1/slides/{name}/clusters.jpg?clustering={quote(clustering, safe='')}"
         items = "".join(
-            f"<li>{_dot(c)}{escape(cluster_name(c, names))} ({n:,})</li>" for c, n in counts.items()
+            f"<li>{dot(c)}{escape(cluster_name(c, names))} ({n:,})</li>" for c, n in counts.items()
         )
         legend = f'<ul class="hs-legend" aria-label="Clusters of this slide">{items}</ul>'
     elif shows == "similarity" and result:
@@ -78,11 +78,11 @@ def slide_detail(
             f"<span>{scale[1]:.2f}</span></div>"
         )
     if row["kind"] != "slide":
-        legend = "<p>A set of ready tiles has no picture as a whole to lay anything over.</p>"
+        legend = "<p>A tile set has no slide image, so there is no overlay.</p>"
     facts = [
         ("label", row["label"]), ("patient", row["patient"]), ("tiles", f"{row['tiles']:,}"),
         ("µm per pixel", row["mpp"]), ("size", _size(row)), ("added", row["added_at"]),
-        *row["metadata"].items(), ("no tiles because", row["reason"]),
+        *row["metadata"].items(), ("why it has no tiles", row["reason"]),
     ]  # fmt: skip
     table = "".join(
         f"<tr><th scope='row'>{escape(str(k))}</th><td>{escape(str(v))}</td></tr>"
@@ -105,10 +105,10 @@ def _similar(similar: Sequence[Similar], by: str) -> str:
     what = "slides" if by == "slide" else "cases"
     if not similar:
         return f"<h3>Similar {what}</h3>" + empty(
-            "None.", "The atlas holds nothing else to compare."
+            "None.", "The atlas has nothing else to compare with."
         )
     rows = []
-    for found in similar:
+    for item in similar:
         pairs = "".join(
             '<span class="hs-pair">'
             + "".join(
@@ -119,14 +119,14 @@ def _similar(similar: Sequence[Similar], by: str) -> str:
                 if tile is not None
             )
             + f"<small>{pair.score:.3f}</small></span>"
-            for pair in found.pairs[:4]
+            for pair in item.pairs[:4]
         )
-        label = f" · {escape(found.label)}" if found.label else ""
+        label = f" · {escape(item.label)}" if item.label else ""
         rows.append(
-            f"<li><div><b>{escape(found.name)}</b>{label} <small>score {found.score:.3f}</small></div>"
+            f"<li><div><b>{escape(item.name)}</b>{label} <small>score {item.score:.3f}</small></div>"
             f'<div class="hs-pairs">{pairs}</div></li>'
         )
     return (
-        f"<h3>Similar {what}, with the regions that are alike (here, there)</h3>"
+        f"<h3>Similar {what}, with pairs of similar tiles (of this one, of the other one)</h3>"
         f'<ol class="hs-similar">{"".join(rows)}</ol>'
     )

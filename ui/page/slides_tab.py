@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import gradio as gr
@@ -11,7 +12,7 @@ from ...errors import BadInput, HistoseekError, NotFound
 from ..access.service import Server
 from ..session.answers import SearchAnswer
 from . import slide_view, view
-from .widgets import EVENT, HIDDEN, html, told
+from .widgets import EVENT, HIDDEN, error_html, html
 
 SLIDES_SHOWN = 60
 SLIDES_JS = """
@@ -23,15 +24,8 @@ element.addEventListener('click', (e) => {
 
 
 def slides_tab(server: Server, last: Any, tab: Any) -> None:
-    """Build the tab.
-
-    Args:
-        server: the server's state.
-        last: Gradio state with the id of the last search.
-        tab: the Gradio tab.
-    """
-    session = server.session
-    names = session.atlas.clusterings()
+    """Build the tab; ``last`` is the state with the id of the last search."""
+    names = server.session.atlas.clusterings()
     chosen = gr.State("")
     with gr.Row():
         text = gr.Textbox(
@@ -50,89 +44,105 @@ def slides_tab(server: Server, last: Any, tab: Any) -> None:
         clustering = gr.Dropdown(names, value=names[0] if names else None, label="Clustering")
         by = gr.Radio([("slides", "slide"), ("cases", "patient")], value="slide", label="Similar")
     detail = html(
-        view.empty("Choose a slide below.", "Its clusters and the slides like it appear here."),
+        view.empty("Choose a slide below.", "Its clusters and similar slides appear here."),
         elem_id="slide-detail",
     )
     cards = html("", js_on_load=SLIDES_JS, elem_id="slides")
 
-    def listed(part: str, name: str) -> str:
-        rows = [s for s in session.atlas.slides() if (part or "").lower() in s["name"].lower()]
-        return slide_view.slide_cards(rows[:SLIDES_SHOWN], len(rows), name)
-
-    def detailed(
-        name: str, how: str, fitted: str | None, kind: str, result: str, request: Any
-    ) -> str:
-        try:
-            return _detail(server, name, how, fitted, kind, result, request)
-        except HistoseekError as error:
-            return told(error)
-
-    def select(
-        event: gr.EventData, part: str, how: str, fitted: str | None, kind: str, result: str,
-        request: gr.Request,
-    ) -> Any:  # fmt: skip
-        name = str(event._data["slide"])
-        return name, detailed(name, how, fitted, kind, result, request), listed(part, name)
-
-    def again(
-        name: str, how: str, fitted: str | None, kind: str, result: str, request: gr.Request
-    ) -> Any:
-        return detailed(name, how, fitted, kind, result, request) if name else gr.skip()
-
+    handlers = _Handlers(server)
     inputs = [shows, clustering, by, last]
     cards.select(
-        select,
+        handlers.selected,
         [text, *inputs],
         [chosen, detail, cards],
         **EVENT,
         show_progress_on=[detail],
     )
     for widget in (shows, clustering, by):
-        widget.change(again, [chosen, *inputs], detail, **EVENT)
-    text.change(listed, [text, chosen], cards, **HIDDEN)
-    tab.select(listed, [text, chosen], cards, **HIDDEN)
-    tab.select(again, [chosen, *inputs], detail, **HIDDEN)
+        widget.change(handlers.changed, [chosen, *inputs], detail, **EVENT)
+    text.change(handlers.listed, [text, chosen], cards, **HIDDEN)
+    tab.select(handlers.listed, [text, chosen], cards, **HIDDEN)
+    tab.select(handlers.changed, [chosen, *inputs], detail, **HIDDEN)
 
 
-def _detail(
-    server: Server,
-    name: str,
-    shows: str,
-    clustering: str | None,
-    by: str,
-    result: str,
-    request: Any,
-) -> str:
-    session = server.session
-    row = next((s for s in session.atlas.slides() if s["name"] == name), None)
-    if row is None:
-        raise NotFound(f"the atlas holds no slide {name!r} (any more)")
-    if row["kind"] != "slide":
-        shows = "slide"
-    counts: dict[int, int] = {}
-    if clustering and shows == "clusters":
-        columns = session.atlas.view().columns
-        own = columns.clusters(clustering)
-        if own is not None:
-            number = [s["name"] for s in columns.slides].index(name)
-            found, sizes = np.unique(
-                own[columns.starts[number] : columns.starts[number + 1]], return_counts=True
+class _Handlers:
+    """Handlers of the tab's events."""
+
+    def __init__(self, server: Server) -> None:
+        self.server, self.session = server, server.session
+
+    def listed(self, part: str, chosen: str) -> str:
+        """Return the cards of the slides whose names contain a text."""
+        part = (part or "").lower()
+        rows = [s for s in self.session.atlas.slides() if part in s["name"].lower()]
+        return slide_view.slide_cards(rows[:SLIDES_SHOWN], len(rows), chosen)
+
+    def selected(
+        self, event: gr.EventData, part: str, shows: str, clustering: str | None, by: str, result: str,
+        request: gr.Request,
+    ) -> Any:  # fmt: skip
+        name = str(event._data["slide"])
+        detail = self.changed(name, shows, clustering, by, result, request)
+        return name, detail, self.listed(part, name)
+
+    def changed(
+        self,
+        name: str,
+        shows: str,
+        clustering: str | None,
+        by: str,
+        result: str,
+        request: gr.Request,
+    ) -> Any:
+        """Return the chosen slide."""
+        if not name:
+            return gr.skip()
+        try:
+            return self._detail(name, shows, clustering, by, result, request)
+        except HistoseekError as error:
+            return error_html(error)
+
+    def _detail(
+        self, name: str, shows: str, clustering: str | None, by: str, result: str, request: Any
+    ) -> str:
+        atlas = self.session.atlas
+        row = next((s for s in atlas.slides() if s["name"] == name), None)
+        if row is None:
+            raise NotFound(f"the atlas has no slide {name!r}; it may have been removed")
+        if row["kind"] != "slide":
+            shows = "slide"
+        if shows == "similarity" and not result:
+            raise BadInput("there is no search yet; search in the tab Find similar, then come back")
+        scale = self._scale(row, result) if shows == "similarity" else (0.0, 1.0)
+        counts = self._cluster_sizes(name, clustering) if clustering and shows == "clusters" else {}
+        try:
+            similar = self.session.similar_slides(
+                row["patient"] if by == "patient" and row["patient"] else name,
+                by="patient" if by == "patient" else "slide",
             )
-            counts = dict(zip(found.tolist(), sizes.tolist(), strict=True))
-    if shows == "similarity" and not result:
-        raise BadInput("no search has been made yet; find similar tiles first, then come back here")
-    scale = (0.0, 1.0)
-    if shows == "similarity":
-        found_before = session.results.get(result)
-        if isinstance(found_before, SearchAnswer) and row["tiles"]:
-            scale = session.pictures.scale(session.atlas.scores_in(name, found_before.vector))
-    asked = row["patient"] if by == "patient" and row["patient"] else name
-    try:
-        similar = session.similar_slides(asked, by="patient" if by == "patient" else "slide")
-        server.note(request, "similar", slide=name, by=by, found=len(similar))
-    except BadInput:  # there is nothing to compare with
-        similar = []
-    names = session.atlas.cluster_names(clustering) if clustering else {}
-    return slide_view.slide_detail(
-        row, shows, clustering, result, names, counts, similar, by, scale
-    )
+            self.server.note(request, "similar", slide=name, by=by, found=len(similar))
+        except BadInput:  # there is nothing to compare with
+            similar = []
+        names = atlas.cluster_names(clustering) if clustering else {}
+        return slide_view.slide_detail(
+            row, shows, clustering, result, names, counts, similar, by, scale
+        )
+
+    def _scale(self, row: Mapping[str, Any], result: str) -> tuple[float, float]:
+        """Return the scores at the ends of the heat map's colours."""
+        answer = self.session.results.get(result)
+        if not isinstance(answer, SearchAnswer) or not row["tiles"]:
+            return 0.0, 1.0
+        scores = self.session.atlas.scores_in(row["name"], answer.vector)
+        return self.session.pictures.scale(scores)
+
+    def _cluster_sizes(self, name: str, clustering: str) -> dict[int, int]:
+        """Return the number of the slide's tiles in each cluster."""
+        columns = self.session.atlas.view().columns
+        assigned = columns.clusters(clustering)
+        if assigned is None:
+            return {}
+        number = [s["name"] for s in columns.slides].index(name)
+        tiles = assigned[columns.starts[number] : columns.starts[number + 1]]
+        clusters, sizes = np.unique(tiles, return_counts=True)
+        return dict(zip(clusters.tolist(), sizes.tolist(), strict=True))

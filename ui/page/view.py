@@ -17,18 +17,14 @@ from ..session.words import NOTICE_TEXT, cluster_name, place, verdict_text
 EXAMPLES = 6
 
 
-def holds(stats: Mapping[str, Any]) -> str:
-    """Return a sentence with the atlas's counts."""
-    slides = stats["slides"]
-    noun = "slide or tile set" if slides == 1 else "slides and tile sets"
-    return f"{stats['tiles']:,} tiles of {slides:,} {noun}"
-
-
 def header(stats: Mapping[str, Any], atlas: str) -> str:
     """Return the page's head: name, contents of the atlas, and the notice."""
+    slides = stats["slides"]
+    noun = "slide or tile set" if slides == 1 else "slides and tile sets"
+    counts = f"{stats['tiles']:,} tiles of {slides:,} {noun}"
     return (
         f'<header class="hs-head" data-revision="{stats["revision"]}"><h1>histoseek</h1>'
-        f"<p><b>{escape(atlas)}</b> {escape(holds(stats))}</p>"
+        f"<p><b>{escape(atlas)}</b> {counts}</p>"
         f'<p class="hs-notice" role="note">{escape(NOTICE_TEXT)}</p></header>'
     )
 
@@ -49,12 +45,9 @@ def problem(text: str) -> str:
 def gallery(hits: Iterable[Hit], names: Mapping[int, str] | None = None) -> str:
     """Return hits as cards: the tile with a link to its context, its metadata, and two buttons."""
     cards = "".join(_card(hit, names) for hit in hits)
-    return f'<ul class="hs-hits">{cards}</ul>' if cards else no_hits()
-
-
-def no_hits() -> str:
-    """Return the message for a search without hits."""
-    return empty("No tile passes.", "Loosen the filter, or leave less out.")
+    if not cards:
+        return empty("No tile passes the filter.", "Loosen the filter, or leave out less.")
+    return f'<ul class="hs-hits">{cards}</ul>'
 
 
 def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
@@ -76,13 +69,11 @@ def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
 
 
 def verdict(answer: SearchAnswer) -> str:
-    """Return the verdict line, with a warning if the query is unlike anything in the atlas."""
+    """Return the verdict; with a warning if the query is unlike anything in the atlas."""
     text = escape(verdict_text(answer))
     warning = ""
     if answer.verdict.unknown:
-        warning = (
-            '<strong class="hs-unknown">Unlike anything here: read the hits with care.</strong> '
-        )
+        warning = '<strong class="hs-unknown">Unlike anything here: the hits may be meaningless.</strong> '
     links = " ".join(
         f'<a href="v1/results/{answer.id}/{kind}" download>{name}</a>'
         for kind, name in (("html", "Report"), ("csv", "CSV"), ("json", "JSON"))
@@ -99,7 +90,7 @@ def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) ->
     if not len(images) and not like and not unlike:
         return ""
     seen = "".join(
-        '<button class="hs-chip" data-image="1" aria-label="Drop your image">'
+        '<button class="hs-chip" data-image="1" aria-label="Remove your image">'
         f'<img class="hs-seen" src="data:image/jpeg;base64,{b64encode(encode_jpeg(image)).decode()}" '
         'alt="your image as the encoder sees it" width="64" height="64">×</button>'
         for image in images
@@ -107,7 +98,7 @@ def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) ->
 
     def tiles(kind: str, numbers: Sequence[int]) -> str:
         return "".join(
-            f'<button class="hs-chip" data-drop="{tile}" aria-label="Drop tile {tile} ({kind})">'
+            f'<button class="hs-chip" data-drop="{tile}" aria-label="Remove tile {tile} ({kind})">'
             f'<img src="v1/tiles/{tile}.jpg" alt="tile {tile}" width="48" height="48">×</button>'
             for tile in numbers
         )
@@ -130,14 +121,16 @@ def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) ->
 def job_list(jobs: Sequence[Addition]) -> str:
     """Return the slides being added, with progress bars."""
     if not jobs:
-        return empty("No slide has been added here yet.", "Upload one, or give its path.")
+        return empty(
+            "No slide has been added since the start of the server.",
+            "Upload a slide, or enter its path.",
+        )
     return f'<ul class="hs-jobs">{"".join(_job(job) for job in jobs[:20])}</ul>'
 
 
 def _job(job: Addition) -> str:
     share = job.done / job.total if job.total else float(job.state == "done")
-    going = job.total and not job.over
-    count = f"{job.done:,} of {job.total:,} tiles" if going else ""
+    count = f"{job.done:,} of {job.total:,} tiles" if job.total and not job.over else ""
     title = escape(job.slide, quote=True)
     return (
         f'<li class="hs-job hs-{job.state}"><b>{escape(job.slide)}</b> <span>{job.state}</span> '
@@ -147,9 +140,10 @@ def _job(job: Addition) -> str:
 
 
 def readers_only() -> str:
-    """Return the message that readers see instead of the form; editors do not see it."""
+    """Return the message that readers see instead of the form."""
     return empty(
-        "You are a reader here.", "Slides are added by editors; how far they are stands below."
+        "You are a reader.",
+        "Only editors can add slides. The list shows the slides that are being added.",
     )
 
 
@@ -163,7 +157,7 @@ def about(stats: Mapping[str, Any], card: str, versions: Mapping[str, str]) -> s
     fitted = ", ".join(f"{c['name']} ({c['clusters']} clusters)" for c in stats["clusterings"])
     rows = [
         ("slides and tile sets", f"{stats['slides']:,}"), ("tiles", f"{stats['tiles']:,}"),
-        ("labels", labels or "–"), ("clusterings", fitted or "none fitted"),
+        ("labels", labels or "–"), ("clusterings", fitted or "none"),
         ("encoder", f"{encoder['name']} ({encoder['arch']}), {encoder['dim']}-d, {encoder['metric']}"),
         ("encoder sha256", encoder["sha256"]),
         ("scale of the tiles", scales_line(stats["scales"])),
@@ -178,7 +172,7 @@ def about(stats: Mapping[str, Any], card: str, versions: Mapping[str, str]) -> s
         f'<table class="hs-facts-table" id="about">{table}</table>'
         '<p><a href="docs">HTTP API</a> · <a href="openapi.json">OpenAPI</a> · '
         '<a href="metrics">Prometheus</a></p>'
-        f"<details><summary>The encoder's card</summary><pre>{escape(card)}</pre></details>"
+        f"<details><summary>Model card of the encoder</summary><pre>{escape(card)}</pre></details>"
     )
 
 
@@ -191,6 +185,6 @@ def _index(index: Mapping[str, Any]) -> str:
 def audit_text(report: Mapping[str, Any]) -> str:
     """Return a line with the measured recall of the index."""
     return (
-        f'<p role="status">Recall@{report["k"]} {report["recall"]:.4f} of exact search, measured on '
+        f'<p role="status">Recall@{report["k"]} {report["recall"]:.4f}, compared with exact search, for '
         f"{report['queries']} tiles of this atlas; {report['index_ms_per_query']:.2f} ms per query.</p>"
     )

@@ -13,11 +13,9 @@ from . import view
 
 UPLOAD_BYTES = 64 * 2**20
 EVENT: dict[str, Any] = {"api_visibility": "private", "queue": False}
-"""The page's events are not a public API; the HTTP API is separate and documented.
-
-Events are plain requests and do not use Gradio's queue, which can lose an answer: its stream closes after
-an event, and an event sent at that moment gets no answer (Gradio 6.31). The guard and the batching queue
-limit the number of waiting requests.
+"""Settings of every event. They keep it out of Gradio's public API, and out of its queue, which can lose an
+answer: its stream closes after an event, and an event sent at that moment gets no answer (Gradio 6.31). The
+guard and the batching queue limit the number of waiting requests.
 """
 HIDDEN: dict[str, Any] = {**EVENT, "show_progress": "hidden"}
 
@@ -31,7 +29,7 @@ _FILES_JS = "histoseek.files(element, upload);"
 _MAP = """
 <div class="hs-mapbox">
   <div class="hs-mapbar">{select}{tools}
-    <p class="hs-map-note" role="status">The map is drawn when it is looked at.</p></div>
+    <p class="hs-map-note" role="status">The map appears when this tab is open.</p></div>
   <div class="hs-canvas"><div class="hs-plot" role="region" aria-label="Map of the atlas's tiles"></div>
     <svg class="hs-lasso" hidden aria-hidden="true"><polygon></polygon></svg></div>
   <div class="hs-peek" hidden></div>{gallery}
@@ -43,20 +41,22 @@ def html(value: str = "", **options: Any) -> Any:
     return gr.HTML(value, apply_default_css=False, **options)
 
 
-def told(error: Exception) -> str:
-    """Return the text of an error for users."""
+def error_html(error: Exception) -> str:
+    """Return the message of an error as HTML."""
     return view.problem(str(error))
+
+
+def no_clusters() -> Any:
+    """Return the widget that stands in for the clusters of an atlas without clusters."""
+    text = "Run `histoseek index fit` and restart the page."
+    return html(view.empty("This atlas has no clusters yet.", text))
 
 
 def chooser(name: str, title: str, options: str, limit: int, local: bool = False) -> Any:
     """Return a field to choose or drop files; :func:`with_files` passes the files to an event.
 
-    Args:
-        name: name of the element.
-        title: text of the link.
-        options: HTML attributes of the input, such as ``multiple``.
-        limit: maximum bytes of a file.
-        local: leave the file in the browser; the tab's JavaScript sends it.
+    ``options`` are HTML attributes of the input, ``limit`` is bytes per file. ``local`` keeps the file in
+    the browser; the tab's JavaScript sends it.
     """
     kind = 'data-local="1"' if local else ""
     template = _FILES.format(name=name, title=title, options=options, limit=limit, local=kind)
@@ -77,11 +77,11 @@ def chosen(text: str | None) -> list[dict[str, Any]]:
     """
     data = json.loads(text or "{}")
     if data.get("sending"):
-        raise BadInput("files are still being sent; try again when they are listed")
-    return [uploaded(item) for item in data.get("files", [])]
+        raise BadInput("files are still being uploaded; try again when the list shows them")
+    return [check_upload(item) for item in data.get("files", [])]
 
 
-def uploaded(data: Any) -> dict[str, Any]:
+def check_upload(data: Any) -> dict[str, Any]:
     """Check an upload named by the browser; return its path, name and crop.
 
     Raises:
@@ -92,11 +92,11 @@ def uploaded(data: Any) -> dict[str, Any]:
     data = data if isinstance(data, dict) else {}
     path = Path(str(data.get("path"))).resolve()
     if not path.is_relative_to(Path(get_upload_folder()).resolve()):
-        raise BadInput("that file was not uploaded here; choose it again")
+        raise BadInput("the file was not uploaded to this server; choose it again")
     crop = data.get("crop")
     numbers = isinstance(crop, list) and len(crop) == 4
     if crop is not None and not (numbers and all(isinstance(c, int | float) for c in crop)):
-        raise BadInput("the crop is not four numbers; draw it again")
+        raise BadInput("the crop is not a list of four numbers; draw it again")
     return {"path": str(path), "name": Path(str(data.get("name", "image"))).name, "crop": crop}
 
 
@@ -107,13 +107,9 @@ _TOOLS = """
 
 
 def atlas_map(js: str, elem_id: str, select: str = "", gallery: str = "") -> Any:
-    """Return the map of the atlas; it is drawn when it first becomes visible.
+    """Return the map of the atlas; ``js`` calls ``histoseek.map``, which draws it when it becomes visible.
 
-    Args:
-        js: JavaScript that calls ``histoseek.map(element, {…})``.
-        elem_id: id of the element.
-        select: HTML of the list of colourings.
-        gallery: HTML of the area for the tiles inside a lasso.
+    ``select`` and ``gallery`` are HTML: the list of colourings, and the area for the tiles inside a lasso.
     """
     return html(
         html_template=_MAP.format(select=select, gallery=gallery, tools=_TOOLS if gallery else ""),

@@ -5,30 +5,29 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Literal
 
-from ...errors import (
-    BadInput,
-)
+from pydantic import Field
+
+from ...errors import BadInput
 
 State = Literal["waiting", "embedding", "adding", "done", "failed"]
+PRIVATE = Field(exclude=True)
+"""Marks fields that the API does not show."""
 
 
 @dataclass(frozen=True)
 class Addition:
-    """A slide on its way into the atlas.
+    """A slide that is being added to the atlas.
 
     Attributes:
-        id: of the job.
+        id: the job's id.
         slide: its name in the atlas.
         state: waiting, embedding, adding, done or failed.
-        done: tiles embedded.
-        total: tiles known to be wanted; 0 before the slide is open.
-        message: why it failed, or what came of it.
-        at: when it was asked for, UTC.
-        path: of the file; not shown to anyone.
-        row: label, patient and mpp, as given.
-        replace: whether it takes the place of a slide of that name.
+        done: number of tiles embedded.
+        total: number of tiles to embed; 0 before the slide is opened.
+        message: why it failed, or its result.
+        at: when it was requested, UTC.
     """
 
     id: str
@@ -38,28 +37,24 @@ class Addition:
     total: int
     message: str
     at: str
-    path: Path
-    row: dict[str, str]
-    replace: bool = False
+    # not shown to users: the file; label, patient and mpp as given; whether it replaces a slide
+    path: Annotated[Path, PRIVATE]
+    row: Annotated[dict[str, str], PRIVATE]
+    replace: Annotated[bool, PRIVATE]
 
     @property
     def over(self) -> bool:
-        """Whether nothing more happens."""
+        """Whether it is done or has failed."""
         return self.state in {"done", "failed"}
-
-    def public(self) -> dict[str, Any]:
-        """Return what may be shown."""
-        shown = ("id", "slide", "state", "done", "total", "message", "at")
-        return {key: getattr(self, key) for key in shown}
 
 
 def plain(name: str) -> str:
-    """Return a file name without anything that a file name should not have.
+    """Return a file name with only letters, digits, spaces and ``_.-``.
 
     Raises:
         BadInput: nothing is left.
     """
-    found = re.sub(r"[^\w.\- ]", "_", name).strip(" .")[-120:]
-    if not found or not Path(found).stem.strip("._ "):
-        raise BadInput(f"{name!r} is no name for a slide; expected one such as case-1.svs")
-    return found
+    safe = re.sub(r"[^\w.\- ]", "_", name).strip(" .")[-120:]
+    if not safe or not Path(safe).stem.strip("._ "):
+        raise BadInput(f"{name!r} is not a name for a slide; expected a name such as case-1.svs")
+    return safe

@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 
 from ...artifacts.files import read_json, write_json
 from ...artifacts.images import SUFFIXES
-from ...artifacts.slide_names import without_last_ending
+from ...artifacts.slide_names import SLIDE_SUFFIXES, without_last_ending
 from ...errors import (
     BadInput,
     Busy,
@@ -37,7 +37,6 @@ from ...serving.embedding.pipeline import embed_jobs
 from ...serving.embedding.results import EmbedOptions
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
-from ...serving.slides.sources import SLIDE_SUFFIXES
 from .addition import Addition, plain
 from .answers import now
 from .session import Session
@@ -76,7 +75,6 @@ class Additions:
         self._queue: queue.Queue[str | None] = queue.Queue()  # unbounded: jobs are limited
         self._stop = threading.Event()
         self._number = 0
-        self._closing = False
         self._worker = threading.Thread(target=self._work, name="additions", daemon=True)
         self._worker.start()
         self._take_up()
@@ -105,8 +103,8 @@ class Additions:
         file = plain(Path(name.replace("\\", "/")).name)
         if Path(file).suffix.lower() in INDEXES:
             raise Unsupported(
-                f"{file} is an index of other files, which one upload cannot hold; put the slide in a "
-                "folder that the server was started with (--slides), and give its path"
+                f"{file} refers to other files, which an upload cannot include; put the slide with its "
+                "files in a folder that the server was started with (--slides), and give its path"
             )
         folder = self._uploads / secrets.token_hex(8)
         job = self._reserve(folder / file, row, replace)
@@ -117,15 +115,14 @@ class Additions:
                 out.flush()
                 os.fsync(out.fileno())
             write_json(folder / PENDING, {"row": row, "replace": replace, "tries": 0})
-        except (OSError, StorageFailed) as error:
-            self._forget(job)
+        except BaseException as error:
+            with self._lock:
+                self._jobs.pop(job.id, None)
             shutil.rmtree(folder, ignore_errors=True)
-            raise StorageFailed(
-                f"{file} cannot be kept ({error}); free space on the atlas's disk"
-            ) from error
-        except BaseException:
-            self._forget(job)
-            shutil.rmtree(folder, ignore_errors=True)
+            if isinstance(error, (OSError, StorageFailed)):
+                raise StorageFailed(
+                    f"{file} cannot be stored ({error}); free space on the atlas's disk"
+                ) from error
             raise
         self._queue.put(job.id)
         return job
@@ -166,7 +163,9 @@ class Additions:
         """
         with self._lock:
             if number not in self._jobs:
-                raise NotFound(f"there is no job {number!r} (any more)")
+                raise NotFound(
+                    f"there is no job {number!r}; the server lists its last {JOBS_KEPT} at /v1/jobs"
+                )
             return self._jobs[number]
 
     def remove(self, slide: str) -> int:
@@ -179,18 +178,15 @@ class Additions:
             NotFound: there is no such slide.
             Busy: another process is writing.
         """
-        source = next(
-            (s["source"] for s in self._session.atlas.slides() if s["name"] == slide), None
-        )
-        if source is None:
-            raise NotFound(f"the atlas holds no slide {slide!r}")
+        sources = self._sources(slide)
+        if not sources:
+            raise NotFound(f"the atlas has no slide {slide!r}")
         tiles = self._session.atlas.remove([slide])
-        self._delete_upload(Path(source))
+        self._delete_upload(sources[0])
         return tiles
 
     def close(self) -> None:
         """Stop the current slide; if it was uploaded, it is queued again at the next start."""
-        self._closing = True
         self._stop.set()
         self._queue.put(None)
         self._worker.join(5)
@@ -201,49 +197,43 @@ class Additions:
         """Reserve a place in the queue for a slide, or raise if it cannot be added."""
         if self._session.encoder is None:
             raise BadInput(
-                "this atlas has no encoder here, so slides cannot be embedded; embed them with the tool "
-                "that made its features, and use `histoseek index import`"
+                "the encoder of this atlas is not installed here, so slides cannot be embedded; embed "
+                "them with the tool that made the atlas's features, and use `histoseek index import`"
             )
         for key, value in row.items():
             if len(value) > FIELD_LIMIT or not value.isprintable():
-                raise BadInput(f"{key} is longer than {FIELD_LIMIT} characters, or not plain text")
+                raise BadInput(
+                    f"{key} has {len(value)} characters; expected at most {FIELD_LIMIT}, all printable"
+                )
         if path.suffix.lower() not in SLIDE_SUFFIXES | SUFFIXES:
             raise Unsupported(
-                f"{path.name}: expected a slide (.svs, .ndpi, .mrxs, .scn, .bif, .tif, .tiff, .dcm …) or a "
-                "picture"
+                f"{path.name}: expected a slide (.svs, .ndpi, .mrxs, .scn, .bif, .tif, .tiff, .dcm …) or "
+                "an image"
             )
         name = without_last_ending(path.name)
-        there = {slide["name"] for slide in self._session.atlas.slides()}
+        existing = {slide["name"] for slide in self._session.atlas.slides()}
         with self._lock:
             under_way = [job for job in self._jobs.values() if not job.over]
             if len(under_way) >= MAX_WAITING:
-                raise Busy(f"{MAX_WAITING} slides wait already; ask again when some are through")
+                raise Busy(
+                    f"{MAX_WAITING} slides are waiting already; try again when some are added"
+                )
             if name in {job.slide for job in under_way}:
-                raise BadInput(f"slide {name!r} is on its way already")
-            if name in there and not replace:
+                raise BadInput(f"slide {name!r} is being added already; wait until it is done")
+            if name in existing and not replace:
                 raise BadInput(f"slide {name!r} is in the atlas already; rename it, or replace it")
             self._number += 1
             number = str(self._number)
-            job = Addition(
-                number,
-                name,
-                "waiting",
-                0,
-                0,
-                "",
-                now(),
-                path,
-                row,
-                replace,
-            )
+            job = Addition(number, name, "waiting", 0, 0, "", now(), path, row, replace)
             self._jobs[number] = job
             while len(self._jobs) > JOBS_KEPT:
                 self._jobs.popitem(last=False)
         return job
 
-    def _forget(self, job: Addition) -> None:
-        with self._lock:
-            self._jobs.pop(job.id, None)
+    def _sources(self, slide: str) -> list[Path]:
+        """Return the files of the atlas's slides with a name."""
+        rows = self._session.atlas.slides()
+        return [Path(row["source"]) for row in rows if row["name"] == slide]
 
     def _take_up(self) -> None:
         """Queue uploads that a killed process left behind; skip those with too many attempts."""
@@ -256,18 +246,15 @@ class Additions:
                 continue
             try:
                 about = read_json(folder / PENDING)
-                row, replace_known, tries = (
-                    dict(about["row"]),
-                    bool(about["replace"]),
-                    int(about["tries"]),
-                )
+                tries = int(about["tries"])
                 if tries >= TRIES:
-                    log.error("%s was tried %d times and is left alone", files[0], tries)
+                    log.error("%s was tried %d times; it is not tried again", files[0], tries)
                     continue
+                row, replaces = dict(about["row"]), bool(about["replace"])
                 write_json(folder / PENDING, {**about, "tries": tries + 1})
-                self._queue.put(self._reserve(files[0], row, replace_known).id)
+                self._queue.put(self._reserve(files[0], row, replaces).id)
             except (HistoseekError, KeyError, TypeError, ValueError) as error:
-                log.error("%s cannot be taken up: %s", files[0], error)
+                log.error("%s cannot be queued again: %s", files[0], error)
 
     def _clear(self, folder: Path, files: list[Path]) -> None:
         """Delete an incomplete upload: no slide uses it, it is not queued, and nothing writes to it."""
@@ -281,12 +268,16 @@ class Additions:
             shutil.rmtree(folder, ignore_errors=True)
 
     def _work(self) -> None:
-        while (number := self._queue.get()) is not None and not self._closing:
+        while (number := self._queue.get()) is not None and not self._stop.is_set():
             try:
                 self._try(number)
+            except KeyboardInterrupt:
+                # The server is closing, or the command was stopped: the upload is queued at the next start.
+                self._set(number, state="waiting", message="the server is stopping")
+                return
             except Exception:  # continue with the next slide
                 log.exception("job %s", number)
-                self._set(number, state="failed", message="a fault of the server; its log has more")
+                self._set(number, state="failed", message="an error in the server; see its log")
 
     def _try(self, number: str) -> None:
         """Add one slide; keep the upload and retry after temporary errors, such as another writer."""
@@ -297,8 +288,10 @@ class Additions:
                 return
             except PASSING as error:
                 text = self._session.hide(str(error))
-                if wait is None or self._closing:
-                    text += "; the upload is kept, and tried again at the next start"
+                if wait is None or self._stop.is_set():
+                    text += (
+                        "; the upload is stored, and tried again at the next start of the server"
+                    )
                     self._set(number, state="failed", message=text)
                     return
                 self._set(number, state="waiting", message=f"{text}; trying again")
@@ -320,12 +313,12 @@ class Additions:
 
         def progress(done: int, total: int, text: str) -> None:
             self._set(number, done=done, total=total)
-            if self._closing:
-                raise KeyboardInterrupt
+            if self._stop.is_set():
+                raise KeyboardInterrupt  # ends embedding; other exceptions would count as a bad slide
 
         atlas = self._session.atlas
-        before = [s["source"] for s in atlas.slides() if s["name"] == job.slide]
-        # A separate encoder: a failed run closes it, and searches must go on.
+        before = self._sources(job.slide)
+        # A separate encoder: a failed run closes it, but searches must continue.
         encoder = open_encoder(self._session.spec, expect=atlas.manifest)
         options = EmbedOptions(overlays=False, jobs=max(1, cores() - 1))
         row = {key: value for key, value in job.row.items() if value}
@@ -337,17 +330,15 @@ class Additions:
                     raise BadInput(result.reason)
                 self._set(number, state="adding", done=result.tiles, total=result.tiles)
                 metadata = {work.location: {k: v for k, v in row.items() if k != "mpp"}}
-                (added,) = self._session.atlas.add([Path(result.features)], metadata, job.replace)
-        except KeyboardInterrupt:
-            return  # closing: the upload stays, and is queued again
+                (added,) = atlas.add([Path(result.features)], metadata, job.replace)
         finally:
             encoder.close()
         if added.state == "failed":
             raise BadInput(added.reason)
         (job.path.parent / PENDING).unlink(missing_ok=True)
         for source in before:
-            if Path(source) != job.path:
-                self._delete_upload(Path(source))
+            if source != job.path:
+                self._delete_upload(source)
         text = f"{added.tiles:,} tiles" if added.tiles else f"no tiles: {added.reason}"
         self._set(number, state="done", message=text)
 

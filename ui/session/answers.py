@@ -57,10 +57,8 @@ class SearchAnswer:
     Attributes:
         id: id under which the answer can be retrieved.
         at: time, UTC, ISO 8601.
-        query: the query.
         vector: (D,) the query vector.
         hits: similar tiles, best first.
-        verdict: summary of the hits.
         generation: generation of the index.
         revision: revision of the atlas.
         milliseconds: time of embedding and of searching.
@@ -79,21 +77,16 @@ class SearchAnswer:
 
 @dataclass(frozen=True)
 class ClusterAnswer:
-    """The cluster assignments of several images.
+    """The cluster assignments of several images; :class:`SearchAnswer` describes the other fields.
 
     Attributes:
-        id: id under which the answer can be retrieved.
-        at: time, UTC, ISO 8601.
-        clustering: name of the clustering.
         names: names of the assigned images.
         tiles: their pixels as the encoder saw them.
         placed: cluster, name, distance, strength, unknown and foreign of each.
-        nearest: the most similar tile of the atlas of each.
-        points: (N, 2) their places on the map; None while there is no map.
+        nearest: each image's most similar tile of the atlas.
+        points: (N, 2) their coordinates on the map; None while there is no map.
         refused: names of images that could not be read, with the reason.
-        generation: of the index.
-        revision: of the atlas.
-        clusters: of the clustering with example tiles, if they were asked for.
+        clusters: the clusters with example tiles, if the caller requested examples.
     """
 
     id: str
@@ -118,8 +111,6 @@ class Points:
         ids: (M,) ids of the shown tiles, a random sample if there are too many.
         places: (M, 2) coordinates from -1 to 1.
         total: number of tiles in the atlas.
-        layout: method that computed the coordinates.
-        revision: revision of the atlas.
     """
 
     ids: NDArray[np.int64]
@@ -147,9 +138,11 @@ def check_limits(query: Query) -> None:
         TooLarge: there are too many examples.
     """
     if not query.images and not query.tiles:
-        raise BadInput("nothing to search for: give an image, or a tile of the atlas")
+        raise BadInput("there is nothing to search for; give an image, or a tile of the atlas")
     if query.examples > MAX_EXAMPLES:
-        raise TooLarge(f"{query.examples} examples; at most {MAX_EXAMPLES} make one search")
+        raise TooLarge(
+            f"{query.examples} examples were given; a search takes at most {MAX_EXAMPLES}"
+        )
     if query.k > MAX_K:
         raise BadInput(f"k is {query.k}; expected 1 to {MAX_K}")
 
@@ -166,11 +159,11 @@ def cropped(pixels: Rgb, crop: tuple[float, float, float, float], name: str) -> 
         BadInput: the crop is outside the image, or smaller than 8 x 8 pixels.
     """
     left, top, width, height = crop
-    fits = all(np.isfinite(crop)) and left >= 0 and top >= 0 and width > 0 and height > 0
-    if not fits or left + width > 1 + 1e-6 or top + height > 1 + 1e-6:
+    positive = all(np.isfinite(crop)) and left >= 0 and top >= 0 and width > 0 and height > 0
+    if not positive or left + width > 1 + 1e-6 or top + height > 1 + 1e-6:
         raise BadInput(
             f"crop is {left:g}, {top:g}, {width:g}, {height:g}; expected left, top, width and height as "
-            "shares of the picture, from 0 to 1"
+            "shares of the image, from 0 to 1"
         )
     high, wide = pixels.shape[:2]
     x0, y0 = round(left * wide), round(top * high)

@@ -36,15 +36,12 @@ class Background:
         """
         with self._lock:
             state_made, made = self._made.get(name, (None, None))
-            if made is not None and state_made == state:
-                return made  # type: ignore[no-any-return]
             state_failed, error, at = self._failed.get(name, (None, None, 0.0))
-            fresh = time.monotonic() - at < AGAIN_S
-            if state_failed == state and error is not None and fresh:
-                if isinstance(error, MissingPart):
-                    raise error
-                return made  # type: ignore[no-any-return]
-            if name not in self._making:
+            fresh = made is not None and state_made == state
+            failed = state_failed == state and time.monotonic() - at < AGAIN_S
+            if failed and not fresh and isinstance(error, MissingPart):
+                raise error
+            if not fresh and not failed and name not in self._making:
                 thread = threading.Thread(
                     target=self._make, args=(name, state, make), name=f"make-{name}", daemon=True
                 )
@@ -54,16 +51,14 @@ class Background:
 
     def _make(self, name: str, state: Any, make: Callable[[], Any]) -> None:
         try:
-            made = make()
+            self._made[name] = state, make()
+        except KeyboardInterrupt:
+            return  # the command was asked to stop
         except Exception as error:
-            log.warning("%s could not be made: %s", name, error)
-            with self._lock:
-                self._failed[name] = state, error, time.monotonic()
-                self._making.pop(name, None)
-            return
+            log.warning("%s could not be computed: %s", name, error)
+            self._failed[name] = state, error, time.monotonic()
         with self._lock:
-            self._made[name] = state, made
-            self._making.pop(name, None)
+            del self._making[name]
 
     def close(self, patience_s: float = 20.0) -> None:
         """Wait for running computations: a thread in native code must not outlive the interpreter."""

@@ -26,6 +26,7 @@ PATIENCE_S = 30.0
 PAYS = 1.2
 """Use batches only if they are at least this many times faster per image."""
 TRIED = 8
+SHUTTING_DOWN = "the server is shutting down; try again when it is back"
 
 
 @dataclass
@@ -100,12 +101,12 @@ class Batcher:
         count = len(request.tiles)
         with self._changed:
             if self._closed:
-                raise Unavailable("the server is shutting down; ask again when it is back")
+                raise Unavailable(SHUTTING_DOWN)
             # If the queue is empty, a request of any size is accepted.
             if self._count and self._count + count > self._max:
                 raise Busy(
-                    f"{self._count} images wait for the encoder already; at most {self._max} may: "
-                    "ask again in a moment"
+                    f"{self._count} images are waiting for the encoder already; at most {self._max} may "
+                    "wait; try again in a moment"
                 )
             self._waiting.append(request)
             self._count += count
@@ -115,10 +116,10 @@ class Batcher:
         except WaitedTooLong as error:
             request.answer.cancel()
             raise Unavailable(
-                f"the encoder did not answer within {patience_s:.0f} s; ask again later"
+                f"the encoder did not answer within {patience_s:.0f} s; try again later"
             ) from error
         except CancelledError as error:
-            raise Unavailable("the server is shutting down; ask again when it is back") from error
+            raise Unavailable(SHUTTING_DOWN) from error
 
     def _work(self) -> None:
         while True:
@@ -131,14 +132,14 @@ class Batcher:
             if not taken:
                 continue
             try:
-                found = self._encoder.embed(np.concatenate([r.tiles for r in taken]))
+                vectors = self._encoder.embed(np.concatenate([r.tiles for r in taken]))
             except BaseException as error:  # every request gets the error; none waits for ever
                 for request in taken:
                     request.answer.set_exception(error)
                 continue
             start = 0
             for request in taken:
-                request.answer.set_result(found[start : start + len(request.tiles)])
+                request.answer.set_result(vectors[start : start + len(request.tiles)])
                 start += len(request.tiles)
 
     def _take(self) -> list[_Request]:

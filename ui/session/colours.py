@@ -14,7 +14,8 @@ VIRIDIS = ["#440154", "#414487", "#2a788e", "#22a884", "#7ad151", "#fde725"]
 
 def rgb(colour: str) -> tuple[int, int, int]:
     """Return ``#rrggbb`` as numbers."""
-    return int(colour[1:3], 16), int(colour[3:5], 16), int(colour[5:7], 16)
+    red, green, blue = bytes.fromhex(colour[1:])
+    return red, green, blue
 
 
 def colour_of(number: int) -> str:
@@ -22,14 +23,9 @@ def colour_of(number: int) -> str:
     return NONE if number < 0 else PALETTE[number % len(PALETTE)]
 
 
-def cluster_colour(cluster: int) -> tuple[int, int, int]:
-    """Return the colour of a cluster."""
-    return rgb(colour_of(cluster))
-
-
 def ramp(share: NDArray[np.floating]) -> NDArray[np.uint8]:
     """Return colours (N, 3) of shares (N,) from 0 to 1, by viridis."""
     steps = np.array([rgb(colour) for colour in VIRIDIS], dtype=np.float64)
     at = np.linspace(0, 1, len(steps))
-    found = np.stack([np.interp(share, at, steps[:, n]) for n in range(3)], axis=1)
-    return found.round().astype(np.uint8)
+    colours = np.stack([np.interp(share, at, channel) for channel in steps.T], axis=1)
+    return colours.round().astype(np.uint8)

@@ -13,6 +13,7 @@ from ...index.atlas import Atlas
 from ...index.search.layout import Layout
 from .answers import Points
 from .background import Background
+from .words import cluster_name
 
 MAP_POINTS = 200_000
 """Maximum number of tiles shown."""
@@ -35,15 +36,14 @@ class AtlasMap:
             MissingPart: openTSNE is not installed.
         """
 
-        def find() -> Layout:
-            try:
-                found = self._atlas.layout()
-            except HistoseekError:  # damaged: compute it again
-                found = None
-            return found or self._atlas.make_layout()
+        def stored_or_made() -> Layout:
+            with suppress(HistoseekError):  # if its file is damaged, the map is computed again
+                if stored := self._atlas.layout():
+                    return stored
+            return self._atlas.make_layout()
 
         tiles = len(self._atlas.view().index)
-        return self._background.get("layout", tiles.bit_length(), find)
+        return self._background.get("layout", tiles.bit_length(), stored_or_made)
 
     def wait(self, patience_s: float = LAYOUT_S) -> None:
         """Wait until the map is ready, at most ``patience_s`` seconds."""
@@ -57,13 +57,13 @@ class AtlasMap:
         layout = self.layout()
         if layout is None:
             return None
-        kept = self._points
+        last = self._points
         revision = self._atlas.catalog.revision()
-        if kept is not None and kept.revision == revision and kept.layout is layout:
-            return kept
-        found = self._background.get("points", revision, lambda: self._place_all(layout))
-        self._points = found or self._points
-        return found
+        if last is not None and last.revision == revision and last.layout is layout:
+            return last
+        points = self._background.get("points", revision, lambda: self._place_all(layout))
+        self._points = points or last
+        return points
 
     def _place_all(self, layout: Layout) -> Points:
         # Read before the vectors: after a commit in between, the points are outdated but not wrong.
@@ -87,15 +87,14 @@ class AtlasMap:
         at = columns.positions(points.ids)
         if by == "cluster" or by.startswith("cluster."):
             name = by.partition(".")[2] or next(iter(view.clusterings()), None)
-            placed = columns.clusters(name)
-            if placed is None:
-                raise NotFound(f"the atlas has no clustering {name!r}")
-            codes = np.where(at >= 0, np.maximum(placed[at], -1), -1).astype(np.int32)
-            given = view.state.cluster_names[str(name)]
+            assigned = columns.clusters(name)
+            if assigned is None:
+                raise NotFound(f"the atlas has no clustering {name or ''}; fit one first")
+            codes = np.where(at >= 0, np.maximum(assigned[at], -1), -1).astype(np.int32)
+            names = view.state.cluster_names[str(name)]
             count = int(codes.max(initial=-1)) + 1
-            return [given.get(c) or f"cluster {c}" for c in range(count)], codes
+            return [cluster_name(c, names) for c in range(count)], codes
         if by not in columns.names():
             raise NotFound(f"the atlas has no column {by!r}; it has {', '.join(columns.names())}")
         coded = columns.coded(by)
-        found: NDArray[np.int32] = np.where(at >= 0, coded.codes[at], -1).astype(np.int32)
-        return coded.names, found
+        return coded.names, np.where(at >= 0, coded.codes[at], -1).astype(np.int32)

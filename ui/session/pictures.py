@@ -20,10 +20,11 @@ from ...errors import BadInput, HistoseekError, NotFound
 from ...index.atlas import Atlas
 from ...index.view import View
 from ...serving.slides.slide import Slide, open_slide
-from .colours import cluster_colour, ramp
+from .colours import colour_of, ramp, rgb
 
 OPEN_SOURCES = 8
 KEPT_BYTES = 128 * 2**20
+"""Maximum bytes of cached JPEGs."""
 THUMBNAIL_PX = 1024
 FIELD = 5
 """Side of the area around a tile, in tiles."""
@@ -67,18 +68,16 @@ class Pictures:
         Raises:
             NotFound: there is no such tile (any more), or its slide or image file was moved.
         """
-        view = self._atlas.view()
-        at = self._at(tile, view)
-        return self._keep(("tile", tile), lambda: encode_jpeg(self._tile(view, at)))
+        return self._keep_of_tile("tile", tile, lambda view, at: encode_jpeg(self._tile(view, at)))
 
     def field(self, tile: int) -> bytes:
         """Return the tile with its neighbours at a lower magnification, with a box around it, as JPEG.
 
         For a tile of a tile set: the whole image, with a box around the square that the encoder sees.
         """
-        view = self._atlas.view()
-        at = self._at(tile, view)
-        return self._keep(("field", tile), lambda: encode_jpeg(self._field(view, at)))
+        return self._keep_of_tile(
+            "field", tile, lambda view, at: encode_jpeg(self._field(view, at))
+        )
 
     def place(self, tile: int) -> bytes:
         """Return the whole slide with a box around the tile, as JPEG.
@@ -86,21 +85,15 @@ class Pictures:
         Raises:
             NotFound: the tile belongs to a tile set, which has no such image.
         """
-        view = self._atlas.view()
-        at = self._at(tile, view)
 
-        def draw() -> bytes:
-            number = int(view.columns.slide_of(np.array([at]))[0])
+        def draw(view: View, at: int) -> bytes:
+            number, _ = _row(view, at)
             thumbnail, down = self._overview(view, number)
-            x, y = view.columns.places()[at].tolist()
-            side = view.columns.slides[number]["size_px_level0"]
-            picture = Image.fromarray(thumbnail)
-            box = [x / down, y / down, (x + side) / down, (y + side) / down]
-            grown = [box[0] - 4, box[1] - 4, box[2] + 4, box[3] + 4]
-            ImageDraw.Draw(picture).rectangle(grown, outline=_BOX, width=4)
-            return encode_jpeg(np.asarray(picture), 85)
+            x, y, side = _square_of(view, at, number)
+            box = (x / down - 4, y / down - 4, (x + side) / down + 4, (y + side) / down + 4)
+            return encode_jpeg(_boxed(thumbnail, box, 4), 85)
 
-        return self._keep(("place", tile), draw)
+        return self._keep_of_tile("place", tile, draw)
 
     def thumbnail(self, slide: str, longest: int = 320) -> bytes:
         """Return a thumbnail of a slide, or some tiles of a tile set, as JPEG."""
@@ -117,11 +110,13 @@ class Pictures:
         """
         view = self._atlas.view()
         number = slide_number(view, slide)
-        found = view.columns.clusters(clustering)
-        if found is None:
-            raise NotFound("the atlas has no such clustering; fit one with `histoseek index fit`")
-        rows = slice(int(view.columns.starts[number]), int(view.columns.starts[number + 1]))
-        colours = np.array([cluster_colour(c) for c in found[rows].tolist()]).reshape(-1, 3)
+        assigned = view.columns.clusters(clustering)
+        if assigned is None:
+            raise NotFound(
+                f"the atlas has no clustering {clustering or ''}; fit one with `histoseek index fit`"
+            )
+        rows = slice(*view.columns.starts[number : number + 2])
+        colours = np.array([rgb(colour_of(c)) for c in assigned[rows].tolist()]).reshape(-1, 3)
         return encode_jpeg(self._painted(view, number, colours, 0.45), 85)
 
     def heat(self, slide: str, query: NDArray[np.float32]) -> tuple[bytes, float, float]:
@@ -147,11 +142,13 @@ class Pictures:
 
     # -- reading --------------------------------------------------------------------------------
 
-    def _at(self, tile: int, view: View) -> int:
-        position = view.columns.positions(np.array([tile], dtype=np.int64))[0]
+    def _keep_of_tile(self, kind: str, tile: int, make: Callable[[View, int], bytes]) -> bytes:
+        """Return an image of a tile, made from a view and the tile's position in it, or cached."""
+        view = self._atlas.view()
+        position = int(view.columns.positions(np.array([tile], dtype=np.int64))[0])
         if position < 0:
-            raise NotFound(f"the atlas holds no tile {tile} (any more); search again")
-        return int(position)
+            raise NotFound(f"the atlas has no tile {tile}, or no longer has it; search again")
+        return self._keep((kind, tile), lambda: make(view, position))
 
     def _keep(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
         with self._lock:
@@ -170,23 +167,20 @@ class Pictures:
     def _tile(self, view: View, at: int) -> Rgb:
         size = self._atlas.manifest.size_px or 224
         number, row = _row(view, at)
-        x, y = view.columns.places()[at].tolist()
 
         def read(source: _Source) -> Rgb:
             if isinstance(source, Slide):
-                side = view.columns.slides[number]["size_px_level0"]
-                return source.read_tile(x, y, side, size)
+                return source.read_tile(*_square_of(view, at, number), size)
             return square(_picture(source, view.columns.files(number), row), size)
 
         return self._read(view, number, read)
 
     def _field(self, view: View, at: int) -> Rgb:
         number, row = _row(view, at)
-        x, y = view.columns.places()[at].tolist()
 
         def read(source: _Source) -> Rgb:
             if isinstance(source, Slide):
-                side = view.columns.slides[number]["size_px_level0"]
+                x, y, side = _square_of(view, at, number)
                 left = side * (FIELD // 2)
                 wide = source.read_tile(x - left, y - left, FIELD * side, FIELD_PX)
                 unit = FIELD_PX / FIELD
@@ -197,8 +191,8 @@ class Pictures:
             size = round(picture.width * scale), round(picture.height * scale)
             wide = np.asarray(picture.resize(size, Image.Resampling.LANCZOS))
             side = min(size)
-            left, top = (size[0] - side) / 2, (size[1] - side) / 2
-            return _boxed(wide, (left, top, left + side - 1, top + side - 1))
+            across, down = (size[0] - side) / 2, (size[1] - side) / 2
+            return _boxed(wide, (across, down, across + side - 1, down + side - 1))
 
         return self._read(view, number, read)
 
@@ -214,13 +208,13 @@ class Pictures:
         """Return some tiles of a tile set side by side."""
         start, end = view.columns.starts[number : number + 2].tolist()
         if start == end:
-            raise NotFound(f"{view.columns.slides[number]['name']!r} has no tiles")
+            raise NotFound(f"tile set {view.columns.slides[number]['name']!r} has no tiles")
         rows = np.unique(np.linspace(start, end - 1, CONTACT * CONTACT).astype(int))
         side = longest // CONTACT
         sheet = Image.new("RGB", (side * CONTACT, side * CONTACT), "white")
-        for place, at in enumerate(rows.tolist()):
+        for n, at in enumerate(rows.tolist()):
             tile = Image.fromarray(self._tile(view, at)).resize((side, side))
-            sheet.paste(tile, (side * (place % CONTACT), side * (place // CONTACT)))
+            sheet.paste(tile, (side * (n % CONTACT), side * (n // CONTACT)))
         return np.asarray(sheet)
 
     def _overview(self, view: View, number: int) -> tuple[Rgb, float]:
@@ -229,7 +223,9 @@ class Pictures:
         def read(source: _Source) -> tuple[Rgb, float]:
             if not isinstance(source, Slide):
                 name = view.columns.slides[number]["name"]
-                raise NotFound(f"{name!r} is a set of ready tiles, which has no picture as a whole")
+                raise NotFound(
+                    f"{name!r} is a set of ready tiles, so there is no image of a whole slide"
+                )
             thumbnail = source.thumbnail(THUMBNAIL_PX)
             return thumbnail, source.width / thumbnail.shape[1]
 
@@ -265,7 +261,7 @@ class Pictures:
             raise
         except (HistoseekError, OSError) as error:
             text = str(error).replace(slide["source"], Path(slide["source"]).name)
-            raise NotFound(f"the picture cannot be shown: {text}") from error
+            raise NotFound(f"the image cannot be shown: {text}") from error
 
     def _source(self, slide: Any) -> _Opened:
         key = slide["id"]
@@ -279,15 +275,12 @@ class Pictures:
             about = read_about(self._atlas.path / slide["features_file"]) or {}
             series = about.get("key", {}).get("series")
             source = open_slide(path, stated_mpp=slide["mpp"], series=series)
-            if slide["width"] and (source.width, source.height) != (
-                slide["width"],
-                slide["height"],
-            ):
-                size = f"{source.width} x {source.height}"
+            size, embedded = (source.width, source.height), (slide["width"], slide["height"])
+            if slide["width"] and size != embedded:
                 source.close()
                 raise BadInput(
-                    f"{path} has {size} pixels; the slide that was embedded has {slide['width']} x "
-                    f"{slide['height']}: it was replaced, or is another picture of the file"
+                    f"{path} has {size[0]} x {size[1]} pixels, but the slide had {embedded[0]} x "
+                    f"{embedded[1]} when it was embedded; restore that file, or embed the slide again"
                 )
         else:
             tiles = open_tiles(path)
@@ -308,8 +301,8 @@ class Pictures:
         with self._lock:
             opened = list(self._open.values())
             self._open.clear()
-        for one in opened:
-            one.close()
+        for source in opened:
+            source.close()
 
 
 def slide_number(view: View, slide: str) -> int:
@@ -321,7 +314,7 @@ def slide_number(view: View, slide: str) -> int:
     for number, row in enumerate(view.columns.slides):
         if row["name"] == slide and slide:
             return number
-    raise NotFound(f"the atlas holds no slide {slide!r}")
+    raise NotFound(f"the atlas has no slide {slide!r}")
 
 
 def _row(view: View, at: int) -> tuple[int, int]:
@@ -336,11 +329,17 @@ def _picture(
     tiles, rows = source
     file = None if files is None else files[row]
     if file not in rows:
-        raise BadInput(f"{Path(tiles.source).name} no longer holds {file}")
+        raise BadInput(f"{Path(tiles.source).name} no longer contains {file}; restore it")
     return tiles.read(rows[file])
 
 
-def _boxed(picture: Rgb, box: tuple[float, float, float, float]) -> Rgb:
+def _square_of(view: View, at: int, number: int) -> tuple[int, int, int]:
+    """Return a tile's left and top edge and its side in level-0 pixels."""
+    x, y = view.columns.places()[at].tolist()
+    return x, y, view.columns.slides[number]["size_px_level0"]
+
+
+def _boxed(picture: Rgb, box: tuple[float, float, float, float], width: int = 3) -> Rgb:
     drawn = Image.fromarray(picture)
-    ImageDraw.Draw(drawn).rectangle(box, outline=_BOX, width=3)
+    ImageDraw.Draw(drawn).rectangle(box, outline=_BOX, width=width)
     return np.asarray(drawn)

@@ -6,8 +6,6 @@ import csv
 import io
 import json
 from base64 import b64encode
-from html import escape
-from pathlib import Path
 from typing import Any
 
 from ...artifacts.images import encode_jpeg
@@ -16,18 +14,33 @@ from ...errors import HistoseekError
 from . import words
 from .answers import ClusterAnswer, SearchAnswer
 from .session import Session
+from .templates import render
 
 KINDS = {"csv": "text/csv", "json": "application/json", "html": "text/html"}
+ASSIGNED_COLUMNS = [
+    "image", "cluster", "name", "distance", "strength", "unknown", "foreign", "nearest_tile",
+    "nearest_slide", "nearest_score", "nearest_label", "refused",
+]  # fmt: skip
+"""Columns of the CSV file of assigned images."""
+SOURCES = (
+    "at",
+    "atlas",
+    "encoder",
+    "encoder_sha256",
+    "index_generation",
+    "atlas_revision",
+    "filter",
+)
+"""Provenance that every row of a CSV file has."""
 
 
 def write(session: Session, answer: SearchAnswer | ClusterAnswer, kind: str) -> bytes:
     """Return an answer as ``csv``, ``json`` or ``html``."""
     if kind == "csv":
-        return _csv(answer, provenance(session, answer))
-    document = as_json(session, answer)
+        return _csv(answer, provenance(session, answer)).encode()
     if kind == "json":
-        return json.dumps(document, ensure_ascii=False, indent=2).encode()
-    return _html(session, answer, document["provenance"])
+        return json.dumps(as_json(session, answer), ensure_ascii=False, indent=2).encode()
+    return _html(session, answer, provenance(session, answer)).encode()
 
 
 def provenance(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str, Any]:
@@ -40,28 +53,24 @@ def provenance(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[s
         "encoder": manifest.name,
         "encoder_sha256": manifest.sha256,
         "notice": words.NOTICE_TEXT,
-    }
-    if isinstance(answer, SearchAnswer):
-        query = answer.query
-        return about | {
-            "index_generation": answer.generation,
-            "atlas_revision": answer.revision,
-            "k": query.k,
-            "filter": query.where,
-            "least": query.least,
-            "per_slide": query.per_slide,
-            "leave_out": "" if query.leave_out == "tile" else query.leave_out,
-            "examples": {
-                "images": len(query.images),
-                "images_unlike": len(query.unlike_images),
-                "tiles": list(query.tiles),
-                "tiles_unlike": list(query.unlike_tiles),
-            },
-        }
-    return about | {
-        "clustering": answer.clustering,
         "index_generation": answer.generation,
         "atlas_revision": answer.revision,
+    }
+    if isinstance(answer, ClusterAnswer):
+        return about | {"clustering": answer.clustering}
+    query = answer.query
+    return about | {
+        "k": query.k,
+        "filter": query.where,
+        "least": query.least,
+        "per_slide": query.per_slide,
+        "leave_out": "" if query.leave_out == "tile" else query.leave_out,
+        "examples": {
+            "images": len(query.images),
+            "images_unlike": len(query.unlike_images),
+            "tiles": list(query.tiles),
+            "tiles_unlike": list(query.unlike_tiles),
+        },
     }
 
 
@@ -85,14 +94,14 @@ def as_json(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str,
 
 def verdict(answer: SearchAnswer) -> dict[str, Any]:
     """Return the verdict, JSON-ready."""
-    found = answer.verdict
+    verdict = answer.verdict
     return {
         "text": words.verdict_text(answer),
-        "labels": [{"label": label, "hits": count} for label, count in found.labels],
-        "placed": found.placed,
-        "nearer_than": found.nearer_than,
-        "unknown": found.unknown,
-        "foreign": found.foreign,
+        "labels": [{"label": label, "hits": count} for label, count in verdict.labels],
+        "placed": verdict.placed,
+        "nearer_than": verdict.nearer_than,
+        "unknown": verdict.unknown,
+        "foreign": verdict.foreign,
     }
 
 
@@ -104,115 +113,89 @@ def placed_rows(answer: ClusterAnswer) -> list[dict[str, Any]]:
     ]
 
 
-def _csv(answer: SearchAnswer | ClusterAnswer, about: dict[str, Any]) -> bytes:
+def _csv(answer: SearchAnswer | ClusterAnswer, about: dict[str, Any]) -> str:
     if isinstance(answer, SearchAnswer):
         rows = [hit._asdict() for hit in answer.hits]
         columns = list(rows[0]) if rows else ["rank", "score", "tile", "slide"]
     else:
         rows = [
-            {k: v for k, v in row.items() if k != "nearest"}
-            | {f"nearest_{k}": row["nearest"][k] for k in ("tile", "slide", "score", "label")}
-            | {"refused": ""}
+            row | {f"nearest_{key}": value for key, value in row["nearest"].items()}
             for row in placed_rows(answer)
         ]
         rows += [{"image": name, "refused": why} for name, why in answer.refused]
-        columns = ["image", "cluster", "name", "distance", "strength", "unknown", "foreign",
-                   "nearest_tile", "nearest_slide", "nearest_score", "nearest_label",
-                   "refused"]  # fmt: skip
-    known = (
-        "at",
-        "atlas",
-        "encoder",
-        "encoder_sha256",
-        "index_generation",
-        "atlas_revision",
-        "filter",
-    )
-    more = {f"from_{key}": about.get(key) for key in known}
-    rows, columns = [row | more for row in rows], [*columns, *more]
+        columns = ASSIGNED_COLUMNS
+    sources = {f"from_{key}": about.get(key) for key in SOURCES}
+    columns = [*columns, *sources]
     buffer = io.StringIO()
-    writer = csv.DictWriter(buffer, columns, lineterminator="\n")
+    writer = csv.DictWriter(buffer, columns, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
-    writer.writerows({k: inert(v) for k, v in row.items()} for row in rows)
-    return buffer.getvalue().encode()
+    writer.writerows({key: inert(value) for key, value in (row | sources).items()} for row in rows)
+    return buffer.getvalue()
 
 
-_STYLE = (Path(__file__).parents[1] / "assets" / "report.css").read_text(encoding="utf-8")
+# -- HTML -------------------------------------------------------------------------------------------
+
+Figure = tuple[dict[str, str], str]
+"""An image (``jpeg`` in base64, or the ``problem`` why it cannot be shown) and its caption."""
 
 
-def _html(session: Session, answer: SearchAnswer | ClusterAnswer, about: dict[str, Any]) -> bytes:
-    title = "Similar tiles" if isinstance(answer, SearchAnswer) else "Images placed in clusters"
-    facts = "".join(
-        f"<tr><th>{escape(key.replace('_', ' '))}</th><td>{escape(_shown(value))}</td></tr>"
+def _html(session: Session, answer: SearchAnswer | ClusterAnswer, about: dict[str, Any]) -> str:
+    facts = {
+        key.replace("_", " "): json.dumps(value) if isinstance(value, dict) else value
         for key, value in about.items()
         if value not in (None, "") and key != "notice"
-    )
-    body = _found(session, answer) if isinstance(answer, SearchAnswer) else _clustered(answer)
-    page = (
-        f'<!doctype html><html lang="en"><meta charset="utf-8"><title>histoseek: {title}</title>'
-        f"<style>{_STYLE}</style><h1>{title}</h1>"
-        f'<p class="notice">{escape(words.NOTICE_TEXT)}</p>{body}'
-        f"<h2>How this came about</h2><table>{facts}</table></html>"
-    )
-    return page.encode()
+    }
+    values: dict[str, Any] = {"notice": words.NOTICE_TEXT, "facts": facts}
+    if isinstance(answer, ClusterAnswer):
+        values |= {"title": "Images and their clusters", "queries": [], "refused": answer.refused}
+        return render("report.html", **values, figures=_assigned_images(answer))
+    values |= {"title": "Similar tiles", "queries": _examples(session, answer), "refused": []}
+    values |= {"verdict": words.verdict_text(answer)}
+    return render("report.html", **values, figures=_hits(session, answer))
 
 
-def _shown(value: Any) -> str:
-    return json.dumps(value) if isinstance(value, dict) else str(value)
+def _examples(session: Session, answer: SearchAnswer) -> list[Figure]:
+    query = answer.query
+    return [
+        *((_shown(encode_jpeg(tile)), f"image {n}") for n, tile in enumerate(query.images, 1)),
+        *((_tile(session, tile), f"tile {tile} of the atlas") for tile in query.tiles),
+        *(
+            (_tile(session, tile), f"tile {tile}, as an unlike example")
+            for tile in query.unlike_tiles
+        ),
+    ]
 
 
-def _found(session: Session, answer: SearchAnswer) -> str:
-    query = "".join(
-        _figure(encode_jpeg(tile), f"image {n}") for n, tile in enumerate(answer.query.images, 1)
-    )
-    query += "".join(
-        _figure(_tile(session, tile), f"tile {tile} of the atlas") for tile in answer.query.tiles
-    )
-    query += "".join(
-        _figure(_tile(session, tile), f"tile {tile}, not to be like")
-        for tile in answer.query.unlike_tiles
-    )
-    hits = "".join(
-        _figure(
+def _hits(session: Session, answer: SearchAnswer) -> list[Figure]:
+    return [
+        (
             _tile(session, hit.tile),
-            f"#{hit.rank}, score {hit.score:.3f}, {hit.label or 'no label'}, "
-            f"{hit.slide}, {words.place(hit)}"
+            f"#{hit.rank}, score {hit.score:.3f}, {hit.label or 'no label'}, {hit.slide}, "
+            + words.place(hit)
             + (f", patient {hit.patient}" if hit.patient else ""),
         )
         for hit in answer.hits
-    )
-    return (
-        f'<h2>Searched for</h2><div class="tiles">{query}</div>'
-        f"<p>{escape(words.verdict_text(answer))}</p>"
-        f'<h2>The {len(answer.hits)} most similar</h2><div class="tiles">{hits}</div>'
-    )
+    ]
 
 
-def _clustered(answer: ClusterAnswer) -> str:
-    figures = "".join(
-        _figure(
-            encode_jpeg(tile),
+def _assigned_images(answer: ClusterAnswer) -> list[Figure]:
+    return [
+        (
+            _shown(encode_jpeg(tile)),
             f"{name}: {words.cluster_title(placed)}, strength {placed['strength']:.2f}"
             + (", unknown" if placed["unknown"] else "")
             + (", unlike the stained tissue that the encoder knows" if placed["foreign"] else ""),
         )
         for name, tile, placed in zip(answer.names, answer.tiles, answer.placed, strict=True)
-    )
-    refused = "".join(f"<li>{escape(name)}: {escape(why)}</li>" for name, why in answer.refused)
-    return f'<div class="tiles">{figures}</div>' + (f"<ul>{refused}</ul>" if refused else "")
+    ]
 
 
-def _tile(session: Session, tile: int) -> bytes | str:
+def _tile(session: Session, tile: int) -> dict[str, str]:
     try:
-        return session.pictures.tile(tile)
+        return _shown(session.pictures.tile(tile))
     except HistoseekError as error:
-        return str(error)
+        return {"problem": str(error)}
 
 
-def _figure(picture: bytes | str, caption: str) -> str:
-    if isinstance(picture, str):
-        image = f'<div class="missing">{escape(picture)}</div>'
-    else:
-        data = b64encode(picture).decode()
-        image = f'<img src="data:image/jpeg;base64,{data}" alt="{escape(caption, quote=True)}">'
-    return f"<figure>{image}<figcaption>{escape(caption)}</figcaption></figure>"
+def _shown(jpeg: bytes) -> dict[str, str]:
+    return {"jpeg": b64encode(jpeg).decode()}

@@ -43,7 +43,7 @@ class Results:
         """
         with self._lock:
             if number not in self._kept:
-                raise NotFound(f"there is no result {number!r} (any more); search again")
+                raise NotFound(f"there is no result {number!r}, or it was dropped; search again")
             return self._kept[number]
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -123,7 +123,7 @@ class Session:
     def _decoding(self) -> Iterator[None]:
         """Limit the number of images decoded at once: decoding large images needs much memory."""
         if not self._decoders.acquire(timeout=DECODING_S):
-            raise Busy("too many pictures are being decoded; ask again in a moment")
+            raise Busy("too many images are being decoded; try again in a moment")
         try:
             yield
         finally:
@@ -139,13 +139,10 @@ class Session:
         """
         if self.batching is None:
             raise BadInput(
-                f"this atlas holds features of {self.atlas.manifest.name}, which is not here, so images "
-                "cannot be embedded; search by tiles of the atlas"
+                f"this atlas has features of {self.atlas.manifest.name}, which is not installed here, so "
+                "images cannot be embedded; search by tiles of the atlas"
             )
-        if not len(tiles):
-            raise BadInput("no image was given; expected at least one")
-        if len(tiles) > MAX_IMAGES:
-            raise TooLarge(f"{len(tiles)} images at once; at most {MAX_IMAGES} are embedded")
+        _check_count(tiles)
         return self.batching.embed(np.stack(list(tiles)))
 
     # -- searching ------------------------------------------------------------------------------
@@ -167,12 +164,12 @@ class Session:
         started = time.perf_counter()
         embedded = query.embedded(self.embed)
         milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
-        found = self.atlas.ask(self._found, embedded, clustering)
-        milliseconds |= found.milliseconds
-        # keep the query's images, because the answer shows them
-        return self.results.keep(replace(found, query=query, milliseconds=milliseconds))
+        answer = self.atlas.ask(self._answer, embedded, clustering)
+        milliseconds |= answer.milliseconds
+        # keep the query's images, because the report shows them
+        return self.results.keep(replace(answer, query=query, milliseconds=milliseconds))
 
-    def _found(self, view: View, /, query: Query, clustering: str | None) -> SearchAnswer:
+    def _answer(self, view: View, /, query: Query, clustering: str | None) -> SearchAnswer:
         """Answer a query with embedded images from one state of the atlas."""
         started = time.perf_counter()
         vector = view.vector_of(query)
@@ -226,10 +223,7 @@ class Session:
             BadInput: there is no image, no readable image, or no such clustering.
             TooLarge: there are too many images.
         """
-        if not images:
-            raise BadInput("no image was given; expected at least one")
-        if len(images) > MAX_IMAGES:
-            raise TooLarge(f"{len(images)} images at once; at most {MAX_IMAGES} are placed")
+        _check_count(images)
         self.atlas.clustering(name)
         tiles: list[Rgb] = []
         names: list[str] = []
@@ -249,12 +243,11 @@ class Session:
 
         def answer(view: View) -> ClusterAnswer:
             assigned = view.assign(vectors, name)
-            for row, foreign in zip(
-                assigned, self.atlas.manifest.out_of_distribution(vectors), strict=True
-            ):
+            foreign = self.atlas.manifest.out_of_distribution(vectors)
+            for row, outside in zip(assigned, foreign, strict=True):
                 row["foreign"] = (
-                    bool(foreign) and row["unknown"]
-                )  # clusters may override the tissue gate
+                    bool(outside) and row["unknown"]
+                )  # clusters override the tissue gate
             return ClusterAnswer(
                 id=new_id(),
                 at=now(),
@@ -262,7 +255,7 @@ class Session:
                 names=names,
                 tiles=tiles,
                 placed=assigned,
-                nearest=[found[0] for found in view.search(Query(vectors=vectors, k=1))],
+                nearest=[hits[0] for hits in view.search(Query(vectors=vectors, k=1))],
                 points=None if layout is None else layout.place(vectors),
                 refused=refused,
                 generation=view.generation,
@@ -299,3 +292,10 @@ class Session:
         except HistoseekError as error:
             return str(error)
         return ""
+
+
+def _check_count(images: Sized) -> None:
+    if not len(images):
+        raise BadInput("no image was given; expected at least one")
+    if len(images) > MAX_IMAGES:
+        raise TooLarge(f"{len(images)} images were given; expected at most {MAX_IMAGES} at once")

@@ -51,15 +51,17 @@ def verdict_of(
         query: its images are embedded.
         clustering: to assign the query to; the newest when None.
         vector: (D,) that was compared.
-        hits: what was found.
+        hits: the most similar tiles.
     """
     single = query.examples == 1
     placed = view.assign(vector[None], clustering)[0] if single and view.clusterings() else None
     nearer = _nearer_than(usual, view, query, vector, hits) if single else None
+    no_cluster = bool(placed and placed["unknown"])
+    unusual = nearer is not None and nearer < UNUSUAL
     foreign = single and bool(view.state.manifest.out_of_distribution(vector[None])[0])
     if foreign and placed is not None:
-        foreign = placed["unknown"]  # clusters may ignore the detector
-    elif foreign:  # an atlas of other pictures ignores it, too
+        foreign = no_cluster  # clusters override the tissue gate
+    elif foreign:  # an atlas of images that are not tissue overrides it, too
         share = usual.out_of_distribution(view.revision)
         foreign = share is None or share <= 0.5
     return Verdict(
@@ -67,9 +69,7 @@ def verdict_of(
         slides=Counter(hit.slide for hit in hits).most_common(),
         placed=placed,
         nearer_than=nearer,
-        unknown=foreign
-        or bool(placed and placed["unknown"])
-        or (nearer is not None and nearer < UNUSUAL),
+        unknown=foreign or no_cluster or unusual,
         foreign=foreign,
     )
 
@@ -86,7 +86,7 @@ def _nearer_than(
         return None
     best = hits
     if query.where or query.least is not None or query.leave_out != "tile":
-        # near or far is meant of the whole atlas
+        # compare with the whole atlas
         whole = replace(query, where=None, least=None, k=1, per_slide=False, leave_out="tile")
         best = view.search_near(vector, whole)
     if not best:

@@ -36,34 +36,34 @@ def cluster_title(placed: Mapping[str, Any]) -> str:
 
 def verdict_text(answer: SearchAnswer) -> str:
     """Return a text about the nearest tiles and whether the atlas has anything like the query."""
-    found = answer.verdict
+    verdict = answer.verdict
     count = len(answer.hits)
     if not count:
         return "No tile passes the filter."
-    parts = []
-    if any(label for label, _ in found.labels):
-        counted = ", ".join(
-            f"{label or 'no label'} {n} of {count}" for label, n in found.labels[:LABELS_SHOWN]
-        )
-        parts.append(f"Nearest labels: {counted}.")
+    if any(label for label, _ in verdict.labels):
+        labels = verdict.labels[:LABELS_SHOWN]
+        counts = ", ".join(f"{label or 'no label'} {n} of {count}" for label, n in labels)
+        parts = [f"Nearest labels: {counts}."]
     else:
-        counted = ", ".join(f"{slide} ({n})" for slide, n in found.slides[:LABELS_SHOWN])
-        parts.append(f"The nearest tiles come from {counted}.")
-    if found.foreign:
+        slides = verdict.slides[:LABELS_SHOWN]
+        counts = ", ".join(f"{slide} ({n})" for slide, n in slides)
+        parts = [f"The nearest tiles come from {counts}."]
+    placed = verdict.placed
+    if verdict.foreign:
         parts.append(
-            "It is unlike the stained tissue that the encoder knows: what is nearest says little."
+            "The query is unlike the stained tissue that the encoder knows, so the nearest tiles mean "
+            "little."
         )
-    elif found.placed is not None:
-        if found.placed["unknown"]:
-            parts.append("It fits no cluster of this atlas.")
-        else:
-            name = cluster_title(found.placed)
-            parts.append(f"It belongs to {name} (strength {found.placed['strength']:.2f}).")
-    if found.nearer_than is not None:
+    elif placed is not None and placed["unknown"]:
+        parts.append("The query fits no cluster of this atlas.")
+    elif placed is not None:
+        strength = f"strength {placed['strength']:.2f}"
+        parts.append(f"The query belongs to {cluster_title(placed)} ({strength}).")
+    if verdict.nearer_than is not None:
         parts.append(
-            f"It is nearer to the atlas than {found.nearer_than:.0%} of the atlas's own tiles are to "
-            "those of other patients."
+            f"The query is nearer to the atlas than {verdict.nearer_than:.0%} of the atlas's own tiles are "
+            "to tiles of other patients."
         )
     if answer.query.examples > 1:
-        parts.append("Of several examples together it is not judged whether they fit the atlas.")
+        parts.append("For several examples together, the fit to the atlas is not computed.")
     return " ".join(parts)

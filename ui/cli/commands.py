@@ -1,0 +1,118 @@
+"""The Typer apps of the command line: the same settings for all, and ``--json`` for every command."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable
+from functools import wraps
+from importlib import import_module
+from typing import Annotated, Any, TypeVar, get_args, get_origin
+
+import typer
+from typer.core import TyperCommand
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+JSON = inspect.Parameter(
+    "json",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[bool, typer.Option("--json", help="Print one JSON document.")],
+)
+
+COMMON = {
+    "atlas": "Folder of the atlas.",
+    "also": "Another folder or file to use in addition to DATA. Repeatable.",
+    "clusters": "Name of the clustering. Default: the newest.",
+    "engine": "Milvus collection to search in, such as milvus://host:19530/cases. Run `index push` first.",
+    "exclude": "COLUMN=VALUE[,VALUE...]: leave out tiles with one of these values in this manifest column. "
+    "Repeatable.",
+    "label_from": "Columns of the manifest that form the label, separated by commas.",
+    "least": "Minimum score at which two tiles count as the same. Default for cosine: 0.999.",
+    "metadata": "CSV with the columns slide, label, patient and any others.",
+    "mixed_scales": "From now on, the atlas may hold tiles whose µm per pixel differ by more than 5 %.",
+    "replace": "Replace the features of slides that are already in the atlas.",
+    "seed": "Random seed.",
+    "where": "Metadata filter, such as \"organ = 'colon' and patient != 'P7'\".",
+}
+"""Help texts of parameters that several commands have; a docstring may describe them differently."""
+HELP = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.M)
+"""An option and its help text in a docstring."""
+
+
+class Commands(typer.Typer):
+    """A group of commands, whose help texts are in the functions' docstrings, in a section ``Options:``.
+
+    Each command has ``--json``; ``__main__.main`` looks for that word before it parses any argument.
+    """
+
+    def __init__(self, help: str) -> None:
+        """Create a group without commands; ``help`` describes it."""
+        super().__init__(
+            help=help,
+            no_args_is_help=True,
+            add_completion=False,
+            pretty_exceptions_enable=False,
+            rich_markup_mode=None,
+        )
+
+    def command(
+        self, name: str | None = None, *args: Any, **settings: Any
+    ) -> Callable[[Function], Function]:
+        """Register a function as a command with ``--json``; the function itself stays as it is."""
+        register = super().command(name, *args, **settings)
+
+        def add(function: Function) -> Function:
+            register(_command_line_form(function))
+            return function
+
+        return add
+
+
+def _command_line_form(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Return the function with ``--json``, and with the help texts of its docstring."""
+
+    @wraps(function)
+    def run(json: bool = False, **values: Any) -> Any:
+        return function(**values)
+
+    text, _, options = inspect.cleandoc(function.__doc__ or "").partition("\nOptions:\n")
+    helps = {found[1]: " ".join(found[2].split()) for found in HELP.finditer(options)}
+    signature = inspect.signature(function, eval_str=True)
+    parameters = [_with_help(p, helps.get(p.name)) for p in signature.parameters.values()]
+    run.__signature__ = signature.replace(parameters=[*parameters, JSON])  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in (*parameters, JSON)}
+    run.__doc__ = text
+    return run
+
+
+def _with_help(parameter: inspect.Parameter, text: str | None) -> inspect.Parameter:
+    """Add a help text; a parameter without default is an argument, a switch has no form ``--no-…``."""
+    kind, info = parameter.annotation, None
+    if get_origin(kind) is Annotated:
+        kind, info = get_args(kind)
+    text = text or getattr(info, "help", None) or COMMON.get(parameter.name)
+    if text is None:
+        return parameter
+    if info is None:
+        flag = [f"--{parameter.name.replace('_', '-')}"] if kind is bool else []
+        required = parameter.default is inspect.Parameter.empty
+        info = typer.Argument() if required else typer.Option(*flag)
+    info.help = text
+    return parameter.replace(annotation=Annotated[kind, info])
+
+
+def lazy(module: str) -> type[TyperCommand]:
+    """Return the class of a command that is imported from ``module.app`` when it is called."""
+
+    class Lazy(TyperCommand):
+        """A command without parameters; the real command parses the arguments."""
+
+        def make_context(
+            self, info_name: str | None, args: list[str], parent: Any = None, **extra: Any
+        ) -> Any:
+            """Import the real command and let it parse the arguments."""
+            group = typer.main.get_group(import_module(module, __package__).app)
+            return group.commands[self.name or ""].make_context(info_name, args, parent, **extra)
+
+    return Lazy
