@@ -114,13 +114,14 @@ def ui(
         encoder: Address of a Triton server that runs the atlas's encoder: triton://HOST:PORT/MODEL.
             Default: run it in this process.
         slides: Folder from which users may add slides by their path. Repeatable.
-        users: File of users, one user:HASH or user:HASH:ROLE per line. Only you may have access to it.
+        users: File of users, one user:HASH or user:HASH:ROLE per line. No other account of
+            this machine may have access to the file.
         allow_host: Another host name under which clients reach this server, for example through a proxy.
             Repeatable.
         root_path: URL path under which a proxy publishes the page, such as /histo.
         trusted_proxy: Address or network of a proxy whose X-Forwarded-* headers are trusted. Repeatable.
         user_header: Header in which the trusted proxy sends the user's name.
-        editor: User, named in --user-header, who may change the atlas; * for all users. Repeatable.
+        editor: Name of a user (as in --user-header) who may change the atlas; * for all users. Repeatable.
         audit_log: File of the audit log. Default: a file in the atlas.
         no_page: Serve only the API, without the page.
         log_requests: Log all requests. Default: only refused requests.

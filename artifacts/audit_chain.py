@@ -302,7 +302,9 @@ class _Check:
         missing = _numbers(self._last.number + 1, link.number - 1)
         if not self._begun and self._rotated(follows):
             return follows, []
-        where = "they were cut off" if self._begun else "no older file beside it ends with them"
+        where = (
+            "they were cut off" if self._begun else "no older log file in its folder ends with them"
+        )
         return follows, [f"{self._log}: before line {at}, {missing} missing: {where}"]
 
     def _rotated(self, last: str) -> bool:

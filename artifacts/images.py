@@ -79,13 +79,17 @@ def decode(
 def _check_size(size: int, label: str) -> None:
     if not size:
         raise BadInput(f"{label} is empty (0 bytes); copy or export it again")
+    _refuse_large(size, label)
+
+
+def _refuse_large(size: int, label: str) -> None:
     if size > MAX_BYTES:
         raise TooLarge(f"{label} has {size:,} bytes; expected at most {MAX_BYTES:,}: crop it")
 
 
 def _read(path: Path, label: str) -> bytes:
     try:
-        _check_size(path.stat().st_size, label)
+        _refuse_large(path.stat().st_size, label)  # 0 for a pipe
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BadInput(f"{label} does not exist; check the path") from error

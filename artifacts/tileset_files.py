@@ -37,7 +37,9 @@ def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
     if source.is_dir():
         tiles = _open_folder(source, manifest)
     elif manifest is not None and source.suffix.lower() in {".csv", ".npz"}:
-        raise BadInput(f"{source} has its own labels; pass a manifest with a folder or a .tar only")
+        raise BadInput(
+            f"{source} contains its labels; leave out the manifest, which is for folders and .tar files"
+        )
     elif source.suffix.lower() == ".csv":
         tiles = _open_csv(source, source.parent, source.stem)
     elif source.suffix.lower() == ".npz":

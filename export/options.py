@@ -15,17 +15,21 @@ class ExportOptions:
 
     # fmt: off
     name: Annotated[str | None,
-        Field(description="Name of the encoder; default: the folder's name.")] = None
+        Field(description="Name of the encoder. Default: the name of the folder --out.")] = None
     mpp: Annotated[float | None,
-        Field(ge=0.01, le=100, description="µm per pixel to read slides at.")] = None
+        Field(ge=0.01, le=100, description="µm per pixel at which the encoder is to be used; stored in "
+        "the bundle, and `histoseek embed` reads slides at this scale. Without it, `embed` needs "
+        "--mpp.")] = None
     pca: Annotated[float | None,
-        Field(gt=0, le=1, description="Keep this share of the variance by PCA in the graph.")] = None
+        Field(gt=0, le=1, description="Shorten the embeddings by PCA so that this share of the variance "
+        "is kept; the PCA becomes part of the ONNX graph.")] = None
     whiten: Annotated[float,
         Field(ge=0, le=1, description="With --pca, divide each component by its standard deviation to "
-        "this power: 0 keeps their scale, 1 gives all the same weight.")] = 0.0
+        "this power: 0 leaves the components as they are, 1 gives all the same variance.")] = 0.0
     views: Annotated[int,
-        Field(description="Orientations to average: 1 none, 2 half turns, 4 quarter turns, 8 also "
-        "mirror images.")] = 1
+        Field(description="Number of orientations of a tile whose embeddings are averaged: 1 (as it is), "
+        "2 (and turned by 180 degrees), 4 (all quarter turns) or 8 (those, and mirrored). Embedding "
+        "takes that many times as long.")] = 1
     licence: Annotated[str, Field(description="Licence of the weights.")] = "not stated"
     notes: Annotated[Path | None, Field(description="Markdown file to add to the model card.")] = None
     # fmt: on
@@ -34,7 +38,7 @@ class ExportOptions:
         """Raise BadInput if ``whiten`` is set without ``pca``."""
         if self.whiten and self.pca is None:
             raise BadInput(
-                f"--whiten is {self.whiten}, which needs --pca: it scales its components"
+                f"--whiten is {self.whiten}, but it scales the components of --pca; pass --pca too"
             )
 
 
@@ -43,13 +47,16 @@ class TritonOptions:
     """Options of a model on a server; each is a flag of ``histoseek triton repository``."""
 
     # fmt: off
-    max_batch: Annotated[int, Field(ge=1, le=1024, description="Most tiles per batch.")] = 64
+    max_batch: Annotated[int, Field(ge=1, le=1024, description="Maximum number of tiles per batch.")] = 64
     instances: Annotated[int,
-        Field(ge=1, le=64, description="Copies of the model per GPU; without a GPU: per machine.")] = 2
+        Field(ge=1, le=64, description="Number of copies of the model that run at the same time, per "
+        "GPU; without a GPU: per machine.")] = 2
     queue: Annotated[int,
-        Field(ge=1, le=100_000, description="Most waiting requests; more are refused.")] = 256
+        Field(ge=1, le=100_000, description="Maximum number of waiting requests; further requests are "
+        "refused.")] = 256
     delay_us: Annotated[int,
-        Field(ge=0, le=1_000_000, description="Microseconds to wait for a full batch.")] = 1000
+        Field(ge=0, le=1_000_000, description="Maximum time to wait until a batch is full, in "
+        "microseconds.")] = 1000
     fp16: Annotated[bool,
-        Field(description="Also write <name>-fp16, computed in half precision.")] = False
+        Field(description="Also write a second model, <name>-fp16, in half precision.")] = False
     # fmt: on

@@ -4,8 +4,9 @@ Under pytest-xdist every file is a group: one worker runs it, so its module fixt
 in ``SPREAD`` have no expensive fixtures; their tests are distributed one by one, at the end. Tests that use
 a resource of the machine (a Ray cluster, a Triton server, a browser) form one group over all files.
 
-The mark ``slow`` is set by fixture, by file, by what the test calls, or by hand. ``make test-quick`` leaves
-slow tests out and allows every other test 30 s, so a slow test without the mark fails there.
+The mark ``slow`` is set by fixture, by file, by name, by what the test calls, or by hand. ``make
+test-quick`` leaves slow tests out and allows every other test 30 s, so a slow test without the mark fails
+there.
 """
 
 import os
@@ -56,6 +57,48 @@ SLOW_FIXTURES = frozenset(
     {"behind", "browser", "cli_process", "histoseek_ui", "other_bundle", "pushed", "triton"}
 )
 
+SLOW_TESTS = frozenset(
+    {
+        "test_a_gate_learns_from_tissue_alone_to_refuse_what_is_none",
+        "test_a_run_on_a_papers_layout_exports_from_its_own_data",
+        "test_a_teacher_sees_a_tile_however_it_lies",
+        "test_alike_tiles_lie_together",
+        "test_anndata_keeps_every_column",
+        "test_codes_are_ranked_again_by_the_vectors",
+        "test_cross_validation_trains_every_fold_and_sums_up",
+        "test_curves_find_the_number_of_blobs",
+        "test_demo_finds_the_place_the_crop_was_cut_from",
+        "test_every_command_that_is_written_down_exists_with_its_options",
+        "test_every_file_of_other_projects_is_embedded_or_refused_with_a_reason",
+        "test_features_of_other_tools_are_searched_and_clustered",
+        "test_files_are_the_same_to_the_byte_whatever_the_number_of_workers",
+        "test_guessing_at_one_user_locks_that_user_there_only",
+        "test_hdbscan_assignment_equals_approximate_predict",
+        "test_index_verify_names_a_line_that_was_changed",
+        "test_index_verify_names_a_line_that_was_removed",
+        "test_it_stays_when_tiles_are_added_and_is_made_anew_when_they_doubled",
+        "test_large_pictures_are_cut_and_the_label_counts_as_much_as_it_is_given",
+        "test_many_at_once_are_no_way_around_the_limit",
+        "test_one_hit_per_slide_even_when_one_slide_has_all_the_nearest_tiles",
+        "test_p4m_features_do_not_change_under_all_of_d4",
+        "test_p4m_is_invariant_through_onnx_runtime",
+        "test_parameters_and_cost_are_the_papers",
+        "test_placed_images_name_the_state_that_placed_them",
+        "test_shape_gradient_and_round_trip",
+        "test_symmetric_kernels_see_the_same_in_every_turn_and_mirror_image",
+        "test_the_command_on_real_tiles_with_their_groups_as_patients",
+        "test_the_command_prints_a_hash_of_what_it_reads",
+        "test_the_configuration_is_one_for_production",
+        "test_the_encoder_does_not_wait_for_slides_to_open",
+        "test_the_run_exports_the_same_encoder",
+        "test_the_same_seed_gives_the_same_map",
+        "test_train_export_embed_search_with_an_encoder_of_ones_own",
+        "test_train_list_shows_recipes_models_and_options",
+        "test_two_writers_one_is_told_to_wait",
+        "test_what_is_no_stained_tissue_is_said_to_be_that",
+    }
+)
+"""Tests that take more than about two seconds without a server or a process; ``--durations`` shows them."""
 SLOW_CALLS = frozenset({"subprocess", "Popen", "killing"})
 """What a test calls that starts a process or kills one."""
 SLOW_CALLS_IN_TRAINING = frozenset({"fit", "quick", "RECIPES"})
@@ -96,5 +139,7 @@ def mark(item: pytest.Item) -> None:
     deep = item.get_closest_marker("deep") is not None
     if GROUPS_BY_FILE.get(file) == "ray":  # a cluster on this machine needs all of its cores
         item.add_marker(pytest.mark.alone)
-    if deep or file in SLOW_FILES or fixtures & SLOW_FIXTURES or calls & slow_calls:
+    name = getattr(item, "originalname", item.name)
+    slow_name = file in SLOW_FILES or name in SLOW_TESTS
+    if deep or slow_name or fixtures & SLOW_FIXTURES or calls & slow_calls:
         item.add_marker(pytest.mark.slow)

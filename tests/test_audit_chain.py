@@ -157,7 +157,10 @@ def test_a_rotated_log_is_whole_together_with_its_older_file(path):
     assert [json.loads(line)["n"] for line in lines(path)] == [3]
     assert problems(path) == []
     older.unlink()
-    assert "numbers 1 to 2 are missing: no older file beside it ends with them" in problems(path)[0]
+    assert (
+        "numbers 1 to 2 are missing: no older log file in its folder ends with them"
+        in problems(path)[0]
+    )
 
 
 def test_a_log_that_is_emptied_while_it_is_open_says_so(path):

@@ -1,6 +1,8 @@
 """Every image is untrusted: which images are read, which are rejected, and why."""
 
 import io
+import os
+import threading
 import zlib
 
 import numpy as np
@@ -95,6 +97,18 @@ def rgb48_png(tissue):
     return (
         b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", body) + chunk(b"IEND", b"")
     )
+
+
+def test_an_image_may_come_through_a_pipe(tissue, tmp_path):
+    """As a shell's <(…) does; a pipe has no size."""
+    pipe = tmp_path / "pipe.png"
+    os.mkfifo(pipe)
+    blob = io.BytesIO()
+    Image.fromarray(tissue[:32, :40]).save(blob, "PNG")
+    writer = threading.Thread(target=pipe.write_bytes, args=(blob.getvalue(),))
+    writer.start()
+    assert np.array_equal(decode(pipe), tissue[:32, :40])
+    writer.join()
 
 
 def test_missing_file_and_wrong_arrays_are_refused(tmp_path):

@@ -38,7 +38,7 @@ def load_tensors(path: Path) -> tuple[Tensors, dict[str, Any]]:
             about = json.loads((stored.metadata() or {}).get("about", "{}"))
             return {key: stored.get_tensor(key) for key in stored.keys()}, about  # noqa: SIM118
     except (SafetensorError, json.JSONDecodeError) as error:
-        raise Damaged(f"{path} is not a whole safetensors file ({error})") from error
+        raise Damaged(f"{path} is not a complete safetensors file ({error})") from error
 
 
 def flatten_optimizer(state: dict[str, Any]) -> tuple[Tensors, list[dict[str, Any]]]:
@@ -91,7 +91,7 @@ def load_backbone(backbone: torch.nn.Module, source: str, sha256: str = "") -> N
     if wrong:
         raise Mismatch(
             f"{source} does not fit the backbone: {len(wrong)} of {len(expected)} tensors are missing "
-            f"or of another shape, first {wrong[0]!r}; expected torchvision's state-dict keys"
+            f"or have another shape, first {wrong[0]!r}; expected torchvision's state-dict keys"
         )
     backbone.load_state_dict({k: v for k, v in tensors.items() if k in expected}, strict=False)
 

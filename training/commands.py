@@ -62,14 +62,19 @@ def show_recipes() -> None:
         for name, recipe in RECIPES.items():
             console.say(f"\n{name}: {recipe.about}")
             own = [row for row in options[name] if row not in _SHARED]
-            console.table("", ("option", "default", "meaning"), own)
-        console.table("Options of every recipe", ("option", "default", "meaning"), _SHARED)
+            console.table("", ("option", "default", "meaning"), _exact(own))
+        console.table("Options of every recipe", ("option", "default", "meaning"), _exact(_SHARED))
         console.table("histoseek reproduce", ("protocol", "what"), list(protocols.items()))
 
     console.emit(document, human)
 
 
 _SHARED = describe_options(TrainingOptions)
+
+
+def _exact(rows: list[tuple[str, Any, str]]) -> list[tuple[str, str, str]]:
+    """Return the rows with their defaults in full; a table would round a learning rate to 0.000."""
+    return [(flag, str(default), meaning) for flag, default, meaning in rows]
 
 
 def _model_facts(name: str) -> dict[str, Any]:
@@ -120,7 +125,7 @@ def dry_run(name: str, options: TrainingOptions, sources: Sequence[Path], choose
             for r in layers
         ]
         columns = ("layer", "kind", "output", "parameters", "MACs")
-        console.table(f"{options.model}: one tile forward", columns, rows)
+        console.table(f"{options.model}: forward pass of one tile", columns, rows)
         console.say(
             f"{parameters(model):,} parameters, {macs / 1e6:,.2f} M multiply-adds per tile, embedding "
             f"of {model.dim}"
@@ -128,8 +133,9 @@ def dry_run(name: str, options: TrainingOptions, sources: Sequence[Path], choose
         if tiles is not None:
             console.say(
                 f"{tiles:,} tiles ({document['pixels_bytes'] / 2**20:,.0f} MiB of pixels), about "
-                f"{document['tiles_trained_on']:,} trained on for {options.all_epochs()} epochs: about "
-                f"{document['training_macs'] / 1e12:,.1f} T multiply-adds (a step costs 3 forwards)"
+                f"{document['tiles_trained_on']:,} of them to train on, {options.all_epochs()} epochs: "
+                f"about {document['training_macs'] / 1e12:,.1f} T multiply-adds "
+                "(a step costs 3 forward passes)"
             )
         console.say("nothing was trained (--dry-run)")
 
@@ -244,7 +250,7 @@ def show_run(record: dict[str, Any], out: Path) -> None:
     """Print the results of a run next to its baselines."""
     data, split = record["data"], record["split"]
     console.say(
-        f"{out}: {split['train_tiles']} tiles trained on, {split['held_out_tiles']} held out by "
+        f"{out}: {split['train_tiles']} tiles for training, {split['held_out_tiles']} held out by "
         f"{split['by']}, {record['seconds']:.0f} s"
     )
     for reason in data["unreadable"]:

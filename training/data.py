@@ -238,7 +238,7 @@ def _folds(data: LabelledTiles, folds: int, seed: int, by: str) -> list[Ints]:
     if found < folds:
         raise BadInput(
             f"the data has {found} {by}(s); {folds} folds need at least {folds}: lower --folds, or pass "
-            "--folds 0 to train on everything and judge nothing"
+            "--folds 0 to train on all tiles without a measurement"
         )
     counts = np.bincount(data.labels[data.labels >= 0], minlength=1)
     by_class = StratifiedGroupKFold(folds, shuffle=True, random_state=seed)

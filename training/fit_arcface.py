@@ -66,8 +66,9 @@ class ArcFaceOptions(TrainingOptions):
     drop_head: Annotated[
         bool,
         Field(
-            description="After training, replace the head by half-whitened principal components of "
-            "the backbone's pooled features. The head keeps only what separates the training "
+            description="After training, replace the head by principal components of the "
+            "backbone's pooled features, each divided by the square root of its standard deviation. "
+            "The head keeps only what separates the training "
             "classes; the components keep more."
         ),
     ] = False
@@ -78,10 +79,10 @@ class ArcFaceOptions(TrainingOptions):
         Field(description="Loss function.")] = "arcface"
     target: Annotated[str,
         Field(description="Classes that the loss separates: label, group (source image or patient) or "
-        "place (as group, but each part of a cut image is a class). Join several by +.")] = "label"
+        "place (as group, but each tile that --cut makes is its own class). Join several by +.")] = "label"
     per_class: Annotated[int,
-        Field(ge=0, description="Number of tiles of one class (of the first target) that a batch draws "
-        "together; 0: tiles are drawn independently.")] = 0
+        Field(ge=0, description="Draw this many tiles of one class (of the first --target) together into "
+        "a batch; 0: draw tiles independently.")] = 0
     cut: Annotated[int,
         Field(ge=0, description="Cut an image into tiles if both sides are at least this many times "
         "--size-px; otherwise, and with 0, shrink it.")] = 0
@@ -122,12 +123,14 @@ class ArcFaceOptions(TrainingOptions):
         ),
     ] = False
     epochs_head: Annotated[int,
-        Field(ge=0, description="With --weights: number of epochs of phase 1, which trains the head.")] = 10
+        Field(ge=0, description="With --weights: number of first epochs, which train only the "
+        "head.")] = 10
     epochs_tail: Annotated[int,
-        Field(ge=0, description="With --weights: number of epochs of phase 2, which trains the last "
-        "layers.")] = 20
+        Field(ge=0, description="With --weights: number of further epochs, which also train the "
+        "backbone's last layers.")] = 20
     lr_tail: Annotated[float,
-        Field(ge=1e-9, le=10, description="With --weights: learning rate of phase 2.")] = 1e-4
+        Field(ge=1e-9, le=10, description="With --weights: learning rate of the epochs of "
+        "--epochs-tail.")] = 1e-4
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -148,7 +151,7 @@ class ArcFaceOptions(TrainingOptions):
             )
         if self.dim == 1 and self.gate and self.drop_head:
             raise BadInput(
-                "dim is 1; expected at least 2 with gate and drop_head, one for the gate"
+                "dim is 1; expected at least 2 with gate and drop_head: one is for the gate"
             )
 
         if self.layer_consistency and "layers" not in parse_model_options(
@@ -176,7 +179,7 @@ class ArcFaceOptions(TrainingOptions):
         names = ("dim", "hidden", "dropout", "relu_embedding")
         if not set(names) <= set(model_options(self.model)):
             raise BadInput(
-                f"model {self.model!r} takes no head; choose an encoder that is no autoencoder"
+                f"model {self.model!r} cannot have a head; choose a model that is not an autoencoder"
             )
         whole = {**super().architecture(), **{name: getattr(self, name) for name in names}}
         return whole | ({"classes": 0} if model_options(self.model).get("classes") else {})
@@ -391,7 +394,9 @@ def _targets(options: ArcFaceOptions, data: LabelledTiles, train: Ints) -> dict[
     result: dict[str, torch.Tensor] = {}
     for name in options.target.split("+"):
         if name != "label" and not data.grouped:
-            raise BadInput(f"target asks for {name}s, but the data names no group (column 'group')")
+            raise BadInput(
+                f"target is {options.target!r}, but the data has no groups; add a column 'group'"
+            )
         values = {"label": data.labels, "group": data.groups, "place": data.places}[name]
         present = np.unique(values[train][values[train] >= 0])
         if len(present) < 2:

@@ -52,19 +52,19 @@ class DacOptions(TrainingOptions):
     pretrain: Annotated[int,
         Field(ge=0, description="Number of epochs of reconstruction before clustering (not for dac).")] = 50
     start: Annotated[str,
-        Field(description="Finished run of this recipe and model whose weights are the start, such as "
-        "an ae-kmeans run. Then also give --pretrain 0.")] = ""
+        Field(description="Start with the weights of this finished run of the same recipe and model, "
+        "such as an ae-kmeans run. Then also give --pretrain 0. Empty: random weights.")] = ""
     lr_cluster: Annotated[float,
-        Field(ge=1e-9, le=10, description="Learning rate of the clustering phase.")] = 1e-4
+        Field(ge=1e-9, le=10, description="Learning rate during clustering, after --pretrain.")] = 1e-4
     alpha: Annotated[float,
         Field(ge=0, le=1000, description="Weight of the reconstruction loss during clustering.")] = 0.5
     beta: Annotated[float, Field(ge=0, le=1000, description="Weight of the loss on pairs of tiles.")] = 0.3
     thresholds: Annotated[Literal["001", "dac"],
-        Field(description="Start and step of the thresholds: as in the paper (001), or as in the "
-        "original DAC.")] = "001"
+        Field(description="Start and step of the two similarity thresholds, above and below which a "
+        "pair of tiles counts as equal or different: as in paper 001, or as in the original DAC.")] = "001"
     eta: Annotated[float,
-        Field(ge=-1, le=1, description="Step of the thresholds per epoch. 0: they meet in the last epoch; "
-        "below 0: as set by --thresholds.")] = -1.0
+        Field(ge=-1, le=1, description="Step of the two thresholds per epoch. 0: such that they meet in "
+        "the last epoch; below 0: as set by --thresholds.")] = -1.0
     reduction: Annotated[Literal["mean", "sum"],
         Field(description="Squared error: mean over pixels, or sum (the paper's equation 1).")] = "mean"
     output: Annotated[Literal["code", "clusters"],
@@ -271,7 +271,7 @@ def fit(
     encoder = job.build(**more)
     if not isinstance(encoder, ClusteringAutoEncoder):
         raise BadInput(
-            f"model {options.model!r} has no clustering head; expected dac-fmnist or alike"
+            f"model {options.model!r} has no clustering head; expected dac-fmnist, dac-cifar or dac-stl"
         )
     if options.start:
         load_run_weights(encoder, Path(options.start))

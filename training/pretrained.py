@@ -60,7 +60,7 @@ def _check(path: Path, sha256: str, source: str) -> None:
     found = sha256_file(path) if sha256 else ""
     if found != sha256:
         raise Mismatch(
-            f"{source} has sha256 {found}, expected {sha256}; it is another file or was cut short: "
+            f"{source} has sha256 {found}, expected {sha256}; it is another file, or truncated: "
             "check --weights and --weights-sha256"
         )
 
@@ -68,8 +68,8 @@ def _check(path: Path, sha256: str, source: str) -> None:
 def _fetched(address: str, sha256: str) -> Path:
     if len(sha256) != 64 or set(sha256) - set("0123456789abcdef"):
         raise BadInput(
-            f"weights from {address} need --weights-sha256 with the 64 digits of their hash, so that "
-            "what arrives is what was meant"
+            f"weights from {address} need --weights-sha256 with the 64 hexadecimal digits of their "
+            "SHA-256, to check the downloaded file"
         )
     suffix = Path(urlparse(address).path).suffix or ".pth"
     path = cache_folder() / "weights" / f"{sha256}{suffix}"

@@ -44,14 +44,14 @@ class RunFolder:
             earlier = load_tensors(self.path / CHECKPOINT)[1].get("identity")
         if earlier is not None and earlier != self.identity:
             raise Mismatch(
-                f"{self.path} holds a run with other settings ({self._difference(earlier)}); choose "
+                f"{self.path} contains a run with other settings ({self._difference(earlier)}); choose "
                 "another --out, or repeat the command with the settings that the run was started with"
             )
         return record if (self.path / WEIGHTS).is_file() else None
 
     def _difference(self, earlier: dict[str, Any]) -> str:
         if "options" not in earlier:
-            return "it is not a training run's"
+            return "it is not from a training run"
         old, new = earlier["options"], self.identity["options"]
         other = [f"{k}: {old.get(k)!r} -> {new.get(k)!r}" for k in new if old.get(k) != new.get(k)]
         if earlier.get("data") != self.identity["data"]:

@@ -25,23 +25,25 @@ class StudyOptions:
     seeds: Annotated[int, Field(ge=0, description="Number of seeds or folds; 0: as in the protocol.")] = 0
     epochs: Annotated[int,
         Field(ge=0, description="Number of epochs of each training; 0: as in the protocol.")] = 0
-    limit: Annotated[int, Field(ge=0, description="Maximum number of tiles, drawn by group; 0: all.")] = 0
+    limit: Annotated[int, Field(ge=0, description="Maximum number of tiles; whole groups are drawn. "
+        "0: all.")] = 0
     limit_large: Annotated[int,
         Field(ge=0, description="Maximum number of tiles for networks over 2 GMACs; 0: as "
         "--limit."), HIDDEN] = 0
     split: Annotated[Literal["group", "tile"],
-        Field(description="Split by group; or by tile as in some papers, so near-copies leak.")] = "group"
+        Field(description="Split between training and test. group: tiles of one patient or source "
+        "image stay together; tile: they do not (as in some papers), so near-copies leak.")] = "group"
     positive: Annotated[str,
         Field(description="Label that counts as positive in F1. Empty: the last label."), HIDDEN] = ""
     parts: Annotated[str,
-        Field(description="Parts: table4,grid (ae-dac); lite0 (arcface); AE or CAE "
-        "(topology-sweep)."), HIDDEN] = ""
+        Field(description="Parts of the protocol: to add, table4,grid (ae-dac) or lite0 (arcface); to "
+        "run alone, AE or CAE (topology-sweep)."), HIDDEN] = ""
     size_px: Annotated[int,
-        Field(ge=0, description="Side of a tile, if the protocol allows to set it; 0: as in the "
+        Field(ge=0, description="Side of a tile, if the protocol lets you choose it; 0: as in the "
         "protocol."), HIDDEN] = 0
     widths: Annotated[str,
-        Field(description="Widths of the P4M CNN: published, 32, 16 or 8; the preset's if "
-        "empty."), HIDDEN] = ""
+        Field(description="Widths of the P4M CNN: published, 32, 16 or 8; empty: as in the "
+        "protocol."), HIDDEN] = ""
     accelerator: Annotated[str, Field(description="Device: cpu, cuda, mps or auto.")] = "auto"
     precision: Annotated[str,
         Field(description="Precision as Lightning names it, such as bf16-mixed."), HIDDEN] = "32-true"

@@ -117,7 +117,7 @@ def _read_stamp(path: Path, stored: h5py.File, mpp: float | None) -> Features:
     kind = text_of(stored.attrs.get("feat_type", "tile"))
     if kind != "tile":
         raise BadInput(
-            f"{path} holds one vector of a whole {kind} (STAMP's feat_type), not features of tiles; "
+            f"{path} contains one vector of a whole {kind} (STAMP's feat_type), not features of tiles; "
             "import the folder with the features of tiles"
         )
     data, coords = stored["feats"], stored["coords"]
@@ -236,8 +236,8 @@ def import_features(
     atlas = Atlas(path)
     if not atlas.manifest.external or atlas.manifest.name != encoder:
         raise Mismatch(
-            f"{path} is bound to encoder {atlas.manifest.name!r}; import features of {encoder!r} by "
-            "another tool into an atlas of their own"
+            f"{path} is bound to encoder {atlas.manifest.name!r}; import features of {encoder!r}, made by "
+            "another tool, into a separate atlas"
         )
     results: list[Added] = []
     with atlas.writing() as writer:
@@ -284,7 +284,8 @@ class _Source:
         item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
         blob = _as_file(item, atlas.path)
         added = writer.add_features(item, blob, str(file), row, replace_known)
-        reasons = [added.reason or ("" if size else NO_TILE_SIZE), note]
+        without_size = not size and added.state not in {"failed", "unchanged"}
+        reasons = [added.reason, NO_TILE_SIZE if without_size else "", note]
         encoder_by = str(item.about["encoder_by"])
         return replace(added, reason="; ".join(filter(None, reasons)), encoder_by=encoder_by)
 

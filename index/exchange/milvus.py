@@ -70,7 +70,7 @@ class MilvusAtlas:
         self._seen = ""
         self.about: About | None = self._read_about() if exists else None
         if must_exist and not exists:
-            raise BadInput(f"{url} holds no atlas; run `histoseek index push ATLAS {url}` first")
+            raise BadInput(f"{url} contains no atlas; run `histoseek index push ATLAS {url}` first")
 
     def close(self) -> None:
         """Disconnect."""

@@ -167,11 +167,13 @@ def _described(engine: MilvusAtlas, atlas: Atlas, view: View, index: str | None)
     about = engine.about
     if about.sha256 != manifest.sha256:
         raise Mismatch(
-            f"{url} holds embeddings of encoder {about.encoder!r} ({about.sha256[:12]}), but the atlas "
+            f"{url} contains embeddings of encoder {about.encoder!r} ({about.sha256[:12]}), but the atlas "
             f"is bound to {manifest.name!r} ({manifest.sha256[:12]}); choose another collection"
         )
     if about.atlas != identity:
-        raise Mismatch(f"{url} holds another atlas of the same encoder; choose another collection")
+        raise Mismatch(
+            f"{url} contains another atlas of the same encoder; choose another collection"
+        )
     if index not in {None, about.index}:
         raise BadInput(f"{url} has index {about.index}; for {index} push to another collection")
     if missing := [name for name in view.columns.names() if name not in about.columns]:

@@ -65,7 +65,7 @@ def evaluate(
     else:
         results, notes, slide_ms = _query_slides(view, labelled, label.codes, owner)
         warnings += notes
-    warnings += _unanswerable(results, label.names)
+    warnings += _unanswerable(results, label.names, options.leave_out)
     manifest = atlas.manifest
     return {
         "atlas": str(atlas.path),
@@ -84,14 +84,14 @@ def evaluate(
     }
 
 
-def _unanswerable(results: QueryResults, names: list[str]) -> list[str]:
+def _unanswerable(results: QueryResults, names: list[str], owner: str) -> list[str]:
     """Return a warning if only one owner has a class: its queries cannot be answered correctly."""
     lost = results.reachable == 0
     if not lost.any():
         return []
     classes = sorted({names[code] for code in results.label[lost].tolist()})
     return [
-        f"{int(lost.sum())} queries cannot be answered, because no other owner has their class "
+        f"{int(lost.sum())} queries cannot be answered, because no other {owner} has their class "
         f"({', '.join(classes[:5])}); they count as wrong"
     ]
 

@@ -18,19 +18,23 @@ class EncoderChoice:
 
     # fmt: off
     spec: Annotated[str,
-        Field(description="Bundle, 'default', or "
-        "triton://HOST:PORT/MODEL[@VERSION][?shm=1]."), Flag("--encoder")] = "default"
+        Field(description="Folder of an encoder bundle, 'default' (the encoder in this package), or a "
+        "Triton server: triton://HOST:PORT/MODEL[@VERSION][?shm=1]."), Flag("--encoder")] = "default"
     bundle: Annotated[Path | None,
-        Field(description="Bundle that a server's encoder must be equal to.")] = None
+        Field(description="With a Triton server: folder of an encoder bundle. If the server has another "
+        "encoder, nothing is embedded.")] = None
     engine: Annotated[str,
-        Field(description="In this process: auto (measured once), onnxruntime, openvino.")] = "auto"
+        Field(description="Library that runs the encoder in this process: onnxruntime, openvino, or auto "
+        "(the faster one; measured once).")] = "auto"
     precision: Annotated[str,
-        Field(description="f32, or bf16 on CPUs that have it (with OpenVINO).")] = "f32"
+        Field(description="Number format of the computation: f32, or bf16 (OpenVINO only, on CPUs that "
+        "support it).")] = "f32"
     batch: Annotated[int | None,
-        Field(ge=1, description="Tiles per call of the encoder; chosen if left out."), HIDDEN] = None
+        Field(ge=1, description="Number of tiles per call of the encoder. Default: chosen "
+        "automatically."), HIDDEN] = None
     streams: Annotated[int | None,
-        Field(ge=1, description="Calls at a time in this process; one per core if left "
-        "out."), PYTHON_ONLY] = None
+        Field(ge=1, description="Number of simultaneous calls of the encoder in this process. Default: "
+        "one per core."), PYTHON_ONLY] = None
     # fmt: on
 
     def __post_init__(self) -> None:
@@ -48,8 +52,8 @@ class EmbedOptions:
 
     # fmt: off
     mpp: Annotated[float | None,
-        Field(ge=0.01, le=100, description="µm per pixel of the tiles; the encoder's if left "
-        "out.")] = None
+        Field(ge=0.01, le=100, description="µm per pixel of the tiles. Default: the value that the "
+        "encoder states.")] = None
     assume_mpp: Annotated[float | None,
         Field(ge=0.01, le=100, description="µm per pixel of slides whose file and manifest do not "
         "state it.")] = None
@@ -60,29 +64,33 @@ class EmbedOptions:
         Field(ge=0, description="Number of the image that is the slide, in a TIFF with "
         "several images.")] = None
     overlap_px: Annotated[int,
-        Field(ge=0, description="Overlap of tiles, in pixels."), Flag("--overlap")] = 0
+        Field(ge=0, description="Overlap of neighbouring tiles, in pixels."), Flag("--overlap")] = 0
     min_tissue: Annotated[float,
-        Field(ge=0, le=1, description="Minimum share of tissue in a tile.")] = 0.25
+        Field(ge=0, le=1, description="Share of a tile that must be tissue (with --regions: must "
+        "lie in a region); tiles with less are left out.")] = 0.25
     manifest: Annotated[Path | None,
-        Field(description="CSV: file, label, group; for slides file, mpp, series, label, "
-        "patient.")] = None
+        Field(description="CSV file. Columns for tiles: file, label, group; for slides: file, mpp, "
+        "series, label, patient.")] = None
     regions: Annotated[Path | None,
         Field(description="GeoJSON (QuPath) of the regions to embed: a file for one slide, or a folder of "
         "<slide>.geojson.")] = None
     region_classes: Annotated[tuple[str, ...],
-        Field(description="Only annotations of this class; repeatable."), Flag("--region-class")] = ()
+        Field(description="With --regions: use only annotations of this class. "
+        "Repeatable."), Flag("--region-class")] = ()
     overlays: Annotated[bool,
         Field(description="Write an image per slide that shows its tissue and tiles.")] = True
-    geojson: Annotated[bool, Field(description="Write tissue outlines and tiles for QuPath.")] = (False)
+    geojson: Annotated[bool,
+        Field(description="Write a GeoJSON file per slide, for QuPath, with tissue outlines and "
+        "tiles.")] = False
     jobs: Annotated[int | None,
-        Field(ge=1, le=512, description="Decoder workers; one per core if left out. The result is the "
-        "same.")] = None
+        Field(ge=1, le=512, description="Number of threads that read and decode tiles. Default: one per "
+        "core. It does not change the results.")] = None
     # fmt: on
 
     def __post_init__(self) -> None:
         """Raise BadInput if options conflict."""
         if self.override_mpp is not None and self.assume_mpp is not None:
-            raise BadInput("--override-mpp and --assume-mpp exclude each other; pass one of them")
+            raise BadInput("--override-mpp and --assume-mpp cannot be combined; pass one of them")
         if self.region_classes and self.regions is None:
             raise BadInput("--region-class needs --regions; pass both")
         if self.regions is not None and not self.regions.exists():

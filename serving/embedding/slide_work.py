@@ -49,12 +49,13 @@ def stated_scale(job: Job, options: EmbedOptions) -> StatedScale:
     series, text = options.series, job.row.get("series", "")
     if text and not (text.isdecimal() and len(text) < 10):
         raise BadInput(
-            f"the manifest's series of {job.source.name} is {text!r}; expected a number of the TIFF image"
+            f"the manifest's series of {job.source.name} is {text!r}; expected the number of "
+            "an image in the TIFF"
         )
     if text and series is None:
         series = int(text)
     elif text and series != int(text):
-        notes.append(f"series is {series} by --series; the manifest's {text} was overruled")
+        notes.append(f"series is {series} (from --series); the manifest's {text} was overridden")
     stated = job.row.get("mpp", "")
     value = number_of(stated) if stated else None
     if stated and (value is None or not 0.01 <= value <= 100):
@@ -66,12 +67,12 @@ def stated_scale(job: Job, options: EmbedOptions) -> StatedScale:
         chosen, by = options.override_mpp, "override"
         if value is not None and value != chosen:
             notes.append(
-                f"µm per pixel is {chosen:g} by --override-mpp; the manifest's {value:g} was overruled"
+                f"µm per pixel is {chosen:g} (from --override-mpp); the manifest's {value:g} was overridden"
             )
     elif value is not None and options.assume_mpp not in {None, value}:
         notes.append(
-            f"µm per pixel is {value:g} by the manifest; --assume-mpp {options.assume_mpp:g} is for slides "
-            "of which nothing says it"
+            f"µm per pixel is {value:g} (from the manifest); --assume-mpp {options.assume_mpp:g} was not "
+            "used: it is only for slides whose value is unknown"
         )
     return StatedScale(chosen, by, series, tuple(notes))
 
@@ -109,8 +110,8 @@ class SlideWork:
         grid, slide, reason = self.grid, self.slide, ""
         if not self.count and not grid.candidates:
             reason = (
-                f"no tile: {slide.width} x {slide.height} pixels are smaller than one "
-                f"tile of {grid.size_px_level0}"
+                f"no tile: the slide has {slide.width} x {slide.height} pixels, less than one tile of "
+                f"{grid.size_px_level0} x {grid.size_px_level0}"
             )
         elif not self.count:
             share = self.key["min_tissue"]

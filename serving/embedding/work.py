@@ -258,7 +258,7 @@ def _moved_from(path: Path, job: Job) -> list[str]:
     about = read_about(path)
     if about is None or _is_here(about, job):
         return []
-    return [f"the slide was at {about.get('source')} when it was embedded; took over its new place"]
+    return [f"the slide was at {about.get('source')} when it was embedded; the new path was stored"]
 
 
 def _done_before(job: Job, name: str, path: Path) -> Result:

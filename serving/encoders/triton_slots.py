@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from ... import stopping
 from ...artifacts.manifest import INPUT, OUTPUT, Manifest
-from ...errors import MissingPart, need
+from ...errors import MissingPart
 from .triton_address import load_grpc
 
 SHM = Path("/dev/shm")
@@ -113,7 +113,9 @@ class SharedSlot(Slot):
 
 def _module(cuda: bool) -> Any:
     if not cuda:
-        return need("tritonclient.utils.shared_memory", "triton")
+        import tritonclient.utils.shared_memory as system_shared_memory
+
+        return system_shared_memory
     try:
         import tritonclient.utils.cuda_shared_memory as cuda_shared_memory
     except ImportError as error:

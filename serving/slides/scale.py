@@ -59,7 +59,8 @@ def choose_mpp(
     size = "" if sides is None else f"{sides[0]:.4g} x {sides[1]:.4g}"
     if stated_mpp is not None:
         note = (
-            f"µm per pixel is {stated_mpp:g} as stated; the file says {size}, which was overruled"
+            f"µm per pixel is {stated_mpp:g} (from the manifest or an option); the file's {size} was "
+            "overridden"
         )
         differs = sides is not None and not _agree(stated_mpp, sides)
         return Scale(stated_mpp, "stated", (note,) if differs else ())
@@ -67,8 +68,8 @@ def choose_mpp(
         return Scale(assume_mpp, "assumed" if assume_mpp else None)
     if of_a_print and assume_mpp:
         note = (
-            f"µm per pixel is {assume_mpp:g} as assumed; the file's resolution tags say {size}, which is "
-            "the scale of a print"
+            f"µm per pixel is {assume_mpp:g} (from --assume-mpp); the file's resolution tags say {size}, "
+            "which is the scale for printing"
         )
         return Scale(assume_mpp, "assumed", (note,))
     if max(sides) / min(sides) > SQUARE:
@@ -81,8 +82,8 @@ def choose_mpp(
     if assume_mpp is None or _agree(assume_mpp, sides):
         return Scale(mpp, "file")
     note = (
-        f"µm per pixel is {size} as the file says; --assume-mpp {assume_mpp:g} is for files that do not "
-        "say (--override-mpp overrules them)"
+        f"µm per pixel is {size} (from the file); --assume-mpp {assume_mpp:g} was not used: it is only for "
+        "files that do not state it (--override-mpp replaces the value of any file)"
     )
     return Scale(mpp, "file", (note,))
 

@@ -121,7 +121,7 @@ class Slide:
         self.width, self.height = self._source.levels[0][1]
         if SERIES in properties:
             self.notes.append(
-                f"the file holds several pictures; the slide is series {properties[SERIES]}"
+                f"the file contains several images; the slide is series {properties[SERIES]}"
             )
         sides = sides_of(properties)
         self._of_a_print = is_of_a_print(sides, properties)

@@ -214,11 +214,11 @@ class TiffPixels:
             ]
             pixels = planes[0] if level.planes == 1 else np.concatenate(planes, axis=2)
             if pixels.shape[0] < high or pixels.shape[1] < wide:
-                raise ValueError(f"it holds {pixels.shape[1]} x {pixels.shape[0]} pixels")
+                raise ValueError(f"it contains {pixels.shape[1]} x {pixels.shape[0]} pixels")
             return _rgb(pixels[:high, :wide], level.alpha)
         except Exception as error:  # a damaged segment can make a decoder fail in any way
             raise BadInput(
-                f"{self._path}: the piece at x={column * level.tile_width}, "
+                f"{self._path}: the segment at x={column * level.tile_width}, "
                 f"y={row * level.tile_height} of its {level.width} x {level.height} level cannot be "
                 f"read ({error}); the file is truncated or damaged: copy it again"
             ) from error
@@ -237,7 +237,7 @@ class TiffPixels:
             _check_size(level, blob)
         decoded = np.asarray(page.decode(blob, index, jpegtables=page.jpegtables)[0])
         if decoded.dtype != np.uint8:
-            raise ValueError(f"it holds {decoded.dtype}, not 8 bits per channel")
+            raise ValueError(f"it contains {decoded.dtype}, not 8 bits per channel")
         return decoded.reshape(decoded.shape[-3:])
 
     @staticmethod
@@ -251,7 +251,7 @@ class TiffPixels:
             blob = blob[:2] + marker + (tables[2:-2] if tables else b"") + blob[2:]
         high, wide, _, _ = simplejpeg.decode_jpeg_header(blob)
         if high > level.tile_height or wide > level.tile_width:
-            raise ValueError(f"it claims {wide} x {high} pixels")
+            raise ValueError(f"it states {wide} x {high} pixels")
         colours = "GRAY" if photometric == _GREY else "RGB"
         return np.asarray(simplejpeg.decode_jpeg(blob, colorspace=colours))
 
@@ -263,7 +263,7 @@ def _check_size(level: Level, blob: bytes) -> None:
         with Image.open(io.BytesIO(blob)) as header:
             wide, high = header.size
     if high > level.tile_height or wide > level.tile_width:
-        raise ValueError(f"it claims {wide} x {high} pixels")
+        raise ValueError(f"it states {wide} x {high} pixels")
 
 
 def _rgb(pixels: NDArray[np.uint8], alpha: str) -> Rgb:

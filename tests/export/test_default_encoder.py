@@ -73,7 +73,11 @@ def test_it_is_exported_again_from_its_run(shared, tmp_path):
         shipped.name, shipped.mpp, views=shipped.views, licence=shipped.licence, notes=NOTES
     )
     made = export_run(RUN, tmp_path / "again", source, build, options)
-    assert (made.dim, made.gate, made.size_px) == (shipped.dim, shipped.gate, shipped.size_px)
+    assert (made.dim, made.tissue_gate, made.size_px) == (
+        shipped.dim,
+        shipped.tissue_gate,
+        shipped.size_px,
+    )
     tiles = sample_tiles(source, shipped.size_px, 64)
     again, ours = (OnnxEncoder(b).embed(tiles) for b in (tmp_path / "again", DEFAULT_BUNDLE))
     assert np.abs(again - ours).max() <= 1e-5

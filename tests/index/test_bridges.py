@@ -112,7 +112,7 @@ def test_foreign_features_that_do_not_fit_are_refused(tmp_path, cli):
     assert [s["name"] for s in atlas.slides()] == ["good"] and atlas.verify() == []
     with pytest.raises(Mismatch, match="atlas of their own"):
         import_features(atlas.path, [good], "conch", {})
-    with pytest.raises(BadInput, match="not possible: metric"):
+    with pytest.raises(BadInput, match="not possible; its metric"):
         Atlas.create_external(tmp_path / "x", "uni", 5, "dot")
     with pytest.raises(Damaged):
         read_tool_features(tmp_path / "cut.h5", "uni_v2")

@@ -196,5 +196,5 @@ def test_the_command_on_real_tiles_with_their_groups_as_patients(tmp_path, share
     assert top1["interval_95"][0] > top1["majority"] and top1["value"] > 0.7
     assert 0 < report["latency"]["encode_ms"] < report["latency"]["end_to_end_ms"]
     text = cli("index", "evaluate", tmp_path / "atlas", "--bootstrap", 20).stdout
-    assert "majority of 5" in text and "with encoding" in text
+    assert "majority of 5" in text and "embed and search" in text
     assert "NaN" not in json.dumps(report)

@@ -106,7 +106,7 @@ def test_what_was_renamed_is_said(atlas, tmp_path, cli, cli_json):
     report = cli_json(*words, tmp_path / "a.h5ad")
     assert report["renamed_columns"]["ER/PR"] == "ER_PR_3"
     told = cli(*words, tmp_path / "b.h5ad").stdout.replace("\n", " ")
-    assert "the column 'ER/PR' is named 'ER_PR_3' there" in told
+    assert "the column 'ER/PR' is named 'ER_PR_3' in the file" in told
     assert export(atlas, tmp_path / "c.npz", "numpy").tiles == 60
 
 

@@ -242,7 +242,7 @@ def test_addresses():
 
 def test_what_does_not_fit_is_refused(pushed, tmp_path, other_bundle):
     atlas, url, engine = pushed
-    with pytest.raises(BadInput, match="holds no atlas.*push"):
+    with pytest.raises(BadInput, match="contains no atlas.*push"):
         MilvusAtlas(f"milvus://{tmp_path}/other.db")
     other = Atlas.create(tmp_path / "other", other_bundle)
     with pytest.raises(Mismatch, match="choose another"):

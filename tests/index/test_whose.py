@@ -133,7 +133,7 @@ def test_rows_of_other_slides_and_of_none_are_told_apart(atlas, cli_json, cli, t
     assert said["metadata_of_other_slides"] == ["one.svs", "three"]
     assert any("1 cell(s) read as no value (NaN 1)" in note for note in said["notes"])
     text = cli("index", "add", atlas.path, files[1], "--metadata", table, check=True).stdout
-    assert "mean no slide: 1 (three)" in text and "not added now" in text
+    assert "match no slide: 1 (three)" in text and "not added now" in text
     assert people(atlas) == {"one": (None, None), "two": (None, None)}
 
 

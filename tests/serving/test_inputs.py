@@ -111,15 +111,19 @@ def test_a_person_wins_over_the_file_and_it_is_said(make_slide, encoder, tmp_pat
     (stated,) = embed([slide], encoder, tmp_path / "1", manifest=tmp_path / "m.csv", assume_mpp=0.7)
     about = read_features(tmp_path / stated.features).about
     assert about["key"]["mpp"] == 0.25 and about["mpp_from"] == "manifest"
-    assert "0.25 as stated; the file says 2.5 x 2.5" in stated.notes[1] == about["notes"][1]
+    assert (
+        "0.25 (from the manifest or an option); the file's 2.5 x 2.5"
+        in stated.notes[1]
+        == about["notes"][1]
+    )
     (over,) = embed([slide], encoder, tmp_path / "2", manifest=tmp_path / "m.csv", override_mpp=0.5)
     about = read_features(tmp_path / over.features).about
     assert about["key"]["mpp"] == 0.5 and about["mpp_from"] == "override"
-    assert "--override-mpp; the manifest's 0.25 was overruled" in over.notes[0]
-    assert "0.25 by the manifest; --assume-mpp 0.7" in stated.notes[0]
+    assert "--override-mpp); the manifest's 0.25 was overridden" in over.notes[0]
+    assert "0.25 (from the manifest); --assume-mpp 0.7" in stated.notes[0]
     (assumed,) = embed([slide], encoder, tmp_path / "3", mpp=2.5, assume_mpp=0.5)
     assert read_features(tmp_path / assumed.features).mpp == 2.5
-    assert "--assume-mpp 0.5 is for files that do not say" in assumed.notes[0]
+    assert "--assume-mpp 0.5 was not used: it is only for files" in assumed.notes[0]
     (same,) = embed([slide], encoder, tmp_path / "4", mpp=2.5, override_mpp=2.51)
     assert same.notes == []
 
@@ -134,7 +138,7 @@ def test_unequal_resolution_tags_give_way_to_a_stated_scale(tissue, encoder, tmp
         [tmp_path / "print.tiff", tmp_path / "wrong.tiff"], encoder, tmp_path / "1",
         manifest=tmp_path / "m.csv",
     ):  # fmt: skip
-        assert result.state == "done" and "which was overruled" in result.notes[0], result
+        assert result.state == "done" and "was overridden" in result.notes[0], result
     with open_slide(tmp_path / "print.tiff", assume_mpp=0.5) as slide:
         assert slide.mpp == 0.5 and "84.67 x 42.33" in slide.notes[0]
     with pytest.raises(BadInput, match=r"0\.5 x 1 µm; expected square pixels.*--override-mpp"):
@@ -474,7 +478,7 @@ def test_features_take_over_a_new_place_of_their_slide(two_patients, encoder, tm
     assert [r.state for r in again] == ["skipped", "skipped"]
     assert [r.name for r in again] == [r.name for r in first]
     for result in again:
-        assert "took over its new place" in result.notes[-1]
+        assert "the new path was stored" in result.notes[-1]
         stored = read_features(tmp_path / result.features)
         assert stored.source == stored.about["source"] == result.source
     third = embed([tmp_path / "there"], encoder, tmp_path / "out")
@@ -495,7 +499,7 @@ def test_copies_that_moved_keep_their_own_features(two_patients, encoder, tmp_pa
         {r.features for r in results}
     ) == 2
     for result in results:
-        assert "took over its new place" in result.notes[-1]
+        assert "the new path was stored" in result.notes[-1]
         item = read_features(tmp_path / result.features)
         assert item.source == result.source
         assert (

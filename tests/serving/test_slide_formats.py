@@ -287,7 +287,7 @@ def test_a_segment_that_claims_to_be_larger_than_its_place_is_not_decoded(tissue
         tile=(256, 256), compression=34712,
     )  # fmt: skip
     (tile,) = read(opened(TiffSource, path), [(0, 0)], 0, 64, 64)
-    assert isinstance(tile, BadInput) and "claims 3000 x 3000" in str(tile)
+    assert isinstance(tile, BadInput) and "states 3000 x 3000" in str(tile)
 
 
 def test_wide_strips_are_read_in_low_blocks(tmp_path, opened):

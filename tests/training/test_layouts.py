@@ -49,13 +49,13 @@ def test_mnist_and_fashion_mnist(tmp_path, rng):
     ] == "test"
     assert (tiles.read(3)[..., 1] == pictures[3]).all()
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(pictures[:2])[:-5])
-    with pytest.raises(BadInput, match="t10k-images-idx3-ubyte is cut short"):
+    with pytest.raises(BadInput, match="t10k-images-idx3-ubyte is truncated"):
         open_data(folder)
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(pictures[:2])[:9])
     with pytest.raises(BadInput, match="not an idx file of bytes with 3 axes"):
         open_data(folder)
     (folder / "t10k-images-idx3-ubyte").write_bytes(idx(pictures[:3]))
-    with pytest.raises(BadInput, match="part test has 3 pictures, 2 labels"):
+    with pytest.raises(BadInput, match="part test has 3 images, but 2 labels"):
         open_data(folder)
     (folder / "train-images-idx3-ubyte.gz").write_bytes(b"\x1f\x8bgarbage")
     with pytest.raises(BadInput, match="cannot be read"):
@@ -85,15 +85,15 @@ def test_cifar(tmp_path, rng):
         "coarse3",
     ]
     (ten / "data_batch_1.bin").write_bytes(np.hstack([labels + 70, rows]).tobytes())
-    with pytest.raises(BadInput, match="label outside of 0 to 9"):
+    with pytest.raises(BadInput, match="label outside 0 to 9"):
         open_data(ten)
     (ten / "data_batch_1.bin").write_bytes(b"x" * 100)
-    with pytest.raises(BadInput, match="cut short"):
+    with pytest.raises(BadInput, match="truncated"):
         open_data(ten)
     python = tmp_path / "python"
     python.mkdir()
     (python / "data_batch_1").write_bytes(b"pickle")
-    with pytest.raises(BadInput, match="pickles can run code .* binary version"):
+    with pytest.raises(BadInput, match="pickles, which can run code .* binary version"):
         open_data(python)
 
 

@@ -131,7 +131,7 @@ def test_what_a_model_cannot_be_is_refused():
         ("p4m-cnn", {"widths": "wide"}, "published"),
         ("vae", {"size_px": 50}, "multiple of 16"),
         ("sobel-alexnet", {"size_px": 62}, "at least 63 px"),
-        ("densenet", {"size_px": 8}, "at least 16 px"),
+        ("densenet", {"size_px": 8}, "at least 16"),
         ("alexnet-ae", {"dropout": 2.0}, "cannot be built with dropout=2.0"),
         ("vae", {"dim": -3}, "cannot be built with dim=-3"),
         ("fc-ae", {"dim": 12}, "no option 'dim'"),

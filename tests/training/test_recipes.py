@@ -596,7 +596,7 @@ def test_weights_that_are_not_finite_are_not_kept(tile_folder, tmp_path, monkeyp
 
     monkeypatch.setattr(job.Job, "_epoch", ruin)
     with pytest.raises(
-        BadInput, match="after epoch 2 .* not all finite; the epoch before it is kept"
+        BadInput, match="after epoch 2 .* not all finite; the previous epoch is kept"
     ):
         fit("classifier", SMALL["classifier"], open_tiles(tile_folder), tmp_path / "run")
     stored, about = load_tensors(tmp_path / "run/checkpoint.safetensors")

@@ -155,7 +155,9 @@ def test_images_are_placed_and_bad_ones_are_refused_by_name(session, tile_folder
     assert answer.points.shape == (1, 2) and answer.nearest[0].score > 0.999
     table = cluster_view.placed_table(answer, {answer.placed[0]["cluster"]: [1, 2]})
     assert 'data-open="2"' in table
-    assert "1 placed in kmeans" in table and "1 refused" in table and "not an image" in table
+    assert (
+        "1 image assigned to kmeans" in table and "1 refused" in table and "not an image" in table
+    )
     with pytest.raises(BadInput, match="none of the 1"):
         session.cluster([("bad.png", tmp_path / "bad.png")], None)
     with pytest.raises(BadInput, match="at least one"):
@@ -218,7 +220,7 @@ def test_an_atlas_of_what_is_no_tissue_ignores_the_gate(tmp_path, serve, cli):
     asked = Query(images=(image_of(opened, tiles / "7.png"),))
     wait(lambda: None if opened.search(asked).verdict.foreign else True)
     text = cli("index", "fit", atlas.path, "--k", 2, check=True).stdout
-    assert "12 tiles do not look like stained tissue: more than half" in " ".join(text.split())
+    assert "12 tiles, more than half, do not look like stained tissue" in " ".join(text.split())
     assert not opened.search(asked).verdict.foreign
 
 

@@ -23,7 +23,9 @@ FAMILIES = ("map", "linear")
 
 def _check_code(dim: int) -> None:
     if dim not in CODES:
-        raise BadInput(f"dim is {dim}; paper 003 has codes of {', '.join(map(str, CODES))}")
+        raise BadInput(
+            f"dim is {dim}; expected one of {', '.join(map(str, CODES))}, as in paper 003"
+        )
 
 
 def build_topology_ae(size_px: int = 28, dim: int = 32, relu_code: bool = False) -> AutoEncoder:

@@ -147,7 +147,7 @@ class Study:
         grouped = any(tile.group for tile in self.tiles.tiles)
         split = "by group" if grouped else "by tile (the data names no groups)"
         if options.split == "tile" and grouped:
-            split = "by tile ACROSS groups, as the paper has it: LEAKY, siblings are in both parts"
+            split = "by tile ACROSS groups, as in the paper: LEAKY, groups are in both parts"
         report = Report(title, paper, options.command, {"data": used, "split": split, **about})
         if self.unlabelled:
             report.notes.append(f"{self.unlabelled} tiles without a label were left out.")

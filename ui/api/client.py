@@ -13,13 +13,23 @@ from __future__ import annotations
 
 import json
 import os
+import ssl
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
-from ...errors import BadInput, Busy, HistoseekError, Mismatch, NotFound, Unavailable, need
+from ...errors import (
+    BadInput,
+    Busy,
+    HistoseekError,
+    Mismatch,
+    MissingPart,
+    NotFound,
+    Unavailable,
+    need,
+)
 
 Image = Path | str | bytes
 TIMEOUT_S = 60.0
@@ -53,19 +63,28 @@ class Client:
             timeout_s: timeout of a request in seconds.
 
         Raises:
-            MissingPart: httpx is not installed.
+            MissingPart: httpx is not installed, or lacks SOCKS for the proxy that the environment names.
         """
         httpx = need("httpx", "ui")
         self._address = address.rstrip("/")
         token = os.environ.get("HISTOSEEK_UI_TOKEN", "") if token is None else token
         self._no_answer = httpx.TransportError
-        self._http = httpx.Client(
-            auth=(user, password) if user else None,
-            headers={"authorization": f"Bearer {token}"} if token and not user else None,
-            timeout=timeout_s,
-            follow_redirects=True,
-            limits=httpx.Limits(max_keepalive_connections=0),  # so that nothing needs to be closed
-        )
+        try:
+            self._http = httpx.Client(
+                auth=(user, password) if user else None,
+                headers={"authorization": f"Bearer {token}"} if token and not user else None,
+                timeout=timeout_s,
+                follow_redirects=True,
+                verify=ssl.create_default_context(),  # the system's certificates, not only certifi's
+                limits=httpx.Limits(
+                    max_keepalive_connections=0
+                ),  # so that nothing needs to be closed
+            )
+        except ImportError as error:
+            raise MissingPart(
+                "ALL_PROXY or another variable of the environment names a SOCKS proxy: pip install "
+                "'httpx[socks]', or unset the variable"
+            ) from error
 
     def info(self) -> dict[str, Any]:
         """Return versions, encoder, counts, index, clusterings and limits."""
@@ -91,7 +110,7 @@ class Client:
             unlike: ids of tiles that hits should not resemble.
             options: k, where, least, per_slide, leave_out, clustering; see ``/docs``.
         """
-        fields = {"like": list(like), "unlike": list(unlike), **options}
+        fields = {"like": [int(n) for n in like], "unlike": [int(n) for n in unlike], **options}
         return self._post("/v1/search", fields, images)
 
     def assign(self, images: Sequence[Image], clustering: str | None = None) -> dict[str, Any]:

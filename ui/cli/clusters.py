@@ -26,9 +26,10 @@ def fit(
 
     Options:
         method: kmeans, hdbscan, or encoder (the clusters that the encoder learned in training).
-        k: Number of k-means clusters, or auto.
-        name: Name of the clustering.
-        min_cluster_size: Minimum number of tiles in an HDBSCAN cluster.
+        k: Number of k-means clusters, or auto (chosen by the silhouette).
+        name: Name of the clustering; an earlier one with the same name is replaced. Default: the method.
+        min_cluster_size: Minimum number of tiles in an HDBSCAN cluster. Default: one fortieth of the tiles,
+            at least 15.
     """
     from ...index.atlas import Atlas
 
@@ -69,7 +70,7 @@ def fit(
 
 
 def curve(atlas: Path, method: str = "kmeans", seed: int = 0) -> None:
-    """Compare numbers of clusters: how separate and stable are they?
+    """Compare different numbers of clusters. Shows how separate and how stable they are; stores nothing.
 
     Options:
         method: kmeans or hdbscan.
@@ -150,7 +151,8 @@ def name(
 def drift(atlas: Path, clusters: str | None = None) -> None:
     """Check whether tiles added after the fit still match clusters.
 
-    Exit code 1: no, significantly more of them are unknown.
+    Exit code 1: they do not; the share of them that fits no cluster (unknown) is significantly larger than
+    that of the fitted tiles.
     """
     from ...index.atlas import Atlas
 

@@ -28,9 +28,10 @@ COMMON = {
     "exclude": "COLUMN=VALUE[,VALUE...]: leave out tiles with one of these values in this manifest column. "
     "Repeatable.",
     "label_from": "Columns of the manifest that form the label, separated by commas.",
-    "least": "Minimum score at which two tiles count as the same. Default for cosine: 0.999.",
+    "least": "Minimum score at which two tiles count as the same. Default: "
+    "0.999 for cosine; for l2 the equivalent distance, negated.",
     "metadata": "CSV with the columns slide, label, patient and any others.",
-    "mixed_scales": "From now on, the atlas may hold tiles whose µm per pixel differ by more than 5 %.",
+    "mixed_scales": "Allow, from now on, tiles in this atlas whose µm per pixel differ by more than 5 %.",
     "replace": "Replace the features of slides that are already in the atlas.",
     "seed": "Random seed.",
     "where": "Metadata filter, such as \"organ = 'colon' and patient != 'P7'\".",

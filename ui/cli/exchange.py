@@ -142,7 +142,7 @@ def export(
 
     more: dict[str, Any] = {"clustering": clusters, "like": like} if to == "geojson" else {}
     if clusters and like is not None:
-        raise BadInput("--clusters and --like exclude each other; give one of them")
+        raise BadInput("--clusters and --like cannot be combined; give one of them")
     if to != "geojson" and (clusters or like is not None):
         raise BadInput("--clusters and --like are only for --to geojson")
     with console.working(f"writing {out}"):
@@ -170,8 +170,8 @@ def export(
             )
         say_names("slides of these tiles", list(left_out))
         say_names(
-            "slides whose scanned area is unknown; their coordinates are level-0 pixels. QuPath counts "
-            "differently for .mrxs, .scn and .bif; embed such slides again",
+            "slides whose scanned area is unknown; their coordinates are level-0 pixels. QuPath has "
+            "another origin for .mrxs, .scn and .bif; embed such slides again",
             unknown,
         )
 
@@ -185,7 +185,8 @@ def push(atlas: Path, milvus: str, index: str | None = None) -> None:
 
     Options:
         milvus: milvus://host:19530/collection, or milvus:///folder/file.db for a local file.
-        index: Index type of a new Milvus collection, such as FLAT, HNSW or AUTOINDEX.
+        index: Index type of a new Milvus collection, such as FLAT, HNSW or AUTOINDEX. Default: FLAT (exact
+            search) up to 100,000 tiles, else AUTOINDEX.
     """
     from ...index.atlas import Atlas
     from ...index.exchange.milvus_push import push as copy

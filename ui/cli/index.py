@@ -164,8 +164,8 @@ def _index_line(facts: dict[str, Any]) -> str:
     recall = facts["measured"].get("recall")
     coding = "" if plan["coding"] == "none" else f" {plan['coding']}"
     return (
-        f"generation {facts['generation']}, {plan['cells']} lists{coding}, a query reads {plan['probes']}, "
-        f"recall {recall} at the time of building"
+        f"generation {facts['generation']}, {plan['cells']} lists{coding}, a query reads "
+        f"{plan['probes']} lists, recall {recall} at the time of building"
     )
 
 
@@ -307,8 +307,8 @@ def tune(
             return
         reached = "" if measured["reached"] else " (the target was not reached)"
         console.say(
-            f"{atlas}: {plan['cells']} lists ({plan['coding']}), a query reads {plan['probes']}; recall "
-            f"{measured['recall']} on {measured['queries']} held-out tiles{reached}"
+            f"{atlas}: {plan['cells']} lists ({plan['coding']}), a query reads {plan['probes']} lists; "
+            f"recall {measured['recall']} on {measured['queries']} held-out tiles{reached}"
         )
 
     console.emit(report, human)

@@ -157,14 +157,14 @@ def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
         about = milvus.about
         if about is not None and about.sha256 != atlas.manifest.sha256:
             raise Mismatch(
-                f"{engine} holds embeddings of the encoder {about.encoder!r}, but {atlas.path} belongs to "
-                f"{atlas.manifest.name!r}; push the atlas to another collection"
+                f"{engine} contains embeddings of the encoder {about.encoder!r}, but {atlas.path} belongs "
+                f"to {atlas.manifest.name!r}; push the atlas to another collection"
             )
         revision = atlas.catalog.revision()
         if about is not None and about.revision != revision:
             console.say(
-                f"{engine} holds revision {about.revision}, but the atlas is at revision {revision}; run "
-                "`index push` again"
+                f"{engine} contains revision {about.revision}, but the atlas is at revision {revision}; "
+                "run `index push` again"
             )
         yield milvus
 
@@ -286,8 +286,9 @@ def similar(
     Options:
         name: Name of a slide; with --by patient, of a patient.
         k: Number of slides or cases to return.
-        by: What to compare: slide, or patient (all slides of a case).
-        how: Score: median (of the minimum distances of tiles, as in Yottixel) or votes (of tiles).
+        by: What to compare: slide, or patient (all slides of a patient together).
+        how: How to score: median (of the distances from each representative tile of the query to the
+            nearest tile of the other, as in Yottixel) or votes (of the nearest tiles in the whole atlas).
         features: Feature file of a new slide, which is the query instead of a named one.
     """
     from ...index.atlas import Atlas

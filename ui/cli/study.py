@@ -31,8 +31,9 @@ def evaluate(
     Options:
         label: Column that is predicted from the hits.
         leave_out: Column, such as patient or slide. Hits with the same value as the query are left out.
-        without_patients: Evaluate although the patient of some tiles is unknown.
-        unit: What is a query: tile, or slide (its mosaic).
+        without_patients: Evaluate although some tiles have no value in the column --leave-out; for these,
+            leave out hits of the same slide.
+        unit: What is a query: tile, or slide (by its mosaic: a few representative tiles).
         queries: Maximum number of query tiles.
         bootstrap: Number of bootstrap samples for the confidence intervals.
     """

@@ -19,7 +19,11 @@ def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -
         zip(answer.names, answer.placed, answer.nearest, strict=True)
     ):
         title = escape(cluster_title(placed))
-        why = "does not look like stained tissue" if placed["foreign"] else "matches no cluster"
+        why = (
+            "unlike the stained tissue that the encoder knows"
+            if placed["foreign"]
+            else "matches no cluster"
+        )
         note = f'<span class="hs-unknown">unknown: {why}</span>' if placed["unknown"] else ""
         rows.append(
             f'<tr><td data-label="image">{escape(name)}</td>'

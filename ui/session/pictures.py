@@ -147,7 +147,7 @@ class Pictures:
         view = self._atlas.view()
         position = int(view.columns.positions(np.array([tile], dtype=np.int64))[0])
         if position < 0:
-            raise NotFound(f"the atlas has no tile {tile}, or no longer has it; search again")
+            raise NotFound(f"the atlas has no tile {tile}, or it was removed; search again")
         return self._keep((kind, tile), lambda: make(view, position))
 
     def _keep(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:

@@ -1,0 +1,34 @@
+"""The client of the HTTP API where the environment differs: proxies, certificates, NumPy values."""
+
+import ssl
+
+import httpx
+import numpy as np
+import pytest
+
+from histoseek.errors import MissingPart
+from histoseek.ui.api.client import Client
+
+
+def test_a_socks_proxy_without_its_package_is_named(monkeypatch):
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    with pytest.raises(MissingPart, match="SOCKS proxy"):
+        Client()
+
+
+def test_the_systems_certificates_are_trusted(monkeypatch):
+    """A site's own authority is in the system's store, not in certifi's."""
+    given = {}
+    monkeypatch.setattr(httpx, "Client", lambda **options: given.update(options))
+    Client("https://atlas.hospital.example")
+    assert isinstance(given["verify"], ssl.SSLContext)
+    assert given["verify"].verify_mode is ssl.CERT_REQUIRED and given["verify"].check_hostname
+
+
+def test_tiles_may_be_numpy_integers(monkeypatch):
+    sent = {}
+    client = Client()
+    monkeypatch.setattr(client, "_post", lambda path, fields, images: sent.update(fields))
+    client.search(like=np.array([1, 2]), unlike=[np.int32(3)])
+    assert sent["like"] == [1, 2] and sent["unlike"] == [3]
+    assert {type(number) for number in sent["like"] + sent["unlike"]} == {int}
