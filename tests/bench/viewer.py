@@ -56,7 +56,7 @@ SLIDES = {
     "HistoPrep, level 1": ("wsi_regions.tar", "histoprep_slide.jpeg", 2, "hp1"),
     "CMU-1, level 1": ("wsi_regions.tar", "CMU-1-Small-Region.svs", 2, "CMU-1"),
 }
-"""Pack, file, pixels of the file per pixel of a tile, and the group or source that training must leave out."""
+"""Pack, file, pixels of the file per pixel of a tile, and the group or source that training leaves out."""
 P3 = np.array([[0.8225, 0.1774, 0.0], [0.0332, 0.9669, 0.0], [0.0171, 0.0724, 0.9108]])
 """Linear sRGB to linear Display P3: what a screenshot on a wide-gamut screen stores without a profile."""
 DISTRACTORS = 50_000
