@@ -14,7 +14,7 @@ PARALLEL = -n 2 --dist loadscope
 PIP_FLAGS = -q --disable-pip-version-check
 
 .PHONY: demo test test-quick test-deep check docs release-check bench-ablation bench-encoder bench-index bench-serving \
-	bench-training bench-ui format clean
+	bench-training bench-ui bench-viewer format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -54,6 +54,11 @@ bench-serving: $(VENV)/.ready
 
 bench-encoder: $(VENV)/.ready
 	$(BIN)/python tests/bench/encoder.py
+
+bench-viewer: $(VENV)/.ready
+	PYTHON=$(BIN)/python sh tests/get_chromium.sh
+	$(BIN)/pip install $(PIP_FLAGS) opencv-python-headless==5.0.0.93
+	$(BIN)/python tests/bench/viewer.py
 
 bench-ablation: $(VENV)/.ready
 	$(BIN)/python tests/bench/ablation.py

@@ -1,4 +1,4 @@
-"""Augmentation of a whole batch on its device: geometry in one warp, then stain and colour.
+"""Augmentation of a whole batch on its device: one warp, then stain, colour and viewing changes.
 
 :func:`placement` draws the warp of each tile first, so that a loss can apply the same warp to other maps.
 """
@@ -10,6 +10,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+
+from .viewing import show, warp
 
 # Optical density of haematoxylin, eosin and a residual per RGB channel (Ruifrok & Johnston 2001).
 _STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
@@ -28,6 +30,8 @@ class Augmentation:
         colour: change brightness and contrast by up to this fraction.
         noise: standard deviation of Gaussian pixel noise, for values 0..1.
         crop_px: side of a random crop, not rescaled; 0 keeps the whole tile.
+        viewing: change tiles as other programs do (:mod:`histoseek.training.viewing`): other resampling
+            filters, sharpening, blur, gamma, saturation, contrast, JPEG, noise.
     """
 
     rotation_deg: float = 15.0
@@ -38,6 +42,7 @@ class Augmentation:
     colour: float = 0.1
     noise: float = 0.0
     crop_px: int = 0
+    viewing: bool = False
 
 
 def augment(
@@ -60,7 +65,10 @@ def augment(
     side = tiles.shape[-1]
     if where is None:
         where = placement(len(tiles), side, ranges, generator).to(tiles.device)
-    tiles = look(tiles, where, ranges.crop_px or side)
+    if ranges.viewing:
+        tiles = warp(tiles, where, ranges.crop_px or side, generator)
+    else:
+        tiles = look(tiles, where, ranges.crop_px or side)
     count, device = len(tiles), tiles.device
 
     def draw(*shape: int) -> torch.Tensor:
@@ -81,6 +89,8 @@ def augment(
         brightness = ranges.colour * draw(3)[:, :, None, None]
         middle = tiles.mean((2, 3), keepdim=True)
         tiles = ((tiles - middle) * contrast + middle + 0.5 * brightness).clamp(0, 1)
+    if ranges.viewing:
+        tiles = show(tiles, generator)
     if ranges.noise:
         strength = ranges.noise * torch.rand(count, 1, 1, 1, generator=generator).to(device)
         pixels = torch.randn(tiles.shape, generator=generator).to(device)
@@ -89,9 +99,12 @@ def augment(
 
 
 def placement(
-    count: int, side: int, ranges: Augmentation, generator: torch.Generator
+    count: int, side: int, ranges: Augmentation, generator: torch.Generator, views: int = 1
 ) -> torch.Tensor:
     """Draw the rotation, zoom, shift, reflection and crop of each of ``count`` tiles of side ``side``.
+
+    With several ``views``, tile n is also tile n + count / views, n + 2 count / views and so on. All views
+    of a tile have the same centre.
 
     Returns:
         float (N, 2, 3): affine maps from output to input coordinates, both from -1 to 1 (the ``theta`` of
@@ -106,7 +119,7 @@ def placement(
     zoom = share / (1 + draw() * ranges.zoom)
     mirror = torch.where(draw() < 0, -1.0, 1.0) if ranges.flip else torch.ones(count)
     reach = max(0.0, 1 - share) + 2 * ranges.shift
-    shift_x, shift_y = draw() * reach, draw() * reach
+    shift_x, shift_y = (draw()[: count // views].repeat(views) * reach for _ in "xy")
     cos, sin = torch.cos(angle) * zoom, torch.sin(angle) * zoom
     rows = [
         torch.stack([cos * mirror, -sin, shift_x], 1),

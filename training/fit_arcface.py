@@ -10,7 +10,7 @@ add a second loss.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import torch
@@ -28,8 +28,8 @@ from .data import LabelledTiles
 from .evaluate import calibrate
 from .fit_gate import fit_gate, judge_gate
 from .job import Job
-from .losses import ArcFace, Contrastive, Softmax, Triplet
-from .models import Encoder, model_options
+from .losses import ArcFace, Contrastive, Softmax, Triplet, info_nce
+from .models import Encoder, model_options, parse_model_options
 from .models.gate import TissueGate
 from .options import Optimiser, Schedule, TrainingOptions
 from .steps import Objective, Phase
@@ -38,6 +38,8 @@ from .teacher import teacher_maps
 TARGETS = ("label", "group", "place")
 JUDGED = 1000
 """Maximum number of held-out tiles to measure the tissue gate on."""
+LAYER_DIM = 64
+"""Length of the vectors that ``layer_consistency`` compares."""
 CALIBRATE = 1024
 """Approximate number of training tiles that set the batch norms' statistics after training."""
 
@@ -101,6 +103,18 @@ class ArcFaceOptions(TrainingOptions):
     teacher_dim: Annotated[int,
         Field(ge=1, description="Number of whitened principal components of the teacher's features to "
         "predict.")] = 128
+    teacher_power: Annotated[float,
+        Field(ge=0, le=1, description="Weight of the teacher's components by this power of their "
+        "standard deviation; 0 weighs all the same."), HIDDEN] = 0.0
+    consistency: Annotated[float,
+        Field(ge=0, le=1000, description="Weight of a loss (InfoNCE) that makes two changed views of a "
+        "tile alike and other tiles different, on the predicted teacher's features, or without "
+        "a teacher on the embedding.")] = 0.0
+    layer_consistency: Annotated[float,
+        Field(ge=0, le=1000, description="Weight of the same loss on each pooled layer; set the layers "
+        "by --model-options layers=3+6+8+12.")] = 0.0
+    temperature: Annotated[float,
+        Field(ge=0.01, le=10, description="Temperature of these two losses."), HIDDEN] = 0.1
     gate: Annotated[
         bool,
         Field(
@@ -138,6 +152,13 @@ class ArcFaceOptions(TrainingOptions):
         if self.dim == 1 and self.gate and self.drop_head:
             raise BadInput(
                 "dim is 1; expected at least 2 with gate and drop_head: one is for the gate"
+            )
+
+        if self.layer_consistency and "layers" not in parse_model_options(
+            self.model, self.model_options
+        ):
+            raise BadInput(
+                "layer_consistency needs several pooled layers; pass --model-options layers=3+6+8+12"
             )
 
     def phases(self) -> tuple[Phase, ...]:
@@ -194,17 +215,28 @@ class EmbeddingNet(Objective):
                 for name, numbers in targets.items()
             }
         )
+        self.views = 2 if options.consistency or options.layer_consistency else 1
+        self.layers = nn.ModuleList(
+            nn.Linear(part, min(part, LAYER_DIM))
+            for part in encoder.parts
+            if options.layer_consistency
+        )
         self.looks = self.has_teacher = teacher is not None
         if teacher is not None:
             self.maps = teacher  # not a buffer: it may be large, and every process holds a copy
-            self.predict = nn.Linear(encoder.dim, teacher.shape[1])
+            self.predict = nn.Linear(sum(encoder.parts) or encoder.dim, teacher.shape[1])
 
     def forward(
         self, tiles: torch.Tensor, numbers: torch.Tensor, where: torch.Tensor | None = None
     ) -> dict[str, torch.Tensor]:
         """Return the total loss of tiles (N, 3, S, S), and its parts if there are several."""
-        embeddings = self.encoder(tiles)
-        loss = embeddings.sum() * 0.0
+        if self.encoder.parts:
+            norm, *project = cast(nn.Sequential, self.encoder.head)
+            features = norm(self.encoder.backbone(self.encoder.colours(tiles)))
+            embeddings = nn.Sequential(*project)(features)
+        else:
+            features = embeddings = self.encoder(tiles)
+        options, loss = self.options, embeddings.sum() * 0.0
         parts: dict[str, torch.Tensor] = {}
         for name, head in self.heads.items():
             labels = self.get_buffer(f"target_{name}")[numbers]
@@ -214,16 +246,35 @@ class EmbeddingNet(Objective):
             if known.any():
                 parts[name] = head(embeddings[known], labels[known])
                 alone = name != "label" or len(self.heads) == 1
-                loss = loss + (1.0 if alone else self.options.label_weight) * parts[name]
+                loss = loss + (1.0 if alone else options.label_weight) * parts[name]
+        predicted = self.predict(features).float() if self.has_teacher else embeddings
         if self.has_teacher:
-            maps = torch.from_numpy(self.maps[numbers.cpu().numpy()]).to(embeddings.device).float()
-            if where is not None:
-                maps = look(maps, where, maps.shape[-1])
-            wanted = maps.mean((2, 3))
-            near = nn.functional.cosine_similarity(self.predict(embeddings).float(), wanted)
-            parts["teacher"] = (1 - near)[wanted.any(1)].sum() / len(wanted)
-            loss = loss + self.options.teacher_weight * parts["teacher"]
+            parts["teacher"] = self._teacher_loss(predicted, numbers, where)
+            loss = loss + options.teacher_weight * parts["teacher"]
+        if self.training and options.consistency:
+            parts["consistency"] = info_nce(predicted, options.temperature)
+            loss = loss + options.consistency * parts["consistency"]
+        if self.training and len(self.layers):
+            of_layers = features.split(self.encoder.parts, 1)
+            parts["layers"] = torch.stack(
+                [
+                    info_nce(linear(layer), options.temperature)
+                    for linear, layer in zip(self.layers, of_layers, strict=True)
+                ]
+            ).sum()
+            loss = loss + options.layer_consistency * parts["layers"]
         return {"loss": loss, **(parts if len(parts) > 1 else {})}
+
+    def _teacher_loss(
+        self, predicted: torch.Tensor, numbers: torch.Tensor, where: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Return the mean cosine distance to the teacher's features of the visible part of each tile."""
+        maps = torch.from_numpy(self.maps[numbers.cpu().numpy()]).to(predicted.device).float()
+        if where is not None:
+            maps = look(maps, where, maps.shape[-1])
+        wanted = maps.mean((2, 3))
+        near = nn.functional.cosine_similarity(predicted, wanted)
+        return (1 - near)[wanted.any(1)].sum() / len(wanted)
 
     def begin_phase(self, phase: Phase) -> None:
         """Freeze the layers that the phase does not train; frozen batch norms keep their statistics."""
@@ -331,6 +382,7 @@ def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float16] | None:
         options.teacher_dim,
         job.fabric.device,
         job.report,
+        options.teacher_power,
     )
     if job.fabric.is_global_zero:
         job.fabric.barrier()

@@ -201,7 +201,9 @@ class Job:
             rate = options.rate(epoch * steps + step, phase.epochs * steps, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * rate * slower
-            tiles, where = self.change(net.encoder, tiles, changes)
+            if net.views > 1:
+                tiles, numbers = tiles.repeat(net.views, 1, 1, 1), numbers.repeat(net.views)
+            tiles, where = self.change(net.encoder, tiles, changes, net.views)
             losses = model(tiles, numbers, where) if net.looks else model(tiles, numbers)
             loss = losses["loss"]
             optimizer.zero_grad()
@@ -273,7 +275,11 @@ class Job:
             yield pixels.to(device, non_blocking=True), numbers.to(device, non_blocking=True)
 
     def change(
-        self, encoder: Encoder, pixels: torch.Tensor, generator: torch.Generator | None
+        self,
+        encoder: Encoder,
+        pixels: torch.Tensor,
+        generator: torch.Generator | None,
+        views: int = 1,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Convert uint8 tiles (N, S, S, 3) to the net's input, with augmentation if a generator is given.
 
@@ -285,7 +291,8 @@ class Job:
             tiles = to_input(encoder, pixels)
         else:
             tiles = pixels.permute(0, 3, 1, 2).float() / 255
-            where = placement(len(tiles), tiles.shape[-1], ranges, generator).to(tiles.device)
+            where = placement(len(tiles), tiles.shape[-1], ranges, generator, views)
+            where = where.to(tiles.device)
             tiles = normalise(encoder, augment(tiles, ranges, generator, where))
         return tiles.contiguous(memory_format=torch.channels_last), where
 

@@ -189,3 +189,19 @@ def gaussian_divergence(mean: torch.Tensor, log_variance: torch.Tensor) -> torch
     """Return KL(N(mean, variance) || N(0, 1)) for (N, D), summed over D and averaged over N."""
     terms = 1 + log_variance - mean.square() - log_variance.exp()
     return -0.5 * terms.sum(1).mean()
+
+
+def info_nce(views: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Return the InfoNCE loss (NT-Xent; Chen et al., ICML 2020) of two views of N items.
+
+    Each vector has to be nearer to the other view of its item than to both views of all other items.
+
+    Args:
+        views: (2 N, D), any length; rows n and n + N are the two views of item n.
+        temperature: divides the cosines.
+    """
+    with full_precision(views):
+        unit = nn.functional.normalize(views.float(), dim=1)
+        cosines = (unit @ unit.T / temperature).fill_diagonal_(-torch.inf)
+        other = torch.arange(len(views), device=views.device).roll(len(views) // 2)
+        return nn.functional.cross_entropy(cosines, other)

@@ -75,6 +75,9 @@ class TrainingOptions:
     crop_px: Annotated[int,
         Field(ge=0, description="Train on random unscaled crops with this side, in pixels; 0: no "
         "crops."), HIDDEN] = 0
+    viewing: Annotated[bool,
+        Field(description="Augmentation: change tiles as other programs do: resampling filters, "
+        "sharpening, blur, gamma, saturation, contrast, JPEG, noise.")] = False
     folds: Annotated[int,
         Field(ge=0, description="Number of folds; 0: train on all tiles, without a measurement.")] = 5
     fold: Annotated[int,
@@ -145,7 +148,17 @@ class TrainingOptions:
 
     def augmentation(self) -> Augmentation:
         """Return the ranges of the random changes."""
-        names = ("rotation_deg", "zoom", "shift", "flip", "stain", "colour", "noise", "crop_px")
+        names = (
+            "rotation_deg",
+            "zoom",
+            "shift",
+            "flip",
+            "stain",
+            "colour",
+            "noise",
+            "crop_px",
+            "viewing",
+        )
         return Augmentation(**{name: getattr(self, name) for name in names})
 
     def rate(self, step: int, steps: int, epoch: int) -> float:

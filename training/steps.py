@@ -55,6 +55,8 @@ class Objective(nn.Module, ABC):
     """An encoder with the heads that a recipe's loss needs."""
 
     encoder: Encoder
+    views: int = 1
+    """How many changed views of each tile a batch has; view v of tile n is number v * tiles + n."""
     looks: bool = False
     """Whether ``forward`` also takes the placement of each tile, (N, 2, 3), from augment.placement."""
 

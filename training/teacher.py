@@ -45,6 +45,7 @@ def teacher_maps(
     dim: int,
     device: torch.device,
     progress: Progress,
+    power: float = 0.0,
 ) -> NDArray[np.float16]:
     """Return the teacher's maps of every tile as whitened components, fitted on training tiles.
 
@@ -59,6 +60,7 @@ def teacher_maps(
         dim: maximum number of components, D.
         device: device of the teacher.
         progress: called with the number done, the total and a text.
+        power: as in :func:`components`.
 
     Returns:
         float16 (N, D, H, H); zeros for tiles that cannot be read.
@@ -85,7 +87,7 @@ def teacher_maps(
         ask(part)[0].mean((2, 3)).cpu().numpy()
         for part in _batches(train[:: max(1, len(train) // FITTED_ON)])
     ]
-    mean, axes = components(np.concatenate(pooled), dim)
+    mean, axes = components(np.concatenate(pooled), dim, power)
     shift, turn = torch.from_numpy(mean).to(device), torch.from_numpy(axes).to(device)
     found: NDArray[np.float16] | None = None
     for part in _batches(np.arange(len(data))):
@@ -155,13 +157,17 @@ def all_views(teacher: Encoder, tiles: NDArray[np.uint8]) -> torch.Tensor:
 
 
 def components(
-    sample: NDArray[np.float32], dim: int
+    sample: NDArray[np.float32], dim: int, power: float = 0.0
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Return the mean (F,) and whitened principal directions (F, D) of a sample (K, F); D <= ``dim``."""
+    """Return the mean (F,) and whitened principal directions (F, D) of a sample (K, F); D <= ``dim``.
+
+    Each whitened component is multiplied by this ``power`` of its standard deviation relative to the first.
+    """
     exact = sample.astype(np.float64)
     mean = exact.mean(axis=0)
     variance, directions = np.linalg.eigh((exact - mean).T @ (exact - mean) / len(exact))
     spread = np.sqrt(np.maximum(variance[::-1][:dim], 0))
     kept = spread > LEAST_SPREAD * spread[0]
-    axes = directions[:, ::-1][:, :dim][:, kept] / spread[kept]
+    scale = (spread[kept] / spread[0]) ** power / spread[kept]
+    axes = directions[:, ::-1][:, :dim][:, kept] * scale
     return mean.astype(np.float32), axes.astype(np.float32)

@@ -32,6 +32,8 @@ class Encoder(nn.Module):
         top: linear classifier (F, classes) for training, or None; not part of ``forward``.
         chain: affine map (F, D) after the head, fitted to the features (PCA, whitening), or None; without
             it F = D.
+        parts: number of features of each layer that the backbone pools, whose sum is the length of its
+            output; empty if it returns one layer.
         gate: tissue gate, which scores shrunken pixels from 0 (tissue) to 1 (out of distribution), or None;
             part of the exported graph, not of ``forward``.
     """
@@ -48,6 +50,7 @@ class Encoder(nn.Module):
         grey: bool = False,
         classes: int = 0,
         relu_before_top: bool = False,
+        parts: Sequence[int] = (),
     ) -> None:
         """Join a backbone (N, C, S, S) -> map and a head, map -> (N, D); C is 1 if ``grey``, else 3."""
         super().__init__()
@@ -60,6 +63,7 @@ class Encoder(nn.Module):
         self.size_px = size_px
         self.dim = dim
         self.tail = tuple(tail)
+        self.parts = tuple(parts)
         self.mean = mean
         self.std = std
         self.grey = grey
@@ -152,9 +156,18 @@ def feature_encoder(
     mean: tuple[float, ...] = IMAGENET_MEAN,
     std: tuple[float, ...] = IMAGENET_STD,
     grey: bool = False,
+    parts: Sequence[int] = (),
 ) -> Encoder:
-    """Return an encoder that embeds by a backbone's features: unchanged if ``dim`` is 0, else projected."""
-    head = projection_head(features, hidden, dim, dropout, relu_embedding) if dim else nn.Identity()
+    """Return an encoder that embeds by a backbone's features: unchanged if ``dim`` is 0, else projected.
+
+    Features of several layers (``parts``) differ in scale: a batch norm without weights precedes the head.
+    """
+    head: nn.Module = nn.Identity()
+    if dim:
+        head = projection_head(features, hidden, dim, dropout, relu_embedding)
+        if len(parts) > 1:
+            head.insert(0, nn.BatchNorm1d(features, affine=False))
     return Encoder(
-        backbone, head, size_px, dim or features, tail, mean, std, grey=grey, classes=classes
-    )
+        backbone, head, size_px, dim or features, tail, mean, std,
+        grey=grey, classes=classes, parts=parts if len(parts) > 1 else (),
+    )  # fmt: skip

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from functools import partial
 
 import torch
@@ -130,21 +132,44 @@ class MobileNetV3Small(nn.Module):
         symmetry: use symmetric kernels (:class:`SymmetricConv2d`) wherever they are wider than one pixel.
             A tile whose side is a multiple of 32 then has the same features, up to rounding, in all eight
             orientations. Kernels of stride two are one pixel wider, so torchvision's weights do not fit.
+        layers: without a classifier, pool these of the 13 feature layers (0 to 12) and return the features
+            of all, in this order.
+        blur: width of a fixed binomial filter before the first layer, an odd number; 0 for none.
+
+    Attributes:
+        parts: number of features of each pooled layer; their sum is the length of the output.
+
+    Raises:
+        ValueError: a layer does not exist, or the blur is an even number.
     """
 
     def __init__(
-        self, classes: int = 1000, deviation: bool = False, symmetry: bool = False
+        self,
+        classes: int = 1000,
+        deviation: bool = False,
+        symmetry: bool = False,
+        layers: Sequence[int] = (12,),
+        blur: int = 0,
     ) -> None:
         """Build the layers and initialise them as torchvision does."""
         super().__init__()
         self.deviation = deviation
-        layers: list[nn.Module] = [_conv_norm(3, 16, 3, 2, nn.Hardswish, symmetry=symmetry)]
+        widths = (16, *(block[2] for block in BLOCKS), FEATURES)
+        if not layers or not all(0 <= layer < len(widths) for layer in layers):
+            raise ValueError(f"layers are {list(layers)}; expected some of 0 to {len(widths) - 1}")
+        if blur and (blur < 0 or blur % 2 == 0):
+            raise ValueError(f"blur is {blur}; expected an odd width, or 0")
+        self.layers = tuple(layers)
+        self.parts = tuple((1 + deviation) * widths[layer] for layer in layers)
+        row = torch.tensor([float(math.comb(blur - 1, n)) for n in range(blur)])
+        self.blur = nn.Buffer(torch.outer(row, row) / row.sum() ** 2, persistent=False)
+        blocks: list[nn.Module] = [_conv_norm(3, 16, 3, 2, nn.Hardswish, symmetry=symmetry)]
         inside = 16
         for kernel, expanded, out, se, hs, stride in BLOCKS:
-            layers.append(InvertedResidual(inside, kernel, expanded, out, se, hs, stride, symmetry))
+            blocks.append(InvertedResidual(inside, kernel, expanded, out, se, hs, stride, symmetry))
             inside = out
-        layers.append(_conv_norm(inside, FEATURES, 1, 1, nn.Hardswish))
-        self.features = nn.Sequential(*layers)
+        blocks.append(_conv_norm(inside, FEATURES, 1, 1, nn.Hardswish))
+        self.features = nn.Sequential(*blocks)
         self.classifier = (
             nn.Sequential(
                 nn.Linear(FEATURES, 1024), nn.Hardswish(), nn.Dropout(0.2), nn.Linear(1024, classes)
@@ -162,14 +187,25 @@ class MobileNetV3Small(nn.Module):
                 nn.init.zeros_(module.bias)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """(N, 3, S, S) -> (N, classes), or without a classifier (N, 576) or (N, 1152)."""
-        maps = self.features(x)
-        pooled = maps.mean((2, 3))
-        if self.deviation:
-            spread = maps.var((2, 3), correction=0).add(1e-5).sqrt()
-            return torch.cat([pooled, spread], 1)
-        result: torch.Tensor = self.classifier(pooled)
+        """(N, 3, S, S) -> (N, classes), or without a classifier (N, sum of :attr:`parts`)."""
+        if len(self.blur):
+            kernel = self.blur.expand(3, 1, -1, -1)
+            padded = nn.functional.pad(x, (len(self.blur) // 2,) * 4, mode="reflect")
+            x = nn.functional.conv2d(padded, kernel, groups=3)
+        pooled: dict[int, torch.Tensor] = {}
+        for number, block in enumerate(self.features):
+            x = block(x)
+            if number in self.layers:
+                pooled[number] = self._pooled(x)
+        result: torch.Tensor = self.classifier(torch.cat([pooled[n] for n in self.layers], 1))
         return result
+
+    def _pooled(self, maps: torch.Tensor) -> torch.Tensor:
+        """(N, C, H, W) -> (N, C), or (N, 2 C) with the deviation."""
+        mean = maps.mean((2, 3))
+        if not self.deviation:
+            return mean
+        return torch.cat([mean, maps.var((2, 3), correction=0).add(1e-5).sqrt()], 1)
 
 
 def build_mobilenet_v3_small(
@@ -181,14 +217,19 @@ def build_mobilenet_v3_small(
     classes: int = 0,
     deviation: bool = False,
     symmetry: bool = False,
+    layers: str = "12",
+    blur: int = 0,
 ) -> Encoder:
     """Return paper 004's encoder: MobileNetV3-Small up to its 576 pooled features, with a head 576-256-64.
 
-    Two options are not from the paper: ``deviation`` pools by mean and standard deviation (1,152 features);
-    ``symmetry`` gives all rotations and reflections of a tile the same embedding.
+    Four options are not from the paper: ``deviation`` pools by mean and deviation (1,152 features);
+    ``symmetry`` gives all rotations and reflections of a tile the same embedding; ``layers``, such as
+    ``3+6+8+12``, pools several layers; ``blur`` puts a binomial filter in front.
     """
     tail = ("features.9", "features.10", "features.11", "features.12")
+    numbers = [int(number) for number in layers.split("+")]
+    backbone = MobileNetV3Small(0, deviation, symmetry, numbers, blur)
     return feature_encoder(
-        MobileNetV3Small(0, deviation, symmetry), (1 + deviation) * FEATURES, size_px, dim,
-        hidden, dropout, relu_embedding, classes, tail,
+        backbone, sum(backbone.parts), size_px, dim, hidden, dropout, relu_embedding, classes, tail,
+        parts=backbone.parts,
     )  # fmt: skip
