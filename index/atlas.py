@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from .. import stopping
 from ..artifacts.files import publish_folder, write_atomic, write_json
-from ..artifacts.manifest import MANIFEST, Manifest, external_manifest, read_manifest
+from ..artifacts.manifest import MANIFEST, external_manifest, read_manifest
 from ..console import Progress, no_progress
 from ..errors import BadInput, StorageFailed
 from .care import snapshots, verify
@@ -30,11 +30,10 @@ from .opened import OpenAtlas
 from .search import layout
 from .search.layout import Layout
 from .search.query import LeaveOut, Query
-from .store.catalog import Catalog, now
 from .store.metadata import AddedSlides, Metadata, slides_meant
 from .store.relocation import Relocated, relocate
 from .store.rows import Hit, plain_name
-from .store.store import ENCODER, FEATURES
+from .store.store import ENCODER, fill
 from .vectors import tuning
 from .view import View
 
@@ -73,7 +72,7 @@ class Atlas(OpenAtlas):
         manifest = read_manifest(Path(bundle))
         with publish_folder(Path(path)) as folder:
             shutil.copytree(bundle, folder / ENCODER, ignore=shutil.ignore_patterns("__pycache__"))
-            _fill(folder, manifest)
+            fill(folder, manifest)
         return cls(path)
 
     @classmethod
@@ -93,7 +92,7 @@ class Atlas(OpenAtlas):
         manifest = external_manifest(encoder, dim, metric, mpp)
         with publish_folder(Path(path)) as folder:
             write_json(folder / ENCODER / MANIFEST, manifest.model_dump())
-            _fill(folder, manifest)
+            fill(folder, manifest)
         return cls(path)
 
     # -- changing -------------------------------------------------------------------------------
@@ -399,17 +398,3 @@ class Atlas(OpenAtlas):
             StorageFailed: no space.
         """
         return snapshots.take(self, Path(out))
-
-
-def _fill(folder: Path, manifest: Manifest) -> None:
-    """Create the features folder and the catalog of a new atlas."""
-    (folder / FEATURES).mkdir()
-    Catalog(folder).create(
-        {
-            "encoder_name": manifest.name,
-            "encoder_sha256": manifest.sha256,
-            "dim": str(manifest.dim),
-            "metric": manifest.metric,
-            "created_at": now(),
-        }
-    )

@@ -213,7 +213,8 @@ def other_bundle(made_once: Callable[..., Path], tile_folder: Path) -> Path:
         from histoseek.artifacts.tileset_files import open_tiles
         from histoseek.export.bundle import export_run
         from histoseek.export.options import ExportOptions
-        from histoseek.training.fit_arcface import ArcFaceOptions, fit
+        from histoseek.training.arcface_options import ArcFaceOptions
+        from histoseek.training.fit_arcface import fit
         from histoseek.training.models import build
 
         options = ArcFaceOptions(size_px=96, dim=16, epochs=0, folds=3, seed=5, accelerator="cpu")

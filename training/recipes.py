@@ -9,6 +9,7 @@ from typing import Any
 from ..artifacts.option_models import read_options
 from ..errors import unknown_name
 from . import fit_arcface, fit_autoencoder, fit_classifier, fit_dac, fit_deepcluster
+from .arcface_options import ArcFaceOptions
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ RECIPES: dict[str, Recipe] = {
         "paper 002: DeepCluster with Sobel-AlexNet or the P4M CNN; no labels",
     ),
     "arcface": Recipe(
-        fit_arcface.ArcFaceOptions,
+        ArcFaceOptions,
         fit_arcface.fit,
         "paper 004: MobileNetV3-Small, head 576-256-64, ArcFace; softmax, triplet, contrastive",
     ),

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...artifacts.feature_files import parse_features
 from ...artifacts.manifest import Manifest, read_manifest
 from ...errors import Damaged
-from .catalog import ATLAS_ID, Catalog
+from .catalog import ATLAS_ID, Catalog, now
 from .packing import SEAL
 from .scales import MIXED
 
@@ -131,3 +131,17 @@ class Store:
                 if self.catalog.revision() == revision:
                     raise
         return read()
+
+
+def fill(folder: Path, manifest: Manifest) -> None:
+    """Create the features folder and the catalog of a new atlas."""
+    (folder / FEATURES).mkdir()
+    Catalog(folder).create(
+        {
+            "encoder_name": manifest.name,
+            "encoder_sha256": manifest.sha256,
+            "dim": str(manifest.dim),
+            "metric": manifest.metric,
+            "created_at": now(),
+        }
+    )

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from histoseek.artifacts.tilesets import Tile, TileSet
-from histoseek.training.fit_arcface import ArcFaceOptions
+from histoseek.training.arcface_options import ArcFaceOptions
 from histoseek.training.fit_autoencoder import AutoencoderOptions
 from histoseek.training.fit_classifier import ClassifierOptions
 from histoseek.training.fit_dac import DacOptions

@@ -15,9 +15,10 @@ from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.export.bundle import export_run, load_run, parity_tiles
 from histoseek.export.onnx_graph import Graph
 from histoseek.export.options import ExportOptions
+from histoseek.training.arcface_options import ArcFaceOptions
 from histoseek.training.commands import select
 from histoseek.training.data import load, split
-from histoseek.training.fit_arcface import ArcFaceOptions, fit
+from histoseek.training.fit_arcface import fit
 from histoseek.training.fit_autoencoder import AutoencoderOptions
 from histoseek.training.fit_autoencoder import fit as fit_autoencoder
 from histoseek.training.models import build

@@ -15,12 +15,13 @@ from PIL import Image
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput, Mismatch
 from histoseek.metrics import codes
+from histoseek.training.arcface_options import ArcFaceOptions
 from histoseek.training.augment import Augmentation, augment, look, placement
 from histoseek.training.checkpoint import load_encoder
 from histoseek.training.commands import select
 from histoseek.training.data import load, split
 from histoseek.training.evaluate import embed, to_input
-from histoseek.training.fit_arcface import ArcFaceOptions, EmbeddingNet, fit
+from histoseek.training.fit_arcface import EmbeddingNet, fit
 from histoseek.training.models import build
 from histoseek.training.recipes import describe_options, find_recipe
 from histoseek.ui.cli.options import parse

@@ -12,9 +12,10 @@ import torch
 from histoseek.artifacts.files import sha256_file
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput, Mismatch, MissingPart, Unavailable
+from histoseek.training.arcface_options import ArcFaceOptions
 from histoseek.training.checkpoint import load_backbone, load_encoder
 from histoseek.training.data import load
-from histoseek.training.fit_arcface import ArcFaceOptions, EmbeddingNet, fit
+from histoseek.training.fit_arcface import EmbeddingNet, fit
 from histoseek.training.models import build
 from histoseek.training.models.mobilenet_v3 import MobileNetV3Small
 from histoseek.training.pretrained import find_weights

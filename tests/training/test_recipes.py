@@ -609,7 +609,7 @@ def test_two_phases_that_keep_their_best_resume_to_the_same_weights(
 ):
     """Both the weights kept and every epoch on the way are those of a run that was not stopped."""
     from histoseek.training import job
-    from histoseek.training.fit_arcface import ArcFaceOptions
+    from histoseek.training.arcface_options import ArcFaceOptions
 
     torch.manual_seed(2)
     weights = tmp_path / "backbone.pth"

@@ -6,11 +6,12 @@ import torch
 
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput
+from histoseek.training.arcface_options import ArcFaceOptions
 from histoseek.training.augment import Augmentation, augment, placement
 from histoseek.training.checkpoint import load_encoder
 from histoseek.training.components import PER_LAYER, drop_head
 from histoseek.training.evaluate import calibrate, to_input
-from histoseek.training.fit_arcface import ArcFaceOptions, fit
+from histoseek.training.fit_arcface import fit
 from histoseek.training.losses import info_nce
 from histoseek.training.models import build
 from histoseek.training.viewing import blur, show
