@@ -1,5 +1,6 @@
 """The encoder on a Triton server: tests with the real server, including every kind of failure."""
 
+import itertools
 import json
 import os
 import resource
@@ -395,20 +396,25 @@ def test_a_batch_over_the_servers_limit_is_refused(repository, triton):
 @pytest.mark.parametrize("options", ["", "?shm=1"])
 @pytest.mark.parametrize("how", ["interrupt", "away"])
 def test_a_large_slide_in_the_middle_is_left_at_once(
-    repository, triton, make_slide, tmp_path, options, how
+    repository, triton, make_slide, tmp_path, options, how, monkeypatch
 ):
     """More workers than slots, more pieces than workers: nobody may wait for a slot for ever."""
     server = triton(repository(max_batch=16, parameters=[("test_delay_s", "0.2")]))
     slide = make_slide(tmp_path / "large.tiff", side=2400)
     sign = "&" if options else "?"
     encoder = open_encoder(server.url(MODEL, f"{options}{sign}deadline=2"))
+    whole, calls = encoder.embed, itertools.count()
+
+    def embed_some(tiles):
+        if how == "away" and next(calls) == 2:  # most of the slide is still to be embedded
+            server.kill()
+        return whole(tiles)
 
     def progress(done, total, text):
-        if done > 60:
-            if how == "interrupt":
-                raise KeyboardInterrupt
-            server.kill()
+        if how == "interrupt" and done > 60:
+            raise KeyboardInterrupt
 
+    monkeypatch.setattr(encoder, "embed", embed_some)
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt if how == "interrupt" else Unavailable):
         embed([slide], encoder, tmp_path / "out", progress)

@@ -105,7 +105,7 @@ def test_a_folder_of_another_run_is_refused_with_the_difference(tile_folder, tmp
         fit(ArcFaceOptions(**{**SMALL, "epochs": 1}, margin=0.2), tiles, tmp_path / "run", silent)
     (tmp_path / "other").mkdir()
     (tmp_path / "other/run.json").write_text('{"ok": true}')
-    with pytest.raises(Mismatch, match="not a training run"):
+    with pytest.raises(Mismatch, match="not from a training run"):
         fit(options, tiles, tmp_path / "other", silent)
     with pytest.raises(Mismatch, match="training data"):
         fit(options, tiles.take(range(60)), tmp_path / "run", silent)
