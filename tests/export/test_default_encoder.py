@@ -61,7 +61,9 @@ def test_the_documented_command_is_that_of_its_run():
             kept.append(word)
     assert asked["--exclude"] == selection["exclude"]
     assert asked["--label-from"] == selection["label_from"]
-    assert asdict(parse(find_recipe("arcface").options, kept, "arcface")) == record["options"]
+    model = find_recipe("arcface").options
+    since = asdict(model())  # options that came after the run have their defaults
+    assert asdict(parse(model, kept, "arcface")) == {**since, **record["options"]}
 
 
 @pytest.mark.shared
