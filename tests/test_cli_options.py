@@ -117,3 +117,10 @@ def test_a_command_gets_the_model_and_its_other_parameters():
     assert result.output == f"9 {Few(names=('a',), rare=4, mirror=True)}\n"
     assert isinstance(CliRunner().invoke(app, ["--rate", "3"]).exception, BadInput)
     assert CliRunner().invoke(app, ["--count", "many"]).exit_code == 2
+
+
+def test_train_joins_several_data_sets_and_label_columns(cli, tile_folder):
+    sources = (tile_folder, tile_folder / "manifest.csv")
+    words = ("--label-from", "label", "--label-from", "group", "--size-px", 64, "--dry-run")
+    done = cli("train", "arcface", *sources, *words, check=True)
+    assert "144 tiles" in done.stdout and "nothing was trained" in done.stdout

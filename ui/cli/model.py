@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import shlex
 import sys
 from dataclasses import replace
@@ -55,16 +56,16 @@ def train(
     out: Path | None = None,
     also: list[Path] | None = None,
     exclude: list[str] | None = None,
-    label_from: str = "label",
+    label_from: list[str] | None = None,
     cross_validate: bool = False,
     list_recipes: Annotated[bool, typer.Option("--list")] = False,
     dry_run: bool = False,
 ) -> None:
-    """Train an encoder: histoseek train RECIPE DATA --out RUN [--option value ...].
+    """Train an encoder: histoseek train RECIPE DATA... --out RUN [--option value ...].
 
     Options:
         recipe: Name of a recipe. `train RECIPE --help` also lists the recipe's options.
-        data: Labelled tiles: folder, .csv manifest, .tar or .npz.
+        data: Labelled tiles: folders, .csv manifests, .tar or .npz files; several are joined.
         out: Folder to write the run to.
         cross_validate: Train once per fold, in the folders OUT/fold-<n>.
         list_recipes: List all recipes, models and options.
@@ -77,8 +78,9 @@ def train(
     if list_recipes:
         commands.show_recipes()
         return
-    rules, columns = exclude or [], label_from.split(",")
-    words = list(context.args)
+    rules, columns = exclude or [], ",".join(label_from or ["label"]).split(",")
+    more = list(itertools.takewhile(lambda word: not word.startswith("-"), context.args))
+    words = context.args[len(more) :]
     if data is not None and str(data).startswith("--"):  # an option of the recipe, and no DATA
         words, data = [str(data), *words], None
     if not recipe or ((data is None or out is None) and not dry_run):
@@ -86,7 +88,7 @@ def train(
             "expected `histoseek train RECIPE DATA --out RUN`, or --list, or RECIPE --dry-run"
         )
     options = parse(find_recipe(recipe).options, words, f"recipe {recipe}")
-    sources = [data, *(also or [])] if data else []
+    sources = [data, *map(Path, more), *(also or [])] if data else []
     if dry_run:
         commands.dry_run(
             recipe, options, sources, lambda given: commands.select(given, rules, columns)
