@@ -377,8 +377,8 @@ def test_a_loss_that_is_not_finite_stops_says_where_and_keeps_the_last_epoch(
     real, calls = job.Job.change, []
     second = 2 if SMALL[recipe].validates else 4  # first step of the second epoch
 
-    def poisoned(self, encoder, pixels, generator):
-        tiles, where = real(self, encoder, pixels, generator)
+    def poisoned(self, encoder, pixels, generator, views=1):
+        tiles, where = real(self, encoder, pixels, generator, views)
         if generator is not None:
             calls.append(1)
         broken = generator is not None and len(calls) == second
