@@ -123,9 +123,8 @@ class ArcFaceOptions(TrainingOptions):
                 "dim is 1; expected at least 2 with gate and drop_head: one is for the gate"
             )
 
-        if self.layer_consistency and "layers" not in parse_model_options(
-            self.model, self.model_options
-        ):
+        pooled = parse_model_options(self.model, self.model_options).get("layers", "")
+        if self.layer_consistency and "+" not in pooled:
             raise BadInput(
                 "layer_consistency needs several pooled layers; pass --model-options layers=3+6+8+12"
             )

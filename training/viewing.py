@@ -1,8 +1,8 @@
 """Changes that other programs make to a tile before a person shows it to histoseek.
 
 A viewer, a browser or a screenshot resamples with another filter, sharpens, blurs, compresses as JPEG, and
-changes gamma, saturation and contrast. An encoder that was trained without these changes finds only the
-pixels of its own reader. :func:`show` makes them on a batch, and :func:`warp` draws the filter of the warp.
+changes gamma, saturation and contrast. :func:`show` makes these changes on a batch, and :func:`warp` draws
+the filter of the warp.
 
 Resampling and filters are drawn once for :data:`TOGETHER` tiles, all else for every tile.
 """

@@ -357,7 +357,7 @@ def test_killed_at_random_moments_no_slide_is_missing_double_or_half(tmp_path):
     Atlas.create(path, DEFAULT_BUNDLE)
     command = [sys.executable, "-m", "histoseek", "index", "add", str(path), *map(str, files)]
     rng, killed, seen = random.Random(2), 0, set()
-    while killed < rounds(5, 24):
+    while killed < rounds(5, 24) or len(seen) <= 3:
         before = len(list(path.glob("features/*.h5")))
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60  # until it works: then at a random moment
@@ -368,6 +368,7 @@ def test_killed_at_random_moments_no_slide_is_missing_double_or_half(tmp_path):
         if process.poll() is None:
             os.kill(process.pid, signal.SIGKILL)
             killed += 1
+            assert killed <= 24, seen
         process.wait()
         opened = Atlas(path)
         there = {s["name"]: s["tiles"] for s in opened.slides()}
@@ -383,5 +384,5 @@ def test_killed_at_random_moments_no_slide_is_missing_double_or_half(tmp_path):
     subprocess.run(command, check=True, capture_output=True)
     done = Atlas(path)
     assert {s["name"]: s["tiles"] for s in done.slides()} == sizes and done.verify() == []
-    assert len(done.view().index) == 30 * 400 and len(seen) > rounds(1, 3), seen
+    assert len(done.view().index) == 30 * 400 and len(seen) > 3, seen
     assert not list(path.rglob("*.histoseek-tmp"))

@@ -171,5 +171,6 @@ def test_layers_are_whitened_one_by_one_and_together_by_half(tissue):
 
 
 def test_layer_consistency_without_layers_is_refused():
-    with pytest.raises(BadInput, match="layers=3"):
-        ArcFaceOptions(layer_consistency=1.0)
+    for pooled in ("", "layers=12"):
+        with pytest.raises(BadInput, match="layers=3"):
+            ArcFaceOptions(layer_consistency=1.0, model_options=pooled)
