@@ -79,22 +79,21 @@ def train(
         commands.show_recipes()
         return
     rules, columns = exclude or [], ",".join(label_from or ["label"]).split(",")
-    more = list(itertools.takewhile(lambda word: not word.startswith("-"), context.args))
-    words = context.args[len(more) :]
-    if data is not None and str(data).startswith("--"):  # an option of the recipe, and no DATA
-        words, data = [str(data), *words], None
-    if not recipe or ((data is None or out is None) and not dry_run):
+    words = [*([str(data)] if data else []), *context.args]  # DATA..., then the recipe's options
+    sources = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    words = words[len(sources) :]
+    if not recipe or ((not sources or out is None) and not dry_run):
         raise BadInput(
             "expected `histoseek train RECIPE DATA --out RUN`, or --list, or RECIPE --dry-run"
         )
     options = parse(find_recipe(recipe).options, words, f"recipe {recipe}")
-    sources = [data, *map(Path, more), *(also or [])] if data else []
+    tiles = [*map(Path, sources), *(also or [])]
     if dry_run:
         commands.dry_run(
-            recipe, options, sources, lambda given: commands.select(given, rules, columns)
+            recipe, options, tiles, lambda given: commands.select(given, rules, columns)
         )
     elif out is not None:
-        commands.train(recipe, options, sources, out, rules, columns, cross_validate)
+        commands.train(recipe, options, tiles, out, rules, columns, cross_validate)
 
 
 @app.command()
