@@ -61,6 +61,7 @@ bench-viewer: $(VENV)/.ready
 	$(BIN)/python tests/bench/viewer.py
 
 bench-ablation: $(VENV)/.ready
+	$(BIN)/pip install $(PIP_FLAGS) opencv-python-headless==5.0.0.93
 	$(BIN)/python tests/bench/ablation.py
 
 bench-index: $(VENV)/.ready

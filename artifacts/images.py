@@ -157,18 +157,28 @@ def _from_array(array: Rgb, label: str) -> Rgb:
 
 
 def square(image: Rgb, size_px: int) -> Rgb:
-    """Return the largest centred square, resampled to ``size_px`` x ``size_px`` (Lanczos).
-
-    An image that already has this size is returned unchanged.
-    """
+    """Return the largest centred square, resampled to ``size_px`` x ``size_px`` as tiles of slides are."""
     height, width = image.shape[:2]
-    if height == width == size_px:
-        return image
-    side = min(height, width)
-    top, left = (height - side) // 2, (width - side) // 2
-    box = (left, top, left + side, top + side)
-    resized = Image.fromarray(image).resize((size_px, size_px), Image.Resampling.LANCZOS, box=box)
-    return np.asarray(resized)
+    if height != width:
+        side = min(height, width)
+        top, left = (height - side) // 2, (width - side) // 2
+        image = image[top : top + side, left : left + side]
+    return resample(image, size_px)
+
+
+def resample(tile: Rgb, size_px: int) -> Rgb:
+    """Return a square tile at ``size_px`` x ``size_px``.
+
+    The filter is BOX if the side is a multiple of ``size_px``, LANCZOS if the tile otherwise shrinks, and
+    BICUBIC if it grows. A tile that already has this size is returned unchanged.
+    """
+    side = tile.shape[0]
+    if side == size_px:
+        return tile
+    how = Image.Resampling.BICUBIC
+    if side > size_px:
+        how = Image.Resampling.LANCZOS if side % size_px else Image.Resampling.BOX
+    return np.asarray(Image.fromarray(tile).resize((size_px, size_px), how))
 
 
 def encode_jpeg(image: Rgb, quality: int = 90) -> bytes:

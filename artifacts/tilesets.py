@@ -123,10 +123,24 @@ def sample_tiles(tileset: TileSet, size_px: int, count: int = SAMPLE) -> NDArray
     return np.stack(tiles)
 
 
-def concatenate(sets: Sequence[TileSet]) -> TileSet:
-    """Join tile sets; labels and groups are prefixed by each set's name, so that sets share none."""
+def concatenate(sets: Sequence[TileSet], shared_groups: bool = False) -> TileSet:
+    """Join tile sets; labels and groups are prefixed by each set's name, so that sets share none.
+
+    Args:
+        sets: tile sets, of which each may have its own manifest columns.
+        shared_groups: groups keep their names, so that tiles of several sets may be of one group. Without
+            it, a note counts the names of groups that occur in several sets.
+    """
     if len(sets) == 1:
         return sets[0]
+    named = Counter(name for part in sets for name in {tile.group for tile in part.tiles} - {None})
+    same = sum(count > 1 for count in named.values())
+    notes = [note for part in sets for note in part.notes]
+    if same and not shared_groups:
+        notes.append(
+            f"{same} names of groups occur in several data sets and were taken for different groups; if "
+            "they are the same source images or patients, pass --shared-groups"
+        )
     tiles: list[Tile] = []
     origins: list[tuple[TileSet, int]] = []
     seen: Counter[str] = Counter()
@@ -135,7 +149,9 @@ def concatenate(sets: Sequence[TileSet]) -> TileSet:
         name = part.name if seen[part.name] == 1 else f"{part.name}-{seen[part.name]}"
         for number, tile in enumerate(part.tiles):
             label = f"{name}/{tile.label}" if tile.label is not None else None
-            group = f"{name}/{tile.group}" if tile.group is not None else None
+            group = tile.group
+            if group is not None and not shared_groups:
+                group = f"{name}/{group}"
             tiles.append(replace(tile, file=f"{name}/{tile.file}", label=label, group=group))
             origins.append((part, number))
     return TileSet(
@@ -144,7 +160,7 @@ def concatenate(sets: Sequence[TileSet]) -> TileSet:
         tiles=tuple(tiles),
         fingerprint=content_hash([part.fingerprint for part in sets]),
         _load=lambda n: origins[n][0]._load(origins[n][1]),
-        notes=tuple(note for part in sets for note in part.notes),
+        notes=tuple(notes),
         left_out=tuple(left for part in sets for left in part.left_out),
     )
 

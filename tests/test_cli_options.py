@@ -7,10 +7,12 @@ from typing import Annotated, Literal
 
 import pytest
 import typer
+from PIL import Image
 from typer.testing import CliRunner
 
 from histoseek.artifacts.option_models import HIDDEN, PYTHON_ONLY, Field, Flag, options
 from histoseek.errors import BadInput
+from histoseek.training.commands import select
 from histoseek.ui.cli.options import parse, with_flags
 
 
@@ -124,3 +126,24 @@ def test_train_joins_several_data_sets_and_label_columns(cli, tile_folder):
     words = ("--label-from", "label", "--label-from", "group", "--size-px", 64, "--dry-run")
     done = cli("train", "arcface", *sources, *words, check=True)
     assert "144 tiles" in done.stdout and "nothing was trained" in done.stdout
+
+
+def test_groups_of_several_data_sets_are_joined_on_request(cli, tmp_path, tissue):
+    words = []
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        rows = ["file,label,group"]
+        for number in range(4):
+            Image.fromarray(tissue[: 64 + number, :64]).save(folder / f"{number}.png")
+            rows.append(f"{number}.png,tissue,patient-{number}")
+        (folder / "manifest.csv").write_text("\n".join(rows))
+        words.append(folder)
+    apart = select(words, [], ["label"])
+    assert len({tile.group for tile in apart.tiles}) == 8
+    assert "4 names of groups occur in several data sets" in apart.notes[-1]
+    same = select(words, [], ["label"], shared_groups=True)
+    assert {tile.group for tile in same.tiles} == {f"patient-{n}" for n in range(4)}
+    assert not same.notes
+    shown = cli("train", "arcface", *words, "--shared-groups", "--dry-run", check=True)
+    assert "8 tiles" in shown.stdout and "names of groups" not in shown.stdout

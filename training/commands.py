@@ -142,7 +142,12 @@ def dry_run(name: str, options: TrainingOptions, sources: Sequence[Path], choose
     console.emit(document, human)
 
 
-def select(sources: Sequence[Path], exclude: Sequence[str], label_from: Sequence[str]) -> TileSet:
+def select(
+    sources: Sequence[Path],
+    exclude: Sequence[str],
+    label_from: Sequence[str],
+    shared_groups: bool = False,
+) -> TileSet:
     """Open the sources as one tile set, without the excluded tiles.
 
     Raises:
@@ -159,7 +164,7 @@ def select(sources: Sequence[Path], exclude: Sequence[str], label_from: Sequence
         parts = less
     if list(label_from) != ["label"]:
         parts = [part.relabelled(label_from) for part in parts]
-    whole = concatenate(parts)
+    whole = concatenate(parts, shared_groups)
     for line in [*whole.notes, *summarised(whole.left_out)]:
         console.say(line)
     return whole
@@ -178,15 +183,18 @@ def train(
     exclude: Sequence[str],
     label_from: Sequence[str],
     cross_validate: bool,
+    shared_groups: bool = False,
 ) -> None:
     """Train one run, or one per fold."""
     recipe = find_recipe(name)
-    tiles = select(sources, exclude, label_from)
-    selection = {
+    tiles = select(sources, exclude, label_from, shared_groups)
+    selection: dict[str, Any] = {
         "sources": [str(s) for s in sources],
         "exclude": list(exclude),
         "label_from": list(label_from),
     }
+    if shared_groups:
+        selection["shared_groups"] = True
     if cross_validate:
         _every_fold(recipe, options, tiles, out, selection)
         return

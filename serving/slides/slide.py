@@ -9,9 +9,8 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
-from ...artifacts.images import Rgb
+from ...artifacts.images import Rgb, resample
 from ...errors import BadInput, HistoseekError
 from .geojson import Ring, draw_mask
 from .overview import overview
@@ -294,7 +293,7 @@ class Slide:
             errors = self._source.regions(part, level, large)
             failed.update({start + number: error for number, error in errors.items()})
             for number in range(len(part)):
-                out[start + number] = _resample(large[number], size_px)
+                out[start + number] = resample(large[number], size_px)
         return failed
 
 
@@ -305,15 +304,6 @@ def _corners(width: int, height: int, side: int, step: int) -> NDArray[np.int64]
     x, y = (part.ravel() for part in np.meshgrid(xs, ys))
     order = np.lexsort((x, y, x // BLOCK_TILES[0], y // BLOCK_TILES[1]))
     return np.stack([x[order], y[order]], axis=1) * step
-
-
-def _resample(tile: Rgb, size_px: int) -> Rgb:
-    side = tile.shape[0]
-    if side <= size_px:
-        resample = Image.Resampling.BICUBIC
-    else:
-        resample = Image.Resampling.LANCZOS if side % size_px else Image.Resampling.BOX
-    return np.asarray(Image.fromarray(tile).resize((size_px, size_px), resample))
 
 
 def _bounds(

@@ -6,15 +6,18 @@ resumes, and finished ones are not repeated. Writes docs/results/encoder/ablatio
 """
 
 import argparse
+import functools
 import json
 import os
 import platform
 import shlex
+import tempfile
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+import viewer
 from encoder import FEWEST, METRICS, OUT, nearest, summary, table
 from judged import SHARED, never_trained, trained_and_held_out
 
@@ -24,19 +27,33 @@ from histoseek.training.commands import train
 from histoseek.training.evaluate import embed
 
 SEEDS = (0, 1, 2)
-SAME = {"epochs": 24, "crop_px": 128, "gate": False}
+SAME = {"epochs": 24, "gate": False}
 """What differs from the shipped encoder's options in every variant."""
+MODEL = "deviation=true,symmetry=true,layers=3+6+8+12"
 VARIANTS = {
     "the recipe": {},
+    "no viewing changes": {"viewing": False},
+    "no loss on two views": {"consistency": 0.0, "layer_consistency": 0.0},
+    "no loss on two views of each layer": {"layer_consistency": 0.0},
+    "last layer alone": {
+        "layer_consistency": 0.0, "model_options": MODEL.replace("layers=3+6+8+12", "layers=12"),
+    },
+    "blur in front": {"model_options": MODEL + ",blur=5"},
+    "without histo_mix2": {},
     "softmax instead of ArcFace": {"loss": "softmax"},
-    "no distillation": {"teacher": ""},
-    "distillation, no places": {"target": "label"},
-    "labels alone": {"target": "label", "teacher": ""},
+    "no teacher": {"teacher": ""},
+    "no places": {"target": "label"},
     "no stain augmentation": {"stain": 0.0},
-    "mean pooling": {"model_options": "symmetry=true"},
-    "kernels not symmetric": {"model_options": "deviation=true"},
-    "head kept": {"drop_head": False},
-}
+    "mean pooling": {"model_options": MODEL.replace("deviation=true,", "")},
+    "kernels not symmetric": {"model_options": MODEL.replace("symmetry=true,", "")},
+}  # fmt: skip
+VIEWED = ("CMU-1 (Aperio, skin)", "OS-1 (Hamamatsu, H&E)", "OS-2 (Hamamatsu, Ki67)")
+"""Slides whose tiles are shown to every variant as other programs show them; none is trained on."""
+SHOWN = 24
+"""Largest number of tiles of each that are asked for."""
+
+
+TITLES = {**METRICS, "viewed": "found at rank 1", "worst": "worst change", "cosine": "mean cosine"}
 
 
 def words(options):
@@ -61,17 +78,19 @@ def main():
     shipped = json.loads((given.bundle / "run.json").read_text())
     selection = shipped["data"]["selection"]
     sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
-    report = {}
+    report, slides = {}, viewed()
     for variant in given.only:
         values = []
         for seed in given.seeds:
             options = {**shipped["options"], **SAME, **VARIANTS[variant], "seed": seed}
+            left_out = variant.removeprefix("without ") + ".tar"
+            used = [source for source in sources if source.name != left_out]
             out = given.work / f"{variant.replace(' ', '-')}-{seed}"
             train(
-                "arcface", sources, out, selection["exclude"], selection["label_from"], False,
-                words(options),
+                "arcface", used, out, selection["exclude"], selection["label_from"], False,
+                words(options), selection.get("shared_groups", False),
             )  # fmt: skip
-            values.append(judged(out))
+            values.append(judged(out, slides))
             shown = {k: {m: round(x, 3) for m, x in v.items()} for k, v in values[-1].items()}
             print(variant, seed, shown, flush=True)
         report[variant] = values
@@ -89,8 +108,17 @@ def main():
     (OUT / "ablation.md").write_text(page(facts))
 
 
-def judged(run):
-    """Metrics of a run's net, one view, on what the run held out and on sources never trained on."""
+def viewed():
+    """Tiles, numbers of those to ask for, and queries of each slide in VIEWED."""
+    with tempfile.TemporaryDirectory() as folder:
+        found = {name: viewer.read(name, Path(folder), SHOWN) for name in VIEWED}
+    return {
+        n: (tiles, asked, viewer.queries(places)) for n, (tiles, asked, places) in found.items()
+    }
+
+
+def judged(run, slides):
+    """Metrics of a run's net on its held-out tiles, sources never trained on, and slides as viewed."""
     encoder = load_encoder(run)
     _, held_out = trained_and_held_out(run)
     sets = {k: v for k, v in held_out.items() if len(v.tiles) >= FEWEST}
@@ -101,7 +129,23 @@ def judged(run):
         rows = nearest(vectors, data.groups, data.labels)
         scores = {key: summary(values, data.groups) for key, values in rows.items()}
         found[name] = {key: score["value"] for key, score in scores.items() if score}
+    rows = [
+        viewer.judge(functools.partial(embed, encoder), tiles, asked, seen, None)
+        for tiles, asked, seen in slides.values()
+    ]
+    shares = [[row[how]["found"] for row in rows] for how in viewer.CHANGES]
+    cosines = [row[how]["cosine"] for row in rows for how in viewer.CHANGES]
+    found["tiles as other programs show them"] = {
+        "viewed": float(np.mean(shares)),
+        "worst": float(np.mean(shares, 1).min()),
+        "cosine": float(np.mean(cosines)),
+    }
     return found
+
+
+def _mean_and_deviation(values):
+    mean = f"{np.mean(values):.3f}"
+    return f"{mean} ± {np.std(values, ddof=1):.3f}" if len(values) > 1 else mean
 
 
 def page(facts):
@@ -122,12 +166,12 @@ def page(facts):
     for name in runs_of_all[0]:
         if not all(name in run for run in runs_of_all):
             continue  # too few of its tiles are held out with some seed
-        metrics = [key for key in METRICS if all(key in run[name] for run in runs_of_all)]
+        metrics = [key for key in TITLES if all(key in run[name] for run in runs_of_all)]
         rows = []
         for variant, runs in facts["values"].items():
             cells = [[run[name][key] for run in runs] for key in metrics]
-            rows.append([variant, *(f"{np.mean(v):.3f} ± {np.std(v, ddof=1):.3f}" for v in cells)])
-        lines += [f"## {name}", "", *table(["", *(METRICS[key] for key in metrics)], rows)]
+            rows.append([variant, *map(_mean_and_deviation, cells)])
+        lines += [f"## {name}", "", *table(["", *(TITLES[key] for key in metrics)], rows)]
     return "\n".join(lines)
 
 

@@ -50,7 +50,12 @@ def trained_and_held_out(bundle=DEFAULT_BUNDLE):
     run = json.loads((bundle / "run.json").read_text())
     selection, options = run["data"]["selection"], run["options"]
     sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
-    tiles = select(sources, selection["exclude"], selection["label_from"])
+    tiles = select(
+        sources,
+        selection["exclude"],
+        selection["label_from"],
+        selection.get("shared_groups", False),
+    )
     side = run["architecture"]["size_px"]
     data = load(tiles, side, lambda *_: None, int(options["cut"]))
     parts = split(data, options["folds"], options["fold"], options["seed"])

@@ -107,14 +107,9 @@ def main():
     report = {}
     with tempfile.TemporaryDirectory() as temp, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-        for name, (pack, file, pixels_per_pixel, _) in SLIDES.items():
-            slide = pixels_of(pack, file, Path(temp))
-            tiles, places = read_by_histoseek(slide, pixels_per_pixel, Path(temp))
-            asked = np.arange(0, len(tiles), -(-len(tiles) // QUERIES))
-            places = [places[n] for n in asked]
-            queries = {how: [change(place) for place in places] for how, change in CHANGES.items()}
-            queries |= screenshots(browser, slide, places)
-            seen = {how: np.stack([as_query(image) for image in q]) for how, q in queries.items()}
+        for name in SLIDES:
+            tiles, asked, places = read(name, Path(temp))
+            seen = queries(places) | as_queries(screenshots(browser, places[0].slide, places))
             report[name] = {"tiles": len(tiles), "queries": len(asked), "of": {}}
             for who, encode in encoders.items():
                 rows = judge(encode, tiles, asked, seen, far.get(who))
@@ -134,6 +129,27 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
     (options.out / "report.md").write_text(page(facts))
+
+
+def read(name, folder, most=QUERIES):
+    """A slide's tiles, the numbers of those to ask for, and their places."""
+    pack, file, pixels_per_pixel, _ = SLIDES[name]
+    slide = pixels_of(pack, file, folder)
+    tiles, places = read_by_histoseek(slide, pixels_per_pixel, folder)
+    asked = np.arange(0, len(tiles), -(-len(tiles) // most))
+    return tiles, asked, [places[n] for n in asked]
+
+
+def queries(places):
+    """The squares after each change, as the search receives them."""
+    return as_queries({how: map(change, places) for how, change in CHANGES.items()})
+
+
+def as_queries(pictures):
+    """Pictures by change as arrays (N, S, S, 3)."""
+    return {
+        how: np.stack([as_query(picture) for picture in some]) for how, some in pictures.items()
+    }
 
 
 def trained_on(bundle):

@@ -57,6 +57,7 @@ def train(
     also: list[Path] | None = None,
     exclude: list[str] | None = None,
     label_from: list[str] | None = None,
+    shared_groups: bool = False,
     cross_validate: bool = False,
     list_recipes: Annotated[bool, typer.Option("--list")] = False,
     dry_run: bool = False,
@@ -67,6 +68,7 @@ def train(
         recipe: Name of a recipe. `train RECIPE --help` also lists the recipe's options.
         data: Labelled tiles: folders, .csv manifests, .tar or .npz files; several are joined.
         out: Folder to write the run to.
+        shared_groups: Groups of the same name in several DATA are the same source image or patient.
         cross_validate: Train once per fold, in the folders OUT/fold-<n>.
         list_recipes: List all recipes, models and options.
         dry_run: Print the model's layers and computing cost, without training.
@@ -89,11 +91,12 @@ def train(
     options = parse(find_recipe(recipe).options, words, f"recipe {recipe}")
     tiles = [*map(Path, sources), *(also or [])]
     if dry_run:
-        commands.dry_run(
-            recipe, options, tiles, lambda given: commands.select(given, rules, columns)
-        )
+        choose = lambda given: commands.select(given, rules, columns, shared_groups)  # noqa: E731
+        commands.dry_run(recipe, options, tiles, choose)
     elif out is not None:
-        commands.train(recipe, options, tiles, out, rules, columns, cross_validate)
+        commands.train(
+            recipe, options, tiles, out, rules, columns, cross_validate, shared_groups
+        )
 
 
 @app.command()
