@@ -4,9 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from histoseek.artifacts.images import square
 from histoseek.errors import BadInput
 from histoseek.serving.slides.slide import Slide, open_slide
 from histoseek.serving.slides.tissue import tissue_mask, tissue_share
+
+
+@pytest.mark.parametrize("side", [100, 224, 300, 448])
+def test_a_cut_out_picture_becomes_the_tile_at_its_place(make_slide, tmp_path, tissue, side):
+    with open_slide(make_slide(tmp_path / "a.tif", pixels=tissue)) as slide:
+        tile = slide.read_tile(30, 40, side, 224)
+    assert np.array_equal(square(tissue[40 : 40 + side, 30 : 30 + side], 224), tile)
 
 
 def test_mpp_comes_from_the_file(make_slide, tmp_path):
