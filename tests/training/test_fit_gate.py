@@ -72,3 +72,23 @@ def test_a_gate_for_which_no_tile_can_be_read_is_refused(tissue, monkeypatch):
     monkeypatch.setattr(LabelledTiles, "read", lambda self, rows: (tiles[:2], rows[:2]))
     with pytest.raises(BadInput, match="2 of the training tiles drawn for the gate"):
         fit_gate(TissueGate(), data, numbers, 0)
+
+
+def test_a_gate_without_hidden_units_scores_as_it_did():
+    generator = torch.Generator().manual_seed(0)
+    linear = torch.randn(STATISTICS, generator=generator)
+    small = torch.rand(4, 3, 8, 8, generator=generator)
+    former = {
+        "centre": torch.full((STATISTICS,), 0.1), "scale": torch.full((STATISTICS,), 0.5),
+        "weight": linear, "bias": torch.tensor([0.2]),
+    }  # fmt: skip
+    gate = TissueGate()
+    gate.load_state_dict(former)
+    logit = ((colour_statistics(small) - 0.1) * 0.5).clamp(-5, 5) @ linear + 0.2
+    assert torch.allclose(gate(small), torch.sigmoid(2 * logit), atol=1e-5)
+
+
+def test_exchanged_colours_are_of_no_stain(tissue):
+    made = non_tissue_tiles(tissue[None, :224, :224], 70, 0)[1::7]
+    red, green, blue = made.reshape(len(made), -1, 3).mean(1).T
+    assert (green >= np.maximum(red, blue) - 8).mean() > 0.8

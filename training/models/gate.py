@@ -1,10 +1,12 @@
-"""The tissue gate: a linear classifier on colour statistics that detects tiles out of distribution.
+"""The tissue gate: a small classifier on colour statistics that detects tiles out of distribution.
 
 An encoder trained only on tissue embeds a photograph near some tissue. So the gate measures how stains
 absorb light: means, spreads and correlations of the channels' optical densities.
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 import torch
 from torch import nn
@@ -13,6 +15,8 @@ POOL = 4
 LIMIT = 5.0
 """Statistics are clipped at this many standard deviations from the mean."""
 SHARPNESS = 2.0
+HIDDEN = 16
+"""Number of hidden units."""
 STATISTICS = 25
 
 
@@ -54,8 +58,10 @@ class TissueGate(nn.Module):
     Attributes:
         centre: (25,) means of the statistics.
         scale: (25,) reciprocals of their standard deviations.
-        weight: (25,) weights of a logistic regression.
-        bias: (1,) bias of the logistic regression.
+        hidden: (16, 25) weights of the hidden units.
+        hidden_bias: (16,) their biases.
+        weight: (16,) weight of each unit.
+        bias: (1,) bias of the score.
     """
 
     def __init__(self) -> None:
@@ -63,7 +69,9 @@ class TissueGate(nn.Module):
         super().__init__()
         self.centre = nn.Buffer(torch.zeros(STATISTICS))
         self.scale = nn.Buffer(torch.ones(STATISTICS))
-        self.weight = nn.Buffer(torch.zeros(STATISTICS))
+        self.hidden = nn.Buffer(torch.zeros(HIDDEN, STATISTICS))
+        self.hidden_bias = nn.Buffer(torch.zeros(HIDDEN))
+        self.weight = nn.Buffer(torch.zeros(HIDDEN))
         self.bias = nn.Buffer(torch.zeros(1))
 
     shrink = staticmethod(shrink)
@@ -71,5 +79,20 @@ class TissueGate(nn.Module):
     def forward(self, small: torch.Tensor) -> torch.Tensor:
         """Return the score of each tile, 0 (tissue) to 1 (out of distribution)."""
         scaled = (colour_statistics(small) - self.centre) * self.scale
-        logit = (scaled.clamp(-LIMIT, LIMIT) * self.weight).sum(1) + self.bias
+        units = torch.relu(scaled.clamp(-LIMIT, LIMIT) @ self.hidden.T + self.hidden_bias)
+        logit = (units * self.weight).sum(1) + self.bias
         return torch.sigmoid(SHARPNESS * logit)
+
+    def _load_from_state_dict(self, state: dict[str, Any], prefix: str, *rest: Any) -> None:
+        """Load a gate; one without hidden units, as written before, becomes two of them: x and -x."""
+        linear = state.get(f"{prefix}weight")
+        if linear is not None and linear.shape == (STATISTICS,):
+            hidden, weight = torch.zeros(HIDDEN, STATISTICS), torch.zeros(HIDDEN)
+            hidden[0], hidden[1] = linear, -linear
+            weight[0], weight[1] = 1, -1
+            state |= {
+                f"{prefix}hidden": hidden,
+                f"{prefix}hidden_bias": torch.zeros(HIDDEN),
+                f"{prefix}weight": weight,
+            }
+        super()._load_from_state_dict(state, prefix, *rest)
