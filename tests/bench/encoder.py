@@ -22,6 +22,7 @@ from judged import (
     CURVES,
     FOREIGN,
     changed,
+    controls,
     crops_found,
     foreign,
     immunohistochemistry,
@@ -58,6 +59,7 @@ METRICS = {
     "map5": "mAP@5",
     "top1": "1-NN",
     "knn5": "5-NN",
+    "source1": "1-NN in its data set",
 }
 
 
@@ -109,9 +111,14 @@ def similarities(vectors):
     return found
 
 
-def nearest(vectors, groups, labels):
-    """Per tile: is the nearest other tile of its group (nan: no partner), and what others say of it."""
+def nearest(vectors, groups, labels, names=()):
+    """Per tile: is the nearest other tile of its group (nan: no partner), and what others say of it.
+
+    With class names DATA_SET/CLASS, also what the nearest tile of another group of its data set says: a
+    laboratory's look cannot win this.
+    """
     similarity = similarities(vectors)
+    whole = similarity.copy()
     same = groups[:, None] == groups[None, :]
     partner = same.sum(1) > 1
     hit = np.where(partner, groups[similarity.argmax(1)] == groups, np.nan)
@@ -122,7 +129,15 @@ def nearest(vectors, groups, labels):
     reachable = ((labels[:, None] == labels[None, :]) & ~same).sum(1)
     asked = (labels >= 0) & (reachable > 0)
     none = np.full(len(labels), np.nan)
+    source1 = none
+    if names:
+        sources = np.array([name.rpartition("/")[0] for name in names])[labels]
+        whole[same | (sources[:, None] != sources)] = -np.inf
+        kinds = np.array([len(set(labels[sources == source])) for source in sources])
+        known = asked & (kinds > 1) & np.isfinite(whole.max(1))
+        source1 = np.where(known, labels[whole.argmax(1)] == labels, none)
     return {
+        "source1": source1,
         "same_r1": hit,
         "mmv5": np.where(asked, votes(found, 5) == labels, none),
         "map5": np.where(asked, average_precision(found, labels, reachable), none),
@@ -156,7 +171,8 @@ def retrieval(encoders, sets):
     for name, data in sets.items():
         report[name] = {"tiles": len(data.tiles), "groups": len(np.unique(data.groups)), "of": {}}
         for who, encode in encoders.items():
-            values = nearest(encode(data.tiles), data.groups, data.labels)
+            names = data.names if name.endswith("held out") else ()
+            values = nearest(encode(data.tiles), data.groups, data.labels, names)
             found = {key: summary(v, data.groups) for key, v in values.items()}
             report[name]["of"][who] = found
             print(name, who, {k: v and round(v["value"], 3) for k, v in found.items()}, flush=True)
@@ -203,7 +219,7 @@ def clustering(encoders, data):
     return report
 
 
-def unknown(encoders, bundle, train, held_out, others):
+def unknown(encoders, bundle, train, tissue, others):
     """Shares called `unknown` by the clusters that `index fit` makes of the training tiles.
 
     The atlas of the first encoder is bound to its bundle, those of the others to a name.
@@ -225,10 +241,7 @@ def unknown(encoders, bundle, train, held_out, others):
                 _, clusters = atlas.clustering(method)
                 shares = {
                     name: float(clusters.assign(unit(encode(tiles))).unknown.mean())
-                    for name, tiles in {
-                        **{k: v.tiles for k, v in held_out.items()},
-                        **others,
-                    }.items()
+                    for name, tiles in {**tissue, **others}.items()
                 }
                 report[who][method] = shares
                 print(who, method, {k: round(v, 3) for k, v in shares.items()}, flush=True)
@@ -276,6 +289,7 @@ def main():
     size = manifest["size_px"]
     sets = {f"{k}, held out": v for k, v in held_out.items() if len(v.tiles) >= FEWEST}
     sets["histo_mix, sources never trained on"] = never_trained(size, options.bundle)
+    sets |= controls(size)
     graphs = {
         manifest["name"]: OnnxEncoder(str(options.bundle / "encoder.onnx")),
         LITE0: lite0(1),
@@ -312,8 +326,11 @@ def main():
         }
         report["crops"] = crops({k: v for k, v in few.items() if not k.startswith("pixels")})
         report["clustering"] = clustering(few, main_set)
-        stains = {"immunohistochemistry, never trained on": immunohistochemistry(size)}
-        report["unknown"] = unknown(few, options.bundle, train, {**sets, **stains}, foreign(size))
+        tissue = {name: data.tiles for name, data in sets.items()}
+        tissue["immunohistochemistry, never trained on"] = immunohistochemistry(
+            size, options.bundle
+        )
+        report["unknown"] = unknown(few, options.bundle, train, tissue, foreign(size))
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.json").write_text(json.dumps(report, indent=1) + "\n")
     (options.out / "report.md").write_text(page(report))
@@ -364,7 +381,8 @@ def page(report):
         "## Retrieval",
         "Same source: the nearest other tile is of the same source picture, slide or patient. All else "
         "is asked of tiles of other groups only. The class of a tile of a source never trained on is that "
-        "source; immunohistochemistry is among them.",
+        "source; immunohistochemistry is among them. 1-NN in its data set: of the nearest tile of another "
+        "group of the same data set, so that a laboratory's look cannot help.",
         "",
     ]
     for name, found in {**report["retrieval"], **report.get("other_kinds", {})}.items():

@@ -16,7 +16,6 @@ from PIL import Image, ImageFilter
 
 from histoseek.artifacts.images import square
 from histoseek.artifacts.tileset_files import open_tiles
-from histoseek.metrics import codes
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 from histoseek.serving.slides.slide import open_slide
 from histoseek.training.commands import select
@@ -28,6 +27,11 @@ FOREIGN = 200
 """Pictures of each foreign kind."""
 NO_PATIENTS = {"crc_val7k"}
 """Sources whose tiles are not told apart by patient: one group, in which everything is found."""
+STAINED = {
+    "histo_mix.tar": {"deepliif_ihc", "skimage_ihc", "openslide_os"},
+    "histo_mix2.tar": {"lyon19_crops"},
+}
+"""Sources of immunohistochemistry; openslide_os also has H&E, with the label `he`."""
 HAEMATOXYLIN_EOSIN = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
 
 
@@ -66,15 +70,35 @@ def trained_and_held_out(bundle=DEFAULT_BUNDLE):
     return whole.part(parts.train), held_out
 
 
-def never_trained(size, bundle=DEFAULT_BUNDLE):
-    """The sources of histo_mix that a bundle's run left out; the class of a tile is its source."""
+def left_out(bundle=DEFAULT_BUNDLE):
+    """The sources that a bundle's run left out."""
     run = json.loads((bundle / "run.json").read_text())
     rules = [r.split("=", 1) for r in run["data"]["selection"]["exclude"]]
-    left_out = {v for column, values in rules if column == "source_id" for v in values.split(",")}
-    data = load(select([SHARED / "histo_mix.tar"], [], ["source_id"]), size, lambda *_: None)
-    source = np.array([data.label_names[n] for n in data.labels])
-    rows = np.flatnonzero(np.isin(source, sorted(left_out - NO_PATIENTS)))
-    return Tiles(data.tiles[rows], codes(source[rows].tolist()), data.groups[rows])
+    return {v for column, values in rules if column == "source_id" for v in values.split(",")}
+
+
+def of_sources(pack, names, size, label_from):
+    """Tiles of some sources of a pack; label_from as for `histoseek train --label-from`."""
+    tiles = select([SHARED / pack], [], label_from)
+    rows = [n for n, tile in enumerate(tiles.tiles) if tile.column("source_id") in names]
+    data = load(tiles.take(rows), size, lambda *_: None)
+    return Tiles(data.tiles, data.labels, data.groups, data.label_names)
+
+
+def never_trained(size, bundle=DEFAULT_BUNDLE):
+    """The sources of histo_mix that a bundle's run left out; the class of a tile is its source."""
+    return of_sources("histo_mix.tar", left_out(bundle) - NO_PATIENTS, size, ["source_id"])
+
+
+def controls(size):
+    """Classes of tissue in laboratories that no bundle here was trained on.
+
+    CRC-VAL-HE-7K names no patients: every tile is its own group.
+    """
+    glands = of_sources("histo_mix.tar", {"glas"}, size, ["label"])
+    colon = of_sources("histo_mix.tar", {"crc_val7k"}, size, ["label"])
+    alone = Tiles(colon.tiles, colon.labels, np.arange(len(colon.tiles)), colon.names)
+    return {"GlaS, benign or malignant": glands, "CRC-VAL-HE-7K, kinds of tissue": alone}
 
 
 def other_kinds(size):
@@ -86,12 +110,14 @@ def other_kinds(size):
     return found
 
 
-def immunohistochemistry(size):
-    """Tiles that an antibody marked brown, of sources that the default encoder was not trained on."""
-    data = load(select([SHARED / "histo_mix.tar"], [], ["source_id"]), size, lambda *_: None)
-    source = np.array([data.label_names[n] for n in data.labels])
-    rows = np.flatnonzero(np.isin(source, ("deepliif_ihc", "skimage_ihc")))
-    return Tiles(data.tiles[rows], data.labels[rows], data.groups[rows])
+def immunohistochemistry(size, bundle=DEFAULT_BUNDLE):
+    """Tiles that an antibody marked brown, of sources that a bundle's run left out."""
+    found = [
+        of_sources(pack, STAINED[pack] & left_out(bundle), size, ["label"])
+        for pack in STAINED
+        if STAINED[pack] & left_out(bundle)
+    ]
+    return np.concatenate([t.tiles[[t.names[n] != "he" for n in t.labels]] for t in found])
 
 
 def changed(tiles, change):
