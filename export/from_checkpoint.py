@@ -70,6 +70,7 @@ def describe(name: str, known: Published) -> dict[str, Any]:
         "licence": known.licence,
         "gated": known.gated,
         "parameters": sum(p.numel() for p in net.parameters()),
+        "too_large": bytes_of(net) > LARGEST_GRAPH,
         "dim": known.dim,
         "size_px": shape.size_px,
         "mpp": known.mpp,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -158,29 +159,40 @@ class Parity:
 
 
 def measure_parity(
-    graph: Graph, model: Path | bytes, tiles: NDArray[np.uint8], together: int = TOGETHER
+    graph: Graph, model: Path, tiles: NDArray[np.uint8], together: int = TOGETHER
 ) -> Parity:
-    """Compare ONNX Runtime (CPU) with torch on ``tiles``, uint8 (N, S, S, 3), and in a batch."""
+    """Compare ONNX Runtime (CPU) with torch on ``tiles``, uint8 (N, S, S, 3), alone and in a batch."""
+
+    def expected(part: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return graph(torch.from_numpy(part)).numpy()  # type: ignore[no-any-return]
+
+    return parity_of(expected, model, tiles, together)
+
+
+def parity_of(
+    expected: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    model: Path,
+    tiles: NDArray[np.uint8],
+    together: int,
+) -> Parity:
+    """Compare an ONNX graph with a function that returns the expected embeddings of tiles."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     onnxruntime = need("onnxruntime", "cpu")
-    source = model if isinstance(model, bytes) else str(model)
-    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
 
     def run(part: NDArray[np.uint8]) -> NDArray[np.float32]:
         return np.asarray(session.run([OUTPUT], {INPUT: part})[0])
 
-    with torch.inference_mode():
-        expected = torch.cat(
-            [graph(torch.from_numpy(tiles[n : n + 16])) for n in range(0, len(tiles), 16)]
-        ).numpy()
+    wanted = np.concatenate([expected(tiles[n : n + 16]) for n in range(0, len(tiles), 16)])
     parts = range(0, len(tiles), together)
     actual = np.concatenate([run(tiles[n : n + together]) for n in parts])
     alone = np.concatenate([run(tiles[n : n + 1]) for n in range(min(together, len(tiles)))])
     filled = run(np.resize(tiles, (together, *tiles.shape[1:])))[: len(alone)]
     return Parity(
         tiles=len(tiles),
-        max_abs=float(np.abs(expected - actual).max()),
-        max_cosine_error=cosine_error(expected, actual),
+        max_abs=float(np.abs(wanted - actual).max()),
+        max_cosine_error=cosine_error(wanted, actual),
         batch_max_abs=float(np.abs(alone - filled).max()),
         batch=together,
         providers=list(session.get_providers()),

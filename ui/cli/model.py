@@ -135,14 +135,15 @@ def export(
     tiles: Path | None = None,
     list_encoders: Annotated[bool, typer.Option("--list")] = False,
 ) -> None:
-    """Export a training run, or the checkpoint of a published encoder, to an encoder bundle.
+    """Export a training run, a checkpoint of a published encoder, or an ONNX encoder, to a bundle.
 
     The bundle holds an ONNX graph, a manifest, the parity test of the graph and a model card.
 
     Options:
-        source: Folder of a finished training run, or a checkpoint file (with --as).
+        source: Folder of a finished training run, a checkpoint (with --as), or an .onnx file (with
+            --mean and --std).
         out: New folder for the bundle.
-        tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data; for a checkpoint,
+        tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data; for a file,
             a pattern and noise.
         list_encoders: List the published encoders that --as knows.
     """
@@ -179,8 +180,13 @@ def _export_file(
     checkpoint: Path, out: Path, options: ExportOptions, tiles: Path | None
 ) -> Manifest:
     from ...export.from_checkpoint import export_checkpoint, find_published
+    from ...export.from_onnx import export_onnx
     from ...training.layouts import open_data
 
+    data = open_data(tiles) if tiles else None
+    if checkpoint.suffix == ".onnx":
+        with console.working("exporting and testing parity"):
+            return export_onnx(checkpoint, out, options, data)
     if not options.published:
         raise BadInput(
             f"{checkpoint} is a file: name its encoder by --as; `histoseek export --list` shows all names"
@@ -189,7 +195,6 @@ def _export_file(
     if known.unconfirmed:
         console.say(f"{options.published}: no source confirmed {known.unconfirmed}")
     with console.working("exporting and testing parity"):
-        data = open_data(tiles) if tiles else None
         return export_checkpoint(checkpoint, out, options, data)
 
 
@@ -207,7 +212,8 @@ def show_published() -> None:
             columns,
             [
                 (
-                    row["name"], f"{row['parameters'] / 1e6:.0f}", row["dim"], row["mpp"] or "–",
+                    row["name"],
+                    f"{row['parameters'] / 1e6:.0f}" + (" (too large)" if row["too_large"] else ""), row["dim"], row["mpp"] or "–",
                     f"{row['macs'] / 1e9:.1f}", "yes" if row["gated"] else "no",
                     row["licence"],
                 )
