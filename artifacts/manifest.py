@@ -24,6 +24,8 @@ CARD = "MODEL_CARD.md"
 CLUSTERS = "clusters.npz"
 """File of the clusters found by training, for the graph's embeddings: centroids (K, D), reach (K,)."""
 RUN = "run.json"
+CHECKPOINT = "checkpoint.json"
+"""File of a published encoder's bundle: the checkpoint that it was exported from."""
 OOD_ANGLE = math.pi / 3
 """Maximum angle (radians) by which the tissue gate turns an embedding towards its last component.
 

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import onnx
 import torch
+from numpy.typing import NDArray
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
@@ -22,7 +23,7 @@ from ..artifacts.tileset_files import open_tiles
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Damaged
 from .card import model_card
-from .onnx_graph import OPSET, Graph, check_parity, measure_parity, to_onnx
+from .onnx_graph import OPSET, TOGETHER, Graph, check_parity, measure_parity, to_onnx
 from .options import ExportOptions
 
 Build = Callable[..., Any]
@@ -108,30 +109,60 @@ def export_run(
         Mismatch: a difference in the parity test exceeds its bound; nothing is written.
     """
     options = options or ExportOptions()
+    name = encoder_name(options, out)
+    notes = files.read_text(options.notes) if options.notes else ""
+    record, encoder, fitted = load_run(run, build)
+    components = _components(fitted, options, run)
+    graph = Graph(encoder, encoder.mean, encoder.std, components, options.views)  # type: ignore[arg-type]
+    size_px = int(encoder.size_px)  # type: ignore[arg-type]
+    tiles = sample_tiles(tileset, size_px)
+    with files.publish_folder(out) as folder:
+        sha256, parity = write_graph(folder, graph, size_px, tiles)
+        manifest = _manifest(name, graph, record, sha256, options)
+        write_json(folder / MANIFEST, manifest.model_dump())
+        write_json(folder / RUN, record)
+        unchanged = components is None and options.views == 1 and graph.gate is None
+        if "clusters.reach" in fitted and unchanged:
+            write_atomic(folder / CLUSTERS, _clusters(fitted))
+        write_atomic(folder / CARD, model_card(manifest, record, parity, notes))
+    return manifest
+
+
+def encoder_name(options: ExportOptions, out: Path) -> str:
+    """Return the encoder's name: that of the options, else that of the folder.
+
+    Raises:
+        BadInput: the name has characters that a server or a file system may refuse.
+    """
     name = options.name or out.name
     if not re.fullmatch(NAME, name):
         raise BadInput(
             f"encoder name {name!r}: expected letters, digits, '.', '_' and '-' only; pass --name"
         )
-    notes = files.read_text(options.notes) if options.notes else ""
-    record, encoder, fitted = load_run(run, build)
-    components = _components(fitted, options, run)
-    graph = Graph(encoder, encoder.mean, encoder.std, components, options.views)  # type: ignore[arg-type]
-    tiles = sample_tiles(tileset, int(encoder.size_px))  # type: ignore[arg-type]
-    with files.publish_folder(out) as folder:
-        write_atomic(folder / GRAPH, to_onnx(graph, int(encoder.size_px)))  # type: ignore[arg-type]
-        onnx.checker.check_model(str(folder / GRAPH), full_check=True)
-        parity = measure_parity(graph, folder / GRAPH, tiles)
-        check_parity(parity)
-        manifest = _manifest(name, graph, record, sha256_file(folder / GRAPH), options)
-        write_json(folder / MANIFEST, manifest.model_dump())
-        write_json(folder / PARITY, parity.as_dict())
-        write_json(folder / RUN, record)
-        unchanged = components is None and options.views == 1 and graph.gate is None
-        if "clusters.reach" in fitted and unchanged:
-            write_atomic(folder / CLUSTERS, _clusters(fitted))
-        write_atomic(folder / CARD, model_card(manifest, record, parity.as_dict(), notes))
-    return manifest
+    return name
+
+
+def write_graph(
+    folder: Path, graph: Graph, size_px: int, tiles: NDArray[np.uint8], together: int = TOGETHER
+) -> tuple[str, dict[str, Any]]:
+    """Write a graph and its parity test to a bundle's folder; returns its sha256 and the test's numbers.
+
+    Args:
+        folder: of the bundle.
+        graph: network from raw pixels to embeddings.
+        size_px: side of a tile.
+        tiles: uint8 (N, S, S, 3), for the parity test.
+        together: size of the parity test's batch.
+
+    Raises:
+        Mismatch: a difference in the parity test exceeds its bound.
+    """
+    write_atomic(folder / GRAPH, to_onnx(graph, size_px))
+    onnx.checker.check_model(str(folder / GRAPH), full_check=True)
+    parity = measure_parity(graph, folder / GRAPH, tiles, together)
+    check_parity(parity)
+    write_json(folder / PARITY, parity.as_dict())
+    return sha256_file(folder / GRAPH), parity.as_dict()
 
 
 def _manifest(

@@ -59,7 +59,7 @@ def model_card(
         "## Parity of the graph with torch",
         f"On {parity['tiles']} real tiles: largest difference {parity['max_abs']:.1e} "
         f"(allowed {parity['bounds']['max_abs']:.0e}), largest cosine error "
-        f"{parity['max_cosine_error']:.1e}, batch of 1 against batch of 64 "
+        f"{parity['max_cosine_error']:.1e}, batch of 1 against batch of {parity.get('batch', 64)} "
         f"{parity['batch_max_abs']:.1e} (allowed {parity['bounds']['batch_max_abs']:.0e}).",
         "",
     ]

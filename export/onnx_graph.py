@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -24,6 +25,8 @@ OPSET = 18
 VIEWS = (1, 2, 4, 8)
 LARGEST_FOLDED = 2**16
 """Constants of up to this many values are computed when the graph is written; larger ones stay compact."""
+TOGETHER = 64
+"""Size of the batch with which the parity test compares single tiles."""
 BOUNDS = {"max_abs": 1e-4, "max_cosine_error": 1e-6, "batch_max_abs": 1e-5}
 """Largest accepted differences of the parity test; see :class:`Parity`."""
 
@@ -130,13 +133,14 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
 
 @dataclass(frozen=True)
 class Parity:
-    """Differences between the graph and torch on real tiles, and between batches of 1 and of 64.
+    """Differences between the graph and torch, and between tiles alone and in a batch.
 
     Attributes:
         tiles: number of tiles compared.
         max_abs: largest absolute difference of a component between the graph and torch.
         max_cosine_error: largest 1 - cosine between the two embeddings of a tile.
-        batch_max_abs: largest difference between a tile's embedding alone and in a batch of 64.
+        batch_max_abs: largest difference between a tile's embedding alone and in a batch.
+        batch: size of that batch.
         providers: execution providers of ONNX Runtime.
         onnxruntime: version of ONNX Runtime.
     """
@@ -145,6 +149,7 @@ class Parity:
     max_abs: float
     max_cosine_error: float
     batch_max_abs: float
+    batch: int
     providers: list[str]
     onnxruntime: str
 
@@ -153,28 +158,43 @@ class Parity:
         return {**asdict(self), "bounds": BOUNDS}
 
 
-def measure_parity(graph: Graph, model: Path | bytes, tiles: NDArray[np.uint8]) -> Parity:
-    """Compare ONNX Runtime (CPU) with torch on ``tiles``, uint8 (N, S, S, 3)."""
+def measure_parity(
+    graph: Graph, model: Path, tiles: NDArray[np.uint8], together: int = TOGETHER
+) -> Parity:
+    """Compare ONNX Runtime (CPU) with torch on ``tiles``, uint8 (N, S, S, 3), alone and in a batch."""
+
+    def expected(part: NDArray[np.uint8]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return graph(torch.from_numpy(part)).numpy()  # type: ignore[no-any-return]
+
+    return parity_of(expected, model, tiles, together)
+
+
+def parity_of(
+    expected: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    model: Path,
+    tiles: NDArray[np.uint8],
+    together: int,
+) -> Parity:
+    """Compare an ONNX graph with a function that returns the expected embeddings of tiles."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     onnxruntime = need("onnxruntime", "cpu")
-    source = model if isinstance(model, bytes) else str(model)
-    session = onnxruntime.InferenceSession(source, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
 
     def run(part: NDArray[np.uint8]) -> NDArray[np.float32]:
         return np.asarray(session.run([OUTPUT], {INPUT: part})[0])
 
-    with torch.inference_mode():
-        expected = torch.cat(
-            [graph(torch.from_numpy(tiles[n : n + 16])) for n in range(0, len(tiles), 16)]
-        ).numpy()
-    actual = np.concatenate([run(tiles[n : n + 64]) for n in range(0, len(tiles), 64)])
-    alone = np.concatenate([run(tiles[n : n + 1]) for n in range(min(64, len(tiles)))])
-    filled = run(np.resize(tiles, (64, *tiles.shape[1:])))[: len(alone)]
+    wanted = np.concatenate([expected(tiles[n : n + 16]) for n in range(0, len(tiles), 16)])
+    parts = range(0, len(tiles), together)
+    actual = np.concatenate([run(tiles[n : n + together]) for n in parts])
+    alone = np.concatenate([run(tiles[n : n + 1]) for n in range(min(together, len(tiles)))])
+    filled = run(np.resize(tiles, (together, *tiles.shape[1:])))[: len(alone)]
     return Parity(
         tiles=len(tiles),
-        max_abs=float(np.abs(expected - actual).max()),
-        max_cosine_error=cosine_error(expected, actual),
+        max_abs=float(np.abs(wanted - actual).max()),
+        max_cosine_error=cosine_error(wanted, actual),
         batch_max_abs=float(np.abs(alone - filled).max()),
+        batch=together,
         providers=list(session.get_providers()),
         onnxruntime=onnxruntime.__version__,
     )

@@ -3,17 +3,25 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from ..artifacts.option_models import Field, options
+from ..artifacts.option_models import Field, Flag, options
 from ..errors import BadInput
+
+NOT_STATED = "not stated"
 
 
 @options
 class ExportOptions:
-    """Options of the export of a run; each is a flag of ``histoseek export``."""
+    """Options of the export of a run or a checkpoint; each is a flag of ``histoseek export``."""
 
     # fmt: off
+    published: Annotated[str | None,
+        Field(description="Name of the published encoder whose checkpoint is exported; `histoseek export "
+        "--list` shows all names."), Flag("--as")] = None
+    pool: Annotated[Literal["cls", "cls+mean", "mean"] | None,
+        Field(description="Tokens that form the embedding: the class token, the mean of the patches or "
+        "both side by side. Default with --as: as the authors do.")] = None
     name: Annotated[str | None,
         Field(description="Name of the encoder. Default: the name of the folder --out.")] = None
     mpp: Annotated[float | None,
@@ -30,7 +38,16 @@ class ExportOptions:
         Field(description="Number of orientations of a tile whose embeddings are averaged: 1 (as it is), "
         "2 (and turned by 180 degrees), 4 (all quarter turns) or 8 (those, and mirrored). Embedding "
         "takes that many times as long.")] = 1
-    licence: Annotated[str, Field(description="Licence of the weights.")] = "not stated"
+    mean: Annotated[str | None,
+        Field(description="For an .onnx file: mean of red, green and blue in 0..1, such as "
+        "0.485,0.456,0.406.")] = None
+    std: Annotated[str | None,
+        Field(description="For an .onnx file: standard deviations of the colours, as for --mean.")] = None
+    layout: Annotated[Literal["nchw", "nhwc"],
+        Field(description="For an .onnx file: order of the axes of its input; n is the batch, c the "
+        "colours.")] = "nchw"
+    licence: Annotated[str,
+        Field(description="Licence of the weights. Default: that of the published encoder.")] = NOT_STATED
     notes: Annotated[Path | None, Field(description="Markdown file to add to the model card.")] = None
     # fmt: on
 

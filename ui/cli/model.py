@@ -14,6 +14,7 @@ import typer
 from typer.core import TyperCommand
 
 from ... import console
+from ...artifacts.manifest import Manifest
 from ...errors import BadInput, MissingPart
 from ...export.options import ExportOptions, TritonOptions
 from ...training.study_options import StudyOptions
@@ -94,9 +95,7 @@ def train(
         choose = lambda given: commands.select(given, rules, columns, shared_groups)  # noqa: E731
         commands.dry_run(recipe, options, tiles, choose)
     elif out is not None:
-        commands.train(
-            recipe, options, tiles, out, rules, columns, cross_validate, shared_groups
-        )
+        commands.train(recipe, options, tiles, out, rules, columns, cross_validate, shared_groups)
 
 
 @app.command()
@@ -130,26 +129,31 @@ def reproduce(
 @app.command()
 @with_flags
 def export(
-    run: Path,
-    out: Annotated[Path, typer.Option()],
-    options: ExportOptions,
+    source: Annotated[Path | None, typer.Argument()] = None,
+    out: Path | None = None,
+    options: ExportOptions = ExportOptions(),  # noqa: B008
     tiles: Path | None = None,
+    list_encoders: Annotated[bool, typer.Option("--list")] = False,
 ) -> None:
-    """Export a training run to an encoder bundle: ONNX graph, manifest, parity test and model card.
+    """Export a training run, a checkpoint of a published encoder, or an ONNX encoder, to a bundle.
+
+    The bundle holds an ONNX graph, a manifest, the parity test of the graph and a model card.
 
     Options:
-        run: Folder of a finished training run.
+        source: Folder of a finished training run, a checkpoint (with --as), or an .onnx file (with
+            --mean and --std).
         out: New folder for the bundle.
-        tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data.
+        tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data; for a file,
+            a pattern and noise.
+        list_encoders: List the published encoders that --as knows.
     """
     _need_torch()
-    from ...export.bundle import export_run, parity_tiles
-    from ...training.layouts import open_data
-    from ...training.models import build
-
-    source = parity_tiles(run, tiles, open_data)
-    with console.working("exporting and testing parity"):
-        manifest = export_run(run, out, source, build, options)
+    if list_encoders:
+        show_published()
+        return
+    if source is None or out is None:
+        raise BadInput("expected `histoseek export SOURCE --out BUNDLE`, or --list")
+    manifest = (_export_file if source.is_file() else _export_run)(source, out, options, tiles)
     document = {"bundle": str(out), **manifest.model_dump()}
     console.emit(
         document,
@@ -158,6 +162,66 @@ def export(
             f"parity test passed ({out / 'parity.json'})"
         ),
     )
+
+
+def _export_run(run: Path, out: Path, options: ExportOptions, tiles: Path | None) -> Manifest:
+    from ...export.bundle import export_run, parity_tiles
+    from ...training.layouts import open_data
+    from ...training.models import build
+
+    if options.published or options.pool:
+        raise BadInput(f"--as and --pool are for a checkpoint file; {run} is no file")
+    data = parity_tiles(run, tiles, open_data)
+    with console.working("exporting and testing parity"):
+        return export_run(run, out, data, build, options)
+
+
+def _export_file(
+    checkpoint: Path, out: Path, options: ExportOptions, tiles: Path | None
+) -> Manifest:
+    from ...export.from_checkpoint import export_checkpoint, find_published
+    from ...export.from_onnx import export_onnx
+    from ...training.layouts import open_data
+
+    data = open_data(tiles) if tiles else None
+    if checkpoint.suffix == ".onnx":
+        with console.working("exporting and testing parity"):
+            return export_onnx(checkpoint, out, options, data)
+    if not options.published:
+        raise BadInput(
+            f"{checkpoint} is a file: name its encoder by --as; `histoseek export --list` shows all names"
+        )
+    known = find_published(options.published)
+    if known.unconfirmed:
+        console.say(f"{options.published}: no source confirmed {known.unconfirmed}")
+    with console.working("exporting and testing parity"):
+        return export_checkpoint(checkpoint, out, options, data)
+
+
+def show_published() -> None:
+    """Print the published encoders: licence, size, embedding, scale and computing cost."""
+    from ...export.from_checkpoint import describe
+    from ...export.published import PUBLISHED
+
+    rows = [describe(name, known) for name, known in PUBLISHED.items()]
+
+    def human() -> None:
+        columns = ("name", "million", "length", "µm/px", "GMAC", "gated", "licence")
+        console.table(
+            f"{len(rows)} encoders: parameters, embedding, scale, cost per tile",
+            columns,
+            [
+                (
+                    row["name"],
+                    f"{row['parameters'] / 1e6:.0f}" + (" (too large)" if row["too_large"] else ""), row["dim"], row["mpp"] or "–",
+                    f"{row['macs'] / 1e9:.1f}", "yes" if row["gated"] else "no",
+                    row["licence"],
+                )
+                for row in rows
+            ],
+        )  # fmt: skip
+
+    console.emit(rows, human)
 
 
 @triton_app.command()

@@ -1,0 +1,188 @@
+"""The published encoders that ``histoseek export --as NAME`` knows: one row each.
+
+The rows state what the authors and the tools around their models state. ``unconfirmed`` names what no
+source confirmed; the export prints it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from .nets.vit import Pool, Positions, VitShape
+
+IMAGENET = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+CLIP = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
+HALF = (0.5, 0.5, 0.5), (0.5, 0.5, 0.5)
+OPTIMUS = (0.707223, 0.578729, 0.703617), (0.211883, 0.230117, 0.177517)
+HIBOU = (0.7068, 0.5755, 0.722), (0.195, 0.2316, 0.1816)
+LUNIT = (0.70322989, 0.53606487, 0.66096631), (0.21716536, 0.26081574, 0.20723464)
+NC_ND = "CC-BY-NC-ND-4.0"
+UM_224 = 112.0
+"""Side of a tile of 224 px at 0.5 µm per pixel (20x)."""
+UM_256 = 128.0
+"""Side of a tile of 256 px at 0.5 µm per pixel, which is then resized."""
+
+
+@dataclass(frozen=True)
+class Published:
+    """A published encoder.
+
+    Attributes:
+        source: id of its page on huggingface.co, or where its file is.
+        licence: as its page states it.
+        gated: whether the download needs an agreement.
+        shape: sizes of its network.
+        colours: mean and standard deviation of red, green and blue, for values in 0..1.
+        pool: tokens that form the embedding.
+        tile_um: side of the tissue that one input shows, in µm; None if its authors state no scale.
+        unconfirmed: what no source confirmed.
+    """
+
+    source: str
+    licence: str
+    gated: bool
+    shape: VitShape
+    colours: tuple[tuple[float, ...], tuple[float, ...]] = IMAGENET
+    pool: Pool = "cls"
+    tile_um: float | None = UM_224
+    unconfirmed: str = ""
+
+    @property
+    def dim(self) -> int:
+        """Length of the embedding."""
+        return self.shape.project or self.shape.width * (2 if self.pool == "cls+mean" else 1)
+
+    @property
+    def mpp(self) -> float | None:
+        """µm per pixel of the network's input."""
+        return None if self.tile_um is None else round(self.tile_um / self.shape.size_px, 6)
+
+
+def _small(patch: int) -> VitShape:
+    return VitShape(patch, 384, 12, 6, 1536)
+
+
+def _base(patch: int) -> VitShape:
+    return VitShape(patch, 768, 12, 12, 3072)
+
+
+def _large(patch: int, layer_scale: bool = True, registers: int = 0) -> VitShape:
+    positions: Positions = "patches" if registers else "class and patches"
+    return VitShape(
+        patch, 1024, 24, 16, 4096,
+        layer_scale=layer_scale, registers=registers, positions=positions,
+    )  # fmt: skip
+
+
+def _gated(
+    patch: int, width: int, depth: int, heads: int, hidden: int, registers: int = 0
+) -> VitShape:
+    positions: Positions = "patches" if registers else "class and patches"
+    return VitShape(
+        patch, width, depth, heads, hidden,
+        mlp="swiglu", layer_scale=True, registers=registers, positions=positions,
+    )  # fmt: skip
+
+
+def _clip(patch: int, quick: bool = False) -> VitShape:
+    return VitShape(
+        patch, 768, 12, 12, 3072, mlp="quick_gelu" if quick else "gelu",
+        eps=1e-5, pre_norm=True, patch_bias=False, project=512,
+    )  # fmt: skip
+
+
+_GIANT = (1536, 40, 24, 4096)
+_KAIKO = "kaiko.ai non-commercial"
+_KAIKO_PAGE = "1aurent/vit_{}_224.kaiko_ai_towards_large_pathology_fms"
+_LUNIT_PAGE = "1aurent/vit_small_patch{}_224.lunit_dino"
+_OPTIMUS = _gated(14, *_GIANT, registers=4)
+_VIRCHOW = _gated(14, 1280, 32, 16, 3416)
+_VIRCHOW2 = VitShape(
+    14, 1280, 32, 16, 3416, mlp="swiglu", layer_scale=True, registers=4, positions="all"
+)
+
+PUBLISHED: Mapping[str, Published] = MappingProxyType(
+    {
+        "uni": Published("MahmoodLab/UNI", NC_ND, True, _large(16), tile_um=UM_256),
+        "uni2-h": Published(
+            "MahmoodLab/UNI2-h", NC_ND, True, _gated(14, 1536, 24, 24, 4096, 8), tile_um=UM_256
+        ),
+        "virchow": Published(
+            "paige-ai/Virchow", "Apache-2.0, further terms", True, _VIRCHOW, pool="cls+mean"
+        ),
+        "virchow2": Published("paige-ai/Virchow2", NC_ND, True, _VIRCHOW2, pool="cls+mean"),
+        "h-optimus-0": Published("bioptimus/H-optimus-0", "Apache-2.0", True, _OPTIMUS, OPTIMUS),
+        "h-optimus-1": Published("bioptimus/H-optimus-1", NC_ND, True, _OPTIMUS, OPTIMUS),
+        "h0-mini": Published(
+            "bioptimus/H0-mini", NC_ND, True, _gated(14, 768, 12, 12, 2048, 4), OPTIMUS, "cls+mean",
+            unconfirmed="that its registers have no positions",
+        ),
+        "gigapath": Published(
+            "prov-gigapath/prov-gigapath", "Apache-2.0, research only", True,
+            _gated(16, *_GIANT),
+        ),
+        "gigapath-flash": Published(
+            "prov-gigapath/prov-gigapath-flash", "Apache-2.0", True,
+            _gated(16, 384, 12, 6, 1024), unconfirmed="its colours (ImageNet's) and its licence",
+        ),
+        "phikon": Published("owkin/phikon", "Owkin non-commercial", False, _base(16)),
+        "phikon-v2": Published(
+            "owkin/phikon-v2", "Owkin non-commercial", False, _large(16),
+            unconfirmed="the epsilon of its layer norms (1e-6) and the grid of its positions",
+        ),
+        "hibou-b": Published(
+            "histai/hibou-b", "Apache-2.0", True, _gated(14, 768, 12, 12, 2048, 4), HIBOU
+        ),
+        "hibou-l": Published(
+            "histai/hibou-L", "Apache-2.0", True, _gated(14, 1024, 24, 16, 2736, 4), HIBOU,
+            unconfirmed="the sizes of its network",
+        ),
+        "midnight": Published(
+            "kaiko-ai/midnight", "MIT", False, _gated(14, *_GIANT), HALF, "cls+mean",
+            unconfirmed="the grid of its positions",
+        ),
+        "kaiko-s8": Published(
+            _KAIKO_PAGE.format("small_patch8"), _KAIKO, False, _small(8), HALF, tile_um=UM_256
+        ),
+        "kaiko-s16": Published(
+            _KAIKO_PAGE.format("small_patch16"), _KAIKO, False, _small(16), HALF, tile_um=UM_256
+        ),
+        "kaiko-b8": Published(
+            _KAIKO_PAGE.format("base_patch8"), _KAIKO, False, _base(8), HALF, tile_um=UM_256
+        ),
+        "kaiko-b16": Published(
+            _KAIKO_PAGE.format("base_patch16"), _KAIKO, False, _base(16), HALF, tile_um=UM_256
+        ),
+        "kaiko-l14": Published(
+            _KAIKO_PAGE.format("large_patch14_reg4"), _KAIKO, False, _large(14, registers=4), HALF,
+            tile_um=UM_256, unconfirmed="the grid of its positions",
+        ),
+        "lunit-s8": Published(
+            _LUNIT_PAGE.format(8), "Lunit non-commercial", False, _small(8), LUNIT
+        ),
+        "lunit-s16": Published(
+            _LUNIT_PAGE.format(16), "Lunit non-commercial", False, _small(16), LUNIT
+        ),
+        "gpfm": Published(
+            "majiabo/GPFM", "CC-BY-NC-4.0", False, _large(14), tile_um=UM_256,
+            unconfirmed="its licence",
+        ),
+        "openmidnight": Published(
+            "SophontAI/OpenMidnight", "Apache-2.0", True, _gated(14, *_GIANT, registers=4)
+        ),
+        "quiltnet-b32": Published(
+            "wisdomik/QuiltNet-B-32", "MIT", False, _clip(32), CLIP, tile_um=None,
+            unconfirmed="its activation (GELU)",
+        ),
+        "quiltnet-b16": Published(
+            "wisdomik/QuiltNet-B-16", "MIT", False, _clip(16), CLIP, tile_um=None,
+            unconfirmed="its activation (GELU)",
+        ),
+        "plip": Published(
+            "vinid/plip", "non-commercial", False, _clip(32, quick=True), CLIP,
+            tile_um=None, unconfirmed="its licence, patch size and activation (QuickGELU)",
+        ),
+    }
+)  # fmt: skip

@@ -1,0 +1,181 @@
+"""Checkpoints of published encoders: every naming convention, strict loading, bundles."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from checkpoints import (
+    WRITERS,
+    dinov2,
+    hugging_face_clip,
+    hugging_face_dinov2,
+    hugging_face_vit,
+    open_clip,
+    seeded,
+    teacher,
+    timm,
+)
+from safetensors.torch import save_file
+from schedule import DEEP
+
+from histoseek.artifacts.manifest import CARD, CHECKPOINT, read_manifest
+from histoseek.errors import BadInput, Damaged
+from histoseek.export.checkpoints import load, read_checkpoint
+from histoseek.export.from_checkpoint import build_published, export_checkpoint, made_tiles
+from histoseek.export.nets.vit import VitEncoder, VitShape
+from histoseek.export.onnx_graph import Graph
+from histoseek.export.options import ExportOptions
+from histoseek.export.published import PUBLISHED
+from histoseek.serving.encoders.onnx import OnnxEncoder
+
+TINY = VitShape(14, 32, 2, 2, 64, size_px=56)
+GATED = VitShape(
+    14, 32, 2, 2, 40, size_px=56, mlp="swiglu", layer_scale=True, registers=4, positions="patches"
+)
+CLIP = VitShape(
+    14, 32, 2, 2, 64, size_px=56, mlp="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False,
+    project=24,
+)  # fmt: skip
+EACH_KIND = ("lunit-s16", "h0-mini", "phikon", "hibou-b", "quiltnet-b32", "plip")
+"""Small encoders of every kind and convention; HISTOSEEK_DEEP=1 takes all encoders."""
+
+
+def embeddings(net, size_px=56):
+    torch.manual_seed(1)
+    with torch.inference_mode():
+        return net(torch.randn(2, 3, size_px, size_px))
+
+
+def loaded(shape, tensors, pool="cls"):
+    net = VitEncoder(shape, pool).eval()
+    return net, load(net, tensors, "a checkpoint")
+
+
+@pytest.mark.parametrize(
+    ("write", "shape", "convention"),
+    [
+        (timm, TINY, "timm"),
+        (timm, GATED, "timm"),
+        (dinov2, GATED, "DINOv2"),
+        (hugging_face_vit, TINY, "Hugging Face ViT or DINOv2"),
+        (hugging_face_dinov2, GATED, "Hugging Face ViT or DINOv2"),
+        (hugging_face_clip, CLIP, "Hugging Face CLIP"),
+        (open_clip, CLIP, "open_clip"),
+    ],
+)
+def test_every_convention_loads_the_same_network(write, shape, convention):
+    net = seeded(VitEncoder(shape))
+    tensors = write(net)
+    again, report = loaded(shape, tensors)
+    assert report.convention == convention
+    assert torch.allclose(embeddings(again), embeddings(net), atol=1e-6)
+    for key in (max(tensors, key=lambda k: tensors[k].numel()), "blocks"):
+        less = {k: v for k, v in tensors.items() if key not in k}
+        if less != tensors:
+            with pytest.raises(BadInput, match="missing: |no known convention"):
+                loaded(shape, less)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("name", PUBLISHED if DEEP else EACH_KIND)
+def test_a_published_encoder_becomes_a_bundle(name, tmp_path):
+    known = PUBLISHED[name]
+    net = seeded(build_published(known, depth=1))
+    path = tmp_path / "checkpoint.bin"
+    torch.save(WRITERS.get(name, timm)(net), path)
+    options = ExportOptions(published=name)
+    manifest = export_checkpoint(path, tmp_path / name, options, depth=1)
+    assert manifest == read_manifest(tmp_path / name)
+    assert (manifest.name, manifest.dim, manifest.mpp) == (name, known.dim, known.mpp)
+    assert known.licence in (tmp_path / name / CARD).read_text()
+    tiles = made_tiles(known.shape.size_px, 2)
+    with torch.inference_mode():
+        wanted = Graph(net, *known.colours)(torch.from_numpy(tiles)).numpy()
+    encoder = OnnxEncoder(tmp_path / name)
+    np.testing.assert_allclose(encoder.embed(tiles), wanted, atol=1e-5)
+    encoder.close()
+
+
+def test_what_does_not_fit_is_named():
+    tensors = timm(seeded(VitEncoder(TINY)))
+    swapped = dict(tensors)
+    swapped["norm.weight"], swapped["blocks.0.mlp.fc1.bias"] = (
+        tensors["blocks.0.mlp.fc1.bias"],
+        tensors["norm.weight"],
+    )
+    with pytest.raises(BadInput, match=r"norm\.weight is 64, expected 32"):
+        loaded(TINY, swapped)
+    with pytest.raises(BadInput, match=r"left over: blocks\.9\.norm1\.bias"):
+        loaded(TINY, {**tensors, "blocks.9.norm1.bias": torch.zeros(32)})
+    del tensors["blocks.1.attn.qkv.bias"]
+    with pytest.raises(BadInput, match=r"missing: trunk\.blocks\.1\.attn\.qkv\.bias"):
+        loaded(TINY, tensors)
+    with pytest.raises(BadInput, match="no known convention"):
+        loaded(TINY, {"a.weight": torch.zeros(2)})
+
+
+def test_wrappers_prefixes_and_half_precision_are_looked_through(tmp_path):
+    net = seeded(VitEncoder(TINY))
+    wrapped = {"epoch": 3, "state_dict": {f"module.model.{k}": v for k, v in timm(net).items()}}
+    torch.save(wrapped, tmp_path / "a.pth")
+    again, _ = loaded(TINY, read_checkpoint(tmp_path / "a.pth"))
+    assert torch.equal(embeddings(again), embeddings(net))
+    inside = {f"visual.trunk.{k}": v.half().contiguous() for k, v in timm(net).items()}
+    save_file(inside, tmp_path / "b.safetensors")
+    half, _ = loaded(TINY, read_checkpoint(tmp_path / "b.safetensors"))
+    assert embeddings(half).dtype == torch.float32
+    assert torch.allclose(embeddings(half), embeddings(net), atol=1e-2)
+    torch.save(teacher(seeded(VitEncoder(GATED)), chunks=1), tmp_path / "c.pth")
+    _, report = loaded(GATED, read_checkpoint(tmp_path / "c.pth"))
+    assert report.notes == ["added the class token's position to the class token"]
+
+
+def test_positions_of_another_grid_are_resampled_and_said():
+    net = seeded(VitEncoder(TINY))
+    tensors = timm(net)
+    grid = torch.linspace(0, 1, 8)[:, None, None].expand(8, 8, 32).reshape(1, 64, 32)
+    tensors["pos_embed"] = torch.cat([torch.ones(1, 1, 32), grid], 1)
+    again, report = loaded(TINY, tensors)
+    assert "from 8 x 8 to 4 x 4" in report.notes[0]
+    places = again.trunk.pos_embed[0]
+    assert torch.equal(places[0], torch.ones(32))
+    rows = places[1:].reshape(4, 4, 32)
+    assert torch.allclose(rows[:, 0], rows[:, 3]) and (rows[1:, 0] > rows[:-1, 0]).all()
+
+
+def test_only_plain_tensors_are_read(tmp_path):
+    torch.save({"state_dict": VitEncoder(TINY)}, tmp_path / "module.pth")
+    with pytest.raises(Damaged, match=r"convert it to \.safetensors"):
+        read_checkpoint(tmp_path / "module.pth")
+    (tmp_path / "text.safetensors").write_text("no tensors")
+    with pytest.raises(Damaged, match="not a readable"):
+        read_checkpoint(tmp_path / "text.safetensors")
+    torch.save({"epoch": 3}, tmp_path / "empty.pth")
+    with pytest.raises(BadInput, match="holds no tensors, but: epoch"):
+        read_checkpoint(tmp_path / "empty.pth")
+
+
+def test_pooling_can_be_chosen_and_is_recorded(tmp_path, cli_json, cli):
+    net = seeded(build_published(PUBLISHED["lunit-s16"]))
+    path = tmp_path / "lunit.safetensors"
+    save_file(timm(net), path)
+    words = ("export", path, "--out", tmp_path / "b", "--as", "lunit-s16", "--pool", "cls+mean")
+    made = cli_json(*words, "--licence", "made up")
+    assert (made["dim"], made["licence"], made["mpp"]) == (768, "made up", 0.5)
+    record = json.loads((tmp_path / "b" / CHECKPOINT).read_text())
+    assert record["pool"] == "cls+mean" and record["checkpoint"]["convention"] == "timm"
+    refused = cli("export", path, "--out", tmp_path / "c")
+    assert refused.returncode == 1 and "name its encoder by --as" in refused.stderr
+    listed = {row["name"]: row for row in cli_json("export", "--list")}
+    assert listed.keys() == PUBLISHED.keys()
+    assert listed["uni"]["parameters"] == 303_350_784 and listed["uni"]["gated"]
+
+
+def test_more_than_two_gigabytes_are_refused_for_now(tmp_path):
+    torch.save({"a": torch.zeros(1)}, tmp_path / "a.bin")
+    with pytest.raises(BadInput, match=r"has 4\.5 GB of weights"):
+        export_checkpoint(
+            tmp_path / "a.bin", tmp_path / "b", ExportOptions(published="h-optimus-0")
+        )
+    assert not (tmp_path / "b").exists()
