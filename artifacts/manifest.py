@@ -109,6 +109,11 @@ class Manifest(BaseModel):
         return self.arch == EXTERNAL
 
 
+def external_sha256(name: str, dim: int) -> str:
+    """Return what identifies another tool's encoder instead of a graph's sha256."""
+    return hashlib.sha256(f"{EXTERNAL}:{name}:{dim}".encode()).hexdigest()
+
+
 def external_manifest(name: str, dim: int, metric: str, mpp: float | None) -> Manifest:
     """Return the manifest of another tool's encoder; its sha256 is computed from name and length.
 
@@ -119,7 +124,7 @@ def external_manifest(name: str, dim: int, metric: str, mpp: float | None) -> Ma
         return Manifest.model_validate(
             {
                 "name": name,
-                "sha256": hashlib.sha256(f"{EXTERNAL}:{name}:{dim}".encode()).hexdigest(),
+                "sha256": external_sha256(name, dim),
                 "arch": EXTERNAL,
                 "size_px": 224,
                 "mpp": mpp,

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import stopping
-from ..artifacts.feature_files import Features, check_features, parse_features, read_about
+from ..artifacts.feature_files import Features, parse_features, read_about
 from ..artifacts.files import remove_leftovers, sha256_file, write_atomic
 from ..artifacts.tables import clean_row
 from ..console import Progress
@@ -105,8 +105,7 @@ class Writer:
             BadInput: features are not finite.
             StorageFailed: no space.
         """
-        manifest = self._manifest
-        check_features(item, manifest.name, manifest.sha256, manifest.dim, Path(origin))
+        self._store.check(item, Path(origin))
         digest = hashlib.sha256(blob).hexdigest()
         target = f"{FEATURES}/{plain_name(item.name)}-{digest[:12]}.h5"
         row = slide_row(item, target, digest, given)

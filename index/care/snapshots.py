@@ -14,7 +14,7 @@ from ...artifacts.files import exclusive, publish_folder
 from ...errors import BadInput, Damaged, StorageFailed
 from ..opened import OpenAtlas
 from ..store.catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
-from ..store.store import ENCODER, FEATURES, LOCK
+from ..store.store import FEATURES, LOCK
 from .verify import problems
 
 
@@ -26,7 +26,7 @@ def take(atlas: OpenAtlas, out: Path) -> dict[str, Any]:
     with exclusive(atlas.path / LOCK, f"atlas {atlas.path}"), publish_folder(out) as folder:
         try:
             _copy_database(atlas.path / FILE, folder / FILE)
-            shutil.copytree(atlas.encoder_bundle, folder / ENCODER)
+            shutil.copytree(atlas.encoder_bundle, folder / atlas.encoder_bundle.name)
             (folder / FEATURES).mkdir()
             for file in _named_files(atlas):
                 stopping.check()

@@ -15,7 +15,7 @@ import numpy as np
 
 from ... import stopping
 from ...artifacts import audit_chain
-from ...artifacts.feature_files import check_features, read_features
+from ...artifacts.feature_files import read_features
 from ...artifacts.files import sha256_file
 from ...artifacts.manifest import check_bundle_graph
 from ...errors import Damaged, HistoseekError, StorageFailed
@@ -138,14 +138,13 @@ def _slides(atlas: OpenAtlas) -> list[Problem]:
 def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
     path = atlas.path / slide["features_file"]
     title = f"{path} of slide {slide['name']!r}"
-    manifest = atlas.manifest
     try:
         if not path.is_file():
             return [Problem(f"{title} is missing; {RESTORE}")]
         if sha256_file(path) != slide["features_sha256"]:
             return [Problem(f"{title} has changed since it was added; {RESTORE}")]
         item = read_features(path)
-        check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
+        atlas.store.check(item, path)
     except OSError as error:
         return [Problem(f"{title} cannot be read ({error.strerror}); check the permissions")]
     except HistoseekError as error:

@@ -234,7 +234,7 @@ def import_features(
         item = _first_readable(files, source.read)
         Atlas.create_external(path, encoder, item.features.shape[1], metric, item.target_mpp)
     atlas = Atlas(path)
-    if not atlas.manifest.external or atlas.manifest.name != encoder:
+    if encoder != (atlas.store.bound_from or (atlas.manifest.external and atlas.manifest.name)):
         raise Mismatch(
             f"{path} is bound to encoder {atlas.manifest.name!r}; import features of {encoder!r}, made by "
             "another tool, into a separate atlas"
@@ -281,7 +281,7 @@ class _Source:
         row = self.rows.of(file)
         item, note = _with_metadata_mpp(self.read(file), row)
         size = item.size_px_level0 or self.tile_px or 0
-        item = replace(item, encoder_sha256=atlas.manifest.sha256, size_px_level0=size)
+        item = replace(item, encoder_sha256=atlas.store.imported_sha256, size_px_level0=size)
         blob = _as_file(item, atlas.path)
         added = writer.add_features(item, blob, str(file), row, replace_known)
         without_size = not size and added.state not in {"failed", "unchanged"}

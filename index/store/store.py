@@ -14,8 +14,8 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.feature_files import parse_features
-from ...artifacts.manifest import Manifest, read_manifest
+from ...artifacts.feature_files import Features, check_features, parse_features
+from ...artifacts.manifest import Manifest, external_sha256, read_manifest
 from ...errors import Damaged
 from .catalog import ATLAS_ID, Catalog, now
 from .packing import SEAL
@@ -23,7 +23,11 @@ from .scales import MIXED
 
 T = TypeVar("T")
 ENCODER = "encoder"
-"""Folder of the atlas's copy of its encoder bundle."""
+"""Folder of the atlas's copy of its encoder bundle, unless the catalog names another."""
+ENCODER_FOLDER = "encoder_folder"
+"""Property of the catalog: folder of the bundle that the atlas was bound to after its creation."""
+BOUND_FROM = "bound_from"
+"""Property of the catalog: name of the encoder that another tool used, before the atlas was bound."""
 FEATURES = "features"
 """Folder of the feature files."""
 LOCK = ".lock"
@@ -53,9 +57,10 @@ class Store:
             BadInput: the folder is not an atlas, or a newer histoseek wrote it.
             Damaged: the catalog names another encoder than the bundle in the folder.
         """
-        self.path, self.encoder_bundle = path, path / ENCODER
-        self.catalog = Catalog(path)
-        expected = self.catalog.meta()["encoder_sha256"]
+        self.path, self.catalog = path, Catalog(path)
+        meta = self.catalog.meta()
+        self.encoder_bundle = path / meta.get(ENCODER_FOLDER, ENCODER)
+        expected = meta["encoder_sha256"]
         self.manifest: Manifest = read_manifest(self.encoder_bundle, check_graph=False)
         if self.manifest.sha256 != expected:
             raise Damaged(
@@ -67,6 +72,28 @@ class Store:
     def identity(self) -> str:
         """The atlas's unique id, assigned when it was created."""
         return self.catalog.meta()[ATLAS_ID]
+
+    @property
+    def bound_from(self) -> str:
+        """Name of the encoder whose features were imported before the atlas was bound; "" if never."""
+        return self.catalog.meta().get(BOUND_FROM, "")
+
+    @property
+    def imported_sha256(self) -> str:
+        """The encoder's sha256 in imported features: features keep it when the atlas is bound."""
+        bound = self.bound_from
+        return external_sha256(bound, self.manifest.dim) if bound else self.manifest.sha256
+
+    def check(self, item: Features, path: Path) -> None:
+        """Check that features belong into this atlas.
+
+        Raises:
+            BadInput: features are not finite.
+            Mismatch: the features have another encoder or length.
+        """
+        own, imported = self.manifest.sha256, self.imported_sha256
+        expected = imported if item.encoder_sha256 == imported else own
+        check_features(item, self.manifest.name, expected, self.manifest.dim, path)
 
     @property
     def mixed_scales(self) -> bool:

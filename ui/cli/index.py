@@ -9,7 +9,7 @@ import typer
 
 from ... import console
 from ...errors import BadInput
-from . import clusters, exchange, search, study
+from . import bind, clusters, exchange, search, study
 from .commands import Commands
 
 index_app = Commands("Build, search, cluster and check an atlas.")
@@ -317,6 +317,6 @@ def tune(
 for _command in (
     search.search, search.assign, search.similar, study.evaluate, study.duplicates, study.leakage,
     clusters.fit, clusters.map_, clusters.curve, clusters.clusters, clusters.name, clusters.drift,
-    exchange.import_, exchange.export, exchange.push,
+    exchange.import_, exchange.export, exchange.push, bind.bind,
 ):  # fmt: skip
     index_app.command(_command.__name__.rstrip("_"))(_command)
