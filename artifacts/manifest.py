@@ -200,8 +200,8 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
     if manifest.external:
         raise BadInput(
             f"encoder {manifest.name!r} is known by name only: another tool made its features, and "
-            "histoseek cannot embed images with it; search with tiles of the atlas, use `similar --features`, "
-            "or give it a bundle of the encoder by `histoseek index bind`"
+            "histoseek cannot embed images with it; search with tiles of the atlas, use "
+            "`similar --features`, or give it a bundle of the encoder by `histoseek index bind`"
         )
     graph = bundle / GRAPH
     if not graph.is_file():
