@@ -62,7 +62,8 @@ class Manifest(BaseModel):
     Attributes:
         format: version of the manifest format.
         name: short name of the encoder.
-        sha256: of ``encoder.onnx``; encoders with different values are different encoders.
+        sha256: of ``encoder.onnx``; encoders with different values are different encoders. A graph above
+            2 GB states the sha256 of its weights in ``encoder.onnx.data``.
         arch: registered name of the architecture.
         size_px: side of a tile in pixels.
         mpp: micrometres per pixel at which slides are read; None if the encoder sets none.
@@ -190,8 +191,13 @@ def _check_links(bundle: Path) -> None:
                 )
 
 
-def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
+def check_bundle_graph(bundle: Path, manifest: Manifest, whole: bool = False) -> None:
     """Compare the graph with the manifest.
+
+    Args:
+        bundle: the folder.
+        manifest: of the bundle.
+        whole: also hash a file of weights above 1 GiB; otherwise only its size is compared.
 
     Raises:
         BadInput: the encoder has no graph, or parts of the graph are in other files.
@@ -212,7 +218,7 @@ def check_bundle_graph(bundle: Path, manifest: Manifest) -> None:
             f"{graph} has sha256 {actual[:12]}…, the manifest says {manifest.sha256[:12]}…; "
             "copy the whole bundle again"
         )
-    check_graph_whole(graph)
+    check_graph_whole(graph, whole)
 
 
 def probe_tile(size_px: int) -> NDArray[np.uint8]:

@@ -1,8 +1,10 @@
-"""Detects ONNX graphs with weights in other files, without the package ``onnx``.
+"""Checks the weights that an ONNX graph has in other files, without the package ``onnx``.
 
 A graph may name a file from which a runtime reads a tensor's bytes (external data): relative to the graph,
-relative to the working directory, or absolute. The graph's checksum does not cover such a file. The file's
-format is Protocol Buffers: numbered fields with their length, which can be nested (onnx.proto, ONNX 1.20).
+relative to the working directory, or absolute. The graph's checksum does not cover such a file. One file is
+accepted: ``<graph>.data`` beside the graph, whose checksum and size the graph itself states, as our export
+writes graphs above 2 GB. So the graph's checksum covers it, too. The graph's format is Protocol Buffers:
+numbered fields with their length, which can be nested (onnx.proto, ONNX 1.20).
 """
 
 from __future__ import annotations
@@ -10,6 +12,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from ..errors import BadInput, Damaged
+from .files import sha256_file
 
 _NESTED: dict[str, dict[int, str]] = {
     "model": {7: "graph", 20: "training", 25: "function"},
@@ -22,28 +25,48 @@ _NESTED: dict[str, dict[int, str]] = {
 }
 """For each message type, the numbers of its nested message fields and their types."""
 
-_EXTERNAL, _LOCATION, _NAME = 13, 14, 8
+_EXTERNAL, _LOCATION, _NAME, _PROPERTIES = 13, 14, 8, 14
 _VARINT, _BYTES = 0, 2
 _FIXED_SIZES = {1: 8, 5: 4}
 _DEEPEST = 64
 
 
-def check_graph_whole(path: Path) -> None:
-    """Refuse a graph with parts in other files.
+DATA = ".data"
+"""Ending that the name of the file with a large graph's weights adds to the graph's."""
+DATA_SHA256, DATA_BYTES = "histoseek_data_sha256", "histoseek_data_bytes"
+"""Properties of a graph that state the checksum and size of the file with its weights."""
+HASHED = 2**30
+"""A file of weights up to this size is hashed whenever it is opened; larger ones by a whole check."""
+
+
+def data_file(path: Path) -> Path | None:
+    """Return the file that has a graph's weights, or None if the graph has them itself."""
+    file = path.with_name(path.name + DATA)
+    return file if file.is_file() else None
+
+
+def check_graph_whole(path: Path, whole: bool = False) -> None:
+    """Refuse a graph with parts in files that its checksum does not cover.
+
+    Args:
+        path: of the graph.
+        whole: also hash a file of weights above :data:`HASHED`; otherwise its size is compared.
 
     Raises:
         BadInput: the graph has external data; the message names the tensor and the file.
-        Damaged: the file is not an ONNX graph.
+        Damaged: the file is not an ONNX graph, or its file of weights is missing or changed.
     """
     blob = memoryview(path.read_bytes())
     todo = [("model", blob, 0)]
+    found: list[tuple[str, str]] = []
     try:
+        properties = _properties(blob)
         while todo:
             kind, message, depth = todo.pop()
             if depth > _DEEPEST:
                 raise ValueError(f"it has more than {_DEEPEST} nested levels")
             if kind == "tensor":
-                _check_tensor(message, path)
+                found += _external(message)
                 continue
             nested = _NESTED[kind]
             for number, value in _fields(message):
@@ -53,9 +76,41 @@ def check_graph_whole(path: Path) -> None:
         raise Damaged(
             f"{path} is not a complete ONNX graph ({error}); copy the bundle again"
         ) from error
+    own = path.name + DATA
+    for tensor, file in found:
+        if file != own or DATA_SHA256 not in properties:
+            raise BadInput(
+                f"{path} reads the tensor {tensor!r} from the file {file!r} (external data), which its "
+                "checksum does not cover; expected all weights in the graph: save it as one file, and "
+                "export the bundle again"
+            )
+    if found:
+        _check_data(path.with_name(own), properties, whole)
 
 
-def _check_tensor(message: memoryview, path: Path) -> None:
+def _check_data(file: Path, properties: dict[str, str], whole: bool) -> None:
+    if file.is_symlink() or not file.is_file():
+        raise Damaged(f"{file} with the graph's weights is missing; copy the whole bundle again")
+    size = file.stat().st_size
+    wrong = str(size) != properties.get(DATA_BYTES)
+    if not wrong and (whole or size <= HASHED):
+        wrong = sha256_file(file) != properties[DATA_SHA256]
+    if wrong:
+        raise Damaged(f"{file} is not the file that the graph states; copy the whole bundle again")
+
+
+def _properties(model: memoryview) -> dict[str, str]:
+    entries = [value for number, value in _fields(model) if number == _PROPERTIES]
+    pairs = [
+        {n: _text(v) for n, v in _fields(entry) if isinstance(v, memoryview)}
+        for entry in entries
+        if isinstance(entry, memoryview)
+    ]
+    return {pair.get(1, ""): pair.get(2, "") for pair in pairs}
+
+
+def _external(message: memoryview) -> list[tuple[str, str]]:
+    """Return name and file of a tensor if it is in another file."""
     name, entries, external = "", [], False
     for number, value in _fields(message):
         if number == _NAME and isinstance(value, memoryview):
@@ -65,13 +120,9 @@ def _check_tensor(message: memoryview, path: Path) -> None:
         elif number == _EXTERNAL and isinstance(value, memoryview):
             pair = {n: _text(v) for n, v in _fields(value) if isinstance(v, memoryview)}
             entries.append((pair.get(1, ""), pair.get(2, "")))
-    if external or entries:
-        file = dict(entries).get("location", "another file")
-        raise BadInput(
-            f"{path} reads the tensor {name!r} from the file {file!r} (external data), which its checksum "
-            "does not cover; expected all weights in the graph: save it as one file, and export the "
-            "bundle again"
-        )
+    if not external and not entries:
+        return []
+    return [(name, dict(entries).get("location", "another file"))]
 
 
 def _text(value: memoryview) -> str:

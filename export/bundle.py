@@ -23,7 +23,15 @@ from ..artifacts.tileset_files import open_tiles
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Damaged
 from .card import model_card
-from .onnx_graph import OPSET, TOGETHER, Graph, check_parity, measure_parity, to_onnx
+from .onnx_graph import (
+    LARGEST_FILE,
+    OPSET,
+    TOGETHER,
+    Graph,
+    check_parity,
+    measure_parity,
+    save_onnx,
+)
 from .options import ExportOptions
 
 Build = Callable[..., Any]
@@ -143,7 +151,12 @@ def encoder_name(options: ExportOptions, out: Path) -> str:
 
 
 def write_graph(
-    folder: Path, graph: Graph, size_px: int, tiles: NDArray[np.uint8], together: int = TOGETHER
+    folder: Path,
+    graph: Graph,
+    size_px: int,
+    tiles: NDArray[np.uint8],
+    together: int = TOGETHER,
+    largest: int = LARGEST_FILE,
 ) -> tuple[str, dict[str, Any]]:
     """Write a graph and its parity test to a bundle's folder; returns its sha256 and the test's numbers.
 
@@ -153,11 +166,12 @@ def write_graph(
         size_px: side of a tile.
         tiles: uint8 (N, S, S, 3), for the parity test.
         together: size of the parity test's batch.
+        largest: largest weights in bytes that the graph holds itself.
 
     Raises:
         Mismatch: a difference in the parity test exceeds its bound.
     """
-    write_atomic(folder / GRAPH, to_onnx(graph, size_px))
+    save_onnx(graph, size_px, folder / GRAPH, largest)
     onnx.checker.check_model(str(folder / GRAPH), full_check=True)
     parity = measure_parity(graph, folder / GRAPH, tiles, together)
     check_parity(parity)

@@ -20,14 +20,12 @@ from ..errors import BadInput
 from .bundle import encoder_name, write_graph
 from .checkpoints import Loaded, load, read_checkpoint
 from .nets.vit import VitEncoder
-from .onnx_graph import OPSET, Graph
+from .onnx_graph import LARGEST_FILE, OPSET, Graph
 from .options import NOT_STATED, ExportOptions
 from .published import PUBLISHED, Published
 
 FEW = 8
 """Tiles of the parity test, and its batch: a large network computes about one tile per second."""
-LARGEST_GRAPH = 2**31 - 2**20
-"""Maximum size of a graph in one file, in bytes (Protocol Buffers end at 2 GiB)."""
 
 
 def find_published(name: str) -> Published:
@@ -53,11 +51,6 @@ def build_published(known: Published, depth: int | None = None) -> nn.Module:
         return VitEncoder(shape, known.pool).eval()
 
 
-def bytes_of(net: nn.Module) -> int:
-    """Return the size of a network's weights in float32."""
-    return 4 * sum(parameter.numel() for parameter in net.parameters())
-
-
 def describe(name: str, known: Published) -> dict[str, Any]:
     """Return what a user needs to choose an encoder, ready for JSON; multiply-adds (``macs``) per tile."""
     shape, net = known.shape, build_published(known)
@@ -70,7 +63,6 @@ def describe(name: str, known: Published) -> dict[str, Any]:
         "licence": known.licence,
         "gated": known.gated,
         "parameters": sum(p.numel() for p in net.parameters()),
-        "too_large": bytes_of(net) > LARGEST_GRAPH,
         "dim": known.dim,
         "size_px": shape.size_px,
         "mpp": known.mpp,
@@ -86,6 +78,7 @@ def export_checkpoint(
     options: ExportOptions,
     tileset: TileSet | None = None,
     depth: int | None = None,
+    largest: int = LARGEST_FILE,
 ) -> Manifest:
     """Export the checkpoint of a published encoder as a bundle.
 
@@ -95,6 +88,7 @@ def export_checkpoint(
         options: options of the graph and the manifest; ``published`` names the encoder.
         tileset: tiles for the parity test; without them, a pattern and noise.
         depth: number of blocks, if not that of the published encoder (for tests).
+        largest: largest weights in bytes that the graph holds itself; above, they are in a file beside it.
 
     Returns:
         The bundle's manifest.
@@ -110,11 +104,6 @@ def export_checkpoint(
     _check_options(options)
     name = encoder_name(options, out)
     net: Any = build_published(known, depth)
-    if bytes_of(net) > LARGEST_GRAPH:
-        raise BadInput(
-            f"{options.published} has {bytes_of(net) / 1e9:.1f} GB of weights; a graph of more than 2 GB "
-            "is not supported yet"
-        )
     report = load(net, read_checkpoint(checkpoint), str(checkpoint))
     mean, std = known.colours
     graph = Graph(net, mean, std, views=options.views)
@@ -122,7 +111,7 @@ def export_checkpoint(
     tiles = sample_tiles(tileset, size_px, FEW) if tileset else made_tiles(size_px)
     record = _record(checkpoint, options.published or "", known, report, tileset is None)
     with files.publish_folder(out) as folder:
-        sha256, parity = write_graph(folder, graph, size_px, tiles, FEW)
+        sha256, parity = write_graph(folder, graph, size_px, tiles, FEW, largest)
         manifest = _manifest(name, known, record, sha256, options)
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / CHECKPOINT, record)

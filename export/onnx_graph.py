@@ -8,20 +8,26 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import onnx
 import torch
 from numpy.typing import NDArray
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
+from ..artifacts.files import sha256_file, write_atomic
 from ..artifacts.manifest import INPUT, OOD_ANGLE, OUTPUT
+from ..artifacts.onnx_files import DATA, DATA_BYTES, DATA_SHA256
 from ..errors import BadInput, Mismatch, need
 from ..metrics import cosine_error
 
 OPSET = 18
 """ONNX opset; ONNX Runtime 1.24 (Triton 26.04) and much older versions load it."""
 
+LARGEST_FILE = 2**31 - 2**24
+"""Largest weights in bytes that a graph holds itself: Protocol Buffers end at 2 GiB."""
 VIEWS = (1, 2, 4, 8)
 LARGEST_FOLDED = 2**16
 """Constants of up to this many values are computed when the graph is written; larger ones stay compact."""
@@ -101,6 +107,33 @@ class Graph(nn.Module):
 
 def to_onnx(graph: Graph, size_px: int) -> bytes:
     """Export to ONNX with the batch as the only dynamic axis; returns the serialised model."""
+    model = _cleaned(_program(graph, size_px).model_proto)
+    blob: bytes = model.SerializeToString()
+    return blob
+
+
+def save_onnx(graph: Graph, size_px: int, path: Path, largest: int = LARGEST_FILE) -> None:
+    """Export to an ONNX file.
+
+    If the weights have more than ``largest`` bytes, they go to ``<path>.data``, whose sha256 and size the
+    graph states.
+    """
+    weights = 4 * sum(parameter.numel() for parameter in graph.parameters())
+    if weights <= largest:
+        write_atomic(path, to_onnx(graph, size_px))
+        return
+    _program(graph, size_px).save(str(path), external_data=True)
+    model = _cleaned(onnx.load(path, load_external_data=False))
+    data = path.with_name(path.name + DATA)
+    for key, value in (
+        (DATA_SHA256, sha256_file(data)),
+        (DATA_BYTES, str(data.stat().st_size)),
+    ):
+        model.metadata_props.add(key=key, value=value)
+    write_atomic(path, model.SerializeToString())
+
+
+def _program(graph: Graph, size_px: int) -> Any:
     example = torch.zeros(2, size_px, size_px, 3, dtype=torch.uint8)
     graph.eval()
     quiet = logging.getLogger("torch.onnx")
@@ -120,15 +153,18 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
     # up to 8,192 values.
     optimize_ir(program.model, input_size_limit=LARGEST_FOLDED)
     program.optimize()
-    model = program.model_proto
-    for node in model.graph.node:  # these fields have stack traces with local paths
+    return program
+
+
+def _cleaned(model: Any) -> Any:
+    """Return the model without stack traces, which have local paths."""
+    for node in model.graph.node:
         node.ClearField("metadata_props")
         node.ClearField("doc_string")
     values = (*model.graph.value_info, *model.graph.input, *model.graph.output)
     for part in (*values, model.graph, model):
         part.ClearField("metadata_props")
-    blob: bytes = model.SerializeToString()
-    return blob
+    return model
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from numpy.typing import NDArray
 from ..artifacts import manifest as keys
 from ..artifacts.files import publish_folder, read_json, write_atomic, write_json
 from ..artifacts.manifest import GRAPH, INPUT, OUTPUT, Manifest, probe_tile, read_manifest
+from ..artifacts.onnx_files import data_file
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Mismatch, need
 from ..metrics import cosine_error
@@ -83,12 +85,17 @@ def write_repository(
             raise BadInput(
                 f"two models would have the name {name!r}; export one bundle with another --name"
             )
+    large = [m.name for b, m in zip(bundles, manifests, strict=True) if data_file(b / GRAPH)]
+    if options.fp16 and large:
+        raise BadInput(f"--fp16 does not take {large[0]} yet: it has more than 2 GB of weights")
     written = []
     for bundle, manifest in zip(bundles, manifests, strict=True):
-        blob = (bundle / GRAPH).read_bytes()
+        blob, data = (bundle / GRAPH).read_bytes(), data_file(bundle / GRAPH)
         probes = _probes(manifest, tiles)
-        embeddings = _run(blob, probes)
-        written.append(_write_model(out, manifest.name, manifest, blob, embeddings, options))
+        embeddings = _run(str(bundle / GRAPH), probes)
+        written.append(
+            _write_model(out, manifest.name, manifest, blob, embeddings, options, data=data)
+        )
         if options.fp16:
             from .half_precision import to_fp16
 
@@ -111,12 +118,12 @@ def _probes(manifest: Manifest, tiles: TileSet | None) -> NDArray[np.uint8]:
     return np.stack([np.roll(probe, 17 * n, n % 2) for n in range(16)])
 
 
-def _run(blob: bytes, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _run(model: bytes | str, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     onnxruntime = need("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    session = onnxruntime.InferenceSession(blob, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     parts = [session.run([OUTPUT], {INPUT: tile[None]})[0] for tile in tiles]
     return np.concatenate(parts)
 
@@ -130,6 +137,7 @@ def _write_model(
     options: TritonOptions,
     precision: str = "fp32",
     error: float = 0.0,
+    data: Path | None = None,
 ) -> Written:
     folder = out / name
     versions = _versions(folder)
@@ -145,6 +153,8 @@ def _write_model(
         }
         with publish_folder(folder / str(version)) as new:
             (new / MODEL).write_bytes(blob)
+            if data is not None:
+                shutil.copyfile(data, new / data.name)
             write_json(new / ABOUT, about)
         versions[version] = about
     text = config(name, manifest, _parameters(versions), options)

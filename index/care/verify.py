@@ -68,7 +68,7 @@ def problems(atlas: OpenAtlas) -> list[Problem]:
     found = _database(atlas)
     try:
         if not atlas.manifest.external:
-            check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
+            check_bundle_graph(atlas.encoder_bundle, atlas.manifest, whole=True)
     except HistoseekError as error:
         found.append(Problem(str(error)))
     for check in (_slides, _placements, _files, _index, _map, _audit):

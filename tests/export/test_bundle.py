@@ -202,9 +202,9 @@ def test_clusters_found_in_training_are_those_of_the_atlas(tile_folder, tmp_path
 def test_a_graph_that_is_not_the_net_is_refused_and_nothing_is_written(
     run, tile_folder, tmp_path, monkeypatch
 ):
-    from histoseek.export import bundle
+    from histoseek.export import onnx_graph
 
-    real = bundle.to_onnx
+    real = onnx_graph.to_onnx
 
     def other_net(graph, size_px):
         with torch.no_grad():
@@ -213,7 +213,7 @@ def test_a_graph_that_is_not_the_net_is_refused_and_nothing_is_written(
             graph.encoder.head.weight[0] /= 1.01
         return blob
 
-    monkeypatch.setattr(bundle, "to_onnx", other_net)
+    monkeypatch.setattr(onnx_graph, "to_onnx", other_net)
     with pytest.raises(Mismatch, match="max_abs is .* expected at most 1e-04"):
         export_run(run, tmp_path / "b", open_tiles(tile_folder), build)
     assert list(tmp_path.iterdir()) == []

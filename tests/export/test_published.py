@@ -1,8 +1,10 @@
 """Checkpoints of published encoders: every naming convention, strict loading, bundles."""
 
 import json
+import shutil
 
 import numpy as np
+import onnxruntime
 import pytest
 import torch
 from checkpoints import (
@@ -19,14 +21,22 @@ from checkpoints import (
 from safetensors.torch import save_file
 from schedule import DEEP
 
-from histoseek.artifacts.manifest import CARD, CHECKPOINT, read_manifest
+from histoseek.artifacts.manifest import (
+    CARD,
+    CHECKPOINT,
+    GRAPH,
+    check_bundle_graph,
+    read_manifest,
+)
 from histoseek.errors import BadInput, Damaged
 from histoseek.export.checkpoints import load, read_checkpoint
 from histoseek.export.from_checkpoint import build_published, export_checkpoint, made_tiles
 from histoseek.export.nets.vit import VitEncoder, VitShape
 from histoseek.export.onnx_graph import Graph
-from histoseek.export.options import ExportOptions
+from histoseek.export.options import ExportOptions, TritonOptions
 from histoseek.export.published import PUBLISHED
+from histoseek.export.triton import write_repository
+from histoseek.index.atlas import Atlas
 from histoseek.serving.encoders.onnx import OnnxEncoder
 
 TINY = VitShape(14, 32, 2, 2, 64, size_px=56)
@@ -172,10 +182,58 @@ def test_pooling_can_be_chosen_and_is_recorded(tmp_path, cli_json, cli):
     assert listed["uni"]["parameters"] == 303_350_784 and listed["uni"]["gated"]
 
 
-def test_more_than_two_gigabytes_are_refused_for_now(tmp_path):
-    torch.save({"a": torch.zeros(1)}, tmp_path / "a.bin")
-    with pytest.raises(BadInput, match=r"has 4\.5 GB of weights"):
-        export_checkpoint(
-            tmp_path / "a.bin", tmp_path / "b", ExportOptions(published="h-optimus-0")
-        )
-    assert not (tmp_path / "b").exists()
+@pytest.fixture(scope="module")
+def in_two_files(tmp_path_factory):
+    """A bundle whose weights are in a file of their own, as those above 2 GB are; and its network."""
+    folder = tmp_path_factory.mktemp("large")
+    net = seeded(build_published(PUBLISHED["lunit-s16"], depth=1))
+    torch.save(timm(net), folder / "net.bin")
+    options = ExportOptions(published="lunit-s16")
+    export_checkpoint(folder / "net.bin", folder / "bundle", options, depth=1, largest=10**6)
+    return folder / "bundle", net
+
+
+def test_weights_in_a_second_file_embed_the_same_and_go_where_the_bundle_goes(
+    in_two_files, tmp_path, cli
+):
+    bundle, net = in_two_files
+    assert (bundle / GRAPH).stat().st_size < 10**6 < (bundle / f"{GRAPH}.data").stat().st_size
+    tiles = made_tiles(224, 3)
+    with torch.inference_mode():
+        wanted = Graph(net, *PUBLISHED["lunit-s16"].colours)(torch.from_numpy(tiles)).numpy()
+    Atlas.create(tmp_path / "atlas", bundle)
+    cli("index", "snapshot", tmp_path / "atlas", "--out", tmp_path / "copy", check=True)
+    for place in (bundle, tmp_path / "copy" / "encoder"):
+        for engine in ("onnxruntime", "openvino"):
+            encoder = OnnxEncoder(place, engine=engine)
+            np.testing.assert_allclose(encoder.embed(tiles), wanted, atol=1e-4)
+            encoder.close()
+    write_repository([bundle], tmp_path / "models", TritonOptions())
+    served = tmp_path / "models" / "bundle" / "1"
+    session = onnxruntime.InferenceSession(served / "model.onnx")
+    np.testing.assert_allclose(session.run(None, {"tiles": tiles})[0], wanted, atol=1e-5)
+    with pytest.raises(BadInput, match="--fp16 does not take bundle yet"):
+        write_repository([bundle], tmp_path / "half", TritonOptions(fp16=True))
+
+
+def test_a_second_file_that_is_changed_or_missing_is_refused(in_two_files, tmp_path, monkeypatch):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(in_two_files[0], bundle)
+    data = bundle / f"{GRAPH}.data"
+    whole = data.read_bytes()
+    data.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(Damaged, match="is not the file that the graph states"):
+        read_manifest(bundle)
+    monkeypatch.setattr("histoseek.artifacts.onnx_files.HASHED", 10**6)
+    manifest = read_manifest(bundle)  # of a large file only the size is compared
+    with pytest.raises(Damaged, match="is not the file that the graph states"):
+        check_bundle_graph(bundle, manifest, whole=True)
+    data.write_bytes(whole[:-1])
+    with pytest.raises(Damaged, match="is not the file that the graph states"):
+        read_manifest(bundle)
+    data.unlink()
+    with pytest.raises(Damaged, match="is missing"):
+        read_manifest(bundle)
+    data.symlink_to(in_two_files[0] / f"{GRAPH}.data")
+    with pytest.raises(BadInput, match="is a link"):
+        read_manifest(bundle)

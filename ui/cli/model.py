@@ -213,7 +213,7 @@ def show_published() -> None:
             [
                 (
                     row["name"],
-                    f"{row['parameters'] / 1e6:.0f}" + (" (too large)" if row["too_large"] else ""),
+                    f"{row['parameters'] / 1e6:.0f}",
                     row["dim"], row["mpp"] or "–",
                     f"{row['macs'] / 1e9:.1f}", "yes" if row["gated"] else "no",
                     row["licence"],
