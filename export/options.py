@@ -16,12 +16,6 @@ class ExportOptions:
     """Options of the export of a run or a checkpoint; each is a flag of ``histoseek export``."""
 
     # fmt: off
-    published: Annotated[str | None,
-        Field(description="Name of the published encoder whose checkpoint is exported; `histoseek export "
-        "--list` shows all names."), Flag("--as")] = None
-    pool: Annotated[Literal["cls", "cls+mean", "mean"] | None,
-        Field(description="Tokens that form the embedding: the class token, the mean of the patches or "
-        "both side by side. Default with --as: as the authors do.")] = None
     name: Annotated[str | None,
         Field(description="Name of the encoder. Default: the name of the folder --out.")] = None
     mpp: Annotated[float | None,
@@ -38,6 +32,12 @@ class ExportOptions:
         Field(description="Number of orientations of a tile whose embeddings are averaged: 1 (as it is), "
         "2 (and turned by 180 degrees), 4 (all quarter turns) or 8 (those, and mirrored). Embedding "
         "takes that many times as long.")] = 1
+    published: Annotated[str | None,
+        Field(description="Name of the published encoder whose checkpoint is exported; `histoseek export "
+        "--list` shows all names."), Flag("--as")] = None
+    pool: Annotated[Literal["cls", "cls+mean", "mean"] | None,
+        Field(description="Tokens that form the embedding: the class token, the mean of the patches or "
+        "both side by side. Default with --as: as the authors do.")] = None
     mean: Annotated[str | None,
         Field(description="For an .onnx file: mean of red, green and blue in 0..1, such as "
         "0.485,0.456,0.406.")] = None
