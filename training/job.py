@@ -25,6 +25,7 @@ from .checkpoint import load_backbone
 from .data import LabelledTiles, Split, describe, describe_split, load, split
 from .distributed import release_norms, synchronise_norms
 from .evaluate import judge, normalise, to_input
+from .memory import keep_freed_memory
 from .models import Encoder, build
 from .options import TrainingOptions
 from .run import RunFolder
@@ -86,6 +87,8 @@ class Job:
         """Start the devices, read and split the tiles, and seed torch for the weights."""
         self.fabric, self._scaler = open_fabric(self.options)
         self.fabric.launch()
+        if self.fabric.device.type == "cpu":
+            keep_freed_memory()
         started = int(os.environ.get("WORLD_SIZE", "1"))
         if started != self.fabric.world_size:
             raise BadInput(

@@ -1,4 +1,4 @@
-"""Keep freed memory in the process, so that training on a CPU does not ask the kernel for it in every step."""
+"""Keep freed memory in the process, so that training on a CPU does not ask the kernel for it again."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ _MMAP_MAX, _TRIM_THRESHOLD = -4, -1
 def keep_freed_memory() -> bool:
     """Let glibc keep freed memory; returns whether it could be told.
 
-    By default, glibc maps every large tensor anew and gives it back when it is freed. The kernel then clears
-    all its pages in every step. The process's memory stays at its highest use until it ends.
+    By default, glibc maps every large tensor anew and gives it back when it is freed, and the kernel clears
+    its pages each time. With this, the process's memory stays at its highest use until it ends.
     """
     try:
         mallopt = ctypes.CDLL(None).mallopt

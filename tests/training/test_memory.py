@@ -1,0 +1,29 @@
+"""Freed memory stays in a training process on a CPU."""
+
+import subprocess
+import sys
+
+CODE = """
+import sys
+from pathlib import Path
+import numpy as np
+from histoseek.training.memory import keep_freed_memory
+if sys.argv[1] == "keep":
+    assert keep_freed_memory()
+resident = lambda: int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+before = resident()
+large = np.ones(2**24)
+del large
+print(resident() - before)
+"""
+
+
+def kept(how):
+    done = subprocess.run(
+        [sys.executable, "-c", CODE, how], capture_output=True, text=True, check=True
+    )
+    return int(done.stdout)
+
+
+def test_large_arrays_are_kept_when_they_are_freed():
+    assert kept("keep") > 100e6 > 20e6 > kept("give back")
