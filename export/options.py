@@ -58,6 +58,25 @@ class ExportOptions:
                 f"--whiten is {self.whiten}, but it scales the components of --pca; pass --pca too"
             )
 
+    def only_for(self, source: str, *used: str) -> None:
+        """Refuse options that the export of a kind of source does not use.
+
+        Args:
+            source: the kind, for the message.
+            used: names of the options that it uses besides those that all use.
+
+        Raises:
+            BadInput: another option is set.
+        """
+        special = {
+            "published": "--as", "pool": "--pool", "mean": "--mean", "std": "--std",
+            "layout": "--layout", "pca": "--pca", "whiten": "--whiten", "views": "--views",
+        }  # fmt: skip
+        plain = ExportOptions()
+        for name, flag in special.items():
+            if name not in used and getattr(self, name) != getattr(plain, name):
+                raise BadInput(f"{flag} is not for {source}; leave it out")
+
 
 @options
 class TritonOptions:

@@ -51,7 +51,6 @@ SLIDES = {
     "CMU-1 (Aperio, skin)": ("wsi_regions.tar", "CMU-1-Small-Region.svs", 1, "CMU-1"),
     "OS-1 (Hamamatsu, H&E)": ("formats.tar", "OS-1-detail.ome.tif", 1, "openslide_os"),
     "OS-2 (Hamamatsu, Ki67)": ("formats.tar", "OS-2-ndpi.ome.tif", 1, "openslide_os"),
-    "OS-2 (Olympus, Ki67)": ("formats.tar", "OS-2-vsi.ome.tif", 1, "openslide_os"),
     "HistoPrep (prostate)": ("wsi_regions.tar", "histoprep_slide.jpeg", 1, "hp1"),
     "HistoPrep, level 1": ("wsi_regions.tar", "histoprep_slide.jpeg", 2, "hp1"),
     "CMU-1, level 1": ("wsi_regions.tar", "CMU-1-Small-Region.svs", 2, "CMU-1"),

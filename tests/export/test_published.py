@@ -177,6 +177,9 @@ def test_pooling_can_be_chosen_and_is_recorded(tmp_path, cli_json, cli):
     assert record["pool"] == "cls+mean" and record["checkpoint"]["convention"] == "timm"
     refused = cli("export", path, "--out", tmp_path / "c")
     assert refused.returncode == 1 and "name its encoder by --as" in refused.stderr
+    for flag, value in (("--mean", "0.5,0.5,0.5"), ("--layout", "nhwc"), ("--pca", 0.9)):
+        refused = cli("export", path, "--out", tmp_path / "c", "--as", "lunit-s16", flag, value)
+        assert f"{flag} is not for a checkpoint" in refused.stderr
     listed = {row["name"]: row for row in cli_json("export", "--list")}
     assert listed.keys() == PUBLISHED.keys()
     assert listed["uni"]["parameters"] == 303_350_784 and listed["uni"]["gated"]

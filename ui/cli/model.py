@@ -155,6 +155,11 @@ def export(
         raise BadInput("expected `histoseek export SOURCE --out BUNDLE`, or --list")
     manifest = (_export_file if source.is_file() else _export_run)(source, out, options, tiles)
     document = {"bundle": str(out), **manifest.model_dump()}
+    known = manifest.training.get("published")
+    if known:
+        from ...export.published import PUBLISHED
+
+        document["unconfirmed"] = PUBLISHED[known].unconfirmed
     console.emit(
         document,
         lambda: console.say(
@@ -169,8 +174,7 @@ def _export_run(run: Path, out: Path, options: ExportOptions, tiles: Path | None
     from ...training.layouts import open_data
     from ...training.models import build
 
-    if options.published or options.pool:
-        raise BadInput(f"--as and --pool are for a checkpoint file; {run} is no file")
+    options.only_for("a run", "pca", "whiten", "views")
     data = parity_tiles(run, tiles, open_data)
     with console.working("exporting and testing parity"):
         return export_run(run, out, data, build, options)
@@ -185,12 +189,14 @@ def _export_file(
 
     data = open_data(tiles) if tiles else None
     if checkpoint.suffix == ".onnx":
+        options.only_for("an .onnx file", "mean", "std", "layout", "pool")
         with console.working("exporting and testing parity"):
             return export_onnx(checkpoint, out, options, data)
     if not options.published:
         raise BadInput(
             f"{checkpoint} is a file: name its encoder by --as; `histoseek export --list` shows all names"
         )
+    options.only_for("a checkpoint", "published", "pool", "views")
     known = find_published(options.published)
     if known.unconfirmed:
         console.say(f"{options.published}: no source confirmed {known.unconfirmed}")
