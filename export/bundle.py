@@ -117,6 +117,7 @@ def export_run(
         Mismatch: a difference in the parity test exceeds its bound; nothing is written.
     """
     options = options or ExportOptions()
+    options.only_for("a run", "pca", "whiten", "views")
     name = encoder_name(options, out)
     notes = files.read_text(options.notes) if options.notes else ""
     record, encoder, fitted = load_run(run, build)

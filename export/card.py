@@ -16,29 +16,13 @@ def model_card(
 ) -> str:
     """Return the card as Markdown; all numbers come from the run's record or the parity test."""
     data, split = record["data"], record["split"]
-    mpp = f"{manifest.mpp} µm per pixel" if manifest.mpp else "not stated"
     excluded = "; ".join(data.get("selection", {}).get("exclude", []))
     measured = (
         "held-out tiles" if split["held_out_tiles"] else "training tiles (nothing was held out)"
     )
+    recipe = f"| recipe | `{record['recipe']}` ({record['paper']}) |"
     lines = [
-        f"# {manifest.name}",
-        "",
-        f"A {manifest.arch} encoder: {manifest.size_px} x {manifest.size_px} RGB tiles to "
-        f"{manifest.dim}-dimensional embeddings of length 1, which are compared by cosine similarity."
-        + (f" {GATE}" if manifest.tissue_gate else ""),
-        "",
-        "**For research only.** Similarity is no diagnosis.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| encoder sha256 | `{manifest.sha256}` |",
-        f"| slides are read at | {mpp} |",
-        f"| views averaged in the graph | {manifest.views} |",
-        f"| recipe | `{record['recipe']}` ({record['paper']}) |",
-        f"| licence of the weights | {manifest.licence} |",
-        f"| opset | {manifest.opset} |",
-        "",
+        *card_head(manifest, f"A {manifest.arch} encoder", recipe),
         "## Training data",
         f"{data['name']}: {data['tiles']} tiles, {len(data['classes'])} classes, "
         f"{data['groups'] or 'no'} groups; {len(data['unreadable'])} unreadable tiles left out. "
@@ -64,6 +48,36 @@ def model_card(
         "",
     ]
     return "\n".join([*lines, notes.strip(), ""]) if notes.strip() else "\n".join(lines)
+
+
+def card_head(manifest: Manifest, what: str, *rows: str) -> list[str]:
+    """Return the first lines of every card: what the encoder is, and the table of its manifest.
+
+    Args:
+        manifest: of the encoder.
+        what: where it comes from; the first words of the card.
+        rows: further rows of the table.
+    """
+    mpp = f"{manifest.mpp} µm per pixel" if manifest.mpp else "not stated; pass --mpp to `embed`"
+    return [
+        f"# {manifest.name}",
+        "",
+        f"{what}: {manifest.size_px} x {manifest.size_px} RGB tiles to {manifest.dim}-dimensional "
+        "embeddings of length 1, which are compared by cosine similarity."
+        + (f" {GATE}" if manifest.tissue_gate else ""),
+        "",
+        "**For research only.** Similarity is no diagnosis.",
+        "",
+        "| | |",
+        "|---|---|",
+        f"| encoder sha256 | `{manifest.sha256}` |",
+        f"| slides are read at | {mpp} |",
+        f"| views averaged in the graph | {manifest.views} |",
+        *rows,
+        f"| licence of the weights | {manifest.licence} |",
+        f"| opset | {manifest.opset} |",
+        "",
+    ]
 
 
 def _tables(metrics: dict[str, Any]) -> list[str]:

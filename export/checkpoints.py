@@ -45,8 +45,11 @@ class Loaded:
     notes: list[str] = field(default_factory=list)
 
 
-def read_checkpoint(path: Path) -> Tensors:
+def read_checkpoint(path: Path) -> tuple[Tensors, list[str]]:
     """Read the tensors of a .safetensors file or of a pickle, and look through wrappers and prefixes.
+
+    Returns:
+        The tensors by name, and what was looked through or left out.
 
     Raises:
         BadInput: the file is missing, or holds other objects than tensors.
@@ -60,7 +63,7 @@ def read_checkpoint(path: Path) -> Tensors:
                 tensors = {key: stored.get_tensor(key) for key in stored.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise Damaged(f"{path} is not a readable .safetensors file ({error})") from error
-        return _without_prefixes(tensors)
+        return _without_prefixes(tensors), []
     try:
         document = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:  # torch raises many kinds
@@ -69,15 +72,17 @@ def read_checkpoint(path: Path) -> Tensors:
             f"{path} is not a pickle of plain tensors ({reason}); a pickle may run code, so no other is "
             "read: convert it to .safetensors"
         ) from error
-    return _without_prefixes(_unwrapped(document, path))
+    tensors, notes = _unwrapped(document, path)
+    return _without_prefixes(tensors), notes
 
 
-def _unwrapped(document: Any, path: Path) -> Tensors:
-    for _ in WRAPPERS:
-        inner = next((document[key] for key in WRAPPERS if _holds(document, key)), None)
-        if inner is None:
-            break
-        document = inner
+def _unwrapped(document: Any, path: Path) -> tuple[Tensors, list[str]]:
+    notes = []
+    while (wrapper := next((key for key in WRAPPERS if _holds(document, key)), None)) is not None:
+        others = sorted(str(key) for key in document if key != wrapper)
+        text = f"read the parameters under {wrapper!r}"
+        notes.append(f"{text}, not {', '.join(others[:NAMED])}" if others else text)
+        document = document[wrapper]
     if not isinstance(document, dict):
         raise BadInput(f"{path} holds a {type(document).__name__}; expected tensors by name")
     tensors = {key: value for key, value in document.items() if isinstance(value, torch.Tensor)}
@@ -86,7 +91,7 @@ def _unwrapped(document: Any, path: Path) -> Tensors:
             f"{path} holds no tensors, but: {', '.join(map(str, list(document)[:NAMED]))}; expected "
             "parameters by name"
         )
-    return tensors
+    return tensors, notes
 
 
 def _holds(document: Any, key: str) -> bool:
@@ -100,9 +105,7 @@ def _without_prefixes(tensors: Tensors) -> Tensors:
         for prefix in PREFIXES:
             kept = {key for key in tensors if not re.fullmatch("|".join(DINO_DROPPED), key)}
             if kept and all(key.startswith(prefix) for key in kept):
-                tensors = {
-                    key.removeprefix(prefix): value for key, value in tensors.items() if key in kept
-                }
+                tensors = {key.removeprefix(prefix): value for key, value in tensors.items()}
                 found = True
     return tensors
 
@@ -118,8 +121,8 @@ def load(net: nn.Module, tensors: Tensors, source: str) -> Loaded:
     Raises:
         BadInput: the naming convention is unknown, or parameters are missing, left over or misshapen.
     """
-    convention, tensors = _recognised(tensors, source)
-    report = Loaded(convention.name)
+    convention, tensors, outside = _recognised(tensors, source)
+    report = Loaded(convention.name, dropped=outside)
     names: dict[str, str] = {}
     renamed: Tensors = {}
     for key, value in tensors.items():
@@ -141,8 +144,9 @@ def load(net: nn.Module, tensors: Tensors, source: str) -> Loaded:
     return report
 
 
-def _recognised(tensors: Tensors, source: str) -> tuple[Convention, Tensors]:
-    candidates = [tensors]
+def _recognised(tensors: Tensors, source: str) -> tuple[Convention, Tensors, list[str]]:
+    """Return the convention, the parameters of the image network, and the names of all others."""
+    candidates = [("", tensors)]
     for prefix in TRUNKS:
         inner = {
             key.removeprefix(prefix): value
@@ -150,11 +154,12 @@ def _recognised(tensors: Tensors, source: str) -> tuple[Convention, Tensors]:
             if key.startswith(prefix)
         }
         if inner:
-            candidates.append(inner)
+            candidates.append((prefix, inner))
     for convention in CONVENTIONS:
-        for candidate in candidates:
+        for prefix, candidate in candidates:
             if any(re.fullmatch(convention.sign, key) for key in candidate):
-                return convention, candidate
+                outside = sorted(key for key in tensors if not key.startswith(prefix))
+                return convention, candidate, outside
     raise BadInput(
         f"{source}: the names of its parameters are of no known convention "
         f"({', '.join(sorted(tensors)[:NAMED])} …); expected those of "

@@ -118,7 +118,7 @@ CONVENTIONS = (
         "timm",
         r"patch_embed\.proj\.weight",
         ((r"blocks\.(\d+)\.(ls[12])\.(?:weight|gamma)", r"blocks.\1.\2.gamma"),),
-        (r"head\.(weight|bias)", r"fc_norm\..+"),
+        (r"head\.(weight|bias)", r"fc_norm\..+", *DINO_DROPPED),
     ),
 )  # fmt: skip
 """In the order in which they are tried: a key of a later one may also be in an earlier one."""

@@ -18,6 +18,7 @@ from ..artifacts.manifest import CARD, CHECKPOINT, MANIFEST, Manifest, probe_til
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput
 from .bundle import encoder_name, write_graph
+from .card import card_head
 from .checkpoints import Loaded, load, read_checkpoint
 from .nets.vit import VitEncoder
 from .onnx_graph import LARGEST_FILE, OPSET, Graph
@@ -55,7 +56,8 @@ def describe(name: str, known: Published) -> dict[str, Any]:
     """Return what a user needs to choose an encoder, ready for JSON; multiply-adds (``macs``) per tile."""
     shape, net = known.shape, build_published(known)
     tokens = shape.prefix + shape.grid**2
-    weights = sum(p.numel() for p in net.parameters() if p.ndim > 1)
+    layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    weights = sum(layer.weight.numel() for layer in layers)
     attention = 2 * shape.depth * tokens**2 * shape.width
     return {
         "name": name,
@@ -98,13 +100,15 @@ def export_checkpoint(
         Damaged: the checkpoint cannot be read.
         Mismatch: a difference in the parity test exceeds its bound; nothing is written.
     """
+    options.only_for("a checkpoint", "published", "pool", "views")
     known = find_published(options.published or "")
     if options.pool:
         known = replace(known, pool=options.pool)
-    _check_options(options)
     name = encoder_name(options, out)
     net: Any = build_published(known, depth)
-    report = load(net, read_checkpoint(checkpoint), str(checkpoint))
+    tensors, notes = read_checkpoint(checkpoint)
+    report = load(net, tensors, str(checkpoint))
+    report.notes[:0] = notes
     mean, std = known.colours
     graph = Graph(net, mean, std, views=options.views)
     size_px = known.shape.size_px
@@ -115,8 +119,8 @@ def export_checkpoint(
         manifest = _manifest(name, known, record, sha256, options)
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / CHECKPOINT, record)
-        notes = files.read_text(options.notes) if options.notes else ""
-        write_atomic(folder / CARD, _card(manifest, record, parity, notes))
+        text = files.read_text(options.notes) if options.notes else ""
+        write_atomic(folder / CARD, _card(manifest, record, parity, text))
     return manifest
 
 
@@ -130,11 +134,6 @@ def made_tiles(size_px: int, count: int = FEW) -> NDArray[np.uint8]:
         steps = -(-size_px // side)
         tiles.append(np.kron(small, np.ones((steps, steps, 1), np.uint8))[:size_px, :size_px])
     return np.stack(tiles)
-
-
-def _check_options(options: ExportOptions) -> None:
-    if options.pca is not None:
-        raise BadInput("--pca needs a run with a fitted PCA; a checkpoint has none")
 
 
 def _record(
@@ -184,26 +183,15 @@ def _manifest(
 
 def _card(manifest: Manifest, record: dict[str, Any], parity: dict[str, Any], notes: str) -> str:
     checkpoint = record["checkpoint"]
-    mpp = f"{manifest.mpp:g} µm per pixel" if manifest.mpp else "not stated; pass --mpp to embed"
-    lines = [
-        f"# {manifest.name}",
-        "",
-        f"The published encoder {record['encoder']} ({record['source']}): {manifest.size_px} x "
-        f"{manifest.size_px} RGB tiles to {manifest.dim}-dimensional embeddings of length 1, which are "
-        "compared by cosine similarity.",
-        "",
-        "**For research only.** Similarity is no diagnosis.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| encoder sha256 | `{manifest.sha256}` |",
+    rows = (
         f"| checkpoint | {checkpoint['file']}, {checkpoint['bytes']:,} bytes, `{checkpoint['sha256']}` |",
         f"| names of its parameters | {checkpoint['convention']} |",
         f"| tokens that form the embedding | {record['pool']} |",
-        f"| slides are read at | {mpp} |",
-        f"| licence of the weights | {manifest.licence} |",
-        f"| opset | {manifest.opset} |",
-        "",
+    )
+    lines = [
+        *card_head(
+            manifest, f"The published encoder {record['encoder']} ({record['source']})", *rows
+        ),
         "An atlas keeps a copy of its encoder: whoever gets the atlas, a snapshot or an image of a server "
         "gets these weights. Check that their licence allows it.",
         "",

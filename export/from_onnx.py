@@ -21,6 +21,7 @@ from ..artifacts.onnx_files import check_graph_whole
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Damaged, need
 from .bundle import encoder_name
+from .card import card_head
 from .from_checkpoint import FEW, made_tiles
 from .onnx_graph import Parity, check_parity, parity_of
 from .options import ExportOptions
@@ -50,9 +51,8 @@ def export_onnx(
         Mismatch: the new graph differs from the given one; nothing is written.
     """
     check_graph_whole(model)
+    options.only_for("an .onnx file", "mean", "std", "layout", "pool")
     mean, std = _colours(options)
-    if options.views != 1 or options.pca is not None:
-        raise BadInput("--views and --pca are for runs, whose network can be changed")
     name = encoder_name(options, out)
     try:
         given = onnx.load(model)
@@ -287,26 +287,13 @@ def _parity(
 
 
 def _card(manifest: Manifest, record: dict[str, Any], parity: Parity, notes: str) -> str:
-    mpp = f"{manifest.mpp:g} µm per pixel" if manifest.mpp else "not stated; pass --mpp to embed"
-    lines = [
-        f"# {manifest.name}",
-        "",
-        f"Made from {record['file']} (`{record['sha256']}`): {manifest.size_px} x {manifest.size_px} RGB "
-        f"tiles to {manifest.dim}-dimensional embeddings of length 1, which are compared by cosine "
-        "similarity.",
-        "",
-        "**For research only.** Similarity is no diagnosis.",
-        "",
-        "| | |",
-        "|---|---|",
-        f"| encoder sha256 | `{manifest.sha256}` |",
+    rows = (
         f"| mean and standard deviation of the colours | {record['mean']}, {record['std']} |",
         f"| layout of the given graph | {record['layout']} |",
         f"| tokens that form the embedding | {record['pool'] or 'the output as it is'} |",
-        f"| slides are read at | {mpp} |",
-        f"| licence of the weights | {manifest.licence} |",
-        f"| opset | {manifest.opset} |",
-        "",
+    )
+    lines = [
+        *card_head(manifest, f"Made from {record['file']} (`{record['sha256']}`)", *rows),
         "## Parity with the given graph",
         f"On {parity.tiles} tiles ({record['parity_tiles']}): largest difference {parity.max_abs:.1e}, "
         f"largest cosine error {parity.max_cosine_error:.1e}.",

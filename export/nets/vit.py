@@ -17,7 +17,6 @@ from ...errors import BadInput
 Mlp = Literal["gelu", "quick_gelu", "swiglu"]
 Positions = Literal["class and patches", "patches", "all"]
 Pool = Literal["cls", "cls+mean", "mean"]
-POOLS: tuple[Pool, ...] = ("cls", "cls+mean", "mean")
 
 
 @dataclass(frozen=True)
@@ -172,12 +171,12 @@ class _Block(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention of tokens (N, T, width); causal if asked for (CLIP's text)."""
+    """Multi-head self-attention of tokens (N, T, width)."""
 
-    def __init__(self, width: int, heads: int, causal: bool = False) -> None:
+    def __init__(self, width: int, heads: int) -> None:
         """Create one map to queries, keys and values, and one of the joined heads."""
         super().__init__()
-        self.heads, self.causal = heads, causal
+        self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
         self.proj = nn.Linear(width, width)
 
@@ -185,7 +184,7 @@ class Attention(nn.Module):
         """Return tokens of the same shape."""
         joined = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = joined.unbind(0)
-        found = nn.functional.scaled_dot_product_attention(query, key, value, is_causal=self.causal)
+        found = nn.functional.scaled_dot_product_attention(query, key, value)
         output: torch.Tensor = self.proj(found.transpose(1, 2).flatten(2))
         return output
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file
 
 from histoseek.export.checkpoints import load
@@ -29,7 +30,6 @@ def sizes(shape):
 
 def model_of(name, shape):
     """The class that reads the encoder's files, with two blocks."""
-    transformers = pytest.importorskip("transformers")
     if name == "phikon":
         config = transformers.ViTConfig(intermediate_size=shape.hidden, **sizes(shape))
         return transformers.ViTModel(config, add_pooling_layer=False)

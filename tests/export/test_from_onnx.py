@@ -102,7 +102,7 @@ def test_the_bundle_embeds_as_the_given_graph(kind, pool, layout, tmp_path):
         ({"kind": "tokens"}, {}, "returns tokens; pass --pool"),
         ({}, {"pool": "cls"}, "returns no tokens"),
         ({"opset": 12}, {}, "has opset 12; expected at least 13"),
-        ({}, {"views": 4}, "--views and --pca are for runs"),
+        ({}, {"views": 4}, "--views is not for an .onnx file"),
     ],
 )
 def test_another_graph_or_a_wrong_option_is_refused(graph, options, message, tmp_path):

@@ -129,16 +129,27 @@ def test_wrappers_prefixes_and_half_precision_are_looked_through(tmp_path):
     net = seeded(VitEncoder(TINY))
     wrapped = {"epoch": 3, "state_dict": {f"module.model.{k}": v for k, v in timm(net).items()}}
     torch.save(wrapped, tmp_path / "a.pth")
-    again, _ = loaded(TINY, read_checkpoint(tmp_path / "a.pth"))
+    again, _ = loaded(TINY, read_checkpoint(tmp_path / "a.pth")[0])
     assert torch.equal(embeddings(again), embeddings(net))
     inside = {f"visual.trunk.{k}": v.half().contiguous() for k, v in timm(net).items()}
     save_file(inside, tmp_path / "b.safetensors")
-    half, _ = loaded(TINY, read_checkpoint(tmp_path / "b.safetensors"))
+    half, _ = loaded(TINY, read_checkpoint(tmp_path / "b.safetensors")[0])
     assert embeddings(half).dtype == torch.float32
     assert torch.allclose(embeddings(half), embeddings(net), atol=1e-2)
-    torch.save(teacher(seeded(VitEncoder(GATED)), chunks=1), tmp_path / "c.pth")
-    _, report = loaded(GATED, read_checkpoint(tmp_path / "c.pth"))
+    trained = teacher(seeded(VitEncoder(GATED)), chunks=1)
+    torch.save({**trained, "student": {}, "epoch": 3}, tmp_path / "c.pth")
+    tensors, notes = read_checkpoint(tmp_path / "c.pth")
+    assert notes == ["read the parameters under 'teacher', not epoch, student"]
+    _, report = loaded(GATED, tensors)
     assert report.notes == ["added the class token's position to the class token"]
+    assert set(report.dropped) == {"mask_token", "dino_head.last_layer.weight"}
+
+
+def test_parameters_outside_the_image_network_are_named():
+    tensors = {f"visual.trunk.{k}": v for k, v in timm(seeded(VitEncoder(TINY))).items()}
+    others = {"text.ln.weight": torch.zeros(2), "visual.head.proj.weight": torch.zeros(2, 2)}
+    _, report = loaded(TINY, {**tensors, **others})
+    assert report.dropped == ["text.ln.weight", "visual.head.proj.weight"]
 
 
 def test_positions_of_another_grid_are_resampled_and_said():
@@ -174,6 +185,7 @@ def test_pooling_can_be_chosen_and_is_recorded(tmp_path, cli_json, cli):
     made = cli_json(*words, "--licence", "made up")
     assert (made["dim"], made["licence"], made["mpp"]) == (768, "made up", 0.5)
     record = json.loads((tmp_path / "b" / CHECKPOINT).read_text())
+    assert made["loaded"] == record
     assert record["pool"] == "cls+mean" and record["checkpoint"]["convention"] == "timm"
     refused = cli("export", path, "--out", tmp_path / "c")
     assert refused.returncode == 1 and "name its encoder by --as" in refused.stderr

@@ -3,6 +3,11 @@
 import subprocess
 import sys
 
+from histoseek.artifacts.tileset_files import open_tiles
+from histoseek.console import no_progress
+from histoseek.training.arcface_options import ArcFaceOptions
+from histoseek.training.job import Job
+
 CODE = """
 import sys
 from pathlib import Path
@@ -27,3 +32,11 @@ def kept(how):
 
 def test_large_arrays_are_kept_when_they_are_freed():
     assert kept("keep") > 100e6 > 20e6 > kept("give back")
+
+
+def test_a_training_keeps_freed_memory(tile_folder, tmp_path, monkeypatch):
+    told = []
+    monkeypatch.setattr("histoseek.training.job.keep_freed_memory", lambda: told.append(True))
+    tiles = open_tiles(tile_folder)
+    Job("arcface", "", ArcFaceOptions(), tiles, tmp_path / "run", no_progress).prepare()
+    assert told == [True]

@@ -7,23 +7,21 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-from PIL import Image
-
 from ... import console
 from ...errors import BadInput, HistoseekError
+from .exchange import FEW
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from ...artifacts.images import Rgb
     from ...index.atlas import Atlas
     from ...serving.slides.slide import Slide
 
 AS_HERE = "read as `embed` reads them"
-FILTERS = {
-    "resized by a bilinear filter": Image.Resampling.BILINEAR,
-    "resized by a bicubic filter": Image.Resampling.BICUBIC,
-}
+FILTERS = {"resized by a bilinear filter": "BILINEAR", "resized by a bicubic filter": "BICUBIC"}
+"""Other ways to resize a tile, and Pillow's name of the filter."""
 MIDDLE = "the middle square at the bundle's scale"
 
 
@@ -39,6 +37,8 @@ def bind(atlas: Path, bundle: Path, slides: list[Path] | None = None, tiles: int
             their paths, so that the page can show them.
         tiles: Number of tiles to embed again.
     """
+    import numpy as np
+
     from ...artifacts.manifest import read_manifest
     from ...index.atlas import Atlas
     from ...index.care import binding
@@ -73,6 +73,7 @@ def bind(atlas: Path, bundle: Path, slides: list[Path] | None = None, tiles: int
         "encoder": bound.manifest.name,
         "encoder_sha256": bound.manifest.sha256,
         "bundle": str(bound.encoder_bundle),
+        "paths": {name: str(path) for name, path in paths.items()},
         **proof._asdict(),
     }
 
@@ -81,8 +82,11 @@ def bind(atlas: Path, bundle: Path, slides: list[Path] | None = None, tiles: int
             f"{atlas}: bound to {bound.manifest.name}; median cosine {proof.cosines[proof.best]:.5f} of "
             f"{proof.tiles} tiles of {proof.slides} slides, {proof.best}"
         )
-        for name, why in proof.unreadable.items():
+        console.say(f"paths of slides stored: {len(paths)}, of which {proof.slides} were read")
+        for name, why in list(proof.unreadable.items())[:FEW]:
             console.say(f"not read: {name}: {why}")
+        if len(proof.unreadable) > FEW:
+            console.say(f"not read: {len(proof.unreadable) - FEW} more; --json lists all")
         console.say(f"to embed further slides: `histoseek embed --encoder {bound.encoder_bundle}`")
 
     console.emit(document, human)
@@ -156,10 +160,13 @@ def _views(
     slide: Slide, x: int, y: int, side: int, size_px: int, mpp: float | None
 ) -> dict[str, Rgb]:
     """Return the ways in which another tool may have shown a tile to its encoder."""
+    import numpy as np
+    from PIL import Image
+
     views = {AS_HERE: slide.read_tile(x, y, side, size_px)}
     whole = Image.fromarray(slide.read_tile(x, y, side, side))
     for name, how in FILTERS.items():
-        views[name] = np.asarray(whole.resize((size_px, size_px), how))
+        views[name] = np.asarray(whole.resize((size_px, size_px), Image.Resampling[how]))
     inner = round(size_px * mpp / slide.mpp) if mpp and slide.mpp else 0
     if 0 < inner < side:
         at = (side - inner) // 2

@@ -8,18 +8,20 @@ import sys
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from typer.core import TyperCommand
 
 from ... import console
-from ...artifacts.manifest import Manifest
 from ...errors import BadInput, MissingPart
 from ...export.options import ExportOptions, TritonOptions
 from ...training.study_options import StudyOptions
 from .commands import Commands
 from .options import command_for, parse, with_flags
+
+if TYPE_CHECKING:
+    from ...artifacts.manifest import Manifest
 
 ANY_FLAG = {"allow_extra_args": True, "ignore_unknown_options": True}
 app = Commands("Train, reproduce and export.")
@@ -153,20 +155,30 @@ def export(
         return
     if source is None or out is None:
         raise BadInput("expected `histoseek export SOURCE --out BUNDLE`, or --list")
-    manifest = (_export_file if source.is_file() else _export_run)(source, out, options, tiles)
-    document = {"bundle": str(out), **manifest.model_dump()}
-    known = manifest.training.get("published")
-    if known:
-        from ...export.published import PUBLISHED
+    from ...artifacts.files import read_json
+    from ...artifacts.manifest import CHECKPOINT
+    from .exchange import say_names
 
-        document["unconfirmed"] = PUBLISHED[known].unconfirmed
-    console.emit(
-        document,
-        lambda: console.say(
+    manifest = (_export_file if source.is_file() else _export_run)(source, out, options, tiles)
+    record = out / CHECKPOINT
+    source_record = read_json(record) if record.is_file() else {}
+    loaded = source_record.get("checkpoint", {})
+    document = {"bundle": str(out), **manifest.model_dump(), "loaded": source_record}
+
+    def human() -> None:
+        console.say(
             f"{out}: encoder {manifest.name}, {manifest.dim}-d, sha256 {manifest.sha256[:12]}…, "
             f"parity test passed ({out / 'parity.json'})"
-        ),
-    )
+        )
+        if source_record.get("unconfirmed"):
+            console.say(f"no source confirmed {source_record['unconfirmed']}")
+        for note in loaded.get("notes", []):
+            console.say(f"{source.name}: {note}")
+        say_names(
+            f"parameters of {source.name} that embedding does not need", loaded.get("dropped", [])
+        )
+
+    console.emit(document, human)
 
 
 def _export_run(run: Path, out: Path, options: ExportOptions, tiles: Path | None) -> Manifest:
@@ -174,7 +186,6 @@ def _export_run(run: Path, out: Path, options: ExportOptions, tiles: Path | None
     from ...training.layouts import open_data
     from ...training.models import build
 
-    options.only_for("a run", "pca", "whiten", "views")
     data = parity_tiles(run, tiles, open_data)
     with console.working("exporting and testing parity"):
         return export_run(run, out, data, build, options)
@@ -183,23 +194,18 @@ def _export_run(run: Path, out: Path, options: ExportOptions, tiles: Path | None
 def _export_file(
     checkpoint: Path, out: Path, options: ExportOptions, tiles: Path | None
 ) -> Manifest:
-    from ...export.from_checkpoint import export_checkpoint, find_published
+    from ...export.from_checkpoint import export_checkpoint
     from ...export.from_onnx import export_onnx
     from ...training.layouts import open_data
 
     data = open_data(tiles) if tiles else None
     if checkpoint.suffix == ".onnx":
-        options.only_for("an .onnx file", "mean", "std", "layout", "pool")
         with console.working("exporting and testing parity"):
             return export_onnx(checkpoint, out, options, data)
     if not options.published:
         raise BadInput(
             f"{checkpoint} is a file: name its encoder by --as; `histoseek export --list` shows all names"
         )
-    options.only_for("a checkpoint", "published", "pool", "views")
-    known = find_published(options.published)
-    if known.unconfirmed:
-        console.say(f"{options.published}: no source confirmed {known.unconfirmed}")
     with console.working("exporting and testing parity"):
         return export_checkpoint(checkpoint, out, options, data)
 
