@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_serializer
 
 from ..errors import BadInput, Damaged
 from .files import read_json, sha256_file
@@ -26,6 +26,8 @@ CLUSTERS = "clusters.npz"
 RUN = "run.json"
 CHECKPOINT = "checkpoint.json"
 """File of a published encoder's bundle: the checkpoint that it was exported from."""
+TEXT_GRAPH, TOKENIZER = "text.onnx", "tokenizer.json"
+"""Files of an encoder's text network: its graph, and the tokenizer as the package tokenizers writes it."""
 OOD_ANGLE = math.pi / 3
 """Maximum angle (radians) by which the tissue gate turns an embedding towards its last component.
 
@@ -38,6 +40,8 @@ EXTERNAL = "external"
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 INPUT = "tiles"
 OUTPUT = "embedding"
+TOKENS = "tokens"
+"""Name of the input of the text graph."""
 
 # Parameters of a Triton model that identify the encoder of each model version: "<name>.<version>".
 # Export writes them and serving reads them. Plain "encoder_sha256" belongs to the latest version.
@@ -51,6 +55,26 @@ def above_threshold(vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
     """Return which embeddings (N, dim) of an encoder with a tissue gate are out of distribution, (N,)."""
     above: NDArray[np.bool_] = vectors[:, -1] > OOD_THRESHOLD
     return above
+
+
+class TextPart(BaseModel):
+    """The text network of an encoder: its embeddings can be compared with those of images.
+
+    The graph takes ``tokens``, int64 (N, context), and returns ``embedding``, float32 (N, dim) of length 1.
+
+    Attributes:
+        sha256: of ``text.onnx``.
+        tokenizer_sha256: of ``tokenizer.json``.
+        context: number of tokens that the graph takes.
+        pad: number of the token that fills up a text.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    tokenizer_sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    context: int = Field(ge=2, le=4096)
+    pad: int = Field(ge=0)
 
 
 class Manifest(BaseModel):
@@ -78,6 +102,7 @@ class Manifest(BaseModel):
         licence: of the weights.
         opset: ONNX operator set of the graph.
         versions: of the software that made the bundle.
+        text: the text network, if the encoder has one.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
@@ -97,6 +122,15 @@ class Manifest(BaseModel):
     licence: str
     opset: int
     versions: dict[str, str]
+    text: TextPart | None = None
+
+    @model_serializer(mode="wrap")
+    def _without_empty_text(self, handler: Any) -> dict[str, Any]:
+        """Leave out ``text`` if there is none, so that older versions read the manifest."""
+        document: dict[str, Any] = handler(self)
+        if self.text is None:
+            document.pop("text", None)
+        return document
 
     def out_of_distribution(self, vectors: NDArray[np.float32]) -> NDArray[np.bool_]:
         """Return which embeddings (N, dim) are out of distribution, (N,); none without a tissue gate."""
@@ -197,7 +231,8 @@ def check_bundle_graph(bundle: Path, manifest: Manifest, whole: bool = False) ->
     Args:
         bundle: the folder.
         manifest: of the bundle.
-        whole: also hash a file of weights above 1 GiB; otherwise only its size is compared.
+        whole: also hash a file of weights above 1 GiB, of which otherwise only the size is compared, and
+            the files of the text network, which are otherwise compared when a text is embedded.
 
     Raises:
         BadInput: the encoder has no graph, or parts of the graph are in other files.
@@ -219,6 +254,30 @@ def check_bundle_graph(bundle: Path, manifest: Manifest, whole: bool = False) ->
             "copy the whole bundle again"
         )
     check_graph_whole(graph, whole)
+    if whole:
+        check_text_files(bundle, manifest)
+
+
+def check_text_files(bundle: Path, manifest: Manifest) -> None:
+    """Compare the files of an encoder's text network with the manifest.
+
+    Raises:
+        Damaged: a file is missing or does not match the manifest.
+    """
+    if manifest.text is None:
+        return
+    wanted = {
+        TEXT_GRAPH: manifest.text.sha256,
+        TOKENIZER: manifest.text.tokenizer_sha256,
+    }
+    for name, sha256 in wanted.items():
+        path = bundle / name
+        if not path.is_file() or sha256_file(path) != sha256:
+            raise Damaged(
+                f"{path} is missing or is not the file that the manifest states; copy the whole bundle "
+                "again"
+            )
+    check_graph_whole(bundle / TEXT_GRAPH)
 
 
 def probe_tile(size_px: int) -> NDArray[np.uint8]:

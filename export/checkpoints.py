@@ -18,11 +18,20 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from ..errors import BadInput, Damaged
-from .conventions import CONVENTIONS, DINO_DROPPED, TRUNKS, Convention, Rule
+from .conventions import (
+    CHANGES,
+    CONVENTIONS,
+    DINO_DROPPED,
+    TEXT_CONVENTIONS,
+    TRUNKS,
+    Convention,
+    Rule,
+)
+from .nets.vit import VitShape
 
 Tensors = dict[str, torch.Tensor]
 
-WRAPPERS = ("state_dict", "model", "teacher", "student", "model_state_dict")
+WRAPPERS = ("state_dict", "model", "module", "teacher", "student", "model_state_dict")
 """Keys that hold the parameters in a checkpoint of a training program, in the order they are tried."""
 PREFIXES = ("module.", "backbone.", "model.", "encoder.")
 """Prefixes that are cut off if every parameter has them."""
@@ -111,10 +120,10 @@ def _without_prefixes(tensors: Tensors) -> Tensors:
 
 
 def load(net: nn.Module, tensors: Tensors, source: str) -> Loaded:
-    """Load a checkpoint's tensors into a network, strictly.
+    """Load a checkpoint's image network, strictly.
 
     Args:
-        net: network with timm's names; its image transformer is ``net.trunk``.
+        net: network with timm's names; a transformer with a head is ``net.trunk``.
         tensors: from :func:`read_checkpoint`.
         source: name of the checkpoint, for messages.
 
@@ -123,6 +132,55 @@ def load(net: nn.Module, tensors: Tensors, source: str) -> Loaded:
     """
     convention, tensors, outside = _recognised(tensors, source)
     report = Loaded(convention.name, dropped=outside)
+    renamed, names = _translated(tensors, convention, report)
+    if hasattr(net, "trunk") and not any(name.startswith("trunk.") for name in renamed):
+        renamed = {f"trunk.{name}": value for name, value in renamed.items()}
+        names = {f"trunk.{name}": key for name, key in names.items()}
+    _shape_tokens(net, renamed, report)
+    _fill(net, renamed, names, source, convention)
+    return report
+
+
+def has_text(tensors: Tensors) -> bool:
+    """Return whether a checkpoint has a text network that :func:`load_text` can read."""
+    return any(re.fullmatch(c.sign, key) for c in TEXT_CONVENTIONS for key in tensors)
+
+
+def load_text(net: nn.Module, tensors: Tensors, source: str) -> Loaded:
+    """Load the text network beside a checkpoint's image network, strictly.
+
+    Args:
+        net: network from :func:`~histoseek.export.nets.text.text_net`.
+        tensors: from :func:`read_checkpoint`.
+        source: name of the checkpoint, for messages.
+
+    Raises:
+        BadInput: there is no text network of a known convention, or parameters do not fit.
+    """
+    for convention in TEXT_CONVENTIONS:
+        if any(re.fullmatch(convention.sign, key) for key in tensors):
+            break
+    else:
+        raise BadInput(
+            f"{source} has no text network of a known convention; expected the names of "
+            f"{', '.join(c.name for c in TEXT_CONVENTIONS)}"
+        )
+    report = Loaded(convention.name)
+    renamed, names = _translated(tensors, convention, report)
+    report.dropped = []  # the image network, which is no loss here
+    places = net.get_parameter("pos_embed").shape[0]
+    stored = renamed.get("pos_embed")
+    if stored is not None and len(stored) > places:
+        renamed["pos_embed"] = stored[:places]
+        report.notes.append(f"kept the first {places} of {len(stored)} positions of the text")
+    _fill(net, renamed, names, source, convention)
+    return report
+
+
+def _translated(
+    tensors: Tensors, convention: Convention, report: Loaded
+) -> tuple[Tensors, dict[str, str]]:
+    """Return the parameters under our names, and the checkpoint's name of each."""
     names: dict[str, str] = {}
     renamed: Tensors = {}
     for key, value in tensors.items():
@@ -130,18 +188,33 @@ def load(net: nn.Module, tensors: Tensors, source: str) -> Loaded:
             report.dropped.append(key)
             continue
         name = _renamed(key, convention.rules)
-        if name.endswith(".transposed"):
-            name, value = name.removesuffix(".transposed"), value.T
+        for ending, change in CHANGES.items():
+            if name.endswith(ending):
+                name, value = name.removesuffix(ending), change(value)
         renamed[name], names[name] = value, key
     _join(renamed, names, convention)
-    if not any(name.startswith("trunk.") for name in renamed):
-        renamed = {f"trunk.{name}": value for name, value in renamed.items()}
-        names = {f"trunk.{name}": key for name, key in names.items()}
-    _shape_tokens(net, renamed, report)
+    for whole, parts in convention.split:
+        if whole in renamed:
+            pieces = renamed.pop(whole).chunk(len(parts))
+            renamed.update(zip(parts, pieces, strict=True))
+            names.update(dict.fromkeys(parts, names.pop(whole)))
+    return renamed, names
+
+
+def _fill(
+    net: nn.Module, renamed: Tensors, names: dict[str, str], source: str, convention: Convention
+) -> None:
+    for name, value in net.state_dict().items():
+        if any(re.fullmatch(pattern, name) for pattern in convention.absent):
+            renamed.setdefault(name, torch.zeros(value.shape))
+        if name.endswith(".num_batches_tracked"):  # counts training steps only
+            renamed[name] = torch.tensor(0)
     _check(net, renamed, names, source, convention.name)
-    floats = {name: value.float() for name, value in renamed.items()}
+    floats = {
+        name: value.float() if value.is_floating_point() else value
+        for name, value in renamed.items()
+    }
     net.load_state_dict(floats, assign=True)
-    return report
 
 
 def _recognised(tensors: Tensors, source: str) -> tuple[Convention, Tensors, list[str]]:
@@ -211,15 +284,26 @@ def _shape_tokens(net: nn.Module, renamed: Tensors, report: Loaded) -> None:
     side = round((places.shape[1] - extra) ** 0.5)
     if extra == shape.placed and side != shape.grid:
         grid = places[:, extra:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
-        grid = nn.functional.interpolate(
-            grid, (shape.grid, shape.grid), mode="bicubic", antialias=True
-        )
+        grid, how = _resampled(grid, shape)
         places = torch.cat([places[:, :extra].float(), grid.flatten(2).transpose(1, 2)], 1)
         report.notes.append(
-            f"resampled positions from {side} x {side} to {shape.grid} x {shape.grid} patches (bicubic, "
-            "with antialiasing, as timm does)"
+            f"resampled positions from {side} x {side} to {shape.grid} x {shape.grid} patches ({how})"
         )
     renamed["trunk.pos_embed"] = places
+
+
+def _resampled(grid: torch.Tensor, shape: VitShape) -> tuple[torch.Tensor, str]:
+    """Resample positions (1, D, side, side) to the network's grid; return them, and how."""
+    if not shape.built_grid:
+        size = (shape.grid, shape.grid)
+        resized = nn.functional.interpolate(grid, size, mode="bicubic", antialias=True)
+        return resized, "bicubic, with antialiasing, as timm does"
+    built = shape.built_grid
+    if grid.shape[2] != built:
+        grid = nn.functional.interpolate(grid, (built, built), mode="bilinear")
+    factor = (shape.grid + 0.1) / built  # as DINO's code scales
+    resized = nn.functional.interpolate(grid, scale_factor=factor, mode="bicubic")
+    return resized, f"over {built} x {built}, bicubic, as DINO does"
 
 
 def _without_grid(count: int) -> int:

@@ -11,19 +11,22 @@ import onnx
 import torch
 from numpy.typing import NDArray
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ..artifacts import files
 from ..artifacts.files import sha256_file, write_atomic, write_json
-from ..artifacts.manifest import CARD, CHECKPOINT, MANIFEST, Manifest, probe_tile
+from ..artifacts.manifest import CARD, CHECKPOINT, MANIFEST, Manifest, TextPart, probe_tile
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput
 from .bundle import encoder_name, write_graph
 from .card import card_head
-from .checkpoints import Loaded, load, read_checkpoint
-from .nets.vit import VitEncoder
-from .onnx_graph import LARGEST_FILE, OPSET, Graph
+from .checkpoints import Loaded, Tensors, has_text, load, read_checkpoint
+from .nets.build import image_net
+from .nets.vit import VitShape
+from .onnx_graph import LARGEST_FILE, OPSET, Crop, Graph, Parity, Resize, check_parity
 from .options import NOT_STATED, ExportOptions
 from .published import PUBLISHED, Published
+from .text import export_text, find_tokenizer
 
 FEW = 8
 """Tiles of the parity test, and its batch: a large network computes about one tile per second."""
@@ -48,17 +51,12 @@ def build_published(known: Published, depth: int | None = None) -> nn.Module:
         depth: number of blocks, if not that of the row (for tests).
     """
     shape = known.shape if depth is None else known.shape.shallow(depth)
-    with torch.device("meta"):
-        return VitEncoder(shape, known.pool).eval()
+    return image_net(shape, known.pool)
 
 
 def describe(name: str, known: Published) -> dict[str, Any]:
     """Return what a user needs to choose an encoder, ready for JSON; multiply-adds (``macs``) per tile."""
-    shape, net = known.shape, build_published(known)
-    tokens = shape.prefix + shape.grid**2
-    layers = [m for m in net.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
-    weights = sum(layer.weight.numel() for layer in layers)
-    attention = 2 * shape.depth * tokens**2 * shape.width
+    net = build_published(known)
     return {
         "name": name,
         "source": known.source,
@@ -66,12 +64,27 @@ def describe(name: str, known: Published) -> dict[str, Any]:
         "gated": known.gated,
         "parameters": sum(p.numel() for p in net.parameters()),
         "dim": known.dim,
-        "size_px": shape.size_px,
+        "size_px": known.side,
         "mpp": known.mpp,
         "pool": known.pool,
-        "macs": weights * tokens + attention,
+        "macs": _macs(net, known),
+        "text": known.text is not None,
         "unconfirmed": known.unconfirmed,
     }
+
+
+def _macs(net: nn.Module, known: Published) -> int:
+    """Return the multiply-adds of one tile; those of a head are left out."""
+    shape = known.shape
+    if isinstance(shape, VitShape):  # much faster than counting, which runs the network
+        tokens = shape.prefix + shape.grid**2
+        layers = [m for m in net.trunk.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+        weights = sum(layer.weight.numel() for layer in layers)
+        return weights * tokens + 2 * shape.depth * tokens**2 * shape.width
+    counter = FlopCounterMode(display=False)
+    with counter:
+        net.requires_grad_(False)(torch.empty(1, 3, shape.size_px, shape.size_px, device="meta"))
+    return int(counter.get_total_flops() // 2)
 
 
 def export_checkpoint(
@@ -100,28 +113,82 @@ def export_checkpoint(
         Damaged: the checkpoint cannot be read.
         Mismatch: a difference in the parity test exceeds its bound; nothing is written.
     """
-    options.only_for("a checkpoint", "published", "pool", "views")
+    options.only_for("a checkpoint", "published", "pool", "views", "tile_px", "tokenizer")
     known = find_published(options.published or "")
     if options.pool:
         known = replace(known, pool=options.pool)
+    if options.tile_px:
+        known = replace(known, tile_px=options.tile_px)
     name = encoder_name(options, out)
     net: Any = build_published(known, depth)
     tensors, notes = read_checkpoint(checkpoint)
     report = load(net, tensors, str(checkpoint))
     report.notes[:0] = notes
+    tokenizer = _tokenizer(known, options, checkpoint, tensors, report)
     mean, std = known.colours
-    graph = Graph(net, mean, std, views=options.views)
-    size_px = known.shape.size_px
-    tiles = sample_tiles(tileset, size_px, FEW) if tileset else made_tiles(size_px)
+    graph = Graph(net, mean, std, views=options.views, fit=fit_of(known))
+    tiles = sample_tiles(tileset, known.side, FEW) if tileset else made_tiles(known.side)
     record = _record(checkpoint, options.published or "", known, report, tileset is None)
     with files.publish_folder(out) as folder:
-        sha256, parity = write_graph(folder, graph, size_px, tiles, FEW, largest)
-        manifest = _manifest(name, known, record, sha256, options)
+        sha256, parity = write_graph(folder, graph, known.side, tiles, FEW, largest)
+        text = None
+        if tokenizer is not None and known.text is not None:
+            shape = known.text if depth is None else known.text.shallow(depth)
+            text, loaded, alike = export_text(folder, shape, tensors, tokenizer, str(checkpoint))
+            check_parity(alike)
+            record["text"] = _text_record(tokenizer, loaded, alike)
+        manifest = _manifest(name, known, record, sha256, options, text)
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / CHECKPOINT, record)
-        text = files.read_text(options.notes) if options.notes else ""
-        write_atomic(folder / CARD, _card(manifest, record, parity, text))
+        added = files.read_text(options.notes) if options.notes else ""
+        write_atomic(folder / CARD, _card(manifest, record, parity, added))
     return manifest
+
+
+def fit_of(known: Published) -> nn.Module | None:
+    """Return what makes a tile the network's input; None if it is already."""
+    side, size = known.side, known.shape.size_px
+    if side == size:
+        return None
+    if known.fit == "crop" and side > size:
+        return Crop(side, size)
+    return Resize(side, size, "bicubic" if known.fit == "bicubic" else "bilinear")
+
+
+def _tokenizer(
+    known: Published, options: ExportOptions, checkpoint: Path, tensors: Tensors, report: Loaded
+) -> Path | None:
+    """Return the tokenizer of the text network to export, if any; say why there is none."""
+    if known.text is None or not has_text(tensors):
+        if options.tokenizer is not None:
+            why = "its file has no text network" if known.text else "it cannot be searched by text"
+            raise BadInput(f"--tokenizer is not for {options.published}: {why}; leave it out")
+        return None
+    if known.pool != "head":
+        if options.tokenizer is not None:
+            raise BadInput(
+                f"--tokenizer is for search by text, but with --pool {known.pool} the embeddings cannot be "
+                "compared with text; leave out one of them"
+            )
+        report.notes.append("left out the text network: with this --pool it cannot be compared")
+        return None
+    found = find_tokenizer(options.tokenizer, checkpoint)
+    if found is None:
+        report.notes.append(
+            "left out the text network; for search by text pass --tokenizer tokenizer.json"
+        )
+    elif options.tokenizer is None:
+        report.notes.append(f"took {found.name} beside it as the tokenizer of the text network")
+    return found
+
+
+def _text_record(tokenizer: Path, report: Loaded, parity: Parity) -> dict[str, Any]:
+    return {
+        "tokenizer": tokenizer.name,
+        "convention": report.convention,
+        "notes": report.notes,
+        "parity": parity.as_dict(),
+    }
 
 
 def made_tiles(size_px: int, count: int = FEW) -> NDArray[np.uint8]:
@@ -150,20 +217,39 @@ def _record(
         "source": known.source,
         "network": asdict(known.shape),
         "pool": known.pool,
-        "tile_um": known.tile_um,
+        "tile": _tile(known),
         "unconfirmed": known.unconfirmed,
         "parity_tiles": "a pattern and noise" if made else "real tiles",
     }
 
 
+def _tile(known: Published) -> dict[str, Any]:
+    """Return the field of view: the side of a tile, and how it becomes the network's input."""
+    side, size = known.side, known.shape.size_px
+    fit = fit_of(known)
+    seen = size if isinstance(fit, Crop) else side
+    return {
+        "px": side,
+        "um": known.mpp and round(side * known.mpp, 3),
+        "seen_um": known.mpp and round(seen * known.mpp, 3),
+        "input_px": size,
+        "fit": known.fit if fit is not None else "none",
+    }
+
+
 def _manifest(
-    name: str, known: Published, record: dict[str, Any], sha256: str, options: ExportOptions
+    name: str,
+    known: Published,
+    record: dict[str, Any],
+    sha256: str,
+    options: ExportOptions,
+    text: TextPart | None,
 ) -> Manifest:
     return Manifest(
         name=name,
         sha256=sha256,
         arch=record["encoder"],
-        size_px=known.shape.size_px,
+        size_px=known.side,
         mpp=options.mpp if options.mpp is not None else known.mpp,
         dim=known.dim,
         metric="cosine",
@@ -174,10 +260,12 @@ def _manifest(
             "source": known.source,
             "checkpoint_sha256": record["checkpoint"]["sha256"],
             "pool": known.pool,
+            "tile": record["tile"],
         },
         licence=known.licence if options.licence == NOT_STATED else options.licence,
         opset=OPSET,
         versions={"torch": torch.__version__, "onnx": onnx.__version__},
+        text=text,
     )
 
 
@@ -186,7 +274,9 @@ def _card(manifest: Manifest, record: dict[str, Any], parity: dict[str, Any], no
     rows = (
         f"| checkpoint | {checkpoint['file']}, {checkpoint['bytes']:,} bytes, `{checkpoint['sha256']}` |",
         f"| names of its parameters | {checkpoint['convention']} |",
-        f"| tokens that form the embedding | {record['pool']} |",
+        f"| what forms the embedding | {record['pool']} |",
+        f"| a tile becomes the network's input | {_fit_text(record['tile'])} |",
+        f"| search by text | {'yes' if manifest.text else 'no'} |",
     )
     lines = [
         *card_head(
@@ -208,6 +298,21 @@ def _card(manifest: Manifest, record: dict[str, Any], parity: dict[str, Any], no
         f"{parity['max_cosine_error']:.1e}, batch of 1 against batch of {parity['batch']} "
         f"{parity['batch_max_abs']:.1e}. This does not compare with the authors' code.",
         "",
-        notes.strip(),
     ]
-    return "\n".join(lines).rstrip() + "\n"
+    if "text" in record:
+        alike = record["text"]["parity"]
+        lines += [
+            f"Text network, on {alike['tiles']} texts: largest difference {alike['max_abs']:.1e}, largest "
+            f"cosine error {alike['max_cosine_error']:.1e}.",
+            "",
+        ]
+    return "\n".join([*lines, notes.strip()]).rstrip() + "\n"
+
+
+def _fit_text(tile: dict[str, Any]) -> str:
+    side, size = tile["px"], tile["input_px"]
+    if tile["fit"] == "none":
+        return "as it is"
+    if tile["fit"] == "crop":
+        return f"its middle, {size} of {side} px"
+    return f"resized from {side} to {size} px ({tile['fit']}, as Pillow does)"

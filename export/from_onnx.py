@@ -159,7 +159,7 @@ def _with_ends(
             f"{path} returns an output of {rank} axes ({output.name}); expected embeddings (N, D), tokens "
             "(N, T, D) or maps (N, D, H, W)"
         )
-    if rank == 3 and not options.pool:
+    if rank == 3 and options.pool not in ("cls", "mean", "cls+mean"):
         raise BadInput(f"{path} returns tokens; pass --pool cls, mean or cls+mean")
     if rank != 3 and options.pool:
         raise BadInput(f"{path} returns no tokens; leave out --pool")

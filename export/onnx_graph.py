@@ -37,6 +37,10 @@ BOUNDS = {"max_abs": 1e-4, "max_cosine_error": 1e-6, "batch_max_abs": 1e-5}
 """Largest accepted differences of the parity test; see :class:`Parity`."""
 
 
+PILLOW_UNIT = 2**22
+"""Pillow's weights of pixels are whole numbers of this fraction; the rounding decides half grey levels."""
+
+
 class Graph(nn.Module):
     """Map raw pixels to embeddings: scaling, normalisation, the net, optional PCA, scaling to length 1.
 
@@ -55,6 +59,7 @@ class Graph(nn.Module):
         std: standard deviation per channel, for pixels in 0..1.
         pca: ``mean`` (D,) and ``components`` (R, D), in any scale, fitted to unit embeddings, or None.
         views: number of orientations: 1, 2, 4 or 8.
+        fit: makes tiles (N, 3, T, T) of another side to the encoder's, or None.
     """
 
     def __init__(
@@ -64,10 +69,11 @@ class Graph(nn.Module):
         std: tuple[float, ...],
         pca: tuple[torch.Tensor, torch.Tensor] | None = None,
         views: int = 1,
+        fit: nn.Module | None = None,
     ) -> None:
         """Merge scaling and normalisation into one factor and one offset."""
         super().__init__()
-        self.encoder = encoder
+        self.encoder, self.fit = encoder, fit
         self.scale = nn.Buffer((1 / (255 * torch.tensor(std)))[:, None, None])
         self.offset = nn.Buffer((-torch.tensor(mean) / torch.tensor(std))[:, None, None])
         if views not in VIEWS:
@@ -82,6 +88,8 @@ class Graph(nn.Module):
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """uint8 (N, S, S, 3) -> float32 (N, D), or (N, D + 1) with a gate, of length 1."""
         pixels = tiles.permute(0, 3, 1, 2).float()
+        if self.fit is not None:
+            pixels = self.fit(pixels)
         scaled = pixels * self.scale + self.offset
         unit = nn.functional.normalize(self.encoder(self._all_views(scaled)), dim=1)
         if self.views > 1:
@@ -105,9 +113,72 @@ class Graph(nn.Module):
         return torch.cat([torch.rot90(side, k, (2, 3)) for side in sides for k in turns])
 
 
+class Resize(nn.Module):
+    """Resize tiles (N, 3, T, T) in 0..255 as Pillow does: along the rows, then along the columns.
+
+    Each step is rounded to whole numbers, as Pillow's are. Both steps are products with a constant matrix,
+    which every engine computes.
+
+    Args:
+        side: T.
+        size: side of the result.
+        how: filter: ``bilinear`` or ``bicubic``, widened for a smaller result (antialiasing).
+    """
+
+    def __init__(self, side: int, size: int, how: str) -> None:
+        """Compute the weights of each pixel of a row."""
+        super().__init__()
+        self.weights = nn.Buffer(torch.from_numpy(_weights(side, size, how)))
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return tiles (N, 3, size, size) in 0..255."""
+        rows = torch.floor(pixels @ self.weights.T + 0.5).clamp(0, 255)
+        return torch.floor(self.weights @ rows + 0.5).clamp(0, 255)
+
+
+def _weights(side: int, size: int, how: str) -> NDArray[np.float32]:
+    """Return the weight of each pixel of a row in each pixel of the resized row, (size, side)."""
+    scale = side / size
+    centres = (np.arange(size)[:, None] + 0.5) * scale
+    apart = np.abs(np.arange(side)[None] + 0.5 - centres) / max(scale, 1.0)
+    if how == "bicubic":  # Keys' kernel with a = -0.5
+        near = (1.5 * apart - 2.5) * apart**2 + 1
+        far = ((-0.5 * apart + 2.5) * apart - 4) * apart + 2
+        weights = np.where(apart < 1, near, np.where(apart < 2, far, 0))
+    else:
+        weights = np.maximum(1 - apart, 0)
+    weights /= weights.sum(1, keepdims=True)
+    return np.asarray(np.round(weights * PILLOW_UNIT) / PILLOW_UNIT, np.float32)
+
+
+class Crop(nn.Module):
+    """Keep the middle (N, 3, size, size) of tiles (N, 3, side, side)."""
+
+    def __init__(self, side: int, size: int) -> None:
+        """Compute the first row and column to keep."""
+        super().__init__()
+        self.first, self.size = (side - size) // 2, size
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Return the middle of the tiles."""
+        kept = slice(self.first, self.first + self.size)
+        return pixels[:, :, kept, kept]
+
+
 def to_onnx(graph: Graph, size_px: int) -> bytes:
     """Export to ONNX with the batch as the only dynamic axis; returns the serialised model."""
-    model = _cleaned(_program(graph, size_px).model_proto)
+    return to_onnx_of(graph, (_example(size_px),), INPUT)
+
+
+def to_onnx_of(graph: nn.Module, example: tuple[torch.Tensor], name: str) -> bytes:
+    """Export a network of one input to ONNX.
+
+    Args:
+        graph: the network.
+        example: its input, whose first axis is the batch.
+        name: of the input.
+    """
+    model = _cleaned(_program(graph, example, name).model_proto)
     blob: bytes = model.SerializeToString()
     return blob
 
@@ -122,7 +193,7 @@ def save_onnx(graph: Graph, size_px: int, path: Path, largest: int = LARGEST_FIL
     if weights <= largest:
         write_atomic(path, to_onnx(graph, size_px))
         return
-    _program(graph, size_px).save(str(path), external_data=True)
+    _program(graph, (_example(size_px),), INPUT).save(str(path), external_data=True)
     model = _cleaned(onnx.load(path, load_external_data=False))
     data = path.with_name(path.name + DATA)
     for key, value in (
@@ -133,8 +204,11 @@ def save_onnx(graph: Graph, size_px: int, path: Path, largest: int = LARGEST_FIL
     write_atomic(path, model.SerializeToString())
 
 
-def _program(graph: Graph, size_px: int) -> Any:
-    example = torch.zeros(2, size_px, size_px, 3, dtype=torch.uint8)
+def _example(size_px: int) -> torch.Tensor:
+    return torch.zeros(2, size_px, size_px, 3, dtype=torch.uint8)
+
+
+def _program(graph: nn.Module, example: tuple[torch.Tensor], name: str) -> Any:
     graph.eval()
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
@@ -143,8 +217,8 @@ def _program(graph: Graph, size_px: int) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's notices; the parity test decides
             program = torch.onnx.export(
-                graph, (example,), input_names=[INPUT], output_names=[OUTPUT], opset_version=OPSET,
-                dynamic_shapes={"tiles": {0: torch.export.Dim("batch", min=1)}}, dynamo=True, verbose=False,
+                graph, example, input_names=[name], output_names=[OUTPUT], opset_version=OPSET,
+                dynamic_shapes={name: {0: torch.export.Dim("batch", min=1)}}, dynamo=True, verbose=False,
             )  # fmt: skip
     finally:
         quiet.setLevel(level)
@@ -207,18 +281,19 @@ def measure_parity(
 
 
 def parity_of(
-    expected: Callable[[NDArray[np.uint8]], NDArray[np.float32]],
+    expected: Callable[[NDArray[Any]], NDArray[np.float32]],
     model: Path,
-    tiles: NDArray[np.uint8],
+    tiles: NDArray[Any],
     together: int,
+    name: str = INPUT,
 ) -> Parity:
-    """Compare an ONNX graph with a function that returns the expected embeddings of tiles."""
+    """Compare an ONNX graph with a function that returns the expected embeddings of tiles (or texts)."""
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     onnxruntime = need("onnxruntime", "cpu")
     session = onnxruntime.InferenceSession(str(model), providers=["CPUExecutionProvider"])
 
-    def run(part: NDArray[np.uint8]) -> NDArray[np.float32]:
-        return np.asarray(session.run([OUTPUT], {INPUT: part})[0])
+    def run(part: NDArray[Any]) -> NDArray[np.float32]:
+        return np.asarray(session.run([OUTPUT], {name: part})[0])
 
     wanted = np.concatenate([expected(tiles[n : n + 16]) for n in range(0, len(tiles), 16)])
     parts = range(0, len(tiles), together)

@@ -35,9 +35,16 @@ class ExportOptions:
     published: Annotated[str | None,
         Field(description="Name of the published encoder whose checkpoint is exported; `histoseek export "
         "--list` shows all names."), Flag("--as")] = None
-    pool: Annotated[Literal["cls", "cls+mean", "mean"] | None,
-        Field(description="Tokens that form the embedding: the class token, the mean of the patches or "
-        "both side by side. Default with --as: as the authors do.")] = None
+    pool: Annotated[Literal["cls", "cls+mean", "mean", "pooler", "head"] | None,
+        Field(description="What forms the embedding: the class token, the mean of the patches, both side "
+        "by side, or the output of a pooler or of the head that follows. Only the head's output can be "
+        "compared with text. Default with --as: as the authors do.")] = None
+    tile_px: Annotated[int | None,
+        Field(ge=8, le=4096, description="With --as: side of the tiles that the graph takes; it resizes or "
+        "crops them to the network's input. Default: as the authors read tiles.")] = None
+    tokenizer: Annotated[Path | None,
+        Field(description="With --as: tokenizer.json of the checkpoint's text network, for search by text. "
+        "Default: the file of that name beside the checkpoint.")] = None
     mean: Annotated[str | None,
         Field(description="For an .onnx file: mean of red, green and blue in 0..1, such as "
         "0.485,0.456,0.406.")] = None
@@ -69,7 +76,8 @@ class ExportOptions:
             BadInput: another option is set.
         """
         special = {
-            "published": "--as", "pool": "--pool", "mean": "--mean", "std": "--std",
+            "published": "--as", "pool": "--pool", "tile_px": "--tile-px",
+            "tokenizer": "--tokenizer", "mean": "--mean", "std": "--std",
             "layout": "--layout", "pca": "--pca", "whiten": "--whiten", "views": "--views",
         }  # fmt: skip
         plain = ExportOptions()

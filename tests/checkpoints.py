@@ -10,16 +10,31 @@ def seeded(net, seed=0):
     generator = torch.Generator().manual_seed(seed)
     net.to_empty(device="cpu")
     with torch.no_grad():
+        for name, buffer in net.named_buffers():
+            buffer.fill_(1 if name.endswith("running_var") else 0)
         for name, parameter in net.named_parameters():
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
-            if re.search(r"norm.*weight|gamma", name):
+            if re.search(r"(norm.*|bn\d|downsample\.1|proj\.[14])\.weight|gamma", name):
                 parameter.add_(0.5)
     return net.eval()
 
 
 def timm(net):
     """Names of timm."""
-    return {key: value.clone() for key, value in net.trunk.state_dict().items()}
+    return _copy(getattr(net, "trunk", net))
+
+
+def _copy(net):
+    return {key: value.clone() for key, value in net.state_dict().items()}
+
+
+def _renamed(state, names):
+    found = {}
+    for key, value in state.items():
+        for pattern, name in names:
+            key = re.sub(pattern, name, key)
+        found[key] = value
+    return found
 
 
 def dinov2(net, chunks=0):
@@ -97,8 +112,8 @@ def _with_class_position(found, positions, token, net):
     return found
 
 
-def hugging_face_clip(net):
-    """Names of CLIPModel, with some of its text tower."""
+def hugging_face_clip(net, text=None):
+    """Names of CLIPModel, with its text network or some of it."""
     names = (
         ("trunk.cls_token", "vision_model.embeddings.class_embedding"),
         ("trunk.pos_embed", "vision_model.embeddings.position_embedding.weight"),
@@ -118,11 +133,13 @@ def hugging_face_clip(net):
                 found[key.replace("attn.qkv", f"self_attn.{part}_proj")] = each.clone()
         else:
             found[key] = value
-    return {**found, "logit_scale": torch.tensor(2.0), "text_projection.weight": torch.zeros(2, 2)}
+    words = {"text_projection.weight": torch.zeros(2, 2)}
+    words = words if text is None else hugging_face_clip_text(text)
+    return {**found, **words, "logit_scale": torch.tensor(2.0)}
 
 
-def open_clip(net):
-    """Names of open_clip, with some of its text tower."""
+def open_clip(net, text=None):
+    """Names of open_clip, with its text network or some of it."""
     names = (
         ("trunk.cls_token", "visual.class_embedding"),
         ("trunk.pos_embed", "visual.positional_embedding"),
@@ -132,6 +149,7 @@ def open_clip(net):
         (".norm2.", ".ln_2."), (".mlp.fc1.", ".mlp.c_fc."), (".mlp.fc2.", ".mlp.c_proj."),
     )  # fmt: skip
     found = {"positional_embedding": torch.zeros(2, 2), "token_embedding.weight": torch.zeros(2, 2)}
+    found = found if text is None else open_clip_text(text)
     for key, value in _flat_tokens(net).items():
         for ours, theirs in names:
             key = key.replace(ours, theirs)
@@ -147,6 +165,188 @@ def _flat_tokens(net):
     return state
 
 
+def coca(net, text=None):
+    """Names of CONCH: an attentional pooler behind timm's network, and a text network."""
+    state = _copy(net)
+    biases = [state.pop(f"pooler.{part}.bias") for part in "qkv"]
+    found = _renamed(
+        state,
+        (
+            (r"^trunk\.", "visual.trunk."), (r"^pooler\.query$", "visual.attn_pool_contrast.query"),
+            (r"^pooler\.([qkv])\.weight", r"visual.attn_pool_contrast.attn.\1_proj_weight"),
+            (r"^pooler\.proj\.", "visual.attn_pool_contrast.attn.out_proj."),
+            (r"^pooler\.norm_query\.", "visual.attn_pool_contrast.ln_q."),
+            (r"^pooler\.norm_tokens\.", "visual.attn_pool_contrast.ln_k."),
+            (r"^pooler\.norm\.", "visual.ln_contrast."), (r"^project\.weight", "visual.proj_contrast"),
+        ),
+    )  # fmt: skip
+    found["visual.attn_pool_contrast.attn.in_proj_bias"] = torch.cat(biases)
+    found["visual.proj_contrast"] = found["visual.proj_contrast"].T.contiguous()
+    found["visual.ln_caption.weight"] = torch.zeros(2)
+    found["text_decoder.ln_final.weight"] = torch.zeros(2)
+    words = {} if text is None else {f"text.{k}": v for k, v in open_clip_text(text).items()}
+    return {**found, **words, "logit_scale": torch.tensor(2.0)}
+
+
+def conch_v1_5(net):
+    """Names of CONCH v1.5: a pooler without biases."""
+    state = {k: v for k, v in _copy(net).items() if not re.match(r"pooler\.[a-z]+\.bias", k)}
+    state["pooler.norm.bias"] = net.pooler.norm.bias.detach().clone()
+    keys = state.pop("pooler.k.weight"), state.pop("pooler.v.weight")
+    found = _renamed(
+        state,
+        (
+            (r"^pooler\.query$", "attn_pool_contrast.query"),
+            (r"^pooler\.q\.", "attn_pool_contrast.to_q."),
+            (r"^pooler\.proj\.", "attn_pool_contrast.to_out."),
+            (r"^pooler\.norm_query\.", "attn_pool_contrast.ln_q."),
+            (r"^pooler\.norm_tokens\.", "attn_pool_contrast.ln_k."),
+            (r"^pooler\.norm\.", "ln_contrast."),
+        ),
+    )  # fmt: skip
+    return {**found, "attn_pool_contrast.to_kv.weight": torch.cat(keys)}
+
+
+def without_pooler_biases(net):
+    """Set to zero what the pooler of CONCH v1.5 does not have."""
+    with torch.no_grad():
+        for part in (net.pooler.q, net.pooler.k, net.pooler.v, net.pooler.proj):
+            part.bias.zero_()
+    return net
+
+
+def keep(net, text=None):
+    """Names of KEEP: an MLP behind timm's network, LayerScale as a weight, and BERT."""
+    names = (
+        (r"\.(ls[12])\.gamma", r".\1.weight"),
+        (r"^trunk\.", "visual."),
+        (r"^project\.", "visual_head."),
+    )
+    words = {} if text is None else bert(text, "text.")
+    return {**_renamed(_copy(net), names), **words, "logit_scale": torch.tensor(2.0)}
+
+
+def biomedclip(net, text=None):
+    """Names of open_clip with timm's network and BERT."""
+    names = ((r"^trunk\.", "visual.trunk."), (r"^project\.", "visual.head.proj."))
+    words = {} if text is None else bert(text, "text.transformer.")
+    return {**_renamed(_copy(net), names), **words, "logit_scale": torch.tensor(2.0)}
+
+
+def beit3(net):
+    """Names of BEiT-3: the branch of images is A, that of text B; two positions are not used."""
+    state = _copy(net)
+    places = state.pop("trunk.pos_embed")[0]
+    found = {
+        "beit3.encoder.embed_positions.A.weight": torch.cat(
+            [torch.ones(2, places.shape[1]), places]
+        ),
+        "beit3.vision_embed.cls_token": state.pop("trunk.cls_token"),
+        "beit3.vision_embed.mask_token": torch.zeros(1, 1, 2),
+        "beit3.text_embed.weight": torch.zeros(2, 2),
+        "vision_head.weight": state.pop("project.weight"),
+        "language_head.weight": torch.zeros(2, 2),
+    }
+    names = (
+        (r"^trunk\.patch_embed\.", "beit3.vision_embed."),
+        (r"^trunk\.norm\.", "beit3.encoder.layer_norm.A."),
+        (r"^trunk\.blocks\.", "beit3.encoder.layers."), (r"\.attn\.proj\.", ".self_attn.out_proj.A."),
+        (r"\.attn\.norm\.", ".self_attn.inner_attn_ln.A."), (r"\.norm1\.", ".self_attn_layer_norm.A."),
+        (r"\.norm2\.", ".final_layer_norm.A."), (r"\.mlp\.norm\.", ".ffn.A.ffn_layernorm."),
+        (r"\.mlp\.(fc[12])\.", r".ffn.A.\1."),
+    )  # fmt: skip
+    for key, value in _renamed(state, names).items():
+        if ".attn.qkv." in key:
+            for part, each in zip("qkv", value.chunk(3), strict=True):
+                found[key.replace("attn.qkv.", f"self_attn.{part}_proj.A.")] = each.clone()
+        else:
+            found[key] = value
+            if ".A." in key:
+                found[key.replace(".A.", ".B.")] = torch.zeros_like(value)
+    return found
+
+
+def ctranspath(net):
+    """Names of timm 0.5: each merging of tokens is in the stage that it ends."""
+    found = {}
+    for key, value in _copy(net).items():
+        key = re.sub(
+            r"layers\.(\d)\.downsample", lambda m: f"layers.{int(m[1]) - 1}.downsample", key
+        )
+        found[key] = value
+    found["layers.0.blocks.1.attn_mask"] = torch.zeros(2)
+    found["layers.0.blocks.0.attn.relative_position_index"] = torch.zeros(2)
+    return {"model": found}
+
+
+def resnet(net):
+    """Names of torchvision, with its classifier."""
+    return {**_copy(net), "fc.weight": torch.zeros(2, 2), "fc.bias": torch.zeros(2)}
+
+
+def open_clip_text(net):
+    """Names of open_clip's text network."""
+    found = _renamed(
+        _copy(net),
+        (
+            ("token_embed", "token_embedding"), ("pos_embed", "positional_embedding"),
+            ("cls_token", "cls_emb"), (r"^norm\.", "ln_final."),
+            (r"^blocks\.", "transformer.resblocks."), (r"\.attn\.qkv\.", ".attn.in_proj_"),
+            (r"\.attn\.proj\.", ".attn.out_proj."), (r"\.norm([12])\.", r".ln_\1."),
+            (r"\.mlp\.fc1\.", ".mlp.c_fc."), (r"\.mlp\.fc2\.", ".mlp.c_proj."),
+        ),
+    )  # fmt: skip
+    found["text_projection"] = found.pop("project.weight").T.contiguous()
+    return found
+
+
+def hugging_face_clip_text(net):
+    """Names of CLIPModel's text network."""
+    names = (
+        ("token_embed", "text_model.embeddings.token_embedding"),
+        ("pos_embed", "text_model.embeddings.position_embedding.weight"),
+        (r"^norm\.", "text_model.final_layer_norm."), (r"^blocks\.", "text_model.encoder.layers."),
+        (r"\.attn\.proj\.", ".self_attn.out_proj."), (r"\.norm([12])\.", r".layer_norm\1."),
+        (r"^project\.", "text_projection."),
+    )  # fmt: skip
+    return _parts(_renamed(_copy(net), names), "attn.qkv", "self_attn.{}_proj", "qkv")
+
+
+def bert(net, prefix):
+    """Names of BertModel, with its further positions and its second type of token."""
+    names = (
+        ("^token_embed", "embeddings.word_embeddings"), (r"^norm\.", "embeddings.LayerNorm."),
+        ("^pos_embed", "embeddings.position_embeddings.weight"),
+        ("^type_embed", "embeddings.token_type_embeddings.weight"),
+        (r"^blocks\.", "encoder.layer."), (r"\.attn\.proj\.", ".attention.output.dense."),
+        (r"\.norm1\.", ".attention.output.LayerNorm."), (r"\.norm2\.", ".output.LayerNorm."),
+        (r"\.mlp\.fc1\.", ".intermediate.dense."), (r"\.mlp\.fc2\.", ".output.dense."),
+    )  # fmt: skip
+    state = _copy(net)
+    head = {k: state.pop(k) for k in list(state) if k.startswith("project.")}
+    places, kind = state["pos_embed"], state["type_embed"]
+    state["pos_embed"] = torch.cat([places, torch.ones(3, places.shape[1])])
+    state["type_embed"] = torch.stack([kind, torch.ones_like(kind)])
+    parts = ("query", "key", "value")
+    found = _parts(_renamed(state, names), "attn.qkv", "attention.self.{}", parts)
+    found = {f"{prefix}{key}": value for key, value in found.items()}
+    for key, value in head.items():
+        middle = net.shape.middle
+        found[key.replace("project.", "text.proj." if middle else "text.pooler.")] = value
+    return {key.replace("pooler.0.", "pooler.dense."): value for key, value in found.items()}
+
+
+def _parts(state, whole, name, parts):
+    found = {}
+    for key, value in state.items():
+        if whole in key:
+            for part, each in zip(parts, value.chunk(3), strict=True):
+                found[key.replace(whole, name.format(part))] = each.clone()
+        else:
+            found[key] = value
+    return found
+
+
 WRITERS = {
     "phikon": hugging_face_vit,
     "phikon-v2": hugging_face_dinov2,
@@ -158,5 +358,13 @@ WRITERS = {
     "quiltnet-b32": open_clip,
     "quiltnet-b16": open_clip,
     "plip": hugging_face_clip,
+    "conch": coca,
+    "conch-v1.5": conch_v1_5,
+    "ctranspath": ctranspath,
+    "lunit-resnet50": resnet,
+    "retccl": resnet,
+    "keep": keep,
+    "musk": beit3,
+    "biomedclip": biomedclip,
 }
 """How each encoder's file names its parameters; the others have timm's names."""

@@ -1,7 +1,8 @@
 """Vision transformers: the image networks of nearly all pathology foundation models.
 
-One class covers ViT (Dosovitskiy et al. 2021), DINOv2 (Oquab et al. 2024; registers: Darcet et al. 2024)
-and the image tower of CLIP (Radford et al. 2021). Parameters have timm's names.
+One class covers ViT (Dosovitskiy et al. 2021), DINOv2 (Oquab et al. 2024; registers: Darcet et al. 2024),
+the image towers of CLIP (Radford et al. 2021), CoCa (Yu et al. 2022) and BEiT-3 (Wang et al. 2023).
+Parameters have timm's names.
 """
 
 from __future__ import annotations
@@ -14,9 +15,13 @@ from torch import nn
 
 from ...errors import BadInput
 
-Mlp = Literal["gelu", "quick_gelu", "swiglu"]
+Activation = Literal["gelu", "quick_gelu", "swiglu"]
 Positions = Literal["class and patches", "patches", "all"]
-Pool = Literal["cls", "cls+mean", "mean"]
+Pool = Literal["cls", "cls+mean", "mean", "pooler", "head"]
+Head = Literal["linear", "mlp", "pooler"]
+POOLER_HEADS = 8
+POOLER_EPS = 1e-5
+"""The pooler's layer norms keep torch's epsilon, whatever that of the transformer."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +42,13 @@ class VitShape:
         eps: epsilon of the layer norms.
         pre_norm: whether a layer norm precedes the first block (CLIP).
         patch_bias: whether the embedding of a patch has a bias.
-        project: length after a final linear map without bias (CLIP); 0 for none.
+        sub_norm: whether a layer norm precedes the last map of each branch (BEiT-3).
+        head: what follows the tokens: a linear map without bias of the class token (CLIP), an MLP (KEEP),
+            or a pooler: attention of one learned query to all tokens, and a layer norm (CONCH).
+        project: length after the head; 0 for no head.
+        pooled: length after a pooler, before a last linear map without bias; 0 if there is no such map.
+        built_grid: patches along a side for which the network was built, if its authors' code resamples
+            positions from there as DINO does; 0: they are resampled once, as timm does.
     """
 
     patch: int
@@ -46,14 +57,18 @@ class VitShape:
     heads: int
     hidden: int
     size_px: int = 224
-    mlp: Mlp = "gelu"
+    mlp: Activation = "gelu"
     layer_scale: bool = False
     registers: int = 0
     positions: Positions = "class and patches"
     eps: float = 1e-6
     pre_norm: bool = False
     patch_bias: bool = True
+    sub_norm: bool = False
+    head: Head = "linear"
     project: int = 0
+    pooled: int = 0
+    built_grid: int = 0
 
     @property
     def grid(self) -> int:
@@ -69,6 +84,21 @@ class VitShape:
     def placed(self) -> int:
         """Number of prefix tokens with a learned position."""
         return {"class and patches": 1, "patches": 0, "all": self.prefix}[self.positions]
+
+    def dim(self, pool: Pool) -> int:
+        """Return the length of an embedding."""
+        return {
+            "cls+mean": 2 * self.width,
+            "pooler": self.pooled or self.project,
+            "head": self.project,
+        }.get(pool, self.width)
+
+    def pools(self) -> tuple[Pool, ...]:
+        """Return the poolings that the network can compute."""
+        plain: tuple[Pool, ...] = ("cls", "cls+mean", "mean")
+        if self.head == "pooler" and self.project:
+            return (*plain, "pooler", "head") if self.pooled else (*plain, "pooler")
+        return (*plain, "head") if self.project else plain
 
     def shallow(self, depth: int) -> VitShape:
         """Return the shape with fewer blocks, for tests."""
@@ -124,23 +154,78 @@ class VitEncoder(nn.Module):
     """Map normalised tiles (N, 3, S, S) to embeddings (N, D): pooled tokens of a :class:`Vit`."""
 
     def __init__(self, shape: VitShape, pool: Pool = "cls") -> None:
-        """Pool the class token, the mean of the patches, or both side by side."""
+        """Create the network with its head.
+
+        Args:
+            shape: sizes of the network.
+            pool: the class token, the mean of the patches, both side by side, or the output of the pooler
+                or of the whole head.
+
+        Raises:
+            BadInput: the network has no such head.
+        """
         super().__init__()
+        if pool not in shape.pools():
+            raise BadInput(
+                f"--pool is {pool!r}; expected one of {', '.join(shape.pools())} for this network"
+            )
         self.trunk, self.pool = Vit(shape), pool
-        self.dim = (2 if pool == "cls+mean" else 1) * shape.width
-        if shape.project:
+        self.project: nn.Module
+        self.dim = shape.dim(pool)
+        if shape.project and shape.head == "pooler":
+            self.pooler = Pooler(shape.width, shape.pooled or shape.project)
+            if shape.pooled:
+                self.project = nn.Linear(shape.pooled, shape.project, bias=False)
+        elif shape.project and shape.head == "mlp":
+            first, last = (
+                nn.Linear(shape.width, shape.project),
+                nn.Linear(shape.project, shape.project),
+            )
+            self.project = nn.Sequential(first, nn.GELU(), last)
+        elif shape.project:
             self.project = nn.Linear(shape.width, shape.project, bias=False)
-            self.dim = shape.project
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return embeddings, not normalised."""
         tokens = self.trunk(tiles)
-        first, mean = tokens[:, 0], tokens[:, self.trunk.shape.prefix :].mean(1)
-        pooled = {"cls": first, "mean": mean}.get(self.pool)
-        if pooled is None:
+        shape = self.trunk.shape
+        first, mean = tokens[:, 0], tokens[:, shape.prefix :].mean(1)
+        pooled: torch.Tensor = mean if self.pool == "mean" else first
+        if self.pool == "cls+mean":
             pooled = torch.cat([first, mean], 1)
-        if self.trunk.shape.project:
+        if self.pool == "pooler" or (self.pool == "head" and shape.head == "pooler"):
+            pooled = self.pooler(tokens)
+        if self.pool == "head":
             pooled = self.project(pooled)
+        return pooled
+
+
+class Pooler(nn.Module):
+    """Map tokens (N, T, width) to vectors (N, dim) by the attention of one learned query (CoCa)."""
+
+    def __init__(self, width: int, dim: int, heads: int = POOLER_HEADS) -> None:
+        """Create the query and its attention."""
+        super().__init__()
+        self.heads = heads
+        self.query = nn.Parameter(torch.zeros(1, dim))
+        self.norm_query = nn.LayerNorm(dim, eps=POOLER_EPS)
+        self.norm_tokens = nn.LayerNorm(width, eps=POOLER_EPS)
+        self.q = nn.Linear(dim, dim)
+        self.k = nn.Linear(width, dim)
+        self.v = nn.Linear(width, dim)
+        self.proj = nn.Linear(dim, dim)
+        self.norm = nn.LayerNorm(dim, eps=POOLER_EPS)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return one vector per image."""
+        tokens = self.norm_tokens(tokens)
+        query = self.q(self.norm_query(self.query)).expand(tokens.shape[0], 1, -1)
+        parts = [
+            part.unflatten(2, (self.heads, -1)).transpose(1, 2)
+            for part in (query, self.k(tokens), self.v(tokens))
+        ]
+        found = nn.functional.scaled_dot_product_attention(*parts)
+        pooled: torch.Tensor = self.norm(self.proj(found.transpose(1, 2).flatten(2)))[:, 0]
         return pooled
 
 
@@ -158,10 +243,15 @@ class _Block(nn.Module):
     def __init__(self, shape: VitShape) -> None:
         super().__init__()
         self.norm1 = nn.LayerNorm(shape.width, eps=shape.eps)
-        self.attn = Attention(shape.width, shape.heads)
+        self.attn = Attention(shape.width, shape.heads, shape.eps if shape.sub_norm else None)
         self.ls1 = _Scale(shape.width) if shape.layer_scale else nn.Identity()
         self.norm2 = nn.LayerNorm(shape.width, eps=shape.eps)
-        self.mlp = _Gated(shape) if shape.mlp == "swiglu" else _Mlp(shape)
+        self.mlp: nn.Module
+        if shape.mlp == "swiglu":
+            self.mlp = _Gated(shape)
+        else:
+            quick, sub_norm = shape.mlp == "quick_gelu", shape.eps if shape.sub_norm else None
+            self.mlp = Mlp(shape.width, shape.hidden, quick, sub_norm)
         self.ls2 = _Scale(shape.width) if shape.layer_scale else nn.Identity()
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
@@ -173,19 +263,26 @@ class _Block(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention of tokens (N, T, width)."""
 
-    def __init__(self, width: int, heads: int) -> None:
-        """Create one map to queries, keys and values, and one of the joined heads."""
+    def __init__(self, width: int, heads: int, sub_norm: float | None = None) -> None:
+        """Create one map to queries, keys and values, and one of the joined heads.
+
+        Args:
+            width: length of a token.
+            heads: number of heads.
+            sub_norm: epsilon of a layer norm of the joined heads; None for no such norm.
+        """
         super().__init__()
         self.heads = heads
         self.qkv = nn.Linear(width, 3 * width)
+        self.norm = nn.Identity() if sub_norm is None else nn.LayerNorm(width, eps=sub_norm)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Return tokens of the same shape."""
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Return tokens of the same shape; ``mask`` is added to the logits, (N or 1, 1, T, T)."""
         joined = self.qkv(tokens).unflatten(2, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
         query, key, value = joined.unbind(0)
-        found = nn.functional.scaled_dot_product_attention(query, key, value)
-        output: torch.Tensor = self.proj(found.transpose(1, 2).flatten(2))
+        found = nn.functional.scaled_dot_product_attention(query, key, value, mask)
+        output: torch.Tensor = self.proj(self.norm(found.transpose(1, 2).flatten(2)))
         return output
 
 
@@ -198,19 +295,26 @@ class _Scale(nn.Module):
         return tokens * self.gamma
 
 
-class _Mlp(nn.Module):
-    def __init__(self, shape: VitShape) -> None:
+class Mlp(nn.Module):
+    """Two linear maps of tokens (N, T, width) with GELU, or its quick approximation, between them."""
+
+    def __init__(
+        self, width: int, hidden: int, quick: bool = False, sub_norm: float | None = None
+    ) -> None:
+        """Create the maps; ``sub_norm`` is the epsilon of a layer norm before the second one, if any."""
         super().__init__()
-        self.fc1 = nn.Linear(shape.width, shape.hidden)
-        self.fc2 = nn.Linear(shape.hidden, shape.width)
-        self.quick = shape.mlp == "quick_gelu"
+        self.fc1 = nn.Linear(width, hidden)
+        self.norm = nn.Identity() if sub_norm is None else nn.LayerNorm(hidden, eps=sub_norm)
+        self.fc2 = nn.Linear(hidden, width)
+        self.quick = quick
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Return tokens of the same shape."""
         inside = self.fc1(tokens)
         inside = (
             inside * torch.sigmoid(1.702 * inside) if self.quick else nn.functional.gelu(inside)
         )
-        output: torch.Tensor = self.fc2(inside)
+        output: torch.Tensor = self.fc2(self.norm(inside))
         return output
 
 

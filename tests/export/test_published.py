@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import onnxruntime
@@ -9,15 +10,22 @@ import pytest
 import torch
 from checkpoints import (
     WRITERS,
+    beit3,
+    biomedclip,
+    coca,
+    conch_v1_5,
     dinov2,
     hugging_face_clip,
     hugging_face_dinov2,
     hugging_face_vit,
+    keep,
     open_clip,
     seeded,
     teacher,
     timm,
+    without_pooler_biases,
 )
+from PIL import Image
 from safetensors.torch import save_file
 from schedule import DEEP
 
@@ -30,9 +38,14 @@ from histoseek.artifacts.manifest import (
 )
 from histoseek.errors import BadInput, Damaged
 from histoseek.export.checkpoints import load, read_checkpoint
-from histoseek.export.from_checkpoint import build_published, export_checkpoint, made_tiles
+from histoseek.export.from_checkpoint import (
+    build_published,
+    export_checkpoint,
+    fit_of,
+    made_tiles,
+)
 from histoseek.export.nets.vit import VitEncoder, VitShape
-from histoseek.export.onnx_graph import Graph
+from histoseek.export.onnx_graph import Graph, Resize
 from histoseek.export.options import ExportOptions, TritonOptions
 from histoseek.export.published import PUBLISHED
 from histoseek.export.triton import write_repository
@@ -47,8 +60,16 @@ CLIP = VitShape(
     14, 32, 2, 2, 64, size_px=56, mlp="quick_gelu", eps=1e-5, pre_norm=True, patch_bias=False,
     project=24,
 )  # fmt: skip
-EACH_KIND = ("lunit-s16", "h0-mini", "phikon", "hibou-b", "quiltnet-b32", "plip")
+EACH_KIND = (
+    "lunit-s16", "h0-mini", "hibou-b", "quiltnet-b32", "plip", "conch", "keep", "ctranspath", "retccl",
+    "gigapath-flash",
+)  # fmt: skip
 """Small encoders of every kind and convention; HISTOSEEK_DEEP=1 takes all encoders."""
+
+
+def last_pool(shape):
+    """The pooling that takes most of the network: its head, if it has one."""
+    return shape.pools()[-1] if shape.project else "cls"
 
 
 def embeddings(net, size_px=56):
@@ -57,8 +78,8 @@ def embeddings(net, size_px=56):
         return net(torch.randn(2, 3, size_px, size_px))
 
 
-def loaded(shape, tensors, pool="cls"):
-    net = VitEncoder(shape, pool).eval()
+def loaded(shape, tensors, pool=None):
+    net = VitEncoder(shape, pool or last_pool(shape)).eval()
     return net, load(net, tensors, "a checkpoint")
 
 
@@ -72,10 +93,17 @@ def loaded(shape, tensors, pool="cls"):
         (hugging_face_dinov2, GATED, "Hugging Face ViT or DINOv2"),
         (hugging_face_clip, CLIP, "Hugging Face CLIP"),
         (open_clip, CLIP, "open_clip"),
+        (coca, replace(TINY, head="pooler", pooled=16, project=16), "CoCa"),
+        (conch_v1_5, replace(TINY, head="pooler", project=16), "CONCH v1.5"),
+        (keep, replace(TINY, head="mlp", project=24, layer_scale=True), "KEEP"),
+        (biomedclip, replace(TINY, project=24), "open_clip with timm's network"),
+        (beit3, replace(TINY, sub_norm=True, project=32), "BEiT-3"),
     ],
 )
 def test_every_convention_loads_the_same_network(write, shape, convention):
-    net = seeded(VitEncoder(shape))
+    net = seeded(VitEncoder(shape, last_pool(shape)))
+    if write is conch_v1_5:
+        without_pooler_biases(net)
     tensors = write(net)
     again, report = loaded(shape, tensors)
     assert report.convention == convention
@@ -87,11 +115,25 @@ def test_every_convention_loads_the_same_network(write, shape, convention):
                 loaded(shape, less)
 
 
+@pytest.mark.parametrize(("side", "size", "how"), [(256, 224, "bilinear"), (512, 448, "bicubic")])
+def test_tiles_are_resized_in_the_graph_as_pillow_resizes_them(side, size, how):
+    rng = np.random.default_rng(0)
+    tile = np.concatenate([made_tiles(side, 2)[0], rng.integers(0, 256, (side, side, 3))], 1)
+    tiles = np.stack([tile[:, :side], tile[:, side:]]).astype(np.uint8)
+    by = getattr(Image.Resampling, how.upper())
+    wanted = np.stack([np.array(Image.fromarray(one).resize((size, size), by)) for one in tiles])
+    pixels = torch.from_numpy(tiles).permute(0, 3, 1, 2).float()
+    found = Resize(side, size, how)(pixels).permute(0, 2, 3, 1).numpy()
+    assert np.abs(found - wanted).max() <= 1 and (found != wanted).mean() < 0.02
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("name", PUBLISHED if DEEP else EACH_KIND)
 def test_a_published_encoder_becomes_a_bundle(name, tmp_path):
     known = PUBLISHED[name]
     net = seeded(build_published(known, depth=1))
+    if name == "conch-v1.5":
+        without_pooler_biases(net)
     path = tmp_path / "checkpoint.bin"
     torch.save(WRITERS.get(name, timm)(net), path)
     options = ExportOptions(published=name)
@@ -99,9 +141,10 @@ def test_a_published_encoder_becomes_a_bundle(name, tmp_path):
     assert manifest == read_manifest(tmp_path / name)
     assert (manifest.name, manifest.dim, manifest.mpp) == (name, known.dim, known.mpp)
     assert known.licence in (tmp_path / name / CARD).read_text()
-    tiles = made_tiles(known.shape.size_px, 2)
+    tiles = made_tiles(known.side, 2)
+    graph = Graph(net, *known.colours, fit=fit_of(known))
     with torch.inference_mode():
-        wanted = Graph(net, *known.colours)(torch.from_numpy(tiles)).numpy()
+        wanted = graph(torch.from_numpy(tiles)).numpy()
     encoder = OnnxEncoder(tmp_path / name)
     np.testing.assert_allclose(encoder.embed(tiles), wanted, atol=1e-5)
     encoder.close()
@@ -147,9 +190,9 @@ def test_wrappers_prefixes_and_half_precision_are_looked_through(tmp_path):
 
 def test_parameters_outside_the_image_network_are_named():
     tensors = {f"visual.trunk.{k}": v for k, v in timm(seeded(VitEncoder(TINY))).items()}
-    others = {"text.ln.weight": torch.zeros(2), "visual.head.proj.weight": torch.zeros(2, 2)}
+    others = {"text.ln.weight": torch.zeros(2), "visual.neck.weight": torch.zeros(2, 2)}
     _, report = loaded(TINY, {**tensors, **others})
-    assert report.dropped == ["text.ln.weight", "visual.head.proj.weight"]
+    assert report.dropped == ["text.ln.weight", "visual.neck.weight"]
 
 
 def test_positions_of_another_grid_are_resampled_and_said():
@@ -195,6 +238,7 @@ def test_pooling_can_be_chosen_and_is_recorded(tmp_path, cli_json, cli):
     listed = {row["name"]: row for row in cli_json("export", "--list")}
     assert listed.keys() == PUBLISHED.keys()
     assert listed["uni"]["parameters"] == 303_350_784 and listed["uni"]["gated"]
+    assert listed["conch"]["text"] and not listed["uni"]["text"]
 
 
 @pytest.fixture(scope="module")
