@@ -22,7 +22,7 @@ from .bundle import encoder_name, write_graph
 from .card import card_head
 from .checkpoints import Loaded, Tensors, has_text, load, read_checkpoint
 from .nets.build import image_net
-from .nets.vit import VitShape
+from .nets.vit import VitEncoder, VitShape
 from .onnx_graph import LARGEST_FILE, OPSET, Crop, Graph, Parity, Resize, check_parity
 from .options import NOT_STATED, ExportOptions
 from .published import PUBLISHED, Published
@@ -76,7 +76,9 @@ def describe(name: str, known: Published) -> dict[str, Any]:
 def _macs(net: nn.Module, known: Published) -> int:
     """Return the multiply-adds of one tile; those of a head are left out."""
     shape = known.shape
-    if isinstance(shape, VitShape):  # much faster than counting, which runs the network
+    if isinstance(net, VitEncoder) and isinstance(
+        shape, VitShape
+    ):  # much faster than counting, which runs the network
         tokens = shape.prefix + shape.grid**2
         layers = [m for m in net.trunk.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         weights = sum(layer.weight.numel() for layer in layers)

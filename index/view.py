@@ -196,6 +196,27 @@ class View:
         """
         return self.state.cluster_names[self._named(name)]
 
+    def suggest_names(
+        self,
+        words: Sequence[str],
+        vectors: NDArray[np.float32],
+        name: str | None = None,
+        count: int = 3,
+    ) -> list[dict[str, Any]]:
+        """Propose names for the clusters of a clustering: the words (W) that fit each best.
+
+        Args:
+            words: W words to choose from.
+            vectors: (W, D) their embeddings by the encoder's text network.
+            name: of the clustering; the newest when None.
+            count: maximum number of words per cluster.
+
+        Raises:
+            BadInput: no such clustering.
+            Damaged: a writer has committed since the view was taken.
+        """
+        return report.suggest(self.state, self._named(name), words, vectors, count)
+
     def drift(self, name: str | None = None) -> dict[str, Any]:
         """Compare the share of unknown tiles between the fitted slides and those added later.
 

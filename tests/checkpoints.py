@@ -2,7 +2,9 @@
 
 import re
 
+import tokenizers
 import torch
+from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
 
 
 def seeded(net, seed=0):
@@ -368,3 +370,47 @@ WRITERS = {
     "biomedclip": biomedclip,
 }
 """How each encoder's file names its parameters; the others have timm's names."""
+
+
+WORDS = (
+    "lymphocytes around a nerve", "signet ring cells floating in mucin", "necrosis", "an H&E image of",
+    "Ki-67 positive nuclei at 20x", "colonic mucosa without dysplasia", "fat, muscle and vessels",
+    "café-au-lait: naïve β-catenin",
+)  # fmt: skip
+
+
+def byte_pairs(path, end_last=True):
+    """Write a tokenizer of CLIP's kind, learned from a few texts; return it."""
+    made = tokenizers.Tokenizer(models.BPE(unk_token=None))
+    made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=[] if end_last else ["<end>"],
+    )  # fmt: skip
+    made.train_from_iterator(WORDS, trainer)
+    made.add_special_tokens(["<start>", "<end>"])
+    ends = [(token, made.token_to_id(token)) for token in ("<start>", "<end>")]
+    made.post_processor = processors.TemplateProcessing(
+        single="<start> $A <end>", special_tokens=ends
+    )
+    made.save(str(path))
+    return made
+
+
+def word_pieces(path):
+    """Write a tokenizer of BERT's kind."""
+    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=300, special_tokens=specials, show_progress=False
+    )
+    made.train_from_iterator(WORDS, trainer)
+    ends = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    made.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=ends
+    )
+    made.save(str(path))

@@ -225,6 +225,32 @@ def other_bundle(made_once: Callable[..., Path], tile_folder: Path) -> Path:
     return made_once("other", make) / "other"
 
 
+@pytest.fixture(scope="session")
+def text_bundle(made_once: Callable[..., Path]) -> Path:
+    """A folder with a checkpoint of an image and a text network, its tokenizer, and its bundle."""
+
+    def make(folder: Path) -> None:
+        import torch
+        from checkpoints import byte_pairs, open_clip, seeded
+
+        from histoseek.export.from_checkpoint import build_published, export_checkpoint
+        from histoseek.export.nets.text import text_net
+        from histoseek.export.options import ExportOptions
+        from histoseek.export.published import PUBLISHED
+
+        known = PUBLISHED["quiltnet-b32"]
+        assert known.text is not None
+        net, text = build_published(known, depth=1), text_net(known.text.shallow(1))
+        torch.save(open_clip(seeded(net), seeded(text, 1)), folder / "net.bin")
+        byte_pairs(folder / "words.json")
+        options = ExportOptions(
+            published="quiltnet-b32", tokenizer=folder / "words.json", mpp=MPP, name="quilt"
+        )
+        export_checkpoint(folder / "net.bin", folder / "bundle", options, depth=1)
+
+    return made_once("text", make)
+
+
 @pytest.fixture
 def triton(tmp_path_factory: pytest.TempPathFactory) -> Any:
     """Start real Triton servers on repositories; they are stopped when the test ends."""

@@ -54,7 +54,16 @@ SLOW_FILES = {
     "ui/test_page.py",
 }
 SLOW_FIXTURES = frozenset(
-    {"behind", "browser", "cli_process", "histoseek_ui", "other_bundle", "pushed", "triton"}
+    {
+        "behind",
+        "browser",
+        "cli_process",
+        "histoseek_ui",
+        "other_bundle",
+        "pushed",
+        "text_bundle",
+        "triton",
+    }  # fmt: skip
 )
 
 SLOW_TESTS = frozenset(

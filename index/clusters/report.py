@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -11,10 +12,13 @@ from numpy.typing import NDArray
 from ...errors import BadInput
 from ..search.state import State
 from ..store.catalog import Catalog, insert
+from ..vectors.scan import prepared
 from .clustering import Assigned, Clustering
 from .stored import placements
 
 TEXT_LIMIT = 2_000
+SUGGESTED_FROM = 500
+"""Maximum number of tiles of a cluster from which names are proposed."""
 DRIFT_FACTOR = 2.0
 """Later tiles drift if their unknown share (lower bound) exceeds this times the fitted upper bound."""
 
@@ -111,6 +115,45 @@ def _examples(where: Assigned, slides: NDArray[np.int64], count: int) -> list[in
                 best.append(row)
                 seen.add(int(slides[row]))
     return best
+
+
+def suggest(
+    state: State, name: str, words: Sequence[str], vectors: NDArray[np.float32], count: int
+) -> list[dict[str, Any]]:
+    """Propose names for the clusters of a clustering, by number; none for noise.
+
+    A word's score for a cluster is its cosine with the mean of the cluster's tiles, less the word's mean
+    score over all clusters: a word that fits all clusters alike names none.
+
+    Args:
+        state: of the atlas.
+        name: of the clustering.
+        words: W words to choose from.
+        vectors: (W, D) their embeddings, of length 1.
+        count: maximum number of words per cluster.
+    """
+    ids, where = assigned(state, name)
+    names = _names(state, name)
+    positions = state.columns.positions(ids)
+    numbers = [int(cluster) for cluster in np.unique(where.cluster) if cluster >= 0]
+    centres = []
+    for cluster in numbers:
+        rows = np.flatnonzero(where.cluster == cluster)
+        some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SUGGESTED_FROM)).astype(int)]
+        mean = prepared(state.vectors_at(positions[some]), state.metric).mean(axis=0)
+        centres.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
+    scores = np.array(centres).reshape(len(numbers), -1) @ vectors.T
+    if len(numbers) > 1:
+        scores = scores - scores.mean(axis=0)
+    best = np.argsort(-scores, axis=1, kind="stable")[:, :count]
+    return [
+        {
+            "cluster": cluster,
+            "name": names.get(cluster, ("", ""))[0],
+            "words": [words[column] for column in row],
+        }
+        for cluster, row in zip(numbers, best, strict=True)
+    ]
 
 
 def drift(state: State, name: str) -> dict[str, Any]:

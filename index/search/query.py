@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Literal
 
@@ -15,6 +15,7 @@ LeaveOut = Literal["tile", "slide", "patient"]
 LEAVE_OUT: tuple[LeaveOut, ...] = ("tile", "slide", "patient")
 Rgb = NDArray[np.uint8]
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+EmbedText = Callable[[Sequence[str]], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -23,9 +24,11 @@ class Query:
 
     Attributes:
         images: examples to be like, each (S, S, 3) as the encoder takes it; see :meth:`embedded`.
+        texts: words to be like, for an encoder with a text network; see :meth:`embedded`.
         vectors: (Q, D) examples to be like, made by this atlas's encoder.
         tiles: ids of tiles of the atlas, as examples to be like.
         unlike_images: examples to be unlike.
+        unlike_texts: words to be unlike.
         unlike_vectors: (M, D) examples to be unlike.
         unlike_tiles: ids of tiles to be unlike.
         together: give one answer for all examples; always the case if there are examples to be unlike.
@@ -52,6 +55,8 @@ class Query:
     per_slide: bool = False
     exact: bool = False
     leave_out: LeaveOut = "tile"
+    texts: tuple[str, ...] = ()
+    unlike_texts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         """Check the ranges.
@@ -69,32 +74,46 @@ class Query:
 
     @property
     def examples(self) -> int:
-        """Number of images, vectors and tiles in the query."""
+        """Number of images, texts, vectors and tiles in the query."""
         arrays = (self.vectors, self.unlike_vectors)
-        lists = (self.images, self.tiles, self.unlike_images, self.unlike_tiles)
+        lists = (
+            self.images, self.tiles, self.unlike_images, self.unlike_tiles, self.texts, self.unlike_texts,
+        )  # fmt: skip
         return sum(map(len, lists)) + sum(len(a) for a in arrays if a is not None)
 
     @property
     def combines(self) -> bool:
         """Whether all examples together get one answer."""
-        unlike = self.unlike_images or self.unlike_tiles
+        unlike = self.unlike_images or self.unlike_tiles or self.unlike_texts
         vectors = self.unlike_vectors is not None and len(self.unlike_vectors) > 0
         return self.together or bool(unlike) or vectors
 
-    def embedded(self, embed: Embed) -> Query:
-        """Return the query with its images replaced by their vectors.
+    @property
+    def by_text(self) -> bool:
+        """Whether the query has texts."""
+        return bool(self.texts or self.unlike_texts)
+
+    def embedded(self, embed: Embed, embed_text: EmbedText) -> Query:
+        """Return the query with its images, then its texts, replaced by their vectors.
 
         Args:
             embed: turns images (N, S, S, 3) into vectors (N, D); called once.
+            embed_text: turns texts into vectors (N, D); called once.
         """
+        query = self
         images = [*self.images, *self.unlike_images]
-        if not images:
-            return self
-        vectors = embed(np.stack(images))
-        like, unlike = vectors[: len(self.images)], vectors[len(self.images) :]
+        if images:
+            query = query._with(embed(np.stack(images)), len(self.images))
+        texts = [*self.texts, *self.unlike_texts]
+        if texts:
+            query = query._with(embed_text(texts), len(self.texts))
+        return replace(query, images=(), unlike_images=(), texts=(), unlike_texts=())
+
+    def _with(self, vectors: NDArray[np.float32], like: int) -> Query:
+        """Return the query with further vectors, of which the first ``like`` are to be like."""
         return replace(
-            self, images=(), vectors=_joined(self.vectors, like),
-            unlike_images=(), unlike_vectors=_joined(self.unlike_vectors, unlike),
+            self, vectors=_joined(self.vectors, vectors[:like]),
+            unlike_vectors=_joined(self.unlike_vectors, vectors[like:]),
         )  # fmt: skip
 
 

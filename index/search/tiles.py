@@ -181,8 +181,8 @@ def combined(
 def answer(state: State, query: Query) -> list[list[Hit]]:
     """Return hits by example; see :meth:`View.search <histoseek.index.view.View.search>`."""
     state.require_tiles()
-    if query.images or query.unlike_images:
-        raise BadInput("the query's images are not embedded; call Query.embedded first")
+    if query.images or query.unlike_images or query.by_text:
+        raise BadInput("the query's images or texts are not embedded; call Query.embedded first")
     if query.combines:
         return [answer_near(state, combined_vector(state, query), query)]
     if query.vectors is None and not query.tiles:

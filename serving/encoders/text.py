@@ -24,6 +24,7 @@ TEMPLATES = (
     "{}", "an H&E image of {}", "a histopathology image of {}", "a photomicrograph showing {}",
 )  # fmt: skip
 """Phrases around a text, whose embeddings are averaged: one phrase alone is a matter of luck."""
+BATCH = 64
 LONGEST = 1000
 """Maximum number of characters of a text."""
 
@@ -74,9 +75,13 @@ class TextEncoder:
             BadInput: a text is empty or too long.
         """
         texts = [checked(text) for text in texts]
-        filled = [template.format(text) for text in texts for template in TEMPLATES]
-        vectors = np.asarray(self._session.run([OUTPUT], {TOKENS: self.tokens.of(filled)})[0])
-        means = vectors.reshape(len(texts), len(TEMPLATES), -1).mean(1)
+        filled = [template.replace("{}", text) for text in texts for template in TEMPLATES]
+        numbers = self.tokens.of(filled)
+        parts = [
+            self._session.run([OUTPUT], {TOKENS: numbers[start : start + BATCH]})[0]
+            for start in range(0, len(numbers), BATCH)
+        ]
+        means = np.concatenate(parts).reshape(len(texts), len(TEMPLATES), -1).mean(1)
         length = np.maximum(np.linalg.norm(means, axis=1, keepdims=True), 1e-12)
         return np.asarray(means / length, np.float32)
 

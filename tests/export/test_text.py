@@ -5,11 +5,19 @@ import shutil
 
 import numpy as np
 import pytest
-import tokenizers
 import torch
 import transformers
-from checkpoints import biomedclip, coca, hugging_face_clip, keep, open_clip, seeded
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from checkpoints import (
+    WORDS,
+    biomedclip,
+    byte_pairs,
+    coca,
+    hugging_face_clip,
+    keep,
+    open_clip,
+    seeded,
+    word_pieces,
+)
 from torch import nn
 
 from histoseek.artifacts.manifest import TEXT_GRAPH, TOKENIZER, check_bundle_graph, read_manifest
@@ -21,49 +29,6 @@ from histoseek.export.nets.text import TextShape, text_net
 from histoseek.export.options import ExportOptions
 from histoseek.export.published import PUBLISHED
 from histoseek.serving.encoders.text import TEMPLATES, TextEncoder
-
-WORDS = (
-    "lymphocytes around a nerve", "signet ring cells floating in mucin", "necrosis", "an H&E image of",
-    "Ki-67 positive nuclei at 20x", "colonic mucosa without dysplasia", "fat, muscle and vessels",
-    "café-au-lait: naïve β-catenin",
-)  # fmt: skip
-
-
-def byte_pairs(path, end_last=True):
-    """Write a tokenizer of CLIP's kind, learned from a few texts; return it."""
-    made = tokenizers.Tokenizer(models.BPE(unk_token=None))
-    made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=[] if end_last else ["<end>"],
-    )  # fmt: skip
-    made.train_from_iterator(WORDS, trainer)
-    made.add_special_tokens(["<start>", "<end>"])
-    ends = [(token, made.token_to_id(token)) for token in ("<start>", "<end>")]
-    made.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=ends
-    )
-    made.save(str(path))
-    return made
-
-
-def word_pieces(path):
-    """Write a tokenizer of BERT's kind."""
-    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-    trainer = trainers.WordPieceTrainer(
-        vocab_size=300, special_tokens=specials, show_progress=False
-    )
-    made.train_from_iterator(WORDS, trainer)
-    ends = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=ends
-    )
-    made.save(str(path))
 
 
 def random_texts(count):
@@ -198,44 +163,31 @@ def test_a_bundle_embeds_text_as_its_network_does(name, write, tokenizer, tmp_pa
     assert math.isclose(np.linalg.norm(found), 1, rel_tol=1e-5)
 
 
-@pytest.fixture(scope="module")
-def quilt(tmp_path_factory):
-    """A checkpoint with both networks, its tokenizer, and the bundle."""
-    folder = tmp_path_factory.mktemp("quilt")
-    known = PUBLISHED["quiltnet-b32"]
-    net, text = build_published(known, depth=1), text_net(known.text.shallow(1))
-    torch.save(open_clip(seeded(net), seeded(text, 1)), folder / "net.bin")
-    byte_pairs(folder / "words.json")
-    options = ExportOptions(published="quiltnet-b32", tokenizer=folder / "words.json")
-    export_checkpoint(folder / "net.bin", folder / "bundle", options, depth=1)
-    return folder
-
-
-def export(quilt, out, **options):
+def export(folder, out, **options):
     return export_checkpoint(
-        quilt / "net.bin", out, ExportOptions(published="quiltnet-b32", **options), depth=1
+        folder / "net.bin", out, ExportOptions(published="quiltnet-b32", **options), depth=1
     )
 
 
-def test_what_is_left_out_or_does_not_fit_is_said(quilt, tmp_path):
-    assert export(quilt, tmp_path / "a").text is None
+def test_what_is_left_out_or_does_not_fit_is_said(text_bundle, tmp_path):
+    assert export(text_bundle, tmp_path / "a").text is None
     assert "pass --tokenizer" in (tmp_path / "a" / "MODEL_CARD.md").read_text()
-    assert export(quilt, tmp_path / "b", pool="cls").dim == 768
-    words = quilt / "words.json"
+    assert export(text_bundle, tmp_path / "b", pool="cls").dim == 768
+    words = text_bundle / "words.json"
     with pytest.raises(BadInput, match="--pool cls the embeddings cannot be compared"):
-        export(quilt, tmp_path / "c", pool="cls", tokenizer=words)
+        export(text_bundle, tmp_path / "c", pool="cls", tokenizer=words)
     byte_pairs(tmp_path / "other.json", end_last=False)
     with pytest.raises(BadInput, match="ends a text with token"):
-        export(quilt, tmp_path / "c", tokenizer=tmp_path / "other.json")
+        export(text_bundle, tmp_path / "c", tokenizer=tmp_path / "other.json")
     (tmp_path / "none.json").write_text("no tokenizer")
     with pytest.raises(Damaged, match="is no tokenizer"):
-        export(quilt, tmp_path / "c", tokenizer=tmp_path / "none.json")
+        export(text_bundle, tmp_path / "c", tokenizer=tmp_path / "none.json")
     assert not (tmp_path / "c").exists()
 
 
-def test_changed_files_and_bad_texts_are_refused(quilt, tmp_path):
+def test_changed_files_and_bad_texts_are_refused(text_bundle, tmp_path):
     bundle = tmp_path / "bundle"
-    shutil.copytree(quilt / "bundle", bundle)
+    shutil.copytree(text_bundle / "bundle", bundle)
     manifest = read_manifest(bundle)
     encoder = TextEncoder(bundle, manifest)
     for text, message in (

@@ -33,7 +33,8 @@ class Server:
         self.note(
             request, "search", result=answer.id, k=query.k, where=query.where, hits=len(answer.hits),
             images=len(query.images) + len(query.unlike_images), like=list(query.tiles),
-            unlike=list(query.unlike_tiles), generation=answer.generation, revision=answer.revision,
+            unlike=list(query.unlike_tiles), texts=list(query.texts),
+            unlike_texts=list(query.unlike_texts), generation=answer.generation, revision=answer.revision,
         )  # fmt: skip
 
     def note_assign(self, request: Any, answer: ClusterAnswer) -> None:

@@ -8,6 +8,7 @@ from pydantic import BaseModel, ConfigDict, Field, create_model
 
 from ...index.search.cases import Pair
 from ...index.store import rows
+from ...serving.encoders.text import LONGEST
 from ..access.users import Role
 from ..session.addition import Addition
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K
@@ -15,6 +16,7 @@ from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K
 MAX_TILE = 2**53
 TileId = Annotated[int, Field(ge=0, le=MAX_TILE)]
 Text = Annotated[str, Field(max_length=10_000)]
+Words = Annotated[str, Field(max_length=LONGEST)]
 Short = Annotated[str, Field(max_length=200)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 
@@ -39,7 +41,7 @@ class EmbeddingsRequest(Request):
 
 
 class SearchRequest(Request):
-    """A search query; needs at least one image or tile in ``images`` or ``like``."""
+    """A search query; needs at least one image, tile or text in ``images``, ``like`` or ``texts``."""
 
     images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64; hits resemble them")
     unlike_images: list[str] = Field(
@@ -55,6 +57,12 @@ class SearchRequest(Request):
         [], max_length=MAX_EXAMPLES, description="ids of tiles that hits resemble"
     )
     unlike: list[TileId] = Field([], max_length=MAX_EXAMPLES)
+    texts: list[Words] = Field(
+        [],
+        max_length=MAX_EXAMPLES,
+        description="words that hits show; for an encoder with a text network",
+    )
+    unlike_texts: list[Words] = Field([], max_length=MAX_EXAMPLES)
     k: int = Field(12, ge=1, le=MAX_K)
     where: Text | None = Field(None, description="such as: organ = 'colon' and patient != 'P7'")
     least: float | None = Field(None, allow_inf_nan=False, description="lowest score of a hit")

@@ -62,7 +62,7 @@ def add_queries(app: FastAPI, server: Server) -> None:
         ),
     )  # fmt: skip
     async def search(request: Request) -> Any:
-        """Find the tiles most similar to images or tiles of the atlas, and dissimilar to others."""
+        """Find the tiles most similar to images, tiles of the atlas or texts, and dissimilar to others."""
 
         def work(body: Body) -> Any:
             fields = body.fields
@@ -76,6 +76,7 @@ def add_queries(app: FastAPI, server: Server) -> None:
                 images=tuple(images), unlike_images=tuple(unlike), tiles=tuple(fields.like),
                 unlike_tiles=tuple(fields.unlike), k=fields.k, where=fields.where, least=fields.least,
                 per_slide=fields.per_slide, leave_out=fields.leave_out or "tile",
+                texts=tuple(fields.texts), unlike_texts=tuple(fields.unlike_texts),
             )  # fmt: skip
             answer = session.search(query, fields.clustering)
             server.note_search(request, answer)

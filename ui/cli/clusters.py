@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from ... import console
 from ...errors import BadInput
+
+if TYPE_CHECKING:
+    from ...index.atlas import Atlas
 
 BAR = 30
 """Width of a bar, in characters."""
@@ -132,20 +135,56 @@ def clusters(atlas: Path, clusters: str | None = None, examples: int = 3) -> Non
 
 
 def name(
-    atlas: Path, cluster: int, text: str, description: str = "", clusters: str | None = None
+    atlas: Path,
+    cluster: Annotated[int | None, typer.Argument()] = None,
+    text: Annotated[str | None, typer.Argument()] = None,
+    description: str = "",
+    clusters: str | None = None,
+    suggest: Path | None = None,
 ) -> None:
-    """Give a cluster a name.
+    """Give a cluster a name, or propose names for all clusters.
 
     Options:
         cluster: Number of the cluster.
         text: New name; '' deletes the name.
         description: Description of the cluster.
+        suggest: Text file with one word or phrase per line. For each cluster, those that fit best are
+            proposed; needs an encoder with a text network. No name is changed.
     """
     from ...index.atlas import Atlas
 
+    if suggest is not None:
+        if cluster is not None or description:
+            raise BadInput(
+                "--suggest is for all clusters; leave out CLUSTER, TEXT and --description"
+            )
+        _suggest(Atlas(atlas), suggest, clusters)
+        return
+    if cluster is None or text is None:
+        raise BadInput("expected `histoseek index name ATLAS CLUSTER TEXT`, or --suggest FILE")
     Atlas(atlas).name_cluster(cluster, text, description, clusters)
     document = {"cluster": cluster, "name": text, "description": description}
     console.emit(document, lambda: console.say(f"cluster {cluster} is {text!r}"))
+
+
+def _suggest(atlas: Atlas, path: Path, clusters: str | None) -> None:
+    from ...artifacts.files import read_text
+    from ...index.view import View
+    from .search import embed_text_with
+
+    lines = [" ".join(line.split()) for line in read_text(path).lstrip("\ufeff").splitlines()]
+    words = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))
+    if len(words) < 2:
+        raise BadInput(f"{path} has {len(words)} words; expected at least 2, one per line")
+    vectors = embed_text_with(atlas)(words)
+    rows = atlas.ask(View.suggest_names, words, vectors, clusters)
+
+    def human() -> None:
+        table = [(row["cluster"], row["name"], ", ".join(row["words"])) for row in rows]
+        console.table("", ("cluster", "name", "words that fit best"), table)
+        console.say("The words are ranked among those of the file; none of them has to be right.")
+
+    console.emit(rows, human)
 
 
 def drift(atlas: Path, clusters: str | None = None) -> None:

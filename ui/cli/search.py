@@ -35,6 +35,8 @@ def search(
     leave_out: Annotated[str, typer.Option("--leave-out", "--without")] = "tile",
     together: bool = False,
     unlike: list[str] | None = None,
+    text: list[str] | None = None,
+    unlike_text: list[str] | None = None,
     least: float | None = None,
     per_slide: bool = False,
     exact: bool = False,
@@ -42,8 +44,8 @@ def search(
 ) -> None:
     """Find the tiles that look most similar to each image.
 
-    JSON: a list with one list of hits per image, in the given order; for an image that cannot be read,
-    {"query", "error"}.
+    With an encoder that has a text network, also searches by words. JSON: a list with one list of hits
+    per image, text and tile, in the given order; for an image that cannot be read, {"query", "error"}.
 
     Options:
         images: Query images.
@@ -51,7 +53,9 @@ def search(
         tile: Id of a tile of the atlas to use as query. Repeatable.
         leave_out: With --tile: tile leaves out the query tile itself, slide leaves out all tiles of its
             slide, patient all tiles of its patient.
-        together: Combine all images and tiles into one query.
+        text: Words that the hits should show, such as "lymphocytes around a nerve". Repeatable.
+        unlike_text: Words that the hits should not show. Implies --together. Repeatable.
+        together: Combine all images, texts and tiles into one query.
         unlike: Image, or tile id, that the hits should not resemble. Implies --together. Repeatable.
         least: Minimum score of a hit.
         per_slide: Return at most one hit per slide.
@@ -60,14 +64,15 @@ def search(
     from ...index.atlas import Atlas
     from ...index.search.query import Query
 
-    opened, paths, tiles = Atlas(atlas), images or [], tile or []
-    if not paths and not tiles:
+    opened, paths, tiles, texts = Atlas(atlas), images or [], tile or [], text or []
+    if not paths and not tiles and not texts:
         raise BadInput(
-            "no query was given; name at least one image, or --tile with the id of a tile"
+            "no query was given; name an image, --tile with the id of a tile, or --text with words"
         )
-    if engine and (tiles or together or unlike):
+    if engine and (tiles or together or unlike or unlike_text):
         raise BadInput(
-            "--engine searches with images only; leave out --tile, --together and --unlike"
+            "--engine searches with images and texts only; leave out --tile, --together, --unlike and "
+            "--unlike-text"
         )
     unlike_paths = [Path(name) for name in unlike or [] if not name.isdigit()]
     unlike_tiles = tuple(int(name) for name in unlike or [] if name.isdigit())
@@ -79,6 +84,7 @@ def search(
         images=tuple(read.values()), tiles=tuple(tiles), unlike_images=tuple(unlike_read.values()),
         unlike_tiles=unlike_tiles, together=together, k=k, where=where, least=least,
         per_slide=per_slide, exact=exact, leave_out=leave_out,  # type: ignore[arg-type]
+        texts=tuple(texts), unlike_texts=tuple(unlike_text or ()),
     )  # fmt: skip
     for item in (*unlike_failed.values(), *(failed.values() if query.combines else ())):
         raise BadInput(item["error"]["message"])
@@ -94,15 +100,23 @@ def _answer_search(
     failed: dict[Path, dict[str, Any]],
 ) -> None:
     """Print the hits of each readable image and tile, or of the one combined query."""
-    tiles = [f"tile {number}" for number in query.tiles]
-    names: list[str | Path] = ["all together"] if query.combines else [*paths, *tiles]
-    searched: list[str | Path] = names if query.combines else [*read, *tiles]
+    others = [*(f"{text!r}" for text in query.texts), *(f"tile {n}" for n in query.tiles)]
+    names: list[str | Path] = ["all together"] if query.combines else [*paths, *others]
+    searched: list[str | Path] = names if query.combines else [*read, *others]
     hits_of = dict(zip(searched, hits, strict=True))
     document = [
         [hit._asdict() for hit in hits_of[name]] if name in hits_of else failed[Path(name)]
         for name in names
     ]
-    answer(document, lambda: _print_hits(atlas, hits_of, query.where), failed)
+
+    def human() -> None:
+        _print_hits(atlas, hits_of, query.where)
+        if query.by_text:
+            from ..session.words import TEXT_NOTICE
+
+            console.say(TEXT_NOTICE)
+
+    answer(document, human, failed)
 
 
 def _print_hits(atlas: Atlas, hits_of: dict[str | Path, list[Hit]], where: str | None) -> None:
@@ -132,10 +146,10 @@ def _print_hits(atlas: Atlas, hits_of: dict[str | Path, list[Hit]], where: str |
 
 
 def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
-    """Return a list of hits per readable image and tile, or one list if the query combines them."""
-    if not query.images and not query.tiles:
+    """Return a list of hits per readable image, text and tile, or one list if the query combines them."""
+    if not query.images and not query.tiles and not query.texts:
         return []
-    embedded = query.embedded(embed_with(atlas))
+    embedded = query.embedded(embed_with(atlas), embed_text_with(atlas))
     if engine is None:
         from ...index.view import View
 
@@ -253,6 +267,17 @@ def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32
 
         with closing(open_encoder(str(atlas.encoder_bundle), expect=atlas.manifest)) as encoder:
             return encoder.embed(images)
+
+    return embed
+
+
+def embed_text_with(atlas: Atlas) -> Callable[[Sequence[str]], NDArray[np.float32]]:
+    """Return a function that opens the encoder's text network and embeds texts."""
+
+    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
+        from ...serving.encoders.text import TextEncoder
+
+        return TextEncoder(atlas.encoder_bundle, atlas.manifest).embed(texts)
 
     return embed
 

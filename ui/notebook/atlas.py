@@ -22,6 +22,7 @@ from ...index.store.rows import Hit
 from ...index.view import View
 from ...serving.encoders.open import DEFAULT, bundle_path, open_encoder
 from ...serving.encoders.protocol import Encoder, check_identity
+from ...serving.encoders.text import TextEncoder
 from ..session.pictures import Pictures
 from .embed import Features
 from .images import Image, is_one, read_images
@@ -95,6 +96,7 @@ class Atlas:
         """
         self.index = index.Atlas(path)
         self._encoder, self._opened_encoder = encoder, False
+        self._text: TextEncoder | None = None
         if encoder is not None:
             check_identity(encoder.manifest, self.index.manifest)
         self._pictures = Pictures(self.index)
@@ -203,6 +205,8 @@ class Atlas:
         *,
         like: Example | Sequence[Example] = (),
         unlike: Example | Sequence[Example] = (),
+        text: str | Sequence[str] = (),
+        unlike_text: str | Sequence[str] = (),
         least: float | None = None,
         per_slide: bool = False,
         exact: bool = False,
@@ -216,13 +220,16 @@ class Atlas:
             where: metadata filter such as ``organ = 'colon' and patient != 'P7'``.
             like: examples of one combined query: images, or ids of tiles of the atlas.
             unlike: examples that hits should not resemble.
+            text: words that the hits should show, part of the combined query; for an encoder with a text
+                network. Scores rank tiles; they do not prove that a tile shows the words.
+            unlike_text: words that the hits should not show.
             least: minimum score of a hit.
             per_slide: return at most one hit per slide.
             exact: compare with every tile instead of using the index.
             leave_out: leave out each tile in ``like`` itself (``tile``), its ``slide``, or its ``patient``.
 
         Returns:
-            :class:`Hits` for one image or for ``like``; a list of them for several images.
+            :class:`Hits` for one image, or for ``like`` and ``text``; a list of them for several images.
 
         Raises:
             BadInput: the query is empty, or an image or the filter cannot be read.
@@ -230,20 +237,28 @@ class Atlas:
         """
         like_images, tiles = _examples(like)
         unlike_images, unlike_tiles = _examples(unlike)
-        combined = bool(like_images or tiles or unlike_images or unlike_tiles)
+        texts = (text,) if isinstance(text, str) else tuple(text)
+        unlike_texts = (unlike_text,) if isinstance(unlike_text, str) else tuple(unlike_text)
+        combined = bool(
+            like_images or tiles or unlike_images or unlike_tiles or texts or unlike_texts
+        )
         single = combined or (images is not None and is_one(images))
         separate = [] if images is None else read_images(images, self._size)
         query = Query(
             images=(*separate, *read_images(like_images, self._size)), tiles=tiles,
             unlike_images=tuple(read_images(unlike_images, self._size)), unlike_tiles=unlike_tiles,
             together=combined, k=k, where=where, least=least, per_slide=per_slide, exact=exact,
-            leave_out=leave_out,
+            leave_out=leave_out, texts=texts, unlike_texts=unlike_texts,
         )  # fmt: skip
-        answers = self.index.ask(
-            View.search, query.embedded(lambda tiles: self.encoder.embed(tiles))
-        )
+        embedded = query.embedded(lambda tiles: self.encoder.embed(tiles), self._embed_text)
+        answers = self.index.ask(View.search, embedded)
         results = [Hits(hits, self._pictures) for hits in answers]
         return results[0] if single else results
+
+    def _embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        if self._text is None:
+            self._text = TextEncoder(self.index.encoder_bundle, self.index.manifest)
+        return self._text.embed(texts)
 
     def similar(
         self,

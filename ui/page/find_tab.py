@@ -1,4 +1,4 @@
-"""The tab Find similar: an image or tiles of the atlas, filters, and the most similar tiles."""
+"""The tab Find similar: an image, tiles of the atlas or words, filters, and the most similar tiles."""
 
 from __future__ import annotations
 
@@ -55,17 +55,22 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
             picker = html(html_template=PICKER, js_on_load=PICKER_JS, elem_id="query")
+            words_box = gr.Textbox(
+                label="Or words", placeholder="lymphocytes around a nerve", max_lines=3, elem_id="words",
+                visible=session.takes_text,
+            )  # fmt: skip
             basket = html("", js_on_load=BASKET_JS, elem_id="basket")
             count = gr.Slider(1, 60, value=12, step=1, label="Number of hits")
             with gr.Accordion("Filters", open=False, elem_id="filters"):
-                fields = _filters(session)
+                fields = {"text": words_box, **_filters(session)}
             button = gr.Button("Find similar tiles", variant="primary", elem_id="find")
         with gr.Column(scale=3, min_width=320):
             note = html("", js_on_load="histoseek.answered(element);", elem_id="verdict")
             hits = html(
                 view.empty(
                     "The most similar tiles appear here, best first.",
-                    "Choose an image on the left, or a tile on the map of the atlas.",
+                    "Choose an image on the left, or a tile on the map of the atlas"
+                    + (", or enter words." if session.takes_text else "."),
                 ),
                 elem_id="hits",
             )
@@ -76,6 +81,7 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
     picker.upload(handlers.uploaded, inputs, outputs, trigger_mode="always_last", **events)
     basket.select(handlers.picked, inputs, outputs, trigger_mode="multiple", **events)
     button.click(handlers.clicked, inputs, outputs, **events)
+    words_box.submit(handlers.clicked, inputs, outputs, **events)
 
     def refresh(page: Any) -> None:
         page.load(lambda: _choices(session, list(fields)), None, list(fields.values()), **HIDDEN)
@@ -90,11 +96,15 @@ class _Handlers:
         self.server, self.fields = server, fields
 
     def clicked(self, request: gr.Request, query: Examples, k: float, *values: Any) -> Any:
-        if not query["upload"] and not query["like"]:
-            text = "No image yet. Choose an image first, or a tile of the atlas."
+        chosen = dict(zip(self.fields, values, strict=True))
+        if _is_empty(query, chosen):
+            text = (
+                "No query yet. Choose an image or a tile of the atlas, or enter words."
+                if self.server.session.takes_text
+                else "No image yet. Choose an image first, or a tile of the atlas."
+            )
             return query, _basket(query), view.problem(text), gr.skip(), ""
         try:
-            chosen = dict(zip(self.fields, values, strict=True))
             session = self.server.session
             answer = session.search(_query(session, query, int(k), chosen))
             self.server.note_search(request, answer)
@@ -117,10 +127,14 @@ class _Handlers:
         self, event: gr.EventData, request: gr.Request, query: Examples, k: float, *values: Any
     ) -> Any:
         query = _picked(query, event._data)
-        if not query["upload"] and not query["like"]:
+        if _is_empty(query, dict(zip(self.fields, values, strict=True))):
             empty = view.empty("No query.", "Choose an image, or a tile with + like.")
             return query, _basket(query), "", empty, ""
         return self.clicked(request, query, k, *values)
+
+
+def _is_empty(query: Examples, chosen: dict[str, Any]) -> bool:
+    return not query["upload"] and not query["like"] and not (chosen["text"] or "").strip()
 
 
 def _basket(query: Examples) -> str:
@@ -193,6 +207,7 @@ def _query(session: Session, query: Examples, k: int, values: dict[str, Any]) ->
     where = (values.pop("where") or "").strip() or None
     leave_out: Any = values.pop("leave_out") or "tile"
     per_slide = values.pop("per_slide")
+    text = (values.pop("text") or "").strip()
     for name, chosen in values.items():
         operator, _, field = name.rpartition(" ")
         if chosen:
@@ -205,7 +220,7 @@ def _query(session: Session, query: Examples, k: int, values: dict[str, Any]) ->
         images.append(session.read(Path(upload["path"]), upload["name"], crop))
     return Query(
         tuple(images), tiles=tuple(query["like"]), unlike_tiles=tuple(query["unlike"]), k=k, where=where,
-        per_slide=bool(per_slide), leave_out=leave_out,
+        per_slide=bool(per_slide), leave_out=leave_out, texts=(text,) if text else (),
     )  # fmt: skip
 
 

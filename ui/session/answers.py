@@ -137,8 +137,10 @@ def check_limits(query: Query) -> None:
         BadInput: the query has no positive example, or k is out of range.
         TooLarge: there are too many examples.
     """
-    if not query.images and not query.tiles:
-        raise BadInput("there is nothing to search for; give an image, or a tile of the atlas")
+    if not query.images and not query.tiles and not query.texts:
+        raise BadInput(
+            "there is nothing to search for; give an image, a tile of the atlas, or a text"
+        )
     if query.examples > MAX_EXAMPLES:
         raise TooLarge(
             f"{query.examples} examples were given; a search takes at most {MAX_EXAMPLES}"

@@ -70,6 +70,8 @@ def provenance(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[s
             "images_unlike": len(query.unlike_images),
             "tiles": list(query.tiles),
             "tiles_unlike": list(query.unlike_tiles),
+            **({"texts": list(query.texts)} if query.texts else {}),
+            **({"texts_unlike": list(query.unlike_texts)} if query.unlike_texts else {}),
         },
     }
 
@@ -150,7 +152,7 @@ def _html(session: Session, answer: SearchAnswer | ClusterAnswer, about: dict[st
         values |= {"title": "Images and their clusters", "queries": [], "refused": answer.refused}
         return render("report.html", **values, figures=_assigned_images(answer))
     values |= {"title": "Similar tiles", "queries": _examples(session, answer), "refused": []}
-    values |= {"verdict": words.verdict_text(answer)}
+    values |= {"verdict": words.verdict_text(answer), "texts": _texts(answer)}
     return render("report.html", **values, figures=_hits(session, answer))
 
 
@@ -164,6 +166,11 @@ def _examples(session: Session, answer: SearchAnswer) -> list[Figure]:
             for tile in query.unlike_tiles
         ),
     ]
+
+
+def _texts(answer: SearchAnswer) -> list[str]:
+    query = answer.query
+    return [*query.texts, *(f"not: {text}" for text in query.unlike_texts)]
 
 
 def _hits(session: Session, answer: SearchAnswer) -> list[Figure]:

@@ -24,6 +24,7 @@ from ...index.view import View
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
 from ...serving.encoders.protocol import Encoder
+from ...serving.encoders.text import TextEncoder
 from .answers import (
     MAX_IMAGES,
     MAX_K,
@@ -78,6 +79,8 @@ class Session:
         if encoder or not self.atlas.manifest.external:
             self.encoder = open_encoder(self.spec, expect=self.atlas.manifest)
             self.batching = Batcher(self.encoder)
+        self._text: TextEncoder | None = None
+        self._text_lock = threading.Lock()
         self.pictures = Pictures(self.atlas)
         self.results = Results()
         self._decoders = threading.BoundedSemaphore(2 * cores())
@@ -145,6 +148,23 @@ class Session:
         _check_count(tiles)
         return self.batching.embed(np.stack(list(tiles)))
 
+    @property
+    def takes_text(self) -> bool:
+        """Whether the atlas's encoder has a text network."""
+        return self.atlas.manifest.text is not None
+
+    def embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
+        """Embed texts -> (N, D) with the text network of the atlas's encoder.
+
+        Raises:
+            BadInput: the encoder has no text network, or a text is empty or too long.
+            MissingPart: the package tokenizers is not installed.
+        """
+        with self._text_lock:  # one text takes all cores
+            if self._text is None:
+                self._text = TextEncoder(self.atlas.encoder_bundle, self.atlas.manifest)
+            return self._text.embed(texts)
+
     # -- searching ------------------------------------------------------------------------------
 
     def search(self, query: Query, clustering: str | None = None) -> SearchAnswer:
@@ -155,21 +175,24 @@ class Session:
             clustering: clustering to assign the query to; the newest when None.
 
         Raises:
-            BadInput: the filter cannot be read, the atlas is empty, or there is no encoder for images.
+            BadInput: the filter cannot be read, the atlas is empty, or there is no encoder for images, or
+                no text network for texts.
             NotFound: a tile does not exist.
             Busy: too many images wait for the encoder.
         """
         query = replace(query, together=True, where=(query.where or "").strip() or None)
         check_limits(query)
         started = time.perf_counter()
-        embedded = query.embedded(self.embed)
+        embedded = query.embedded(self.embed, self.embed_text)
         milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
-        answer = self.atlas.ask(self._answer, embedded, clustering)
+        answer = self.atlas.ask(self._answer, embedded, clustering, query.by_text)
         milliseconds |= answer.milliseconds
         # keep the query's images, because the report shows them
         return self.results.keep(replace(answer, query=query, milliseconds=milliseconds))
 
-    def _answer(self, view: View, /, query: Query, clustering: str | None) -> SearchAnswer:
+    def _answer(
+        self, view: View, /, query: Query, clustering: str | None, by_text: bool
+    ) -> SearchAnswer:
         """Answer a query with embedded images from one state of the atlas."""
         started = time.perf_counter()
         vector = view.vector_of(query)
@@ -181,7 +204,7 @@ class Session:
             query=query,
             vector=vector,
             hits=hits,
-            verdict=verdict_of(self._usual, view, query, clustering, vector, hits),
+            verdict=verdict_of(self._usual, view, query, clustering, vector, hits, by_text),
             generation=view.generation,
             revision=view.revision,
             milliseconds={"search": searched},

@@ -42,6 +42,7 @@ def verdict_of(
     clustering: str | None,
     vector: NDArray[np.float32],
     hits: list[Hit],
+    by_text: bool,
 ) -> Verdict:
     """Return the verdict on a query.
 
@@ -52,8 +53,10 @@ def verdict_of(
         clustering: to assign the query to; the newest when None.
         vector: (D,) that was compared.
         hits: the most similar tiles.
+        by_text: whether the query has texts. Their vectors are far from those of all images, so neither
+            clusters nor usual distances of images say anything about them.
     """
-    single = query.examples == 1
+    single = query.examples == 1 and not by_text
     placed = view.assign(vector[None], clustering)[0] if single and view.clusterings() else None
     nearer = _nearer_than(usual, view, query, vector, hits) if single else None
     no_cluster = bool(placed and placed["unknown"])

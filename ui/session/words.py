@@ -9,6 +9,9 @@ from ...index.store.rows import Hit
 from .answers import SearchAnswer
 
 NOTICE_TEXT = "Research use only. Similarity is no diagnosis."
+TEXT_NOTICE = (
+    "The scores rank the tiles for your words; a high rank does not prove that a tile shows them."
+)
 LABELS_SHOWN = 4
 
 
@@ -64,6 +67,8 @@ def verdict_text(answer: SearchAnswer) -> str:
             f"The query is nearer to the atlas than {verdict.nearer_than:.0%} of the atlas's own tiles are "
             "to tiles of other patients."
         )
-    if answer.query.examples > 1:
+    if answer.query.by_text:
+        parts.append(TEXT_NOTICE)
+    elif answer.query.examples > 1:
         parts.append("For several examples together, the fit to the atlas is not computed.")
     return " ".join(parts)
