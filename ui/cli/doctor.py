@@ -22,6 +22,7 @@ PARTS = (
     ("training", ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript"), "train",
      "histoseek train and export", False),
     ("openvino", ("openvino",), "openvino", "faster embedding on many CPUs", False),
+    ("text", ("tokenizers",), "text", "search by words, with encoders that have a text network", False),
     ("triton", ("tritonclient.grpc",), "triton", "encoders on a Triton server", False),
     ("ray", ("ray", "fsspec"), "ray", "embed on many machines", False),
     ("metrics", ("prometheus_client",), "metrics", "metrics of histoseek embed", False),

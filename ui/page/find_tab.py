@@ -56,8 +56,8 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
         with gr.Column(scale=1, min_width=300):
             picker = html(html_template=PICKER, js_on_load=PICKER_JS, elem_id="query")
             words_box = gr.Textbox(
-                label="Or words", placeholder="lymphocytes around a nerve", max_lines=3, elem_id="words",
-                visible=session.takes_text,
+                label="Words, alone or with an image", placeholder="lymphocytes around a nerve",
+                max_lines=3, elem_id="words", visible=session.takes_text,
             )  # fmt: skip
             basket = html("", js_on_load=BASKET_JS, elem_id="basket")
             count = gr.Slider(1, 60, value=12, step=1, label="Number of hits")
