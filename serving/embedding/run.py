@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,6 +11,7 @@ from ...artifacts.manifest import Manifest, read_manifest
 from ...console import Progress
 from ..encoders.open import open_encoder
 from ..encoders.protocol import Encoder
+from .estimate import Estimate, estimate
 from .jobs import Job
 from .meter import Meter
 from .metrics_page import metrics_page
@@ -44,13 +45,18 @@ def run_here(
     progress: Progress,
     metrics: str | None = None,
     results: list[Result] | None = None,
+    tell: Callable[[Estimate], None] | None = None,
 ) -> Ran:
     """Embed jobs in this process; see :func:`~histoseek.serving.embedding.pipeline.embed_jobs`.
 
-    With ``metrics`` (``[HOST:]PORT``), Prometheus metrics are served during the run.
+    With ``metrics`` (``[HOST:]PORT``), Prometheus metrics are served during the run. With ``tell``, it is
+    called with an estimate before the run starts, if the encoder is slow.
     """
     encoder, meter = open_chosen(choice), Meter()
     try:
+        found = estimate(jobs, encoder, out, options) if tell is not None else None
+        if tell is not None and found is not None:
+            tell(found)
         with metrics_page(metrics, meter):
             ended = embed_jobs(jobs, encoder, out, options, progress, meter, results)
         return Ran(ended, encoder.manifest, encoder.describe(), meter.read())

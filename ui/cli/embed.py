@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
+from dataclasses import asdict, replace
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,9 @@ from ...errors import BadInput
 from ...serving.embedding.results import EmbedOptions, EncoderChoice, Result
 from .commands import Commands
 from .options import with_flags
+
+if TYPE_CHECKING:
+    from ...serving.embedding.estimate import Estimate
 
 app = Commands("Embed.")
 
@@ -64,6 +67,11 @@ def embed(
     if ray is None and "://" in out:
         raise BadInput(f"--out is {out!r}; expected a folder, because URLs need --ray")
     ended: list[Result] = []
+
+    def tell(estimate: Estimate) -> None:
+        facts["estimate"] = asdict(estimate)
+        console.say(estimate.text)
+
     try:
         with console.progress("embedding") as progress:
             if ray is not None:
@@ -71,7 +79,7 @@ def embed(
 
                 ran = run_on_ray(jobs, choice, out, options, ray, progress, ended)
             else:
-                ran = run_here(jobs, choice, Path(out), options, progress, metrics, ended)
+                ran = run_here(jobs, choice, Path(out), options, progress, metrics, ended, tell)
     except BaseException as error:
         record_end(error, ended, len(jobs), out, facts)
         raise
