@@ -94,7 +94,7 @@ def scores_of(results: QueryResults, names: list[str], options: RetrievalOptions
     """Return each metric with interval and baselines, and the results per class; JSON-ready."""
     rng = np.random.default_rng(options.seed)
     majority = np.full(len(results.label), np.bincount(results.label).argmax())
-    weights = _bootstrap_weights(results.owner, options.bootstrap, rng)
+    weights = bootstrap_weights(results.owner, options.bootstrap, rng)
     classes = len(names)
     chance = [_random_answers(results, rng) for _ in range(RANDOM_DRAWS)]
     by_majority = _Counts.of(results, majority, classes)
@@ -194,7 +194,7 @@ def _macro_f1(counts: _Counts) -> NDArray[np.float64]:
     return mean
 
 
-def _bootstrap_weights(owner: Ints, draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
+def bootstrap_weights(owner: Ints, draws: int, rng: np.random.Generator) -> NDArray[np.float64]:
     """Return the number of times each owner is drawn (B, P)."""
     count = len(np.unique(owner))
     return rng.multinomial(count, np.full(count, 1 / count), size=draws).astype(np.float64)

@@ -315,7 +315,8 @@ def tune(
 
 
 for _command in (
-    search.search, search.assign, search.similar, study.evaluate, study.duplicates, study.leakage,
+    search.search, search.assign, search.similar, study.evaluate, study.agreement, study.duplicates,
+    study.leakage,
     clusters.fit, clusters.map_, clusters.curve, clusters.clusters, clusters.name, clusters.drift,
     exchange.import_, exchange.export, exchange.push, bind.bind,
 ):  # fmt: skip

@@ -116,6 +116,67 @@ def duplicates(atlas: Path, least: float | None = None, where: str | None = None
     console.emit(report, human)
 
 
+def agreement(
+    atlas: Path,
+    other: Path,
+    k: Annotated[int, typer.Option("-k")] = 10,
+    leave_out: str = "patient",
+    queries: int = 2000,
+    bootstrap: int = 1000,
+    seed: int = 0,
+) -> None:
+    """Compare the nearest tiles of two encoders, such as a teacher and its student.
+
+    The atlases must hold the same tiles. Each query tile is searched in both, among other patients' tiles.
+
+    Options:
+        atlas: Atlas whose nearest tiles count as right.
+        other: Atlas of the same tiles by another encoder.
+        k: Number of nearest tiles.
+        leave_out: patient, slide or tile: what may not be found from a tile.
+        queries: Maximum number of query tiles.
+        bootstrap: Number of bootstrap samples for the confidence intervals.
+    """
+    from ...errors import unknown_name
+    from ...index.atlas import Atlas
+    from ...index.search.query import LEAVE_OUT
+    from ...index.studies.agreement import agreement as run
+
+    if leave_out not in LEAVE_OUT:
+        raise unknown_name("--leave-out", leave_out, LEAVE_OUT)
+    with console.working("searching in both atlases"):
+        report = run(Atlas(atlas), Atlas(other), k, queries, leave_out, bootstrap, seed)
+
+    def human() -> None:
+        one, two = (report[side]["encoder"] for side in ("one", "other"))
+        rows = [
+            (
+                text,
+                report[name]["value"],
+                _interval(report[name]["interval_95"]),
+                report[name]["random"],
+            )
+            for name, text in (
+                ("overlap", f"of the {k} nearest of {one}, {two} finds"),
+                ("nearest_found", f"the nearest of {one} is among the {k} of {two}"),
+            )
+        ]
+        title = (
+            f"{report['queries']} tiles of {report['owners']} {leave_out}s, searched "
+            f"among {report['tiles']} common tiles"
+        )
+        console.table(title, ("share", "value", "95 %", "random"), rows)
+        if report["only_in_one"] or report["only_in_other"]:
+            console.say(
+                f"NOTE: not compared: {report['only_in_one']} tiles only in {atlas}, "
+                f"{report['only_in_other']} only in {other}"
+            )
+        if report["without_candidates"]:
+            console.say(f"NOTE: {report['without_candidates']} tiles have no candidate")
+
+    console.emit(report, human)
+
+
 def leakage(atlas: Path, split: Annotated[str, typer.Option()], least: float | None = None) -> None:
     """Check that parts of a data set share no patients or images. Exit code 1: they share some.
 
