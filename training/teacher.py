@@ -4,6 +4,9 @@ The teacher's maps are averaged over the eight rotations and reflections of the 
 reduced to whitened principal components. The small net learns to predict, from an augmented part of a tile,
 the mean of the maps over that part. So it learns the teacher's features for any orientation of the tile,
 without running the teacher in every step.
+
+A bundle as a teacher gives one embedding of the whole tile instead of a map; see
+:mod:`~histoseek.training.bundle_teacher`.
 """
 
 from __future__ import annotations
@@ -19,8 +22,10 @@ from numpy.lib.format import write_array_header_1_0
 from numpy.typing import NDArray
 
 from ..artifacts.files import cache_folder, replacing
+from ..artifacts.manifest import read_manifest
 from ..console import Progress
 from ..metrics import Ints
+from .bundle_teacher import bundle_maps, is_bundle
 from .checkpoint import load_backbone
 from .data import LabelledTiles
 from .evaluate import to_input
@@ -46,6 +51,7 @@ def teacher_maps(
     device: torch.device,
     progress: Progress,
     power: float = 0.0,
+    views: int = 1,
 ) -> NDArray[np.float16]:
     """Return the teacher's maps of every tile as whitened components, fitted on training tiles.
 
@@ -54,13 +60,15 @@ def teacher_maps(
     reuse them.
 
     Args:
-        name: name of a registered model; also the name of its pretrained weights.
+        name: name of a registered model, which is also the name of its pretrained weights, or the folder of
+            a bundle.
         data: the tiles.
         train: (K,) indices of the training tiles, on which the components are fitted.
         dim: maximum number of components, D.
         device: device of the teacher.
         progress: called with the number done, the total and a text.
         power: as in :func:`components`.
+        views: orientations over which the embeddings of a bundle are averaged: 1, 2, 4 or 8.
 
     Returns:
         float16 (N, D, H, H); zeros for tiles that cannot be read.
@@ -70,19 +78,7 @@ def teacher_maps(
         StorageFailed: the cache cannot be written.
     """
     text = f"asking the teacher {name}"
-    ask: Ask
-    if data.stream is not None:
-        ask = _live(name, data, device)
-    else:
-        key = hashlib.sha256(f"maps {name} {data.tiles.shape}".encode())
-        key.update(np.ascontiguousarray(data.tiles).data)
-        path = cache_folder() / "teacher" / f"{key.hexdigest()}.npy"
-        if not path.is_file():
-            _keep(
-                path, _live(name, data, device), len(data), lambda n: progress(n, len(data), text)
-            )
-        known = np.load(path, mmap_mode="r", allow_pickle=False)
-        ask = lambda numbers: (torch.from_numpy(known[numbers]).to(device).float(), numbers)  # noqa: E731
+    ask = asker(name, data, device, progress, views)
     pooled = [
         ask(part)[0].mean((2, 3)).cpu().numpy()
         for part in _batches(train[:: max(1, len(train) // FITTED_ON)])
@@ -102,8 +98,36 @@ def teacher_maps(
     return found
 
 
-def _live(name: str, data: LabelledTiles, device: torch.device) -> Ask:
+def asker(
+    name: str, data: LabelledTiles, device: torch.device, progress: Progress, views: int
+) -> Ask:
+    """Return a function from tile indices to the teacher's maps; see :func:`teacher_maps`."""
+    if data.stream is not None:
+        return _live(name, data, device, views)
+    called = name
+    if is_bundle(name):
+        called = f"bundle {read_manifest(Path(name)).sha256} {views}"
+    key = hashlib.sha256(f"maps {called} {data.tiles.shape}".encode())
+    key.update(np.ascontiguousarray(data.tiles).data)
+    path = cache_folder() / "teacher" / f"{key.hexdigest()}.npy"
+    if not path.is_file():
+        text = f"asking the teacher {name}"
+        live = _live(name, data, device, views)
+        _keep(path, live, len(data), lambda n: progress(n, len(data), text))
+    known = np.load(path, mmap_mode="r", allow_pickle=False)
+    return lambda numbers: (torch.from_numpy(known[numbers]).to(device).float(), numbers)
+
+
+def _live(name: str, data: LabelledTiles, device: torch.device, views: int) -> Ask:
     """Return a function that runs the teacher on tiles of given indices."""
+    if is_bundle(name):
+        _, see = bundle_maps(Path(name), views)
+
+        def ask_bundle(numbers: Ints) -> tuple[torch.Tensor, Ints]:
+            tiles, read = data.read(numbers)
+            return see(tiles).to(device), read
+
+        return ask_bundle
     teacher = build(name)
     load_backbone(teacher.backbone, name)
     teacher.eval().requires_grad_(False)
