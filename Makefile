@@ -14,7 +14,7 @@ PARALLEL = -n 2 --dist loadscope
 PIP_FLAGS = -q --disable-pip-version-check
 
 .PHONY: demo test test-quick test-deep check docs release-check bench-ablation bench-encoder bench-index bench-serving \
-	bench-training bench-ui bench-viewer format clean
+	bench-student bench-training bench-ui bench-viewer format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -74,6 +74,9 @@ bench-ui: $(VENV)/.ready
 
 bench-training: $(VENV)/.ready
 	$(BIN)/python tests/bench/training.py
+
+bench-student: $(VENV)/.ready
+	$(BIN)/python tests/bench/student.py
 
 format: $(VENV)/.ready
 	$(BIN)/ruff format .

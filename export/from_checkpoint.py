@@ -115,17 +115,12 @@ def export_checkpoint(
         Damaged: the checkpoint cannot be read.
         Mismatch: a difference in the parity test exceeds its bound; nothing is written.
     """
-    options.only_for("a checkpoint", "published", "pool", "views", "tile_px", "tokenizer")
-    known = find_published(options.published or "")
-    if options.pool:
-        known = replace(known, pool=options.pool)
-    if options.tile_px:
-        known = replace(known, tile_px=options.tile_px)
+    known, changed = chosen(options)
     name = encoder_name(options, out)
     net: Any = build_published(known, depth)
     tensors, notes = read_checkpoint(checkpoint)
     report = load(net, tensors, str(checkpoint))
-    report.notes[:0] = notes
+    report.notes[:0] = [*changed, *notes]
     tokenizer = _tokenizer(known, options, checkpoint, tensors, report)
     mean, std = known.colours
     graph = Graph(net, mean, std, views=options.views, fit=fit_of(known))
@@ -145,6 +140,32 @@ def export_checkpoint(
         added = files.read_text(options.notes) if options.notes else ""
         write_atomic(folder / CARD, _card(manifest, record, parity, added))
     return manifest
+
+
+def chosen(options: ExportOptions) -> tuple[Published, list[str]]:
+    """Return the published encoder with the options' changes, and a note of each change.
+
+    Raises:
+        BadInput: the encoder is unknown, or an option is not for checkpoints.
+    """
+    used = ("published", "pool", "views", "tile_px", "fit", "tokenizer", "mean", "std")
+    options.only_for("a checkpoint", *used)
+    known = find_published(options.published or "")
+    changes: dict[str, Any] = {}
+    if options.pool:
+        changes["pool"] = options.pool
+    if options.tile_px:
+        changes["tile_px"] = options.tile_px
+    if options.fit:
+        changes["fit"] = options.fit
+    if options.mean or options.std:
+        changes["colours"] = options.colours()
+    notes = [
+        f"{name} is {value}, not {getattr(known, name)} as of the authors"
+        for name, value in changes.items()
+        if value != getattr(known, name)
+    ]
+    return replace(known, **changes), notes
 
 
 def fit_of(known: Published) -> nn.Module | None:
@@ -219,6 +240,8 @@ def _record(
         "source": known.source,
         "network": asdict(known.shape),
         "pool": known.pool,
+        "mean": known.colours[0],
+        "std": known.colours[1],
         "tile": _tile(known),
         "unconfirmed": known.unconfirmed,
         "parity_tiles": "a pattern and noise" if made else "real tiles",

@@ -52,7 +52,7 @@ def export_onnx(
     """
     check_graph_whole(model)
     options.only_for("an .onnx file", "mean", "std", "layout", "pool")
-    mean, std = _colours(options)
+    mean, std = map(list, options.colours())
     name = encoder_name(options, out)
     try:
         given = onnx.load(model)
@@ -89,22 +89,6 @@ def export_onnx(
         notes = files.read_text(options.notes) if options.notes else ""
         write_atomic(folder / CARD, _card(manifest, record, parity, notes))
     return manifest
-
-
-def _colours(options: ExportOptions) -> tuple[list[float], list[float]]:
-    found = []
-    for flag, text in (("--mean", options.mean), ("--std", options.std)):
-        try:
-            values = [float(part) for part in (text or "").split(",")]
-        except ValueError:
-            values = []
-        if len(values) != 3 or (flag == "--std" and min(values) <= 0):
-            raise BadInput(
-                f"{flag} is {text!r}; expected three numbers for red, green and blue in 0..1, such as "
-                "0.485,0.456,0.406"
-            )
-        found.append(values)
-    return found[0], found[1]
 
 
 def _opset(model: Any) -> int:

@@ -45,11 +45,14 @@ class ExportOptions:
     tokenizer: Annotated[Path | None,
         Field(description="With --as: tokenizer.json of the checkpoint's text network, for search by text. "
         "Default: the file of that name beside the checkpoint.")] = None
+    fit: Annotated[Literal["bilinear", "bicubic", "crop"] | None,
+        Field(description="With --as: how a tile of another side becomes the network's input. Default: as "
+        "the authors do.")] = None
     mean: Annotated[str | None,
-        Field(description="For an .onnx file: mean of red, green and blue in 0..1, such as "
-        "0.485,0.456,0.406.")] = None
+        Field(description="Mean of red, green and blue in 0..1, such as 0.485,0.456,0.406; required for an "
+        ".onnx file. Default with --as: that of the authors.")] = None
     std: Annotated[str | None,
-        Field(description="For an .onnx file: standard deviations of the colours, as for --mean.")] = None
+        Field(description="Standard deviations of the colours, as for --mean.")] = None
     layout: Annotated[Literal["nchw", "nhwc"],
         Field(description="For an .onnx file: order of the axes of its input; n is the batch, c the "
         "colours.")] = "nchw"
@@ -65,6 +68,26 @@ class ExportOptions:
                 f"--whiten is {self.whiten}, but it scales the components of --pca; pass --pca too"
             )
 
+    def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
+        """Return ``mean`` and ``std`` as numbers.
+
+        Raises:
+            BadInput: one is missing, or is not three numbers.
+        """
+        found = []
+        for flag, text in (("--mean", self.mean), ("--std", self.std)):
+            try:
+                values = tuple(float(part) for part in (text or "").split(","))
+            except ValueError:
+                values = ()
+            if len(values) != 3 or (flag == "--std" and min(values) <= 0):
+                raise BadInput(
+                    f"{flag} is {text!r}; expected three numbers for red, green and blue in 0..1, such as "
+                    "0.485,0.456,0.406"
+                )
+            found.append(values)
+        return found[0], found[1]
+
     def only_for(self, source: str, *used: str) -> None:
         """Refuse options that the export of a kind of source does not use.
 
@@ -76,7 +99,7 @@ class ExportOptions:
             BadInput: another option is set.
         """
         special = {
-            "published": "--as", "pool": "--pool", "tile_px": "--tile-px",
+            "published": "--as", "pool": "--pool", "tile_px": "--tile-px", "fit": "--fit",
             "tokenizer": "--tokenizer", "mean": "--mean", "std": "--std",
             "layout": "--layout", "pca": "--pca", "whiten": "--whiten", "views": "--views",
         }  # fmt: skip

@@ -187,15 +187,18 @@ class VitEncoder(nn.Module):
 
     def forward(self, tiles: torch.Tensor) -> torch.Tensor:
         """Return embeddings, not normalised."""
-        tokens = self.trunk(tiles)
+        return self.pooled(self.trunk(tiles), self.pool)
+
+    def pooled(self, tokens: torch.Tensor, pool: Pool) -> torch.Tensor:
+        """Return the embeddings (N, D) that tokens (N, T, width) have by a pooling."""
         shape = self.trunk.shape
         first, mean = tokens[:, 0], tokens[:, shape.prefix :].mean(1)
-        pooled: torch.Tensor = mean if self.pool == "mean" else first
-        if self.pool == "cls+mean":
+        pooled: torch.Tensor = mean if pool == "mean" else first
+        if pool == "cls+mean":
             pooled = torch.cat([first, mean], 1)
-        if self.pool == "pooler" or (self.pool == "head" and shape.head == "pooler"):
+        if pool == "pooler" or (pool == "head" and shape.head == "pooler"):
             pooled = self.pooler(tokens)
-        if self.pool == "head":
+        if pool == "head":
             pooled = self.project(pooled)
         return pooled
 

@@ -99,8 +99,8 @@ class _Square:
         self.slide, self.tile, self.views = slide, tile, views
 
 
-def _paths(rows: dict[str, Any], places: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Return the file of each slide: as stored, else the only one of its name; and why there is none."""
+def slide_files(places: Sequence[Path]) -> dict[str, list[Path]]:
+    """Return files, and those in folders, by their name without its ending."""
     from ...artifacts.slide_names import without_ending
     from ...artifacts.unread import belongs_to
     from ...artifacts.walking import walk
@@ -109,6 +109,14 @@ def _paths(rows: dict[str, Any], places: Sequence[Path]) -> tuple[dict[str, Path
     for place in places:
         for file in walk(place, belongs_to).files if place.is_dir() else [place]:
             files.setdefault(without_ending(file.name), []).append(file.resolve())
+    return files
+
+
+def _paths(rows: dict[str, Any], places: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Return the file of each slide: as stored, else the only one of its name; and why there is none."""
+    from ...artifacts.slide_names import without_ending
+
+    files = slide_files(places)
     paths: dict[str, Path] = {}
     missing: dict[str, str] = {}
     for name, row in rows.items():

@@ -6,6 +6,7 @@ import itertools
 import shlex
 import sys
 from dataclasses import replace
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,7 +23,9 @@ from .options import command_for, parse, with_flags
 
 if TYPE_CHECKING:
     from ...artifacts.manifest import Manifest
+    from .against import Comparison
 
+TILES_AGAINST = 16
 ANY_FLAG = {"allow_extra_args": True, "ignore_unknown_options": True}
 app = Commands("Train, reproduce and export.")
 triton_app = Commands("Prepare encoders for NVIDIA Triton.")
@@ -135,6 +138,8 @@ def export(
     out: Path | None = None,
     options: ExportOptions = ExportOptions(),  # noqa: B008
     tiles: Path | None = None,
+    against: Path | None = None,
+    slides: list[Path] | None = None,
     list_encoders: Annotated[bool, typer.Option("--list")] = False,
 ) -> None:
     """Export a training run, a checkpoint of a published encoder, or an ONNX encoder, to a bundle.
@@ -144,17 +149,34 @@ def export(
     Options:
         source: Folder of a finished training run, a checkpoint (with --as), or an .onnx file (with
             --mean and --std).
-        out: New folder for the bundle.
+        out: New folder for the bundle. With --against it may be left out.
         tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data; for a file,
             a pattern and noise.
+        against: Features of a slide (.h5) that another tool made with this checkpoint. Some tiles are
+            embedded again; if the authors' settings do not give the same features, others are tried. The
+            bundle gets the settings that do. Exit code 1: none does.
+        slides: With --against: the slide, or a folder with it.
         list_encoders: List the published encoders that --as knows.
     """
     _need_torch()
     if list_encoders:
         show_published()
         return
-    if source is None or out is None:
+    if source is None or (out is None and against is None):
         raise BadInput("expected `histoseek export SOURCE --out BUNDLE`, or --list")
+    from .against import as_json, show
+
+    compared = None
+    if against is not None:
+        compared = _against(source, options, against, slides or [])
+        same = compared.trials[0].same
+        if out is None or not same:
+            console.emit(as_json(compared), partial(show, compared))
+            if not same:
+                raise typer.Exit(console.EXIT_FAILED)
+            return
+        options = compared.options(options)
+    assert out is not None
     from ...artifacts.files import read_json
     from ...artifacts.manifest import CHECKPOINT
     from .exchange import say_names
@@ -164,8 +186,12 @@ def export(
     source_record = read_json(record) if record.is_file() else {}
     loaded = source_record.get("checkpoint", {})
     document = {"bundle": str(out), **manifest.model_dump(), "loaded": source_record}
+    if compared is not None:
+        document["against"] = as_json(compared)
 
     def human() -> None:
+        if compared is not None:
+            show(compared)
         console.say(
             f"{out}: encoder {manifest.name}, {manifest.dim}-d, sha256 {manifest.sha256[:12]}…, "
             f"parity test passed ({out / 'parity.json'})"
@@ -179,6 +205,18 @@ def export(
         )
 
     console.emit(document, human)
+
+
+def _against(
+    source: Path, options: ExportOptions, features: Path, slides: list[Path]
+) -> Comparison:
+    from .against import against
+
+    if not source.is_file() or source.suffix == ".onnx" or not options.published:
+        raise BadInput("--against is for a checkpoint of a published encoder: pass --as too")
+    if not slides:
+        raise BadInput("--against reads tiles of the slide; pass --slides with it or its folder")
+    return against(source, options, features, slides, TILES_AGAINST)
 
 
 def _export_run(run: Path, out: Path, options: ExportOptions, tiles: Path | None) -> Manifest:
