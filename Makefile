@@ -14,7 +14,7 @@ PARALLEL = -n 2 --dist loadscope
 PIP_FLAGS = -q --disable-pip-version-check
 
 .PHONY: demo test test-quick test-deep check docs release-check bench-ablation bench-encoder bench-index bench-serving \
-	bench-student bench-training bench-ui bench-viewer format clean
+	bench-full-size bench-student bench-training bench-ui bench-viewer format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -51,6 +51,7 @@ bench-serving: $(VENV)/.ready
 	$(BIN)/pip install $(PIP_FLAGS) fastslide==0.8.1
 	$(BIN)/python tests/bench/serving.py
 	$(BIN)/python tests/bench/precision.py
+	$(BIN)/python tests/bench/engines.py
 
 bench-encoder: $(VENV)/.ready
 	$(BIN)/python tests/bench/encoder.py
@@ -74,6 +75,9 @@ bench-ui: $(VENV)/.ready
 
 bench-training: $(VENV)/.ready
 	$(BIN)/python tests/bench/training.py
+
+bench-full-size: $(VENV)/.ready
+	$(BIN)/python tests/bench/full_size.py
 
 bench-student: $(VENV)/.ready
 	$(BIN)/python tests/bench/student.py

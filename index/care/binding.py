@@ -170,8 +170,8 @@ def _refusal(atlas: OpenAtlas, manifest: Manifest, proof: Proof) -> str:
     )
     if best > 0.9:
         reason = (
-            "the encoder seems to be the same, but sees the tiles in another way: `histoseek export --against` "
-            "finds colours, pooling and scale"
+            "the encoder seems to be the same, but sees the tiles in another way: `histoseek export "
+            "--against` finds colours, pooling and scale"
         )
     return (
         f"{manifest.name!r} does not compute the features of {atlas.path} again: the median cosine of "

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.files import cache_folder, read_json, write_json
-from ...artifacts.manifest import Manifest
+from ...artifacts.manifest import GRAPH, Manifest
+from ...artifacts.onnx_files import data_file
 from ...errors import BadInput, Damaged, HistoseekError, MissingPart, unknown_name
 from .engines import (
     ENGINES,
@@ -34,6 +35,11 @@ GPU_BATCH = 64
 GPU_STREAMS = 2
 MARGIN = 1.05
 """OpenVINO must be this many times as fast as ONNX Runtime to be chosen."""
+
+LARGE = 64 * 2**20
+"""In a graph with at least this many bytes of weights, several cores share each run."""
+SHARED = 8
+"""Maximum number of cores that share a run; more gain little."""
 
 _TRIAL_S = 0.15
 _BUDGET_S = 6.0
@@ -64,7 +70,7 @@ def open_engine(
         raise unknown_name("engine", engine, [*ENGINES, "auto"])
     if precision not in get_args(Precision):
         raise unknown_name("precision", precision, get_args(Precision))
-    side = streams or cores()
+    side, threads = streams_of(bundle, streams)
     if precision == "bf16":
         if engine == "onnxruntime":
             raise BadInput("--precision bf16 needs --engine openvino (or auto)")
@@ -78,11 +84,26 @@ def open_engine(
         if loaded.offloads:
             return loaded
     if engine == "auto" and batch is None:
-        plan = _remembered_plan(bundle, manifest, precision, side)
+        plan = _remembered_plan(bundle, manifest, precision, side, threads)
     else:
         name = "onnxruntime" if engine == "auto" else engine
-        plan = EnginePlan(name, precision, batch or EnginePlan.batch, side)  # type: ignore[arg-type]
+        plan = EnginePlan(name, precision, batch or EnginePlan.batch, side, threads)  # type: ignore[arg-type]
     return ENGINES[plan.engine](bundle, manifest, plan)
+
+
+def streams_of(bundle: Path, streams: int | None = None) -> tuple[int, int]:
+    """Return the number of parallel runs of a bundle's graph on this CPU, and the threads of each.
+
+    Args:
+        bundle: the folder.
+        streams: parallel runs; chosen when None.
+    """
+    graph = bundle / GRAPH
+    files = [file for file in (graph, data_file(graph)) if file is not None and file.is_file()]
+    if sum(file.stat().st_size for file in files) < LARGE:
+        return streams or cores(), 1
+    side = streams or -(-cores() // SHARED)
+    return side, max(1, cores() // side)
 
 
 def _check_bf16() -> None:
@@ -94,27 +115,34 @@ def _check_bf16() -> None:
         )
 
 
-def _candidates(precision: str, streams: int) -> list[EnginePlan]:
-    onnxruntime = [EnginePlan("onnxruntime", "f32", batch, streams) for batch in (1, 2, 4, 8)]
+def _candidates(precision: str, streams: int, threads: int) -> list[EnginePlan]:
+    onnxruntime = [
+        EnginePlan("onnxruntime", "f32", batch, streams, threads) for batch in (1, 2, 4, 8)
+    ]
     try:
         load_openvino()
     except MissingPart:
         if precision != "f32":
             raise
         return onnxruntime
-    openvino = [EnginePlan("openvino", precision, batch, streams) for batch in (1, 2, 4)]  # type: ignore[arg-type]
+    openvino = [
+        EnginePlan("openvino", precision, batch, streams, threads)  # type: ignore[arg-type]
+        for batch in (1, 2, 4)
+    ]
     return [*onnxruntime, *openvino] if precision == "f32" else openvino
 
 
-def _remembered_plan(bundle: Path, manifest: Manifest, precision: str, streams: int) -> EnginePlan:
+def _remembered_plan(
+    bundle: Path, manifest: Manifest, precision: str, streams: int, threads: int
+) -> EnginePlan:
     """Return the fastest plan on this machine, from the cache or measured now."""
-    key = _machine_key(manifest, precision, streams)
+    key = _machine_key(manifest, precision, streams, threads)
     path = cache_folder() / "engines.json"
     try:
         return EnginePlan(**read_json(path)[key]["plan"])
     except (HistoseekError, KeyError, TypeError):
         pass  # not measured yet
-    rates = measure(bundle, manifest, _candidates(precision, streams))
+    rates = measure(bundle, manifest, _candidates(precision, streams, threads))
     plan = fastest(rates)
     with suppress(HistoseekError):  # not cached: measured again next time
         cached = read_json(path) if path.is_file() else {}
@@ -170,8 +198,10 @@ def rate_of(engine: Engine, tiles: NDArray[np.uint8], seconds: float) -> float:
         return sum(pool.map(work, range(streams)))
 
 
-def _machine_key(manifest: Manifest, precision: str, streams: int) -> str:
+def _machine_key(manifest: Manifest, precision: str, streams: int, threads: int) -> str:
     parts = [manifest.sha256, precision, str(streams), platform.machine(), _cpu_name()]
+    if threads > 1:
+        parts.append(f"{threads} threads")
     parts.append(f"onnxruntime {load_onnxruntime().__version__}")
     try:
         parts.append(f"openvino {load_openvino().__version__}")

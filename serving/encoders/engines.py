@@ -1,7 +1,8 @@
 """Engines that run an encoder's graph in this process: ONNX Runtime and OpenVINO.
 
 A small network is fastest if its activations stay in a core's cache: one stream per core, each with a
-small batch. ``engine_choice`` chooses the engine and the batch.
+small batch. In a large network several cores share each run, so that one image alone is answered as fast as
+the machine can. ``engine_choice`` chooses the engine, the batch and the streams.
 """
 
 from __future__ import annotations
@@ -26,12 +27,13 @@ Precision = Literal["f32", "bf16"]
 
 @dataclass(frozen=True)
 class EnginePlan:
-    """How to run a graph: tiles per run (``batch``) and parallel runs (``streams``)."""
+    """How to run a graph: tiles per run (``batch``), parallel runs (``streams``), threads of each run."""
 
     engine: EngineName = "onnxruntime"
     precision: Precision = "f32"
     batch: int = 4
     streams: int = 1
+    threads: int = 1
 
 
 class Engine(Protocol):
@@ -63,13 +65,13 @@ def load_openvino() -> Any:
 
 
 class OnnxRuntimeEngine:
-    """ONNX Runtime: one session; on a CPU every run stays on the thread that calls it."""
+    """ONNX Runtime: one session; on a CPU a run with one thread stays on the thread that calls it."""
 
     def __init__(self, bundle: Path, manifest: Manifest, plan: EnginePlan) -> None:
         """Load the graph; raise Damaged if that fails or the graph does not match the manifest."""
         runtime = load_onnxruntime()
         options = runtime.SessionOptions()
-        options.intra_op_num_threads = 1
+        options.intra_op_num_threads = plan.threads
         options.log_severity_level = 3
         preferred = ("CUDAExecutionProvider", "CPUExecutionProvider")
         usable = [p for p in preferred if p in runtime.get_available_providers()]
@@ -116,7 +118,7 @@ class OpenVinoEngine:
         settings = {
             "INFERENCE_PRECISION_HINT": plan.precision,
             "NUM_STREAMS": str(plan.streams),
-            "INFERENCE_NUM_THREADS": str(plan.streams),
+            "INFERENCE_NUM_THREADS": str(plan.streams * plan.threads),
             "ENABLE_CPU_PINNING": "NO",  # a pinned stream would wait while its core decodes tiles
         }
         try:

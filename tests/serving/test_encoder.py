@@ -73,3 +73,21 @@ def test_a_newer_manifest_asks_for_an_upgrade(tmp_path):
     path.write_text(json.dumps({**json.loads(path.read_text()), "format": 2}))
     with pytest.raises(BadInput, match="upgrade"):
         open_encoder(str(tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize(
+    ("cores", "streams", "threads"), [(2, 1, 2), (8, 1, 8), (24, 3, 8), (1, 1, 1)]
+)
+def test_several_cores_share_each_run_of_a_large_graph(
+    cores, streams, threads, monkeypatch, tissue
+):
+    module = "histoseek.serving.encoders.engine_choice"
+    small = OnnxEncoder(DEFAULT_BUNDLE)
+    assert small.describe()["threads"] == 1
+    monkeypatch.setattr(f"{module}.LARGE", 0)
+    monkeypatch.setattr(f"{module}.cores", lambda: cores)
+    large = OnnxEncoder(DEFAULT_BUNDLE)
+    assert (large.parallel, large.describe()["threads"]) == (streams, threads)
+    assert OnnxEncoder(DEFAULT_BUNDLE, streams=2).describe()["threads"] == max(1, cores // 2)
+    tiles = tiles_of(tissue, 3)
+    np.testing.assert_allclose(large.embed(tiles), small.embed(tiles), atol=1e-5)
