@@ -28,6 +28,10 @@ CHECKPOINT = "checkpoint.json"
 """File of a published encoder's bundle: the checkpoint that it was exported from."""
 TEXT_GRAPH, TOKENIZER = "text.onnx", "tokenizer.json"
 """Files of an encoder's text network: its graph, and the tokenizer as the package tokenizers writes it."""
+PROJECTION = "projection.npy"
+"""File of the last map of an encoder's head (F, D), for features that other tools store before it."""
+PROJECTION_SHA256 = "projection_sha256"
+"""Key of that file's checksum in ``Manifest.training``."""
 OOD_ANGLE = math.pi / 3
 """Maximum angle (radians) by which the tissue gate turns an embedding towards its last component.
 
@@ -278,6 +282,27 @@ def check_text_files(bundle: Path, manifest: Manifest) -> None:
                 "again"
             )
     check_graph_whole(bundle / TEXT_GRAPH)
+
+
+def read_projection(bundle: Path, manifest: Manifest) -> NDArray[np.float32]:
+    """Return the last map (F, D) of the head of a bundle's encoder.
+
+    Raises:
+        BadInput: the encoder has none.
+        Damaged: the file is missing or does not match the manifest.
+    """
+    wanted = manifest.training.get(PROJECTION_SHA256)
+    path = bundle / PROJECTION
+    if wanted is None:
+        raise BadInput(
+            f"the encoder {manifest.name!r} has no {PROJECTION}; only an encoder such as conch, exported "
+            "with --pool head, projects features that other tools store before its last map"
+        )
+    if not path.is_file() or sha256_file(path) != wanted:
+        raise Damaged(
+            f"{path} is missing or is not the file that the manifest states; copy the bundle again"
+        )
+    return np.asarray(np.load(path, allow_pickle=False), np.float32)
 
 
 def probe_tile(size_px: int) -> NDArray[np.uint8]:

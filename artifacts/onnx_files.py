@@ -39,6 +39,16 @@ HASHED = 2**30
 """A file of weights up to this size is hashed whenever it is opened; larger ones by a whole check."""
 
 
+LARGE = 64 * 2**20
+"""A graph with at least this many bytes of weights is large: several cores share each run."""
+
+
+def graph_bytes(path: Path) -> int:
+    """Return the bytes of a graph and of the file with its weights."""
+    files = [file for file in (path, data_file(path)) if file is not None and file.is_file()]
+    return sum(file.stat().st_size for file in files)
+
+
 def data_file(path: Path) -> Path | None:
     """Return the file that has a graph's weights, or None if the graph has them itself."""
     file = path.with_name(path.name + DATA)

@@ -42,9 +42,13 @@ class Tokens:
         numbers = self._tokenizer.get_vocab(with_added_tokens=True).values()
         return max(numbers, default=-1) + 1
 
-    def last_of(self, text: str) -> int:
-        """Return the number of a text's last token."""
-        return int(self._tokenizer.encode(text).ids[-1])
+    def numbers(self, text: str) -> list[int]:
+        """Return the token numbers of one text, of any length."""
+        return [int(number) for number in self._tokenizer.encode(text).ids]
+
+    def name(self, number: int) -> str:
+        """Return a token; "" if there is no such number."""
+        return str(self._tokenizer.id_to_token(number) or "")
 
     def of(self, texts: Sequence[str]) -> NDArray[np.int64]:
         """Return the token numbers of texts, (N, context).
@@ -53,11 +57,13 @@ class Tokens:
             BadInput: a text has more tokens than ``context``.
         """
         numbers = np.full((len(texts), self.context), self.pad, np.int64)
-        for row, encoding in zip(numbers, self._tokenizer.encode_batch(list(texts)), strict=True):
+        encodings = self._tokenizer.encode_batch(list(texts))
+        for row, text, encoding in zip(numbers, texts, encodings, strict=True):
             found = encoding.ids
             if len(found) > self.context:
                 raise BadInput(
-                    f"a text has {len(found)} tokens; this encoder takes at most {self.context}: shorten it"
+                    f"the text {text[:60]!r} … has {len(found)} tokens; this encoder takes at most "
+                    f"{self.context}: shorten it"
                 )
             row[: len(found)] = found
         return numbers

@@ -25,6 +25,8 @@ from .published import PUBLISHED, Published
 
 LEAST = 0.999
 """Least median cosine that counts as the same: features in half precision stay above it."""
+LOWEST = 0.95
+"""Least cosine of a single tile: one at the slide's edge may be filled up in another way."""
 BATCH = 4
 FEW = 4
 """Number of tiles with which colours are tried."""
@@ -46,6 +48,7 @@ class Trial:
         shown: how the tile was read from the slide.
         tiles: number of tiles that were compared.
         cosine: median cosine with the stored features.
+        lowest: lowest cosine with them.
     """
 
     pool: Pool
@@ -56,11 +59,12 @@ class Trial:
     shown: str
     tiles: int
     cosine: float
+    lowest: float
 
     @property
     def same(self) -> bool:
-        """Whether the features are computed again."""
-        return self.cosine >= LEAST
+        """Whether the features are computed again: nearly the same for most tiles, similar for each."""
+        return self.cosine >= LEAST and self.lowest >= LOWEST
 
     def as_dict(self) -> dict[str, Any]:
         """Return the trial, JSON-ready."""
@@ -110,10 +114,9 @@ def find_settings(
         """Try one way to show tiles, with several poolings; return the best trial of all with all tiles."""
         rows = np.unique(np.linspace(0, len(wanted) - 1, most).astype(int))
         for pool, vectors in _embedded(net, known, colours, fit, shown[way][rows], only).items():
-            cosine = float(np.median(np.sum(wanted[rows] * _unit(vectors), axis=1)))
-            trials.append(
-                Trial(pool, *colours, _named(colours), fit, way, len(rows), round(cosine, 6))
-            )
+            cosines = np.sum(wanted[rows] * _unit(vectors), axis=1)
+            found = round(float(np.median(cosines)), 6), round(float(cosines.min()), 6)
+            trials.append(Trial(pool, *colours, _named(colours), fit, way, len(rows), *found))
         return max(trials, key=lambda trial: trial.cosine)
 
     every, usual = len(wanted), next(iter(shown))

@@ -282,7 +282,7 @@ def _shape_tokens(net: nn.Module, renamed: Tensors, report: Loaded) -> None:
         places, extra = places[:, 1:], 0
         report.notes.append("added the class token's position to the class token")
     side = round((places.shape[1] - extra) ** 0.5)
-    if extra == shape.placed and side != shape.grid:
+    if extra == shape.placed and (side != shape.grid or shape.built_grid):
         grid = places[:, extra:].float().reshape(1, side, side, -1).permute(0, 3, 1, 2)
         grid, how = _resampled(grid, shape)
         places = torch.cat([places[:, :extra].float(), grid.flatten(2).transpose(1, 2)], 1)

@@ -15,7 +15,16 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ..artifacts import files
 from ..artifacts.files import sha256_file, write_atomic, write_json
-from ..artifacts.manifest import CARD, CHECKPOINT, MANIFEST, Manifest, TextPart, probe_tile
+from ..artifacts.manifest import (
+    CARD,
+    CHECKPOINT,
+    MANIFEST,
+    PROJECTION,
+    PROJECTION_SHA256,
+    Manifest,
+    TextPart,
+    probe_tile,
+)
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput
 from .bundle import encoder_name, write_graph
@@ -134,7 +143,8 @@ def export_checkpoint(
             text, loaded, alike = export_text(folder, shape, tensors, tokenizer, str(checkpoint))
             check_parity(alike)
             record["text"] = _text_record(tokenizer, loaded, alike)
-        manifest = _manifest(name, known, record, sha256, options, text)
+        projection = _write_projection(folder, net, known)
+        manifest = _manifest(name, known, record, sha256, options, text, projection)
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / CHECKPOINT, record)
         added = files.read_text(options.notes) if options.notes else ""
@@ -160,6 +170,8 @@ def chosen(options: ExportOptions) -> tuple[Published, list[str]]:
         changes["fit"] = options.fit
     if options.mean or options.std:
         changes["colours"] = options.colours()
+    if options.mpp is not None:
+        changes["mpp"] = options.mpp
     notes = [
         f"{name} is {value}, not {getattr(known, name)} as of the authors"
         for name, value in changes.items()
@@ -173,9 +185,15 @@ def fit_of(known: Published) -> nn.Module | None:
     side, size = known.side, known.shape.size_px
     if side == size:
         return None
-    if known.fit == "crop" and side > size:
-        return Crop(side, size)
-    return Resize(side, size, "bicubic" if known.fit == "bicubic" else "bilinear")
+    if known.fit != "crop":
+        return Resize(side, size, known.fit)
+    whole = known.crop_from or side
+    if whole < size:
+        raise BadInput(
+            f"a tile of {whole} px has no middle of {size} px; pass --fit bilinear or a larger --tile-px"
+        )
+    crop = Crop(whole, size)
+    return crop if whole == side else nn.Sequential(Resize(side, whole, "bicubic"), crop)
 
 
 def _tokenizer(
@@ -186,6 +204,8 @@ def _tokenizer(
         if options.tokenizer is not None:
             why = "its file has no text network" if known.text else "it cannot be searched by text"
             raise BadInput(f"--tokenizer is not for {options.published}: {why}; leave it out")
+        if known.text is not None:
+            report.notes.append("found no text network in the file, so there is no search by text")
         return None
     if known.pool != "head":
         if options.tokenizer is not None:
@@ -248,17 +268,28 @@ def _record(
     }
 
 
+def _write_projection(folder: Path, net: Any, known: Published) -> dict[str, str]:
+    """Write the last map of a head behind a pooler, if there is one; return its checksum by key."""
+    shape = known.shape
+    if not isinstance(shape, VitShape) or not shape.pooled or known.pool != "head":
+        return {}
+    path = folder / PROJECTION
+    np.save(path, net.project.weight.detach().numpy().T, allow_pickle=False)
+    return {PROJECTION_SHA256: sha256_file(path)}
+
+
 def _tile(known: Published) -> dict[str, Any]:
     """Return the field of view: the side of a tile, and how it becomes the network's input."""
-    side, size = known.side, known.shape.size_px
-    fit = fit_of(known)
-    seen = size if isinstance(fit, Crop) else side
+    side, size, mpp = known.side, known.shape.size_px, known.mpp
+    seen = side
+    if known.fit == "crop" and side != size:
+        seen = side * size // (known.crop_from or side)
     return {
         "px": side,
-        "um": known.mpp and round(side * known.mpp, 3),
-        "seen_um": known.mpp and round(seen * known.mpp, 3),
+        "um": mpp and round(side * mpp, 3),
+        "seen_um": mpp and round(seen * mpp, 3),
         "input_px": size,
-        "fit": known.fit if fit is not None else "none",
+        "fit": known.fit if side != size else "none",
     }
 
 
@@ -269,13 +300,14 @@ def _manifest(
     sha256: str,
     options: ExportOptions,
     text: TextPart | None,
+    projection: dict[str, str],
 ) -> Manifest:
     return Manifest(
         name=name,
         sha256=sha256,
         arch=record["encoder"],
         size_px=known.side,
-        mpp=options.mpp if options.mpp is not None else known.mpp,
+        mpp=known.mpp,
         dim=known.dim,
         metric="cosine",
         normalised=True,
@@ -286,6 +318,7 @@ def _manifest(
             "checkpoint_sha256": record["checkpoint"]["sha256"],
             "pool": known.pool,
             "tile": record["tile"],
+            **projection,
         },
         licence=known.licence if options.licence == NOT_STATED else options.licence,
         opset=OPSET,
@@ -336,8 +369,10 @@ def _card(manifest: Manifest, record: dict[str, Any], parity: dict[str, Any], no
 
 def _fit_text(tile: dict[str, Any]) -> str:
     side, size = tile["px"], tile["input_px"]
-    if tile["fit"] == "none":
-        return "as it is"
-    if tile["fit"] == "crop":
-        return f"its middle, {size} of {side} px"
-    return f"resized from {side} to {size} px ({tile['fit']}, as Pillow does)"
+    how = {
+        "none": "as it is",
+        "crop": f"its middle, as {size} px",
+    }.get(tile["fit"], f"resized from {side} to {size} px ({tile['fit']}, as Pillow does)")
+    if tile["um"]:
+        how += f"; a tile shows {tile['um']:g} µm, the network sees {tile['seen_um']:g} µm"
+    return how

@@ -80,7 +80,8 @@ class ExportOptions:
                 values = tuple(float(part) for part in (text or "").split(","))
             except ValueError:
                 values = ()
-            if len(values) != 3 or (flag == "--std" and min(values) <= 0):
+            inside = all(0 <= value <= 1 for value in values)  # false for nan
+            if len(values) != 3 or not inside or (flag == "--std" and min(values) <= 0):
                 raise BadInput(
                     f"{flag} is {text!r}; expected three numbers for red, green and blue in 0..1, such as "
                     "0.485,0.456,0.406"
@@ -114,10 +115,12 @@ class TritonOptions:
     """Options of a model on a server; each is a flag of ``histoseek triton repository``."""
 
     # fmt: off
-    max_batch: Annotated[int, Field(ge=1, le=1024, description="Maximum number of tiles per batch.")] = 64
-    instances: Annotated[int,
+    max_batch: Annotated[int | None,
+        Field(ge=1, le=1024, description="Maximum number of tiles per batch. Default: 64; 16 for a graph "
+        "above 64 MB.")] = None
+    instances: Annotated[int | None,
         Field(ge=1, le=64, description="Number of copies of the model that run at the same time, per "
-        "GPU; without a GPU: per machine.")] = 2
+        "GPU; without a GPU: per machine. Default: 2; 1 for a graph above 64 MB.")] = None
     queue: Annotated[int,
         Field(ge=1, le=100_000, description="Maximum number of waiting requests; further requests are "
         "refused.")] = 256

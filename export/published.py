@@ -40,6 +40,8 @@ class Published:
         pool: what forms the embedding.
         mpp: µm per pixel of a tile; None if its authors state no scale.
         tile_px: side of a tile as its authors read it; 0: the network's input, without a change of size.
+        crop_from: with ``fit`` crop: side to which a tile is resized before its middle is kept; 0: it is
+            not resized.
         fit: how a tile of another side becomes the network's input: resized by a filter, or cropped.
         text: sizes of its text network; None if it has none that can be exported.
         unconfirmed: what no source confirmed.
@@ -53,6 +55,7 @@ class Published:
     pool: Pool = "cls"
     mpp: float | None = MPP_20X
     tile_px: int = 0
+    crop_from: int = 0
     fit: Literal["bilinear", "bicubic", "crop"] = "bilinear"
     text: TextShape | None = None
     unconfirmed: str = ""
@@ -131,18 +134,22 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
             "MahmoodLab/UNI2-h", NC_ND, True, _gated(14, 1536, 24, 24, 4096, 8), tile_px=256
         ),
         "virchow": Published(
-            "paige-ai/Virchow", "Apache-2.0, further terms", True, _VIRCHOW, pool="cls+mean"
+            "paige-ai/Virchow", "Apache-2.0, further terms", True, _VIRCHOW, pool="cls+mean",
+            fit="bicubic",
         ),
-        "virchow2": Published("paige-ai/Virchow2", NC_ND, True, _VIRCHOW2, pool="cls+mean"),
+        "virchow2": Published("paige-ai/Virchow2", NC_ND, True, _VIRCHOW2, pool="cls+mean", fit="bicubic"),
         "conch": Published(
             "MahmoodLab/conch", NC_ND, True, _CONCH, CLIP, "head", tile_px=512, fit="bicubic",
             text=TextShape("coca", 32007, 127, 768, 12, 12, 3072, 512),
         ),
         "conch-v1.5": Published(
             "MahmoodLab/conchv1_5", NC_ND, True, _CONCH_15, pool="pooler", tile_px=512,
-            unconfirmed="its licence (that of TITAN)",
+            unconfirmed="its licence (that of TITAN) and the grid of its positions",
         ),
-        "h-optimus-0": Published("bioptimus/H-optimus-0", "Apache-2.0", True, _OPTIMUS, OPTIMUS),
+        "h-optimus-0": Published(
+            "bioptimus/H-optimus-0", "Apache-2.0", True, _OPTIMUS, OPTIMUS,
+            unconfirmed="whether its download needs an agreement",
+        ),
         "h-optimus-1": Published("bioptimus/H-optimus-1", NC_ND, True, _OPTIMUS, OPTIMUS),
         "h0-mini": Published(
             "bioptimus/H0-mini", NC_ND, True, _gated(14, 768, 12, 12, 2048, 4), OPTIMUS, "cls+mean",
@@ -150,11 +157,11 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         ),
         "gigapath": Published(
             "prov-gigapath/prov-gigapath", "Apache-2.0, research only", True,
-            _gated(16, *_GIANT), tile_px=256, fit="crop",
+            _gated(16, *_GIANT), tile_px=256, crop_from=256, fit="crop",
         ),
         "gigapath-flash": Published(
             "prov-gigapath/prov-gigapath-flash", "Apache-2.0", True,
-            _gated(16, 384, 12, 6, 1024), tile_px=256, fit="crop",
+            _gated(16, 384, 12, 6, 1024), tile_px=256, crop_from=256, fit="crop",
             unconfirmed="its colours (ImageNet's) and its licence",
         ),
         "phikon": Published("owkin/phikon", "Owkin non-commercial", False, _base(16)),
@@ -163,10 +170,10 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
             unconfirmed="the epsilon of its layer norms (1e-6) and the grid of its positions",
         ),
         "hibou-b": Published(
-            "histai/hibou-b", "Apache-2.0", True, _gated(14, 768, 12, 12, 2048, 4), HIBOU
+            "histai/hibou-b", "Apache-2.0", True, _gated(14, 768, 12, 12, 2048, 4), HIBOU, fit="bicubic"
         ),
         "hibou-l": Published(
-            "histai/hibou-L", "Apache-2.0", True, _gated(14, 1024, 24, 16, 2736, 4), HIBOU,
+            "histai/hibou-L", "Apache-2.0", True, _gated(14, 1024, 24, 16, 2736, 4), HIBOU, fit="bicubic",
             unconfirmed="the sizes of its network",
         ),
         "midnight": Published(
@@ -200,12 +207,12 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
             unconfirmed="its colours (Lunit's) and its scale (20x)",
         ),
         "ctranspath": Published(
-            "github.com/Xiyue-Wang/TransPath", "GPL-3.0", False, SwinShape(), pool="mean",
+            "github.com/Xiyue-Wang/TransPath", "GPL-3.0, academic use", False, SwinShape(), pool="mean",
             mpp=MPP_10X, tile_px=256,
         ),
         "retccl": Published(
-            "github.com/Xiyue-Wang/RetCCL", "GPL-3.0", False, ResNetShape(size_px=256),
-            pool="mean", mpp=MPP_10X,
+            "github.com/Xiyue-Wang/RetCCL", "GPL-3.0, non-commercial academic use", False,
+            ResNetShape(size_px=256), pool="mean", mpp=MPP_10X,
         ),
         "gpfm": Published(
             "majiabo/GPFM", "CC-BY-NC-4.0", False, _large(14), mpp=0.25, tile_px=512, fit="bicubic",
@@ -215,11 +222,11 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
             "SophontAI/OpenMidnight", "Apache-2.0", True, _gated(14, *_GIANT, registers=4)
         ),
         "quiltnet-b32": Published(
-            "wisdomik/QuiltNet-B-32", "MIT", False, _clip(32), CLIP, "head", mpp=None,
+            "wisdomik/QuiltNet-B-32", "MIT", False, _clip(32), CLIP, "head", mpp=None, fit="bicubic",
             text=_clip_text(), unconfirmed="its activation (GELU)",
         ),
         "quiltnet-b16": Published(
-            "wisdomik/QuiltNet-B-16", "MIT", False, _clip(16), CLIP, "head", mpp=None,
+            "wisdomik/QuiltNet-B-16", "MIT", False, _clip(16), CLIP, "head", mpp=None, fit="bicubic",
             text=_clip_text(), unconfirmed="its activation (GELU)",
         ),
         "plip": Published(
@@ -229,13 +236,14 @@ PUBLISHED: Mapping[str, Published] = MappingProxyType(
         ),
         "keep": Published(
             "Astaxanthin/KEEP", "MIT", False,
-            replace(_large(16), head="mlp", project=768), pool="head", mpp=None,
+            replace(_large(16), head="mlp", project=768), pool="head", mpp=None, fit="bicubic",
             text=_bert(256, 768),
             unconfirmed="whether its image network descends from UNI, whose licence is stricter",
         ),
         "musk": Published(
-            "xiangjx/musk", NC_ND, True, _MUSK, HALF, mpp=None,
-            unconfirmed="that its file has no parameters but those of BEiT-3 and two heads",
+            "xiangjx/musk", NC_ND, True, _MUSK, HALF, mpp=None, fit="bicubic",
+            unconfirmed="that its file has no parameters but those of BEiT-3 and two heads (the vector of "
+            "2,048 numbers over several scales, which some tools store, is not offered)",
         ),
         "biomedclip": Published(
             "microsoft/BiomedCLIP-PubMedBERT_256-vit_base_patch16_224", "MIT", False,

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -78,7 +77,10 @@ def export_text(
     try:
         json.loads(copied.read_text(encoding="utf-8"))
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise Damaged(f"{tokenizer} is no tokenizer.json ({error})") from error
+        raise Damaged(
+            f"{tokenizer} is no tokenizer.json ({error}); a vocab.txt becomes one by `save_pretrained` of "
+            "a fast tokenizer of transformers (docs/encoders.md)"
+        ) from error
     tokens = Tokens(copied, shape.context, shape.pad)
     _check_vocabulary(tokens, shape, tokenizer)
     graph = TextGraph(net).eval()
@@ -100,14 +102,25 @@ def export_text(
 
 
 def _check_vocabulary(tokens: Tokens, shape: TextShape, path: Path) -> None:
-    if tokens.vocabulary > shape.vocabulary:
+    """Refuse a tokenizer of another encoder: of another vocabulary, or without the ends of a text."""
+    if tokens.vocabulary != shape.vocabulary:
         raise BadInput(
-            f"{path} has {tokens.vocabulary} tokens, but the text network knows {shape.vocabulary}; "
+            f"{path} has {tokens.vocabulary:,} tokens, but the text network knows {shape.vocabulary:,}; "
             "expected the tokenizer of this encoder"
         )
-    ends: Any = tokens.of(["tissue"])[0]
-    if shape.kind == "clip" and ends.max() != tokens.last_of("tissue"):
+    one, other = (tokens.numbers(text) for text in ("tissue", "a nerve"))
+    if len(one) < 3 or one[0] != other[0] or one[-1] != other[-1]:
         raise BadInput(
-            f"{path} ends a text with token {tokens.last_of('tissue')}, but this network reads its result "
-            f"at the highest token number, {ends.max()}; expected the tokenizer of this encoder"
+            f"{path} does not put the same token before and behind each text (a post-processor); expected "
+            "the tokenizer of this encoder, as its library saves it in tokenizer.json"
+        )
+    if shape.kind == "clip" and max(one) != one[-1]:
+        raise BadInput(
+            f"{path} ends a text with token {one[-1]}, but this network reads its result at the highest "
+            f"token number, {max(one)}; expected the tokenizer of this encoder"
+        )
+    if shape.kind != "clip" and (shape.pad in one or "pad" not in tokens.name(shape.pad).lower()):
+        raise BadInput(
+            f"{path} calls token {shape.pad} {tokens.name(shape.pad)!r}, which this network takes for "
+            "padding; expected the tokenizer of this encoder"
         )

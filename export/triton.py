@@ -14,7 +14,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ..artifacts import manifest as keys
 from ..artifacts.files import publish_folder, read_json, write_atomic, write_json
 from ..artifacts.manifest import GRAPH, INPUT, OUTPUT, Manifest, probe_tile, read_manifest
-from ..artifacts.onnx_files import data_file
+from ..artifacts.onnx_files import LARGE, data_file
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Mismatch, need
 from ..metrics import cosine_error
@@ -157,10 +157,36 @@ def _write_model(
                 shutil.copyfile(data, new / data.name)
             write_json(new / ABOUT, about)
         versions[version] = about
-    text = config(name, manifest, _parameters(versions), options)
-    write_atomic(folder / TENSORRT, text + _tensorrt(name, manifest, options))
+    size = _Size.of(options, len(blob) + (data.stat().st_size if data is not None else 0))
+    text = config(name, manifest, _parameters(versions, size), options, size)
+    write_atomic(folder / TENSORRT, text + _tensorrt(name, manifest, size))
     write_atomic(folder / CONFIG, text)  # last: from now on the server can load the model
     return Written(name, version, manifest.name, manifest.sha256, precision, error)
+
+
+class _Size(NamedTuple):
+    """Settings of a model that depend on its size.
+
+    Attributes:
+        max_batch: maximum number of tiles per batch.
+        instances: copies of the model.
+        threads: of each run on a CPU; 0: all cores.
+        timeout_s: how long a request waits in the queue.
+    """
+
+    max_batch: int
+    instances: int
+    threads: int
+    timeout_s: int
+
+    @classmethod
+    def of(cls, options: TritonOptions, size: int) -> _Size:
+        """Return the settings of a graph of this many bytes; options that are given stay."""
+        usual = cls(16, 1, 0, 300) if size >= LARGE else cls(64, 2, 1, 30)
+        return usual._replace(
+            max_batch=options.max_batch or usual.max_batch,
+            instances=options.instances or usual.instances,
+        )
 
 
 def _versions(folder: Path) -> dict[int, dict[str, Any]]:
@@ -183,7 +209,7 @@ def _check_shape(folder: Path, before: dict[str, Any], now: Manifest) -> None:
         )
 
 
-def _parameters(versions: dict[int, dict[str, Any]]) -> dict[str, str]:
+def _parameters(versions: dict[int, dict[str, Any]], size: _Size) -> dict[str, str]:
     parameters = {keys.TRITON_SHA256: versions[max(versions)]["manifest"]["sha256"]}
     for version, about in versions.items():
         values = {
@@ -194,35 +220,38 @@ def _parameters(versions: dict[int, dict[str, Any]]) -> dict[str, str]:
         }
         parameters |= {f"{key}.{version}": value for key, value in values.items()}
     # "1" is cuDNN's heuristic search; the default tries every algorithm at each new batch size.
-    return {**parameters, "cudnn_conv_algo_search": "1", "intra_op_thread_count": "1"}
+    return {**parameters, "cudnn_conv_algo_search": "1", "intra_op_thread_count": str(size.threads)}
 
 
 def config(
-    name: str, manifest: Manifest, parameters: dict[str, str], options: TritonOptions
+    name: str,
+    manifest: Manifest,
+    parameters: dict[str, str],
+    options: TritonOptions,
+    size: _Size,
 ) -> str:
     """Return the text of a model's ``config.pbtxt``."""
-    size = manifest.size_px
-    dims = f"dims: [ {size}, {size}, 3 ]"
+    dims = f"dims: [ {manifest.size_px}, {manifest.size_px}, 3 ]"
     lines = [
         "# Written by `histoseek triton repository`; write it again instead of editing it.",
         f'name: "{name}"',
         'backend: "onnxruntime"',
-        f"max_batch_size: {options.max_batch}",
+        f"max_batch_size: {size.max_batch}",
         f'input [ {{ name: "{INPUT}" data_type: TYPE_UINT8 {dims} }} ]',
         f'output [ {{ name: "{OUTPUT}" data_type: TYPE_FP32 dims: [ {manifest.dim} ] }} ]',
         f"version_policy {{ latest {{ num_versions: {KEPT_VERSIONS} }} }}",
-        f"instance_group [ {{ count: {options.instances} }} ]",
+        f"instance_group [ {{ count: {size.instances} }} ]",
         "dynamic_batching {",
         f"  max_queue_delay_microseconds: {options.delay_us}",
         "  default_queue_policy {",
         f"    max_queue_size: {options.queue}",
         "    timeout_action: REJECT",
-        "    default_timeout_microseconds: 30000000",
+        f"    default_timeout_microseconds: {size.timeout_s * 10**6}",
         "    allow_timeout_override: true",
         "  }",
         "}",
     ]
-    for batch in sorted({1, options.max_batch}):
+    for batch in sorted({1, size.max_batch}):
         lines.append(
             f'model_warmup [ {{ name: "batch{batch}" batch_size: {batch} count: 1 inputs {{ key: '
             f'"{INPUT}" value {{ data_type: TYPE_UINT8 {dims} random_data: true }} }} }} ]'
@@ -238,7 +267,7 @@ def _escape(text: str) -> str:
     return text
 
 
-def _tensorrt(name: str, manifest: Manifest, options: TritonOptions) -> str:
+def _tensorrt(name: str, manifest: Manifest, settings: _Size) -> str:
     """Return the lines that the TensorRT variant adds; its engines are cached on the volume ``/cache``.
 
     They set no precision: TensorRT 11 takes it from the graph's types, so ``<name>-fp16`` is the
@@ -256,8 +285,8 @@ def _tensorrt(name: str, manifest: Manifest, options: TritonOptions) -> str:
         "trt_timing_cache_enable": "1",
         "trt_timing_cache_path": f"/cache/{name}",
         "trt_profile_min_shapes": shape(1),
-        "trt_profile_opt_shapes": shape(max(1, options.max_batch // 2)),
-        "trt_profile_max_shapes": shape(options.max_batch),
+        "trt_profile_opt_shapes": shape(max(1, settings.max_batch // 2)),
+        "trt_profile_max_shapes": shape(settings.max_batch),
     }
     lines = [f'  parameters {{ key: "{k}" value: "{v}" }}' for k, v in parameters.items()]
     head = (

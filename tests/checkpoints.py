@@ -1,10 +1,11 @@
 """Checkpoints of published encoders, written under the names of each library from one seeded network."""
 
+import json
 import re
 
 import tokenizers
 import torch
-from tokenizers import decoders, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
 
 def seeded(net, seed=0):
@@ -195,6 +196,8 @@ def conch_v1_5(net):
     state = {k: v for k, v in _copy(net).items() if not re.match(r"pooler\.[a-z]+\.bias", k)}
     state["pooler.norm.bias"] = net.pooler.norm.bias.detach().clone()
     keys = state.pop("pooler.k.weight"), state.pop("pooler.v.weight")
+    if hasattr(net, "stored_positions"):
+        state["trunk.pos_embed"] = net.stored_positions
     found = _renamed(
         state,
         (
@@ -209,8 +212,20 @@ def conch_v1_5(net):
     return {**found, "attn_pool_contrast.to_kv.weight": torch.cat(keys)}
 
 
-def without_pooler_biases(net):
-    """Set to zero what the pooler of CONCH v1.5 does not have."""
+def as_conch_v1_5(net):
+    """Set to zero what the pooler of CONCH v1.5 does not have, and resample positions as its code does."""
+    shape = net.trunk.shape
+    if shape.built_grid:
+        side = shape.built_grid
+        stored = torch.randn(
+            1, 1 + side**2, shape.width, generator=torch.Generator().manual_seed(2)
+        )
+        net.stored_positions = stored * 0.05
+        grid = net.stored_positions[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2)
+        factor = (shape.size_px // shape.patch + 0.1) / side
+        grid = torch.nn.functional.interpolate(grid, scale_factor=(factor, factor), mode="bicubic")
+        places = torch.cat([net.stored_positions[:, :1], grid.permute(0, 2, 3, 1).flatten(1, 2)], 1)
+        net.trunk.pos_embed.data.copy_(places)
     with torch.no_grad():
         for part in (net.pooler.q, net.pooler.k, net.pooler.v, net.pooler.proj):
             part.bias.zero_()
@@ -379,38 +394,54 @@ WORDS = (
 )  # fmt: skip
 
 
-def byte_pairs(path, end_last=True):
-    """Write a tokenizer of CLIP's kind, learned from a few texts; return it."""
-    made = tokenizers.Tokenizer(models.BPE(unk_token=None))
-    made.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
-    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = decoders.ByteLevel()
-    trainer = trainers.BpeTrainer(
-        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
-        special_tokens=[] if end_last else ["<end>"],
-    )  # fmt: skip
-    made.train_from_iterator(WORDS, trainer)
-    made.add_special_tokens(["<start>", "<end>"])
-    ends = [(token, made.token_to_id(token)) for token in ("<start>", "<end>")]
+def _saved(path, model, first, ends):
+    """Write a tokenizer with this model; the tokens of ``ends`` stand before and behind each text."""
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = first
+    made.add_special_tokens(list(ends))
+    pair = [(token, made.token_to_id(token)) for token in ends]
     made.post_processor = processors.TemplateProcessing(
-        single="<start> $A <end>", special_tokens=ends
+        single=f"{ends[0]} $A {ends[1]}", special_tokens=pair
     )
     made.save(str(path))
-    return made
+
+
+def _learned(model, first, trainer, count):
+    """Vocabulary and merges learned from a few texts, with fillers up to a number of tokens."""
+    made = tokenizers.Tokenizer(model)
+    made.normalizer = normalizers.BertNormalizer(lowercase=True)
+    made.pre_tokenizer = first
+    made.train_from_iterator(WORDS, trainer)
+    found = json.loads(made.to_str())["model"]
+    vocabulary = found["vocab"]
+    for number in range(len(vocabulary), count):
+        vocabulary[f"<filler {number}>"] = number
+    return vocabulary, [tuple(pair) for pair in found.get("merges", [])]
+
+
+def byte_pairs(path, vocabulary=49408, specials=()):
+    """Write a tokenizer of CLIP's kind: the end has the highest number. With ``specials``, of CONCH's."""
+    first = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet(), show_progress=False,
+        special_tokens=list(specials),
+    )  # fmt: skip
+    count = vocabulary if specials else vocabulary - 2
+    words, merges = _learned(models.BPE(), first, trainer, count)
+    _saved(path, models.BPE(words, merges), first, ("<start>", "<end>"))
+
+
+def conch_tokens(path):
+    """Write a tokenizer of CONCH's kind."""
+    byte_pairs(path, 32007, ("<pad>", "<start>", "<end>"))
 
 
 def word_pieces(path):
     """Write a tokenizer of BERT's kind."""
-    made = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    made.normalizer = normalizers.BertNormalizer(lowercase=True)
-    made.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    first = pre_tokenizers.BertPreTokenizer()
     trainer = trainers.WordPieceTrainer(
-        vocab_size=300, special_tokens=specials, show_progress=False
+        vocab_size=300, special_tokens=["[PAD]", "[UNK]", "[CLS]", "[SEP]"], show_progress=False
     )
-    made.train_from_iterator(WORDS, trainer)
-    ends = [(token, made.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
-    made.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=ends
-    )
-    made.save(str(path))
+    words, _ = _learned(models.WordPiece(unk_token="[UNK]"), first, trainer, 30522)
+    _saved(path, models.WordPiece(words, unk_token="[UNK]"), first, ("[CLS]", "[SEP]"))

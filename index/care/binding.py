@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.files import publish_folder
-from ...artifacts.manifest import Manifest, read_manifest
+from ...artifacts.manifest import PROJECTION_SHA256, Manifest, read_manifest
 from ...errors import BadInput, Mismatch
 from ..opened import OpenAtlas
 from ..store.catalog import set_meta, update
@@ -168,6 +168,8 @@ def _refusal(atlas: OpenAtlas, manifest: Manifest, proof: Proof) -> str:
     reason = (
         "the bundle is of another encoder, or pools other tokens (export it with another --pool)"
     )
+    if PROJECTION_SHA256 in manifest.training:
+        reason += ", or the features are from before the head's last map (`index import --project`)"
     if best > 0.9:
         reason = (
             "the encoder seems to be the same, but sees the tiles in another way: `histoseek export "

@@ -142,6 +142,8 @@ def suggest(
         some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SUGGESTED_FROM)).astype(int)]
         mean = prepared(state.vectors_at(positions[some]), state.metric).mean(axis=0)
         centres.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
+    if not numbers:
+        return []
     scores = np.array(centres).reshape(len(numbers), -1) @ vectors.T
     if len(numbers) > 1:
         scores = scores - scores.mean(axis=0)

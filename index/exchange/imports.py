@@ -204,6 +204,7 @@ def import_features(
     replace_known: bool = False,
     mixed_scales: bool = False,
     progress: Progress = no_progress,
+    projection: NDArray[np.float32] | None = None,
 ) -> tuple[Atlas, AddedSlides]:
     """Import features of another tool into an atlas; create the atlas if it does not exist.
 
@@ -218,6 +219,9 @@ def import_features(
         replace_known: replace the features of a slide that is already in the atlas.
         mixed_scales: from now on, allow tiles of different µm per pixel in the atlas.
         progress: called after each file.
+        projection: (F, D) map that features (F,) are multiplied by, such as the last one of the encoder's
+            head, which the other tool left out. The atlas is then bound to the name with ``-projected``
+            behind it.
 
     Returns:
         The atlas, and the result for each file.
@@ -229,14 +233,16 @@ def import_features(
     check_one_encoder(files)
     slides = Atlas(path).slides() if path.exists() else []
     rows = match_rows(metadata, files, slides)
-    source = _Source(encoder, rows, mpp, tile_px)
+    source = _Source(encoder, rows, mpp, tile_px, projection)
+    encoder = source.called
     if not path.exists():
         item = _first_readable(files, source.read)
         Atlas.create_external(path, encoder, item.features.shape[1], metric, item.target_mpp)
     atlas = Atlas(path)
     if encoder != (atlas.store.bound_from or (atlas.manifest.external and atlas.manifest.name)):
+        name = atlas.store.bound_from or atlas.manifest.name
         raise Mismatch(
-            f"{path} is bound to encoder {atlas.manifest.name!r}; import features of {encoder!r}, made by "
+            f"{path} is bound to encoder {name!r}; import features of {encoder!r}, made by "
             "another tool, into a separate atlas"
         )
     results: list[Added] = []
@@ -264,9 +270,23 @@ class _Source:
     rows: Rows
     mpp: float | None
     tile_px: int | None
+    projection: NDArray[np.float32] | None
+
+    @property
+    def called(self) -> str:
+        """The encoder's name in the atlas: projected features are not those of the tool."""
+        return self.encoder if self.projection is None else f"{self.encoder}-projected"
 
     def read(self, file: Path) -> Features:
-        return read_tool_features(file, self.encoder, self._mpp_of(file))
+        item = read_tool_features(file, self.encoder, self._mpp_of(file))
+        if self.projection is None:
+            return item
+        if item.features.shape[1] != len(self.projection):
+            raise BadInput(
+                f"{file} has features of {item.features.shape[1]} numbers, the projection takes "
+                f"{len(self.projection)}: the features are of another encoder"
+            )
+        return replace(item, encoder=self.called, features=item.features @ self.projection)
 
     def _mpp_of(self, file: Path) -> float | None:
         given = self.rows.of(file).get("mpp") or self.mpp

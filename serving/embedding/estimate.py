@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 
-from ...errors import HistoseekError
 from ..encoders.protocol import Encoder
 from .jobs import Job
 from .results import EmbedOptions, Result
@@ -58,7 +57,7 @@ class Estimate:
 def estimate(
     jobs: Sequence[Job], encoder: Encoder, out: Path, options: EmbedOptions
 ) -> Estimate | None:
-    """Estimate a run; None if the encoder is not slow, or runs on a server or a GPU.
+    """Estimate a run; None if nothing is to do, or the encoder is not slow, or runs on a server or a GPU.
 
     Args:
         jobs: of the run.
@@ -68,21 +67,23 @@ def estimate(
     """
     if encoder.offloads or not jobs:
         return None
-    speed = _speed(encoder)
-    if speed > SLOW:
+    if _speed(encoder, 1) > SLOW:
         return None
     some = [jobs[n] for n in np.unique(np.linspace(0, len(jobs) - 1, COUNTED).astype(int))]
     quiet = replace(options, overlays=False, geojson=False)
     precision = str(encoder.describe().get("precision", "f32"))
     counts = [_count(job, encoder, precision, out, quiet) for job in some]
     tiles = round(sum(counts) / len(counts) * len(jobs))
+    if not tiles:
+        return None
+    speed = _speed(encoder, encoder.batch)
     return Estimate(tiles, len(some), len(jobs), round(speed, 2), round(tiles / speed, 1))
 
 
-def _speed(encoder: Encoder) -> float:
+def _speed(encoder: Encoder, batch: int) -> float:
     """Return tiles per second with all parallel calls busy."""
     size = encoder.manifest.size_px
-    tiles = np.random.default_rng(0).integers(0, 256, (encoder.batch, size, size, 3), np.uint8)
+    tiles = np.random.default_rng(0).integers(0, 256, (batch, size, size, 3), np.uint8)
     encoder.embed(tiles[:1])  # the first call prepares memory
     started = time.perf_counter()
     with ThreadPoolExecutor(encoder.parallel) as pool:
@@ -92,9 +93,9 @@ def _speed(encoder: Encoder) -> float:
 
 def _count(job: Job, encoder: Encoder, precision: str, out: Path, options: EmbedOptions) -> int:
     try:
-        work = prepare(job, encoder.manifest, precision, out, options)
-    except HistoseekError:
-        return 0  # the run itself reports it
+        work = prepare(job, encoder.manifest, precision, out, options, look_only=True)
+    except Exception:  # whatever it is, the run itself reports it
+        return 0
     if isinstance(work, Result):
         return 0
     work.close()

@@ -77,11 +77,17 @@ class Work(Protocol):
 
 
 def prepare(
-    job: Job, manifest: Manifest, precision: str, out: Path, options: EmbedOptions
+    job: Job,
+    manifest: Manifest,
+    precision: str,
+    out: Path,
+    options: EmbedOptions,
+    look_only: bool = False,
 ) -> Work | Result:
     """Open a job and find its tiles; return a result instead if nothing is left to do.
 
-    Features that were computed with another encoder, precision or option are computed again.
+    Features that were computed with another encoder, precision or option are computed again. With
+    ``look_only`` nothing is written, also not the new path of a slide that was moved.
 
     Raises:
         HistoseekError: the job cannot be done; the message gives the reason.
@@ -90,7 +96,7 @@ def prepare(
     if printable(str(job.source)) != str(job.source):
         raise BadInput(f"{printable(str(job.source))}: the name is not valid UTF-8; rename it")
     settings = {} if precision in {"f32", "fp32"} else {"precision": precision}
-    preparation = _Preparation(job, manifest, settings, out, options)
+    preparation = _Preparation(job, manifest, settings, out, options, look_only)
     work = preparation.tiles() if job.kind == "tiles" else preparation.slide()
     if not isinstance(work, Result):
         work.seconds = time.monotonic() - started
@@ -120,13 +126,14 @@ class _Preparation:
     settings: dict[str, Any]
     out: Path
     options: EmbedOptions
+    look_only: bool
 
     def tiles(self) -> Work | Result:
         tileset = open_tiles(self.job.source, self.options.manifest)
         key = {"content": tileset.fingerprint, "encoder": self.manifest.sha256, **self.settings}
         path, name, complete = self._feature_file(f"tiles_{self.manifest.size_px}px", key)
         if complete:
-            return _done_before(self.job, name, path)
+            return self._done_before(name, path)
         return TilesWork(self.job, tileset, self.manifest, name, path, key)
 
     def slide(self) -> Work | Result:
@@ -161,7 +168,7 @@ class _Preparation:
             # features from before bounds were recorded are computed again
             complete = "bounds" in (read_about(path) or {})
         if complete and all(file.is_file() for file in overlay_files(name, out, options)):
-            return _done_before(job, name, path)
+            return self._done_before(name, path)
         regions = None
         if job.regions is not None:
             left, top = slide.bounds[:2] if slide.bounds is not None else (0, 0)
@@ -171,7 +178,7 @@ class _Preparation:
         )
         write_overlay_files(grid, name, out, options)
         if complete:
-            return _done_before(job, name, path)
+            return self._done_before(name, path)
         work = SlideWork(job, slide, grid, manifest, name, path, key, stated)
         if key["content"] == (read_about(path) or {}).get("key", {}).get("content"):
             work.notes += _moved_from(path, job)
@@ -222,6 +229,25 @@ class _Preparation:
                 return path, name, False
         return path, name, False
 
+    def _done_before(self, name: str, path: Path) -> Result:
+        """Return the result of a job that was done before; store a new path of its slide."""
+        job, about = self.job, read_about(path) or {}
+        notes = [*map(str, about.get("notes", [])), *_moved_from(path, job)]
+        if not self.look_only and (not _is_here(about, job) or "bounds" not in about):
+            amend(path, job.location, {"bounds": about.get("bounds")})
+        return Result(
+            name,
+            str(job.source),
+            "skipped",
+            about.get("reason") or "done before",
+            about.get("tiles", 0),
+            features=str(path),
+            tissue=about.get("tissue_share"),
+            notes=notes,
+            icc_profile=about.get("icc_profile"),
+            icc_applied=about.get("icc_applied", False),
+        )
+
 
 def _is_here(about: dict[str, Any], job: Job) -> bool:
     """Whether features were computed from the job's file, also when it is reached through links."""
@@ -259,26 +285,6 @@ def _moved_from(path: Path, job: Job) -> list[str]:
     if about is None or _is_here(about, job):
         return []
     return [f"the slide was at {about.get('source')} when it was embedded; the new path was stored"]
-
-
-def _done_before(job: Job, name: str, path: Path) -> Result:
-    """Return the result of a job that was done before; store a new path of the slide in its features."""
-    about = read_about(path) or {}
-    notes = [*map(str, about.get("notes", [])), *_moved_from(path, job)]
-    if not _is_here(about, job) or "bounds" not in about:
-        amend(path, job.location, {"bounds": about.get("bounds")})
-    return Result(
-        name,
-        str(job.source),
-        "skipped",
-        about.get("reason") or "done before",
-        about.get("tiles", 0),
-        features=str(path),
-        tissue=about.get("tissue_share"),
-        notes=notes,
-        icc_profile=about.get("icc_profile"),
-        icc_applied=about.get("icc_applied", False),
-    )
 
 
 @dataclass

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.files import cache_folder, read_json, write_json
 from ...artifacts.manifest import GRAPH, Manifest
-from ...artifacts.onnx_files import data_file
+from ...artifacts.onnx_files import LARGE, graph_bytes
 from ...errors import BadInput, Damaged, HistoseekError, MissingPart, unknown_name
 from .engines import (
     ENGINES,
@@ -36,8 +36,6 @@ GPU_STREAMS = 2
 MARGIN = 1.05
 """OpenVINO must be this many times as fast as ONNX Runtime to be chosen."""
 
-LARGE = 64 * 2**20
-"""In a graph with at least this many bytes of weights, several cores share each run."""
 SHARED = 8
 """Maximum number of cores that share a run; more gain little."""
 
@@ -96,14 +94,13 @@ def streams_of(bundle: Path, streams: int | None = None) -> tuple[int, int]:
 
     Args:
         bundle: the folder.
-        streams: parallel runs; chosen when None.
+        streams: cores to use, one per run of a small graph; all when None.
     """
-    graph = bundle / GRAPH
-    files = [file for file in (graph, data_file(graph)) if file is not None and file.is_file()]
-    if sum(file.stat().st_size for file in files) < LARGE:
-        return streams or cores(), 1
-    side = streams or -(-cores() // SHARED)
-    return side, max(1, cores() // side)
+    budget = streams or cores()
+    if graph_bytes(bundle / GRAPH) < LARGE:
+        return budget, 1
+    side = -(-budget // SHARED)
+    return side, max(1, budget // side)
 
 
 def _check_bf16() -> None:

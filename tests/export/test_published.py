@@ -10,6 +10,7 @@ import pytest
 import torch
 from checkpoints import (
     WRITERS,
+    as_conch_v1_5,
     beit3,
     biomedclip,
     coca,
@@ -23,7 +24,6 @@ from checkpoints import (
     seeded,
     teacher,
     timm,
-    without_pooler_biases,
 )
 from PIL import Image
 from safetensors.torch import save_file
@@ -103,7 +103,7 @@ def loaded(shape, tensors, pool=None):
 def test_every_convention_loads_the_same_network(write, shape, convention):
     net = seeded(VitEncoder(shape, last_pool(shape)))
     if write is conch_v1_5:
-        without_pooler_biases(net)
+        as_conch_v1_5(net)
     tensors = write(net)
     again, report = loaded(shape, tensors)
     assert report.convention == convention
@@ -127,13 +127,38 @@ def test_tiles_are_resized_in_the_graph_as_pillow_resizes_them(side, size, how):
     assert np.abs(found - wanted).max() <= 1 and (found != wanted).mean() < 0.02
 
 
+def test_the_field_of_view_is_recorded_as_it_is(tmp_path):
+    """What the network sees of a tile, in µm, with the authors' settings and with others."""
+    net = seeded(build_published(PUBLISHED["gigapath-flash"], depth=1))
+    torch.save(timm(net), tmp_path / "net.bin")
+    for number, (given, um, seen) in enumerate(
+        (({}, 128, 112), ({"tile_px": 512, "mpp": 0.25}, 128, 112), ({"mpp": 0.25}, 64, 56),
+         ({"tile_px": 224}, 112, 112), ({"fit": "bilinear"}, 128, 128))
+    ):  # fmt: skip
+        options = ExportOptions(published="gigapath-flash", **given)
+        out = tmp_path / str(number)
+        manifest = export_checkpoint(tmp_path / "net.bin", out, options, depth=1)
+        tile = manifest.training["tile"]
+        assert (tile["um"], tile["seen_um"]) == (um, seen)
+        card = (out / CARD).read_text()
+        assert f"a tile shows {um} µm, the network sees {seen} µm" in card
+    tile = made_tiles(512, 2)[1]
+    row = replace(PUBLISHED["gigapath-flash"], tile_px=512)
+    shown = fit_of(row)(torch.from_numpy(tile[None]).permute(0, 3, 1, 2).float())
+    middle = Image.fromarray(tile).resize((256, 256), Image.Resampling.BICUBIC)
+    wanted = np.asarray(middle.crop((16, 16, 240, 240)))
+    assert np.abs(shown[0].permute(1, 2, 0).numpy() - wanted).max() <= 1
+    with pytest.raises(BadInput, match="has no middle of 224 px"):
+        fit_of(replace(PUBLISHED["lunit-s16"], tile_px=128, fit="crop"))
+
+
 @pytest.mark.deep
 @pytest.mark.parametrize("name", PUBLISHED if DEEP else EACH_KIND)
 def test_a_published_encoder_becomes_a_bundle(name, tmp_path):
     known = PUBLISHED[name]
     net = seeded(build_published(known, depth=1))
     if name == "conch-v1.5":
-        without_pooler_biases(net)
+        as_conch_v1_5(net)
     path = tmp_path / "checkpoint.bin"
     torch.save(WRITERS.get(name, timm)(net), path)
     options = ExportOptions(published=name)
@@ -232,9 +257,16 @@ def test_pooling_can_be_chosen_and_is_recorded(tmp_path, cli_json, cli):
     assert record["pool"] == "cls+mean" and record["checkpoint"]["convention"] == "timm"
     refused = cli("export", path, "--out", tmp_path / "c")
     assert refused.returncode == 1 and "name its encoder by --as" in refused.stderr
-    for flag, value in (("--mean", "0.5,0.5,0.5"), ("--layout", "nhwc"), ("--pca", 0.9)):
+    for flag, value in (("--layout", "nhwc"), ("--pca", 0.9)):
         refused = cli("export", path, "--out", tmp_path / "c", "--as", "lunit-s16", flag, value)
         assert f"{flag} is not for a checkpoint" in refused.stderr
+    for flag, value in (("--mean", "123,116,103"), ("--std", "nan,1,1"), ("--std", "0,1,1")):
+        refused = cli("export", path, "--out", tmp_path / "c", "--as", "lunit-s16", flag, value)
+        assert "expected three numbers for red, green and blue in 0..1" in refused.stderr
+    refused = cli(
+        "export", path, "--out", tmp_path / "c", "--as", "lunit-s16", "--slides", tmp_path
+    )
+    assert "--slides is for --against" in refused.stderr
     listed = {row["name"]: row for row in cli_json("export", "--list")}
     assert listed.keys() == PUBLISHED.keys()
     assert listed["uni"]["parameters"] == 303_350_784 and listed["uni"]["gated"]
@@ -253,7 +285,7 @@ def in_two_files(tmp_path_factory):
 
 
 def test_weights_in_a_second_file_embed_the_same_and_go_where_the_bundle_goes(
-    in_two_files, tmp_path, cli
+    in_two_files, tmp_path, cli, monkeypatch
 ):
     bundle, net = in_two_files
     assert (bundle / GRAPH).stat().st_size < 10**6 < (bundle / f"{GRAPH}.data").stat().st_size
@@ -269,6 +301,14 @@ def test_weights_in_a_second_file_embed_the_same_and_go_where_the_bundle_goes(
             encoder.close()
     write_repository([bundle], tmp_path / "models", TritonOptions())
     served = tmp_path / "models" / "bundle" / "1"
+    small = (served.parent / "config.pbtxt").read_text()
+    assert "max_batch_size: 64" in small and "count: 2" in small
+    monkeypatch.setattr("histoseek.export.triton.LARGE", 10**6)
+    write_repository([bundle], tmp_path / "large", TritonOptions())
+    large = (tmp_path / "large" / "bundle" / "config.pbtxt").read_text()
+    assert "max_batch_size: 16" in large and "count: 1 }" in large
+    assert 'key: "intra_op_thread_count" value: { string_value: "0" }' in large
+    assert "default_timeout_microseconds: 300000000" in large
     session = onnxruntime.InferenceSession(served / "model.onnx")
     np.testing.assert_allclose(session.run(None, {"tiles": tiles})[0], wanted, atol=1e-5)
     with pytest.raises(BadInput, match="--fp16 does not take bundle yet"):

@@ -1,5 +1,6 @@
 """Text networks: loaded, exported with their tokenizer, and compared with independent references."""
 
+import json
 import math
 import shutil
 
@@ -12,6 +13,7 @@ from checkpoints import (
     biomedclip,
     byte_pairs,
     coca,
+    conch_tokens,
     hugging_face_clip,
     keep,
     open_clip,
@@ -133,7 +135,7 @@ def test_the_text_network_of_conch_attends_as_published():
     [
         ("quiltnet-b32", open_clip, byte_pairs),
         ("plip", hugging_face_clip, byte_pairs),
-        ("conch", coca, byte_pairs),
+        ("conch", coca, conch_tokens),
         ("biomedclip", biomedclip, word_pieces),
         ("keep", keep, word_pieces),
     ],
@@ -163,6 +165,13 @@ def test_a_bundle_embeds_text_as_its_network_does(name, write, tokenizer, tmp_pa
     assert math.isclose(np.linalg.norm(found), 1, rel_tol=1e-5)
 
 
+def without_ends(path):
+    byte_pairs(path)
+    document = json.loads(path.read_text())
+    document["post_processor"] = None
+    path.write_text(json.dumps(document))
+
+
 def export(folder, out, **options):
     return export_checkpoint(
         folder / "net.bin", out, ExportOptions(published="quiltnet-b32", **options), depth=1
@@ -176,9 +185,17 @@ def test_what_is_left_out_or_does_not_fit_is_said(text_bundle, tmp_path):
     words = text_bundle / "words.json"
     with pytest.raises(BadInput, match="--pool cls the embeddings cannot be compared"):
         export(text_bundle, tmp_path / "c", pool="cls", tokenizer=words)
-    byte_pairs(tmp_path / "other.json", end_last=False)
-    with pytest.raises(BadInput, match="ends a text with token"):
-        export(text_bundle, tmp_path / "c", tokenizer=tmp_path / "other.json")
+    for write, message in (
+        (conch_tokens, r"has 32,007 tokens, but the text network knows 49,408"),
+        (
+            lambda path: byte_pairs(path, 49408, ("<pad>", "<start>", "<end>")),
+            "ends a text with token 2",
+        ),
+        (without_ends, "does not put the same token before and behind"),
+    ):
+        write(tmp_path / "other.json")
+        with pytest.raises(BadInput, match=message):
+            export(text_bundle, tmp_path / "c", tokenizer=tmp_path / "other.json")
     (tmp_path / "none.json").write_text("no tokenizer")
     with pytest.raises(Damaged, match="is no tokenizer"):
         export(text_bundle, tmp_path / "c", tokenizer=tmp_path / "none.json")

@@ -41,8 +41,11 @@ def test_tiles_are_counted_and_the_speed_is_measured(tmp_path, make_slide, tile_
     assert (found.counted, found.inputs) == (3, 3)
     assert found.tiles_per_s == pytest.approx(20, rel=0.2)
     assert found.seconds == pytest.approx(found.tiles / found.tiles_per_s, abs=0.2)
-    again = estimate(jobs, Slow(0.05), tmp_path / "out", EmbedOptions())
-    assert again.tiles == 0  # all is there already
+    # all is there already
+    assert estimate(jobs, Slow(0.05), tmp_path / "out", EmbedOptions()) is None
+    (tmp_path / "broken.tiff").write_bytes(b"no slide")
+    broken = find_jobs([tmp_path / "broken.tiff", tile_folder])
+    assert estimate(broken, Slow(0.05), tmp_path / "new", EmbedOptions()).tiles == 72
     assert estimate(jobs, Slow(0), tmp_path / "out", EmbedOptions()) is None
 
 

@@ -84,11 +84,39 @@ def test_the_api_answers_and_reports_text(text_atlas, wanted, serve, tmp_path):
     assert TEXT in report
     noted = [line for line in served.lines() if line["action"] == "search"]
     assert noted[-1]["texts"] == [TEXT]
-    slide = answer["hits"][0]["slide"]
-    heat = served.client.get(f"/v1/slides/{slide}/heat.jpg", params={"result": answer["result"]})
-    assert heat.headers["content-type"] in ("image/jpeg", "application/json")
-    for body in ({"texts": []}, {"texts": ["q" * 1001]}, {"texts": ["q" * 500]}):
+    for body in (
+        {"texts": []},
+        {"texts": ["q" * 1001]},
+        {"texts": ["q" * 500]},
+        {"texts": ["fat"] * 9},
+    ):
         assert served.client.post("/v1/search", json=body).status_code in (400, 422)
+
+
+def test_the_heat_map_of_a_text_spans_the_scores_of_the_slide(
+    text_bundle, make_slide, tmp_path, serve
+):
+    from histoseek.serving.embedding.jobs import find_jobs
+    from histoseek.serving.embedding.pipeline import embed_jobs
+    from histoseek.serving.embedding.results import EmbedOptions
+
+    slide = make_slide(tmp_path / "case.tiff", side=1400, seed=1)
+    encoder = OnnxEncoder(text_bundle / "bundle")
+    (done,) = embed_jobs(
+        find_jobs([slide]), encoder, tmp_path / "f", EmbedOptions(), lambda *_: None
+    )
+    atlas = Index.create(tmp_path / "atlas", text_bundle / "bundle")
+    atlas.add([tmp_path / "f" / done.features])
+    served = serve(tmp_path / "atlas")
+    answer = served.client.post("/v1/search", json={"texts": [TEXT]}).json()
+    heat = served.client.get("/v1/slides/case/heat.jpg", params={"result": answer["result"]})
+    assert heat.headers["content-type"] == "image/jpeg"
+    vector = TextEncoder(atlas.encoder_bundle, atlas.manifest).embed([TEXT])[0]
+    scores = atlas.scores_in("case", vector)
+    _, low, high = served.session.pictures.heat("case", vector, by_text=True)
+    assert (low, high) == (pytest.approx(scores.min()), pytest.approx(scores.max()))
+    assert served.session.pictures.heat("case", vector)[1:] == (0.0, 1.0)
+    encoder.close()
 
 
 def test_an_encoder_without_text_says_so(client, ui_atlas, cli):

@@ -11,7 +11,7 @@ from ...index.store import rows
 from ...serving.encoders.text import LONGEST
 from ..access.users import Role
 from ..session.addition import Addition
-from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K
+from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K, MAX_TEXTS
 
 MAX_TILE = 2**53
 TileId = Annotated[int, Field(ge=0, le=MAX_TILE)]
@@ -59,10 +59,10 @@ class SearchRequest(Request):
     unlike: list[TileId] = Field([], max_length=MAX_EXAMPLES)
     texts: list[Words] = Field(
         [],
-        max_length=MAX_EXAMPLES,
+        max_length=MAX_TEXTS,
         description="words that hits show; for an encoder with a text network",
     )
-    unlike_texts: list[Words] = Field([], max_length=MAX_EXAMPLES)
+    unlike_texts: list[Words] = Field([], max_length=MAX_TEXTS)
     k: int = Field(12, ge=1, le=MAX_K)
     where: Text | None = Field(None, description="such as: organ = 'colon' and patient != 'P7'")
     least: float | None = Field(None, allow_inf_nan=False, description="lowest score of a hit")

@@ -163,12 +163,15 @@ def add_pictures(app: FastAPI, server: Server) -> None:
     def heat(
         slide: str, result: Annotated[str, InUrl(max_length=64)], request: Request
     ) -> Response:
-        """Return a slide with its tiles coloured by their similarity to an earlier search."""
+        """Return a slide with its tiles coloured by their similarity to an earlier search.
+
+        The colours span 0 to 1; for a search by text, the slide's lowest to its highest score.
+        """
         answer = session.results.get(result)
         server.note(request, "heat", slide=slide, result=result)
         if not isinstance(answer, SearchAnswer):
             raise BadInput(f"result {result!r} is not a search; expected the id of a search")
-        return jpeg(pictures.heat(slide, answer.vector)[0], 0)
+        return jpeg(pictures.heat(slide, answer.vector, answer.query.by_text)[0], 0)
 
 
 def add_map(app: FastAPI, server: Server) -> None:

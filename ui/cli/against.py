@@ -30,12 +30,14 @@ class Comparison(NamedTuple):
         trials: settings that were tried, the best one first.
         tile_um: side of the features' tiles in µm.
         tile_px: side of a tile for the encoder.
+        given_mpp: µm per pixel that the options state, if any.
     """
 
     features: Path
     trials: list[Trial]
     tile_um: float
     tile_px: int
+    given_mpp: float | None
 
     @property
     def mpp(self) -> float:
@@ -65,7 +67,7 @@ def against(
     with console.working("computing features again"):
         tensors, _ = read_checkpoint(checkpoint)
         trials = find_settings(known, tensors, str(checkpoint), stored, shown)
-    return Comparison(features, trials, tile_um, known.side)
+    return Comparison(features, trials, tile_um, known.side, options.mpp)
 
 
 def as_json(compared: Comparison) -> dict[str, Any]:
@@ -75,6 +77,7 @@ def as_json(compared: Comparison) -> dict[str, Any]:
         "features": str(compared.features),
         "tile_um": compared.tile_um,
         "mpp": compared.mpp,
+        "given_mpp": compared.given_mpp,
         "same": trials[0].same,
         "best": trials[0].as_dict(),
         "trials": [trial.as_dict() for trial in trials],
@@ -85,10 +88,10 @@ def show(compared: Comparison) -> None:
     """Print the best trials, and what follows."""
     trials = compared.trials
     rows = [
-        (trial.cosine, trial.pool, trial.colours, trial.fit, trial.shown)
+        (trial.cosine, trial.lowest, trial.pool, trial.colours, trial.fit, trial.shown)
         for trial in trials[:SHOWN]
     ]
-    columns = ("median cosine", "--pool", "colours of", "--fit", "tile read")
+    columns = ("median cosine", "lowest", "--pool", "colours of", "--fit", "tile read")
     console.table(f"{compared.features}: best of {len(trials)} settings", columns, rows)
     best = trials[0]
     if best.same:
@@ -96,6 +99,11 @@ def show(compared: Comparison) -> None:
         console.say(
             f"the features are computed again with --pool {best.pool} --fit {best.fit} "
             f"--mean {numbers[0]} --std {numbers[1]} --mpp {compared.mpp:g}"
+        )
+    if compared.given_mpp and abs(compared.given_mpp - compared.mpp) > 0.01 * compared.mpp:
+        console.say(
+            f"NOTE: --mpp is {compared.given_mpp:g}, but the features are of tiles of "
+            f"{compared.tile_um:g} µm, which is {compared.mpp:g}; the bundle will embed other fields"
         )
     if best.same and best.shown != AS_HERE:
         console.say(

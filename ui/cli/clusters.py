@@ -180,6 +180,9 @@ def _suggest(atlas: Atlas, path: Path, clusters: str | None) -> None:
     rows = atlas.ask(View.suggest_names, words, vectors, clusters)
 
     def human() -> None:
+        if not rows:
+            console.say("the clustering has no clusters, only noise")
+            return
         table = [(row["cluster"], row["name"], ", ".join(row["words"])) for row in rows]
         console.table("", ("cluster", "name", "words that fit best"), table)
         console.say("The words are ranked among those of the file; none of them has to be right.")

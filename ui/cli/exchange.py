@@ -88,6 +88,7 @@ def import_(
     metric: str = "cosine",
     replace: bool = False,
     mixed_scales: bool = False,
+    project: Path | None = None,
 ) -> None:
     """Import feature files of other tools, made by any encoder. Creates the atlas if it does not exist.
 
@@ -98,12 +99,16 @@ def import_(
             (column mpp).
         tile_px: Side of a tile in pixels of level 0, for files that do not contain it.
         metric: Metric of the atlas, if it is new: cosine or l2.
+        project: Bundle of the encoder (conch), whose last map the features are multiplied by: other tools
+            store CONCH's features before it, and only behind it can they be compared with text.
     """
+    from ...artifacts.manifest import read_manifest, read_projection
     from ...index.exchange.imports import import_features
     from ...index.inputs import find_feature_files, read_metadata, rows_of
 
     files, left_out = find_feature_files(features)
     table = read_metadata(metadata)
+    projection = None if project is None else read_projection(project, read_manifest(project))
     with console.progress("importing") as progress:
         _, results = import_features(
             atlas,
@@ -116,6 +121,7 @@ def import_(
             replace,
             mixed_scales,
             progress,
+            projection,
         )
     report_added(results, table, left_out, encoder)
 

@@ -164,6 +164,8 @@ def export(
         return
     if source is None or (out is None and against is None):
         raise BadInput("expected `histoseek export SOURCE --out BUNDLE`, or --list")
+    if slides and against is None:
+        raise BadInput("--slides is for --against; leave it out")
     from .against import as_json, show
 
     compared = None

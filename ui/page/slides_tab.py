@@ -134,7 +134,7 @@ class _Handlers:
         if not isinstance(answer, SearchAnswer) or not row["tiles"]:
             return 0.0, 1.0
         scores = self.session.atlas.scores_in(row["name"], answer.vector)
-        return self.session.pictures.scale(scores)
+        return self.session.pictures.scale(scores, answer.query.by_text)
 
     def _cluster_sizes(self, name: str, clustering: str) -> dict[int, int]:
         """Return the number of the slide's tiles in each cluster."""

@@ -17,6 +17,8 @@ from ...index.search.query import Query
 from ...index.store.rows import Hit
 
 MAX_K = 1_000
+MAX_TEXTS = 8
+"""Maximum number of texts in a query: each takes the text network some 0.1 s on all cores."""
 MAX_EXAMPLES = 64
 """Maximum number of images and tiles in one search."""
 
@@ -144,6 +146,10 @@ def check_limits(query: Query) -> None:
     if query.examples > MAX_EXAMPLES:
         raise TooLarge(
             f"{query.examples} examples were given; a search takes at most {MAX_EXAMPLES}"
+        )
+    if len(query.texts) + len(query.unlike_texts) > MAX_TEXTS:
+        raise TooLarge(
+            f"more than {MAX_TEXTS} texts were given; a search takes at most {MAX_TEXTS}"
         )
     if query.k > MAX_K:
         raise BadInput(f"k is {query.k}; expected 1 to {MAX_K}")

@@ -119,24 +119,27 @@ class Pictures:
         colours = np.array([rgb(colour_of(c)) for c in assigned[rows].tolist()]).reshape(-1, 3)
         return encode_jpeg(self._painted(view, number, colours, 0.45), 85)
 
-    def heat(self, slide: str, query: NDArray[np.float32]) -> tuple[bytes, float, float]:
+    def heat(
+        self, slide: str, query: NDArray[np.float32], by_text: bool = False
+    ) -> tuple[bytes, float, float]:
         """Return a slide with its tiles coloured by similarity to a query (D,), and the scale's ends."""
         view = self._atlas.view()
         number = slide_number(view, slide)
         scores = view.scores_in(slide, query)
         if not len(scores):
             raise NotFound(f"slide {slide!r} has no tiles")
-        low, high = self.scale(scores)
+        low, high = self.scale(scores, by_text)
         share = np.clip((scores - low) / max(high - low, 1e-9), 0, 1)
         picture = self._painted(view, number, ramp(share), 0.6)
         return encode_jpeg(picture, 85), low, high
 
-    def scale(self, scores: NDArray[np.float32]) -> tuple[float, float]:
+    def scale(self, scores: NDArray[np.float32], by_text: bool) -> tuple[float, float]:
         """Return the scores at the ends of a heat map: 0 and 1 for cosine, so that slides are comparable.
 
-        Distances have no fixed range: the slide's lowest and highest score are returned.
+        Distances have no fixed range, and the cosines of a text lie close together: for both, the slide's
+        lowest and highest score are returned.
         """
-        if self._atlas.manifest.metric == "cosine":
+        if self._atlas.manifest.metric == "cosine" and not by_text:
             return 0.0, 1.0
         return float(scores.min()), float(scores.max())
 

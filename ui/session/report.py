@@ -150,6 +150,7 @@ def _html(session: Session, answer: SearchAnswer | ClusterAnswer, about: dict[st
     values: dict[str, Any] = {"notice": words.NOTICE_TEXT, "facts": facts}
     if isinstance(answer, ClusterAnswer):
         values |= {"title": "Images and their clusters", "queries": [], "refused": answer.refused}
+        values |= {"verdict": "", "texts": []}
         return render("report.html", **values, figures=_assigned_images(answer))
     values |= {"title": "Similar tiles", "queries": _examples(session, answer), "refused": []}
     values |= {"verdict": words.verdict_text(answer), "texts": _texts(answer)}

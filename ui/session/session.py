@@ -44,7 +44,7 @@ from .results import Results
 from .verdict import Usual, verdict_of
 
 DECODING_S = 30.0
-"""Timeout (s) of an image that waits to be decoded."""
+"""Timeout (s) of an image that waits to be decoded, and of a text that waits for others."""
 
 
 class Session:
@@ -159,11 +159,16 @@ class Session:
         Raises:
             BadInput: the encoder has no text network, or a text is empty or too long.
             MissingPart: the package tokenizers is not installed.
+            Busy: other texts took too long.
         """
-        with self._text_lock:  # one text takes all cores
+        if not self._text_lock.acquire(timeout=DECODING_S):  # one text takes all cores
+            raise Busy("too many texts are waiting; try again in a moment")
+        try:
             if self._text is None:
                 self._text = TextEncoder(self.atlas.encoder_bundle, self.atlas.manifest)
             return self._text.embed(texts)
+        finally:
+            self._text_lock.release()
 
     # -- searching ------------------------------------------------------------------------------
 
