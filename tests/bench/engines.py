@@ -1,7 +1,7 @@
 """Engines for vision transformers: torch eager, ONNX Runtime and OpenVINO on the same random weights.
 
 Every engine embeds the same tiles on the same cores, in turns; the rate is the median over rounds. The
-engines run as `histoseek embed --engine` runs them; torch runs the graph's own module in inference mode.
+engines are those of `histoseek embed --engine`; torch runs the graph's own module in inference mode.
 bf16 is left out if the CPU has none.
 
     python tests/bench/engines.py [vit-s16 vit-b16 vit-l16]
@@ -68,6 +68,7 @@ def plans():
     found = {
         "ONNX Runtime, batch 1 per core": EnginePlan("onnxruntime", "f32", 1, side),
         "ONNX Runtime, batch 4 per core": EnginePlan("onnxruntime", "f32", 4, side),
+        "ONNX Runtime, batch 4, all cores per run": EnginePlan("onnxruntime", "f32", 4, 1, side),
         "OpenVINO f32, batch 1 per core": EnginePlan("openvino", "f32", 1, side),
         "OpenVINO bf16, batch 1 per core": EnginePlan("openvino", "bf16", 1, side),
         "OpenVINO bf16, batch 4 per core": EnginePlan("openvino", "bf16", 4, side),

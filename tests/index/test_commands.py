@@ -47,7 +47,10 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
         (["search"], "no query was given"),
         (["search", "--tile", "999999"], "has no tile 999999"),
         (["search", "--tile", "1", "--without", "hospital"], "tile, slide, patient"),
-        (["search", "--tile", "1", "--engine", "milvus://x"], "searches with images and texts only"),
+        (
+            ["search", "--tile", "1", "--engine", "milvus://x"],
+            "searches with images and texts only",
+        ),
         (["search", "{a}", "--where", "organ ="], "cannot be read at character"),
         (["search", "{a}", "--where", "grade = 1"], "unknown field 'grade'"),
         (["search", "{a}", "--engine", "http://x"], "is not a Milvus address"),
