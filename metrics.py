@@ -137,6 +137,15 @@ def silhouette(embeddings: Floats, clusters: Ints, seed: int = 0, sample: int = 
     return float(silhouette_score(embeddings[items], clusters[items]))
 
 
+def unit_rows(vectors: Floats) -> NDArray[np.float64]:
+    """Return vectors (N, D) scaled to length 1; zeros stay zeros."""
+    exact = np.asarray(vectors, np.float64)
+    unit: NDArray[np.float64] = exact / np.maximum(
+        np.linalg.norm(exact, axis=1, keepdims=True), 1e-30
+    )
+    return unit
+
+
 def cosine_error(one: Floats, two: Floats) -> float:
     """Return the largest 1 - cosine between the rows of two arrays (N, D); at least 0."""
     a, b = one.astype(np.float64), two.astype(np.float64)

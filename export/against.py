@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from ..errors import BadInput
+from ..metrics import unit_rows
 from .checkpoints import Tensors, load
 from .from_checkpoint import fit_of
 from .nets.build import image_net
@@ -70,10 +71,6 @@ class Trial:
         """Return the trial, JSON-ready."""
         return {**asdict(self), "same": self.same}
 
-    def applied(self, known: Published) -> Published:
-        """Return the encoder with these settings."""
-        return replace(known, pool=self.pool, colours=(self.mean, self.std), fit=self.fit)
-
 
 def find_settings(
     known: Published,
@@ -81,7 +78,6 @@ def find_settings(
     source: str,
     stored: NDArray[np.float32],
     shown: Mapping[str, NDArray[np.uint8]],
-    net: Any = None,
 ) -> list[Trial]:
     """Try settings until one computes the stored features again; return all trials, the best one first.
 
@@ -92,7 +88,6 @@ def find_settings(
         stored: features (N, D) of another tool.
         shown: the same tiles uint8 (N, T, T, 3), T = ``known.side``, by the way they were read; the first
             is the usual one.
-        net: network of ``known`` without weights, if not that of its row (for tests).
 
     Raises:
         BadInput: no pooling gives embeddings of this length, or the checkpoint does not fit.
@@ -105,16 +100,16 @@ def find_settings(
         raise BadInput(
             f"the features have {length} numbers; {source} can give {lengths}: they are of another encoder"
         )
-    net = image_net(shape, pools[0]) if net is None else net
+    net: Any = image_net(shape, pools[0])
     load(net, tensors, source)
-    wanted = _unit(stored)
+    wanted = unit_rows(stored)
     trials: list[Trial] = []
 
     def tried(colours: Colours, fit: Fit, way: str, only: Sequence[Pool], most: int) -> Trial:
-        """Try one way to show tiles, with several poolings; return the best trial of all with all tiles."""
+        """Try one way to show at most ``most`` tiles, with several poolings; return the best trial yet."""
         rows = np.unique(np.linspace(0, len(wanted) - 1, most).astype(int))
         for pool, vectors in _embedded(net, known, colours, fit, shown[way][rows], only).items():
-            cosines = np.sum(wanted[rows] * _unit(vectors), axis=1)
+            cosines = np.sum(wanted[rows] * unit_rows(vectors), axis=1)
             found = round(float(np.median(cosines)), 6), round(float(cosines.min()), 6)
             trials.append(Trial(pool, *colours, _named(colours), fit, way, len(rows), *found))
         return max(trials, key=lambda trial: trial.cosine)
@@ -125,7 +120,10 @@ def find_settings(
         for colours in dict.fromkeys(row.colours for row in PUBLISHED.values()):
             if colours != known.colours:
                 best = tried(colours, known.fit, usual, pools, FEW)
-    fits = FITS if known.side != shape.size_px else (known.fit,)
+    fits: Sequence[Fit] = (known.fit,)
+    if known.side != shape.size_px:
+        croppable = (known.crop_from or known.side) >= shape.size_px
+        fits = [fit for fit in FITS if fit != "crop" or croppable]
     ways = [(fit, way) for way in shown for fit in fits]
     while ways and not (best.same and best.tiles == every):
         fit, way = ways.pop(0)
@@ -162,10 +160,3 @@ def _embedded(
 def _named(colours: Colours) -> str:
     names = [name for name, row in PUBLISHED.items() if row.colours == colours]
     return ", ".join(names[:3]) + (" …" if len(names) > 3 else "")
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-    exact = np.asarray(vectors, np.float64)
-    length = np.maximum(np.linalg.norm(exact, axis=1, keepdims=True), 1e-30)
-    unit: NDArray[np.float64] = exact / length
-    return unit

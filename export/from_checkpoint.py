@@ -85,9 +85,8 @@ def describe(name: str, known: Published) -> dict[str, Any]:
 def _macs(net: nn.Module, known: Published) -> int:
     """Return the multiply-adds of one tile; those of a head are left out."""
     shape = known.shape
-    if isinstance(net, VitEncoder) and isinstance(
-        shape, VitShape
-    ):  # much faster than counting, which runs the network
+    if isinstance(net, VitEncoder) and isinstance(shape, VitShape):
+        # much faster than counting, which runs the network
         tokens = shape.prefix + shape.grid**2
         layers = [m for m in net.trunk.modules() if isinstance(m, nn.Linear | nn.Conv2d)]
         weights = sum(layer.weight.numel() for layer in layers)

@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from ...artifacts.files import publish_folder
 from ...artifacts.manifest import PROJECTION_SHA256, Manifest, read_manifest
 from ...errors import BadInput, Mismatch
+from ...metrics import unit_rows
 from ..opened import OpenAtlas
 from ..store.catalog import set_meta, update
 from ..store.store import BOUND_FROM, ENCODER_FOLDER
@@ -89,7 +90,7 @@ def prove(
     """
     cosines: dict[str, float] = {}
     for name, embed in ways.items():
-        cosines[name] = float(np.median(np.sum(_unit(stored) * _unit(embed()), axis=1)))
+        cosines[name] = float(np.median(np.sum(unit_rows(stored) * unit_rows(embed()), axis=1)))
         if cosines[name] >= LEAST:
             break
     best = max(cosines, key=lambda name: cosines[name])
@@ -179,11 +180,3 @@ def _refusal(atlas: OpenAtlas, manifest: Manifest, proof: Proof) -> str:
         f"{manifest.name!r} does not compute the features of {atlas.path} again: the median cosine of "
         f"{proof.tiles} tiles is {found}; expected at least {LEAST}. Nothing was changed; {reason}"
     )
-
-
-def _unit(vectors: NDArray[np.float32]) -> NDArray[np.float64]:
-    exact = np.asarray(vectors, np.float64)
-    unit: NDArray[np.float64] = exact / np.maximum(
-        np.linalg.norm(exact, axis=1, keepdims=True), 1e-30
-    )
-    return unit

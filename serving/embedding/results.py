@@ -33,8 +33,8 @@ class EncoderChoice:
         Field(ge=1, description="Number of tiles per call of the encoder. Default: chosen "
         "automatically."), HIDDEN] = None
     streams: Annotated[int | None,
-        Field(ge=1, description="Number of simultaneous calls of the encoder in this process. Default: "
-        "one per core."), PYTHON_ONLY] = None
+        Field(ge=1, description="Number of CPU cores for the encoder in this process; a graph up to 64 MB "
+        "runs once per core at the same time. Default: all."), PYTHON_ONLY] = None
     # fmt: on
 
     def __post_init__(self) -> None:

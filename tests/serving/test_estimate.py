@@ -1,10 +1,12 @@
 """The estimate before a run with a slow encoder."""
 
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
 
+from histoseek.artifacts.feature_files import read_about
 from histoseek.artifacts.manifest import read_manifest
 from histoseek.serving.embedding.estimate import Estimate, estimate
 from histoseek.serving.embedding.jobs import find_jobs
@@ -43,6 +45,12 @@ def test_tiles_are_counted_and_the_speed_is_measured(tmp_path, make_slide, tile_
     assert found.seconds == pytest.approx(found.tiles / found.tiles_per_s, abs=0.2)
     # all is there already
     assert estimate(jobs, Slow(0.05), tmp_path / "out", EmbedOptions()) is None
+    # a slide that was moved is not recorded by looking: the run itself does that, and says so
+    features = results[0].features
+    (tmp_path / "moved").mkdir()
+    moved = slides[0].rename(tmp_path / "moved" / slides[0].name)
+    assert estimate(find_jobs([moved]), Slow(0.05), tmp_path / "out", EmbedOptions()) is None
+    assert read_about(Path(features))["source"] == str(slides[0].resolve())
     (tmp_path / "broken.tiff").write_bytes(b"no slide")
     broken = find_jobs([tmp_path / "broken.tiff", tile_folder])
     assert estimate(broken, Slow(0.05), tmp_path / "new", EmbedOptions()).tiles == 72
