@@ -30,6 +30,8 @@ def no_progress(done: int, total: int, text: str) -> None:
     """Report nothing; the default where a function takes a :data:`Progress`."""
 
 
+FEW = 10
+"""Number of names that a line lists."""
 EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
@@ -105,6 +107,13 @@ def say(text: str) -> None:
     from rich.console import Console
 
     Console(stderr=mode.json, soft_wrap=True, highlight=False).print(text, markup=False)
+
+
+def say_names(title: str, names: Sequence[str]) -> None:
+    """Print the number of names and the first few; nothing if there are none."""
+    if names:
+        few = ", ".join(names[:FEW]) + (" …" if len(names) > FEW else "")
+        say(f"{title}: {len(names)} ({few})")
 
 
 def table(title: str, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:

@@ -90,8 +90,8 @@ class Manifest(BaseModel):
     Attributes:
         format: version of the manifest format.
         name: short name of the encoder.
-        sha256: of ``encoder.onnx``; encoders with different values are different encoders. A graph above
-            2 GB states the sha256 of its weights in ``encoder.onnx.data``.
+        sha256: of ``encoder.onnx``; encoders with different values are different encoders. A graph of
+            more than 512 MB states the sha256 of its weights in ``encoder.onnx.data``.
         arch: registered name of the architecture.
         size_px: side of a tile in pixels.
         mpp: micrometres per pixel at which slides are read; None if the encoder sets none.

@@ -3,7 +3,7 @@
 A graph may name a file from which a runtime reads a tensor's bytes (external data): relative to the graph,
 relative to the working directory, or absolute. The graph's checksum does not cover such a file. One file is
 accepted: ``<graph>.data`` beside the graph, whose checksum and size the graph itself states, as our export
-writes graphs above 2 GB. So the graph's checksum covers it, too. The graph's format is Protocol Buffers:
+writes large graphs. So the graph's checksum covers it, too. The graph's format is Protocol Buffers:
 numbered fields with their length, which can be nested (onnx.proto, ONNX 1.20).
 """
 
@@ -39,6 +39,8 @@ HASHED = 2**30
 """A file of weights up to this size is hashed whenever it is opened; larger ones by a whole check."""
 
 
+LARGEST_FILE = 2**29
+"""Weights of more bytes go to a file beside their graph, which takes less memory than one file."""
 LARGE = 64 * 2**20
 """A graph with at least this many bytes of weights is large: several cores share each run."""
 
@@ -47,6 +49,11 @@ def graph_bytes(path: Path) -> int:
     """Return the bytes of a graph and of the file with its weights."""
     files = [file for file in (path, data_file(path)) if file is not None and file.is_file()]
     return sum(file.stat().st_size for file in files)
+
+
+def data_properties(data: Path) -> dict[str, str]:
+    """Return the properties by which a graph states the file with its weights."""
+    return {DATA_SHA256: sha256_file(data), DATA_BYTES: str(data.stat().st_size)}
 
 
 def data_file(path: Path) -> Path | None:

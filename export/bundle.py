@@ -19,12 +19,13 @@ from torch import nn
 from ..artifacts import files
 from ..artifacts.files import read_json, sha256_file, write_atomic, write_json
 from ..artifacts.manifest import CARD, CLUSTERS, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
+from ..artifacts.onnx_files import LARGEST_FILE
 from ..artifacts.tileset_files import open_tiles
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Damaged
 from .card import model_card
+from .half_precision import store_fp16
 from .onnx_graph import (
-    LARGEST_FILE,
     OPSET,
     TOGETHER,
     Graph,
@@ -117,7 +118,7 @@ def export_run(
         Mismatch: a difference in the parity test exceeds its bound; nothing is written.
     """
     options = options or ExportOptions()
-    options.only_for("a run", "pca", "whiten", "views")
+    options.only_for("a run", "pca", "whiten", "views", "precision")
     name = encoder_name(options, out)
     notes = files.read_text(options.notes) if options.notes else ""
     record, encoder, fitted = load_run(run, build)
@@ -126,7 +127,7 @@ def export_run(
     size_px = int(encoder.size_px)  # type: ignore[arg-type]
     tiles = sample_tiles(tileset, size_px)
     with files.publish_folder(out) as folder:
-        sha256, parity = write_graph(folder, graph, size_px, tiles)
+        sha256, parity = write_graph(folder, graph, size_px, tiles, precision=options.precision)
         manifest = _manifest(name, graph, record, sha256, options)
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / RUN, record)
@@ -158,6 +159,7 @@ def write_graph(
     tiles: NDArray[np.uint8],
     together: int = TOGETHER,
     largest: int = LARGEST_FILE,
+    precision: str = "fp32",
 ) -> tuple[str, dict[str, Any]]:
     """Write a graph and its parity test to a bundle's folder; returns its sha256 and the test's numbers.
 
@@ -168,13 +170,17 @@ def write_graph(
         tiles: uint8 (N, S, S, 3), for the parity test.
         together: size of the parity test's batch.
         largest: largest weights in bytes that the graph holds itself.
+        precision: of the weights: fp32 or fp16.
 
     Raises:
+        BadInput: a weight is too large for fp16.
         Mismatch: a difference in the parity test exceeds its bound.
     """
     save_onnx(graph, size_px, folder / GRAPH, largest)
+    if precision == "fp16":
+        store_fp16(folder / GRAPH, largest)
     onnx.checker.check_model(str(folder / GRAPH), full_check=True)
-    parity = measure_parity(graph, folder / GRAPH, tiles, together)
+    parity = measure_parity(graph, folder / GRAPH, tiles, together, precision)
     check_parity(parity)
     write_json(folder / PARITY, parity.as_dict())
     return sha256_file(folder / GRAPH), parity.as_dict()
@@ -201,11 +207,17 @@ def _manifest(
             "paper": record["paper"],
             "data": {k: data[k] for k in ("name", "fingerprint", "tiles", "groups")},
             "seed": record["options"]["seed"],
+            **weights_stated(options),
         },
         licence=options.licence,
         opset=OPSET,
         versions={"torch": torch.__version__, "onnx": onnx.__version__},
     )
+
+
+def weights_stated(options: ExportOptions) -> dict[str, str]:
+    """Return what the manifest says of the weights' precision: nothing if it is the usual one."""
+    return {"weights": "float16"} if options.precision == "fp16" else {}
 
 
 def _clusters(fitted: dict[str, torch.Tensor]) -> bytes:

@@ -50,6 +50,9 @@ def model_card(
     return "\n".join([*lines, notes.strip(), ""]) if notes.strip() else "\n".join(lines)
 
 
+HALF = "| weights | stored in half precision (float16); computed in float32 |"
+
+
 def card_head(manifest: Manifest, what: str, *rows: str) -> list[str]:
     """Return the first lines of every card: what the encoder is, and the table of its manifest.
 
@@ -74,6 +77,7 @@ def card_head(manifest: Manifest, what: str, *rows: str) -> list[str]:
         f"| slides are read at | {mpp} |",
         f"| views averaged in the graph | {manifest.views} |",
         *rows,
+        *([HALF] if "weights" in manifest.training else []),
         f"| licence of the weights | {manifest.licence} |",
         f"| opset | {manifest.opset} |",
         "",

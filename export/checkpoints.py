@@ -141,6 +141,17 @@ def load(net: nn.Module, tensors: Tensors, source: str) -> Loaded:
     return report
 
 
+def in_our_names(tensors: Tensors, source: str) -> tuple[str, Tensors]:
+    """Return the name of a checkpoint's convention, and its parameters under timm's names.
+
+    Raises:
+        BadInput: the naming convention is unknown.
+    """
+    convention, tensors, _ = _recognised(tensors, source)
+    renamed, _ = _translated(tensors, convention, Loaded(convention.name))
+    return convention.name, renamed
+
+
 def has_text(tensors: Tensors) -> bool:
     """Return whether a checkpoint has a text network that :func:`load_text` can read."""
     return any(re.fullmatch(c.sign, key) for c in TEXT_CONVENTIONS for key in tensors)
@@ -335,7 +346,7 @@ def _check(
     if problems:
         raise BadInput(
             f"{source} does not fit the network ({convention} names); {'; '.join(problems)}. Expected "
-            "a checkpoint of the encoder that --as names: check the name"
+            "a checkpoint of the encoder that --as names (check the name), or with --arch a plain network"
         )
 
 

@@ -25,17 +25,19 @@ from ..artifacts.manifest import (
     TextPart,
     probe_tile,
 )
+from ..artifacts.onnx_files import LARGEST_FILE
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput
-from .bundle import encoder_name, write_graph
+from .bundle import encoder_name, weights_stated, write_graph
 from .card import card_head
 from .checkpoints import Loaded, Tensors, has_text, load, read_checkpoint
 from .nets.build import image_net
 from .nets.vit import VitEncoder, VitShape
-from .onnx_graph import LARGEST_FILE, OPSET, Crop, Graph, Parity, Resize, check_parity
+from .onnx_graph import OPSET, Crop, Graph, Parity, Resize, check_parity
 from .options import NOT_STATED, ExportOptions
 from .published import PUBLISHED, Published
 from .text import export_text, find_tokenizer
+from .unlisted import unlisted_vit
 
 FEW = 8
 """Tiles of the parity test, and its batch: a large network computes about one tile per second."""
@@ -123,23 +125,34 @@ def export_checkpoint(
         Damaged: the checkpoint cannot be read.
         Mismatch: a difference in the parity test exceeds its bound; nothing is written.
     """
-    known, changed = chosen(options)
+    tensors, notes = read_checkpoint(checkpoint)
+    known, changed = chosen(options, tensors, str(checkpoint))
+    if options.arch and not (options.mean and options.std):
+        raise BadInput(
+            "--arch needs --mean and --std: the colours with which the network was trained, such as "
+            "--mean 0.485,0.456,0.406 --std 0.229,0.224,0.225 (ImageNet's)"
+        )
     name = encoder_name(options, out)
     net: Any = build_published(known, depth)
-    tensors, notes = read_checkpoint(checkpoint)
     report = load(net, tensors, str(checkpoint))
     report.notes[:0] = [*changed, *notes]
     tokenizer = _tokenizer(known, options, checkpoint, tensors, report)
     mean, std = known.colours
     graph = Graph(net, mean, std, views=options.views, fit=fit_of(known))
     tiles = sample_tiles(tileset, known.side, FEW) if tileset else made_tiles(known.side)
-    record = _record(checkpoint, options.published or "", known, report, tileset is None)
+    record = _record(
+        checkpoint, options.published or f"{options.arch}", known, report, tileset is None
+    )
     with files.publish_folder(out) as folder:
-        sha256, parity = write_graph(folder, graph, known.side, tiles, FEW, largest)
+        sha256, parity = write_graph(
+            folder, graph, known.side, tiles, FEW, largest, options.precision
+        )
         text = None
         if tokenizer is not None and known.text is not None:
             shape = known.text if depth is None else known.text.shallow(depth)
-            text, loaded, alike = export_text(folder, shape, tensors, tokenizer, str(checkpoint))
+            text, loaded, alike = export_text(
+                folder, shape, tensors, tokenizer, str(checkpoint), options.precision
+            )
             check_parity(alike)
             record["text"] = _text_record(tokenizer, loaded, alike)
         projection = _write_projection(folder, net, known)
@@ -151,15 +164,26 @@ def export_checkpoint(
     return manifest
 
 
-def chosen(options: ExportOptions) -> tuple[Published, list[str]]:
-    """Return the published encoder with the options' changes, and a note of each change.
+def chosen(options: ExportOptions, tensors: Tensors, source: str) -> tuple[Published, list[str]]:
+    """Return the encoder with the options' changes, and a note of each change and each guess.
+
+    Args:
+        options: ``published`` names the encoder, or ``arch`` its architecture.
+        tensors: of the checkpoint, from which the sizes of an ``arch`` are read.
+        source: name of the checkpoint, for messages.
 
     Raises:
         BadInput: the encoder is unknown, or an option is not for checkpoints.
     """
-    used = ("published", "pool", "views", "tile_px", "fit", "tokenizer", "mean", "std")
-    options.only_for("a checkpoint", *used)
-    known = find_published(options.published or "")
+    used = ("published", "pool", "views", "tile_px", "fit", "tokenizer", "mean", "std", "precision")
+    if options.arch:
+        if options.published:
+            raise BadInput("--arch and --as cannot be combined; give one of them")
+        options.only_for("a checkpoint", *used, "arch", "heads", "activation", "input_px")
+        known, notes = unlisted_vit(tensors, source, options)
+    else:
+        options.only_for("a checkpoint of a published encoder", *used)
+        known, notes = find_published(options.published or ""), []
     changes: dict[str, Any] = {}
     if options.pool:
         changes["pool"] = options.pool
@@ -171,11 +195,12 @@ def chosen(options: ExportOptions) -> tuple[Published, list[str]]:
         changes["colours"] = options.colours()
     if options.mpp is not None:
         changes["mpp"] = options.mpp
-    notes = [
-        f"{name} is {value}, not {getattr(known, name)} as of the authors"
-        for name, value in changes.items()
-        if value != getattr(known, name)
-    ]
+    if not options.arch:
+        notes = [
+            f"{name} is {value}, not {getattr(known, name)} as of the authors"
+            for name, value in changes.items()
+            if value != getattr(known, name)
+        ]
     return replace(known, **changes), notes
 
 
@@ -318,6 +343,7 @@ def _manifest(
             "pool": known.pool,
             "tile": record["tile"],
             **projection,
+            **weights_stated(options),
         },
         licence=known.licence if options.licence == NOT_STATED else options.licence,
         opset=OPSET,

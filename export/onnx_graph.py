@@ -6,7 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +17,25 @@ from numpy.typing import NDArray
 from onnxscript.optimizer import optimize_ir
 from torch import nn
 
-from ..artifacts.files import sha256_file, write_atomic
+from ..artifacts.files import write_atomic
 from ..artifacts.manifest import INPUT, OOD_ANGLE, OUTPUT
-from ..artifacts.onnx_files import DATA, DATA_BYTES, DATA_SHA256
+from ..artifacts.onnx_files import DATA, LARGEST_FILE, data_properties
 from ..errors import BadInput, Mismatch, need
 from ..metrics import cosine_error
 
 OPSET = 18
 """ONNX opset; ONNX Runtime 1.24 (Triton 26.04) and much older versions load it."""
 
-LARGEST_FILE = 2**31 - 2**24
-"""Largest weights in bytes that a graph holds itself: Protocol Buffers end at 2 GiB."""
 VIEWS = (1, 2, 4, 8)
 LARGEST_FOLDED = 2**16
 """Constants of up to this many values are computed when the graph is written; larger ones stay compact."""
 TOGETHER = 64
 """Size of the batch with which the parity test compares single tiles."""
-BOUNDS = {"max_abs": 1e-4, "max_cosine_error": 1e-6, "batch_max_abs": 1e-5}
-"""Largest accepted differences of the parity test; see :class:`Parity`."""
+BOUNDS = {
+    "fp32": {"max_abs": 1e-4, "max_cosine_error": 1e-6, "batch_max_abs": 1e-5},
+    "fp16": {"max_abs": 1e-2, "max_cosine_error": 1e-4, "batch_max_abs": 1e-5},
+}
+"""Largest accepted differences of the parity test, by the precision of the weights; see :class:`Parity`."""
 
 
 PILLOW_UNIT = 2**22
@@ -196,10 +197,7 @@ def save_onnx(graph: Graph, size_px: int, path: Path, largest: int = LARGEST_FIL
     _program(graph, (_example(size_px),), INPUT).save(str(path), external_data=True)
     model = _cleaned(onnx.load(path, load_external_data=False))
     data = path.with_name(path.name + DATA)
-    for key, value in (
-        (DATA_SHA256, sha256_file(data)),
-        (DATA_BYTES, str(data.stat().st_size)),
-    ):
+    for key, value in data_properties(data).items():
         model.metadata_props.add(key=key, value=value)
     write_atomic(path, model.SerializeToString())
 
@@ -253,6 +251,7 @@ class Parity:
         batch: size of that batch.
         providers: execution providers of ONNX Runtime.
         onnxruntime: version of ONNX Runtime.
+        precision: of the graph's weights: fp32 or fp16.
     """
 
     tiles: int
@@ -262,14 +261,24 @@ class Parity:
     batch: int
     providers: list[str]
     onnxruntime: str
+    precision: str = "fp32"
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """The largest accepted differences."""
+        return BOUNDS[self.precision]
 
     def as_dict(self) -> dict[str, object]:
         """Return the numbers with their bounds."""
-        return {**asdict(self), "bounds": BOUNDS}
+        return {**asdict(self), "bounds": self.bounds}
 
 
 def measure_parity(
-    graph: Graph, model: Path, tiles: NDArray[np.uint8], together: int = TOGETHER
+    graph: Graph,
+    model: Path,
+    tiles: NDArray[np.uint8],
+    together: int = TOGETHER,
+    precision: str = "fp32",
 ) -> Parity:
     """Compare ONNX Runtime (CPU) with torch on ``tiles``, uint8 (N, S, S, 3), alone and in a batch."""
 
@@ -277,7 +286,7 @@ def measure_parity(
         with torch.inference_mode():
             return graph(torch.from_numpy(part)).numpy()  # type: ignore[no-any-return]
 
-    return parity_of(expected, model, tiles, together)
+    return replace(parity_of(expected, model, tiles, together), precision=precision)
 
 
 def parity_of(
@@ -317,7 +326,7 @@ def check_parity(parity: Parity) -> None:
     Raises:
         Mismatch: a difference exceeds its bound; the message states both.
     """
-    for name, bound in BOUNDS.items():
+    for name, bound in parity.bounds.items():
         value = getattr(parity, name)
         if not value <= bound:
             raise Mismatch(

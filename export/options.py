@@ -35,6 +35,18 @@ class ExportOptions:
     published: Annotated[str | None,
         Field(description="Name of the published encoder whose checkpoint is exported; `histoseek export "
         "--list` shows all names."), Flag("--as")] = None
+    arch: Annotated[Literal["vit"] | None,
+        Field(description="Instead of --as: the architecture of a checkpoint of one's own. Its sizes are "
+        "read from the file; needs --mean and --std.")] = None
+    heads: Annotated[int | None,
+        Field(ge=1, le=256, description="With --arch: attention heads. Default: one for each 64 numbers of "
+        "a token.")] = None
+    activation: Annotated[Literal["gelu", "quick_gelu"] | None,
+        Field(description="With --arch: activation of the MLPs. quick_gelu is that of OpenAI's CLIP. "
+        "Default: gelu.")] = None
+    input_px: Annotated[int | None,
+        Field(ge=8, le=4096, description="With --arch: side of the network's input; positions are "
+        "resampled. Default: that of the stored positions.")] = None
     pool: Annotated[Literal["cls", "cls+mean", "mean", "pooler", "head"] | None,
         Field(description="What forms the embedding: the class token, the mean of the patches, both side "
         "by side, or the output of a pooler or of the head that follows. Only the head's output can be "
@@ -53,6 +65,9 @@ class ExportOptions:
         ".onnx file. Default with --as: that of the authors.")] = None
     std: Annotated[str | None,
         Field(description="Standard deviations of the colours, as for --mean.")] = None
+    precision: Annotated[Literal["fp32", "fp16"],
+        Field(description="Precision in which the weights are stored. fp16 halves the bundle; it is still "
+        "computed in fp32, and is an encoder of its own.")] = "fp32"
     layout: Annotated[Literal["nchw", "nhwc"],
         Field(description="For an .onnx file: order of the axes of its input; n is the batch, c the "
         "colours.")] = "nchw"
@@ -100,9 +115,11 @@ class ExportOptions:
             BadInput: another option is set.
         """
         special = {
-            "published": "--as", "pool": "--pool", "tile_px": "--tile-px", "fit": "--fit",
+            "published": "--as", "arch": "--arch", "heads": "--heads", "activation": "--activation",
+            "input_px": "--input-px", "pool": "--pool", "tile_px": "--tile-px", "fit": "--fit",
             "tokenizer": "--tokenizer", "mean": "--mean", "std": "--std",
-            "layout": "--layout", "pca": "--pca", "whiten": "--whiten", "views": "--views",
+            "layout": "--layout", "precision": "--precision",
+            "pca": "--pca", "whiten": "--whiten", "views": "--views",
         }  # fmt: skip
         plain = ExportOptions()
         for name, flag in special.items():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +17,7 @@ from ..artifacts.manifest import TEXT_GRAPH, TOKENIZER, TOKENS, TextPart
 from ..artifacts.tokens import Tokens
 from ..errors import BadInput, Damaged
 from .checkpoints import Loaded, Tensors, load_text
+from .half_precision import store_fp16
 from .nets.text import TextShape, text_net
 from .onnx_graph import Parity, parity_of, to_onnx_of
 
@@ -52,7 +54,12 @@ def find_tokenizer(given: Path | None, checkpoint: Path) -> Path | None:
 
 
 def export_text(
-    folder: Path, shape: TextShape, tensors: Tensors, tokenizer: Path, source: str
+    folder: Path,
+    shape: TextShape,
+    tensors: Tensors,
+    tokenizer: Path,
+    source: str,
+    precision: str = "fp32",
 ) -> tuple[TextPart, Loaded, Parity]:
     """Write the text network's graph and its tokenizer to a bundle's folder.
 
@@ -62,6 +69,7 @@ def export_text(
         tensors: of the checkpoint.
         tokenizer: a tokenizer.json.
         source: name of the checkpoint, for messages.
+        precision: of the weights: fp32 or fp16.
 
     Returns:
         The manifest's part, what happened while loading, and the parity test.
@@ -87,6 +95,8 @@ def export_text(
     numbers = tokens.of(TRIED)
     example = (torch.from_numpy(numbers),)
     write_atomic(folder / TEXT_GRAPH, to_onnx_of(graph, example, TOKENS))
+    if precision == "fp16":
+        store_fp16(folder / TEXT_GRAPH)
 
     def expected(part: NDArray[np.int64]) -> NDArray[np.float32]:
         with torch.inference_mode():
@@ -98,7 +108,7 @@ def export_text(
         sha256=sha256_file(folder / TEXT_GRAPH), tokenizer_sha256=sha256_file(copied),
         context=shape.context, pad=shape.pad,
     )  # fmt: skip
-    return part, report, parity
+    return part, report, replace(parity, precision=precision)
 
 
 def _check_vocabulary(tokens: Tokens, shape: TextShape, path: Path) -> None:

@@ -12,6 +12,7 @@ import base64
 import json
 import os
 import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -85,29 +86,30 @@ def write_repository(
             raise BadInput(
                 f"two models would have the name {name!r}; export one bundle with another --name"
             )
-    large = [m.name for b, m in zip(bundles, manifests, strict=True) if data_file(b / GRAPH)]
-    if options.fp16 and large:
-        raise BadInput(f"--fp16 does not take {large[0]} yet: it has more than 2 GB of weights")
     written = []
     for bundle, manifest in zip(bundles, manifests, strict=True):
-        blob, data = (bundle / GRAPH).read_bytes(), data_file(bundle / GRAPH)
         probes = _probes(manifest, tiles)
         embeddings = _run(str(bundle / GRAPH), probes)
         written.append(
-            _write_model(out, manifest.name, manifest, blob, embeddings, options, data=data)
+            _write_model(out, manifest.name, manifest, bundle / GRAPH, embeddings, options)
         )
         if options.fp16:
             from .half_precision import to_fp16
 
-            name, half = f"{manifest.name}-fp16", to_fp16(blob)
-            halved = _run(half, probes)
-            error = cosine_error(embeddings, halved)
-            if not error <= MAX_FP16_COSINE:
-                raise Mismatch(
-                    f"{manifest.name} in half precision differs from the bundle: 1 - cosine is "
-                    f"{error:.1e}, expected at most {MAX_FP16_COSINE:.0e}; serve it without --fp16"
+            name = f"{manifest.name}-fp16"
+            with tempfile.TemporaryDirectory(dir=out.parent) as place:
+                half = Path(place) / MODEL
+                to_fp16(bundle / GRAPH, half)
+                halved = _run(str(half), probes)
+                error = cosine_error(embeddings, halved)
+                if not error <= MAX_FP16_COSINE:
+                    raise Mismatch(
+                        f"{manifest.name} in half precision differs from the bundle: 1 - cosine is "
+                        f"{error:.1e}, expected at most {MAX_FP16_COSINE:.0e}; serve it without --fp16"
+                    )
+                written.append(
+                    _write_model(out, name, manifest, half, halved, options, "fp16", error)
                 )
-            written.append(_write_model(out, name, manifest, half, halved, options, "fp16", error))
     return written
 
 
@@ -118,7 +120,7 @@ def _probes(manifest: Manifest, tiles: TileSet | None) -> NDArray[np.uint8]:
     return np.stack([np.roll(probe, 17 * n, n % 2) for n in range(16)])
 
 
-def _run(model: bytes | str, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+def _run(model: str, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
     os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     onnxruntime = need("onnxruntime", "cpu")
     options = onnxruntime.SessionOptions()
@@ -132,18 +134,18 @@ def _write_model(
     out: Path,
     name: str,
     manifest: Manifest,
-    blob: bytes,
+    graph: Path,
     embeddings: NDArray[np.float32],
     options: TritonOptions,
     precision: str = "fp32",
     error: float = 0.0,
-    data: Path | None = None,
 ) -> Written:
     folder = out / name
     versions = _versions(folder)
     for about in versions.values():
         _check_shape(folder, about["manifest"], manifest)
     version = max(versions, default=0)
+    blob, data = graph.read_bytes(), data_file(graph)
     if not version or (folder / str(version) / MODEL).read_bytes() != blob:
         version += 1
         about = {

@@ -8,7 +8,6 @@ process writes at a time and any number read. Each reader sees one committed sta
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from functools import wraps
@@ -22,7 +21,7 @@ from .. import stopping
 from ..artifacts.files import publish_folder, write_atomic, write_json
 from ..artifacts.manifest import MANIFEST, external_manifest, read_manifest
 from ..console import Progress, no_progress
-from ..errors import BadInput, StorageFailed
+from ..errors import BadInput, Mismatch, StorageFailed
 from .care import snapshots, verify
 from .care.audit import audit
 from .clusters import fitting, report
@@ -30,10 +29,11 @@ from .opened import OpenAtlas
 from .search import layout
 from .search.layout import Layout
 from .search.query import LeaveOut, Query
+from .store.catalog import set_meta
 from .store.metadata import AddedSlides, Metadata, slides_meant
 from .store.relocation import Relocated, relocate
 from .store.rows import Hit, plain_name
-from .store.store import ENCODER, fill
+from .store.store import ENCODER, ENCODER_LINK, copy_bundle, fill
 from .vectors import tuning
 from .view import View
 
@@ -62,8 +62,13 @@ class Atlas(OpenAtlas):
     """
 
     @classmethod
-    def create(cls, path: str | Path, bundle: str | Path) -> Atlas:
+    def create(cls, path: str | Path, bundle: str | Path, link_encoder: bool = False) -> Atlas:
         """Create an empty atlas bound to an encoder, with a copy of its bundle.
+
+        Args:
+            path: folder to create.
+            bundle: the encoder's bundle.
+            link_encoder: do not copy the encoder's graphs but refer to ``bundle`` by path and sha256.
 
         Raises:
             BadInput: ``path`` exists, or ``bundle`` is not a bundle.
@@ -71,8 +76,7 @@ class Atlas(OpenAtlas):
         """
         manifest = read_manifest(Path(bundle))
         with publish_folder(Path(path)) as folder:
-            shutil.copytree(bundle, folder / ENCODER, ignore=shutil.ignore_patterns("__pycache__"))
-            fill(folder, manifest)
+            fill(folder, manifest, copy_bundle(Path(bundle), folder / ENCODER, link_encoder))
         return cls(path)
 
     @classmethod
@@ -187,6 +191,29 @@ class Atlas(OpenAtlas):
         """
         with self.writing():
             return relocate(self.path, self.catalog, old, new, folders)
+
+    def relocate_encoder(self, bundle: str | Path) -> None:
+        """Store where the bundle is now that the atlas refers to (see ``link_encoder``).
+
+        Raises:
+            BadInput: the atlas has a copy of its encoder, or ``bundle`` is not a bundle.
+            Damaged: the bundle is damaged.
+            Mismatch: the bundle is of another encoder.
+            Busy: another process is writing.
+        """
+        if self.store.encoder_link is None:
+            raise BadInput(
+                f"{self.path} has its own copy of its encoder and refers to no other folder; there is "
+                "nothing to relocate"
+            )
+        found = read_manifest(Path(bundle))
+        if found.sha256 != self.manifest.sha256:
+            raise Mismatch(
+                f"{bundle} holds encoder {found.name!r} ({found.sha256[:12]}…), but the atlas was made "
+                f"with {self.manifest.name!r} ({self.manifest.sha256[:12]}…); give the folder of that one"
+            )
+        with self.writing(), self.catalog.write() as db:
+            set_meta(db, ENCODER_LINK, str(Path(bundle).resolve()))
 
     # -- queries --------------------------------------------------------------------------------
 

@@ -26,7 +26,6 @@ class OpenAtlas:
         path: the folder.
         store: its catalog and feature files.
         catalog: of the store.
-        encoder_bundle: the folder of the atlas's copy of its encoder.
         manifest: of this encoder.
         generations: its index files.
     """
@@ -41,11 +40,15 @@ class OpenAtlas:
         self.path = Path(path)
         self.store = Store(self.path)
         self.catalog, self.manifest = self.store.catalog, self.store.manifest
-        self.encoder_bundle = self.store.encoder_bundle
         self.generations = Generations(self.store)
         self._states = States(self.store, self.generations)
         self._writer = Writer(self.store, self.generations)
         self._clusterings: dict[str, Clustering] = {}
+
+    @property
+    def encoder_bundle(self) -> Path:
+        """The folder with the encoder's graphs; see :attr:`Store.encoder_bundle`."""
+        return self.store.encoder_bundle
 
     def view(self) -> View:
         """Return a view of the newest committed state.

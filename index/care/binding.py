@@ -21,7 +21,7 @@ from ...errors import BadInput, Mismatch
 from ...metrics import unit_rows
 from ..opened import OpenAtlas
 from ..store.catalog import set_meta, update
-from ..store.store import BOUND_FROM, ENCODER_FOLDER
+from ..store.store import BOUND_FROM, ENCODER_FOLDER, copy_bundle
 
 SAMPLE = 32
 """Number of tiles that are embedded again."""
@@ -98,15 +98,20 @@ def prove(
 
 
 def bind(
-    atlas: OpenAtlas, bundle: Path, proof: Proof, paths: Mapping[str, str] | None = None
+    atlas: OpenAtlas,
+    bundle: Path,
+    proof: Proof,
+    paths: Mapping[str, str] | None = None,
+    link_encoder: bool = False,
 ) -> None:
-    """Give the atlas a copy of the bundle; atlases that are open must be opened again.
+    """Give the atlas a copy of the bundle, or a link to it; atlases that are open must be opened again.
 
     Args:
         atlas: an atlas of another tool's features.
         bundle: folder of the bundle.
         proof: from :func:`prove`, of this atlas and this bundle.
         paths: paths of slides, by name, for those whose path the atlas does not know.
+        link_encoder: refer to the bundle instead of copying its graphs.
 
     Raises:
         BadInput: see :func:`check_bindable`.
@@ -123,14 +128,16 @@ def bind(
         if target.exists():  # a former attempt ended before the commit
             shutil.rmtree(target)
         with publish_folder(target) as folder:
-            shutil.copytree(bundle, folder, dirs_exist_ok=True)
-        before = atlas.encoder_bundle
+            properties = copy_bundle(bundle, folder, link_encoder)
+        before = atlas.store.encoder_folder
         with atlas.catalog.write() as db:
             set_meta(db, BOUND_FROM, atlas.manifest.name)
             set_meta(db, BOUND_TO, json.dumps(proof._asdict()))
             set_meta(db, ENCODER_FOLDER, target.name)
             set_meta(db, "encoder_name", manifest.name)
             set_meta(db, "encoder_sha256", manifest.sha256)
+            for key, value in properties.items():
+                set_meta(db, key, value)
             for name, path in (paths or {}).items():
                 update(db, "slides", {"name": name, "source": ""}, {"source": path})
         shutil.rmtree(before, ignore_errors=True)

@@ -43,6 +43,8 @@ class Kind(Enum):
     """The assignments of one slide's tiles in one clustering."""
     MAP = "map"
     """The map that the page shows."""
+    LINK = "link"
+    """The bundle outside the atlas that a linked atlas refers to."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,8 @@ def problems(atlas: OpenAtlas) -> list[Problem]:
         if not atlas.manifest.external:
             check_bundle_graph(atlas.encoder_bundle, atlas.manifest, whole=True)
     except HistoseekError as error:
-        found.append(Problem(str(error)))
+        linked = atlas.store.encoder_link is not None
+        found.append(Problem(str(error), Kind.LINK if linked else Kind.TRUTH))
     for check in (_slides, _placements, _files, _index, _map, _audit):
         try:
             found += check(atlas)

@@ -60,7 +60,7 @@ def fitted(
         The clustering, and the assignments of each slide's tiles, by slide id.
     """
     if method == "encoder":
-        clustering = shipped(state.store.encoder_bundle)
+        clustering = shipped(state.store.encoder_folder)
         return clustering, _by_slide(state, slides, clustering, None)
     k = None if given.get("k") in {None, "auto"} else int(given["k"])
     vectors, groups, complete = sample(state, slides, given["seed"])

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.feature_files import Features, check_features, parse_features
 from ...artifacts.manifest import Manifest, external_sha256, read_manifest
-from ...errors import Damaged
+from ...errors import BadInput, Damaged
 from .catalog import ATLAS_ID, Catalog, now
 from .packing import SEAL
 from .scales import MIXED
@@ -26,6 +27,10 @@ ENCODER = "encoder"
 """Folder of the atlas's copy of its encoder bundle, unless the catalog names another."""
 ENCODER_FOLDER = "encoder_folder"
 """Property of the catalog: folder of the bundle that the atlas was bound to after its creation."""
+ENCODER_LINK = "encoder_link"
+"""Property of the catalog: absolute path of the bundle, if the atlas has no copy of its graphs."""
+GRAPHS = ("*.onnx", "*.onnx.data")
+"""Files of a bundle that a linked atlas does not copy."""
 BOUND_FROM = "bound_from"
 """Property of the catalog: name of the encoder that another tool used, before the atlas was bound."""
 FEATURES = "features"
@@ -46,7 +51,7 @@ class Store:
     Attributes:
         path: the folder.
         catalog: its database.
-        encoder_bundle: the folder of the atlas's copy of its encoder.
+        encoder_folder: the atlas's copy of its encoder's bundle; without the graphs if it is linked.
         manifest: of this encoder.
     """
 
@@ -59,14 +64,43 @@ class Store:
         """
         self.path, self.catalog = path, Catalog(path)
         meta = self.catalog.meta()
-        self.encoder_bundle = path / meta.get(ENCODER_FOLDER, ENCODER)
+        self.encoder_folder = path / meta.get(ENCODER_FOLDER, ENCODER)
         expected = meta["encoder_sha256"]
-        self.manifest: Manifest = read_manifest(self.encoder_bundle, check_graph=False)
+        self.manifest: Manifest = read_manifest(self.encoder_folder, check_graph=False)
         if self.manifest.sha256 != expected:
             raise Damaged(
-                f"{self.encoder_bundle} contains encoder {self.manifest.sha256[:12]}…, but the atlas was "
+                f"{self.encoder_folder} contains encoder {self.manifest.sha256[:12]}…, but the atlas was "
                 f"created with encoder {expected[:12]}…; restore that bundle"
             )
+
+    @property
+    def encoder_link(self) -> Path | None:
+        """The bundle that a linked atlas refers to; None if the atlas has a copy."""
+        link = self.catalog.meta().get(ENCODER_LINK)
+        return Path(link) if link else None
+
+    @property
+    def encoder_bundle(self) -> Path:
+        """The folder with the encoder's graphs: the atlas's copy, or the bundle that it refers to.
+
+        Raises:
+            Damaged: the atlas refers to a bundle that is gone, or is another one now.
+        """
+        link = self.encoder_link
+        if link is None:
+            return self.encoder_folder
+        try:
+            found = read_manifest(link, check_graph=False).sha256
+            state = f"contains encoder {found[:12]}…"
+        except BadInput:
+            found, state = "", "is not there"
+        if found != self.manifest.sha256:
+            raise Damaged(
+                f"{self.path} refers to the bundle of its encoder {self.manifest.name!r} "
+                f"(sha256 {self.manifest.sha256[:12]}…), but {link} {state}; give its place: "
+                f"`histoseek index relocate {self.path} --encoder FOLDER`"
+            )
+        return link
 
     @property
     def identity(self) -> str:
@@ -160,8 +194,21 @@ class Store:
         return read()
 
 
-def fill(folder: Path, manifest: Manifest) -> None:
-    """Create the features folder and the catalog of a new atlas."""
+def copy_bundle(bundle: Path, folder: Path, link: bool) -> dict[str, str]:
+    """Copy a bundle into an atlas; return properties for the catalog.
+
+    Args:
+        bundle: the folder to copy.
+        folder: where to, inside the atlas.
+        link: leave out the graphs; the atlas then refers to ``bundle``.
+    """
+    unwanted = ("__pycache__", *(GRAPHS if link else ()))
+    shutil.copytree(bundle, folder, ignore=shutil.ignore_patterns(*unwanted), dirs_exist_ok=True)
+    return {ENCODER_LINK: str(bundle.resolve())} if link else {}
+
+
+def fill(folder: Path, manifest: Manifest, properties: Mapping[str, str] | None = None) -> None:
+    """Create the features folder and the catalog of a new atlas; ``properties`` go into the catalog."""
     (folder / FEATURES).mkdir()
     Catalog(folder).create(
         {
@@ -171,4 +218,5 @@ def fill(folder: Path, manifest: Manifest) -> None:
             "metric": manifest.metric,
             "created_at": now(),
         }
+        | dict(properties or {})
     )

@@ -67,7 +67,7 @@ def main():
         for name in ("FP16 weights", "INT8 convolutions", "INT8 everything"):
             files[name] = Path(temp) / name
             files[name].mkdir()
-        (files["FP16 weights"] / GRAPH).write_bytes(to_fp16((DEFAULT_BUNDLE / GRAPH).read_bytes()))
+        to_fp16(DEFAULT_BUNDLE / GRAPH, files["FP16 weights"] / GRAPH)
         whole = str(DEFAULT_BUNDLE / GRAPH)
         to_int8(whole, str(files["INT8 convolutions"] / GRAPH), calibration, ["Conv"])
         everything = ["Conv", "Gemm", "MatMul", "Mul", "Add"]

@@ -3,6 +3,7 @@
 import json
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import onnxruntime
@@ -36,6 +37,7 @@ from histoseek.artifacts.manifest import (
     check_bundle_graph,
     read_manifest,
 )
+from histoseek.artifacts.onnx_files import data_file, graph_bytes
 from histoseek.errors import BadInput, Damaged
 from histoseek.export.checkpoints import load, read_checkpoint
 from histoseek.export.from_checkpoint import (
@@ -44,6 +46,7 @@ from histoseek.export.from_checkpoint import (
     fit_of,
     made_tiles,
 )
+from histoseek.export.half_precision import to_fp16
 from histoseek.export.nets.vit import VitEncoder, VitShape
 from histoseek.export.onnx_graph import Graph, Resize
 from histoseek.export.options import ExportOptions, TritonOptions
@@ -311,8 +314,48 @@ def test_weights_in_a_second_file_embed_the_same_and_go_where_the_bundle_goes(
     assert "default_timeout_microseconds: 300000000" in large
     session = onnxruntime.InferenceSession(served / "model.onnx")
     np.testing.assert_allclose(session.run(None, {"tiles": tiles})[0], wanted, atol=1e-5)
-    with pytest.raises(BadInput, match="--fp16 does not take bundle yet"):
-        write_repository([bundle], tmp_path / "half", TritonOptions(fp16=True))
+    in_two = partial(to_fp16, largest=10**6)
+    monkeypatch.setattr("histoseek.export.half_precision.to_fp16", in_two)
+    _, half = write_repository([bundle], tmp_path / "half", TritonOptions(fp16=True))
+    served = tmp_path / "half" / "bundle-fp16" / "1" / "model.onnx"
+    assert half.cosine_error < 1e-4 and served.stat().st_size < 10**6
+    assert data_file(served).stat().st_size < 0.6 * data_file(bundle / GRAPH).stat().st_size
+
+
+@pytest.mark.parametrize("largest", [2**29, 10**6])
+def test_half_precision_halves_the_bundle_and_states_what_it_changed(tmp_path, largest, cli_json):
+    net = seeded(build_published(PUBLISHED["lunit-s16"], depth=1))
+    torch.save(timm(net), tmp_path / "net.bin")
+    sizes, found = {}, {}
+    tiles = made_tiles(224, 3)
+    for precision in ("fp32", "fp16"):
+        out = tmp_path / precision
+        options = ExportOptions(published="lunit-s16", precision=precision)
+        manifest = export_checkpoint(tmp_path / "net.bin", out, options, depth=1, largest=largest)
+        assert manifest.training.get("weights") == ("float16" if precision == "fp16" else None)
+        sizes[precision] = graph_bytes(out / GRAPH)
+        found[precision] = OnnxEncoder(out).embed(tiles)
+        check_bundle_graph(out, manifest, whole=True)
+    assert sizes["fp16"] < 0.52 * sizes["fp32"]
+    stored = net.half().float()
+    with torch.inference_mode():
+        halved = Graph(stored, *PUBLISHED["lunit-s16"].colours)(torch.from_numpy(tiles)).numpy()
+    np.testing.assert_allclose(found["fp16"], halved, atol=1e-4)
+    assert not np.allclose(found["fp16"], found["fp32"], atol=1e-6)
+    parity = json.loads((tmp_path / "fp16" / "parity.json").read_text())
+    assert parity["precision"] == "fp16" and parity["bounds"]["max_cosine_error"] == 1e-4
+    assert "half precision" in (tmp_path / "fp16" / "MODEL_CARD.md").read_text()
+
+
+def test_weights_too_large_for_half_precision_are_refused(tmp_path):
+    net = seeded(build_published(PUBLISHED["lunit-s16"], depth=1))
+    with torch.no_grad():
+        net.get_parameter("trunk.blocks.0.mlp.fc1.weight")[0, 0] = 1e5
+    torch.save(timm(net), tmp_path / "net.bin")
+    options = ExportOptions(published="lunit-s16", precision="fp16")
+    with pytest.raises(BadInput, match="values above 65504"):
+        export_checkpoint(tmp_path / "net.bin", tmp_path / "out", options, depth=1)
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_second_file_that_is_changed_or_missing_is_refused(in_two_files, tmp_path, monkeypatch):

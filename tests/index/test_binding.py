@@ -104,6 +104,27 @@ def test_another_encoder_or_pooling_is_refused(
     assert [path.name for path in atlas.glob("encoder*")] == ["encoder"]
 
 
+def test_import_binds_in_one_step_and_can_link_the_bundle(
+    bundles, made_by_another_tool, tmp_path, cli, cli_json
+):
+    words = (made_by_another_tool / "a.h5", "--encoder", "lunit", "--mpp", 0.5)
+    slides = ("--slides", made_by_another_tool / "slides")
+    right = ("--bundle", bundles / "right", *slides)
+    report = cli_json("index", "import", tmp_path / "atlas", *words, *right, "--link-encoder")
+    assert report["ok"] and report["bound"]["encoder"] == "right"
+    assert Atlas(tmp_path / "atlas").encoder_bundle == bundles / "right"
+    assert not list((tmp_path / "atlas").rglob("*.onnx"))
+    again = cli_json("index", "import", tmp_path / "atlas", *words, *right)
+    assert again["ok"] and "bound" not in again
+    refused = cli_json(
+        "index", "import", tmp_path / "b", *words, "--bundle", bundles / "other", *slides, expect=1
+    )
+    assert "another --pool" in refused["not_bound"] and refused["added"][0]["state"] == "added"
+    assert Atlas(tmp_path / "b").manifest.external
+    alone = cli("index", "import", tmp_path / "c", *words, *slides)
+    assert alone.returncode == 1 and "give --bundle too" in alone.stderr
+
+
 def test_slides_that_are_not_found_are_named(bundles, made_by_another_tool, tmp_path, cli):
     atlas = imported(cli, made_by_another_tool, tmp_path / "atlas")
     refused = cli("index", "bind", atlas, bundles / "right")

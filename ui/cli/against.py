@@ -62,10 +62,10 @@ def against(
     from ...export.checkpoints import read_checkpoint
     from ...export.from_checkpoint import chosen
 
-    known, _ = chosen(options)
+    tensors, _ = read_checkpoint(checkpoint)
+    known, _ = chosen(options, tensors, str(checkpoint))
     stored, shown, tile_um = _tiles(features, places, known, count)
     with console.working("computing features again"):
-        tensors, _ = read_checkpoint(checkpoint)
         trials = find_settings(known, tensors, str(checkpoint), stored, shown)
     return Comparison(features, trials, tile_um, known.side, options.mpp)
 

@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Any
 
 from ... import console
 from ...errors import BadInput, HistoseekError
-from .exchange import FEW
 
 if TYPE_CHECKING:
     import numpy as np
@@ -22,10 +21,18 @@ if TYPE_CHECKING:
 AS_HERE = "read as `embed` reads them"
 FILTERS = {"resized by a bilinear filter": "BILINEAR", "resized by a bicubic filter": "BICUBIC"}
 """Other ways to resize a tile, and Pillow's name of the filter."""
+TILES = 32
+"""Number of tiles to embed again."""
 MIDDLE = "the middle square at the bundle's scale"
 
 
-def bind(atlas: Path, bundle: Path, slides: list[Path] | None = None, tiles: int = 32) -> None:
+def bind(
+    atlas: Path,
+    bundle: Path,
+    slides: list[Path] | None = None,
+    tiles: int = TILES,
+    link_encoder: bool = False,
+) -> None:
     """Bind an atlas of imported features to a bundle, so that it can be searched with images.
 
     Some tiles are read from their slides and embedded again. The bundle is refused unless it computes the
@@ -37,6 +44,13 @@ def bind(atlas: Path, bundle: Path, slides: list[Path] | None = None, tiles: int
             their paths, so that the page can show them.
         tiles: Number of tiles to embed again.
     """
+    console.emit(*bound(atlas, bundle, slides or [], tiles, link_encoder))
+
+
+def bound(
+    atlas: Path, bundle: Path, slides: Sequence[Path], tiles: int, link_encoder: bool
+) -> tuple[dict[str, Any], Callable[[], None]]:
+    """Bind an atlas as ``index bind`` does; return its JSON document and what prints its text."""
     import numpy as np
 
     from ...artifacts.manifest import read_manifest
@@ -48,7 +62,7 @@ def bind(atlas: Path, bundle: Path, slides: list[Path] | None = None, tiles: int
     manifest = read_manifest(bundle)
     binding.check_bindable(opened, manifest)
     rows = {row["name"]: row for row in opened.store.tile_ranges()}
-    paths, unreadable = _paths(rows, slides or [])
+    paths, unreadable = _paths(rows, slides)
     squares = _read(opened, rows, paths, unreadable, tiles, manifest.size_px, manifest.mpp)
     if not squares:
         reasons = "; ".join(f"{name}: {why}" for name, why in list(unreadable.items())[:3])
@@ -66,30 +80,31 @@ def bind(atlas: Path, bundle: Path, slides: list[Path] | None = None, tiles: int
         proof = binding.prove(
             stored, {n: way(n) for n in names}, len({s.slide for s in squares}), unreadable
         )
-    binding.bind(opened, bundle, proof, {name: str(path) for name, path in paths.items()})
-    bound = Atlas(atlas)
+    stored_paths = {name: str(path) for name, path in paths.items()}
+    binding.bind(opened, bundle, proof, stored_paths, link_encoder)
+    made = Atlas(atlas)
     document = {
         "atlas": str(atlas),
-        "encoder": bound.manifest.name,
-        "encoder_sha256": bound.manifest.sha256,
-        "bundle": str(bound.encoder_bundle),
-        "paths": {name: str(path) for name, path in paths.items()},
+        "encoder": made.manifest.name,
+        "encoder_sha256": made.manifest.sha256,
+        "bundle": str(made.encoder_bundle),
+        "paths": stored_paths,
         **proof._asdict(),
     }
 
     def human() -> None:
         console.say(
-            f"{atlas}: bound to {bound.manifest.name}; median cosine {proof.cosines[proof.best]:.5f} of "
+            f"{atlas}: bound to {made.manifest.name}; median cosine {proof.cosines[proof.best]:.5f} of "
             f"{proof.tiles} tiles of {proof.slides} slides, {proof.best}"
         )
         console.say(f"paths of slides stored: {len(paths)}, of which {proof.slides} were read")
-        for name, why in list(proof.unreadable.items())[:FEW]:
+        for name, why in list(proof.unreadable.items())[: console.FEW]:
             console.say(f"not read: {name}: {why}")
-        if len(proof.unreadable) > FEW:
-            console.say(f"not read: {len(proof.unreadable) - FEW} more; --json lists all")
-        console.say(f"to embed further slides: `histoseek embed --encoder {bound.encoder_bundle}`")
+        if len(proof.unreadable) > console.FEW:
+            console.say(f"not read: {len(proof.unreadable) - console.FEW} more; --json lists all")
+        console.say(f"to embed further slides: `histoseek embed --encoder {made.encoder_bundle}`")
 
-    console.emit(document, human)
+    return document, human
 
 
 class _Square:

@@ -30,6 +30,7 @@ COMMON = {
     "label_from": "Columns of the manifest that form the label, separated by commas.",
     "least": "Minimum score at which two tiles count as the same. Default: "
     "0.999 for cosine; for l2 the equivalent distance, negated.",
+    "link_encoder": "Refer to the encoder's bundle by its path and sha256 instead of copying its graphs.",
     "metadata": "CSV with the columns slide, label, patient and any others.",
     "mixed_scales": "Allow, from now on, tiles in this atlas whose µm per pixel differ by more than 5 %.",
     "replace": "Replace the features of slides that are already in the atlas.",

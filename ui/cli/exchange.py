@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -12,22 +12,28 @@ import typer
 from ... import console
 from ...artifacts.tables import Table
 from ...artifacts.walking import LeftOut, summarised
-from ...errors import BadInput
+from ...errors import BadInput, HistoseekError
+from .bind import TILES, bound
 
 if TYPE_CHECKING:
     from ...index.store.metadata import AddedSlides
 
-FEW = 10
-"""Number of names that a line lists."""
+Binding = tuple[dict[str, Any], Callable[[], None]] | HistoseekError | None
+"""What :func:`~histoseek.ui.cli.bind.bound` returned, or why it failed; None if it was not called."""
 
 
 def report_added(
-    results: AddedSlides, table: Table | None, left_out: Sequence[LeftOut] = (), encoder: str = ""
+    results: AddedSlides,
+    table: Table | None,
+    left_out: Sequence[LeftOut] = (),
+    encoder: str = "",
+    binding: Binding = None,
 ) -> None:
     """Print the result of each file and table row; exit code 1 if a file failed.
 
     ``left_out`` are the other files in the folders, ``encoder`` is the name that the user gave for the
-    encoder of imported files.
+    encoder of imported files, ``binding`` the report of binding the atlas to a bundle, or why that failed
+    (then the exit code is 1 too).
     """
     failed = [r for r in results if r.state == "failed"]
     rows = results.rows
@@ -45,19 +51,24 @@ def report_added(
     unnamed = sum(r.encoder_by == "--encoder" for r in results)
     if encoder:
         document["files_that_say_no_encoder"] = unnamed
+    refused = binding if isinstance(binding, Exception) else None
+    if refused is not None:
+        document |= {"ok": False, "not_bound": str(refused)}
+    elif isinstance(binding, tuple):
+        document["bound"] = binding[0]
 
     def human() -> None:
         shown = [(r.slide, r.state, r.tiles, r.reason) for r in results]
         console.table("", ("slide", "state", "tiles", "reason"), shown)
         for line in [*notes, *summarised(left_out)]:
             console.say(line)
-        say_names("rows of the metadata that match no slide", rows.unused)
-        say_names(
+        console.say_names("rows of the metadata that match no slide", rows.unused)
+        console.say_names(
             "rows of slides that were not added now (to use them, run `index relabel`)",
             rows.of_others,
         )
-        say_names("slides without a row in the metadata", rows.without)
-        say_names(
+        console.say_names("slides without a row in the metadata", rows.without)
+        console.say_names(
             "rows matched by the slide's name only, because its features do not contain its path",
             rows.by_name_only,
         )
@@ -65,17 +76,14 @@ def report_added(
             console.say(
                 f"files that do not name their encoder: {unnamed}; used --encoder {encoder!r}"
             )
+        if refused is not None:
+            console.say(f"the features were imported, but the atlas was not bound: {refused}")
+        elif isinstance(binding, tuple):
+            binding[1]()
 
     console.emit(document, human)
-    if failed:
+    if failed or refused is not None:
         raise typer.Exit(console.EXIT_FAILED)
-
-
-def say_names(title: str, names: Sequence[str]) -> None:
-    """Print the number of names and the first few; nothing if there are none."""
-    if names:
-        few = ", ".join(names[:FEW]) + (" …" if len(names) > FEW else "")
-        console.say(f"{title}: {len(names)} ({few})")
 
 
 def import_(
@@ -89,6 +97,9 @@ def import_(
     replace: bool = False,
     mixed_scales: bool = False,
     project: Path | None = None,
+    bundle: Path | None = None,
+    slides: list[Path] | None = None,
+    link_encoder: bool = False,
 ) -> None:
     """Import feature files of other tools, made by any encoder. Creates the atlas if it does not exist.
 
@@ -101,16 +112,21 @@ def import_(
         metric: Metric of the atlas, if it is new: cosine or l2.
         project: Bundle of the encoder (conch), whose last map the features are multiplied by: other tools
             store CONCH's features before it, and only behind it can they be compared with text.
+        bundle: Bundle of the encoder. Binds the atlas to it afterwards, as `index bind` does.
+        slides: Slide files, or folders with them, that `index bind` reads. Repeatable.
     """
     from ...artifacts.manifest import read_manifest, read_projection
     from ...index.exchange.imports import import_features
     from ...index.inputs import find_feature_files, read_metadata, rows_of
 
+    if bundle is None and (slides or link_encoder):
+        raise BadInput("--slides and --link-encoder are used to bind the atlas; give --bundle too")
+    manifest = None if bundle is None else read_manifest(bundle)
     files, left_out = find_feature_files(features)
     table = read_metadata(metadata)
     projection = None if project is None else read_projection(project, read_manifest(project))
     with console.progress("importing") as progress:
-        _, results = import_features(
+        made, results = import_features(
             atlas,
             files,
             encoder,
@@ -123,7 +139,13 @@ def import_(
             progress,
             projection,
         )
-    report_added(results, table, left_out, encoder)
+    binding: Binding = None
+    if bundle is not None and manifest is not None and made.manifest.sha256 != manifest.sha256:
+        try:
+            binding = bound(atlas, bundle, slides or [], TILES, link_encoder)
+        except HistoseekError as error:
+            binding = error
+    report_added(results, table, left_out, encoder, binding)
 
 
 def export(
@@ -174,8 +196,8 @@ def export(
             console.say(
                 f"left out {sum(left_out.values()):,} tiles: their size on the slide is unknown"
             )
-        say_names("slides of these tiles", list(left_out))
-        say_names(
+        console.say_names("slides of these tiles", list(left_out))
+        console.say_names(
             "slides whose scanned area is unknown; their coordinates are level-0 pixels. QuPath has "
             "another origin for .mrxs, .scn and .bif; embed such slides again",
             unknown,

@@ -16,7 +16,7 @@ index_app = Commands("Build, search, cluster and check an atlas.")
 
 
 @index_app.command()
-def create(atlas: Path, encoder: str = "default") -> None:
+def create(atlas: Path, encoder: str = "default", link_encoder: bool = False) -> None:
     """Create an empty atlas for one encoder. The atlas stores a copy of the encoder's bundle.
 
     Options:
@@ -25,9 +25,18 @@ def create(atlas: Path, encoder: str = "default") -> None:
     from ...index.atlas import Atlas
     from ...serving.encoders.open import bundle_path
 
-    made = Atlas.create(atlas, bundle_path(encoder))
-    document = {"atlas": str(atlas), "encoder": made.manifest.name, "sha256": made.manifest.sha256}
-    console.emit(document, lambda: console.say(f"{atlas}: empty, encoder {made.manifest.name}"))
+    made = Atlas.create(atlas, bundle_path(encoder), link_encoder)
+    link = made.store.encoder_link
+    document = {
+        "atlas": str(atlas),
+        "encoder": made.manifest.name,
+        "sha256": made.manifest.sha256,
+        "encoder_link": None if link is None else str(link),
+    }
+    where = "" if link is None else f", linked to {link}"
+    console.emit(
+        document, lambda: console.say(f"{atlas}: empty, encoder {made.manifest.name}{where}")
+    )
 
 
 @index_app.command()
@@ -91,7 +100,7 @@ def relabel(atlas: Path, metadata: Annotated[Path, typer.Option()]) -> None:
     def human() -> None:
         for note in table.notes:
             console.say(note)
-        exchange.say_names("slides without a row in the CSV; they were not changed", without)
+        console.say_names("slides without a row in the CSV; they were not changed", without)
         console.say(f"{atlas}: {changed} slides have new labels")
 
     console.emit(document, human)
@@ -103,20 +112,32 @@ def relocate(
     old: Annotated[str | None, typer.Option("--from")] = None,
     new: Annotated[Path | None, typer.Option("--to")] = None,
     slides: list[Path] | None = None,
+    encoder: Path | None = None,
 ) -> None:
     """Update the paths of moved slides. A new path is accepted only if the content of the file is the same.
 
-    Give either --from and --to, or --slides.
+    Give either --from and --to, or --slides, or --encoder.
 
     Options:
         old: Old folder of the slides.
         new: New folder of the slides.
         slides: Folder in which to search for the slides. Repeatable.
+        encoder: Folder of the bundle that the atlas was linked to by --link-encoder.
     """
     from ...index.atlas import Atlas
 
+    if encoder is not None:
+        if old is not None or new is not None or slides:
+            raise BadInput("--encoder cannot be combined with --from, --to or --slides")
+        linked = Atlas(atlas)
+        linked.relocate_encoder(encoder)
+        document = {"atlas": str(atlas), "encoder_link": str(linked.store.encoder_link)}
+        console.emit(document, lambda: console.say(f"{atlas}: linked to {encoder.resolve()}"))
+        return
     if (old is None) != (new is None) or (old is None) == (not slides):
-        raise BadInput("expected either --from OLD --to NEW, or --slides FOLDER")
+        raise BadInput(
+            "expected either --from OLD --to NEW, or --slides FOLDER, or --encoder BUNDLE"
+        )
     with console.working("comparing"):
         results = Atlas(atlas).relocate(old, new, slides or [])
     ok = all(result.state in {"moved", "there"} for result in results)
@@ -207,10 +228,15 @@ def snapshot(atlas: Path, out: Annotated[Path, typer.Option()]) -> None:
 
     with console.working("copying and checking"):
         report = Atlas(atlas).snapshot(out)
-    console.emit(
-        report,
-        lambda: console.say(f"{out}: revision {report['revision']}, {report['bytes']:,} bytes"),
-    )
+
+    def human() -> None:
+        console.say(f"{out}: revision {report['revision']}, {report['bytes']:,} bytes")
+        if report["encoder_link"]:
+            console.say(
+                f"the encoder was not copied: the snapshot refers to {report['encoder_link']}"
+            )
+
+    console.emit(report, human)
 
 
 @index_app.command()

@@ -147,8 +147,8 @@ def export(
     The bundle holds an ONNX graph, a manifest, the parity test of the graph and a model card.
 
     Options:
-        source: Folder of a finished training run, a checkpoint (with --as), or an .onnx file (with
-            --mean and --std).
+        source: Folder of a finished training run, a checkpoint (with --as or --arch), or an .onnx file
+            (with --mean and --std).
         out: New folder for the bundle. With --against it may be left out.
         tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data; for a file,
             a pattern and noise.
@@ -181,7 +181,6 @@ def export(
     assert out is not None
     from ...artifacts.files import read_json
     from ...artifacts.manifest import CHECKPOINT
-    from .exchange import say_names
 
     manifest = (_export_file if source.is_file() else _export_run)(source, out, options, tiles)
     record = out / CHECKPOINT
@@ -202,7 +201,7 @@ def export(
             console.say(f"no source confirmed {source_record['unconfirmed']}")
         for note in loaded.get("notes", []):
             console.say(f"{source.name}: {note}")
-        say_names(
+        console.say_names(
             f"parameters of {source.name} that embedding does not need", loaded.get("dropped", [])
         )
 
@@ -214,8 +213,8 @@ def _against(
 ) -> Comparison:
     from .against import against
 
-    if not source.is_file() or source.suffix == ".onnx" or not options.published:
-        raise BadInput("--against is for a checkpoint of a published encoder: pass --as too")
+    if not source.is_file() or source.suffix == ".onnx" or not (options.published or options.arch):
+        raise BadInput("--against is for a checkpoint: pass --as or --arch too")
     if not slides:
         raise BadInput("--against reads tiles of the slide; pass --slides with it or its folder")
     return against(source, options, features, slides, TILES_AGAINST)
@@ -242,9 +241,10 @@ def _export_file(
     if checkpoint.suffix == ".onnx":
         with console.working("exporting and testing parity"):
             return export_onnx(checkpoint, out, options, data)
-    if not options.published:
+    if not (options.published or options.arch):
         raise BadInput(
-            f"{checkpoint} is a file: name its encoder by --as; `histoseek export --list` shows all names"
+            f"{checkpoint} is a file: name its encoder by --as (`histoseek export --list` shows them), or "
+            "its architecture by --arch vit"
         )
     with console.working("exporting and testing parity"):
         return export_checkpoint(checkpoint, out, options, data)

@@ -102,23 +102,29 @@ class Atlas:
         self._pictures = Pictures(self.index)
 
     @classmethod
-    def create(cls, path: str | Path, encoder: Encoder | str | Path = DEFAULT) -> Atlas:
+    def create(
+        cls,
+        path: str | Path,
+        encoder: Encoder | str | Path = DEFAULT,
+        link_encoder: bool = False,
+    ) -> Atlas:
         """Create an empty atlas for one encoder, with a copy of the encoder's bundle.
 
         Args:
             path: folder to create.
             encoder: an open encoder, or a bundle's folder.
+            link_encoder: refer to the bundle by path and sha256 instead of copying its graphs.
 
         Raises:
             BadInput: ``path`` exists, or the encoder runs on a server: pass its bundle's folder instead.
         """
         if isinstance(encoder, str | Path):
-            index.Atlas.create(path, bundle_path(str(encoder)))
+            index.Atlas.create(path, bundle_path(str(encoder)), link_encoder)
             return cls(path)
         bundle = getattr(encoder, "bundle", None)
         if bundle is None:
             raise BadInput("this encoder runs on a server; pass the folder of its bundle instead")
-        index.Atlas.create(path, bundle)
+        index.Atlas.create(path, bundle, link_encoder)
         return cls(path, encoder)
 
     @property

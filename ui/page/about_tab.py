@@ -39,6 +39,6 @@ def _about(session: Session) -> str:
     for name in ("gradio", "onnxruntime", "faiss-cpu"):
         with suppress(PackageNotFoundError):
             versions[name] = version(name)
-    path = session.atlas.encoder_bundle / CARD
+    path = session.atlas.store.encoder_folder / CARD
     card = path.read_text(encoding="utf-8") if path.is_file() else "The encoder has no model card."
     return view.about(session.atlas.stats(), card, versions)
