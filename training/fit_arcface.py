@@ -209,7 +209,8 @@ def fit(
     encoder = job.build()
     train_to(job, encoder, targets, options)
     if options.drop_head:
-        drop_head(encoder, job.data, job.parts.train, options.dim - options.gate)
+        dim = options.dim - options.gate
+        drop_head(encoder, job.data, job.parts.train, dim, options.last_weight)
         job.architecture |= {"dim": 0, "chain": encoder.dim}
     return job.finish(encoder, add_gate(job, encoder, options))
 
