@@ -26,7 +26,10 @@ GROUPS_BY_FILE = {
     "ui/test_behind_nginx.py": "browser",
     "ui/test_page.py": "browser",
 }
-GROUPS_BY_NAME = {"test_triton_serves_every_model": "triton"}
+GROUPS_BY_NAME = {
+    "test_the_real_server_embeds_as_in_process": "triton",
+    "test_triton_serves_every_model": "triton",
+}
 SPREAD = frozenset(
     {
         "export/test_bundle.py",

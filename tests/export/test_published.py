@@ -54,6 +54,7 @@ from histoseek.export.published import PUBLISHED
 from histoseek.export.triton import write_repository
 from histoseek.index.atlas import Atlas
 from histoseek.serving.encoders.onnx import OnnxEncoder
+from histoseek.serving.encoders.open import open_encoder
 
 TINY = VitShape(14, 32, 2, 2, 64, size_px=56)
 GATED = VitShape(
@@ -379,3 +380,15 @@ def test_a_second_file_that_is_changed_or_missing_is_refused(in_two_files, tmp_p
     data.symlink_to(in_two_files[0] / f"{GRAPH}.data")
     with pytest.raises(BadInput, match="is a link"):
         read_manifest(bundle)
+
+
+def test_the_real_server_embeds_as_in_process(in_two_files, tmp_path, triton):
+    """A published encoder whose weights are in a second file, through the server and in this process."""
+    bundle, _ = in_two_files
+    write_repository([bundle], tmp_path / "models", TritonOptions())
+    server = triton(tmp_path / "models")
+    tiles = made_tiles(224, 5)
+    local, served = OnnxEncoder(bundle), open_encoder(server.url("bundle"), read_manifest(bundle))
+    np.testing.assert_allclose(served.embed(tiles), local.embed(tiles), atol=1e-5)
+    served.close()
+    local.close()

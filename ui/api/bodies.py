@@ -32,7 +32,7 @@ def body_of(model: type[M], files: dict[str, str], instead: tuple[str, ...] = ()
         files: description by field, for fields that a form sends as files.
         instead: fields that a form may replace by a file.
     """
-    schema = model.model_json_schema()
+    schema = _inlined(model.model_json_schema())
     form: dict[str, Any] = {**schema, "properties": dict(schema["properties"])}
     form["required"] = [
         name for name in schema.get("required", []) if name not in files and name not in instead
@@ -52,6 +52,23 @@ def body_of(model: type[M], files: dict[str, str], instead: tuple[str, ...] = ()
             },
         }
     }
+
+
+def _inlined(schema: dict[str, Any]) -> dict[str, Any]:
+    """Return a JSON schema with the models that it refers to in their places."""
+    models = schema.get("$defs", {})
+
+    def whole(part: Any) -> Any:
+        if isinstance(part, list):
+            return [whole(item) for item in part]
+        if not isinstance(part, dict):
+            return part
+        if "$ref" in part:
+            return whole(models[part["$ref"].rpartition("/")[2]])
+        return {key: whole(value) for key, value in part.items() if key != "$defs"}
+
+    inlined: dict[str, Any] = whole(schema)
+    return inlined
 
 
 @dataclass(frozen=True)

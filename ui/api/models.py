@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import json
 from typing import Annotated, Any, Literal, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, create_model
+from pydantic import BaseModel, ConfigDict, Field, create_model, model_validator
 
 from ...index.search.cases import Pair
 from ...index.store import rows
 from ...serving.encoders.text import LONGEST
 from ..access.users import Role
+from ..session import viewer
 from ..session.addition import Addition
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K, MAX_TEXTS
+from ..session.viewer import MAX_CORNERS
 
 MAX_TILE = 2**53
+MAX_REGIONS = 8
 TileId = Annotated[int, Field(ge=0, le=MAX_TILE)]
 Text = Annotated[str, Field(max_length=10_000)]
 Words = Annotated[str, Field(max_length=LONGEST)]
@@ -40,8 +44,27 @@ class EmbeddingsRequest(Request):
     images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
+Corner = Annotated[
+    list[Annotated[float, Field(ge=-1e9, le=1e9, allow_inf_nan=False)]],
+    Field(min_length=2, max_length=2),
+]
+
+
+class SlideRegion(Request):
+    """A polygon on a slide of the atlas, in level-0 pixels."""
+
+    slide: Annotated[str, Field(min_length=1, max_length=1_000)]
+    ring: list[Corner] = Field(min_length=3, max_length=MAX_CORNERS, description="corners [x, y]")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_form(cls, value: Any) -> Any:
+        """Read the JSON text that a field of a form holds."""
+        return json.loads(value) if isinstance(value, str) else value
+
+
 class SearchRequest(Request):
-    """A search query; needs at least one image, tile or text in ``images``, ``like`` or ``texts``."""
+    """A search query; needs at least one of ``images``, ``like``, ``texts`` and ``regions``."""
 
     images: list[str] = Field([], max_length=MAX_EXAMPLES, description="base64; hits resemble them")
     unlike_images: list[str] = Field(
@@ -63,6 +86,11 @@ class SearchRequest(Request):
         description="words that hits show; for an encoder with a text network",
     )
     unlike_texts: list[Words] = Field([], max_length=MAX_TEXTS)
+    regions: list[SlideRegion] = Field(
+        [],
+        max_length=MAX_REGIONS,
+        description="regions of slides that hits resemble; each is one example, cut into tiles",
+    )
     k: int = Field(12, ge=1, le=MAX_K)
     where: Text | None = Field(None, description="such as: organ = 'colon' and patient != 'P7'")
     least: float | None = Field(None, allow_inf_nan=False, description="lowest score of a hit")
@@ -239,6 +267,10 @@ class Slide(BaseModel):
     added_at: str
     reason: str
     metadata: dict[str, str]
+
+
+class Pyramid(_fields_of(viewer.Pyramid)):  # type: ignore[misc]  # noqa: D101
+    __doc__ = viewer.Pyramid.__doc__
 
 
 class Slides(BaseModel):

@@ -19,12 +19,15 @@ from ..access.service import Server
 from ..session import report
 from ..session.addition import Addition
 from ..session.answers import SearchAnswer
+from ..session.viewer import Region
 from . import models
 from .bodies import Body, body_of, content_type, images_of, with_body
 
 PAGE = 200
 F = TypeVar("F", bound=Callable[..., Response])
 TileNumber = Annotated[int, Parameter(ge=0, le=models.MAX_TILE)]
+Zoom = Annotated[int, Parameter(ge=0, le=32)]
+PieceNumber = Annotated[int, Parameter(ge=0, le=2**24)]
 Clustering = Annotated[str | None, InUrl(max_length=200)]
 MAP: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}},
@@ -78,7 +81,10 @@ def add_queries(app: FastAPI, server: Server) -> None:
                 per_slide=fields.per_slide, leave_out=fields.leave_out or "tile",
                 texts=tuple(fields.texts), unlike_texts=tuple(fields.unlike_texts),
             )  # fmt: skip
-            answer = session.search(query, fields.clustering)
+            regions = [
+                Region(part.slide, tuple((x, y) for x, y in part.ring)) for part in fields.regions
+            ]
+            answer = session.search(query, fields.clustering, regions)
             server.note_search(request, answer)
             return report.as_json(session, answer)
 
@@ -158,6 +164,16 @@ def add_pictures(app: FastAPI, server: Server) -> None:
     def overlay(slide: str, clustering: Clustering = None) -> Response:
         """Return a slide with its tiles coloured by cluster."""
         return jpeg(pictures.clusters(slide, clustering), 0)
+
+    @app.get("/v1/slides/{slide}/pyramid", tags=["slides"], response_model=models.Pyramid)
+    def pyramid(slide: str) -> Any:
+        """Describe a slide for a viewer: size, µm per pixel and zooms."""
+        return session.viewer.pyramid(slide)._asdict()
+
+    @image("/v1/slides/{slide}/tiles/{z}/{x}/{y}.jpg", "slides")
+    def piece(slide: str, z: Zoom, x: PieceNumber, y: PieceNumber) -> Response:
+        """Return a square piece of a slide at a zoom; see the slide's pyramid."""
+        return jpeg(session.viewer.piece(slide, z, x, y))
 
     @image("/v1/slides/{slide}/heat.jpg", "slides")
     def heat(

@@ -15,6 +15,7 @@ from ...errors import BadInput, TooLarge
 from ...index.search.layout import Layout
 from ...index.search.query import Query
 from ...index.store.rows import Hit
+from .viewer import Cut
 
 MAX_K = 1_000
 MAX_TEXTS = 8
@@ -64,6 +65,7 @@ class SearchAnswer:
         generation: generation of the index.
         revision: revision of the atlas.
         milliseconds: time of embedding and of searching.
+        regions: the regions of the query, with the tiles that were cut from them.
     """
 
     id: str
@@ -75,6 +77,7 @@ class SearchAnswer:
     generation: int
     revision: int
     milliseconds: dict[str, float]
+    regions: tuple[Cut, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -139,9 +142,9 @@ def check_limits(query: Query) -> None:
         BadInput: the query has no positive example, or k is out of range.
         TooLarge: there are too many examples.
     """
-    if not query.images and not query.tiles and not query.texts:
+    if not query.images and not query.tiles and not query.texts and query.vectors is None:
         raise BadInput(
-            "there is nothing to search for; give an image, a tile of the atlas, or a text"
+            "there is nothing to search for; give an image, a tile or a region of the atlas, or a text"
         )
     if query.examples > MAX_EXAMPLES:
         raise TooLarge(

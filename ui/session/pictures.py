@@ -100,7 +100,7 @@ class Pictures:
         view = self._atlas.view()
         number = slide_number(view, slide)
         key = ("thumbnail", view.columns.slides[number]["id"], longest)
-        return self._keep(key, lambda: encode_jpeg(self._small(view, number, longest), 85))
+        return self.keep(key, lambda: encode_jpeg(self._small(view, number, longest), 85))
 
     def clusters(self, slide: str, clustering: str | None) -> bytes:
         """Return a slide with its tiles coloured by cluster, as JPEG.
@@ -143,6 +143,23 @@ class Pictures:
             return 0.0, 1.0
         return float(scores.min()), float(scores.max())
 
+    def on_slide(self, slide: str, read: Callable[[Slide], T]) -> T:
+        """Return what ``read`` reads from an open slide; one thread at a time reads it.
+
+        Raises:
+            NotFound: there is no such slide, it is a set of ready tiles, or its file was moved.
+        """
+        view = self._atlas.view()
+
+        def checked(source: _Source) -> T:
+            if not isinstance(source, Slide):
+                raise NotFound(
+                    f"{slide!r} is a set of ready tiles, so there is no image of a whole slide"
+                )
+            return read(source)
+
+        return self._read(view, slide_number(view, slide), checked)
+
     # -- reading --------------------------------------------------------------------------------
 
     def _keep_of_tile(self, kind: str, tile: int, make: Callable[[View, int], bytes]) -> bytes:
@@ -151,9 +168,10 @@ class Pictures:
         position = int(view.columns.positions(np.array([tile], dtype=np.int64))[0])
         if position < 0:
             raise NotFound(f"the atlas has no tile {tile}, or it was removed; search again")
-        return self._keep((kind, tile), lambda: make(view, position))
+        return self.keep((kind, tile), lambda: make(view, position))
 
-    def _keep(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
+    def keep(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
+        """Return what was made for ``key``, from the cache if it is still there."""
         with self._lock:
             if key in self._kept:
                 self._kept.move_to_end(key)
@@ -223,16 +241,11 @@ class Pictures:
     def _overview(self, view: View, number: int) -> tuple[Rgb, float]:
         """Return a slide's thumbnail and its level-0 pixels per pixel."""
 
-        def read(source: _Source) -> tuple[Rgb, float]:
-            if not isinstance(source, Slide):
-                name = view.columns.slides[number]["name"]
-                raise NotFound(
-                    f"{name!r} is a set of ready tiles, so there is no image of a whole slide"
-                )
+        def read(source: Slide) -> tuple[Rgb, float]:
             thumbnail = source.thumbnail(THUMBNAIL_PX)
             return thumbnail, source.width / thumbnail.shape[1]
 
-        return self._read(view, number, read)
+        return self.on_slide(view.columns.slides[number]["name"], read)
 
     def _painted(self, view: View, number: int, colours: NDArray[np.uint8], strength: float) -> Rgb:
         """Return the thumbnail with the square of each of N tiles tinted by its colour, (N, 3)."""

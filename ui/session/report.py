@@ -72,6 +72,7 @@ def provenance(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[s
             "tiles_unlike": list(query.unlike_tiles),
             **({"texts": list(query.texts)} if query.texts else {}),
             **({"texts_unlike": list(query.unlike_texts)} if query.unlike_texts else {}),
+            **({"regions": _regions(answer)} if answer.regions else {}),
         },
     }
 
@@ -92,6 +93,22 @@ def as_json(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str,
         "refused": [{"name": name, "reason": why} for name, why in answer.refused],
         "provenance": provenance(session, answer),
     }
+
+
+def _regions(answer: SearchAnswer) -> list[dict[str, Any]]:
+    """Return the regions of a query and how they were cut, JSON-ready."""
+    return [
+        {
+            "slide": cut.region.slide,
+            "ring": [list(point) for point in cut.region.ring],
+            "tiles": len(cut.corners),
+            "side": cut.side,
+            "corners": cut.corners.tolist(),
+            "without_tissue": cut.without_tissue,
+            "not_taken": cut.not_taken,
+        }
+        for cut in answer.regions
+    ]
 
 
 def verdict(answer: SearchAnswer) -> dict[str, Any]:

@@ -21,11 +21,13 @@ from ...index.search.cases import How
 from ...index.search.cases import Similar as SimilarSlide
 from ...index.search.query import Query
 from ...index.view import View
+from ...metrics import unit_rows
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
 from ...serving.encoders.protocol import Encoder
 from ...serving.encoders.text import TextEncoder
 from .answers import (
+    MAX_EXAMPLES,
     MAX_IMAGES,
     MAX_K,
     MAX_PIXELS,
@@ -42,6 +44,7 @@ from .map import AtlasMap
 from .pictures import Pictures
 from .results import Results
 from .verdict import Usual, verdict_of
+from .viewer import Cut, Region, Viewer
 
 DECODING_S = 30.0
 """Timeout (s) of an image that waits to be decoded, and of a text that waits for others."""
@@ -55,6 +58,7 @@ class Session:
         encoder: the atlas's encoder; None if it is not available.
         batching: embeds images of several callers in one batch; None without an encoder.
         pictures: reads the images of tiles and slides.
+        viewer: reads slides for a viewer, and regions of them.
         results: earlier answers.
         map: the tiles' coordinates on the atlas's map.
     """
@@ -82,6 +86,7 @@ class Session:
         self._text: TextEncoder | None = None
         self._text_lock = threading.Lock()
         self.pictures = Pictures(self.atlas)
+        self.viewer = Viewer(self.atlas, self.pictures)
         self.results = Results()
         self._decoders = threading.BoundedSemaphore(2 * cores())
         self._background = Background()
@@ -172,12 +177,15 @@ class Session:
 
     # -- searching ------------------------------------------------------------------------------
 
-    def search(self, query: Query, clustering: str | None = None) -> SearchAnswer:
+    def search(
+        self, query: Query, clustering: str | None = None, regions: Sequence[Region] = ()
+    ) -> SearchAnswer:
         """Search for the tiles that resemble all examples of a query.
 
         Args:
             query: the query; its examples are combined.
             clustering: clustering to assign the query to; the newest when None.
+            regions: regions of slides that hits resemble; each is one example, the mean of its tiles.
 
         Raises:
             BadInput: the filter cannot be read, the atlas is empty, or there is no encoder for images, or
@@ -186,14 +194,27 @@ class Session:
             Busy: too many images wait for the encoder.
         """
         query = replace(query, together=True, where=(query.where or "").strip() or None)
-        check_limits(query)
         started = time.perf_counter()
+        cuts = []
+        if regions:
+            found = [self._region(region) for region in regions[: MAX_EXAMPLES + 1]]
+            cuts = [cut for cut, _ in found]
+            query = replace(query, vectors=np.stack([vector for _, vector in found]))
+        check_limits(query)
         embedded = query.embedded(self.embed, self.embed_text)
         milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
         answer = self.atlas.ask(self._answer, embedded, clustering, query.by_text)
         milliseconds |= answer.milliseconds
         # keep the query's images, because the report shows them
-        return self.results.keep(replace(answer, query=query, milliseconds=milliseconds))
+        answer = replace(answer, query=query, milliseconds=milliseconds, regions=tuple(cuts))
+        return self.results.keep(answer)
+
+    def _region(self, region: Region) -> tuple[Cut, NDArray[np.float32]]:
+        """Return the tiles of a region, and the mean of their embeddings (D,)."""
+        cut, tiles = self.viewer.tiles_in(region)
+        mean: NDArray[np.float32] = self.embed(tiles).mean(0)
+        cosine = self.atlas.manifest.metric == "cosine"
+        return cut, unit_rows(mean[None])[0] if cosine else mean
 
     def _answer(
         self, view: View, /, query: Query, clustering: str | None, by_text: bool

@@ -1,0 +1,267 @@
+"""A slide for a viewer: square pieces of every zoom, and regions of it as tiles of the encoder."""
+
+from __future__ import annotations
+
+import math
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from ...artifacts.images import Rgb, encode_jpeg
+from ...errors import BadInput, NotFound
+from ...index.atlas import Atlas
+from ...serving.slides.slide import Slide
+from ...serving.slides.tissue import tissue_mask, tissue_share
+from .pictures import Pictures, slide_number
+
+PIECE_PX = 256
+"""Side of a piece in pixels."""
+OVERVIEW_PX = 2048
+KEPT_OVERVIEWS = 8
+QUALITY = 80
+BACKGROUND = 255
+MAX_TILES = 256
+"""Maximum number of tiles into which a region is cut; of a larger one, so many are taken evenly spaced."""
+MAX_CORNERS = 1_000
+MAX_CANDIDATES = 200_000
+"""Maximum number of tiles in a region before those without tissue are left out."""
+ONE_TILE = 1.5
+"""A region whose sides are below this many tiles is one tile around its centre."""
+LEAST_TISSUE = 0.25
+Point = tuple[float, float]
+
+
+class Pyramid(NamedTuple):
+    """What a viewer needs to know of a slide.
+
+    The piece (x, y) of zoom z shows ``piece_px * 2 ** (max_zoom - z)`` level-0 pixels a side, from
+    (x, y) times as many; pieces at the edges are filled with white.
+
+    Attributes:
+        slide: name.
+        width: of level 0, in pixels; ``height`` likewise.
+        mpp: µm per pixel of level 0; None if unknown.
+        magnification: 10 / mpp; None if unknown.
+        piece_px: side of a piece in pixels.
+        max_zoom: the zoom that shows level 0.
+        tile_px_level0: side of an atlas's tile of this slide, in level-0 pixels.
+        left: left edge of the area that QuPath shows, in level-0 pixels; ``top`` likewise.
+    """
+
+    slide: str
+    width: int
+    height: int
+    mpp: float | None
+    magnification: float | None
+    piece_px: int
+    max_zoom: int
+    tile_px_level0: int
+    left: int
+    top: int
+
+
+@dataclass(frozen=True)
+class Region:
+    """A polygon on a slide.
+
+    Attributes:
+        slide: name.
+        ring: corners in level-0 pixels, at least three; the last is joined to the first.
+    """
+
+    slide: str
+    ring: tuple[Point, ...]
+
+    def __post_init__(self) -> None:
+        """Raise BadInput if the ring has too few or too many corners, or no area."""
+        if not 3 <= len(self.ring) <= MAX_CORNERS:
+            raise BadInput(
+                f"a region has {len(self.ring)} corners; expected 3 to {MAX_CORNERS:,} of [x, y]"
+            )
+        if not np.isfinite(self.ring).all():
+            raise BadInput("a corner of the region is not finite; expected level-0 pixels")
+        low, high = np.min(self.ring, axis=0), np.max(self.ring, axis=0)
+        if (high - low).min() < 1:
+            raise BadInput("the region has no area; draw it again")
+
+
+@dataclass(frozen=True)
+class Cut:
+    """The tiles of a region.
+
+    Attributes:
+        region: the region.
+        corners: (N, 2) left and top of each tile, in level-0 pixels.
+        side: of a tile, in level-0 pixels.
+        without_tissue: number of tiles of the region that were left out because they show no tissue.
+        not_taken: number of further tiles, of a region of more than :data:`MAX_TILES`.
+    """
+
+    region: Region
+    corners: NDArray[np.int64]
+    side: int
+    without_tissue: int
+    not_taken: int
+
+
+class Viewer:
+    """Reads pieces and regions of the slides of an atlas; safe to use from several threads."""
+
+    def __init__(self, atlas: Atlas, pictures: Pictures) -> None:
+        """Store the atlas and what keeps its slides open; nothing is read yet."""
+        self._atlas, self._pictures = atlas, pictures
+        self._lock = threading.Lock()
+        self._overviews: OrderedDict[int, tuple[Rgb, float]] = OrderedDict()
+
+    def pyramid(self, slide: str) -> Pyramid:
+        """Describe a slide.
+
+        Raises:
+            NotFound: there is no such slide, it is a set of ready tiles, or its file was moved.
+        """
+        row = self._row(slide)
+
+        def describe(source: Slide) -> Pyramid:
+            mpp = row["mpp"] or source.mpp
+            longest = max(source.width, source.height)
+            return Pyramid(
+                slide, source.width, source.height, mpp, mpp and round(10 / mpp, 2), PIECE_PX,
+                max(0, math.ceil(math.log2(longest / PIECE_PX))),
+                row["size_px_level0"] or self._atlas.manifest.size_px,
+                *(source.bounds[:2] if source.bounds else (0, 0)),
+            )  # fmt: skip
+
+        return self._pictures.on_slide(slide, describe)
+
+    def piece(self, slide: str, z: int, x: int, y: int) -> bytes:
+        """Return a piece of a zoom as JPEG.
+
+        Raises:
+            NotFound: there is no such slide or piece.
+        """
+        row = self._row(slide)
+
+        def read(source: Slide) -> Rgb:
+            longest = max(source.width, source.height)
+            most = max(0, math.ceil(math.log2(longest / PIECE_PX)))
+            side = PIECE_PX << (most - z) if 0 <= z <= most else 0
+            if not side or not (0 <= x * side < source.width and 0 <= y * side < source.height):
+                raise NotFound(f"slide {slide!r} has no piece {z}/{x}/{y}; zooms are 0 to {most}")
+            overview, down = self._overview(row["id"], source)
+            if side / PIECE_PX >= down:
+                return _part(overview, x * side / down, y * side / down, side / down)
+            return source.read_tile(x * side, y * side, side, PIECE_PX)
+
+        def make() -> bytes:
+            return encode_jpeg(self._pictures.on_slide(slide, read), QUALITY)
+
+        return self._pictures.keep(("piece", row["id"], z, x, y), make)
+
+    def tiles_in(self, region: Region) -> tuple[Cut, NDArray[np.uint8]]:
+        """Cut a region into tiles as the encoder takes them, uint8 (N, S, S, 3).
+
+        The tiles have the size of the slide's tiles in the atlas, do not overlap, and have their centre
+        inside the region. Tiles without tissue are left out, unless there are no others.
+
+        Raises:
+            NotFound: there is no such slide.
+            BadInput: the region is outside the slide.
+        """
+        about = self.pyramid(region.slide)
+        low, high = np.min(region.ring, axis=0), np.max(region.ring, axis=0)
+        if (high <= 0).any() or (low >= (about.width, about.height)).any():
+            raise BadInput(
+                f"the region is outside slide {region.slide!r} ({about.width:,} x {about.height:,} "
+                "pixels); expected level-0 pixels"
+            )
+        size, side = self._atlas.manifest.size_px, about.tile_px_level0
+        corners = _grid_in(region.ring, side, (about.width, about.height))
+        key = self._row(region.slide)["id"]
+
+        def read(source: Slide) -> tuple[Cut, NDArray[np.uint8]]:
+            overview, down = self._overview(key, source)
+            boxes = np.concatenate([corners, corners + side], axis=1) / down
+            inside = tissue_share(tissue_mask(overview), boxes) >= LEAST_TISSUE
+            kept = corners[inside] if inside.any() else corners
+            rows = np.linspace(0, len(kept) - 1, min(len(kept), MAX_TILES)).round().astype(int)
+            taken = kept[rows]
+            tiles = np.empty((len(taken), size, size, 3), dtype=np.uint8)
+            places = [(int(left), int(top)) for left, top in taken]
+            failed = source.read_tiles(places, side, tiles)
+            if failed:
+                raise next(iter(failed.values()))
+            cut = Cut(region, taken, side, len(corners) - len(kept), len(kept) - len(taken))
+            return cut, tiles
+
+        return self._pictures.on_slide(region.slide, read)
+
+    def _row(self, slide: str) -> Any:
+        view = self._atlas.view()
+        return view.columns.slides[slide_number(view, slide)]
+
+    def _overview(self, key: int, source: Slide) -> tuple[Rgb, float]:
+        """Return an image of the whole slide, and its level-0 pixels per pixel; a few are kept."""
+        with self._lock:
+            if key in self._overviews:
+                self._overviews.move_to_end(key)
+                return self._overviews[key]
+        image = source.thumbnail(OVERVIEW_PX)
+        made = image, source.width / image.shape[1]
+        with self._lock:
+            self._overviews[key] = made
+            while len(self._overviews) > KEPT_OVERVIEWS:
+                self._overviews.popitem(last=False)
+        return made
+
+
+def _part(image: Rgb, left: float, top: float, side: float) -> Rgb:
+    """Return a square of an image at the size of a piece; what is beyond the image is white."""
+    height, width = image.shape[:2]
+    right, bottom = min(width, left + side), min(height, top + side)
+    size = (
+        max(1, round((right - left) / side * PIECE_PX)),
+        max(1, round((bottom - top) / side * PIECE_PX)),
+    )
+    shown = Image.fromarray(image).resize(
+        size, Image.Resampling.LANCZOS, box=(left, top, right, bottom)
+    )
+    piece = np.full((PIECE_PX, PIECE_PX, 3), BACKGROUND, dtype=np.uint8)
+    piece[: size[1], : size[0]] = np.asarray(shown)
+    return piece
+
+
+def _grid_in(ring: tuple[Point, ...], side: int, size: tuple[int, int]) -> NDArray[np.int64]:
+    """Return the corners (N, 2) of tiles whose centre is inside a polygon and the slide; at least one."""
+    low = np.clip(np.min(ring, axis=0), 0, size)
+    high = np.clip(np.max(ring, axis=0), 0, size)
+    extent, centre = high - low, (low + high) / 2
+    one: NDArray[np.int64] = np.round(centre - side / 2).astype(np.int64)[None]
+    if (extent < ONE_TILE * side).all():
+        return one
+    across, down = np.maximum(1, np.round(extent / side)).astype(int).tolist()
+    if across * down > MAX_CANDIDATES:
+        raise BadInput(
+            f"the region has about {across * down:,} tiles; expected at most {MAX_CANDIDATES:,}: draw a "
+            "smaller one"
+        )
+    start = centre - np.array([across, down]) * side / 2
+    x, y = (part.ravel() for part in np.meshgrid(np.arange(across), np.arange(down)))
+    corners: NDArray[np.int64] = np.round(start + np.stack([x, y], axis=1) * side).astype(np.int64)
+    inside = _inside(corners + side / 2, np.array(ring))
+    return corners[inside] if inside.any() else one
+
+
+def _inside(points: NDArray[np.floating], ring: NDArray[np.float64]) -> NDArray[np.bool_]:
+    """Return which points (N, 2) are inside a polygon (M, 2), by the even-odd rule."""
+    x, y = points.T
+    inside = np.zeros(len(points), dtype=bool)
+    for (x0, y0), (x1, y1) in zip(ring.tolist(), np.roll(ring, -1, axis=0).tolist(), strict=True):
+        if y0 != y1:
+            crosses = (y0 > y) != (y1 > y)
+            inside ^= crosses & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
+    return inside
