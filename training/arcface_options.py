@@ -45,10 +45,6 @@ class ArcFaceOptions(TrainingOptions):
             "classes; the components keep more."
         ),
     ] = False
-    last_weight: Annotated[float,
-        Field(gt=0, le=10, description="With --drop-head and several pooled layers: weight of the last "
-        "layer's components; the other layers have 1. The last layer separates tissues, the others tiles "
-        "of one slide.")] = 1.0
     hidden: Annotated[int, Field(ge=1, description="Width of the head's hidden layer.")] = 256
     dropout: Annotated[float, Field(ge=0, le=0.99, description="Dropout in the head.")] = 0.3
     relu_embedding: Annotated[bool, Field(description="End the head with a ReLU."), HIDDEN] = False
@@ -219,7 +215,6 @@ class DistillOptions(ArcFaceOptions):
     scale: Annotated[float, HIDDEN] = 30.0
     margin: Annotated[float, HIDDEN] = 0.3
     drop_head: Annotated[bool, HIDDEN] = False
-    last_weight: Annotated[float, HIDDEN] = 1.0
     # fmt: on
 
     def check_target(self) -> None:

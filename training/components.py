@@ -18,7 +18,7 @@ from .models import Encoder
 
 FITTED = 20_000
 """Maximum number of training tiles to fit the components on."""
-PER_LAYER = 96
+PER_LAYER = 64
 """Maximum number of components of a layer that is not the last."""
 LEAST_SPREAD = 1e-4
 """A component is noise if its standard deviation is below this fraction of the first one's.
@@ -71,25 +71,21 @@ class Chain:
             layer.bias.copy_(torch.from_numpy(-self.projection @ self.mean))
 
 
-def drop_head(
-    encoder: Encoder, data: LabelledTiles, train: Ints, dim: int, last_weight: float = 1.0
-) -> None:
+def drop_head(encoder: Encoder, data: LabelledTiles, train: Ints, dim: int) -> None:
     """Replace the encoder's head with the principal components of its pooled features.
 
     The features (F,) are standardised. Each component is divided by the square root of its standard
     deviation (half whitened), so that the first ones do not dominate the distance.
 
     If the encoder pools several layers, each is first reduced to at most :data:`PER_LAYER` whitened
-    components (the last one to ``dim``), and all layers get the same mean length, the last one
-    ``last_weight`` times it. So no layer dominates by its number of features. All steps together are one
-    affine map.
+    components (the last one to ``dim``), and all layers get the same mean length. So no layer dominates by
+    its number of features. All steps together are one affine map.
 
     Args:
         encoder: a trained encoder; changed in place.
         data: tiles.
         train: (K,) indices of the tiles to fit to; at most about :data:`FITTED`, evenly spaced, are used.
         dim: number of components to keep; fewer if the features have fewer.
-        last_weight: mean length of the last layer's components, relative to the other layers'.
 
     Raises:
         BadInput: all features are the same.
@@ -103,19 +99,18 @@ def drop_head(
         layers = []
         for start, stop in itertools.pairwise(np.cumsum((0, *encoder.parts))):
             layer_features = features[:, start:stop]
-            last = stop == features_of
-            most, weight = (dim, last_weight) if last else (PER_LAYER, 1.0)
+            most = dim if stop == features_of else PER_LAYER
             axes = _standardised_axes(layer_features, most, power=1.0)
             length = np.linalg.norm((layer_features - mean[start:stop]) @ axes.T, axis=1).mean()
-            layers.append(np.pad(weight * axes / length, ((0, 0), (start, features_of - stop))))
+            layers.append(np.pad(axes / length, ((0, 0), (start, features_of - stop))))
         joined = np.concatenate(layers)
-        chain = _axes((features - mean) @ joined.T, dim, power=0.5) @ joined
+        weight = _axes((features - mean) @ joined.T, dim, power=0.5) @ joined
     else:
-        chain = _standardised_axes(features, dim, power=0.5)
-    layer = encoder.attach_chain(len(chain)).to(next(encoder.backbone.parameters()).device)
+        weight = _standardised_axes(features, dim, power=0.5)
+    layer = encoder.attach_chain(len(weight)).to(next(encoder.backbone.parameters()).device)
     with torch.no_grad():
-        layer.weight.copy_(torch.from_numpy(chain))
-        layer.bias.copy_(torch.from_numpy(-chain @ mean))
+        layer.weight.copy_(torch.from_numpy(weight))
+        layer.bias.copy_(torch.from_numpy(-weight @ mean))
 
 
 def _standardised_axes(

@@ -209,8 +209,7 @@ def fit(
     encoder = job.build()
     train_to(job, encoder, targets, options)
     if options.drop_head:
-        dim = options.dim - options.gate
-        drop_head(encoder, job.data, job.parts.train, dim, options.last_weight)
+        drop_head(encoder, job.data, job.parts.train, options.dim - options.gate)
         job.architecture |= {"dim": 0, "chain": encoder.dim}
     return job.finish(encoder, add_gate(job, encoder, options))
 

@@ -151,17 +151,17 @@ def test_layers_are_whitened_one_by_one_and_together_by_half(tissue):
     )
     crops = Crops(tissue, 500, 32)
     calibrate(encoder, crops.tiles)
-    drop_head(encoder, crops, np.arange(500), 10, last_weight=1.5)
+    drop_head(encoder, crops, np.arange(500), 10)
     assert encoder.parts == (32, 48) and encoder.dim == 10
     with torch.no_grad():
         pooled = encoder.eval().features(to_input(encoder, crops.tiles)).double().numpy()
         found = encoder(to_input(encoder, crops.tiles)).double().numpy()
     reduced = []
-    for part, most, weight in ((pooled[:, :32], PER_LAYER, 1), (pooled[:, 32:], 10, 1.5)):
+    for part, most in ((pooled[:, :32], PER_LAYER), (pooled[:, 32:], 10)):
         scaled = (part - part.mean(0)) / (part.std(0) + 1e-6)
         left, values, _ = np.linalg.svd(scaled, full_matrices=False)
         white = left[:, :most][:, values[:most] > 1e-4 * values[0]]
-        reduced.append(weight * white / np.linalg.norm(white, axis=1).mean())
+        reduced.append(white / np.linalg.norm(white, axis=1).mean())
     left, values, _ = np.linalg.svd(np.hstack(reduced), full_matrices=False)
     expected = left[:, :10] * np.sqrt(values[:10])
     unit = lambda vectors: vectors / np.linalg.norm(vectors, axis=1, keepdims=True)  # noqa: E731

@@ -403,6 +403,54 @@ def test_slides_and_cases(page, tiles):
     page.get_by_text("No slide of that name.").wait_for()
 
 
+def test_a_region_of_a_slide_is_searched_and_a_hit_opens_beside_it(page):
+    tab(page, "Slide viewer")
+    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
+    assert page.locator(".hs-pane h3").first.inner_text() == "CMU-1-Small-Region"
+    assert "×" in page.locator(".hs-scalebar").first.inner_text()
+    shown = page.locator(".hs-slidemap").first
+    shown.focus()
+    page.keyboard.press("+")
+    page.wait_for_timeout(400)
+    page.get_by_label("other slides only").uncheck()  # the atlas has no other slide
+    page.locator(".hs-tool[data-tool=box]").click()
+    frame = shown.bounding_box()
+    x, y = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
+    page.mouse.move(x - 110, y - 90)
+    page.mouse.down()
+    page.mouse.move(x, y, steps=3)
+    page.mouse.move(x + 110, y + 110, steps=3)
+    page.mouse.up()
+    page.locator(".hs-vhit").first.wait_for()
+    assert "of the region" in page.locator(".hs-vnote").inner_text()
+    assert "this slide" in page.locator(".hs-vhit").first.inner_text()
+    pictures_are_there(page, ".hs-vhits li:first-child img")
+    page.locator(".hs-vhit", has_text="this slide").first.click()
+    pictures_are_there(page, ".hs-pane:last-child .leaflet-tile")
+    page.locator("[data-part=layer]").select_option("score")
+    page.locator(".hs-vlegend li").first.wait_for()
+    assert page.locator("canvas.hs-painted").count() == 2
+    page.locator("[data-part=layer]").select_option("cluster")
+    page.locator(".hs-vlegend li", has_text="cluster").first.wait_for()
+    shot(page, "slide-viewer")
+    page.locator("[data-part=alone]").click()
+    assert page.locator(".hs-pane").last.is_hidden()
+    page.locator("[data-part=middle]").click()
+    page.locator(".hs-vnote", has_text="one tile around its middle").wait_for()
+
+
+def test_a_hit_is_shown_on_its_slide(page):
+    tab(page, "Slides and cases")
+    page.locator("[data-slide='CMU-1-Small-Region']").click()
+    page.locator("[data-view]").click()
+    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
+    tab(page, "Slides and cases")
+    page.locator(".hs-pair [data-open]").first.click()
+    page.locator("dialog[open]").get_by_role("button", name="Open in the slide viewer").click()
+    page.locator("dialog[open]").wait_for(state="hidden")
+    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
+
+
 def test_a_click_as_soon_as_there_is_something_to_click_is_not_lost(page):
     """An event may be sent at any moment, also just when the answer to the one before has come."""
     click = """(wait) => new MutationObserver((changes, observer) => {
@@ -461,7 +509,15 @@ def test_a_server_that_is_gone_is_said(browser, own_atlas, tile_folder, histosee
     page.close()
 
 
-TABS = ["Find similar", "Upload and cluster", "Atlas", "Slides and cases", "New slide", "About"]
+TABS = [
+    "Find similar",
+    "Slide viewer",
+    "Upload and cluster",
+    "Atlas",
+    "Slides and cases",
+    "New slide",
+    "About",
+]
 
 
 @pytest.mark.parametrize("width, theme", [(1280, "light"), (1280, "dark"), (390, "light")])
@@ -482,6 +538,8 @@ def test_everyone_can_use_it(browser, served, tiles, width, theme):
             page.locator("#basket [data-drop]").wait_for()
             page.locator("#filters button").first.click()
             pictures_are_there(page, "#hits img")
+        elif name == "Slide viewer":
+            pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
         elif name == "Upload and cluster":
             page.set_input_files("#uploads-input", tiles / "query.png")
             page.locator("#uploads .hs-files li").wait_for()

@@ -8,7 +8,8 @@ import pytest
 from PIL import Image
 
 from histoseek.errors import BadInput
-from histoseek.ui.session.viewer import PIECE_PX, Region, _grid_in
+from histoseek.ui.session.regions import Region
+from histoseek.ui.session.viewer import PIECE_PX, _grid_in
 
 
 def pixels(reply):

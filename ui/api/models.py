@@ -14,7 +14,7 @@ from ..access.users import Role
 from ..session import viewer
 from ..session.addition import Addition
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K, MAX_TEXTS
-from ..session.viewer import MAX_CORNERS
+from ..session.regions import MAX_CORNERS
 
 MAX_TILE = 2**53
 MAX_REGIONS = 8

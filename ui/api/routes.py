@@ -19,7 +19,7 @@ from ..access.service import Server
 from ..session import report
 from ..session.addition import Addition
 from ..session.answers import SearchAnswer
-from ..session.viewer import Region
+from ..session.regions import Region
 from . import models
 from .bodies import Body, body_of, content_type, images_of, with_body
 
@@ -33,6 +33,7 @@ MAP: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}},
     202: {"model": models.Pending, "description": "the map is being computed; try again later"},
 }
+BINARY: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
 JPEG: dict[int | str, dict[str, Any]] = {
     200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}
 }
@@ -174,6 +175,32 @@ def add_pictures(app: FastAPI, server: Server) -> None:
     def piece(slide: str, z: Zoom, x: PieceNumber, y: PieceNumber) -> Response:
         """Return a square piece of a slide at a zoom; see the slide's pyramid."""
         return jpeg(session.viewer.piece(slide, z, x, y))
+
+    @app.get("/v1/slides/{slide}/grid", tags=["slides"], response_class=Response, responses=BINARY)
+    def grid(
+        slide: str,
+        request: Request,
+        by: Literal["cluster", "score", "grid"] = "grid",
+        clustering: Clustering = None,
+        result: Annotated[str, InUrl(max_length=64)] = "",
+    ) -> Response:
+        """Return the places of a slide's tiles and a colour of each, for a layer over the slide.
+
+        Four bytes give the length of a JSON header (uint32), which is padded with spaces to a multiple of
+        eight bytes; then places (int32, N x 2, level-0 pixels) and colours (uint8, N x 4). With
+        ``by=score``, ``result`` is the id of an earlier search.
+        """
+        query, by_text = None, False
+        if by == "score":
+            answer = session.results.get(result)
+            server.note(request, "heat", slide=slide, result=result)
+            if not isinstance(answer, SearchAnswer):
+                raise BadInput(f"result {result!r} is not a search; expected the id of a search")
+            query, by_text = answer.vector, answer.query.by_text
+        blob = session.viewer.layer(slide, by, clustering, query, by_text)
+        return Response(
+            blob, media_type="application/octet-stream", headers={"Cache-Control": "no-store"}
+        )
 
     @image("/v1/slides/{slide}/heat.jpg", "slides")
     def heat(

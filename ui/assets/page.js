@@ -241,8 +241,9 @@
 
   /* ---- choosing tiles anywhere on the page ----------------------------------------------------- */
   document.addEventListener("click", (e) => {
-    const button = e.target.closest?.("[data-open],[data-like],[data-unlike]");
+    const button = e.target.closest?.("[data-open],[data-like],[data-unlike],[data-view]");
     if (!button) return;
+    if (button.dataset.view) { hs.showSlide?.(button.dataset.view); return; }
     if (button.dataset.open) hs.open(Number(button.dataset.open), button);
     else if (button.dataset.like) pick("like", Number(button.dataset.like));
     else pick("unlike", Number(button.dataset.unlike));
@@ -302,8 +303,12 @@
       figure(`v1/tiles/${tile}/field.jpg`, `tile ${tile} with its surroundings`,
         facts.file ? "the whole image; the box is what the encoder saw" : "its surroundings, at a lower magnification"));
     if (!facts.file) images.append(figure(`v1/tiles/${tile}/place.jpg`, `position of tile ${tile} on the slide`, "position on the slide"));
+    const onSlide = facts.file || !facts.size_px_level0 ? [] : [el("button", { class: "hs-act", onclick: () => {
+      dialog.close();
+      hs.showSlide?.(facts.slide, { x: facts.x, y: facts.y, side: facts.size_px_level0 });
+    } }, "Open in the slide viewer")];
     dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `${facts.slide}, ${where}`),
-      images, list, el("div", { class: "hs-acts" }, act("like", "+ More like this"), act("unlike", "− Unlike this")));
+      images, list, el("div", { class: "hs-acts" }, act("like", "+ More like this"), act("unlike", "− Unlike this"), ...onSlide));
     close.focus();
   };
 

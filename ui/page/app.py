@@ -1,4 +1,4 @@
-"""The page: six tabs in Gradio on top of the session; ``view`` makes their HTML."""
+"""The page: seven tabs in Gradio on top of the session; ``view`` makes their HTML."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from .cluster_tab import cluster_tab
 from .find_tab import find_tab
 from .new_slide_tab import new_slide_tab
 from .slides_tab import slides_tab
+from .viewer_tab import viewer_tab
 from .widgets import HIDDEN, html
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -45,7 +46,7 @@ def mount(app: Any, server: Server) -> Any:
         max_file_size=None,  # the guard limits bytes, with a higher limit for slides
         theme=_theme(),
         css_paths=ASSETS / "page.css",
-        head='<script src="page-assets/page.js"></script>',
+        head='<script src="page-assets/page.js"></script><script src="page-assets/viewer.js"></script>',
     )
 
 
@@ -108,25 +109,36 @@ def _link_from_here() -> None:
 
 
 def _assets(app: Any) -> None:
-    from importlib.util import find_spec
-
-    spec = find_spec("plotly")
-    if spec is None or spec.origin is None:
-        raise MissingPart("the page needs plotly; run: pip install 'histoseek[ui]'")
+    leaflet = _package("js_lib_leaflet") / "static" / "js_lib_leaflet"
     files = {
         "page.js": ASSETS / "page.js",
-        "plotly.min.js": Path(spec.origin).parent / "package_data" / "plotly.min.js",
+        "viewer.js": ASSETS / "viewer.js",
+        "leaflet.js": leaflet / "leaflet.js",
+        "leaflet.css": leaflet / "leaflet.css",
+        "plotly.min.js": _package("plotly") / "package_data" / "plotly.min.js",
     }
 
     def asset(name: str) -> FileResponse:
         if name not in files:
             raise NotFound(f"there is no file {name!r}; reload the page")
-        age = "no-cache" if name == "page.js" else "private, max-age=86400"
+        own = files[name].parent == ASSETS
         return FileResponse(
-            files[name], media_type="text/javascript", headers={"Cache-Control": age}
+            files[name],
+            media_type="text/css" if name.endswith(".css") else "text/javascript",
+            headers={"Cache-Control": "no-cache" if own else "private, max-age=86400"},
         )
 
     app.get("/page-assets/{name}", include_in_schema=False)(asset)
+
+
+def _package(name: str) -> Path:
+    """Return the folder of a package that has files for the browser; nothing of it is run."""
+    from importlib.util import find_spec
+
+    spec = find_spec(name)
+    if spec is None or spec.origin is None:
+        raise MissingPart(f"the page needs {name}; run: pip install 'histoseek[ui]'")
+    return Path(spec.origin).parent
 
 
 def build(server: Server) -> Any:
@@ -143,6 +155,8 @@ def build(server: Server) -> Any:
         with gr.Tabs():
             with gr.Tab("Find similar"):
                 refresh = find_tab(server, last)
+            with gr.Tab("Slide viewer"):
+                viewer_tab(session)
             with gr.Tab("Upload and cluster"):
                 cluster_tab(server)
             with gr.Tab("Atlas") as atlas:

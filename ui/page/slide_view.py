@@ -90,10 +90,20 @@ def slide_detail(
         if v not in (None, "")
     )
     return (
-        f'<article class="hs-detail"><h2>{escape(row["name"])}</h2><div class="hs-detail-two">'
+        f'<article class="hs-detail"><h2>{escape(row["name"])}</h2>{_look(row)}<div class="hs-detail-two">'
         f'<figure><img class="hs-overview" src="{source}" alt="{escape(row["name"], quote=True)}, '
         f'{escape(shows, quote=True)}">{legend}</figure>'
         f'<table class="hs-facts-table">{table}</table></div>{_similar(similar, by)}</article>'
+    )
+
+
+def _look(row: Mapping[str, Any]) -> str:
+    """Return the button that opens the slide in the viewer; tile sets have no image of a whole slide."""
+    if row["kind"] != "slide":
+        return ""
+    name = escape(row["name"], quote=True)
+    return (
+        f'<p><button type="button" class="hs-act" data-view="{name}">Look at the slide</button></p>'
     )
 
 

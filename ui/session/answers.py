@@ -15,7 +15,7 @@ from ...errors import BadInput, TooLarge
 from ...index.search.layout import Layout
 from ...index.search.query import Query
 from ...index.store.rows import Hit
-from .viewer import Cut
+from .regions import Cut
 
 MAX_K = 1_000
 MAX_TEXTS = 8

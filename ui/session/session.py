@@ -42,9 +42,10 @@ from .background import Background
 from .batching import Batcher
 from .map import AtlasMap
 from .pictures import Pictures
+from .regions import Cut, Region
 from .results import Results
 from .verdict import Usual, verdict_of
-from .viewer import Cut, Region, Viewer
+from .viewer import Viewer
 
 DECODING_S = 30.0
 """Timeout (s) of an image that waits to be decoded, and of a text that waits for others."""

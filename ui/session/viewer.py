@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 import threading
 from collections import OrderedDict
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,23 +17,24 @@ from ...errors import BadInput, NotFound
 from ...index.atlas import Atlas
 from ...serving.slides.slide import Slide
 from ...serving.slides.tissue import tissue_mask, tissue_share
+from .colours import VIRIDIS, colour_of, ramp, rgb
 from .pictures import Pictures, slide_number
+from .regions import MAX_TILES, Cut, Point, Region
+from .words import cluster_name
 
 PIECE_PX = 256
 """Side of a piece in pixels."""
 OVERVIEW_PX = 2048
 KEPT_OVERVIEWS = 8
 QUALITY = 80
+TILES = "#0d9488"
+"""Colour of the grid of tiles."""
 BACKGROUND = 255
-MAX_TILES = 256
-"""Maximum number of tiles into which a region is cut; of a larger one, so many are taken evenly spaced."""
-MAX_CORNERS = 1_000
 MAX_CANDIDATES = 200_000
 """Maximum number of tiles in a region before those without tissue are left out."""
 ONE_TILE = 1.5
 """A region whose sides are below this many tiles is one tile around its centre."""
 LEAST_TISSUE = 0.25
-Point = tuple[float, float]
 
 
 class Pyramid(NamedTuple):
@@ -63,50 +64,6 @@ class Pyramid(NamedTuple):
     tile_px_level0: int
     left: int
     top: int
-
-
-@dataclass(frozen=True)
-class Region:
-    """A polygon on a slide.
-
-    Attributes:
-        slide: name.
-        ring: corners in level-0 pixels, at least three; the last is joined to the first.
-    """
-
-    slide: str
-    ring: tuple[Point, ...]
-
-    def __post_init__(self) -> None:
-        """Raise BadInput if the ring has too few or too many corners, or no area."""
-        if not 3 <= len(self.ring) <= MAX_CORNERS:
-            raise BadInput(
-                f"a region has {len(self.ring)} corners; expected 3 to {MAX_CORNERS:,} of [x, y]"
-            )
-        if not np.isfinite(self.ring).all():
-            raise BadInput("a corner of the region is not finite; expected level-0 pixels")
-        low, high = np.min(self.ring, axis=0), np.max(self.ring, axis=0)
-        if (high - low).min() < 1:
-            raise BadInput("the region has no area; draw it again")
-
-
-@dataclass(frozen=True)
-class Cut:
-    """The tiles of a region.
-
-    Attributes:
-        region: the region.
-        corners: (N, 2) left and top of each tile, in level-0 pixels.
-        side: of a tile, in level-0 pixels.
-        without_tissue: number of tiles of the region that were left out because they show no tissue.
-        not_taken: number of further tiles, of a region of more than :data:`MAX_TILES`.
-    """
-
-    region: Region
-    corners: NDArray[np.int64]
-    side: int
-    without_tissue: int
-    not_taken: int
 
 
 class Viewer:
@@ -161,6 +118,67 @@ class Viewer:
             return encode_jpeg(self._pictures.on_slide(slide, read), QUALITY)
 
         return self._pictures.keep(("piece", row["id"], z, x, y), make)
+
+    def layer(
+        self,
+        slide: str,
+        by: Literal["cluster", "score", "grid"],
+        clustering: str | None = None,
+        query: NDArray[np.float32] | None = None,
+        by_text: bool = False,
+    ) -> bytes:
+        """Return the slide's tiles with a colour of each, for a layer over the slide.
+
+        Four bytes give the length of a JSON header (uint32), which is padded with spaces to a multiple of
+        eight bytes with them; then N places (int32, N x 2) and N colours (uint8, N x 4, with opacity). The
+        header has ``tiles`` (N), ``side`` of a tile and ``step`` between tiles in level-0 pixels, and
+        ``legend``: texts with their colours.
+
+        Args:
+            slide: name.
+            by: cluster, score (similarity to ``query``), or grid (one colour).
+            clustering: of the clusters; the newest when None.
+            query: (D,), for ``score``.
+            by_text: whether ``query`` is of a text; see :meth:`Pictures.scale`.
+
+        Raises:
+            NotFound: there is no such slide or clustering.
+        """
+        view = self._atlas.view()
+        number = slide_number(view, slide)
+        row = view.columns.slides[number]
+        rows = slice(*view.columns.starts[number : number + 2].tolist())
+        places = view.columns.places()[rows].astype("<i4")
+        count = len(places)
+        legend: list[tuple[str, str]] = []
+        colours = np.tile(np.array([*rgb(TILES), 255], np.uint8), (count, 1))
+        if by == "cluster":
+            assigned = view.columns.clusters(clustering)
+            if assigned is None:
+                raise NotFound(f"the atlas has no clustering {clustering or ''}")
+            codes, which = np.unique(assigned[rows], return_inverse=True)
+            palette = np.array([rgb(colour_of(c)) for c in codes.tolist()], np.uint8).reshape(-1, 3)
+            colours[:, :3] = palette[which]
+            names = view.cluster_names(clustering)
+            sizes = np.bincount(which, minlength=len(codes)).tolist()
+            legend = [
+                (f"{cluster_name(c, names)} ({size:,})", colour_of(c))
+                for c, size in zip(codes.tolist(), sizes, strict=True)
+            ]
+        elif by == "score" and query is not None and count:
+            scores = view.scores_in(slide, query)
+            low, high = self._pictures.scale(scores, by_text)
+            colours[:, :3] = ramp(np.clip((scores - low) / max(high - low, 1e-9), 0, 1))
+            ends = zip(np.linspace(low, high, len(VIRIDIS)), VIRIDIS, strict=True)
+            legend = [(f"{score:.2f}", colour) for score, colour in ends]
+        side = row["size_px_level0"] or self._atlas.manifest.size_px
+        header = {
+            "tiles": count, "side": side, "step": _step(places, side), "legend": legend,
+        }  # fmt: skip
+        text = json.dumps(header).encode()
+        text += b" " * (-(len(text) + 4) % 8)
+        length = np.uint32(len(text)).astype("<u4").tobytes()
+        return b"".join([length, text, places.tobytes(), colours.tobytes()])
 
     def tiles_in(self, region: Region) -> tuple[Cut, NDArray[np.uint8]]:
         """Cut a region into tiles as the encoder takes them, uint8 (N, S, S, 3).
@@ -217,6 +235,13 @@ class Viewer:
             while len(self._overviews) > KEPT_OVERVIEWS:
                 self._overviews.popitem(last=False)
         return made
+
+
+def _step(places: NDArray[np.int32], side: int) -> int:
+    """Return the smallest distance of two columns or rows of tiles, at least an eighth of a tile."""
+    gaps = [np.diff(np.unique(places[:, axis])) for axis in (0, 1)]
+    least = min([int(gap.min()) for gap in gaps if len(gap)], default=side)
+    return max(1, side // 8, min(side, least))
 
 
 def _part(image: Rgb, left: float, top: float, side: float) -> Rgb:
