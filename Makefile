@@ -53,7 +53,7 @@ bench-serving: $(VENV)/.ready
 	$(BIN)/python tests/bench/precision.py
 	$(BIN)/python tests/bench/engines.py
 
-bench-encoder: $(VENV)/.ready
+bench-encoder: bench-viewer
 	$(BIN)/python tests/bench/encoder.py
 
 bench-viewer: $(VENV)/.ready

@@ -18,7 +18,7 @@ OUTSIDE = {
     "README.md": "index.md",
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
-    "serving/default_encoder/MODEL_CARD.md": "model-cards/histoseek-he-small-2.md",
+    "serving/default_encoder/MODEL_CARD.md": "model-cards/histoseek-he-small-3.md",
 }
 SOURCES = ROOT / "build" / "docs-source" / "histoseek"
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")

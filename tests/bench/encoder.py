@@ -378,6 +378,10 @@ def page(report):
             ["", "tiles/s", f"times {LITE0}"],
             [[n, f"{r:.0f}", f"{r / rates[LITE0]:.2f}"] for n, r in rates.items()],
         ),
+        "## Crops made by other programs",
+        "[The viewer's report](../viewer/report.md): resampled, sharpened, compressed, recoloured and "
+        "turned crops of six slides that the encoder was not trained on.",
+        "",
         "## Retrieval",
         "Same source: the nearest other tile is of the same source picture, slide or patient. All else "
         "is asked of tiles of other groups only. The class of a tile of a source never trained on is that "

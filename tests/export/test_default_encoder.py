@@ -23,15 +23,17 @@ from histoseek.ui.cli.options import parse
 
 ROOT = Path(__file__).parents[2]
 RUN = ROOT / "training" / "default_run"
-NOTES = ROOT / "docs" / "model-cards" / "histoseek-he-small-2.notes.md"
+NAME = read_manifest(DEFAULT_BUNDLE, check_graph=False).name
+NOTES = ROOT / "docs" / "model-cards" / f"{NAME}.notes.md"
 
 
 def test_its_hash_is_the_same_in_manifest_card_docs_and_results():
     sha256 = sha256_file(DEFAULT_BUNDLE / GRAPH)
     manifest = read_manifest(DEFAULT_BUNDLE)
     report = json.loads((ROOT / "docs/results/encoder/report.json").read_text())
-    assert manifest.sha256 == report["bundle"]["sha256"] == sha256
-    assert manifest.name == report["bundle"]["name"]
+    viewed = json.loads((ROOT / "docs/results/viewer/report.json").read_text())
+    about = {"name": manifest.name, "sha256": sha256}
+    assert manifest.sha256 == sha256 and report["bundle"] == viewed["bundle"] == about
     for page in (
         DEFAULT_BUNDLE / CARD,
         ROOT / "docs/model-cards/README.md",
@@ -50,13 +52,16 @@ def test_the_documented_command_is_that_of_its_run():
     words = shlex.split(command.replace("\\\n", " "))[3:]
     record = json.loads((RUN / "run.json").read_text())
     selection = record["data"]["selection"]
-    assert words[:3] == selection["sources"]
+    count = len(selection["sources"])
+    assert words[:count] == selection["sources"]
     kept = []
     asked = {"--exclude": [], "--label-from": [], "--out": []}
-    rest = iter(words[3:])
+    rest = iter(words[count:])
     for word in rest:
         if word in asked:
             asked[word].append(next(rest))
+        elif word == "--shared-groups":
+            assert selection["shared_groups"]
         else:
             kept.append(word)
     assert asked["--exclude"] == selection["exclude"]

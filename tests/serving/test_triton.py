@@ -139,7 +139,7 @@ def test_another_encoder_behind_the_name_is_refused(repository, triton, other_bu
     folder = repository(max_batch=4)
     model = shuffled(folder / MODEL / "1/model.onnx")
     server = triton(folder)
-    with pytest.raises(Mismatch, match="is not histoseek-he-small-2"):
+    with pytest.raises(Mismatch, match="is not histoseek-he-small-3"):
         open_encoder(server.url(MODEL), read_manifest(DEFAULT_BUNDLE))
     server.stop()
     onnx.save(model, folder / MODEL / "1/model.onnx")  # same name, same shape, other weights
