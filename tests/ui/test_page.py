@@ -449,6 +449,9 @@ def test_a_hit_is_shown_on_its_slide(page):
     page.locator("dialog[open]").get_by_role("button", name="Open in the slide viewer").click()
     page.locator("dialog[open]").wait_for(state="hidden")
     pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
+    assert page.locator(".hs-pane h3").first.inner_text() == "CMU-1-Small-Region"
+    magnified = page.locator(".hs-scalebar").first.inner_text().split(" · ")[1]
+    assert magnified == "10×"  # the tile of 224 px is some 140 px wide on the screen
 
 
 def test_a_click_as_soon_as_there_is_something_to_click_is_not_lost(page):

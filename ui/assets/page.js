@@ -11,6 +11,7 @@
     made.append(...children);
     return made;
   };
+  hs.el = el;
   /* If the server does not know its public address, its links fail: name the header that the proxy omits. */
   const here = new URL(".", location.href), believed = new URL(window.gradio_config?.root || here, here);
   const missing = believed.hostname !== here.hostname ? "Host or X-Forwarded-Host"

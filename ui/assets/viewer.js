@@ -1,16 +1,7 @@
 /* The slide viewer: look at slides, draw a region to search for, see hits and layers in place. */
 "use strict";
 (() => {
-  const hs = (window.histoseek = window.histoseek || {});
-  const el = (tag, attributes = {}, ...children) => {
-    const made = document.createElement(tag);
-    for (const [key, value] of Object.entries(attributes)) {
-      if (key.startsWith("on")) made.addEventListener(key.slice(2), value);
-      else if (value !== null && value !== false) made.setAttribute(key, value === true ? "" : value);
-    }
-    made.append(...children);
-    return made;
-  };
+  const hs = window.histoseek, el = hs.el;  // page.js is loaded before
   const path = (slide) => `v1/slides/${encodeURIComponent(slide)}`;
   const quoted = (text) => `'${text.replace(/'/g, "''")}'`;
   const MAX_ZOOM = 3;  // level-0 pixels are shown up to 8 times as large
