@@ -1,16 +1,17 @@
 """Ablation of the default encoder's recipe: the whole recipe, and the recipe without each of its parts.
 
 All variants are trained in the same way, for fewer epochs than the shipped encoder, with three seeds (of
-the weights and of the split). Each is evaluated on the tiles that its seed holds out. An interrupted run
-resumes, and finished ones are not repeated. Writes docs/results/encoder/ablation.
+the weights and of the split). Each is evaluated on the tiles that its seed holds out. The report in
+docs/results/encoder/ablation is written after every run. Runs with the same options that it already has
+are not repeated (but with --again), so an ablation may be spread over days.
 """
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import platform
-import shlex
 import tempfile
 import time
 from pathlib import Path
@@ -21,13 +22,14 @@ import viewer
 from encoder import FEWEST, METRICS, OUT, nearest, summary, table
 from judged import SHARED, never_trained, trained_and_held_out
 
+from histoseek.artifacts import files
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 from histoseek.training.checkpoint import load_encoder
 from histoseek.training.commands import train
 from histoseek.training.evaluate import embed
 
 SEEDS = (0, 1, 2)
-SAME = {"epochs": 24, "gate": False}
+SAME = {"epochs": 8, "gate": False}
 """What differs from the shipped encoder's options in every variant."""
 MODEL = "deviation=true,symmetry=true,layers=3+6+8+12"
 VARIANTS = {
@@ -72,40 +74,48 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
     parser.add_argument("--bundle", type=Path, default=DEFAULT_BUNDLE)
-    parser.add_argument("--only", nargs="*", default=list(VARIANTS))
+    parser.add_argument("--only", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     parser.add_argument("--seeds", type=int, nargs="*", default=list(SEEDS))
+    parser.add_argument("--again", action="store_true", help="repeat the runs that the report has")
     given = parser.parse_args()
     shipped = json.loads((given.bundle / "run.json").read_text())
     selection = shipped["data"]["selection"]
     sources = [SHARED / name.rsplit("/", 1)[-1] for name in selection["sources"]]
-    report, slides = {}, viewed()
-    for variant in given.only:
-        values = []
-        for seed in given.seeds:
-            options = {**shipped["options"], **SAME, **VARIANTS[variant], "seed": seed}
-            left_out = variant.removeprefix("without ") + ".tar"
-            used = [source for source in sources if source.name != left_out]
-            out = given.work / f"{variant.replace(' ', '-')}-{seed}"
-            train(
-                "arcface", used, out, selection["exclude"], selection["label_from"], False,
-                words(options), selection.get("shared_groups", False),
-            )  # fmt: skip
-            values.append(judged(out, slides))
-            shown = {k: {m: round(x, 3) for m, x in v.items()} for k, v in values[-1].items()}
-            print(variant, seed, shown, flush=True)
-        report[variant] = values
+    facts, slides = begun(shipped, given.again), viewed()
+    for seed, variant in itertools.product(given.seeds, given.only):
+        runs = facts["values"].setdefault(variant, {})
+        if str(seed) in runs:
+            continue
+        options = {**shipped["options"], **SAME, **VARIANTS[variant], "seed": seed}
+        left_out = variant.removeprefix("without ") + ".tar"
+        used = [source for source in sources if source.name != left_out]
+        out = given.work / f"{variant.replace(' ', '-')}-{seed}"
+        train(
+            "arcface", used, out, selection["exclude"], selection["label_from"], False,
+            words(options), selection.get("shared_groups", False),
+        )  # fmt: skip
+        runs[str(seed)] = judged(out, slides)
+        facts["date"] = time.strftime("%Y-%m-%d")
+        OUT.mkdir(parents=True, exist_ok=True)
+        files.write_atomic(OUT / "ablation.json", (json.dumps(facts, indent=1) + "\n").encode())
+        files.write_atomic(OUT / "ablation.md", page(facts).encode())
+        shown = {k: {m: round(x, 3) for m, x in v.items()} for k, v in runs[str(seed)].items()}
+        print(variant, seed, shown, flush=True)
+
+
+def begun(shipped, again):
+    """Facts of the report, if it is of the same options; otherwise those of one without any run."""
     facts = {
-        "date": time.strftime("%Y-%m-%d"),
+        "encoder": shipped.get("name", ""),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "torch": torch.__version__,
-        "seeds": given.seeds,
         "options": {**shipped["options"], **SAME},
-        "variants": {name: VARIANTS[name] for name in given.only},
-        "values": report,
+        "variants": VARIANTS,
     }
-    OUT.mkdir(parents=True, exist_ok=True)
-    (OUT / "ablation.json").write_text(json.dumps(facts, indent=1) + "\n")
-    (OUT / "ablation.md").write_text(page(facts))
+    path = OUT / "ablation.json"
+    former = json.loads(path.read_text()) if path.exists() and not again else {}
+    same = all(former.get(key) == value for key, value in facts.items())
+    return {**facts, "values": former["values"] if same else {}}
 
 
 def viewed():
@@ -151,26 +161,27 @@ def _mean_and_deviation(values):
 def page(facts):
     """The report as Markdown."""
     shown = ", ".join(f"{name} {value}" for name, value in SAME.items())
-    command = "make bench-ablation"
-    if facts["variants"].keys() != VARIANTS.keys():
-        command = f"tests/bench/ablation.py --only {shlex.join(facts['variants'])}"
+    variants = {name: runs for name in VARIANTS if (runs := facts["values"].get(name))}
     lines = [
         "# What each part of the recipe is worth",
         "",
-        f"`{command}`, {facts['date']}, {facts['machine']}, torch {facts['torch']}; the shipped "
-        f"encoder's options but {shown}; mean ± standard deviation over seeds "
-        f"{', '.join(map(str, facts['seeds']))}, each with its own split by groups.",
+        f"`make bench-ablation`, {facts['date']}, {facts['machine']}, torch {facts['torch']}; the shipped "
+        f"encoder's options but {shown}; mean ± standard deviation over the seeds in the first column, "
+        "each with its own split by groups.",
         "",
     ]
-    runs_of_all = [run for runs in facts["values"].values() for run in runs]
+    if missing := [name for name in VARIANTS if name not in variants]:
+        lines += [f"Not run: {', '.join(missing)}.", ""]
+    runs_of_all = [run for runs in variants.values() for run in runs.values()]
     for name in runs_of_all[0]:
         if not all(name in run for run in runs_of_all):
             continue  # too few of its tiles are held out with some seed
         metrics = [key for key in TITLES if all(key in run[name] for run in runs_of_all)]
         rows = []
-        for variant, runs in facts["values"].items():
-            cells = [[run[name][key] for run in runs] for key in metrics]
-            rows.append([variant, *map(_mean_and_deviation, cells)])
+        for variant, runs in variants.items():
+            cells = [[run[name][key] for run in runs.values()] for key in metrics]
+            seeds = ", ".join(sorted(runs))
+            rows.append([f"{variant} (seed {seeds})", *map(_mean_and_deviation, cells)])
         lines += [f"## {name}", "", *table(["", *(TITLES[key] for key in metrics)], rows)]
     return "\n".join(lines)
 
