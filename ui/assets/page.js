@@ -23,9 +23,17 @@
   const tileUrl = (tile) => `v1/tiles/${tile}.jpg`;
 
   /* Hide the editors' controls from readers; the server refuses their actions in any case. */
-  fetch("v1/me").then((answer) => answer.json()).then((me) => {
-    if (me.role === "reader") document.documentElement.dataset.role = "reader";
-  }).catch(() => {});
+  (async function role(left = 4) {
+    try {
+      const me = await (await ask("v1/me")).json();
+      document.documentElement.dataset.role = me.role;
+    } catch (problem) {
+      if (left) setTimeout(role, 1000, left - 1);
+      else document.body.prepend(el("p", { class: "hs-problem", role: "alert" },
+        `Your role is not known (${problem.message}), so that controls may be shown which the server refuses. ` +
+        "Reload the page."));
+    }
+  })();
 
   async function ask(url) {
     const answer = await fetch(url);
