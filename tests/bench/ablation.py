@@ -27,6 +27,7 @@ from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 from histoseek.training.checkpoint import load_encoder
 from histoseek.training.commands import train
 from histoseek.training.evaluate import embed
+from histoseek.training.recipes import find_recipe
 
 SEEDS = (0, 1, 2)
 SAME = {"epochs": 8, "gate": False}
@@ -58,18 +59,6 @@ SHOWN = 24
 TITLES = {**METRICS, "viewed": "found at rank 1", "worst": "worst change", "cosine": "mean cosine"}
 
 
-def words(options):
-    """Options as the command line takes them."""
-    found = []
-    for name, value in options.items():
-        flag = name.replace("_", "-")
-        if isinstance(value, bool):
-            found.append(f"--{flag}" if value else f"--no-{flag}")
-        else:
-            found += [f"--{flag}", str(value)]
-    return found
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--work", type=Path, default=Path("runs/ablation"))
@@ -91,8 +80,8 @@ def main():
         used = [source for source in sources if source.name != left_out]
         out = given.work / f"{variant.replace(' ', '-')}-{seed}"
         train(
-            "arcface", used, out, selection["exclude"], selection["label_from"], False,
-            words(options), selection.get("shared_groups", False),
+            "arcface", find_recipe("arcface").options(**options), used, out, selection["exclude"],
+            selection["label_from"], False, selection.get("shared_groups", False),
         )  # fmt: skip
         runs[str(seed)] = judged(out, slides)
         facts["date"] = time.strftime("%Y-%m-%d")
