@@ -21,6 +21,7 @@ from ..console import Progress
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
 from .clusters import stored as clusterings
 from .clusters.clustering import Clustering
+from .store import annotation
 from .store.catalog import NEXT_TILE, get_meta, insert, set_meta, update
 from .store.metadata import AddedSlides, Metadata, Row, Rows, match_rows, slides_meant
 from .store.packing import pack_coded, unpack_coded, unpack_texts
@@ -130,30 +131,38 @@ class Writer:
                 "one run, which gives them different names"
             )
         reasons = [str(row["reason"]), notice]
-        if old is not None and self._is_another(old, item):
+        another = old is not None and self._is_another(old, item)
+        if old is not None and another:
             reasons.append(
-                f"is another slide than the one at {old['source']}: that slide's label, patient and other "
-                "columns were not copied"
+                f"is another slide than the one at {old['source']}: that slide's label, patient, other "
+                "columns and annotations were not copied"
             )
         elif old is not None:
             _keep_metadata(row, old, given)
         write_atomic(self._path / target, blob)
-        self._replace_rows(row, old, item)
+        self._replace_rows(row, old, item, keep_annotations=not another)
         state = "added" if old is None else "replaced"
         return Added(origin, item.name, state, len(item.features), "; ".join(filter(None, reasons)))
 
     def _replace_rows(
-        self, row: dict[str, Any], old: dict[str, Any] | None, item: Features
+        self,
+        row: dict[str, Any],
+        old: dict[str, Any] | None,
+        item: Features,
+        keep_annotations: bool,
     ) -> None:
         """Write the rows of a slide, its tiles and their clusters in one step, replacing an old slide."""
         tiles = tiles_row(item, self._manifest.metric)
         assigned = {n: c.assign(item.features) for n, c in self._clusterings().items()}
         with self._catalog.write() as db:
+            kept: list[dict[str, Any]] = []
             if old is not None:
+                kept = annotation.rows_of(db, old["id"]) if keep_annotations else []
                 db.execute("DELETE FROM slides WHERE id = ?", (old["id"],))
             first = int(get_meta(db, NEXT_TILE))
             slide = insert(db, "slides", row)
             insert(db, "slide_tiles", {**tiles, "slide_id": slide, "first_tile": first})
+            annotation.put_back(db, kept, slide)
             set_meta(db, NEXT_TILE, str(first + len(item.features)))
             for clustering, of_tiles in assigned.items():
                 clusterings.insert_placement(db, clustering, slide, of_tiles, fitted=False)

@@ -24,7 +24,8 @@ GROUPS_BY_FILE = {
     "serving/test_stopping.py": "triton",
     "serving/test_triton.py": "triton",
     "ui/test_behind_nginx.py": "browser",
-    "ui/test_page.py": "browser",
+    "ui/page/test_page.py": "browser",
+    "ui/page/test_viewer_tab.py": "browser",
 }
 GROUPS_BY_NAME = {
     "test_the_real_server_embeds_as_in_process": "triton",
@@ -54,7 +55,8 @@ SLOW_FILES = {
     "test_tutorial.py",
     "training/test_reproduce.py",
     "ui/test_behind_nginx.py",
-    "ui/test_page.py",
+    "ui/page/test_page.py",
+    "ui/page/test_viewer_tab.py",
 }
 SLOW_FIXTURES = frozenset(
     {

@@ -23,11 +23,15 @@ from ..clusters import stored as clusterings
 from ..clusters.fitting import fitted
 from ..opened import OpenAtlas
 from ..search import layout
+from ..store import annotation
 from ..store.packing import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
 from ..store.store import RESTORE
 from ..writer import Writer
 
-SEALED = ("meta", "slides", "slide_tiles", "generations", "clusterings", "placements", "clusters")
+SEALED = (
+    "meta", "slides", "slide_tiles", "generations", "clusterings", "placements", "clusters",
+    annotation.TABLE,
+)  # fmt: skip
 
 
 class Kind(Enum):
@@ -93,7 +97,9 @@ def _database(atlas: OpenAtlas) -> list[Problem]:
             Problem(f"atlas.db: row {row[1]} of {row[0]} links to a row that does not exist")
             for row in links
         ]
-        for table in SEALED:
+        with atlas.catalog.read() as db:
+            newest = annotation.table_there(db)
+        for table in SEALED if newest else SEALED[:-1]:
             for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
                 if seal(dict(row)) != row[SEAL]:
                     name = " ".join(map(str, row[:2]))[:60]

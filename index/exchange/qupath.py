@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -47,21 +47,31 @@ def write_geojson(
     corners = origins(view)
     parts = np.split(order, np.flatnonzero(np.diff(slides.codes[order])) + 1)
     x, y, side = (table.numbers(key) for key in ("x", "y", "size_px_level0"))
+    shown = [slides.names[int(slides.codes[rows[0]])] for rows in parts]
+    names = file_names(shown)
     with publish_folder(out) as folder:
-        for rows in parts:
-            slide = slides.names[int(slides.codes[rows[0]])]
+        for slide, rows in zip(shown, parts, strict=True):
             left, top = corners.get(slide) or (0, 0)
             squares = [
                 square(int(x[row]) - left, int(y[row]) - top, int(side[row]), properties(row))
                 for row in rows.tolist()
             ]
-            name = plain_name(slide)
-            if (folder / f"{name}.geojson").exists():  # another slide has the same safe name
-                name = f"{name[:80]}-{hashlib.sha256(slide.encode()).hexdigest()[:8]}"
             write_atomic(
-                folder / f"{name}.geojson", json.dumps(collection(squares), ensure_ascii=False)
+                folder / f"{names[slide]}.geojson",
+                json.dumps(collection(squares), ensure_ascii=False),
             )
     return len(drawn)
+
+
+def file_names(slides: Iterable[str]) -> dict[str, str]:
+    """Return a safe and distinct file name for each slide, without ending."""
+    names: dict[str, str] = {}
+    for slide in slides:
+        name = plain_name(slide)
+        if name in names.values():
+            name = f"{name[:80]}-{hashlib.sha256(slide.encode()).hexdigest()[:8]}"
+        names[slide] = name
+    return names
 
 
 def origins(view: View, where: str | None = None) -> dict[str, tuple[int, int] | None]:

@@ -12,6 +12,7 @@ from ...errors import BadInput
 from ..clusters.stored import placements
 from ..search.columns import NOT_PLACED, Coded
 from ..search.tiles import Mask, allowed
+from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from ..view import View
 from .column_names import unique_names
 
@@ -66,7 +67,8 @@ def table_of(view: View, where: str | None = None) -> Table:
     manifest = view.state.manifest
     encoder = {"name": manifest.name, "sha256": manifest.sha256, "metric": manifest.metric}
     of_tiles = _tile_columns(view, rows)
-    names = unique_names(columns.names(), taken=of_tiles)
+    annotated = ANNOTATION_FIELDS if columns.annotations else {}
+    names = unique_names([*columns.names(), *annotated], taken=of_tiles)
     metadata: dict[str, NDArray[Any] | Coded] = {}
     for name, called in names.items():
         coded = columns.coded(name)

@@ -17,7 +17,10 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.geojson import inside
 from ..store import packing
+from ..store.annotation import FIELDS as ANNOTATION_FIELDS
+from ..store.annotation import Annotation
 from ..store.packing import MISSING, Codes, unpack_coded, unpack_numbers
 from ..store.rows import Hit
 
@@ -51,6 +54,7 @@ class Columns:
         slides: Sequence[Mapping[str, Any]],
         placements: Mapping[str, Mapping[int, bytes]],
         newest: str | None,
+        annotations: Sequence[Annotation] = (),
     ) -> None:
         """Wrap rows of the catalog.
 
@@ -58,7 +62,9 @@ class Columns:
             slides: rows of ``slides`` joined with ``slide_tiles``, in the order of the positions.
             placements: per clustering, the stored clusters of each slide's tiles, by slide id.
             newest: the clustering that hits show.
+            annotations: of all slides.
         """
+        self.annotations = list(annotations)
         self.slides = list(slides)
         self.newest = newest
         self._placements = placements
@@ -149,14 +155,44 @@ class Columns:
 
     def fields(self) -> list[str]:
         """Return all fields that a filter accepts."""
-        return [*self.names(), "file", "tile", "x", "y", "mpp", "target_mpp", "cluster"]
+        of_tiles = ["file", "tile", "x", "y", "mpp", "target_mpp", "cluster"]
+        return [*self.names(), *of_tiles, *ANNOTATION_FIELDS]
 
     def coded(self, field: str) -> Coded:
         """Return a column by name: slide, kind, label, patient, or any column of the metadata.
 
-        The label or patient of a tile takes precedence over that of its slide.
+        The label or patient of a tile takes precedence over that of its slide. A field of annotations has
+        the value of the smallest one around a tile.
         """
-        return self.cached(f"coded {field}", lambda: self._make_coded(field))
+        make = self._make_annotated if field in ANNOTATION_FIELDS else self._make_coded
+        return self.cached(f"coded {field}", lambda: make(field))
+
+    def annotated(self) -> list[tuple[Annotation, NDArray[np.int64]]]:
+        """Return each annotation with the positions of the tiles whose centre is inside, largest first."""
+        return self.cached("annotated", self._make_positions)
+
+    def _make_positions(self) -> list[tuple[Annotation, NDArray[np.int64]]]:
+        number_of = {slide["name"]: n for n, slide in enumerate(self.slides)}
+        found = []
+        for item in sorted(self.annotations, key=lambda a: -a.area):
+            number = number_of[item.slide]
+            start, end = self.starts[number : number + 2].tolist()
+            half = self.slides[number]["size_px_level0"] / 2
+            centres = self.places()[start:end] + half
+            corners = np.concatenate(item.rings)
+            near = np.flatnonzero(
+                ((centres >= corners.min(axis=0)) & (centres <= corners.max(axis=0))).all(axis=1)
+            )
+            found.append((item, start + near[inside(centres[near], item.rings)]))
+        return found
+
+    def _make_annotated(self, field: str) -> Coded:
+        names: dict[str, int] = {}
+        codes = np.full(len(self), MISSING, dtype=np.int32)
+        for item, positions in self.annotated():
+            if value := getattr(item, ANNOTATION_FIELDS[field]):
+                codes[positions] = names.setdefault(value, len(names))
+        return Coded(list(names), codes)
 
     def _make_coded(self, field: str) -> Coded:
         numbers: dict[str, int] = {}

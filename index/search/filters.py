@@ -5,10 +5,13 @@ value of a column, and the result is looked up for each tile.
 
 Fields: ``slide``, ``kind``, ``label``, ``patient``, ``file``, ``tile``, ``x``, ``y``, ``mpp``,
 ``target_mpp`` (of the tiles), ``cluster`` (of the newest clustering), ``cluster.NAME`` (of another), and
-every user-defined column of the metadata. Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``,
-``like`` (``%`` any text, ``_`` one character), ``is null``, ``is not null``, ``and``, ``or``, ``not``,
-brackets. Write texts in single or double quotes, and double a quote inside a text. Write a column name of
-several words in backticks. A tile without a value equals nothing, so ``!=`` and ``not in`` are true for it.
+every user-defined column of the metadata. ``annotation.label``, ``annotation.note`` and
+``annotation.author`` are of the annotations around the centre of a tile; one of them must pass.
+
+Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``, ``like`` (``%`` any text, ``_`` one character),
+``is null``, ``is not null``, ``and``, ``or``, ``not``, brackets. Write texts in single or double quotes;
+double a quote inside. Write a column name of several words in backticks. A tile without a value
+equals nothing, so ``!=`` and ``not in`` are true for it.
 """
 
 from __future__ import annotations
@@ -16,13 +19,14 @@ from __future__ import annotations
 import operator as operators
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput, unknown_name
+from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from .columns import NOT_PLACED, Columns
 
 Mask = NDArray[np.bool_]
@@ -168,6 +172,8 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
         return _compare_numbers(numbers, wanted)
     if field == "file":
         return _files(columns, wanted)
+    if field in ANNOTATION_FIELDS:
+        return _annotations(columns, wanted)
     if field not in columns.names():
         raise BadInput(str(unknown_name("field", field, columns.fields())))
     coded = columns.coded(field)
@@ -214,6 +220,21 @@ def _compare_numbers(numbers: NDArray[np.float64], wanted: Compare) -> Mask:
     with np.errstate(invalid="ignore"):
         mask: Mask = _ORDER[wanted.operator](numbers, wanted.values[0])
     return mask
+
+
+_DENIED = {"!=": "=", "not in": "in", "not like": "like", "is null": "is not null"}
+"""Operators that are true where the other one is false."""
+
+
+def _annotations(columns: Columns, wanted: Compare) -> Mask:
+    """Return the tiles in an annotation that passes; of a negation, those in none that fails it."""
+    positive = replace(wanted, operator=_DENIED.get(wanted.operator, wanted.operator))
+    mask = np.zeros(len(columns), dtype=bool)
+    for item, positions in columns.annotated():
+        value = getattr(item, ANNOTATION_FIELDS[wanted.field]) or None
+        if value is not None and holds(value, positive):
+            mask[positions] = True
+    return ~mask if wanted.operator in _DENIED else mask
 
 
 def _files(columns: Columns, wanted: Compare) -> Mask:

@@ -11,6 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import Damaged
+from ..store import annotation
+from ..store.annotation import Annotation
 from ..store.catalog import REVISION, get_meta
 from ..store.store import StateGone, Store
 from ..vectors.generations import Generations
@@ -33,6 +35,7 @@ class _Rows:
     placements: dict[str, dict[int, bytes]]
     clusterings: list[dict[str, Any]]
     cluster_names: dict[str, dict[int, str]]
+    annotations: list[Annotation]
 
 
 class States:
@@ -84,10 +87,12 @@ class States:
                 "JOIN clusterings AS c ON c.id = p.clustering_id"
             ):
                 placements[row["name"]][row["slide_id"]] = row["cluster"]
+            annotated = annotation.read(db)
             if int(get_meta(db, REVISION)) != revision:  # read without locks in a read-only folder
                 raise StateGone(f"{self._store.path} changed while it was read; try again")
         opened = None if generation is None else dict(generation)
-        return _Rows(revision, [dict(row) for row in slides], opened, placements, fits[::-1], names)
+        rows = [dict(row) for row in slides]
+        return _Rows(revision, rows, opened, placements, fits[::-1], names, annotated)
 
     def _open(self, rows: _Rows) -> State:
         by_id = {slide["id"]: slide for slide in rows.slides}
@@ -120,7 +125,7 @@ class States:
         return State(
             self._store,
             rows.revision,
-            Columns(order, rows.placements, newest),
+            Columns(order, rows.placements, newest, rows.annotations),
             index,
             opened.number if opened else 0,
             opened.about if opened else {},

@@ -64,6 +64,9 @@ class Catalog:
         finally:
             db.close()
 
+    def _can_write(self) -> bool:
+        return os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK)
+
     def _uri(self) -> str:
         """Return the address for SQLite: read-only without write permission.
 
@@ -71,7 +74,7 @@ class Catalog:
         immutable, because SQLite could not create one.
         """
         uri = self.path.absolute().as_uri()
-        if os.access(self.path.parent, os.W_OK) and os.access(self.path, os.W_OK):
+        if self._can_write():
             return f"{uri}?mode=rw"
         try:
             with closing(sqlite3.connect(f"{uri}?mode=ro", uri=True)) as db:
@@ -149,7 +152,7 @@ class Catalog:
                 f"{self.path} has schema {version}, which was never released; build the atlas again from "
                 "its feature files with `histoseek index create` and `histoseek index add`"
             )
-        if version < schema.newest():
+        if version < schema.newest() and self._can_write():
             self._migrate(db)
 
     def _migrate(self, db: sqlite3.Connection) -> None:

@@ -110,6 +110,25 @@ def _has_folder(name: str) -> bool:
     return "/" in name.replace("\\", "/").strip("./")
 
 
+def matches_of(
+    names: Iterable[str], slides: Sequence[Any], source: str, kind: str
+) -> tuple[dict[str, str], list[str]]:
+    """Return the slide of the atlas that each name matches, and the names that match none.
+
+    Args:
+        names: to match; see :mod:`histoseek.artifacts.slide_names`.
+        slides: rows of the atlas's table.
+        source: what the names are from, for messages.
+        kind: what one of them is, such as a row or a file.
+
+    Raises:
+        BadInput: a name matches two slides, or two names match one slide.
+    """
+    every = _names_in_atlas(slides)
+    matches = match(sorted(names), every, source, kind)
+    return {name: every[n].name for n, name in matches.by_slide.items()}, matches.unused
+
+
 def slides_meant(names: Iterable[str], slides: Sequence[Any]) -> dict[str, str]:
     """Return the slide of the atlas that each name matches.
 
@@ -117,15 +136,13 @@ def slides_meant(names: Iterable[str], slides: Sequence[Any]) -> dict[str, str]:
         BadInput: a name matches two slides, or two names match one slide.
         NotFound: names match no slide; the message lists them all.
     """
-    every = _names_in_atlas(slides)
-    matches = match(sorted(names), every, TABLE, "row")
-    if matches.unused:
-        first = unknown_name("slide", matches.unused[0], sorted(s.name for s in every)[:10])
-        if len(matches.unused) == 1:
+    found, unused = matches_of(names, slides, TABLE, "row")
+    if unused:
+        first = unknown_name("slide", unused[0], sorted(row["name"] for row in slides)[:10])
+        if len(unused) == 1:
             raise first
-        unmatched = ", ".join(map(repr, matches.unused))
         raise NotFound(
-            f"{len(matches.unused)} rows match no slide of the atlas ({unmatched}); nothing was changed; "
-            f"{first}"
+            f"{len(unused)} rows match no slide of the atlas ({', '.join(map(repr, unused))}); nothing was "
+            f"changed; {first}"
         )
-    return {name: every[n].name for n, name in matches.by_slide.items()}
+    return found

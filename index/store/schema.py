@@ -91,7 +91,27 @@ CREATE TABLE clusters (
     PRIMARY KEY (clustering_id, cluster)
 );
 """
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = ()
+
+
+def _add_annotations(db: sqlite3.Connection) -> None:
+    db.execute(
+        """CREATE TABLE annotations (
+    id INTEGER PRIMARY KEY AUTOINCREMENT,
+    slide_id INTEGER NOT NULL REFERENCES slides (id) ON DELETE CASCADE,
+    uuid TEXT NOT NULL UNIQUE,
+    label TEXT NOT NULL,
+    note TEXT NOT NULL,
+    polygons TEXT NOT NULL,
+    author TEXT NOT NULL,
+    created_at TEXT NOT NULL,
+    changed_at TEXT NOT NULL,
+    seal BLOB NOT NULL
+)"""
+    )
+    db.execute("CREATE INDEX annotations_of_slide ON annotations (slide_id)")
+
+
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_add_annotations,)
 """Changes since schema :data:`FIRST`, in order."""
 
 

@@ -23,6 +23,7 @@ from ...errors import BadInput, unknown_name
 from ..atlas import Atlas
 from ..search import cases
 from ..search.tiles import Mask
+from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from ..view import View
 from .scores import RANKS, Ints, QueryResults, RetrievalOptions, scores_of
 
@@ -97,8 +98,9 @@ def _unanswerable(results: QueryResults, names: list[str], owner: str) -> list[s
 
 
 def _column(view: View, name: str) -> Any:
-    if name not in view.columns.names():
-        raise unknown_name("column", name, view.columns.names())
+    known = [*view.columns.names(), *ANNOTATION_FIELDS]
+    if name not in known:
+        raise unknown_name("column", name, known)
     return view.columns.coded(name)
 
 

@@ -12,11 +12,12 @@ from numpy.typing import NDArray
 
 from ...artifacts.feature_files import Features
 from ...artifacts.files import write_atomic
+from ...artifacts.geojson import moved
 from ...artifacts.images import encode_jpeg
 from ...artifacts.manifest import Manifest
 from ...artifacts.tables import number_of
 from ...errors import BadInput
-from ..slides.geojson import moved, outlines, write_tiles, write_tissue
+from ..slides.geojson import outlines, write_tiles, write_tissue
 from ..slides.overlay import draw_overlay
 from ..slides.slide import Grid, Slide
 from .jobs import Job

@@ -16,12 +16,13 @@ from numpy.typing import NDArray
 from ...artifacts.feature_files import Features, magnification, read_about
 from ...artifacts.feature_writer import amend
 from ...artifacts.files import content_mark, sha256_file
+from ...artifacts.geojson import moved
 from ...artifacts.images import square
 from ...artifacts.manifest import Manifest
 from ...artifacts.tileset_files import open_tiles
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch
-from ..slides.geojson import moved, read_annotations
+from ..slides.geojson import read_annotations
 from ..slides.slide import Slide, open_slide
 from .jobs import Job, distinct_name
 from .results import EmbedOptions, Result

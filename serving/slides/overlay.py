@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
+from ...artifacts.geojson import Ring
 from ...artifacts.images import Rgb
-from .geojson import Ring
 from .slide import Grid
 
 LONGEST = 1024

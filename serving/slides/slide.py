@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.geojson import Ring
 from ...artifacts.images import Rgb, resample
 from ...errors import BadInput, HistoseekError
-from .geojson import Ring, draw_mask
+from .geojson import draw_mask
 from .overview import overview
 from .profiles import about_profile
 from .scale import choose_mpp, is_of_a_print, sides_of

@@ -43,7 +43,7 @@ def test_a_later_change_is_applied_when_an_atlas_is_opened_and_when_it_is_made(
         db.execute("CREATE TABLE later (atlas TEXT)")
         db.execute("INSERT INTO later VALUES (?)", (key,))
 
-    monkeypatch.setattr(schema, "MIGRATIONS", (change,))
+    monkeypatch.setattr(schema, "MIGRATIONS", (*schema.MIGRATIONS, change))
     for atlas in (Atlas(old.path), Atlas(old.path), filled(tmp_path / "new", slides=1, count=5)):
         rows = atlas.catalog.rows("SELECT atlas FROM later")
         assert [row["atlas"] for row in rows] == [atlas.store.identity]

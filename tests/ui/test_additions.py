@@ -50,7 +50,9 @@ def test_a_slide_from_an_allowed_folder_is_searchable_soon(serve, own_atlas, tmp
         over(one.additions, one.client.post("/v1/slides", json=body).json()["id"]).state == "done"
     )
     gone = one.client.delete("/v1/slides/new-1").json()
-    assert gone == {"slide": "new-1", "tiles": job.total} and slide.exists(), "not ours to delete"
+    assert gone == {"slide": "new-1", "tiles": job.total, "annotations": 0} and slide.exists(), (
+        "not ours to delete"
+    )
     assert one.client.get("/v1/slides/new-1").status_code == 404
 
 

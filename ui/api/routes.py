@@ -18,24 +18,17 @@ from ...index.search.query import Query
 from ..access.service import Server
 from ..session import report
 from ..session.addition import Addition
-from ..session.answers import SearchAnswer
 from ..session.regions import Region
 from . import models
 from .bodies import Body, body_of, content_type, images_of, with_body
+from .viewer_routes import JPEG, Clustering, add_annotations, add_viewer, jpeg
 
 PAGE = 200
 F = TypeVar("F", bound=Callable[..., Response])
 TileNumber = Annotated[int, Parameter(ge=0, le=models.MAX_TILE)]
-Zoom = Annotated[int, Parameter(ge=0, le=32)]
-PieceNumber = Annotated[int, Parameter(ge=0, le=2**24)]
-Clustering = Annotated[str | None, InUrl(max_length=200)]
 MAP: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}},
     202: {"model": models.Pending, "description": "the map is being computed; try again later"},
-}
-BINARY: dict[int | str, dict[str, Any]] = {200: {"content": {"application/octet-stream": {}}}}
-JPEG: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"image/jpeg": {"schema": {"type": "string", "format": "binary"}}}}
 }
 
 
@@ -129,10 +122,6 @@ def add_pictures(app: FastAPI, server: Server) -> None:
     session = server.session
     pictures = session.pictures
 
-    def jpeg(blob: bytes, seconds: int = 3600) -> Response:
-        headers = {"Cache-Control": f"private, max-age={seconds}" if seconds else "no-store"}
-        return Response(blob, media_type="image/jpeg", headers=headers)
-
     def image(path: str, tag: str) -> Callable[[F], F]:
         return app.get(path, tags=[tag], responses=JPEG, response_class=Response)
 
@@ -165,56 +154,6 @@ def add_pictures(app: FastAPI, server: Server) -> None:
     def overlay(slide: str, clustering: Clustering = None) -> Response:
         """Return a slide with its tiles coloured by cluster."""
         return jpeg(pictures.clusters(slide, clustering), 0)
-
-    @app.get("/v1/slides/{slide}/pyramid", tags=["slides"], response_model=models.Pyramid)
-    def pyramid(slide: str) -> Any:
-        """Describe a slide for a viewer: size, µm per pixel and zooms."""
-        return session.viewer.pyramid(slide)._asdict()
-
-    @image("/v1/slides/{slide}/tiles/{z}/{x}/{y}.jpg", "slides")
-    def piece(slide: str, z: Zoom, x: PieceNumber, y: PieceNumber) -> Response:
-        """Return a square piece of a slide at a zoom; see the slide's pyramid."""
-        return jpeg(session.viewer.piece(slide, z, x, y))
-
-    @app.get("/v1/slides/{slide}/grid", tags=["slides"], response_class=Response, responses=BINARY)
-    def grid(
-        slide: str,
-        request: Request,
-        by: Literal["cluster", "score", "grid"] = "grid",
-        clustering: Clustering = None,
-        result: Annotated[str, InUrl(max_length=64)] = "",
-    ) -> Response:
-        """Return the places of a slide's tiles and a colour of each, for a layer over the slide.
-
-        Four bytes give the length of a JSON header (uint32), which is padded with spaces to a multiple of
-        eight bytes; then places (int32, N x 2, level-0 pixels) and colours (uint8, N x 4). With
-        ``by=score``, ``result`` is the id of an earlier search.
-        """
-        query, by_text = None, False
-        if by == "score":
-            answer = session.results.get(result)
-            server.note(request, "heat", slide=slide, result=result)
-            if not isinstance(answer, SearchAnswer):
-                raise BadInput(f"result {result!r} is not a search; expected the id of a search")
-            query, by_text = answer.vector, answer.query.by_text
-        blob = session.viewer.layer(slide, by, clustering, query, by_text)
-        return Response(
-            blob, media_type="application/octet-stream", headers={"Cache-Control": "no-store"}
-        )
-
-    @image("/v1/slides/{slide}/heat.jpg", "slides")
-    def heat(
-        slide: str, result: Annotated[str, InUrl(max_length=64)], request: Request
-    ) -> Response:
-        """Return a slide with its tiles coloured by their similarity to an earlier search.
-
-        The colours span 0 to 1; for a search by text, the slide's lowest to its highest score.
-        """
-        answer = session.results.get(result)
-        server.note(request, "heat", slide=slide, result=result)
-        if not isinstance(answer, SearchAnswer):
-            raise BadInput(f"result {result!r} is not a search; expected the id of a search")
-        return jpeg(pictures.heat(slide, answer.vector, answer.query.by_text)[0], 0)
 
 
 def add_map(app: FastAPI, server: Server) -> None:
@@ -277,11 +216,12 @@ def add_slides(app: FastAPI, server: Server) -> None:
 
     @app.delete("/v1/slides/{slide}", tags=["slides"], response_model=models.Removed)
     def remove(slide: str, request: Request) -> Any:
-        """Remove a slide from the atlas; if it was uploaded, its file is deleted too."""
+        """Remove a slide from the atlas with its annotations, and its file if it was uploaded."""
         server.note(
             request, "remove", slide=slide
         )  # before the removal, so that none is unrecorded
-        return {"slide": slide, "tiles": server.additions.remove(slide)}
+        marked = sum(item.slide == slide for item in session.atlas.annotations())
+        return {"slide": slide, "tiles": server.additions.remove(slide), "annotations": marked}
 
     @app.get("/v1/slides/{slide}/similar", tags=["slides"], response_model=models.SimilarSlides)
     def similar(
@@ -369,5 +309,8 @@ def add_clusters(app: FastAPI, server: Server) -> None:
         return {"clustering": name, "clusters": rows}
 
 
-ALL = (add_queries, add_answers, add_pictures, add_map, add_slides, add_jobs, add_clusters)
+ALL = (
+    add_queries, add_answers, add_pictures, add_viewer, add_annotations, add_map, add_slides, add_jobs,
+    add_clusters,
+)  # fmt: skip
 """What adds the routes of the API to an app."""

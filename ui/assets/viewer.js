@@ -7,8 +7,12 @@
   const MAX_ZOOM = 3;  // level-0 pixels are shown up to 8 times as large
   const DRAWN = { color: "#c2410c", weight: 3, fillOpacity: 0.08 };
 
-  async function json(url, options) {
+  async function json(url, options, left = 5) {
     const answer = await fetch(url, options);
+    if (answer.status === 429 && left) {  // another change is being written
+      await new Promise((done) => setTimeout(done, 600));
+      return json(url, options, left - 1);
+    }
     const body = await answer.json().catch(() => null);
     if (!answer.ok) throw new Error(body?.error?.message ?? `the server answered ${answer.status}`);
     return body;
@@ -36,6 +40,11 @@
     });
   }
   const place = (x, y) => L.latLng(y, x);
+  /* At most 500 corners, in whole pixels. */
+  const thinned = (corners) => {
+    const every = Math.ceil(corners.length / 500);
+    return corners.filter((_, n) => n % every === 0).map(([x, y]) => [Math.round(x), Math.round(y)]);
+  };
 
   function nice(longest) {
     const power = 10 ** Math.floor(Math.log10(longest));
@@ -49,7 +58,7 @@
       this.title = section.querySelector("h3");
       this.scale = section.querySelector(".hs-scalebar");
       this.map = L.map(section.querySelector(".hs-slidemap"), {
-        crs, zoomSnap: 1, zoomAnimation: false, attributionControl: false, doubleClickZoom: true,
+        crs, zoomSnap: 0.25, zoomAnimation: false, attributionControl: false, doubleClickZoom: true,
         maxZoom: MAX_ZOOM, wheelPxPerZoomLevel: 120, renderer: L.canvas({ padding: 1 }),
       });
       this.marks = L.layerGroup().addTo(this.map);
@@ -63,6 +72,7 @@
         const about = await json(`${path(slide)}/pyramid`);
         this.about = about;
         this.pieces?.remove();
+        this.annotations?.remove();
         this.layer?.remove();
         this.layer = null;
         this.marks.clearLayers();
@@ -79,6 +89,7 @@
         this.map.setMaxBounds(bounds.pad(0.5));
         this.pieces = layer.addTo(this.map);
         this.title.textContent = slide;
+        this.changed?.(this);
         if (!at) this.map.fitBounds(bounds, { animate: false });
       }
       if (at) {
@@ -155,13 +166,14 @@
       (part) => find(`[data-part=${part}]`));
     const elsewhere = find("[data-part=elsewhere]");
     const tools = [...element.querySelectorAll(".hs-tool")];
-    let left = null, right = null, tool = "move", result = null, ring = null, asking = 0, linking = false, opened = false;
+    let left = null, right = null, tool = "move", result = null, rings = null, asking = 0, linking = false, opened = false;
 
     const say = (text, problem = false) => {
       note.textContent = text;
       note.classList.toggle("hs-problem", problem);
     };
     const failed = (error) => say(error.message, true);
+    const marks = hs.annotations(element, { json, say, failed, ask, panes: () => [left, right] });
 
     const moved = (pane) => {
       const other = pane === left ? right : left;
@@ -180,6 +192,7 @@
       panes.dataset.two = "1";
       right = new Pane(b, moved);
       two(false);
+      left.changed = right.changed = (pane) => { if (pane === left) marks.close(); marks.load(pane); };
       drawing(left);
     }
     function two(shown) {
@@ -231,11 +244,12 @@
       } catch (error) { failed(error); }
     }
 
-    /* Search for a region of the left slide. */
-    async function ask() {
+    /* Search for regions of the left slide: `corners` of each; `remark` is added to the answer. */
+    async function ask(corners, remark = "") {
       const mine = ++asking, slide = left.about.slide;
+      rings = corners.map(thinned);
       say("Searching …");
-      const body = { regions: [{ slide, ring }], k: 24, per_slide: false,
+      const body = { regions: rings.map((ring) => ({ slide, ring })), k: 24, per_slide: false,
         where: elsewhere.checked ? `slide != ${quoted(slide)}` : null };
       let answer;
       try {
@@ -243,10 +257,12 @@
       } catch (error) { if (mine === asking) failed(error); return; }
       if (mine !== asking) return;
       result = answer.result;
-      const [cut] = answer.provenance.examples.regions;
-      const facts = [cut.tiles === 1 ? "one tile around its middle" : `${cut.tiles.toLocaleString()} tiles of the region`];
-      if (cut.without_tissue) facts.push(`${cut.without_tissue.toLocaleString()} without tissue left out`);
-      if (cut.not_taken) facts.push(`${cut.not_taken.toLocaleString()} more not used`);
+      const cuts = answer.provenance.examples.regions;
+      const sum = (part) => cuts.reduce((total, cut) => total + cut[part], 0);
+      const facts = [sum("tiles") === 1 ? "one tile around its middle" : `${sum("tiles").toLocaleString()} tiles of the region`];
+      if (sum("without_tissue")) facts.push(`${sum("without_tissue").toLocaleString()} without tissue left out`);
+      if (sum("not_taken")) facts.push(`${sum("not_taken").toLocaleString()} more not used`);
+      if (remark) facts.push(remark);
       say(`${answer.verdict.text} (${facts.join(", ")}; ${Math.round(answer.milliseconds.embed + answer.milliseconds.search)} ms)`);
       hits.replaceChildren(...answer.hits.map(card));
       if (layer.value === "score") await paint();
@@ -289,9 +305,9 @@
       const finish = (corners) => {
         pane.marks.clearLayers();
         redraw(corners);
-        const most = Math.ceil(corners.length / 500);
-        ring = corners.filter((_, n) => n % most === 0).map(([x, y]) => [Math.round(x), Math.round(y)]);
-        ask();
+        const ring = thinned(corners);
+        marks.drawn(ring);
+        ask([ring]);
       };
       hs.askAround = (x, y) => {
         const half = pane.about.tile_px_level0 / 2;
@@ -341,7 +357,7 @@
     layer.addEventListener("change", paint);
     clustering.addEventListener("change", paint);
     opacity.addEventListener("input", () => { for (const pane of [left, right]) pane?.layer?.setOpacity(Number(opacity.value)); });
-    elsewhere.addEventListener("change", () => ring && ask());
+    elsewhere.addEventListener("change", () => rings && ask(rings));
 
     new IntersectionObserver((seen) => {
       if (opened || !seen.some((s) => s.isIntersecting) || takeWanted()) return;

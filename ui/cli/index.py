@@ -9,7 +9,7 @@ import typer
 
 from ... import console
 from ...errors import BadInput
-from . import bind, clusters, exchange, search, study
+from . import annotation, bind, clusters, exchange, search, study
 from .commands import Commands
 
 index_app = Commands("Build, search, cluster and check an atlas.")
@@ -64,17 +64,24 @@ def add(
 
 @index_app.command()
 def remove(atlas: Path, slides: list[str]) -> None:
-    """Remove slides or tile sets. If one fails, none is removed. Tile ids are never reused.
+    """Remove slides or tile sets, with their annotations. If one fails, none is removed.
+
+    Tile ids are never reused.
 
     Options:
         slides: Names of slides or tile sets.
     """
     from ...index.atlas import Atlas
 
-    removed, tiles = sorted(set(slides)), Atlas(atlas).remove(slides)
+    opened, removed = Atlas(atlas), sorted(set(slides))
+    marked = sum(item.slide in removed for item in opened.annotations())
+    tiles = opened.remove(slides)
+    also = f" and {marked} annotations" if marked else ""
     console.emit(
-        {"removed": removed, "tiles": tiles},
-        lambda: console.say(f"{atlas}: {len(removed)} slides with {tiles} tiles were removed"),
+        {"removed": removed, "tiles": tiles, "annotations": marked},
+        lambda: console.say(
+            f"{atlas}: {len(removed)} slides with {tiles} tiles{also} were removed"
+        ),
     )
 
 
@@ -344,6 +351,7 @@ for _command in (
     search.search, search.assign, search.similar, study.evaluate, study.agreement, study.duplicates,
     study.leakage,
     clusters.fit, clusters.map_, clusters.curve, clusters.clusters, clusters.name, clusters.drift,
-    exchange.import_, exchange.export, exchange.push, bind.bind,
+    exchange.import_, exchange.export, exchange.push, bind.bind, annotation.annotate,
+    annotation.annotations_,
 ):  # fmt: skip
     index_app.command(_command.__name__.rstrip("_"))(_command)

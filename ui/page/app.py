@@ -22,6 +22,8 @@ from .viewer_tab import viewer_tab
 from .widgets import HIDDEN, html
 
 ASSETS = Path(__file__).parents[1] / "assets"
+SCRIPTS = ("page.js", "annotations.js", "viewer.js")
+"""Loaded in this order; the first one makes what the others use."""
 FONTS = ["system-ui", "Segoe UI", "Helvetica", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
 
@@ -46,7 +48,7 @@ def mount(app: Any, server: Server) -> Any:
         max_file_size=None,  # the guard limits bytes, with a higher limit for slides
         theme=_theme(),
         css_paths=ASSETS / "page.css",
-        head='<script src="page-assets/page.js"></script><script src="page-assets/viewer.js"></script>',
+        head="".join(f'<script src="page-assets/{name}"></script>' for name in SCRIPTS),
     )
 
 
@@ -111,8 +113,7 @@ def _link_from_here() -> None:
 def _assets(app: Any) -> None:
     leaflet = _package("js_lib_leaflet") / "static" / "js_lib_leaflet"
     files = {
-        "page.js": ASSETS / "page.js",
-        "viewer.js": ASSETS / "viewer.js",
+        **{name: ASSETS / name for name in SCRIPTS},
         "leaflet.js": leaflet / "leaflet.js",
         "leaflet.css": leaflet / "leaflet.css",
         "plotly.min.js": _package("plotly") / "package_data" / "plotly.min.js",
@@ -154,7 +155,7 @@ def build(server: Server) -> Any:
         last = gr.State("")
         with gr.Tabs():
             with gr.Tab("Find similar"):
-                refresh = find_tab(server, last)
+                find_tab(server, last)
             with gr.Tab("Slide viewer"):
                 viewer_tab(session)
             with gr.Tab("Upload and cluster"):
@@ -168,7 +169,6 @@ def build(server: Server) -> Any:
             with gr.Tab("About") as about:
                 about_tab(session, about)
         page.load(lambda: _header(session), None, head, **HIDDEN)
-        refresh(page)
     page.queue(max_size=256, default_concurrency_limit=16)
     return page
 

@@ -18,6 +18,7 @@ def atlas_tab(session: Session, tab: Any) -> None:
     names = session.atlas.clusterings()
     fields = [(f"cluster.{name}", f"cluster ({name})") for name in names]
     fields += [(name, name) for name in session.atlas.view().columns.names() if name != "kind"]
+    fields.append(("annotation.label", "annotation"))
     select = '<label for="hs-colour">Colour by</label> <select id="hs-colour"></select>'
     first = json.dumps(fields[0][0])
     listed = json.dumps(fields).replace("<", "\\u003c")

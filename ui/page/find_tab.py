@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ EMPTY: Examples = {"upload": None, "like": [], "unlike": []}
 CHOICES = 2_000
 """Maximum number of values in a drop-down list; other values can be used in the filter's text."""
 COLUMN_VALUES = 60
+ANNOTATION = "annotation.label"
 PICKER = f"""
 <div class="hs-picker" data-limit="{UPLOAD_BYTES}">
   <div class="hs-drop"><input type="file" id="hs-query-file" accept="image/*,.tif,.tiff">
@@ -48,8 +49,8 @@ element.addEventListener('click', (e) => {
 """
 
 
-def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
-    """Build the tab; return a function that makes a page load the filters' values."""
+def find_tab(server: Server, last: Any) -> None:
+    """Build the tab."""
     session = server.session
     state = gr.State(EMPTY)
     with gr.Row():
@@ -61,7 +62,7 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
             )  # fmt: skip
             basket = html("", js_on_load=BASKET_JS, elem_id="basket")
             count = gr.Slider(1, 60, value=12, step=1, label="Number of hits")
-            with gr.Accordion("Filters", open=False, elem_id="filters"):
+            with gr.Accordion("Filters", open=False, elem_id="filters") as filters:
                 fields = {"text": words_box, **_filters(session)}
             button = gr.Button("Find similar tiles", variant="primary", elem_id="find")
         with gr.Column(scale=3, min_width=320):
@@ -82,11 +83,7 @@ def find_tab(server: Server, last: Any) -> Callable[[Any], None]:
     basket.select(handlers.picked, inputs, outputs, trigger_mode="multiple", **events)
     button.click(handlers.clicked, inputs, outputs, **events)
     words_box.submit(handlers.clicked, inputs, outputs, **events)
-
-    def refresh(page: Any) -> None:
-        page.load(lambda: _choices(session, list(fields)), None, list(fields.values()), **HIDDEN)
-
-    return refresh
+    filters.expand(lambda: _choices(session, list(fields)), None, list(fields.values()), **HIDDEN)
 
 
 class _Handlers:
@@ -164,6 +161,7 @@ def _filters(session: Session) -> dict[str, Any]:
     fields = {"in label": gr.Dropdown(label="Label", **many)}
     for name in others:
         fields[f"in {name}"] = gr.Dropdown(label=name, **many)
+    fields[f"in {ANNOTATION}"] = gr.Dropdown(label="In an annotation with the label", **many)
     fields["in slide"] = gr.Dropdown(label="Slide", **many)
     fields["in cluster"] = gr.Dropdown(label="Cluster", **many)
     fields["not in patient"] = gr.Dropdown(label="Leave out these patients", **many)
@@ -189,6 +187,9 @@ def _choices(session: Session, names: Sequence[str]) -> list[Any]:
             updates.append(gr.skip())
         elif field == "cluster":
             updates.append(gr.update(choices=_cluster_choices(session)))
+        elif field == ANNOTATION:
+            labels = {item.label for item in columns.annotations if item.label}
+            updates.append(gr.update(choices=sorted(labels)[:CHOICES]))
         else:
             updates.append(gr.update(choices=sorted(columns.coded(field).names)[:CHOICES]))
     return updates

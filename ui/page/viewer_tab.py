@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from html import escape
 
+from ...index.store.annotation import LONGEST_LABEL, LONGEST_NOTE
 from ..session.session import Session
 from .widgets import html
 
@@ -25,14 +26,31 @@ _TEMPLATE = """
       </select></label>
     <label{several}>of <select data-part="clustering">{clusterings}</select></label>
     <label>Opacity <input type="range" data-part="opacity" min="0" max="1" step="0.05" value="0.5"></label>
+    <label><input type="checkbox" data-part="marks" checked> annotations</label>
   </div>
   <p class="hs-vnote" role="status">Loading …</p>
+  <form class="hs-mark" aria-label="Annotation" hidden>
+    <label>Label <input name="label" maxlength="{longest_label}" list="hs-mark-labels" autocomplete="off">
+      </label><datalist id="hs-mark-labels"></datalist>
+    <label>Note <input name="note" class="hs-wide" maxlength="{longest_note}" autocomplete="off"></label>
+    <button class="hs-act">Save annotation</button>
+    <button type="button" class="hs-act" data-part="again" hidden>Search this region</button>
+    <button type="button" class="hs-act" data-part="delete" hidden>Delete</button>
+    <button type="button" class="hs-act" data-part="close">Close</button>
+    <small></small>
+  </form>
   <div class="hs-vstage" data-tool="move" hidden>
     <div class="hs-panes" data-two="0">{pane}{pane}</div>
     <ul class="hs-legend hs-vlegend" aria-label="Legend of the layer"></ul>
     <button type="button" class="hs-act hs-alone" data-part="alone">Show only the left slide</button>
   </div>
   <ol class="hs-vhits" aria-label="Most similar tiles"></ol>
+  <details class="hs-marks" hidden>
+    <summary>Annotations of this slide</summary>
+    <ul></ul>
+    <p><a class="hs-link" download>Save for QuPath (GeoJSON)</a>
+      <label class="hs-editors">Add from QuPath <input type="file" accept=".geojson,.json"></label></p>
+  </details>
 </div>"""
 _PANE = """<section class="hs-pane"><h3></h3>
  <div class="hs-slidemap" role="application"
@@ -50,6 +68,8 @@ def viewer_tab(session: Session) -> None:
             clusterings=options,
             several="" if len(names) > 1 else " hidden",
             pane=_PANE,
+            longest_label=LONGEST_LABEL,
+            longest_note=LONGEST_NOTE,
         ),
         js_on_load=_JS,
         elem_id="viewer",

@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from ...errors import HistoseekError, MissingPart, NotFound
 from ...index.atlas import Atlas
 from ...index.search.layout import Layout
+from ...index.store.annotation import FIELDS as ANNOTATION_FIELDS
 from .answers import Points
 from .background import Background
 from .words import cluster_name
@@ -80,7 +81,8 @@ class AtlasMap:
 
         Args:
             points: points of the map.
-            by: ``cluster``, ``cluster.NAME``, ``label``, ``slide``, ``patient`` or a metadata column.
+            by: ``cluster``, ``cluster.NAME``, ``label``, ``slide``, ``patient``, a metadata column or a
+                field of annotations.
         """
         view = self._atlas.view()
         columns = view.columns
@@ -94,7 +96,8 @@ class AtlasMap:
             names = view.state.cluster_names[str(name)]
             count = int(codes.max(initial=-1)) + 1
             return [cluster_name(c, names) for c in range(count)], codes
-        if by not in columns.names():
-            raise NotFound(f"the atlas has no column {by!r}; it has {', '.join(columns.names())}")
+        known = [*columns.names(), *ANNOTATION_FIELDS]
+        if by not in known:
+            raise NotFound(f"the atlas has no column {by!r}; it has {', '.join(known)}")
         coded = columns.coded(by)
         return coded.names, np.where(at >= 0, coded.codes[at], -1).astype(np.int32)

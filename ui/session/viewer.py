@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from ...artifacts.geojson import inside
 from ...artifacts.images import Rgb, encode_jpeg
 from ...errors import BadInput, NotFound
 from ...index.atlas import Atlas
@@ -204,8 +205,8 @@ class Viewer:
         def read(source: Slide) -> tuple[Cut, NDArray[np.uint8]]:
             overview, down = self._overview(key, source)
             boxes = np.concatenate([corners, corners + side], axis=1) / down
-            inside = tissue_share(tissue_mask(overview), boxes) >= LEAST_TISSUE
-            kept = corners[inside] if inside.any() else corners
+            shown = tissue_share(tissue_mask(overview), boxes) >= LEAST_TISSUE
+            kept = corners[shown] if shown.any() else corners
             rows = np.linspace(0, len(kept) - 1, min(len(kept), MAX_TILES)).round().astype(int)
             taken = kept[rows]
             tiles = np.empty((len(taken), size, size, 3), dtype=np.uint8)
@@ -277,16 +278,5 @@ def _grid_in(ring: tuple[Point, ...], side: int, size: tuple[int, int]) -> NDArr
     start = centre - np.array([across, down]) * side / 2
     x, y = (part.ravel() for part in np.meshgrid(np.arange(across), np.arange(down)))
     corners: NDArray[np.int64] = np.round(start + np.stack([x, y], axis=1) * side).astype(np.int64)
-    inside = _inside(corners + side / 2, np.array(ring))
-    return corners[inside] if inside.any() else one
-
-
-def _inside(points: NDArray[np.floating], ring: NDArray[np.float64]) -> NDArray[np.bool_]:
-    """Return which points (N, 2) are inside a polygon (M, 2), by the even-odd rule."""
-    x, y = points.T
-    inside = np.zeros(len(points), dtype=bool)
-    for (x0, y0), (x1, y1) in zip(ring.tolist(), np.roll(ring, -1, axis=0).tolist(), strict=True):
-        if y0 != y1:
-            crosses = (y0 > y) != (y1 > y)
-            inside ^= crosses & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
-    return inside
+    centred = inside(corners + side / 2, [ring])
+    return corners[centred] if centred.any() else one

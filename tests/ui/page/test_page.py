@@ -1,153 +1,19 @@
 """The page in a real browser with a real atlas (LC25000 tiles and a CMU slide): every tab and state."""
 
-import io
-import os
 import re
-import signal
-import subprocess
-import sys
-import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
 from loopback import free_port, up
+from pages import find, opened, pictures_are_there, shot, tab
 from PIL import Image
 
 from histoseek.index.atlas import Atlas
 
 pytestmark = pytest.mark.shared
 
-FLAGS = [
-    "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-    "--disable-component-update", "--disable-sync", "--no-first-run",
-]  # fmt: skip
-CHROMIUM = Path("/usr/bin/chromium")
-PATIENCE = 20_000
 HELD_OUT = "colon_n"
-
-
-@pytest.fixture(scope="module")
-def tiles(tmp_path_factory, shared):
-    """120 groups of lc25000, as a folder with a manifest; and a tile of another group, turned."""
-    folder = tmp_path_factory.mktemp("lc25000")
-    with tarfile.open(shared / "lc25000.tar") as pack:
-        rows = pack.extractfile("manifest.csv").read().decode().splitlines()
-        head, rows = rows[0].split(","), [row.split(",") for row in rows[1:]]
-        group, label, file = (head.index(name) for name in ("group", "label", "file"))
-        groups = sorted({row[group] for row in rows})[::8]
-        chosen = [row for row in rows if row[group] in set(groups)]
-        for row in chosen:
-            path = folder / "tiles" / row[file]
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(pack.extractfile(row[file]).read())
-        lines = [f"{row[file]},{row[label]},{row[group]}" for row in chosen]
-        (folder / "tiles/manifest.csv").write_text("\n".join(["file,label,group", *lines]) + "\n")
-        asked = next(r for r in rows if r[group] not in set(groups) and r[label] == HELD_OUT)
-        picture = Image.open(io.BytesIO(pack.extractfile(asked[file]).read()))
-        picture.rotate(90).save(folder / "query.png")
-    return folder
-
-
-@pytest.fixture(scope="module")
-def atlas(tiles, cmu_slide, tmp_path_factory):
-    folder = tmp_path_factory.mktemp("atlas")
-    metadata = "slide,patient,organ\nCMU-1-Small-Region,P-CMU,skin\ntiles,,mixed\n"
-    (folder / "cases.csv").write_text(metadata)
-    path, features = str(folder / "atlas"), str(folder / "features")
-    for words in (
-        ["embed", str(cmu_slide), str(tiles / "tiles"), "--out", features, "--overlap", "112"],
-        ["index", "create", path],
-        ["index", "add", path, features, "--metadata", str(folder / "cases.csv")],
-        ["index", "fit", path, "--method", "hdbscan"],
-        ["index", "fit", path, "--k", "6"],
-    ):
-        subprocess.run([sys.executable, "-m", "histoseek", *words], check=True, capture_output=True)
-    return folder / "atlas"
-
-
-@pytest.fixture(scope="module")
-def served(atlas, tmp_path_factory):
-    log = tmp_path_factory.mktemp("ui") / "log.txt"
-    port = free_port()
-    command = [sys.executable, "-u", "-m", "histoseek", "ui", str(atlas), "--port", str(port)]
-    with log.open("w") as stream:
-        process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT)
-    try:
-        up(port, process)
-        yield f"http://127.0.0.1:{port}/"
-    finally:
-        process.send_signal(signal.SIGINT)
-        assert process.wait(40) == 130
-    said = log.read_text()
-    assert "Traceback" not in said and "Warning" not in said, said
-
-
-@pytest.fixture(scope="module")
-def browser():
-    from playwright.sync_api import sync_playwright
-
-    with sync_playwright() as playwright:
-        path = str(CHROMIUM) if CHROMIUM.exists() else None
-        opened = playwright.chromium.launch(executable_path=path, args=FLAGS)
-        yield opened
-        opened.close()
-
-
-def opened(browser, served, width=1280, theme="light", bypass_csp=False):
-    page = browser.new_page(
-        viewport={"width": width, "height": 900}, bypass_csp=bypass_csp, reduced_motion="reduce"
-    )
-    page.set_default_timeout(PATIENCE)
-    page.requested, page.said = [], []
-    page.on("request", lambda request: page.requested.append(request.url))
-    page.on("pageerror", lambda error: page.said.append(str(error)))
-    page.on("console", lambda m: page.said.append(m.text) if m.type == "error" else None)
-    page.goto(f"{served}?__theme={theme}")
-    page.locator("#find").wait_for()
-    return page
-
-
-@pytest.fixture
-def page(browser, served):
-    made = opened(browser, served)
-    yield made
-    foreign = [u for u in made.requested if not u.startswith((served, "data:", "blob:"))]
-    assert foreign == [], "the page asks other servers"
-    assert [text for text in made.said if "Failed to load resource" not in text] == []
-    made.close()
-
-
-def tab(page, name):
-    """Open a tab, from the menu where the window is narrow."""
-    shown = page.get_by_role("tab", name=name)
-    if shown.count() and shown.first.is_visible():
-        shown.first.click()
-    else:
-        page.locator(".overflow-menu button").first.click()
-        page.locator(".overflow-dropdown button", has_text=name).click()
-
-
-def find(page, path):
-    page.set_input_files("#hs-query-file", path)
-    page.locator("#hits .hs-card").first.wait_for()
-
-
-def pictures_are_there(page, where):
-    page.wait_for_function(
-        """(where) => { const all = [...document.querySelectorAll(where)];
-        return all.length && all.every((i) => i.complete && i.naturalWidth > 0); }""",
-        arg=where,
-    )
-
-
-def shot(page, name):
-    """Save a screenshot where HISTOSEEK_SCREENSHOTS says, for the README and for looking at."""
-    folder = os.environ.get("HISTOSEEK_SCREENSHOTS")
-    if folder:
-        page.mouse.move(0, 0)
-        page.wait_for_timeout(400)
-        page.screenshot(path=f"{folder}/{name}.png", full_page=True)
 
 
 def test_find_similar(page, browser, tiles):
@@ -403,55 +269,12 @@ def test_slides_and_cases(page, tiles):
     page.get_by_text("No slide of that name.").wait_for()
 
 
-def test_a_region_of_a_slide_is_searched_and_a_hit_opens_beside_it(page):
-    tab(page, "Slide viewer")
-    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
-    assert page.locator(".hs-pane h3").first.inner_text() == "CMU-1-Small-Region"
-    assert "×" in page.locator(".hs-scalebar").first.inner_text()
-    shown = page.locator(".hs-slidemap").first
-    shown.focus()
-    page.keyboard.press("+")
-    page.wait_for_timeout(400)
-    page.get_by_label("other slides only").uncheck()  # the atlas has no other slide
-    page.locator(".hs-tool[data-tool=box]").click()
-    frame = shown.bounding_box()
-    x, y = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
-    page.mouse.move(x - 110, y - 90)
-    page.mouse.down()
-    page.mouse.move(x, y, steps=3)
-    page.mouse.move(x + 110, y + 110, steps=3)
-    page.mouse.up()
-    page.locator(".hs-vhit").first.wait_for()
-    assert "of the region" in page.locator(".hs-vnote").inner_text()
-    assert "this slide" in page.locator(".hs-vhit").first.inner_text()
-    pictures_are_there(page, ".hs-vhits li:first-child img")
-    page.locator(".hs-vhit", has_text="this slide").first.click()
-    pictures_are_there(page, ".hs-pane:last-child .leaflet-tile")
-    page.locator("[data-part=layer]").select_option("score")
-    page.locator(".hs-vlegend li").first.wait_for()
-    assert page.locator("canvas.hs-painted").count() == 2
-    page.locator("[data-part=layer]").select_option("cluster")
-    page.locator(".hs-vlegend li", has_text="cluster").first.wait_for()
-    shot(page, "slide-viewer")
-    page.locator("[data-part=alone]").click()
-    assert page.locator(".hs-pane").last.is_hidden()
-    page.locator("[data-part=middle]").click()
-    page.locator(".hs-vnote", has_text="one tile around its middle").wait_for()
-
-
-def test_a_hit_is_shown_on_its_slide(page):
-    tab(page, "Slides and cases")
-    page.locator("[data-slide='CMU-1-Small-Region']").click()
-    page.locator("[data-view]").click()
-    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
-    tab(page, "Slides and cases")
-    page.locator(".hs-pair [data-open]").first.click()
-    page.locator("dialog[open]").get_by_role("button", name="Open in the slide viewer").click()
-    page.locator("dialog[open]").wait_for(state="hidden")
-    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
-    assert page.locator(".hs-pane h3").first.inner_text() == "CMU-1-Small-Region"
-    magnified = page.locator(".hs-scalebar").first.inner_text().split(" · ")[1]
-    assert magnified == "10×"  # the tile of 224 px is some 140 px wide on the screen
+def test_an_unknown_role_is_said(browser, served):
+    page = browser.new_page()
+    page.route("**/v1/me", lambda route: route.fulfill(status=503, json={}))
+    page.goto(served)
+    page.get_by_role("alert").get_by_text("Your role is not known").wait_for()
+    page.close()
 
 
 def test_a_click_as_soon_as_there_is_something_to_click_is_not_lost(page):
