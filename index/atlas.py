@@ -28,6 +28,7 @@ from .clusters import fitting, report
 from .opened import OpenAtlas
 from .search import layout
 from .search.layout import Layout
+from .search.places import Places, places_of
 from .search.query import LeaveOut, Query
 from .store import annotation
 from .store.annotation import Annotated, Annotation
@@ -426,6 +427,18 @@ class Atlas(OpenAtlas):
         with suppress(StorageFailed):  # a read-only folder: the caller still gets the map
             write_atomic(self.path / layout.FILE, new_map.to_bytes())
         return new_map
+
+    def map_places(self, layout: Layout, progress: Callable[[int, int], None]) -> Places:
+        """Return the places of all tiles on a map; those of former slides are kept in a file.
+
+        Args:
+            layout: of this atlas.
+            progress: called with the number of tiles placed and in all.
+
+        Raises:
+            Damaged: a feature file is missing or has changed since it was added.
+        """
+        return self.store.retry_if_changed(lambda: places_of(self.store, layout, progress))
 
     # -- care -----------------------------------------------------------------------------------
 

@@ -112,13 +112,28 @@ def test_the_map_is_what_its_description_says(client, served):
     about = json.loads(blob[4 : 4 + length])
     assert (4 + length) % 8 == 0
     count, start = about["shown"], 4 + length
-    assert count == about["total"] == served.session.atlas.stats()["tiles"]
-    ids = np.frombuffer(blob, "<f8", count, start)
-    places = np.frombuffer(blob, "<f4", 2 * count, start + 8 * count)
-    codes = np.frombuffer(blob, "<i4", count, start + 16 * count)
-    assert len(blob) == start + 20 * count and np.abs(places).max() <= 1
-    tile = client.get(f"/v1/tiles/{int(ids[-1])}").json()
-    assert (about["names"][codes[-1]] if codes[-1] >= 0 else None) == tile["label"]
+    assert count == about["total"] == about["inside"] == served.session.atlas.stats()["tiles"]
+    ids = np.concatenate([np.arange(first, first + n) for first, n in about["runs"]])
+    places = np.frombuffer(blob, "<u2", 2 * count, start).reshape(-1, 2)
+    codes = np.frombuffer(blob, "<u1", count, start + 4 * count)
+    assert about["code_bytes"] == 1 and len(blob) == start + 5 * count and len(ids) == count
+    for row in (0, count // 2, count - 1):
+        tile = client.get(f"/v1/tiles/{int(ids[row])}").json()
+        assert (about["names"][codes[row] - 1] if codes[row] else None) == tile["label"]
+    blob = client.get("/v1/map?by=label&places=false").content
+    assert np.frombuffer(blob[-count:], "<u1").tolist() == codes.tolist()
+
+    left, bottom = np.median(places, axis=0).astype(int).tolist()
+    blob = client.get(f"/v1/map?by=label&box={left},{bottom},65535,65535").content
+    (length,) = struct.unpack_from("<I", blob)
+    about = json.loads(blob[4 : 4 + length])
+    inside = (places >= (left, bottom)).all(axis=1)
+    assert about["shown"] == about["inside"] == inside.sum() and about["total"] == count
+    if about["runs"] is None:
+        found = np.frombuffer(blob, "<f8", about["shown"], 4 + length)
+    else:
+        found = np.concatenate([np.arange(first, first + n) for first, n in about["runs"]])
+    assert found.tolist() == ids[inside].tolist()
 
 
 def test_slides_are_listed_and_compared(client):
@@ -161,6 +176,8 @@ BAD = [
     ("get", "/v1/results/none/exe", {}, 422, "kind"),
     ("get", "/v1/jobs/77", {}, 404, "no job"),
     ("get", "/v1/map?by=nothing", {}, 404, "no column"),
+    ("get", "/v1/map?box=1,2,3", {}, 422, "box"),
+    ("get", "/v1/map?box=9,0,3,7", {}, 422, "is empty"),
     ("get", "/v1/nothing", {}, 404, "/docs lists all paths"),
     ("post", "/health", {}, 405, "expected GET"),
     ("trace", "/v1/search", {}, 405, "expected POST"),

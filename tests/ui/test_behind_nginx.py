@@ -208,7 +208,7 @@ def walk(seen, root, picture):
     page.locator("#slide-detail img.hs-overview").wait_for()
     seen.pictures_are_there("#slide-detail img.hs-overview")
     page.get_by_role("tab", name="Atlas").click()
-    page.locator("#atlas-map .legendtext").first.wait_for()
+    page.locator("#atlas-map .hs-maplegend li").first.wait_for()
     page.locator(".hs-cluster").first.wait_for()
     assert not seen.wrong, "\n".join(seen.wrong)
     links = [a for a in seen.requested if not a.startswith((root, "data:", "blob:"))]

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar
 
-import numpy as np
 from fastapi import FastAPI, Request, Response
 from fastapi import Path as Parameter
 from fastapi import Query as InUrl
@@ -24,6 +22,7 @@ from .bodies import Body, body_of, content_type, images_of, with_body
 from .viewer_routes import JPEG, Clustering, add_annotations, add_viewer, jpeg
 
 PAGE = 200
+BOX = r"^(\d{1,5},){3}\d{1,5}$|^$"
 F = TypeVar("F", bound=Callable[..., Response])
 TileNumber = Annotated[int, Parameter(ge=0, le=models.MAX_TILE)]
 MAP: dict[int | str, dict[str, Any]] = {
@@ -161,35 +160,24 @@ def add_map(app: FastAPI, server: Server) -> None:
     session = server.session
 
     @app.get("/v1/map", tags=["tiles"], response_class=Response, responses=MAP)
-    def points(by: Annotated[str, InUrl(max_length=200)] = "cluster") -> Response:
-        """Return the tiles on the map: a JSON header and three arrays, little-endian.
+    def points(
+        by: Annotated[str, InUrl(max_length=200)] = "cluster",
+        box: Annotated[str, InUrl(max_length=60, pattern=BOX)] = "",
+        places: bool = True,
+    ) -> Response:
+        """Return the tiles on the map: a JSON header and arrays, little-endian.
 
         Four bytes give the header's length (uint32), the header is padded with spaces to a multiple of
-        eight bytes; then tile ids (float64, M), coordinates (float32, M x 2) and colour numbers (int32, M).
+        eight bytes. Then follow ids (float64, M; only if the header has no ``runs`` of consecutive ids),
+        places (uint16, M x 2, from 0 to 65535, y upwards; both only with ``places=true``) and codes
+        (unsigned, ``code_bytes`` each, M): 0 for no value, else 1 more than the number of its name.
+        ``box`` is left,bottom,right,top. At most 2,000,000 tiles are returned, of more a random sample.
         """
-        points = session.map.points()
-        if points is None:
+        within = tuple(map(int, box.split(","))) if box else None
+        blob = session.map.document(by, within, places)  # type: ignore[arg-type]
+        if blob is None:
             return JSONResponse({"status": "being made"}, 202, {"Retry-After": "2"})
-        names, codes = session.map.colours(points, by)
-        header = {
-            "shown": len(points.ids),
-            "total": points.total,
-            "method": points.layout.method,
-            "landmarks": len(points.layout.points),
-            "trust": points.layout.trust,
-            "names": names,
-            "by": by,
-        }
-        text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 4) % 8)
-        parts = [
-            np.uint32(len(text)).astype("<u4").tobytes(),
-            text,
-            points.ids.astype("<f8").tobytes(),
-            points.places.astype("<f4").tobytes(),
-            codes.astype("<i4").tobytes(),
-        ]
-        return Response(b"".join(parts), media_type="application/octet-stream")
+        return Response(blob, media_type="application/octet-stream")
 
 
 def add_slides(app: FastAPI, server: Server) -> None:

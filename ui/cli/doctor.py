@@ -18,7 +18,7 @@ PARTS = (
     ("index", ("faiss", "hdbscan", "sklearn"), "cpu", "atlas, search, clusters", True),
     ("slides", ("openslide", "tifffile", "imagecodecs", "simplejpeg", "h5py", "skimage"), "cpu",
      "read whole slides", True),
-    ("page", ("gradio", "fastapi", "uvicorn", "plotly", "openTSNE"), "ui", "histoseek ui", False),
+    ("page", ("gradio", "fastapi", "uvicorn", "openTSNE"), "ui", "histoseek ui", False),
     ("training", ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript"), "train",
      "histoseek train and export", False),
     ("openvino", ("openvino",), "openvino", "faster embedding on many CPUs", False),

@@ -22,7 +22,7 @@ from .viewer_tab import viewer_tab
 from .widgets import HIDDEN, html
 
 ASSETS = Path(__file__).parents[1] / "assets"
-SCRIPTS = ("page.js", "annotations.js", "viewer.js")
+SCRIPTS = ("page.js", "map.js", "annotations.js", "viewer.js")
 """Loaded in this order; the first one makes what the others use."""
 FONTS = ["system-ui", "Segoe UI", "Helvetica", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
@@ -116,7 +116,6 @@ def _assets(app: Any) -> None:
         **{name: ASSETS / name for name in SCRIPTS},
         "leaflet.js": leaflet / "leaflet.js",
         "leaflet.css": leaflet / "leaflet.css",
-        "plotly.min.js": _package("plotly") / "package_data" / "plotly.min.js",
     }
 
     def asset(name: str) -> FileResponse:

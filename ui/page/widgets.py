@@ -30,8 +30,12 @@ _MAP = """
 <div class="hs-mapbox">
   <div class="hs-mapbar">{select}{tools}
     <p class="hs-map-note" role="status">The map appears when this tab is open.</p></div>
-  <div class="hs-canvas"><div class="hs-plot" role="region" aria-label="Map of the atlas's tiles"></div>
-    <svg class="hs-lasso" hidden aria-hidden="true"><polygon></polygon></svg></div>
+  <div class="hs-plot">
+    <canvas tabindex="0" role="application" aria-label="Map of the atlas's tiles; arrow keys move it, plus
+ and minus zoom, 0 shows all, Enter opens the tile in the middle"></canvas>
+    <svg class="hs-lasso" aria-hidden="true"><polygon></polygon></svg>
+    <div class="hs-mapzoom">{zoom}</div></div>
+  <ul class="hs-maplegend" aria-label="Legend; a click hides or shows a value"></ul>
   <div class="hs-peek" hidden></div>{gallery}
 </div>"""
 
@@ -106,13 +110,25 @@ _TOOLS = """
  aria-pressed="false">Move</button></span>"""
 
 
+_ZOOM = "".join(
+    f'<button type="button" data-map="{act}" aria-label="{title}">{sign}</button>'
+    for act, title, sign in (
+        ("in", "Zoom in", "+"),
+        ("out", "Zoom out", "−"),
+        ("whole", "Show all", "All"),
+    )
+)
+
+
 def atlas_map(js: str, elem_id: str, select: str = "", gallery: str = "") -> Any:
     """Return the map of the atlas; ``js`` calls ``histoseek.map``, which draws it when it becomes visible.
 
     ``select`` and ``gallery`` are HTML: the list of colourings, and the area for the tiles inside a lasso.
     """
     return html(
-        html_template=_MAP.format(select=select, gallery=gallery, tools=_TOOLS if gallery else ""),
+        html_template=_MAP.format(
+            select=select, gallery=gallery, tools=_TOOLS if gallery else "", zoom=_ZOOM
+        ),
         js_on_load=js,
         elem_id=elem_id,
     )

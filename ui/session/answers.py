@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 
 from ...artifacts.images import Rgb
 from ...errors import BadInput, TooLarge
-from ...index.search.layout import Layout
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from .regions import Cut
@@ -106,23 +105,6 @@ class ClusterAnswer:
     generation: int
     revision: int
     clusters: list[dict[str, Any]] = field(default_factory=list, repr=False)
-
-
-@dataclass(frozen=True)
-class Points:
-    """The atlas's tiles on the map.
-
-    Attributes:
-        ids: (M,) ids of the shown tiles, a random sample if there are too many.
-        places: (M, 2) coordinates from -1 to 1.
-        total: number of tiles in the atlas.
-    """
-
-    ids: NDArray[np.int64]
-    places: NDArray[np.float32]
-    total: int
-    layout: Layout
-    revision: int
 
 
 def now() -> str:

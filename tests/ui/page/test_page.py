@@ -170,7 +170,7 @@ def test_upload_and_cluster(page, tiles, tmp_path):
     assert "1 refused" in page.locator("#placed-note").inner_text()
     table = page.locator("#placed").inner_text()
     assert "query.png" in table and "more.zip: 300.jpeg" in table and "refused: broken.png" in table
-    page.locator("#map .legendtext", has_text="new images (4)").wait_for()
+    page.locator("#map .hs-maplegend li", has_text="new images (4)").wait_for()
     pictures_are_there(page, "#placed img")
     assert page.locator("#placed tbody tr").first.locator("img").count() == 4, (
         "nearest, three examples"
@@ -187,7 +187,7 @@ def test_upload_and_cluster(page, tiles, tmp_path):
 
 def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
     tab(page, "Atlas")
-    page.locator("#atlas-map .legendtext").first.wait_for()
+    page.locator("#atlas-map .hs-maplegend li").first.wait_for()
     note = page.locator("#atlas-map .hs-map-note").inner_text()
     assert f"All {Atlas(atlas).stats()['tiles']:,} tiles" in note and "trustworthiness" in note
     page.wait_for_timeout(500)
@@ -207,9 +207,7 @@ def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
     assert everything.startswith(f"{Atlas(atlas).stats()['tiles']:,} tiles selected"), (
         "all are inside"
     )
-    page.locator(
-        "#atlas-map .legendtoggle"
-    ).first.click()  # a cluster that is hidden is not selected
+    page.locator("#atlas-map .hs-maplegend button").first.click()  # hidden tiles are not selected
     page.wait_for_timeout(600)
     for number, (x, y) in enumerate(corners):
         page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=8)
@@ -225,7 +223,7 @@ def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
     page.keyboard.press("Escape")
     shot(page, "atlas")
     page.select_option("#hs-colour", "label")
-    page.locator("#atlas-map .legendtext", has_text=HELD_OUT).wait_for()
+    page.locator("#atlas-map .hs-maplegend li", has_text=HELD_OUT).wait_for()
     page.locator(".hs-lassoed [data-open]").first.click()
     page.locator("dialog[open]").get_by_text("+ More like this").click()
     page.locator("#hits .hs-card").first.wait_for()  # in the first tab, which is shown
@@ -243,7 +241,7 @@ def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
     tab(page, "Atlas")
     card.get_by_label("Name").wait_for()
     assert card.get_by_label("Name").input_value() == "<b>stroma</b> & glands"
-    page.locator("#atlas-map .legendtext", has_text="<b>stroma</b> & glands").wait_for()
+    page.locator("#atlas-map .hs-maplegend li", has_text="<b>stroma</b> & glands").wait_for()
 
 
 def test_slides_and_cases(page, tiles):
@@ -375,7 +373,7 @@ def test_everyone_can_use_it(browser, served, tiles, width, theme):
             page.click("#place")
             page.locator("#placed-note").wait_for()
         elif name == "Atlas":
-            page.locator("#atlas-map .legendtext").first.wait_for()
+            page.locator("#atlas-map .hs-maplegend li").first.wait_for()
             page.locator(".hs-cluster").first.wait_for()
         elif name == "Slides and cases":
             page.locator("[data-slide='CMU-1-Small-Region']").click()
