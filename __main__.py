@@ -167,6 +167,29 @@ def _open_page(atlas: Path, options: Any, after_demo: bool = False) -> None:
 
 
 @app.command()
+def mcp(atlas: Path, encoder: str | None = None, audit_log: Path | None = None) -> None:
+    """Serve an atlas to an assistant on this machine (Model Context Protocol, standard input and output).
+
+    The assistant's program starts this command. Its tools search, compare slides, and show clusters, tiles
+    and annotations; none changes the atlas.
+
+    Options:
+        encoder: Address of a Triton server that runs the atlas's encoder: triton://HOST:PORT/MODEL.
+            Default: run it in this process.
+        audit_log: File of the audit log. Default: a file in the atlas.
+    """
+    from .errors import need
+
+    need("mcp", "mcp")
+    from .ui.assistant import serve
+
+    console.mode.json = True  # standard output carries the protocol
+    console.log_to_stderr(False)
+    serve(atlas, encoder, audit_log)
+    stopping.leave(console.EXIT_DONE)
+
+
+@app.command()
 def doctor() -> None:
     """Show installed parts and accelerators. For missing parts, show how to install them."""
     from .ui.cli.doctor import examine, show

@@ -55,6 +55,7 @@ SLOW_FILES = {
     "test_tutorial.py",
     "training/test_reproduce.py",
     "ui/test_behind_nginx.py",
+    "ui/test_assistant.py",
     "ui/page/test_page.py",
     "ui/page/test_viewer_tab.py",
 }

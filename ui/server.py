@@ -12,9 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..console import say
-from ..errors import BadInput, Busy, StorageFailed, need
-from .access.audit import FILE, Audit
+from ..errors import BadInput, Busy, need
+from .access.audit import Audit, open_audit
 from .access.guard import Guard
 from .access.policy import Access, is_local
 from .access.traffic import Traffic
@@ -83,7 +82,7 @@ class Running:
         uvicorn = need("uvicorn", "ui")
         self.session = Session(atlas, options.encoder)
         self._closing.append(self.session.close)
-        audit = _open_audit(atlas, options, self.session)
+        audit = open_audit(atlas, options.audit_log, self.session, options.access.guarded)
         if audit is not None:
             self._closing.append(audit.close)
         additions = Additions(self.session, options.slides)
@@ -149,17 +148,6 @@ def make_app(
 
         app = mount(app, server)
     return Guard(app, access, traffic)
-
-
-def _open_audit(atlas: Path, options: ServeOptions, session: Session) -> Audit | None:
-    """Open the audit log; a read-only atlas has one only if ``audit_log`` is given."""
-    try:
-        return Audit(options.audit_log or atlas / FILE, session)
-    except StorageFailed as error:
-        if options.audit_log is not None or options.access.guarded:
-            raise
-        say(f"there is no audit log: {error}")
-        return None
 
 
 def _listen(host: str, port: int) -> socket.socket:

@@ -12,9 +12,7 @@ import io
 import json
 import os
 import random
-import signal
 import statistics
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -29,9 +27,9 @@ from PIL import Image
 sys.path.insert(
     0, str(Path(__file__).parents[1])
 )  # before this folder, which has an atlases.py too
-from atlases import features
-from loopback import free_port
+from atlases import DIM, features
 from mutated import mutated_uploads
+from page_server import Server
 
 from histoseek.index.atlas import Atlas
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
@@ -40,7 +38,6 @@ from histoseek.ui.session.batching import Batcher
 SHARED = Path(__file__).parents[3] / "shared" / "data"
 FLAGS = ["--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
          "--disable-component-update", "--disable-sync", "--no-first-run"]  # fmt: skip
-DIM = 64
 
 
 def real_tiles(count):
@@ -56,51 +53,22 @@ def large_atlas(folder, slides, tiles):
     files = []
     for number in range(slides):
         rng = np.random.default_rng(number)
-        vectors = grouped64(rng, tiles)
+        vectors = grouped(rng, tiles)
         path = folder / f"s{number}.h5"
         files.append(features(path, tiles, number, features=vectors))
-    atlas.add(files, {f"s{n}": {"label": "ab"[n % 2], "patient": f"P{n}"} for n in range(slides)})
+    added = atlas.add(
+        files, {f"s{n}": {"label": "ab"[n % 2], "patient": f"P{n}"} for n in range(slides)}
+    )
+    assert all(each.state == "added" for each in added), added
     atlas.fit("kmeans", k=12)
     return atlas.path
 
 
-def grouped64(rng, count):
+def grouped(rng, count):
     centres = np.random.default_rng(99).normal(size=(40, DIM))
     vectors = centres[rng.integers(0, 40, count)] + rng.normal(size=(count, DIM)) * 0.5
+    vectors[:, -1] = 0  # the tissue gate
     return (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
-
-
-class Server:
-    def __init__(self, atlas):
-        self.port = free_port()
-        command = [sys.executable, "-m", "histoseek", "ui", atlas, "--port", self.port]
-        self.started = time.perf_counter()
-        self.process = subprocess.Popen([*map(str, command)], stdout=subprocess.DEVNULL)
-        while True:
-            try:
-                self.ask("GET", "/")
-                break
-            except OSError:
-                assert self.process.poll() is None
-                time.sleep(0.02)
-        self.up_s = time.perf_counter() - self.started
-
-    def ask(self, method, path, body=None, headers=None):
-        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
-        try:
-            connection.request(method, path, body, headers or {})
-            answer = connection.getresponse()
-            return answer.status, answer.read()
-        finally:
-            connection.close()
-
-    def memory_mb(self):
-        text = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(text.split("VmRSS:")[1].split()[0]) / 1024
-
-    def stop(self):
-        self.process.send_signal(signal.SIGTERM)
-        assert self.process.wait(60) == 0
 
 
 def form(blob, **fields):
@@ -259,7 +227,7 @@ TICKS = """() => {
 
 
 def map_drawn(path, rounds=3):
-    """Seconds until the map of an atlas is drawn in Chromium, of a lasso, and frames per second of a drag."""
+    """Seconds until the map of an atlas is drawn in Chromium, frames per second of a drag, and more."""
     from playwright.sync_api import sync_playwright
 
     server = Server(path)

@@ -88,3 +88,26 @@ class Audit:
         if self._log is not None and self._log.last.number:
             last = self._log.last
             say(f"audit log: {when} at line {last.number}, sha256 {last.sha256}")
+
+
+def open_audit(
+    atlas: Path, audit_log: Path | None, session: Session, needed: bool = False
+) -> Audit | None:
+    """Open the audit log of an atlas; None, with a note, if the atlas can only be read.
+
+    Args:
+        atlas: its folder.
+        audit_log: another file than the one in this folder.
+        session: the open atlas.
+        needed: whether there must be a log.
+
+    Raises:
+        StorageFailed: the log cannot be written, and it is needed or ``audit_log`` was given.
+    """
+    try:
+        return Audit(audit_log or atlas / FILE, session)
+    except StorageFailed as error:
+        if audit_log is not None or needed:
+            raise
+        say(f"there is no audit log: {error}")
+        return None

@@ -169,7 +169,7 @@ def _plain_name(name: str | None) -> str:
     return "".join(c if c.isprintable() else "?" for c in last)[:200] or "image"
 
 
-def _pixels(text: str) -> bytes:
+def pixels_of(text: str) -> bytes:
     """Decode an image from base64, with or without line breaks, or from a data URL.
 
     Raises:
@@ -195,7 +195,7 @@ def images_of(body: Body, name: str) -> list[tuple[str, bytes]]:
     """Return the images of a field with their names, files first."""
     files = [(label, file.file.read()) for label, file in body.files.get(name, [])]
     texts = getattr(body.fields, name)
-    return files + [(f"{name}[{n}]", _pixels(text)) for n, text in enumerate(texts)]
+    return files + [(f"{name}[{n}]", pixels_of(text)) for n, text in enumerate(texts)]
 
 
 def validation_text(errors: Any) -> str:

@@ -15,6 +15,7 @@ from ..session import viewer
 from ..session.addition import Addition
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K, MAX_TEXTS
 from ..session.regions import MAX_CORNERS
+from . import openai
 
 MAX_TILE = 2**53
 MAX_REGIONS = 8
@@ -40,9 +41,19 @@ class Me(BaseModel):
 
 
 class EmbeddingsRequest(Request):
-    """Images to embed, as base64 (with or without the prefix ``data:…;base64,``)."""
+    """Images to embed, as base64 (with or without the prefix ``data:…;base64,``).
 
-    images: list[str] = Field(min_length=1, max_length=MAX_IMAGES)
+    Or ``input`` with the other fields, in the form of OpenAI's API; the answer then has that form too.
+    """
+
+    images: list[str] = Field([], max_length=MAX_IMAGES)
+    input: openai.Inputs | None = Field(
+        None, description="a text, texts, data URLs of images, or parts with an image or a text"
+    )
+    model: Short = Field("", description="with input: name of the atlas's encoder")
+    encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = None
+    user: Short = Field("", description="ignored")
 
 
 Corner = Annotated[

@@ -17,7 +17,7 @@ from ..access.service import Server
 from ..session import report
 from ..session.addition import Addition
 from ..session.regions import Region
-from . import models
+from . import models, openai
 from .bodies import Body, body_of, content_type, images_of, with_body
 from .viewer_routes import JPEG, Clustering, add_annotations, add_viewer, jpeg
 
@@ -36,14 +36,22 @@ def add_queries(app: FastAPI, server: Server) -> None:
     session = server.session
 
     @app.post(
-        "/v1/embeddings", tags=["search"], response_model=models.Embeddings,
+        "/v1/embeddings", tags=["search"], response_model=models.Embeddings | openai.OpenAiEmbeddings,
         openapi_extra=body_of(models.EmbeddingsRequest, {"images": "images to embed"}),
     )  # fmt: skip
     async def embeddings(request: Request) -> Any:
-        """Embed images with the atlas's encoder."""
+        """Embed images with the atlas's encoder; with ``input``, as OpenAI's API does, also texts."""
 
         def work(body: Body) -> Any:
-            tiles = [session.read(blob, name) for name, blob in images_of(body, "images")]
+            fields, images = body.fields, images_of(body, "images")
+            if bool(images) == (fields.input is not None):
+                raise BadInput("expected either images or input")
+            if fields.input is not None:
+                openai.check_model(session, fields.model, fields.dimensions)
+                found = openai.embed(session, fields.input)
+                server.note(request, "embed", inputs=len(found))
+                return openai.answer(session, found, fields.encoding_format)
+            tiles = [session.read(blob, name) for name, blob in images]
             vectors = session.embed(tiles)
             server.note(request, "embed", images=len(tiles))
             return {"encoder": session.atlas.manifest, "embeddings": vectors.tolist()}

@@ -285,11 +285,13 @@
       if (extra.length) legend.append(el("li", {}, `★ new images (${extra.length})`));
     }
 
-    function show(ids) {
+    /* Show some of the tiles of a selection, given by their numbers in the data. */
+    function show(found) {
       if (!gallery) return;
-      const some = ids.length > SHOWN ? ids.filter((_, n) => n % Math.ceil(ids.length / SHOWN) === 0) : ids;
-      const head = ids.length
-        ? `${number(ids.length)} tiles selected` + (some.length < ids.length ? `, ${some.length} of them shown` : "")
+      const every = Math.max(1, Math.ceil(found.length / SHOWN)), some = [];
+      for (let n = 0; n < found.length; n += every) some.push(idOf(found[n]));
+      const head = found.length
+        ? `${number(found.length)} tiles selected` + (some.length < found.length ? `, ${some.length} of them shown` : "")
         : "Draw around points to see their tiles; click a point or a tile to open it.";
       gallery.replaceChildren(el("p", { role: "status" }, head), el("ul", { class: "hs-strip" }, ...some.map((tile) =>
         el("li", {}, el("button", { class: "hs-open", "data-open": tile, "aria-label": `Open tile ${tile}` },
@@ -309,7 +311,7 @@
           const [ax, ay] = ring[a], [bx, by] = ring[b];
           if (ay > y !== by > y && x < ((bx - ax) * (y - ay)) / (by - ay) + ax) odd = !odd;
         }
-        if (odd) found.push(idOf(n));
+        if (odd) found.push(n);
       }
       return found;
     }

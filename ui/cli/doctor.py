@@ -19,6 +19,7 @@ PARTS = (
     ("slides", ("openslide", "tifffile", "imagecodecs", "simplejpeg", "h5py", "skimage"), "cpu",
      "read whole slides", True),
     ("page", ("gradio", "fastapi", "uvicorn", "openTSNE"), "ui", "histoseek ui", False),
+    ("assistant", ("mcp",), "mcp", "histoseek mcp", False),
     ("training", ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript"), "train",
      "histoseek train and export", False),
     ("openvino", ("openvino",), "openvino", "faster embedding on many CPUs", False),
