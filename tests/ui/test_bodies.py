@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 
 from histoseek.errors import BadInput
-from histoseek.ui.api.bodies import _pixels
+from histoseek.ui.api.bodies import pixels_of
 
 BLOB = bytes(range(256)) * 3
 TEXT = base64.b64encode(BLOB).decode()
@@ -26,7 +26,7 @@ TEXT = base64.b64encode(BLOB).decode()
     ],
 )
 def test_base64_is_read_with_line_breaks_and_in_data_urls(text):
-    assert _pixels(text) == BLOB
+    assert pixels_of(text) == BLOB
 
 
 @pytest.mark.parametrize(
@@ -41,4 +41,4 @@ def test_base64_is_read_with_line_breaks_and_in_data_urls(text):
 )
 def test_other_texts_are_refused(text, says):
     with pytest.raises(BadInput, match=says):
-        _pixels(text)
+        pixels_of(text)
