@@ -46,7 +46,7 @@ class Estimate:
         """The estimate as a sentence, with a suggestion if it is long."""
         how = "" if self.counted == self.inputs else f", counted on {self.counted} of {self.inputs}"
         text = (
-            f"estimate: about {self.tiles:,} tiles{how}, at {self.tiles_per_s:.2g} tiles/s here: about "
+            f"estimate: about {self.tiles:,} tiles{how}, at {_rounded(self.tiles_per_s)} tiles/s here: about "
             f"{_duration(self.seconds)}"
         )
         if self.seconds > LONG_S:
@@ -77,6 +77,8 @@ def estimate(
     if not tiles:
         return None
     speed = _speed(encoder, encoder.batch)
+    if speed > SLOW:  # the first measurement was disturbed
+        return None
     return Estimate(tiles, len(some), len(jobs), round(speed, 2), round(tiles / speed, 1))
 
 
@@ -100,6 +102,10 @@ def _count(job: Job, encoder: Encoder, precision: str, out: Path, options: Embed
         return 0
     work.close()
     return work.count
+
+
+def _rounded(speed: float) -> str:
+    return f"{speed:.2g}" if speed < 10 else f"{speed:,.0f}"
 
 
 def _duration(seconds: float) -> str:

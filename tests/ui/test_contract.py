@@ -37,7 +37,8 @@ def api(ui_atlas, tmp_path_factory):
 def test_every_answer_is_a_described_one(api):
     """What fits the description may still be refused: an image is more than a text."""
     run = [sys.executable, "-m", "schemathesis.cli", "run", f"{api}/openapi.json", "--no-color"]
-    options = ["-w", "4", "-n", EXAMPLES, "--seed", "1", "--phases", "examples,coverage,fuzzing",
+    # One worker: ast.parse in several threads fails at times (CPython 3.11: recursion depth mismatch).
+    options = ["-w", "1", "-n", EXAMPLES, "--seed", "1", "--phases", "examples,coverage,fuzzing",
                "--checks", "all", "--exclude-checks", "positive_data_acceptance"]  # fmt: skip
     done = subprocess.run([*run, *map(str, options)], capture_output=True, text=True, timeout=500)
     assert done.returncode == 0, done.stdout[-6000:]
