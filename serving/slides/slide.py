@@ -262,6 +262,13 @@ class Slide:
         only: Rgb = tile[0]
         return only
 
+    def level_for(self, size_px_level0: int, size_px: int) -> tuple[int, int]:
+        """Return the level from which a tile is read, and the tile's side in pixels of that level."""
+        most = size_px_level0 / size_px * 1.01
+        levels = enumerate(self._source.levels)
+        level = max((n for n, (downsample, _) in levels if downsample <= most), default=0)
+        return level, max(1, round(size_px_level0 / self._source.levels[level][0]))
+
     def read_tiles(
         self, corners: Sequence[tuple[int, int]], size_px_level0: int, out: NDArray[np.uint8]
     ) -> dict[int, BadInput]:
@@ -280,10 +287,7 @@ class Slide:
             The error of each unreadable tile, by its index in ``corners``; empty if all were read.
         """
         size_px = out.shape[1]
-        most = size_px_level0 / size_px * 1.01
-        levels = enumerate(self._source.levels)
-        level = max((n for n, (downsample, _) in levels if downsample <= most), default=0)
-        side = max(1, round(size_px_level0 / self._source.levels[level][0]))
+        level, side = self.level_for(size_px_level0, size_px)
         if side == size_px:
             return self._source.regions(corners, level, out)
         failed: dict[int, BadInput] = {}

@@ -22,7 +22,8 @@ from ...index.view import View
 from ...serving.slides.slide import Slide, open_slide
 from .colours import colour_of, ramp, rgb
 
-OPEN_SOURCES = 8
+OPEN_SOURCES = 64
+"""Maximum number of slides and tile sets that are kept open."""
 KEPT_BYTES = 128 * 2**20
 """Maximum bytes of cached JPEGs."""
 THUMBNAIL_PX = 1024

@@ -25,8 +25,14 @@ from .words import cluster_name
 
 PIECE_PX = 256
 """Side of a piece in pixels."""
-OVERVIEW_PX = 2048
-KEPT_OVERVIEWS = 8
+OVERVIEW_PX = 1024
+"""Longest side of the image of a whole slide, of which coarse pieces are cut."""
+TISSUE_PX = 2048
+"""The same, to find the tissue in a region."""
+DIRECT_PX = 2048
+"""Largest side, in pixels of a level, of a piece that is read from the slide itself."""
+KEPT_BYTES = 192 * 2**20
+"""Maximum bytes of images of whole slides that are kept."""
 QUALITY = 80
 TILES = "#0d9488"
 """Colour of the grid of tiles."""
@@ -74,7 +80,7 @@ class Viewer:
         """Store the atlas and what keeps its slides open; nothing is read yet."""
         self._atlas, self._pictures = atlas, pictures
         self._lock = threading.Lock()
-        self._overviews: OrderedDict[int, tuple[Rgb, float]] = OrderedDict()
+        self._overviews: OrderedDict[tuple[int, int], tuple[Rgb, float]] = OrderedDict()
 
     def pyramid(self, slide: str) -> Pyramid:
         """Describe a slide.
@@ -110,8 +116,10 @@ class Viewer:
             side = PIECE_PX << (most - z) if 0 <= z <= most else 0
             if not side or not (0 <= x * side < source.width and 0 <= y * side < source.height):
                 raise NotFound(f"slide {slide!r} has no piece {z}/{x}/{y}; zooms are 0 to {most}")
-            overview, down = self._overview(row["id"], source)
-            if side / PIECE_PX >= down:
+            coarse = side / PIECE_PX >= longest / OVERVIEW_PX
+            large = source.level_for(side, PIECE_PX)[1] > DIRECT_PX
+            if coarse and (large or self._is_kept(row["id"], OVERVIEW_PX)):
+                overview, down = self._overview(row["id"], source, OVERVIEW_PX)
                 return _part(overview, x * side / down, y * side / down, side / down)
             return source.read_tile(x * side, y * side, side, PIECE_PX)
 
@@ -203,7 +211,7 @@ class Viewer:
         key = self._row(region.slide)["id"]
 
         def read(source: Slide) -> tuple[Cut, NDArray[np.uint8]]:
-            overview, down = self._overview(key, source)
+            overview, down = self._overview(key, source, TISSUE_PX)
             boxes = np.concatenate([corners, corners + side], axis=1) / down
             shown = tissue_share(tissue_mask(overview), boxes) >= LEAST_TISSUE
             kept = corners[shown] if shown.any() else corners
@@ -223,17 +231,22 @@ class Viewer:
         view = self._atlas.view()
         return view.columns.slides[slide_number(view, slide)]
 
-    def _overview(self, key: int, source: Slide) -> tuple[Rgb, float]:
-        """Return an image of the whole slide, and its level-0 pixels per pixel; a few are kept."""
+    def _is_kept(self, slide: int, px: int) -> bool:
+        with self._lock:
+            return (slide, px) in self._overviews
+
+    def _overview(self, slide: int, source: Slide, px: int) -> tuple[Rgb, float]:
+        """Return an image of the whole slide, and its level-0 pixels per pixel; the last ones are kept."""
+        key = slide, px
         with self._lock:
             if key in self._overviews:
                 self._overviews.move_to_end(key)
                 return self._overviews[key]
-        image = source.thumbnail(OVERVIEW_PX)
+        image = source.thumbnail(px)
         made = image, source.width / image.shape[1]
         with self._lock:
             self._overviews[key] = made
-            while len(self._overviews) > KEPT_OVERVIEWS:
+            while sum(kept.nbytes for kept, _ in self._overviews.values()) > KEPT_BYTES:
                 self._overviews.popitem(last=False)
         return made
 
