@@ -46,8 +46,8 @@ class Estimate:
         """The estimate as a sentence, with a suggestion if it is long."""
         how = "" if self.counted == self.inputs else f", counted on {self.counted} of {self.inputs}"
         text = (
-            f"estimate: about {self.tiles:,} tiles{how}, at {_rounded(self.tiles_per_s)} tiles/s here: about "
-            f"{_duration(self.seconds)}"
+            f"estimate: about {self.tiles:,} tiles{how}, at {_rounded(self.tiles_per_s)} tiles/s here: "
+            f"about {_duration(self.seconds)}"
         )
         if self.seconds > LONG_S:
             text += "; a GPU server (--encoder triton://…) or a cluster (--ray) is faster"

@@ -132,6 +132,10 @@ class Slide:
         power = properties.get("openslide.objective-power", "")
         self.objective = float(power) if power.replace(".", "", 1).isdigit() else None
 
+    def forget(self) -> None:
+        """Free the pixels that are cached for neighbouring tiles."""
+        self._source.forget()
+
     def __enter__(self) -> Slide:
         return self
 

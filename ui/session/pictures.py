@@ -24,6 +24,8 @@ from .colours import colour_of, ramp, rgb
 
 OPEN_SOURCES = 64
 """Maximum number of slides and tile sets that are kept open."""
+WITH_PIXELS = 8
+"""Number of the last ones that keep decoded pixels, up to 32 MiB each."""
 KEPT_BYTES = 128 * 2**20
 """Maximum bytes of cached JPEGs."""
 THUMBNAIL_PX = 1024
@@ -44,6 +46,15 @@ class _Opened:
         self.source = source
         self.lock = threading.Lock()
         self.closed = False
+
+    def forget(self) -> None:
+        """Free cached pixels, unless the slide is being read."""
+        if isinstance(self.source, Slide) and self.lock.acquire(blocking=False):
+            try:
+                if not self.closed:
+                    self.source.forget()
+            finally:
+                self.lock.release()
 
     def close(self) -> None:
         with self.lock:
@@ -283,9 +294,12 @@ class Pictures:
     def _source(self, slide: Any) -> _Opened:
         key = slide["id"]
         with self._lock:
-            if key in self._open:
+            known = self._open.get(key)
+            if known is not None:
                 self._open.move_to_end(key)
-                return self._open[key]
+        if known is not None:
+            self._free_pixels()
+            return known
         path = Path(slide["source"])
         source: _Source
         if slide["kind"] == "slide":
@@ -307,11 +321,19 @@ class Pictures:
             opened = self._open.setdefault(key, _Opened(source))
             if len(self._open) > OPEN_SOURCES:
                 _, oldest = self._open.popitem(last=False)
+        self._free_pixels()
         if oldest is not None:
             oldest.close()
         if opened.source is not source and isinstance(source, Slide):
             source.close()  # another thread opened it first
         return opened
+
+    def _free_pixels(self) -> None:
+        """Free the cached pixels of the slide that is no longer among the last ones used."""
+        with self._lock:
+            former = [*self._open.values()][-1 - WITH_PIXELS : -WITH_PIXELS]
+        for each in former:
+            each.forget()
 
     def close(self) -> None:
         """Close all open slides."""
