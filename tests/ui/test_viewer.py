@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from histoseek.errors import BadInput
-from histoseek.ui.session.regions import Region
-from histoseek.ui.session.viewer import PIECE_PX, _grid_in
+from histoseek.ui.session.regions import Region, grid_in
+from histoseek.ui.session.viewer import PIECE_PX
 
 
 def pixels(reply):
@@ -116,14 +116,14 @@ def test_bad_regions_are_refused(ring, status, message, client):
 
 def test_a_polygon_takes_the_tiles_whose_centre_it_contains():
     triangle = ((0.0, 0.0), (1000.0, 0.0), (0.0, 1000.0))
-    corners = _grid_in(triangle, 100, (2000, 2000))
+    corners = grid_in(triangle, 100, (2000, 2000))
     centres = corners + 50
     assert len(corners) == 45 and (centres.sum(1) < 1000).all()
-    small = _grid_in(((500.0, 500.0), (520.0, 500.0), (510.0, 530.0)), 100, (2000, 2000))
+    small = grid_in(((500.0, 500.0), (520.0, 500.0), (510.0, 530.0)), 100, (2000, 2000))
     assert small.tolist() == [[460, 465]]
     with pytest.raises(BadInput, match="draw a smaller one"):
-        _grid_in(((0.0, 0.0), (1e9, 0.0), (1e9, 1e9)), 10, (10**6, 10**6))
-    clipped = _grid_in(((-1e9, -1e9), (1e9, -1e9), (1e9, 1e9), (-1e9, 1e9)), 100, (400, 300))
+        grid_in(((0.0, 0.0), (1e9, 0.0), (1e9, 1e9)), 10, (10**6, 10**6))
+    clipped = grid_in(((-1e9, -1e9), (1e9, -1e9), (1e9, 1e9), (-1e9, 1e9)), 100, (400, 300))
     assert len(clipped) == 12
 
 

@@ -15,6 +15,7 @@ from ..session import viewer
 from ..session.addition import Addition
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K, MAX_TEXTS
 from ..session.regions import MAX_CORNERS
+from ..session.scaled import COARSEST, FINEST
 from . import openai
 
 MAX_TILE = 2**53
@@ -87,6 +88,13 @@ class SearchRequest(Request):
         min_length=4,
         max_length=4,
         description="left, top, width, height of the first image, as shares of it",
+    )
+    mpp: float | None = Field(
+        None,
+        ge=FINEST,
+        le=COARSEST,
+        description="µm per pixel of images: each is cut into tiles of the atlas's scale, and the answer "
+        "has, in matches, the part of it that each hit resembles",
     )
     like: list[TileId] = Field(
         [], max_length=MAX_EXAMPLES, description="ids of tiles that hits resemble"
@@ -231,12 +239,20 @@ class Verdict(BaseModel):
     foreign: bool
 
 
+class Match(BaseModel):
+    """The part of an image of known scale that a hit resembles most, as shares of the image."""
+
+    image: int
+    box: list[float]
+
+
 class SearchAnswer(BaseModel):
     """Similar tiles, the verdict on the query, and the provenance of the answer."""
 
     result: str
     verdict: Verdict
     hits: list[Hit]
+    matches: list[Match]
     milliseconds: dict[str, float]
     provenance: dict[str, Any]
 

@@ -71,10 +71,16 @@ def add_queries(app: FastAPI, server: Server) -> None:
         def work(body: Body) -> Any:
             fields = body.fields
             crop = tuple(fields.crop) if fields.crop else None
-            images = [
-                session.read(blob, name, crop if n == 0 else None)
+            given = [
+                (blob, name, crop if n == 0 else None)
                 for n, (name, blob) in enumerate(images_of(body, "images"))
             ]
+            scaled = [
+                session.cut(blob, name, fields.mpp, part)
+                for blob, name, part in given
+                if fields.mpp
+            ]
+            images = [] if scaled else [session.read(*image) for image in given]
             unlike = [session.read(blob, name) for name, blob in images_of(body, "unlike_images")]
             query = Query(
                 images=tuple(images), unlike_images=tuple(unlike), tiles=tuple(fields.like),
@@ -85,7 +91,7 @@ def add_queries(app: FastAPI, server: Server) -> None:
             regions = [
                 Region(part.slide, tuple((x, y) for x, y in part.ring)) for part in fields.regions
             ]
-            answer = session.search(query, fields.clustering, regions)
+            answer = session.search(query, fields.clustering, regions, scaled)
             server.note_search(request, answer)
             return report.as_json(session, answer)
 

@@ -67,7 +67,22 @@
     const limit = Number(element.querySelector(".hs-picker").dataset.limit);
     let path = null, name = "", crop = null, start = null, url = null, latest = 0;
 
-    const send = () => trigger("upload", { path, name, crop });
+    const scale = element.querySelector(".hs-micron"), match = element.querySelector(".hs-match");
+    const [value, unit] = scale ? [scale.querySelector("input"), scale.querySelector("select")] : [];
+    /* µm per pixel; null if it is unknown. */
+    const mpp = () => {
+      const given = Number(value?.value);
+      return given > 0 ? (unit.value === "x" ? 10 / given : given) : null;
+    };
+    const send = () => { match.hidden = true; trigger("upload", { path, name, crop, mpp: mpp() }); };
+    for (const field of scale ? [value, unit] : []) field.addEventListener("change", () => path && send());
+    /* The part of the image that a hit resembles, while the pointer or the focus is on the hit. */
+    const part = (e) => {
+      const box = e.target.closest?.(".hs-card[data-part]")?.dataset.part.split(",").map((v) => `${100 * v}%`);
+      match.hidden = !box;
+      if (box) Object.assign(match.style, { left: box[0], top: box[1], width: box[2], height: box[3] });
+    };
+    for (const kind of ["pointerover", "focusin"]) document.addEventListener(kind, part);
     const draw = () => {
       whole.hidden = !crop;
       box.hidden = !crop;
@@ -90,6 +105,7 @@
       url = URL.createObjectURL(file);
       let seen = true;
       image.onload = () => { stage.hidden = false; };
+      if (scale) { scale.hidden = false; value.value = ""; }
       image.onerror = () => { stage.hidden = true; seen = false; };
       image.src = url;
       image.alt = `your image, ${file.name}`;
@@ -164,6 +180,7 @@
     whole.addEventListener("click", () => { crop = null; draw(); send(); });
     hs.clearPicker = () => {
       latest++; path = null; crop = null; name = ""; input.value = ""; stage.hidden = true; draw();
+      if (scale) scale.hidden = true;
       note.textContent = "";
     };
   };

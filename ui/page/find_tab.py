@@ -14,7 +14,8 @@ from ...index.search.query import Query
 from ..access.service import Server
 from ..session import words
 from ..session.answers import both
-from ..session.session import Session
+from ..session.report import matches
+from ..session.session import Cutting, Session
 from . import view
 from .widgets import EVENT, HIDDEN, UPLOAD_BYTES, check_upload, error_html, html
 
@@ -24,16 +25,25 @@ CHOICES = 2_000
 """Maximum number of values in a drop-down list; other values can be used in the filter's text."""
 COLUMN_VALUES = 60
 ANNOTATION = "annotation.label"
-PICKER = f"""
-<div class="hs-picker" data-limit="{UPLOAD_BYTES}">
+PICKER = """
+<div class="hs-picker" data-limit="{limit}">
   <div class="hs-drop"><input type="file" id="hs-query-file" accept="image/*,.tif,.tiff">
   <label for="hs-query-file">Choose an image</label>, drop it here, or paste it</div>
   <div class="hs-stage" tabindex="0" role="group" hidden
        aria-label="Your image. Arrow keys move a box, Shift with arrow keys resizes it, Escape removes it.">
-    <img alt=""><div class="hs-crop" hidden></div></div>
+    <img alt=""><div class="hs-crop" hidden></div><div class="hs-match" hidden></div></div>
   <button class="hs-whole" type="button" hidden>Search with the whole image</button>
-  <p class="hs-picker-note" role="status"></p>
+  <p class="hs-picker-note" role="status"></p>{scale}
 </div>"""
+SCALE = """
+  <div class="hs-micron" hidden><label>Scale of your image
+    <input type="number" min="0" step="any" placeholder="unknown" aria-describedby="hs-micron-note"></label>
+    <select aria-label="Unit of the scale"><option value="mpp">µm per pixel</option>
+      <option value="x">× magnification</option></select>
+    <p id="hs-micron-note">{sample}A tile of this atlas is {um:.0f} µm wide ({mpp:.3g} µm per pixel). With
+    the scale of your image, it is cut into such tiles; without, the image or the box is taken as one
+    tile.</p></div>"""
+SAMPLE = '<img src="v1/tiles/{tile}.jpg" alt="a tile of this atlas" width="72" height="72">'
 PICKER_JS = """
 histoseek.picker(element, (name, data) => trigger('upload', data), upload);
 """
@@ -55,7 +65,7 @@ def find_tab(server: Server, last: Any) -> None:
     state = gr.State(EMPTY)
     with gr.Row():
         with gr.Column(scale=1, min_width=300):
-            picker = html(html_template=PICKER, js_on_load=PICKER_JS, elem_id="query")
+            picker = html(html_template=_picker(session), js_on_load=PICKER_JS, elem_id="query")
             words_box = gr.Textbox(
                 label="Words, alone or with an image", placeholder="lymphocytes around a nerve",
                 max_lines=3, elem_id="words", visible=session.takes_text,
@@ -86,6 +96,18 @@ def find_tab(server: Server, last: Any) -> None:
     filters.expand(lambda: _choices(session, list(fields)), None, list(fields.values()), **HIDDEN)
 
 
+def _picker(session: Session) -> str:
+    """Return the field for the query image, with its scale if that of the atlas is known."""
+    columns, mpp, scale = session.atlas.view().columns, session.tile_mpp, ""
+    if mpp is not None:
+        present = columns.present()
+        shown = columns.ids(present[len(present) // 2 :][:1]).tolist()
+        sample = SAMPLE.format(tile=shown[0]) if shown else ""
+        um = mpp * session.atlas.manifest.size_px
+        scale = SCALE.format(sample=sample, um=um, mpp=mpp)
+    return PICKER.format(limit=UPLOAD_BYTES, scale=scale)
+
+
 class _Handlers:
     """Handlers of the tab's events. Each takes and returns the query's examples, and searches."""
 
@@ -103,13 +125,15 @@ class _Handlers:
             return query, _basket(query), view.problem(text), gr.skip(), ""
         try:
             session = self.server.session
-            answer = session.search(_query(session, query, int(k), chosen))
+            asked, scaled = _query(session, query, int(k), chosen)
+            answer = session.search(asked, scaled=scaled)
             self.server.note_search(request, answer)
             names = session.atlas.cluster_names() if session.atlas.clusterings() else {}
         except HistoseekError as error:
             return _failed(query, error)
         basket = view.basket(answer.query.images, query["like"], query["unlike"])
-        return query, basket, view.verdict(answer), view.gallery(answer.hits, names), answer.id
+        cards = view.gallery(answer.hits, names, matches(answer))
+        return query, basket, view.verdict(answer), cards, answer.id
 
     def uploaded(
         self, event: gr.EventData, request: gr.Request, query: Examples, k: float, *values: Any
@@ -203,8 +227,10 @@ def _cluster_choices(session: Session) -> list[tuple[str, int]]:
     return [(words.cluster_name(c, names), c) for c in range(clustering.clusters)]
 
 
-def _query(session: Session, query: Examples, k: int, values: dict[str, Any]) -> Query:
-    """Return the query from the widgets' values."""
+def _query(
+    session: Session, query: Examples, k: int, values: dict[str, Any]
+) -> tuple[Query, list[Cutting]]:
+    """Return the query from the widgets' values, and its image if its scale is known."""
     where = (values.pop("where") or "").strip() or None
     leave_out: Any = values.pop("leave_out") or "tile"
     per_slide = values.pop("per_slide")
@@ -215,14 +241,19 @@ def _query(session: Session, query: Examples, k: int, values: dict[str, Any]) ->
             listed = ", ".join(str(v) if field == "cluster" else quoted(v) for v in chosen)
             clause = f"{quoted_field(field)} {operator} ({listed})"
             where = both(where, clause) if where else clause
-    images = []
+    images, scaled = [], []
     if upload := query["upload"]:
         crop = tuple(upload["crop"]) if upload["crop"] else None
-        images.append(session.read(Path(upload["path"]), upload["name"], crop))
-    return Query(
+        path, name, mpp = Path(upload["path"]), upload["name"], upload["mpp"]
+        if mpp is None:
+            images.append(session.read(path, name, crop))
+        else:
+            scaled.append(session.cut(path, name, mpp, crop))
+    asked = Query(
         tuple(images), tiles=tuple(query["like"]), unlike_tiles=tuple(query["unlike"]), k=k, where=where,
         per_slide=bool(per_slide), leave_out=leave_out, texts=(text,) if text else (),
     )  # fmt: skip
+    return asked, scaled
 
 
 def _picked(query: Examples, data: Any) -> Examples:

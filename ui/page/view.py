@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from base64 import b64encode
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
@@ -42,23 +42,32 @@ def problem(text: str) -> str:
 # -- hits -------------------------------------------------------------------------------------------
 
 
-def gallery(hits: Iterable[Hit], names: Mapping[int, str] | None = None) -> str:
-    """Return hits as cards: the tile with a link to its context, its metadata, and two buttons."""
-    cards = "".join(_card(hit, names) for hit in hits)
+def gallery(
+    hits: Sequence[Hit],
+    names: Mapping[int, str] | None = None,
+    matches: Sequence[Mapping[str, Any]] = (),
+) -> str:
+    """Return hits as cards: the tile with a link to its context, its metadata, and two buttons.
+
+    ``matches`` are the parts of the query image that hits resemble, for the page to show.
+    """
+    parts = [",".join(f"{v:.4f}" for v in match["box"]) for match in matches] or [""] * len(hits)
+    cards = "".join(_card(hit, names, part) for hit, part in zip(hits, parts, strict=True))
     if not cards:
         return empty("No tile passes the filter.", "Loosen the filter, or leave out less.")
     return f'<ul class="hs-hits">{cards}</ul>'
 
 
-def _card(hit: Hit, names: Mapping[int, str] | None) -> str:
+def _card(hit: Hit, names: Mapping[int, str] | None, part: str = "") -> str:
     where = f"{hit.slide}, {place(hit)}"
     title = escape(f"hit {hit.rank}: {where}", quote=True)
     cluster = "" if hit.cluster is None else cluster_name(hit.cluster, names)
     facts = " · ".join(escape(fact) for fact in (hit.label, cluster) if fact)
     patient = f"patient {escape(hit.patient)}" if hit.patient else ""
+    shown = f' data-part="{part}"' if part else ""
     scale = f" · {hit.target_mpp:.3g} µm per pixel" if hit.target_mpp else ""
     return (
-        f'<li class="hs-card" data-tile="{hit.tile}">'
+        f'<li class="hs-card" data-tile="{hit.tile}"{shown}>'
         f'<button class="hs-open" data-open="{hit.tile}" aria-label="Open {title} in context">'
         f'<img src="v1/tiles/{hit.tile}.jpg" alt="{title}" width="224" height="224"></button>'
         f'<div class="hs-facts"><div><b>#{hit.rank}</b> <span class="hs-score">score {hit.score:.3f}</span>'

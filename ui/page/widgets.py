@@ -86,7 +86,7 @@ def chosen(text: str | None) -> list[dict[str, Any]]:
 
 
 def check_upload(data: Any) -> dict[str, Any]:
-    """Check an upload named by the browser; return its path, name and crop.
+    """Check an upload named by the browser; return its path, name, crop and scale.
 
     Raises:
         BadInput: the data names a file that was not uploaded.
@@ -101,7 +101,11 @@ def check_upload(data: Any) -> dict[str, Any]:
     numbers = isinstance(crop, list) and len(crop) == 4
     if crop is not None and not (numbers and all(isinstance(c, int | float) for c in crop)):
         raise BadInput("the crop is not a list of four numbers; draw it again")
-    return {"path": str(path), "name": Path(str(data.get("name", "image"))).name, "crop": crop}
+    mpp = data.get("mpp")
+    if mpp is not None and not isinstance(mpp, int | float):
+        raise BadInput("the scale is not a number; enter µm per pixel, or the magnification")
+    name = Path(str(data.get("name", "image"))).name
+    return {"path": str(path), "name": name, "crop": crop, "mpp": mpp}
 
 
 _TOOLS = """

@@ -15,6 +15,7 @@ from ...errors import BadInput, TooLarge
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from .regions import Cut
+from .scaled import ScaledImage
 
 MAX_K = 1_000
 MAX_TEXTS = 8
@@ -65,6 +66,9 @@ class SearchAnswer:
         revision: revision of the atlas.
         milliseconds: time of embedding and of searching.
         regions: the regions of the query, with the tiles that were cut from them.
+        scaled: the images of known scale, and how they were cut.
+        matches: of each hit, the number of the image in ``scaled`` and of its tile that it resembles most;
+            empty if there is one tile in all.
     """
 
     id: str
@@ -77,6 +81,8 @@ class SearchAnswer:
     revision: int
     milliseconds: dict[str, float]
     regions: tuple[Cut, ...] = ()
+    scaled: tuple[ScaledImage, ...] = ()
+    matches: tuple[tuple[int, int], ...] = ()
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,7 @@ def provenance(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[s
             **({"texts": list(query.texts)} if query.texts else {}),
             **({"texts_unlike": list(query.unlike_texts)} if query.unlike_texts else {}),
             **({"regions": _regions(answer)} if answer.regions else {}),
+            **({"scaled_images": _scaled(answer)} if answer.scaled else {}),
         },
     }
 
@@ -84,6 +85,7 @@ def as_json(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str,
             "result": answer.id,
             "verdict": verdict(answer),
             "hits": [hit._asdict() for hit in answer.hits],
+            "matches": matches(answer),
             "milliseconds": answer.milliseconds,
             "provenance": provenance(session, answer),
         }
@@ -93,6 +95,32 @@ def as_json(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str,
         "refused": [{"name": name, "reason": why} for name, why in answer.refused],
         "provenance": provenance(session, answer),
     }
+
+
+def matches(answer: SearchAnswer) -> list[dict[str, Any]]:
+    """Return, of each hit, the part of an image of known scale that it resembles most; [] without one.
+
+    ``image`` is its number among these images, ``box`` left, top, width and height as shares of it.
+    """
+    return [
+        {"image": image, "box": [round(v, 6) for v in answer.scaled[image].boxes[part].tolist()]}
+        for image, part in answer.matches
+    ]
+
+
+def _scaled(answer: SearchAnswer) -> list[dict[str, Any]]:
+    """Return the images of known scale and how they were cut, JSON-ready."""
+    return [
+        {
+            "name": image.name,
+            "mpp": image.mpp,
+            "tiles": len(image.boxes),
+            "side": image.side,
+            "without_tissue": image.without_tissue,
+            "not_taken": image.not_taken,
+        }
+        for image in answer.scaled
+    ]
 
 
 def _regions(answer: SearchAnswer) -> list[dict[str, Any]]:

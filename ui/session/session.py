@@ -20,6 +20,8 @@ from ...index.atlas import Atlas
 from ...index.search.cases import How
 from ...index.search.cases import Similar as SimilarSlide
 from ...index.search.query import Query
+from ...index.store.rows import Hit
+from ...index.vectors.scan import prepared, scan
 from ...index.view import View
 from ...metrics import unit_rows
 from ...serving.encoders.engines import cores
@@ -42,11 +44,14 @@ from .background import Background
 from .batching import Batcher
 from .map import AtlasMap
 from .pictures import Pictures
-from .regions import Cut, Region
+from .regions import Region
 from .results import Results
+from .scaled import ScaledImage, cut
 from .verdict import Usual, verdict_of
 from .viewer import Viewer
 
+Cutting = tuple[ScaledImage, NDArray[np.uint8]]
+"""An image of known scale, and its tiles (N, S, S, 3)."""
 DECODING_S = 30.0
 """Timeout (s) of an image that waits to be decoded, and of a text that waits for others."""
 
@@ -128,6 +133,35 @@ class Session:
                 pixels = cropped(pixels, crop, name)
             return square(pixels, self.atlas.manifest.size_px)
 
+    @property
+    def tile_mpp(self) -> float | None:
+        """µm per pixel of the atlas's tiles as the encoder takes them; None if it is unknown."""
+        known = [row["target_mpp"] for row in self.atlas.view().columns.slides if row["target_mpp"]]
+        return float(np.median(known)) if known else self.atlas.manifest.mpp
+
+    def cut(
+        self,
+        image: Path | bytes,
+        name: str,
+        mpp: float,
+        crop: tuple[float, float, float, float] | None = None,
+    ) -> Cutting:
+        """Return an image of known scale, in µm per pixel, as tiles of the atlas's scale.
+
+        Raises:
+            BadInput: the image cannot be read or is smaller than a tile, or the atlas's scale is unknown.
+        """
+        tile_mpp = self.tile_mpp
+        if tile_mpp is None:
+            raise BadInput(
+                "the scale of this atlas's tiles is unknown; leave out that of the image"
+            )
+        with self._decoding():
+            pixels = decode(image, name=name, max_pixels=MAX_PIXELS)
+            if crop is not None:
+                cropped(pixels, crop, name)  # checks it
+            return cut(pixels, name, crop, mpp, tile_mpp, self.atlas.manifest.size_px)
+
     @contextmanager
     def _decoding(self) -> Iterator[None]:
         """Limit the number of images decoded at once: decoding large images needs much memory."""
@@ -179,7 +213,11 @@ class Session:
     # -- searching ------------------------------------------------------------------------------
 
     def search(
-        self, query: Query, clustering: str | None = None, regions: Sequence[Region] = ()
+        self,
+        query: Query,
+        clustering: str | None = None,
+        regions: Sequence[Region] = (),
+        scaled: Sequence[Cutting] = (),
     ) -> SearchAnswer:
         """Search for the tiles that resemble all examples of a query.
 
@@ -187,6 +225,7 @@ class Session:
             query: the query; its examples are combined.
             clustering: clustering to assign the query to; the newest when None.
             regions: regions of slides that hits resemble; each is one example, the mean of its tiles.
+            scaled: images of known scale that hits resemble (:meth:`cut`); likewise.
 
         Raises:
             BadInput: the filter cannot be read, the atlas is empty, or there is no encoder for images, or
@@ -196,31 +235,44 @@ class Session:
         """
         query = replace(query, together=True, where=(query.where or "").strip() or None)
         started = time.perf_counter()
-        cuts = []
-        if regions:
-            found = [self._region(region) for region in regions[: MAX_EXAMPLES + 1]]
-            cuts = [cut for cut, _ in found]
-            query = replace(query, vectors=np.stack([vector for _, vector in found]))
+        taken = [self.viewer.tiles_in(region) for region in regions[: MAX_EXAMPLES + 1]]
+        parts = [self.embed(tiles) for _, tiles in scaled]
+        of_regions = [self._mean(self.embed(tiles)) for _, tiles in taken]
+        if means := [*of_regions, *map(self._mean, parts)]:
+            query = replace(query, vectors=np.stack(means))
         check_limits(query)
         embedded = query.embedded(self.embed, self.embed_text)
         milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
-        answer = self.atlas.ask(self._answer, embedded, clustering, query.by_text)
+        answer = self.atlas.ask(self._answer, embedded, clustering, query.by_text, parts)
         milliseconds |= answer.milliseconds
         # keep the query's images, because the report shows them
-        answer = replace(answer, query=query, milliseconds=milliseconds, regions=tuple(cuts))
+        shown = replace(
+            query, images=(*query.images, *(image.whole for image, _ in scaled)),
+            vectors=np.stack(of_regions) if of_regions else None,
+        )  # fmt: skip
+        answer = replace(
+            answer, query=shown, milliseconds=milliseconds,
+            regions=tuple(region for region, _ in taken), scaled=tuple(image for image, _ in scaled),
+        )  # fmt: skip
         return self.results.keep(answer)
 
-    def _region(self, region: Region) -> tuple[Cut, NDArray[np.float32]]:
-        """Return the tiles of a region, and the mean of their embeddings (D,)."""
-        cut, tiles = self.viewer.tiles_in(region)
-        mean: NDArray[np.float32] = self.embed(tiles).mean(0)
-        cosine = self.atlas.manifest.metric == "cosine"
-        return cut, unit_rows(mean[None])[0] if cosine else mean
+    def _mean(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
+        mean: NDArray[np.float32] = vectors.mean(0)
+        return unit_rows(mean[None])[0] if self.atlas.manifest.metric == "cosine" else mean
 
     def _answer(
-        self, view: View, /, query: Query, clustering: str | None, by_text: bool
+        self,
+        view: View,
+        /,
+        query: Query,
+        clustering: str | None,
+        by_text: bool,
+        parts: Sequence[NDArray[np.float32]] = (),
     ) -> SearchAnswer:
-        """Answer a query with embedded images from one state of the atlas."""
+        """Answer a query with embedded images from one state of the atlas.
+
+        ``parts`` are the embeddings of the tiles of each image of known scale.
+        """
         started = time.perf_counter()
         vector = view.vector_of(query)
         hits = view.search_near(vector, query)
@@ -235,6 +287,7 @@ class Session:
             generation=view.generation,
             revision=view.revision,
             milliseconds={"search": searched},
+            matches=_matches(view, hits, parts) if sum(map(len, parts)) > 1 else (),
         )
 
     def hide(self, text: str) -> str:
@@ -349,3 +402,20 @@ def _check_count(images: Sized) -> None:
         raise BadInput("no image was given; expected at least one")
     if len(images) > MAX_IMAGES:
         raise TooLarge(f"{len(images)} images were given; expected at most {MAX_IMAGES} at once")
+
+
+def _matches(
+    view: View, hits: Sequence[Hit], parts: Sequence[NDArray[np.float32]]
+) -> tuple[tuple[int, int], ...]:
+    """Return, of each hit, the image and its tile that it resembles most.
+
+    ``parts`` are embeddings (N, D) of the tiles of each image.
+    """
+    if not hits:
+        return ()
+    tiles = np.concatenate(parts)
+    owners = [(image, n) for image, vectors in enumerate(parts) for n in range(len(vectors))]
+    metric = view.state.metric
+    found = prepared(view.vectors_of([hit.tile for hit in hits]), metric)
+    _, near = scan(found, prepared(tiles, metric), 1, metric)
+    return tuple(owners[row] for row in near[:, 0].tolist())

@@ -12,7 +12,6 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from ...artifacts.geojson import inside
 from ...artifacts.images import Rgb, encode_jpeg
 from ...errors import BadInput, NotFound
 from ...index.atlas import Atlas
@@ -20,7 +19,7 @@ from ...serving.slides.slide import Slide
 from ...serving.slides.tissue import tissue_mask, tissue_share
 from .colours import VIRIDIS, colour_of, ramp, rgb
 from .pictures import Pictures, slide_number
-from .regions import MAX_TILES, Cut, Point, Region
+from .regions import LEAST_TISSUE, MAX_TILES, Cut, Region, grid_in
 from .words import cluster_name
 
 PIECE_PX = 256
@@ -37,11 +36,6 @@ QUALITY = 80
 TILES = "#0d9488"
 """Colour of the grid of tiles."""
 BACKGROUND = 255
-MAX_CANDIDATES = 200_000
-"""Maximum number of tiles in a region before those without tissue are left out."""
-ONE_TILE = 1.5
-"""A region whose sides are below this many tiles is one tile around its centre."""
-LEAST_TISSUE = 0.25
 
 
 class Pyramid(NamedTuple):
@@ -207,7 +201,7 @@ class Viewer:
                 "pixels); expected level-0 pixels"
             )
         size, side = self._atlas.manifest.size_px, about.tile_px_level0
-        corners = _grid_in(region.ring, side, (about.width, about.height))
+        corners = grid_in(region.ring, side, (about.width, about.height))
         key = self._row(region.slide)["id"]
 
         def read(source: Slide) -> tuple[Cut, NDArray[np.uint8]]:
@@ -272,24 +266,3 @@ def _part(image: Rgb, left: float, top: float, side: float) -> Rgb:
     piece = np.full((PIECE_PX, PIECE_PX, 3), BACKGROUND, dtype=np.uint8)
     piece[: size[1], : size[0]] = np.asarray(shown)
     return piece
-
-
-def _grid_in(ring: tuple[Point, ...], side: int, size: tuple[int, int]) -> NDArray[np.int64]:
-    """Return the corners (N, 2) of tiles whose centre is inside a polygon and the slide; at least one."""
-    low = np.clip(np.min(ring, axis=0), 0, size)
-    high = np.clip(np.max(ring, axis=0), 0, size)
-    extent, centre = high - low, (low + high) / 2
-    one: NDArray[np.int64] = np.round(centre - side / 2).astype(np.int64)[None]
-    if (extent < ONE_TILE * side).all():
-        return one
-    across, down = np.maximum(1, np.round(extent / side)).astype(int).tolist()
-    if across * down > MAX_CANDIDATES:
-        raise BadInput(
-            f"the region has about {across * down:,} tiles; expected at most {MAX_CANDIDATES:,}: draw a "
-            "smaller one"
-        )
-    start = centre - np.array([across, down]) * side / 2
-    x, y = (part.ravel() for part in np.meshgrid(np.arange(across), np.arange(down)))
-    corners: NDArray[np.int64] = np.round(start + np.stack([x, y], axis=1) * side).astype(np.int64)
-    centred = inside(corners + side / 2, [ring])
-    return corners[centred] if centred.any() else one

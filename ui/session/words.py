@@ -37,6 +37,19 @@ def cluster_title(placed: Mapping[str, Any]) -> str:
     return str(placed["name"] or cluster_name(placed["cluster"]))
 
 
+def scaled_text(answer: SearchAnswer) -> str:
+    """Return how images of known scale were cut; "" if there are none."""
+    parts = []
+    for image in answer.scaled:
+        text = f"{image.name} at {image.mpp:g} µm per pixel: {counted(len(image.boxes), 'tile')}"
+        if image.without_tissue:
+            text += f", {image.without_tissue:,} without tissue left out"
+        if image.not_taken:
+            text += f", {image.not_taken:,} more not used"
+        parts.append(text + ".")
+    return " ".join(parts)
+
+
 def verdict_text(answer: SearchAnswer) -> str:
     """Return a text about the nearest tiles and whether the atlas has anything like the query."""
     verdict = answer.verdict
@@ -67,6 +80,8 @@ def verdict_text(answer: SearchAnswer) -> str:
             f"The query is nearer to the atlas than {verdict.nearer_than:.0%} of the atlas's own tiles are "
             "to tiles of other patients."
         )
+    if answer.scaled:
+        parts.append(scaled_text(answer))
     if answer.query.by_text:
         parts.append(TEXT_NOTICE)
     elif answer.query.examples > 1:
