@@ -130,3 +130,18 @@ def test_a_polygon_takes_the_tiles_whose_centre_it_contains():
 def test_a_region_needs_finite_corners():
     with pytest.raises(BadInput, match="not finite"):
         Region("a", ((0.0, 0.0), (float("nan"), 1.0), (2.0, 2.0)))
+
+
+def test_the_label_layer_colours_tiles_by_their_label(client, served):
+    atlas = served.session.atlas
+    name = atlas.slides()[0]["name"]
+    atlas.relabel([{"slide": name, "label": "tumour"}])
+    blob = client.get(f"/v1/slides/{name}/grid?by=label").content
+    length = int.from_bytes(blob[:4], "little")
+    about = json.loads(blob[4 : 4 + length])
+    colours = np.frombuffer(blob[4 + length + 8 * about["tiles"] :], np.uint8).reshape(-1, 4)
+    assert [text.split(" (")[0] for text, _ in about["legend"]] == ["tumour"]
+    assert (colours == colours[0]).all() and colours[0, 3] == 255
+    atlas.relabel([{"slide": name, "label": ""}])
+    blob = client.get(f"/v1/slides/{name}/grid?by=label").content
+    assert blob[-1] == 0, "without a label a tile is transparent"

@@ -71,7 +71,7 @@ def add_viewer(app: FastAPI, server: Server) -> None:
     def grid(
         slide: str,
         request: Request,
-        by: Literal["cluster", "score", "grid"] = "grid",
+        by: Literal["cluster", "label", "score", "grid"] = "grid",
         clustering: Clustering = None,
         result: ResultId = "",
     ) -> Response:

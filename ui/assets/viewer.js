@@ -166,7 +166,7 @@
       (part) => find(`[data-part=${part}]`));
     const elsewhere = find("[data-part=elsewhere]");
     const tools = [...element.querySelectorAll(".hs-tool")];
-    let left = null, right = null, tool = "move", result = null, rings = null, asking = 0, linking = false, opened = false;
+    let left = null, right = null, tool = "move", result = null, last = null, asking = 0, linking = false, opened = false;
 
     const say = (text, problem = false) => {
       note.textContent = text;
@@ -232,7 +232,7 @@
     async function paint() {
       const kind = layer.value;
       legend.replaceChildren();
-      if (kind === "score" && !result) { say("Draw a region first; then this layer shows what resembles it."); return; }
+      if (kind === "score" && !result) { say("Search first, for example for a region; then this layer shows what resembles it."); return; }
       const options = { clustering: clustering.value, result, opacity: Number(opacity.value) };
       const shown = panes.dataset.two === "1" && right.about ? [left, right] : [left];
       try {
@@ -245,21 +245,25 @@
     }
 
     /* Search for regions of the left slide: `corners` of each; `remark` is added to the answer. */
-    async function ask(corners, remark = "") {
-      const mine = ++asking, slide = left.about.slide;
-      rings = corners.map(thinned);
+    function ask(corners, remark = "") {
+      const slide = left.about.slide;
+      last = () => ask(corners, remark);
+      return search({ regions: corners.map((ring) => ({ slide, ring: thinned(ring) })) }, remark);
+    }
+    async function search(query, remark = "") {
+      const mine = ++asking;
       say("Searching …");
-      const body = { regions: rings.map((ring) => ({ slide, ring })), k: 24, per_slide: false,
-        where: elsewhere.checked ? `slide != ${quoted(slide)}` : null };
+      const body = { ...query, k: 24, per_slide: false,
+        where: elsewhere.checked && left?.about ? `slide != ${quoted(left.about.slide)}` : null };
       let answer;
       try {
         answer = await json("v1/search", { method: "POST", headers: { "content-type": "application/json" }, body: JSON.stringify(body) });
       } catch (error) { if (mine === asking) failed(error); return; }
       if (mine !== asking) return;
       result = answer.result;
-      const cuts = answer.provenance.examples.regions;
+      const cuts = answer.provenance.examples.regions ?? [];
       const sum = (part) => cuts.reduce((total, cut) => total + cut[part], 0);
-      const facts = [sum("tiles") === 1 ? "one tile around its middle" : `${sum("tiles").toLocaleString()} tiles of the region`];
+      const facts = !cuts.length ? [] : [sum("tiles") === 1 ? "one tile around its middle" : `${sum("tiles").toLocaleString()} tiles of the region`];
       if (sum("without_tissue")) facts.push(`${sum("without_tissue").toLocaleString()} without tissue left out`);
       if (sum("not_taken")) facts.push(`${sum("not_taken").toLocaleString()} more not used`);
       if (remark) facts.push(remark);
@@ -357,7 +361,15 @@
     layer.addEventListener("change", paint);
     clustering.addEventListener("change", paint);
     opacity.addEventListener("input", () => { for (const pane of [left, right]) pane?.layer?.setOpacity(Number(opacity.value)); });
-    elsewhere.addEventListener("change", () => rings && ask(rings));
+    elsewhere.addEventListener("change", () => last?.());
+    find(".hs-words").addEventListener("submit", async (e) => {
+      e.preventDefault();
+      const words = e.target.elements.words.value.trim();
+      if (!words) { say("Type the words to search for."); return; }
+      last = () => search({ texts: [words] });
+      layer.value = "score";  // where on this slide the words fit best
+      await last();
+    });
 
     new IntersectionObserver((seen) => {
       if (opened || !seen.some((s) => s.isIntersecting) || takeWanted()) return;

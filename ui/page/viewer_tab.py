@@ -5,6 +5,7 @@ from __future__ import annotations
 from html import escape
 
 from ...index.store.annotation import LONGEST_LABEL, LONGEST_NOTE
+from ...serving.encoders.text import LONGEST
 from ..session.session import Session
 from .widgets import html
 
@@ -21,8 +22,11 @@ _TEMPLATE = """
       <button type="button" class="hs-tool" data-tool="point" aria-pressed="false">Point</button></span>
     <button type="button" class="hs-act" data-part="middle">Search the middle</button>
     <label><input type="checkbox" data-part="elsewhere" checked> other slides only</label>
+    <form class="hs-words"{words}><label>Words <input name="words" maxlength="{longest_words}"
+      placeholder="lymphocytes" autocomplete="off"></label><button class="hs-act">Search</button></form>
     <label>Layer <select data-part="layer"><option value="none">none</option>{layers}
-      <option value="score">similarity to the region</option><option value="grid">tiles</option>
+      <option value="label">labels</option><option value="score">similarity to the search</option>
+      <option value="grid">tiles</option>
       </select></label>
     <label{several}>of <select data-part="clustering">{clusterings}</select></label>
     <label>Opacity <input type="range" data-part="opacity" min="0" max="1" step="0.05" value="0.5"></label>
@@ -68,6 +72,8 @@ def viewer_tab(session: Session) -> None:
             clusterings=options,
             several="" if len(names) > 1 else " hidden",
             pane=_PANE,
+            words="" if session.takes_text else " hidden",
+            longest_words=LONGEST,
             longest_label=LONGEST_LABEL,
             longest_note=LONGEST_NOTE,
         ),

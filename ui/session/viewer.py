@@ -125,7 +125,7 @@ class Viewer:
     def layer(
         self,
         slide: str,
-        by: Literal["cluster", "score", "grid"],
+        by: Literal["cluster", "label", "score", "grid"],
         clustering: str | None = None,
         query: NDArray[np.float32] | None = None,
         by_text: bool = False,
@@ -139,7 +139,7 @@ class Viewer:
 
         Args:
             slide: name.
-            by: cluster, score (similarity to ``query``), or grid (one colour).
+            by: cluster, label, score (similarity to ``query``), or grid (one colour).
             clustering: of the clusters; the newest when None.
             query: (D,), for ``score``.
             by_text: whether ``query`` is of a text; see :meth:`Pictures.scale`.
@@ -168,6 +168,9 @@ class Viewer:
                 (f"{cluster_name(c, names)} ({size:,})", colour_of(c))
                 for c, size in zip(codes.tolist(), sizes, strict=True)
             ]
+        elif by == "label":
+            coded = view.columns.coded("label")
+            legend = _paint_labels(coded.names, coded.codes[rows], colours)
         elif by == "score" and query is not None and count:
             scores = view.scores_in(slide, query)
             low, high = self._pictures.scale(scores, by_text)
@@ -243,6 +246,18 @@ class Viewer:
             while sum(kept.nbytes for kept, _ in self._overviews.values()) > KEPT_BYTES:
                 self._overviews.popitem(last=False)
         return made
+
+
+def _paint_labels(
+    names: list[str], codes: NDArray[np.int32], colours: NDArray[np.uint8]
+) -> list[tuple[str, str]]:
+    """Colour tiles (N, 4) by the numbers of their labels (N,); return the legend. No label: transparent."""
+    colours[codes < 0, 3] = 0
+    legend = []
+    for code in np.unique(codes[codes >= 0]).tolist():
+        colours[codes == code, :3] = rgb(colour_of(code))
+        legend.append((f"{names[code]} ({int((codes == code).sum()):,})", colour_of(code)))
+    return legend
 
 
 def _step(places: NDArray[np.int32], side: int) -> int:

@@ -3,9 +3,14 @@
 import json
 
 import pytest
-from pages import pictures_are_there, shot, tab
+from loopback import free_port, up
+from pages import opened, pictures_are_there, shot, tab
 
 from histoseek.index.atlas import Atlas
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.slides.geojson import read_annotations
 
 pytestmark = pytest.mark.shared
@@ -38,6 +43,9 @@ def test_a_region_of_a_slide_is_searched_and_a_hit_opens_beside_it(page):
     page.locator("[data-part=layer]").select_option("score")
     page.locator(".hs-vlegend li").first.wait_for()
     assert page.locator("canvas.hs-painted").count() == 2
+    page.locator("[data-part=layer]").select_option("label")
+    page.wait_for_timeout(300)
+    assert page.locator(".hs-vlegend li").count() == 0, "the slide has no label"
     page.locator("[data-part=layer]").select_option("cluster")
     page.locator(".hs-vlegend li", has_text="cluster").first.wait_for()
     shot(page, "slide-viewer")
@@ -139,3 +147,28 @@ def test_a_region_is_annotated_found_changed_and_given_to_qupath(page, atlas, tm
     page.get_by_text("Annotations of this slide (1)").wait_for()
     page.locator("[data-part=marks]").uncheck()
     assert [item.label for item in Atlas(atlas).annotations()] == ["it's tumour"]
+
+
+def test_words_are_searched_and_shown_as_heat(
+    browser, text_bundle, make_slide, tmp_path, histoseek_ui
+):
+    """An encoder with a text network of random weights, on two slides."""
+    slides = [make_slide(tmp_path / f"case-{n}.tiff", side=1400, seed=n) for n in (1, 2)]
+    encoder = OnnxEncoder(text_bundle / "bundle")
+    done = embed_jobs(find_jobs(slides), encoder, tmp_path / "f", EmbedOptions(), lambda *_: None)
+    encoder.close()
+    made = Atlas.create(tmp_path / "atlas", text_bundle / "bundle")
+    made.add([tmp_path / "f" / result.features for result in done])
+    port = free_port()
+    up(port, histoseek_ui(made.path, "--port", port))
+    page = opened(browser, f"http://127.0.0.1:{port}/")
+    tab(page, "Slide viewer")
+    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
+    page.get_by_label("Words", exact=True).last.fill("signet ring cells")
+    page.get_by_role("button", name="Search", exact=True).click()
+    page.locator(".hs-vhit").first.wait_for()
+    assert "does not prove that a tile shows" in page.locator(".hs-vnote").inner_text()
+    page.locator(".hs-vlegend li").first.wait_for()
+    assert page.locator("canvas.hs-painted").count() == 1
+    assert "case-2" in page.locator(".hs-vhit").first.inner_text()
+    page.close()
