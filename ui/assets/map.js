@@ -237,12 +237,14 @@
           }
         } catch (error) {
           note.textContent = `No map: ${error.message}`;
+          plot.hidden = !data;
           return;
         }
         if (mine !== asking) return;
         if (wait > 3) note.textContent = "Computing the map … this happens once and takes some seconds.";
         await new Promise((r) => setTimeout(r, wait < 4 ? 300 : 1500));
       }
+      plot.hidden = false;
       describe();
       draw();
     }

@@ -269,8 +269,9 @@
 
   /* ---- choosing tiles anywhere on the page ----------------------------------------------------- */
   document.addEventListener("click", (e) => {
-    const button = e.target.closest?.("[data-open],[data-like],[data-unlike],[data-view]");
+    const button = e.target.closest?.("[data-open],[data-like],[data-unlike],[data-view],[data-tab]");
     if (!button) return;
+    if (button.dataset.tab) { openTab(button.dataset.tab); return; }
     if (button.dataset.view) { hs.showSlide?.(button.dataset.view); return; }
     if (button.dataset.open) hs.open(Number(button.dataset.open), button);
     else if (button.dataset.like) pick("like", Number(button.dataset.like));
@@ -278,11 +279,15 @@
   });
   /* Choosing a tile anywhere opens the first tab, which searches for it. */
   function pick(kind, tile) {
-    const tabs = [...document.querySelectorAll("[role=tab], .overflow-dropdown button")];
-    const first = tabs.find((tab) => tab.textContent.trim() === "Find similar");
-    if (first && first.getAttribute("aria-selected") !== "true") first.click();
+    openTab("Find similar");
     hs.pick?.(kind, tile);
   }
+  function openTab(name) {
+    const tabs = [...document.querySelectorAll("[role=tab], .overflow-dropdown button")];
+    const tab = tabs.find((each) => each.textContent.trim() === name);
+    if (tab && tab.getAttribute("aria-selected") !== "true") tab.click();
+  }
+  hs.openTab = openTab;
   document.addEventListener("error", (e) => {
     const image = e.target;
     if (!(image instanceof HTMLImageElement) || !image.src.includes("/v1/")) return;

@@ -154,8 +154,7 @@
   let wanted = null;
   hs.showSlide = (slide, at = null) => {
     wanted = { slide, at };
-    const tabs = [...document.querySelectorAll("[role=tab], .overflow-dropdown button")];
-    tabs.find((tab) => tab.textContent.trim() === "Slide viewer")?.click();
+    hs.openTab("Slide viewer");
     hs.viewer.take?.();
   };
 
@@ -375,7 +374,8 @@
       if (opened || !seen.some((s) => s.isIntersecting) || takeWanted()) return;
       opened = true;
       names().then((slides) => {
-        if (!slides.length) say("This atlas has no slides yet. Add one in the tab New slide.");
+        find(".hs-vbar").hidden = !slides.length;
+        if (!slides.length) { opened = false; say("The atlas has no slides yet. Add one in the tab New slide."); }
         else if (!left?.about) show(slides[0].name);
       }).catch((error) => { opened = false; failed(error); });
     }).observe(element);

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,16 @@ SCRIPTS = ("page.js", "map.js", "annotations.js", "viewer.js")
 FONTS = ["system-ui", "Segoe UI", "Helvetica", "sans-serif"]
 MONO = ["ui-monospace", "monospace"]
 
+TABS = {
+    "Find similar": "Find the tiles that look most like an image, a tile of the atlas, or words.",
+    "Slide viewer": "Look at a slide, search for a region of it, see the hits in place, and annotate.",
+    "Upload and cluster": "See to which clusters of the atlas your images belong.",
+    "Atlas": "All tiles on one map, on which tiles that look alike lie close together.",
+    "Slides and cases": "Compare whole slides and cases, and see where one resembles your last search.",
+    "New slide": "Add a slide to the atlas. It can be searched as soon as it is embedded.",
+    "About": "The encoder and the atlas, and how well its index searches.",
+}
+"""What each tab is for."""
 AT_ROOT = '<link rel="manifest" href="/manifest.json" />'
 FROM_HERE = '<link rel="icon" href="favicon.ico" /><link rel="manifest" href="manifest.json" />'
 
@@ -153,23 +165,31 @@ def build(server: Server) -> Any:
         head = html(_header(session))
         last = gr.State("")
         with gr.Tabs():
-            with gr.Tab("Find similar"):
+            with _tab("Find similar"):
                 find_tab(server, last)
-            with gr.Tab("Slide viewer"):
+            with _tab("Slide viewer"):
                 viewer_tab(session)
-            with gr.Tab("Upload and cluster"):
+            with _tab("Upload and cluster"):
                 cluster_tab(server)
-            with gr.Tab("Atlas") as atlas:
+            with _tab("Atlas") as atlas:
                 atlas_tab(session, atlas)
-            with gr.Tab("Slides and cases") as slides:
+            with _tab("Slides and cases") as slides:
                 slides_tab(server, last, slides)
-            with gr.Tab("New slide") as new:
+            with _tab("New slide") as new:
                 new_slide_tab(server, new, head, lambda: _header(session))
-            with gr.Tab("About") as about:
+            with _tab("About") as about:
                 about_tab(session, about)
         page.load(lambda: _header(session), None, head, **HIDDEN)
     page.queue(max_size=256, default_concurrency_limit=16)
     return page
+
+
+@contextmanager
+def _tab(name: str) -> Iterator[Any]:
+    """Make a tab that begins with what it is for."""
+    with gr.Tab(name) as tab:
+        html(view.purpose(TABS[name]))
+        yield tab
 
 
 def _header(session: Session) -> str:

@@ -75,6 +75,8 @@ class _Handlers:
         """Return the cards of the slides whose names contain a text."""
         part = (part or "").lower()
         rows = [s for s in self.session.atlas.slides() if part in s["name"].lower()]
+        if not rows and not part:
+            return view.empty("The atlas has no slides yet.", "Add one in the tab New slide.")
         return slide_view.slide_cards(rows[:SLIDES_SHOWN], len(rows), chosen)
 
     def selected(

@@ -26,7 +26,21 @@ def header(stats: Mapping[str, Any], atlas: str) -> str:
         f'<header class="hs-head" data-revision="{stats["revision"]}"><h1>histoseek</h1>'
         f"<p><b>{escape(atlas)}</b> {counts}</p>"
         f'<p class="hs-notice" role="note">{escape(NOTICE_TEXT)}</p></header>'
+        + ("" if stats["tiles"] else _FIRST_STEPS)
     )
+
+
+_FIRST_STEPS = """<section class="hs-first" aria-label="First steps"><b>This atlas is empty.</b><ol>
+<li><button type="button" class="hs-act" data-tab="New slide">Add a slide here</button> or add many on the
+ command line: <code>histoseek embed slides/ --out features</code>, then
+ <code>histoseek index add ATLAS features</code>.</li>
+<li>Fit clusters, for the tabs Upload and cluster, and Atlas: <code>histoseek index fit ATLAS</code>.</li>
+<li>Search: choose an image, or draw a box on a slide.</li></ol></section>"""
+
+
+def purpose(text: str) -> str:
+    """Return the sentence that says what a tab is for."""
+    return f'<p class="hs-about">{escape(text)}</p>'
 
 
 def empty(title: str, text: str) -> str:

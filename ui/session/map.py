@@ -144,9 +144,11 @@ class AtlasMap:
             places: whether ids and places are wanted too, not only codes.
 
         Raises:
-            BadInput: the box is empty.
+            BadInput: the box is empty, or the atlas has no tiles.
             NotFound: there is no such clustering or column.
         """
+        if not len(self._atlas.view().index):
+            raise BadInput("the atlas has no tiles yet; add slides first")
         points = self.points()
         if points is None:
             return None
