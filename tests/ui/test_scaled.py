@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from histoseek.errors import BadInput
+from histoseek.index.atlas import Atlas
 from histoseek.ui.session.scaled import cut
 
 MPP = 0.5
@@ -88,3 +89,17 @@ def test_tiles_without_tissue_are_left_out_and_many_are_thinned():
     assert small.side == 200 and tiles.shape == (1, 224, 224, 3)
     with pytest.raises(BadInput, match="a tile of this atlas 112 µm"):
         cut(pixels[:100, :100], "a", None, MPP, MPP, 224)
+
+
+def test_the_command_line_takes_a_scale_too(ui_atlas, slide, tmp_path, cli, cli_json):
+    side = 224
+    crop = slide.crop((2 * side, side, 3 * side, 2 * side)).resize((2 * side, 2 * side), 3)
+    crop.save(tmp_path / "crop.png")
+    mpp = Atlas(ui_atlas).slides()[0]["mpp"]
+    words = ("index", "search", ui_atlas, tmp_path / "crop.png", "-k", 1)
+    ((hit,),) = cli_json(*words, "--mpp", mpp / 2)
+    assert (hit["slide"], hit["x"], hit["y"]) == ("case-1", 2 * side, side) and hit["score"] > 0.98
+    said = cli(*words, "--mpp", mpp / 2, check=True).stdout
+    assert "µm per pixel: 1 tile." in said
+    refused = cli(*words, "--mpp", mpp / 50)
+    assert refused.returncode == 1 and "is too small at" in refused.stdout

@@ -40,6 +40,7 @@ def search(
     least: float | None = None,
     per_slide: bool = False,
     exact: bool = False,
+    mpp: float | None = None,
     engine: str | None = None,
 ) -> None:
     """Find the tiles that look most similar to each image.
@@ -60,6 +61,8 @@ def search(
         least: Minimum score of a hit.
         per_slide: Return at most one hit per slide.
         exact: Compare with every tile, without the index.
+        mpp: Scale of the query images in µm per pixel. Each image is cut into tiles of the atlas's scale,
+            and their mean is searched. Without it, the middle square of an image is taken as one tile.
     """
     from ...index.atlas import Atlas
     from ...index.search.query import Query
@@ -78,10 +81,14 @@ def search(
     unlike_tiles = tuple(int(name) for name in unlike or [] if name.isdigit())
     if paths or unlike_paths:
         check_images(opened)
-    read, failed = read_images(paths, opened.manifest.size_px)
+    if mpp is None:
+        read, failed = read_images(paths, opened.manifest.size_px)
+    else:
+        read, failed = cut_images(opened, paths, mpp)
     unlike_read, unlike_failed = read_images(unlike_paths, opened.manifest.size_px)
     query = Query(
-        images=tuple(read.values()), tiles=tuple(tiles), unlike_images=tuple(unlike_read.values()),
+        images=() if mpp else tuple(read.values()), vectors=mean_vectors(opened, read) if mpp else None,
+        tiles=tuple(tiles), unlike_images=tuple(unlike_read.values()),
         unlike_tiles=unlike_tiles, together=together, k=k, where=where, least=least,
         per_slide=per_slide, exact=exact, leave_out=leave_out,  # type: ignore[arg-type]
         texts=tuple(texts), unlike_texts=tuple(unlike_text or ()),
@@ -147,7 +154,7 @@ def _print_hits(atlas: Atlas, hits_of: dict[str | Path, list[Hit]], where: str |
 
 def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
     """Return a list of hits per readable image, text and tile, or one list if the query combines them."""
-    if not query.images and not query.tiles and not query.texts:
+    if not query.examples:
         return []
     embedded = query.embedded(embed_with(atlas), embed_text_with(atlas))
     if engine is None:
@@ -245,6 +252,44 @@ def read_images(
             reason = {"type": type(error).__name__, "message": str(error)}
             failed[path] = {"query": str(path), "error": reason}
     return read, failed
+
+
+def cut_images(
+    atlas: Atlas, paths: Sequence[Path], mpp: float
+) -> tuple[dict[Path, NDArray[np.uint8]], dict[Path, dict[str, Any]]]:
+    """Read images of known scale as tiles of the atlas's scale, (N, S, S, 3) each; say how they were cut.
+
+    Returns:
+        The tiles by path, and an error for each unreadable image.
+    """
+    from ...artifacts.images import decode
+    from ..session.scaled import cut_for
+    from ..session.words import scaled_text
+
+    read: dict[Path, NDArray[np.uint8]] = {}
+    failed: dict[Path, dict[str, Any]] = {}
+    for path in paths:
+        try:
+            image, read[path] = cut_for(atlas, decode(path), str(path), mpp)
+            console.say(scaled_text([image]))
+        except HistoseekError as error:
+            reason = {"type": type(error).__name__, "message": str(error)}
+            failed[path] = {"query": str(path), "error": reason}
+    return read, failed
+
+
+def mean_vectors(atlas: Atlas, read: dict[Path, NDArray[np.uint8]]) -> NDArray[np.float32] | None:
+    """Return the mean of the embeddings of each image's tiles, (Q, D); None without images."""
+    import numpy as np
+
+    from ..session.scaled import mean_of
+
+    if not read:
+        return None
+    ends = np.cumsum([len(tiles) for tiles in read.values()])
+    vectors = embed_with(atlas)(np.concatenate(list(read.values())))
+    parts = np.split(vectors, ends[:-1])
+    return np.stack([mean_of(part, atlas.manifest.metric) for part in parts])
 
 
 def check_images(atlas: Atlas) -> None:

@@ -15,6 +15,7 @@ from ..access.service import Server
 from ..session import words
 from ..session.answers import both
 from ..session.report import matches
+from ..session.scaled import tile_mpp_of
 from ..session.session import Cutting, Session
 from . import view
 from .widgets import EVENT, HIDDEN, UPLOAD_BYTES, check_upload, error_html, html
@@ -98,7 +99,7 @@ def find_tab(server: Server, last: Any) -> None:
 
 def _picker(session: Session) -> str:
     """Return the field for the query image, with its scale if that of the atlas is known."""
-    columns, mpp, scale = session.atlas.view().columns, session.tile_mpp, ""
+    columns, mpp, scale = session.atlas.view().columns, tile_mpp_of(session.atlas), ""
     if mpp is not None:
         present = columns.present()
         shown = columns.ids(present[len(present) // 2 :][:1]).tolist()

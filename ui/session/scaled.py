@@ -10,6 +10,8 @@ from PIL import Image
 
 from ...artifacts.images import Rgb, resample, square
 from ...errors import BadInput
+from ...index.atlas import Atlas
+from ...metrics import unit_rows
 from ...serving.slides.tissue import tissue_mask, tissue_share
 from .regions import LEAST_TISSUE, MAX_TILES, grid_in
 
@@ -42,6 +44,32 @@ class ScaledImage:
     whole: Rgb = field(repr=False)
     without_tissue: int
     not_taken: int
+
+
+def tile_mpp_of(atlas: Atlas) -> float | None:
+    """Return µm per pixel of an atlas's tiles as the encoder takes them; None if it is unknown."""
+    known = [row["target_mpp"] for row in atlas.view().columns.slides if row["target_mpp"]]
+    return float(np.median(known)) if known else atlas.manifest.mpp
+
+
+def cut_for(
+    atlas: Atlas, pixels: Rgb, name: str, mpp: float, crop: Box | None = None
+) -> tuple[ScaledImage, NDArray[np.uint8]]:
+    """Cut an image into tiles of an atlas's scale; see :func:`cut`.
+
+    Raises:
+        BadInput: the scale of the atlas is unknown, too.
+    """
+    tile_mpp = tile_mpp_of(atlas)
+    if tile_mpp is None:
+        raise BadInput("the scale of this atlas's tiles is unknown; leave out that of the image")
+    return cut(pixels, name, crop, mpp, tile_mpp, atlas.manifest.size_px)
+
+
+def mean_of(vectors: NDArray[np.float32], metric: str) -> NDArray[np.float32]:
+    """Return the mean (D,) of the embeddings (N, D) of an example's tiles; for cosine, of length 1."""
+    mean: NDArray[np.float32] = vectors.mean(0)
+    return unit_rows(mean[None])[0] if metric == "cosine" else mean
 
 
 def cut(

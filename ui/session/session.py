@@ -23,7 +23,6 @@ from ...index.search.query import Query
 from ...index.store.rows import Hit
 from ...index.vectors.scan import prepared, scan
 from ...index.view import View
-from ...metrics import unit_rows
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
 from ...serving.encoders.protocol import Encoder
@@ -46,7 +45,7 @@ from .map import AtlasMap
 from .pictures import Pictures
 from .regions import Region
 from .results import Results
-from .scaled import ScaledImage, cut
+from .scaled import ScaledImage, cut_for, mean_of
 from .verdict import Usual, verdict_of
 from .viewer import Viewer
 
@@ -133,12 +132,6 @@ class Session:
                 pixels = cropped(pixels, crop, name)
             return square(pixels, self.atlas.manifest.size_px)
 
-    @property
-    def tile_mpp(self) -> float | None:
-        """µm per pixel of the atlas's tiles as the encoder takes them; None if it is unknown."""
-        known = [row["target_mpp"] for row in self.atlas.view().columns.slides if row["target_mpp"]]
-        return float(np.median(known)) if known else self.atlas.manifest.mpp
-
     def cut(
         self,
         image: Path | bytes,
@@ -151,16 +144,11 @@ class Session:
         Raises:
             BadInput: the image cannot be read or is smaller than a tile, or the atlas's scale is unknown.
         """
-        tile_mpp = self.tile_mpp
-        if tile_mpp is None:
-            raise BadInput(
-                "the scale of this atlas's tiles is unknown; leave out that of the image"
-            )
         with self._decoding():
             pixels = decode(image, name=name, max_pixels=MAX_PIXELS)
             if crop is not None:
                 cropped(pixels, crop, name)  # checks it
-            return cut(pixels, name, crop, mpp, tile_mpp, self.atlas.manifest.size_px)
+            return cut_for(self.atlas, pixels, name, mpp, crop)
 
     @contextmanager
     def _decoding(self) -> Iterator[None]:
@@ -237,8 +225,9 @@ class Session:
         started = time.perf_counter()
         taken = [self.viewer.tiles_in(region) for region in regions[: MAX_EXAMPLES + 1]]
         parts = [self.embed(tiles) for _, tiles in scaled]
-        of_regions = [self._mean(self.embed(tiles)) for _, tiles in taken]
-        if means := [*of_regions, *map(self._mean, parts)]:
+        metric = self.atlas.manifest.metric
+        of_regions = [mean_of(self.embed(tiles), metric) for _, tiles in taken]
+        if means := [*of_regions, *(mean_of(vectors, metric) for vectors in parts)]:
             query = replace(query, vectors=np.stack(means))
         check_limits(query)
         embedded = query.embedded(self.embed, self.embed_text)
@@ -255,10 +244,6 @@ class Session:
             regions=tuple(region for region, _ in taken), scaled=tuple(image for image, _ in scaled),
         )  # fmt: skip
         return self.results.keep(answer)
-
-    def _mean(self, vectors: NDArray[np.float32]) -> NDArray[np.float32]:
-        mean: NDArray[np.float32] = vectors.mean(0)
-        return unit_rows(mean[None])[0] if self.atlas.manifest.metric == "cosine" else mean
 
     def _answer(
         self,

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...index.store.rows import Hit
 from .answers import SearchAnswer
+from .scaled import ScaledImage
 
 NOTICE_TEXT = "Research use only. Similarity is no diagnosis."
 TEXT_NOTICE = (
@@ -37,10 +38,10 @@ def cluster_title(placed: Mapping[str, Any]) -> str:
     return str(placed["name"] or cluster_name(placed["cluster"]))
 
 
-def scaled_text(answer: SearchAnswer) -> str:
+def scaled_text(images: Iterable[ScaledImage]) -> str:
     """Return how images of known scale were cut; "" if there are none."""
     parts = []
-    for image in answer.scaled:
+    for image in images:
         text = f"{image.name} at {image.mpp:g} µm per pixel: {counted(len(image.boxes), 'tile')}"
         if image.without_tissue:
             text += f", {image.without_tissue:,} without tissue left out"
@@ -81,7 +82,7 @@ def verdict_text(answer: SearchAnswer) -> str:
             "to tiles of other patients."
         )
     if answer.scaled:
-        parts.append(scaled_text(answer))
+        parts.append(scaled_text(answer.scaled))
     if answer.query.by_text:
         parts.append(TEXT_NOTICE)
     elif answer.query.examples > 1:
