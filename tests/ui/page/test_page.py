@@ -344,7 +344,8 @@ TABS = [
 ]
 
 
-@pytest.mark.parametrize("width, theme", [(1280, "light"), (1280, "dark"), (390, "light")])
+@pytest.mark.parametrize("theme", ["light", "dark"])
+@pytest.mark.parametrize("width", [1280, 390])
 def test_everyone_can_use_it(browser, served, tiles, width, theme):
     """No serious violation by axe-core, nothing wider than the window, in both themes."""
     from axe_playwright_python.sync_playwright import Axe
@@ -364,6 +365,13 @@ def test_everyone_can_use_it(browser, served, tiles, width, theme):
             pictures_are_there(page, "#hits img")
         elif name == "Slide viewer":
             pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
+            page.locator("[data-part=elsewhere]").uncheck()  # no other slide has been added yet
+            page.locator("[data-part=middle]").click()
+            page.locator(".hs-vhit").first.click()
+            page.locator(".hs-mark [name=label]").fill("tumour")
+            page.locator("[data-part=layer]").select_option("cluster")
+            page.locator(".hs-vlegend li").first.wait_for()
+            page.locator(".hs-marks summary").click()
         elif name == "Upload and cluster":
             page.set_input_files("#uploads-input", tiles / "query.png")
             page.locator("#uploads .hs-files li").wait_for()
