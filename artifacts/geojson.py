@@ -65,7 +65,7 @@ def class_of(feature: dict[str, Any]) -> str:
     names = classification.get("names")
     if isinstance(names, list):
         return ": ".join(map(str, names))
-    return str(classification.get("name", ""))
+    return str(classification.get("name") or "")
 
 
 def polygons_of(feature: dict[str, Any], source: str) -> list[Polygon]:
@@ -101,6 +101,8 @@ def _polygons(geometry: dict[str, Any]) -> list[Polygon]:
     polygons = []
     for rings in parts:
         arrays = [np.asarray(ring, dtype=np.float64) for ring in rings]
+        if not arrays:  # an empty geometry
+            continue
         if any(ring.ndim != 2 or ring.shape[1] < 2 for ring in arrays):
             raise ValueError("a ring must be a list of points")
         arrays = [ring[:, :2] for ring in arrays]
@@ -119,14 +121,18 @@ def inside(points: NDArray[Any], rings: Sequence[Any]) -> NDArray[np.bool_]:
     """Return which points (N, 2) are inside rings, by the even-odd rule: holes are outside."""
     x, y = np.asarray(points, dtype=np.float64).T
     found = np.zeros(len(x), dtype=bool)
-    for ring in rings:
-        corners = np.asarray(ring, dtype=np.float64)
-        for (x0, y0), (x1, y1) in zip(
-            corners.tolist(), np.roll(corners, -1, axis=0).tolist(), strict=True
-        ):
-            if y0 != y1:
-                crosses = (y0 > y) != (y1 > y)
-                found ^= crosses & (x < (x1 - x0) * (y - y0) / (y1 - y0) + x0)
+    if not len(x) or not rings:
+        return found
+    starts = np.concatenate([np.asarray(ring, dtype=np.float64) for ring in rings])
+    ends = np.concatenate([np.roll(np.asarray(ring, np.float64), -1, axis=0) for ring in rings])
+    (x0, y0), (x1, y1) = starts.T, ends.T
+    order = np.argsort(y, kind="stable")
+    for rows in np.split(order, np.flatnonzero(np.diff(y[order])) + 1):  # tiles lie in rows
+        level = y[rows[0]]
+        n = np.flatnonzero((y0 > level) != (y1 > level))
+        crossings = np.sort(x0[n] + (x1[n] - x0[n]) * (level - y0[n]) / (y1[n] - y0[n]))
+        beyond = len(crossings) - np.searchsorted(crossings, x[rows], side="right")
+        found[rows] = beyond % 2 == 1
     return found
 
 

@@ -73,7 +73,7 @@ def annotations_of(
     taken, skipped = [], Counter[str]()
     for feature in features:
         properties = properties_of(feature)
-        kind = properties.get("objectType", "annotation")
+        kind = _kind_of(feature)
         if kind not in {"annotation", "roi"}:
             skipped[f"{kind}, not an annotation"] += 1
             continue
@@ -86,25 +86,36 @@ def annotations_of(
         described = metadata.get(DESCRIPTION) if isinstance(metadata, dict) else ""
         label = class_of(feature) or name
         note = str(described or properties.get("note") or (name if name != label else ""))
-        number = str(feature.get("id") or properties.get("id") or "")
-        taken.append(
-            Annotation(slide, moved(polygons, *corner), label, note, author, _uuid(number, slide))
-        )
+        given = feature.get("id", properties.get("id"))
+        here = moved(polygons, *corner)
+        number = _uuid("" if given is None else str(given), slide, [label, note, here])
+        taken.append(Annotation(slide, here, label, note, author, number).checked())
     return taken, skipped
 
 
-def _uuid(number: str, slide: str) -> str:
-    """Return the UUID of an object's id.
+def _kind_of(feature: dict[str, Any]) -> str:
+    """Return what an object is in QuPath; former versions state it in its id only."""
+    kind, number = properties_of(feature).get("objectType"), str(feature.get("id", ""))
+    if kind is None and number.startswith("Path") and number.endswith("Object"):
+        return number[4:-6].lower()
+    return "annotation" if kind is None else str(kind)
 
-    Former versions of QuPath write the class of the object, which identifies nothing: "" for these. Other
-    tools number the objects of a slide; such a number and the slide always give the same UUID.
+
+def _uuid(number: str, slide: str, content: list[Any]) -> str:
+    """Return a UUID for an object: always the same one, so that a file can be read again.
+
+    Args:
+        number: its id. Other tools number the objects of a slide; former versions of QuPath write the class
+            of the object, which identifies nothing, and some tools write none: then its content counts.
+        slide: its slide.
+        content: its label, note and shape.
     """
     if not number or number.startswith("Path"):
-        return ""
+        number = json.dumps(content, default=lambda ring: ring.tolist())
     try:
         return str(uuid.UUID(number))
     except ValueError:
-        return str(uuid.uuid5(uuid.NAMESPACE_OID, f"{slide}\0{number}"))
+        return str(uuid.uuid5(uuid.NAMESPACE_OID, ascii(f"{slide}\0{number}")))
 
 
 def document_of(annotations: Sequence[Annotation], corner: Corner = (0, 0)) -> dict[str, Any]:
@@ -159,8 +170,8 @@ def import_files(
     files, left_out = _files_in(paths)
     slides = [row for row in atlas.slides() if row["kind"] == "slide"]
     if slide is not None:
-        if len(files) != 1:
-            raise BadInput(f"--slide is for one file; there are {len(files)}")
+        if sum(map(len, files.values())) != 1:
+            raise BadInput(f"--slide is for one file; there are {sum(map(len, files.values()))}")
         of_file: dict[str, str] = {next(iter(files)): slide}
         unused: list[str] = []
     else:
@@ -171,20 +182,21 @@ def import_files(
             "slide, or give --slide"
         )
     corners = origins(atlas.view())
-    report = Imported(Annotated(), {}, {}, [str(files[name]) for name in unused], left_out)
+    report = Imported(
+        Annotated(), {}, {}, [str(path) for name in unused for path in files[name]], left_out
+    )
     found: list[Annotation] = []
     skipped = Counter[str]()
     for name, called in of_file.items():
-        path = files[name]
         corner = corners.get(called)
-        taken, others = annotations_of(
-            read_features(path), called, str(path), corner or (0, 0), author
-        )
-        if corner is None and taken:
+        for path in files[name]:
+            features = read_features(path)
+            taken, others = annotations_of(features, called, str(path), corner or (0, 0), author)
+            found += taken
+            skipped += others
+            report.slides[called] = report.slides.get(called, 0) + len(taken)
+        if corner is None and report.slides[called]:
             report.frame_unknown.append(called)
-        found += taken
-        skipped += others
-        report.slides[called] = len(taken)
     report.skipped.update(skipped)
     if not found:
         reasons = "; ".join(f"{count} x {reason}" for reason, count in skipped.items())
@@ -195,9 +207,9 @@ def import_files(
     return report
 
 
-def _files_in(paths: Sequence[Path]) -> tuple[dict[str, Path], list[LeftOut]]:
+def _files_in(paths: Sequence[Path]) -> tuple[dict[str, list[Path]], list[LeftOut]]:
     """Return files by the name that is compared with the slides', and what a folder has besides."""
-    files: dict[str, Path] = {}
+    files: dict[str, list[Path]] = {}
     left_out: list[LeftOut] = []
     for path in paths:
         if path.is_dir():
@@ -205,13 +217,14 @@ def _files_in(paths: Sequence[Path]) -> tuple[dict[str, Path], list[LeftOut]]:
             left_out += walked.left_out
             for file in walked.files:
                 if file.name.lower().endswith(ENDINGS):
-                    files[file.relative_to(path).as_posix().rsplit(".", 1)[0]] = file
+                    name = file.relative_to(path).as_posix().rsplit(".", 1)[0]
+                    files.setdefault(name, []).append(file)
                 else:
                     left_out.append(LeftOut(str(file), "no .geojson"))
         elif path.is_file():
-            files[
-                path.name.rsplit(".", 1)[0] if path.name.lower().endswith(ENDINGS) else path.name
-            ] = path
+            known = path.name.lower().endswith(ENDINGS)
+            name = path.name.rsplit(".", 1)[0] if known else path.name
+            files.setdefault(name, []).append(path)
         else:
             raise BadInput(f"{path} does not exist; check the path")
     return files, left_out

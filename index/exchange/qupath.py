@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,10 +87,20 @@ def origins(view: View, where: str | None = None) -> dict[str, tuple[int, int] |
         rows = slice(int(starts[number]), int(starts[number + 1]))
         if slide["kind"] != "slide" or (passing is not None and not passing[rows].any()):
             continue
-        about = read_about(view.state.store.path / slide["features_file"]) or {}
-        bounds = about.get("bounds") or [0, 0]
-        corners[slide["name"]] = (int(bounds[0]), int(bounds[1])) if "bounds" in about else None
+        corners[slide["name"]] = _corner(view, slide)
     return corners
+
+
+def origin(view: View, slide: str) -> tuple[int, int] | None:
+    """Return QuPath's (0, 0) on one slide; see :func:`origins`."""
+    rows = [row for row in view.columns.slides if row["name"] == slide]
+    return _corner(view, rows[0]) if rows and rows[0]["kind"] == "slide" else None
+
+
+def _corner(view: View, slide: Mapping[str, Any]) -> tuple[int, int] | None:
+    about = read_about(view.state.store.path / slide["features_file"]) or {}
+    bounds = about.get("bounds") or [0, 0]
+    return (int(bounds[0]), int(bounds[1])) if "bounds" in about else None
 
 
 def without_size(view: View, where: str | None = None) -> dict[str, int]:

@@ -12,6 +12,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from sqlite3 import Row
 from typing import Any, TypeVar
 
 import numpy as np
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 from ...artifacts.geojson import inside
 from ..store import packing
 from ..store.annotation import FIELDS as ANNOTATION_FIELDS
-from ..store.annotation import Annotation
+from ..store.annotation import Annotation, of_row
 from ..store.packing import MISSING, Codes, unpack_coded, unpack_numbers
 from ..store.rows import Hit
 
@@ -54,7 +55,7 @@ class Columns:
         slides: Sequence[Mapping[str, Any]],
         placements: Mapping[str, Mapping[int, bytes]],
         newest: str | None,
-        annotations: Sequence[Annotation] = (),
+        annotations: Sequence[Row] = (),
     ) -> None:
         """Wrap rows of the catalog.
 
@@ -62,9 +63,9 @@ class Columns:
             slides: rows of ``slides`` joined with ``slide_tiles``, in the order of the positions.
             placements: per clustering, the stored clusters of each slide's tiles, by slide id.
             newest: the clustering that hits show.
-            annotations: of all slides.
+            annotations: the catalog's rows of annotations, decoded on first use.
         """
-        self.annotations = list(annotations)
+        self._annotations = annotations
         self.slides = list(slides)
         self.newest = newest
         self._placements = placements
@@ -166,6 +167,11 @@ class Columns:
         """
         make = self._make_annotated if field in ANNOTATION_FIELDS else self._make_coded
         return self.cached(f"coded {field}", lambda: make(field))
+
+    @property
+    def annotations(self) -> list[Annotation]:
+        """The annotations of all slides."""
+        return self.cached("annotations", lambda: [of_row(row) for row in self._annotations])
 
     def annotated(self) -> list[tuple[Annotation, NDArray[np.int64]]]:
         """Return each annotation with the positions of the tiles whose centre is inside, largest first."""

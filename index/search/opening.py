@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass
+from sqlite3 import Row
 from typing import Any
 
 import numpy as np
@@ -12,7 +13,6 @@ from numpy.typing import NDArray
 
 from ...errors import Damaged
 from ..store import annotation
-from ..store.annotation import Annotation
 from ..store.catalog import REVISION, get_meta
 from ..store.store import StateGone, Store
 from ..vectors.generations import Generations
@@ -35,7 +35,7 @@ class _Rows:
     placements: dict[str, dict[int, bytes]]
     clusterings: list[dict[str, Any]]
     cluster_names: dict[str, dict[int, str]]
-    annotations: list[Annotation]
+    annotations: list[Row]
 
 
 class States:
@@ -87,7 +87,7 @@ class States:
                 "JOIN clusterings AS c ON c.id = p.clustering_id"
             ):
                 placements[row["name"]][row["slide_id"]] = row["cluster"]
-            annotated = annotation.read(db)
+            annotated = annotation.rows(db)
             if int(get_meta(db, REVISION)) != revision:  # read without locks in a read-only folder
                 raise StateGone(f"{self._store.path} changed while it was read; try again")
         opened = None if generation is None else dict(generation)

@@ -108,15 +108,19 @@ class Annotated:
 
 def read(db: sqlite3.Connection, slide: str | None = None) -> list[Annotation]:
     """Return the annotations of a slide, or all, by slide and then oldest first."""
+    return [of_row(row) for row in rows(db, slide)]
+
+
+def rows(db: sqlite3.Connection, slide: str | None = None) -> list[sqlite3.Row]:
+    """Return the rows of :func:`read`, for :func:`of_row`."""
     if not table_there(db):
         return []
     condition, values = ("WHERE s.name = ?", (slide,)) if slide is not None else ("", ())
-    rows = db.execute(
+    return db.execute(
         f"SELECT a.*, s.name AS slide FROM {TABLE} AS a JOIN slides AS s ON s.id = a.slide_id "
         f"{condition} ORDER BY s.name, a.id",
         values,
-    )
-    return [_of_row(row) for row in rows]
+    ).fetchall()
 
 
 def table_there(db: sqlite3.Connection) -> bool:
@@ -125,7 +129,8 @@ def table_there(db: sqlite3.Connection) -> bool:
     return found is not None
 
 
-def _of_row(row: sqlite3.Row) -> Annotation:
+def of_row(row: sqlite3.Row) -> Annotation:
+    """Return the annotation of a row."""
     polygons = [[np.array(ring, float) for ring in rings] for rings in json.loads(row["polygons"])]
     texts = {key: row[key] for key in ("slide", "label", "note", "author")}
     times = {key: row[key] for key in ("created_at", "changed_at")}

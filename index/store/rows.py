@@ -70,7 +70,8 @@ def plain_name(name: str) -> str:
 
 
 OWN = {
-    "tile", "x", "y", "size_px_level0", "kind", "cluster", "vector", "projection_x", "projection_y"
+    "tile", "x", "y", "size_px_level0", "kind", "cluster", "vector", "projection_x", "projection_y",
+    "annotation.label", "annotation.note", "annotation.author",
 }  # fmt: skip
 """Column names reserved for histoseek and its exports."""
 

@@ -102,9 +102,16 @@ def begun(shipped, again):
         "variants": VARIANTS,
     }
     path = OUT / "ablation.json"
-    former = json.loads(path.read_text()) if path.exists() and not again else {}
-    same = all(former.get(key) == value for key, value in facts.items())
-    return {**facts, "values": former["values"] if same else {}}
+    if again or not path.exists():
+        return {**facts, "values": {}}
+    former = json.loads(path.read_text())
+    if other := [key for key in facts if key != "variants" and former.get(key) != facts[key]]:
+        raise SystemExit(f"{path} has another {', '.join(other)}; --again begins a new report")
+    kept = {
+        name: runs for name, runs in former["values"].items()
+        if former["variants"].get(name) == VARIANTS.get(name)
+    }  # fmt: skip
+    return {**facts, "values": kept}
 
 
 def viewed():

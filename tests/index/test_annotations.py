@@ -2,12 +2,14 @@
 
 import json
 import sqlite3
+import time
 
 import numpy as np
 import pytest
 from atlases import features, filled
 from skimage.measure import points_in_poly
 
+from histoseek.artifacts.geojson import inside
 from histoseek.errors import BadInput, NotFound
 from histoseek.index.atlas import Atlas
 from histoseek.index.exchange.annotations import export_files, import_files
@@ -240,3 +242,39 @@ def test_an_atlas_of_the_former_schema_is_read_without_permission_to_write(tmp_p
         assert db.execute("PRAGMA user_version").fetchone() == (2,)
     Atlas(folder).annotate([Annotation("slide-0", [[box(0, 0, 5000)]], "tumour")])
     assert len(Atlas(folder).annotations()) == 1
+
+
+def test_two_files_of_one_slide_are_both_read(tmp_path):
+    atlas = filled(tmp_path, slides=1)
+    for person, label in (("anna", "tumour"), ("bob", "stroma")):
+        (tmp_path / person).mkdir()
+        found = [
+            as_qupath_writes(
+                box(0, 0, 500 if person == "anna" else 700), label, "PathAnnotationObject"
+            )
+        ]
+        write(tmp_path / person / "slide-0.geojson", found)
+    folders = [tmp_path / "anna", tmp_path / "bob"]
+    assert import_files(atlas, folders, "").slides == {"slide-0": 2}
+    assert sorted(item.label for item in atlas.annotations()) == ["stroma", "tumour"]
+    again = import_files(atlas, folders, "")
+    assert len(again.stored.unchanged) == 2, "an object without an id is known by its content"
+
+
+def test_a_column_of_the_metadata_may_not_be_named_like_one_of_annotations(tmp_path):
+    atlas = filled(tmp_path, slides=1)
+    with pytest.raises(BadInput, match="annotation.label"):
+        atlas.relabel([{"slide": "slide-0", "annotation.label": "a"}])
+
+
+def test_many_corners_take_little_time(tmp_path):
+    """A region drawn with a wand: the edge of a circle, rough, against its formula."""
+    turn = np.linspace(0, 2 * np.pi, 50_000, endpoint=False)
+    circle = np.stack([np.cos(turn), np.sin(turn)], axis=1) * 1000 + 1500
+    points = np.random.default_rng(0).integers(0, 3000, (10_000, 2)) + 0.5
+    started = time.perf_counter()
+    found = inside(points, [circle])
+    spent = time.perf_counter() - started
+    distance = np.linalg.norm(points - 1500, axis=1)
+    clear = np.abs(distance - 1000) > 0.1
+    assert (found[clear] == (distance < 1000)[clear]).all() and spent < 2

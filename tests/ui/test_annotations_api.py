@@ -1,9 +1,11 @@
 """Annotations over HTTP: GeoJSON in and out, who stored them, and what is refused."""
 
 import base64
+import json
 
 import pytest
 
+from histoseek.errors import NotFound
 from histoseek.ui.access.policy import Access
 
 HERE = "/v1/slides/case-1/annotations"
@@ -28,7 +30,7 @@ def test_annotations_are_stored_with_who_did_it_and_searched(serve, own_atlas):
     access = Access({"ann": "sesame", "bob": "sesame"}, roles={"bob": "reader"})
     one = serve(own_atlas, access)
     client, ann, bob = one.client, login("ann"), login("bob")
-    assert client.get(HERE, headers=bob).json() == collection()
+    assert client.get(HERE, headers=bob).json() == {**collection(), "frame_unknown": False}
     assert client.post(HERE, json=collection(feature()), headers=bob).status_code == 403
     stored = client.post(HERE, json=collection(feature(), feature("stroma")), headers=ann).json()
     assert len(stored["added"]) == 2 and stored["skipped"] == {}
@@ -66,10 +68,13 @@ def test_annotations_are_stored_with_who_did_it_and_searched(serve, own_atlas):
         (collection(feature("x" * 201)), 422, "at most 200"),
         (collection({"type": "Feature", "geometry": {"type": "Polygon"}}), 422, "cannot be read"),
         ({"type": "FeatureCollection"}, 422, "features"),
+        (collection(feature("\ud800")), 422, ""),
+        (collection(feature(id="\ud800")), 422, ""),
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_refused(body, status, message, client):
-    reply = client.post(HERE, json=body)
+    kind = {"content-type": "application/json"}
+    reply = client.post(HERE, content=json.dumps(body), headers=kind)
     assert reply.status_code == status and message in reply.json()["error"]["message"]
     assert client.get(HERE).json()["features"] == []
 
@@ -78,10 +83,40 @@ def test_what_is_no_region_is_named(client):
     point = {"type": "Feature", "geometry": {"type": "Point", "coordinates": [1, 2]}}
     cell = feature()
     cell["properties"]["objectType"] = "cell"
-    answer = client.post(HERE, json=collection(point, cell, {"type": "Feature"})).json()
-    assert answer["skipped"] == {
-        "Point, which has no area": 1, "cell, not an annotation": 1, "nothing, which has no area": 1,
+    former = {**feature(), "id": "PathCellObject"}
+    del former["properties"]["objectType"]
+    odd, empty = feature(), feature()
+    odd["properties"]["objectType"] = []
+    empty["geometry"]["coordinates"] = []
+    body = collection(point, cell, {"type": "Feature"}, former, odd, empty)
+    assert client.post(HERE, json=body).json()["skipped"] == {
+        "Point, which has no area": 1, "cell, not an annotation": 2, "nothing, which has no area": 1,
+        "[], not an annotation": 1, "Polygon, which has no area": 1,
     }  # fmt: skip
+
+
+def test_qupaths_frame_is_that_of_the_slide_or_said_to_be_unknown(serve, own_atlas, monkeypatch):
+    """If the features do not state the scanned area, the slide's file does."""
+    one = serve(own_atlas)
+    about = one.session.viewer.pyramid("case-1")
+    monkeypatch.setattr("histoseek.ui.api.viewer_routes.origin", lambda *_: None)
+    monkeypatch.setattr(one.session.viewer, "pyramid", lambda _: about._replace(left=100, top=40))
+    assert not one.client.post(f"{HERE}?frame=qupath", json=collection(feature())).json()[
+        "frame_unknown"
+    ]
+    (stored,) = one.session.atlas.annotations("case-1")
+    assert stored.polygons[0][0][0].tolist() == [200, 140]
+    seen = one.client.get(f"{HERE}?frame=qupath").json()
+    assert seen["features"][0]["geometry"]["coordinates"] == [RING] and not seen["frame_unknown"]
+
+    def gone(_):
+        raise NotFound("its file was moved")
+
+    monkeypatch.setattr(one.session.viewer, "pyramid", gone)
+    assert one.client.get(f"{HERE}?frame=qupath").json()["frame_unknown"]
+    assert one.client.post(f"{HERE}?frame=qupath", json=collection(feature())).json()[
+        "frame_unknown"
+    ]
 
 
 def test_only_slides_have_annotations(client):
@@ -91,3 +126,10 @@ def test_only_slides_have_annotations(client):
     sets = [s["name"] for s in client.get("/v1/slides").json()["slides"] if s["kind"] != "slide"]
     refused = client.post(f"/v1/slides/{sets[0]}/annotations", json=collection(feature()))
     assert refused.status_code == 404 and "set of ready tiles" in refused.text
+
+
+def test_an_annotation_without_an_id_is_stored_once(serve, own_atlas):
+    client = serve(own_atlas).client
+    for name in ("added", "unchanged"):
+        answer = client.post(HERE, json=collection(feature(), feature("b", id=0))).json()
+        assert len(answer[name]) == 2, answer

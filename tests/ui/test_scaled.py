@@ -103,3 +103,10 @@ def test_the_command_line_takes_a_scale_too(ui_atlas, slide, tmp_path, cli, cli_
     assert "µm per pixel: 1 tile." in said
     refused = cli(*words, "--mpp", mpp / 50)
     assert refused.returncode == 1 and "is too small at" in refused.stdout
+
+
+def test_too_many_images_of_known_scale_are_refused_before_they_are_cut(client, slide):
+    blob = png(slide.crop((0, 0, 300, 300)))
+    files = [("images", (f"{n}.png", blob, "image/png")) for n in range(9)]
+    reply = client.post("/v1/search", files=files, data={"mpp": 0.5})
+    assert reply.status_code == 413 and "at most 8" in reply.json()["error"]["message"]

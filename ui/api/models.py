@@ -330,7 +330,7 @@ class Feature(BaseModel):
     """
 
     type: Literal["Feature"] = "Feature"
-    id: Annotated[str, Field(max_length=200)] | None = None
+    id: Annotated[str, Field(max_length=200)] | int | None = None
     geometry: dict[str, Any] | None = None
     properties: dict[str, Any] | None = None
 
@@ -342,6 +342,12 @@ class Annotations(BaseModel):
     features: list[Feature] = Field(max_length=MAX_ANNOTATIONS)
 
 
+class AnnotationsOfSlide(Annotations):
+    """Annotations of a slide; with ``frame_unknown`` in level-0 pixels, as QuPath's origin is unknown."""
+
+    frame_unknown: bool
+
+
 class StoredAnnotations(BaseModel):
     """Ids of annotations that were added, changed or stored already; by reason, objects not taken."""
 
@@ -349,6 +355,7 @@ class StoredAnnotations(BaseModel):
     changed: list[str]
     unchanged: list[str]
     skipped: dict[str, int]
+    frame_unknown: bool
 
 
 class RemovedAnnotation(BaseModel):

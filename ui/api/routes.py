@@ -11,7 +11,7 @@ from fastapi import Path as Parameter
 from fastapi import Query as InUrl
 from fastapi.responses import JSONResponse
 
-from ...errors import BadInput, NotFound
+from ...errors import BadInput, NotFound, TooLarge
 from ...index.search.query import Query
 from ..access.service import Server
 from ..session import report
@@ -75,6 +75,10 @@ def add_queries(app: FastAPI, server: Server) -> None:
                 (blob, name, crop if n == 0 else None)
                 for n, (name, blob) in enumerate(images_of(body, "images"))
             ]
+            if fields.mpp and len(given) > models.MAX_REGIONS:
+                raise TooLarge(
+                    f"{len(given)} images have a scale; a search cuts at most {models.MAX_REGIONS}"
+                )
             scaled = [
                 session.cut(blob, name, fields.mpp, part)
                 for blob, name, part in given

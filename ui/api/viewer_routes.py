@@ -8,9 +8,9 @@ from fastapi import FastAPI, Request, Response
 from fastapi import Path as Parameter
 from fastapi import Query as InUrl
 
-from ...errors import BadInput
+from ...errors import BadInput, NotFound
 from ...index.exchange.annotations import annotations_of, document_of
-from ...index.exchange.qupath import origins
+from ...index.exchange.qupath import origin
 from ..access.service import Server, who
 from ..session.answers import SearchAnswer
 from . import models
@@ -104,15 +104,29 @@ def add_viewer(app: FastAPI, server: Server) -> None:
 
 def add_annotations(app: FastAPI, server: Server) -> None:
     """Add annotations of slides as GeoJSON."""
-    atlas = server.session.atlas
+    session = server.session
+    atlas = session.atlas
 
-    def corner(slide: str, frame: str) -> tuple[int, int]:
-        return (origins(atlas.view()).get(slide) or (0, 0)) if frame == "qupath" else (0, 0)
+    def corner_of(slide: str, frame: str) -> tuple[int, int] | None:
+        """Return the level-0 pixel that is (0, 0) in a frame; None if it is unknown."""
+        if frame == "level0":
+            return 0, 0
+        known = origin(atlas.view(), slide)
+        if known is not None:
+            return known
+        try:
+            about = session.viewer.pyramid(slide)
+        except NotFound:
+            return None
+        return about.left, about.top
 
-    @app.get("/v1/slides/{slide}/annotations", tags=["slides"], response_model=models.Annotations)
+    @app.get(
+        "/v1/slides/{slide}/annotations", tags=["slides"], response_model=models.AnnotationsOfSlide
+    )
     def annotations(slide: str, frame: Frame = "level0") -> Any:
         """Return a slide's annotations as GeoJSON, which QuPath reads (``frame=qupath``)."""
-        return document_of(atlas.annotations(slide), corner(slide, frame))
+        found, corner = atlas.annotations(slide), corner_of(slide, frame)
+        return {**document_of(found, corner or (0, 0)), "frame_unknown": corner is None}
 
     @app.post(
         "/v1/slides/{slide}/annotations", tags=["slides"], response_model=models.StoredAnnotations
@@ -121,15 +135,15 @@ def add_annotations(app: FastAPI, server: Server) -> None:
         slide: str, body: models.Annotations, request: Request, frame: Frame = "level0"
     ) -> Any:
         """Store annotations of a slide; one whose id the atlas has already is changed."""
-        user = who(request)["user"]
+        user, corner = who(request)["user"], corner_of(slide, frame)
         features = [feature.model_dump(exclude_none=True) for feature in body.features]
         taken, skipped = annotations_of(
-            features, slide, "the body", corner(slide, frame), "" if user == "-" else user
+            features, slide, "the body", corner or (0, 0), "" if user == "-" else user
         )
         labels = sorted({item.label for item in taken})[:20]
         server.note(request, "annotate", slide=slide, annotations=len(taken), labels=labels)
         stored = atlas.annotate(taken)
-        return {**vars(stored), "skipped": skipped}
+        return {**vars(stored), "skipped": skipped, "frame_unknown": corner is None}
 
     @app.delete(
         "/v1/annotations/{annotation}", tags=["slides"], response_model=models.RemovedAnnotation

@@ -19,14 +19,14 @@
     pane.annotations = L.featureGroup(features.map((feature) => {
       const rings = parts(feature.geometry).map((part) => part.map((ring) => ring.map(([x, y]) => L.latLng(y, x))));
       const shape = L.polygon(rings, { color: colourOf(feature), weight: 2.5, fillOpacity: 0.12 });
-      shape.bindTooltip(labelOf(feature) || "no label", { sticky: true });
+      shape.bindTooltip(el("span", {}, labelOf(feature) || "no label"), { sticky: true });  // a string would be HTML
       shape.on("click", () => chosen(feature));
       return shape;
     })).addTo(pane.map);
   };
 
   /* Connect the form and the list; returns what the viewer calls. `ask` searches for rings of a slide. */
-  hs.annotations = (element, { json, say, failed, ask, panes }) => {
+  hs.annotations = (element, { json, say, failed, ask, panes, moving }) => {
     const form = element.querySelector(".hs-mark"), box = element.querySelector(".hs-marks");
     const shown = element.querySelector("[data-part=marks]"), labels = element.querySelector("#hs-mark-labels");
     const list = box.querySelector("ul"), link = box.querySelector("a"), file = box.querySelector("input");
@@ -34,6 +34,7 @@
     const facts = form.querySelector("small");
     let current = null, known = [];
     const slide = () => panes()[0]?.about?.slide;
+    const reader = () => document.documentElement.dataset.role === "reader";
 
     const close = () => { form.hidden = true; current = null; };
     function edit(feature, stored) {
@@ -42,6 +43,7 @@
       form.elements.label.value = labelOf(feature);
       form.elements.note.value = noteOf(feature);
       again.hidden = gone.hidden = !stored;
+      for (const field of [form.elements.label, form.elements.note]) field.readOnly = reader();
       const { author, changed_at } = feature.properties;
       facts.textContent = stored ? `${author ? `by ${author}, ` : ""}${changed_at.slice(0, 10)}` : "";
     }
@@ -52,6 +54,7 @@
       if (pane.about.slide !== mine) return;
       if (pane === panes()[0]) { known = features; write(); }
       hs.drawAnnotations(pane, shown.checked ? features : [], (feature) => {
+        if (!moving()) return;  // a point or a region is being drawn
         if (pane === panes()[0]) edit(feature, true);
         else say(`${labelOf(feature) || "no label"}${noteOf(feature) ? `: ${noteOf(feature)}` : ""}`);
       });
@@ -108,6 +111,12 @@
       ask(rings.slice(0, MAX_REGIONS), rings.length > MAX_REGIONS ? `the first ${MAX_REGIONS} of ${rings.length} parts` : "");
     });
     form.querySelector("[data-part=close]").addEventListener("click", close);
+    link.addEventListener("click", async () => {
+      try {
+        const { frame_unknown } = await json(`${path(slide())}?frame=qupath`);
+        if (frame_unknown) say("The slide's scanned area is unknown: the file has level-0 pixels, and QuPath may have another origin.", true);
+      } catch (error) { failed(error); }
+    });
     shown.addEventListener("change", () => { for (const pane of panes()) if (pane?.about) load(pane).catch(failed); });
     file.addEventListener("change", async () => {
       if (!file.files.length) return;
@@ -118,16 +127,17 @@
         const features = document.features ?? (Array.isArray(document) ? document : [document]);
         const done = await send(JSON.stringify({ type: "FeatureCollection", features }), "qupath");
         await load(panes()[0]);
+        const frame = done.frame_unknown ? ". The slide's scanned area is unknown, so level-0 pixels were assumed" : "";
         const skipped = Object.entries(done.skipped).map(([reason, count]) => `${count} x ${reason}`).join("; ");
         say(`${done.added.length} annotations added, ${done.changed.length} changed, ${done.unchanged.length} as before` +
-          `${skipped ? `; not taken: ${skipped}` : ""}.`);
+          `${skipped ? `; not taken: ${skipped}` : ""}${frame}.`);
       } catch (error) { failed(error); } finally { file.value = ""; }
     });
 
     return {
       load: (pane) => load(pane).catch(failed),
       close,
-      drawn: (ring) => edit({ geometry: { type: "Polygon", coordinates: [[...ring, ring[0]]] }, properties: {} }, false),
+      drawn: (ring) => reader() || edit({ geometry: { type: "Polygon", coordinates: [[...ring, ring[0]]] }, properties: {} }, false),
     };
   };
 })();

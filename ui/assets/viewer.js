@@ -172,7 +172,7 @@
       note.classList.toggle("hs-problem", problem);
     };
     const failed = (error) => say(error.message, true);
-    const marks = hs.annotations(element, { json, say, failed, ask, panes: () => [left, right] });
+    const marks = hs.annotations(element, { json, say, failed, ask, panes: () => [left, right], moving: () => tool === "move" });
 
     const moved = (pane) => {
       const other = pane === left ? right : left;
@@ -266,12 +266,13 @@
       if (sum("without_tissue")) facts.push(`${sum("without_tissue").toLocaleString()} without tissue left out`);
       if (sum("not_taken")) facts.push(`${sum("not_taken").toLocaleString()} more not used`);
       if (remark) facts.push(remark);
-      say(`${answer.verdict.text} (${facts.join(", ")}; ${Math.round(answer.milliseconds.embed + answer.milliseconds.search)} ms)`);
+      facts.push(`${Math.round(answer.milliseconds.embed + answer.milliseconds.search)} ms`);
+      say(`${answer.verdict.text} (${facts.join(", ")})`);
       hits.replaceChildren(...answer.hits.map(card));
       if (layer.value === "score") await paint();
     }
     function card(hit) {
-      const where = hit.slide === left.about.slide ? "this slide" : hit.slide;
+      const where = hit.slide === left?.about?.slide ? "this slide" : hit.slide;
       const open = hit.size_px_level0 && !hit.file
         ? () => beside(hit) : () => hs.open(hit.tile);
       return el("li", {}, el("button", { type: "button", class: "hs-vhit", onclick: open,

@@ -37,9 +37,9 @@ _TEMPLATE = """
     <label>Label <input name="label" maxlength="{longest_label}" list="hs-mark-labels" autocomplete="off">
       </label><datalist id="hs-mark-labels"></datalist>
     <label>Note <input name="note" class="hs-wide" maxlength="{longest_note}" autocomplete="off"></label>
-    <button class="hs-act">Save annotation</button>
+    <button class="hs-act hs-change">Save annotation</button>
     <button type="button" class="hs-act" data-part="again" hidden>Search this region</button>
-    <button type="button" class="hs-act" data-part="delete" hidden>Delete</button>
+    <button type="button" class="hs-act hs-change" data-part="delete" hidden>Delete</button>
     <button type="button" class="hs-act" data-part="close">Close</button>
     <small></small>
   </form>

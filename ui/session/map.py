@@ -85,7 +85,9 @@ class AtlasMap:
         revision = self._atlas.catalog.revision()
         if last is not None and last.revision == revision and last.layout is layout:
             return last
-        points = self._background.get("points", revision, lambda: self._place_all(layout))
+        points = self._background.get(
+            "points", (revision, id(layout)), lambda: self._place_all(layout)
+        )
         self._points = points or last
         return points
 

@@ -283,8 +283,13 @@ class Pictures:
             while True:
                 opened = self._source(slide)
                 with opened.lock:
-                    if not opened.closed:  # else it was just closed as the oldest one
+                    if opened.closed:  # just now, as the oldest one
+                        continue
+                    try:
                         return read(opened.source)
+                    finally:
+                        if isinstance(opened.source, Slide) and not self._is_recent(slide["id"]):
+                            opened.source.forget()
         except NotFound:
             raise
         except (HistoseekError, OSError) as error:
@@ -327,6 +332,10 @@ class Pictures:
         if opened.source is not source and isinstance(source, Slide):
             source.close()  # another thread opened it first
         return opened
+
+    def _is_recent(self, slide: int) -> bool:
+        with self._lock:
+            return slide in [*self._open][-WITH_PIXELS:]
 
     def _free_pixels(self) -> None:
         """Free the cached pixels of the slide that is no longer among the last ones used."""

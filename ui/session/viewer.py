@@ -27,7 +27,7 @@ PIECE_PX = 256
 OVERVIEW_PX = 1024
 """Longest side of the image of a whole slide, of which coarse pieces are cut."""
 TISSUE_PX = 2048
-"""The same, to find the tissue in a region."""
+"""The same, for finer pieces of slides with few levels, and to find the tissue in a region."""
 DIRECT_PX = 2048
 """Largest side, in pixels of a level, of a piece that is read from the slide itself."""
 KEPT_BYTES = 192 * 2**20
@@ -112,8 +112,9 @@ class Viewer:
                 raise NotFound(f"slide {slide!r} has no piece {z}/{x}/{y}; zooms are 0 to {most}")
             coarse = side / PIECE_PX >= longest / OVERVIEW_PX
             large = source.level_for(side, PIECE_PX)[1] > DIRECT_PX
-            if coarse and (large or self._is_kept(row["id"], OVERVIEW_PX)):
-                overview, down = self._overview(row["id"], source, OVERVIEW_PX)
+            px = OVERVIEW_PX if coarse else TISSUE_PX
+            if large and side / PIECE_PX >= longest / px or coarse and self._is_kept(row["id"], px):
+                overview, down = self._overview(row["id"], source, px)
                 return _part(overview, x * side / down, y * side / down, side / down)
             return source.read_tile(x * side, y * side, side, PIECE_PX)
 

@@ -70,8 +70,13 @@ def test_a_hit_is_shown_on_its_slide(page):
     page.locator(".hs-pane:first-child .hs-scalebar", has_text=" · 10×").wait_for()
 
 
-def draw(page, dx=110, dy=110):
-    """Draw a box around the middle of the left slide."""
+def draw(page):
+    """Draw a box around the middle of the left slide, and wait for the form to annotate it."""
+    draw_region(page)
+    page.locator(".hs-mark").wait_for()
+
+
+def draw_region(page, dx=110, dy=110):
     page.locator(".hs-tool[data-tool=box]").click()
     frame = page.locator(".hs-slidemap").first.bounding_box()
     x, y = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
@@ -79,14 +84,12 @@ def draw(page, dx=110, dy=110):
     page.mouse.down()
     page.mouse.move(x + dx, y + dy, steps=4)
     page.mouse.up()
-    page.locator(".hs-mark").wait_for()
-    return x, y
 
 
 def test_a_region_is_annotated_found_changed_and_given_to_qupath(page, atlas, tmp_path):
     tab(page, "Slide viewer")
     pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
-    x, y = draw(page)
+    draw(page)
     form, note = page.locator(".hs-mark"), page.locator(".hs-vnote")
     form.get_by_role("button", name="Save annotation").click()
     note.get_by_text("a label or a note").wait_for()
@@ -147,6 +150,55 @@ def test_a_region_is_annotated_found_changed_and_given_to_qupath(page, atlas, tm
     page.get_by_text("Annotations of this slide (1)").wait_for()
     page.locator("[data-part=marks]").uncheck()
     assert [item.label for item in Atlas(atlas).annotations()] == ["it's tumour"]
+
+
+def test_a_label_is_text_and_a_point_inside_an_annotation_is_a_new_one(page, atlas):
+    tab(page, "Slide viewer")
+    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
+    draw(page)
+    form, note = page.locator(".hs-mark"), page.locator(".hs-vnote")
+    label = "<img src=x onerror=document.body.dataset.run='1'>"
+    form.get_by_label("Label").fill(label)
+    form.get_by_role("button", name="Save annotation").click()
+    note.get_by_text("Saved.").wait_for()
+    before = len(Atlas(atlas).annotations("CMU-1-Small-Region"))
+    page.locator(".hs-tool[data-tool=move]").click()
+    frame = page.locator(".hs-slidemap").first.bounding_box()
+    middle = frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2
+    page.mouse.move(*middle)
+    page.mouse.move(middle[0] + 5, middle[1] + 5)
+    assert page.locator(".leaflet-tooltip").inner_text() == label
+    assert page.evaluate("document.body.dataset.run") is None
+    page.locator(".hs-tool[data-tool=point]").click()
+    page.mouse.click(*middle)
+    note.get_by_text("one tile around its middle").wait_for()
+    assert form.get_by_label("Label").input_value() == ""
+    form.get_by_label("Label").fill("gland")
+    form.get_by_role("button", name="Save annotation").click()
+    note.get_by_text("Saved.").wait_for()
+    labels = [item.label for item in Atlas(atlas).annotations("CMU-1-Small-Region")]
+    assert len(labels) == before + 1 and label in labels and "gland" in labels
+
+
+def test_a_reader_looks_at_annotations_and_changes_none(browser, served):
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.route("**/v1/me", lambda route: route.fulfill(json={"user": "rita", "role": "reader"}))
+    page.goto(served)
+    page.locator("#find").wait_for()
+    tab(page, "Slide viewer")
+    pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
+    draw_region(page)
+    page.locator(".hs-vhit").first.wait_for()
+    form = page.locator(".hs-mark")
+    assert form.is_hidden(), "there is nothing that a reader could save"
+    page.locator(".hs-marks summary").click()
+    page.locator(".hs-marks li button").first.click()
+    form.wait_for()
+    assert form.get_by_role("button", name="Save annotation").is_hidden()
+    assert form.get_by_role("button", name="Delete").is_hidden()
+    assert form.get_by_role("button", name="Search this region").is_visible()
+    assert page.locator(".hs-marks input").is_hidden()
+    page.close()
 
 
 def test_words_are_searched_and_shown_as_heat(
