@@ -21,7 +21,7 @@ from .. import stopping
 from ..artifacts.files import publish_folder, write_atomic, write_json
 from ..artifacts.manifest import MANIFEST, external_manifest, read_manifest
 from ..console import Progress, no_progress
-from ..errors import BadInput, Mismatch, StorageFailed, unknown_name
+from ..errors import BadInput, Mismatch, StorageFailed
 from .care import snapshots, verify
 from .care.audit import audit
 from .clusters import fitting, report
@@ -30,8 +30,6 @@ from .search import layout
 from .search.layout import Layout
 from .search.places import Places, places_of
 from .search.query import LeaveOut, Query
-from .store import annotation
-from .store.annotation import Annotated, Annotation
 from .store.catalog import set_meta
 from .store.metadata import AddedSlides, Metadata, slides_meant
 from .store.relocation import Relocated, relocate
@@ -194,39 +192,6 @@ class Atlas(OpenAtlas):
         """
         with self.writing():
             return relocate(self.path, self.catalog, old, new, folders)
-
-    def annotations(self, slide: str | None = None) -> list[Annotation]:
-        """Return the annotations of a slide, or all, by slide and then oldest first.
-
-        Raises:
-            NotFound: the atlas has no such slide.
-        """
-        with self.catalog.read() as db:
-            names = {row["name"] for row in db.execute("SELECT name FROM slides")}
-            if slide is not None and slide not in names:
-                raise unknown_name("slide", slide, sorted(names)[:10])
-            return annotation.read(db, slide)
-
-    def annotate(self, given: Iterable[Annotation]) -> Annotated:
-        """Add annotations; one whose id is stored already is changed. All or none.
-
-        Raises:
-            BadInput: one has no area, too long a text, or the id of another slide's annotation.
-            NotFound: the atlas has no such slide.
-            Busy: another process is writing.
-        """
-        with self.writing():
-            return annotation.store(self.catalog, given)
-
-    def remove_annotations(self, ids: Sequence[str]) -> int:
-        """Remove annotations by id, all or none; return their number.
-
-        Raises:
-            NotFound: the atlas has no annotation with one of the ids.
-            Busy: another process is writing.
-        """
-        with self.writing():
-            return annotation.remove(self.catalog, ids)
 
     def relocate_encoder(self, bundle: str | Path) -> None:
         """Store where the bundle is now that the atlas refers to (see ``link_encoder``).

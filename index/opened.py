@@ -1,15 +1,18 @@
-"""An open atlas: its store, index and states, without the public methods of ``Atlas``."""
+"""An open atlas: its store, index, states and annotations, without the other methods of ``Atlas``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from ..artifacts.files import exclusive
+from ..errors import unknown_name
 from .clusters.clustering import Clustering
 from .search.opening import States
+from .store import annotation
+from .store.annotation import Annotated, Annotation
 from .store.store import LOCK, Store
 from .vectors.generations import Generations
 from .view import View
@@ -85,3 +88,38 @@ class OpenAtlas:
         """
         with exclusive(self.path / LOCK, f"atlas {self.path}"):
             yield self._writer
+
+    # -- annotations --------------------------------------------------------------------------------
+
+    def annotations(self, slide: str | None = None) -> list[Annotation]:
+        """Return the annotations of a slide, or all, by slide and then oldest first.
+
+        Raises:
+            NotFound: the atlas has no such slide.
+        """
+        with self.catalog.read() as db:
+            names = {row["name"] for row in db.execute("SELECT name FROM slides")}
+            if slide is not None and slide not in names:
+                raise unknown_name("slide", slide, sorted(names)[:10])
+            return annotation.read(db, slide)
+
+    def annotate(self, given: Iterable[Annotation]) -> Annotated:
+        """Add annotations; one whose id is stored already is changed. All or none.
+
+        Raises:
+            BadInput: one has no area, too long a text, or the id of another slide's annotation.
+            NotFound: the atlas has no such slide.
+            Busy: another process is writing.
+        """
+        with self.writing():
+            return annotation.store(self.catalog, given)
+
+    def remove_annotations(self, ids: Sequence[str]) -> int:
+        """Remove annotations by id, all or none; return their number.
+
+        Raises:
+            NotFound: the atlas has no annotation with one of the ids.
+            Busy: another process is writing.
+        """
+        with self.writing():
+            return annotation.remove(self.catalog, ids)

@@ -13,7 +13,7 @@ from ...index.exchange.annotations import annotations_of, document_of
 from ...index.exchange.qupath import origin
 from ..access.service import Server, who
 from ..session.answers import SearchAnswer
-from . import models
+from . import geojson, models
 
 Frame = Annotated[
     Literal["level0", "qupath"],
@@ -121,7 +121,7 @@ def add_annotations(app: FastAPI, server: Server) -> None:
         return about.left, about.top
 
     @app.get(
-        "/v1/slides/{slide}/annotations", tags=["slides"], response_model=models.AnnotationsOfSlide
+        "/v1/slides/{slide}/annotations", tags=["slides"], response_model=geojson.AnnotationsOfSlide
     )
     def annotations(slide: str, frame: Frame = "level0") -> Any:
         """Return a slide's annotations as GeoJSON, which QuPath reads (``frame=qupath``)."""
@@ -129,10 +129,10 @@ def add_annotations(app: FastAPI, server: Server) -> None:
         return {**document_of(found, corner or (0, 0)), "frame_unknown": corner is None}
 
     @app.post(
-        "/v1/slides/{slide}/annotations", tags=["slides"], response_model=models.StoredAnnotations
+        "/v1/slides/{slide}/annotations", tags=["slides"], response_model=geojson.StoredAnnotations
     )
     def annotate(
-        slide: str, body: models.Annotations, request: Request, frame: Frame = "level0"
+        slide: str, body: geojson.Annotations, request: Request, frame: Frame = "level0"
     ) -> Any:
         """Store annotations of a slide; one whose id the atlas has already is changed."""
         user, corner = who(request)["user"], corner_of(slide, frame)
@@ -146,7 +146,7 @@ def add_annotations(app: FastAPI, server: Server) -> None:
         return {**vars(stored), "skipped": skipped, "frame_unknown": corner is None}
 
     @app.delete(
-        "/v1/annotations/{annotation}", tags=["slides"], response_model=models.RemovedAnnotation
+        "/v1/annotations/{annotation}", tags=["slides"], response_model=geojson.RemovedAnnotation
     )
     def remove(annotation: Annotated[str, Parameter(max_length=64)], request: Request) -> Any:
         """Remove an annotation."""

@@ -170,7 +170,7 @@ def name(
 def _suggest(atlas: Atlas, path: Path, clusters: str | None) -> None:
     from ...artifacts.files import read_text
     from ...index.view import View
-    from .search import embed_text_with
+    from .queries import embed_text_with
 
     lines = [" ".join(line.split()) for line in read_text(path).lstrip("\ufeff").splitlines()]
     words = list(dict.fromkeys(line for line in lines if line and not line.startswith("#")))

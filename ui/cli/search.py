@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -10,12 +10,17 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ... import console
-from ...errors import BadInput, HistoseekError, Mismatch
+from ...errors import BadInput, Mismatch
+from .queries import (
+    check_images,
+    cut_images,
+    embed_text_with,
+    embed_with,
+    mean_vectors,
+    read_images,
+)
 
 if TYPE_CHECKING:
-    import numpy as np
-    from numpy.typing import NDArray
-
     from ...index.atlas import Atlas
     from ...index.exchange.milvus import MilvusAtlas
     from ...index.search.cases import Similar
@@ -231,100 +236,6 @@ def assign(
         console.table("", ("image", *columns, ""), rows)
 
     answer(document, human, failed)
-
-
-def read_images(
-    paths: Sequence[Path], size_px: int
-) -> tuple[dict[Path, NDArray[np.uint8]], dict[Path, dict[str, Any]]]:
-    """Read images in the encoder's format, (S, S, 3); a bad image does not stop the others.
-
-    Returns:
-        The images by path, and an error for each unreadable one.
-    """
-    from ...artifacts.images import decode, square
-
-    read: dict[Path, NDArray[np.uint8]] = {}
-    failed: dict[Path, dict[str, Any]] = {}
-    for path in paths:
-        try:
-            read[path] = square(decode(path), size_px)
-        except HistoseekError as error:
-            reason = {"type": type(error).__name__, "message": str(error)}
-            failed[path] = {"query": str(path), "error": reason}
-    return read, failed
-
-
-def cut_images(
-    atlas: Atlas, paths: Sequence[Path], mpp: float
-) -> tuple[dict[Path, NDArray[np.uint8]], dict[Path, dict[str, Any]]]:
-    """Read images of known scale as tiles of the atlas's scale, (N, S, S, 3) each; say how they were cut.
-
-    Returns:
-        The tiles by path, and an error for each unreadable image.
-    """
-    from ...artifacts.images import decode
-    from ..session.scaled import cut_for
-    from ..session.words import scaled_text
-
-    read: dict[Path, NDArray[np.uint8]] = {}
-    failed: dict[Path, dict[str, Any]] = {}
-    for path in paths:
-        try:
-            image, read[path] = cut_for(atlas, decode(path), str(path), mpp)
-            console.say(scaled_text([image]))
-        except HistoseekError as error:
-            reason = {"type": type(error).__name__, "message": str(error)}
-            failed[path] = {"query": str(path), "error": reason}
-    return read, failed
-
-
-def mean_vectors(atlas: Atlas, read: dict[Path, NDArray[np.uint8]]) -> NDArray[np.float32] | None:
-    """Return the mean of the embeddings of each image's tiles, (Q, D); None without images."""
-    import numpy as np
-
-    from ..session.scaled import mean_of
-
-    if not read:
-        return None
-    ends = np.cumsum([len(tiles) for tiles in read.values()])
-    vectors = embed_with(atlas)(np.concatenate(list(read.values())))
-    parts = np.split(vectors, ends[:-1])
-    return np.stack([mean_of(part, atlas.manifest.metric) for part in parts])
-
-
-def check_images(atlas: Atlas) -> None:
-    """Raise if images cannot be embedded because the atlas has no encoder.
-
-    Raises:
-        BadInput: the atlas holds features of another tool.
-    """
-    if atlas.manifest.external:
-        from ...artifacts.manifest import check_bundle_graph
-
-        check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
-
-
-def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """Return a function that opens the atlas's encoder and embeds images (N, S, S, 3)."""
-
-    def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        from ...serving.encoders.open import open_encoder
-
-        with closing(open_encoder(str(atlas.encoder_bundle), expect=atlas.manifest)) as encoder:
-            return encoder.embed(images)
-
-    return embed
-
-
-def embed_text_with(atlas: Atlas) -> Callable[[Sequence[str]], NDArray[np.float32]]:
-    """Return a function that opens the encoder's text network and embeds texts."""
-
-    def embed(texts: Sequence[str]) -> NDArray[np.float32]:
-        from ...serving.encoders.text import TextEncoder
-
-        return TextEncoder(atlas.encoder_bundle, atlas.manifest).embed(texts)
-
-    return embed
 
 
 def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str, Any]]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,6 +12,9 @@ from PIL import Image
 from ...artifacts.images import Rgb, resample, square
 from ...errors import BadInput
 from ...index.atlas import Atlas
+from ...index.store.rows import Hit
+from ...index.vectors.scan import prepared, scan
+from ...index.view import View
 from ...metrics import unit_rows
 from ...serving.slides.tissue import tissue_mask, tissue_share
 from .regions import LEAST_TISSUE, MAX_TILES, grid_in
@@ -143,3 +147,20 @@ def _small(pixels: Rgb) -> tuple[Rgb, float]:
         return pixels, factor
     size = max(1, round(pixels.shape[1] / factor)), max(1, round(pixels.shape[0] / factor))
     return np.asarray(Image.fromarray(pixels).resize(size, Image.Resampling.BOX)), factor
+
+
+def matches_of(
+    view: View, hits: Sequence[Hit], parts: Sequence[NDArray[np.float32]]
+) -> tuple[tuple[int, int], ...]:
+    """Return, of each hit, the image and its tile that it resembles most.
+
+    ``parts`` are embeddings (N, D) of the tiles of each image.
+    """
+    if not hits:
+        return ()
+    tiles = np.concatenate(parts)
+    owners = [(image, n) for image, vectors in enumerate(parts) for n in range(len(vectors))]
+    metric = view.state.metric
+    found = prepared(view.vectors_of([hit.tile for hit in hits]), metric)
+    _, near = scan(found, prepared(tiles, metric), 1, metric)
+    return tuple(owners[row] for row in near[:, 0].tolist())

@@ -20,8 +20,6 @@ from ...index.atlas import Atlas
 from ...index.search.cases import How
 from ...index.search.cases import Similar as SimilarSlide
 from ...index.search.query import Query
-from ...index.store.rows import Hit
-from ...index.vectors.scan import prepared, scan
 from ...index.view import View
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
@@ -45,7 +43,7 @@ from .map import AtlasMap
 from .pictures import Pictures
 from .regions import Region
 from .results import Results
-from .scaled import ScaledImage, cut_for, mean_of
+from .scaled import ScaledImage, cut_for, matches_of, mean_of
 from .verdict import Usual, verdict_of
 from .viewer import Viewer
 
@@ -272,7 +270,7 @@ class Session:
             generation=view.generation,
             revision=view.revision,
             milliseconds={"search": searched},
-            matches=_matches(view, hits, parts) if sum(map(len, parts)) > 1 else (),
+            matches=matches_of(view, hits, parts) if sum(map(len, parts)) > 1 else (),
         )
 
     def hide(self, text: str) -> str:
@@ -387,20 +385,3 @@ def _check_count(images: Sized) -> None:
         raise BadInput("no image was given; expected at least one")
     if len(images) > MAX_IMAGES:
         raise TooLarge(f"{len(images)} images were given; expected at most {MAX_IMAGES} at once")
-
-
-def _matches(
-    view: View, hits: Sequence[Hit], parts: Sequence[NDArray[np.float32]]
-) -> tuple[tuple[int, int], ...]:
-    """Return, of each hit, the image and its tile that it resembles most.
-
-    ``parts`` are embeddings (N, D) of the tiles of each image.
-    """
-    if not hits:
-        return ()
-    tiles = np.concatenate(parts)
-    owners = [(image, n) for image, vectors in enumerate(parts) for n in range(len(vectors))]
-    metric = view.state.metric
-    found = prepared(view.vectors_of([hit.tile for hit in hits]), metric)
-    _, near = scan(found, prepared(tiles, metric), 1, metric)
-    return tuple(owners[row] for row in near[:, 0].tolist())
