@@ -10,6 +10,7 @@ from histoseek.index.atlas import Atlas as Index
 from histoseek.serving.encoders.onnx import OnnxEncoder
 from histoseek.serving.encoders.text import TextEncoder
 from histoseek.ui.notebook.atlas import Atlas
+from histoseek.ui.page import cluster_view
 
 TEXT = "signet ring cells floating in mucin"
 NOTICE = "does not prove that a tile shows"
@@ -145,6 +146,20 @@ def test_names_are_proposed_for_clusters(text_atlas, cli, cli_json, tmp_path):
     path.write_text("fat\n")
     assert "expected at least 2" in cli("index", "name", text_atlas, "--suggest", path).stderr
     assert "expected `histoseek index name" in cli("index", "name", text_atlas).stderr
+
+
+def test_names_are_proposed_over_http_and_by_the_page(text_atlas, serve, cli_json, tmp_path):
+    path = tmp_path / "words.txt"
+    path.write_text("fat\nnecrosis\nmucin\n")
+    expected = cli_json("index", "name", text_atlas, "--suggest", path)
+    one = serve(shutil.copytree(text_atlas, tmp_path / "atlas"))
+    body = {"words": ["fat", " necrosis ", "mucin", "fat"]}
+    answer = one.client.post("/v1/clusters/suggest", json=body).json()
+    assert [row["words"] for row in answer["clusters"]] == [row["words"] for row in expected]
+    shown = cluster_view.proposed_names(one.session.suggest_names(["<b>", "fat"], None))
+    assert "&lt;b&gt;" in shown and "<b>" not in shown
+    for words in (["fat"], ["fat", "fat"], ["a"] * 65, [str(n) for n in range(65)]):
+        assert one.client.post("/v1/clusters/suggest", json={"words": words}).status_code == 422
 
 
 def test_the_text_network_goes_with_the_atlas(text_atlas, tmp_path, cli):

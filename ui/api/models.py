@@ -16,6 +16,7 @@ from ..session.addition import Addition
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K, MAX_TEXTS
 from ..session.regions import MAX_CORNERS
 from ..session.scaled import COARSEST, FINEST
+from ..session.session import MAX_WORDS
 from . import openai
 
 MAX_TILE = 2**53
@@ -143,6 +144,27 @@ class ClusterRequest(Request):
     name: Annotated[str, Field(max_length=2_000)] = ""
     description: Annotated[str, Field(max_length=2_000)] = ""
     clustering: Short | None = None
+
+
+class SuggestRequest(Request):
+    """Words to choose names of clusters from; for an encoder with a text network."""
+
+    words: list[Words] = Field(min_length=2, max_length=MAX_WORDS)
+    clustering: Short | None = None
+
+
+class SuggestedName(BaseModel):
+    """A cluster with the words that fit it best, best first."""
+
+    cluster: int
+    name: str
+    words: list[str]
+
+
+class SuggestedNames(BaseModel):
+    """Proposed names of a clustering's clusters. The words are ranked; none of them has to be right."""
+
+    clusters: list[SuggestedName]
 
 
 class ErrorDetail(BaseModel):

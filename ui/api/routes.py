@@ -291,7 +291,8 @@ def add_jobs(app: FastAPI, server: Server) -> None:
 
 def add_clusters(app: FastAPI, server: Server) -> None:
     """Add the routes for clusters and their names."""
-    atlas = server.session.atlas
+    session = server.session
+    atlas = session.atlas
 
     @app.get("/v1/clusters", tags=["clusters"], response_model=models.Clusters)
     def clusters(
@@ -300,6 +301,11 @@ def add_clusters(app: FastAPI, server: Server) -> None:
         """Return the clusters of a clustering; of the newest one by default."""
         name, _ = atlas.clustering(clustering)
         return {"clustering": name, "clusters": atlas.clusters(name, examples)}
+
+    @app.post("/v1/clusters/suggest", tags=["clusters"], response_model=models.SuggestedNames)
+    def suggest(body: models.SuggestRequest) -> Any:
+        """Propose names for clusters: the words that fit each best. No name is changed."""
+        return {"clusters": session.suggest_names(body.words, body.clustering)}
 
     @app.put("/v1/clusters/{cluster}", tags=["clusters"], response_model=models.Clusters)
     def rename(

@@ -10,7 +10,7 @@ import gradio as gr
 from ...errors import HistoseekError
 from ..session.session import Session
 from . import cluster_view, view
-from .widgets import HIDDEN, atlas_map, error_html, html, no_clusters
+from .widgets import EVENT, HIDDEN, atlas_map, error_html, html, no_clusters
 
 
 def atlas_tab(session: Session, tab: Any) -> None:
@@ -36,5 +36,27 @@ def atlas_tab(session: Session, tab: Any) -> None:
         except HistoseekError as error:
             return error_html(error)
 
+    if session.takes_text:
+        _proposals(session, chosen)
     tab.select(show, chosen, cards, **HIDDEN)
     chosen.change(show, chosen, cards, **HIDDEN)
+
+
+def _proposals(session: Session, chosen: Any) -> None:
+    """Build the field for words, of which those that fit a cluster best are proposed as its name."""
+    with gr.Accordion("Propose names for the clusters", open=False, elem_id="proposals"):
+        words = gr.Textbox(
+            label="Words to choose from, one per line", placeholder="tumour\nstroma\nfat", lines=4,
+            max_lines=12,
+        )  # fmt: skip
+        button = gr.Button("Propose")
+        table = html("", elem_id="proposed")
+
+    def propose(text: str, name: str) -> str:
+        try:
+            rows = session.suggest_names((text or "").splitlines(), name)
+        except HistoseekError as error:
+            return error_html(error)
+        return cluster_view.proposed_names(rows)
+
+    button.click(propose, [words, chosen], table, **EVENT, show_progress_on=[table])

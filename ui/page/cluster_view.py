@@ -9,7 +9,7 @@ from typing import Any
 from ..session.answers import ClusterAnswer
 from ..session.colours import colour_of
 from ..session.words import LABELS_SHOWN, cluster_name, cluster_title, counted
-from .view import EXAMPLES
+from .view import EXAMPLES, empty
 
 
 def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -> str:
@@ -86,6 +86,23 @@ def cluster_cards(clusters: Sequence[Mapping[str, Any]], clustering: str) -> str
     """Return the clusters as cards: examples, size, labels, and an editable name."""
     cards = "".join(_cluster_card(cluster, clustering) for cluster in clusters)
     return f'<div class="hs-clusters">{cards}</div>'
+
+
+def proposed_names(rows: Sequence[Mapping[str, Any]]) -> str:
+    """Return the words that fit each cluster best, as a table."""
+    if not rows:
+        return empty("No names.", "The clustering has no clusters, only noise.")
+    body = "".join(
+        f"<tr><td>{dot(row['cluster'])}{row['cluster']}</td><td>{escape(row['name'])}</td>"
+        f"<td>{escape(', '.join(row['words']))}</td></tr>"
+        for row in rows
+    )
+    heads = "".join(f"<th>{text}</th>" for text in ("cluster", "name now", "words that fit best"))
+    return (
+        f'<table class="hs-table"><thead><tr>{heads}</tr></thead><tbody>{body}</tbody></table>'
+        "<p>The words are ranked among those given; none of them has to be right. Copy the one that you "
+        "want into the cluster's name.</p>"
+    )
 
 
 def _cluster_card(cluster: Mapping[str, Any], clustering: str) -> str:

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,8 @@ from .viewer import Viewer
 
 Cutting = tuple[ScaledImage, NDArray[np.uint8]]
 """An image of known scale, and its tiles (N, S, S, 3)."""
+MAX_WORDS = 64
+"""Maximum number of words to name clusters with: each takes the text network some 0.1 s on all cores."""
 DECODING_S = 30.0
 """Timeout (s) of an image that waits to be decoded, and of a text that waits for others."""
 
@@ -350,6 +352,21 @@ class Session:
             )
 
         return self.results.keep(self.atlas.ask(answer))
+
+    def suggest_names(self, words: Sequence[str], clustering: str | None) -> list[dict[str, Any]]:
+        """Propose names for clusters: of each, the words that fit it best; at most :data:`MAX_WORDS`.
+
+        Raises:
+            BadInput: the encoder has no text network, there are too few or too many words, or no such
+                clustering.
+        """
+        given = list(dict.fromkeys(filter(None, (" ".join(word.split()) for word in words))))
+        if not 2 <= len(given) <= MAX_WORDS:
+            raise BadInput(
+                f"{len(given)} different words were given; expected 2 to {MAX_WORDS}, one per line"
+            )
+        vectors = self.embed_text(given)
+        return self.atlas.ask(View.suggest_names, given, vectors, clustering)
 
     # -- slides and cases -----------------------------------------------------------------------
 
