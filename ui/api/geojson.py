@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, StrictInt
 
 MAX_ANNOTATIONS = 10_000
 
@@ -17,7 +17,7 @@ class Feature(BaseModel):
     """
 
     type: Literal["Feature"] = "Feature"
-    id: Annotated[str, Field(max_length=200)] | int | None = None
+    id: Annotated[str, Field(max_length=200)] | StrictInt | None = None
     geometry: dict[str, Any] | None = None
     properties: dict[str, Any] | None = None
 
