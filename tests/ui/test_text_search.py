@@ -154,12 +154,12 @@ def test_names_are_proposed_over_http_and_by_the_page(text_atlas, serve, cli_jso
     expected = cli_json("index", "name", text_atlas, "--suggest", path)
     one = serve(shutil.copytree(text_atlas, tmp_path / "atlas"))
     body = {"words": ["fat", " necrosis ", "mucin", "fat"]}
-    answer = one.client.post("/v1/clusters/suggest", json=body).json()
+    answer = one.client.post("/v1/cluster-names", json=body).json()
     assert [row["words"] for row in answer["clusters"]] == [row["words"] for row in expected]
     shown = cluster_view.proposed_names(one.session.suggest_names(["<b>", "fat"], None))
     assert "&lt;b&gt;" in shown and "<b>" not in shown
     for words in (["fat"], ["fat", "fat"], ["a"] * 65, [str(n) for n in range(65)]):
-        assert one.client.post("/v1/clusters/suggest", json={"words": words}).status_code == 422
+        assert one.client.post("/v1/cluster-names", json={"words": words}).status_code == 422
 
 
 def test_the_text_network_goes_with_the_atlas(text_atlas, tmp_path, cli):

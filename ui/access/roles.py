@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
-READING = frozenset({"/v1/embeddings", "/v1/search", "/v1/assign", "/v1/clusters/suggest"})
+READING = frozenset({"/v1/embeddings", "/v1/search", "/v1/assign", "/v1/cluster-names"})
 """Paths of the API at which a POST changes nothing."""
 PAGE = re.compile(
     r"/gradio_api/(upload|reset/?|cancel|queue/join|(run|api|call|call/v2)/[^/]+/?|component_server/?)"

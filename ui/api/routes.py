@@ -302,7 +302,7 @@ def add_clusters(app: FastAPI, server: Server) -> None:
         name, _ = atlas.clustering(clustering)
         return {"clustering": name, "clusters": atlas.clusters(name, examples)}
 
-    @app.post("/v1/clusters/suggest", tags=["clusters"], response_model=models.SuggestedNames)
+    @app.post("/v1/cluster-names", tags=["clusters"], response_model=models.SuggestedNames)
     def suggest(body: models.SuggestRequest) -> Any:
         """Propose names for clusters: the words that fit each best. No name is changed."""
         return {"clusters": session.suggest_names(body.words, body.clustering)}
