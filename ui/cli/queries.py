@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 
     from ...index.atlas import Atlas
 
+    Read = dict[Path, NDArray[np.uint8]]
+    Failed = dict[Path, dict[str, Any]]
 
-def read_images(
-    paths: Sequence[Path], size_px: int
-) -> tuple[dict[Path, NDArray[np.uint8]], dict[Path, dict[str, Any]]]:
+
+def read_images(paths: Sequence[Path], size_px: int) -> tuple[Read, Failed]:
     """Read images in the encoder's format, (S, S, 3); a bad image does not stop the others.
 
     Returns:
@@ -27,20 +28,10 @@ def read_images(
     """
     from ...artifacts.images import decode, square
 
-    read: dict[Path, NDArray[np.uint8]] = {}
-    failed: dict[Path, dict[str, Any]] = {}
-    for path in paths:
-        try:
-            read[path] = square(decode(path), size_px)
-        except HistoseekError as error:
-            reason = {"type": type(error).__name__, "message": str(error)}
-            failed[path] = {"query": str(path), "error": reason}
-    return read, failed
+    return _each(paths, lambda path: square(decode(path), size_px))
 
 
-def cut_images(
-    atlas: Atlas, paths: Sequence[Path], mpp: float
-) -> tuple[dict[Path, NDArray[np.uint8]], dict[Path, dict[str, Any]]]:
+def cut_images(atlas: Atlas, paths: Sequence[Path], mpp: float) -> tuple[Read, Failed]:
     """Read images of known scale as tiles of the atlas's scale, (N, S, S, 3) each; say how they were cut.
 
     Returns:
@@ -50,16 +41,24 @@ def cut_images(
     from ..session.scaled import cut_for
     from ..session.words import scaled_text
 
-    read: dict[Path, NDArray[np.uint8]] = {}
-    failed: dict[Path, dict[str, Any]] = {}
+    def read(path: Path) -> NDArray[np.uint8]:
+        image, tiles = cut_for(atlas, decode(path), str(path), mpp)
+        console.say(scaled_text([image]))
+        return tiles
+
+    return _each(paths, read)
+
+
+def _each(paths: Sequence[Path], read: Callable[[Path], NDArray[np.uint8]]) -> tuple[Read, Failed]:
+    found: Read = {}
+    failed: Failed = {}
     for path in paths:
         try:
-            image, read[path] = cut_for(atlas, decode(path), str(path), mpp)
-            console.say(scaled_text([image]))
+            found[path] = read(path)
         except HistoseekError as error:
             reason = {"type": type(error).__name__, "message": str(error)}
             failed[path] = {"query": str(path), "error": reason}
-    return read, failed
+    return found, failed
 
 
 def mean_vectors(atlas: Atlas, read: dict[Path, NDArray[np.uint8]]) -> NDArray[np.float32] | None:
