@@ -119,7 +119,8 @@ def _show(found: list[Annotation]) -> None:
         )
         for a in found
     ]
-    console.table("", ("slide", "label", "note", "by", "changed", "id"), rows)
+    if rows:
+        console.table("", ("slide", "label", "note", "by", "changed", "id"), rows)
     console.say(f"{len(found)} annotations")
 
 
