@@ -26,7 +26,13 @@
   };
 
   /* Connect the form and the list; returns what the viewer calls. `ask` searches for rings of a slide. */
-  hs.annotations = (element, { json, say, failed, ask, panes, moving }) => {
+  hs.annotations = (element, { json, ask, panes, moving }) => {
+    const note = element.querySelector(".hs-marknote");  // its own: a search may answer at the same time
+    const say = (text, problem = false) => {
+      note.textContent = text;
+      note.classList.toggle("hs-problem", problem);
+    };
+    const failed = (error) => say(error.message, true);
     const form = element.querySelector(".hs-mark"), box = element.querySelector(".hs-marks");
     const shown = element.querySelector("[data-part=marks]"), labels = element.querySelector("#hs-mark-labels");
     const list = box.querySelector("ul"), link = box.querySelector("a"), file = box.querySelector("input");
@@ -36,10 +42,11 @@
     const slide = () => panes()[0]?.about?.slide;
     const reader = () => document.documentElement.dataset.role === "reader";
 
-    const close = () => { form.hidden = true; current = null; };
+    const close = () => { form.hidden = true; current = null; say(""); };
     function edit(feature, stored) {
       current = feature;
       form.hidden = false;
+      say("");
       form.elements.label.value = labelOf(feature);
       form.elements.note.value = noteOf(feature);
       again.hidden = gone.hidden = !stored;

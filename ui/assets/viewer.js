@@ -172,7 +172,7 @@
       note.classList.toggle("hs-problem", problem);
     };
     const failed = (error) => say(error.message, true);
-    const marks = hs.annotations(element, { json, say, failed, ask, panes: () => [left, right], moving: () => tool === "move" });
+    const marks = hs.annotations(element, { json, ask, panes: () => [left, right], moving: () => tool === "move" });
 
     const moved = (pane) => {
       const other = pane === left ? right : left;

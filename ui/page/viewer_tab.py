@@ -43,6 +43,7 @@ _TEMPLATE = """
     <button type="button" class="hs-act" data-part="close">Close</button>
     <small></small>
   </form>
+  <p class="hs-marknote" role="status"></p>
   <div class="hs-vstage" data-tool="move" hidden>
     <div class="hs-panes" data-two="0">{pane}{pane}</div>
     <ul class="hs-legend hs-vlegend" aria-label="Legend of the layer"></ul>

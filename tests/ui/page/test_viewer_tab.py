@@ -90,7 +90,7 @@ def test_a_region_is_annotated_found_changed_and_given_to_qupath(page, atlas, tm
     tab(page, "Slide viewer")
     pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
     draw(page)
-    form, note = page.locator(".hs-mark"), page.locator(".hs-vnote")
+    form, note = page.locator(".hs-mark"), page.locator(".hs-marknote")
     form.get_by_role("button", name="Save annotation").click()
     note.get_by_text("a label or a note").wait_for()
     form.get_by_label("Label").fill("it's tumour")
@@ -128,7 +128,7 @@ def test_a_region_is_annotated_found_changed_and_given_to_qupath(page, atlas, tm
     page.mouse.click(frame["x"] + frame["width"] / 2, frame["y"] + frame["height"] / 2)
     form.wait_for()
     form.get_by_role("button", name="Search this region").click()
-    note.get_by_text("of the region").wait_for()
+    page.locator(".hs-vnote").get_by_text("of the region").wait_for()
     form.get_by_label("Label").fill("stroma")
     form.get_by_role("button", name="Save annotation").click()
     page.locator(".hs-marks li", has_text="stroma").wait_for()
@@ -156,7 +156,7 @@ def test_a_label_is_text_and_a_point_inside_an_annotation_is_a_new_one(page, atl
     tab(page, "Slide viewer")
     pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
     draw(page)
-    form, note = page.locator(".hs-mark"), page.locator(".hs-vnote")
+    form, note = page.locator(".hs-mark"), page.locator(".hs-marknote")
     label = "<img src=x onerror=document.body.dataset.run='1'>"
     form.get_by_label("Label").fill(label)
     form.get_by_role("button", name="Save annotation").click()
@@ -171,7 +171,7 @@ def test_a_label_is_text_and_a_point_inside_an_annotation_is_a_new_one(page, atl
     assert page.evaluate("document.body.dataset.run") is None
     page.locator(".hs-tool[data-tool=point]").click()
     page.mouse.click(*middle)
-    note.get_by_text("one tile around its middle").wait_for()
+    page.locator(".hs-vnote").get_by_text("one tile around its middle").wait_for()
     assert form.get_by_label("Label").input_value() == ""
     form.get_by_label("Label").fill("gland")
     form.get_by_role("button", name="Save annotation").click()
