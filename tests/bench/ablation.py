@@ -155,29 +155,38 @@ def _mean_and_deviation(values):
 
 
 def page(facts):
-    """The report as Markdown."""
+    """The report as Markdown, of the seeds that every variant has."""
     shown = ", ".join(f"{name} {value}" for name, value in SAME.items())
     variants = {name: runs for name in VARIANTS if (runs := facts["values"].get(name))}
+    common = sorted(set.intersection(*(set(runs) for runs in variants.values())))
     lines = [
         "# What each part of the recipe is worth",
         "",
         f"`make bench-ablation`, {facts['date']}, {facts['machine']}, torch {facts['torch']}; the shipped "
-        f"encoder's options but {shown}; mean ± standard deviation over the seeds in the first column, "
+        f"encoder's options but {shown}; mean ± standard deviation over the seeds ({', '.join(common)}), "
         "each with its own split by groups.",
         "",
     ]
     if missing := [name for name in VARIANTS if name not in variants]:
         lines += [f"Not run: {', '.join(missing)}.", ""]
-    runs_of_all = [run for runs in variants.values() for run in runs.values()]
+    more = [
+        f"{name} (seed {', '.join(sorted(set(runs) - set(common)))})"
+        for name, runs in variants.items() if set(runs) - set(common)
+    ]  # fmt: skip
+    if more:
+        lines += [f"In ablation.json, but not in these tables: {'; '.join(more)}.", ""]
+    if not common:
+        return "\n".join(lines)
+    compared = {name: [runs[seed] for seed in common] for name, runs in variants.items()}
+    runs_of_all = [run for runs in compared.values() for run in runs]
     for name in runs_of_all[0]:
         if not all(name in run for run in runs_of_all):
             continue  # too few of its tiles are held out with some seed
         metrics = [key for key in TITLES if all(key in run[name] for run in runs_of_all)]
         rows = []
-        for variant, runs in variants.items():
-            cells = [[run[name][key] for run in runs.values()] for key in metrics]
-            seeds = ", ".join(sorted(runs))
-            rows.append([f"{variant} (seed {seeds})", *map(_mean_and_deviation, cells)])
+        for variant, runs in compared.items():
+            cells = [[run[name][key] for run in runs] for key in metrics]
+            rows.append([variant, *map(_mean_and_deviation, cells)])
         lines += [f"## {name}", "", *table(["", *(TITLES[key] for key in metrics)], rows)]
     return "\n".join(lines)
 
