@@ -21,7 +21,6 @@ Ring = NDArray[np.float64]
 Polygon = list[Ring]
 """An outline, then its holes."""
 MAX_BYTES = 512 * 2**20
-WITHOUT_AREA = frozenset({"Point", "MultiPoint", "LineString", "MultiLineString"})
 
 
 def read_features(path: Path) -> list[dict[str, Any]]:

@@ -156,6 +156,7 @@ def test_names_are_proposed_over_http_and_by_the_page(text_atlas, serve, cli_jso
     body = {"words": ["fat", " necrosis ", "mucin", "fat"]}
     answer = one.client.post("/v1/cluster-names", json=body).json()
     assert [row["words"] for row in answer["clusters"]] == [row["words"] for row in expected]
+    assert one.lines()[-1]["action"] == "suggest" and "mucin" in one.lines()[-1]["words"]
     shown = cluster_view.proposed_names(one.session.suggest_names(["<b>", "fat"], None))
     assert "&lt;b&gt;" in shown and "<b>" not in shown
     for words in (["fat"], ["fat", "fat"], ["a"] * 65, [str(n) for n in range(65)]):

@@ -303,9 +303,11 @@ def add_clusters(app: FastAPI, server: Server) -> None:
         return {"clustering": name, "clusters": atlas.clusters(name, examples)}
 
     @app.post("/v1/cluster-names", tags=["clusters"], response_model=models.SuggestedNames)
-    def suggest(body: models.SuggestRequest) -> Any:
+    def suggest(body: models.SuggestRequest, request: Request) -> Any:
         """Propose names for clusters: the words that fit each best. No name is changed."""
-        return {"clusters": session.suggest_names(body.words, body.clustering)}
+        rows = session.suggest_names(body.words, body.clustering)
+        server.note(request, "suggest", words=body.words, clustering=body.clustering)
+        return {"clusters": rows}
 
     @app.put("/v1/clusters/{cluster}", tags=["clusters"], response_model=models.Clusters)
     def rename(

@@ -1,9 +1,11 @@
 """The page in a real browser with a real atlas (LC25000 tiles and a CMU slide): every tab and state."""
 
+import json
 import re
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 from loopback import free_port, up
 from pages import find, opened, pictures_are_there, shot, tab
@@ -242,6 +244,51 @@ def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
     card.get_by_label("Name").wait_for()
     assert card.get_by_label("Name").input_value() == "<b>stroma</b> & glands"
     page.locator("#atlas-map .hs-maplegend li", has_text="<b>stroma</b> & glands").wait_for()
+
+
+def test_a_map_of_many_tiles_is_drawn_by_density_and_lassoed_whole(browser, served):
+    """30,000 made tiles in two groups; their ids are no runs, so each is sent."""
+    count = 30_000
+    rng = np.random.default_rng(0)
+    group = np.arange(count) % 2
+    places = rng.normal(np.where(group, 45_000, 20_000)[:, None], 3_000, (count, 2)).astype("<u2")
+    about = {
+        "revision": 1, "shown": count, "inside": count, "total": count, "by": "cluster.kmeans",
+        "names": ["a", "b"], "places": True, "runs": None, "code_bytes": 1, "method": "t-SNE",
+        "landmarks": 3000, "trust": 0.9,
+    }  # fmt: skip
+    text = json.dumps(about).encode()
+    text += b" " * (-(len(text) + 4) % 8)
+    ids = np.arange(count, dtype="<f8") * 3
+    parts = [len(text).to_bytes(4, "little"), text, ids.tobytes(), places.tobytes()]
+    body = b"".join([*parts, (group + 1).astype("u1").tobytes()])
+    page = browser.new_page(viewport={"width": 1280, "height": 900})
+    page.route("**/v1/map?*", lambda route: route.fulfill(body=body))
+    page.goto(served)
+    page.locator("#find").wait_for()
+    tab(page, "Atlas")
+    page.locator("#atlas-map .hs-maplegend li", has_text="b (15,000)").wait_for()
+    page.wait_for_timeout(300)
+    colours = page.evaluate(
+        """() => { const c = document.querySelector('#atlas-map canvas'), found = {};
+        const seen = c.getContext('2d').getImageData(0, 0, c.width, c.height).data;
+        for (let n = 0; n < seen.length; n += 4) if (seen[n + 3] > 200) {
+          const key = [seen[n] >> 5, seen[n + 1] >> 5, seen[n + 2] >> 5].join();
+          found[key] = (found[key] ?? 0) + 1; }
+        return Object.values(found).filter((n) => n > 200).length; }"""
+    )
+    assert colours >= 2, "two groups in two colours"
+    box = page.locator("#atlas-map .hs-lasso").bounding_box()
+    for number, (x, y) in enumerate([(0.01, 0.01), (0.99, 0.01), (0.99, 0.99), (0.01, 0.99)]):
+        page.mouse.move(box["x"] + x * box["width"], box["y"] + y * box["height"], steps=4)
+        page.mouse.down() if number == 0 else None
+    page.mouse.up()
+    page.locator(".hs-lassoed", has_text="30,000 tiles selected").wait_for()
+    shown = page.locator(".hs-lassoed [data-open]").evaluate_all(
+        "all => all.map((b) => b.dataset.open)"
+    )
+    assert shown and all(int(tile) % 3 == 0 for tile in shown)
+    page.close()
 
 
 def test_slides_and_cases(page, tiles):
