@@ -75,9 +75,8 @@ def places_of(store: Store, layout: Layout, progress: Callable[[int, int], None]
         ids.append(np.arange(slide["first_tile"], slide["first_tile"] + slide["tiles"]))
     places = np.concatenate(parts)
     if new or len(known) != len(slides):
-        with suppress(
-            StorageFailed
-        ):  # a folder that cannot be written: they are placed again next time
+        # If the folder cannot be written, the tiles are placed again next time.
+        with suppress(StorageFailed):
             _write(store.path / FILE, key, slides, places)
     return Places(np.concatenate(ids).astype(np.int64), places, revision)
 
