@@ -147,16 +147,21 @@ def client(served):
 
 
 @pytest.fixture
-def histoseek_ui():
-    """Start ``histoseek ui`` in a process of its own; ended when the test is over."""
+def histoseek_ui(tmp_path):
+    """Start ``histoseek ui`` in a process of its own; ended when the test is over.
+
+    Its output goes to a file, since a full pipe would stop it; ``stdout`` reads that file.
+    """
     running = []
 
     def start(atlas, *options, env=None):
         command = [sys.executable, "-u", "-m", "histoseek", "ui", str(atlas), *map(str, options)]
-        running.append(
-            subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=env)
-        )
-        return running[-1]
+        log = tmp_path / f"server-{len(running)}.txt"
+        with log.open("wb") as stream:
+            process = subprocess.Popen(command, stdout=stream, stderr=subprocess.STDOUT, env=env)
+        process.stdout = log.open("rb")
+        running.append(process)
+        return process
 
     yield start
     for process in running:

@@ -45,8 +45,9 @@ def block():
 class Site:
     """nginx before a server: where each is, and the audit log."""
 
-    def __init__(self, port, upstream, log, folder):
+    def __init__(self, port, upstream, log, folder, server):
         self.port, self.upstream, self.log, self.folder = port, upstream, log, folder
+        self.server = server
         self.root = f"https://{NAME}:{port}/histo/"
 
     def ask(self, path, method="GET", source="127.0.0.1", body=None, user=None, **headers):
@@ -75,6 +76,21 @@ class Site:
         blob = answer.read()
         connection.close()
         return answer.status, dict(answer.getheaders()), blob
+
+    def state(self):
+        """Return what nginx and the server say of themselves, for a failure's message."""
+        lines = []
+        for name, ask in (("server", self.ask_directly), ("nginx", self.ask)):
+            path, started = ("/health", "/histo/health")[name == "nginx"], time.monotonic()
+            try:
+                said = ask(path)[0]
+            except OSError as error:
+                said = repr(error)
+            lines.append(f"{name} answers {path}: {said} in {time.monotonic() - started:.2f} s")
+        for name in ("error.log", "access.log"):
+            lines += [f"nginx's {name}:", *(self.folder / name).read_text().splitlines()[-12:]]
+        said = self.server.stdout.read().decode(errors="replace")
+        return "\n".join([*lines, "the server said:", said[-2_000:]])
 
     def said(self):
         return [json.loads(line) for line in self.log.read_text().splitlines()]
@@ -115,18 +131,18 @@ def behind(tmp_path, own_atlas, histoseek_ui):
         config.write_text(FRAME.format(user=user, folder=tmp_path, block=text))
         process = subprocess.Popen(
             [NGINX, "-p", tmp_path, "-e", tmp_path / "error.log", "-c", config],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            stderr=subprocess.PIPE,
         )  # fmt: skip
         running.append(process)
         up(upstream, server, 180)
-        site = Site(port, upstream, own_atlas / "audit.jsonl", tmp_path)
+        site = Site(port, upstream, own_atlas / "audit.jsonl", tmp_path, server)
         deadline = time.monotonic() + 30
         while True:
             try:
                 assert site.ask("/histo/health")[0] in {200, 401}
                 return site
             except OSError:
-                assert process.poll() is None, process.stdout.read()
+                assert process.poll() is None, process.stderr.read()
                 assert time.monotonic() < deadline, "nginx did not come up"
                 time.sleep(0.05)
 
@@ -134,7 +150,7 @@ def behind(tmp_path, own_atlas, histoseek_ui):
     for process in running:
         process.terminate()
         assert process.wait(20) == 0
-        process.stdout.close()
+        process.stderr.close()
 
 
 @pytest.fixture(scope="module")
@@ -157,8 +173,9 @@ class Seen:
         )
         self.page = self.context.new_page()
         self.page.set_default_timeout(PATIENCE)
-        self.wrong, self.requested = [], []
-        self.page.on("request", lambda r: self.requested.append(r.url))
+        self.wrong, self.requested, self.asked = [], [], set()
+        self.page.on("request", lambda r: (self.requested.append(r.url), self.asked.add(r)))
+        self.page.on("requestfinished", lambda r: self.asked.discard(r))
         self.page.on("requestfailed", self._failed)
         self.page.on(
             "response", lambda r: r.status >= 400 and self.wrong.append(f"{r.status} {r.url}")
@@ -166,7 +183,22 @@ class Seen:
         self.page.on("pageerror", lambda e: self.wrong.append(str(e)))
         self.page.on("console", lambda m: m.type == "error" and self.wrong.append(m.text))
 
+    def opens(self, site):
+        """Open the page and wait until it can search; a failure tells what each side knows."""
+        from playwright.sync_api import TimeoutError as TookTooLong
+
+        try:
+            self.page.goto(site.root)
+            self.page.locator("#find").wait_for()
+        except TookTooLong as error:
+            waiting = sorted(request.url for request in self.asked)
+            raise AssertionError(
+                f"{error}\nthe page shows: {self.page.inner_text('body')[:500]!r}\nwrong: {self.wrong}\n"
+                f"asked: {len(self.requested)}, not answered: {waiting}\n{site.state()}"
+            ) from error
+
     def _failed(self, request):
+        self.asked.discard(request)
         # Chromium ends so what a page that is left still asks for, and what becomes a download.
         if request.failure != "net::ERR_ABORTED":
             self.wrong.append(f"failed: {request.url} {request.failure}")
@@ -185,11 +217,10 @@ class Seen:
             self.page.screenshot(path=f"{folder}/{name}.png")
 
 
-def walk(seen, root, picture):
+def walk(seen, site, picture):
     """Use the page as people do: search, open a hit, look at slides, the map and the API's description."""
-    page = seen.page
-    page.goto(root)
-    page.locator("#find").wait_for()
+    page, root = seen.page, site.root
+    seen.opens(site)
     page.set_input_files("#hs-query-file", picture)
     page.locator("#hits .hs-card").first.wait_for()
     assert page.locator("#hits .hs-card").count() == 12
@@ -242,8 +273,8 @@ def test_the_page_works_under_a_path(behind, browser, picture):
     assert 'href="manifest.json"' in text and 'href="favicon.ico"' in text
     assert not re.findall(r'(?:href|src)="/[^"]*"', text), "linked from the root of the host"
     seen = Seen(browser, http_credentials=LOGIN)
-    walk(seen, site.root, picture)
-    seen.page.goto(site.root)
+    walk(seen, site, picture)
+    seen.opens(site)
     seen.page.get_by_role("tab", name="Atlas").click()
     form = seen.page.locator(".hs-rename").first
     form.locator("[name=name]").fill("stroma")
@@ -261,7 +292,7 @@ def test_a_proxy_that_leaves_the_path_as_it_is(behind, browser, picture):
     )  # fmt: skip
     status, _, blob = site.ask("/histo/v1/me", user=ANNA)
     assert (status, json.loads(blob)) == (200, {"user": "anna", "role": "editor"})
-    walk(Seen(browser, http_credentials=LOGIN), site.root, picture)
+    walk(Seen(browser, http_credentials=LOGIN), site, picture)
 
 
 def test_a_reader_sees_no_button_that_changes_something(behind, browser, picture):
@@ -270,9 +301,8 @@ def test_a_reader_sees_no_button_that_changes_something(behind, browser, picture
         replace=[(NO_USER, 'proxy_set_header X-Forwarded-User "rita";')],
     )  # fmt: skip
     seen = Seen(browser)
-    walk(seen, site.root, picture)
-    seen.page.goto(site.root)
-    seen.page.locator("#find").wait_for()
+    walk(seen, site, picture)
+    seen.opens(site)
     seen.page.locator("html[data-role=reader]").wait_for(state="attached")
     seen.page.get_by_role("tab", name="Atlas").click()
     seen.page.locator(".hs-cluster").first.wait_for()
