@@ -132,6 +132,31 @@ def test_a_region_needs_finite_corners():
         Region("a", ((0.0, 0.0), (float("nan"), 1.0), (2.0, 2.0)))
 
 
+def unpacked(blob):
+    """A layer: its header, and places (N, 2)."""
+    length = int.from_bytes(blob[:4], "little")
+    about = json.loads(blob[4 : 4 + length])
+    places = np.frombuffer(blob[4 + length :], "<i4", 2 * about["tiles"]).reshape(-1, 2)
+    return about, places
+
+
+def test_the_tissue_layer_covers_coloured_cells_and_no_glass(client, slide_pixels):
+    about, places = unpacked(client.get("/v1/slides/case-1/grid?by=tissue").content)
+    side = about["side"]
+    assert side == about["step"] == 4
+    ((text, _),) = about["legend"]
+    height, width, _ = slide_pixels.shape
+    coloured = np.ptp(slide_pixels, axis=2) > 40
+    cells = coloured.reshape(height // side, side, width // side, side).mean((1, 3)) >= 0.5
+    found = np.zeros_like(cells)
+    found[places[:, 1] // side, places[:, 0] // side] = True
+    assert 0.05 < found.mean() < 0.95 and (found == cells).mean() > 0.9
+    mpp = client.get("/v1/slides/case-1/pyramid").json()["mpp"]
+    area = found.sum() * (side * mpp / 1000) ** 2
+    assert text.startswith("tissue: ") and abs(float(text.split()[1]) - area) < 0.1
+    assert client.get("/v1/slides/cat/grid?by=tissue").status_code == 404
+
+
 def test_the_label_layer_colours_tiles_by_their_label(client, served):
     atlas = served.session.atlas
     name = atlas.slides()[0]["name"]

@@ -71,7 +71,7 @@ def add_viewer(app: FastAPI, server: Server) -> None:
     def grid(
         slide: str,
         request: Request,
-        by: Literal["cluster", "label", "score", "grid"] = "grid",
+        by: Literal["cluster", "label", "score", "grid", "tissue"] = "grid",
         clustering: Clustering = None,
         result: ResultId = "",
     ) -> Response:
@@ -79,13 +79,17 @@ def add_viewer(app: FastAPI, server: Server) -> None:
 
         Four bytes give the length of a JSON header (uint32), which is padded with spaces to a multiple of
         eight bytes; then places (int32, N x 2, level-0 pixels) and colours (uint8, N x 4). With
-        ``by=score``, ``result`` is the id of an earlier search.
+        ``by=score``, ``result`` is the id of an earlier search. ``by=tissue`` gives cells of what is taken
+        for tissue with the default settings, found now, instead of tiles.
         """
         query, by_text = None, False
         if by == "score":
             answer = asked(server, request, slide, result)
             query, by_text = answer.vector, answer.query.by_text
-        blob = session.viewer.layer(slide, by, clustering, query, by_text)
+        if by == "tissue":
+            blob = session.viewer.tissue(slide)
+        else:
+            blob = session.viewer.layer(slide, by, clustering, query, by_text)
         return Response(
             blob, media_type="application/octet-stream", headers={"Cache-Control": "no-store"}
         )

@@ -37,19 +37,21 @@
     const shown = element.querySelector("[data-part=marks]"), labels = element.querySelector("#hs-mark-labels");
     const list = box.querySelector("ul"), link = box.querySelector("a"), file = box.querySelector("input");
     const again = form.querySelector("[data-part=again]"), gone = form.querySelector("[data-part=delete]");
+    const redraw = form.querySelector("[data-part=redraw]");
     const facts = form.querySelector("small");
-    let current = null, known = [];
+    let current = null, known = [], redrawing = false;
     const slide = () => panes()[0]?.about?.slide;
     const reader = () => document.documentElement.dataset.role === "reader";
 
-    const close = () => { form.hidden = true; current = null; say(""); };
+    const close = () => { form.hidden = true; current = null; redrawing = false; say(""); };
     function edit(feature, stored) {
       current = feature;
+      redrawing = false;
       form.hidden = false;
       say("");
       form.elements.label.value = labelOf(feature);
       form.elements.note.value = noteOf(feature);
-      again.hidden = gone.hidden = !stored;
+      again.hidden = redraw.hidden = gone.hidden = !stored;
       for (const field of [form.elements.label, form.elements.note]) field.readOnly = reader();
       const { author, changed_at } = feature.properties;
       facts.textContent = stored ? `${author ? `by ${author}, ` : ""}${changed_at.slice(0, 10)}` : "";
@@ -113,6 +115,22 @@
         say("Deleted.");
       } catch (error) { failed(error); }
     });
+    redraw.addEventListener("click", () => {
+      redrawing = true;
+      say("Choose Box or Shape and draw the new outline; it takes the place of the old one when you save.");
+    });
+    /* Take a drawn ring; returns whether it is the new outline of the annotation in the form. */
+    function drawn(ring) {
+      const geometry = { type: "Polygon", coordinates: [[...ring, ring[0]]] };
+      if (redrawing) {
+        current = { ...current, geometry };
+        redrawing = false;
+        say("Save the annotation to keep its new outline.");
+        return true;
+      }
+      if (!reader()) edit({ geometry, properties: {} }, false);
+      return false;
+    }
     again.addEventListener("click", () => {
       const rings = parts(current.geometry).map((part) => part[0]);
       ask(rings.slice(0, MAX_REGIONS), rings.length > MAX_REGIONS ? `the first ${MAX_REGIONS} of ${rings.length} parts` : "");
@@ -144,7 +162,7 @@
     return {
       load: (pane) => load(pane).catch(failed),
       close,
-      drawn: (ring) => reader() || edit({ geometry: { type: "Polygon", coordinates: [[...ring, ring[0]]] }, properties: {} }, false),
+      drawn,
     };
   };
 })();

@@ -117,7 +117,7 @@
       this.scale.textContent = `${text} · ${+(10 / um).toPrecision(2)}×`;
     }
 
-    /* Paint the tiles by cluster, score or as a grid. */
+    /* Paint the tiles by cluster, label, score or as a grid; or paint the tissue. */
     async paint(kind, { clustering, result, opacity }) {
       const mine = (this.painting = (this.painting ?? 0) + 1);
       this.layer?.remove();
@@ -310,8 +310,7 @@
         pane.marks.clearLayers();
         redraw(corners);
         const ring = thinned(corners);
-        marks.drawn(ring);
-        ask([ring]);
+        if (!marks.drawn(ring)) ask([ring]);
       };
       hs.askAround = (x, y) => {
         const half = pane.about.tile_px_level0 / 2;

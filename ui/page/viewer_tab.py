@@ -26,7 +26,7 @@ _TEMPLATE = """
       placeholder="lymphocytes" autocomplete="off"></label><button class="hs-act">Search</button></form>
     <label>Layer <select data-part="layer"><option value="none">none</option>{layers}
       <option value="label">labels</option><option value="score">similarity to the search</option>
-      <option value="grid">tiles</option>
+      <option value="grid">tiles</option><option value="tissue">tissue</option>
       </select></label>
     <label{several}>of <select data-part="clustering">{clusterings}</select></label>
     <label>Opacity <input type="range" data-part="opacity" min="0" max="1" step="0.05" value="0.5"></label>
@@ -39,6 +39,7 @@ _TEMPLATE = """
     <label>Note <input name="note" class="hs-wide" maxlength="{longest_note}" autocomplete="off"></label>
     <button class="hs-act hs-change">Save annotation</button>
     <button type="button" class="hs-act" data-part="again" hidden>Search this region</button>
+    <button type="button" class="hs-act hs-change" data-part="redraw" hidden>Redraw</button>
     <button type="button" class="hs-act hs-change" data-part="delete" hidden>Delete</button>
     <button type="button" class="hs-act" data-part="close">Close</button>
     <small></small>

@@ -30,11 +30,15 @@ TISSUE_PX = 2048
 """The same, for finer pieces of slides with few levels, and to find the tissue in a region."""
 DIRECT_PX = 2048
 """Largest side, in pixels of a level, of a piece that is read from the slide itself."""
+TISSUE_CELLS = 400
+"""Number of cells along the longest side of a slide in the layer of tissue."""
 KEPT_BYTES = 192 * 2**20
 """Maximum bytes of images of whole slides that are kept."""
 QUALITY = 80
 TILES = "#0d9488"
 """Colour of the grid of tiles."""
+TISSUE = "#16a34a"
+"""Colour of what is taken for tissue."""
 BACKGROUND = 255
 
 
@@ -123,6 +127,31 @@ class Viewer:
 
         return self._pictures.keep(("piece", row["id"], z, x, y), make)
 
+    def tissue(self, slide: str) -> bytes:
+        """Return what is taken for tissue on a slide, in the format of :meth:`layer`; N cells, not tiles.
+
+        It is found now, with the default settings of ``histoseek embed``.
+
+        Raises:
+            NotFound: there is no such slide, or its file was moved.
+        """
+        row = self._row(slide)
+
+        def find(source: Slide) -> tuple[NDArray[np.int32], int, float | None]:
+            side = max(1, math.ceil(max(source.width, source.height) / TISSUE_CELLS))
+            overview, down = self._overview(row["id"], source, TISSUE_PX)
+            y, x = np.mgrid[0 : source.height : side, 0 : source.width : side]
+            corners = np.stack([x.ravel(), y.ravel()], axis=1)
+            mask = tissue_mask(overview)
+            shown = tissue_share(mask, np.concatenate([corners, corners + side], 1) / down) >= 0.5
+            mpp = row["mpp"] or source.mpp
+            return corners[shown], side, mpp and float(mask.sum()) * (down * mpp / 1000) ** 2
+
+        places, side, area = self._pictures.on_slide(slide, find)
+        size = "" if area is None else f": {area:,.1f} mm²"
+        colours = np.tile(np.array([*rgb(TISSUE), 255], np.uint8), (len(places), 1))
+        return _packed(places, colours, side, side, [(f"tissue{size}", TISSUE)])
+
     def layer(
         self,
         slide: str,
@@ -152,7 +181,7 @@ class Viewer:
         number = slide_number(view, slide)
         row = view.columns.slides[number]
         rows = slice(*view.columns.starts[number : number + 2].tolist())
-        places = view.columns.places()[rows].astype("<i4")
+        places = view.columns.places()[rows]
         count = len(places)
         legend: list[tuple[str, str]] = []
         colours = np.tile(np.array([*rgb(TILES), 255], np.uint8), (count, 1))
@@ -179,13 +208,7 @@ class Viewer:
             ends = zip(np.linspace(low, high, len(VIRIDIS)), VIRIDIS, strict=True)
             legend = [(f"{score:.2f}", colour) for score, colour in ends]
         side = row["size_px_level0"] or self._atlas.manifest.size_px
-        header = {
-            "tiles": count, "side": side, "step": _step(places, side), "legend": legend,
-        }  # fmt: skip
-        text = json.dumps(header).encode()
-        text += b" " * (-(len(text) + 4) % 8)
-        length = np.uint32(len(text)).astype("<u4").tobytes()
-        return b"".join([length, text, places.tobytes(), colours.tobytes()])
+        return _packed(places, colours, side, _step(places, side), legend)
 
     def tiles_in(self, region: Region) -> tuple[Cut, NDArray[np.uint8]]:
         """Cut a region into tiles as the encoder takes them, uint8 (N, S, S, 3).
@@ -247,6 +270,21 @@ class Viewer:
             while sum(kept.nbytes for kept, _ in self._overviews.values()) > KEPT_BYTES:
                 self._overviews.popitem(last=False)
         return made
+
+
+def _packed(
+    places: NDArray[np.int32],
+    colours: NDArray[np.uint8],
+    side: int,
+    step: int,
+    legend: list[tuple[str, str]],
+) -> bytes:
+    """Return a layer as :meth:`Viewer.layer` describes it."""
+    header = {"tiles": len(places), "side": side, "step": step, "legend": legend}
+    text = json.dumps(header).encode()
+    text += b" " * (-(len(text) + 4) % 8)
+    length = np.uint32(len(text)).astype("<u4").tobytes()
+    return b"".join([length, text, places.astype("<i4").tobytes(), colours.tobytes()])
 
 
 def _paint_labels(

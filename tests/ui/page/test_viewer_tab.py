@@ -6,6 +6,7 @@ import pytest
 from loopback import free_port, up
 from pages import opened, pictures_are_there, shot, tab
 
+from histoseek.artifacts.geojson import area_of
 from histoseek.index.atlas import Atlas
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
@@ -46,6 +47,9 @@ def test_a_region_of_a_slide_is_searched_and_a_hit_opens_beside_it(page):
     page.locator("[data-part=layer]").select_option("label")
     page.wait_for_timeout(300)
     assert page.locator(".hs-vlegend li").count() == 0, "the slide has no label"
+    page.locator("[data-part=layer]").select_option("tissue")
+    page.locator(".hs-vlegend", has_text="mm²").wait_for()
+    shot(page, "viewer-tissue")
     page.locator("[data-part=layer]").select_option("cluster")
     page.locator(".hs-vlegend li", has_text="cluster").first.wait_for()
     shot(page, "slide-viewer")
@@ -132,6 +136,20 @@ def test_a_region_is_annotated_found_changed_and_given_to_qupath(page, atlas, tm
     form.get_by_label("Label").fill("stroma")
     form.get_by_role("button", name="Save annotation").click()
     page.locator(".hs-marks li", has_text="stroma").wait_for()
+
+    page.locator(".hs-marks li button", has_text="stroma").click()
+    form.get_by_role("button", name="Redraw").click()
+    hits = page.locator(".hs-vhits").inner_html()
+    draw_region(page, 60, 40)
+    note.get_by_text("keep its new outline").wait_for()
+    assert form.get_by_label("Label").input_value() == "stroma"
+    assert page.locator(".hs-vhits").inner_html() == hits, "a new outline is no question"
+    form.get_by_role("button", name="Save annotation").click()
+    note.get_by_text("Saved.").wait_for()
+    (smaller,) = Atlas(atlas).annotations()
+    assert smaller.id == feature["id"] and smaller.label == "stroma"
+    assert area_of(smaller.rings[0]) < 0.9 * area_of(stored[0].rings[0])
+    page.locator(".hs-tool[data-tool=move]").click()
 
     feature["id"] = "0b2e6a4c-6d1f-4e7f-9d0e-0a4b5c6d7e8f"
     cell = {**feature, "properties": {"objectType": "cell"}}
