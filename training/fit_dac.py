@@ -1,9 +1,10 @@
 """Recipe ``dac``: paper 001, an autoencoder and a clustering head trained together, without labels.
 
 Phase 1 trains the reconstruction of the tiles. Phase 2 adds the pair loss of Deep Adaptive Clustering; its
-two thresholds approach each other epoch by epoch. The baselines are methods of the same recipe: ``dac``
-(the pair loss alone, from random weights), ``dec`` (Xie et al. 2016 on the pretrained code) and
-``ae-kmeans`` (phase 1, then k-means).
+two thresholds approach each other epoch by epoch. DAC's released code differs from its paper: ``released``
+thresholds, ``super_batch``, ``inner`` and ``anchor`` do what it does. The baselines are methods of the same
+recipe: ``dac`` (the pair loss alone, from random weights), ``dec`` (Xie et al. 2016 on the pretrained code)
+and ``ae-kmeans`` (phase 1, then k-means).
 """
 
 from __future__ import annotations
@@ -34,6 +35,8 @@ from .steps import Objective, Phase, TrainingJob
 BATCH = 4096
 THRESHOLDS = {"001": (0.95, 0.5, 0.1, 0.005), "dac": (0.95, 0.455, 0.1, 0.009)}
 """u(0), l(0), rise of l per unit of xi, and step eta, as in paper 001 and as in the DAC paper."""
+RELEASED = (0.99, 0.75)
+"""First and last value of the only threshold in DAC's released code for CIFAR-10; l = u."""
 
 
 @options
@@ -59,12 +62,23 @@ class DacOptions(TrainingOptions):
     alpha: Annotated[float,
         Field(ge=0, le=1000, description="Weight of the reconstruction loss during clustering.")] = 0.5
     beta: Annotated[float, Field(ge=0, le=1000, description="Weight of the loss on pairs of tiles.")] = 0.3
-    thresholds: Annotated[Literal["001", "dac"],
+    thresholds: Annotated[Literal["001", "dac", "released"],
         Field(description="Start and step of the two similarity thresholds, above and below which a "
-        "pair of tiles counts as equal or different: as in paper 001, or as in the original DAC.")] = "001"
+        "pair of tiles counts as equal or different: as in paper 001, as in DAC's paper, or as in DAC's "
+        "released code (a single threshold that falls from .99 to .75).")] = "001"
     eta: Annotated[float,
         Field(ge=-1, le=1, description="Step of the two thresholds per epoch. 0: such that they meet in "
         "the last epoch; below 0: as set by --thresholds.")] = -1.0
+    super_batch: Annotated[int,
+        Field(ge=0, description="Number of tiles (a multiple of --batch, or all) whose pairs are labelled "
+        "together, from unchanged tiles, before --inner passes over them. 0: each batch labels its own "
+        "pairs as it is trained on.")] = 0
+    inner: Annotated[int,
+        Field(ge=1, description="Number of passes over each super-batch. An epoch still has as many steps "
+        "as there are batches of tiles, so it reaches 1/inner of the tiles.")] = 1
+    anchor: Annotated[float,
+        Field(ge=0, le=1000, description="Weight of a loss (binary cross-entropy) that keeps cluster "
+        "probabilities near those that labelled the super-batch; 10 in DAC's released code.")] = 0.0
     reduction: Annotated[Literal["mean", "sum"],
         Field(description="Squared error: mean over pixels, or sum (the paper's equation 1).")] = "mean"
     output: Annotated[Literal["code", "clusters"],
@@ -88,6 +102,19 @@ class DacOptions(TrainingOptions):
             raise BadInput(
                 f"output is 'clusters', but method {self.method} trains no clustering head"
             )
+        if self.super_batch % self.batch:
+            raise BadInput(
+                f"super_batch is {self.super_batch}; expected 0 or a multiple of batch ({self.batch})"
+            )
+        if self.super_batch and self.devices > 1:
+            raise BadInput(
+                f"super_batch is {self.super_batch} and devices {self.devices}; expected one device"
+            )
+        if (self.inner > 1 or self.anchor) and not self.super_batch:
+            raise BadInput(
+                f"inner is {self.inner} and anchor {self.anchor:g}, but super_batch is 0; expected a "
+                "super-batch"
+            )
 
     def all_epochs(self) -> int:
         """Return the number of epochs of all phases together."""
@@ -108,6 +135,10 @@ class DacOptions(TrainingOptions):
         xi gets a gradient only from u - l, of size 1 + rise. So it grows by (1 + rise) * eta per epoch
         until u and l are equal.
         """
+        if self.thresholds == "released":
+            first, last = RELEASED
+            threshold = first - (first - last) * epoch / max(1, self.epochs)
+            return threshold, threshold
         upper, lower, rise, eta = THRESHOLDS[self.thresholds]
         meet = (upper - lower) / (1 + rise)
         if self.eta > 0:
@@ -123,6 +154,8 @@ class Clustering(Objective):
 
     centres: torch.Tensor
     target: torch.Tensor
+    reference: torch.Tensor
+    last: torch.Tensor
 
     def __init__(self, encoder: ClusteringAutoEncoder, options: DacOptions, tiles: int) -> None:
         """Wrap the net; ``tiles`` is the number of tiles, for DEC's target distribution."""
@@ -134,6 +167,15 @@ class Clustering(Objective):
         if options.method == "dec":
             self.centres = nn.Parameter(torch.zeros(encoder.clusters, 256))
             self.register_buffer("target", torch.zeros(tiles, encoder.clusters), persistent=False)
+        elif options.super_batch:
+            self.register_buffer(
+                "reference", torch.zeros(tiles, encoder.clusters), persistent=False
+            )
+        # Clusters of the last measurement; in the checkpoint, so that a resumed run counts the same.
+        self.register_buffer("last", torch.full((tiles,), -1))
+        self._data: LabelledTiles | None = None
+        self._order: Ints = np.empty(0, dtype=np.int64)
+        self._step, self._steps, self._batch = 0, 1, options.batch
 
     def begin_phase(self, phase: Phase) -> None:
         """Train everything; layers that the phase does not use get no gradient."""
@@ -154,22 +196,25 @@ class Clustering(Objective):
         """Set the thresholds (DAC) or the target distribution (DEC); score every ``judge_every`` epochs."""
         if phase.name != "clustering":
             return {}
+        self._data = job.data
         told: dict[str, float] = {}
         asks = bool(self.options.judge_every) and epoch % self.options.judge_every == 0
         if asks or self.options.method == "dec":
             codes, kept = codes_of(self.encoder, job.data, job.parts.train)
         if asks and epoch:
-            report = scores(codes, job.data.labels[kept], self.clusters_of(codes), 0)
+            found = self.clusters_of(codes)
+            report = scores(codes, job.data.labels[kept], found, 0)
             told = {
                 m["name"]: m["value"] for m in report if m["name"] in ("accuracy", "nmi", "ari")
             }
+            told |= self._without_labels(codes, found, kept)
         if self.options.method != "dec":
             self.upper, self.lower = self.options.at(epoch)
             return {**told, "upper": self.upper, "lower": self.lower}
         if epoch == 0:
-            found = kmeans(codes, self.encoder.clusters, seed=self.options.seed, restarts=20)
+            centres = kmeans(codes, self.encoder.clusters, seed=self.options.seed, restarts=20)
             with torch.no_grad():  # all processes start with the same centres
-                self.centres.copy_(torch.from_numpy(job.fabric.broadcast(found)))
+                self.centres.copy_(torch.from_numpy(job.fabric.broadcast(centres)))
         with torch.no_grad():
             vectors = torch.from_numpy(codes).to(self.centres.device)
             target = self.target
@@ -177,6 +222,56 @@ class Clustering(Objective):
                 student_assignment(vectors, self.centres)
             )
         return told
+
+    def _without_labels(self, codes: Floats, found: Ints, kept: Ints) -> dict[str, float]:
+        """Return what can be told of clusters (M,) without labels.
+
+        ``moved`` is the share of tiles in another cluster than at the last measurement, ``even`` the
+        entropy of the clusters' sizes (1: all of one size), ``sure`` the mean of the largest probability.
+        """
+        sizes = np.bincount(found, minlength=self.encoder.clusters) / len(found)
+        entropy = -(sizes[sizes > 0] * np.log(sizes[sizes > 0])).sum()
+        told = {"even": float(entropy / np.log(self.encoder.clusters))}
+        if self.options.method != "dec":
+            told["sure"] = float(self.probabilities(codes).max(1).mean())
+        before = self.last[torch.from_numpy(kept)].cpu().numpy()
+        if before.min() >= 0:
+            told["moved"] = float((before != found).mean())
+        self.last[torch.from_numpy(kept)] = torch.from_numpy(found).to(self.last.device)
+        return told
+
+    def draw(self, train: Ints, rng: np.random.Generator) -> Ints:
+        """Return the order of the tiles: with super-batches, each of them several times in a row."""
+        if (
+            not self.options.super_batch
+            or self.phase != "clustering"
+            or self.options.method == "dec"
+        ):
+            return rng.permutation(train)
+        batch = min(self.options.batch, len(train))
+        size = min(self.options.super_batch // batch, len(train) // batch) * batch
+        self._batch, self._steps = batch, self.options.inner * size // batch
+        blocks: list[Ints] = []
+        while sum(map(len, blocks)) < len(train):
+            shuffled = rng.permutation(train)
+            for start in range(0, len(train) - size + 1, size):
+                block = shuffled[start : start + size]
+                blocks.append(
+                    np.concatenate([rng.permutation(block) for _ in range(self.options.inner)])
+                )
+        self._order, self._step = np.concatenate(blocks), 0
+        return self._order[: len(train)]
+
+    def _label(self) -> None:
+        """Before the first step of a super-batch, store the probabilities of its unchanged tiles."""
+        if self._step % self._steps == 0 and self._data is not None:
+            start = self._step * self._batch
+            size = self._steps * self._batch // self.options.inner
+            codes, kept = codes_of(self.encoder, self._data, self._order[start : start + size])
+            found = torch.from_numpy(self.probabilities(codes))
+            self.reference[torch.from_numpy(kept)] = found.to(self.reference.device)
+            self.train()
+        self._step += 1
 
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
         """Return the losses of the phase."""
@@ -188,14 +283,28 @@ class Clustering(Objective):
             q = student_assignment(encoder.code(tiles), self.centres)
             target = self.target
             return {"loss": nn.functional.kl_div(q.log(), target[numbers], reduction="batchmean")}
+        reference = None
+        if options.super_batch:
+            self._label()
+            reference = self.reference[numbers]
         if options.method == "dac" or options.alpha == 0:
-            pairs = pair_loss(encoder.cluster_head(encoder.code(tiles)), self.upper, self.lower)
-            return {"loss": options.beta * pairs, "pairs": pairs}
-        code, drawn, seen = encoder.reconstruct(tiles)
-        pairs = pair_loss(encoder.cluster_head(code), self.upper, self.lower)
-        error = self._error(drawn, seen)
-        loss = options.alpha * error + options.beta * pairs + (self.upper - self.lower)
-        return {"loss": loss, "pairs": pairs, "reconstruction": error}
+            found = encoder.cluster_head(encoder.code(tiles))
+            pairs = pair_loss(found, self.upper, self.lower, reference)
+            losses = {"loss": options.beta * pairs, "pairs": pairs}
+        else:
+            code, drawn, seen = encoder.reconstruct(tiles)
+            found = encoder.cluster_head(code)
+            pairs = pair_loss(found, self.upper, self.lower, reference)
+            error = self._error(drawn, seen)
+            loss = options.alpha * error + options.beta * pairs + (self.upper - self.lower)
+            losses = {"loss": loss, "pairs": pairs, "reconstruction": error}
+        if options.anchor and reference is not None:
+            held = nn.functional.binary_cross_entropy(
+                found.float().clamp(1e-7, 1 - 1e-7), nn.functional.normalize(reference)
+            )
+            losses["loss"] = losses["loss"] + options.beta * options.anchor * held
+            losses["anchor"] = held
+        return losses
 
     def _error(self, drawn: torch.Tensor, seen: torch.Tensor) -> torch.Tensor:
         """Return half the squared error per tile, averaged or summed over its pixels."""
@@ -210,16 +319,19 @@ class Clustering(Objective):
             return assign(codes, kmeans(codes if fitted_on is None else fitted_on, k, seed=seed))
         if self.options.method == "dec":
             return assign(codes, self.centres.detach().cpu().numpy())
+        found: Ints = self.probabilities(codes).argmax(1).astype(np.int64)
+        return found
+
+    def probabilities(self, codes: Floats) -> NDArray[np.float32]:
+        """Return the cluster probabilities (N, K) of codes (N, 256), without training the net."""
         self.encoder.eval()
         device = next(self.encoder.parameters()).device
         with torch.inference_mode():
             found = [
-                self.encoder.cluster_head(torch.from_numpy(codes[n : n + BATCH]).to(device)).argmax(
-                    1
-                )
+                self.encoder.cluster_head(torch.from_numpy(codes[n : n + BATCH]).to(device))
                 for n in range(0, len(codes), BATCH)
             ]
-        return torch.cat(found).cpu().numpy().astype(np.int64)
+        return torch.cat(found).float().cpu().numpy()
 
 
 @torch.inference_mode()

@@ -142,7 +142,12 @@ def _mean_of_positive(values: torch.Tensor) -> torch.Tensor:
     return values.sum() / (values > 0).sum().clamp(min=1)
 
 
-def pair_loss(probabilities: torch.Tensor, upper: float, lower: float) -> torch.Tensor:
+def pair_loss(
+    probabilities: torch.Tensor,
+    upper: float,
+    lower: float,
+    reference: torch.Tensor | None = None,
+) -> torch.Tensor:
     """Return the loss of Deep Adaptive Clustering (Chang et al. 2017), as intended in paper 001.
 
     s_ij is the cosine of the cluster probabilities of i and j. Pairs with s >= upper count as similar
@@ -156,14 +161,19 @@ def pair_loss(probabilities: torch.Tensor, upper: float, lower: float) -> torch.
         probabilities: (N, K), rows that sum to 1.
         upper: u.
         lower: l.
+        reference: (N, K), probabilities by which the pairs are chosen; None: ``probabilities``.
     """
     with full_precision(probabilities):
         unit = nn.functional.normalize(probabilities.float())
         similarity = unit @ unit.T
+        judged = similarity
+        if reference is not None:
+            known = nn.functional.normalize(reference.float())
+            judged = known @ known.T
     with torch.no_grad():
         pairs = ~torch.eye(len(unit), dtype=torch.bool, device=unit.device)
-        alike = (similarity >= upper) & pairs
-        different = (similarity <= lower) & pairs
+        alike = (judged >= upper) & pairs
+        different = (judged <= lower) & pairs
         chosen = (alike.sum() + different.sum()).clamp(min=1)
     s = similarity.clamp(1e-7, 1 - 1e-7)
     loss = -(torch.log(s)[alike].sum() + torch.log1p(-s)[different].sum()) / chosen

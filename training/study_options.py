@@ -36,8 +36,8 @@ class StudyOptions:
     positive: Annotated[str,
         Field(description="Label that counts as positive in F1. Empty: the last label."), HIDDEN] = ""
     parts: Annotated[str,
-        Field(description="Parts of the protocol: to add, table4,grid (ae-dac) or lite0 (arcface); to "
-        "run alone, AE or CAE (topology-sweep)."), HIDDEN] = ""
+        Field(description="Parts of the protocol: to add, table4,grid,switches (ae-dac) or lite0 "
+        "(arcface); to run alone, AE or CAE (topology-sweep)."), HIDDEN] = ""
     size_px: Annotated[int,
         Field(ge=0, description="Side of a tile, if the protocol lets you choose it; 0: as in the "
         "protocol."), HIDDEN] = 0

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -23,6 +24,7 @@ from histoseek.training.fit_classifier import ClassifierOptions
 from histoseek.training.fit_dac import Clustering, DacOptions
 from histoseek.training.fit_deepcluster import DeepClusterOptions, PseudoLabels, cluster
 from histoseek.training.kmeans import assign, cluster_tensors, kmeans, literal_minibatch
+from histoseek.training.losses import pair_loss
 from histoseek.training.models import build
 from histoseek.training.recipes import RECIPES
 
@@ -192,6 +194,58 @@ def test_thresholds_close_in_and_never_cross():
     assert short.at(9)[0] == pytest.approx(short.at(9)[1])
     source = DacOptions(epochs=60, thresholds="dac")
     assert source.at(0) == (0.95, 0.455) and source.at(46)[0] == pytest.approx(0.5, abs=1e-4)
+
+
+def test_the_thresholds_of_dacs_released_code():
+    released = DacOptions(epochs=50, thresholds="released")
+    assert released.at(0) == (0.99, 0.99)
+    assert released.at(49) == pytest.approx((0.7548, 0.7548))
+
+
+@pytest.mark.parametrize(
+    ("wrong", "says"),
+    [
+        ({"super_batch": 100}, "a multiple of batch (16)"),
+        ({"inner": 2}, "super_batch is 0"),
+        ({"anchor": 1.0}, "super_batch is 0"),
+        ({"super_batch": 32, "devices": 2}, "expected one device"),
+    ],
+)
+def test_super_batches_that_cannot_be(wrong, says):
+    with pytest.raises(BadInput, match=re.escape(says)):
+        change(SMALL["dac"], **wrong)
+
+
+def test_a_super_batch_is_labelled_once_from_unchanged_tiles(tile_folder, tmp_path, monkeypatch):
+    seen = []
+
+    def noted(probabilities, upper, lower, reference=None):
+        seen.append((reference.clone(), probabilities.detach().clone()))
+        return pair_loss(probabilities, upper, lower, reference)
+
+    monkeypatch.setattr("histoseek.training.fit_dac.pair_loss", noted)
+    options = change(
+        SMALL["dac"], super_batch=32, inner=2, anchor=10.0, rotation_deg=10.0, shift=0.1, folds=0,
+        method="dac", lr_cluster=1e-2, batch=8, thresholds="released",
+    )  # fmt: skip
+    tiles = open_tiles(tile_folder)
+    record = fit("dac", options, tiles, tmp_path / "run")
+    steps = 2 * (len(tiles) // 8)
+    assert len(seen) == steps and all(epoch["anchor"] > 0 for epoch in record["epochs"])
+    first = [{tuple(row) for row in reference.tolist()} for reference, _ in seen[:8]]
+    passes = set().union(*first[:4]), set().union(*first[4:])
+    assert passes[0] == passes[1], "both passes have the labels of the same 32 tiles"
+    assert not {tuple(row) for row in seen[0][1].tolist()} & passes[0], "the tiles were changed"
+    assert {"even", "sure"} <= set(record["epochs"][1]) and "moved" not in record["epochs"][1]
+
+
+def test_pairs_are_chosen_by_the_reference():
+    now = torch.tensor([[0.9, 0.1], [0.1, 0.9], [0.5, 0.5]])
+    before = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    unit = now / now.norm(dim=1, keepdim=True)
+    s = unit @ unit.T
+    expected = -(s[0, 1].log() + (1 - s[0, 2]).log() + (1 - s[1, 2]).log()) / 3
+    assert float(pair_loss(now, 0.9, 0.9, before)) == pytest.approx(float(expected), rel=1e-5)
 
 
 def test_dac_never_looks_at_labels(tile_folder, tmp_path):
@@ -558,7 +612,7 @@ def test_dec_starts_from_kmeans(tile_folder):
 
 def test_what_stays_finite_in_half_precision(tmp_path):
     """Under autocast a cosine of 1 - 1e-7 would be 1, and its gradient infinite."""
-    from histoseek.training.losses import ArcFace, Contrastive, Triplet, pair_loss
+    from histoseek.training.losses import ArcFace, Contrastive, Triplet
 
     torch.manual_seed(0)
     labels = torch.arange(12) % 3

@@ -1,6 +1,7 @@
 """The protocols: each writes a report, resumes after a stop, and counts the tiles that it leaves out."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -55,20 +56,38 @@ def check(document, out, rows):
 
 def test_ae_dac(tmp_path):
     out = tmp_path / "r"
-    document = quick("ae-dac", digits(), out, parts="table4,grid", epochs=2)
+    parts = "table4,grid,switches"
+    document = quick("ae-dac", digits(), out, parts=parts, epochs=2)
     methods = ("k-means on pixels", "AE + k-means", "DEC", "DAC", "AE + DAC")
     check(document, out, methods)
     assert {f["file"] for f in document["figures"]} == {
         "accuracy.png", "confusion.png", "tsne.png", "reconstructions.png", "grid.png",
+        "switches.png",
     }  # fmt: skip
+    switches, stops = document["tables"][1:3]
+    assert len(switches["rows"]) == 7
+    assert (
+        switches["rows"]["as in paper 001"]["ACC %"]["ours"]
+        == (document["tables"][0]["rows"]["AE + DAC"]["ACC %"]["ours"])
+    )
+    for name, cells in stops["rows"].items():
+        best = cells["best"]["mean"]
+        assert all(cell["mean"] <= best for cell in cells.values()), name
     assert document["about"]["split"].startswith("none")
     kmeans = document["tables"][0]["rows"]["k-means on pixels"]
     assert kmeans["ACC %"]["mean"] > 40 and kmeans["ACC %"]["trivial"] == 10
     assert all(c["published"] is None for c in kmeans.values())  # the paper has no such set
     changed = {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("run.json")}
-    again = quick("ae-dac", digits(), out, parts="table4,grid", epochs=2)
+    again = quick("ae-dac", digits(), out, parts=parts, epochs=2)
     assert again["tables"] == document["tables"]
     assert changed == {p: p.stat().st_mtime_ns for p in (out / "runs").rglob("run.json")}
+
+    # Another machine continues with the records alone; only what the figures and new seeds need is trained.
+    shutil.rmtree(out / "runs")
+    elsewhere = quick("ae-dac", digits(), out, parts=parts, epochs=2)
+    assert elsewhere["tables"] == document["tables"]
+    trained = {path.parent.name for path in (out / "runs").rglob("run.json")}
+    assert {"ae-kmeans-0", "ae-dac-0"} <= trained and not any("switch" in name for name in trained)
 
 
 def test_topology_sweep_has_all_cells_beside_the_papers(tmp_path):

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from ...artifacts.files import read_json
+from ...artifacts.files import read_json, write_json
 from ...artifacts.tilesets import TileSet
 from ...console import Progress
 from ...errors import BadInput
@@ -24,6 +25,9 @@ from ..run import RECORD, WEIGHTS
 from ..study_options import StudyOptions
 from . import figures
 from .report import Report
+
+RECORDS = "records.json"
+"""Records of finished trainings in the folder of a report: with this file, another machine can continue."""
 
 
 class Study:
@@ -51,9 +55,25 @@ class Study:
         self._progress = progress
 
     def __call__(
-        self, cell: str, recipe: str, tiles: TileSet | None = None, **options: Any
+        self,
+        cell: str,
+        recipe: str,
+        tiles: TileSet | None = None,
+        record_only: bool = False,
+        before: Callable[[], Any] | None = None,
+        **options: Any,
     ) -> dict[str, Any]:
-        """Train one cell of the table unless it is finished already; returns its record."""
+        """Train one cell of the table unless it is finished already; returns its record.
+
+        Args:
+            cell: name of the cell and of its folder.
+            recipe: name of the recipe.
+            tiles: tiles, if not all of the study's.
+            record_only: the weights are not needed: take the record from :data:`RECORDS` if it is there,
+                else store it there (its metrics, and the epochs whose clusters were measured).
+            before: called before a training, such as one whose weights this one starts with.
+            **options: options of the recipe.
+        """
         chosen = find_recipe(recipe)
         device = {"accelerator": self.options.accelerator, "precision": self.options.precision}
         given = self.tiles if tiles is None else tiles
@@ -68,9 +88,26 @@ class Study:
             )
 
         filled = chosen.options(**{**device, **options})
+        identity = {"recipe": recipe, "options": asdict(filled), "data": given.identity()}
+        if record_only:
+            known: dict[str, Any] | None = self._records().get(cell)
+            if known and known["identity"] == identity:
+                self.done += 1
+                return known
+        if before is not None:
+            before()
         record = chosen.fit(filled, given, self.folder(cell), report, selection)
         self.done += 1
+        if record_only:
+            judged = [row for row in record["epochs"] if "accuracy" in row]
+            kept = {"identity": identity, "metrics": record["metrics"], "epochs": judged}
+            write_json(self.out / RECORDS, {**self._records(), cell: kept})
         return record
+
+    def _records(self) -> dict[str, Any]:
+        path = self.out / RECORDS
+        records: dict[str, Any] = read_json(path) if path.is_file() else {}
+        return records
 
     def leave_out_test_part(self) -> None:
         """Use only the training part of a set that has a test part."""
