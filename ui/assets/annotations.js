@@ -117,15 +117,16 @@
     });
     redraw.addEventListener("click", () => {
       redrawing = true;
-      say("Choose Box or Shape and draw the new outline; it takes the place of the old one when you save.");
+      const rings = parts(current.geometry).flat().length;
+      say("Choose Box or Shape and draw the new outline; draw again to correct it." +
+        (rings > 1 ? ` It takes the place of all ${rings} outlines and holes of this annotation.` : ""));
     });
     /* Take a drawn ring; returns whether it is the new outline of the annotation in the form. */
-    function drawn(ring) {
+    function drawn(ring, outlined) {
       const geometry = { type: "Polygon", coordinates: [[...ring, ring[0]]] };
-      if (redrawing) {
+      if (redrawing && outlined) {
         current = { ...current, geometry };
-        redrawing = false;
-        say("Save the annotation to keep its new outline.");
+        say("Save the annotation to keep its new outline, or draw again.");
         return true;
       }
       if (!reader()) edit({ geometry, properties: {} }, false);

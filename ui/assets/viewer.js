@@ -235,10 +235,13 @@
       const options = { clustering: clustering.value, result, opacity: Number(opacity.value) };
       const shown = panes.dataset.two === "1" && right.about ? [left, right] : [left];
       try {
-        for (const about of await Promise.all(shown.map((pane) => pane.paint(kind, options)))) {
-          if (!about || legend.childElementCount) continue;
-          for (const [text, colour] of about.legend)
+        const each = kind === "tissue" && shown.length > 1;  // its area is of one slide
+        for (const [n, about] of (await Promise.all(shown.map((pane) => pane.paint(kind, options)))).entries()) {
+          if (!about || (legend.childElementCount && !each)) continue;
+          for (const [fact, colour] of about.legend) {
+            const text = each ? `${shown[n].about.slide}, ${fact}` : fact;
             legend.append(el("li", {}, el("span", { class: "hs-dot", style: `background:${colour}` }), text));
+          }
         }
       } catch (error) { failed(error); }
     }
@@ -306,15 +309,15 @@
         shape?.remove();
         shape = L.polygon(corners.map(([x, y]) => place(x, y)), { ...DRAWN, interactive: false }).addTo(pane.marks);
       };
-      const finish = (corners) => {
+      const finish = (corners, outlined) => {
         pane.marks.clearLayers();
         redraw(corners);
         const ring = thinned(corners);
-        if (!marks.drawn(ring)) ask([ring]);
+        if (!marks.drawn(ring, outlined)) ask([ring]);
       };
       hs.askAround = (x, y) => {
         const half = pane.about.tile_px_level0 / 2;
-        finish([[x - half, y - half], [x + half, y - half], [x + half, y + half], [x - half, y + half]]);
+        finish([[x - half, y - half], [x + half, y - half], [x + half, y + half], [x - half, y + half]], false);
       };
       target.addEventListener("pointerdown", (e) => {
         if (tool === "move" || !pane.about || e.button || e.target.closest(".leaflet-control")) return;
@@ -336,7 +339,7 @@
         const xs = corners.map((p) => p[0]), ys = corners.map((p) => p[1]);
         const size = Math.min(Math.max(...xs) - Math.min(...xs), Math.max(...ys) - Math.min(...ys));
         if (size * 2 ** pane.map.getZoom() < 4) { pane.marks.clearLayers(); say("That was too small: drag over the region."); return; }
-        finish(corners);
+        finish(corners, true);
       });
       target.addEventListener("pointercancel", () => { points = null; pane.marks.clearLayers(); });
     }

@@ -137,20 +137,22 @@ class Viewer:
         """
         row = self._row(slide)
 
-        def find(source: Slide) -> tuple[NDArray[np.int32], int, float | None]:
-            side = max(1, math.ceil(max(source.width, source.height) / TISSUE_CELLS))
+        def read(source: Slide) -> tuple[Rgb, float, tuple[int, int], float | None]:
             overview, down = self._overview(row["id"], source, TISSUE_PX)
-            y, x = np.mgrid[0 : source.height : side, 0 : source.width : side]
+            return overview, down, (source.width, source.height), row["mpp"] or source.mpp
+
+        def find() -> bytes:
+            overview, down, (width, height), mpp = self._pictures.on_slide(slide, read)
+            side = max(1, math.ceil(max(width, height) / TISSUE_CELLS))
+            y, x = np.mgrid[0:height:side, 0:width:side]
             corners = np.stack([x.ravel(), y.ravel()], axis=1)
             mask = tissue_mask(overview)
             shown = tissue_share(mask, np.concatenate([corners, corners + side], 1) / down) >= 0.5
-            mpp = row["mpp"] or source.mpp
-            return corners[shown], side, mpp and float(mask.sum()) * (down * mpp / 1000) ** 2
+            size = f": {mask.sum() * (down * mpp / 1000) ** 2:,.1f} mm²" if mpp else ""
+            colours = np.tile(np.array([*rgb(TISSUE), 255], np.uint8), (int(shown.sum()), 1))
+            return _packed(corners[shown], colours, side, side, [(f"tissue{size}", TISSUE)])
 
-        places, side, area = self._pictures.on_slide(slide, find)
-        size = "" if area is None else f": {area:,.1f} mm²"
-        colours = np.tile(np.array([*rgb(TISSUE), 255], np.uint8), (len(places), 1))
-        return _packed(places, colours, side, side, [(f"tissue{size}", TISSUE)])
+        return self._pictures.keep(("tissue", row["id"]), find)
 
     def layer(
         self,
