@@ -122,8 +122,9 @@ def searching(name, vectors, queries, folder, with_peers):
     few = queries[:100]
     main = view.index._refined
     plan = view.index.plan
-    parameters = faiss.IndexRefineSearchParameters(
-        k_factor=plan.widen, base_index_params=faiss.SearchParametersIVF(nprobe=plan.probes)
+    cells = faiss.SearchParametersIVF(nprobe=plan.probes)  # type: ignore[call-arg]
+    parameters = faiss.IndexRefineSearchParameters(  # type: ignore[call-arg]
+        k_factor=plan.widen, base_index_params=cells
     )
     raw, whole = [], []
     for _ in range(31):  # in turn, so that both see the same machine

@@ -149,7 +149,7 @@ def crops_found(encode, overlap, anywhere, size=224, mpp=0.5, count=100):
                 crops.append(rotated_crop(slide, x, y, side, size, rng))
             best = (encode(np.stack(crops)) @ vectors.T).argmax(1)
             hits = [
-                covers(*(int(v) for v in grid.coords[row]), side, *place)
+                covers(*map(int, grid.coords[row]), side, *place)  # type: ignore[call-arg]
                 for row, place in zip(best, places, strict=True)
             ]
             return sum(hits), len(tiles)
