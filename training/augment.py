@@ -6,15 +6,18 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
-from .viewing import show, warp
+from .viewing import grid_of, show, warp
 
 # Optical density of haematoxylin, eosin and a residual per RGB channel (Ruifrok & Johnston 2001).
 _STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
+IN_CACHE = 2_500_000
+"""Bytes of tiles that a CPU changes at once, so that they stay in its cache."""
 
 
 @dataclass(frozen=True)
@@ -50,52 +53,91 @@ def augment(
     ranges: Augmentation,
     generator: torch.Generator,
     where: torch.Tensor | None = None,
+    then: Callable[[torch.Tensor], torch.Tensor] = lambda tiles: tiles,
 ) -> torch.Tensor:
     """Change every tile of a batch at random.
 
     Args:
-        tiles: float (N, 3, S, S), 0..1.
+        tiles: float (N, 3, S, S), 0..1, or uint8.
         ranges: limits of the random changes.
         generator: CPU generator; the same state gives the same result on any device.
         where: warps (N, 2, 3) from :func:`placement`; None draws them here.
+        then: what is done in place to some tiles at a time, after all changes, such as normalisation.
 
     Returns:
-        float (N, 3, S', S'), 0..1; S' is ``crop_px``, or S when that is 0.
+        float (N, 3, S', S'), 0..1, and after that ``then``; S' is ``crop_px``, or S when that is 0.
     """
     side = tiles.shape[-1]
     if where is None:
         where = placement(len(tiles), side, ranges, generator).to(tiles.device)
+    out_px, count, device = ranges.crop_px or side, len(tiles), tiles.device
     if ranges.viewing:
-        tiles = warp(tiles, where, ranges.crop_px or side, generator)
-    else:
-        tiles = look(tiles, where, ranges.crop_px or side)
-    count, device = len(tiles), tiles.device
+        tiles = warp(_floats(tiles), where, out_px, generator)
 
-    def draw(*shape: int) -> torch.Tensor:
-        return (torch.rand(count, *shape, generator=generator) * 2 - 1).to(device)
+    def draw() -> torch.Tensor:
+        return (torch.rand(count, 3, generator=generator) * 2 - 1).to(device)
 
+    changes: list[Callable[[torch.Tensor, slice], None]] = []
     if ranges.stain:
-        basis = torch.tensor(_STAINS, device=device)
-        basis = basis / basis.norm(dim=1, keepdim=True)
-        density = -torch.log(tiles.clamp(1 / 255, 1))
-        scale, offset = 1 + ranges.stain * draw(3), 0.1 * ranges.stain * draw(3)
-        # Convert to stains, scale and offset, convert back: one 3 x 3 matrix and one offset per tile.
-        change = (torch.linalg.inv(basis) * scale[:, None, :]) @ basis
-        shift = (offset @ basis)[:, :, None]
-        density = torch.baddbmm(shift, change.transpose(1, 2), density.flatten(2)).view_as(tiles)
-        tiles = torch.exp(-density).clamp(0, 1)
+        changes.append(_stain(1 + ranges.stain * draw(), 0.1 * ranges.stain * draw()))
     if ranges.colour:
-        contrast = 1 + ranges.colour * draw(3)[:, :, None, None]
-        brightness = ranges.colour * draw(3)[:, :, None, None]
-        middle = tiles.mean((2, 3), keepdim=True)
-        tiles = ((tiles - middle) * contrast + middle + 0.5 * brightness).clamp(0, 1)
+        changes.append(_colour(1 + ranges.colour * draw(), 0.5 * ranges.colour * draw()))
+    together = max(1, IN_CACHE // (12 * side * side)) if device.type == "cpu" else count
+    later = ranges.viewing or ranges.noise > 0  # all tiles at once
+    layout = torch.contiguous_format if later else torch.channels_last
+    changed = torch.empty((count, 3, out_px, out_px), device=device, memory_format=layout)
+    for start in range(0, count, together):
+        part = slice(start, start + together)
+        some = tiles[part] if ranges.viewing else look(_floats(tiles[part]), where[part], out_px)
+        for change in changes:
+            change(some, part)
+        changed[part] = some if later else then(some)
+    if not later:
+        return changed
     if ranges.viewing:
-        tiles = show(tiles, generator)
+        changed = show(changed, generator)
     if ranges.noise:
         strength = ranges.noise * torch.rand(count, 1, 1, 1, generator=generator).to(device)
-        pixels = torch.randn(tiles.shape, generator=generator).to(device)
-        tiles = (tiles + strength * pixels).clamp(0, 1)
+        pixels = torch.randn(changed.shape, generator=generator).to(device)
+        changed = (changed + strength * pixels).clamp(0, 1)
+    return then(changed)
+
+
+def _floats(tiles: torch.Tensor) -> torch.Tensor:
+    """Return tiles as floats in 0..1."""
+    if tiles.dtype == torch.uint8:
+        return tiles.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
     return tiles
+
+
+def _stain(scale: torch.Tensor, offset: torch.Tensor) -> Callable[[torch.Tensor, slice], None]:
+    """Return a function that changes each stain's density in place, by factors and offsets (N, 3)."""
+    basis = torch.tensor(_STAINS, device=scale.device)
+    basis = basis / basis.norm(dim=1, keepdim=True)
+    # Convert to stains, scale and offset, convert back: one 3 x 3 matrix and one offset per tile.
+    change = ((torch.linalg.inv(basis) * scale[:, None, :]) @ basis).transpose(1, 2)
+    shift = -(offset @ basis)[:, :, None]
+
+    def apply(tiles: torch.Tensor, part: slice) -> None:
+        light = tiles.clamp_(1 / 255, 1).log_().flatten(2)  # minus the optical density
+        changed = torch.baddbmm(shift[part], change[part], light).exp_().clamp_(0, 1)
+        tiles.copy_(changed.view_as(tiles))
+
+    return apply
+
+
+def _colour(
+    contrast: torch.Tensor, brightness: torch.Tensor
+) -> Callable[[torch.Tensor, slice], None]:
+    """Return a function that scales the channels around their mean in place, then adds (N, 3)."""
+    contrast, brightness = contrast[:, :, None, None], brightness[:, :, None, None]
+
+    def apply(tiles: torch.Tensor, part: slice) -> None:
+        middle = tiles.mean((2, 3), keepdim=True)
+        shift = middle * (1 - contrast[part]) + brightness[part]
+        tiles.mul_(contrast[part]).add_(shift).clamp_(0, 1)
+
+    return apply
 
 
 def placement(
@@ -130,8 +172,10 @@ def placement(
 
 def look(maps: torch.Tensor, where: torch.Tensor, out_px: int) -> torch.Tensor:
     """Warp maps (N, C, S, S) to (N, C, ``out_px``, ``out_px``): bilinear, mirrored outside the map."""
-    shape = [len(maps), maps.shape[1], out_px, out_px]
-    grid = nn.functional.affine_grid(where.to(maps), shape, align_corners=False)
     return nn.functional.grid_sample(
-        maps, grid, mode="bilinear", padding_mode="reflection", align_corners=False
+        maps,
+        grid_of(where.to(maps), out_px),
+        mode="bilinear",
+        padding_mode="reflection",
+        align_corners=False,
     )

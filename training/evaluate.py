@@ -76,16 +76,16 @@ def to_input(encoder: Encoder, tiles: NDArray[np.uint8] | torch.Tensor) -> torch
     """Turn uint8 tiles (N, S, S, 3) into the encoder's float input (N, 3, S, S), on its device."""
     device = next(encoder.parameters()).device
     pixels = tiles if torch.is_tensor(tiles) else torch.from_numpy(np.ascontiguousarray(tiles))
-    return normalise(encoder, pixels.to(device).permute(0, 3, 1, 2).float() / 255)
+    return normalise(encoder, pixels.to(device).permute(0, 3, 1, 2).float().div_(255))
 
 
 def normalise(encoder: Encoder, tiles: torch.Tensor) -> torch.Tensor:
-    """Normalise float tiles (N, 3, S, S) in 0..1 by the encoder's mean and standard deviation."""
+    """Normalise float tiles (N, 3, S, S) in 0..1 in place, by the encoder's mean and standard deviation."""
     if (encoder.mean, encoder.std) == (UNIT_MEAN, UNIT_STD):
         return tiles
     mean = torch.tensor(encoder.mean, device=tiles.device)[:, None, None]
     std = torch.tensor(encoder.std, device=tiles.device)[:, None, None]
-    return (tiles - mean) / std
+    return tiles.sub_(mean).div_(std)
 
 
 def pca_basis(embeddings: Floats) -> Basis:

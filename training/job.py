@@ -7,6 +7,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -293,10 +294,10 @@ class Job:
         if generator is None or ranges == STILL:
             tiles = to_input(encoder, pixels)
         else:
-            tiles = pixels.permute(0, 3, 1, 2).float() / 255
+            tiles = pixels.permute(0, 3, 1, 2)
             where = placement(len(tiles), tiles.shape[-1], ranges, generator, views)
             where = where.to(tiles.device)
-            tiles = normalise(encoder, augment(tiles, ranges, generator, where))
+            tiles = augment(tiles, ranges, generator, where, partial(normalise, encoder))
         return tiles.contiguous(memory_format=torch.channels_last), where
 
     @torch.no_grad()

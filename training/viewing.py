@@ -78,6 +78,19 @@ class Draws:
         return torch.nonzero(torch.rand(count, generator=self.generator) < share).flatten().tolist()
 
 
+def grid_of(where: torch.Tensor, out_px: int) -> torch.Tensor:
+    """Return the places (N, P, P, 2) that affine maps (N, 2, 3) send the ``out_px`` x ``out_px`` pixels to.
+
+    The same as torch's ``affine_grid`` with ``align_corners=False``, which takes several times as long.
+    """
+    steps = (torch.arange(out_px, device=where.device, dtype=where.dtype) * 2 + 1) / out_px - 1
+    across = where[:, None, :, 0] * steps[None, :, None] + where[:, None, :, 2]
+    down = where[:, None, :, 1] * steps[None, :, None]
+    # As complex numbers x and y are added in one operation, along rows that a CPU can vectorise.
+    x_y = [torch.view_as_complex(part.contiguous()) for part in (across, down)]
+    return torch.view_as_real(x_y[1][:, :, None] + x_y[0][:, None, :])
+
+
 def warp(
     tiles: torch.Tensor, where: torch.Tensor, out_px: int, generator: torch.Generator
 ) -> torch.Tensor:
@@ -89,10 +102,9 @@ def warp(
     ):
         drawn = draws.one()
         mode = next(name for share, name in _WARPS if drawn <= share)
-        grid = nn.functional.affine_grid(at, [len(part), 3, out_px, out_px], align_corners=False)
         warped.append(
             nn.functional.grid_sample(
-                part, grid, mode=mode, padding_mode="reflection", align_corners=False
+                part, grid_of(at, out_px), mode=mode, padding_mode="reflection", align_corners=False
             )
         )
     return torch.cat(warped).clamp(0, 1)

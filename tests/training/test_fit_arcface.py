@@ -285,6 +285,31 @@ def test_augmentation_repeats_by_seed_and_stays_in_range(tissue):
     assert torch.allclose(augment(tiles, still, torch.Generator()), tiles, atol=1e-5)
 
 
+@pytest.mark.parametrize("more", [{}, {"noise": 0.1, "crop_px": 48}, {"viewing": True}])
+def test_a_batch_is_augmented_in_parts_as_a_whole(more, monkeypatch):
+    from histoseek.training import augment as module
+    from histoseek.training.augment import Augmentation, augment
+
+    whole = torch.randint(0, 256, (7, 3, 64, 64), dtype=torch.uint8)
+    ranges = Augmentation(**more)
+    found = []
+    for together in (1, 10**9):
+        monkeypatch.setattr(module, "IN_CACHE", together)
+        for tiles in (whole, whole / 255):
+            generator = torch.Generator().manual_seed(1)
+            found.append(augment(tiles, ranges, generator, then=lambda tiles: tiles.sub_(2)))
+    assert all(torch.allclose(found[0], other, atol=1e-5) for other in found)
+    assert found[0].min() >= -2 and found[0].max() <= -1
+
+
+def test_places_are_those_of_affine_grid():
+    from histoseek.training.viewing import grid_of
+
+    maps = torch.randn(5, 2, 3)
+    expected = torch.nn.functional.affine_grid(maps, [5, 3, 31, 31], align_corners=False)
+    assert torch.allclose(grid_of(maps, 31), expected, atol=1e-5)
+
+
 def test_rotation_by_a_quarter_is_a_quarter():
     tile = torch.rand(1, 3, 32, 32)
     turned = look(tile, placement(1, 32, _QuarterTurn(), torch.Generator()), 32)
