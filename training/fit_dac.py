@@ -27,7 +27,7 @@ from .data import LabelledTiles
 from .evaluate import to_input
 from .job import Job
 from .kmeans import assign, cluster_tensors, kmeans
-from .losses import pair_loss, student_assignment, target_assignment
+from .losses import full_precision, pair_loss, student_assignment, target_assignment
 from .models.dac import ClusteringAutoEncoder
 from .options import TrainingOptions
 from .steps import Objective, Phase, TrainingJob
@@ -36,7 +36,7 @@ BATCH = 4096
 THRESHOLDS = {"001": (0.95, 0.5, 0.1, 0.005), "dac": (0.95, 0.455, 0.1, 0.009)}
 """u(0), l(0), rise of l per unit of xi, and step eta, as in paper 001 and as in the DAC paper."""
 RELEASED = (0.99, 0.75)
-"""First and last value of the only threshold in DAC's released code for CIFAR-10; l = u."""
+"""In DAC's released code for CIFAR-10 the only threshold (l = u) falls from .99 towards .75."""
 
 
 @options
@@ -70,15 +70,16 @@ class DacOptions(TrainingOptions):
         Field(ge=-1, le=1, description="Step of the two thresholds per epoch. 0: such that they meet in "
         "the last epoch; below 0: as set by --thresholds.")] = -1.0
     super_batch: Annotated[int,
-        Field(ge=0, description="Number of tiles (a multiple of --batch, or all) whose pairs are labelled "
+        Field(ge=0, description="Number of tiles, a multiple of --batch, whose pairs are labelled "
         "together, from unchanged tiles, before --inner passes over them. 0: each batch labels its own "
         "pairs as it is trained on.")] = 0
     inner: Annotated[int,
-        Field(ge=1, description="Number of passes over each super-batch. An epoch still has as many steps "
-        "as there are batches of tiles, so it reaches 1/inner of the tiles.")] = 1
+        Field(ge=1, description="Number of passes over each super-batch. An epoch keeps its number of "
+        "steps, so it has fewer different tiles.")] = 1
     anchor: Annotated[float,
-        Field(ge=0, le=1000, description="Weight of a loss (binary cross-entropy) that keeps cluster "
-        "probabilities near those that labelled the super-batch; 10 in DAC's released code.")] = 0.0
+        Field(ge=0, le=1000, description="Weight, times --beta, of a binary cross-entropy between the "
+        "cluster probabilities and those that labelled the super-batch, the latter scaled to length 1; "
+        "10 in DAC's released code.")] = 0.0
     reduction: Annotated[Literal["mean", "sum"],
         Field(description="Squared error: mean over pixels, or sum (the paper's equation 1).")] = "mean"
     output: Annotated[Literal["code", "clusters"],
@@ -109,6 +110,14 @@ class DacOptions(TrainingOptions):
         if self.super_batch and self.devices > 1:
             raise BadInput(
                 f"super_batch is {self.super_batch} and devices {self.devices}; expected one device"
+            )
+        if self.super_batch and self.method not in {"ae-dac", "dac"}:
+            raise BadInput(
+                f"super_batch is {self.super_batch}, but method {self.method} labels no pairs"
+            )
+        if self.thresholds == "released" and self.eta >= 0:
+            raise BadInput(
+                f"eta is {self.eta:g}, but thresholds are 'released', which have no such step; leave it out"
             )
         if (self.inner > 1 or self.anchor) and not self.super_batch:
             raise BadInput(
@@ -231,7 +240,7 @@ class Clustering(Objective):
         """
         sizes = np.bincount(found, minlength=self.encoder.clusters) / len(found)
         entropy = -(sizes[sizes > 0] * np.log(sizes[sizes > 0])).sum()
-        told = {"even": float(entropy / np.log(self.encoder.clusters))}
+        told = {"even": float(entropy / np.log(max(2, self.encoder.clusters)))}
         if self.options.method != "dec":
             told["sure"] = float(self.probabilities(codes).max(1).mean())
         before = self.last[torch.from_numpy(kept)].cpu().numpy()
@@ -262,15 +271,21 @@ class Clustering(Objective):
         self._order, self._step = np.concatenate(blocks), 0
         return self._order[: len(train)]
 
+    @torch.no_grad()
     def _label(self) -> None:
-        """Before the first step of a super-batch, store the probabilities of its unchanged tiles."""
+        """Before the first step of a super-batch, store the probabilities of its unchanged tiles.
+
+        Batch norms use the statistics of each batch, as in DAC's released code and as in the steps: before
+        the first steps, the head has no others.
+        """
         if self._step % self._steps == 0 and self._data is not None:
-            start = self._step * self._batch
-            size = self._steps * self._batch // self.options.inner
-            codes, kept = codes_of(self.encoder, self._data, self._order[start : start + size])
-            found = torch.from_numpy(self.probabilities(codes))
-            self.reference[torch.from_numpy(kept)] = found.to(self.reference.device)
-            self.train()
+            first, size = self._step * self._batch, self._steps * self._batch // self.options.inner
+            for start in range(first, first + size, self._batch):
+                tiles, kept = self._data.read(self._order[start : start + self._batch])
+                if len(kept) > 1:
+                    codes = self.encoder.code(to_input(self.encoder, torch.from_numpy(tiles)))
+                    found = self.encoder.cluster_head(codes).float()
+                    self.reference[torch.from_numpy(kept).to(found.device)] = found
         self._step += 1
 
     def forward(self, tiles: torch.Tensor, numbers: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -299,9 +314,10 @@ class Clustering(Objective):
             loss = options.alpha * error + options.beta * pairs + (self.upper - self.lower)
             losses = {"loss": loss, "pairs": pairs, "reconstruction": error}
         if options.anchor and reference is not None:
-            held = nn.functional.binary_cross_entropy(
-                found.float().clamp(1e-7, 1 - 1e-7), nn.functional.normalize(reference)
-            )
+            with full_precision(found):
+                held = nn.functional.binary_cross_entropy(
+                    found.float().clamp(1e-7, 1 - 1e-7), nn.functional.normalize(reference)
+                )
             losses["loss"] = losses["loss"] + options.beta * options.anchor * held
             losses["anchor"] = held
         return losses

@@ -64,14 +64,14 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "tiles changed at random": {**CHANGED, "super_batch": 128},
     "1,280 tiles labelled once for 5 passes": {"super_batch": 1280, "inner": 5},
     "RMSprop, 1e-3": {"optimiser": "rmsprop", "lr_cluster": 1e-3},
-    "one threshold, .99 to .75": {"thresholds": "released"},
+    "one threshold, .99 to .75": {"thresholds": "released", "eta": -1.0},
     "all four": {
         **CHANGED, "super_batch": 1280, "inner": 5, "optimiser": "rmsprop", "lr_cluster": 1e-3,
-        "thresholds": "released",
+        "thresholds": "released", "eta": -1.0,
     },
     "all four, outputs held": {
         **CHANGED, "super_batch": 1280, "inner": 5, "optimiser": "rmsprop", "lr_cluster": 1e-3,
-        "thresholds": "released", "anchor": 10.0,
+        "thresholds": "released", "eta": -1.0, "anchor": 10.0,
     },
 }  # fmt: skip
 """What DAC's released code does and paper 001 does not say, one at a time and together."""
@@ -145,6 +145,12 @@ def reproduce(study: Study) -> Report:
         ),
         "Accuracy while clustering (paper 001, figure 3)",
     )  # fmt: skip
+    if study.elsewhere:
+        report.notes.append(
+            f"{study.elsewhere} trainings are known by their records (`records.json`), from another "
+            "machine or an earlier run. What the figures show, and what new trainings start with, was "
+            "trained again."
+        )
     _draw(runs, report, size_px)
     if "grid" in study.parts:
         _grid(runs, report, max(2, epochs // 3))
@@ -182,7 +188,7 @@ class _Runs:
         options = {"pretrain": 0, "epochs": self.epochs, "seed": seed, "start": start, **changed}
         return self.study(
             cell, "dac", record_only=record_only, before=lambda: self.first(seed, record_only=False),
-            **{**self.common, **options},
+            builds_on={**self.common, "pretrain": self.pretrain}, **{**self.common, **options},
         )  # fmt: skip
 
     def method(self, method: str, seed: int) -> dict[str, Any]:

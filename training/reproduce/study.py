@@ -40,6 +40,7 @@ class Study:
         whole: the labelled tiles of the set.
         tiles: those that are used, at most ``limit``.
         cells: number of trainings of the whole protocol, for the progress.
+        elsewhere: number of trainings of which only the record is here.
     """
 
     def __init__(self, options: StudyOptions, tiles: TileSet, progress: Progress) -> None:
@@ -52,6 +53,7 @@ class Study:
         self.tiles = draw(self.whole, options.limit)
         self.cells = 0
         self.done = 0
+        self.elsewhere = 0
         self._progress = progress
 
     def __call__(
@@ -61,6 +63,7 @@ class Study:
         tiles: TileSet | None = None,
         record_only: bool = False,
         before: Callable[[], Any] | None = None,
+        builds_on: dict[str, Any] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Train one cell of the table unless it is finished already; returns its record.
@@ -72,6 +75,7 @@ class Study:
             record_only: the weights are not needed: take the record from :data:`RECORDS` if it is there,
                 else store it there (its metrics, and the epochs whose clusters were measured).
             before: called before a training, such as one whose weights this one starts with.
+            builds_on: settings of that earlier training; a record with others is not taken.
             **options: options of the recipe.
         """
         chosen = find_recipe(recipe)
@@ -89,13 +93,17 @@ class Study:
 
         filled = chosen.options(**{**device, **options})
         identity = {"recipe": recipe, "options": asdict(filled), "data": given.identity()}
+        identity |= {"builds_on": builds_on} if builds_on else {}
         if record_only:
             known: dict[str, Any] | None = self._records().get(cell)
             if known and known["identity"] == identity:
                 self.done += 1
+                self.elsewhere += not (self.folder(cell) / WEIGHTS).is_file()
                 return known
         if before is not None:
+            done = self.done
             before()
+            self.done = done  # it is counted by its own call
         record = chosen.fit(filled, given, self.folder(cell), report, selection)
         self.done += 1
         if record_only:

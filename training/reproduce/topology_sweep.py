@@ -97,15 +97,17 @@ def reproduce(study: Study) -> Report:
     purities: dict[str, dict[int, Values]] = {}
     accuracies: dict[str, Values] = {}
     images: figures.Images = {}
+    losses: dict[str, list[float]] = {}
     for net in nets:
         purities[net], accuracies[net] = {k: {} for k in CLUSTERS}, {}
         for code in CODES:
             cell = f"{net.lower()}-{code}"
-            study(
+            record = study(
                 cell, "autoencoder", model=NETS[net], model_options=f"dim={code}", size_px=side,
                 epochs=epochs, batch=256, lr=1e-3, weight_decay=0.0, reduction="mean", keep_best=False,
                 folds=0, judge=False, clusters=10, kmeans="minibatch",
             )  # fmt: skip
+            losses[f"{net}, code {code}"] = [epoch["loss"] for epoch in record["epochs"]]
             encoder = study.autoencoder(cell)
             codes, readable = embed_numbers(encoder, data, np.arange(len(data)), unit=False)
             labels = data.labels[readable]
@@ -125,6 +127,8 @@ def reproduce(study: Study) -> Report:
     }
     file = figures.curves(study.out / "purity.png", lines, "K", "purity in %", at=CLUSTERS)
     report.add_figure(file, "Purity by K")
+    file = figures.curves(study.out / "loss.png", losses, "epoch", "mean squared error")
+    report.add_figure(file, "Loss by epoch")
     file = figures.reconstructions(study.out / "reconstructions.png", images)
     report.add_figure(file, "Tiles and their reconstructions, by net and code size")
     return report
