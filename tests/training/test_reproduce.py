@@ -107,6 +107,12 @@ def test_p4m_deepcluster(kinds, tmp_path):
     check(document, tmp_path / "r", ("Sobel-AlexNet", "P4M CNN"))
     probe = document["tables"][1]["rows"]
     assert "pixels (16 x 16)" in probe and probe["P4M CNN"]["macro-AUC"]["trivial"] == 0.5
+    turned, training = (table["rows"] for table in document["tables"][2:4])
+    assert turned["P4M CNN"]["mean cosine"]["mean"] > 0.9999  # its features are invariant
+    assert turned["P4M CNN"]["same cluster"]["mean"] == 1
+    assert turned["Sobel-AlexNet"]["mean cosine"]["mean"] < 0.9999
+    assert training["P4M CNN"]["million MACs a tile"]["mean"] > 0
+    assert 0.3 < training["Sobel-AlexNet"]["last loss / ln K"]["mean"] < 1.5
 
 
 def test_arcface(kinds, tmp_path):

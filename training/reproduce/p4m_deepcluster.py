@@ -8,8 +8,9 @@ import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
 from ..data import LabelledTiles, split
-from ..evaluate import embed_numbers, pixel_features
+from ..evaluate import embed, embed_numbers, pixel_features
 from ..kmeans import assign
+from ..models.cost import summarise
 from ..probe import linear_probe
 from . import figures
 from .report import Cell, Report, Table, row
@@ -72,7 +73,10 @@ def reproduce(study: Study) -> Report:
                 study(cell, "deepcluster", seed=seed, fold=seed % 5, **net, **common)
             )
     data = study.load(size_px)
-    report.tables += [_clusters(study, records, data, k), _probes(study, records, data)]
+    report.tables += [
+        _clusters(study, records, data, k), _probes(study, records, data),
+        _turned(study, records, data), _training(study, records),
+    ]  # fmt: skip
     _draw(study, report, records, data)
     return report
 
@@ -126,6 +130,43 @@ def _probes(study: Study, records: Records, data: LabelledTiles) -> Table:
     rows["pixels (16 x 16)"] = row(PROBE_NAMES, runs_on_pixels, trivial=trivial)
     trivial_is = "the largest class; class shares as constant scores; chance"
     return Table("Linear probe on held-out tiles", PROBE, rows, trivial_is)
+
+
+def _turned(study: Study, records: Records, data: LabelledTiles) -> Table:
+    """Compare held-out tiles with their quarter turns and mirror images, in the trained nets."""
+    rows: dict[str, list[Cell]] = {}
+    for name, runs in records.items():
+        cosines, kept = [], []
+        for seed in range(len(runs)):
+            cell = f"{NETS[name]['model']}-{seed}"
+            encoder, centres = study.encoder(cell), study.tensor(cell, "clusters.centres")
+            tiles = data.read(split(data, 5, seed % 5, seed, study.options.split).test)[0]
+            vectors = embed(encoder, tiles)
+            changed = [np.rot90(tiles, turns, (1, 2)) for turns in (1, 2, 3)] + [tiles[:, :, ::-1]]
+            others = [embed(encoder, np.ascontiguousarray(part)) for part in changed]
+            cosines.append(float(np.mean([(vectors * other).sum(1) for other in others])))
+            clusters = assign(vectors, centres)
+            kept.append(float(np.mean([assign(other, centres) == clusters for other in others])))
+        rows[name] = [Cell(None, tuple(cosines)), Cell(None, tuple(kept))]
+    columns = ("mean cosine", "same cluster")
+    return Table("Held-out tiles after a quarter turn, a half turn or a reflection", columns, rows)
+
+
+def _training(study: Study, records: Records) -> Table:
+    """Tabulate what the nets cost, and how much of the pseudo-labels they learnt."""
+    rows: dict[str, list[Cell]] = {}
+    for name, runs in records.items():
+        layers = summarise(study.encoder(f"{NETS[name]['model']}-0"))
+        last = [_last(run, "loss") / np.log(max(2, _last(run, "clusters_used"))) for run in runs]
+        rows[name] = [
+            Cell(None, (sum(layer.macs for layer in layers) / 1e6,)),
+            Cell(None, (sum(layer.parameters for layer in layers) / 1e6,)),
+            Cell(None, tuple(run["seconds"] / 60 for run in runs)),
+            Cell(None, tuple(last), 1.0),
+        ]
+    columns = ("million MACs a tile", "million weights", "minutes", "last loss / ln K")
+    note = "Both nets get the same tiles, epochs and steps. The minutes are those of the machine above."
+    return Table("Training", columns, rows, "a net that learns nothing", notes=[note])
 
 
 def _draw(study: Study, report: Report, records: Records, data: LabelledTiles) -> None:
