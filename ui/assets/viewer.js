@@ -84,6 +84,8 @@
         });
         layer.getTileUrl = (point) => url({ x: point.x, y: point.y, z: layer._getZoomForUrl() });
         layer._getZoomForUrl = () => Math.max(-about.max_zoom, Math.min(0, layer._tileZoom));
+        /* A pixel of overlap, so that no lines show between pieces at zooms where their edges are between pixels. */
+        layer.on("tileloadstart", ({ tile }) => { tile.style.width = tile.style.height = `${about.piece_px + 1}px`; });
         layer.on("tileerror", () => { this.title.dataset.problem = "some pieces cannot be read"; });
         this.map.setMinZoom(-about.max_zoom - 1);
         this.map.setMaxBounds(bounds.pad(0.5));
@@ -235,7 +237,7 @@
       const options = { clustering: clustering.value, result, opacity: Number(opacity.value) };
       const shown = panes.dataset.two === "1" && right.about ? [left, right] : [left];
       try {
-        const each = kind === "tissue" && shown.length > 1;  // its area is of one slide
+        const each = kind === "tissue" && new Set(shown.map((pane) => pane.about?.slide)).size > 1;  // its area is of one slide
         for (const [n, about] of (await Promise.all(shown.map((pane) => pane.paint(kind, options)))).entries()) {
           if (!about || (legend.childElementCount && !each)) continue;
           for (const [fact, colour] of about.legend) {
