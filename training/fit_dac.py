@@ -251,11 +251,7 @@ class Clustering(Objective):
 
     def draw(self, train: Ints, rng: np.random.Generator) -> Ints:
         """Return the order of the tiles: with super-batches, each of them several times in a row."""
-        if (
-            not self.options.super_batch
-            or self.phase != "clustering"
-            or self.options.method == "dec"
-        ):
+        if not self.options.super_batch or self.phase != "clustering":
             return rng.permutation(train)
         batch = min(self.options.batch, len(train))
         size = min(self.options.super_batch // batch, len(train) // batch) * batch
