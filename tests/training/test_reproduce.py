@@ -10,7 +10,7 @@ from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import Tile, TileSet
 from histoseek.errors import BadInput
 from histoseek.training.reproduce import PROTOCOLS, StudyOptions, reproduce
-from histoseek.training.reproduce.report import Cell, Report, Table
+from histoseek.training.reproduce.report import SAYS, Cell, Report, Table, difference, said
 from histoseek.training.reproduce.study import draw, first_classes
 
 
@@ -49,6 +49,9 @@ def check(document, out, rows):
                 assert cell["ours"], (table["title"], name, column)
     assert set(document["tables"][0]["rows"]) == set(rows)
     text = (out / "report.md").read_text()
+    assert len(document["says"]) == 3 and all(text.endswith(".") for text in document["says"])
+    for head, words in zip(SAYS, document["says"], strict=True):
+        assert f"**{head}** {words}" in text and "nan" not in words and "None" not in words
     assert "shows that the protocol runs; it measures nothing" in text
     for figure in document["figures"]:
         assert (out / figure["file"]).stat().st_size > 5000 and f"]({figure['file']})" in text
@@ -258,3 +261,20 @@ def test_help_of_a_recipe_shows_its_options(cli):
     assert "Options of recipe arcface:" in shown and "--easy-margin" not in shown
     assert "--batch <int> Number of tiles per step and device. [at least 2] [default: 32]" in shown
     assert "Options of recipe" not in cli("train", "--help").stdout
+
+
+def test_a_difference_is_compared_with_its_error():
+    a, b = Cell(ours=(0.7, 0.8, 0.9)), Cell(ours=(0.6, 0.7, 0.8))
+    assert difference(a, b) == (pytest.approx(0.1), "more than two standard errors")  # paired
+    gap, how = difference(a, Cell(ours=(0.6, 0.9)))
+    assert gap == pytest.approx(0.05) and "may be chance" in how
+    assert "one run" in difference(Cell(ours=(0.5,)), b)[1]
+    assert said(a) == "0.800 ± 0.100" and said(Cell(ours=(0.5,)), 1) == "0.5"
+
+
+def test_the_whole_of_a_set_has_the_published_numbers(tmp_path):
+    tiles = digits(120)
+    whole = TileSet("mnist_full", "digits", tiles.tiles, "whole", tiles._load)
+    document = quick("topology-sweep", whole, tmp_path / "r", parts="AE")
+    assert document["tables"][0]["rows"]["K = 50"]["code 32"]["published"] == 83.52
+    assert "two published standard deviations" in document["says"][1]

@@ -14,7 +14,7 @@ from ..fit_dac import codes_of
 from ..kmeans import assign, kmeans
 from ..models.dac import ClusteringAutoEncoder
 from . import figures
-from .report import Cell, Report, Table, row
+from .report import Cell, Report, Table, difference, row, said
 from .study import Study, first_classes, reconstruct, spread, values
 
 Scores = dict[str, float]
@@ -125,13 +125,14 @@ def reproduce(study: Study) -> Report:
     runs = _Runs(study, pretrain, epochs, common)
     scores, history = _train(runs, seeds)
     classes = len({tile.label for tile in study.tiles.tiles})
-    published = PUBLISHED.get(study.whole.name, {})
+    published = PUBLISHED.get(study.data_name, {})
     rows = {
         name: row(NAMES, runs, published.get(name), (0.0, 0.0, 100 / classes), 100)
         for name, runs in {"k-means on pixels": pixels, **scores}.items()
     }
     trivial_is = "NMI and ARI of clusters drawn at random; ACC 1/K"
     report.tables.append(Table(f"Table 2, {study.whole.name}", COLUMNS, rows, trivial_is, digits=2))
+    report.says = _says(study, rows)
     if "switches" in study.parts:
         _switches(study, report, runs, seeds)
     if "table4" in study.parts:
@@ -155,6 +156,25 @@ def reproduce(study: Study) -> Report:
     if "grid" in study.parts:
         _grid(runs, report, max(2, epochs // 3))
     return report
+
+
+def _says(study: Study, rows: dict[str, list[Cell]]) -> tuple[str, str, str]:
+    """Return the report's first sentences."""
+    ours, dac, pixels = (rows[name][-1] for name in ("AE + DAC", "DAC", "k-means on pixels"))
+    claim = "Clusters of AE + DAC are better than those of DAC alone"
+    if ours.published is not None and dac.published is not None:
+        claim += f": on {study.data_name} {ours.published} % are right instead of {dac.published} %"
+    gap, how = difference(ours, dac)
+    meaning = f"AE + DAC is {abs(gap):.1f} points {'above' if gap > 0 else 'below'} DAC, {how}"
+    if ours.published is not None and ours.mean is not None:
+        reached = ours.published - ours.mean <= (ours.sd or 0)
+        away = f"{ours.mean - ours.published:+.1f} points"
+        meaning += f"; the published number is {'' if reached else 'not '}reached ({away})"
+    out = (
+        f"AE + DAC has {said(ours, 1)} % right, DAC {said(dac, 1)} %, k-means on pixels "
+        f"{said(pixels, 1)} % ({len(ours.ours)} seeds)."
+    )
+    return f"{claim}.", out, f"{meaning}."
 
 
 @dataclass(frozen=True)
@@ -285,7 +305,7 @@ def _pixels(study: Study, size_px: int, seeds: int) -> list[Scores]:
 
 def _by_clusters(study: Study, seeds: int, classes: int, shared: dict[str, Any]) -> Table:
     """Run table 4 on the first K classes with K clusters (the paper does not say what it varies)."""
-    published = BY_CLUSTERS.get(study.whole.name, {})
+    published = BY_CLUSTERS.get(study.data_name, {})
     rows = {}
     for k in published or range(max(2, classes // 2), classes + 1):
         part = first_classes(study.tiles, k)

@@ -13,7 +13,7 @@ from ..kmeans import assign
 from ..models.cost import summarise
 from ..probe import linear_probe
 from . import figures
-from .report import Cell, Report, Table, row
+from .report import Cell, Report, Table, difference, row, said
 from .study import Study, spread, values
 
 Records = dict[str, list[dict[str, Any]]]
@@ -77,8 +77,25 @@ def reproduce(study: Study) -> Report:
         _clusters(study, records, data, k), _probes(study, records, data),
         _turned(study, records, data), _training(study, records),
     ]  # fmt: skip
+    report.says = _says(report.tables[1].rows, report.tables[2].rows)
     _draw(study, report, records, data)
     return report
+
+
+def _says(probe: dict[str, list[Cell]], turned: dict[str, list[Cell]]) -> tuple[str, str, str]:
+    """Return the report's first sentences."""
+    alexnet, p4m = (probe[name][0] for name in NETS)
+    pixels = list(probe.values())[-1][0]
+    gap, how = difference(p4m, alexnet)
+    return (
+        "A P4M CNN, whose features do not change under turns and reflections, learns from pseudo-labels as "
+        f"well as Sobel-AlexNet: a linear classifier is right for {p4m.published} and {alexnet.published} "
+        "of chest X-rays.",
+        f"The classifier is right for {said(p4m)} of held-out tiles with the P4M CNN, {said(alexnet)} with "
+        f"Sobel-AlexNet and {said(pixels)} with pixels ({len(p4m.ours)} seeds). Turned and reflected tiles "
+        f"keep their cluster: {said(turned['P4M CNN'][1])} and {said(turned['Sobel-AlexNet'][1])}.",
+        f"The P4M CNN is {abs(gap):.3f} {'above' if gap > 0 else 'below'} Sobel-AlexNet, {how}.",
+    )
 
 
 def _last(record: dict[str, Any], name: str) -> float:

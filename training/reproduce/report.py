@@ -15,6 +15,8 @@ import torch
 
 from ...artifacts.files import write_atomic, write_json
 
+SAYS = ("The paper claims.", "What came out.", "What it means.")
+
 
 @dataclass(frozen=True)
 class Cell:
@@ -59,6 +61,29 @@ class Cell:
             "sd": _finite(self.sd),
             "trivial": _finite(self.trivial),
         }
+
+
+def difference(a: Cell, b: Cell) -> tuple[float, str]:
+    """Return the mean of a minus b, and how it compares with its standard error.
+
+    Values are paired (same seeds or folds) if there are as many of both.
+    """
+    gap = float(np.mean(a.ours) - np.mean(b.ours))
+    if min(len(a.ours), len(b.ours)) < 2:
+        return gap, "one run cannot tell whether that is chance"
+    if len(a.ours) == len(b.ours):
+        error = float(np.std(np.subtract(a.ours, b.ours), ddof=1)) / len(a.ours) ** 0.5
+    else:
+        error = sum(float(np.var(cell.ours, ddof=1)) / len(cell.ours) for cell in (a, b)) ** 0.5
+    if abs(gap) > 2 * error:
+        return gap, "more than two standard errors"
+    return gap, "less than two standard errors, so it may be chance"
+
+
+def said(cell: Cell, digits: int = 3) -> str:
+    """Return our mean and standard deviation as text."""
+    spread = f" ± {cell.sd:.{digits}f}" if cell.sd is not None else ""
+    return "no value" if cell.mean is None else f"{cell.mean:.{digits}f}{spread}"
 
 
 def _finite(value: float | None) -> float | None:
@@ -141,6 +166,7 @@ class Report:
         tables: tables of numbers.
         figures: file name and caption of each figure.
         notes: what a reader must know before comparing the numbers.
+        says: what the paper claims, what came out, and what that means: a sentence each.
     """
 
     title: str
@@ -150,6 +176,7 @@ class Report:
     tables: list[Table] = field(default_factory=list)
     figures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    says: tuple[str, str, str] = ("", "", "")
 
     def add_figure(self, file: str, caption: str) -> None:
         """Append a figure."""
@@ -164,7 +191,10 @@ class Report:
             "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}, {gpu}",
             "torch": torch.__version__,
         }
-        lines = [f"# {self.title}", "", f"Paper {self.paper}.", "", "```", self.command, "```", ""]
+        lines = [f"# {self.title}", ""]
+        for head, text in zip(SAYS, self.says, strict=True):
+            lines += [f"**{head}** {text}", ""] if text else []
+        lines += [f"Paper {self.paper}.", "", "```", self.command, "```", ""]
         lines += ["| | |", "|---|---|"]
         lines += [*(f"| {name} | {value} |" for name, value in about.items()), ""]
         lines += [f"- {note}" for note in self.notes] + ([""] if self.notes else [])
@@ -178,6 +208,7 @@ class Report:
             "paper": self.paper,
             "command": self.command,
             "about": about,
+            "says": list(self.says),
             "notes": self.notes,
             "tables": [table.as_dict() for table in self.tables],
             "figures": [{"file": file, "caption": caption} for file, caption in self.figures],

@@ -117,6 +117,11 @@ class Study:
         records: dict[str, Any] = read_json(path) if path.is_file() else {}
         return records
 
+    @property
+    def data_name(self) -> str:
+        """Name of the data set, by which published numbers are found: mnist for mnist_full too."""
+        return self.whole.name.removesuffix("_full")
+
     def leave_out_test_part(self) -> None:
         """Use only the training part of a set that has a test part."""
         part = [n for n, tile in enumerate(self.tiles.tiles) if tile.extra.get("part") != "test"]

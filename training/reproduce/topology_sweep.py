@@ -120,6 +120,7 @@ def reproduce(study: Study) -> Report:
             images.setdefault("tiles", few)
             images[f"{net} {code}"] = reconstruct(encoder, few)
     report.tables += _tables(study, purities, accuracies, data.labels)
+    report.says = _says(report.tables[:-1])
     lines = {
         f"{net}, code {code}": [float(np.mean(by_k[k][code])) for k in CLUSTERS]
         for net, by_k in purities.items()
@@ -132,6 +133,31 @@ def reproduce(study: Study) -> Report:
     file = figures.reconstructions(study.out / "reconstructions.png", images)
     report.add_figure(file, "Tiles and their reconstructions, by net and code size")
     return report
+
+
+def _says(tables: list[Table]) -> tuple[str, str, str]:
+    """Return the report's first sentences, of the tables of purities."""
+    cells = [cell for table in tables for cells in table.rows.values() for cell in cells]
+    known = [(c.mean, c.published, c.near) for c in cells if c.published is not None]
+    claim = "Purity grows with K, and depends on the network and the length of its code"
+    if not known:
+        return f"{claim}.", "The paper has no numbers of this data set.", "Nothing can be compared."
+    low, high = min(p for _, p, _ in known), max(p for _, p, _ in known)
+    near = sum(bool(within) for *_, within in known)
+    gap = float(np.mean([mean - p for mean, p, _ in known if mean is not None]))
+    out = (
+        f"{near} of {len(known)} values are within two published standard deviations; ours are "
+        f"{abs(gap):.1f} points {'higher' if gap > 0 else 'lower'} on average."
+    )
+    share = near / len(known)
+    verdict = (
+        "reproduced"
+        if share >= 0.875
+        else "reproduced in part"
+        if share >= 0.5
+        else "not reproduced"
+    )
+    return f"{claim}: from {low} % to {high} %.", out, f"The tables are {verdict}."
 
 
 def random_kmeans(codes: Floats, k: int, seed: int) -> Ints:
@@ -154,7 +180,7 @@ def _tables(
     for number, net in enumerate(NETS, 1):
         if net not in purities:
             continue
-        published = PUBLISHED.get((net, study.whole.name), {})
+        published = PUBLISHED.get((net, study.data_name), {})
         rows = {}
         for k in CLUSTERS:
             trivial = 100 * purity(labels, rng.integers(0, k, len(labels)))
