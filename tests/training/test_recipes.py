@@ -218,14 +218,20 @@ def test_super_batches_that_cannot_be(wrong, says):
         change(SMALL["dac"], **wrong)
 
 
-def test_a_super_batch_is_labelled_once_from_unchanged_tiles(tile_folder, tmp_path, monkeypatch):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """Reference and probabilities of every call of the pair loss."""
+    found = []
 
     def noted(probabilities, upper, lower, reference=None):
-        seen.append((reference.clone(), probabilities.detach().clone()))
+        found.append((reference.clone(), probabilities.detach().clone()))
         return pair_loss(probabilities, upper, lower, reference)
 
     monkeypatch.setattr("histoseek.training.fit_dac.pair_loss", noted)
+    return found
+
+
+def test_a_super_batch_is_labelled_once_from_unchanged_tiles(tile_folder, tmp_path, seen):
     options = change(
         SMALL["dac"], super_batch=32, inner=2, anchor=10.0, rotation_deg=10.0, shift=0.1, folds=0,
         method="dac", lr_cluster=1e-2, batch=8, thresholds="released", eta=-1.0,
@@ -243,14 +249,7 @@ def test_a_super_batch_is_labelled_once_from_unchanged_tiles(tile_folder, tmp_pa
     assert {"even", "sure"} <= set(record["epochs"][1]) and "moved" not in record["epochs"][1]
 
 
-def test_without_changes_the_first_step_is_labelled_by_itself(tile_folder, tmp_path, monkeypatch):
-    seen = []
-
-    def noted(probabilities, upper, lower, reference=None):
-        seen.append((reference.clone(), probabilities.detach().clone()))
-        return pair_loss(probabilities, upper, lower, reference)
-
-    monkeypatch.setattr("histoseek.training.fit_dac.pair_loss", noted)
+def test_without_changes_the_first_step_is_labelled_by_itself(tile_folder, tmp_path, seen):
     options = change(SMALL["dac"], super_batch=32, folds=0, batch=8, epochs=1)
     fit("dac", options, open_tiles(tile_folder), tmp_path / "run")
     assert torch.allclose(*seen[0], atol=1e-5), "the head is labelled as it is trained"
