@@ -121,7 +121,8 @@ def _ridge(features: Floats, wanted: Floats, groups: Ints) -> tuple[Floats, Floa
     from sklearn.linear_model import Ridge
 
     spread = features.std(0) + 1e-6
-    scaled = features / spread
+    # In double precision: the smallest penalty leaves a matrix that single precision cannot solve.
+    scaled, wanted = (features / spread).astype(np.float64), wanted.astype(np.float64)
     named = np.unique(groups)
     left_out = np.isin(groups, named[::TRIED])
 

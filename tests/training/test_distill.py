@@ -164,3 +164,13 @@ def test_found_neighbours_are_counted_in_other_groups():
     assert chance["neighbours_found_10"].value == pytest.approx(10 / 56, abs=0.06)
     assert chance["neighbours_found_10"].baseline == pytest.approx(10 / 56)
     assert neighbours_found(teacher[:8], teacher[:8], groups[:8]) == []
+
+
+def test_features_that_say_almost_the_same_can_be_fitted():
+    from histoseek.training.fit_distill import _ridge
+
+    rng = np.random.default_rng(0)
+    one = rng.normal(size=(80, 1)).astype(np.float32)
+    features = one + 1e-5 * rng.normal(size=(80, 1500)).astype(np.float32)
+    weight, bias = _ridge(features, one, np.arange(80))  # a warning would be an error
+    assert np.abs(features @ weight.T + bias - one).max() < 0.2
