@@ -274,7 +274,8 @@ class Clustering(Objective):
         Batch norms use the statistics of each batch, as in DAC's released code and as in the steps: before
         the first steps, the head has no others.
         """
-        if self._step % self._steps == 0 and self._data is not None:
+        if self._step % self._steps == 0:
+            assert self._data is not None  # set by begin_epoch
             first, size = self._step * self._batch, self._steps * self._batch // self.options.inner
             for start in range(first, first + size, self._batch):
                 tiles, kept = self._data.read(self._order[start : start + self._batch])

@@ -11,7 +11,7 @@ from histoseek.artifacts.tilesets import Tile, TileSet
 from histoseek.errors import BadInput
 from histoseek.training.reproduce import PROTOCOLS, StudyOptions, reproduce
 from histoseek.training.reproduce.report import SAYS, Cell, Report, Table, difference, said
-from histoseek.training.reproduce.study import draw, first_classes
+from histoseek.training.reproduce.study import Study, draw, first_classes
 
 
 def silent(done, total, text):
@@ -278,3 +278,19 @@ def test_the_whole_of_a_set_has_the_published_numbers(tmp_path):
     document = quick("topology-sweep", whole, tmp_path / "r", parts="AE")
     assert document["tables"][0]["rows"]["K = 50"]["code 32"]["published"] == 83.52
     assert "two published standard deviations" in document["says"][1]
+
+
+def test_a_record_is_taken_only_for_what_it_is_of(tmp_path):
+    def train(pretrain=1, **settings):
+        study = Study(StudyOptions(tmp_path, accelerator="cpu"), digits(60), silent)
+        options = {"method": "ae-kmeans", "pretrain": pretrain, "judge": False}
+        study("cell", "dac", record_only=True, builds_on=settings, **options)
+        return study.elsewhere
+
+    assert train(of=50) == 0
+    shutil.rmtree(tmp_path / "runs")
+    assert train(of=50) == 1, "the record is enough"
+    assert train(of=37) == 0, "it builds on another training"
+    shutil.rmtree(tmp_path / "runs")
+    assert train(of=37) == 1
+    assert train(2, of=37) == 0, "other options"

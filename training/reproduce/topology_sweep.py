@@ -150,13 +150,8 @@ def _says(tables: list[Table]) -> tuple[str, str, str]:
         f"{abs(gap):.1f} points {'higher' if gap > 0 else 'lower'} on average."
     )
     share = near / len(known)
-    verdict = (
-        "reproduced"
-        if share >= 0.875
-        else "reproduced in part"
-        if share >= 0.5
-        else "not reproduced"
-    )
+    part = "reproduced in part" if share >= 0.5 else "not reproduced"
+    verdict = "reproduced" if share >= 0.875 else part
     return f"{claim}: from {low} % to {high} %.", out, f"The tables are {verdict}."
 
 

@@ -21,6 +21,9 @@ def test_a_region_of_a_slide_is_searched_and_a_hit_opens_beside_it(page):
     tab(page, "Slide viewer")
     pictures_are_there(page, ".hs-pane:first-child .leaflet-tile")
     assert page.locator(".hs-pane h3").first.inner_text() == "CMU-1-Small-Region"
+    piece = page.locator(".hs-pane:first-child .leaflet-tile").first
+    shown = "i => [i.style.width, getComputedStyle(i).mixBlendMode]"
+    assert piece.evaluate(shown) == ["257px", "normal"], "pieces overlap, so that no lines show"
     assert "×" in page.locator(".hs-scalebar").first.inner_text()
     shown = page.locator(".hs-slidemap").first
     shown.focus()
@@ -137,6 +140,11 @@ def test_a_region_is_annotated_found_changed_and_given_to_qupath(page, atlas, tm
     form.get_by_role("button", name="Save annotation").click()
     page.locator(".hs-marks li", has_text="stroma").wait_for()
 
+    page.locator(".hs-marks li button", has_text="stroma").click()
+    form.get_by_role("button", name="Redraw").click()
+    page.get_by_role("button", name="Search the middle").click()  # this is no outline
+    page.locator(".hs-vnote").get_by_text("one tile around its middle").wait_for()
+    assert form.get_by_label("Label").input_value() == ""
     page.locator(".hs-marks li button", has_text="stroma").click()
     form.get_by_role("button", name="Redraw").click()
     hits = page.locator(".hs-vhits").inner_html()
