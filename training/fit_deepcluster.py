@@ -1,9 +1,10 @@
 """Recipe ``deepcluster``: paper 002, clusters of the features are the labels of the epoch.
 
-Every epoch computes the features of all tiles in a fixed order, applies PCA and whitening, scales to length
-1 and runs k-means. The clusters are pseudo-labels for a classifier with a new top layer; tiles are drawn
-evenly from all clusters. Unlike the reference code, this keeps the last chain (PCA and whitening) and its
-centres: the chain becomes a layer of the encoder, so that export ships it and new tiles can be assigned.
+Every epoch, or every ``reassign`` epochs, computes the features of all tiles in a fixed order, applies PCA and
+whitening, scales to length 1 and runs k-means. The clusters are pseudo-labels for a classifier with a new top
+layer; tiles are drawn evenly from all clusters. Unlike the reference code, this keeps the last chain (PCA and
+whitening) and its centres: the chain becomes a layer of the encoder, so that export ships it and new tiles can
+be assigned.
 """
 
 from __future__ import annotations
@@ -47,6 +48,8 @@ class DeepClusterOptions(TrainingOptions):
     pca_dim: Annotated[int,
         Field(ge=1, description="Maximum length of the features after PCA and whitening.")] = 128
     iterations: Annotated[int, Field(ge=1, description="Number of k-means iterations per epoch.")] = 20
+    reassign: Annotated[int,
+        Field(ge=1, description="Number of epochs between two clusterings of the features.")] = 1
     uniform: Annotated[bool,
         Field(description="Draw tiles evenly from the clusters. Off: as in the code of the paper.")] = True
     # fmt: on
@@ -87,7 +90,12 @@ class PseudoLabels(Objective):
     def begin_epoch(
         self, job: TrainingJob, phase: Phase, epoch: int, optimizer: Any
     ) -> dict[str, float]:
-        """Cluster all training tiles, compare with the last epoch and the labels, reset the top layer."""
+        """Cluster all training tiles, compare with the last clusters and the labels, reset the top layer.
+
+        Between two clusterings (``reassign``) nothing changes, and nothing is returned.
+        """
+        if epoch % self.options.reassign:
+            return {}
         from sklearn.metrics import adjusted_mutual_info_score as ami
         from sklearn.metrics import normalized_mutual_info_score as nmi
 

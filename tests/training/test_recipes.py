@@ -304,6 +304,15 @@ def test_the_chain_is_pca_whitening_and_length():
     assert np.isfinite(Chain.fit(same, 3).apply(same)).all()
 
 
+def test_deepcluster_keeps_its_clusters_until_the_next_clustering(tile_folder, tmp_path):
+    tiles = open_tiles(tile_folder)
+    options = change(SMALL["deepcluster"], epochs=7, reassign=3, plateau=0)
+    rows = fit("deepcluster", options, tiles, tmp_path / "run")["epochs"]
+    clustered = [row["epoch"] for row in rows if "kmeans_inertia" in row]
+    assert clustered == [1, 4, 7] and "ami_previous" in rows[3]
+    assert rows[2]["loss"] < rows[0]["loss"]  # the same clusters and top layer go on
+
+
 def test_deepcluster_ships_its_whole_chain(tile_folder, tmp_path):
     """A new tile goes the way of the training tiles: features, PCA, whitening, length, centre."""
     tiles = open_tiles(tile_folder)
