@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ...errors import BadInput, Mismatch, MissingPart, unknown_name
 from ..clusters.clustering import Clustering
 from ..search.columns import NOT_PLACED
-from ..search.filters import parse
+from ..search.filters import parse, without_fields
 from ..search.query import Query
 from ..store.packing import MISSING
 from ..store.rows import Hit
@@ -159,7 +159,9 @@ class MilvusAtlas:
             raise BadInput(
                 f"the collection has index {about.index}; exact search and --least need index FLAT"
             )
-        expression = expression_of(about, parse(where)) if where and where.strip() else ""
+        expression = ""
+        if where and where.strip():
+            expression = expression_of(about, without_fields(parse(where), query.absent))
         ready = prepared(query.vectors, about.metric)
         if query.per_slide:
             answers = [self._one_per_slide(about, vector, k, expression) for vector in ready]
@@ -188,8 +190,13 @@ class MilvusAtlas:
         names = {int(cluster): text for cluster, text in record["names"].items()}
         return clustering.assign(queries).rows(names)
 
-    def _ready(self, queries: NDArray[np.float32]) -> About:
-        """Read the newest description of the collection, check the queries, and return it."""
+    def newest(self) -> About:
+        """Return the newest description of the collection.
+
+        Raises:
+            BadInput: the last push did not finish.
+            Unavailable: Milvus does not answer.
+        """
         head = self._parts(0, 1).get(0)
         if head is None or json.loads(head)["sha256"] != self._seen:
             self.about = self._read_about()
@@ -198,6 +205,11 @@ class MilvusAtlas:
             raise BadInput(
                 f"the last push to {self.address.url} did not finish; run `histoseek index push` again"
             )
+        return about
+
+    def _ready(self, queries: NDArray[np.float32]) -> About:
+        """Return the newest description of the collection, after a check of the queries."""
+        about = self.newest()
         if queries.ndim != 2 or queries.shape[1] != about.dim:
             raise Mismatch(
                 f"queries have shape {queries.shape}; expected vectors of length {about.dim}"

@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import BadInput, unknown_name
 from ..search.columns import NOT_PLACED
-from ..search.filters import Compare, Every, Filter, Not, holds
+from ..search.filters import Always, Compare, Every, Filter, Not, holds
 from ..store.packing import MISSING
 from ..vectors.scan import Metric
 
@@ -55,6 +55,8 @@ def expression_of(about: About, part: Filter) -> str:
     Raises:
         BadInput: the collection lacks a field, or cannot filter by it.
     """
+    if isinstance(part, Always):
+        return "tile >= 0" if part.value else "tile < 0"
     if isinstance(part, Not):
         return f"not ({expression_of(about, part.part)})"
     if not isinstance(part, Compare):

@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import operator as operators
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -65,7 +65,14 @@ class Some:
     parts: tuple[Filter, ...]
 
 
-Filter = Compare | Not | Every | Some
+@dataclass(frozen=True)
+class Always:
+    """True for every tile, or false for every tile."""
+
+    value: bool
+
+
+Filter = Compare | Not | Every | Some | Always
 
 
 def _grammar() -> Any:
@@ -149,12 +156,35 @@ def parse(text: str) -> Filter:
     return parsed
 
 
+def fields_of(wanted: Filter) -> set[str]:
+    """Return the fields that a filter compares."""
+    if isinstance(wanted, Compare):
+        return {wanted.field}
+    if isinstance(wanted, Not):
+        return fields_of(wanted.part)
+    parts = () if isinstance(wanted, Always) else wanted.parts
+    return {name for part in parts for name in fields_of(part)}
+
+
+def without_fields(wanted: Filter, absent: Set[str]) -> Filter:
+    """Return a filter for an atlas without some fields: none of its tiles has a value there."""
+    if not absent or isinstance(wanted, Always):
+        return wanted
+    if isinstance(wanted, Compare):
+        return Always(holds(None, wanted)) if wanted.field in absent else wanted
+    if isinstance(wanted, Not):
+        return Not(without_fields(wanted.part, absent))
+    return type(wanted)(tuple(without_fields(part, absent) for part in wanted.parts))
+
+
 def select(columns: Columns, wanted: Filter) -> Mask:
     """Return which tiles (N,) pass a filter.
 
     Raises:
         BadInput: the atlas lacks a field, or a value has the wrong type.
     """
+    if isinstance(wanted, Always):
+        return np.full(len(columns), wanted.value)
     if isinstance(wanted, Not):
         return ~select(columns, wanted.part)
     if isinstance(wanted, Every | Some):

@@ -40,6 +40,7 @@ class Query:
         exact: compare with every tile, whatever the index.
         leave_out: which hits to exclude if the example is a tile of the atlas: the ``tile`` itself, its
             ``slide``, or all slides of its ``patient`` (its slide if the patient is not known).
+        absent: fields of the filter that only other atlases of a federation have; here they are empty.
     """
 
     images: tuple[Rgb, ...] = field(default=(), repr=False)
@@ -57,6 +58,7 @@ class Query:
     leave_out: LeaveOut = "tile"
     texts: tuple[str, ...] = ()
     unlike_texts: tuple[str, ...] = ()
+    absent: frozenset[str] = frozenset()
 
     def __post_init__(self) -> None:
         """Check the ranges.

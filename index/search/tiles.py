@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ...errors import BadInput
 from ..store.rows import Hit
 from ..vectors.scan import Metric, prepared
-from .filters import parse, select
+from .filters import parse, select, without_fields
 from .query import LeaveOut, Query
 from .state import State
 
@@ -24,11 +24,20 @@ SLIDE_STEP = 4_096
 """If this many hits are of too few slides, the search goes on without these slides."""
 
 
-def allowed(state: State, where: str | None) -> Mask | None:
-    """Return which positions (N,) pass a filter, None for all; the mask is cached."""
+def allowed(state: State, where: str | None, absent: frozenset[str] = frozenset()) -> Mask | None:
+    """Return which positions (N,) pass a filter, None for all; the mask is cached.
+
+    Args:
+        state: the state to search.
+        where: the filter.
+        absent: see :class:`Query`.
+    """
     if where is None:
         return None
-    return state.columns.mask(where, lambda: select(state.columns, parse(where)))
+    key = "\0".join([where, *sorted(absent)])
+    return state.columns.mask(
+        key, lambda: select(state.columns, without_fields(parse(where), absent))
+    )
 
 
 def find(
@@ -42,7 +51,7 @@ def find(
         settings: k, filter and so on; its examples are ignored.
         mask: (N,) positions that may be found, in addition to the filter; None for all.
     """
-    passing = allowed(state, settings.where)
+    passing = allowed(state, settings.where, settings.absent)
     if mask is not None:
         passing = mask if passing is None else passing & mask
     if settings.per_slide:

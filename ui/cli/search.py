@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -11,6 +12,14 @@ import typer
 
 from ... import console
 from ...errors import BadInput, Mismatch
+from .federated import (
+    atlases_and_images,
+    described,
+    example,
+    is_example,
+    say_what_was_searched,
+    tile_number,
+)
 from .queries import (
     check_images,
     cut_images,
@@ -23,6 +32,7 @@ from .queries import (
 if TYPE_CHECKING:
     from ...index.atlas import Atlas
     from ...index.exchange.milvus import MilvusAtlas
+    from ...index.federation.federation import Answer, Federation, Found
     from ...index.search.cases import Similar
     from ...index.search.query import Query
     from ...index.store.rows import Hit
@@ -32,11 +42,11 @@ COLUMNS = ("rank", "score", "tile", "slide", "position", "label", "patient", "cl
 
 
 def search(
-    atlas: Path,
-    images: Annotated[list[Path] | None, typer.Argument()] = None,
+    atlas: Annotated[str, typer.Argument()],
+    images: Annotated[list[str] | None, typer.Argument()] = None,
     k: Annotated[int, typer.Option("-k")] = 10,
     where: str | None = None,
-    tile: list[int] | None = None,
+    tile: list[str] | None = None,
     leave_out: Annotated[str, typer.Option("--leave-out", "--without")] = "tile",
     together: bool = False,
     unlike: list[str] | None = None,
@@ -47,43 +57,58 @@ def search(
     exact: bool = False,
     mpp: float | None = None,
     engine: str | None = None,
+    timeout: float = 10.0,
 ) -> None:
     """Find the tiles that look most similar to each image.
 
-    With an encoder that has a text network, also searches by words. JSON: a list with one list of hits
-    per image, text and tile, in the given order; for an image that cannot be read, {"query", "error"}.
+    With an encoder that has a text network, also searches by words. Several atlases of the same encoder
+    are searched as one: index search ATLAS ATLAS … IMAGE … An atlas can also be a Milvus collection.
+
+    JSON: a list with one list of hits per image, text and tile, in the given order; for an image that
+    cannot be read, {"query", "error"}. Of several atlases: {"atlases", "shared_slides", "answers"}, and
+    each hit names its atlas. The exit code is 1 if an image or an atlas cannot be read.
 
     Options:
-        images: Query images.
+        images: Query images. Folders and Milvus addresses are further atlases.
         k: Number of hits per query.
-        tile: Id of a tile of the atlas to use as query. Repeatable.
+        tile: Id of a tile of the atlas to use as query; ATLAS:ID with several atlases. Repeatable.
         leave_out: With --tile: tile leaves out the query tile itself, slide leaves out all tiles of its
             slide, patient all tiles of its patient.
         text: Words that the hits should show, such as "lymphocytes around a nerve". Repeatable.
         unlike_text: Words that the hits should not show. Implies --together. Repeatable.
         together: Combine all images, texts and tiles into one query.
-        unlike: Image, or tile id, that the hits should not resemble. Implies --together. Repeatable.
+        unlike: Image, or tile as for --tile, that the hits should not resemble. Implies --together.
+            Repeatable.
         least: Minimum score of a hit.
         per_slide: Return at most one hit per slide.
         exact: Compare with every tile, without the index.
         mpp: Scale of the query images in µm per pixel. Each image is cut into tiles of the atlas's scale,
             and their mean is searched. Without it, the middle square of an image is taken as one tile.
+        timeout: With several atlases: time in s to wait for the answer of each.
     """
     from ...index.atlas import Atlas
+    from ...index.federation.federation import Federation
+    from ...index.federation.shards import is_milvus
     from ...index.search.query import Query
 
-    opened, paths, tiles, texts = Atlas(atlas), images or [], tile or [], text or []
+    addresses, paths = atlases_and_images([atlas, *(images or [])])
+    tiles, texts = tile or [], text or []
     if not paths and not tiles and not texts:
         raise BadInput(
             "no query was given; name an image, --tile with the id of a tile, or --text with words"
         )
-    if engine and (tiles or together or unlike or unlike_text):
+    if engine and (tiles or together or unlike or unlike_text or len(addresses) > 1):
         raise BadInput(
-            "--engine searches with images and texts only; leave out --tile, --together, --unlike and "
-            "--unlike-text"
+            "--engine searches one atlas with images and texts only; leave out --tile, --together, "
+            "--unlike and --unlike-text, or give the collections as further atlases instead"
         )
-    unlike_paths = [Path(name) for name in unlike or [] if not name.isdigit()]
-    unlike_tiles = tuple(int(name) for name in unlike or [] if name.isdigit())
+    federation = None
+    if len(addresses) > 1 or is_milvus(addresses[0]):
+        federation = Federation(addresses, timeout)
+    opened = Atlas(addresses[0]) if federation is None else federation.an_atlas()
+    is_tile = str.isdigit if federation is None else is_example
+    unlike_paths = [Path(name) for name in unlike or [] if not is_tile(name)]
+    unlike_tiles = [name for name in unlike or [] if is_tile(name)]
     if paths or unlike_paths:
         check_images(opened)
     if mpp is None:
@@ -93,68 +118,121 @@ def search(
     unlike_read, unlike_failed = read_images(unlike_paths, opened.manifest.size_px)
     query = Query(
         images=() if mpp else tuple(read.values()), vectors=mean_vectors(opened, read) if mpp else None,
-        tiles=tuple(tiles), unlike_images=tuple(unlike_read.values()),
-        unlike_tiles=unlike_tiles, together=together, k=k, where=where, least=least,
-        per_slide=per_slide, exact=exact, leave_out=leave_out,  # type: ignore[arg-type]
+        unlike_images=tuple(unlike_read.values()), together=together or bool(unlike_tiles), k=k,
+        where=where, least=least, per_slide=per_slide, exact=exact,
+        leave_out=leave_out,  # type: ignore[arg-type]
         texts=tuple(texts), unlike_texts=tuple(unlike_text or ()),
     )  # fmt: skip
     for item in (*unlike_failed.values(), *(failed.values() if query.combines else ())):
         raise BadInput(item["error"]["message"])
-    _answer_search(opened, query, paths, read, _ask(opened, query, engine), failed)
+    others = [*(f"{text!r}" for text in texts), *(f"tile {n}" for n in tiles)]
+    names: list[str | Path] = ["all together"] if query.combines else [*paths, *others]
+    searched: list[str | Path] = names if query.combines else [*read, *others]
+    if federation is None:
+        query = replace(
+            query, tiles=tuple(map(tile_number, tiles)),
+            unlike_tiles=tuple(map(tile_number, unlike_tiles)),
+        )  # fmt: skip
+        hits = dict(zip(searched, _ask(opened, query, engine), strict=True))
+        _answer_search(names, hits, failed, query, opened.mixed_scales)
+        return
+    with closing(federation):
+        _search_several(federation, opened, query, (tiles, unlike_tiles), names, searched, failed)
+
+
+def _search_several(
+    federation: Federation,
+    opened: Atlas,
+    query: Query,
+    tiles: tuple[list[str], list[str]],
+    names: list[str | Path],
+    searched: list[str | Path],
+    failed: dict[Path, dict[str, Any]],
+) -> None:
+    """Search several atlases and print the answer; exit code 1 if one was away.
+
+    Args:
+        federation: the atlases.
+        opened: one of them, with the encoder.
+        query: with images and texts.
+        tiles: ids to be like, and to be unlike.
+        names: of all queries, in the order of the answers.
+        searched: of those that could be read.
+        failed: why the others could not.
+    """
+    like, unlike = ([example(text) for text in part] for part in tiles)
+    if query.examples or like:
+        embedded = query.embedded(embed_with(opened), embed_text_with(opened))
+        found = federation.search(embedded, like, unlike)
+    else:
+        found = federation.status()
+    hits = dict(zip(searched, found.hits, strict=True))
+    scales = len({one.hit.target_mpp for part in found.hits for one in part}) > 1
+    _answer_search(names, hits, failed, query, scales, found)
+    if found.away:
+        raise typer.Exit(console.EXIT_FAILED)
 
 
 def _answer_search(
-    atlas: Atlas,
-    query: Query,
-    paths: list[Path],
-    read: Iterable[Path],
-    hits: list[list[Hit]],
+    names: list[str | Path],
+    hits_of: Mapping[str | Path, Sequence[Hit | Found]],
     failed: dict[Path, dict[str, Any]],
+    query: Query,
+    scales: bool,
+    several: Answer | None = None,
 ) -> None:
-    """Print the hits of each readable image and tile, or of the one combined query."""
-    others = [*(f"{text!r}" for text in query.texts), *(f"tile {n}" for n in query.tiles)]
-    names: list[str | Path] = ["all together"] if query.combines else [*paths, *others]
-    searched: list[str | Path] = names if query.combines else [*read, *others]
-    hits_of = dict(zip(searched, hits, strict=True))
-    document = [
-        [hit._asdict() for hit in hits_of[name]] if name in hits_of else failed[Path(name)]
+    """Print the hits of each readable image, text and tile, or of the one combined query.
+
+    Args:
+        names: of all queries, in the order of the answers.
+        hits_of: the hits, by query that could be read.
+        failed: why the others could not.
+        query: that was asked.
+        scales: show the scale of each tile.
+        several: the answer of several atlases.
+    """
+    from ...index.store.rows import Hit
+
+    document: Any = [
+        [hit._asdict() if isinstance(hit, Hit) else hit.as_dict() for hit in hits_of[name]]
+        if name in hits_of else failed[Path(name)]
         for name in names
-    ]
+    ]  # fmt: skip
+    if several is not None:
+        document = described(several, document)
 
     def human() -> None:
-        _print_hits(atlas, hits_of, query.where)
+        for name, hits in hits_of.items():
+            _print_hits(str(name), hits, query.where, scales)
         if query.by_text:
             from ..session.words import TEXT_NOTICE
 
             console.say(TEXT_NOTICE)
+        if several is not None:
+            say_what_was_searched(several)
 
     answer(document, human, failed)
 
 
-def _print_hits(atlas: Atlas, hits_of: dict[str | Path, list[Hit]], where: str | None) -> None:
-    """Print a table per query; with the scale of each tile if the atlas has tiles of several scales."""
-    for name, hits in hits_of.items():
-        rows = [
-            (
-                h.rank,
-                h.score,
-                h.tile,
-                h.slide,
-                h.file or f"{h.x}, {h.y}",
-                h.label,
-                h.patient,
-                h.cluster,
-            )
-            for h in hits
-        ]
-        if atlas.mixed_scales:
-            scaled = [(*row, hit.target_mpp) for row, hit in zip(rows, hits, strict=True)]
-            console.table(str(name), (*COLUMNS, "µm per pixel"), scaled)
-        else:
-            console.table(str(name), COLUMNS, rows)
-        if not hits:
-            option = "--where" if where else "--least"
-            console.say(f"no tile passes {option}; loosen it to get hits")
+def _print_hits(name: str, hits: Sequence[Hit | Found], where: str | None, scales: bool) -> None:
+    """Print a table of hits; with the scale of each tile if the tiles have several scales."""
+    from ...index.store.rows import Hit
+
+    rows: list[list[Any]] = []
+    columns = [*COLUMNS, *(["µm per pixel"] if scales else [])]
+    for one in hits:
+        hit = one if isinstance(one, Hit) else one.hit
+        row = [
+            hit.rank, hit.score, hit.tile, hit.slide, hit.file or f"{hit.x}, {hit.y}", hit.label,
+            hit.patient, hit.cluster, *([hit.target_mpp] if scales else []),
+        ]  # fmt: skip
+        rows.append(row if isinstance(one, Hit) else [*row[:2], one.atlas, *row[2:]])
+    if hits and not isinstance(hits[0], Hit):
+        columns.insert(2, "atlas")
+    console.table(name, columns, rows)
+    if not hits:
+        option = "--where" if where else "--least"
+        console.say(f"no tile passes {option}; loosen it to get hits")
 
 
 def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:

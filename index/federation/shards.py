@@ -1,0 +1,225 @@
+"""One atlas of a federation: on disk, or a Milvus collection to which an atlas was pushed."""
+
+from __future__ import annotations
+
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...errors import BadInput, Mismatch
+from ..atlas import Atlas
+from ..exchange.milvus import MilvusAtlas
+from ..exchange.milvus_address import parse_url
+from ..search.query import Query
+from ..store.rows import Hit
+from ..view import View
+
+OF_ONE_ATLAS = ("tile", "cluster")
+"""Fields whose numbers mean something else in each atlas."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a shard says of itself.
+
+    Attributes:
+        encoder: name of its encoder.
+        sha256: of its encoder.
+        dim: D.
+        metric: cosine or l2.
+        revision: number of its state.
+        tiles: number of its tiles; None if it is not known (Milvus).
+        slides: names of its slides and tile sets.
+        fields: fields that a filter may have, without those of :data:`OF_ONE_ATLAS`.
+    """
+
+    encoder: str
+    sha256: str
+    dim: int
+    metric: str
+    revision: int
+    tiles: int | None
+    slides: frozenset[str]
+    fields: frozenset[str]
+
+
+class Shard(ABC):
+    """One atlas of a federation; opened at the first question, which may come from another thread.
+
+    Attributes:
+        address: as the user gave it.
+        name: short name in answers, unique in the federation.
+    """
+
+    def __init__(self, address: str, name: str) -> None:
+        """Name a shard; nothing is opened yet."""
+        self.address, self.name = address, name
+        self._known: Facts | None = None
+
+    @abstractmethod
+    def facts(self) -> Facts:
+        """Return what is known of the shard's newest state.
+
+        Raises:
+            HistoseekError: the shard cannot be opened, or does not answer.
+        """
+
+    @abstractmethod
+    def find(self, query: Query) -> tuple[list[list[Hit]], int]:
+        """Return hits by vector of the query, and the revision that they are of."""
+
+    @abstractmethod
+    def examples(self, ids: Sequence[int]) -> tuple[NDArray[np.float32], list[Hit]]:
+        """Return the vectors (T, D) of tiles by id, and the tiles.
+
+        Raises:
+            NotFound: the shard has no tile with one of the ids.
+        """
+
+    def close(self) -> None:
+        """Disconnect, if the shard is a server's."""
+        return
+
+
+class AtlasShard(Shard):
+    """An atlas on disk."""
+
+    def __init__(self, address: str, name: str) -> None:
+        """Name a shard; nothing is opened yet."""
+        super().__init__(address, name)
+        self._atlas: Atlas | None = None
+
+    @property
+    def atlas(self) -> Atlas:
+        """The atlas; opened at first use."""
+        if self._atlas is None:
+            self._atlas = Atlas(self.address)
+        return self._atlas
+
+    def facts(self) -> Facts:
+        """See :meth:`Shard.facts`."""
+        view, manifest = self.atlas.view(), self.atlas.manifest
+        if self._known is not None and self._known.revision == view.revision:
+            return self._known
+        fields = (name for name in view.columns.fields() if name not in OF_ONE_ATLAS)
+        names = (slide["name"] for slide in view.columns.slides if slide["name"])
+        self._known = Facts(
+            manifest.name, manifest.sha256, manifest.dim, manifest.metric, view.revision, len(view.index),
+            frozenset(names), frozenset(fields),
+        )  # fmt: skip
+        return self._known
+
+    def find(self, query: Query) -> tuple[list[list[Hit]], int]:
+        """See :meth:`Shard.find`."""
+
+        def ask(view: View) -> tuple[list[list[Hit]], int]:
+            count = 0 if query.vectors is None else len(query.vectors)
+            hits = view.search(query) if len(view.index) else [[] for _ in range(count)]
+            return hits, view.revision
+
+        return self.atlas.ask(ask)
+
+    def examples(self, ids: Sequence[int]) -> tuple[NDArray[np.float32], list[Hit]]:
+        """See :meth:`Shard.examples`."""
+
+        def ask(view: View) -> tuple[NDArray[np.float32], list[Hit]]:
+            vectors, tiles = view.vectors_of(ids), view.tiles(ids)
+            return vectors, [Hit(rank=0, score=0.0, **tiles[n]) for n in ids]
+
+        return self.atlas.ask(ask)
+
+
+class MilvusShard(Shard):
+    """A Milvus collection; its tiles cannot be used as examples."""
+
+    def __init__(self, address: str, name: str) -> None:
+        """Name a shard; nothing is opened yet."""
+        super().__init__(address, name)
+        self._engine: MilvusAtlas | None = None
+        self._lock = threading.Lock()
+
+    def _opened(self) -> MilvusAtlas:
+        with self._lock:
+            if self._engine is None:
+                self._engine = MilvusAtlas(self.address)
+            return self._engine
+
+    def facts(self) -> Facts:
+        """See :meth:`Shard.facts`."""
+        about = self._opened().newest()
+        if self._known is not None and self._known.revision == about.revision:
+            return self._known
+        fields = {*about.columns, "x", "y", "mpp", "target_mpp"}
+        names = (about.columns["slide"][code] for code in about.slides)
+        self._known = Facts(
+            about.encoder, about.sha256, about.dim, about.metric, about.revision, None,
+            frozenset(names), frozenset(fields),
+        )  # fmt: skip
+        return self._known
+
+    def find(self, query: Query) -> tuple[list[list[Hit]], int]:
+        """See :meth:`Shard.find`."""
+        engine = self._opened()
+        hits = engine.search(query)
+        assert engine.about is not None
+        return hits, engine.about.revision
+
+    def examples(self, ids: Sequence[int]) -> tuple[NDArray[np.float32], list[Hit]]:
+        """See :meth:`Shard.examples`.
+
+        Raises:
+            BadInput: always; Milvus has no exact vectors.
+        """
+        raise BadInput(
+            f"{self.name} is a Milvus collection, whose tiles cannot be examples; name a tile of an atlas "
+            "on disk, or an image"
+        )
+
+    def close(self) -> None:
+        """Disconnect."""
+        if self._engine is not None:
+            self._engine.close()
+
+
+def is_milvus(address: str) -> bool:
+    """Return whether an address is of Milvus and not a folder."""
+    return address.startswith(("milvus://", "milvus+https://"))
+
+
+def named(addresses: Sequence[str]) -> list[Shard]:
+    """Return the shards at addresses, named by folder or collection, or by address if two are equal.
+
+    Raises:
+        BadInput: an address occurs twice, or is not a valid address of Milvus.
+    """
+    resolved = [a if is_milvus(a) else str(Path(a).resolve()) for a in addresses]
+    for n, address in enumerate(resolved):
+        if address in resolved[:n]:
+            raise BadInput(f"{addresses[n]} was given twice; give each atlas once")
+    short = [parse_url(a).collection if is_milvus(a) else Path(a).name or a for a in resolved]
+    shards: list[Shard] = []
+    for address, own in zip(addresses, short, strict=True):
+        name = own if short.count(own) == 1 else address
+        shards.append((MilvusShard if is_milvus(address) else AtlasShard)(address, name))
+    return shards
+
+
+def check_encoders(facts: dict[str, Facts]) -> None:
+    """Check that all shards, by name, have the same encoder.
+
+    Raises:
+        Mismatch: two have different ones; the message names both.
+    """
+    (first, known), *others = facts.items()
+    for name, other in others:
+        if (other.sha256, other.dim, other.metric) != (known.sha256, known.dim, known.metric):
+            raise Mismatch(
+                f"{name} has the encoder {other.encoder!r} ({other.sha256[:12]}…) and {first} has "
+                f"{known.encoder!r} ({known.sha256[:12]}…); only atlases of the same encoder can be "
+                "searched together"
+            )

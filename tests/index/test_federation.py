@@ -1,0 +1,323 @@
+"""Several atlases searched as one find what one atlas of all their slides finds."""
+
+import json
+import threading
+import time
+
+import numpy as np
+import pytest
+from atlases import DIM, features, grouped, unit
+
+from histoseek.errors import BadInput, Mismatch, NotFound, Unavailable
+from histoseek.index.atlas import Atlas
+from histoseek.index.exchange.milvus_push import push
+from histoseek.index.federation.federation import Example, Federation
+from histoseek.index.federation.shards import AtlasShard
+from histoseek.index.search.query import Query
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE
+
+SHARDS = {"north": (0, 1, 3), "south": (2, 4), "west": (5,)}
+"""Slides of each atlas; slides 2 and 3 are of one patient, and so are 4 and 5. Slide 1 has no patient."""
+METADATA = {
+    f"slide-{n}": {
+        "label": "ab"[n % 2], "organ": ("colon", "lung")[n % 2],
+        **({"patient": f"P{n // 2}"} if n != 1 else {}), **({"grade": str(n)} if n == 5 else {}),
+    }
+    for n in range(6)
+}  # fmt: skip
+WHERES = (
+    None, "organ = 'colon'", "patient != 'P1'", "patient is null", "grade = '5'", "grade != '5'",
+    "not (grade > 3) and label = 'b'", "grade is null or x < 2000", "slide in ('slide-2', 'slide-5')",
+    "label = 'zzz'",
+)  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """One atlas of all slides, and the folder with an atlas for each of SHARDS."""
+    folder = tmp_path_factory.mktemp("federation")
+    files = []
+    for n in range(6):
+        vectors = grouped(np.random.default_rng(n), 80)
+        files.append(features(folder / f"slide-{n}.h5", 80, n, features=vectors))
+    big = Atlas.create(folder / "big", DEFAULT_BUNDLE)
+    big.add(files, METADATA)
+    for name, slides in SHARDS.items():
+        shard = Atlas.create(folder / name, DEFAULT_BUNDLE)
+        shard.add(
+            [files[n] for n in slides], {f"slide-{n}": METADATA[f"slide-{n}"] for n in slides}
+        )
+    return big, folder
+
+
+@pytest.fixture(scope="module")
+def together(made):
+    _, folder = made
+    return Federation([folder / name for name in SHARDS])
+
+
+QUERIES = grouped(np.random.default_rng(77), 5)
+
+
+def place(hit):
+    """What identifies a tile whatever the atlas."""
+    return hit.slide, hit.x, hit.y
+
+
+def same(answers, expected):
+    """Compare hits of the federation with those of one atlas."""
+    assert len(answers) == len(expected)
+    for mine, theirs in zip(answers, expected, strict=True):
+        assert [one.hit.rank for one in mine] == [hit.rank for hit in theirs]
+        assert [one.hit.score for one in mine] == pytest.approx(
+            [hit.score for hit in theirs], abs=2e-6
+        )
+        assert [place(one.hit) for one in mine] == [place(hit) for hit in theirs]
+        for one, hit in zip(mine, theirs, strict=True):
+            assert one.hit._replace(tile=0, score=0) == hit._replace(tile=0, score=0)
+            number = int(hit.slide.removeprefix("slide-"))
+            assert number in SHARDS[one.atlas]
+
+
+@pytest.mark.parametrize("where", WHERES)
+@pytest.mark.parametrize("more", [{}, {"per_slide": True}, {"least": 0.6}, {"k": 1000}])
+def test_vectors_find_the_same_as_in_one_atlas(made, together, where, more):
+    big, _ = made
+    query = Query(vectors=QUERIES, where=where, **{"k": 12, **more})
+    answer = together.search(query)
+    same(answer.hits, big.view().search(query))
+    assert not answer.away and not answer.shared_slides
+    assert [shard.tiles for shard in answer.shards] == [240, 160, 80]
+
+
+@pytest.mark.parametrize("leave_out", ["tile", "slide", "patient"])
+@pytest.mark.parametrize("more", [{}, {"per_slide": True}, {"where": "grade != '5'"}])
+@pytest.mark.parametrize("combined", [False, True])
+def test_tiles_find_the_same_as_in_one_atlas(made, together, leave_out, more, combined):
+    """Slide and patient of an example are left out in every shard."""
+    big, folder = made
+    examples = [("slide-3", 4), ("slide-1", 7), ("slide-5", 9)]
+    in_big, in_shards = [], []
+    for slide, row in examples:
+        number = int(slide.removeprefix("slide-"))
+        name = next(name for name, slides in SHARDS.items() if number in slides)
+        for atlas, ids in ((big, in_big), (Atlas(folder / name), in_shards)):
+            view = atlas.view()
+            at = [s["name"] for s in view.columns.slides].index(slide)
+            tile = int(view.columns.ids(view.columns.starts[at : at + 1] + row)[0])
+            ids.append(tile if atlas is big else Example(name, tile))
+    settings = {"leave_out": leave_out, "k": 15, "together": combined, **more}
+    unlike = {"unlike_tiles": tuple(in_big[2:])} if combined else {}
+    expected = big.view().search(Query(tiles=tuple(in_big[:2]), **unlike, **settings))
+    answer = together.search(Query(**settings), in_shards[:2], in_shards[2:] if combined else ())
+    same(answer.hits, expected)
+
+
+def test_names_of_one_atlas_are_refused(together):
+    for where in ("cluster = 1", "tile < 5", "organ = 'colon' and cluster.kmeans = 2"):
+        with pytest.raises(BadInput, match="something else in each atlas"):
+            together.search(Query(vectors=QUERIES, where=where))
+    with pytest.raises(NotFound, match=r"unknown field 'stage'.*grade.*organ"):
+        together.search(Query(vectors=QUERIES, where="stage = 2"))
+    with pytest.raises(BadInput, match="cannot be read at character"):
+        together.search(Query(vectors=QUERIES, where="label ="))
+    with pytest.raises(BadInput, match="the filter is empty"):
+        together.search(Query(vectors=QUERIES, where=" "))
+    with pytest.raises(BadInput, match="need the name of their atlas"):
+        together.search(Query(tiles=(3,)))
+    with pytest.raises(BadInput, match="no example"):
+        together.search(Query())
+    with pytest.raises(NotFound, match="unknown atlas 'east'; choose one of: north, south, west"):
+        together.search(Query(), [Example("east", 1)])
+    with pytest.raises(NotFound, match="has no tile 999"):
+        together.search(Query(), [Example("north", 999)])
+    with pytest.raises(Mismatch, match="shape"):
+        together.search(Query(vectors=np.ones((1, 3), dtype=np.float32)))
+
+
+def test_shards_are_named_and_given_once(made, tmp_path):
+    _, folder = made
+    other = tmp_path / "north"
+    Atlas.create(other, DEFAULT_BUNDLE).add([features(tmp_path / "more.h5", 30, 9)])
+    both = Federation([folder / "north", other, folder / "south"])
+    assert [shard.name for shard in both.shards] == [str(folder / "north"), str(other), "south"]
+    with pytest.raises(BadInput, match="given twice"):
+        Federation([folder / "north", folder / "south" / ".." / "north"])
+    with pytest.raises(BadInput, match="no atlas was given"):
+        Federation([])
+
+
+def test_another_encoder_is_refused(made, tmp_path):
+    _, folder = made
+    Atlas.create_external(tmp_path / "uni", "uni", DIM)
+    with pytest.raises(Mismatch, match=r"uni has the encoder 'uni'.*north has"):
+        Federation([folder / "north", tmp_path / "uni"]).search(Query(vectors=QUERIES))
+
+
+def test_a_slide_of_two_atlases_is_one_slide(made, tmp_path):
+    big, folder = made
+    copy = tmp_path / "copy"
+    Atlas.create(copy, DEFAULT_BUNDLE).add(
+        [folder / "slide-2.h5"], {"slide-2": METADATA["slide-2"]}
+    )
+    doubled = Federation([*(folder / name for name in SHARDS), copy])
+    query = Query(vectors=QUERIES, k=6, per_slide=True)
+    answer = doubled.search(query)
+    assert answer.shared_slides == {"slide-2": ["south", "copy"]}
+    same(answer.hits, big.view().search(query))
+
+
+def test_an_empty_atlas_is_searched(made, tmp_path):
+    big, folder = made
+    Atlas.create(tmp_path / "new", DEFAULT_BUNDLE)
+    query = Query(vectors=QUERIES, where="grade != '5'")
+    answer = Federation([*(folder / name for name in SHARDS), tmp_path / "new"]).search(query)
+    same(answer.hits, big.view().search(query))
+    assert answer.shards[-1].tiles == 0
+
+
+def test_what_is_away_is_named_and_not_waited_for(made, tmp_path, monkeypatch):
+    big, folder = made
+    query = Query(vectors=QUERIES, where="slide != 'slide-5'")
+    gone = tmp_path / "gone"
+    answer = Federation([folder / "north", gone, folder / "south"]).search(query)
+    same(answer.hits, big.view().search(query))
+    (away,) = answer.away
+    assert away.atlas == "gone" and "is not an atlas" in away.away and away.revision is None
+    with pytest.raises(Unavailable, match=r"none of the 1 atlases can be searched: gone: .*gone"):
+        Federation([gone]).search(query)
+
+    hung, release = threading.Event(), threading.Event()
+    find = AtlasShard.find
+
+    def slow(self, asked):
+        if self.name == "west":
+            hung.set()
+            release.wait(60)
+        return find(self, asked)
+
+    monkeypatch.setattr(AtlasShard, "find", slow)
+    patient = Federation([folder / name for name in SHARDS], timeout_s=0.5)
+    began = time.monotonic()
+    answer = patient.search(query)
+    assert hung.is_set() and time.monotonic() - began < 5
+    same(answer.hits, big.view().search(query))
+    assert [(one.atlas, one.away) for one in answer.away] == [("west", "no answer within 0.5 s")]
+    began = time.monotonic()  # it is not asked again while its thread hangs
+    answer = patient.search(query)
+    assert time.monotonic() - began < 0.4
+    assert answer.away[0].away == "it has not answered an earlier question yet"
+    with pytest.raises(Unavailable, match="west of an example cannot be searched"):
+        patient.search(query, [Example("west", 1)])
+    release.set()
+    for _ in range(100):
+        if not (answer := patient.search(query)).away:
+            break
+        time.sleep(0.05)
+    assert not answer.away
+
+
+def test_a_damaged_shard_is_away(made, tmp_path):
+    big, folder = made
+    damaged = tmp_path / "damaged"
+    Atlas(folder / "west").snapshot(damaged)
+    (damaged / "atlas.db").write_bytes(b"no database" * 1000)
+    answer = Federation([folder / "north", folder / "south", damaged]).search(
+        Query(vectors=QUERIES, k=5)
+    )
+    assert [one.atlas for one in answer.away] == ["damaged"] and len(answer.hits) == 5
+
+
+def test_collections_of_milvus_are_shards(made, tmp_path):
+    """The same hits from two collections and an atlas on disk, also with a column that one lacks."""
+    big, folder = made
+    urls = [f"milvus://{tmp_path}/{name}.db?collection={name}" for name in ("south", "west")]
+    for url in urls:
+        push(Atlas(folder / url.rpartition("=")[2]), url)
+    mixed = Federation([folder / "north", *urls])
+    try:
+        for where in (None, "organ = 'colon'", "grade != '5'", "grade = '5' or label = 'a'"):
+            for more in ({}, {"per_slide": True}, {"least": 0.6}):
+                query = Query(vectors=QUERIES, k=12, where=where, **more)
+                answer = mixed.search(query)
+                expected = big.view().search(query)
+                for mine, theirs in zip(answer.hits, expected, strict=True):
+                    assert [place(one.hit) for one in mine] == [place(hit) for hit in theirs]
+                    assert [one.hit.score for one in mine] == pytest.approx(
+                        [hit.score for hit in theirs], abs=2e-6
+                    )
+        assert [shard.atlas for shard in answer.shards] == ["north", "south", "west"]
+        with pytest.raises(BadInput, match="south is a Milvus collection"):
+            mixed.search(Query(), [Example("south", 1)])
+        assert mixed.an_atlas().path.name == "north"
+        with pytest.raises(Unavailable, match="folder on this machine"):
+            Federation(urls[:1]).an_atlas()
+    finally:
+        mixed.close()
+
+
+def test_scores_of_ties_keep_the_order_of_the_atlases(tmp_path):
+    vector = unit(np.random.default_rng(3), 1)
+    for name in ("one", "two"):
+        file = features(tmp_path / f"{name}.h5", 3, 1, features=np.repeat(vector, 3, axis=0))
+        Atlas.create(tmp_path / name / "atlas", DEFAULT_BUNDLE).add([file])
+    answer = Federation([tmp_path / "two" / "atlas", tmp_path / "one" / "atlas"]).search(
+        Query(vectors=vector, k=4)
+    )
+    assert [one.hit.slide for one in answer.hits[0]] == ["two", "two", "two", "one"]
+
+
+def test_the_command_searches_several_atlases(made, cli, cli_json, tmp_path, tile_folder):
+    big, folder = made
+    north, south, west = (folder / name for name in SHARDS)
+    found = cli_json(
+        "index", "search", north, south, west, "--tile", "north:1", "--tile", "west:3", "-k", 4,
+        "--leave-out", "slide", "--where", "grade != '5'",
+    )  # fmt: skip
+    assert [(a["atlas"], a["tiles"], a["away"]) for a in found["atlases"]] == [
+        ("north", 240, ""), ("south", 160, ""), ("west", 80, ""),
+    ]  # fmt: skip
+    first, second = found["answers"]
+    assert len(first) == len(second) == 4
+    assert "slide-0" not in {hit["slide"] for hit in first}
+    for hit in first + second:
+        assert int(hit["slide"][-1]) in SHARDS[hit["atlas"]]
+
+    image = tile_folder / "tissue/00.png"
+    words = (
+        "index",
+        "search",
+        north,
+        south,
+        tmp_path / "gone",
+        image,
+        "--unlike",
+        "south:5",
+        "-k",
+        3,
+    )
+    away = cli(*words, "--json")
+    assert away.returncode == 1
+    document = json.loads(away.stdout)
+    assert "is not an atlas" in document["atlases"][2]["away"] and len(document["answers"][0]) == 3
+    human = cli(*words)
+    assert human.returncode == 1 and "gone was not searched: " in human.stdout
+    assert "searched 2 of 3 atlases, 400 tiles" in human.stdout
+
+    broken = tmp_path / "broken.png"
+    broken.write_bytes(b"no image")
+    unread = cli("index", "search", north, south, broken, "--json")
+    assert unread.returncode == 1
+    document = json.loads(unread.stdout)
+    assert document["answers"][0]["error"] and len(document["atlases"]) == 2
+
+    for words, said in (
+        ((north, south, "--tile", "5"), "write ATLAS:ID, such as north:12"),
+        ((north, "--tile", "north:5"), "expected the id of a tile"),
+        ((north, south, "--tile", "east:5"), "unknown atlas 'east'"),
+        ((north, south, image, "--engine", "milvus://h/c"), "further atlases instead"),
+        ((north, north, image), "given twice"),
+        ((tmp_path / "a", tmp_path / "b", image), "none of the 2 atlases"),
+    ):
+        refused = cli("index", "search", *words)
+        assert refused.returncode != 0 and said in refused.stderr, refused.stderr
