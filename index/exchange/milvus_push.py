@@ -202,7 +202,7 @@ def _push_slide(
         for name in about.columns
     }
     vectors = prepared(atlas.store.vectors_of(slide), atlas.manifest.metric)
-    coords, ids = columns.places()[rows].tolist(), columns.ids(rows).tolist()
+    coords, ids = columns.places_of(number).tolist(), columns.ids(rows).tolist()
     clusters = columns.clusters()
     cluster = [NOT_PLACED] * len(rows) if clusters is None else clusters[rows].tolist()
     files = [name or "" for name in columns.files(number) or [None] * len(rows)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from sqlite3 import Row
@@ -22,14 +22,17 @@ from ...artifacts.geojson import inside
 from ..store import packing
 from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from ..store.annotation import Annotation, of_row
-from ..store.packing import MISSING, Codes, unpack_coded, unpack_numbers
+from ..store.packing import MISSING, Codes, unpack_coded
 from ..store.rows import Hit
+from .tile_rows import TileRows
 
 T = TypeVar("T")
 MASKS_CACHED = 16
 FACTS = ("name", "size_px_level0", "mpp", "target_mpp")
 """Columns of the slide that appear in a hit."""
 
+SLIDES_AT_ONCE = 500
+"""Slides whose coordinates are read at once for a whole column."""
 NOT_PLACED = -2
 """Cluster of a tile that has no assignment in a clustering (yet)."""
 
@@ -47,28 +50,65 @@ class Coded:
     codes: Codes
 
 
+@dataclass(frozen=True)
+class Placements:
+    """The clusters of a clustering.
+
+    Attributes:
+        slides: ids of the slides whose tiles were assigned when the state was opened.
+        rows: the clusters, by slide id.
+    """
+
+    slides: frozenset[int]
+    rows: TileRows
+
+
+@dataclass(frozen=True)
+class _SlideOfHits:
+    """What the hits of one slide show.
+
+    Attributes:
+        facts: of the slide, as in FACTS.
+        places: (N, 2) of its tiles.
+        clusters: (N,) of its tiles; None without a clustering.
+        files: names of its tiles; None for a slide.
+        label: from a tile's row to its label.
+        patient: from a tile's row to its patient.
+    """
+
+    facts: tuple[Any, ...]
+    places: NDArray[np.int32]
+    clusters: NDArray[np.int32] | None
+    files: list[str | None] | None
+    label: Callable[[int], str | None]
+    patient: Callable[[int], str | None]
+
+
 class Columns:
     """The columns of one state of an atlas; safe to use from several threads."""
 
     def __init__(
         self,
         slides: Sequence[Mapping[str, Any]],
-        placements: Mapping[str, Mapping[int, bytes]],
+        places: TileRows,
+        placements: Mapping[str, Placements],
         newest: str | None,
         annotations: Sequence[Row] = (),
     ) -> None:
         """Wrap rows of the catalog.
 
         Args:
-            slides: rows of ``slides`` joined with ``slide_tiles``, in the order of the positions.
-            placements: per clustering, the stored clusters of each slide's tiles, by slide id.
+            slides: rows of ``slides`` joined with ``slide_tiles`` but for the coordinates, in the order of
+                the positions.
+            places: the coordinates, by slide id.
+            placements: of each clustering, the clusters of the slides' tiles.
             newest: the clustering that hits show.
             annotations: the catalog's rows of annotations, decoded on first use.
         """
         self._annotations = annotations
         self.slides = list(slides)
         self.newest = newest
-        self._placements = placements
+        self._places, self._placements = places, placements
         sizes = np.array([s["tiles"] for s in slides], dtype=np.int64)
         self.starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._first = np.array([s["first_tile"] for s in slides], dtype=np.int64)
@@ -120,21 +160,37 @@ class Columns:
 
     def present(self) -> NDArray[np.int64]:
         """Return the positions of all tiles except those of removed slides, ascending."""
-
-        def make() -> NDArray[np.int64]:
-            named = np.array([bool(s["name"]) for s in self.slides], dtype=bool)
-            return np.flatnonzero(np.repeat(named, np.diff(self.starts)))
-
-        return self.cached("present", make)
+        named = np.array([bool(s["name"]) for s in self.slides], dtype=bool)
+        return np.flatnonzero(np.repeat(named, np.diff(self.starts)))
 
     def places(self) -> NDArray[np.int32]:
-        """Return the level-0 coordinates x, y of every tile (N, 2)."""
+        """Return the level-0 coordinates x, y of every tile (N, 2); 0 for removed slides.
 
-        def make() -> NDArray[np.int32]:
-            parts = [packing.unpack_places(s["places"]) for s in self.slides]
-            return np.concatenate([np.zeros((0, 2), dtype=np.int32), *parts])
+        Raises:
+            StateGone: a writer has removed a slide.
+        """
+        places = np.zeros((len(self), 2), dtype=np.int32)
+        for at in range(0, len(self.slides), SLIDES_AT_ONCE):
+            numbers = [
+                n
+                for n in range(len(self.slides))[at : at + SLIDES_AT_ONCE]
+                if self.slides[n]["name"]
+            ]
+            for n, part in self._places_of(numbers).items():
+                places[self.starts[n] : self.starts[n + 1]] = part
+        return places
 
-        return self.cached("places", make)
+    def places_of(self, slide: int) -> NDArray[np.int32]:
+        """Return the level-0 coordinates x, y of a slide's tiles (N, 2), by the slide's number.
+
+        Raises:
+            StateGone: a writer has removed the slide.
+        """
+        return self._places_of([slide])[slide]
+
+    def _places_of(self, numbers: Sequence[int]) -> dict[int, NDArray[np.int32]]:
+        ids = {self.slides[n]["id"]: n for n in numbers}
+        return {ids[slide]: rows for slide, rows in self._places.of(ids).items()}
 
     def files(self, slide: int) -> list[str | None] | None:
         """Return the file names of a tile set's tiles; None for a slide."""
@@ -184,7 +240,7 @@ class Columns:
             number = number_of[item.slide]
             start, end = self.starts[number : number + 2].tolist()
             half = self.slides[number]["size_px_level0"] / 2
-            centres = self.places()[start:end] + half
+            centres = self.places_of(number) + half
             corners = np.concatenate(item.rings)
             near = np.flatnonzero(
                 ((centres >= corners.min(axis=0)) & (centres <= corners.max(axis=0))).all(axis=1)
@@ -242,11 +298,13 @@ class Columns:
             return None
 
         def make() -> NDArray[np.int32]:
-            stored = self._placements[name]
             clusters = np.full(len(self), NOT_PLACED, dtype=np.int32)
-            for n, slide in enumerate(self.slides):
-                if slide["id"] in stored:
-                    part = unpack_numbers(stored[slide["id"]], "<i4")
+            number = {slide["id"]: n for n, slide in enumerate(self.slides)}
+            stored = self._placements[name]
+            placed = sorted(stored.slides & set(number))
+            for at in range(0, len(placed), SLIDES_AT_ONCE):
+                for slide, part in stored.rows.of(placed[at : at + SLIDES_AT_ONCE]).items():
+                    n = number[slide]
                     clusters[self.starts[n] : self.starts[n + 1]] = part
             return clusters
 
@@ -254,7 +312,12 @@ class Columns:
 
     def placement(self, slide: int) -> bytes:
         """Return the clusters of a slide's tiles (by slide id) in the newest clustering, as stored."""
-        return self._placements.get(self.newest or "", {}).get(slide, b"")
+        return b"".join(part.astype("<i4").tobytes() for part in self._placed([slide]).values())
+
+    def _placed(self, slides: Iterable[int]) -> dict[int, NDArray[np.int32]]:
+        """Return the clusters of slides, by id, in the newest clustering; of those that have them."""
+        stored = self._placements.get(self.newest or "")
+        return {} if stored is None else stored.rows.of(n for n in slides if n in stored.slides)
 
     def clusterings(self) -> list[str]:
         """Return the names of the clusterings."""
@@ -269,41 +332,51 @@ class Columns:
         """
         is_hit = positions >= 0
         flat = positions[is_hit]
-        clusters = self.clusters()
-        label, patient = self.coded("label"), self.coded("patient")
-        places = self.places()[flat].tolist()
         slide_of = self.slide_of(flat)
-        numbers = slide_of.tolist()
-        rows = (flat - self.starts[slide_of]).tolist()
-        ranks = np.nonzero(is_hit)[1] + 1
-        cluster = [NOT_PLACED] * len(flat) if clusters is None else clusters[flat].tolist()
-        # The code -1 picks the last name, which is None.
-        labels = [*label.names, None]
-        patients = [*patient.names, None]
-        facts = {n: (*(self.slides[n][key] for key in FACTS), self.files(n)) for n in set(numbers)}
+        slides = np.unique(slide_of).tolist()
+        placed = self._placed(self.slides[n]["id"] for n in slides)
+        places = self._places_of(slides)
+        known = {n: self._facts(n, places[n], placed) for n in slides}
         hits = []
-        for rank, score, tile, number, row, (x, y), label_code, patient_code, group in zip(
-            ranks.tolist(),
+        for rank, score, tile, number, row in zip(
+            (np.nonzero(is_hit)[1] + 1).tolist(),
             scores[is_hit].astype(np.float64).round(6).tolist(),
             self.ids(flat).tolist(),
-            numbers,
-            rows,
-            places,
-            label.codes[flat].tolist(),
-            patient.codes[flat].tolist(),
-            cluster,
+            slide_of.tolist(),
+            (flat - self.starts[slide_of]).tolist(),
             strict=True,
         ):
-            name, size, mpp, scale, files = facts[number]
+            slide = known[number]
+            name, size, mpp, scale = slide.facts
+            x, y = slide.places[row].tolist()
             hits.append(
                 Hit(
-                    rank, score, tile, name, x, y, size, mpp, labels[label_code],
-                    patients[patient_code], None if group == NOT_PLACED else group,
-                    None if files is None else files[row], scale,
+                    rank, score, tile, name, x, y, size, mpp, slide.label(row), slide.patient(row),
+                    None if slide.clusters is None else int(slide.clusters[row]),
+                    None if slide.files is None else slide.files[row], scale,
                 )
             )  # fmt: skip
         rest = iter(hits)
         return [list(islice(rest, count)) for count in is_hit.sum(axis=1).tolist()]
+
+    def _facts(
+        self, slide: int, places: NDArray[np.int32], placed: Mapping[int, NDArray[np.int32]]
+    ) -> _SlideOfHits:
+        """Return what hits of a slide show, by the slide's number."""
+        row = self.slides[slide]
+        return _SlideOfHits(
+            tuple(row[key] for key in FACTS), places, placed.get(row["id"]), self.files(slide),
+            self._values_of("label", slide), self._values_of("patient", slide),
+        )  # fmt: skip
+
+    def _values_of(self, field: str, slide: int) -> Callable[[int], str | None]:
+        """Return a function from a tile's row in a slide to its label or patient."""
+        whole: str | None = self.slides[slide][field] or None
+        blob = self.slides[slide][f"{field}s"]
+        if blob is None:
+            return lambda row: whole
+        names, codes = self.cached(f"{field} {slide}", lambda: unpack_coded(blob))
+        return lambda row: names[codes[row]] if codes[row] >= 0 else whole
 
     def tiles(self, positions: NDArray[np.int64]) -> list[dict[str, Any]]:
         """Return the fields of a hit, except rank and score, for the tiles at positions (T,)."""

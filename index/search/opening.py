@@ -18,8 +18,9 @@ from ..store.store import StateGone, Store
 from ..vectors.generations import Generations
 from ..vectors.index import VectorIndex
 from ..vectors.scan import prepared
-from .columns import Columns
+from .columns import Columns, Placements
 from .state import Mosaic, State
+from .tile_rows import clusters_in, places_in
 
 GONE = -(2**62)
 """First tile id of a removed slide; no real tile has such an id."""
@@ -32,7 +33,7 @@ class _Rows:
     revision: int
     slides: list[dict[str, Any]]
     generation: dict[str, Any] | None
-    placements: dict[str, dict[int, bytes]]
+    placements: dict[str, Placements]
     clusterings: list[dict[str, Any]]
     cluster_names: dict[str, dict[int, str]]
     annotations: list[Row]
@@ -69,29 +70,32 @@ class States:
         with self._store.catalog.read() as db:
             revision = int(get_meta(db, REVISION))
             slides = db.execute(
-                "SELECT s.*, t.first_tile, t.places, t.files, t.labels, t.patients, t.mosaic, "
+                "SELECT s.*, t.first_tile, t.files, t.labels, t.patients, t.mosaic, "
                 "t.seal AS tiles_seal "
                 "FROM slides AS s JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY s.id"
             ).fetchall()
             generation = db.execute("SELECT * FROM generations ORDER BY id DESC").fetchone()
             fits = [dict(row) for row in db.execute("SELECT * FROM clusterings ORDER BY id")]
-            placements: dict[str, dict[int, bytes]] = {row["name"]: {} for row in fits}
+            placed: dict[int, set[int]] = {row["id"]: set() for row in fits}
             names: dict[str, dict[int, str]] = {row["name"]: {} for row in fits}
             for row in db.execute(
                 "SELECT c.name AS clustering, n.cluster, n.name FROM clusters AS n "
                 "JOIN clusterings AS c ON c.id = n.clustering_id WHERE n.name != ''"
             ):
                 names[row["clustering"]][row["cluster"]] = row["name"]
-            for row in db.execute(
-                "SELECT c.name, p.slide_id, p.cluster FROM placements AS p "
-                "JOIN clusterings AS c ON c.id = p.clustering_id"
-            ):
-                placements[row["name"]][row["slide_id"]] = row["cluster"]
+            for clustering, slide in db.execute("SELECT clustering_id, slide_id FROM placements"):
+                placed[clustering].add(slide)
             annotated = annotation.rows(db)
             if int(get_meta(db, REVISION)) != revision:  # read without locks in a read-only folder
                 raise StateGone(f"{self._store.path} changed while it was read; try again")
         opened = None if generation is None else dict(generation)
         rows = [dict(row) for row in slides]
+        placements = {
+            row["name"]: Placements(
+                frozenset(placed[row["id"]]), clusters_in(self._store.catalog, row["id"])
+            )
+            for row in fits
+        }
         return _Rows(revision, rows, opened, placements, fits[::-1], names, annotated)
 
     def _open(self, rows: _Rows) -> State:
@@ -125,7 +129,9 @@ class States:
         return State(
             self._store,
             rows.revision,
-            Columns(order, rows.placements, newest, rows.annotations),
+            Columns(
+                order, places_in(self._store.catalog), rows.placements, newest, rows.annotations
+            ),
             index,
             opened.number if opened else 0,
             opened.about if opened else {},
@@ -163,7 +169,6 @@ def _removed(number: int, tiles: int) -> dict[str, Any]:
         "name": "",
         "tiles": tiles,
         "first_tile": GONE,
-        "places": bytes(8 * tiles),
         "mosaic": b"",
         "metadata": "{}",
         "size_px_level0": 0,

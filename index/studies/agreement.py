@@ -127,12 +127,12 @@ def _matched(one: View, other: View) -> tuple[Ints, tuple[int, int]]:
 def _keys(view: View, slide: int) -> list[tuple[int, Hashable]]:
     """Return the positions of a slide's tiles, each with what identifies the tile in the slide."""
     columns = view.columns
-    first, end = int(columns.starts[slide]), int(columns.starts[slide + 1])
+    first = int(columns.starts[slide])
     files = columns.files(slide)
     if files is not None:
         return list(enumerate(files, first))
     side = columns.slides[slide]["size_px_level0"]
-    corners = columns.places()[first:end].tolist()
+    corners = columns.places_of(slide).tolist()
     return [(first + n, (x, y, side)) for n, (x, y) in enumerate(corners)]
 
 

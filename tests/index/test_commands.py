@@ -49,7 +49,7 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
         (["search", "--tile", "1", "--without", "hospital"], "tile, slide, patient"),
         (
             ["search", "--tile", "1", "--engine", "milvus://x"],
-            "searches with images and texts only",
+            "searches one atlas with images and texts only",
         ),
         (["search", "{a}", "--where", "organ ="], "cannot be read at character"),
         (["search", "{a}", "--where", "grade = 1"], "unknown field 'grade'"),

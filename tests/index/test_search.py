@@ -199,15 +199,19 @@ def test_more_like_these_unlike_those(lists):
 
 
 def test_a_view_stays_as_it_was_while_the_atlas_changes(tmp_path):
+    """But it has no coordinates of a removed slide: it says so, and the atlas asks anew."""
     atlas = filled(tmp_path, slides=3, count=50)
     reader = Atlas(atlas.path)
-    view = reader.view()
-    query = read_features(tmp_path / "slide-1.h5").features[:1]
+    view, shown = reader.view(), reader.view()
+    query, kept = (read_features(tmp_path / f"slide-{n}.h5").features[:1] for n in (1, 0))
+    before = view.search(Query(vectors=kept, k=5, where="slide = 'slide-0'"))
     atlas.remove(["slide-1"])
     atlas.relabel([{"slide": "slide-0", "label": "other"}])
-    _, found = view.index.search(query, 5)
-    assert view.columns.hits(found, np.zeros((1, 5), np.float32))[0][0].slide == "slide-1"
     assert len(view.index) == 150
+    assert view.search(Query(vectors=kept, k=5, where="slide = 'slide-0'")) == before
+    assert before[0][0].label == "a"
+    with pytest.raises(Damaged, match="slide 2 of the state that is searched was removed"):
+        shown.search(Query(vectors=query, k=5))
     assert reader.search(query, 1)[0][0].slide != "slide-1" and len(reader.view().index) == 100
     asked = []
 

@@ -171,7 +171,7 @@ def _queries(
     rng = np.random.default_rng(CROP_SEED)
     columns = atlas.view().columns
     number = [row["name"] for row in columns.slides].index(name)
-    tiles = columns.places()[columns.starts[number] : columns.starts[number + 1]].tolist()
+    tiles = columns.places_of(number).tolist()
     chosen = rng.choice(len(tiles), TURNED + 1, replace=len(tiles) <= TURNED)
     corners = [(tiles[n][0], tiles[n][1]) for n in chosen]
     side = int(columns.slides[number]["size_px_level0"])

@@ -263,7 +263,7 @@ class Pictures:
         """Return the thumbnail with the square of each of N tiles tinted by its colour, (N, 3)."""
         thumbnail, down = self._overview(view, number)
         start, end = view.columns.starts[number : number + 2].tolist()
-        corners = view.columns.places()[start:end] / down
+        corners = view.columns.places_of(number) / down
         side = view.columns.slides[number]["size_px_level0"] / down
         height, width = thumbnail.shape[:2]
         tint = np.zeros((height, width, 3), dtype=np.float32)
@@ -383,7 +383,7 @@ def _picture(
 
 def _square_of(view: View, at: int, number: int) -> tuple[int, int, int]:
     """Return a tile's left and top edge and its side in level-0 pixels."""
-    x, y = view.columns.places()[at].tolist()
+    x, y = view.columns.places_of(number)[at - view.columns.starts[number]].tolist()
     return x, y, view.columns.slides[number]["size_px_level0"]
 
 

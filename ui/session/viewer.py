@@ -183,7 +183,7 @@ class Viewer:
         number = slide_number(view, slide)
         row = view.columns.slides[number]
         rows = slice(*view.columns.starts[number : number + 2].tolist())
-        places = view.columns.places()[rows]
+        places = view.columns.places_of(number)
         count = len(places)
         legend: list[tuple[str, str]] = []
         colours = np.tile(np.array([*rgb(TILES), 255], np.uint8), (count, 1))
