@@ -14,7 +14,7 @@ PARALLEL = -n 2 --dist loadscope
 PIP_FLAGS = -q --disable-pip-version-check
 
 .PHONY: demo test test-quick test-deep check docs release-check bench-ablation bench-encoder bench-index bench-serving \
-	bench-full-size bench-student bench-training bench-ui bench-viewer format clean
+	bench-full-size bench-scale bench-student bench-training bench-ui bench-viewer format clean
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -68,6 +68,9 @@ bench-ablation: $(VENV)/.ready
 bench-index: $(VENV)/.ready
 	$(BIN)/pip install $(PIP_FLAGS) hnswlib==0.8.0 usearch==2.26.6
 	$(BIN)/python tests/bench/index.py
+
+bench-scale: $(VENV)/.ready
+	$(BIN)/python tests/bench/scale.py
 
 bench-ui: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh tests/get_chromium.sh

@@ -199,27 +199,82 @@ class Federation:
                 parts.append(Part(vector[None], [example], [hit]))
         if not parts:
             raise BadInput("the query has no example; give an image, or a tile of an atlas")
+        return self._find(parts, query, known, away, self.shards)
+
+    def search_near(
+        self,
+        vector: NDArray[np.float32],
+        query: Query,
+        tiles: Sequence[Example] = (),
+        only: Sequence[str] | None = None,
+    ) -> Answer:
+        """Return the tiles near a vector (D,) that stands for all examples of a query; one list of hits.
+
+        Args:
+            vector: the vector.
+            query: k, filter, what to leave out and so on; its examples are ignored.
+            tiles: the examples that are tiles of a shard; they, their slides or patients are left out.
+            only: names of the shards to search; all when None.
+
+        Raises:
+            BadInput: as for :meth:`search`.
+            NotFound: a tile, or an atlas, does not exist.
+            Mismatch: as for :meth:`search`.
+            Unavailable: no shard answers, or that of an example does not.
+        """
+        shards = {shard.name: shard for shard in self.shards}
+        chosen = list(shards if only is None else only)
+        for name in chosen:
+            if name not in shards:
+                raise unknown_name("atlas", name, shards)
+        known, away = self.facts()
+        check_filter(query.where, known)
+        _, hits = self._examples(tiles, known, away)
+        part = Part(vector[None], tiles, hits)
+        return self._find([part], query, known, away, [shards[name] for name in chosen])
+
+    def examples(self, tiles: Sequence[Example]) -> NDArray[np.float32]:
+        """Return the vectors (T, D) of tiles of the shards.
+
+        Raises:
+            BadInput: a tile is in Milvus.
+            NotFound: a tile, or the atlas of a tile, does not exist.
+            Unavailable: the atlas of a tile is away.
+        """
+        return self._examples(tiles, *self.facts())[0]
+
+    def _find(
+        self,
+        parts: Sequence[Part],
+        query: Query,
+        known: dict[str, Facts],
+        away: dict[str, str],
+        chosen: Sequence[Shard],
+    ) -> Answer:
+        """Ask some of the shards for all parts, and merge their answers."""
         fields = frozenset[str]().union(*(facts.fields for facts in known.values()))
 
         def find(shard: Shard) -> list[tuple[list[list[Hit]], int]]:
             absent = fields - known[shard.name].fields
             return [shard.find(part.query_for(shard.name, query, absent)) for part in parts]
 
-        reached = [shard for shard in self.shards if shard.name in known]
-        answers = self._asking.ask(reached, find)
+        answers = self._asking.ask([shard for shard in chosen if shard.name in known], find)
         if not answers.of:
-            reasons = "; ".join(f"{name}: {why}" for name, why in answers.away.items())
-            raise Unavailable(f"no atlas could be searched: {reasons}")
+            reasons = {s.name: {**away, **answers.away}[s.name] for s in chosen}
+            raise Unavailable(
+                "no atlas could be searched: "
+                + "; ".join(f"{name}: {why}" for name, why in reasons.items())
+            )
         revisions = {name: of[0][1] for name, of in answers.of.items()}
         found: list[list[Found]] = []
         for number, part in enumerate(parts):
             for row in range(len(part.vectors)):
                 of_shards = {
                     shard.name: part.kept(shard.name, answers.of[shard.name][number][0][row])
-                    for shard in self.shards if shard.name in answers.of
+                    for shard in chosen if shard.name in answers.of
                 }  # fmt: skip
                 found.append(merged(of_shards, query.k, query.per_slide))
-        shards = self._searched(known, {**away, **answers.away}, revisions)
+        shards = self._searched(chosen, known, {**away, **answers.away}, revisions)
         return Answer(found, shards, shared_slides(known))
 
     def status(self) -> Answer:
@@ -231,17 +286,22 @@ class Federation:
         """
         known, away = self.facts()
         revisions = {name: facts.revision for name, facts in known.items()}
-        return Answer([], self._searched(known, away, revisions), shared_slides(known))
+        shards = self._searched(self.shards, known, away, revisions)
+        return Answer([], shards, shared_slides(known))
 
+    @staticmethod
     def _searched(
-        self, known: dict[str, Facts], away: dict[str, str], revisions: dict[str, int]
+        shards: Sequence[Shard],
+        known: dict[str, Facts],
+        away: dict[str, str],
+        revisions: dict[str, int],
     ) -> list[Searched]:
         return [
             Searched(
                 shard.name, shard.address, revisions.get(shard.name),
                 known[shard.name].tiles if shard.name in known else None, away.get(shard.name, ""),
             )
-            for shard in self.shards
+            for shard in shards
         ]  # fmt: skip
 
     def _examples(

@@ -192,7 +192,7 @@ def is_milvus(address: str) -> bool:
 
 
 def named(addresses: Sequence[str]) -> list[Shard]:
-    """Return the shards at addresses, named by folder or collection, or by address if two are equal.
+    """Return the shards at addresses, each named by as many last parts of its address as tell it apart.
 
     Raises:
         BadInput: an address occurs twice, or is not a valid address of Milvus.
@@ -201,12 +201,23 @@ def named(addresses: Sequence[str]) -> list[Shard]:
     for n, address in enumerate(resolved):
         if address in resolved[:n]:
             raise BadInput(f"{addresses[n]} was given twice; give each atlas once")
-    short = [parse_url(a).collection if is_milvus(a) else Path(a).name or a for a in resolved]
+    parts = [_parts(address) for address in resolved]
     shards: list[Shard] = []
-    for address, own in zip(addresses, short, strict=True):
-        name = own if short.count(own) == 1 else address
-        shards.append((MilvusShard if is_milvus(address) else AtlasShard)(address, name))
+    for address, own in zip(addresses, parts, strict=True):
+        count = 1
+        while count < len(own) and sum(other[-count:] == own[-count:] for other in parts) > 1:
+            count += 1
+        kind = MilvusShard if is_milvus(address) else AtlasShard
+        shards.append(kind(address, "/".join(own[-count:])))
     return shards
+
+
+def _parts(address: str) -> list[str]:
+    """Return the parts of an address, the last of which is the name of the folder or collection."""
+    if not is_milvus(address):
+        return list(Path(address).parts[1:]) or [address]
+    found = parse_url(address)
+    return [*found.uri.split("/"), found.collection]
 
 
 def check_encoders(facts: dict[str, Facts]) -> None:

@@ -65,8 +65,10 @@ def write_slide(path, vectors, name):
     return path
 
 
-def make_atlas(folder, vectors):
+def make_atlas(folder, vectors, prefix="slide"):
     """An atlas of slides of 10,000 tiles (fewer for few), with columns to filter by.
+
+    ``prefix`` begins the names of the slides and patients.
 
     ``percent`` is one of 100 values per slide, ``half`` one of 2, and ``look`` goes with what tiles look
     like if the vectors come sorted: every tenth of the slides has a value. Tile ids count the vectors
@@ -77,12 +79,12 @@ def make_atlas(folder, vectors):
     size = min(SLIDE, len(vectors) // 100)
     files, metadata = [], {}
     for number, start in enumerate(range(0, len(vectors), size)):
-        name = f"slide-{number:04d}"
+        name = f"{prefix}-{number:04d}"
         part = vectors[start : start + size]
         files.append(write_slide(folder / f"{name}.h5", part, name))
         metadata[name] = {
             "label": f"L{number % 5}",
-            "patient": f"P{number // 2}",
+            "patient": f"{prefix}-P{number // 2}",
             "percent": str(number % 100),
             "half": "ab"[number % 2],
             "look": str(number * 10 // max(1, len(vectors) // size)),

@@ -65,16 +65,20 @@ def place(hit):
 
 
 def same(answers, expected):
-    """Compare hits of the federation with those of one atlas."""
+    """The hits of one atlas in the same order, but that scores which rounding tells apart may swap places."""
     assert len(answers) == len(expected)
     for mine, theirs in zip(answers, expected, strict=True):
         assert [one.hit.rank for one in mine] == [hit.rank for hit in theirs]
         assert [one.hit.score for one in mine] == pytest.approx(
             [hit.score for hit in theirs], abs=2e-6
         )
-        assert [place(one.hit) for one in mine] == [place(hit) for hit in theirs]
-        for one, hit in zip(mine, theirs, strict=True):
-            assert one.hit._replace(tile=0, score=0) == hit._replace(tile=0, score=0)
+        known = {place(hit): hit for hit in theirs}
+        for one in mine:
+            hit = known[place(one.hit)]
+            assert one.hit.score == pytest.approx(hit.score, abs=2e-6)
+            assert one.hit._replace(tile=0, score=0, rank=0) == hit._replace(
+                tile=0, score=0, rank=0
+            )
             number = int(hit.slide.removeprefix("slide-"))
             assert number in SHARDS[one.atlas]
 
@@ -140,7 +144,9 @@ def test_shards_are_named_and_given_once(made, tmp_path):
     other = tmp_path / "north"
     Atlas.create(other, DEFAULT_BUNDLE).add([features(tmp_path / "more.h5", 30, 9)])
     both = Federation([folder / "north", other, folder / "south"])
-    assert [shard.name for shard in both.shards] == [str(folder / "north"), str(other), "south"]
+    assert [shard.name for shard in both.shards] == [
+        f"{folder.name}/north", f"{tmp_path.name}/north", "south",
+    ]  # fmt: skip
     with pytest.raises(BadInput, match="given twice"):
         Federation([folder / "north", folder / "south" / ".." / "north"])
     with pytest.raises(BadInput, match="no atlas was given"):
