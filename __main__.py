@@ -88,6 +88,7 @@ def _hash_password(requested: bool) -> None:
 @app.command()
 def ui(
     atlas: Path,
+    others: Annotated[list[str] | None, typer.Argument()] = None,
     hash_password: Annotated[
         bool, typer.Option("--hash-password", callback=_hash_password, is_eager=True)
     ] = False,
@@ -108,6 +109,8 @@ def ui(
     """Serve an atlas as a web page and an HTTP API. The API's documentation is at /docs.
 
     Options:
+        others: Further atlases of the same encoder (folders, or Milvus collections) to search together with
+            the first one. The page shows maps, clusters and slides of the first one only.
         hash_password: Ask for a password, print its hash for the --users file, and exit.
         host: Address to listen on.
         port: Port to listen on.
@@ -134,8 +137,9 @@ def ui(
     access = access_for(host, users, tuple(allow_host or ()), proxies=proxies)
     console.log_to_stderr(log_requests)
     options = ServeOptions(
-        host, port, access, encoder, tuple(slides or ()), audit_log, page=not no_page
-    )
+        host, port, access, encoder, tuple(slides or ()), audit_log, page=not no_page,
+        others=tuple(others or ()),
+    )  # fmt: skip
     _open_page(atlas, options)
     stopping.leave(console.EXIT_DONE)  # a library's thread may still be computing a map
 

@@ -36,6 +36,7 @@ class ServeOptions:
         slides: folders from which slides may be added by their path.
         audit_log: file of the audit log; in the atlas's folder when None.
         page: whether to serve the page in addition to the API.
+        others: further atlases to search: folders, or addresses of Milvus.
     """
 
     host: str = "127.0.0.1"
@@ -45,6 +46,7 @@ class ServeOptions:
     slides: Sequence[Path] = ()
     audit_log: Path | None = None
     page: bool = True
+    others: Sequence[str] = ()
 
     def __post_init__(self) -> None:
         """Check the values."""
@@ -80,7 +82,7 @@ class Running:
 
     def _start(self, atlas: Path, options: ServeOptions, listening: socket.socket) -> None:
         uvicorn = need("uvicorn", "ui")
-        self.session = Session(atlas, options.encoder)
+        self.session = Session(atlas, options.encoder, options.others)
         self._closing.append(self.session.close)
         audit = open_audit(atlas, options.audit_log, self.session, options.access.guarded)
         if audit is not None:

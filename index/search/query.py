@@ -113,9 +113,13 @@ class Query:
 
     def _with(self, vectors: NDArray[np.float32], like: int) -> Query:
         """Return the query with further vectors, of which the first ``like`` are to be like."""
+        return self.with_vectors(vectors[:like], vectors[like:])
+
+    def with_vectors(self, like: NDArray[np.float32], unlike: NDArray[np.float32]) -> Query:
+        """Return the query with further vectors (Q, D) to be like, and (M, D) to be unlike."""
         return replace(
-            self, vectors=_joined(self.vectors, vectors[:like]),
-            unlike_vectors=_joined(self.unlike_vectors, vectors[like:]),
+            self, vectors=_joined(self.vectors, like),
+            unlike_vectors=_joined(self.unlike_vectors, unlike),
         )  # fmt: skip
 
 

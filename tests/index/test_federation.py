@@ -65,7 +65,7 @@ def place(hit):
 
 
 def same(answers, expected):
-    """The hits of one atlas in the same order, but that scores which rounding tells apart may swap places."""
+    """The hits of one atlas in its order; scores that rounding alone tells apart may swap places."""
     assert len(answers) == len(expected)
     for mine, theirs in zip(answers, expected, strict=True):
         assert [one.hit.rank for one in mine] == [hit.rank for hit in theirs]

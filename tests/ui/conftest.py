@@ -67,10 +67,12 @@ def loops_made():
 class Served:
     """The app of an atlas with a client that speaks to it directly."""
 
-    def __init__(self, atlas, access=None, folders=(), peer="testclient", with_page=False):
+    def __init__(
+        self, atlas, access=None, folders=(), peer="testclient", with_page=False, others=()
+    ):
         from starlette.testclient import TestClient
 
-        self.session = Session(atlas)
+        self.session = Session(atlas, others=[str(other) for other in others])
         self.log = atlas / "audit.jsonl"
         self.audit = Audit(self.log, self.session)
         self.additions = Additions(self.session, folders)

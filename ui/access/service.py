@@ -29,12 +29,19 @@ class Server:
 
     def note_search(self, request: Any, answer: SearchAnswer) -> None:
         """Record a search in the audit log."""
-        query = answer.query
+        query, among = answer.query, answer.among
+        elsewhere: dict[str, Any] = {}
+        if answer.searched:
+            elsewhere["atlases"] = [shard.atlas for shard in answer.searched if not shard.away]
+        if among.like or among.unlike:
+            elsewhere["like_elsewhere"] = [tile._asdict() for tile in among.like]
+            elsewhere["unlike_elsewhere"] = [tile._asdict() for tile in among.unlike]
         self.note(
             request, "search", result=answer.id, k=query.k, where=query.where, hits=len(answer.hits),
             images=len(query.images) + len(query.unlike_images), like=list(query.tiles),
             unlike=list(query.unlike_tiles), texts=list(query.texts),
             unlike_texts=list(query.unlike_texts), generation=answer.generation, revision=answer.revision,
+            **elsewhere,
         )  # fmt: skip
 
     def note_assign(self, request: Any, answer: ClusterAnswer) -> None:

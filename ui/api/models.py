@@ -21,6 +21,8 @@ from . import openai
 
 MAX_TILE = 2**53
 MAX_REGIONS = 8
+MAX_ATLASES = 100
+AtlasName = Annotated[str, Field(min_length=1, max_length=1_000)]
 TileId = Annotated[int, Field(ge=0, le=MAX_TILE)]
 Text = Annotated[str, Field(max_length=10_000)]
 Words = Annotated[str, Field(max_length=LONGEST)]
@@ -76,6 +78,19 @@ class SlideRegion(Request):
         return json.loads(value) if isinstance(value, str) else value
 
 
+class TileElsewhere(Request):
+    """A tile of a further atlas of the server."""
+
+    atlas: AtlasName
+    tile: TileId
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_a_form(cls, value: Any) -> Any:
+        """Read the JSON text that a field of a form holds."""
+        return json.loads(value) if isinstance(value, str) else value
+
+
 class SearchRequest(Request):
     """A search query; needs at least one of ``images``, ``like``, ``texts`` and ``regions``."""
 
@@ -119,6 +134,15 @@ class SearchRequest(Request):
         "", description="leave out the slides, or all slides of the patients, of the tiles in like"
     )
     clustering: Short | None = None
+    atlases: list[AtlasName] = Field(
+        [],
+        max_length=MAX_ATLASES,
+        description="names of the atlases to search, of those in /v1/atlases; empty: the server's own",
+    )
+    like_elsewhere: list[TileElsewhere] = Field(
+        [], max_length=MAX_EXAMPLES, description="tiles of further atlases that hits resemble"
+    )
+    unlike_elsewhere: list[TileElsewhere] = Field([], max_length=MAX_EXAMPLES)
 
 
 class AssignRequest(Request):
@@ -267,12 +291,40 @@ class Match(BaseModel):
     box: list[float]
 
 
+class FoundHit(Hit):
+    """A hit; ``atlas`` is the name of its atlas if several were asked."""
+
+    atlas: str | None = None
+
+
+class AskedAtlas(BaseModel):
+    """An atlas of the server; ``away`` says why it cannot be searched, "" if it can."""
+
+    atlas: str
+    tiles: int | None = Field(description="null if it is not known, as in Milvus")
+    revision: int | None
+    away: str
+
+
+class Atlases(BaseModel):
+    """The atlases of the server; the first is its own. Its slides can be viewed, and be changed."""
+
+    atlases: list[AskedAtlas]
+    shared_slides: int = Field(description="number of slides that several of them have")
+
+
 class SearchAnswer(BaseModel):
     """Similar tiles, the verdict on the query, and the provenance of the answer."""
 
     result: str
     verdict: Verdict
-    hits: list[Hit]
+    hits: list[FoundHit]
+    atlases: list[AskedAtlas] = Field(
+        description="the atlases that were asked; empty if it was the server's own alone"
+    )
+    shared_slides: int = Field(
+        description="number of slides that several of the atlases have; each counts as one"
+    )
     matches: list[Match]
     milliseconds: dict[str, float]
     provenance: dict[str, Any]

@@ -12,10 +12,12 @@ from fastapi import Query as InUrl
 from fastapi.responses import JSONResponse
 
 from ...errors import BadInput, NotFound, TooLarge
+from ...index.federation.federation import Example
 from ...index.search.query import Query
 from ..access.service import Server
 from ..session import report
 from ..session.addition import Addition
+from ..session.answers import Among
 from ..session.regions import Region
 from . import models, openai
 from .bodies import Body, body_of, content_type, images_of, with_body
@@ -24,6 +26,7 @@ from .viewer_routes import JPEG, Clustering, add_annotations, add_viewer, jpeg
 PAGE = 200
 BOX = r"^(\d{1,5},){3}\d{1,5}$|^$"
 F = TypeVar("F", bound=Callable[..., Response])
+AtlasNumber = Annotated[int, Parameter(ge=0, lt=models.MAX_ATLASES)]
 TileNumber = Annotated[int, Parameter(ge=0, le=models.MAX_TILE)]
 MAP: dict[int | str, dict[str, Any]] = {
     200: {"content": {"application/octet-stream": {}}},
@@ -95,7 +98,12 @@ def add_queries(app: FastAPI, server: Server) -> None:
             regions = [
                 Region(part.slide, tuple((x, y) for x, y in part.ring)) for part in fields.regions
             ]
-            answer = session.search(query, fields.clustering, regions, scaled)
+            among = Among(
+                tuple(fields.atlases),
+                tuple(Example(one.atlas, one.tile) for one in fields.like_elsewhere),
+                tuple(Example(one.atlas, one.tile) for one in fields.unlike_elsewhere),
+            )
+            answer = session.search(query, fields.clustering, regions, scaled, among)
             server.note_search(request, answer)
             return report.as_json(session, answer)
 
@@ -171,6 +179,57 @@ def add_pictures(app: FastAPI, server: Server) -> None:
     def overlay(slide: str, clustering: Clustering = None) -> Response:
         """Return a slide with its tiles coloured by cluster."""
         return jpeg(pictures.clusters(slide, clustering), 0)
+
+
+def add_atlases(app: FastAPI, server: Server) -> None:
+    """Add the atlases of the server, and tiles of the further ones with their images."""
+    session = server.session
+
+    @app.get("/v1/atlases", tags=["tiles"], response_model=models.Atlases)
+    def atlases() -> Any:
+        """List the atlases that are searched; the first is the server's own."""
+        if session.elsewhere is None:
+            view = session.atlas.view()
+            facts = {"tiles": len(view.index), "revision": view.revision, "away": ""}
+            return {"atlases": [{"atlas": session.atlas.path.name, **facts}], "shared_slides": 0}
+        status = session.elsewhere.status()
+        rows = report.searched_rows(session, status.shards)
+        return {"atlases": rows, "shared_slides": len(status.shared_slides)}
+
+    def of(number: int) -> str:
+        """Return the name of an atlas of the server by its number, from 0."""
+        if session.elsewhere is None:
+            if number:
+                raise NotFound(f"there is no atlas {number}; this server has one, number 0")
+            return ""
+        return session.elsewhere.name_of(number)
+
+    def image(kind: str) -> Callable[[F], F]:
+        path = f"/v1/atlases/{{atlas}}/tiles/{{tile}}{kind}.jpg"
+        return app.get(path, tags=["tiles"], responses=JPEG, response_class=Response)
+
+    @image("")
+    def tile_picture(atlas: AtlasNumber, tile: TileNumber) -> Response:
+        """Return a tile of an atlas of the server as an image."""
+        return jpeg(session.pictures_of(of(atlas)).tile(tile))
+
+    @image("/field")
+    def field_picture(atlas: AtlasNumber, tile: TileNumber) -> Response:
+        """Return an image of a tile of an atlas and its neighbours, with a box around the tile."""
+        return jpeg(session.pictures_of(of(atlas)).field(tile))
+
+    @image("/place")
+    def place_picture(atlas: AtlasNumber, tile: TileNumber) -> Response:
+        """Return an image of the whole slide of a tile of an atlas, with a box around the tile."""
+        return jpeg(session.pictures_of(of(atlas)).place(tile))
+
+    @app.get("/v1/atlases/{atlas}/tiles/{tile}", tags=["tiles"], response_model=models.Tile)
+    def tile(atlas: AtlasNumber, tile: TileNumber) -> Any:
+        """Return the metadata of a tile of an atlas of the server."""
+        name = of(atlas)
+        if session.elsewhere is None or name == session.elsewhere.own:
+            return session.atlas.tiles([tile])[tile]
+        return session.elsewhere.tile(name, tile)
 
 
 def add_map(app: FastAPI, server: Server) -> None:
@@ -324,7 +383,7 @@ def add_clusters(app: FastAPI, server: Server) -> None:
 
 
 ALL = (
-    add_queries, add_answers, add_pictures, add_viewer, add_annotations, add_map, add_slides, add_jobs,
-    add_clusters,
+    add_queries, add_answers, add_pictures, add_atlases, add_viewer, add_annotations, add_map, add_slides,
+    add_jobs, add_clusters,
 )  # fmt: skip
 """What adds the routes of the API to an app."""

@@ -20,7 +20,12 @@
     `This page is at ${here.href}, but the server was told that it is at ${believed.href}. The proxy must send ` +
     `${missing}; see "Behind a proxy" in docs/ui.md. Until then the page cannot search.`));
 
-  const tileUrl = (tile) => `v1/tiles/${tile}.jpg`;
+  /* A tile of a further atlas is called "number of the atlas:id", one of the server's own just by its id. */
+  const tilePath = (tile) => {
+    const [id, atlas] = String(tile).split(":").reverse();
+    return atlas ? `v1/atlases/${atlas}/tiles/${id}` : `v1/tiles/${id}`;
+  };
+  const tileUrl = (tile) => `${tilePath(tile)}.jpg`;
   hs.tileUrl = tileUrl;
   hs.ask = ask;
 
@@ -273,9 +278,9 @@
     if (!button) return;
     if (button.dataset.tab) { openTab(button.dataset.tab); return; }
     if (button.dataset.view) { hs.showSlide?.(button.dataset.view); return; }
-    if (button.dataset.open) hs.open(Number(button.dataset.open), button);
-    else if (button.dataset.like) pick("like", Number(button.dataset.like));
-    else pick("unlike", Number(button.dataset.unlike));
+    if (button.dataset.open) hs.open(button.dataset.open, button);
+    else if (button.dataset.like) pick("like", button.dataset.like);
+    else pick("unlike", button.dataset.unlike);
   });
   /* Choosing a tile anywhere opens the first tab, which searches for it. */
   function pick(kind, tile) {
@@ -307,24 +312,25 @@
       document.body.append(dialog);
     }
     const close = el("button", { class: "hs-close", "aria-label": "Close", onclick: () => dialog.close() }, "×");
-    dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `Tile ${tile}`), el("p", {}, "Loading …"));
+    dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `Tile ${String(tile).split(":").pop()}`), el("p", {}, "Loading …"));
     if (!dialog.open) dialog.showModal();
     dialog.onclose = () => from?.focus?.();
     const mine = ++opening;
     let facts;
     try {
-      facts = await (await ask(`v1/tiles/${tile}`)).json();
+      facts = await (await ask(tilePath(tile))).json();
     } catch (error) {
-      dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `Tile ${tile}`),
+      dialog.replaceChildren(close, el("h2", { id: "hs-dialog-title" }, `Tile ${String(tile).split(":").pop()}`),
         el("p", { role: "alert" }, error.message));
       return;
     }
     if (mine !== opening) return;
     const where = facts.file ?? `x ${facts.x}, y ${facts.y}`;
+    const elsewhere = String(tile).includes(":");  /* viewer and clusters are of the server's own atlas */
     const figure = (url, alt, caption) => el("figure", {}, el("img", { src: url, alt }), el("figcaption", {}, caption));
     const list = el("dl", { class: "hs-facts-list" });
     const rows = { slide: facts.slide, position: where, label: facts.label, patient: facts.patient,
-      cluster: facts.cluster === null || facts.cluster < 0 ? null : facts.cluster,
+      cluster: elsewhere || facts.cluster === null || facts.cluster < 0 ? null : facts.cluster,
       "µm per pixel of level 0": facts.mpp };
     for (const [key, value] of Object.entries(rows))
       if (value !== null && value !== undefined && value !== "")
@@ -333,10 +339,10 @@
       class: "hs-act", onclick: () => { dialog.close(); pick(kind, tile); } }, text);
     const images = el("div", { class: "hs-context" },
       figure(tileUrl(tile), `tile ${tile}`, "the tile"),
-      figure(`v1/tiles/${tile}/field.jpg`, `tile ${tile} with its surroundings`,
+      figure(`${tilePath(tile)}/field.jpg`, `tile ${tile} with its surroundings`,
         facts.file ? "the whole image; the box is what the encoder saw" : "its surroundings, at a lower magnification"));
-    if (!facts.file) images.append(figure(`v1/tiles/${tile}/place.jpg`, `position of tile ${tile} on the slide`, "position on the slide"));
-    const onSlide = facts.file || !facts.size_px_level0 ? [] : [el("button", { class: "hs-act", onclick: () => {
+    if (!facts.file) images.append(figure(`${tilePath(tile)}/place.jpg`, `position of tile ${tile} on the slide`, "position on the slide"));
+    const onSlide = elsewhere || facts.file || !facts.size_px_level0 ? [] : [el("button", { class: "hs-act", onclick: () => {
       dialog.close();
       hs.showSlide?.(facts.slide, { x: facts.x, y: facts.y, side: facts.size_px_level0 });
     } }, "Open in the slide viewer")];

@@ -193,4 +193,5 @@ def _tab(name: str) -> Iterator[Any]:
 
 
 def _header(session: Session) -> str:
-    return view.header(session.atlas.stats(), session.atlas.path.name)
+    others = session.elsewhere.names[1:] if session.elsewhere else ()
+    return view.header(session.atlas.stats(), session.atlas.path.name, others)

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
-from ...errors import HistoseekError
+from ...errors import BadInput, HistoseekError
+from ...index.federation.federation import Example
 from ...index.search.filters import quoted, quoted_field
 from ...index.search.query import Query
 from ..access.service import Server
 from ..session import words
-from ..session.answers import both
+from ..session.answers import Among, SearchAnswer, both
 from ..session.report import matches
 from ..session.scaled import tile_mpp_of
 from ..session.session import Cutting, Session
@@ -54,7 +56,7 @@ element.addEventListener('click', (e) => {
   const button = e.target.closest('[data-drop],[data-clear],[data-image]');
   if (!button) return;
   if (button.dataset.image) { histoseek.clearPicker(); trigger('select', {kind: 'image'}); return; }
-  const tile = Number(button.dataset.drop);
+  const tile = button.dataset.drop;
   trigger('select', button.dataset.clear ? {kind: 'clear'} : {kind: 'drop', tile});
 });
 """
@@ -73,8 +75,12 @@ def find_tab(server: Server, last: Any) -> None:
             )  # fmt: skip
             basket = html("", js_on_load=BASKET_JS, elem_id="basket")
             count = gr.Slider(1, 60, value=12, step=1, label="Number of hits")
+            names = session.elsewhere.names if session.elsewhere else []
+            atlases = gr.CheckboxGroup(
+                names, value=names, label="Search in", elem_id="atlases", visible=len(names) > 1
+            )
             with gr.Accordion("Filters", open=False, elem_id="filters") as filters:
-                fields = {"text": words_box, **_filters(session)}
+                fields = {"text": words_box, "atlases": atlases, **_filters(session)}
             button = gr.Button("Find similar tiles", variant="primary", elem_id="find")
         with gr.Column(scale=3, min_width=320):
             note = html("", js_on_load="histoseek.answered(element);", elem_id="verdict")
@@ -126,14 +132,14 @@ class _Handlers:
             return query, _basket(query), view.problem(text), gr.skip(), ""
         try:
             session = self.server.session
-            asked, scaled = _query(session, query, int(k), chosen)
-            answer = session.search(asked, scaled=scaled)
+            asked, scaled, among = _query(session, query, int(k), chosen)
+            answer = session.search(asked, scaled=scaled, among=among)
             self.server.note_search(request, answer)
             names = session.atlas.cluster_names() if session.atlas.clusterings() else {}
         except HistoseekError as error:
             return _failed(query, error)
         basket = view.basket(answer.query.images, query["like"], query["unlike"])
-        cards = view.gallery(answer.hits, names, matches(answer))
+        cards = view.gallery(answer.hits, names, matches(answer), _homes(session, answer))
         return query, basket, view.verdict(answer), cards, answer.id
 
     def uploaded(
@@ -153,6 +159,14 @@ class _Handlers:
             empty = view.empty("No query.", "Choose an image, or a tile with + like.")
             return query, _basket(query), "", empty, ""
         return self.clicked(request, query, k, *values)
+
+
+def _homes(session: Session, answer: SearchAnswer) -> list[view.Home]:
+    """Return the atlas of each hit; [] if there is only the server's own."""
+    if session.elsewhere is None:
+        return []
+    names = answer.atlases or [session.elsewhere.own] * len(answer.hits)
+    return [view.Home(session.elsewhere.names.index(name), name) for name in names]
 
 
 def _is_empty(query: Examples, chosen: dict[str, Any]) -> bool:
@@ -208,7 +222,7 @@ def _choices(session: Session, names: Sequence[str]) -> list[Any]:
     updates = []
     for name in names:
         field = name.removeprefix("not in ").removeprefix("in ")
-        if field == name:
+        if field == name:  # it has no list of choices
             updates.append(gr.skip())
         elif field == "cluster":
             updates.append(gr.update(choices=_cluster_choices(session)))
@@ -216,8 +230,16 @@ def _choices(session: Session, names: Sequence[str]) -> list[Any]:
             labels = {item.label for item in columns.annotations if item.label}
             updates.append(gr.update(choices=sorted(labels)[:CHOICES]))
         else:
-            updates.append(gr.update(choices=sorted(columns.coded(field).names)[:CHOICES]))
+            updates.append(gr.update(choices=_values(session, field)[:CHOICES]))
     return updates
+
+
+def _values(session: Session, field: str) -> list[str]:
+    """Return the values of a column in all atlases on disk that are searched."""
+    columns = [session.atlas.view().columns]
+    if session.elsewhere is not None:
+        columns += session.elsewhere.columns()
+    return sorted({name for each in columns for name in each.coded(field).names})
 
 
 def _cluster_choices(session: Session) -> list[tuple[str, int]]:
@@ -230,12 +252,15 @@ def _cluster_choices(session: Session) -> list[tuple[str, int]]:
 
 def _query(
     session: Session, query: Examples, k: int, values: dict[str, Any]
-) -> tuple[Query, list[Cutting]]:
-    """Return the query from the widgets' values, and its image if its scale is known."""
+) -> tuple[Query, list[Cutting], Among]:
+    """Return the query from the widgets' values, its image if its scale is known, and what to search."""
     where = (values.pop("where") or "").strip() or None
     leave_out: Any = values.pop("leave_out") or "tile"
     per_slide = values.pop("per_slide")
     text = (values.pop("text") or "").strip()
+    atlases = values.pop("atlases") or []
+    if session.elsewhere is not None and not atlases:
+        raise BadInput("no atlas is chosen under “Search in”; choose one or more")
     for name, chosen in values.items():
         operator, _, field = name.rpartition(" ")
         if chosen:
@@ -250,11 +275,23 @@ def _query(
             images.append(session.read(path, name, crop))
         else:
             scaled.append(session.cut(path, name, mpp, crop))
+    (like, like_elsewhere), (unlike, unlike_elsewhere) = (
+        _examples(session, query[kind]) for kind in ("like", "unlike")
+    )
     asked = Query(
-        tuple(images), tiles=tuple(query["like"]), unlike_tiles=tuple(query["unlike"]), k=k, where=where,
-        per_slide=bool(per_slide), leave_out=leave_out, texts=(text,) if text else (),
+        tuple(images), tiles=like, unlike_tiles=unlike, k=k, where=where, per_slide=bool(per_slide),
+        leave_out=leave_out, texts=(text,) if text else (),
     )  # fmt: skip
-    return asked, scaled
+    return asked, scaled, Among(tuple(atlases), like_elsewhere, unlike_elsewhere)
+
+
+def _examples(session: Session, keys: Sequence[str]) -> tuple[tuple[int, ...], tuple[Example, ...]]:
+    """Return the tiles of the server's own atlas and those of further ones, by their keys on the page."""
+    own = tuple(int(key) for key in keys if key.isdigit())
+    others = [key for key in keys if not key.isdigit()]
+    if others and session.elsewhere is None:
+        raise BadInput(f"there is no tile {others[0]!r}; this server has one atlas")
+    return own, tuple(session.elsewhere.example(key) for key in others) if session.elsewhere else ()
 
 
 def _picked(query: Examples, data: Any) -> Examples:
@@ -264,9 +301,9 @@ def _picked(query: Examples, data: Any) -> Examples:
         return {**query, "upload": None}
     if kind == "clear":
         return {**query, "like": [], "unlike": []}
-    if kind not in {"like", "unlike", "drop"} or not isinstance(data.get("tile"), int):
+    tile = str(data.get("tile"))
+    if kind not in {"like", "unlike", "drop"} or not re.fullmatch(r"(\d{1,3}:)?\d{1,16}", tile):
         return query
-    tile = data["tile"]
     like = [t for t in query["like"] if t != tile]
     unlike = [t for t in query["unlike"] if t != tile]
     if kind == "like":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from base64 import b64encode
 from collections.abc import Mapping, Sequence
 from html import escape
-from typing import Any
+from typing import Any, NamedTuple
 
 from ...artifacts.images import Rgb, encode_jpeg
 from ...index.store.rows import Hit
@@ -15,19 +15,26 @@ from ..session.answers import SearchAnswer
 from ..session.words import NOTICE_TEXT, cluster_name, place, verdict_text
 
 EXAMPLES = 6
+NAMES = 5
 
 
-def header(stats: Mapping[str, Any], atlas: str) -> str:
-    """Return the page's head: name, contents of the atlas, and the notice."""
+def header(stats: Mapping[str, Any], atlas: str, others: Sequence[str] = ()) -> str:
+    """Return the page's head: name, contents of the atlas, further atlases, and the notice."""
     slides = stats["slides"]
     noun = "slide or tile set" if slides == 1 else "slides and tile sets"
     counts = f"{stats['tiles']:,} tiles of {slides:,} {noun}"
     return (
         f'<header class="hs-head" data-revision="{stats["revision"]}"><h1>histoseek</h1>'
-        f"<p><b>{escape(atlas)}</b> {counts}</p>"
+        f"<p><b>{escape(atlas)}</b> {counts}{_further(others)}</p>"
         f'<p class="hs-notice" role="note">{escape(NOTICE_TEXT)}</p></header>'
         + ("" if stats["tiles"] else _FIRST_STEPS)
     )
+
+
+def _further(names: Sequence[str]) -> str:
+    """Return the names of the further atlases that are searched."""
+    shown = ", ".join(map(escape, names[:NAMES])) + (" …" if len(names) > NAMES else "")
+    return f"; also searched: {shown}" if names else ""
 
 
 _FIRST_STEPS = """<section class="hs-first" aria-label="First steps"><b>This atlas is empty.</b><ol>
@@ -60,34 +67,69 @@ def gallery(
     hits: Sequence[Hit],
     names: Mapping[int, str] | None = None,
     matches: Sequence[Mapping[str, Any]] = (),
+    homes: Sequence[Home] = (),
 ) -> str:
     """Return hits as cards: the tile with a link to its context, its metadata, and two buttons.
 
-    ``matches`` are the parts of the query image that hits resemble, for the page to show.
+    Args:
+        hits: best first.
+        names: of the clusters.
+        matches: the parts of the query image that hits resemble, for the page to show.
+        homes: the atlas of each hit; empty if it is the server's own.
     """
     parts = [",".join(f"{v:.4f}" for v in match["box"]) for match in matches] or [""] * len(hits)
-    cards = "".join(_card(hit, names, part) for hit, part in zip(hits, parts, strict=True))
+    homes = homes or [OWN] * len(hits)
+    cards = "".join(
+        _card(hit, names, part, home) for hit, part, home in zip(hits, parts, homes, strict=True)
+    )
     if not cards:
         return empty("No tile passes the filter.", "Loosen the filter, or leave out less.")
     return f'<ul class="hs-hits">{cards}</ul>'
 
 
-def _card(hit: Hit, names: Mapping[int, str] | None, part: str = "") -> str:
+class Home(NamedTuple):
+    """The atlas of a hit.
+
+    Attributes:
+        number: 0 is the server's own.
+        name: "" if only the server's own is searched.
+    """
+
+    number: int
+    name: str
+
+    def key(self, tile: int) -> str:
+        """Return what the page calls a tile: its id, with the number of a further atlas in front."""
+        return f"{self.number}:{tile}" if self.number else str(tile)
+
+
+OWN = Home(0, "")
+
+
+def tile_url(key: str) -> str:
+    """Return the address of a tile's image."""
+    number, _, tile = key.rpartition(":")
+    return f"v1/atlases/{number}/tiles/{tile}.jpg" if number else f"v1/tiles/{tile}.jpg"
+
+
+def _card(hit: Hit, names: Mapping[int, str] | None, part: str = "", home: Home = OWN) -> str:
     where = f"{hit.slide}, {place(hit)}"
     title = escape(f"hit {hit.rank}: {where}", quote=True)
-    cluster = "" if hit.cluster is None else cluster_name(hit.cluster, names)
+    key = home.key(hit.tile)
+    atlas = f'<small class="hs-atlas">atlas {escape(home.name)}</small>' if home.name else ""
+    cluster = "" if hit.cluster is None or home.number else cluster_name(hit.cluster, names)
     facts = " · ".join(escape(fact) for fact in (hit.label, cluster) if fact)
     patient = f"patient {escape(hit.patient)}" if hit.patient else ""
     shown = f' data-part="{part}"' if part else ""
     scale = f" · {hit.target_mpp:.3g} µm per pixel" if hit.target_mpp else ""
     return (
-        f'<li class="hs-card" data-tile="{hit.tile}"{shown}>'
-        f'<button class="hs-open" data-open="{hit.tile}" aria-label="Open {title} in context">'
-        f'<img src="v1/tiles/{hit.tile}.jpg" alt="{title}" width="224" height="224"></button>'
+        f'<li class="hs-card" data-tile="{key}"{shown}>'
+        f'<button class="hs-open" data-open="{key}" aria-label="Open {title} in context">'
+        f'<img src="{tile_url(key)}" alt="{title}" width="224" height="224"></button>'
         f'<div class="hs-facts"><div><b>#{hit.rank}</b> <span class="hs-score">score {hit.score:.3f}</span>'
-        f"</div><div>{facts}</div><small>{escape(where)}{scale}</small><small>{patient}</small></div>"
-        f'<div class="hs-two"><button data-like="{hit.tile}" aria-label="+ like {title}">+ like</button>'
-        f'<button data-unlike="{hit.tile}" aria-label="− unlike {title}">− unlike</button></div></li>'
+        f"</div><div>{facts}</div><small>{escape(where)}{scale}</small><small>{patient}</small>{atlas}</div>"
+        f'<div class="hs-two"><button data-like="{key}" aria-label="+ like {title}">+ like</button>'
+        f'<button data-unlike="{key}" aria-label="− unlike {title}">− unlike</button></div></li>'
     )
 
 
@@ -108,8 +150,11 @@ def verdict(answer: SearchAnswer) -> str:
     )
 
 
-def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) -> str:
-    """Return the query's examples: images as the encoder sees them, and tiles that can be removed."""
+def basket(images: Sequence[Rgb], like: Sequence[str], unlike: Sequence[str]) -> str:
+    """Return the query's examples: images as the encoder sees them, and tiles that can be removed.
+
+    ``like`` and ``unlike`` are keys of tiles; see :meth:`Home.key`.
+    """
     if not len(images) and not like and not unlike:
         return ""
     seen = "".join(
@@ -119,10 +164,10 @@ def basket(images: Sequence[Rgb], like: Sequence[int], unlike: Sequence[int]) ->
         for image in images
     )
 
-    def tiles(kind: str, numbers: Sequence[int]) -> str:
+    def tiles(kind: str, numbers: Sequence[str]) -> str:
         return "".join(
             f'<button class="hs-chip" data-drop="{tile}" aria-label="Remove tile {tile} ({kind})">'
-            f'<img src="v1/tiles/{tile}.jpg" alt="tile {tile}" width="48" height="48">×</button>'
+            f'<img src="{tile_url(tile)}" alt="tile {tile}" width="48" height="48">×</button>'
             for tile in numbers
         )
 

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.images import Rgb
 from ...errors import BadInput, TooLarge
+from ...index.federation.federation import Example, Searched
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from .regions import Cut
@@ -54,6 +55,24 @@ class Verdict:
 
 
 @dataclass(frozen=True)
+class Among:
+    """Further atlases in a search.
+
+    Attributes:
+        atlases: names of the atlases to search; empty for the server's own.
+        like: tiles of further atlases that hits resemble.
+        unlike: tiles of further atlases that hits do not resemble.
+    """
+
+    atlases: tuple[str, ...] = ()
+    like: tuple[Example, ...] = ()
+    unlike: tuple[Example, ...] = ()
+
+
+ALONE = Among()
+
+
+@dataclass(frozen=True)
 class SearchAnswer:
     """The answer to a search.
 
@@ -68,7 +87,11 @@ class SearchAnswer:
         regions: the regions of the query, with the tiles that were cut from them.
         scaled: the images of known scale, and how they were cut.
         matches: of each hit, the number of the image in ``scaled`` and of its tile that it resembles most;
-            empty if there is one tile in all.
+            empty if there is one tile in all, or if a hit is in Milvus.
+        atlases: of each hit, the name of its atlas; empty if only the server's own was searched.
+        searched: the atlases that were asked, and why some were not searched; likewise.
+        shared_slides: number of slides that several of the server's atlases have.
+        among: the further atlases of the query.
     """
 
     id: str
@@ -83,6 +106,10 @@ class SearchAnswer:
     regions: tuple[Cut, ...] = ()
     scaled: tuple[ScaledImage, ...] = ()
     matches: tuple[tuple[int, int], ...] = ()
+    atlases: tuple[str, ...] = ()
+    searched: tuple[Searched, ...] = ()
+    shared_slides: int = 0
+    among: Among = ALONE
 
 
 @dataclass(frozen=True)

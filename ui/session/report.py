@@ -6,11 +6,13 @@ import csv
 import io
 import json
 from base64 import b64encode
+from collections.abc import Sequence
 from typing import Any
 
 from ...artifacts.images import encode_jpeg
 from ...artifacts.spreadsheets import inert
 from ...errors import HistoseekError
+from ...index.federation.federation import Searched
 from . import words
 from .answers import ClusterAnswer, SearchAnswer
 from .session import Session
@@ -65,6 +67,8 @@ def provenance(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[s
         "least": query.least,
         "per_slide": query.per_slide,
         "leave_out": "" if query.leave_out == "tile" else query.leave_out,
+        **({"atlases": [shard.atlas for shard in answer.searched]} if answer.searched else {}),
+        **({"not_searched": away} if (away := _away(session, answer)) else {}),
         "examples": {
             "images": len(query.images),
             "images_unlike": len(query.unlike_images),
@@ -72,6 +76,7 @@ def provenance(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[s
             "tiles_unlike": list(query.unlike_tiles),
             **({"texts": list(query.texts)} if query.texts else {}),
             **({"texts_unlike": list(query.unlike_texts)} if query.unlike_texts else {}),
+            **_elsewhere(answer),
             **({"regions": _regions(answer)} if answer.regions else {}),
             **({"scaled_images": _scaled(answer)} if answer.scaled else {}),
         },
@@ -84,7 +89,9 @@ def as_json(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str,
         return {
             "result": answer.id,
             "verdict": verdict(answer),
-            "hits": [hit._asdict() for hit in answer.hits],
+            "hits": hit_rows(answer),
+            "atlases": searched_rows(session, answer.searched),
+            "shared_slides": answer.shared_slides,
             "matches": matches(answer),
             "milliseconds": answer.milliseconds,
             "provenance": provenance(session, answer),
@@ -95,6 +102,36 @@ def as_json(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str,
         "refused": [{"name": name, "reason": why} for name, why in answer.refused],
         "provenance": provenance(session, answer),
     }
+
+
+def hit_rows(answer: SearchAnswer) -> list[dict[str, Any]]:
+    """Return the hits, JSON-ready; ``atlas`` is the name of the atlas if several were asked, else None."""
+    names = answer.atlases or [None] * len(answer.hits)
+    return [{**hit._asdict(), "atlas": name} for hit, name in zip(answer.hits, names, strict=True)]
+
+
+def searched_rows(session: Session, shards: Sequence[Searched]) -> list[dict[str, Any]]:
+    """Return the atlases that were asked, JSON-ready, without the paths of the server."""
+    return [
+        {
+            "atlas": shard.atlas,
+            "tiles": shard.tiles,
+            "revision": shard.revision,
+            "away": session.hide(shard.away),
+        }
+        for shard in shards
+    ]
+
+
+def _away(session: Session, answer: SearchAnswer) -> dict[str, str]:
+    return {s.atlas: session.hide(s.away) for s in answer.searched if s.away}
+
+
+def _elsewhere(answer: SearchAnswer) -> dict[str, Any]:
+    """Return the examples of further atlases, JSON-ready."""
+    among = answer.among
+    found = {"tiles_elsewhere": among.like, "tiles_elsewhere_unlike": among.unlike}
+    return {key: [tile._asdict() for tile in tiles] for key, tiles in found.items() if tiles}
 
 
 def matches(answer: SearchAnswer) -> list[dict[str, Any]]:
@@ -162,8 +199,10 @@ def placed_rows(answer: ClusterAnswer) -> list[dict[str, Any]]:
 
 def _csv(answer: SearchAnswer | ClusterAnswer, about: dict[str, Any]) -> str:
     if isinstance(answer, SearchAnswer):
-        rows = [hit._asdict() for hit in answer.hits]
+        rows = hit_rows(answer)
         columns = list(rows[0]) if rows else ["rank", "score", "tile", "slide"]
+        if not answer.searched:
+            columns = [name for name in columns if name != "atlas"]
     else:
         rows = [
             row | {f"nearest_{key}": value for key, value in row["nearest"].items()}
@@ -208,8 +247,16 @@ def _examples(session: Session, answer: SearchAnswer) -> list[Figure]:
         *((_shown(encode_jpeg(tile)), f"image {n}") for n, tile in enumerate(query.images, 1)),
         *((_tile(session, tile), f"tile {tile} of the atlas") for tile in query.tiles),
         *(
+            (_tile(session, n, atlas), f"tile {n} of the atlas {atlas}")
+            for atlas, n in answer.among.like
+        ),
+        *(
             (_tile(session, tile), f"tile {tile}, as an unlike example")
             for tile in query.unlike_tiles
+        ),
+        *(
+            (_tile(session, n, atlas), f"tile {n} of the atlas {atlas}, as an unlike example")
+            for atlas, n in answer.among.unlike
         ),
     ]
 
@@ -220,14 +267,16 @@ def _texts(answer: SearchAnswer) -> list[str]:
 
 
 def _hits(session: Session, answer: SearchAnswer) -> list[Figure]:
+    names = answer.atlases or [""] * len(answer.hits)
     return [
         (
-            _tile(session, hit.tile),
+            _tile(session, hit.tile, name),
             f"#{hit.rank}, score {hit.score:.3f}, {hit.label or 'no label'}, {hit.slide}, "
             + words.place(hit)
-            + (f", patient {hit.patient}" if hit.patient else ""),
+            + (f", patient {hit.patient}" if hit.patient else "")
+            + (f", atlas {name}" if name else ""),
         )
-        for hit in answer.hits
+        for hit, name in zip(answer.hits, names, strict=True)
     ]
 
 
@@ -243,9 +292,9 @@ def _assigned_images(answer: ClusterAnswer) -> list[Figure]:
     ]
 
 
-def _tile(session: Session, tile: int) -> dict[str, str]:
+def _tile(session: Session, tile: int, atlas: str = "") -> dict[str, str]:
     try:
-        return _shown(session.pictures.tile(tile))
+        return _shown(session.pictures_of(atlas).tile(tile))
     except HistoseekError as error:
         return {"problem": str(error)}
 

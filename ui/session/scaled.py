@@ -12,9 +12,7 @@ from PIL import Image
 from ...artifacts.images import Rgb, resample, square
 from ...errors import BadInput
 from ...index.atlas import Atlas
-from ...index.store.rows import Hit
-from ...index.vectors.scan import prepared, scan
-from ...index.view import View
+from ...index.vectors.scan import Metric, prepared, scan
 from ...metrics import unit_rows
 from ...serving.slides.tissue import tissue_mask, tissue_share
 from .regions import LEAST_TISSUE, MAX_TILES, grid_in
@@ -150,17 +148,18 @@ def _small(pixels: Rgb) -> tuple[Rgb, float]:
 
 
 def matches_of(
-    view: View, hits: Sequence[Hit], parts: Sequence[NDArray[np.float32]]
+    vectors: NDArray[np.float32] | None, metric: Metric, parts: Sequence[NDArray[np.float32]]
 ) -> tuple[tuple[int, int], ...]:
     """Return, of each hit, the image and its tile that it resembles most.
 
-    ``parts`` are embeddings (N, D) of the tiles of each image.
+    Args:
+        vectors: (H, D) of the hits; None if they are not known.
+        metric: of the vectors.
+        parts: embeddings (N, D) of the tiles of each image.
     """
-    if not hits:
+    if vectors is None or not len(vectors):
         return ()
     tiles = np.concatenate(parts)
-    owners = [(image, n) for image, vectors in enumerate(parts) for n in range(len(vectors))]
-    metric = view.state.metric
-    found = prepared(view.vectors_of([hit.tile for hit in hits]), metric)
-    _, near = scan(found, prepared(tiles, metric), 1, metric)
+    owners = [(image, n) for image, part in enumerate(parts) for n in range(len(part))]
+    _, near = scan(prepared(vectors, metric), prepared(tiles, metric), 1, metric)
     return tuple(owners[row] for row in near[:, 0].tolist())

@@ -15,21 +15,25 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.images import Rgb, decode, square
-from ...errors import BadInput, Busy, HistoseekError, MissingPart, TooLarge
+from ...errors import BadInput, Busy, HistoseekError, MissingPart, TooLarge, unknown_name
 from ...index.atlas import Atlas
+from ...index.federation.federation import Answer, Example
 from ...index.search.cases import How
 from ...index.search.cases import Similar as SimilarSlide
 from ...index.search.query import Query
+from ...index.store.rows import Hit
 from ...index.view import View
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
 from ...serving.encoders.protocol import Encoder
 from ...serving.encoders.text import TextEncoder
 from .answers import (
+    ALONE,
     MAX_EXAMPLES,
     MAX_IMAGES,
     MAX_K,
     MAX_PIXELS,
+    Among,
     ClusterAnswer,
     SearchAnswer,
     check_limits,
@@ -39,6 +43,7 @@ from .answers import (
 )
 from .background import Background
 from .batching import Batcher
+from .elsewhere import Elsewhere
 from .map import AtlasMap
 from .pictures import Pictures
 from .regions import Region
@@ -66,9 +71,10 @@ class Session:
         viewer: reads slides for a viewer, and regions of them.
         results: earlier answers.
         map: the tiles' coordinates on the atlas's map.
+        elsewhere: this atlas and further ones that are searched with it; None without further ones.
     """
 
-    def __init__(self, path: Path, encoder: str | None = None) -> None:
+    def __init__(self, path: Path, encoder: str | None = None, others: Sequence[str] = ()) -> None:
         """Open the atlas and its encoder, and load the index.
 
         An atlas with features of another tool has no encoder: its tiles can be used as queries, new
@@ -77,11 +83,17 @@ class Session:
         Args:
             path: folder of the atlas.
             encoder: where its encoder runs, such as ``triton://…``; in this process when None.
+            others: further atlases of the same encoder, which are searched too: folders, or addresses of
+                Milvus. One that cannot be opened is named in each answer.
 
         Raises:
-            HistoseekError: the atlas or the encoder cannot be opened.
+            HistoseekError: the atlas or the encoder cannot be opened, or a further atlas has another
+                encoder.
         """
         self.atlas = Atlas(path)
+        self.elsewhere = Elsewhere(path, others) if others else None
+        if self.elsewhere is not None:
+            self.elsewhere.status()  # checks the encoders
         self.spec = encoder or str(self.atlas.encoder_bundle)
         self.encoder: Encoder | None = None
         self.batching: Batcher | None = None
@@ -107,6 +119,8 @@ class Session:
         if self.encoder is not None:
             self.encoder.close()
         self.pictures.close()
+        if self.elsewhere is not None:
+            self.elsewhere.close()
 
     # -- images ---------------------------------------------------------------------------------
 
@@ -206,6 +220,7 @@ class Session:
         clustering: str | None = None,
         regions: Sequence[Region] = (),
         scaled: Sequence[Cutting] = (),
+        among: Among = ALONE,
     ) -> SearchAnswer:
         """Search for the tiles that resemble all examples of a query.
 
@@ -214,11 +229,13 @@ class Session:
             clustering: clustering to assign the query to; the newest when None.
             regions: regions of slides that hits resemble; each is one example, the mean of its tiles.
             scaled: images of known scale that hits resemble (:meth:`cut`); likewise.
+            among: further atlases to search, and examples that are tiles of them.
 
         Raises:
             BadInput: the filter cannot be read, the atlas is empty, or there is no encoder for images, or
                 no text network for texts.
-            NotFound: a tile does not exist.
+            NotFound: a tile, or a further atlas, does not exist.
+            Unavailable: the atlas of an example cannot be read.
             Busy: too many images wait for the encoder.
         """
         query = replace(query, together=True, where=(query.where or "").strip() or None)
@@ -229,15 +246,22 @@ class Session:
         of_regions = [mean_of(self.embed(tiles), metric) for _, tiles in taken]
         if means := [*of_regions, *(mean_of(vectors, metric) for vectors in parts)]:
             query = replace(query, vectors=np.stack(means))
+        together = self._together(among)
+        if together is not None:
+            query = query.with_vectors(
+                together.federation.examples(among.like), together.federation.examples(among.unlike)
+            )
         check_limits(query)
         embedded = query.embedded(self.embed, self.embed_text)
         milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
-        answer = self.atlas.ask(self._answer, embedded, clustering, query.by_text, parts)
+        answer = self.atlas.ask(
+            self._answer, embedded, clustering, query.by_text, parts, together, among
+        )
         milliseconds |= answer.milliseconds
         # keep the query's images, because the report shows them
         shown = replace(
             query, images=(*query.images, *(image.whole for image, _ in scaled)),
-            vectors=np.stack(of_regions) if of_regions else None,
+            vectors=np.stack(of_regions) if of_regions else None, unlike_vectors=None,
         )  # fmt: skip
         answer = replace(
             answer, query=shown, milliseconds=milliseconds,
@@ -253,14 +277,30 @@ class Session:
         clustering: str | None,
         by_text: bool,
         parts: Sequence[NDArray[np.float32]] = (),
+        together: Elsewhere | None = None,
+        among: Among = ALONE,
     ) -> SearchAnswer:
         """Answer a query with embedded images from one state of the atlas.
 
-        ``parts`` are the embeddings of the tiles of each image of known scale.
+        Args:
+            view: the state.
+            query: the query.
+            clustering: as for :meth:`search`.
+            by_text: whether the query has texts.
+            parts: the embeddings of the tiles of each image of known scale.
+            together: the atlases, if others than this one are searched.
+            among: which of them.
         """
         started = time.perf_counter()
         vector = view.vector_of(query)
-        hits = view.search_near(vector, query)
+        found = None
+        if together is None:
+            hits = view.search_near(vector, query)
+        else:
+            own = [Example(together.own, tile) for tile in query.tiles]
+            only = among.atlases or [together.own]
+            found = together.federation.search_near(vector, query, [*own, *among.like], only)
+            hits = [one.hit for one in found.hits[0]]
         searched = round(1000 * (time.perf_counter() - started), 2)
         return SearchAnswer(
             id=new_id(),
@@ -268,18 +308,70 @@ class Session:
             query=query,
             vector=vector,
             hits=hits,
-            verdict=verdict_of(self._usual, view, query, clustering, vector, hits, by_text),
+            verdict=verdict_of(
+                self._usual, view, query, clustering, vector, hits, by_text, alone=found is None
+            ),
             generation=view.generation,
             revision=view.revision,
             milliseconds={"search": searched},
-            matches=matches_of(view, hits, parts) if sum(map(len, parts)) > 1 else (),
+            matches=(
+                matches_of(self._vectors_of(view, hits, found), view.state.metric, parts)
+                if sum(map(len, parts)) > 1
+                else ()
+            ),
+            atlases=() if found is None else tuple(one.atlas for one in found.hits[0]),
+            searched=() if found is None else tuple(found.shards),
+            shared_slides=0 if found is None else len(found.shared_slides),
+            among=among,
         )
+
+    def _together(self, among: Among) -> Elsewhere | None:
+        """Return all atlases if a search needs others than this one.
+
+        Raises:
+            NotFound: there is no atlas of a name.
+        """
+        names = [*among.atlases, *(tile.atlas for tile in (*among.like, *among.unlike))]
+        if self.elsewhere is None:
+            if other := set(names) - {self.atlas.path.name}:
+                raise unknown_name("atlas", min(other), [self.atlas.path.name])
+            return None
+        self.elsewhere.check(names)
+        return self.elsewhere if set(names) - {self.elsewhere.own} else None
+
+    def _vectors_of(
+        self, view: View, hits: Sequence[Hit], found: Answer | None
+    ) -> NDArray[np.float32] | None:
+        """Return the vectors (H, D) of hits; None if one of them is in Milvus."""
+        if found is None or self.elsewhere is None:
+            return view.vectors_of([hit.tile for hit in hits])
+        try:
+            return self.elsewhere.federation.examples(
+                [Example(one.atlas, one.hit.tile) for one in found.hits[0]]
+            )
+        except BadInput:
+            return None
+
+    def pictures_of(self, atlas: str) -> Pictures:
+        """Return the reader of an atlas's images; "" is the server's own.
+
+        Raises:
+            NotFound: there is no such atlas, or it has no images.
+            Unavailable: it cannot be read.
+        """
+        if self.elsewhere is None or atlas in {"", self.elsewhere.own}:
+            return self.pictures
+        return self.elsewhere.pictures(atlas)
 
     def hide(self, text: str) -> str:
         """Return a text without the server's folders."""
-        for folder in {str(self.atlas.path.resolve()), str(self.atlas.path), tempfile.gettempdir()}:
+        named = {self.atlas.path: self.atlas.path.name}
+        if self.elsewhere is not None:
+            named |= {Path(s.address): s.name for s in self.elsewhere.federation.shards[1:]}
+        folders = {str(way): name for path, name in named.items() for way in (path.resolve(), path)}
+        for folder, name in {**folders, tempfile.gettempdir(): ""}.items():
             if len(folder) > 1:
-                text = text.replace(folder + "/", "").replace(folder, self.atlas.path.name)
+                text = text.replace(folder + "/", "").replace(folder, name or self.atlas.path.name)
         return text
 
     def warm(self) -> None:

@@ -43,6 +43,7 @@ def verdict_of(
     vector: NDArray[np.float32],
     hits: list[Hit],
     by_text: bool,
+    alone: bool = True,
 ) -> Verdict:
     """Return the verdict on a query.
 
@@ -55,10 +56,11 @@ def verdict_of(
         hits: the most similar tiles.
         by_text: whether the query has texts. Their vectors are far from those of all images, so neither
             clusters nor usual distances of images say anything about them.
+        alone: whether all hits are tiles of this atlas.
     """
     single = query.examples == 1 and not by_text
     placed = view.assign(vector[None], clustering)[0] if single and view.clusterings() else None
-    nearer = _nearer_than(usual, view, query, vector, hits) if single else None
+    nearer = _nearer_than(usual, view, query, vector, hits if alone else None) if single else None
     no_cluster = bool(placed and placed["unknown"])
     unusual = nearer is not None and nearer < UNUSUAL
     foreign = single and bool(view.state.manifest.out_of_distribution(vector[None])[0])
@@ -78,9 +80,11 @@ def verdict_of(
 
 
 def _nearer_than(
-    usual: Usual, view: View, query: Query, vector: NDArray[np.float32], hits: list[Hit]
+    usual: Usual, view: View, query: Query, vector: NDArray[np.float32], hits: list[Hit] | None
 ) -> float | None:
     """Return the share of tiles that are farther from their nearest tile than the query from its best hit.
+
+    ``hits`` are those of the atlas; None if they are not known.
 
     None until the usual nearness of the atlas's tiles is computed, or if there is no hit.
     """
@@ -88,7 +92,7 @@ def _nearer_than(
     if nearness is None or not len(nearness):
         return None
     best = hits
-    if query.where or query.least is not None or query.leave_out != "tile":
+    if best is None or query.where or query.least is not None or query.leave_out != "tile":
         # compare with the whole atlas
         whole = replace(query, where=None, least=None, k=1, per_slide=False, leave_out="tile")
         best = view.search_near(vector, whole)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -51,12 +52,29 @@ def scaled_text(images: Iterable[ScaledImage]) -> str:
     return " ".join(parts)
 
 
+def _of_atlases(answer: SearchAnswer) -> list[str]:
+    """Return sentences about the atlases that were searched; none if there is only the server's own."""
+    counts = Counter(answer.atlases)
+    parts = []
+    if counts:
+        parts.append(
+            "Hits by atlas: " + ", ".join(f"{name} {n}" for name, n in counts.most_common()) + "."
+        )
+    if away := [shard.atlas for shard in answer.searched if shard.away]:
+        parts.append(f"Not searched, because they did not answer: {', '.join(away)}.")
+    if answer.shared_slides:
+        parts.append(
+            f"{counted(answer.shared_slides, 'slide')} of several atlases count as one each."
+        )
+    return parts
+
+
 def verdict_text(answer: SearchAnswer) -> str:
     """Return a text about the nearest tiles and whether the atlas has anything like the query."""
     verdict = answer.verdict
     count = len(answer.hits)
     if not count:
-        return "No tile passes the filter."
+        return " ".join(["No tile passes the filter.", *_of_atlases(answer)])
     if any(label for label, _ in verdict.labels):
         labels = verdict.labels[:LABELS_SHOWN]
         counts = ", ".join(f"{label or 'no label'} {n} of {count}" for label, n in labels)
@@ -65,6 +83,7 @@ def verdict_text(answer: SearchAnswer) -> str:
         slides = verdict.slides[:LABELS_SHOWN]
         counts = ", ".join(f"{slide} ({n})" for slide, n in slides)
         parts = [f"The nearest tiles come from {counts}."]
+    parts += _of_atlases(answer)
     placed = verdict.placed
     if verdict.foreign:
         parts.append(

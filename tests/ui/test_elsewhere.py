@@ -1,0 +1,147 @@
+"""A server that searches further atlases together with its own."""
+
+import csv
+import io
+import json
+
+import pytest
+from PIL import Image
+
+from histoseek.errors import Mismatch
+from histoseek.index.atlas import Atlas
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
+from histoseek.ui.session.session import Session
+
+
+@pytest.fixture(scope="module")
+def south(tmp_path_factory, make_slide):
+    """An atlas of one further slide, with a column that the server's own atlas lacks."""
+    folder = tmp_path_factory.mktemp("south")
+    jobs = find_jobs([make_slide(folder / "case-9.tiff", side=1400, seed=9)])
+    (done,) = embed_jobs(
+        jobs, open_encoder("default"), folder / "features", EmbedOptions(), lambda *_: None
+    )
+    atlas = Atlas.create(folder / "south", DEFAULT_BUNDLE)
+    row = {"slide": "case-9", "patient": "P1", "label": "tumour", "grade": "3"}
+    atlas.add([folder / done.features], {"case-9": row})
+    return folder / "south"
+
+
+@pytest.fixture
+def several(serve, own_atlas, south, tmp_path):
+    return serve(own_atlas, others=[south, tmp_path / "gone"])
+
+
+def test_the_atlases_are_listed(several, served):
+    found = several.client.get("/v1/atlases").json()
+    assert [(a["atlas"], bool(a["away"])) for a in found["atlases"]] == [
+        ("atlas", False), ("south", False), ("gone", True),
+    ]  # fmt: skip
+    assert "/" not in found["atlases"][2]["away"], "where atlases lie is nobody's business"
+    (alone,) = served.client.get("/v1/atlases").json()["atlases"]
+    assert alone["atlas"] == "atlas" and alone["tiles"] > 0
+
+
+def test_a_search_of_several_atlases(several, south, tile_folder):
+    """It finds what each atlas finds, merged by score; and names what is away."""
+    client = several.client
+    tile = Atlas(several.session.atlas.path).vectors()[0][0].item()
+    ids = Atlas(south).vectors()[0].tolist()
+    body = {"like_elsewhere": [{"atlas": "south", "tile": ids[3]}], "k": 20}
+    everywhere = ["atlas", "south", "gone"]
+    found = client.post("/v1/search", json={**body, "atlases": everywhere}).json()
+    assert {hit["atlas"] for hit in found["hits"]} == {"atlas", "south"}
+    scores = [hit["score"] for hit in found["hits"]]
+    assert scores == sorted(scores, reverse=True) and [h["rank"] for h in found["hits"]] == [
+        *range(1, 21)
+    ]
+    assert ids[3] not in {h["tile"] for h in found["hits"] if h["atlas"] == "south"}
+    assert [a["away"] != "" for a in found["atlases"]] == [False, False, True]
+    assert "Not searched, because they did not answer: gone." in found["verdict"]["text"]
+    assert found["provenance"]["not_searched"].keys() == {"gone"}
+    assert found["provenance"]["examples"]["tiles_elsewhere"] == body["like_elsewhere"]
+
+    # The patient of the example is left out in the server's own atlas too: P1 has case-1 there.
+    apart = client.post(
+        "/v1/search", json={**body, "atlases": everywhere, "leave_out": "patient"}
+    ).json()
+    assert {hit["patient"] for hit in apart["hits"]} & {"P1"} == set() and apart["hits"]
+
+    # A column of one atlas is empty in the other.
+    graded = {**body, "atlases": everywhere, "where": "grade = 3"}
+    assert {h["atlas"] for h in client.post("/v1/search", json=graded).json()["hits"]} == {"south"}
+    refused = client.post("/v1/search", json={**graded, "where": "cluster = 1"})
+    assert refused.status_code == 422 and "something else in each atlas" in refused.text
+
+    # An example of another atlas also searches the server's own alone, and the other way round.
+    own = client.post("/v1/search", json=body).json()
+    assert {hit["atlas"] for hit in own["hits"]} == {"atlas"}
+    other = client.post("/v1/search", json={"like": [tile], "atlases": ["south"], "k": 3}).json()
+    assert {hit["atlas"] for hit in other["hits"]} == {"south"}
+    plain = client.post("/v1/search", json={"like": [tile], "k": 3}).json()
+    assert {hit["atlas"] for hit in plain["hits"]} == {None} and plain["atlases"] == []
+
+    noted = [line for line in several.lines() if line["action"] == "search"][0]
+    assert noted["atlases"] == ["atlas", "south"]
+    assert noted["like_elsewhere"] == body["like_elsewhere"]
+
+    rows = list(csv.DictReader(io.StringIO(client.get(f"/v1/results/{found['result']}/csv").text)))
+    assert [row["atlas"] for row in rows] == [hit["atlas"] for hit in found["hits"]]
+    html = client.get(f"/v1/results/{found['result']}/html").text
+    assert "atlas south" in html and "of the atlas south" in html
+    stored = client.get(f"/v1/results/{found['result']}/json").json()
+    assert stored["hits"] == found["hits"]
+
+
+def test_words_of_a_form_and_images_of_known_scale(several, tmp_path, make_slide):
+    source = make_slide(tmp_path / "asked.tiff", side=1400, seed=9)
+    with Image.open(source) as slide:
+        slide.convert("RGB").crop((300, 300, 1200, 1200)).save(tmp_path / "asked.png")
+    files = [("images", ("asked.png", (tmp_path / "asked.png").read_bytes(), "image/png"))]
+    fields = {"mpp": "0.5", "k": "6", "atlases": ["atlas", "south"]}
+    found = several.client.post("/v1/search", files=files, data=fields)
+    assert found.status_code == 200, found.text
+    assert len(found.json()["matches"]) == len(found.json()["hits"]) == 6
+    assert {hit["atlas"] for hit in found.json()["hits"]} >= {"south"}
+    fields = {"k": "2", "like_elsewhere": json.dumps({"atlas": "south", "tile": 1})}
+    found = several.client.post("/v1/search", files=files, data=fields)
+    assert found.status_code == 200, found.text
+
+
+def test_tiles_of_further_atlases_are_shown(several, served, south):
+    tile = Atlas(south).vectors()[0][0].item()
+    client = several.client
+    for kind in ("", "/field", "/place"):
+        answer = client.get(f"/v1/atlases/1/tiles/{tile}{kind}.jpg")
+        assert answer.status_code == 200 and answer.headers["content-type"] == "image/jpeg"
+    assert client.get(f"/v1/atlases/1/tiles/{tile}").json()["slide"] == "case-9"
+    own = Atlas(several.session.atlas.path).vectors()[0][0].item()
+    mine = client.get(f"/v1/atlases/0/tiles/{own}.jpg").content
+    assert mine == client.get(f"/v1/tiles/{own}.jpg").content
+    assert served.client.get(f"/v1/atlases/0/tiles/{own}.jpg").status_code == 200
+    for path, status, said in (
+        ("/v1/atlases/1/tiles/99999", 404, "no tile 99999"),
+        ("/v1/atlases/7/tiles/1.jpg", 404, "there is no atlas 7"),
+        ("/v1/atlases/2/tiles/1.jpg", 503, "gone cannot be read"),
+    ):
+        answer = client.get(path)
+        assert answer.status_code == status and said in answer.text, answer.text
+    answer = served.client.get("/v1/atlases/1/tiles/1.jpg")
+    assert answer.status_code == 404 and "has one, number 0" in answer.text
+
+
+def test_what_is_refused(several, served, tmp_path, own_atlas):
+    for client, body, said in (
+        (several.client, {"like": [1], "atlases": ["east"]}, "unknown atlas 'east'"),
+        (served.client, {"like": [1], "atlases": ["south"]}, "choose one of: atlas"),
+        (several.client, {"like_elsewhere": [{"atlas": "gone", "tile": 1}]}, "gone of an example"),
+        (several.client, {"like": [1], "atlases": ["gone"]}, "no atlas could be searched"),
+    ):  # fmt: skip
+        answer = client.post("/v1/search", json=body)
+        assert answer.status_code in {404, 503} and said in answer.text, answer.text
+    Atlas.create_external(tmp_path / "uni", "uni", 128)
+    with pytest.raises(Mismatch, match="uni has the encoder"):
+        Session(own_atlas, others=[str(tmp_path / "uni")])

@@ -1,0 +1,125 @@
+"""Further atlases that a server searches together with its own: their tiles, images and columns."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ...errors import BadInput, NotFound, Unavailable, unknown_name
+from ...index.atlas import Atlas
+from ...index.federation.federation import Answer, Example, Federation
+from ...index.federation.shards import AtlasShard
+from ...index.search.columns import Columns
+from .pictures import Pictures
+
+
+class Elsewhere:
+    """The server's own atlas and further ones, searched as one; safe to use from several threads.
+
+    Attributes:
+        federation: all of them; the server's own is the first.
+        names: their names.
+    """
+
+    def __init__(self, own: Path, others: Sequence[str]) -> None:
+        """Name the atlases; each is opened at the first question.
+
+        Raises:
+            BadInput: an atlas was given twice.
+        """
+        self.federation = Federation([own, *others])
+        self.names = [shard.name for shard in self.federation.shards]
+        self._pictures: dict[str, Pictures] = {}
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        """Close the slides that were opened to show images, and connections."""
+        for pictures in self._pictures.values():
+            pictures.close()
+        self.federation.close()
+
+    @property
+    def own(self) -> str:
+        """Name of the server's own atlas."""
+        return self.names[0]
+
+    def name_of(self, number: int) -> str:
+        """Return the name of an atlas by its number; 0 is the server's own.
+
+        Raises:
+            NotFound: there are fewer atlases.
+        """
+        if not 0 <= number < len(self.names):
+            raise NotFound(
+                f"there is no atlas {number}; this server has {len(self.names)}, numbered from 0"
+            )
+        return self.names[number]
+
+    def check(self, names: Sequence[str]) -> None:
+        """Check names of atlases.
+
+        Raises:
+            NotFound: one is not the name of an atlas.
+        """
+        for name in names:
+            if name not in self.names:
+                raise unknown_name("atlas", name, self.names)
+
+    def status(self) -> Answer:
+        """Return which atlases can be searched now."""
+        return self.federation.status()
+
+    def atlas(self, name: str) -> Atlas:
+        """Return an atlas on disk by name.
+
+        Raises:
+            NotFound: there is no such atlas, or it is a Milvus collection, which has no images.
+            Unavailable: it cannot be opened.
+        """
+        self.check([name])
+        shard = self.federation.shards[self.names.index(name)]
+        if not isinstance(shard, AtlasShard):
+            raise NotFound(f"{name} is a Milvus collection, which has no images of its tiles")
+        known, away = self.federation.facts()
+        if name not in known:
+            raise Unavailable(f"the atlas {name} cannot be read: {away[name]}")
+        return shard.atlas
+
+    def pictures(self, name: str) -> Pictures:
+        """Return the reader of an atlas's images; for errors see :meth:`atlas`."""
+        atlas = self.atlas(name)
+        with self._lock:
+            if name not in self._pictures:
+                self._pictures[name] = Pictures(atlas)
+            return self._pictures[name]
+
+    def tile(self, name: str, tile: int) -> dict[str, Any]:
+        """Return the metadata of a tile; for errors see :meth:`atlas`."""
+        return self.atlas(name).tiles([tile])[tile]
+
+    def columns(self) -> Iterator[Columns]:
+        """Yield the columns of the further atlases that are on disk and can be read now."""
+        known, _ = self.federation.facts()
+        for shard in self.federation.shards[1:]:
+            if isinstance(shard, AtlasShard) and shard.name in known:
+                yield shard.atlas.view().columns
+
+    def example(self, key: str) -> Example:
+        """Return the tile that the page calls ``number of the atlas:id``.
+
+        Raises:
+            BadInput: the text has another form.
+            NotFound: there is no such atlas.
+        """
+        number, colon, tile = key.partition(":")
+        if not (colon and number.isdigit() and tile.isdigit()):
+            raise BadInput(
+                f"{key!r} is no tile; expected the number of an atlas, a colon and an id"
+            )
+        return Example(self.name_of(int(number)), int(tile))
+
+    def key(self, example: Example) -> str:
+        """Return what the page calls a tile; see :meth:`example`."""
+        return f"{self.names.index(example.atlas)}:{example.tile}"
