@@ -25,6 +25,7 @@ GROUPS_BY_FILE = {
     "serving/test_triton.py": "triton",
     "ui/test_behind_nginx.py": "browser",
     "ui/page/test_page.py": "browser",
+    "ui/page/test_several.py": "browser",
     "ui/page/test_viewer_tab.py": "browser",
 }
 GROUPS_BY_NAME = {
@@ -57,6 +58,7 @@ SLOW_FILES = {
     "ui/test_behind_nginx.py",
     "ui/test_assistant.py",
     "ui/page/test_page.py",
+    "ui/page/test_several.py",
     "ui/page/test_viewer_tab.py",
 }
 SLOW_FIXTURES = frozenset(

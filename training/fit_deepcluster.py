@@ -1,10 +1,10 @@
 """Recipe ``deepcluster``: paper 002, clusters of the features are the labels of the epoch.
 
-Every epoch, or every ``reassign`` epochs, computes the features of all tiles in a fixed order, applies PCA and
-whitening, scales to length 1 and runs k-means. The clusters are pseudo-labels for a classifier with a new top
-layer; tiles are drawn evenly from all clusters. Unlike the reference code, this keeps the last chain (PCA and
-whitening) and its centres: the chain becomes a layer of the encoder, so that export ships it and new tiles can
-be assigned.
+Every epoch, or every ``reassign`` epochs, computes the features of all tiles in a fixed order, applies
+PCA and whitening, scales to length 1 and runs k-means. The clusters are pseudo-labels for a classifier
+with a new top layer; tiles are drawn evenly from all clusters. Unlike the reference code, this keeps the
+last chain (PCA and whitening) and its centres: the chain becomes a layer of the encoder, so that export
+ships it and new tiles can be assigned.
 """
 
 from __future__ import annotations
