@@ -14,7 +14,7 @@ PARALLEL = -n 2 --dist loadscope
 PIP_FLAGS = -q --disable-pip-version-check
 
 .PHONY: demo test test-quick test-deep check docs release-check bench-ablation bench-encoder bench-index bench-serving \
-	bench-full-size bench-scale bench-student bench-training bench-ui bench-viewer format clean
+	bench-full-size bench-scale bench-student bench-training bench-ui bench-viewer format clean gpu-check gpu-rehearsal
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -71,6 +71,12 @@ bench-index: $(VENV)/.ready
 
 bench-scale: $(VENV)/.ready
 	$(BIN)/python tests/bench/scale.py
+
+gpu-check:
+	$(PYTHON) tests/gpu/check.py --out docs/results/gpu
+
+gpu-rehearsal: $(VENV)/.ready
+	$(BIN)/python tests/gpu/check.py --stand-in --out build/gpu
 
 bench-ui: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh tests/get_chromium.sh

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from queue import Empty, SimpleQueue
@@ -13,6 +14,7 @@ from ...errors import Damaged, HistoseekError, MissingPart, StorageFailed, Unava
 from .shards import Shard
 
 T = TypeVar("T")
+SLOW_S = 0.1
 AWAY = (Unavailable, Damaged, StorageFailed, MissingPart, OSError)
 """Errors that mean that a shard is away. Others, such as a wrong filter, are the caller's."""
 
@@ -26,17 +28,19 @@ class Answers(Generic[T]):
 
 
 class Asking:
-    """Questions to shards, each in its own thread.
+    """Questions to shards, in threads, because a shard that keeps a thread waiting cannot be stopped.
 
-    A thread that a shard keeps waiting cannot be stopped. So a shard that has not answered yet is not asked
-    again: it is away until its answer comes.
+    Shards on this machine compute, and several at once only get in each other's way. So one thread asks
+    them one after another; whenever :data:`SLOW_S` pass without an answer, another thread goes on with
+    the rest. Servers are asked at once, each in its own thread. A shard that has not answered an earlier
+    question yet is not asked again: it is away until its answer comes.
     """
 
     def __init__(self, timeout_s: float) -> None:
         """Wait at most ``timeout_s`` for the answers to a question."""
         self.timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._waiting: dict[str, threading.Thread] = {}
+        self._busy: set[str] = set()
 
     def ask(
         self,
@@ -56,33 +60,42 @@ class Asking:
         """
         coming: SimpleQueue[tuple[str, T | None, Exception | None]] = SimpleQueue()
         answers = Answers[T]()
-        expected: list[str] = []
-
-        def run(shard: Shard) -> None:
-            try:
-                coming.put((shard.name, question(shard), None))
-            except Exception as error:
-                coming.put((shard.name, None, error))
-
+        with self._lock:
+            free = [shard for shard in shards if shard.name not in self._busy]
+            self._busy |= {shard.name for shard in free}
+        expected = {shard.name for shard in free}
         for shard in shards:
-            with self._lock:
-                before = self._waiting.get(shard.name)
-                if before is not None and before.is_alive():
-                    answers.away[shard.name] = "it has not answered an earlier question yet"
-                    continue
-                thread = threading.Thread(
-                    target=run, args=(shard,), name=f"shard {shard.name}", daemon=True
-                )
-                self._waiting[shard.name] = thread
-                thread.start()
-            expected.append(shard.name)
+            if shard.name not in expected:
+                answers.away[shard.name] = "it has not answered an earlier question yet"
+        waiting = deque(shard for shard in free if not shard.is_server)
+
+        def work(queue: deque[Shard]) -> None:
+            while queue:
+                try:
+                    shard = queue.popleft()
+                except IndexError:  # another thread took the last one
+                    return
+                try:
+                    answer, error = question(shard), None
+                except Exception as raised:
+                    answer, error = None, raised
+                with self._lock:
+                    self._busy.discard(shard.name)
+                coming.put((shard.name, answer, error))
+
+        for shard in free:
+            if shard.is_server:
+                _start(work, deque([shard]))
+        _start(work, waiting)
         until = time.monotonic() + self.timeout_s
         failed: Exception | None = None
-        while expected:
+        while expected and (left := until - time.monotonic()) > 0:
             try:
-                name, answer, error = coming.get(timeout=max(0.0, until - time.monotonic()))
+                name, answer, error = coming.get(timeout=min(left, SLOW_S) if waiting else left)
             except Empty:
-                break
+                if waiting:
+                    _start(work, waiting)
+                continue
             expected.remove(name)
             if error is None:
                 answers.of[name] = answer  # type: ignore[assignment]
@@ -90,11 +103,22 @@ class Asking:
                 answers.away[name] = str(error)
             else:
                 failed = failed or error
+        while waiting:  # what no thread has begun is not asked any more
+            try:
+                left_out = waiting.popleft()
+            except IndexError:
+                break
+            with self._lock:
+                self._busy.discard(left_out.name)
         if failed is not None:
             raise failed
         for name in expected:
             answers.away[name] = f"no answer within {self.timeout_s:g} s"
         return answers
+
+
+def _start(work: Callable[[deque[Shard]], None], queue: deque[Shard]) -> None:
+    threading.Thread(target=work, args=(queue,), name="shards", daemon=True).start()
 
 
 ANY = (HistoseekError, OSError)

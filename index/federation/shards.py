@@ -54,7 +54,10 @@ class Shard(ABC):
     Attributes:
         address: as the user gave it.
         name: short name in answers, unique in the federation.
+        is_server: whether another process does the work.
     """
+
+    is_server = False
 
     def __init__(self, address: str, name: str) -> None:
         """Name a shard; nothing is opened yet."""
@@ -136,6 +139,8 @@ class AtlasShard(Shard):
 
 class MilvusShard(Shard):
     """A Milvus collection; its tiles cannot be used as examples."""
+
+    is_server = True
 
     def __init__(self, address: str, name: str) -> None:
         """Name a shard; nothing is opened yet."""

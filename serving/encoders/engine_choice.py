@@ -21,6 +21,7 @@ from ...artifacts.manifest import GRAPH, Manifest
 from ...artifacts.onnx_files import LARGE, graph_bytes
 from ...errors import BadInput, Damaged, HistoseekError, MissingPart, unknown_name
 from .engines import (
+    CUDA,
     ENGINES,
     Engine,
     EnginePlan,
@@ -74,8 +75,7 @@ def open_engine(
             raise BadInput("--precision bf16 needs --engine openvino (or auto)")
         _check_bf16()
         engine = "openvino" if engine == "auto" and batch else engine
-    cuda = "CUDAExecutionProvider" in load_onnxruntime().get_available_providers()
-    if cuda and precision == "f32" and engine != "openvino":
+    if offers_cuda() and precision == "f32" and engine != "openvino":
         loaded = OnnxRuntimeEngine(
             bundle, manifest, EnginePlan(batch=batch or GPU_BATCH, streams=streams or GPU_STREAMS)
         )
@@ -87,6 +87,11 @@ def open_engine(
         name = "onnxruntime" if engine == "auto" else engine
         plan = EnginePlan(name, precision, batch or EnginePlan.batch, side, threads)  # type: ignore[arg-type]
     return ENGINES[plan.engine](bundle, manifest, plan)
+
+
+def offers_cuda() -> bool:
+    """Return whether the installed ONNX Runtime was built for CUDA; it may still not be able to use it."""
+    return CUDA in load_onnxruntime().get_available_providers()
 
 
 def streams_of(bundle: Path, streams: int | None = None) -> tuple[int, int]:

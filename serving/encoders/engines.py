@@ -10,7 +10,10 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import dataclass
+from functools import cache
+from io import StringIO
 from pathlib import Path
 from queue import SimpleQueue
 from typing import Any, Literal, Protocol
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from ...artifacts.manifest import GRAPH, INPUT, OUTPUT, Manifest
 from ...errors import Damaged, need
 
+CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 EngineName = Literal["onnxruntime", "openvino"]
 Precision = Literal["f32", "bf16"]
 
@@ -53,9 +57,22 @@ def cores() -> int:
 
 
 def load_onnxruntime() -> Any:
-    """Import ONNX Runtime with its telemetry off."""
+    """Import ONNX Runtime with its telemetry off; with a GPU build, load the CUDA libraries of packages."""
     os.environ["ORT_DISABLE_TELEMETRY"] = "1"  # before the import: its wheels may send telemetry
-    return need("onnxruntime", "cpu")
+    runtime = need("onnxruntime", "cpu")
+    if CUDA in runtime.get_available_providers():
+        _load_cuda(runtime)
+    return runtime
+
+
+@cache
+def _load_cuda(runtime: Any) -> None:
+    """Load the CUDA and cuDNN libraries of packages; the runtime itself finds only those of the system."""
+    if hasattr(runtime, "preload_dlls"):
+        with redirect_stdout(
+            StringIO()
+        ):  # it prints what it does not find, also if the system has it
+            runtime.preload_dlls()
 
 
 def load_openvino() -> Any:
@@ -73,14 +90,13 @@ class OnnxRuntimeEngine:
         options = runtime.SessionOptions()
         options.intra_op_num_threads = plan.threads
         options.log_severity_level = 3
-        preferred = ("CUDAExecutionProvider", "CPUExecutionProvider")
-        usable = [p for p in preferred if p in runtime.get_available_providers()]
+        usable = [p for p in (CUDA, CPU) if p in runtime.get_available_providers()]
         try:
             self._session = runtime.InferenceSession(str(bundle / GRAPH), options, providers=usable)
         except Exception as error:
             raise Damaged(f"{bundle / GRAPH} cannot be loaded by ONNX Runtime: {error}") from error
         self.plan = plan
-        self.offloads = "CUDAExecutionProvider" in self.providers
+        self.offloads = CUDA in self.providers
         self._check_contract(bundle, manifest)
 
     @property

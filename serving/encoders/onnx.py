@@ -10,8 +10,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.manifest import read_manifest
-from .engine_choice import open_engine
+from .engine_choice import offers_cuda, open_engine
 from .protocol import in_batches
+
+CUDA_NOT_USED = (
+    "ONNX Runtime is built for CUDA but could not use it, so the CPU does the work; check `nvidia-smi`, "
+    "and that its CUDA and cuDNN libraries are installed (pip install 'onnxruntime-gpu[cuda,cudnn]')"
+)
 
 
 class OnnxEncoder:
@@ -37,10 +42,14 @@ class OnnxEncoder:
         self._engine = open_engine(bundle, self.manifest, engine, precision, batch, streams)
         plan = self._engine.plan
         self.batch, self.parallel, self.offloads = plan.batch, plan.streams, self._engine.offloads
+        self.notes: list[str] = []
+        if not self.offloads and engine != "openvino" and precision == "f32" and offers_cuda():
+            self.notes.append(CUDA_NOT_USED)
 
     def describe(self) -> dict[str, Any]:
-        """Return the engine, its precision and its settings."""
-        return {**asdict(self._engine.plan), "device": "cuda" if self.offloads else "cpu"}
+        """Return the engine, its precision and its settings, and what else the user should know."""
+        device = "cuda" if self.offloads else "cpu"
+        return {**asdict(self._engine.plan), "device": device, "notes": self.notes}
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
         """See :class:`.protocol.Encoder`; errors as in :func:`.protocol.in_batches`."""

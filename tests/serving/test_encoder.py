@@ -92,3 +92,37 @@ def test_several_cores_share_each_run_of_a_large_graph(
     assert (few.parallel, few.describe()["threads"]) == (1, 1)
     tiles = tiles_of(tissue, 3)
     np.testing.assert_allclose(large.embed(tiles), small.embed(tiles), atol=1e-5)
+
+
+def test_a_gpu_that_cannot_be_used_is_named(monkeypatch, capsys, tissue):
+    """ONNX Runtime built for CUDA falls back to the CPU without an error."""
+    import onnxruntime
+
+    from histoseek.serving.encoders import engines
+
+    class GpuBuild:
+        loaded = 0
+
+        def get_available_providers(self):
+            return [engines.CUDA, engines.CPU]
+
+        def InferenceSession(self, path, options, providers):
+            assert providers == [engines.CUDA, engines.CPU]
+            return onnxruntime.InferenceSession(path, options, providers=[engines.CPU])
+
+        def preload_dlls(self):
+            print("Failed to load libcudnn.so.9")
+            GpuBuild.loaded += 1
+
+        def __getattr__(self, name):
+            return getattr(onnxruntime, name)
+
+    build = GpuBuild()
+    monkeypatch.setattr(engines, "need", lambda module, extra: build)
+    opened = OnnxEncoder(DEFAULT_BUNDLE, engine="auto", batch=4)
+    about = opened.describe()
+    assert about["device"] == "cpu" and "could not use it" in about["notes"][0]
+    assert GpuBuild.loaded == 1 and capsys.readouterr().out == ""
+    assert opened.embed(tiles_of(tissue, 2)).shape == (2, opened.manifest.dim)
+    monkeypatch.undo()
+    assert OnnxEncoder(DEFAULT_BUNDLE, engine="auto", batch=4).describe()["notes"] == []
