@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-BENCHES = sorted((ROOT / "tests/bench").glob("*.py"))
+BENCHES = sorted([*(ROOT / "tests/bench").glob("*.py"), *(ROOT / "tests/gpu").glob("*.py")])
 ROT = ("[call-arg]", "[attr-defined]", "[name-defined]", "[import-not-found]")
 """What a change of the package causes in a benchmark; other errors of untyped code say little."""
 
@@ -30,7 +30,7 @@ def test_benchmarks_call_what_exists(tmp_path):
     # ui.py uses tests/atlases.py, the others tests/bench/atlases.py.
     others = [path for path in BENCHES if path.name != "ui.py"]
     assert len(others) > 10
-    assert errors(others, ("tests/bench", "tests"), tmp_path) == []
+    assert errors(others, ("tests/bench", "tests", "tests/gpu"), tmp_path) == []
     assert errors([ROOT / "tests/bench/ui.py"], ("tests", "tests/bench"), tmp_path) == []
     broken = tmp_path / "broken.py"
     broken.write_text(

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import threading
 import time
+import weakref
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
@@ -27,6 +29,43 @@ class Answers(Generic[T]):
     away: dict[str, str] = field(default_factory=dict)
 
 
+class _Threads:
+    """Threads that stay: a library makes threads and memory of its own for every new thread that calls it.
+
+    They are daemons, so that one that hangs does not keep the process from ending.
+    """
+
+    def __init__(self) -> None:
+        """Start none yet."""
+        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._lock = threading.Lock()
+        self._idle = self._count = 0
+
+    def run(self, job: Callable[[], None]) -> None:
+        """Run a job in an idle thread, or in a new one."""
+        with self._lock:
+            idle = self._idle > 0
+            if idle:
+                self._idle -= 1
+            else:
+                self._count += 1
+        self._jobs.put(job)
+        if not idle:
+            threading.Thread(target=self._work, name="shards", daemon=True).start()
+
+    def _work(self) -> None:
+        while (job := self._jobs.get()) is not None:
+            job()
+            del job  # it holds the question
+            with self._lock:
+                self._idle += 1
+
+    def end(self) -> None:
+        """Let every thread end after its job."""
+        for _ in range(self._count):
+            self._jobs.put(None)
+
+
 class Asking:
     """Questions to shards, in threads, because a shard that keeps a thread waiting cannot be stopped.
 
@@ -41,6 +80,8 @@ class Asking:
         self.timeout_s = timeout_s
         self._lock = threading.Lock()
         self._busy: set[str] = set()
+        self._threads = _Threads()
+        weakref.finalize(self, self._threads.end)
 
     def ask(
         self,
@@ -85,8 +126,8 @@ class Asking:
 
         for shard in free:
             if shard.is_server:
-                _start(work, deque([shard]))
-        _start(work, waiting)
+                self._threads.run(partial(work, deque([shard])))
+        self._threads.run(partial(work, waiting))
         until = time.monotonic() + self.timeout_s
         failed: Exception | None = None
         while expected and (left := until - time.monotonic()) > 0:
@@ -94,7 +135,7 @@ class Asking:
                 name, answer, error = coming.get(timeout=min(left, SLOW_S) if waiting else left)
             except Empty:
                 if waiting:
-                    _start(work, waiting)
+                    self._threads.run(partial(work, waiting))
                 continue
             expected.remove(name)
             if error is None:
@@ -115,10 +156,6 @@ class Asking:
         for name in expected:
             answers.away[name] = f"no answer within {self.timeout_s:g} s"
         return answers
-
-
-def _start(work: Callable[[deque[Shard]], None], queue: deque[Shard]) -> None:
-    threading.Thread(target=work, args=(queue,), name="shards", daemon=True).start()
 
 
 ANY = (HistoseekError, OSError)
