@@ -19,7 +19,7 @@ WHEELS = (
     "onnxruntime-gpu==1.31.1", "faiss-gpu-cu12==1.14.1.post1", "nvidia-cuda-runtime-cu12",
     "openslide-bin", "openslide-python", "simplejpeg", "tritonclient", "python-rapidjson", "typer", "rich",
     "markdown-it-py", "mdurl", "pygments", "shellingham", "pydantic", "pydantic-core",
-    "annotated-types", "typing-inspection", "filelock", "pyparsing",
+    "annotated-types", "annotated-doc", "typing-inspection", "filelock", "pyparsing",
 )  # fmt: skip
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64", "any")
 PIECE = 48 * 2**20
