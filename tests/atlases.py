@@ -4,10 +4,12 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 
 from histoseek.artifacts.feature_files import Features
 from histoseek.artifacts.feature_writer import write_features
 from histoseek.index.atlas import Atlas
+from histoseek.index.store.rows import Hit
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 DIM = json.loads((DEFAULT_BUNDLE / "manifest.json").read_text())["dim"]
@@ -65,3 +67,15 @@ def filled(folder: Path, slides=6, count=200, seed=0, metadata=None, **changes) 
     results = made.add(files, given if metadata is None else metadata)
     assert all(result.state == "added" for result in results)
     return made
+
+
+def same(a: list[list[Hit]], b: list[list[Hit]]) -> None:
+    """The same hits in the same order, but that scores which rounding alone tells apart may swap places."""
+    for mine, theirs in zip(a, b, strict=True):
+        scores = [hit.score for hit in theirs]
+        assert [hit.score for hit in mine] == pytest.approx(scores, abs=2e-6)
+        known = {hit.tile: hit for hit in theirs}
+        for one in mine:
+            other = known[one.tile]
+            assert one.score == pytest.approx(other.score, abs=2e-6)
+            assert one._replace(score=0, rank=0) == other._replace(score=0, rank=0)

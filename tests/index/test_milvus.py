@@ -8,7 +8,7 @@ import sys
 
 import numpy as np
 import pytest
-from atlases import DIM, features, filled, grouped
+from atlases import DIM, features, filled, grouped, same
 
 from histoseek.errors import BadInput, Mismatch, Unavailable
 from histoseek.index.atlas import Atlas
@@ -16,7 +16,6 @@ from histoseek.index.exchange.milvus import MilvusAtlas
 from histoseek.index.exchange.milvus_address import parse_url
 from histoseek.index.exchange.milvus_push import push, push_changes
 from histoseek.index.search.query import Query
-from histoseek.index.store.rows import Hit
 
 WHERES = (
     None, "organ = 'colon'", "patient != 'P1' and organ = 'lung'", "label in ('a', 'c') or x < 2000",
@@ -41,18 +40,6 @@ def pushed(tmp_path_factory):
 
 def ask(engine, vectors, k=10, where=None, **more):
     return engine.search(Query(vectors=vectors, k=k, where=where, **more))
-
-
-def same(a: list[list[Hit]], b: list[list[Hit]]) -> None:
-    """The same hits in the same order, but that scores which rounding alone tells apart may swap places."""
-    for mine, theirs in zip(a, b, strict=True):
-        scores = [hit.score for hit in theirs]
-        assert [hit.score for hit in mine] == pytest.approx(scores, abs=2e-6)
-        known = {hit.tile: hit for hit in theirs}
-        for one in mine:
-            other = known[one.tile]
-            assert one.score == pytest.approx(other.score, abs=2e-6)
-            assert one._replace(score=0, rank=0) == other._replace(score=0, rank=0)
 
 
 @pytest.mark.parametrize("where", WHERES)
