@@ -2,9 +2,10 @@
 
 The state does not change when the atlas does, so that answers of several questions fit together. Searches
 and assignments compare vectors in memory. Coordinates and clusters of hits are read from the catalog: if a
-writer has removed a slide of them since, the question raises :class:`~histoseek.errors.Damaged`. So do
-questions that read the whole catalog (clusters, drift, exports) once a writer has replaced the state, and
-those that need a deleted feature file. ``Atlas.ask`` repeats them on the newest state.
+writer has removed a slide of them since, or has fitted the clusters again, the question raises
+:class:`~histoseek.errors.Damaged`. So do questions that read the whole catalog (clusters, drift, exports)
+once a writer has replaced the state, and those that need a deleted feature file. ``Atlas.ask`` repeats them
+on the newest state.
 """
 
 from __future__ import annotations

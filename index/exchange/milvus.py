@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ...errors import BadInput, Mismatch, MissingPart, unknown_name
 from ..clusters.clustering import Clustering
 from ..search.columns import NOT_PLACED
-from ..search.filters import parse, without_fields
+from ..search.filters import Every, parse, without_fields
 from ..search.query import Query
 from ..store.packing import MISSING
 from ..store.rows import Hit
@@ -159,9 +159,9 @@ class MilvusAtlas:
             raise BadInput(
                 f"the collection has index {about.index}; exact search and --least need index FLAT"
             )
-        expression = ""
-        if where and where.strip():
-            expression = expression_of(about, without_fields(parse(where), query.absent))
+        parts = [without_fields(parse(where), query.absent)] if where and where.strip() else []
+        parts += [] if query.also is None else [query.also]
+        expression = expression_of(about, Every(tuple(parts))) if parts else ""
         ready = prepared(query.vectors, about.metric)
         if query.per_slide:
             answers = [self._one_per_slide(about, vector, k, expression) for vector in ready]

@@ -1,4 +1,4 @@
-"""Asks several shards at the same time and waits for none longer than a timeout."""
+"""Asks several shards the same question and waits for none longer than a timeout."""
 
 from __future__ import annotations
 
@@ -12,13 +12,16 @@ from functools import partial
 from queue import Empty, SimpleQueue
 from typing import Generic, TypeVar
 
-from ...errors import Damaged, HistoseekError, MissingPart, StorageFailed, Unavailable
+from ...errors import BadInput, Damaged, HistoseekError, MissingPart, StorageFailed, Unavailable
 from .shards import Shard
 
 T = TypeVar("T")
 SLOW_S = 0.1
+LONGEST_S = 3600.0
 AWAY = (Unavailable, Damaged, StorageFailed, MissingPart, OSError)
 """Errors that mean that a shard is away. Others, such as a wrong filter, are the caller's."""
+ANY = (HistoseekError, OSError)
+"""Errors of a shard that could not even be opened; all of them mean that it is away."""
 
 
 @dataclass(frozen=True)
@@ -71,15 +74,23 @@ class Asking:
 
     Shards on this machine compute, and several at once only get in each other's way. So one thread asks
     them one after another; whenever :data:`SLOW_S` pass without an answer, another thread goes on with
-    the rest. Servers are asked at once, each in its own thread. A shard that has not answered an earlier
-    question yet is not asked again: it is away until its answer comes.
+    the rest. Servers are asked at once, each in its own thread. A shard that has missed the timeout of a
+    question is not asked again until it has answered that question.
     """
 
     def __init__(self, timeout_s: float) -> None:
-        """Wait at most ``timeout_s`` for the answers to a question."""
+        """Wait at most ``timeout_s`` for the answer of each shard.
+
+        Raises:
+            BadInput: the timeout is not above 0 and at most :data:`LONGEST_S`.
+        """
+        if not 0 < timeout_s <= LONGEST_S:
+            raise BadInput(
+                f"the timeout is {timeout_s:g} s; expected more than 0 and at most {LONGEST_S:g}"
+            )
         self.timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._busy: set[str] = set()
+        self._late: dict[str, int] = {}
         self._threads = _Threads()
         weakref.finalize(self, self._threads.end)
 
@@ -101,14 +112,17 @@ class Asking:
         """
         coming: SimpleQueue[tuple[str, T | None, Exception | None]] = SimpleQueue()
         answers = Answers[T]()
+        late = f"no answer within {self.timeout_s:g} s"
         with self._lock:
-            free = [shard for shard in shards if shard.name not in self._busy]
-            self._busy |= {shard.name for shard in free}
+            free = [shard for shard in shards if not self._late.get(shard.name)]
         expected = {shard.name for shard in free}
         for shard in shards:
             if shard.name not in expected:
-                answers.away[shard.name] = "it has not answered an earlier question yet"
+                answers.away[shard.name] = f"{late} to an earlier question"
         waiting = deque(shard for shard in free if not shard.is_server)
+        began: dict[str, float] = {}
+        given_up: set[str] = set()
+        finished: set[str] = set()
 
         def work(queue: deque[Shard]) -> None:
             while queue:
@@ -116,26 +130,37 @@ class Asking:
                     shard = queue.popleft()
                 except IndexError:  # another thread took the last one
                     return
+                began[shard.name] = time.monotonic()
                 try:
                     answer, error = question(shard), None
                 except Exception as raised:
                     answer, error = None, raised
                 with self._lock:
-                    self._busy.discard(shard.name)
+                    finished.add(shard.name)
+                    if shard.name in given_up:
+                        self._late[shard.name] -= 1
                 coming.put((shard.name, answer, error))
 
         for shard in free:
             if shard.is_server:
                 self._threads.run(partial(work, deque([shard])))
-        self._threads.run(partial(work, waiting))
-        until = time.monotonic() + self.timeout_s
+        if waiting:
+            self._threads.run(partial(work, waiting))
         failed: Exception | None = None
-        while expected and (left := until - time.monotonic()) > 0:
+        while expected:
+            now = time.monotonic()
+            ends = [began.get(name, now) + self.timeout_s for name in expected]
+            left = max(0.0, min(ends) - now)
             try:
                 name, answer, error = coming.get(timeout=min(left, SLOW_S) if waiting else left)
             except Empty:
                 if waiting:
                     self._threads.run(partial(work, waiting))
+                for name in self._missed(expected, began, finished, given_up):
+                    answers.away[name] = late
+                    expected.remove(name)
+                continue
+            if name not in expected:
                 continue
             expected.remove(name)
             if error is None:
@@ -144,19 +169,26 @@ class Asking:
                 answers.away[name] = str(error)
             else:
                 failed = failed or error
-        while waiting:  # what no thread has begun is not asked any more
-            try:
-                left_out = waiting.popleft()
-            except IndexError:
-                break
-            with self._lock:
-                self._busy.discard(left_out.name)
         if failed is not None:
             raise failed
-        for name in expected:
-            answers.away[name] = f"no answer within {self.timeout_s:g} s"
         return answers
 
-
-ANY = (HistoseekError, OSError)
-"""Errors of a shard that could not even be opened; all of them mean that it is away."""
+    def _missed(
+        self,
+        expected: set[str],
+        began: dict[str, float],
+        finished: set[str],
+        given_up: set[str],
+    ) -> list[str]:
+        """Return the shards whose time is up, and note that they are late."""
+        now = time.monotonic()
+        with self._lock:
+            missed = [
+                name
+                for name in expected - finished
+                if name in began and now - began[name] >= self.timeout_s
+            ]
+            for name in missed:
+                given_up.add(name)
+                self._late[name] = self._late.get(name, 0) + 1
+        return missed

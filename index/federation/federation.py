@@ -16,14 +16,15 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import BadInput, Unavailable, unknown_name
+from ...errors import BadInput, Mismatch, NotFound, Unavailable, unknown_name
 from ..atlas import Atlas
-from ..search.filters import fields_of, parse, quoted
+from ..search.filters import Compare, Every, Filter, Some, fields_of, parse
 from ..search.query import Query
 from ..search.tiles import combined
 from ..store.rows import Hit
+from ..store.scales import TOLERANCE
 from .asking import ANY, Asking
-from .shards import OF_ONE_ATLAS, AtlasShard, Facts, Shard, check_encoders, named
+from .shards import OF_ONE_ATLAS, AtlasShard, Facts, Shard, named, other_encoder
 
 TIMEOUT_S = 10.0
 
@@ -59,6 +60,7 @@ class Searched(NamedTuple):
         address: as the user gave it.
         revision: that was searched; None if the shard was away.
         tiles: number of its tiles; None if it is not known.
+        scales: smallest and largest µm per pixel of its tiles; None if it is not known.
         away: why it was not searched; "" if it was.
     """
 
@@ -66,6 +68,7 @@ class Searched(NamedTuple):
     address: str
     revision: int | None
     tiles: int | None
+    scales: tuple[float, float] | None
     away: str
 
 
@@ -75,8 +78,8 @@ class Answer:
 
     Attributes:
         hits: by example, best first; one list if the query combines its examples.
-        shards: all shards, in the order of the federation.
-        shared_slides: slides that more than one shard has, with the names of these shards.
+        shards: the shards that were asked, in the order of the federation.
+        shared_slides: slides that several of the searched shards have, with the names of these shards.
     """
 
     hits: list[list[Found]]
@@ -88,27 +91,43 @@ class Answer:
         """The shards that were not searched."""
         return [shard for shard in self.shards if shard.away]
 
+    @property
+    def mixed_scales(self) -> bool:
+        """Whether the µm per pixel of the searched tiles differ by more than an atlas allows."""
+        return mixed(self.shards)
+
+
+def mixed(shards: Sequence[Searched]) -> bool:
+    """Return whether the µm per pixel of the shards' tiles differ by more than an atlas allows."""
+    known = [shard.scales for shard in shards if shard.scales and not shard.away]
+    if not known:
+        return False
+    low, high = min(scale for scale, _ in known), max(scale for _, scale in known)
+    return high > (1 + TOLERANCE) * low
+
 
 class Federation:
     """Several atlases of one encoder, searched as one; safe to use from several threads.
 
     Attributes:
         shards: in the order in which they were given.
+        strict: whether a shard of another encoder than the first one's raises an error; else it is away.
     """
 
-    def __init__(self, addresses: Sequence[str | Path], timeout_s: float = TIMEOUT_S) -> None:
+    def __init__(self, atlases: Sequence[str | Path | Atlas], timeout_s: float = TIMEOUT_S) -> None:
         """Name the shards; each is opened at the first question.
 
         Args:
-            addresses: folders of atlases, or Milvus collections as in ``index push``.
-            timeout_s: time to wait for the answers to one question.
+            atlases: folders of atlases, opened atlases, or Milvus collections as in ``index push``.
+            timeout_s: time to wait for the answer of each shard to a question.
 
         Raises:
-            BadInput: there is no address, or one was given twice.
+            BadInput: there is no atlas, one was given twice, or the timeout is out of range.
         """
-        if not addresses:
+        if not atlases:
             raise BadInput("no atlas was given; expected one or more")
-        self.shards = named([str(address) for address in addresses])
+        self.shards = named(atlases)
+        self.strict = True
         self._asking = Asking(timeout_s)
 
     def close(self) -> None:
@@ -116,36 +135,81 @@ class Federation:
         for shard in self.shards:
             shard.close()
 
-    def facts(self) -> tuple[dict[str, Facts], dict[str, str]]:
+    def facts(self, names: Sequence[str] | None = None) -> tuple[dict[str, Facts], dict[str, str]]:
         """Return facts of the shards that answer, and why the others do not, both by name.
 
+        Args:
+            names: of the shards to ask; all when None.
+
         Raises:
+            NotFound: there is no shard of a name.
             Mismatch: two shards have different encoders.
             Unavailable: none of the shards answers.
         """
-        answers = self._asking.ask(self.shards, lambda shard: shard.facts(), away=ANY)
-        known = {s.name: answers.of[s.name] for s in self.shards if s.name in answers.of}
+        asked = self._named(names)
+        answers = self._asking.ask(asked, lambda shard: shard.facts(), away=ANY)
+        away = dict(answers.away)
+        known: dict[str, Facts] = {}
+        for shard in asked:
+            facts = answers.of.get(shard.name)
+            if facts is None:
+                continue
+            first = next(iter(known), shard.name)
+            problem = other_encoder(shard.name, facts, first, known.get(first, facts))
+            if problem and self.strict:
+                raise Mismatch(problem)
+            if problem:
+                away[shard.name] = problem
+            else:
+                known[shard.name] = facts
         if not known:
-            reasons = "; ".join(f"{name}: {reason}" for name, reason in answers.away.items())
-            raise Unavailable(f"none of the {len(self.shards)} atlases can be searched: {reasons}")
-        check_encoders(known)
-        return known, answers.away
+            raise _none_of(away)
+        return known, away
+
+    def _named(self, names: Sequence[str] | None) -> list[Shard]:
+        """Return shards by name, in the order of the federation; all for None."""
+        if names is None:
+            return list(self.shards)
+        every = {shard.name: shard for shard in self.shards}
+        for name in names:
+            if name not in every:
+                raise unknown_name("atlas", name, every)
+        return [shard for shard in self.shards if shard.name in set(names)]
 
     def an_atlas(self) -> Atlas:
         """Return the first atlas on disk that can be opened; it has the encoder of all.
 
         Raises:
-            Mismatch: two shards have different encoders.
             Unavailable: there is none.
         """
-        known, _ = self.facts()
+        away: dict[str, str] = {}
         for shard in self.shards:
-            if isinstance(shard, AtlasShard) and shard.name in known:
-                return shard.atlas
+            if isinstance(shard, AtlasShard):
+                if not (reason := self._why_away(shard)):
+                    return shard.atlas
+                away[shard.name] = reason
         raise Unavailable(
-            "none of the atlases that can be searched is a folder on this machine; name one, which has the "
-            "encoder for images and texts"
+            f"no atlas is a folder that can be opened ({_reasons(away) or 'all are in Milvus'}); name "
+            "one, which has the encoder for images and texts"
         )
+
+    def atlas(self, name: str) -> Atlas:
+        """Return the atlas on disk of a shard.
+
+        Raises:
+            NotFound: there is no shard of that name, or it is a Milvus collection.
+            Unavailable: it cannot be opened.
+        """
+        (shard,) = self._named([name])
+        if not isinstance(shard, AtlasShard):
+            raise NotFound(f"{name} is a Milvus collection, not an atlas on disk")
+        if reason := self._why_away(shard):
+            raise Unavailable(f"the atlas {name} cannot be read: {reason}")
+        return shard.atlas
+
+    def _why_away(self, shard: Shard) -> str:
+        """Return why a shard cannot be opened; "" if it can."""
+        return self._asking.ask([shard], lambda one: one.facts(), away=ANY).away.get(shard.name, "")
 
     def search(
         self,
@@ -179,7 +243,7 @@ class Federation:
                 "the query's images or texts are not embedded; call Query.embedded first"
             )
         known, away = self.facts()
-        check_filter(query.where, known)
+        check_filter(query.where, known, away)
         vectors, hits = self._examples(tiles, known, away)
         parts: list[Part] = []
         if query.combines or unlike_tiles:
@@ -222,26 +286,24 @@ class Federation:
             Mismatch: as for :meth:`search`.
             Unavailable: no shard answers, or that of an example does not.
         """
-        shards = {shard.name: shard for shard in self.shards}
-        chosen = list(shards if only is None else only)
-        for name in chosen:
-            if name not in shards:
-                raise unknown_name("atlas", name, shards)
-        known, away = self.facts()
-        check_filter(query.where, known)
+        chosen = self._named(only)
+        names = {*(shard.name for shard in chosen), *(tile.atlas for tile in tiles)}
+        known, away = self.facts(sorted(names))
+        among = {name: facts for name, facts in known.items() if name in {s.name for s in chosen}}
+        check_filter(query.where, among, away)
         _, hits = self._examples(tiles, known, away)
         part = Part(vector[None], tiles, hits)
-        return self._find([part], query, known, away, [shards[name] for name in chosen])
+        return self._find([part], query, known, away, chosen)
 
     def examples(self, tiles: Sequence[Example]) -> NDArray[np.float32]:
-        """Return the vectors (T, D) of tiles of the shards.
+        """Return the vectors (T, D) of one or more tiles of the shards.
 
         Raises:
             BadInput: a tile is in Milvus.
             NotFound: a tile, or the atlas of a tile, does not exist.
             Unavailable: the atlas of a tile is away.
         """
-        return self._examples(tiles, *self.facts())[0]
+        return self._examples(tiles, *self.facts([tile.atlas for tile in tiles]))[0]
 
     def _find(
         self,
@@ -252,7 +314,8 @@ class Federation:
         chosen: Sequence[Shard],
     ) -> Answer:
         """Ask some of the shards for all parts, and merge their answers."""
-        fields = frozenset[str]().union(*(facts.fields for facts in known.values()))
+        names = [shard.name for shard in chosen if shard.name in known]
+        fields = frozenset[str]().union(*(known[name].fields for name in names))
 
         def find(shard: Shard) -> list[tuple[list[list[Hit]], int]]:
             absent = fields - known[shard.name].fields
@@ -261,10 +324,7 @@ class Federation:
         answers = self._asking.ask([shard for shard in chosen if shard.name in known], find)
         if not answers.of:
             reasons = {s.name: {**away, **answers.away}[s.name] for s in chosen}
-            raise Unavailable(
-                "no atlas could be searched: "
-                + "; ".join(f"{name}: {why}" for name, why in reasons.items())
-            )
+            raise _none_of(reasons)
         revisions = {name: of[0][1] for name, of in answers.of.items()}
         found: list[list[Found]] = []
         for number, part in enumerate(parts):
@@ -275,7 +335,7 @@ class Federation:
                 }  # fmt: skip
                 found.append(merged(of_shards, query.k, query.per_slide))
         shards = self._searched(chosen, known, {**away, **answers.away}, revisions)
-        return Answer(found, shards, shared_slides(known))
+        return Answer(found, shards, shared_slides({name: known[name] for name in revisions}))
 
     def status(self) -> Answer:
         """Return an answer without hits: which shards can be searched now.
@@ -299,7 +359,8 @@ class Federation:
         return [
             Searched(
                 shard.name, shard.address, revisions.get(shard.name),
-                known[shard.name].tiles if shard.name in known else None, away.get(shard.name, ""),
+                known[shard.name].tiles if shard.name in known else None,
+                known[shard.name].scales if shard.name in known else None, away.get(shard.name, ""),
             )
             for shard in shards
         ]  # fmt: skip
@@ -366,18 +427,17 @@ class Part:
             query: of the federation.
             absent: fields of other shards that this one lacks.
         """
-        k, left_out = query.k, ""
-        own = self.own(name)
+        k, own = query.k, self.own(name)
+        left_out: Filter | None = None
         if query.leave_out == "tile" and not query.per_slide:
             k += len(own)  # the examples themselves are dropped from the answer
         elif query.leave_out == "tile":
-            left_out = f"tile not in ({', '.join(map(str, own))})" if own else ""
+            left_out = Compare("tile", "not in", tuple(map(float, own))) if own else None
         elif self.hits:
             left_out = _without(self.hits, query.leave_out)
-        where = " and ".join(filter(None, [f"({query.where})" if query.where else "", left_out]))
         return Query(
-            vectors=self.vectors, k=k, where=where or None, least=query.least, exact=query.exact,
-            per_slide=query.per_slide, absent=absent,
+            vectors=self.vectors, k=k, where=query.where, least=query.least, exact=query.exact,
+            per_slide=query.per_slide, absent=absent, also=left_out,
         )  # fmt: skip
 
     def kept(self, name: str, hits: list[Hit]) -> list[Hit]:
@@ -386,20 +446,30 @@ class Part:
         return [hit for hit in hits if hit.tile not in own]
 
 
-def _without(hits: Sequence[Hit], leave_out: str) -> str:
+def _without(hits: Sequence[Hit], leave_out: str) -> Filter:
     """Return a filter that leaves out the slides or patients of tiles; see :class:`Query`."""
     if leave_out == "slide":
-        return f"slide not in ({_listed(hit.slide for hit in hits)})"
-    parts = []
+        return _not_in("slide", (hit.slide for hit in hits))
+    parts: list[Filter] = []
     if patients := {hit.patient for hit in hits if hit.patient is not None}:
-        parts.append(f"patient not in ({_listed(patients)})")
+        parts.append(_not_in("patient", patients))
     if slides := {hit.slide for hit in hits if hit.patient is None}:
-        parts.append(f"not (slide in ({_listed(slides)}) and patient is null)")
-    return " and ".join(parts)
+        parts.append(Some((_not_in("slide", slides), Compare("patient", "is not null"))))
+    return Every(tuple(parts))
 
 
-def _listed(names: Iterable[str]) -> str:
-    return ", ".join(quoted(name) for name in sorted(set(names)))
+def _not_in(field: str, names: Iterable[str]) -> Filter:
+    return Compare(field, "not in", tuple(sorted(set(names))))
+
+
+def _none_of(away: dict[str, str]) -> Unavailable:
+    """Return the error of a question that no shard answers."""
+    which = "the atlas cannot" if len(away) == 1 else f"none of the {len(away)} atlases can"
+    return Unavailable(f"{which} be searched: {_reasons(away)}")
+
+
+def _reasons(away: dict[str, str]) -> str:
+    return "; ".join(f"{name}: {why}" for name, why in away.items())
 
 
 def _joined(first: NDArray[np.float32] | None, second: NDArray[np.float32]) -> NDArray[np.float32]:
@@ -426,22 +496,32 @@ def merged(of_shards: dict[str, list[Hit]], k: int, per_slide: bool) -> list[Fou
     ]
 
 
-def check_filter(where: str | None, known: dict[str, Facts]) -> None:
-    """Check that a filter means the same in every shard.
+def check_filter(where: str | None, known: dict[str, Facts], away: dict[str, str]) -> None:
+    """Check that a filter means the same in every shard that is searched.
 
     Raises:
-        BadInput: it cannot be read, has a field that no shard has, or numbers of one atlas.
+        BadInput: it cannot be read, has a field that no shard has or that one cannot filter by, or compares
+            numbers of one atlas.
     """
     if where is None:
         return
     everywhere = frozenset[str]().union(*(facts.fields for facts in known.values()))
-    for name in sorted(fields_of(parse(where)) - everywhere):
+    for name in sorted(fields_of(parse(where))):
+        for shard, facts in known.items():
+            if name in facts.refused:
+                raise BadInput(
+                    f"the filter compares {name!r}, by which {shard}, a Milvus collection, cannot filter; "
+                    "leave out the comparison or the collection"
+                )
+        if name in everywhere:
+            continue
         if name.partition(".")[0] in OF_ONE_ATLAS:
             raise BadInput(
                 f"the filter compares {name!r}, whose numbers mean something else in each atlas; filter by "
                 "columns such as label, or search one atlas"
             )
-        raise unknown_name("field", name, everywhere)
+        unasked = f" (not asked: {_reasons(away)})" if away else ""
+        raise NotFound(f"{unknown_name('field', name, everywhere)}{unasked}")
 
 
 def shared_slides(known: dict[str, Facts]) -> dict[str, list[str]]:

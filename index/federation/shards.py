@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import BadInput, Mismatch
+from ...errors import BadInput
 from ..atlas import Atlas
 from ..exchange.milvus import MilvusAtlas
 from ..exchange.milvus_address import parse_url
 from ..search.query import Query
+from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from ..store.rows import Hit
 from ..view import View
 
@@ -36,6 +37,8 @@ class Facts:
         tiles: number of its tiles; None if it is not known (Milvus).
         slides: names of its slides and tile sets.
         fields: fields that a filter may have, without those of :data:`OF_ONE_ATLAS`.
+        refused: fields that its tiles have, but that it cannot filter by.
+        scales: smallest and largest µm per pixel of its tiles; None if it is not known.
     """
 
     encoder: str
@@ -46,6 +49,8 @@ class Facts:
     tiles: int | None
     slides: frozenset[str]
     fields: frozenset[str]
+    refused: frozenset[str] = frozenset()
+    scales: tuple[float, float] | None = None
 
 
 class Shard(ABC):
@@ -92,10 +97,10 @@ class Shard(ABC):
 class AtlasShard(Shard):
     """An atlas on disk."""
 
-    def __init__(self, address: str, name: str) -> None:
-        """Name a shard; nothing is opened yet."""
+    def __init__(self, address: str, name: str, atlas: Atlas | None = None) -> None:
+        """Name a shard; nothing is opened yet, unless the opened ``atlas`` is given."""
         super().__init__(address, name)
-        self._atlas: Atlas | None = None
+        self._atlas = atlas
 
     @property
     def atlas(self) -> Atlas:
@@ -110,10 +115,12 @@ class AtlasShard(Shard):
         if self._known is not None and self._known.revision == view.revision:
             return self._known
         fields = (name for name in view.columns.fields() if name not in OF_ONE_ATLAS)
-        names = (slide["name"] for slide in view.columns.slides if slide["name"])
+        slides = [slide for slide in view.columns.slides if slide["name"]]
+        names = frozenset(slide["name"] for slide in slides)
+        scales = _range(slide["target_mpp"] for slide in slides if slide["tiles"])
         self._known = Facts(
             manifest.name, manifest.sha256, manifest.dim, manifest.metric, view.revision, len(view.index),
-            frozenset(names), frozenset(fields),
+            names, frozenset(fields), scales=scales,
         )  # fmt: skip
         return self._known
 
@@ -160,10 +167,11 @@ class MilvusShard(Shard):
         if self._known is not None and self._known.revision == about.revision:
             return self._known
         fields = {*about.columns, "x", "y", "mpp", "target_mpp"}
-        names = (about.columns["slide"][code] for code in about.slides)
+        names = frozenset(about.columns["slide"][code] for code in about.slides)
+        scales = _range([*slide, None][4] for slide in about.slides.values())
         self._known = Facts(
-            about.encoder, about.sha256, about.dim, about.metric, about.revision, None,
-            frozenset(names), frozenset(fields),
+            about.encoder, about.sha256, about.dim, about.metric, about.revision, None, names,
+            frozenset(fields), frozenset({"file", *ANNOTATION_FIELDS}), scales,
         )  # fmt: skip
         return self._known
 
@@ -196,46 +204,53 @@ def is_milvus(address: str) -> bool:
     return address.startswith(("milvus://", "milvus+https://"))
 
 
-def named(addresses: Sequence[str]) -> list[Shard]:
+def _range(scales: Iterable[float | None]) -> tuple[float, float] | None:
+    """Return the smallest and largest of the known scales; None if there are none."""
+    known = [scale for scale in scales if scale is not None]
+    return (min(known), max(known)) if known else None
+
+
+def named(given: Sequence[str | Path | Atlas]) -> list[Shard]:
     """Return the shards at addresses, each named by as many last parts of its address as tell it apart.
+
+    Args:
+        given: folders, addresses of Milvus, or opened atlases.
 
     Raises:
         BadInput: an address occurs twice, or is not a valid address of Milvus.
     """
-    resolved = [a if is_milvus(a) else str(Path(a).resolve()) for a in addresses]
-    for n, address in enumerate(resolved):
-        if address in resolved[:n]:
+    addresses = [str(one.path if isinstance(one, Atlas) else one) for one in given]
+    parts = [_parts(address) for address in addresses]
+    for n, own in enumerate(parts):
+        if own in parts[:n]:
             raise BadInput(f"{addresses[n]} was given twice; give each atlas once")
-    parts = [_parts(address) for address in resolved]
     shards: list[Shard] = []
-    for address, own in zip(addresses, parts, strict=True):
+    for one, address, own in zip(given, addresses, parts, strict=True):
         count = 1
         while count < len(own) and sum(other[-count:] == own[-count:] for other in parts) > 1:
             count += 1
-        kind = MilvusShard if is_milvus(address) else AtlasShard
-        shards.append(kind(address, "/".join(own[-count:])))
+        name = "/".join(own[-count:])
+        if is_milvus(address):
+            shards.append(MilvusShard(address, name))
+        else:
+            shards.append(AtlasShard(address, name, one if isinstance(one, Atlas) else None))
     return shards
 
 
 def _parts(address: str) -> list[str]:
-    """Return the parts of an address, the last of which is the name of the folder or collection."""
-    if not is_milvus(address):
-        return list(Path(address).parts[1:]) or [address]
-    found = parse_url(address)
-    return [*found.uri.split("/"), found.collection]
+    """Return the parts of what an address leads to; the last is the name of the folder or collection."""
+    if is_milvus(address):
+        found = parse_url(address)
+        return [*str(found.uri).split("/"), found.collection]
+    return list(Path(address).resolve().parts[1:]) or [address]
 
 
-def check_encoders(facts: dict[str, Facts]) -> None:
-    """Check that all shards, by name, have the same encoder.
-
-    Raises:
-        Mismatch: two have different ones; the message names both.
-    """
-    (first, known), *others = facts.items()
-    for name, other in others:
-        if (other.sha256, other.dim, other.metric) != (known.sha256, known.dim, known.metric):
-            raise Mismatch(
-                f"{name} has the encoder {other.encoder!r} ({other.sha256[:12]}…) and {first} has "
-                f"{known.encoder!r} ({known.sha256[:12]}…); only atlases of the same encoder can be "
-                "searched together"
-            )
+def other_encoder(name: str, facts: Facts, first: str, known: Facts) -> str:
+    """Return why two shards cannot be searched together; "" if they have the same encoder."""
+    if (facts.sha256, facts.dim, facts.metric) == (known.sha256, known.dim, known.metric):
+        return ""
+    return (
+        f"{name} has the encoder {facts.encoder!r} ({facts.sha256[:12]}…) and {first} has "
+        f"{known.encoder!r} ({known.sha256[:12]}…); only atlases of the same encoder can be searched "
+        "together"
+    )

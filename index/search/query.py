@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput
+
+if TYPE_CHECKING:
+    from .filters import Filter
 
 LeaveOut = Literal["tile", "slide", "patient"]
 LEAVE_OUT: tuple[LeaveOut, ...] = ("tile", "slide", "patient")
@@ -41,6 +44,7 @@ class Query:
         leave_out: which hits to exclude if the example is a tile of the atlas: the ``tile`` itself, its
             ``slide``, or all slides of its ``patient`` (its slide if the patient is not known).
         absent: fields of the filter that only other atlases of a federation have; here they are empty.
+        also: a parsed filter that hits must pass too; see :mod:`~histoseek.index.search.filters`.
     """
 
     images: tuple[Rgb, ...] = field(default=(), repr=False)
@@ -59,6 +63,7 @@ class Query:
     texts: tuple[str, ...] = ()
     unlike_texts: tuple[str, ...] = ()
     absent: frozenset[str] = frozenset()
+    also: Filter | None = None
 
     def __post_init__(self) -> None:
         """Check the ranges.

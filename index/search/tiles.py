@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from ...errors import BadInput
 from ..store.rows import Hit
 from ..vectors.scan import Metric, prepared
-from .filters import parse, select, without_fields
+from .filters import Every, parse, select, without_fields
 from .query import LeaveOut, Query
 from .state import State
 
@@ -24,20 +24,25 @@ SLIDE_STEP = 4_096
 """If this many hits are of too few slides, the search goes on without these slides."""
 
 
-def allowed(state: State, where: str | None, absent: frozenset[str] = frozenset()) -> Mask | None:
+def allowed(state: State, where: str | None, settings: Query | None = None) -> Mask | None:
     """Return which positions (N,) pass a filter, None for all; the mask is cached.
 
     Args:
         state: the state to search.
         where: the filter.
-        absent: see :class:`Query`.
+        settings: a query with fields that are ``absent``, or with a filter that they pass ``also``.
     """
-    if where is None:
+    absent = settings.absent if settings is not None else frozenset[str]()
+    also = settings.also if settings is not None else None
+    if where is None and also is None:
         return None
-    key = "\0".join([where, *sorted(absent)])
-    return state.columns.mask(
-        key, lambda: select(state.columns, without_fields(parse(where), absent))
-    )
+
+    def make() -> Mask:
+        parts = [] if where is None else [without_fields(parse(where), absent)]
+        return select(state.columns, Every((*parts, *([] if also is None else [also]))))
+
+    key = where or "" if not absent and also is None else repr((where, sorted(absent), also))
+    return state.columns.mask(key, make)
 
 
 def find(
@@ -51,7 +56,7 @@ def find(
         settings: k, filter and so on; its examples are ignored.
         mask: (N,) positions that may be found, in addition to the filter; None for all.
     """
-    passing = allowed(state, settings.where, settings.absent)
+    passing = allowed(state, settings.where, settings)
     if mask is not None:
         passing = mask if passing is None else passing & mask
     if settings.per_slide:

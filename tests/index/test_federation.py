@@ -3,6 +3,7 @@
 import json
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
@@ -190,7 +191,7 @@ def test_what_is_away_is_named_and_not_waited_for(made, tmp_path, monkeypatch):
     same(answer.hits, big.view().search(query))
     (away,) = answer.away
     assert away.atlas == "gone" and "is not an atlas" in away.away and away.revision is None
-    with pytest.raises(Unavailable, match=r"none of the 1 atlases can be searched: gone: .*gone"):
+    with pytest.raises(Unavailable, match=r"the atlas cannot be searched: gone: .*gone"):
         Federation([gone]).search(query)
 
     hung, release = threading.Event(), threading.Event()
@@ -212,7 +213,7 @@ def test_what_is_away_is_named_and_not_waited_for(made, tmp_path, monkeypatch):
     began = time.monotonic()  # it is not asked again while its thread hangs
     answer = patient.search(query)
     assert time.monotonic() - began < 0.4
-    assert answer.away[0].away == "it has not answered an earlier question yet"
+    assert answer.away[0].away == "no answer within 0.5 s to an earlier question"
     with pytest.raises(Unavailable, match="west of an example cannot be searched"):
         patient.search(query, [Example("west", 1)])
     release.set()
@@ -256,7 +257,7 @@ def test_collections_of_milvus_are_shards(made, tmp_path):
         with pytest.raises(BadInput, match="south is a Milvus collection"):
             mixed.search(Query(), [Example("south", 1)])
         assert mixed.an_atlas().path.name == "north"
-        with pytest.raises(Unavailable, match="folder on this machine"):
+        with pytest.raises(Unavailable, match="all are in Milvus"):
             Federation(urls[:1]).an_atlas()
     finally:
         mixed.close()
@@ -323,7 +324,115 @@ def test_the_command_searches_several_atlases(made, cli, cli_json, tmp_path, til
         ((north, south, "--tile", "east:5"), "unknown atlas 'east'"),
         ((north, south, image, "--engine", "milvus://h/c"), "further atlases instead"),
         ((north, north, image), "given twice"),
-        ((tmp_path / "a", tmp_path / "b", image), "none of the 2 atlases"),
+        ((tmp_path / "a", tmp_path / "b", image), "no atlas is a folder that can be opened (a: "),
     ):
         refused = cli("index", "search", *words)
         assert refused.returncode != 0 and said in refused.stderr, refused.stderr
+
+
+def test_questions_of_several_threads_are_all_answered(made, together):
+    big, _ = made
+    query = Query(vectors=QUERIES, k=8)
+    expected = big.view().search(query)
+    with ThreadPoolExecutor(6) as pool:
+        answers = list(pool.map(lambda _: together.search(query), range(60)))
+    assert not any(answer.away for answer in answers)
+    for answer in answers[::10]:
+        same(answer.hits, expected)
+
+
+def test_each_atlas_has_the_whole_timeout(made, monkeypatch):
+    """Many slow atlases together take longer than the timeout of one; none of them is away."""
+    _, folder = made
+    find = AtlasShard.find
+
+    def slow(self, asked):
+        time.sleep(0.4)
+        return find(self, asked)
+
+    monkeypatch.setattr(AtlasShard, "find", slow)
+    answer = Federation([folder / name for name in SHARDS], timeout_s=0.7).search(
+        Query(vectors=QUERIES)
+    )
+    assert not answer.away
+    for timeout in (0, -1, float("nan"), 1e9):
+        with pytest.raises(BadInput, match="the timeout is"):
+            Federation([folder / "north"], timeout)
+
+
+def test_only_the_chosen_atlases_are_asked(made, tmp_path, monkeypatch):
+    _, folder = made
+    Atlas.create_external(tmp_path / "uni", "uni", DIM)
+    asked = []
+    facts = AtlasShard.facts
+    monkeypatch.setattr(AtlasShard, "facts", lambda self: asked.append(self.name) or facts(self))
+    mixed = Federation([folder / "north", folder / "south", tmp_path / "uni"])
+    answer = mixed.search_near(QUERIES[0], Query(k=3), only=["south"])
+    assert set(asked) == {"south"} and [shard.atlas for shard in answer.shards] == ["south"]
+    assert mixed.an_atlas().path.name == "north" and set(asked) == {"south", "north"}
+    with pytest.raises(Mismatch, match="uni has the encoder 'uni'"):
+        mixed.search_near(QUERIES[0], Query(k=3))
+    mixed.strict = False
+    answer = mixed.search_near(QUERIES[0], Query(k=3))
+    assert [shard.atlas for shard in answer.away] == ["uni"]
+    assert "only atlases of the same encoder" in answer.away[0].away
+
+
+def test_tiles_of_other_scales_are_named(made, tmp_path):
+    _, folder = made
+    coarse = Atlas.create(tmp_path / "coarse", DEFAULT_BUNDLE)
+    coarse.add([features(tmp_path / "coarse.h5", 20, 3, target_mpp=2.0)])
+    query = Query(vectors=QUERIES, k=3)
+    answer = Federation([folder / "north", coarse]).search(query)
+    assert answer.mixed_scales and [s.scales for s in answer.shards] == [(0.5, 0.5), (2.0, 2.0)]
+    assert not Federation([folder / "north", folder / "south"]).search(query).mixed_scales
+
+
+def test_what_milvus_cannot_filter_by_is_refused(made, tmp_path):
+    """Its tiles have files, so they must not count as tiles without."""
+    _, folder = made
+    url = f"milvus://{tmp_path}/west.db?collection=west"
+    push(Atlas(folder / "west"), url)
+    mixed = Federation([folder / "north", url])
+    for where in ("file like '%.png'", "label = 'a' or annotation.label is null"):
+        with pytest.raises(BadInput, match="by which west, a Milvus collection, cannot filter"):
+            mixed.search(Query(vectors=QUERIES, where=where))
+    mixed.close()
+    with pytest.raises(BadInput, match="given twice"):
+        Federation([f"milvus://{tmp_path}/a.db", f"milvus://{tmp_path}/a.db?collection=histoseek"])
+
+
+def test_a_column_of_an_atlas_that_is_away(made, tmp_path):
+    _, folder = made
+    with pytest.raises(NotFound, match=r"unknown field 'grade'.*not asked: gone: "):
+        Federation([folder / "north", tmp_path / "gone"]).search(
+            Query(vectors=QUERIES, where="grade = 5")
+        )
+
+
+def test_a_long_filter_and_many_left_out_names(made, together):
+    """What is left out is no part of the filter's text, whose length is limited."""
+    _, folder = made
+    where = "label in (" + ", ".join(f"'{n:09d}'" for n in range(760)) + ", 'a')"
+    assert len(where) > 9_000
+    examples = [Example("north", 1), Example("south", 1)]
+    query = Query(where=where, leave_out="patient", k=5, together=True)
+    assert {one.hit.label for one in together.search(query, examples).hits[0]} == {"a"}
+
+
+def test_what_the_command_says_of_mistakes(made, cli, tmp_path):
+    _, folder = made
+    (tmp_path / "images").mkdir()
+    for words, said in (
+        ((folder / "north", tmp_path / "images"), "taken for atlases: "),
+        ((folder / "north", "--tile", "\u00b2"), "expected the id of a tile"),
+        ((folder / "north", "--tile", "9" * 40), "expected the id of a tile"),
+        ((folder / "north", folder / "south", "--tile", "north:\u00b2"), "names no atlas"),
+        (
+            (folder / "north", folder / "south", "--tile", "north:1", "--timeout", "0"),
+            "the timeout is",
+        ),
+    ):
+        refused = cli("index", "search", *words)
+        assert refused.returncode == 1 and said in " ".join(refused.stderr.split()), refused.stderr
+        assert "Traceback" not in refused.stderr

@@ -303,6 +303,9 @@ class AskedAtlas(BaseModel):
     atlas: str
     tiles: int | None = Field(description="null if it is not known, as in Milvus")
     revision: int | None
+    scales: tuple[float, float] | None = Field(
+        description="smallest and largest µm per pixel of its tiles"
+    )
     away: str
 
 
@@ -323,7 +326,8 @@ class SearchAnswer(BaseModel):
         description="the atlases that were asked; empty if it was the server's own alone"
     )
     shared_slides: int = Field(
-        description="number of slides that several of the atlases have; each counts as one"
+        description="number of slides that several of the searched atlases have; with per_slide, each "
+        "counts as one"
     )
     matches: list[Match]
     milliseconds: dict[str, float]

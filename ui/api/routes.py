@@ -12,7 +12,7 @@ from fastapi import Query as InUrl
 from fastapi.responses import JSONResponse
 
 from ...errors import BadInput, NotFound, TooLarge
-from ...index.federation.federation import Example
+from ...index.federation.federation import Example, Federation
 from ...index.search.query import Query
 from ..access.service import Server
 from ..session import report
@@ -189,9 +189,8 @@ def add_atlases(app: FastAPI, server: Server) -> None:
     def atlases() -> Any:
         """List the atlases that are searched; the first is the server's own."""
         if session.elsewhere is None:
-            view = session.atlas.view()
-            facts = {"tiles": len(view.index), "revision": view.revision, "away": ""}
-            return {"atlases": [{"atlas": session.atlas.path.name, **facts}], "shared_slides": 0}
+            (shard,) = Federation([session.atlas]).status().shards
+            return {"atlases": report.searched_rows(session, [shard]), "shared_slides": 0}
         status = session.elsewhere.status()
         rows = report.searched_rows(session, status.shards)
         return {"atlases": rows, "shared_slides": len(status.shared_slides)}

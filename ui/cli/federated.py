@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -11,6 +12,9 @@ from ...errors import BadInput
 
 if TYPE_CHECKING:
     from ...index.federation.federation import Answer, Example
+
+
+NUMBER = re.compile(r"[0-9]{1,15}")
 
 
 def atlases_and_images(arguments: Sequence[str]) -> tuple[list[str], list[Path]]:
@@ -30,14 +34,23 @@ def atlases_and_images(arguments: Sequence[str]) -> tuple[list[str], list[Path]]
     return atlases, images
 
 
+def no_query(atlases: Sequence[str]) -> BadInput:
+    """Return the error of a search without a query; it says what was taken for an atlas."""
+    taken = f" (taken for atlases: {', '.join(atlases)})" if len(atlases) > 1 else ""
+    return BadInput(
+        f"no query was given{taken}; name an image, --tile with the id of a tile, or --text with words. "
+        "The first argument, folders, and names without suffix that do not exist are atlases"
+    )
+
+
 def tile_number(text: str) -> int:
     """Return the id of a tile of the one atlas that is searched.
 
     Raises:
         BadInput: the text is not an id.
     """
-    if not text.isdigit():
-        raise BadInput(f"--tile is {text!r}; expected the id of a tile, such as 12")
+    if not NUMBER.fullmatch(text):
+        raise BadInput(f"the tile is {text[:40]!r}; expected the id of a tile, such as 12")
     return int(text)
 
 
@@ -50,16 +63,21 @@ def example(text: str) -> Example:
     from ...index.federation.federation import Example
 
     name, colon, number = text.rpartition(":")
-    if not colon or not name or not number.isdigit():
+    if not colon or not name or not NUMBER.fullmatch(number):
         raise BadInput(
             f"the tile {text!r} names no atlas; with several atlases write ATLAS:ID, such as north:12"
         )
     return Example(name, int(number))
 
 
+def is_number(text: str) -> bool:
+    """Return whether a text is the id of a tile and not the path of an image."""
+    return NUMBER.fullmatch(text) is not None
+
+
 def is_example(text: str) -> bool:
     """Return whether a text is ATLAS:ID and not the path of an image."""
-    return text.rpartition(":")[2].isdigit() and not Path(text).exists()
+    return NUMBER.fullmatch(text.rpartition(":")[2]) is not None and not Path(text).exists()
 
 
 def described(answer: Answer, answers: Sequence[Any]) -> dict[str, Any]:
@@ -80,8 +98,14 @@ def say_what_was_searched(answer: Answer) -> None:
     known = f", {sum(t for t in tiles if t is not None):,} tiles" if None not in tiles else ""
     console.say(f"searched {len(searched)} of {len(answer.shards)} atlases{known}")
     if answer.shared_slides:
+        count = len(answer.shared_slides)
         slide, names = next(iter(answer.shared_slides.items()))
         console.say(
-            f"{len(answer.shared_slides)} slides are in several atlases and count as one, such as {slide} "
-            f"in {' and '.join(names)}"
+            f"several atlases have {count} same slide{'' if count == 1 else 's'}, such as {slide} in "
+            f"{' and '.join(names)}; --per-slide counts each once"
         )
+    if answer.mixed_scales:
+        scales = "; ".join(
+            f"{s.atlas} {s.scales[0]:.3g} to {s.scales[1]:.3g}" for s in searched if s.scales
+        )
+        console.say(f"the atlases have tiles of different scales, in µm per pixel: {scales}")

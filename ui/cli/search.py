@@ -17,6 +17,8 @@ from .federated import (
     described,
     example,
     is_example,
+    is_number,
+    no_query,
     say_what_was_searched,
     tile_number,
 )
@@ -69,7 +71,8 @@ def search(
     each hit names its atlas. The exit code is 1 if an image or an atlas cannot be read.
 
     Options:
-        images: Query images. Folders and Milvus addresses are further atlases.
+        images: Query images. Folders, Milvus addresses, and names without suffix that do not exist are
+            further atlases.
         k: Number of hits per query.
         tile: Id of a tile of the atlas to use as query; ATLAS:ID with several atlases. Repeatable.
         leave_out: With --tile: tile leaves out the query tile itself, slide leaves out all tiles of its
@@ -84,7 +87,7 @@ def search(
         exact: Compare with every tile, without the index.
         mpp: Scale of the query images in µm per pixel. Each image is cut into tiles of the atlas's scale,
             and their mean is searched. Without it, the middle square of an image is taken as one tile.
-        timeout: With several atlases: time in s to wait for the answer of each.
+        timeout: With several atlases: time in s to wait for the answer of each to a question.
     """
     from ...index.atlas import Atlas
     from ...index.federation.federation import Federation
@@ -94,9 +97,7 @@ def search(
     addresses, paths = atlases_and_images([atlas, *(images or [])])
     tiles, texts = tile or [], text or []
     if not paths and not tiles and not texts:
-        raise BadInput(
-            "no query was given; name an image, --tile with the id of a tile, or --text with words"
-        )
+        raise no_query(addresses)
     if engine and (tiles or together or unlike or unlike_text or len(addresses) > 1):
         raise BadInput(
             "--engine searches one atlas with images and texts only; leave out --tile, --together, "
@@ -106,7 +107,7 @@ def search(
     if len(addresses) > 1 or is_milvus(addresses[0]):
         federation = Federation(addresses, timeout)
     opened = Atlas(addresses[0]) if federation is None else federation.an_atlas()
-    is_tile = str.isdigit if federation is None else is_example
+    is_tile = is_number if federation is None else is_example
     unlike_paths = [Path(name) for name in unlike or [] if not is_tile(name)]
     unlike_tiles = [name for name in unlike or [] if is_tile(name)]
     if paths or unlike_paths:
@@ -203,7 +204,7 @@ def _answer_search(
 
     def human() -> None:
         for name, hits in hits_of.items():
-            _print_hits(str(name), hits, query.where, scales)
+            _print_hits(str(name), hits, query, scales, several is not None)
         if query.by_text:
             from ..session.words import TEXT_NOTICE
 
@@ -214,12 +215,16 @@ def _answer_search(
     answer(document, human, failed)
 
 
-def _print_hits(name: str, hits: Sequence[Hit | Found], where: str | None, scales: bool) -> None:
-    """Print a table of hits; with the scale of each tile if the tiles have several scales."""
+def _print_hits(
+    name: str, hits: Sequence[Hit | Found], query: Query, scales: bool, several: bool
+) -> None:
+    """Print a table of hits; with their scales, and their atlases, if there are several."""
     from ...index.store.rows import Hit
 
     rows: list[list[Any]] = []
     columns = [*COLUMNS, *(["µm per pixel"] if scales else [])]
+    if several:
+        columns.insert(2, "atlas")
     for one in hits:
         hit = one if isinstance(one, Hit) else one.hit
         row = [
@@ -227,12 +232,12 @@ def _print_hits(name: str, hits: Sequence[Hit | Found], where: str | None, scale
             hit.patient, hit.cluster, *([hit.target_mpp] if scales else []),
         ]  # fmt: skip
         rows.append(row if isinstance(one, Hit) else [*row[:2], one.atlas, *row[2:]])
-    if hits and not isinstance(hits[0], Hit):
-        columns.insert(2, "atlas")
     console.table(name, columns, rows)
     if not hits:
-        option = "--where" if where else "--least"
-        console.say(f"no tile passes {option}; loosen it to get hits")
+        option = "--where" if query.where else "--least" if query.least is not None else ""
+        console.say(
+            f"no tile passes {option}; loosen it to get hits" if option else "no tile was found"
+        )
 
 
 def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:

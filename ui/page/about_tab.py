@@ -28,7 +28,7 @@ def about_tab(session: Session, tab: Any) -> None:
         try:
             return view.audit_text(session.atlas.audit(AUDIT_QUERIES))
         except HistoseekError as error:
-            return error_html(error)
+            return error_html(error, session)
 
     button.click(measure, None, note, **EVENT)
     tab.select(lambda: _about(session), None, about, **HIDDEN)

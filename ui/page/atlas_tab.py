@@ -34,7 +34,7 @@ def atlas_tab(session: Session, tab: Any) -> None:
         try:
             return cluster_view.cluster_cards(session.atlas.clusters(name, view.EXAMPLES), name)
         except HistoseekError as error:
-            return error_html(error)
+            return error_html(error, session)
 
     if session.takes_text:
         _proposals(session, chosen)
@@ -56,7 +56,7 @@ def _proposals(session: Session, chosen: Any) -> None:
         try:
             rows = session.suggest_names((text or "").splitlines(), name)
         except HistoseekError as error:
-            return error_html(error)
+            return error_html(error, session)
         return cluster_view.proposed_names(rows)
 
     button.click(propose, [words, chosen], table, **EVENT, show_progress_on=[table])

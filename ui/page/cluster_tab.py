@@ -84,7 +84,7 @@ def cluster_tab(server: Server) -> None:
             answer = session.cluster(images, name, EXAMPLES)
             server.note_assign(request, answer)
         except HistoseekError as error:
-            return error_html(error), "{}"
+            return error_html(error, server.session), "{}"
         drawn = {"by": f"cluster.{answer.clustering}", "stars": _stars(answer)}
         examples = {c["cluster"]: [t["tile"] for t in c["examples"]] for c in answer.clusters}
         table = cluster_view.placed_table(answer, examples)

@@ -137,7 +137,7 @@ class _Handlers:
             self.server.note_search(request, answer)
             names = session.atlas.cluster_names() if session.atlas.clusterings() else {}
         except HistoseekError as error:
-            return _failed(query, error)
+            return _failed(self.server.session, query, error)
         basket = view.basket(answer.query.images, query["like"], query["unlike"])
         cards = view.gallery(answer.hits, names, matches(answer), _homes(session, answer))
         return query, basket, view.verdict(answer), cards, answer.id
@@ -148,7 +148,7 @@ class _Handlers:
         try:
             query = {**query, "upload": check_upload(event._data)}
         except HistoseekError as error:
-            return _failed(query, error)
+            return _failed(self.server.session, query, error)
         return self.clicked(request, query, k, *values)
 
     def picked(
@@ -177,11 +177,11 @@ def _basket(query: Examples) -> str:
     return view.basket((), query["like"], query["unlike"])
 
 
-def _failed(query: Examples, error: Exception) -> tuple[Any, ...]:
+def _failed(session: Session, query: Examples, error: Exception) -> tuple[Any, ...]:
     return (
         query,
         _basket(query),
-        error_html(error),
+        error_html(error, session),
         view.empty("No search.", "See the message above."),
         "",
     )

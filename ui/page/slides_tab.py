@@ -102,7 +102,7 @@ class _Handlers:
         try:
             return self._detail(name, shows, clustering, by, result, request)
         except HistoseekError as error:
-            return error_html(error)
+            return error_html(error, self.server.session)
 
     def _detail(
         self, name: str, shows: str, clustering: str | None, by: str, result: str, request: Any

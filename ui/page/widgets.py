@@ -9,6 +9,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import BadInput
+from ..session.session import Session
 from . import view
 
 UPLOAD_BYTES = 64 * 2**20
@@ -45,9 +46,9 @@ def html(value: str = "", **options: Any) -> Any:
     return gr.HTML(value, apply_default_css=False, **options)
 
 
-def error_html(error: Exception) -> str:
-    """Return the message of an error as HTML."""
-    return view.problem(str(error))
+def error_html(error: Exception, session: Session) -> str:
+    """Return the message of an error as HTML, without the server's folders."""
+    return view.problem(session.hide(str(error)))
 
 
 def no_clusters() -> Any:

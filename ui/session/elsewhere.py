@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 from ...errors import BadInput, NotFound, Unavailable, unknown_name
 from ...index.atlas import Atlas
+from ...index.exchange.milvus_address import parse_url
 from ...index.federation.federation import Answer, Example, Federation
-from ...index.federation.shards import AtlasShard
+from ...index.federation.shards import MilvusShard
 from ...index.search.columns import Columns
 from .pictures import Pictures
 
@@ -23,13 +25,16 @@ class Elsewhere:
         names: their names.
     """
 
-    def __init__(self, own: Path, others: Sequence[str]) -> None:
-        """Name the atlases; each is opened at the first question.
+    def __init__(self, own: Atlas, others: Sequence[str]) -> None:
+        """Open the atlases that can be opened.
 
         Raises:
             BadInput: an atlas was given twice.
+            Mismatch: an atlas has another encoder; one that gets another one later is away.
         """
         self.federation = Federation([own, *others])
+        self.federation.status()
+        self.federation.strict = False
         self.names = [shard.name for shard in self.federation.shards]
         self._pictures: dict[str, Pictures] = {}
         self._lock = threading.Lock()
@@ -78,14 +83,14 @@ class Elsewhere:
             NotFound: there is no such atlas, or it is a Milvus collection, which has no images.
             Unavailable: it cannot be opened.
         """
-        self.check([name])
-        shard = self.federation.shards[self.names.index(name)]
-        if not isinstance(shard, AtlasShard):
-            raise NotFound(f"{name} is a Milvus collection, which has no images of its tiles")
-        known, away = self.federation.facts()
-        if name not in known:
-            raise Unavailable(f"the atlas {name} cannot be read: {away[name]}")
-        return shard.atlas
+        try:
+            return self.federation.atlas(name)
+        except Unavailable:
+            raise
+        except NotFound as error:
+            if name not in self.names:
+                raise
+            raise NotFound(f"{error}; its tiles have no images here") from error
 
     def pictures(self, name: str) -> Pictures:
         """Return the reader of an atlas's images; for errors see :meth:`atlas`."""
@@ -101,10 +106,22 @@ class Elsewhere:
 
     def columns(self) -> Iterator[Columns]:
         """Yield the columns of the further atlases that are on disk and can be read now."""
-        known, _ = self.federation.facts()
+        for name in self.names[1:]:
+            with suppress(NotFound, Unavailable):
+                yield self.federation.atlas(name).view().columns
+
+    def hide(self, text: str) -> str:
+        """Return a text with the names of the further atlases instead of their folders and addresses."""
         for shard in self.federation.shards[1:]:
-            if isinstance(shard, AtlasShard) and shard.name in known:
-                yield shard.atlas.view().columns
+            ways = {shard.address}
+            if isinstance(shard, MilvusShard):
+                uri = str(parse_url(shard.address).uri)
+                ways |= {uri, uri.partition("://")[2] or uri}
+            else:
+                ways.add(str(Path(shard.address).resolve()))
+            for way in sorted(ways, key=len, reverse=True):
+                text = text.replace(way, shard.name)
+        return text
 
     def example(self, key: str) -> Example:
         """Return the tile that the page calls ``number of the atlas:id``.

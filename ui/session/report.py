@@ -117,6 +117,7 @@ def searched_rows(session: Session, shards: Sequence[Searched]) -> list[dict[str
             "atlas": shard.atlas,
             "tiles": shard.tiles,
             "revision": shard.revision,
+            "scales": shard.scales,
             "away": session.hide(shard.away),
         }
         for shard in shards
@@ -296,7 +297,7 @@ def _tile(session: Session, tile: int, atlas: str = "") -> dict[str, str]:
     try:
         return _shown(session.pictures_of(atlas).tile(tile))
     except HistoseekError as error:
-        return {"problem": str(error)}
+        return {"problem": session.hide(str(error))}
 
 
 def _shown(jpeg: bytes) -> dict[str, str]:

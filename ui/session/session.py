@@ -91,9 +91,7 @@ class Session:
                 encoder.
         """
         self.atlas = Atlas(path)
-        self.elsewhere = Elsewhere(path, others) if others else None
-        if self.elsewhere is not None:
-            self.elsewhere.status()  # checks the encoders
+        self.elsewhere = Elsewhere(self.atlas, others) if others else None
         self.spec = encoder or str(self.atlas.encoder_bundle)
         self.encoder: Encoder | None = None
         self.batching: Batcher | None = None
@@ -246,11 +244,15 @@ class Session:
         of_regions = [mean_of(self.embed(tiles), metric) for _, tiles in taken]
         if means := [*of_regions, *(mean_of(vectors, metric) for vectors in parts)]:
             query = replace(query, vectors=np.stack(means))
+        query, among = self._with_own(query, among)
         together = self._together(among)
         if together is not None:
-            query = query.with_vectors(
-                together.federation.examples(among.like), together.federation.examples(among.unlike)
+            none = np.zeros((0, self.atlas.manifest.dim), np.float32)
+            like, unlike = (
+                together.federation.examples(tiles) if tiles else none
+                for tiles in (among.like, among.unlike)
             )
+            query = query.with_vectors(like, unlike)
         check_limits(query)
         embedded = query.embedded(self.embed, self.embed_text)
         milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
@@ -325,6 +327,21 @@ class Session:
             among=among,
         )
 
+    def _with_own(self, query: Query, among: Among) -> tuple[Query, Among]:
+        """Return the query with those examples of ``among`` that are tiles of the server's own atlas."""
+        own = self.atlas.path.name if self.elsewhere is None else self.elsewhere.own
+
+        def parted(tiles: Sequence[Example]) -> tuple[tuple[int, ...], tuple[Example, ...]]:
+            mine = tuple(tile.tile for tile in tiles if tile.atlas == own)
+            return mine, tuple(tile for tile in tiles if tile.atlas != own)
+
+        (like, like_others), (unlike, unlike_others) = parted(among.like), parted(among.unlike)
+        query = replace(
+            query, tiles=tuple(dict.fromkeys((*query.tiles, *like))),
+            unlike_tiles=tuple(dict.fromkeys((*query.unlike_tiles, *unlike))),
+        )  # fmt: skip
+        return query, Among(among.atlases, like_others, unlike_others)
+
     def _together(self, among: Among) -> Elsewhere | None:
         """Return all atlases if a search needs others than this one.
 
@@ -365,13 +382,11 @@ class Session:
 
     def hide(self, text: str) -> str:
         """Return a text without the server's folders."""
-        named = {self.atlas.path: self.atlas.path.name}
         if self.elsewhere is not None:
-            named |= {Path(s.address): s.name for s in self.elsewhere.federation.shards[1:]}
-        folders = {str(way): name for path, name in named.items() for way in (path.resolve(), path)}
-        for folder, name in {**folders, tempfile.gettempdir(): ""}.items():
+            text = self.elsewhere.hide(text)
+        for folder in {str(self.atlas.path.resolve()), str(self.atlas.path), tempfile.gettempdir()}:
             if len(folder) > 1:
-                text = text.replace(folder + "/", "").replace(folder, name or self.atlas.path.name)
+                text = text.replace(folder + "/", "").replace(folder, self.atlas.path.name)
         return text
 
     def warm(self) -> None:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...index.federation.federation import mixed
 from ...index.store.rows import Hit
 from .answers import SearchAnswer
 from .scaled import ScaledImage
@@ -63,8 +64,11 @@ def _of_atlases(answer: SearchAnswer) -> list[str]:
     if away := [shard.atlas for shard in answer.searched if shard.away]:
         parts.append(f"Not searched, because they did not answer: {', '.join(away)}.")
     if answer.shared_slides:
+        once = "; of each, the best hit is shown" if answer.query.per_slide else ""
+        parts.append(f"Several atlases have {counted(answer.shared_slides, 'same slide')}{once}.")
+    if mixed(answer.searched):
         parts.append(
-            f"{counted(answer.shared_slides, 'slide')} of several atlases count as one each."
+            "The atlases have tiles of different scales, whose scores say little together."
         )
     return parts
 
@@ -96,9 +100,10 @@ def verdict_text(answer: SearchAnswer) -> str:
         strength = f"strength {placed['strength']:.2f}"
         parts.append(f"The query belongs to {cluster_title(placed)} ({strength}).")
     if verdict.nearer_than is not None:
+        atlas = "the server's own atlas" if answer.searched else "the atlas"
         parts.append(
-            f"The query is nearer to the atlas than {verdict.nearer_than:.0%} of the atlas's own tiles are "
-            "to tiles of other patients."
+            f"The query is nearer to {atlas} than {verdict.nearer_than:.0%} of its own tiles are to tiles "
+            "of other patients."
         )
     if answer.scaled:
         parts.append(scaled_text(answer.scaled))
