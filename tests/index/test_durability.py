@@ -413,12 +413,14 @@ def test_sixteen_readers_see_whole_states_while_a_writer_commits(tmp_path):
         while not stop.is_set():
             try:
                 n = int(rng.integers(8))
-                view = own.view()
-                _, found = view.index.search(stored[n], 1)
-                hits = view.columns.hits(found, np.ones((60, 1), np.float32))
-                moving = sum(hit[0].slide == "moving" for hit in hits)
-                scores = view.index.search(stored[n], 1)[0][:, 0]
-                exact = int((scores > 0.99999).sum())
+
+                def look(view, asked=stored[n]):
+                    scores, found = view.index.search(asked, 1)
+                    hits = view.columns.hits(found, scores)
+                    moving = sum(hit[0].slide == "moving" for hit in hits)
+                    return view, int((scores[:, 0] > 0.99999).sum()), moving
+
+                view, exact, moving = own.ask(look)
                 if exact not in {0, 60} or len(view.index) not in {180, 240}:
                     wrong.append((view.revision, exact, moving, len(view.index)))
                 if exact == 60 != moving:  # columns and vectors are of one state

@@ -9,6 +9,7 @@ import gradio as gr
 import numpy as np
 
 from ...errors import BadInput, HistoseekError, NotFound
+from ...index.view import View
 from ..access.service import Server
 from ..session.answers import SearchAnswer
 from . import slide_view, view
@@ -140,11 +141,15 @@ class _Handlers:
 
     def _cluster_sizes(self, name: str, clustering: str) -> dict[int, int]:
         """Return the number of the slide's tiles in each cluster."""
-        columns = self.session.atlas.view().columns
-        assigned = columns.clusters(clustering)
-        if assigned is None:
-            return {}
-        number = [s["name"] for s in columns.slides].index(name)
-        tiles = assigned[columns.starts[number] : columns.starts[number + 1]]
-        clusters, sizes = np.unique(tiles, return_counts=True)
-        return dict(zip(clusters.tolist(), sizes.tolist(), strict=True))
+
+        def count(view: View) -> dict[int, int]:
+            columns = view.columns
+            assigned = columns.clusters(clustering)
+            if assigned is None:
+                return {}
+            number = [s["name"] for s in columns.slides].index(name)
+            tiles = assigned[columns.starts[number] : columns.starts[number + 1]]
+            clusters, sizes = np.unique(tiles, return_counts=True)
+            return dict(zip(clusters.tolist(), sizes.tolist(), strict=True))
+
+        return self.session.atlas.ask(count)

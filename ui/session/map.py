@@ -16,6 +16,7 @@ from ...index.atlas import Atlas
 from ...index.search.layout import Layout
 from ...index.search.places import GRID, Places
 from ...index.store.annotation import FIELDS as ANNOTATION_FIELDS
+from ...index.view import View
 from .background import Background
 from .words import cluster_name
 
@@ -117,7 +118,11 @@ class AtlasMap:
         Raises:
             NotFound: there is no such clustering or column.
         """
-        view = self._atlas.view()
+        return self._atlas.ask(self._colours, points, by, rows)
+
+    def _colours(
+        self, view: View, /, points: Points, by: str, rows: NDArray[np.int64] | None
+    ) -> tuple[list[str], NDArray[np.int32]]:
         columns = view.columns
         at = columns.positions(points.ids if rows is None else points.ids[rows])
         if by == "cluster" or by.startswith("cluster."):

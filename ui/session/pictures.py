@@ -120,7 +120,9 @@ class Pictures:
         Raises:
             NotFound: there is no such slide or clustering, or ``slide`` is a tile set.
         """
-        view = self._atlas.view()
+        return self._atlas.ask(self._clusters, slide, clustering)
+
+    def _clusters(self, view: View, /, slide: str, clustering: str | None) -> bytes:
         number = slide_number(view, slide)
         assigned = view.columns.clusters(clustering)
         if assigned is None:
@@ -135,7 +137,11 @@ class Pictures:
         self, slide: str, query: NDArray[np.float32], by_text: bool = False
     ) -> tuple[bytes, float, float]:
         """Return a slide with its tiles coloured by similarity to a query (D,), and the scale's ends."""
-        view = self._atlas.view()
+        return self._atlas.ask(self._heat, slide, query, by_text)
+
+    def _heat(
+        self, view: View, /, slide: str, query: NDArray[np.float32], by_text: bool
+    ) -> tuple[bytes, float, float]:
         number = slide_number(view, slide)
         scores = view.scores_in(slide, query)
         if not len(scores):
@@ -176,11 +182,14 @@ class Pictures:
 
     def _keep_of_tile(self, kind: str, tile: int, make: Callable[[View, int], bytes]) -> bytes:
         """Return an image of a tile, made from a view and the tile's position in it, or cached."""
-        view = self._atlas.view()
-        position = int(view.columns.positions(np.array([tile], dtype=np.int64))[0])
-        if position < 0:
-            raise NotFound(f"the atlas has no tile {tile}, or it was removed; search again")
-        return self.keep((kind, tile), lambda: make(view, position))
+
+        def ask(view: View) -> bytes:
+            position = int(view.columns.positions(np.array([tile], dtype=np.int64))[0])
+            if position < 0:
+                raise NotFound(f"the atlas has no tile {tile}, or it was removed; search again")
+            return self.keep((kind, tile), lambda: make(view, position))
+
+        return self._atlas.ask(ask)
 
     def keep(self, key: tuple[Any, ...], make: Callable[[], bytes]) -> bytes:
         """Return what was made for ``key``, from the cache if it is still there."""

@@ -15,6 +15,7 @@ from PIL import Image
 from ...artifacts.images import Rgb, encode_jpeg
 from ...errors import BadInput, NotFound
 from ...index.atlas import Atlas
+from ...index.view import View
 from ...serving.slides.slide import Slide
 from ...serving.slides.tissue import tissue_mask, tissue_share
 from .colours import VIRIDIS, colour_of, ramp, rgb
@@ -179,7 +180,18 @@ class Viewer:
         Raises:
             NotFound: there is no such slide or clustering.
         """
-        view = self._atlas.view()
+        return self._atlas.ask(self._layer, slide, by, clustering, query, by_text)
+
+    def _layer(
+        self,
+        view: View,
+        /,
+        slide: str,
+        by: str,
+        clustering: str | None,
+        query: NDArray[np.float32] | None,
+        by_text: bool,
+    ) -> bytes:
         number = slide_number(view, slide)
         row = view.columns.slides[number]
         rows = slice(*view.columns.starts[number : number + 2].tolist())
