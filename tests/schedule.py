@@ -47,6 +47,7 @@ SLOW_FILES = {
     "export/test_bundle.py",
     "export/test_default_encoder.py",
     "export/test_every_model.py",
+    "index/test_milvus_server.py",
     "serving/test_cluster_run.py",
     "serving/test_stopping.py",
     "test_acceptance.py",
