@@ -7,103 +7,23 @@ does not answer in time, is named in the answer; the others are searched.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput, Mismatch, NotFound, Unavailable, unknown_name
 from ..atlas import Atlas
-from ..search.filters import Compare, Every, Filter, Some, fields_of, parse
 from ..search.query import Query
 from ..search.tiles import combined
 from ..store.rows import Hit
-from ..store.scales import TOLERANCE
+from .answers import Answer, Example, Found, Searched
 from .asking import ANY, Asking
-from .shards import OF_ONE_ATLAS, AtlasShard, Facts, Shard, named, other_encoder
+from .parts import Part, check_filter, merged, reasons_of, shared_slides
+from .shards import AtlasShard, Facts, Shard, named, other_encoder
 
 TIMEOUT_S = 10.0
-
-
-class Example(NamedTuple):
-    """A tile of a shard."""
-
-    atlas: str
-    tile: int
-
-
-class Found(NamedTuple):
-    """A hit of a federation.
-
-    Attributes:
-        atlas: name of the shard.
-        hit: as the shard returned it, with its rank among the hits of all shards.
-    """
-
-    atlas: str
-    hit: Hit
-
-    def as_dict(self) -> dict[str, Any]:
-        """Return the hit as JSON."""
-        return {"atlas": self.atlas, **self.hit._asdict()}
-
-
-class Searched(NamedTuple):
-    """What happened to a shard during a search.
-
-    Attributes:
-        atlas: its name.
-        address: as the user gave it.
-        revision: that was searched; None if the shard was away.
-        tiles: number of its tiles; None if it is not known.
-        scales: smallest and largest µm per pixel of its tiles; None if it is not known.
-        away: why it was not searched; "" if it was.
-    """
-
-    atlas: str
-    address: str
-    revision: int | None
-    tiles: int | None
-    scales: tuple[float, float] | None
-    away: str
-
-
-@dataclass(frozen=True)
-class Answer:
-    """The answer of a federation.
-
-    Attributes:
-        hits: by example, best first; one list if the query combines its examples.
-        shards: the shards that were asked, in the order of the federation.
-        shared_slides: slides that several of the searched shards have, with the names of these shards.
-    """
-
-    hits: list[list[Found]]
-    shards: list[Searched]
-    shared_slides: dict[str, list[str]]
-
-    @property
-    def away(self) -> list[Searched]:
-        """The shards that were not searched."""
-        return [shard for shard in self.shards if shard.away]
-
-    @property
-    def mixed_scales(self) -> bool:
-        """Whether the µm per pixel of the searched tiles differ by more than an atlas allows."""
-        return mixed(self.shards)
-
-
-def mixed(shards: Sequence[Searched]) -> bool:
-    """Return whether the µm per pixel of the shards' tiles differ by more than an atlas allows."""
-    known = [shard.scales for shard in shards if shard.scales and not shard.away]
-    if not known:
-        return False
-    low, high = min(scale for scale, _ in known), max(scale for _, scale in known)
-    return high > (1 + TOLERANCE) * low
 
 
 class Federation:
@@ -189,7 +109,7 @@ class Federation:
                     return shard.atlas
                 away[shard.name] = reason
         raise Unavailable(
-            f"no atlas is a folder that can be opened ({_reasons(away) or 'all are in Milvus'}); name "
+            f"no atlas is a folder that can be opened ({reasons_of(away) or 'all are in Milvus'}); name "
             "one, which has the encoder for images and texts"
         )
 
@@ -387,7 +307,7 @@ class Federation:
                 )
             rows = [n for n, example in enumerate(examples) if example.atlas == name]
             ids = [examples[n].tile for n in rows]
-            answers = self._asking.ask([shards[name]], partial(_examples_of, ids=ids))
+            answers = self._asking.ask([shards[name]], examples_of(ids))
             if name in answers.away:
                 raise Unavailable(
                     f"the atlas {name} of an example cannot be searched: {answers.away[name]}"
@@ -397,141 +317,16 @@ class Federation:
         return vectors, [hits[n] for n in range(len(examples))]
 
 
-def _examples_of(shard: Shard, ids: list[int]) -> tuple[NDArray[np.float32], list[Hit]]:
-    return shard.examples(ids)
-
-
-@dataclass(frozen=True)
-class Part:
-    """Vectors that are searched with the same exclusions.
-
-    Attributes:
-        vectors: (Q, D).
-        tiles: the examples that the vectors stand for.
-        hits: what is known of these examples: slide, patient.
-    """
-
-    vectors: NDArray[np.float32]
-    tiles: Sequence[Example] = ()
-    hits: Sequence[Hit] = ()
-
-    def own(self, name: str) -> list[int]:
-        """Return the ids of the examples that are tiles of a shard."""
-        return [example.tile for example in self.tiles if example.atlas == name]
-
-    def query_for(self, name: str, query: Query, absent: frozenset[str]) -> Query:
-        """Return the question to a shard.
-
-        Args:
-            name: of the shard.
-            query: of the federation.
-            absent: fields of other shards that this one lacks.
-        """
-        k, own = query.k, self.own(name)
-        left_out: Filter | None = None
-        if query.leave_out == "tile" and not query.per_slide:
-            k += len(own)  # the examples themselves are dropped from the answer
-        elif query.leave_out == "tile":
-            left_out = Compare("tile", "not in", tuple(map(float, own))) if own else None
-        elif self.hits:
-            left_out = _without(self.hits, query.leave_out)
-        return Query(
-            vectors=self.vectors, k=k, where=query.where, least=query.least, exact=query.exact,
-            per_slide=query.per_slide, absent=absent, also=left_out,
-        )  # fmt: skip
-
-    def kept(self, name: str, hits: list[Hit]) -> list[Hit]:
-        """Return hits of a shard without the examples themselves."""
-        own = set(self.own(name))
-        return [hit for hit in hits if hit.tile not in own]
-
-
-def _without(hits: Sequence[Hit], leave_out: str) -> Filter:
-    """Return a filter that leaves out the slides or patients of tiles; see :class:`Query`."""
-    if leave_out == "slide":
-        return _not_in("slide", (hit.slide for hit in hits))
-    parts: list[Filter] = []
-    if patients := {hit.patient for hit in hits if hit.patient is not None}:
-        parts.append(_not_in("patient", patients))
-    if slides := {hit.slide for hit in hits if hit.patient is None}:
-        parts.append(Some((_not_in("slide", slides), Compare("patient", "is not null"))))
-    return Every(tuple(parts))
-
-
-def _not_in(field: str, names: Iterable[str]) -> Filter:
-    return Compare(field, "not in", tuple(sorted(set(names))))
+def examples_of(ids: list[int]) -> Callable[[Shard], tuple[NDArray[np.float32], list[Hit]]]:
+    """Return the question for the vectors of tiles, and the tiles, by id."""
+    return lambda shard: shard.examples(ids)
 
 
 def _none_of(away: dict[str, str]) -> Unavailable:
     """Return the error of a question that no shard answers."""
     which = "the atlas cannot" if len(away) == 1 else f"none of the {len(away)} atlases can"
-    return Unavailable(f"{which} be searched: {_reasons(away)}")
-
-
-def _reasons(away: dict[str, str]) -> str:
-    return "; ".join(f"{name}: {why}" for name, why in away.items())
+    return Unavailable(f"{which} be searched: {reasons_of(away)}")
 
 
 def _joined(first: NDArray[np.float32] | None, second: NDArray[np.float32]) -> NDArray[np.float32]:
     return second if first is None else np.concatenate([first, second])
-
-
-def merged(of_shards: dict[str, list[Hit]], k: int, per_slide: bool) -> list[Found]:
-    """Return the k best hits of all shards; equal scores stay in the order of the shards.
-
-    Args:
-        of_shards: the hits of each shard, best first, by its name.
-        k: number of hits.
-        per_slide: keep only the best hit of slides with the same name.
-    """
-    found = [Found(name, hit) for name, hits in of_shards.items() for hit in hits]
-    found.sort(key=lambda one: -one.hit.score)
-    if per_slide:
-        best: dict[str, Found] = {}
-        for one in found:
-            best.setdefault(one.hit.slide, one)
-        found = list(best.values())
-    return [
-        Found(name, hit._replace(rank=rank)) for rank, (name, hit) in enumerate(found[:k], start=1)
-    ]
-
-
-def check_filter(where: str | None, known: dict[str, Facts], away: dict[str, str]) -> None:
-    """Check that a filter means the same in every shard that is searched.
-
-    Raises:
-        BadInput: it cannot be read, has a field that no shard has or that one cannot filter by, or compares
-            numbers of one atlas.
-    """
-    if where is None:
-        return
-    everywhere = frozenset[str]().union(*(facts.fields for facts in known.values()))
-    for name in sorted(fields_of(parse(where))):
-        for shard, facts in known.items():
-            if name in facts.refused:
-                raise BadInput(
-                    f"the filter compares {name!r}, by which {shard}, a Milvus collection, cannot filter; "
-                    "leave out the comparison or the collection"
-                )
-        if name in everywhere:
-            continue
-        if name.partition(".")[0] in OF_ONE_ATLAS:
-            raise BadInput(
-                f"the filter compares {name!r}, whose numbers mean something else in each atlas; filter by "
-                "columns such as label, or search one atlas"
-            )
-        unasked = f" (not asked: {_reasons(away)})" if away else ""
-        raise NotFound(f"{unknown_name('field', name, everywhere)}{unasked}")
-
-
-def shared_slides(known: dict[str, Facts]) -> dict[str, list[str]]:
-    """Return slides that more than one shard has, with the names of these shards."""
-    seen: set[str] = set()
-    twice: set[str] = set()
-    for facts in known.values():
-        twice |= seen & facts.slides
-        seen |= facts.slides
-    return {
-        slide: [name for name, facts in known.items() if slide in facts.slides]
-        for slide in sorted(twice)
-    }

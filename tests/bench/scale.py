@@ -23,7 +23,8 @@ RESULTS = {}
 OPENED = """
 import json, sys, time
 import numpy as np
-from histoseek.index.federation.federation import Example, Federation
+from histoseek.index.federation.answers import Example
+from histoseek.index.federation.federation import Federation
 from histoseek.index.atlas import Atlas
 from histoseek.index.search.query import Query
 import faiss, pyparsing

@@ -12,7 +12,8 @@ from atlases import DIM, features, grouped, unit
 from histoseek.errors import BadInput, Mismatch, NotFound, Unavailable
 from histoseek.index.atlas import Atlas
 from histoseek.index.exchange.milvus_push import push
-from histoseek.index.federation.federation import Example, Federation
+from histoseek.index.federation.answers import Example
+from histoseek.index.federation.federation import Federation
 from histoseek.index.federation.shards import AtlasShard
 from histoseek.index.search.query import Query
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE

@@ -12,7 +12,8 @@ from fastapi import Query as InUrl
 from fastapi.responses import JSONResponse
 
 from ...errors import BadInput, NotFound, TooLarge
-from ...index.federation.federation import Example, Federation
+from ...index.federation.answers import Example
+from ...index.federation.federation import Federation
 from ...index.search.query import Query
 from ..access.service import Server
 from ..session import report

@@ -11,7 +11,7 @@ from ... import console
 from ...errors import BadInput
 
 if TYPE_CHECKING:
-    from ...index.federation.federation import Answer, Example
+    from ...index.federation.answers import Answer, Example
 
 
 NUMBER = re.compile(r"[0-9]{1,15}")
@@ -60,7 +60,7 @@ def example(text: str) -> Example:
     Raises:
         BadInput: the text has another form.
     """
-    from ...index.federation.federation import Example
+    from ...index.federation.answers import Example
 
     name, colon, number = text.rpartition(":")
     if not colon or not name or not NUMBER.fullmatch(number):

@@ -34,7 +34,8 @@ from .queries import (
 if TYPE_CHECKING:
     from ...index.atlas import Atlas
     from ...index.exchange.milvus import MilvusAtlas
-    from ...index.federation.federation import Answer, Federation, Found
+    from ...index.federation.answers import Answer, Found
+    from ...index.federation.federation import Federation
     from ...index.search.cases import Similar
     from ...index.search.query import Query
     from ...index.store.rows import Hit

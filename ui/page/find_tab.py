@@ -10,7 +10,7 @@ from typing import Any
 import gradio as gr
 
 from ...errors import BadInput, HistoseekError
-from ...index.federation.federation import Example
+from ...index.federation.answers import Example
 from ...index.search.filters import quoted, quoted_field
 from ...index.search.query import Query
 from ..access.service import Server

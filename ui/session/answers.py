@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.images import Rgb
 from ...errors import BadInput, TooLarge
-from ...index.federation.federation import Example, Searched
+from ...index.federation.answers import Example, Searched
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from .regions import Cut

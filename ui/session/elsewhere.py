@@ -11,7 +11,8 @@ from typing import Any
 from ...errors import BadInput, NotFound, Unavailable, unknown_name
 from ...index.atlas import Atlas
 from ...index.exchange.milvus_address import parse_url
-from ...index.federation.federation import Answer, Example, Federation
+from ...index.federation.answers import Answer, Example
+from ...index.federation.federation import Federation
 from ...index.federation.shards import MilvusShard
 from ...index.search.columns import Columns
 from .pictures import Pictures

@@ -12,7 +12,7 @@ from typing import Any
 from ...artifacts.images import encode_jpeg
 from ...artifacts.spreadsheets import inert
 from ...errors import HistoseekError
-from ...index.federation.federation import Searched
+from ...index.federation.answers import Searched
 from . import words
 from .answers import ClusterAnswer, SearchAnswer
 from .session import Session

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from ...artifacts.images import Rgb, decode, square
 from ...errors import BadInput, Busy, HistoseekError, MissingPart, TooLarge, unknown_name
 from ...index.atlas import Atlas
-from ...index.federation.federation import Answer, Example
+from ...index.federation.answers import Answer, Example
 from ...index.search.cases import How
 from ...index.search.cases import Similar as SimilarSlide
 from ...index.search.query import Query

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...index.federation.federation import mixed
+from ...index.federation.answers import mixed
 from ...index.store.rows import Hit
 from .answers import SearchAnswer
 from .scaled import ScaledImage
