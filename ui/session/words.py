@@ -65,7 +65,8 @@ def _of_atlases(answer: SearchAnswer) -> list[str]:
         parts.append(f"Not searched, because they did not answer: {', '.join(away)}.")
     if answer.shared_slides:
         once = "; of each, the best hit is shown" if answer.query.per_slide else ""
-        parts.append(f"Several atlases have {counted(answer.shared_slides, 'same slide')}{once}.")
+        verb = "is" if answer.shared_slides == 1 else "are"
+        parts.append(f"{counted(answer.shared_slides, 'slide')} {verb} in several atlases{once}.")
     if mixed(answer.searched):
         parts.append(
             "The atlases have tiles of different scales, whose scores say little together."
