@@ -101,8 +101,8 @@ def say_what_was_searched(answer: Answer) -> None:
         count = len(answer.shared_slides)
         slide, names = next(iter(answer.shared_slides.items()))
         console.say(
-            f"{'1 slide is' if count == 1 else f'{count} slides are'} in several atlases, such as {slide} in "
-            f"{' and '.join(names)}; --per-slide counts each once"
+            f"{'1 slide is' if count == 1 else f'{count} slides are'} in several atlases, such as {slide} "
+            f"in {' and '.join(names)}; --per-slide counts each once"
         )
     if answer.mixed_scales:
         scales = "; ".join(
