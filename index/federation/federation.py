@@ -90,11 +90,19 @@ class Federation:
         """Return shards by name, in the order of the federation; all for None."""
         if names is None:
             return list(self.shards)
-        every = {shard.name: shard for shard in self.shards}
+        self.check(names)
+        return [shard for shard in self.shards if shard.name in set(names)]
+
+    def check(self, names: Sequence[str]) -> None:
+        """Check names of shards.
+
+        Raises:
+            NotFound: there is no shard of a name.
+        """
+        every = [shard.name for shard in self.shards]
         for name in names:
             if name not in every:
                 raise unknown_name("atlas", name, every)
-        return [shard for shard in self.shards if shard.name in set(names)]
 
     def an_atlas(self) -> Atlas:
         """Return the first atlas on disk that can be opened; it has the encoder of all.
@@ -122,7 +130,9 @@ class Federation:
         """
         (shard,) = self._named([name])
         if not isinstance(shard, AtlasShard):
-            raise NotFound(f"{name} is a Milvus collection, not an atlas on disk")
+            raise NotFound(
+                f"{name} is a Milvus collection; expected an atlas on disk, which has images"
+            )
         if reason := self._why_away(shard):
             raise Unavailable(f"the atlas {name} cannot be read: {reason}")
         return shard.atlas
@@ -299,8 +309,7 @@ class Federation:
         hits: dict[int, Hit] = {}
         shards = {shard.name: shard for shard in self.shards}
         for name in dict.fromkeys(example.atlas for example in examples):
-            if name not in shards:
-                raise unknown_name("atlas", name, shards)
+            self.check([name])
             if name in away:
                 raise Unavailable(
                     f"the atlas {name} of an example cannot be searched: {away[name]}"

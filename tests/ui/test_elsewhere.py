@@ -185,6 +185,15 @@ def test_addresses_stay_on_the_server(serve, own_atlas, south, tmp_path):
     assert "not an atlas" in said[0] and "moved" in said[0]
 
 
+def test_a_short_address_is_no_part_of_a_message(own_atlas, south, monkeypatch):
+    monkeypatch.chdir(south)
+    one = Session(own_atlas, others=["."])
+    try:
+        assert one.hide(f"No tile. See {south}/atlas.db.") == "No tile. See south/atlas.db."
+    finally:
+        one.close()
+
+
 def test_what_is_refused(several, served, tmp_path, own_atlas):
     nothing = "the atlas cannot be searched: gone"
     for client, body, said in (

@@ -192,7 +192,7 @@ def add_atlases(app: FastAPI, server: Server) -> None:
         if session.elsewhere is None:
             (shard,) = Federation([session.atlas]).status().shards
             return {"atlases": report.searched_rows(session, [shard]), "shared_slides": 0}
-        status = session.elsewhere.status()
+        status = session.elsewhere.federation.status()
         rows = report.searched_rows(session, status.shards)
         return {"atlases": rows, "shared_slides": len(status.shared_slides)}
 
@@ -226,10 +226,9 @@ def add_atlases(app: FastAPI, server: Server) -> None:
     @app.get("/v1/atlases/{atlas}/tiles/{tile}", tags=["tiles"], response_model=models.Tile)
     def tile(atlas: AtlasNumber, tile: TileNumber) -> Any:
         """Return the metadata of a tile of an atlas of the server."""
-        name = of(atlas)
-        if session.elsewhere is None or name == session.elsewhere.own:
-            return session.atlas.tiles([tile])[tile]
-        return session.elsewhere.tile(name, tile)
+        name, elsewhere = of(atlas), session.elsewhere
+        found = session.atlas if elsewhere is None else elsewhere.federation.atlas(name)
+        return found.tiles([tile])[tile]
 
 
 def add_map(app: FastAPI, server: Server) -> None:

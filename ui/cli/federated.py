@@ -23,11 +23,13 @@ def atlases_and_images(arguments: Sequence[str]) -> tuple[list[str], list[Path]]
     The first argument is an atlas. So is a folder, an address of Milvus, and a name without a suffix that
     does not exist: an atlas that is away.
     """
+    from ...index.federation.shards import is_milvus
+
     atlases, images = [arguments[0]], []
     for text in arguments[1:]:
         path = Path(text)
         absent = not path.suffix and not path.exists()
-        if text.startswith(("milvus://", "milvus+https://")) or path.is_dir() or absent:
+        if is_milvus(text) or path.is_dir() or absent:
             atlases.append(text)
         else:
             images.append(path)

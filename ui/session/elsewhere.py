@@ -6,12 +6,11 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
 
-from ...errors import BadInput, NotFound, Unavailable, unknown_name
+from ...errors import BadInput, NotFound, Unavailable
 from ...index.atlas import Atlas
 from ...index.exchange.milvus_address import parse_url
-from ...index.federation.answers import Answer, Example
+from ...index.federation.answers import Example
 from ...index.federation.federation import Federation
 from ...index.federation.shards import MilvusShard
 from ...index.search.columns import Columns
@@ -63,47 +62,18 @@ class Elsewhere:
             )
         return self.names[number]
 
-    def check(self, names: Sequence[str]) -> None:
-        """Check names of atlases.
-
-        Raises:
-            NotFound: one is not the name of an atlas.
-        """
-        for name in names:
-            if name not in self.names:
-                raise unknown_name("atlas", name, self.names)
-
-    def status(self) -> Answer:
-        """Return which atlases can be searched now."""
-        return self.federation.status()
-
-    def atlas(self, name: str) -> Atlas:
-        """Return an atlas on disk by name.
+    def pictures(self, name: str) -> Pictures:
+        """Return the reader of an atlas's images.
 
         Raises:
             NotFound: there is no such atlas, or it is a Milvus collection, which has no images.
             Unavailable: it cannot be opened.
         """
-        try:
-            return self.federation.atlas(name)
-        except Unavailable:
-            raise
-        except NotFound as error:
-            if name not in self.names:
-                raise
-            raise NotFound(f"{error}; its tiles have no images here") from error
-
-    def pictures(self, name: str) -> Pictures:
-        """Return the reader of an atlas's images; for errors see :meth:`atlas`."""
-        atlas = self.atlas(name)
+        atlas = self.federation.atlas(name)
         with self._lock:
             if name not in self._pictures:
                 self._pictures[name] = Pictures(atlas)
             return self._pictures[name]
-
-    def tile(self, name: str, tile: int) -> dict[str, Any]:
-        """Return the metadata of a tile; for errors see :meth:`atlas`."""
-        return self.atlas(name).tiles([tile])[tile]
 
     def columns(self) -> Iterator[Columns]:
         """Yield the columns of the further atlases that are on disk and can be read now."""
@@ -114,12 +84,11 @@ class Elsewhere:
     def hide(self, text: str) -> str:
         """Return a text with the names of the further atlases instead of their folders and addresses."""
         for shard in self.federation.shards[1:]:
-            ways = {shard.address}
             if isinstance(shard, MilvusShard):
                 uri = str(parse_url(shard.address).uri)
-                ways |= {uri, uri.partition("://")[2] or uri}
-            else:
-                ways.add(str(Path(shard.address).resolve()))
+                ways = {shard.address, uri, uri.partition("://")[2] or uri}
+            else:  # a relative address says nothing of the server, and may be as short as "."
+                ways = {str(Path(shard.address).resolve()), str(Path(shard.address).absolute())}
             for way in sorted(ways, key=len, reverse=True):
                 text = text.replace(way, shard.name)
         return text
@@ -137,7 +106,3 @@ class Elsewhere:
                 f"{key!r} is no tile; expected the number of an atlas, a colon and an id"
             )
         return Example(self.name_of(int(number)), int(tile))
-
-    def key(self, example: Example) -> str:
-        """Return what the page calls a tile; see :meth:`example`."""
-        return f"{self.names.index(example.atlas)}:{example.tile}"

@@ -353,7 +353,7 @@ class Session:
             if other := set(names) - {self.atlas.path.name}:
                 raise unknown_name("atlas", min(other), [self.atlas.path.name])
             return None
-        self.elsewhere.check(names)
+        self.elsewhere.federation.check(names)
         return self.elsewhere if set(names) - {self.elsewhere.own} else None
 
     def _vectors_of(
