@@ -70,6 +70,7 @@ bench-index: $(VENV)/.ready
 	$(BIN)/python tests/bench/index.py
 
 bench-scale: $(VENV)/.ready
+	$(BIN)/python tests/bench/cluster.py
 	$(BIN)/python tests/bench/scale.py
 
 gpu-check:

@@ -75,25 +75,6 @@ def arm() -> None:
         atexit.register(_last)  # registered first, so called last
 
 
-@contextmanager
-def armed() -> Iterator[None]:
-    """Take over Ctrl-C for one task in a process that histoseek did not start, such as a cluster worker.
-
-    Outside the main thread, and in the command line, this changes nothing.
-    """
-    before = signal.getsignal(signal.SIGINT)
-    if _state.armed or not _in_main_thread() or before is None:
-        yield
-        return
-    _take((signal.SIGINT,))
-    try:
-        yield
-    finally:
-        signal.set_wakeup_fd(-1)
-        signal.signal(signal.SIGINT, before)
-        _state.armed, _state.number = False, None
-
-
 def _take(numbers: tuple[signal.Signals, ...]) -> None:
     """Install the handlers and the thread that listens."""
     first = _state.sockets is None
@@ -195,6 +176,11 @@ def requested() -> bool:
 def exit_code() -> int:
     """Return the exit code of a command that was asked to stop: 130 for Ctrl-C, 143 for SIGTERM."""
     return 128 + (_state.number or signal.SIGINT)
+
+
+def request(number: int = signal.SIGINT) -> None:
+    """Ask this process to stop, as the signal ``number`` would; for processes that others control."""
+    _state.number = number
 
 
 def settle() -> None:

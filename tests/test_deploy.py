@@ -10,6 +10,7 @@ import sys
 import tomllib
 from pathlib import Path
 
+import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
@@ -114,8 +115,9 @@ def dockerfile():
     return [line for line in text.splitlines() if line and not line.startswith("#")]
 
 
-def test_hadolint_has_nothing_against_the_dockerfile():
-    passes(TOOLS / "hadolint", "--no-color", DEPLOY / "Dockerfile")
+@pytest.mark.parametrize("name", ["Dockerfile", "Dockerfile.ray"])
+def test_hadolint_has_nothing_against_the_dockerfiles(name):
+    passes(TOOLS / "hadolint", "--no-color", DEPLOY / name)
 
 
 def test_the_image_installs_extras_that_exist_and_no_torch():
@@ -333,6 +335,118 @@ def test_only_pods_of_histoseek_reach_triton_and_none_the_internet():
         assert pod["metadata"]["labels"]["app.kubernetes.io/name"] == wanted
 
 
+# -- KubeRay --------------------------------------------------------------------------------------
+
+GROUP = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["rayStartParams", "template"],
+    "properties": {
+        "groupName": {"type": "string"},
+        "replicas": {"type": "integer", "minimum": 0},
+        "minReplicas": {"type": "integer", "minimum": 0},
+        "maxReplicas": {"type": "integer", "minimum": 0},
+        "rayStartParams": {"type": "object", "additionalProperties": {"type": "string"}},
+        "template": {"type": "object", "required": ["metadata", "spec"]},
+    },
+}
+RAY_CLUSTER = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["rayVersion", "headGroupSpec", "workerGroupSpecs"],
+    "properties": {
+        "rayVersion": {"type": "string"},
+        "enableInTreeAutoscaling": {"type": "boolean"},
+        "autoscalerOptions": {
+            "type": "object",
+            "additionalProperties": False,
+            "properties": {
+                "upscalingMode": {"enum": ["Default", "Conservative", "Aggressive"]},
+                "idleTimeoutSeconds": {"type": "integer", "minimum": 0},
+            },
+        },
+        "headGroupSpec": GROUP,
+        "workerGroupSpecs": {
+            "type": "array",
+            "items": {**GROUP, "required": [*GROUP["required"], "groupName"]},
+        },
+    },
+}
+RAY_JOB = {
+    "type": "object",
+    "additionalProperties": False,
+    "required": ["entrypoint", "rayClusterSpec"],
+    "properties": {
+        "entrypoint": {"type": "string"},
+        "submissionMode": {"enum": ["K8sJobMode", "HTTPMode", "InteractiveMode", "SidecarMode"]},
+        "backoffLimit": {"type": "integer", "minimum": 0},
+        "shutdownAfterJobFinishes": {"type": "boolean"},
+        "ttlSecondsAfterFinished": {"type": "integer", "minimum": 0},
+        "rayClusterSpec": RAY_CLUSTER,
+    },
+}
+"""The fields of ray.io/v1 that our files use, after KubeRay's API reference; others are refused."""
+
+
+def kuberay():
+    """The two documents of KubeRay: the specification of the cluster, and of the job."""
+    (cluster,), (job,) = (documents(DEPLOY / "kuberay" / f"{n}.yaml") for n in ("cluster", "embed"))
+    assert (cluster["apiVersion"], cluster["kind"]) == ("ray.io/v1", "RayCluster")
+    assert (job["apiVersion"], job["kind"]) == ("ray.io/v1", "RayJob")
+    return cluster["spec"], job["spec"]
+
+
+def test_kuberays_files_have_only_its_fields():
+    cluster, job = kuberay()
+    jsonschema.validate(cluster, RAY_CLUSTER)
+    jsonschema.validate(job, RAY_JOB)
+    assert job["rayClusterSpec"] == cluster
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate({**job, "entryPoint": "x"}, RAY_JOB)
+
+
+@pytest.mark.parametrize("version", ["1.27", kubernetes_validate.latest_version()])
+def test_rays_pods_keep_the_schemas_of_kubernetes(version):
+    for document in documents(DEPLOY / "kuberay" / "base.yaml"):
+        kubernetes_validate.validate(document, version, strict=True)
+    cluster, _ = kuberay()
+    groups = [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]
+    for group in groups:
+        template = group["template"]
+        pod = {
+            "apiVersion": "v1", "kind": "Pod", "spec": template["spec"],
+            "metadata": {"name": "ray", **template["metadata"]},
+        }  # fmt: skip
+        kubernetes_validate.validate(pod, version, strict=True)
+        assert template["spec"]["securityContext"]["runAsNonRoot"] is True
+        (container,) = template["spec"]["containers"]
+        assert container["securityContext"]["capabilities"] == {"drop": ["ALL"]}
+        assert {m["name"] for m in container["volumeMounts"]} == {
+            v["name"] for v in template["spec"]["volumes"]
+        }
+    names = {group.get("groupName", "head"): group for group in groups}
+    limits = {
+        name: group["template"]["spec"]["containers"][0]["resources"]["limits"].get(
+            "nvidia.com/gpu"
+        )
+        for name, group in names.items()
+    }
+    assert limits == {"head": None, "cpu": None, "gpu": "1"}
+    assert all(
+        g["minReplicas"] <= g["replicas"] <= g["maxReplicas"]
+        for n, g in names.items()
+        if n != "head"
+    )
+
+
+def test_ray_has_one_version():
+    cluster, _ = kuberay()
+    (pinned,) = re.findall(r"^ray==(.+)$", (ROOT / "constraints.txt").read_text(), re.M)
+    text = (DEPLOY / "Dockerfile.ray").read_text()
+    assert cluster["rayVersion"] == pinned
+    assert set(re.findall(r"rayproject/ray:([\d.]+)-py311", text)) == {pinned}
+
+
 def test_yamllint_has_nothing_against_any_file():
     config = DEPLOY / ".yamllint.yaml"
     passes(sys.executable, "-m", "yamllint", "--strict", "-c", config, DEPLOY)
@@ -353,6 +467,7 @@ def written():
         found = re.search(r"^(?:\w+=\S+ )?histoseek (.+)$|-- histoseek (.+)$", line)
         if found:
             yield shlex.split(found[1] or found[2], comments=True)
+    yield shlex.split(kuberay()[1]["entrypoint"])[1:]
     for name in ("ui", "embed"):
         yield compose("compose.yaml")["services"][name]["command"]
     yield from (

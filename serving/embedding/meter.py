@@ -13,6 +13,8 @@ from ...console import Progress
 
 Stage = Literal["open", "read", "encode"]
 STAGES: tuple[Stage, ...] = ("open", "read", "encode")
+ADDED = ("opened", "unopened", "tiles_known", "tiles_done", "tiles_unreadable")
+"""Counters whose sum over processes means the same."""
 
 
 class Meter:
@@ -92,6 +94,7 @@ class Meter:
                 "jobs": self.jobs,
                 "states": dict(self._states),
                 "opened": self._opened,
+                "unopened": self._ended_unopened,
                 "tiles_known": self._tiles_found,
                 "tiles_done": self._tiles_done,
                 "tiles_unreadable": self._tiles_unreadable,
@@ -101,21 +104,55 @@ class Meter:
             }
 
     def report(self, progress: Progress, name: str) -> None:
-        """Report progress in tiles; unopened slides count with the mean number of tiles of opened ones."""
+        """Report progress in tiles."""
         now = self.read()
-        opened = now["opened"]
-        waiting = max(0, self.jobs - opened - self._ended_unopened)
-        total = now["tiles_known"] + (round(now["tiles_known"] / opened * waiting) if opened else 0)
-        text = (
-            f"{sum(now['states'].values())}/{self.jobs} slides, {now['tiles_per_s']:.0f} tiles/s, "
-            f"encoder {now['encoder_busy']:.0%} busy, {name}"
-        )
-        progress(now["tiles_done"], total, text)
+        progress(now["tiles_done"], _expected(now), _line(now, name))
+
+
+class ClusterMeter:
+    """Counters of a run whose slides are embedded by other processes, each with its own :class:`Meter`."""
+
+    def __init__(self, jobs: int) -> None:
+        """Start the clock for a run of ``jobs`` slides and tile sets."""
+        self.jobs = jobs
+        self._lock = threading.Lock()
+        self._started = time.monotonic()
+        self._ended = added_up([], 0.0)
+        self._running: dict[int, dict[str, Any]] = {}
+
+    def running(self, counts: Mapping[int, dict[str, Any]]) -> None:
+        """Take over what the meters of the running slides return, by slide."""
+        with self._lock:
+            self._running = dict(counts)
+
+    def ended(self, number: int, counts: dict[str, Any]) -> None:
+        """Add the last counters of a slide that ended."""
+        with self._lock:
+            self._running.pop(number, None)
+            self._ended = added_up([self._ended, counts], 0.0)
+
+    def read(self) -> dict[str, Any]:
+        """Return all counters, with the names of :meth:`Meter.read`.
+
+        ``encoder_busy`` is the mean over the slides, weighted by their seconds.
+        """
+        with self._lock:
+            counts = [self._ended, *self._running.values()]
+        return {**added_up(counts, time.monotonic() - self._started), "jobs": self.jobs}
+
+    def report(self, progress: Progress, name: str) -> None:
+        """Report progress in tiles."""
+        now = self.read()
+        progress(now["tiles_done"], _expected(now), _line(now, name))
 
 
 def added_up(counts: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]:
-    """Add up what the meters of several processes returned by :meth:`Meter.read`."""
-    tiles = sum(count["tiles_done"] for count in counts)
+    """Add up what the meters of several processes returned by :meth:`Meter.read`.
+
+    ``slide_s`` is the sum of their seconds, and weighs their ``encoder_busy``.
+    """
+    spans = [count.get("slide_s", count["seconds"]) for count in counts]
+    busy = sum(count["encoder_busy"] * span for count, span in zip(counts, spans, strict=True))
     states: Counter[str] = Counter()
     for count in counts:
         states.update(count["states"])
@@ -123,15 +160,30 @@ def added_up(counts: Sequence[dict[str, Any]], seconds: float) -> dict[str, Any]
         {name: sum(count["stages"][name][key] for count in counts) for name in STAGES}
         for key in ("items", "seconds")
     )
+    added = {key: sum(count[key] for count in counts) for key in ADDED}
     return {
         "seconds": round(seconds, 3),
-        "jobs": len(counts),
         "states": dict(states),
-        "tiles_done": tiles,
-        "tiles_unreadable": sum(count["tiles_unreadable"] for count in counts),
-        "tiles_per_s": _rate(tiles, seconds),
+        **added,
+        "tiles_per_s": _rate(added["tiles_done"], seconds),
+        "encoder_busy": round(busy / sum(spans), 4) if sum(spans) else 0.0,
+        "slide_s": round(sum(spans), 3),
         "stages": _by_stage(items, spent),
     }
+
+
+def _expected(now: Mapping[str, Any]) -> int:
+    """Return the number of tiles of the run; slides that are not open yet count with the others' mean."""
+    known, opened = int(now["tiles_known"]), int(now["opened"])
+    waiting = max(0, now["jobs"] - opened - now["unopened"])
+    return known + (round(known / opened * waiting) if opened else 0)
+
+
+def _line(now: Mapping[str, Any], name: str) -> str:
+    return (
+        f"{sum(now['states'].values())}/{now['jobs']} slides, {now['tiles_per_s']:.0f} tiles/s, "
+        f"encoder {now['encoder_busy']:.0%} busy, {name}"
+    )
 
 
 def _rate(tiles: int, seconds: float) -> float:

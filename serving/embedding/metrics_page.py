@@ -7,11 +7,11 @@ from contextlib import contextmanager
 from typing import Any
 
 from ...errors import BadInput, Busy, need
-from .meter import Meter
+from .meter import ClusterMeter, Meter
 
 
 @contextmanager
-def metrics_page(address: str | None, meter: Meter) -> Iterator[None]:
+def metrics_page(address: str | None, meter: Meter | ClusterMeter) -> Iterator[None]:
     """Serve ``/metrics`` at ``PORT`` (of 127.0.0.1) or ``HOST:PORT`` during the ``with`` block, if given.
 
     Raises:
@@ -44,7 +44,7 @@ def metrics_page(address: str | None, meter: Meter) -> Iterator[None]:
 class _Collector:
     """Reads the meter only when Prometheus asks."""
 
-    def __init__(self, meter: Meter) -> None:
+    def __init__(self, meter: Meter | ClusterMeter) -> None:
         self._meter = meter
 
     def collect(self) -> Iterator[Any]:

@@ -1,42 +1,50 @@
-"""Embedding on a Ray cluster: one task per slide, with the same code as on one machine.
+"""Embedding on a Ray cluster: actors hold an encoder each and embed slides, as on one machine.
 
-Slides must have the same paths on every machine. Features go to a shared folder, or to a URL (fsspec:
-``s3://``, ``gs://``, ``file://`` …). If a worker or machine is lost, its task runs again elsewhere.
-Feature files appear complete or not at all, so nothing is lost and nothing is duplicated.
+Slides must have the same paths on every machine. An encoder's files travel to the actors. Features go to a
+shared folder, or to a URL (fsspec: ``s3://``, ``gs://``, ``file://`` …). Every actor has one slide at a
+time, so a cluster that grows or shrinks is used as it is. If an actor or its machine is lost, its slide is
+embedded by another. Feature files appear complete or not at all, so nothing is lost or duplicated.
 """
 
 from __future__ import annotations
 
-import logging
-import os
-import socket
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
-from functools import lru_cache
+from collections import Counter, deque
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
-from ... import stopping
+from ... import console, stopping
 from ...artifacts.files import remove_leftovers
 from ...console import Progress
 from ...errors import BadInput, HistoseekError, Unavailable, need
-from ..encoders.protocol import Encoder
-from .jobs import Job, distinct_name
-from .meter import Meter, added_up
-from .pipeline import embed_jobs, folders_of
+from ..encoders.open import DEFAULT
+from .jobs import Job
+from .meter import ClusterMeter, Meter
+from .metrics_page import metrics_page
+from .pipeline import folders_of
+from .ray_cluster import connect
+from .ray_worker import Worker, packed
 from .regions import with_regions
-from .results import EmbedOptions, EncoderChoice, Result
+from .results import EmbedOptions, EncoderChoice, RayOptions, Result
 from .run import Ran, open_chosen
 from .work import failed
 
-LOCAL = "local"
 RETRIES = 5
+"""How often a slide is embedded again after the actor that had it was lost."""
+STARTING = 16
+"""Maximum number of actors that start or wait for a machine; an autoscaler adds machines for them."""
+BROKEN = 8
+"""Number of actors that may fail to start before any other did, until the run ends."""
+WATCH_S = 1.0
+"""Seconds between two questions for the counters of the running slides."""
+NOTICE_S, PATIENCE_S = 10.0, 1800.0
+"""Seconds without any actor until that is said, and until the run ends."""
 CLOSING_S = 5.0
-"""Seconds that cancelled tasks may take to end."""
-_DEAD_PROXY = "http://127.0.0.1:9"
+"""Seconds that slides may take to stop."""
+LAST_BACK_OFF_S = 30.0
 
 
 def run_on_ray(
@@ -44,125 +52,309 @@ def run_on_ray(
     choice: EncoderChoice,
     out: str,
     options: EmbedOptions,
-    address: str,
+    cluster: RayOptions,
     progress: Progress,
+    metrics: str | None = None,
     results: list[Result] | None = None,
 ) -> Ran:
     """Embed jobs on a Ray cluster; see also :func:`~histoseek.serving.embedding.pipeline.embed_jobs`.
 
     Args:
         jobs: all machines must have their paths.
-        choice: the encoder to use; opened once in every worker.
+        choice: the encoder to use; opened once in every actor.
         out: a folder shared by all machines, or a URL.
-        options: how to cut tiles; ``jobs`` is the number of cores per slide, 1 when None.
-        address: the cluster's address, or ``local`` for a cluster on this machine.
+        options: how to cut tiles; ``jobs`` is the number of cores per actor, 1 when None.
+        cluster: the cluster, and what each actor needs.
         progress: receives progress.
+        metrics: as in :func:`~histoseek.serving.embedding.run.run_here`, for the whole cluster.
         results: as in ``embed_jobs``.
 
     Raises:
         MissingPart: Ray is not installed.
-        Unavailable: no cluster answers at the address.
+        Unavailable: no cluster answers at the address, no actor can start, or no machine has room for one.
     """
+    if cluster.address is None:
+        raise BadInput("no Ray cluster is given; expected its address, or 'local'")
     if "://" in out:
         _check_url(out)
     else:
         out = str(Path(out).resolve())
-    ray, connected_here = _connect(address)
-    started = time.monotonic()
+    ray, connected_here = connect(cluster.address)
+    cores = options.jobs or 1
     options = replace(
         options,
-        jobs=options.jobs or 1,
+        jobs=cores,
         manifest=_absolute(options.manifest),
         regions=_absolute(options.regions),
     )
-    choice = replace(
-        choice, streams=options.jobs, bundle=_absolute(choice.bundle), spec=_absolute_spec(choice)
-    )
+    choice = replace(choice, streams=None if cluster.gpus_per_actor else cores)
     encoder = open_chosen(choice)  # here too: an error is reported once
     manifest, about = encoder.manifest, encoder.describe()
     encoder.close()
-    if about["engine"] != "triton":  # all workers use the settings measured here
+    if about["engine"] != "triton" and not cluster.gpus_per_actor:
+        # all actors use the settings measured here; those on GPUs have their own
         choice = replace(choice, engine=about["engine"], batch=about["batch"])
-    jobs = with_regions(jobs, options.regions)
-    embed = ray.remote(num_cpus=options.jobs, max_retries=RETRIES)(embed_one)
-    tasks = {embed.remote(_movable(job), choice, out, options): n for n, job in enumerate(jobs)}
+    actor = ray.remote(
+        num_cpus=cores,
+        num_gpus=cluster.gpus_per_actor,
+        max_restarts=0,
+        concurrency_groups={"watch": 1},
+    )(Worker)
+    bundles = [_shipped(ray, folder) for folder in (choice.spec, choice.bundle)]
+    meter = ClusterMeter(len(jobs))
+    pool = _Pool(
+        ray,
+        with_regions(jobs, options.regions),
+        lambda: actor.remote(choice, *bundles, out, options),
+        cluster.actors or len(jobs),
+        {"CPU": cores, "GPU": cluster.gpus_per_actor},
+        meter,
+        progress,
+        [] if results is None else results,
+    )
     try:
-        ended = _collect(ray, tasks, jobs, progress, [] if results is None else results)
+        with metrics_page(metrics, meter):
+            ended = pool.run()
     finally:
-        _end(ray, list(tasks), connected_here, out)
-    speed = added_up([counts for _, counts in ended], time.monotonic() - started)
-    about["cluster"] = f"ray {address}"
-    return Ran([result for result, _ in ended], manifest, about, speed)
+        unfinished = pool.close()
+        if connected_here:
+            ray.shutdown()
+        if unfinished and "://" not in out:  # from actors that did not end in time
+            remove_leftovers(folders_of(Path(out)))
+    about |= pool.about() | {"cluster": f"ray {cluster.address}"}
+    return Ran(ended, manifest, about, meter.read())
 
 
-def _collect(
-    ray: Any, tasks: dict[Any, int], jobs: Sequence[Job], progress: Progress, results: list[Result]
-) -> list[tuple[Result, dict[str, Any]]]:
-    """Wait for all tasks; return each job's result and counters, in the order of the jobs.
+@dataclass
+class _Actor:
+    """An actor, the number of its job, the question for its counters, and the last answer."""
 
-    ``tasks`` has the number of the job by task; ended tasks are removed, and their results appended.
-    """
-    ended: dict[int, tuple[Result, dict[str, Any]]] = {}
-    tiles = 0
-    while tasks:
-        stopping.check()
-        ready, _ = ray.wait(list(tasks), num_returns=1, timeout=stopping.POLL_S)
-        for task in ready:
-            number = tasks.pop(task)
-            try:
-                ended[number] = ray.get(task)
-            except ray.exceptions.RayTaskError as error:
-                ended[number] = failed(jobs[number], error), Meter().read()
-            except ray.exceptions.RayError as error:
-                lost = Unavailable(
-                    f"the cluster lost this task {RETRIES + 1} times ({error}); check its machines and "
-                    "run the same command again"
-                )
-                ended[number] = failed(jobs[number], lost), Meter().read()
-            results.append(ended[number][0])
-            tiles += ended[number][0].tiles
-            text = f"{len(ended)}/{len(jobs)} slides, {jobs[number].name}"
-            progress(tiles, round(tiles * len(jobs) / len(ended)), text)
-    return [ended[number] for number in range(len(jobs))]
+    handle: Any
+    number: int = -1
+    watch: Any = None
+    counts: dict[str, Any] | None = None
+
+
+class _Pool:
+    """Starts actors while slides wait, and gives each one slide at a time."""
+
+    def __init__(
+        self,
+        ray: Any,
+        jobs: Sequence[Job],
+        start: Callable[[], Any],
+        limit: int,
+        needs: dict[str, float],
+        meter: ClusterMeter,
+        progress: Progress,
+        results: list[Result],
+    ) -> None:
+        self._ray, self._jobs, self._start, self._limit = ray, jobs, start, limit
+        self._needs, self._meter, self._progress, self._results = needs, meter, progress, results
+        self._waiting = deque(range(len(jobs)))
+        self._starting: dict[Any, _Actor] = {}  # by the reference to what is awaited
+        self._busy: dict[Any, _Actor] = {}
+        self._ended: dict[int, Result] = {}
+        self._losses: Counter[int] = Counter()  # by slide
+        self._hosts: Counter[str] = Counter()  # actors that started, by machine
+        self._engines: dict[str, dict[str, Any]] = {}
+        self._lost_actors = 0
+        self._broken: list[str] = []  # why actors did not start, since the last that did
+        self._not_before = self._watched = 0.0
+        self._said = False
+        self._idle_since: float | None = time.monotonic()
+
+    def run(self) -> list[Result]:
+        """Embed all jobs; return their results in order."""
+        while self._waiting or self._busy:
+            stopping.check()
+            self._grow()
+            awaited = [*self._busy, *self._starting]
+            if not awaited:
+                time.sleep(stopping.POLL_S)
+                continue
+            ready, _ = self._ray.wait(awaited, num_returns=1, timeout=stopping.POLL_S)
+            for reference in ready:
+                if reference in self._busy:
+                    self._slide_ended(reference)
+                else:
+                    self._started(reference)
+            self._watch()
+            self._check_patience()
+        return [self._ended[number] for number in range(len(self._jobs))]
+
+    def about(self) -> dict[str, Any]:
+        """Return the number of actors by machine, those lost, and the encoder's settings in them."""
+        found: dict[str, Any] = {"actors": dict(self._hosts), "actors_lost": self._lost_actors}
+        engines = list({str(engine): engine for engine in self._engines.values()}.values())
+        if engines:
+            found |= engines[0]
+        if len(engines) > 1:
+            hosts = ", ".join(
+                f"{host}: {e['engine']} {e.get('device', '')}".rstrip()
+                for host, e in self._engines.items()
+            )
+            found["notes"] = [
+                *engines[0].get("notes", []),
+                f"machines run the encoder differently ({hosts})",
+            ]
+        return found
+
+    def close(self) -> bool:
+        """Stop slides that are still embedded, and end all actors; return whether any was embedded."""
+        busy = list(self._busy)
+        for actor in self._busy.values():
+            self._beside(actor, "stop")
+        if busy:
+            self._ray.wait(busy, num_returns=len(busy), timeout=CLOSING_S)
+        for actor in [*self._busy.values(), *self._starting.values()]:
+            self._ray.kill(actor.handle)
+        self._busy, self._starting = {}, {}
+        return bool(busy)
+
+    def _beside(self, actor: _Actor, method: str) -> Any:
+        """Call a method that runs beside ``embed``; return the reference to its result."""
+        return getattr(actor.handle, method).options(concurrency_group="watch").remote()
+
+    def _grow(self) -> None:
+        """Start actors, or end those that are not needed any more."""
+        while len(self._starting) > len(self._waiting):
+            _, actor = self._starting.popitem()
+            self._ray.kill(actor.handle)
+        wanted = min(STARTING, len(self._waiting), self._limit - len(self._busy))
+        if time.monotonic() < self._not_before:
+            return
+        while len(self._starting) < wanted:
+            actor = _Actor(self._start())
+            self._starting[actor.handle.open.remote()] = actor
+
+    def _started(self, reference: Any) -> None:
+        """Give an actor that has started its first slide; drop one that failed."""
+        actor = self._starting.pop(reference)
+        try:
+            told = self._ray.get(reference)
+        except self._ray.exceptions.RayError as error:
+            self._did_not_start(actor, error)
+            return
+        self._hosts[told["host"]] += 1
+        self._engines[told["host"]] = told["encoder"]
+        self._broken, self._not_before = [], 0.0
+        self._next(actor)
+
+    def _did_not_start(self, actor: _Actor, error: Exception) -> None:
+        self._ray.kill(actor.handle)
+        cause = getattr(error, "cause", None)
+        self._broken.append(str(cause if isinstance(cause, HistoseekError) else error).strip())
+        if len(self._broken) >= BROKEN and not self._hosts:
+            raise Unavailable(
+                f"{len(self._broken)} actors failed to start, and none did: {self._broken[-1]}; check that "
+                "the machines of the cluster have the same histoseek and can open the encoder"
+            )
+        wait = min(LAST_BACK_OFF_S, 2.0 ** (len(self._broken) - 1))
+        self._not_before = time.monotonic() + wait
+
+    def _next(self, actor: _Actor) -> None:
+        """Give an actor the next slide, or end it."""
+        if not self._waiting:
+            self._ray.kill(actor.handle)
+            return
+        actor.number, actor.watch, actor.counts = self._waiting.popleft(), None, None
+        job = _movable(self._jobs[actor.number])
+        self._busy[actor.handle.embed.remote(job)] = actor
+
+    def _slide_ended(self, reference: Any) -> None:
+        """Record a slide's result; if its actor was lost, let another embed the slide."""
+        actor = self._busy.pop(reference)
+        number = actor.number
+        try:
+            result, counts = self._ray.get(reference)
+        except (
+            self._ray.exceptions.RayTaskError
+        ) as error:  # an error that histoseek does not expect
+            result, counts = failed(self._jobs[number], error), Meter().read()
+        except self._ray.exceptions.RayError as error:
+            self._lost_actors += 1
+            self._losses[number] += 1
+            self._ray.kill(actor.handle)
+            if self._losses[number] <= RETRIES:
+                self._waiting.appendleft(number)
+                return
+            lost = Unavailable(
+                f"the cluster lost the actor that embedded this slide {RETRIES + 1} times ({error}); check "
+                "its machines and run the same command again"
+            )
+            self._record(number, failed(self._jobs[number], lost), Meter().read())
+            return
+        self._record(number, result, counts)
+        self._next(actor)
+
+    def _record(self, number: int, result: Result, counts: dict[str, Any]) -> None:
+        if self._losses[number] and result.ok:
+            again = f"embedded again after its actor was lost ({self._losses[number]} x)"
+            result = replace(result, notes=[*result.notes, again])
+        self._ended[number] = result
+        self._results.append(result)
+        self._meter.ended(number, counts)
+        self._meter.report(self._progress, result.name)
+
+    def _watch(self) -> None:
+        """Ask the actors for the counters of their slides, without waiting, and report progress."""
+        if time.monotonic() - self._watched < WATCH_S:
+            return
+        self._watched = time.monotonic()
+        for actor in self._busy.values():
+            actor.watch = actor.watch or self._beside(actor, "counts")
+        asked = [actor.watch for actor in self._busy.values()]
+        answered = set(self._ray.wait(asked, num_returns=len(asked), timeout=0)[0] if asked else [])
+        for actor in self._busy.values():
+            if actor.watch in answered:
+                with suppress(self._ray.exceptions.RayError):  # lost; its slide's end tells
+                    actor.counts = self._ray.get(actor.watch) or actor.counts
+                actor.watch = None
+        counts = {a.number: a.counts for a in self._busy.values() if a.counts is not None}
+        self._meter.running(counts)
+        if counts:
+            self._meter.report(self._progress, f"{len(self._busy)} actors")
+
+    def _check_patience(self) -> None:
+        """Say if no actor has a slide because no machine has room, and give up after a while.
+
+        Raises:
+            Unavailable: that was so for PATIENCE_S.
+        """
+        now = time.monotonic()
+        if self._busy:
+            self._idle_since = None
+            return
+        self._idle_since = self._idle_since or now
+        if now - self._idle_since < NOTICE_S or self._broken:
+            return
+        has = self._ray.cluster_resources()
+        lacks = (
+            f"no machine of the cluster has room for an actor of {_resources(self._needs)}; the cluster "
+            f"has {_resources({key: has.get(key, 0) for key in self._needs})}"
+        )
+        if now - self._idle_since > PATIENCE_S:
+            raise Unavailable(f"{lacks}; add machines, or lower --jobs or --ray-gpus-per-actor")
+        if not self._said:
+            self._said = True
+            console.say(f"{lacks}; waiting up to {PATIENCE_S / 60:.0f} minutes for one")
+
+
+def _resources(amounts: Mapping[str, float]) -> str:
+    return " and ".join(f"{amount:g} {name}" for name, amount in amounts.items())
+
+
+def _shipped(ray: Any, folder: Path | str | None) -> Any:
+    """Put a bundle's files into the cluster's object store; None for an encoder that all machines have."""
+    if folder is None or folder == DEFAULT or "://" in str(folder):
+        return None
+    return ray.put(packed(Path(folder)))
 
 
 def _movable(job: Job) -> Job:
     """Return a job whose paths hold on another machine."""
     return replace(job, source=Path(job.location), aliases=(), regions=_absolute(job.regions))
-
-
-def _end(ray: Any, tasks: list[Any], disconnect: bool, out: str) -> None:
-    """Cancel the remaining tasks, wait a while for their cleanup, and disconnect from the cluster."""
-    for task in tasks:
-        ray.cancel(task)
-    if tasks:
-        ray.wait(tasks, num_returns=len(tasks), timeout=CLOSING_S)
-    if disconnect:
-        ray.shutdown()
-    if tasks and "://" not in out:  # from local workers that did not end in time
-        remove_leftovers(folders_of(Path(out)))
-
-
-def _connect(address: str) -> tuple[Any, bool]:
-    """Connect Ray; return the module, and whether this call made the connection."""
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"  # before the import: Ray may send telemetry
-    ray: Any = need("ray", "ray")
-    stopping.rearm()  # Ray replaces the SIGTERM handler
-    if ray.is_initialized():
-        return ray, False
-    _check_address(address)
-    try:
-        quiet = {"log_to_driver": False, "logging_level": logging.ERROR}
-        if address == LOCAL:
-            with _without_cloud_metadata():
-                # without "local" Ray joins the cluster that last ran here, even a dead one
-                ray.init(address="local", include_dashboard=False, **quiet)
-        else:
-            ray.init(address=address, **quiet)
-    except (ConnectionError, ValueError, RuntimeError) as error:
-        raise Unavailable(f"no Ray cluster answers at {address!r} ({error})") from error
-    stopping.rearm()
-    return ray, True
 
 
 def _check_url(out: str) -> None:
@@ -174,98 +366,5 @@ def _check_url(out: str) -> None:
         raise BadInput(f"--out {out!r}: {error}") from error
 
 
-def _check_address(address: str) -> None:
-    """Check that the address accepts connections: if not, Ray would end the whole process."""
-    host, _, port = address.removeprefix("ray://").rpartition(":")
-    if not host or not port.isdigit():
-        return  # "local", "auto", a name that Ray looks up itself
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
-    except (OSError, OverflowError) as error:
-        raise Unavailable(
-            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`"
-        ) from error
-
-
-@contextmanager
-def _without_cloud_metadata() -> Iterator[None]:
-    """Start a cluster whose processes cannot query cloud metadata services.
-
-    Ray queries the metadata services of three clouds over HTTP even if its usage statistics are off.
-    Its processes therefore inherit the address of a proxy that does not exist; workers remove it
-    before they start work.
-    """
-    before = {name: os.environ.get(name) for name in ("http_proxy", "no_proxy")}
-    os.environ["http_proxy"] = _DEAD_PROXY
-    os.environ["no_proxy"] = ",".join(filter(None, [before["no_proxy"], "127.0.0.1", "localhost"]))
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
 def _absolute(path: Path | None) -> Path | None:
     return path.resolve() if path is not None else None
-
-
-def _absolute_spec(choice: EncoderChoice) -> str:
-    folder = Path(choice.spec)
-    return str(folder.resolve()) if "://" not in choice.spec and folder.is_dir() else choice.spec
-
-
-@lru_cache(maxsize=1)
-def _encoder(choice: EncoderChoice) -> Encoder:
-    return open_chosen(choice)
-
-
-def embed_one(
-    job: Job, choice: EncoderChoice, out: str, options: EmbedOptions
-) -> tuple[Result, dict[str, Any]]:
-    """Embed one slide on a worker; return its result and the meter's counters."""
-    meter = Meter()
-    if os.environ.get("http_proxy") == _DEAD_PROXY:
-        del os.environ["http_proxy"]
-    try:
-        encoder = _encoder(choice)
-        # Ray cancels a task by Ctrl-C in its worker; set the flag instead of raising inside a library.
-        with stopping.armed(), _staged(job, encoder, out) as folder:
-            (result,) = embed_jobs([job], encoder, folder, options, lambda *_: None, meter)
-            if "://" in out and result.features:
-                inside = Path(result.features).relative_to(folder).as_posix()
-                result = replace(result, features=f"{out.rstrip('/')}/{inside}")
-    except HistoseekError as error:  # a full disk on one machine must not stop the others
-        _encoder.cache_clear()  # a run that ended early closed the encoder
-        result = failed(job, error)
-    return result, meter.read()
-
-
-@contextmanager
-def _staged(job: Job, encoder: Encoder, out: str) -> Iterator[Path]:
-    """Yield the folder to write to; for a URL a temporary folder, which is uploaded at the end."""
-    if "://" not in out:
-        yield Path(out)
-        return
-    system, root = need("fsspec", "ray").core.url_to_fs(out)
-    with TemporaryDirectory(prefix="histoseek-") as temp:
-        folder = Path(temp)
-        names = {job.name, job.stem, distinct_name(job)}
-        for remote in system.glob(f"{root}/*/features_{encoder.manifest.name}/*.h5"):
-            if Path(remote).is_relative_to(root) and Path(remote).stem in names:
-                local = folder / Path(remote).relative_to(root)
-                local.parent.mkdir(parents=True, exist_ok=True)
-                system.get_file(remote, str(local))
-        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.h5")}
-        yield folder
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        for path in sorted(files, key=lambda p: p.suffix == ".h5"):  # features last: they mean done
-            if before.get(path) == path.stat().st_mtime_ns:
-                continue
-            target = f"{root}/{path.relative_to(folder).as_posix()}"
-            system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            part = f"{target}.{os.uname().nodename}-{os.getpid()}.part"
-            system.put_file(str(path), part)
-            system.mv(part, target)

@@ -97,6 +97,29 @@ class EmbedOptions:
             raise BadInput(f"--regions {self.regions} does not exist; check the path")
 
 
+@options
+class RayOptions:
+    """The Ray cluster on which to embed, and what each of its actors needs."""
+
+    # fmt: off
+    address: Annotated[str | None,
+        Field(description="Address of a Ray cluster on which to embed, or 'local'."), Flag("--ray")] = None
+    gpus_per_actor: Annotated[float,
+        Field(ge=0, le=64, description="With --ray: GPUs of each actor (an actor holds one encoder); .5 "
+        "lets two share a GPU."), Flag("--ray-gpus-per-actor")] = 0.0
+    actors: Annotated[int | None,
+        Field(ge=1, description="With --ray: maximum number of actors. Default: as many as the cluster has "
+        "room for."), Flag("--ray-actors")] = None
+    # fmt: on
+
+    def __post_init__(self) -> None:
+        """Raise BadInput if options need a cluster."""
+        if self.address is None and (self.gpus_per_actor or self.actors is not None):
+            raise BadInput(
+                "--ray-gpus-per-actor and --ray-actors need --ray; pass the cluster's address"
+            )
+
+
 @dataclass(frozen=True)
 class Result:
     """The result of one job.

@@ -15,10 +15,11 @@ import io
 import json
 import os
 import platform
+import sys
 import tarfile
 import tempfile
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import cv2
@@ -28,7 +29,7 @@ import openslide
 import tifffile
 from encoder import LITE0, LITE0_D4, OnnxEncoder, lite0, pixels, table, unit
 from judged import SHARED
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageCms, ImageEnhance, ImageFilter
 from playwright.sync_api import sync_playwright
 
 from histoseek.artifacts.files import sha256_file
@@ -38,6 +39,9 @@ from histoseek.serving.slides.slide import open_slide
 from histoseek.training.augment import Augmentation, augment
 from histoseek.training.commands import select
 from histoseek.training.data import load
+
+sys.path.append(str(Path(__file__).parents[1]))
+from colour import ADOBE, DISPLAY_P3, rgb_profile
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "viewer"
 SIZE = 224
@@ -51,11 +55,16 @@ SLIDES = {
     "CMU-1 (Aperio, skin)": ("wsi_regions.tar", "CMU-1-Small-Region.svs", 1, "CMU-1"),
     "OS-1 (Hamamatsu, H&E)": ("formats.tar", "OS-1-detail.ome.tif", 1, "openslide_os"),
     "OS-2 (Hamamatsu, Ki67)": ("formats.tar", "OS-2-ndpi.ome.tif", 1, "openslide_os"),
+    "OS-2 (Olympus, Ki67)": ("formats.tar", "OS-2-vsi.ome.tif", 1, "openslide_os"),
     "HistoPrep (prostate)": ("wsi_regions.tar", "histoprep_slide.jpeg", 1, "hp1"),
     "HistoPrep, level 1": ("wsi_regions.tar", "histoprep_slide.jpeg", 2, "hp1"),
     "CMU-1, level 1": ("wsi_regions.tar", "CMU-1-Small-Region.svs", 2, "CMU-1"),
 }
 """Pack, file, pixels of the file per pixel of a tile, and the group or source that training leaves out."""
+WHOLE = {"OS-2 (Olympus, Ki67)"}
+"""Slides whose whole grid is used, since the search for tissue finds none: it is grey and pale."""
+RESCANNED = {"OS-2 (Olympus, Ki67)": ("formats.tar", "OS-2-ndpi.ome.tif", (0, -4))}
+"""The same glass slide by another scanner, and the shift (x, y) in pixels that aligns it."""
 P3 = np.array([[0.8225, 0.1774, 0.0], [0.0332, 0.9669, 0.0], [0.0171, 0.0724, 0.9108]])
 """Linear sRGB to linear Display P3: what a screenshot on a wide-gamut screen stores without a profile."""
 DISTRACTORS = 50_000
@@ -108,11 +117,17 @@ def main():
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
         for name in SLIDES:
             tiles, asked, places = read(name, Path(temp))
-            seen = queries(places) | as_queries(screenshots(browser, places[0].slide, places))
+            seen = queries(places, CHANGES | PROFILED)
+            seen |= as_queries(screenshots(browser, places[0].slide, places))
             report[name] = {"tiles": len(tiles), "queries": len(asked), "of": {}}
             for who, encode in encoders.items():
                 rows = judge(encode, tiles, asked, seen, far.get(who))
                 report[name]["of"][who] = rows
+                if name in RESCANNED:
+                    other = rescanned(name, places, Path(temp))
+                    report[name].setdefault("rescanned", {})[who] = judge(
+                        encode, tiles, asked, other, None
+                    )
                 worst = min(rows, key=lambda how: rows[how]["found"])
                 print(f"{name}: {who}: worst {worst} {rows[worst]['found']:.3f}", flush=True)
         browser.close()
@@ -134,14 +149,16 @@ def read(name, folder, most=QUERIES):
     """A slide's tiles, the numbers of those to ask for, and their places."""
     pack, file, pixels_per_pixel, _ = SLIDES[name]
     slide = pixels_of(pack, file, folder)
-    tiles, places = read_by_histoseek(slide, pixels_per_pixel, folder)
+    tissue = 0.0 if name in WHOLE else TISSUE
+    tiles, places = read_by_histoseek(slide, pixels_per_pixel, folder, tissue)
     asked = np.arange(0, len(tiles), -(-len(tiles) // most))
     return tiles, asked, [places[n] for n in asked]
 
 
-def queries(places):
-    """The squares after each change, as the search receives them."""
-    return as_queries({how: map(change, places) for how, change in CHANGES.items()})
+def queries(places, changes=None):
+    """The squares after each change (all of ``CHANGES`` when None), as the search receives them."""
+    changes = CHANGES if changes is None else changes
+    return as_queries({how: map(change, places) for how, change in changes.items()})
 
 
 def as_queries(pictures):
@@ -149,6 +166,28 @@ def as_queries(pictures):
     return {
         how: np.stack([as_query(picture) for picture in some]) for how, some in pictures.items()
     }
+
+
+def rescanned(name, places, folder):
+    """The squares as another scanner saw them, as they are and with the colours of the slide searched.
+
+    The colours are matched as Reinhard et al. (2001) do: mean and deviation of each Lab channel.
+    """
+    pack, file, shift = RESCANNED[name]
+    ours = places[0].slide
+    other = pixels_of(pack, file, folder)
+    other = cv2.resize(other, ours.shape[1::-1], interpolation=cv2.INTER_AREA)
+    other = np.roll(other, shift, (1, 0))
+    lab, own = (cv2.cvtColor(scan, cv2.COLOR_RGB2LAB).astype(np.float32) for scan in (other, ours))
+    lab = (lab - lab.mean((0, 1))) / lab.std((0, 1)) * own.std((0, 1)) + own.mean((0, 1))
+    matched = cv2.cvtColor(lab.clip(0, 255).astype(np.uint8), cv2.COLOR_LAB2RGB)
+    scans = {"as it is": other, "colours matched": matched}
+    return as_queries(
+        {
+            how: [replace(place, slide=scan).around() for place in places]
+            for how, scan in scans.items()
+        }
+    )
 
 
 def trained_on(bundle):
@@ -172,7 +211,7 @@ def pixels_of(pack, file, folder):
     return np.array(Image.open(path).convert("RGB"))
 
 
-def read_by_histoseek(slide, pixels_per_pixel, folder):
+def read_by_histoseek(slide, pixels_per_pixel, folder, tissue=TISSUE):
     """Write a pyramid as scanners do, and read the tiles of its grid: uint8 (N, S, S, 3), and places."""
     path, levels = folder / "slide.tif", [slide]
     while min(levels[-1].shape[:2]) > 2 * SIZE:
@@ -185,7 +224,7 @@ def read_by_histoseek(slide, pixels_per_pixel, folder):
                 resolution=(scale, scale), resolutionunit="CENTIMETER", compression="deflate",
             )  # fmt: skip
     with open_slide(path) as opened:
-        grid = opened.grid(SIZE, 0.25 * pixels_per_pixel, min_tissue=TISSUE)
+        grid = opened.grid(SIZE, 0.25 * pixels_per_pixel, min_tissue=tissue)
         side = grid.size_px_level0
         coords = [(int(x), int(y)) for x, y in grid.coords]
         tiles = np.stack([opened.read_tile(x, y, side, SIZE) for x, y in coords])
@@ -278,6 +317,12 @@ def wide_gamut(image):
     return Image.fromarray((coded.clip(0, 1) * 255).round().astype(np.uint8))
 
 
+def profiled(place, primaries, gamma_):
+    """The square as a viewer shows it that applies the slide's ICC profile: converted to sRGB."""
+    profile = ImageCms.ImageCmsProfile(io.BytesIO(rgb_profile(primaries, gamma_, "scanner")))
+    return ImageCms.profileToProfile(place.around(), profile, ImageCms.createProfile("sRGB"))
+
+
 FILTERS = Image.Resampling
 CHANGES = {
     "as it is": lambda p: p.around(),
@@ -301,6 +346,12 @@ CHANGES = {
     "field x 0.8": lambda p: p.around(0.8),
     "field x 1.25": lambda p: p.around(1.25),
 }  # fmt: skip
+PROFILED = {
+    "ICC, P3 primaries, gamma 2.2": lambda p: profiled(p, DISPLAY_P3, 2.2),
+    "ICC, Adobe RGB, gamma 2.2": lambda p: profiled(p, ADOBE, 2.2),
+    "ICC, Adobe RGB, gamma 1.8": lambda p: profiled(p, ADOBE, 1.8),
+}
+"""Slides with a colour profile: tiles are embedded as stored, and a viewer applies the profile."""
 LENIENT = {"blur 1.2 px", "field x 0.8"}
 """Changes that take away a part of the tile: .95 are to be found; of all others .98."""
 
@@ -379,6 +430,14 @@ def page(facts):
             [how, *(f"{mean(who, how, 'found_in_atlas'):.3f}" for who in far)] for how in changes
         ]
         lines += table(["change", *far], rows)
+    for slide, found in whole.items():
+        if again := found.get("rescanned"):
+            lines += [f"## {slide}: tiles found by the same glass slide from another scanner", ""]
+            rows = [
+                [how, *(f"{of[how]['found']:.3f} ({of[how]['cosine']:.2f})" for of in again.values())]
+                for how in again[own]
+            ]  # fmt: skip
+            lines += table(["query", *(f"{who}: found (cosine)" for who in names)], rows)
     return "\n".join(lines)
 
 

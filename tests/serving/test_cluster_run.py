@@ -1,63 +1,82 @@
-"""Embedding on a real Ray cluster of several nodes on this machine; one node fails during the run."""
+"""Embedding on a real Ray cluster of several nodes on this machine, of which nodes and actors fail."""
 
 import json
+import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from histoseek.artifacts.feature_files import read_features
-from histoseek.errors import Unavailable
+from histoseek.errors import BadInput, Unavailable
 from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.meter import ClusterMeter, Meter
 from histoseek.serving.embedding.ray import run_on_ray
-from histoseek.serving.embedding.results import EmbedOptions, EncoderChoice
+from histoseek.serving.embedding.results import EmbedOptions, EncoderChoice, RayOptions
 from histoseek.serving.embedding.run import run_here
 
-LOSE_A_NODE = """
-import json, os, sys, threading, time
+CLUSTER = """
+import json, os, signal, sys, threading, time
 from pathlib import Path
 os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
 import ray
 from ray.cluster_utils import Cluster
-from histoseek.serving.embedding.ray import run_on_ray
+from histoseek.serving.embedding import ray as on_ray
 from histoseek.serving.embedding.jobs import find_jobs
-from histoseek.serving.embedding.results import EmbedOptions
-from histoseek.serving.embedding.results import EncoderChoice
+from histoseek.serving.embedding.results import EmbedOptions, EncoderChoice, RayOptions
 
 slides, bundle, *places = sys.argv[1:]
 cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
 cluster.add_node(num_cpus=1)
+ray.init(address=cluster.address, log_to_driver=False)
 
-def run(out):
-    lost = cluster.add_node(num_cpus=2)
-    cluster.wait_for_nodes()
-    done, losing = [], []
+def run(out, lose=lambda: None, **options):
+    ended, losing = [], []
 
     def progress(tiles, total, text):
-        done.append(text)
-        if not losing:
+        if ended and not losing:
             losing.append(threading.Thread(target=lose))
             losing[0].start()
 
-    def lose():
-        cluster.remove_node(lost, allow_graceful=False)
-        losing.append(len(done))  # slides that were through when the node was gone
-
-    ran = run_on_ray(
+    ran = on_ray.run_on_ray(
         find_jobs([Path(slides)]), EncoderChoice(bundle, engine="onnxruntime"), out,
-        EmbedOptions(overlap_px=80), cluster.address, progress,
+        EmbedOptions(overlap_px=80), RayOptions(cluster.address, **options), progress, results=ended,
     )
-    losing[0].join()
+    for thread in losing:
+        thread.join()
+    return {"states": {r.name: r.state for r in ran.results}, "features": [r.features for r in ran.results],
+            "notes": [note for r in ran.results for note in r.notes], "about": ran.encoder,
+            "speed": ran.speed}
+"""
+LOSE = """
+def lose_a_node(out):
+    lost = cluster.add_node(num_cpus=2)
+    cluster.wait_for_nodes()
+    found = run(out, lambda: cluster.remove_node(lost, allow_graceful=False))
     end = time.monotonic() + 90
     while (alive := sum(node["Alive"] for node in ray.nodes())) > 2 and time.monotonic() < end:
         time.sleep(0.5)
-    return {"states": {r.name: r.state for r in ran.results}, "alive": alive, "through": losing[1],
-            "tiles": ran.speed["tiles_done"], "features": [r.features for r in ran.results]}
+    return found | {"alive": alive}
 
-ray.init(address=cluster.address, log_to_driver=False)
-print(json.dumps([run(place) for place in places]))
+def lose_an_actor(out):
+    started = on_ray._Pool._started
+    processes = []
+
+    def noting(pool, reference):
+        processes.append(ray.get(reference)["process"])
+        started(pool, reference)
+
+    on_ray._Pool._started = noting
+    try:
+        return run(out, lambda: os.kill(processes[-1], signal.SIGKILL))
+    finally:
+        on_ray._Pool._started = started
+
+folder, url, again, one = places
+print(json.dumps([lose_a_node(folder), lose_a_node(url), lose_an_actor(again), run(one, actors=1)]))
 ray.shutdown()
 cluster.shutdown()
 """
@@ -71,25 +90,32 @@ def slides(make_slide, tmp_path_factory):
     return folder
 
 
-def test_a_lost_node_costs_no_slide(slides, other_bundle, tmp_path):
-    """In two runs on one cluster, into a folder and to a URL; each loses a node."""
-    outs = tmp_path / "folder", tmp_path / "url"
-    places = str(outs[0]), outs[1].as_uri()
-    command = [sys.executable, "-c", LOSE_A_NODE, slides, other_bundle, *places]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=300)
+def test_a_lost_node_or_actor_costs_no_slide(slides, other_bundle, tmp_path):
+    """Four runs on one cluster: two lose a node (into a folder, to a URL), one an actor, one nothing."""
+    outs = [tmp_path / name for name in ("folder", "url", "actor", "one")]
+    places = [str(outs[0]), outs[1].as_uri(), str(outs[2]), str(outs[3])]
+    command = [sys.executable, "-c", CLUSTER + LOSE, slides, other_bundle, *places]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=400)
     assert done.returncode == 0, done.stderr[-3000:]
     (told,) = [line for line in done.stdout.splitlines() if line.startswith('[{"states"')]
+    told = json.loads(told)
     ran = run_here(
         find_jobs([slides]), EncoderChoice(str(other_bundle), engine="onnxruntime"),
         tmp_path / "here", EmbedOptions(overlap_px=80), lambda *_: None,
     )  # fmt: skip
-    for found, place, out in zip(json.loads(told), places, outs, strict=True):
-        check_lost(found, place, out, ran)
+    for found, place, out in zip(told, places, outs, strict=True):
+        check(found, place, out, ran)
+    assert [found.get("alive") for found in told] == [2, 2, None, None]
+    by_node, to_url, by_actor, one = (found["about"] for found in told)
+    assert by_node["actors_lost"] + to_url["actors_lost"] >= 1 and by_actor["actors_lost"] == 1
+    assert sum(by_actor["actors"].values()) == 3  # two, and one in the place of the lost one
+    assert any("actor was lost" in note for note in told[2]["notes"])
+    assert sum(one["actors"].values()) == 1 and one["actors_lost"] == 0
+    assert told[3]["speed"]["tiles_done"] == ran.speed["tiles_done"]
 
 
-def check_lost(found, place, out, ran):
-    assert found["alive"] == 2 and found["through"] < 8  # a node of three, and in mid-run
-    # a slide whose node was lost after it was written is found done when it is tried again
+def check(found, place, out, ran):
+    # a slide whose actor was lost after it was written is found done when it is tried again
     assert set(found["states"].values()) <= {"done", "skipped"} and len(found["states"]) == 8
     files = {p.stem: p for p in out.rglob("*.h5")}
     assert set(files) == {f"case-{n}" for n in range(8)}
@@ -101,8 +127,6 @@ def check_lost(found, place, out, ran):
 
 
 def test_one_bad_slide_is_recorded_and_a_second_run_skips(slides, cli_process, tmp_path):
-    import shutil
-
     folder = tmp_path / "slides"
     folder.mkdir()
     for number in (0, 1):
@@ -118,14 +142,72 @@ def test_one_bad_slide_is_recorded_and_a_second_run_skips(slides, cli_process, t
     assert json.loads((tmp_path / "out/status/bad.json").read_text())["state"] == "failed"
 
 
+WITHOUT_ROOM = """
+on_ray.NOTICE_S, on_ray.PATIENCE_S = 1.0, 4.0
+from histoseek.errors import Unavailable
+try:
+    run(places[0], gpus_per_actor=1)
+except Unavailable as error:
+    print("ROOM", error)
+from histoseek.serving.embedding import ray_worker
+def cannot(self):
+    raise Unavailable("no encoder here")
+ray_worker.Worker.open = cannot
+ray.cloudpickle.register_pickle_by_value(ray_worker)
+try:
+    run(places[0])
+except Unavailable as error:
+    print("BROKEN", error)
+"""
+
+
+def test_a_cluster_that_cannot_run_an_actor_is_named(slides, other_bundle, tmp_path):
+    """No machine has a GPU; then no actor can open its encoder."""
+    command = [sys.executable, "-c", CLUSTER + WITHOUT_ROOM, slides, other_bundle, tmp_path / "out"]
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=200)
+    said = done.stdout + done.stderr
+    assert "ROOM no machine of the cluster has room for an actor of 1 CPU and 1 GPU" in said, said[
+        -3000:
+    ]
+    assert "the cluster has 2 CPU and 0 GPU" in said and "waiting up to" in done.stderr
+    assert "BROKEN 8 actors failed to start" in said and "no encoder here" in said, said[-3000:]
+
+
+def test_counters_of_a_cluster_add_up():
+    meter, here = ClusterMeter(3), Meter()
+    here.jobs = 1
+    here.slide_opened(10)
+    with here.stage("encode", 4):
+        time.sleep(0.01)
+    here.tiles_ended(4)
+    meter.running({0: here.read(), 1: here.read()})
+    now = meter.read()
+    assert (now["jobs"], now["opened"], now["tiles_known"], now["tiles_done"]) == (3, 2, 20, 8)
+    assert now["stages"]["encode"]["items"] == 8 and now["encoder_busy"] > 0.9
+    told = []
+    meter.report(lambda *given: told.append(given), "2 actors")
+    assert told[0][:2] == (8, 30)  # the third slide counts with the mean of the others
+    here.tiles_ended(6)
+    here.slide_ended("done", opened=True)
+    meter.ended(0, here.read())
+    now = meter.read()
+    assert (now["tiles_done"], now["states"], set(now)) == (
+        14,
+        {"done": 1},
+        {*here.read(), "slide_s"},
+    )
+
+
 def test_a_url_without_ray_is_refused(slides, cli_process, tmp_path):
     done = cli_process("embed", slides, "--out", "s3://bucket/features")
     assert done.returncode == 1 and "--ray" in done.stderr
 
 
 def test_no_cluster_at_the_address_is_named(slides, tmp_path):
-    with pytest.raises(Unavailable, match=r"127\.0\.0\.1:9"):
-        run_on_ray(
-            find_jobs([slides]), EncoderChoice("default"), str(tmp_path), EmbedOptions(),
-            "127.0.0.1:9", lambda *_: None,
-        )  # fmt: skip
+    jobs, choice = find_jobs([slides]), EncoderChoice("default")
+    for cluster, error, says in (
+        (RayOptions("127.0.0.1:9"), Unavailable, r"127\.0\.0\.1:9"),
+        (RayOptions(), BadInput, "no Ray cluster"),
+    ):
+        with pytest.raises(error, match=says):
+            run_on_ray(jobs, choice, str(tmp_path), EmbedOptions(), cluster, lambda *_: None)

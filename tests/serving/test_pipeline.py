@@ -542,7 +542,7 @@ def test_options_that_cannot_apply_are_refused(cli, tile_folder, tmp_path):
     for words, says in (
         (["--encoder", "triton://h:1/m", "--precision", "bf16"], "--precision"),
         (["--encoder", "triton://h:1/m", "--engine", "openvino"], "--engine"),
-        (["--ray", "local", "--metrics", "9100"], "--metrics"),
+        (["--ray-gpus-per-actor", "1"], "--ray"),
         (["--mpp", "0.5", "--magnification", "20"], "--magnification"),
         (["--region-class", "Tumor"], "--regions"),
         (["--engine", "tensorflow"], "onnxruntime"),

@@ -11,7 +11,7 @@ import typer
 
 from ... import console
 from ...errors import BadInput
-from ...serving.embedding.results import EmbedOptions, EncoderChoice, Result
+from ...serving.embedding.results import EmbedOptions, EncoderChoice, RayOptions, Result
 from .commands import Commands
 from .options import with_flags
 
@@ -36,9 +36,9 @@ def embed(
     out: Annotated[str, typer.Option()],
     choice: EncoderChoice,
     options: EmbedOptions,
+    cluster: RayOptions,
     magnification: float | None = None,
     metrics: str | None = None,
-    ray: str | None = None,
     kind: Annotated[Kind, typer.Option("--as", hidden=True)] = Kind.auto,
 ) -> None:
     """Embed slides and tile sets into feature files. Run the command again to finish an interrupted run.
@@ -48,7 +48,6 @@ def embed(
         out: Folder to write feature files to; with --ray also a URL, such as s3://...
         magnification: Another way to give --mpp: 20 means 0.5 µm per pixel, 40 means 0.25.
         metrics: [HOST:]PORT at which Prometheus can read metrics during the run.
-        ray: Address of a Ray cluster on which to embed, or 'local'.
         kind: What a folder of images contains.
     """
     from ...serving.embedding.jobs import find_inputs
@@ -57,14 +56,10 @@ def embed(
     from ...serving.embedding.run import run_here
 
     options = replace(options, mpp=_scale(options.mpp, magnification))
-    if ray is not None and metrics is not None:
-        raise BadInput(
-            "--metrics measures this process, but with --ray others do the work; leave out one of them"
-        )
     given = find_inputs(inputs, kind.value, options.manifest)
     jobs = with_regions(given.jobs, options.regions)
     facts = {**given.as_dict(), "regions_unused": unused_regions(jobs, options.regions)}
-    if ray is None and "://" in out:
+    if cluster.address is None and "://" in out:
         raise BadInput(f"--out is {out!r}; expected a folder, because URLs need --ray")
     ended: list[Result] = []
 
@@ -74,10 +69,10 @@ def embed(
 
     try:
         with console.progress("embedding") as progress:
-            if ray is not None:
+            if cluster.address is not None:
                 from ...serving.embedding.ray import run_on_ray
 
-                ran = run_on_ray(jobs, choice, out, options, ray, progress, ended)
+                ran = run_on_ray(jobs, choice, out, options, cluster, progress, metrics, ended)
             else:
                 ran = run_here(jobs, choice, Path(out), options, progress, metrics, ended, tell)
     except BaseException as error:

@@ -1,0 +1,140 @@
+"""The actor of a Ray cluster: it holds an encoder and embeds one slide after another."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from ... import stopping
+from ...errors import HistoseekError, need
+from ..encoders.protocol import Encoder
+from .jobs import Job, distinct_name
+from .meter import Meter
+from .pipeline import embed_jobs
+from .ray_cluster import restore_proxy
+from .results import EmbedOptions, EncoderChoice, Result
+from .run import open_chosen
+from .work import failed
+
+Bundle = dict[str, bytes]
+"""The files of an encoder bundle by name, as they travel to other machines."""
+
+
+def packed(folder: Path) -> Bundle:
+    """Read a bundle's files."""
+    files = (path for path in sorted(folder.rglob("*")) if path.is_file())
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in files}
+
+
+class Worker:
+    """One actor. ``counts`` and ``stop`` run beside ``embed``, in a concurrency group of their own."""
+
+    def __init__(
+        self,
+        choice: EncoderChoice,
+        encoder: Bundle | None,
+        expected: Bundle | None,
+        out: str,
+        options: EmbedOptions,
+    ) -> None:
+        """Unpack the bundles; the encoder is opened by :meth:`open`.
+
+        Args:
+            choice: the encoder to use.
+            encoder: replaces ``choice.spec`` unless None.
+            expected: replaces ``choice.bundle`` unless None.
+            out: a folder shared by all machines, or a URL.
+            options: how to cut tiles.
+        """
+        restore_proxy()
+        self._temporary = TemporaryDirectory(prefix="histoseek-encoder-")
+        if encoder is not None:
+            choice = replace(choice, spec=str(self._unpacked(encoder, "encoder")))
+        if expected is not None:
+            choice = replace(choice, bundle=self._unpacked(expected, "expected"))
+        self._choice, self._out, self._options = choice, out, options
+        self._encoder: Encoder | None = None
+        self._meter: Meter | None = None
+
+    def _unpacked(self, bundle: Bundle, name: str) -> Path:
+        folder = Path(self._temporary.name) / name
+        for file, content in bundle.items():
+            path = folder / file
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+        return folder
+
+    def open(self) -> dict[str, Any]:
+        """Open the encoder; return the machine's name, the process and the encoder's settings."""
+        return {
+            "host": socket.gethostname(),
+            "process": os.getpid(),
+            "encoder": self._opened().describe(),
+        }
+
+    def _opened(self) -> Encoder:
+        if self._encoder is None:
+            self._encoder = open_chosen(self._choice)
+        return self._encoder
+
+    def embed(self, job: Job) -> tuple[Result, dict[str, Any]]:
+        """Embed one slide; return its result and the meter's counters."""
+        meter = self._meter = Meter()
+        try:
+            encoder = self._opened()
+            with _staged(job, encoder, self._out) as folder:
+                (result,) = embed_jobs(
+                    [job], encoder, folder, self._options, lambda *_: None, meter
+                )
+                if "://" in self._out and result.features:
+                    inside = Path(result.features).relative_to(folder).as_posix()
+                    result = replace(result, features=f"{self._out.rstrip('/')}/{inside}")
+        except HistoseekError as error:  # a full disk on one machine must not stop the others
+            self._encoder = None  # a run that ended early closed it
+            result = failed(job, error)
+        finally:
+            self._meter = None
+        return result, meter.read()
+
+    def counts(self) -> dict[str, Any] | None:
+        """Return the counters of the slide that is being embedded, or None."""
+        meter = self._meter
+        return None if meter is None else meter.read()
+
+    def stop(self) -> None:
+        """End ``embed`` soon; it removes its unfinished files."""
+        stopping.request()
+
+
+@contextmanager
+def _staged(job: Job, encoder: Encoder, out: str) -> Iterator[Path]:
+    """Yield the folder to write to; for a URL a temporary folder, which is uploaded at the end."""
+    if "://" not in out:
+        yield Path(out)
+        return
+    system, root = need("fsspec", "ray").core.url_to_fs(out)
+    with TemporaryDirectory(prefix="histoseek-") as temp:
+        folder = Path(temp)
+        names = {job.name, job.stem, distinct_name(job)}
+        for remote in system.glob(f"{root}/*/features_{encoder.manifest.name}/*.h5"):
+            if Path(remote).is_relative_to(root) and Path(remote).stem in names:
+                local = folder / Path(remote).relative_to(root)
+                local.parent.mkdir(parents=True, exist_ok=True)
+                system.get_file(remote, str(local))
+        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.h5")}
+        yield folder
+        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+        for path in sorted(files, key=lambda p: p.suffix == ".h5"):  # features last: they mean done
+            if before.get(path) == path.stat().st_mtime_ns:
+                continue
+            target = f"{root}/{path.relative_to(folder).as_posix()}"
+            system.makedirs(target.rpartition("/")[0], exist_ok=True)
+            part = f"{target}.{os.uname().nodename}-{os.getpid()}.part"
+            system.put_file(str(path), part)
+            system.mv(part, target)
