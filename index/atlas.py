@@ -430,11 +430,12 @@ class Atlas(OpenAtlas):
     def snapshot(self, out: str | Path) -> dict[str, Any]:
         """Copy one committed state of the atlas into a new folder, which is then an atlas itself.
 
-        Reading is possible meanwhile; writers get Busy.
+        ``out`` may be a URL: the copy is made and checked beside the atlas, and then uploaded. Reading is
+        possible meanwhile; writers get Busy.
 
         Raises:
             BadInput: ``out`` exists.
             Damaged: the atlas is incomplete or damaged; nothing is written.
             StorageFailed: no space.
         """
-        return snapshots.take(self, Path(out))
+        return snapshots.take(self, out)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from .. import stopping
+from ..artifacts.remote import Remote, is_url, require_room
 from ..artifacts.tables import Table, read_csv
 from ..artifacts.walking import LeftOut, once, walk
 from ..errors import BadInput
@@ -24,6 +28,33 @@ def read_metadata(path: Path | None) -> Table | None:
 def rows_of(table: Table | None) -> dict[str, dict[str, str]]:
     """Return the rows of a table by slide name as written there."""
     return {} if table is None else {row[table.key]: row for row in table.rows}
+
+
+@contextmanager
+def local_copies(inputs: Sequence[str | Path]) -> Iterator[list[Path]]:
+    """Yield the inputs with local copies in the place of URLs; the copies are deleted at the end.
+
+    Raises:
+        BadInput: a URL leads to no feature files, or they cannot be read.
+        StorageFailed: the local disk is full.
+    """
+    with ExitStack() as stack:
+        paths: list[Path] = []
+        for given in inputs:
+            if not is_url(given):
+                paths.append(Path(given))
+                continue
+            remote = Remote(str(given))
+            files = [file for file in remote.files() if file.url.lower().endswith(".h5")]
+            if not files:
+                raise BadInput(f"{given} has no .h5 files; run `histoseek embed` first")
+            temp = Path(stack.enter_context(TemporaryDirectory(prefix="histoseek-features-")))
+            require_room(temp, sum(file.size for file in files), str(given))
+            for file in files:
+                stopping.check()
+                Remote(file.url).fetch(temp / file.url.partition("://")[2])
+            paths.append(temp)
+        yield paths
 
 
 def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:

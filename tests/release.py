@@ -34,6 +34,7 @@ IMPORTS = {
     "triton": "tritonclient.grpc, histoseek.export.triton",
     "docs": "mkdocs, material, mkdocstrings",
     "cpu,ray": "ray, fsspec",
+    "s3": "s3fs, histoseek.artifacts.remote",
     "metrics": "prometheus_client",
     "cpu,milvus": "pymilvus, histoseek.index.exchange.milvus",
     "cpu,bridges": "anndata, zarr, pyarrow, histoseek.index.exchange.exports",

@@ -29,6 +29,7 @@ GROUPS_BY_FILE = {
     "ui/page/test_viewer_tab.py": "browser",
 }
 GROUPS_BY_NAME = {
+    "test_from_a_bucket_to_a_bucket_on_a_cluster": "ray",
     "test_the_real_server_embeds_as_in_process": "triton",
     "test_triton_serves_every_model": "triton",
 }

@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from contextlib import closing
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
 from ... import stopping
 from ...artifacts.files import exclusive, publish_folder
+from ...artifacts.remote import Remote, is_url, joined, require_room
 from ...errors import BadInput, Damaged, StorageFailed
 from ..opened import OpenAtlas
 from ..store.catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
@@ -18,8 +20,11 @@ from ..store.store import FEATURES, LOCK
 from .verify import Kind, problems
 
 
-def take(atlas: OpenAtlas, out: Path) -> dict[str, Any]:
+def take(atlas: OpenAtlas, out: Path | str) -> dict[str, Any]:
     """Copy an atlas; see :meth:`Atlas.snapshot <histoseek.index.atlas.Atlas.snapshot>`."""
+    if is_url(out):
+        return _upload(atlas, str(out))
+    out = Path(out)
     if out.resolve().is_relative_to(atlas.path.resolve()):
         raise BadInput(f"{out} is inside the atlas; choose a folder outside {atlas.path}")
     # Only a later writer deletes files of this state, so keep writers out.
@@ -57,6 +62,31 @@ def take(atlas: OpenAtlas, out: Path) -> dict[str, Any]:
     }
 
 
+def _upload(atlas: OpenAtlas, url: str) -> dict[str, Any]:
+    """Copy an atlas to a URL. The database comes last: without it, nothing there is an atlas."""
+    if Remote(url).files(may_lack=True):
+        raise BadInput(f"{url} is not empty; choose a new URL")
+    with _beside(atlas.path, "snapshot") as local:
+        report = take(atlas, local)
+        files = [path for path in local.rglob("*") if path.is_file()]
+        for path in sorted(files, key=lambda path: path.name == FILE):
+            stopping.check()
+            Remote(joined(url, path.relative_to(local).as_posix())).store(path)
+    return {**report, "snapshot": url}
+
+
+@contextmanager
+def _beside(atlas: Path, name: str) -> Iterator[Path]:
+    """Yield the path of a folder to be made beside an atlas; it is deleted at the end."""
+    folder = atlas.with_name(f"{atlas.name}.{name}-{os.getpid()}")
+    stopping.mark(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        stopping.unmark(folder)
+
+
 def _copy_database(source: Path, target: Path) -> None:
     with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
         old.backup(new)
@@ -73,11 +103,11 @@ def _named_files(atlas: OpenAtlas) -> list[str]:
     return [row["file"] for query in queries for row in atlas.catalog.rows(query)]
 
 
-def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
+def restore(snapshot: Path | str, atlas: Path) -> dict[str, Any]:
     """Replace an atlas by a snapshot; the old atlas is kept beside it under another name.
 
     Args:
-        snapshot: folder that :func:`take` wrote; it is not changed.
+        snapshot: folder or URL that :func:`take` wrote; it is not changed.
         atlas: path where the atlas is, or was.
 
     Returns:
@@ -88,6 +118,9 @@ def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
         Damaged: the snapshot is incomplete or damaged; the atlas is not changed.
         Busy: another process is writing to the atlas.
     """
+    if is_url(snapshot):
+        return _download(str(snapshot), atlas)
+    snapshot = Path(snapshot)
     fresh = atlas.with_name(f"{atlas.name}.restoring-{os.getpid()}")
     take(OpenAtlas(snapshot), fresh)
     kept: Path | None = None
@@ -104,6 +137,21 @@ def restore(snapshot: Path, atlas: Path) -> dict[str, Any]:
         "revision": OpenAtlas(atlas).catalog.revision(),
         "kept": None if kept is None else str(kept),
     }
+
+
+def _download(url: str, atlas: Path) -> dict[str, Any]:
+    """Restore an atlas from a URL."""
+    files = Remote(url).files()
+    with _beside(atlas, "download") as local:
+        local.mkdir(parents=True)
+        require_room(local, sum(file.size for file in files), url)
+        for file in files:
+            stopping.check()
+            Remote(file.url).fetch(local / file.url.removeprefix(url.rstrip("/")).lstrip("/"))
+        try:
+            return restore(local, atlas)
+        except (BadInput, Damaged) as error:
+            raise type(error)(str(error).replace(str(local), url)) from error
 
 
 def _go_on_counting(fresh: Path, atlas: Path) -> None:

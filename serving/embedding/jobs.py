@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from ...artifacts.images import SUFFIXES
+from ...artifacts.remote import RemoteFile, is_url
 from ...artifacts.slide_names import SlideName, match, without_last_ending
 from ...artifacts.tables import read_csv, same_text
 from ...artifacts.tilesets import MANIFEST
@@ -33,6 +34,8 @@ class Job:
         row: the slide's row of the manifest (mpp, label, patient, …).
         aliases: other paths that lead to the same file.
         regions: GeoJSON file with the regions of the slide to embed, if one was given.
+        url: where the file is, if not on this machine; ``source`` is then the name of a local copy.
+        parts: with ``url``, all files that are copied.
     """
 
     name: str
@@ -41,19 +44,33 @@ class Job:
     row: dict[str, str] = field(default_factory=dict)
     aliases: tuple[Path, ...] = ()
     regions: Path | None = None
+    url: str = ""
+    parts: tuple[RemoteFile, ...] = ()
 
     @property
     def stem(self) -> str:
         """The name without the suffix that makes it unique."""
-        return _name_of(self.source, self.kind)
+        return name_of(self.source, self.kind)
+
+    @property
+    def shown(self) -> str:
+        """The path as it was given, or the URL."""
+        return self.url or str(self.source)
 
     @property
     def location(self) -> str:
-        """The absolute path under which the source was found; symbolic links are not resolved."""
-        return os.path.abspath(self.source)
+        """The absolute path under which the source was found (links are not resolved), or the URL."""
+        return self.url or os.path.abspath(self.source)
+
+    @property
+    def real(self) -> str:
+        """The absolute path without symbolic links, or the URL."""
+        return self.url or str(self.source.resolve())
 
     def names(self) -> SlideName:
         """Return the names by which a table or a file may refer to this slide."""
+        if self.url:
+            return SlideName(self.name, (self.url,))
         paths = [self.location, os.path.realpath(self.source), str(self.source)]
         paths += map(os.path.abspath, self.aliases)
         return SlideName(self.name, tuple(dict.fromkeys(paths)))
@@ -88,19 +105,19 @@ class Inputs:
 
 
 def find_jobs(
-    inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
+    inputs: Sequence[Path | str], kind: Kind = "auto", manifest: Path | None = None
 ) -> list[Job]:
     """Return only the jobs of :func:`find_inputs`."""
     return find_inputs(inputs, kind, manifest).jobs
 
 
 def find_inputs(
-    inputs: Sequence[Path], kind: Kind = "auto", manifest: Path | None = None
+    inputs: Sequence[Path | str], kind: Kind = "auto", manifest: Path | None = None
 ) -> Inputs:
     """Expand inputs: one job per slide; a folder or pack of tiles is one job.
 
     Args:
-        inputs: slides, images, folders, tar, npz or CSV.
+        inputs: slides, images, folders, tar, npz or CSV; also URLs of slides, packs or folders of slides.
         kind: what a folder holds; ``auto`` means slides if there is any slide file, else tiles.
         manifest: CSV with a column ``file`` (or ``slide``), for slides with any of mpp, series, label
             and patient. :mod:`histoseek.artifacts.slide_names` defines which slide a row matches.
@@ -111,7 +128,15 @@ def find_inputs(
     """
     jobs: list[Job] = []
     left_out: list[LeftOut] = []
-    for source in inputs:
+    for given in inputs:
+        if is_url(given):
+            from .remote_jobs import remote_jobs
+
+            found, others = remote_jobs(str(given), kind)
+            jobs += found
+            left_out += others
+            continue
+        source = Path(given)
         if source.is_dir():
             folder_jobs, others = _folder_jobs(source, kind)
             jobs += folder_jobs
@@ -119,7 +144,7 @@ def find_inputs(
         else:  # a missing file is reported when its job runs
             pack = source.suffix.lower() in {".csv", ".npz", ".tgz"} or ".tar" in source.suffixes
             job_kind: Literal["slide", "tiles"] = "tiles" if pack else "slide"
-            jobs.append(Job(_name_of(source, job_kind), source, job_kind))
+            jobs.append(Job(name_of(source, job_kind), source, job_kind))
     jobs = _unique(_each_once(jobs, left_out))
     if manifest is None:
         return Inputs(jobs, tuple(left_out))
@@ -128,7 +153,8 @@ def find_inputs(
     return _with_rows(jobs, manifest, tuple(left_out))
 
 
-def _name_of(source: Path, kind: str) -> str:
+def name_of(source: Path, kind: str) -> str:
+    """Return the name of a slide's or tile set's features, by the name of its file."""
     return source.name.split(".")[0] if kind == "tiles" else without_last_ending(source.name)
 
 
@@ -186,7 +212,7 @@ def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
     if not chosen:
         raise BadInput(f"{folder} contains neither slides nor images{_contents(left_out)}")
     jobs = [
-        Job(_name_of(file, "slide"), file, "slide", aliases=walked.aliases.get(file, ()))
+        Job(name_of(file, "slide"), file, "slide", aliases=walked.aliases.get(file, ()))
         for file in _one_per_series(chosen)
     ]
     return jobs, left_out
@@ -224,6 +250,8 @@ def _one_per_series(slides: list[Path]) -> list[Path]:
 
 def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
     """Keep one job per source file; prefer the real path over links to it."""
+    remote = {job.url: job for job in jobs if job.url}.values()
+    jobs = [job for job in jobs if not job.url]
     by_source = {job.source: job for job in reversed(jobs)}
     walked = once(list(by_source))
     left_out += walked.left_out
@@ -234,7 +262,7 @@ def _each_once(jobs: Sequence[Job], left_out: list[LeftOut]) -> list[Job]:
             job = by_source[source]
             aliases = dict.fromkeys([*job.aliases, *walked.aliases.get(source, ())])
             each_once.append(replace(job, aliases=tuple(aliases)))
-    return each_once
+    return [*each_once, *remote]
 
 
 def _unique(jobs: list[Job]) -> list[Job]:
@@ -248,4 +276,4 @@ def _unique(jobs: list[Job]) -> list[Job]:
 
 def distinct_name(job: Job) -> str:
     """Return the job's name plus eight digits of the hash of its path."""
-    return f"{job.stem}-{hashlib.sha256(os.fsencode(job.source.resolve())).hexdigest()[:8]}"
+    return f"{job.stem}-{hashlib.sha256(os.fsencode(job.real)).hexdigest()[:8]}"

@@ -13,7 +13,9 @@ from ...console import Progress
 
 Stage = Literal["open", "read", "encode"]
 STAGES: tuple[Stage, ...] = ("open", "read", "encode")
-ADDED = ("opened", "unopened", "tiles_known", "tiles_done", "tiles_unreadable")
+ADDED = (
+    "opened", "unopened", "tiles_known", "tiles_done", "tiles_unreadable", "fetched_bytes", "fetch_s",
+)  # fmt: skip
 """Counters whose sum over processes means the same."""
 
 
@@ -35,6 +37,7 @@ class Meter:
         self._states: Counter[str] = Counter()
         self._tiles_found = self._tiles_done = self._tiles_unreadable = 0
         self._opened = self._ended_unopened = 0
+        self._fetched_bytes, self._fetch_s = 0, 0.0
 
     @contextmanager
     def stage(self, name: Stage, items: int) -> Iterator[None]:
@@ -58,6 +61,15 @@ class Meter:
                     self._encoding -= 1
                     if self._encoding == 0:
                         self._busy += ended - self._busy_since
+
+    @contextmanager
+    def fetching(self, size: int) -> Iterator[None]:
+        """Time the copying of ``size`` bytes from a URL."""
+        started = time.monotonic()
+        yield
+        with self._lock:
+            self._fetched_bytes += size
+            self._fetch_s += time.monotonic() - started
 
     def slide_opened(self, tiles: int) -> None:
         """Count an opened slide and the tiles to embed in it."""
@@ -98,6 +110,8 @@ class Meter:
                 "tiles_known": self._tiles_found,
                 "tiles_done": self._tiles_done,
                 "tiles_unreadable": self._tiles_unreadable,
+                "fetched_bytes": self._fetched_bytes,
+                "fetch_s": round(self._fetch_s, 3),
                 "tiles_per_s": _rate(self._tiles_done, seconds),
                 "encoder_busy": round(busy / (last - first), 4) if last > first else 0.0,
                 "stages": _by_stage(self._items, self._seconds),

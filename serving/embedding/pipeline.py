@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +24,7 @@ from numpy.typing import NDArray
 from ... import stopping
 from ...artifacts.feature_writer import FeatureWriter
 from ...artifacts.files import read_json, remove_leftovers, write_json
+from ...artifacts.manifest import Manifest
 from ...console import Progress
 from ...errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
 from ..encoders.engines import cores
@@ -30,8 +32,10 @@ from ..encoders.protocol import Encoder
 from .jobs import Job
 from .meter import Meter
 from .regions import with_regions
+from .remote_out import RemoteOut
 from .results import EmbedOptions, Result, State
-from .work import Work, failed, prepare, printable, refuse_if_broken
+from .staging import Staging
+from .work import Work, done_before, failed, prepare, printable, refuse_if_broken
 
 PIECE = 64
 """Minimum number of tiles read together; neighbouring tiles share decoded segments."""
@@ -77,6 +81,7 @@ def embed_jobs(
     progress: Progress,
     meter: Meter | None = None,
     results: list[Result] | None = None,
+    remote: RemoteOut | None = None,
 ) -> list[Result]:
     """Embed every job and write its features under ``out``.
 
@@ -91,6 +96,7 @@ def embed_jobs(
         progress: called with tiles done, tiles expected, and a line about the run.
         meter: counts tiles and seconds; a new one when None.
         results: the result of each job is appended as the job ends, also if the run ends early.
+        remote: the folder behind a URL for which ``out`` stands.
 
     Returns:
         The result of every job, in the order of the jobs.
@@ -107,7 +113,7 @@ def embed_jobs(
     remove_leftovers(folders_of(out))
     jobs = with_regions(jobs, options.regions)
     ended = [] if results is None else results
-    return _Run(jobs, encoder, out, options, progress, meter or Meter(), ended).run()
+    return _Run(jobs, encoder, out, options, progress, meter or Meter(), ended, remote).run()
 
 
 def folders_of(out: Path) -> list[Path]:
@@ -128,8 +134,9 @@ class _Run:
         progress: Progress,
         meter: Meter,
         ended: list[Result],
+        remote: RemoteOut | None,
     ) -> None:
-        self._ended = ended
+        self._ended, self._remote = ended, remote
         self._jobs, self._encoder, self._out, self._options = jobs, encoder, out, options
         self._progress, self._meter = progress, meter
         meter.jobs = len(jobs)
@@ -143,6 +150,9 @@ class _Run:
         self._in_flight: deque[tuple[_Slide, Future[_Embedded] | None]] = deque()
         self._results: dict[int, Result] = {}
         self._numbers = {id(job): number for number, job in enumerate(jobs)}
+        self._staging: Staging | None = None
+        if any(job.url for job in jobs):
+            self._staging = Staging(options.staging_gb, meter)
         self._per_thread = threading.local()
         self._stopping = False
 
@@ -169,11 +179,15 @@ class _Run:
         except BaseException:
             self._stopping = True
             self._encoder.close()  # ends all waiting for a server
+            if self._staging is not None:
+                self._staging.close()  # ends all waiting for room
             raise
         finally:
             self._openers.shutdown(cancel_futures=True)
             self._workers.shutdown(cancel_futures=True)
             self._close([future for _, _, future in opening])
+            if self._staging is not None:
+                self._staging.close()
         return [self._results[number] for number in sorted(self._results)]
 
     def _opened(self, future: Future[Work | Result]) -> Work | Result:
@@ -198,13 +212,46 @@ class _Run:
 
     def _open(self, job: Job) -> Work | Result:
         precision = str(self._encoder.describe().get("precision", "f32"))
+        given = self._encoder.manifest, precision, self._out, self._options
+        number = self._numbers[id(job)]
         try:
+            if self._remote is not None:
+                self._remote.fetch(job)
+            if job.url and self._staging is not None:
+                return self._open_remote(job, number, self._staging, given)
             with self._meter.stage("open", 1):
-                return prepare(job, self._encoder.manifest, precision, self._out, self._options)
+                return prepare(job, *given, remote_out=self._remote is not None)
         except FATAL:
             raise
         except Exception as error:  # one bad file must not stop the others
             return failed(job, error)
+        finally:
+            if self._staging is not None:
+                self._staging.skip(number)
+
+    def _open_remote(
+        self,
+        job: Job,
+        number: int,
+        staging: Staging,
+        given: tuple[Manifest, str, Path, EmbedOptions],
+    ) -> Work | Result:
+        """Copy a slide from its URL and open it, unless its features are complete."""
+        done = done_before(job, *given, remote_out=self._remote is not None)
+        if done is not None:
+            return done
+        work: Work | Result | None = None
+        copied = staging.copy(job, number)
+        try:
+            with self._meter.stage("open", 1):
+                work = prepare(copied, *given, remote_out=self._remote is not None)
+        finally:
+            if work is None or isinstance(work, Result):
+                staging.free(job, number)
+        if not isinstance(work, Result):
+            self._numbers[id(copied)] = number
+            work.closing.callback(staging.free, job, number)
+        return work
 
     def _submit(self, slide: _Slide) -> None:
         """Send a slide's pieces to the workers; at most a window of pieces is in flight."""
@@ -291,7 +338,7 @@ class _Run:
             state, reason = "partial", f"{len(slide.unreadable)} tiles are unreadable"
         return Result(
             work.name,
-            str(work.job.source),
+            work.job.shown,
             state,
             reason,
             len(slide.embedded),
@@ -304,21 +351,35 @@ class _Run:
         )
 
     def _record(self, job: Job, result: Result, started: float, opened: bool) -> None:
+        features, number = result.features, self._numbers[id(job)]
+        if self._staging is not None and job.url:
+            named = partial(self._staging.named, job=job, number=number)
+            result = replace(
+                result,
+                reason=named(result.reason),
+                notes=list(map(named, result.notes)),
+                unreadable=list(map(named, result.unreadable)),
+            )
+        if self._remote is not None and features is not None:
+            features = self._remote.url_of(features)
         result = replace(
             result,
             name=printable(result.name),
             source=printable(result.source),
             reason=printable(result.reason),
             seconds=round(time.monotonic() - started, 3),
+            features=features,
         )
-        self._results[self._numbers[id(job)]] = result
+        status = self._out / "status" / f"{result.name}.json"
+        if result.state != "skipped" or not (self._remote or _is_success(status)):
+            with suppress(BadInput):  # the name is too long for a file; run.json holds the result
+                write_json(status, asdict(result))
+        if self._remote is not None:
+            self._remote.publish(result)
+        self._results[number] = result
         self._ended.append(result)
         self._meter.slide_ended(result.state, opened)
         self._meter.report(self._progress, result.name)
-        status = self._out / "status" / f"{result.name}.json"
-        if result.state != "skipped" or not _is_success(status):
-            with suppress(BadInput):  # the name is too long for a file; run.json holds the result
-                write_json(status, asdict(result))
 
 
 def _is_success(status: Path) -> bool:

@@ -18,9 +18,11 @@ from typing import Any
 
 from ... import console, stopping
 from ...artifacts.files import remove_leftovers
+from ...artifacts.remote import Remote, is_url
 from ...console import Progress
-from ...errors import BadInput, HistoseekError, Unavailable, need
-from ..encoders.open import DEFAULT
+from ...errors import BadInput, HistoseekError, Unavailable
+from ..encoders.fetched import is_server
+from ..encoders.open import DEFAULT, bundle_path
 from .jobs import Job
 from .meter import ClusterMeter, Meter
 from .metrics_page import metrics_page
@@ -75,8 +77,8 @@ def run_on_ray(
     """
     if cluster.address is None:
         raise BadInput("no Ray cluster is given; expected its address, or 'local'")
-    if "://" in out:
-        _check_url(out)
+    if is_url(out):
+        Remote(out)  # an unknown scheme is reported before the cluster tries
     else:
         out = str(Path(out).resolve())
     ray, connected_here = connect(cluster.address)
@@ -119,7 +121,7 @@ def run_on_ray(
         unfinished = pool.close()
         if connected_here:
             ray.shutdown()
-        if unfinished and "://" not in out:  # from actors that did not end in time
+        if unfinished and not is_url(out):  # from actors that did not end in time
             remove_leftovers(folders_of(Path(out)))
     about |= pool.about() | {"cluster": f"ray {cluster.address}"}
     return Ran(ended, manifest, about, meter.read())
@@ -347,23 +349,15 @@ def _resources(amounts: Mapping[str, float]) -> str:
 
 def _shipped(ray: Any, folder: Path | str | None) -> Any:
     """Put a bundle's files into the cluster's object store; None for an encoder that all machines have."""
-    if folder is None or folder == DEFAULT or "://" in str(folder):
+    if folder is None or folder == DEFAULT or is_server(str(folder)):
         return None
-    return ray.put(packed(Path(folder)))
+    return ray.put(packed(bundle_path(str(folder))))
 
 
 def _movable(job: Job) -> Job:
     """Return a job whose paths hold on another machine."""
-    return replace(job, source=Path(job.location), aliases=(), regions=_absolute(job.regions))
-
-
-def _check_url(out: str) -> None:
-    """Raise BadInput if a URL's scheme is unknown or its package is missing, before the cluster tries."""
-    fsspec = need("fsspec", "ray")
-    try:
-        fsspec.core.url_to_fs(out)
-    except (ImportError, ValueError) as error:
-        raise BadInput(f"--out {out!r}: {error}") from error
+    source = job.source if job.url else Path(job.location)
+    return replace(job, source=source, aliases=(), regions=_absolute(job.regions))
 
 
 def _absolute(path: Path | None) -> Path | None:

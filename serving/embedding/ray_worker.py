@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from ... import stopping
-from ...errors import HistoseekError, need
+from ...errors import HistoseekError
 from ..encoders.protocol import Encoder
-from .jobs import Job, distinct_name
+from .jobs import Job
 from .meter import Meter
 from .pipeline import embed_jobs
 from .ray_cluster import restore_proxy
+from .remote_out import features_at
 from .results import EmbedOptions, EncoderChoice, Result
 from .run import open_chosen
 from .work import failed
@@ -88,13 +87,10 @@ class Worker:
         meter = self._meter = Meter()
         try:
             encoder = self._opened()
-            with _staged(job, encoder, self._out) as folder:
+            with features_at(self._out, encoder.manifest.name) as (folder, remote):
                 (result,) = embed_jobs(
-                    [job], encoder, folder, self._options, lambda *_: None, meter
+                    [job], encoder, folder, self._options, lambda *_: None, meter, remote=remote
                 )
-                if "://" in self._out and result.features:
-                    inside = Path(result.features).relative_to(folder).as_posix()
-                    result = replace(result, features=f"{self._out.rstrip('/')}/{inside}")
         except HistoseekError as error:  # a full disk on one machine must not stop the others
             self._encoder = None  # a run that ended early closed it
             result = failed(job, error)
@@ -110,31 +106,3 @@ class Worker:
     def stop(self) -> None:
         """End ``embed`` soon; it removes its unfinished files."""
         stopping.request()
-
-
-@contextmanager
-def _staged(job: Job, encoder: Encoder, out: str) -> Iterator[Path]:
-    """Yield the folder to write to; for a URL a temporary folder, which is uploaded at the end."""
-    if "://" not in out:
-        yield Path(out)
-        return
-    system, root = need("fsspec", "ray").core.url_to_fs(out)
-    with TemporaryDirectory(prefix="histoseek-") as temp:
-        folder = Path(temp)
-        names = {job.name, job.stem, distinct_name(job)}
-        for remote in system.glob(f"{root}/*/features_{encoder.manifest.name}/*.h5"):
-            if Path(remote).is_relative_to(root) and Path(remote).stem in names:
-                local = folder / Path(remote).relative_to(root)
-                local.parent.mkdir(parents=True, exist_ok=True)
-                system.get_file(remote, str(local))
-        before = {path: path.stat().st_mtime_ns for path in folder.rglob("*.h5")}
-        yield folder
-        files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
-        for path in sorted(files, key=lambda p: p.suffix == ".h5"):  # features last: they mean done
-            if before.get(path) == path.stat().st_mtime_ns:
-                continue
-            target = f"{root}/{path.relative_to(folder).as_posix()}"
-            system.makedirs(target.rpartition("/")[0], exist_ok=True)
-            part = f"{target}.{os.uname().nodename}-{os.getpid()}.part"
-            system.put_file(str(path), part)
-            system.mv(part, target)

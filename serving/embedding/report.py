@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 from ... import console
 from ...artifacts.files import write_json
+from ...artifacts.remote import Remote, is_url, joined
 from ...artifacts.walking import LeftOut, summarised
-from ...errors import HistoseekError, need
+from ...errors import HistoseekError
 from .results import Result
 from .run import Ran
 
@@ -51,7 +52,7 @@ def record_end(
         "inputs": inputs,
     }
     with suppress(HistoseekError):  # the disk may be full, which may have ended the run
-        if Path(out).is_dir():
+        if is_url(out) or Path(out).is_dir():
             write_document(document, out)
 
 
@@ -69,11 +70,12 @@ def summary(ran: Ran) -> dict[str, Any]:
 
 def write_document(document: dict[str, Any], out: str) -> None:
     """Write ``run.json`` into a folder, or to a URL through fsspec."""
-    if "://" not in out:
+    if not is_url(out):
         write_json(Path(out) / "run.json", document)
         return
-    with need("fsspec", "ray").open(f"{out.rstrip('/')}/run.json", "w", encoding="utf-8") as stream:
-        stream.write(json.dumps(document, indent=2, ensure_ascii=False) + "\n")
+    with TemporaryDirectory() as temp:
+        write_json(Path(temp) / "run.json", document)
+        Remote(joined(out, "run.json")).store(Path(temp) / "run.json")
 
 
 def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None:

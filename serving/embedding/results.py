@@ -8,6 +8,7 @@ from typing import Annotated, Literal
 
 from ...artifacts.option_models import HIDDEN, PYTHON_ONLY, Field, Flag, options
 from ...errors import BadInput
+from ..encoders.fetched import is_server
 
 State = Literal["done", "partial", "empty", "skipped", "failed"]
 
@@ -18,8 +19,9 @@ class EncoderChoice:
 
     # fmt: off
     spec: Annotated[str,
-        Field(description="Folder of an encoder bundle, 'default' (the encoder in this package), or a "
-        "Triton server: triton://HOST:PORT/MODEL[@VERSION][?shm=1]."), Flag("--encoder")] = "default"
+        Field(description="Folder or URL (s3://...) of an encoder bundle, 'default' (the encoder in this "
+        "package), or a Triton server: triton://HOST:PORT/MODEL[@VERSION][?shm=1]."),
+        Flag("--encoder")] = "default"
     bundle: Annotated[Path | None,
         Field(description="With a Triton server: folder of an encoder bundle. If the server has another "
         "encoder, nothing is embedded.")] = None
@@ -39,7 +41,7 @@ class EncoderChoice:
 
     def __post_init__(self) -> None:
         """Raise BadInput if an engine or precision is set for an encoder on a server."""
-        if "://" in self.spec and (self.engine, self.precision) != ("auto", "f32"):
+        if is_server(self.spec) and (self.engine, self.precision) != ("auto", "f32"):
             raise BadInput(
                 "--engine and --precision are for an encoder in this process; a server uses its own "
                 "settings (for half precision use the server's model <name>-fp16)"
@@ -85,6 +87,9 @@ class EmbedOptions:
     jobs: Annotated[int | None,
         Field(ge=1, le=512, description="Number of threads that read and decode tiles. Default: one per "
         "core. It does not change the results.")] = None
+    staging_gb: Annotated[float,
+        Field(gt=0, description="For slides behind URLs: maximum size of their local copies at one time "
+        "(a single larger slide is copied alone).")] = 20.0
     # fmt: on
 
     def __post_init__(self) -> None:

@@ -16,6 +16,7 @@ from .jobs import Job
 from .meter import Meter
 from .metrics_page import metrics_page
 from .pipeline import embed_jobs
+from .remote_out import features_at
 from .results import EmbedOptions, EncoderChoice, Result
 
 
@@ -40,7 +41,7 @@ def open_chosen(choice: EncoderChoice) -> Encoder:
 def run_here(
     jobs: Sequence[Job],
     choice: EncoderChoice,
-    out: Path,
+    out: Path | str,
     options: EmbedOptions,
     progress: Progress,
     metrics: str | None = None,
@@ -49,16 +50,22 @@ def run_here(
 ) -> Ran:
     """Embed jobs in this process; see :func:`~histoseek.serving.embedding.pipeline.embed_jobs`.
 
-    With ``metrics`` (``[HOST:]PORT``), Prometheus metrics are served during the run. With ``tell``, it is
-    called with an estimate before the run starts, if the encoder is slow.
+    ``out`` may be a URL. With ``metrics`` (``[HOST:]PORT``), Prometheus metrics are served during the run.
+    With ``tell``, it is called with an estimate before the run starts, if the encoder is slow.
     """
     encoder, meter = open_chosen(choice), Meter()
     try:
-        found = estimate(jobs, encoder, out, options) if tell is not None else None
-        if tell is not None and found is not None:
-            tell(found)
-        with metrics_page(metrics, meter):
-            ended = embed_jobs(jobs, encoder, out, options, progress, meter, results)
+        with features_at(out, encoder.manifest.name) as (folder, remote):
+            here = [job for job in jobs if not job.url]  # an estimate would have to copy the others
+            found = (
+                estimate(here, encoder, folder, options)
+                if tell is not None and not remote
+                else None
+            )
+            if tell is not None and found is not None:
+                tell(found)
+            with metrics_page(metrics, meter):
+                ended = embed_jobs(jobs, encoder, folder, options, progress, meter, results, remote)
         return Ran(ended, encoder.manifest, encoder.describe(), meter.read())
     finally:
         encoder.close()

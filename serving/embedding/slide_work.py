@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -92,6 +93,7 @@ class SlideWork:
     stated: StatedScale
     seconds: float = 0.0
     left_out: Sequence[dict[str, str]] = ()
+    closing: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         """Count the tiles, collect what the result states, and free the grid's images."""
@@ -150,6 +152,7 @@ class SlideWork:
     def close(self) -> None:
         """Close the slide."""
         self.slide.close()
+        self.closing.close()
 
 
 def overlay_files(name: str, out: Path, options: EmbedOptions) -> list[Path]:

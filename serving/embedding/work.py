@@ -6,7 +6,8 @@ import glob
 import itertools
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from ...artifacts.files import content_mark, sha256_file
 from ...artifacts.geojson import moved
 from ...artifacts.images import square
 from ...artifacts.manifest import Manifest
+from ...artifacts.remote import Remote
 from ...artifacts.tileset_files import open_tiles
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch
@@ -44,6 +46,7 @@ class Work(Protocol):
         notes: values that were guessed, overridden or updated.
         left_out: files of a tile set that were not used, each with the reason.
         seconds: time to open it and find its tiles.
+        closing: what is done when it is closed.
     """
 
     job: Job
@@ -54,6 +57,7 @@ class Work(Protocol):
     notes: list[str]
     left_out: Sequence[dict[str, str]]
     seconds: float
+    closing: ExitStack
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """Read tiles ``start``, ``start + 1``, … into ``out``, uint8 (N, S, S, 3).
@@ -84,24 +88,34 @@ def prepare(
     out: Path,
     options: EmbedOptions,
     look_only: bool = False,
+    remote_out: bool = False,
 ) -> Work | Result:
     """Open a job and find its tiles; return a result instead if nothing is left to do.
 
     Features that were computed with another encoder, precision or option are computed again. With
-    ``look_only`` nothing is written, also not the new path of a slide that was moved.
+    ``look_only`` nothing is written, also not the new path of a slide that was moved. With ``remote_out``
+    the features are uploaded, and overlays of a slide that is done are not made again.
 
     Raises:
         HistoseekError: the job cannot be done; the message gives the reason.
     """
     started = time.monotonic()
-    if printable(str(job.source)) != str(job.source):
-        raise BadInput(f"{printable(str(job.source))}: the name is not valid UTF-8; rename it")
+    if printable(job.shown) != job.shown:
+        raise BadInput(f"{printable(job.shown)}: the name is not valid UTF-8; rename it")
     settings = {} if precision in {"f32", "fp32"} else {"precision": precision}
-    preparation = _Preparation(job, manifest, settings, out, options, look_only)
+    preparation = _Preparation(job, manifest, settings, out, options, look_only, remote_out)
     work = preparation.tiles() if job.kind == "tiles" else preparation.slide()
     if not isinstance(work, Result):
         work.seconds = time.monotonic() - started
     return work
+
+
+def done_before(
+    job: Job, manifest: Manifest, precision: str, out: Path, options: EmbedOptions, remote_out: bool
+) -> Result | None:
+    """Return the result of a slide behind a URL that is done, as :func:`prepare`, without copying it."""
+    settings = {} if precision in {"f32", "fp32"} else {"precision": precision}
+    return _Preparation(job, manifest, settings, out, options, False, remote_out).done_before()
 
 
 def printable(text: str) -> str:
@@ -113,7 +127,7 @@ def refuse_if_broken(work: Work, unreadable: list[str]) -> None:
     """Raise Damaged if too many tiles of a slide or tile set are unreadable."""
     if work.count and len(unreadable) > MAX_UNREADABLE * work.count:
         raise Damaged(
-            f"{work.job.source}: {len(unreadable)} of {work.count} tiles are unreadable, first: "
+            f"{work.job.shown}: {len(unreadable)} of {work.count} tiles are unreadable, first: "
             f"{unreadable[0]}"
         )
 
@@ -128,6 +142,7 @@ class _Preparation:
     out: Path
     options: EmbedOptions
     look_only: bool
+    remote_out: bool
 
     def tiles(self) -> Work | Result:
         tileset = open_tiles(self.job.source, self.options.manifest)
@@ -162,13 +177,20 @@ class _Preparation:
                 f"--regions {options.regions} has no regions for {job.source.name}; expected a file such "
                 f"as {job.stem}.geojson or {job.source.name}.geojson"
             )
-        key = self._slide_key(slide, stated, target_mpp)
-        folder = f"{magnification(target_mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
+        key = self._slide_key(
+            content_mark(job.source),
+            slide.require_mpp(),
+            slide.bounds is not None,
+            stated,
+            target_mpp,
+        )
+        folder = self._folder(target_mpp)
         path, name, complete = self._feature_file(folder, key)
         if complete and slide.bounds is not None:
             # features from before bounds were recorded are computed again
             complete = "bounds" in (read_about(path) or {})
-        if complete and all(file.is_file() for file in overlay_files(name, out, options)):
+        files = overlay_files(name, out, options)
+        if complete and (self.remote_out or all(file.is_file() for file in files)):
             return self._done_before(name, path)
         regions = None
         if job.regions is not None:
@@ -185,13 +207,53 @@ class _Preparation:
             work.notes += _moved_from(path, job)
         return work
 
-    def _slide_key(self, slide: Slide, stated: StatedScale, target_mpp: float) -> dict[str, Any]:
-        """Return the settings that features of a slide depend on; features with other ones are replaced."""
+    def done_before(self) -> Result | None:
+        """Return the result of a slide behind a URL whose features are complete; the slide is not read."""
+        mpp = self.options.mpp or self.manifest.mpp
+        if mpp is None or self.job.kind != "slide":
+            return None
+        content = Remote(self.job.url).content_mark()
+        stated, parent = stated_scale(self.job, self.options), self.out / self._folder(mpp)
+        for name in (self.job.name, self.job.stem, distinct_name(self.job)):
+            about = read_about(parent / f"features_{self.manifest.name}" / f"{name}.h5") or {}
+            known = about.get("key", {})
+            if known.get("content") != content or "bounds" not in about:
+                continue
+            scale = stated.mpp or self._known_scale(about)
+            if scale is None:
+                continue
+            key = self._slide_key(content, scale, about["bounds"] is not None, stated, mpp)
+            path, found, complete = self._feature_file(self._folder(mpp), key)
+            files = overlay_files(found, self.out, self.options)
+            if complete and (self.remote_out or all(file.is_file() for file in files)):
+                return self._done_before(found, path)
+        return None
+
+    def _known_scale(self, about: dict[str, Any]) -> float | None:
+        """Return the µm per pixel of features, or None if other options may change it."""
+        scale, by = about["key"].get("mpp"), about.get("mpp_from")
+        if by in {"override", "manifest"}:
+            return None
+        if by == "assumed" and scale != self.options.assume_mpp:
+            return None
+        return float(scale) if scale is not None else None
+
+    def _folder(self, target_mpp: float) -> str:
+        size = self.manifest.size_px
+        return f"{magnification(target_mpp)}x_{size}px_{self.options.overlap_px}px_overlap"
+
+    def _slide_key(
+        self, content: str, mpp: float, framed: bool, stated: StatedScale, target_mpp: float
+    ) -> dict[str, Any]:
+        """Return the settings that features of a slide depend on; features with other ones are replaced.
+
+        ``framed``: the slide states bounds, within which QuPath counts coordinates.
+        """
         job, options = self.job, self.options
         key: dict[str, Any] = {
-            "content": content_mark(job.source),
+            "content": content,
             "encoder": self.manifest.sha256,
-            "mpp": slide.require_mpp(),
+            "mpp": mpp,
             "target_mpp": target_mpp,
             "min_tissue": options.min_tissue,
             "row": {k: v for k, v in job.row.items() if k != "file"},
@@ -201,7 +263,7 @@ class _Preparation:
             key["series"] = stated.series
         if job.regions is not None:
             key["regions"] = [sha256_file(job.regions), *options.region_classes]
-            if slide.bounds is not None:
+            if framed:
                 key["regions"].append("QuPath's frame")
         return key
 
@@ -238,7 +300,7 @@ class _Preparation:
             amend(path, job.location, {"bounds": about.get("bounds")})
         return Result(
             name,
-            str(job.source),
+            job.shown,
             "skipped",
             about.get("reason") or "done before",
             about.get("tiles", 0),
@@ -252,7 +314,7 @@ class _Preparation:
 
 def _is_here(about: dict[str, Any], job: Job) -> bool:
     """Whether features were computed from the job's file, also when it is reached through links."""
-    return about.get("source") in {job.location, str(job.source.resolve())}
+    return about.get("source") in {job.location, job.real}
 
 
 def _left_behind(parent: Path, job: Job, content: str) -> str | None:
@@ -300,6 +362,7 @@ class TilesWork:
     key: dict[str, Any]
     tissue: float | None = None
     seconds: float = 0.0
+    closing: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
         """Count the tiles, and collect what the result states."""
@@ -343,12 +406,13 @@ class TilesWork:
         )
 
     def close(self) -> None:
-        """Do nothing: no file is held open."""
+        """No file is held open."""
+        self.closing.close()
 
 
 def failed(job: Job, error: Exception) -> Result:
     """Return the result of a failed job."""
     reason = str(error)
     if not isinstance(error, HistoseekError):
-        reason = f"{job.source}: unexpected error {type(error).__name__}: {error}"
-    return Result(job.name, str(job.source), "failed", reason)
+        reason = f"{job.shown}: unexpected error {type(error).__name__}: {error}"
+    return Result(job.name, job.shown, "failed", reason)

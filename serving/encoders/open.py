@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 from ...artifacts.manifest import Manifest
+from ...artifacts.remote import is_url
 from ...errors import BadInput
+from .fetched import fetched, is_server
 from .onnx import OnnxEncoder
 from .protocol import Encoder, check_identity
 
@@ -14,14 +16,16 @@ DEFAULT_BUNDLE = Path(__file__).parents[1] / "default_encoder"
 
 
 def bundle_path(spec: str) -> Path:
-    """Return the bundle's folder for ``default`` or a path.
+    """Return the bundle's folder for ``default``, a path, or a URL (a local copy).
 
     Raises:
-        BadInput: ``spec`` names a server.
+        BadInput: ``spec`` names a server, or there is no bundle at the URL.
     """
     if spec == DEFAULT:
         return DEFAULT_BUNDLE
-    if "://" in spec:
+    if is_url(spec) and not is_server(spec):
+        return fetched(spec)
+    if is_server(spec):
         raise BadInput(f"encoder {spec!r} is on a server; expected a bundle folder or {DEFAULT!r}")
     return Path(spec)
 
@@ -37,7 +41,7 @@ def open_encoder(
     """Open an encoder from a bundle's folder, the default one, or one on a Triton server.
 
     Args:
-        spec: the folder, ``default`` for the one that ships with histoseek, or
+        spec: the folder, its URL (``s3://…``), ``default`` for the one that ships with histoseek, or
             ``triton://HOST:PORT/MODEL[@VERSION]`` (``tritons://`` for TLS).
         expect: manifest of the expected encoder; any encoder is accepted when None.
         engine: for this process only: ``onnxruntime``, ``openvino`` or ``auto``.
@@ -49,7 +53,7 @@ def open_encoder(
         Mismatch: it is a different encoder; the message names both.
     """
     spec = str(spec)
-    if "://" in spec:
+    if is_server(spec):
         from .triton import TritonEncoder
 
         return TritonEncoder(spec, expect, batch)

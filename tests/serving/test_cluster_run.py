@@ -169,7 +169,7 @@ def test_a_cluster_that_cannot_run_an_actor_is_named(slides, other_bundle, tmp_p
     assert "ROOM no machine of the cluster has room for an actor of 1 CPU and 1 GPU" in said, said[
         -3000:
     ]
-    assert "the cluster has 2 CPU and 0 GPU" in said and "waiting up to" in done.stderr
+    assert "the cluster has 2 CPU and 0 GPU" in said and "waiting up to" in said
     assert "BROKEN 8 actors failed to start" in said and "no encoder here" in said, said[-3000:]
 
 
@@ -196,11 +196,6 @@ def test_counters_of_a_cluster_add_up():
         {"done": 1},
         {*here.read(), "slide_s"},
     )
-
-
-def test_a_url_without_ray_is_refused(slides, cli_process, tmp_path):
-    done = cli_process("embed", slides, "--out", "s3://bucket/features")
-    assert done.returncode == 1 and "--ray" in done.stderr
 
 
 def test_no_cluster_at_the_address_is_named(slides, tmp_path):

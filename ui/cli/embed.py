@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import asdict, replace
 from enum import StrEnum
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -32,7 +31,7 @@ class Kind(StrEnum):
 @app.command()
 @with_flags
 def embed(
-    inputs: list[Path],
+    inputs: list[str],
     out: Annotated[str, typer.Option()],
     choice: EncoderChoice,
     options: EmbedOptions,
@@ -44,8 +43,8 @@ def embed(
     """Embed slides and tile sets into feature files. Run the command again to finish an interrupted run.
 
     Options:
-        inputs: Slides, folders of slides or tiles, or packed tiles (.tar, .npz, .csv).
-        out: Folder to write feature files to; with --ray also a URL, such as s3://...
+        inputs: Slides, folders of slides or tiles, or packed tiles (.tar, .npz, .csv); also URLs (s3://...).
+        out: Folder or URL (s3://...) to write feature files to.
         magnification: Another way to give --mpp: 20 means 0.5 µm per pixel, 40 means 0.25.
         metrics: [HOST:]PORT at which Prometheus can read metrics during the run.
         kind: What a folder of images contains.
@@ -59,8 +58,6 @@ def embed(
     given = find_inputs(inputs, kind.value, options.manifest)
     jobs = with_regions(given.jobs, options.regions)
     facts = {**given.as_dict(), "regions_unused": unused_regions(jobs, options.regions)}
-    if cluster.address is None and "://" in out:
-        raise BadInput(f"--out is {out!r}; expected a folder, because URLs need --ray")
     ended: list[Result] = []
 
     def tell(estimate: Estimate) -> None:
@@ -74,7 +71,7 @@ def embed(
 
                 ran = run_on_ray(jobs, choice, out, options, cluster, progress, metrics, ended)
             else:
-                ran = run_here(jobs, choice, Path(out), options, progress, metrics, ended, tell)
+                ran = run_here(jobs, choice, out, options, progress, metrics, ended, tell)
     except BaseException as error:
         record_end(error, ended, len(jobs), out, facts)
         raise

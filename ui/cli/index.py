@@ -42,7 +42,7 @@ def create(atlas: Path, encoder: str = "default", link_encoder: bool = False) ->
 @index_app.command()
 def add(
     atlas: Path,
-    features: list[Path],
+    features: list[str],
     metadata: Path | None = None,
     replace: bool = False,
     mixed_scales: bool = False,
@@ -50,15 +50,16 @@ def add(
     """Add feature files to the atlas. A file is added completely or not at all, and only once.
 
     Options:
-        features: Feature files, or folders with feature files.
+        features: Feature files, or folders with feature files; also URLs (s3://...).
     """
     from ...index.atlas import Atlas
-    from ...index.inputs import find_feature_files, read_metadata, rows_of
+    from ...index.inputs import find_feature_files, local_copies, read_metadata, rows_of
 
-    files, left_out = find_feature_files(features)
-    table = read_metadata(metadata)
-    with console.progress("adding") as progress:
-        results = Atlas(atlas).add(files, rows_of(table), replace, progress, mixed_scales)
+    with local_copies(features) as paths:
+        files, left_out = find_feature_files(paths)
+        table = read_metadata(metadata)
+        with console.progress("adding") as progress:
+            results = Atlas(atlas).add(files, rows_of(table), replace, progress, mixed_scales)
     exchange.report_added(results, table, left_out)
 
 
@@ -225,11 +226,11 @@ def verify(atlas: Path, repair: bool = False) -> None:
 
 
 @index_app.command()
-def snapshot(atlas: Path, out: Annotated[Path, typer.Option()]) -> None:
+def snapshot(atlas: Path, out: Annotated[str, typer.Option()]) -> None:
     """Copy an atlas to a new folder and check the copy. Searches can continue meanwhile.
 
     Options:
-        out: New folder for the copy.
+        out: New folder or URL (s3://...) for the copy.
     """
     from ...index.atlas import Atlas
 
@@ -247,11 +248,11 @@ def snapshot(atlas: Path, out: Annotated[Path, typer.Option()]) -> None:
 
 
 @index_app.command()
-def restore(snapshot: Path, atlas: Path) -> None:
+def restore(snapshot: str, atlas: Path) -> None:
     """Replace an atlas by a snapshot. The old atlas stays in the same parent folder, under a new name.
 
     Options:
-        snapshot: Folder written by `index snapshot`.
+        snapshot: Folder or URL written by `index snapshot`.
     """
     from ...index.care.snapshots import restore as put_back
 
