@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import glob
 import hashlib
 import json
 import os
@@ -225,6 +226,48 @@ def publish_folder(path: Path) -> Iterator[Path]:
     finally:
         shutil.rmtree(temp, ignore_errors=True)
         stopping.unmark(temp)
+
+
+@contextmanager
+def temporary_folder(what: str) -> Iterator[Path]:
+    """Yield a folder in ``$HISTOSEEK_STAGING``, or in the system's temporary folder.
+
+    It is deleted at the end. Folders that killed processes of this machine left behind are deleted first.
+
+    Args:
+        what: the middle of its name, such as ``slides``.
+
+    Raises:
+        StorageFailed: it cannot be made.
+    """
+    place = Path(os.environ.get("HISTOSEEK_STAGING") or tempfile.gettempdir())
+    start = f"histoseek-{what}-{os.uname().nodename}-"
+    try:
+        place.mkdir(parents=True, exist_ok=True)
+        for left in place.glob(f"{glob.escape(start)}*"):
+            process = left.name.removeprefix(start).split("-")[0]
+            if process.isdigit() and not _runs(int(process)):
+                shutil.rmtree(left, ignore_errors=True)
+        folder = Path(tempfile.mkdtemp(prefix=f"{start}{os.getpid()}-", dir=place))
+    except OSError as error:
+        raise storage_failed(place, error) from error
+    stopping.mark(folder)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        stopping.unmark(folder)
+
+
+def _runs(process: int) -> bool:
+    """Whether a process of this number exists."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass
+    return True
 
 
 def remove_leftovers(folders: Iterable[Path], own: bool = False) -> int:

@@ -6,24 +6,26 @@ Credentials and addresses come from the store's own settings, such as ``AWS_PROF
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import shutil
 import time
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from .. import stopping
 from ..errors import BadInput, HistoseekError, StorageFailed, need
-from .files import EDGE_BYTES
+from .files import EDGE_BYTES, storage_failed
 
 T = TypeVar("T")
 WAITS_S = (0.5, 2.0, 8.0)
 """Seconds before each repetition of a call that failed."""
 _IN_PLACE = frozenset({"file", "local", "sftp", "ssh", "ftp", "smb"})
 """Stores in which a file is seen before it is complete; in the others an object appears complete."""
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 
 class RemoteFile(NamedTuple):
@@ -43,6 +45,19 @@ def joined(url: str, *parts: str) -> str:
     return "/".join([url.rstrip("/"), *parts])
 
 
+def below(url: str, folder: str) -> PurePosixPath:
+    """Return the path of a file relative to the URL of a folder above it.
+
+    Raises:
+        BadInput: the path leads out of the folder, or out of a local folder to which it is copied.
+    """
+    root = folder.rstrip("/") + "/"
+    path = PurePosixPath(url.removeprefix(root).lstrip("/"))
+    if not url.startswith(root) or ".." in path.parts or not path.parts:
+        raise BadInput(f"{url} cannot be copied: its name leads out of {folder}; rename it")
+    return path
+
+
 class Remote:
     """The store behind one URL."""
 
@@ -51,15 +66,16 @@ class Remote:
 
         Raises:
             MissingPart: fsspec is not installed.
-            BadInput: the URL's scheme is unknown, or its package is missing.
+            BadInput: the URL's scheme is unknown, its package is missing, or the store does not answer.
         """
         self.url = url
         fsspec = need("fsspec", "s3")
+        if "::" in url:
+            raise BadInput(f"{url}: '::' in a name cannot be read through a URL; rename it")
         try:
             self._system, self._root = fsspec.core.url_to_fs(url)
-        except (ImportError, ValueError) as error:
+        except Exception as error:  # every store has its own errors
             raise BadInput(f"{url}: {error}") from error
-        self._prefix = url[: len(url) - len(url.split("://", 1)[1])]
 
     def files(self, may_lack: bool = False) -> list[RemoteFile]:
         """Return the file, or all files below the folder, sorted.
@@ -72,8 +88,9 @@ class Remote:
         """
         self._system.invalidate_cache()
         found = self._again(lambda: self._system.find(self._root, detail=True))
+        root = self._root.rstrip("/")
         files = [
-            RemoteFile(self._url(name), int(about["size"]))
+            RemoteFile(self.url.rstrip("/") + name.removeprefix(root), int(about["size"]))
             for name, about in sorted(found.items())
             if about["type"] == "file" and not name.endswith("/")
         ]
@@ -83,11 +100,8 @@ class Remote:
 
     def is_file(self) -> bool:
         """Whether the URL names a file."""
+        self._system.invalidate_cache()
         return bool(self._again(lambda: self._system.isfile(self._root)))
-
-    def _url(self, name: str) -> str:
-        """Return the URL of a name that the store listed."""
-        return name if is_url(name) else self._prefix + name
 
     def size(self) -> int:
         """Return the file's size in bytes."""
@@ -99,28 +113,39 @@ class Remote:
         digest = hashlib.sha256(str(size).encode())
         for start in (0, max(0, size - EDGE_BYTES)):
             end = min(size, start + EDGE_BYTES)
-            part: bytes = self._again(
-                partial(self._system.cat_file, self._root, start=start, end=end)
-            )
+            read = partial(self._system.cat_file, self._root, start=start, end=end)
+            part: bytes = self._again(read)
             digest.update(part)
         return digest.hexdigest()
 
-    def fetch(self, to: Path) -> None:
-        """Copy the file to a local path.
+    def fetch(self, to: Path, halted: Callable[[], bool] = stopping.requested) -> None:
+        """Copy the file to a local path, where it appears complete.
+
+        Args:
+            to: the path.
+            halted: asked between parts of the file; the copy then ends.
 
         Raises:
             BadInput: it cannot be read, or what came is shorter than the file.
             StorageFailed: the local disk is full.
+            Stopped: ``halted`` returned True.
         """
         size = self.size()
         to.parent.mkdir(parents=True, exist_ok=True)
+        part = to.with_name(f"{to.name}.part")
 
         def copy() -> None:
-            self._system.get_file(self._root, str(to))
-            if to.stat().st_size != size:
-                raise OSError(f"{to.stat().st_size} of {size} bytes came")
+            self._system.get_file(self._root, str(part), callback=_watch(halted))
+            if part.stat().st_size != size:
+                raise OSError(f"{part.stat().st_size} of {size} bytes came")
+            part.replace(to)
 
-        self._again(copy)
+        try:
+            self._again(copy)
+        except _Halted:
+            raise stopping.Stopped(stopping.exit_code() - 128) from None
+        finally:
+            part.unlink(missing_ok=True)
 
     def store(self, path: Path) -> None:
         """Copy a local file to the URL; nobody sees it before it is complete.
@@ -130,10 +155,10 @@ class Remote:
         """
 
         def copy() -> None:
-            self._system.makedirs(self._system._parent(self._root), exist_ok=True)
             if not _IN_PLACE & set(_protocols(self._system)):
                 self._system.put_file(str(path), self._root)
                 return
+            self._system.makedirs(self._system._parent(self._root), exist_ok=True)
             part = f"{self._root}.{os.uname().nodename}-{os.getpid()}.part"
             self._system.put_file(str(path), part)
             self._system.mv(part, self._root)
@@ -145,23 +170,44 @@ class Remote:
         for wait in (*WAITS_S, None):
             try:
                 return call()
-            except HistoseekError:
+            except (HistoseekError, _Halted):
                 raise
             except FileNotFoundError as error:
+                if writing:
+                    raise self._failed(error, writing, 1) from error
                 raise BadInput(f"{self.url} does not exist; check the URL") from error
             except Exception as error:  # every store has its own errors
+                if isinstance(error, OSError) and error.errno in _FULL and not writing:
+                    raise storage_failed(Path(str(error.filename or self.url)), error) from error
                 if wait is None or isinstance(error, PermissionError):
-                    raise self._failed(error, writing) from error
+                    tries = 1 if isinstance(error, PermissionError) else len(WAITS_S) + 1
+                    raise self._failed(error, writing, tries) from error
             _sleep(wait)
         raise AssertionError("unreachable")
 
-    def _failed(self, error: Exception, writing: bool) -> HistoseekError:
+    def _failed(self, error: Exception, writing: bool, tries: int) -> HistoseekError:
+        often = f" after {tries} attempts" if tries > 1 else ""
         what = f"({type(error).__name__}: {error})"
-        tries = "" if isinstance(error, PermissionError) else f" after {len(WAITS_S) + 1} attempts"
         advice = "check the URL, your permissions and the network, then run the same command again"
         if writing:
-            return StorageFailed(f"{self.url} cannot be written{tries} {what}; {advice}")
-        return BadInput(f"{self.url} cannot be read{tries} {what}; {advice}")
+            return StorageFailed(f"{self.url} cannot be written{often} {what}; {advice}")
+        return BadInput(f"{self.url} cannot be read{often} {what}; {advice}")
+
+
+class _Halted(Exception):
+    """Ends a copy from inside the store's thread, where :class:`stopping.Stopped` must not be raised."""
+
+
+def _watch(halted: Callable[[], bool]) -> Any:
+    """Return a callback of fsspec that ends the copy when asked to."""
+
+    class Watch(need("fsspec.callbacks", "s3").Callback):  # type: ignore[misc]
+        def relative_update(self, inc: int = 1) -> None:
+            if halted():
+                raise _Halted
+            super().relative_update(inc)
+
+    return Watch()
 
 
 def _protocols(system: Any) -> tuple[str, ...]:

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 from .. import stopping
-from ..artifacts.remote import Remote, is_url, require_room
+from ..artifacts.files import temporary_folder
+from ..artifacts.remote import Remote, below, is_url, require_room
 from ..artifacts.tables import Table, read_csv
 from ..artifacts.walking import LeftOut, once, walk
-from ..errors import BadInput
+from ..errors import BadInput, HistoseekError
 
 PICKLES = frozenset({".pt", ".pth", ".pkl"})
 
@@ -30,31 +30,56 @@ def rows_of(table: Table | None) -> dict[str, dict[str, str]]:
     return {} if table is None else {row[table.key]: row for row in table.rows}
 
 
+class Copies:
+    """Local copies of feature files behind URLs."""
+
+    def __init__(self) -> None:
+        """Start without copies."""
+        self.paths: list[Path] = []
+        self._urls: dict[str, str] = {}
+
+    def add(self, url: str, folder: Path) -> None:
+        """Copy the feature files at a URL into a folder."""
+        files = [file for file in Remote(url).files() if file.url.lower().endswith(".h5")]
+        if not files:
+            raise BadInput(f"{url} has no .h5 files; run `histoseek embed` first")
+        require_room(folder, sum(file.size for file in files), url)
+        root = url if files[0].url != url else url.rpartition("/")[0]
+        for file in files:
+            stopping.check()
+            Remote(file.url).fetch(folder / below(file.url, root))
+        self._urls[str(folder)] = root.rstrip("/")
+        self.paths.append(folder)
+
+    def named(self, text: str) -> str:
+        """Return a text with URLs in the place of local copies."""
+        for folder, url in self._urls.items():
+            text = text.replace(folder, url)
+        return text
+
+
 @contextmanager
-def local_copies(inputs: Sequence[str | Path]) -> Iterator[list[Path]]:
+def local_copies(inputs: Sequence[str | Path]) -> Iterator[Copies]:
     """Yield the inputs with local copies in the place of URLs; the copies are deleted at the end.
 
     Raises:
         BadInput: a URL leads to no feature files, or they cannot be read.
         StorageFailed: the local disk is full.
+        HistoseekError: what the block raises, with URLs in the place of copies.
     """
+    copies = Copies()
     with ExitStack() as stack:
-        paths: list[Path] = []
         for given in inputs:
-            if not is_url(given):
-                paths.append(Path(given))
-                continue
-            remote = Remote(str(given))
-            files = [file for file in remote.files() if file.url.lower().endswith(".h5")]
-            if not files:
-                raise BadInput(f"{given} has no .h5 files; run `histoseek embed` first")
-            temp = Path(stack.enter_context(TemporaryDirectory(prefix="histoseek-features-")))
-            require_room(temp, sum(file.size for file in files), str(given))
-            for file in files:
-                stopping.check()
-                Remote(file.url).fetch(temp / file.url.partition("://")[2])
-            paths.append(temp)
-        yield paths
+            if is_url(given):
+                copies.add(
+                    str(given).rstrip("/"), stack.enter_context(temporary_folder("features"))
+                )
+            else:
+                copies.paths.append(Path(given))
+        try:
+            yield copies
+        except HistoseekError as error:
+            raise type(error)(copies.named(str(error))) from error
 
 
 def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut]]:

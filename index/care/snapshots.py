@@ -12,7 +12,7 @@ from typing import Any
 
 from ... import stopping
 from ...artifacts.files import exclusive, publish_folder
-from ...artifacts.remote import Remote, is_url, joined, require_room
+from ...artifacts.remote import Remote, below, is_url, joined, require_room
 from ...errors import BadInput, Damaged, StorageFailed
 from ..opened import OpenAtlas
 from ..store.catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
@@ -147,7 +147,7 @@ def _download(url: str, atlas: Path) -> dict[str, Any]:
         require_room(local, sum(file.size for file in files), url)
         for file in files:
             stopping.check()
-            Remote(file.url).fetch(local / file.url.removeprefix(url.rstrip("/")).lstrip("/"))
+            Remote(file.url).fetch(local / below(file.url, url))
         try:
             return restore(local, atlas)
         except (BadInput, Damaged) as error:

@@ -57,6 +57,10 @@ class Job:
         """The path as it was given, or the URL."""
         return self.url or str(self.source)
 
+    def named(self, text: str) -> str:
+        """Return a text about the job with the URL in the place of its local copy."""
+        return text.replace(str(self.source), self.url) if self.url else text
+
     @property
     def location(self) -> str:
         """The absolute path under which the source was found (links are not resolved), or the URL."""

@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -35,7 +34,7 @@ from .regions import with_regions
 from .remote_out import RemoteOut
 from .results import EmbedOptions, Result, State
 from .staging import Staging
-from .work import Work, done_before, failed, prepare, printable, refuse_if_broken
+from .work import Work, done_before, failed, folders_for, prepare, printable, refuse_if_broken
 
 PIECE = 64
 """Minimum number of tiles read together; neighbouring tiles share decoded segments."""
@@ -180,7 +179,7 @@ class _Run:
             self._stopping = True
             self._encoder.close()  # ends all waiting for a server
             if self._staging is not None:
-                self._staging.close()  # ends all waiting for room
+                self._staging.halt()
             raise
         finally:
             self._openers.shutdown(cancel_futures=True)
@@ -216,7 +215,7 @@ class _Run:
         number = self._numbers[id(job)]
         try:
             if self._remote is not None:
-                self._remote.fetch(job)
+                self._remote.fetch(job, folders_for(self._encoder.manifest, self._options))
             if job.url and self._staging is not None:
                 return self._open_remote(job, number, self._staging, given)
             with self._meter.stage("open", 1):
@@ -245,6 +244,10 @@ class _Run:
         try:
             with self._meter.stage("open", 1):
                 work = prepare(copied, *given, remote_out=self._remote is not None)
+        except FATAL:
+            raise
+        except Exception as error:
+            return failed(copied, error)
         finally:
             if work is None or isinstance(work, Result):
                 staging.free(job, number)
@@ -315,7 +318,7 @@ class _Run:
         unreadable = len(piece.unreadable)
         self._meter.tiles_ended(len(piece.numbers) + unreadable, unreadable)
         slide.embedded += piece.numbers
-        slide.unreadable += piece.unreadable
+        slide.unreadable += map(slide.work.job.named, piece.unreadable)
         self._writer(slide).append(piece.features)
         self._meter.report(self._progress, slide.work.name)
 
@@ -344,24 +347,18 @@ class _Run:
             len(slide.embedded),
             slide.unreadable,
             features=str(work.path),
-            notes=list(work.notes),
-            left_out=list(work.left_out),
+            notes=list(map(work.job.named, work.notes)),
+            left_out=[
+                {key: work.job.named(text) for key, text in one.items()} for one in work.left_out
+            ],
             icc_profile=features.about.get("icc_profile"),
             icc_applied=features.about.get("icc_applied", False),
         )
 
     def _record(self, job: Job, result: Result, started: float, opened: bool) -> None:
         features, number = result.features, self._numbers[id(job)]
-        if self._staging is not None and job.url:
-            named = partial(self._staging.named, job=job, number=number)
-            result = replace(
-                result,
-                reason=named(result.reason),
-                notes=list(map(named, result.notes)),
-                unreadable=list(map(named, result.unreadable)),
-            )
         if self._remote is not None and features is not None:
-            features = self._remote.url_of(features)
+            features = self._remote.url_of(Path(features))
         result = replace(
             result,
             name=printable(result.name),

@@ -46,6 +46,8 @@ NOTICE_S, PATIENCE_S = 10.0, 1800.0
 """Seconds without any actor until that is said, and until the run ends."""
 CLOSING_S = 5.0
 """Seconds that slides may take to stop."""
+CLEANING_S = 2.0
+"""Seconds that an actor may take to delete its copy of the encoder."""
 LAST_BACK_OFF_S = 30.0
 
 
@@ -107,7 +109,7 @@ def run_on_ray(
     pool = _Pool(
         ray,
         with_regions(jobs, options.regions),
-        lambda: actor.remote(choice, *bundles, out, options),
+        lambda: actor.remote(choice, *bundles, manifest, out, options),
         cluster.actors or len(jobs),
         {"CPU": cores, "GPU": cluster.gpus_per_actor},
         meter,
@@ -129,12 +131,13 @@ def run_on_ray(
 
 @dataclass
 class _Actor:
-    """An actor, the number of its job, the question for its counters, and the last answer."""
+    """An actor, its job's number, the question for its counters and the answer, and whether it is open."""
 
     handle: Any
     number: int = -1
     watch: Any = None
     counts: dict[str, Any] | None = None
+    started: bool = False
 
 
 class _Pool:
@@ -162,6 +165,7 @@ class _Pool:
         self._engines: dict[str, dict[str, Any]] = {}
         self._lost_actors = 0
         self._broken: list[str] = []  # why actors did not start, since the last that did
+        self._did_not: Counter[str] = Counter()  # how many actors did not start, by reason
         self._not_before = self._watched = 0.0
         self._said = False
         self._idle_since: float | None = time.monotonic()
@@ -191,15 +195,17 @@ class _Pool:
         engines = list({str(engine): engine for engine in self._engines.values()}.values())
         if engines:
             found |= engines[0]
+        notes = [
+            f"{count} actors did not start: {reason}" for reason, count in self._did_not.items()
+        ]
         if len(engines) > 1:
             hosts = ", ".join(
                 f"{host}: {e['engine']} {e.get('device', '')}".rstrip()
                 for host, e in self._engines.items()
             )
-            found["notes"] = [
-                *engines[0].get("notes", []),
-                f"machines run the encoder differently ({hosts})",
-            ]
+            notes.append(f"machines run the encoder differently ({hosts})")
+        if notes:
+            found["notes"] = [*found.get("notes", []), *notes]
         return found
 
     def close(self) -> bool:
@@ -209,10 +215,17 @@ class _Pool:
             self._beside(actor, "stop")
         if busy:
             self._ray.wait(busy, num_returns=len(busy), timeout=CLOSING_S)
-        for actor in [*self._busy.values(), *self._starting.values()]:
-            self._ray.kill(actor.handle)
+        self._finish([*self._busy.values(), *self._starting.values()])
         self._busy, self._starting = {}, {}
         return bool(busy)
+
+    def _finish(self, actors: Sequence[_Actor]) -> None:
+        """Let actors delete what they unpacked, and end them."""
+        cleaned = [actor.handle.clean.remote() for actor in actors if actor.started]
+        if cleaned:
+            self._ray.wait(cleaned, num_returns=len(cleaned), timeout=CLEANING_S)
+        for actor in actors:
+            self._ray.kill(actor.handle)
 
     def _beside(self, actor: _Actor, method: str) -> Any:
         """Call a method that runs beside ``embed``; return the reference to its result."""
@@ -241,24 +254,27 @@ class _Pool:
         self._hosts[told["host"]] += 1
         self._engines[told["host"]] = told["encoder"]
         self._broken, self._not_before = [], 0.0
+        actor.started = True
         self._next(actor)
 
     def _did_not_start(self, actor: _Actor, error: Exception) -> None:
         self._ray.kill(actor.handle)
         cause = getattr(error, "cause", None)
-        self._broken.append(str(cause if isinstance(cause, HistoseekError) else error).strip())
+        reason = str(cause if isinstance(cause, HistoseekError) else error).strip()
+        self._broken.append(reason)
+        self._did_not[reason] += 1
         if len(self._broken) >= BROKEN and not self._hosts:
             raise Unavailable(
                 f"{len(self._broken)} actors failed to start, and none did: {self._broken[-1]}; check that "
                 "the machines of the cluster have the same histoseek and can open the encoder"
             )
-        wait = min(LAST_BACK_OFF_S, 2.0 ** (len(self._broken) - 1))
+        wait = min(LAST_BACK_OFF_S, 2.0 ** min(len(self._broken) - 1, 9))
         self._not_before = time.monotonic() + wait
 
     def _next(self, actor: _Actor) -> None:
         """Give an actor the next slide, or end it."""
         if not self._waiting:
-            self._ray.kill(actor.handle)
+            self._finish([actor])
             return
         actor.number, actor.watch, actor.counts = self._waiting.popleft(), None, None
         job = _movable(self._jobs[actor.number])
@@ -329,13 +345,15 @@ class _Pool:
             self._idle_since = None
             return
         self._idle_since = self._idle_since or now
-        if now - self._idle_since < NOTICE_S or self._broken:
+        if now - self._idle_since < NOTICE_S:
             return
         has = self._ray.cluster_resources()
         lacks = (
             f"no machine of the cluster has room for an actor of {_resources(self._needs)}; the cluster "
             f"has {_resources({key: has.get(key, 0) for key in self._needs})}"
         )
+        if self._broken:
+            lacks = f"no actor can start ({self._broken[-1]})"
         if now - self._idle_since > PATIENCE_S:
             raise Unavailable(f"{lacks}; add machines, or lower --jobs or --ray-gpus-per-actor")
         if not self._said:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import os
 import socket
+from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ... import stopping
+from ...artifacts.files import temporary_folder
+from ...artifacts.manifest import Manifest
 from ...errors import HistoseekError
-from ..encoders.protocol import Encoder
+from ..encoders.protocol import Encoder, check_identity
 from .jobs import Job
 from .meter import Meter
 from .pipeline import embed_jobs
@@ -39,6 +41,7 @@ class Worker:
         choice: EncoderChoice,
         encoder: Bundle | None,
         expected: Bundle | None,
+        manifest: Manifest,
         out: str,
         options: EmbedOptions,
     ) -> None:
@@ -48,21 +51,23 @@ class Worker:
             choice: the encoder to use.
             encoder: replaces ``choice.spec`` unless None.
             expected: replaces ``choice.bundle`` unless None.
+            manifest: of the encoder that every actor must have.
             out: a folder shared by all machines, or a URL.
             options: how to cut tiles.
         """
         restore_proxy()
-        self._temporary = TemporaryDirectory(prefix="histoseek-encoder-")
+        self._temporary = ExitStack()
+        self._folder = self._temporary.enter_context(temporary_folder("encoder"))
         if encoder is not None:
             choice = replace(choice, spec=str(self._unpacked(encoder, "encoder")))
         if expected is not None:
             choice = replace(choice, bundle=self._unpacked(expected, "expected"))
-        self._choice, self._out, self._options = choice, out, options
+        self._choice, self._manifest, self._out, self._options = choice, manifest, out, options
         self._encoder: Encoder | None = None
         self._meter: Meter | None = None
 
     def _unpacked(self, bundle: Bundle, name: str) -> Path:
-        folder = Path(self._temporary.name) / name
+        folder = self._folder / name
         for file, content in bundle.items():
             path = folder / file
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -79,7 +84,9 @@ class Worker:
 
     def _opened(self) -> Encoder:
         if self._encoder is None:
-            self._encoder = open_chosen(self._choice)
+            encoder = open_chosen(self._choice)
+            check_identity(encoder.manifest, self._manifest)
+            self._encoder = encoder
         return self._encoder
 
     def embed(self, job: Job) -> tuple[Result, dict[str, Any]]:
@@ -87,7 +94,7 @@ class Worker:
         meter = self._meter = Meter()
         try:
             encoder = self._opened()
-            with features_at(self._out, encoder.manifest.name) as (folder, remote):
+            with features_at(self._out) as (folder, remote):
                 (result,) = embed_jobs(
                     [job], encoder, folder, self._options, lambda *_: None, meter, remote=remote
                 )
@@ -102,6 +109,10 @@ class Worker:
         """Return the counters of the slide that is being embedded, or None."""
         meter = self._meter
         return None if meter is None else meter.read()
+
+    def clean(self) -> None:
+        """Delete the unpacked bundles; the actor is ended afterwards."""
+        self._temporary.close()
 
     def stop(self) -> None:
         """End ``embed`` soon; it removes its unfinished files."""

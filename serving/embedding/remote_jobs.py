@@ -31,6 +31,7 @@ def remote_jobs(url: str, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
     Raises:
         BadInput: nothing is there, or nothing that can be read from a URL.
     """
+    url = url.rstrip("/")
     remote = Remote(url)
     if remote.is_file():
         return [_one(url, remote.size())], []
@@ -39,7 +40,7 @@ def remote_jobs(url: str, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
             f"{url} is a folder; tiles behind a URL must be packed: expected a .tar or .npz"
         )
     files = remote.files()
-    jobs, left_out = _sorted_out(files, url.rstrip("/"))
+    jobs, left_out = _sorted_out(files, url)
     if not jobs:
         reasons = "; ".join(dict.fromkeys(left.reason for left in left_out))
         raise BadInput(f"{url} contains no slides that can be read from there ({reasons})")
@@ -74,7 +75,9 @@ def _sorted_out(files: Sequence[RemoteFile], root: str) -> tuple[list[Job], list
         suffix = path.suffix.lower()
         if any(file.url.startswith(folder) for folder in folders):
             continue  # belongs to an MRXS slide
-        if any(is_hidden(part) for part in path.parts):
+        if "::" in file.url:
+            left_out.append(LeftOut(file.url, "'::' in a name cannot be read through a URL"))
+        elif any(is_hidden(part) for part in path.parts):
             left_out.append(LeftOut(file.url, "hidden, or for internal use"))
         elif suffix == ".mrxs":
             folder = file.url[: -len(".mrxs")] + "/"

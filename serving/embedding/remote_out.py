@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
-from ...artifacts.remote import Remote, is_url, joined
+from ...artifacts.files import temporary_folder
+from ...artifacts.remote import Remote, below, is_url, joined
 from .jobs import Job, distinct_name
 from .results import Result
 
@@ -16,37 +16,27 @@ from .results import Result
 class RemoteOut:
     """The folder of features behind a URL, and the local folder in its place."""
 
-    def __init__(self, url: str, local: Path, encoder: str) -> None:
-        """Stand for ``url`` by the folder ``local``, for features of one encoder."""
+    def __init__(self, url: str, local: Path) -> None:
+        """Stand for ``url`` by the folder ``local``."""
+        Remote(url)  # an unknown scheme is reported before anything is read
         self.url, self.local = url.rstrip("/"), local
-        self._features = f"/features_{encoder}/"
-        self._lock = threading.Lock()
-        self._known: dict[str, list[str]] | None = None
+        self._lock = threading.Lock()  # several threads open slides
         self._before: dict[Path, int] = {}
 
-    def fetch(self, job: Job) -> None:
-        """Copy the features that the job may already have into the local folder."""
-        for name in dict.fromkeys((job.name, job.stem, distinct_name(job))):
-            for url in self._listed().get(name, []):
-                path = self.local / url.removeprefix(self.url).lstrip("/")
-                if not path.exists():
-                    Remote(url).fetch(path)
-                    self._before[path] = path.stat().st_mtime_ns
+    def fetch(self, job: Job, folders: Sequence[str]) -> None:
+        """Copy the features that the job may already have, in one of these folders of ``local``."""
+        with self._lock:
+            for folder in folders:
+                for name in dict.fromkeys((job.name, job.stem, distinct_name(job))):
+                    path = self.local / folder / f"{name}.h5"
+                    known = Remote(self.url_of(path))
+                    if not path.exists() and known.is_file():
+                        known.fetch(path)
+                        self._before[path] = path.stat().st_mtime_ns
 
-    def _listed(self) -> dict[str, list[str]]:
-        """Return the URLs of all features of this encoder by name; listed once."""
-        with self._lock:  # several threads open slides
-            if self._known is None:
-                known: dict[str, list[str]] = {}
-                for file in Remote(self.url).files(may_lack=True):
-                    if file.url.endswith(".h5") and self._features in file.url:
-                        known.setdefault(Path(file.url).stem, []).append(file.url)
-                self._known = known
-            return self._known
-
-    def url_of(self, path: str) -> str:
+    def url_of(self, path: Path) -> str:
         """Return the URL of a local file."""
-        return joined(self.url, Path(path).relative_to(self.local).as_posix())
+        return joined(self.url, path.relative_to(self.local).as_posix())
 
     def publish(self, result: Result) -> None:
         """Upload the files of a slide that are new, its features last, and delete the local ones."""
@@ -57,19 +47,19 @@ class RemoteOut:
             self.local / "status" / f"{name}.json",
         ]
         if result.features is not None:
-            files.append(self.local / result.features.removeprefix(self.url).lstrip("/"))
+            files.append(self.local / below(result.features, self.url))
         for path in files:
             if path.is_file():
                 if self._before.pop(path, None) != path.stat().st_mtime_ns:
-                    Remote(self.url_of(str(path))).store(path)
+                    Remote(self.url_of(path)).store(path)
                 path.unlink()
 
 
 @contextmanager
-def features_at(out: Path | str, encoder: str) -> Iterator[tuple[Path, RemoteOut | None]]:
+def features_at(out: Path | str) -> Iterator[tuple[Path, RemoteOut | None]]:
     """Yield the local folder for features, and what stands behind it if ``out`` is a URL."""
     if not is_url(out):
         yield Path(out), None
         return
-    with TemporaryDirectory(prefix="histoseek-features-") as temp:
-        yield Path(temp), RemoteOut(str(out), Path(temp), encoder)
+    with temporary_folder("features") as local:
+        yield local, RemoteOut(str(out), local)

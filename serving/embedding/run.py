@@ -51,19 +51,16 @@ def run_here(
     """Embed jobs in this process; see :func:`~histoseek.serving.embedding.pipeline.embed_jobs`.
 
     ``out`` may be a URL. With ``metrics`` (``[HOST:]PORT``), Prometheus metrics are served during the run.
-    With ``tell``, it is called with an estimate before the run starts, if the encoder is slow.
+    With ``tell``, it is called with an estimate before the run starts, if the encoder is slow and nothing
+    is behind a URL.
     """
     encoder, meter = open_chosen(choice), Meter()
     try:
-        with features_at(out, encoder.manifest.name) as (folder, remote):
-            here = [job for job in jobs if not job.url]  # an estimate would have to copy the others
-            found = (
-                estimate(here, encoder, folder, options)
-                if tell is not None and not remote
-                else None
-            )
-            if tell is not None and found is not None:
-                tell(found)
+        with features_at(out) as (folder, remote):
+            if tell is not None and remote is None and not any(job.url for job in jobs):
+                found = estimate(jobs, encoder, folder, options)
+                if found is not None:
+                    tell(found)
             with metrics_page(metrics, meter):
                 ended = embed_jobs(jobs, encoder, folder, options, progress, meter, results, remote)
         return Ran(ended, encoder.manifest, encoder.describe(), meter.read())

@@ -1,20 +1,19 @@
 """Local copies of slides behind URLs: made before a slide is opened, deleted when it is closed.
 
-A slide is copied whole: finding tissue and reading tiles of a slide take most of its bytes, and OpenSlide
-reads local files only.
+A slide is copied whole, since OpenSlide reads local files only.
 """
 
 from __future__ import annotations
 
-import os
-import tempfile
+import shutil
 import threading
+from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path, PurePosixPath
-from shutil import rmtree
+from pathlib import PurePosixPath
 
 from ... import stopping
-from ...artifacts.remote import Remote, require_room
+from ...artifacts.files import temporary_folder
+from ...artifacts.remote import Remote, below, require_room
 from .jobs import Job
 from .meter import Meter
 
@@ -23,17 +22,19 @@ class Staging:
     """Keeps the copies of one run within a limit; jobs get their room in the order of the run."""
 
     def __init__(self, limit_gb: float, meter: Meter) -> None:
-        """Make a folder in ``$HISTOSEEK_STAGING``, else in the system's folder for temporary files."""
-        place = os.environ.get("HISTOSEEK_STAGING") or tempfile.gettempdir()
-        Path(place).mkdir(parents=True, exist_ok=True)
-        self.folder = Path(tempfile.mkdtemp(prefix="histoseek-slides-", dir=place))
-        stopping.mark(self.folder)
+        """Make a folder in ``$HISTOSEEK_STAGING``, else in the system's folder for temporary files.
+
+        Raises:
+            StorageFailed: it cannot be made.
+        """
+        self._folder = ExitStack()
+        self.folder = self._folder.enter_context(temporary_folder("slides"))
         self._limit, self._meter = limit_gb * 1e9, meter
         self._room = threading.Condition()
         self._used = 0
         self._turn = 0
         self._passed: set[int] = set()
-        self._closed = False
+        self._halted = False
 
     def copy(self, job: Job, number: int) -> Job:
         """Wait for room, then copy a job's files; ``number`` counts the run's jobs.
@@ -42,29 +43,39 @@ class Staging:
             The job with its local source; call :meth:`free` when it is closed.
 
         Raises:
-            BadInput: a file cannot be read.
+            BadInput: a file cannot be read; its room is free again.
             StorageFailed: the disk is full.
         """
         size = sum(part.size for part in job.parts)
         self._wait(number, size)
         self.skip(number)
         folder = self.folder / str(number)
-        with self._meter.fetching(size):
-            require_room(self.folder, size, job.url)
-            above = PurePosixPath(job.url).parent
-            for part in job.parts:
-                Remote(part.url).fetch(folder / PurePosixPath(part.url).relative_to(above))
-        return replace(job, source=folder / job.source.name)
+        try:
+            with self._meter.fetching(size):
+                require_room(self.folder, size, job.url)
+                above = str(job.url).rpartition("/")[0]
+                for part in job.parts:
+                    Remote(part.url).fetch(folder / below(part.url, above), self._is_halted)
+        except BaseException:
+            self.free(job, number)
+            raise
+        return replace(job, source=folder / PurePosixPath(job.url).name)
+
+    def _is_halted(self) -> bool:
+        return self._halted or stopping.requested()
 
     def _wait(self, number: int, size: int) -> None:
         """Wait until it is this job's turn and its copy fits, or no other is there."""
         with self._room:
-            while self._turn != number or (self._used and self._used + size > self._limit):
-                if self._closed:
+            while self._turn != number or (self._used and not self._fits(size)):
+                if self._halted:
                     raise stopping.Stopped(stopping.exit_code() - 128)
                 stopping.check()
                 self._room.wait(stopping.POLL_S)
             self._used += size
+
+    def _fits(self, size: int) -> bool:
+        return self._used + size <= self._limit and shutil.disk_usage(self.folder).free >= size
 
     def skip(self, number: int) -> None:
         """Let the next job have its turn: this one has its room, or needs none."""
@@ -77,19 +88,17 @@ class Staging:
 
     def free(self, job: Job, number: int) -> None:
         """Delete the copy of a job."""
-        rmtree(self.folder / str(number), ignore_errors=True)
+        shutil.rmtree(self.folder / str(number), ignore_errors=True)
         with self._room:
             self._used -= sum(part.size for part in job.parts)
             self._room.notify_all()
 
-    def named(self, text: str, job: Job, number: int) -> str:
-        """Return a text about a job with URLs in the place of local copies."""
-        return text.replace(str(self.folder / str(number)), str(job.url).rpartition("/")[0])
+    def halt(self) -> None:
+        """End all waiting and copying."""
+        with self._room:
+            self._halted = True
+            self._room.notify_all()
 
     def close(self) -> None:
-        """Delete all copies."""
-        with self._room:
-            self._closed = True
-            self._room.notify_all()
-        rmtree(self.folder, ignore_errors=True)
-        stopping.unmark(self.folder)
+        """Delete all copies; nothing may be copied any more."""
+        self._folder.close()

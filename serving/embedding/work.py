@@ -20,11 +20,12 @@ from ...artifacts.files import content_mark, sha256_file
 from ...artifacts.geojson import moved
 from ...artifacts.images import square
 from ...artifacts.manifest import Manifest
-from ...artifacts.remote import Remote
+from ...artifacts.remote import Remote, is_url
 from ...artifacts.tileset_files import open_tiles
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch
 from ..slides.geojson import read_annotations
+from ..slides.scale import PRINT_MPP
 from ..slides.slide import Slide, open_slide
 from .jobs import Job, distinct_name
 from .results import EmbedOptions, Result
@@ -118,6 +119,22 @@ def done_before(
     return _Preparation(job, manifest, settings, out, options, False, remote_out).done_before()
 
 
+def folders_for(manifest: Manifest, options: EmbedOptions) -> list[str]:
+    """Return the folders, below that of the run, for features of slides and of tile sets."""
+    mpp = options.mpp or manifest.mpp
+    folders = [_folder_of_tiles(manifest)]
+    folders += [] if mpp is None else [_folder_of_slides(manifest, options, mpp)]
+    return [f"{folder}/features_{manifest.name}" for folder in folders]
+
+
+def _folder_of_slides(manifest: Manifest, options: EmbedOptions, mpp: float) -> str:
+    return f"{magnification(mpp)}x_{manifest.size_px}px_{options.overlap_px}px_overlap"
+
+
+def _folder_of_tiles(manifest: Manifest) -> str:
+    return f"tiles_{manifest.size_px}px"
+
+
 def printable(text: str) -> str:
     """Return text that can be written as UTF-8; other characters become escape sequences."""
     return text.encode(errors="backslashreplace").decode()
@@ -147,7 +164,7 @@ class _Preparation:
     def tiles(self) -> Work | Result:
         tileset = open_tiles(self.job.source, self.options.manifest)
         key = {"content": tileset.fingerprint, "encoder": self.manifest.sha256, **self.settings}
-        path, name, complete = self._feature_file(f"tiles_{self.manifest.size_px}px", key)
+        path, name, complete = self._feature_file(_folder_of_tiles(self.manifest), key)
         if complete:
             return self._done_before(name, path)
         return TilesWork(self.job, tileset, self.manifest, name, path, key)
@@ -210,7 +227,8 @@ class _Preparation:
     def done_before(self) -> Result | None:
         """Return the result of a slide behind a URL whose features are complete; the slide is not read."""
         mpp = self.options.mpp or self.manifest.mpp
-        if mpp is None or self.job.kind != "slide":
+        without_regions = self.options.regions is not None and self.job.regions is None
+        if mpp is None or self.job.kind != "slide" or without_regions:
             return None
         content = Remote(self.job.url).content_mark()
         stated, parent = stated_scale(self.job, self.options), self.out / self._folder(mpp)
@@ -234,13 +252,14 @@ class _Preparation:
         scale, by = about["key"].get("mpp"), about.get("mpp_from")
         if by in {"override", "manifest"}:
             return None
-        if by == "assumed" and scale != self.options.assume_mpp:
+        if scale is None or (by == "assumed" and scale != self.options.assume_mpp):
             return None
-        return float(scale) if scale is not None else None
+        if scale > PRINT_MPP and self.options.assume_mpp is not None:
+            return None  # the file's value may describe a print
+        return float(scale)
 
     def _folder(self, target_mpp: float) -> str:
-        size = self.manifest.size_px
-        return f"{magnification(target_mpp)}x_{size}px_{self.options.overlap_px}px_overlap"
+        return _folder_of_slides(self.manifest, self.options, target_mpp)
 
     def _slide_key(
         self, content: str, mpp: float, framed: bool, stated: StatedScale, target_mpp: float
@@ -330,7 +349,7 @@ def _left_behind(parent: Path, job: Job, content: str) -> str | None:
         if about is None or about.get("key", {}).get("content") != content:
             continue
         source = Path(str(about.get("source")))
-        if not source.exists():
+        if not is_url(about.get("source")) and not source.exists():  # a URL is not looked at
             shared_parts[path.stem] = _same_end(source, Path(job.location))
     best = [name for name, n in shared_parts.items() if n == max(shared_parts.values())]
     return best[0] if len(best) == 1 else None
@@ -412,7 +431,7 @@ class TilesWork:
 
 def failed(job: Job, error: Exception) -> Result:
     """Return the result of a failed job."""
-    reason = str(error)
+    reason = job.named(str(error))
     if not isinstance(error, HistoseekError):
-        reason = f"{job.shown}: unexpected error {type(error).__name__}: {error}"
+        reason = f"{job.shown}: unexpected error {type(error).__name__}: {reason}"
     return Result(job.name, job.shown, "failed", reason)

@@ -9,8 +9,8 @@ from tempfile import TemporaryDirectory
 from ... import stopping
 from ...artifacts.files import cache_folder, publish_folder
 from ...artifacts.manifest import MANIFEST
-from ...artifacts.remote import Remote, joined, require_room
-from ...errors import BadInput
+from ...artifacts.remote import Remote, below, joined, require_room
+from ...errors import BadInput, HistoseekError
 
 SERVERS = ("triton://", "tritons://")
 
@@ -46,8 +46,8 @@ def fetched(url: str) -> Path:
             require_room(part, sum(file.size for file in files), url)
             for file in files:
                 stopping.check()
-                Remote(file.url).fetch(part / file.url.removeprefix(url.rstrip("/")).lstrip("/"))
-    except BadInput:
+                Remote(file.url).fetch(part / below(file.url, url))
+    except HistoseekError:
         if not folder.is_dir():  # another process has just copied it
             raise
     return folder

@@ -17,6 +17,7 @@ from .geojson import draw_mask
 from .overview import overview
 from .profiles import about_profile
 from .scale import choose_mpp, is_of_a_print, sides_of
+from .scale_guess import estimated_mpp, proposed
 from .sources import open_source
 from .tiff_depth import check_source
 from .tiff_source import SERIES
@@ -152,12 +153,21 @@ class Slide:
         return about_profile(self._source.properties)
 
     def require_mpp(self) -> float:
-        """Return the slide's mpp; raise BadInput if the file has none and none was assumed."""
+        """Return the slide's mpp; raise BadInput if the file has none and none was assumed.
+
+        The message proposes a value if the size of the nuclei suggests one; it is never used by itself.
+        """
         if self.mpp is None:
+            guess, hint = proposed(estimated_mpp(self)), ""
+            if guess is not None:
+                hint = (
+                    f". Its nuclei look as at {guess:g} µm per pixel ({10 / guess:g}x): check the slide, "
+                    f"then pass --assume-mpp {guess:g}"
+                )
             raise BadInput(
                 f"{self.path} does not state its micrometres per pixel, so tiles cannot be cut at the "
                 "encoder's scale; if you know it, pass --assume-mpp or a manifest with a column mpp "
-                "(about 0.25 at 40x, 0.5 at 20x)"
+                f"(about 0.25 at 40x, 0.5 at 20x){hint}"
             )
         return self.mpp
 

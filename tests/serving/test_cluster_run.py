@@ -149,6 +149,7 @@ try:
     run(places[0], gpus_per_actor=1)
 except Unavailable as error:
     print("ROOM", error)
+on_ray.PATIENCE_S = 120.0
 from histoseek.serving.embedding import ray_worker
 def cannot(self):
     raise Unavailable("no encoder here")

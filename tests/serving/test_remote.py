@@ -19,14 +19,15 @@ import pytest
 
 from histoseek.artifacts import remote
 from histoseek.artifacts.feature_files import read_features
-from histoseek.artifacts.files import content_mark
-from histoseek.artifacts.remote import Remote
+from histoseek.artifacts.files import content_mark, temporary_folder
+from histoseek.artifacts.remote import Remote, below
 from histoseek.errors import BadInput, StorageFailed
 from histoseek.serving.embedding.jobs import find_inputs
 from histoseek.serving.embedding.meter import Meter
 from histoseek.serving.embedding.results import EmbedOptions, EncoderChoice
 from histoseek.serving.embedding.run import run_here
 from histoseek.serving.embedding.staging import Staging
+from histoseek.stopping import Stopped
 
 OPTIONS = {"overlap_px": 32}
 
@@ -384,6 +385,124 @@ def test_errors_that_stay_are_reported(bucket, faulty, slides, other_bundle, tmp
     faulty.clear()
     ran = run_here(jobs, choice, f"{url}/out", EmbedOptions(**OPTIONS), lambda *_: None)
     assert states(ran) == {"case-0": "skipped", "case-1": "done", "case-2": "done"}
+
+
+def test_a_copy_that_fails_leaves_its_room_to_others(slides, other_bundle, tmp_path, monkeypatch):
+    jobs = find_inputs([slides.as_uri()]).jobs
+    size = max(part.size for job in jobs for part in job.parts)
+    (tmp_path / "gone").mkdir()
+    real = Remote.fetch
+
+    def fetch(self, to, halted=None):
+        if "case-1" not in self.url:
+            raise BadInput(f"{self.url} cannot be read")
+        real(self, to)
+
+    monkeypatch.setattr(Remote, "fetch", fetch)
+    monkeypatch.setenv("HISTOSEEK_STAGING", str(tmp_path / "staging"))
+    ran, _ = run([slides.as_uri()], tmp_path / "out", other_bundle, staging_gb=1.5 * size / 1e9)
+    assert states(ran) == {"case-0": "failed", "case-1": "done", "case-2": "failed"}
+    assert not list((tmp_path / "staging").iterdir())
+
+
+def test_the_same_slide_in_two_folders_is_embedded_twice(slides, other_bundle, tmp_path):
+    for folder in ("a", "z"):
+        (tmp_path / "d" / folder).mkdir(parents=True)
+        shutil.copy(slides / "case-0.tiff", tmp_path / "d" / folder)
+    for state in ("done", "skipped"):
+        ran, _ = run([(tmp_path / "d").as_uri()], tmp_path / "out", other_bundle)
+        assert list(states(ran).values()) == [state, state]
+        assert len({result.features for result in ran.results}) == 2
+        for result in ran.results:
+            assert read_features(Path(result.features)).source == result.source
+
+
+def test_a_slide_without_regions_fails_as_on_a_disk(slides, other_bundle, tmp_path):
+    run([slides.as_uri()], tmp_path / "out", other_bundle)
+    (tmp_path / "regions").mkdir()
+    ran, _ = run([slides.as_uri()], tmp_path / "out", other_bundle, regions=tmp_path / "regions")
+    assert {(r.state, "has no regions for case" in r.reason) for r in ran.results} == {
+        ("failed", True)
+    }
+
+
+def test_features_at_a_file_url_are_added_and_named_by_it(slides, other_bundle, cli, tmp_path):
+    out = tmp_path / ".work" / "features"
+    run([slides], out, other_bundle)
+    (out / "20x_96px_32px_overlap/features_other/broken.h5").write_bytes(b"no features")
+    cli("index", "create", tmp_path / "atlas", "--encoder", other_bundle, check=True)
+    done = cli("index", "add", tmp_path / "atlas", out.as_uri(), "--json")
+    added = json.loads(done.stdout)["added"]
+    assert sorted(one["state"] for one in added) == ["added", "added", "added", "failed"]
+    assert all(one["file"].startswith(f"{out.as_uri()}/20x") for one in added)
+    (failed,) = [one for one in added if one["state"] == "failed"]
+    assert "histoseek-features" not in json.dumps(failed)
+    assert "no .h5 files" in cli("index", "add", tmp_path / "atlas", slides.as_uri()).stderr
+
+
+def test_names_that_lead_out_of_a_folder_are_refused():
+    assert str(below("s3://b/x/a b/c%20.h5", "s3://b/x/")) == "a b/c%20.h5"
+    for url in ("s3://b/x/../../etc/passwd", "s3://b/x", "s3://other/y"):
+        with pytest.raises(BadInput, match="leads out of"):
+            below(url, "s3://b/x")
+
+
+def test_a_full_disk_while_copying_is_a_storage_error(slides, other_bundle, tmp_path, monkeypatch):
+    from fsspec.implementations.local import LocalFileSystem
+
+    def full(self, *_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(LocalFileSystem, "get_file", full)
+    with pytest.raises(StorageFailed, match="no space left"):
+        run([slides.as_uri()], tmp_path / "out", other_bundle)
+
+
+def test_a_copy_ends_soon_when_asked_to(bucket, tmp_path):
+    url, upload = bucket
+    path = tmp_path / "large.bin"
+    path.write_bytes(os.urandom(40 * 2**20))
+    upload("large.bin", path)
+    asked = []
+
+    def halted():
+        asked.append(len(asked))
+        return len(asked) > 2
+
+    with pytest.raises(Stopped):
+        Remote(f"{url}/large.bin").fetch(tmp_path / "copy" / "large.bin", halted)
+    assert len(asked) == 3 and not list((tmp_path / "copy").iterdir())
+
+
+def test_folders_of_killed_processes_are_removed(tmp_path, monkeypatch):
+    monkeypatch.setenv("HISTOSEEK_STAGING", str(tmp_path))
+    code = (
+        "import os, signal; from histoseek.artifacts.files import temporary_folder\n"
+        "with temporary_folder('slides') as folder:\n"
+        "    (folder / 'x').write_text('x'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=False)
+    other = tmp_path / "histoseek-slides-another.machine-999999-x"
+    other.mkdir()
+    assert len(list(tmp_path.iterdir())) == 2
+    with temporary_folder("slides") as one, temporary_folder("slides") as two:
+        assert sorted(tmp_path.iterdir()) == sorted([other, one, two])
+    assert list(tmp_path.iterdir()) == [other]
+    monkeypatch.setenv("HISTOSEEK_STAGING", str(Path(__file__) / "x"))
+    with pytest.raises(StorageFailed, match="test_remote"), temporary_folder("slides"):
+        pass
+
+
+def test_what_a_pack_leaves_out_is_named_by_its_url(other_bundle, tile_folder, tmp_path):
+    import tarfile
+
+    (tile_folder / "notes.txt").write_text("x")
+    with tarfile.open(tmp_path / "tiles.tar", "w") as pack:
+        pack.add(tile_folder, "tiles")
+    ran, _ = run([(tmp_path / "tiles.tar").as_uri()], tmp_path / "out", other_bundle)
+    assert states(ran) == {"tiles": "done"}
+    left_out = ran.results[0].left_out
+    assert left_out and all(left["path"].startswith("file://") for left in left_out)
 
 
 def test_copies_stay_within_the_limit_and_in_order(bucket, slides, tmp_path, monkeypatch):

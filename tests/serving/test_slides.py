@@ -6,6 +6,7 @@ from PIL import Image
 
 from histoseek.artifacts.images import square
 from histoseek.errors import BadInput
+from histoseek.serving.slides.scale_guess import estimated_mpp, proposed
 from histoseek.serving.slides.slide import Slide, open_slide
 from histoseek.serving.slides.tissue import tissue_mask, tissue_share
 
@@ -28,6 +29,44 @@ def test_without_mpp_the_slide_is_refused_unless_one_is_assumed(make_slide, tmp_
         slide.grid(224, 0.5)
     with open_slide(path, assume_mpp=0.5) as slide:
         assert slide.mpp_from == "assumed" and len(slide.grid(224, 0.5).coords)
+
+
+@pytest.mark.parametrize(("mpp", "said"), [(0.25, "0.25"), (0.5, "0.5"), (1.0, "1")])
+def test_the_refusal_proposes_the_scale_at_which_nuclei_have_their_size(
+    make_slide, tmp_path, mpp, said
+):
+    rng, side, radius = np.random.default_rng(0), 1024, 2.4 / mpp  # nuclei 4.8 µm wide
+    image = np.full((side, side, 3), (235, 180, 215), dtype=np.uint8)
+    y, x = np.mgrid[:side, :side]
+    for _ in range(int(0.1 * (side * mpp / 8) ** 2) + 60):
+        cx, cy = rng.uniform(0, side, 2)
+        image[(x - cx) ** 2 + (y - cy) ** 2 < radius**2] = (90, 60, 140)
+    path = make_slide(tmp_path / "a.tiff", mpp=None, pixels=image)
+    with open_slide(path) as slide, pytest.raises(BadInput) as refused:
+        slide.require_mpp()
+    assert str(refused.value).endswith(f"pass --assume-mpp {said}")
+
+
+def test_nothing_is_proposed_without_nuclei_or_far_from_a_usual_scale(make_slide, tmp_path):
+    flat = np.full((600, 600, 3), (220, 120, 190), dtype=np.uint8)
+    with open_slide(make_slide(tmp_path / "a.tiff", mpp=None, pixels=flat)) as slide:
+        assert estimated_mpp(slide) is None
+        with pytest.raises(BadInput, match=r"0\.5 at 20x\)$"):
+            slide.require_mpp()
+    assert [proposed(mpp) for mpp in (None, 0.1, 0.2, 0.6, 1.2, 3.0)] == [
+        None,
+        None,
+        0.25,
+        0.5,
+        1.0,
+        None,
+    ]
+
+
+@pytest.mark.shared
+def test_the_real_slide_would_be_proposed_its_own_scale(cmu_slide):
+    with open_slide(cmu_slide) as slide:
+        assert slide.mpp == pytest.approx(0.499) and proposed(estimated_mpp(slide)) == 0.5
 
 
 def test_a_screen_resolution_is_no_mpp(make_slide, tmp_path):

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from ... import console
+from ...artifacts.walking import LeftOut
 from ...errors import BadInput
 from . import annotation, bind, clusters, exchange, search, study
 from .commands import Commands
@@ -55,11 +57,16 @@ def add(
     from ...index.atlas import Atlas
     from ...index.inputs import find_feature_files, local_copies, read_metadata, rows_of
 
-    with local_copies(features) as paths:
-        files, left_out = find_feature_files(paths)
+    with local_copies(features) as copies:
+        files, left_out = find_feature_files(copies.paths)
         table = read_metadata(metadata)
         with console.progress("adding") as progress:
             results = Atlas(atlas).add(files, rows_of(table), replace, progress, mixed_scales)
+    results[:] = [
+        dataclasses.replace(r, file=copies.named(r.file), reason=copies.named(r.reason))
+        for r in results
+    ]
+    left_out = [LeftOut(copies.named(left.path), left.reason) for left in left_out]
     exchange.report_added(results, table, left_out)
 
 

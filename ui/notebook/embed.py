@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from ...artifacts.remote import is_url
+from ...errors import BadInput
 from ...serving.embedding.jobs import Kind, find_inputs
 from ...serving.embedding.meter import Meter
 from ...serving.embedding.pipeline import embed_jobs
@@ -61,7 +63,7 @@ def embed(
     """Embed slides and tile sets into feature files; repeat the call to finish an interrupted run.
 
     Args:
-        inputs: slides, folders of slides or tiles, ``.tar``, ``.npz`` or CSV.
+        inputs: slides, folders of slides or tiles, ``.tar``, ``.npz`` or CSV; also URLs (``s3://…``).
         out: folder for the features and ``run.json``.
         encoder: an open encoder, or an argument for :func:`open_encoder`.
         kind: what a folder of images holds: ``slides``, ``tiles`` or ``auto``.
@@ -76,7 +78,11 @@ def embed(
     """
     paths = [inputs] if isinstance(inputs, str | Path) else inputs
     chosen = EmbedOptions(**options)
-    given = find_inputs([Path(path) for path in paths], kind, chosen.manifest)
+    if is_url(out):
+        raise BadInput(
+            f"out is {out!r}; expected a folder (the command `histoseek embed` takes URLs)"
+        )
+    given = find_inputs(list(paths), kind, chosen.manifest)
     jobs = with_regions(given.jobs, chosen.regions)
     unused = unused_regions(jobs, chosen.regions)
     opened = open_encoder(encoder) if isinstance(encoder, str | Path) else encoder
