@@ -251,6 +251,13 @@ def temporary_folder(what: str) -> Iterator[Path]:
         folder = Path(tempfile.mkdtemp(prefix=f"{start}{os.getpid()}-", dir=place))
     except OSError as error:
         raise storage_failed(place, error) from error
+    with removed_at_end(folder):
+        yield folder
+
+
+@contextmanager
+def removed_at_end(folder: Path) -> Iterator[Path]:
+    """Yield a folder, or the path of one to be made, and delete it at the end."""
     stopping.mark(folder)
     try:
         yield folder

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 from ... import stopping
-from ...artifacts.files import exclusive, publish_folder
+from ...artifacts.files import exclusive, publish_folder, removed_at_end
 from ...artifacts.remote import Remote, below, is_url, joined, require_room
 from ...errors import BadInput, Damaged, StorageFailed
 from ..opened import OpenAtlas
@@ -66,7 +65,7 @@ def _upload(atlas: OpenAtlas, url: str) -> dict[str, Any]:
     """Copy an atlas to a URL. The database comes last: without it, nothing there is an atlas."""
     if Remote(url).files(may_lack=True):
         raise BadInput(f"{url} is not empty; choose a new URL")
-    with _beside(atlas.path, "snapshot") as local:
+    with removed_at_end(_beside(atlas.path, "snapshot")) as local:
         report = take(atlas, local)
         files = [path for path in local.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == FILE):
@@ -75,16 +74,8 @@ def _upload(atlas: OpenAtlas, url: str) -> dict[str, Any]:
     return {**report, "snapshot": url}
 
 
-@contextmanager
-def _beside(atlas: Path, name: str) -> Iterator[Path]:
-    """Yield the path of a folder to be made beside an atlas; it is deleted at the end."""
-    folder = atlas.with_name(f"{atlas.name}.{name}-{os.getpid()}")
-    stopping.mark(folder)
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        stopping.unmark(folder)
+def _beside(atlas: Path, name: str) -> Path:
+    return atlas.with_name(f"{atlas.name}.{name}-{os.getpid()}")
 
 
 def _copy_database(source: Path, target: Path) -> None:
@@ -142,7 +133,7 @@ def restore(snapshot: Path | str, atlas: Path) -> dict[str, Any]:
 def _download(url: str, atlas: Path) -> dict[str, Any]:
     """Restore an atlas from a URL."""
     files = Remote(url).files()
-    with _beside(atlas, "download") as local:
+    with removed_at_end(_beside(atlas, "download")) as local:
         local.mkdir(parents=True)
         require_room(local, sum(file.size for file in files), url)
         for file in files:
