@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ..encoders.protocol import Encoder
-from .jobs import Job
+from .job import Job
 from .results import EmbedOptions, Result
 from .work import prepare
 

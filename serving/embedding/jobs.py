@@ -2,82 +2,24 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
 from ...artifacts.images import SUFFIXES
-from ...artifacts.remote import RemoteFile, is_url
-from ...artifacts.slide_names import SlideName, match, without_last_ending
+from ...artifacts.remote import is_url
+from ...artifacts.slide_names import match
 from ...artifacts.tables import read_csv, same_text
 from ...artifacts.tilesets import MANIFEST
 from ...artifacts.unread import belongs_to, is_dicom, parts_of, why_unread
 from ...artifacts.walking import LeftOut, once, walk
 from ...errors import BadInput
 from ..slides.sources import is_slide
-
-Kind = Literal["auto", "slides", "tiles"]
-
-
-@dataclass(frozen=True)
-class Job:
-    """One slide or tile set to embed.
-
-    Attributes:
-        name: name of the feature file; unique within a run.
-        source: the file or folder.
-        kind: ``slide`` or ``tiles``.
-        row: the slide's row of the manifest (mpp, label, patient, …).
-        aliases: other paths that lead to the same file.
-        regions: GeoJSON file with the regions of the slide to embed, if one was given.
-        url: where the file is, if not on this machine; ``source`` is then the name of a local copy.
-        parts: with ``url``, all files that are copied.
-    """
-
-    name: str
-    source: Path
-    kind: Literal["slide", "tiles"]
-    row: dict[str, str] = field(default_factory=dict)
-    aliases: tuple[Path, ...] = ()
-    regions: Path | None = None
-    url: str = ""
-    parts: tuple[RemoteFile, ...] = ()
-
-    @property
-    def stem(self) -> str:
-        """The name without the suffix that makes it unique."""
-        return name_of(self.source, self.kind)
-
-    @property
-    def shown(self) -> str:
-        """The path as it was given, or the URL."""
-        return self.url or str(self.source)
-
-    def named(self, text: str) -> str:
-        """Return a text about the job with the URL in the place of its local copy."""
-        return text.replace(str(self.source), self.url) if self.url else text
-
-    @property
-    def location(self) -> str:
-        """The absolute path under which the source was found (links are not resolved), or the URL."""
-        return self.url or os.path.abspath(self.source)
-
-    @property
-    def real(self) -> str:
-        """The absolute path without symbolic links, or the URL."""
-        return self.url or str(self.source.resolve())
-
-    def names(self) -> SlideName:
-        """Return the names by which a table or a file may refer to this slide."""
-        if self.url:
-            return SlideName(self.name, (self.url,))
-        paths = [self.location, os.path.realpath(self.source), str(self.source)]
-        paths += map(os.path.abspath, self.aliases)
-        return SlideName(self.name, tuple(dict.fromkeys(paths)))
+from .job import Job, Kind, distinct_name, name_of
+from .remote_jobs import remote_jobs
 
 
 @dataclass(frozen=True)
@@ -134,8 +76,6 @@ def find_inputs(
     left_out: list[LeftOut] = []
     for given in inputs:
         if is_url(given):
-            from .remote_jobs import remote_jobs
-
             found, others = remote_jobs(str(given), kind)
             jobs += found
             left_out += others
@@ -155,11 +95,6 @@ def find_inputs(
     manifest_path = os.path.abspath(manifest)
     left_out = [left for left in left_out if os.path.abspath(left.path) != manifest_path]
     return _with_rows(jobs, manifest, tuple(left_out))
-
-
-def name_of(source: Path, kind: str) -> str:
-    """Return the name of a slide's or tile set's features, by the name of its file."""
-    return source.name.split(".")[0] if kind == "tiles" else without_last_ending(source.name)
 
 
 def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -> Inputs:
@@ -276,8 +211,3 @@ def _unique(jobs: list[Job]) -> list[Job]:
         replace(job, name=distinct_name(job)) if counts[same_text(job.name)] > 1 else job
         for job in jobs
     ]
-
-
-def distinct_name(job: Job) -> str:
-    """Return the job's name plus eight digits of the hash of its path."""
-    return f"{job.stem}-{hashlib.sha256(os.fsencode(job.real)).hexdigest()[:8]}"

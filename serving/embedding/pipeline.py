@@ -28,7 +28,7 @@ from ...console import Progress
 from ...errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
 from ..encoders.engines import cores
 from ..encoders.protocol import Encoder
-from .jobs import Job
+from .job import Job
 from .meter import Meter
 from .regions import with_regions
 from .remote_out import RemoteOut

@@ -23,7 +23,7 @@ from ...console import Progress
 from ...errors import BadInput, HistoseekError, Unavailable
 from ..encoders.fetched import is_server
 from ..encoders.open import DEFAULT, bundle_path
-from .jobs import Job
+from .job import Job
 from .meter import ClusterMeter, Meter
 from .metrics_page import metrics_page
 from .pipeline import folders_of

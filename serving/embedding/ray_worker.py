@@ -14,7 +14,7 @@ from ...artifacts.files import temporary_folder
 from ...artifacts.manifest import Manifest
 from ...errors import HistoseekError
 from ..encoders.protocol import Encoder, check_identity
-from .jobs import Job
+from .job import Job
 from .meter import Meter
 from .pipeline import embed_jobs
 from .ray_cluster import restore_proxy

@@ -9,7 +9,7 @@ from pathlib import Path
 from ...artifacts.slide_names import match
 from ...artifacts.walking import walk
 from ...errors import BadInput
-from .jobs import Job
+from .job import Job
 
 ENDING = ".geojson"
 

@@ -12,7 +12,7 @@ from ...artifacts.slide_names import SLIDE_SUFFIXES, TIFF_SUFFIXES
 from ...artifacts.unread import INDEXES, why_unread
 from ...artifacts.walking import LeftOut, is_hidden
 from ...errors import BadInput
-from .jobs import Job, Kind, name_of
+from .job import Job, Kind, name_of
 
 PACKS = (".tar", ".tar.gz", ".tgz", ".npz")
 IN_PARTS = {

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ...artifacts.files import temporary_folder
 from ...artifacts.remote import Remote, below, is_url, joined
-from .jobs import Job, distinct_name
+from .job import Job, distinct_name
 from .results import Result
 
 

@@ -12,7 +12,7 @@ from ...console import Progress
 from ..encoders.open import open_encoder
 from ..encoders.protocol import Encoder
 from .estimate import Estimate, estimate
-from .jobs import Job
+from .job import Job
 from .meter import Meter
 from .metrics_page import metrics_page
 from .pipeline import embed_jobs

@@ -21,7 +21,7 @@ from ...errors import BadInput
 from ..slides.geojson import outlines, write_tiles, write_tissue
 from ..slides.overlay import draw_overlay
 from ..slides.slide import Grid, Slide
-from .jobs import Job
+from .job import Job
 from .results import EmbedOptions
 
 

@@ -14,7 +14,7 @@ from pathlib import PurePosixPath
 from ... import stopping
 from ...artifacts.files import temporary_folder
 from ...artifacts.remote import Remote, below, require_room
-from .jobs import Job
+from .job import Job
 from .meter import Meter
 
 

@@ -27,7 +27,7 @@ from ...errors import BadInput, Damaged, HistoseekError, Mismatch
 from ..slides.geojson import read_annotations
 from ..slides.scale import PRINT_MPP
 from ..slides.slide import Slide, open_slide
-from .jobs import Job, distinct_name
+from .job import Job, distinct_name
 from .results import EmbedOptions, Result
 from .slide_work import SlideWork, StatedScale, overlay_files, stated_scale, write_overlay_files
 

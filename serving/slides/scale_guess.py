@@ -8,18 +8,12 @@ their size in pixels. ``tests/bench/scale_guess.py`` measures how often the esti
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.images import Rgb
-from ...errors import BadInput
 from .tissue import tissue_mask, tissue_share
-
-if TYPE_CHECKING:
-    from .slide import Slide
 
 USUAL = (0.25, 0.5, 1.0)
 """µm per pixel that are proposed: objectives 40x, 20x and 10x."""
@@ -31,13 +25,6 @@ SIDE_PX, MOST = 512, 8
 _SIGMAS = 1.2 * 1.19 ** np.arange(17)
 _WEAKEST = 0.08
 _OF_THE_STRONG = 0.35
-
-
-def estimated_mpp(slide: Slide) -> float | None:
-    """Return the estimate for a slide from up to 8 squares of its tissue; None without enough nuclei."""
-    with suppress(BadInput):  # unreadable; opening its tiles reports it
-        return estimate(_squares(slide))
-    return None
 
 
 def proposed(estimate: float | None) -> float | None:
@@ -81,18 +68,20 @@ def _blobs(picture: Rgb) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     return scales, response[peaks]
 
 
-def _squares(slide: Slide) -> list[Rgb]:
-    """Return squares of level 0 that tissue fills, spread over the slide."""
-    mask = tissue_mask(slide.thumbnail())
-    side = min(SIDE_PX, slide.width, slide.height)
-    corners = np.stack(
-        np.meshgrid(
-            np.arange(0, slide.width - side + 1, side), np.arange(0, slide.height - side + 1, side)
-        ),
-        axis=-1,
-    ).reshape(-1, 2)
-    to_mask = np.tile([mask.shape[1] / slide.width, mask.shape[0] / slide.height], 2)
+def squares(thumbnail: Rgb, width: int, height: int) -> tuple[list[tuple[int, int]], int]:
+    """Return left and top of up to 8 squares that tissue fills, spread over a slide, and their side.
+
+    Args:
+        thumbnail: the whole slide, (H, W, 3).
+        width: of the slide in pixels of level 0, like the result.
+        height: likewise.
+    """
+    mask, side = tissue_mask(thumbnail), min(SIDE_PX, width, height)
+    xs, ys = np.arange(0, width - side + 1, side), np.arange(0, height - side + 1, side)
+    corners = np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
+    to_mask = np.tile([mask.shape[1] / width, mask.shape[0] / height], 2)
     share = tissue_share(mask, np.concatenate([corners, corners + side], axis=1) * to_mask)
     full = corners[share >= max(0.5, float(np.quantile(share, 0.8)))]
-    chosen = full[np.unique(np.linspace(0, len(full) - 1, MOST).astype(int))] if len(full) else full
-    return [slide.read_tile(int(x), int(y), side, side) for x, y in chosen]
+    if len(full):
+        full = full[np.unique(np.linspace(0, len(full) - 1, MOST).astype(int))]
+    return [(int(x), int(y)) for x, y in full], side

@@ -17,7 +17,7 @@ from .geojson import draw_mask
 from .overview import overview
 from .profiles import about_profile
 from .scale import choose_mpp, is_of_a_print, sides_of
-from .scale_guess import estimated_mpp, proposed
+from .scale_guess import estimate, proposed, squares
 from .sources import open_source
 from .tiff_depth import check_source
 from .tiff_source import SERIES
@@ -158,7 +158,7 @@ class Slide:
         The message proposes a value if the size of the nuclei suggests one; it is never used by itself.
         """
         if self.mpp is None:
-            guess, hint = proposed(estimated_mpp(self)), ""
+            guess, hint = proposed(self.estimated_mpp()), ""
             if guess is not None:
                 hint = (
                     f". Its nuclei look as at {guess:g} µm per pixel ({10 / guess:g}x): check the slide, "
@@ -170,6 +170,14 @@ class Slide:
                 f"(about 0.25 at 40x, 0.5 at 20x){hint}"
             )
         return self.mpp
+
+    def estimated_mpp(self) -> float | None:
+        """Return an estimate of the slide's mpp from its nuclei; None without enough of them."""
+        try:
+            corners, side = squares(self.thumbnail(), self.width, self.height)
+            return estimate([self.read_tile(x, y, side, side) for x, y in corners])
+        except BadInput:  # unreadable
+            return None
 
     def thumbnail(self, longest: int = THUMBNAIL_PX) -> Rgb:
         """Return the whole slide, at most ``longest`` pixels on its longer side, (H, W, 3)."""

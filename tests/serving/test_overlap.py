@@ -101,12 +101,12 @@ def test_the_encoder_does_not_wait_for_slides_to_open(slides, tmp_path, monkeypa
     """Calls wait for slides that open later, and all slides but the first open during a call."""
     prepare, encoder, meter = pipeline.prepare, HeldEncoder(len(slides)), Meter()
 
-    def prepare_during_a_call(job, *args):
+    def prepare_during_a_call(job, *args, **named):
         number = slides.index(job.source)
         if number:
             encoder.wait(f"slide {number}: a call", lambda: encoder.now > 0)
         time.sleep(0.05)
-        work = prepare(job, *args)
+        work = prepare(job, *args, **named)
         read = work.read
 
         def read_and_note(*args):

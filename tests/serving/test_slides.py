@@ -6,7 +6,7 @@ from PIL import Image
 
 from histoseek.artifacts.images import square
 from histoseek.errors import BadInput
-from histoseek.serving.slides.scale_guess import estimated_mpp, proposed
+from histoseek.serving.slides.scale_guess import proposed
 from histoseek.serving.slides.slide import Slide, open_slide
 from histoseek.serving.slides.tissue import tissue_mask, tissue_share
 
@@ -50,7 +50,7 @@ def test_the_refusal_proposes_the_scale_at_which_nuclei_have_their_size(
 def test_nothing_is_proposed_without_nuclei_or_far_from_a_usual_scale(make_slide, tmp_path):
     flat = np.full((600, 600, 3), (220, 120, 190), dtype=np.uint8)
     with open_slide(make_slide(tmp_path / "a.tiff", mpp=None, pixels=flat)) as slide:
-        assert estimated_mpp(slide) is None
+        assert slide.estimated_mpp() is None
         with pytest.raises(BadInput, match=r"0\.5 at 20x\)$"):
             slide.require_mpp()
     assert [proposed(mpp) for mpp in (None, 0.1, 0.2, 0.6, 1.2, 3.0)] == [
@@ -66,7 +66,7 @@ def test_nothing_is_proposed_without_nuclei_or_far_from_a_usual_scale(make_slide
 @pytest.mark.shared
 def test_the_real_slide_would_be_proposed_its_own_scale(cmu_slide):
     with open_slide(cmu_slide) as slide:
-        assert slide.mpp == pytest.approx(0.499) and proposed(estimated_mpp(slide)) == 0.5
+        assert slide.mpp == pytest.approx(0.499) and proposed(slide.estimated_mpp()) == 0.5
 
 
 def test_a_screen_resolution_is_no_mpp(make_slide, tmp_path):

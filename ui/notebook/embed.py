@@ -9,7 +9,8 @@ from typing import Any
 
 from ...artifacts.remote import is_url
 from ...errors import BadInput
-from ...serving.embedding.jobs import Kind, find_inputs
+from ...serving.embedding.job import Kind
+from ...serving.embedding.jobs import find_inputs
 from ...serving.embedding.meter import Meter
 from ...serving.embedding.pipeline import embed_jobs
 from ...serving.embedding.regions import unused_regions, with_regions

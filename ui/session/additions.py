@@ -32,7 +32,7 @@ from ...errors import (
     Unavailable,
     Unsupported,
 )
-from ...serving.embedding.jobs import Job
+from ...serving.embedding.job import Job
 from ...serving.embedding.pipeline import embed_jobs
 from ...serving.embedding.results import EmbedOptions
 from ...serving.encoders.engines import cores
