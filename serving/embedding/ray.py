@@ -1,7 +1,7 @@
 """Embedding on a Ray cluster: actors hold an encoder each and embed slides, as on one machine.
 
-Slides must have the same paths on every machine. An encoder's files travel to the actors. Features go to a
-shared folder, or to a URL (fsspec: ``s3://``, ``gs://``, ``file://`` …). Every actor has one slide at a
+Slides must have the same paths on every machine, or lie behind URLs. An encoder's files travel to the
+actors. Features go to a shared folder, or to a URL (``s3://``, ``gs://`` …). Every actor has one slide at a
 time, so a cluster that grows or shrinks is used as it is. If an actor or its machine is lost, its slide is
 embedded by another. Feature files appear complete or not at all, so nothing is lost or duplicated.
 """
@@ -286,9 +286,7 @@ class _Pool:
         number = actor.number
         try:
             result, counts = self._ray.get(reference)
-        except (
-            self._ray.exceptions.RayTaskError
-        ) as error:  # an error that histoseek does not expect
+        except self._ray.exceptions.RayTaskError as error:  # one that nobody expects
             result, counts = failed(self._jobs[number], error), Meter().read()
         except self._ray.exceptions.RayError as error:
             self._lost_actors += 1
