@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,12 +40,20 @@ def sha256_file(path: Path) -> str:
 
 def content_mark(path: Path) -> str:
     """Return a quick mark of a file's content: SHA-256 of its size, first and last mebibyte."""
-    size = path.stat().st_size
-    digest = hashlib.sha256(str(size).encode())
     with open(path, "rb") as stream:
-        digest.update(stream.read(EDGE_BYTES))
-        stream.seek(max(0, size - EDGE_BYTES))
-        digest.update(stream.read(EDGE_BYTES))
+
+        def read(start: int, end: int) -> bytes:
+            stream.seek(start)
+            return stream.read(end - start)
+
+        return mark_of(path.stat().st_size, read)
+
+
+def mark_of(size: int, read: Callable[[int, int], bytes]) -> str:
+    """Return the mark of :func:`content_mark`; ``read`` returns the bytes from a start to an end."""
+    digest = hashlib.sha256(str(size).encode())
+    for start in (0, max(0, size - EDGE_BYTES)):
+        digest.update(read(start, min(size, start + EDGE_BYTES)))
     return digest.hexdigest()
 
 

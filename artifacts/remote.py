@@ -7,7 +7,6 @@ Credentials and addresses come from the store's own settings, such as ``AWS_PROF
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import shutil
 import time
@@ -18,7 +17,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from .. import stopping
 from ..errors import BadInput, HistoseekError, StorageFailed, need
-from .files import EDGE_BYTES, storage_failed
+from .files import mark_of, storage_failed
 
 T = TypeVar("T")
 WAITS_S = (0.5, 2.0, 8.0)
@@ -49,7 +48,7 @@ def below(url: str, folder: str) -> PurePosixPath:
     """Return the path of a file relative to the URL of a folder above it.
 
     Raises:
-        BadInput: the path leads out of the folder, or out of a local folder to which it is copied.
+        BadInput: the file is not below the folder, or its name contains "..".
     """
     root = folder.rstrip("/") + "/"
     path = PurePosixPath(url.removeprefix(root).lstrip("/"))
@@ -109,14 +108,14 @@ class Remote:
 
     def content_mark(self) -> str:
         """Return the mark of :func:`~histoseek.artifacts.files.content_mark` from two parts of the file."""
-        size = self.size()
-        digest = hashlib.sha256(str(size).encode())
-        for start in (0, max(0, size - EDGE_BYTES)):
-            end = min(size, start + EDGE_BYTES)
-            read = partial(self._system.cat_file, self._root, start=start, end=end)
-            part: bytes = self._again(read)
-            digest.update(part)
-        return digest.hexdigest()
+
+        def read(start: int, end: int) -> bytes:
+            part: bytes = self._again(
+                partial(self._system.cat_file, self._root, start=start, end=end)
+            )
+            return part
+
+        return mark_of(self.size(), read)
 
     def fetch(self, to: Path, halted: Callable[[], bool] = stopping.requested) -> None:
         """Copy the file to a local path, where it appears complete.

@@ -230,12 +230,14 @@ class _Preparation:
         without_regions = self.options.regions is not None and self.job.regions is None
         if mpp is None or self.job.kind != "slide" or without_regions:
             return None
-        content = Remote(self.job.url).content_mark()
+        content = ""  # read only if there are features to compare
         stated, parent = stated_scale(self.job, self.options), self.out / self._folder(mpp)
         for name in (self.job.name, self.job.stem, distinct_name(self.job)):
             about = read_about(parent / f"features_{self.manifest.name}" / f"{name}.h5") or {}
-            known = about.get("key", {})
-            if known.get("content") != content or "bounds" not in about:
+            if "key" not in about or "bounds" not in about:
+                continue
+            content = content or Remote(self.job.url).content_mark()
+            if about["key"].get("content") != content:
                 continue
             scale = stated.mpp or self._known_scale(about)
             if scale is None:

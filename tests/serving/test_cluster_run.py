@@ -11,10 +11,12 @@ import numpy as np
 import pytest
 
 from histoseek.artifacts.feature_files import read_features
-from histoseek.errors import BadInput, Unavailable
+from histoseek.artifacts.manifest import read_manifest
+from histoseek.errors import BadInput, Mismatch, Unavailable
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.meter import ClusterMeter, Meter
 from histoseek.serving.embedding.ray import run_on_ray
+from histoseek.serving.embedding.ray_worker import Worker, packed
 from histoseek.serving.embedding.results import EmbedOptions, EncoderChoice, RayOptions
 from histoseek.serving.embedding.run import run_here
 
@@ -172,6 +174,17 @@ def test_a_cluster_that_cannot_run_an_actor_is_named(slides, other_bundle, tmp_p
     ]
     assert "the cluster has 2 CPU and 0 GPU" in said and "waiting up to" in said
     assert "BROKEN 8 actors failed to start" in said and "no encoder here" in said, said[-3000:]
+
+
+def test_an_actor_with_another_encoder_does_not_start(other_bundle, tmp_path):
+    choice, other = EncoderChoice(engine="onnxruntime"), read_manifest(other_bundle)
+    worker = Worker(choice, None, None, other, str(tmp_path), EmbedOptions())
+    with pytest.raises(Mismatch, match="is not other"):
+        worker.open()
+    shipped = Worker(choice, packed(other_bundle), None, other, str(tmp_path), EmbedOptions())
+    assert shipped.open()["encoder"]["engine"] == "onnxruntime"
+    worker.clean()
+    shipped.clean()
 
 
 def test_counters_of_a_cluster_add_up():

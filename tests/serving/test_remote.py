@@ -285,13 +285,6 @@ class Faulty(BaseHTTPRequestHandler):
             self.send_header("Content-Length", "0")
             self.end_headers()
             return
-        if fault == "cut":
-            self.close_connection = True
-            self.send_response(200)
-            self.send_header("Content-Length", "100000")
-            self.end_headers()
-            self.wfile.write(b"x" * 10)
-            return
         link = HTTPConnection(*self.backend, timeout=30)
         link.request(
             self.command, self.path, body, {k: v for k, v in self.headers.items() if k != "Host"}
@@ -311,7 +304,8 @@ class Faulty(BaseHTTPRequestHandler):
         length = answer.getheader("Content-Length") or len(content)
         self.send_header("Content-Length", str(length))
         self.end_headers()
-        self.wfile.write(content)
+        self.wfile.write(content if fault != "cut" else content[: len(content) // 2])
+        self.close_connection = self.close_connection or fault == "cut"
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = handle_any
 
@@ -353,7 +347,8 @@ def test_errors_in_between_are_repeated(bucket, faulty, slides, other_bundle, tm
     faulty.update({"error GET case-0.tiff": 2, "cut GET case-1.tiff": 1, "error PUT case-2.h5": 2})
     choice = EncoderChoice(str(other_bundle), engine="onnxruntime")
     ran = run_here(jobs, choice, f"{url}/out", EmbedOptions(**OPTIONS), lambda *_: None)
-    assert set(states(ran).values()) == {"done"} and not any(faulty.values())
+    assert set(states(ran).values()) == {"done"}, [result.reason for result in ran.results]
+    assert not any(faulty.values())
     here, _ = run([slides], tmp_path / "here", other_bundle)
     for one, two in zip(ran.results, here.results, strict=True):
         Remote(one.features).fetch(tmp_path / "copy.h5")
@@ -415,6 +410,17 @@ def test_the_same_slide_in_two_folders_is_embedded_twice(slides, other_bundle, t
         assert len({result.features for result in ran.results}) == 2
         for result in ran.results:
             assert read_features(Path(result.features)).source == result.source
+
+
+def test_a_scale_of_a_print_is_looked_at_again_when_one_is_assumed(
+    make_slide, other_bundle, tmp_path
+):
+    (tmp_path / "slides").mkdir()
+    make_slide(tmp_path / "slides" / "print.tiff", side=600, mpp=20)
+    url = (tmp_path / "slides").as_uri()
+    for options, state in (({}, "done"), ({}, "skipped"), ({"assume_mpp": 10.0}, "done")):
+        ran, _ = run([url], tmp_path / "out", other_bundle, mpp=20.0, **options)
+        assert states(ran) == {"print": state}, (options, ran.results[0].reason)
 
 
 def test_a_slide_without_regions_fails_as_on_a_disk(slides, other_bundle, tmp_path):
