@@ -31,7 +31,8 @@ def test_parts_run_on_a_cpu(tmp_path):
     facts = json.loads((tmp_path / "gpu.json").read_text())
     assert list(facts["parts"]) == list(parts) and facts["stand_in"]
     rows = {name: part["lines"] for name, part in facts["parts"].items()}
-    assert all(row["tiles_per_s"] > 0 for row in rows["default"] + rows["training"])
+    measured = [row for row in rows["default"] + rows["training"] if "skipped" not in row]
+    assert len(measured) == 4 and all(row["tiles_per_s"] > 0 for row in measured)
     assert {row["encoder_on"] for row in rows["pipeline"]} == {"cpu"}
     assert rows["pipeline"][0]["tiles"] > 0
     assert rows["vit-g14"][0]["skipped"] == "the network is too large for a rehearsal"
@@ -46,6 +47,30 @@ def test_without_a_device_it_says_so(tmp_path):
         text=True,
     )
     assert done.returncode != 0 and "no CUDA device; rehearse with --stand-in" in done.stderr
+
+
+def test_an_uninstalled_checkout_is_importable_here_and_in_other_processes(monkeypatch):
+    check = module("check")
+    monkeypatch.setattr(check.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    monkeypatch.delenv("PYTHONPATH", raising=False)
+    links = check.find_package()
+    code = "import histoseek.errors; print(histoseek.errors.__file__)"
+    done = subprocess.run([sys.executable, "-S", "-c", code], capture_output=True, text=True)
+    links.cleanup()
+    assert done.stdout.strip() == f"{links.name}/histoseek/errors.py", done.stderr
+
+
+def test_the_page_says_what_limits_embed():
+    check = module("check")
+    parts = {
+        "default": {"lines": [{"what": "default, ONNX Runtime fp32, batch 64", "tiles_per_s": 4000.0}]},
+        "pipeline": {"lines": [{"what": "embed with 1 cores", "tiles_per_s": 400.0},
+                               {"what": "embed with 8 cores", "tiles_per_s": 2000.0}]},
+    }  # fmt: skip
+    said = check.feeding(parts)
+    assert "reading and decoding is the limit" in said and "10.0 cores feed one device" in said
+    assert check.feeding({}) == "Not known: a part above is missing."
 
 
 def test_a_failed_or_late_part_keeps_its_lines(tmp_path, monkeypatch):

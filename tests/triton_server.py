@@ -44,13 +44,14 @@ def installed():
 class TritonServer:
     """One server process; it can be killed and started again on the same ports."""
 
-    def __init__(self, repository, work, extra=(), preexec=None):
+    def __init__(self, repository, work, extra=(), preexec=None, cuda=False):
         self.repository, self.work, self.extra, self.preexec = (
             repository,
             Path(work),
             extra,
             preexec,
         )
+        self.cuda = cuda
         self.process = None
         self.grpc_port = self.http_port = 0
         self._backends = self._copy_backends()
@@ -99,6 +100,13 @@ class TritonServer:
         libraries = root.parent / "nvidia_pytriton.libs"
         env["LD_LIBRARY_PATH"] = f"{libraries}:{sysconfig.get_config_var('LIBDIR')}"
         env |= {"ORT_DISABLE_TELEMETRY": "1", "CUDA_VISIBLE_DEVICES": ""}
+        if self.cuda:
+            kept = ("CUDA_VISIBLE_DEVICES", "PYTHONPATH")
+            env |= {key: os.environ[key] for key in kept if key in os.environ}
+            env["LD_LIBRARY_PATH"] += ":" + os.environ.get("LD_LIBRARY_PATH", "")
+            env["HISTOSEEK_STAND_IN_ON"] = "cuda"
+            if "CUDA_VISIBLE_DEVICES" not in os.environ:
+                del env["CUDA_VISIBLE_DEVICES"]
         command = [
             server / "bin/tritonserver",
             f"--model-repository={self.repository}",

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from lightning_fabric.__version__ import version
 
 from ..artifacts.files import read_json, write_json
 from ..errors import Mismatch
@@ -115,7 +115,7 @@ class RunFolder:
             **record,
             "versions": {
                 "torch": torch.__version__,
-                "lightning-fabric": metadata.version("lightning-fabric"),
+                "lightning-fabric": version,
                 "numpy": np.__version__,
             },
             "identity": self.identity,

