@@ -199,3 +199,20 @@ def test_json_ends_with_the_command(cli_json, tmp_path):
     cli_json("index", "stats", tmp_path / "none", expect=1)
     console.say("for a person")
     assert not console.mode.json
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("index", "create", "s3://bucket/atlas"),
+        ("index", "stats", "s3://bucket/atlas"),
+        ("embed", ".", "--out", "out", "--manifest", "s3://bucket/table.csv"),
+        ("index", "relocate", "atlas", "--slides", "gs://bucket/slides"),
+    ],
+)
+def test_a_url_for_a_local_path_is_refused(cli_json, words, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    said = cli_json(*words, expect=1)["error"]["message"]
+    url = next(word for word in words if "://" in word)
+    assert said.startswith(f"{url}: a path on this machine is needed here, not a URL")
+    assert list(tmp_path.iterdir()) == []

@@ -113,7 +113,7 @@ class Running:
             self._thread.join(0.01)
         name = f"[{options.host}]" if ":" in options.host else options.host
         self.address = f"http://{name}:{options.port}/"
-        self.notes = list(options.access.notes)
+        self.notes = [*options.access.notes, *_atlases_away(self.session)]
         self.session.warm()
 
     def _stop(self) -> None:
@@ -165,3 +165,15 @@ def _listen(host: str, port: int) -> socket.socket:
             f"port {port} on {host} cannot be used ({error}); choose another --port"
         ) from error
     return listening
+
+
+def _atlases_away(session: Session) -> list[str]:
+    """Return a note for each atlas that cannot be searched now."""
+    if session.elsewhere is None:
+        return []
+    shards = session.elsewhere.federation.status().shards
+    return [
+        f"atlas {shard.atlas} ({shard.address}) cannot be searched now: {shard.away}"
+        for shard in shards
+        if shard.away
+    ]

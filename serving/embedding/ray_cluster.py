@@ -7,12 +7,14 @@ import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from ... import stopping
 from ...errors import Unavailable, need
 
 LOCAL = "local"
+AUTO = "auto"
 _DEAD_PROXY = "http://127.0.0.1:9"
 
 
@@ -48,15 +50,28 @@ def connect(address: str) -> tuple[Any, bool]:
 
 def _check_address(address: str) -> None:
     """Check that the address accepts connections: if not, Ray would end the whole process."""
+    remedy = "start one with `ray start --head`"
+    if address == AUTO:
+        address, remedy = _address_here(), f"{remedy}, or use --ray local"
     host, _, port = address.removeprefix("ray://").rpartition(":")
     if not host or not port.isdigit():
-        return  # "local", "auto", a name that Ray looks up itself
+        return  # "local", or a name that Ray looks up itself
     try:
         socket.create_connection((host.strip("[]"), int(port)), timeout=10).close()
     except (OSError, OverflowError) as error:
-        raise Unavailable(
-            f"no Ray cluster answers at {address!r} ({error}); start one with `ray start --head`"
-        ) from error
+        raise Unavailable(f"no Ray cluster answers at {address!r} ({error}); {remedy}") from error
+
+
+def _address_here() -> str:
+    """Return the address that ``auto`` means: that of the cluster that was started last on this machine.
+
+    The file with the address stays when a cluster is killed, and Ray then waits for minutes.
+    """
+    known = os.environ.get("RAY_ADDRESS", "")
+    file = Path(os.environ.get("RAY_TMPDIR", "/tmp")) / "ray" / "ray_current_cluster"
+    if not known and file.is_file():
+        known = file.read_text().strip()
+    return known
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from triton_server import free_ports
 
 from histoseek.artifacts.feature_files import read_features
 from histoseek.artifacts.manifest import read_manifest
@@ -220,3 +221,17 @@ def test_no_cluster_at_the_address_is_named(slides, tmp_path):
     ):
         with pytest.raises(error, match=says):
             run_on_ray(jobs, choice, str(tmp_path), EmbedOptions(), cluster, lambda *_: None)
+
+
+def test_a_dead_cluster_that_auto_would_join_is_named(slides, tmp_path, monkeypatch):
+    """Ray keeps the address of a cluster that was killed, and would wait for it."""
+    (tmp_path / "ray").mkdir()
+    (port,) = free_ports(1)
+    (tmp_path / "ray" / "ray_current_cluster").write_text(f"127.0.0.1:{port}\n")
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(Unavailable, match=f"answers at '127.0.0.1:{port}'.*or use --ray local"):
+        run_on_ray(
+            find_jobs([slides]), EncoderChoice(), str(tmp_path / "out"), EmbedOptions(),
+            RayOptions(address="auto"), lambda *_: None,
+        )  # fmt: skip

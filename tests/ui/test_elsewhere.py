@@ -7,6 +7,7 @@ import shutil
 
 import pytest
 from PIL import Image
+from triton_server import free_ports
 
 from histoseek.errors import BadInput, Mismatch
 from histoseek.index.atlas import Atlas
@@ -15,6 +16,7 @@ from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 from histoseek.ui.page.widgets import error_html
+from histoseek.ui.server import Running, ServeOptions
 from histoseek.ui.session.session import Session
 
 
@@ -45,6 +47,17 @@ def test_the_atlases_are_listed(several, served):
     assert "/" not in found["atlases"][2]["away"], "where atlases lie is nobody's business"
     (alone,) = served.client.get("/v1/atlases").json()["atlases"]
     assert alone["atlas"] == "atlas" and alone["tiles"] > 0
+
+
+def test_the_start_says_which_atlases_are_away(own_atlas, south, tmp_path):
+    others = (str(south), str(tmp_path / "gone"))
+    (port,) = free_ports(1)
+    running = Running(own_atlas, ServeOptions(port=port, page=False, others=others))
+    try:
+        (note,) = [note for note in running.notes if note.startswith("atlas ")]
+        assert note.startswith(f"atlas gone ({tmp_path / 'gone'}) cannot be searched now: ")
+    finally:
+        running.close()
 
 
 def test_a_search_of_several_atlases(several, south, tile_folder):

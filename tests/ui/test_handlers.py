@@ -321,6 +321,13 @@ def test_a_source_that_is_gone_is_said(own_atlas, tile_folder, tmp_path):
     with pytest.raises(NotFound, match="y.svs does not exist") as error:
         session.pictures.tile(tile["tile"])
     assert "secret" not in str(error.value), "where files lie is nobody's business"
+    with atlas.catalog.write() as db:
+        update(db, "slides", {"id": row["id"]}, {"source": "s3://secret/y.svs"})
+    with pytest.raises(
+        NotFound, match="y.svs was embedded from a URL.*relocate ATLAS --slides"
+    ) as error:
+        session.pictures.tile(tile["tile"])
+    assert "secret" not in str(error.value)
     session.close()
 
 

@@ -7,10 +7,13 @@ import re
 from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
+from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
 from typer.core import TyperCommand
+
+from ...errors import BadInput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 JSON = inspect.Parameter(
@@ -38,6 +41,8 @@ COMMON = {
     "where": "Metadata filter, such as \"organ = 'colon' and patient != 'P7'\".",
 }
 """Help texts of parameters that several commands have; a docstring may describe them differently."""
+SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
+"""How a URL begins, also after pathlib shortened it."""
 HELP = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.M)
 """An option and its help text in a docstring."""
 
@@ -76,6 +81,7 @@ def _command_line_form(function: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(function)
     def run(json: bool = False, **values: Any) -> Any:
+        _refuse_urls(values)
         return function(**values)
 
     text, _, options = inspect.cleandoc(function.__doc__ or "").partition("\nOptions:\n")
@@ -86,6 +92,17 @@ def _command_line_form(function: Callable[..., Any]) -> Callable[..., Any]:
     run.__annotations__ = {p.name: p.annotation for p in (*parameters, JSON)}
     run.__doc__ = text
     return run
+
+
+def _refuse_urls(values: dict[str, Any]) -> None:
+    """Raise BadInput for a URL given for a local path; pathlib makes ``s3:/bucket`` of ``s3://bucket``."""
+    for value in values.values():
+        for path in value if isinstance(value, (list, tuple)) else [value]:
+            if isinstance(path, Path) and (found := SCHEME.match(str(path))):
+                url = f"{found[1]}://{str(path)[found.end() :]}"
+                raise BadInput(
+                    f"{url}: a path on this machine is needed here, not a URL; copy it first"
+                )
 
 
 def _with_help(parameter: inspect.Parameter, text: str | None) -> inspect.Parameter:

@@ -14,6 +14,7 @@ from PIL import Image, ImageDraw
 
 from ...artifacts.feature_files import read_about
 from ...artifacts.images import Rgb, encode_jpeg, square
+from ...artifacts.remote import is_url
 from ...artifacts.tileset_files import open_tiles
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput, HistoseekError, NotFound
@@ -302,7 +303,13 @@ class Pictures:
         except NotFound:
             raise
         except (HistoseekError, OSError) as error:
-            text = str(error).replace(slide["source"], Path(slide["source"]).name)
+            name = Path(slide["source"]).name
+            text = str(error).replace(slide["source"], name)
+            if is_url(slide["source"]):
+                text = (
+                    f"{name} was embedded from a URL; copy the slides to this machine, then run "
+                    "`histoseek index relocate ATLAS --slides FOLDER`"
+                )
             raise NotFound(f"the image cannot be shown: {text}") from error
 
     def _source(self, slide: Any) -> _Opened:
