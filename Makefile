@@ -14,7 +14,7 @@ PARALLEL = -n 2 --dist loadscope
 PIP_FLAGS = -q --disable-pip-version-check
 
 .PHONY: demo test test-quick test-deep check docs release-check bench-ablation bench-encoder bench-index bench-serving \
-	bench-full-size bench-scale bench-student bench-training bench-ui bench-viewer format clean gpu-check gpu-rehearsal
+	bench-full-size bench-quality bench-scale bench-student bench-training bench-ui bench-viewer format clean gpu-check gpu-rehearsal
 
 demo: $(DEMO_VENV)/.ready
 	$(DEMO_VENV)/bin/histoseek demo --dir $(DEMO_DIR) $(if $(NO_UI),--no-ui)
@@ -69,6 +69,10 @@ bench-index: $(VENV)/.ready
 	$(BIN)/pip install $(PIP_FLAGS) hnswlib==0.8.0 usearch==2.26.6
 	$(BIN)/python tests/bench/index.py
 
+bench-quality: $(VENV)/.ready
+	$(BIN)/python tests/bench/quality.py
+	$(BIN)/python tests/bench/quality.py --picture docs/images/left-out.jpg
+
 bench-scale: $(VENV)/.ready
 	$(BIN)/python tests/bench/cluster.py
 	$(BIN)/python tests/bench/scale.py
@@ -77,7 +81,7 @@ gpu-check:
 	$(PYTHON) tests/gpu/check.py --out docs/results/gpu
 
 gpu-rehearsal: $(VENV)/.ready
-	$(BIN)/python tests/gpu/check.py --stand-in --out build/gpu
+	$(BIN)/python tests/gpu/check.py --stand-in --out docs/results/gpu/rehearsal
 
 bench-ui: $(VENV)/.ready
 	PYTHON=$(BIN)/python sh tests/get_chromium.sh

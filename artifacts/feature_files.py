@@ -24,6 +24,23 @@ from .slide_names import SlideName
 
 MAX_ROWS = 20_000_000
 MAX_BYTES = 16 * 2**30
+QUALITY = ("sharpness", "pen", "dark", "glass", "density")
+"""What is measured on the pixels of every tile; see :mod:`histoseek.serving.slides.quality`."""
+
+
+@dataclass(frozen=True)
+class LeftOutTiles:
+    """Tiles of a slide that were read but not embedded.
+
+    Attributes:
+        coords: (M, 2) int64, level-0 top-left x, y.
+        quality: (M, Q) float32, one column for each name in :data:`QUALITY`.
+        reasons: (M,) ``pen`` or ``blurred``.
+    """
+
+    coords: NDArray[np.int64]
+    quality: NDArray[np.float32]
+    reasons: tuple[str, ...]
 
 
 @dataclass(frozen=True)
@@ -48,6 +65,9 @@ class Features:
         height: of level 0; 0 for a tile set.
         labels: (N,) label per tile ("" for none), or None.
         groups: (N,) group per tile ("" for none), or None.
+        quality: (N, Q) float32, what was measured on the tiles' pixels: one column for each name in
+            :data:`QUALITY`. None if nothing was measured.
+        left_out: tiles that were left out for their quality, or None.
         about: further information, JSON-ready.
     """
 
@@ -68,6 +88,8 @@ class Features:
     height: int = 0
     labels: tuple[str, ...] | None = None
     groups: tuple[str, ...] | None = None
+    quality: NDArray[np.float32] | None = None
+    left_out: LeftOutTiles | None = None
     about: dict[str, Any] = field(default_factory=dict)
 
 
@@ -191,8 +213,55 @@ def _parse(path: Path, stored: h5py.File) -> Features:
         height=int(attributes.get("level0_height", 0)),
         labels=texts("labels"),
         groups=texts("groups"),
+        quality=_quality(path, stored, "quality", shape[0]),
+        left_out=_left_out(path, stored),
         about=about,
     )
+
+
+def _quality(path: Path, stored: h5py.Group, key: str, rows: int) -> NDArray[np.float32] | None:
+    """Return measures (rows, Q); None without any, or if another program wrote this dataset."""
+    data = stored.get(key)
+    names = None if data is None else data.attrs.get("names")
+    if not isinstance(data, h5py.Dataset) or not isinstance(names, str):
+        return None
+    if names.split(",") != list(QUALITY):
+        return None
+    if data.shape != (rows, len(QUALITY)) or data.dtype.kind != "f":
+        raise BadInput(
+            f"{path}: {key!r} is {data.dtype} {data.shape}; expected floating-point numbers of the shape "
+            f"{(rows, len(QUALITY))}"
+        )
+    values: NDArray[np.float32] = data[()].astype(np.float32)
+    return values
+
+
+def _left_out(path: Path, stored: h5py.File) -> LeftOutTiles | None:
+    group = stored.get("left_out")
+    if not isinstance(group, h5py.Group) or {"coords", "quality", "reasons"} - set(group):
+        return None
+    coords, reasons = group["coords"], group["reasons"]
+    rows = coords.shape[0] if coords.shape else 0
+    if coords.shape != (rows, 2) or reasons.shape != (rows,) or rows > MAX_ROWS:
+        raise BadInput(
+            f"{path}: left-out coords {coords.shape} and reasons {reasons.shape}; expected (M, 2) and "
+            f"(M,), at most {MAX_ROWS:,} rows"
+        )
+    quality = _quality(path, group, "quality", rows)
+    if quality is None:
+        return None
+    texts = tuple(value.decode("utf-8") for value in reasons[()])
+    return LeftOutTiles(whole_pixels(coords[()], path), quality, texts)
+
+
+def read_left_out(path: Path) -> LeftOutTiles | None:
+    """Return the tiles that a feature file states as left out; None without any.
+
+    Raises:
+        HistoseekError: the file cannot be read.
+    """
+    with shielded(), open_hdf5(path) as stored:
+        return _left_out(path, stored)
 
 
 def plain_shape(data: h5py.Dataset) -> tuple[int, ...]:

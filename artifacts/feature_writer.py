@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..stopping import shielded
-from .feature_files import Features, magnification
+from .feature_files import QUALITY, Features, magnification
 from .files import discard, publish_file, replacing, storage_failed, temporary
 
 CHUNK_ROWS = 512
@@ -187,5 +187,18 @@ def _write_rest(out: h5py.File, data: h5py.Dataset, item: Features, folder: Path
     for key, values in (("files", item.files), ("labels", item.labels), ("groups", item.groups)):
         if values is not None:
             out.create_dataset(key, data=list(values), dtype=h5py.string_dtype("utf-8"))
+    if item.quality is not None:
+        _write_quality(out, item.quality)
+    if item.left_out is not None:
+        group = out.create_group("left_out")
+        group.create_dataset("coords", data=item.left_out.coords.astype(np.int64))
+        reasons = list(item.left_out.reasons)
+        group.create_dataset("reasons", data=reasons, dtype=h5py.string_dtype("utf-8"))
+        _write_quality(group, item.left_out.quality)
     about = json.dumps(item.about, sort_keys=True)
     out.attrs.update({"kind": item.kind, "source": item.source, "about": about})
+
+
+def _write_quality(out: h5py.Group, quality: NDArray[np.float32]) -> None:
+    stored = out.create_dataset("quality", data=quality.astype(np.float32))
+    stored.attrs["names"] = ",".join(QUALITY)

@@ -21,7 +21,7 @@ from ..console import Progress
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
 from .clusters import stored as clusterings
 from .clusters.clustering import Clustering
-from .store import annotation
+from .store import annotation, quality
 from .store.catalog import NEXT_TILE, get_meta, insert, set_meta, update
 from .store.metadata import AddedSlides, Metadata, Row, Rows, match_rows, slides_meant
 from .store.packing import pack_coded, unpack_coded, unpack_texts
@@ -116,7 +116,7 @@ class Writer:
         if old is not None and old["content_sha256"] == row["content_sha256"]:
             changed = [key for key in SCALE if row[key] and row[key] != old[key]]
             if not changed:
-                self._mend(old, row, blob, item.about)
+                self._mend(old, row, blob, item)
                 source = _source_now(old["source"], row["source"])
                 return self._relabel_known(origin, old, given, source)
             adds_scale = not any(old[key] for key in changed)
@@ -163,6 +163,8 @@ class Writer:
             slide = insert(db, "slides", row)
             insert(db, "slide_tiles", {**tiles, "slide_id": slide, "first_tile": first})
             annotation.put_back(db, kept, slide)
+            if item.quality is not None:
+                quality.store(db, slide, item.quality)
             set_meta(db, NEXT_TILE, str(first + len(item.features)))
             for clustering, of_tiles in assigned.items():
                 clusterings.insert_placement(db, clustering, slide, of_tiles, fitted=False)
@@ -173,19 +175,21 @@ class Writer:
         marks = [about.get("key", {}).get("content") for about in (before, item.about)]
         return None not in marks and marks[0] != marks[1] and old["source"] != item.source
 
-    def _mend(
-        self, old: dict[str, Any], row: dict[str, Any], blob: bytes, about: dict[str, Any]
-    ) -> None:
+    def _mend(self, old: dict[str, Any], row: dict[str, Any], blob: bytes, item: Features) -> None:
         """Rewrite the feature file of a known slide if it is damaged, or if the new one has more facts."""
         path = self._path / old["features_file"]
         intact = path.is_file() and sha256_file(path) == old["features_sha256"]
-        has_more = "bounds" in about and "bounds" not in (read_about(path) or {})
-        if intact and not has_more:
+        has_more = "bounds" in item.about and "bounds" not in (read_about(path) or {})
+        with self._catalog.read() as db:
+            new_quality = item.quality is not None and old["id"] not in quality.slides_with(db)
+        if intact and not (has_more or new_quality):
             return
         write_atomic(self._path / row["features_file"], blob)
         keys = ("features_file", "features_sha256")
         with self._catalog.write() as db:
             update(db, "slides", {"id": old["id"]}, {key: row[key] for key in keys})
+            if item.quality is not None:
+                quality.store(db, old["id"], item.quality)
 
     def _relabel_known(self, origin: str, old: dict[str, Any], given: Row, source: str) -> Added:
         """Update a slide that is already in the atlas from new metadata and features."""

@@ -167,6 +167,10 @@ def make_slide(tissue: np.ndarray) -> Callable[..., Path]:
             )
             left, top = rng.integers(0, max(1, picture.width - side), 2)
             picture = picture.crop((left, top, left + side, top + side))
+            # enlarged tissue is blurred; with grain its tiles count as sharp, as those of scanners do
+            grain = np.random.default_rng(seed).normal(0, 4, (side, side, 1))
+            grainy = np.asarray(picture) + grain
+            picture = Image.fromarray(grainy.clip(0, 255).astype(np.uint8))
         where: dict[str, Any] = {}
         if mpp is not None:
             where = {"resolution": (1e4 / mpp, 1e4 / mpp), "resolutionunit": "CENTIMETER"}

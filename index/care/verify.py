@@ -23,14 +23,15 @@ from ..clusters import stored as clusterings
 from ..clusters.fitting import fitted
 from ..opened import OpenAtlas
 from ..search import layout
-from ..store import annotation
+from ..store import annotation, quality
 from ..store.packing import SEAL, seal, unpack_coded, unpack_numbers, unpack_places, unpack_texts
+from ..store.schema import has_table
 from ..store.store import RESTORE
 from ..writer import Writer
 
 SEALED = (
     "meta", "slides", "slide_tiles", "generations", "clusterings", "placements", "clusters",
-    annotation.TABLE,
+    annotation.TABLE, quality.TABLE,
 )  # fmt: skip
 
 
@@ -98,8 +99,8 @@ def _database(atlas: OpenAtlas) -> list[Problem]:
             for row in links
         ]
         with atlas.catalog.read() as db:
-            newest = annotation.table_there(db)
-        for table in SEALED if newest else SEALED[:-1]:
+            tables = [table for table in SEALED if has_table(db, table)]
+        for table in tables:
             for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
                 if seal(dict(row)) != row[SEAL]:
                     name = " ".join(map(str, row[:2]))[:60]

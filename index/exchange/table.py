@@ -96,6 +96,7 @@ def _tile_columns(view: View, rows: NDArray[np.int64]) -> dict[str, NDArray[Any]
         "mpp": scales["mpp"][slide],
         "target_mpp": scales["target_mpp"][slide],
     }
+    values |= {name: columns.quality(name)[rows] for name in columns.qualities()}
     files = [columns.files(n) for n in range(len(columns.slides))]
     if any(f is not None for f in files):
         inside = rows - columns.starts[slide]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from sqlite3 import Row
@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.feature_files import QUALITY
 from ...artifacts.geojson import inside
 from ..store import packing
 from ..store.annotation import FIELDS as ANNOTATION_FIELDS
@@ -51,12 +52,12 @@ class Coded:
 
 
 @dataclass(frozen=True)
-class Placements:
-    """The clusters of a clustering.
+class StoredColumn:
+    """A column that some slides have, such as the clusters of a clustering.
 
     Attributes:
-        slides: ids of the slides whose tiles were assigned when the state was opened.
-        rows: the clusters, by slide id.
+        slides: ids of the slides that had it when the state was opened.
+        rows: the values of their tiles, by slide id.
     """
 
     slides: frozenset[int]
@@ -91,9 +92,10 @@ class Columns:
         self,
         slides: Sequence[Mapping[str, Any]],
         places: TileRows,
-        placements: Mapping[str, Placements],
+        placements: Mapping[str, StoredColumn],
         newest: str | None,
         annotations: Sequence[Row] = (),
+        quality: StoredColumn | None = None,
     ) -> None:
         """Wrap rows of the catalog.
 
@@ -104,11 +106,12 @@ class Columns:
             placements: of each clustering, the clusters of the slides' tiles.
             newest: the clustering that hits show.
             annotations: the catalog's rows of annotations, decoded on first use.
+            quality: (N, Q) of the slides' tiles.
         """
         self._annotations = annotations
         self.slides = list(slides)
         self.newest = newest
-        self._places, self._placements = places, placements
+        self._places, self._placements, self._quality = places, placements, quality
         sizes = np.array([s["tiles"] for s in slides], dtype=np.int64)
         self.starts: NDArray[np.int64] = np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64)
         self._first = np.array([s["first_tile"] for s in slides], dtype=np.int64)
@@ -212,8 +215,15 @@ class Columns:
 
     def fields(self) -> list[str]:
         """Return all fields that a filter accepts."""
-        of_tiles = ["file", "tile", "x", "y", "mpp", "target_mpp", "cluster"]
+        of_tiles = ["file", "tile", "x", "y", "mpp", "target_mpp", "cluster", *self.qualities()]
         return [*self.names(), *of_tiles, *ANNOTATION_FIELDS]
+
+    def qualities(self) -> list[str]:
+        """Return the measures of quality that tiles have; a column of the metadata hides its namesake."""
+        if self._quality is None or not self._quality.slides:
+            return []
+        names = self.names()
+        return [name for name in QUALITY if name not in names]
 
     def coded(self, field: str) -> Coded:
         """Return a column by name: slide, kind, label, patient, or any column of the metadata.
@@ -299,16 +309,32 @@ class Columns:
 
         def make() -> NDArray[np.int32]:
             clusters = np.full(len(self), NOT_PLACED, dtype=np.int32)
-            number = {slide["id"]: n for n, slide in enumerate(self.slides)}
-            stored = self._placements[name]
-            placed = sorted(stored.slides & set(number))
-            for at in range(0, len(placed), SLIDES_AT_ONCE):
-                for slide, part in stored.rows.of(placed[at : at + SLIDES_AT_ONCE]).items():
-                    n = number[slide]
-                    clusters[self.starts[n] : self.starts[n + 1]] = part
+            for tiles, part in self._stored(self._placements[name]):
+                clusters[tiles] = part
             return clusters
 
         return self.cached(f"clusters {name}", make)
+
+    def quality(self, measure: str) -> NDArray[np.float32]:
+        """Return one of :meth:`qualities` of every tile (N,); NaN where it was not measured.
+
+        Raises:
+            StateGone: a writer has removed a slide.
+        """
+        values = np.full(len(self), np.nan, dtype=np.float32)
+        if self._quality is not None:
+            for tiles, part in self._stored(self._quality):
+                values[tiles] = part[:, QUALITY.index(measure)]
+        return values
+
+    def _stored(self, column: StoredColumn) -> Iterator[tuple[slice, NDArray[Any]]]:
+        """Yield the positions and values of the tiles of each slide that has a column."""
+        number = {slide["id"]: n for n, slide in enumerate(self.slides)}
+        having = sorted(column.slides & set(number))
+        for at in range(0, len(having), SLIDES_AT_ONCE):
+            for slide, part in column.rows.of(having[at : at + SLIDES_AT_ONCE]).items():
+                start, end = self.starts[number[slide] : number[slide] + 2].tolist()
+                yield slice(start, end), part
 
     def placement(self, slide: int) -> bytes:
         """Return the clusters of a slide's tiles (by slide id) in the newest clustering, as stored."""

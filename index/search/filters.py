@@ -5,8 +5,10 @@ value of a column, and the result is looked up for each tile.
 
 Fields: ``slide``, ``kind``, ``label``, ``patient``, ``file``, ``tile``, ``x``, ``y``, ``mpp``,
 ``target_mpp`` (of the tiles), ``cluster`` (of the newest clustering), ``cluster.NAME`` (of another), and
-every user-defined column of the metadata. ``annotation.label``, ``annotation.note`` and
-``annotation.author`` are of the annotations around the centre of a tile; one of them must pass.
+every user-defined column of the metadata. ``sharpness``, ``pen``, ``dark``, ``glass`` and ``density`` were
+measured on the tiles by ``embed``; a column of the metadata hides its namesake. ``annotation.label``,
+``annotation.note`` and ``annotation.author`` are of the annotations around the centre of a tile; one of
+them must pass.
 
 Operators: ``= != < <= > >=``, ``in (…)``, ``not in (…)``, ``like`` (``%`` any text, ``_`` one character),
 ``is null``, ``is not null``, ``and``, ``or``, ``not``, brackets. Write texts in single or double quotes;
@@ -83,7 +85,9 @@ def _grammar() -> Any:
     keywords = pp.MatchFirst([pp.CaselessKeyword(word) for word in _KEYWORDS])
     exact: Any = {"multiline": True, "convert_whitespace_escapes": False}
     field = (~keywords + word) | pp.QuotedString("`", esc_quote="``", **exact)
-    number = pp.Regex(r"[+-]?\d+(\.\d*)?([eE][+-]?\d+)?").set_parse_action(lambda t: float(t[0]))
+    number = pp.Regex(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?").set_parse_action(
+        lambda t: float(t[0])
+    )
     text = pp.QuotedString("'", esc_quote="''", **exact) | pp.QuotedString(
         '"', esc_quote='""', **exact
     )
@@ -229,6 +233,8 @@ def _numbers(columns: Columns, field: str) -> NDArray[np.float64] | None:
                 raise BadInput(str(unknown_name("clustering", name, columns.clusterings())))
             raise BadInput("the atlas has no clusters yet; run `histoseek index fit` first")
         return np.where(clusters == NOT_PLACED, np.nan, clusters)
+    if field in columns.qualities():
+        return columns.quality(field).astype(np.float64)
     return None
 
 

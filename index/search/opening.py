@@ -12,15 +12,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import Damaged
-from ..store import annotation
+from ..store import annotation, quality
 from ..store.catalog import REVISION, get_meta
 from ..store.store import StateGone, Store
 from ..vectors.generations import Generations
 from ..vectors.index import VectorIndex
 from ..vectors.scan import prepared
-from .columns import Columns, Placements
+from .columns import Columns, StoredColumn
 from .state import Mosaic, State
-from .tile_rows import clusters_in, places_in
+from .tile_rows import clusters_in, places_in, quality_in
 
 GONE = -(2**62)
 """First tile id of a removed slide; no real tile has such an id."""
@@ -33,10 +33,11 @@ class _Rows:
     revision: int
     slides: list[dict[str, Any]]
     generation: dict[str, Any] | None
-    placements: dict[str, Placements]
+    placements: dict[str, StoredColumn]
     clusterings: list[dict[str, Any]]
     cluster_names: dict[str, dict[int, str]]
     annotations: list[Row]
+    with_quality: frozenset[int]
 
 
 class States:
@@ -86,17 +87,18 @@ class States:
             for clustering, slide in db.execute("SELECT clustering_id, slide_id FROM placements"):
                 placed[clustering].add(slide)
             annotated = annotation.rows(db)
+            with_quality = quality.slides_with(db)
             if int(get_meta(db, REVISION)) != revision:  # read without locks in a read-only folder
                 raise StateGone(f"{self._store.path} changed while it was read; try again")
         opened = None if generation is None else dict(generation)
         rows = [dict(row) for row in slides]
         placements = {
-            row["name"]: Placements(
+            row["name"]: StoredColumn(
                 frozenset(placed[row["id"]]), clusters_in(self._store.catalog, row["id"])
             )
             for row in fits
         }
-        return _Rows(revision, rows, opened, placements, fits[::-1], names, annotated)
+        return _Rows(revision, rows, opened, placements, fits[::-1], names, annotated, with_quality)
 
     def _open(self, rows: _Rows) -> State:
         by_id = {slide["id"]: slide for slide in rows.slides}
@@ -130,7 +132,12 @@ class States:
             self._store,
             rows.revision,
             Columns(
-                order, places_in(self._store.catalog), rows.placements, newest, rows.annotations
+                order,
+                places_in(self._store.catalog),
+                rows.placements,
+                newest,
+                rows.annotations,
+                StoredColumn(rows.with_quality, quality_in(self._store.catalog)),
             ),
             index,
             opened.number if opened else 0,

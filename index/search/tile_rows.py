@@ -13,6 +13,7 @@ from typing import Any
 
 from numpy.typing import NDArray
 
+from ..store import quality
 from ..store.catalog import Catalog
 from ..store.packing import unpack_numbers, unpack_places
 from ..store.store import StateGone
@@ -83,6 +84,14 @@ def clusters_in(catalog: Catalog, clustering: int) -> TileRows:
         "AND slide_id IN ({})",
     )
     return TileRows(read, lambda blob: unpack_numbers(blob, "<i4"))
+
+
+def quality_in(catalog: Catalog) -> TileRows:
+    """Return the quality (N, Q) of the tiles of each slide that has it."""
+    return TileRows(
+        _reader(catalog, "SELECT slide_id, quality FROM tile_quality WHERE slide_id IN ({})"),
+        quality.unpack,
+    )
 
 
 def _reader(catalog: Catalog, statement: str) -> Read:

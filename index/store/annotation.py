@@ -15,6 +15,7 @@ from ...artifacts.geojson import Polygon, area_of
 from ...errors import BadInput, NotFound, unknown_name
 from .catalog import Catalog, insert, now, update
 from .packing import SEAL
+from .schema import has_table
 
 TABLE = "annotations"
 LONGEST_LABEL = 200
@@ -113,7 +114,7 @@ def read(db: sqlite3.Connection, slide: str | None = None) -> list[Annotation]:
 
 def rows(db: sqlite3.Connection, slide: str | None = None) -> list[sqlite3.Row]:
     """Return the rows of :func:`read`, for :func:`of_row`."""
-    if not table_there(db):
+    if not has_table(db, TABLE):
         return []
     condition, values = ("WHERE s.name = ?", (slide,)) if slide is not None else ("", ())
     return db.execute(
@@ -121,12 +122,6 @@ def rows(db: sqlite3.Connection, slide: str | None = None) -> list[sqlite3.Row]:
         f"{condition} ORDER BY s.name, a.id",
         values,
     ).fetchall()
-
-
-def table_there(db: sqlite3.Connection) -> bool:
-    """Whether the atlas has the table: one that cannot be written keeps an older schema."""
-    found = db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (TABLE,)).fetchone()
-    return found is not None
 
 
 def of_row(row: sqlite3.Row) -> Annotation:

@@ -111,7 +111,17 @@ def _add_annotations(db: sqlite3.Connection) -> None:
     db.execute("CREATE INDEX annotations_of_slide ON annotations (slide_id)")
 
 
-MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_add_annotations,)
+def _add_quality(db: sqlite3.Connection) -> None:
+    db.execute(
+        """CREATE TABLE tile_quality (
+    slide_id INTEGER PRIMARY KEY REFERENCES slides (id) ON DELETE CASCADE,
+    quality BLOB NOT NULL,
+    seal BLOB NOT NULL
+)"""
+    )
+
+
+MIGRATIONS: tuple[Callable[[sqlite3.Connection], None], ...] = (_add_annotations, _add_quality)
 """Changes since schema :data:`FIRST`, in order."""
 
 
@@ -125,6 +135,12 @@ def create(db: sqlite3.Connection) -> dict[str, str]:
         if statement.strip():
             db.execute(statement)
     return {"atlas_id": uuid.uuid4().hex, "next_tile": "1"}
+
+
+def has_table(db: sqlite3.Connection, name: str) -> bool:
+    """Whether the atlas has a table; an atlas that cannot be written keeps an older schema."""
+    found = db.execute("SELECT 1 FROM sqlite_master WHERE name = ?", (name,)).fetchone()
+    return found is not None
 
 
 def newest() -> int:

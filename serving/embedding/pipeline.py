@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import stopping
+from ...artifacts.feature_files import QUALITY
 from ...artifacts.feature_writer import FeatureWriter
 from ...artifacts.files import read_json, remove_leftovers, write_json
 from ...artifacts.manifest import Manifest
@@ -28,7 +29,9 @@ from ...console import Progress
 from ...errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
 from ..encoders.engines import cores
 from ..encoders.protocol import Encoder
+from ..slides.quality import Measures, measure
 from .job import Job
+from .measured import Measured
 from .meter import Meter
 from .regions import with_regions
 from .remote_out import RemoteOut
@@ -48,10 +51,18 @@ FATAL = (StorageFailed, Busy, Unavailable)
 
 @dataclass
 class _Embedded:
-    """Result of one piece: embeddings (M, D), their tile numbers (M,), errors of the other tiles."""
+    """Result of one piece.
+
+    Attributes:
+        features: (M, D) embeddings of the tiles without a fault.
+        numbers: (R,) numbers of the tiles that were read; ``quality`` (R, Q) and ``faults`` (R,) of these.
+        unreadable: errors of the other tiles.
+    """
 
     features: NDArray[np.float32]
     numbers: list[int]
+    quality: Measures
+    faults: NDArray[np.int8]
     unreadable: list[str]
 
 
@@ -62,7 +73,8 @@ class _Slide:
         self.work = work
         self.started: float | None = None  # when a worker began to read it
         self.writer: FeatureWriter | None = None
-        self.embedded: list[int] = []  # numbers of tiles
+        self.measured = Measured(work.count)
+        self.embedded = 0  # tiles
         self.unreadable: list[str] = []
         self.error: Exception | None = None
 
@@ -270,9 +282,8 @@ class _Run:
 
     def _embed(self, slide: _Slide, start: int, stop: int) -> _Embedded:
         """Read and encode one piece; runs on a worker."""
-        nothing = np.zeros((0, self._encoder.manifest.dim), dtype=np.float32)
         if self._stopping or slide.error is not None:
-            return _Embedded(nothing, [], [])
+            return self._nothing([])
         slide.started = slide.started or time.monotonic()
         tiles = self._buffer()[: stop - start]
         with self._meter.stage("read", stop - start):
@@ -280,11 +291,29 @@ class _Run:
         numbers = [start + n for n in range(len(tiles)) if n not in errors]
         reasons = [str(error) for _, error in sorted(errors.items())]
         if not numbers:
-            return _Embedded(nothing, [], reasons)
+            return self._nothing(reasons)
         if errors:
             tiles = np.delete(tiles, list(errors), axis=0)
+        quality = measure(tiles)
+        faults = slide.work.limits.faults(quality)
+        piece = replace(self._nothing(reasons), numbers=numbers, quality=quality, faults=faults)
+        if faults.any():
+            tiles = tiles[faults == 0]
+        if not len(tiles):
+            return piece
         with self._meter.stage("encode", len(tiles)):
-            return _Embedded(self._encoder.embed(tiles), numbers, reasons)
+            return replace(piece, features=self._encoder.embed(tiles))
+
+    def _nothing(self, unreadable: list[str]) -> _Embedded:
+        """Return the result of a piece of which no tile was read."""
+        dim = self._encoder.manifest.dim
+        return _Embedded(
+            np.zeros((0, dim), dtype=np.float32),
+            [],
+            np.zeros((0, len(QUALITY)), np.float32),
+            np.zeros(0, np.int8),
+            unreadable,
+        )
 
     def _buffer(self) -> NDArray[np.uint8]:
         """Return this worker's buffer for one piece; a new one each time would cost as much as reading."""
@@ -317,7 +346,8 @@ class _Run:
     def _append(self, slide: _Slide, piece: _Embedded) -> None:
         unreadable = len(piece.unreadable)
         self._meter.tiles_ended(len(piece.numbers) + unreadable, unreadable)
-        slide.embedded += piece.numbers
+        slide.measured.add(piece.numbers, piece.quality, piece.faults)
+        slide.embedded += len(piece.features)
         slide.unreadable += map(slide.work.job.named, piece.unreadable)
         self._writer(slide).append(piece.features)
         self._meter.report(self._progress, slide.work.name)
@@ -333,7 +363,8 @@ class _Run:
         if slide.error is not None:
             return failed(work.job, slide.error)
         refuse_if_broken(work, slide.unreadable)
-        features = work.describe(slide.embedded, slide.unreadable)
+        features = work.describe(slide.measured, slide.unreadable)
+        work.draw(slide.measured.faults)  # before the features, whose file says that all is done
         self._writer(slide).publish(features)
         state: State = "done" if slide.embedded else "empty"
         reason = features.about["reason"]
@@ -344,13 +375,14 @@ class _Run:
             work.job.shown,
             state,
             reason,
-            len(slide.embedded),
+            slide.embedded,
             slide.unreadable,
             features=str(work.path),
             notes=list(map(work.job.named, work.notes)),
             left_out=[
                 {key: work.job.named(text) for key, text in one.items()} for one in work.left_out
             ],
+            left_out_tiles=slide.measured.counts,
             icc_profile=features.about.get("icc_profile"),
             icc_applied=features.about.get("icc_applied", False),
         )

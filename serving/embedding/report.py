@@ -26,6 +26,8 @@ NOT_USED = {
     "regions_unused": "GeoJSON files that match no slide",
 }
 SLOWEST = 3
+KEEPING = {"blurred": "--min-sharpness 0", "pen": "--max-pen 1"}
+"""The option that keeps tiles with a fault."""
 
 
 def report_results(ran: Ran, out: str, inputs: dict[str, Any]) -> bool:
@@ -111,11 +113,26 @@ def lines_of(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
         names = inputs.get(key) or []
         if names:
             lines.append(f"{what}: {len(names)} ({_few(names)})")
+    lines += _left_out_tiles(results)
     by_note: dict[str, list[str]] = {}
     for result in results:
         for note in result.notes:
             by_note.setdefault(note, []).append(result.name)
     return lines + [f"{_few(names)}: {note}" for note, names in by_note.items()]
+
+
+def _left_out_tiles(results: Sequence[Result]) -> list[str]:
+    """Return a line for each reason why tiles were left out."""
+    lines = []
+    for reason, option in KEEPING.items():
+        counts = {r.name: r.left_out_tiles[reason] for r in results if reason in r.left_out_tiles}
+        if counts:
+            most = sorted(counts, key=lambda name: -counts[name])
+            named = _few([f"{name}: {counts[name]}" for name in most])
+            lines.append(
+                f"tiles left out, {reason}: {sum(counts.values())} ({named}); {option} keeps them"
+            )
+    return lines
 
 
 def _few(names: Sequence[str]) -> str:

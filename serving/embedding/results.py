@@ -70,6 +70,12 @@ class EmbedOptions:
     min_tissue: Annotated[float,
         Field(ge=0, le=1, description="Share of a tile that must be tissue (with --regions: must "
         "lie in a region); tiles with less are left out.")] = 0.25
+    min_sharpness: Annotated[float,
+        Field(ge=0, le=1, description="Tiles of slides that are less sharp are left out as blurred; 0 "
+        "keeps all.")] = 0.12
+    max_pen: Annotated[float,
+        Field(ge=0, le=1, description="Tiles of slides with a larger share of pen ink (green, blue) are "
+        "left out; 1 keeps all.")] = 0.25
     manifest: Annotated[Path | None,
         Field(description="CSV file. Columns for tiles: file, label, group; for slides: file, mpp, "
         "series, label, patient.")] = None
@@ -131,8 +137,8 @@ class Result:
 
     Attributes:
         source: the file or folder.
-        state: done, partial (some tiles unreadable), empty (no tissue), skipped (already done)
-            or failed.
+        state: done, partial (some tiles unreadable), empty (no tissue, or all of it left out), skipped
+            (already done) or failed.
         reason: reason for the state, unless done.
         unreadable: tiles that could not be read, each with coordinates and reason.
         seconds: time from opening to writing; slides overlap in time.
@@ -140,6 +146,7 @@ class Result:
         tissue: share of the slide that is tissue; None for tile sets and unopened slides.
         notes: values that were guessed, overridden or updated, one sentence each.
         left_out: files of a tile set that were not used, each with the reason.
+        left_out_tiles: number of tiles of a slide that were left out, by reason: ``blurred``, ``pen``.
         icc_profile: name of the slide's colour profile; None without one.
         icc_applied: whether the pixels were converted to sRGB with it; whole-slide pixels are not.
     """
@@ -155,6 +162,7 @@ class Result:
     tissue: float | None = None
     notes: list[str] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
+    left_out_tiles: dict[str, int] = field(default_factory=dict)
     icc_profile: str | None = None
     icc_applied: bool = False
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.feature_files import Features
+from ...artifacts.feature_files import Features, LeftOutTiles
 from ...artifacts.files import write_atomic
 from ...artifacts.geojson import moved
 from ...artifacts.images import encode_jpeg
@@ -19,9 +19,11 @@ from ...artifacts.manifest import Manifest
 from ...artifacts.tables import number_of
 from ...errors import BadInput
 from ..slides.geojson import outlines, write_tiles, write_tissue
-from ..slides.overlay import draw_overlay
+from ..slides.overlay import Backdrop, backdrop, draw_overlay
+from ..slides.quality import FAULTS, Limits, counted, is_stain, listed
 from ..slides.slide import Grid, Slide
 from .job import Job
+from .measured import Measured
 from .results import EmbedOptions
 
 
@@ -91,6 +93,8 @@ class SlideWork:
     path: Path
     key: dict[str, Any]
     stated: StatedScale
+    limits: Limits
+    drawing: Drawing | None = None
     seconds: float = 0.0
     left_out: Sequence[dict[str, str]] = ()
     closing: ExitStack = field(default_factory=ExitStack)
@@ -100,6 +104,12 @@ class SlideWork:
         self.count = len(self.grid.coords)
         self.tissue: float | None = round(self.grid.tissue, 4)
         self.notes = [*self.stated.notes, *self.slide.notes]
+        if self.limits.max_pen < 1 and is_stain(self.grid.thumbnail, self.grid.mask):
+            self.limits = replace(self.limits, max_pen=1.0)
+            self.notes.append(
+                "most of the tissue has the colours of pen ink, as with a blue or green stain, so no tile "
+                "was left out as pen"
+            )
         nothing = np.zeros((0, 0, 3), dtype=np.uint8)
         self.grid = replace(self.grid, thumbnail=nothing, mask=nothing[..., 0] > 0)
 
@@ -108,9 +118,15 @@ class SlideWork:
         corners = [(int(x), int(y)) for x, y in self.grid.coords[start : start + len(out)]]
         return self.slide.read_tiles(corners, self.grid.size_px_level0, out)
 
-    def describe(self, embedded: Sequence[int], unreadable: list[str]) -> Features:
+    def draw(self, faults: NDArray[np.int8]) -> None:
+        """See :class:`Work`."""
+        if self.drawing is not None:
+            self.drawing.write(faults)
+
+    def describe(self, measured: Measured, unreadable: list[str]) -> Features:
         """See :class:`Work`."""
         grid, slide, reason = self.grid, self.slide, ""
+        embedded, left_out = measured.embedded(), measured.left_out()
         if not self.count and not grid.candidates:
             reason = (
                 f"no tile: the slide has {slide.width} x {slide.height} pixels, less than one tile of "
@@ -120,12 +136,17 @@ class SlideWork:
             share = self.key["min_tissue"]
             where = "the regions given" if self.key.get("regions") else "tissue"
             reason = f"no tissue: none of {grid.candidates} tiles reaches {share:.0%} of {where}"
+        elif len(left_out) and not len(embedded):
+            reason = (
+                f"{listed(measured.counts)} of {self.count} tiles were left out, and no other could be "
+                "embedded; to embed them, pass --min-sharpness 0 --max-pen 1"
+            )
         return Features(
             name=self.name,
             encoder=self.manifest.name,
             encoder_sha256=self.manifest.sha256,
             features=np.zeros((0, self.manifest.dim), dtype=np.float32),
-            coords=grid.coords[np.asarray(embedded, dtype=np.int64)],
+            coords=grid.coords[embedded],
             source=self.job.location,
             size_px=grid.size_px,
             size_px_level0=grid.size_px_level0,
@@ -134,12 +155,21 @@ class SlideWork:
             target_mpp=grid.target_mpp,
             width=slide.width,
             height=slide.height,
+            quality=measured.quality(embedded),
+            left_out=LeftOutTiles(
+                grid.coords[left_out],
+                measured.quality(left_out),
+                tuple(FAULTS[code] for code in measured.codes(left_out)),
+            )
+            if len(left_out)
+            else None,
             about={
                 "key": self.key,
                 "source": self.job.location,
                 "reason": reason,
                 "unreadable": unreadable,
                 "tiles": len(embedded),
+                "left_out_tiles": measured.counts,
                 "tissue_share": self.tissue,
                 "mpp_from": self.stated.by if slide.mpp_from == "stated" else slide.mpp_from,
                 "bounds": None if grid.bounds is None else list(grid.bounds),
@@ -163,20 +193,51 @@ def overlay_files(name: str, out: Path, options: EmbedOptions) -> list[Path]:
     return paths
 
 
-def write_overlay_files(grid: Grid, name: str, out: Path, options: EmbedOptions) -> None:
-    """Write the files of :func:`overlay_files`."""
+@dataclass(frozen=True)
+class Drawing:
+    """What the overlay files of a slide show but for its left-out tiles; written when these are known."""
+
+    name: str
+    out: Path
+    options: EmbedOptions
+    behind: Backdrop
+    coords: NDArray[np.int64]
+    side: int
+    origin: tuple[int, int]
+    target_mpp: float
+
+    def write(self, faults: NDArray[np.int8]) -> None:
+        """Write the files of :func:`overlay_files`.
+
+        ``faults`` (N,): why each tile of the grid was left out, as indices into ``FAULTS``.
+        """
+        if self.options.overlays:
+            counts = counted(faults)
+            tiles = len(self.coords) - sum(counts.values())
+            caption = (
+                f"{self.name}: {tiles} tiles at mpp {self.target_mpp:g}, "
+                f"{self.behind.tissue:.0%} tissue"
+            )
+            if counts:
+                caption += f"; left out: {listed(counts)}"
+            overlay = draw_overlay(self.behind, self.coords, self.side, faults, caption)
+            write_atomic(self.out / "overlays" / f"{self.name}.jpg", encode_jpeg(overlay, 85))
+        if self.options.geojson:
+            left, top = self.origin
+            folder = self.out / "geojson"
+            write_tissue(
+                folder / f"{self.name}.tissue.geojson", moved(self.behind.polygons, -left, -top)
+            )
+            texts = [FAULTS[code] for code in faults.tolist()]
+            corners = self.coords - (left, top)
+            write_tiles(folder / f"{self.name}.tiles.geojson", corners, self.side, texts)
+
+
+def drawing_of(grid: Grid, name: str, out: Path, options: EmbedOptions) -> Drawing | None:
+    """Return what to draw for a slide; None if no overlay files are wanted."""
     if not (options.overlays or options.geojson):
-        return
-    polygons = outlines(grid.mask, grid.down)
-    if options.overlays:
-        caption = (
-            f"{name}: {len(grid.coords)} tiles at mpp {grid.target_mpp:g}, {grid.tissue:.0%} tissue"
-        )
-        overlay = draw_overlay(grid, polygons, caption)
-        write_atomic(out / "overlays" / f"{name}.jpg", encode_jpeg(overlay, 85))
-    if options.geojson:
-        left, top = grid.origin
-        folder = out / "geojson"
-        write_tissue(folder / f"{name}.tissue.geojson", moved(polygons, -left, -top))
-        corners = grid.coords - (left, top)
-        write_tiles(folder / f"{name}.tiles.geojson", corners, grid.size_px_level0)
+        return None
+    behind = backdrop(grid, outlines(grid.mask, grid.down))
+    return Drawing(
+        name, out, options, behind, grid.coords, grid.size_px_level0, grid.origin, grid.target_mpp
+    )

@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.feature_files import Features, magnification, read_about
+from ...artifacts.feature_files import Features, magnification, read_about, read_left_out
 from ...artifacts.feature_writer import amend
 from ...artifacts.files import content_mark, sha256_file
 from ...artifacts.geojson import moved
@@ -25,12 +25,23 @@ from ...artifacts.tileset_files import open_tiles
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch
 from ..slides.geojson import read_annotations
+from ..slides.quality import FAULTS, Limits
 from ..slides.scale import PRINT_MPP
 from ..slides.slide import Slide, open_slide
 from .job import Job, distinct_name
+from .measured import Measured
 from .results import EmbedOptions, Result
-from .slide_work import SlideWork, StatedScale, overlay_files, stated_scale, write_overlay_files
+from .slide_work import (
+    Drawing,
+    SlideWork,
+    StatedScale,
+    drawing_of,
+    overlay_files,
+    stated_scale,
+)
 
+LIMITS = "quality"
+"""Key under which features state their limits of quality."""
 MAX_UNREADABLE = 0.1
 """Maximum share of unreadable tiles; a slide or tile set with more is failed, not partial."""
 
@@ -46,6 +57,7 @@ class Work(Protocol):
         tissue: share of the slide that is tissue, or None.
         notes: values that were guessed, overridden or updated.
         left_out: files of a tile set that were not used, each with the reason.
+        limits: which tiles are left out for their quality.
         seconds: time to open it and find its tiles.
         closing: what is done when it is closed.
     """
@@ -57,6 +69,7 @@ class Work(Protocol):
     tissue: float | None
     notes: list[str]
     left_out: Sequence[dict[str, str]]
+    limits: Limits
     seconds: float
     closing: ExitStack
 
@@ -68,11 +81,18 @@ class Work(Protocol):
         """
         ...
 
-    def describe(self, embedded: Sequence[int], unreadable: list[str]) -> Features:
+    def draw(self, faults: NDArray[np.int8]) -> None:
+        """Write the overlay files.
+
+        ``faults`` (N,): why each tile was left out, as indices into ``FAULTS``; 0 for the others.
+        """
+        ...
+
+    def describe(self, measured: Measured, unreadable: list[str]) -> Features:
         """Return everything in the feature file but the embeddings.
 
         Args:
-            embedded: numbers of the embedded tiles.
+            measured: which tiles were embedded or left out, and their measures.
             unreadable: reasons why the other tiles could not be read.
         """
         ...
@@ -216,10 +236,13 @@ class _Preparation:
         grid = slide.grid(
             manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions
         )
-        write_overlay_files(grid, name, out, options)
+        drawing = drawing_of(grid, name, out, options)
         if complete:
+            if drawing is not None:
+                drawing.write(_faults_in(path, drawing))
             return self._done_before(name, path)
-        work = SlideWork(job, slide, grid, manifest, name, path, key, stated)
+        limits = Limits(options.min_sharpness, options.max_pen)
+        work = SlideWork(job, slide, grid, manifest, name, path, key, stated, limits, drawing)
         if key["content"] == (read_about(path) or {}).get("key", {}).get("content"):
             work.notes += _moved_from(path, job)
         return work
@@ -277,6 +300,7 @@ class _Preparation:
             "mpp": mpp,
             "target_mpp": target_mpp,
             "min_tissue": options.min_tissue,
+            LIMITS: [options.min_sharpness, options.max_pen],
             "row": {k: v for k, v in job.row.items() if k != "file"},
             **self.settings,
         }
@@ -307,7 +331,7 @@ class _Preparation:
             about = read_about(path)
             if about is None:
                 return path, name, False
-            if about.get("key") == key:
+            if _same_settings(about.get("key"), key):
                 return path, name, not about.get("unreadable")
             if about.get("key", {}).get("content") == key["content"] or _is_here(about, job):
                 return path, name, False
@@ -317,6 +341,11 @@ class _Preparation:
         """Return the result of a job that was done before; store a new path of its slide."""
         job, about = self.job, read_about(path) or {}
         notes = [*map(str, about.get("notes", [])), *_moved_from(path, job)]
+        if job.kind != "tiles" and LIMITS not in about.get("key", {}):
+            notes.append(
+                "the features are of an earlier version, which left out no tiles for pen or blur; to leave "
+                "them out, delete the feature file and embed the slide again"
+            )
         if not self.look_only and (not _is_here(about, job) or "bounds" not in about):
             amend(path, job.location, {"bounds": about.get("bounds")})
         return Result(
@@ -327,10 +356,29 @@ class _Preparation:
             about.get("tiles", 0),
             features=str(path),
             tissue=about.get("tissue_share"),
+            left_out_tiles=about.get("left_out_tiles", {}),
             notes=notes,
             icc_profile=about.get("icc_profile"),
             icc_applied=about.get("icc_applied", False),
         )
+
+
+def _same_settings(stored: Any, key: dict[str, Any]) -> bool:
+    """Whether features have these settings; those of an earlier version state no limits of quality."""
+    if isinstance(stored, dict) and LIMITS not in stored:
+        key = {name: value for name, value in key.items() if name != LIMITS}
+    return bool(stored == key)
+
+
+def _faults_in(path: Path, drawing: Drawing) -> NDArray[np.int8]:
+    """Return why each tile of a drawing was left out, as the feature file states."""
+    faults = np.zeros(len(drawing.coords), dtype=np.int8)
+    stated = read_left_out(path)
+    if stated is not None:
+        reasons = dict(zip(map(tuple, stated.coords.tolist()), stated.reasons, strict=True))
+        for row, corner in enumerate(map(tuple, drawing.coords.tolist())):
+            faults[row] = FAULTS.index(reasons.get(corner, ""))
+    return faults
 
 
 def _is_here(about: dict[str, Any], job: Job) -> bool:
@@ -382,6 +430,7 @@ class TilesWork:
     path: Path
     key: dict[str, Any]
     tissue: float | None = None
+    limits: Limits = field(default_factory=Limits)
     seconds: float = 0.0
     closing: ExitStack = field(default_factory=ExitStack)
 
@@ -401,9 +450,13 @@ class TilesWork:
                 failed[number] = error
         return failed
 
-    def describe(self, embedded: Sequence[int], unreadable: list[str]) -> Features:
+    def draw(self, faults: NDArray[np.int8]) -> None:
+        """A tile set has no overlay."""
+
+    def describe(self, measured: Measured, unreadable: list[str]) -> Features:
         """See :class:`Work`."""
-        tiles = [self.tileset.tiles[row] for row in embedded]
+        embedded = measured.embedded()
+        tiles = [self.tileset.tiles[row] for row in embedded.tolist()]
         return Features(
             name=self.name,
             encoder=self.manifest.name,
@@ -416,6 +469,7 @@ class TilesWork:
             size_px=self.manifest.size_px,
             labels=tuple(t.label or "" for t in tiles),
             groups=tuple(t.group or "" for t in tiles),
+            quality=measured.quality(embedded),
             about={
                 "key": self.key,
                 "source": self.job.location,

@@ -91,13 +91,30 @@ def write_tissue(path: Path, polygons: Sequence[Sequence[Ring]]) -> None:
     _write(path, [polygon(rings, properties) for rings in rounded])
 
 
-def write_tiles(path: Path, coords: NDArray[np.int64], side: int) -> None:
-    """Write tiles, (N, 2) top-left x, y in QuPath's frame and their side, as QuPath tiles, by row."""
-    squares = (
-        square(x, y, side, {"objectType": "tile", "name": str(row)})
-        for row, (x, y) in enumerate(coords.tolist())
-    )
-    _write(path, list(squares))
+def write_tiles(
+    path: Path, coords: NDArray[np.int64], side: int, faults: Sequence[str] | None = None
+) -> None:
+    """Write tiles as QuPath tiles, numbered by row; left-out tiles have their fault as class.
+
+    Args:
+        path: the file.
+        coords: (N, 2) top-left x, y in QuPath's frame.
+        side: side of a tile.
+        faults: why each tile was left out; "" for an embedded tile.
+    """
+    squares, row = [], 0
+    for (x, y), fault in zip(coords.tolist(), faults or [""] * len(coords), strict=True):
+        properties: dict[str, Any] = {"objectType": "tile", "name": str(row)}
+        if fault:
+            properties = {
+                "objectType": "tile",
+                "name": f"left out: {fault}",
+                "classification": {"name": f"Left out: {fault}"},
+            }
+        else:
+            row += 1
+        squares.append(square(x, y, side, properties))
+    _write(path, squares)
 
 
 def _write(path: Path, features: list[dict[str, Any]]) -> None:

@@ -54,7 +54,7 @@ class SlowEncoder:
 
 
 def run(slides, encoder, out, meter=None, **options):
-    chosen = EmbedOptions(overlays=False, **options)
+    chosen = EmbedOptions(overlays=False, min_sharpness=0, **options)  # the slides are enlarged
     return pipeline.embed_jobs(find_jobs(slides), encoder, out, chosen, lambda *_: None, meter)
 
 

@@ -127,7 +127,8 @@ def _embed(slides: list[Path], encoder: Encoder, out: Path) -> list[Path]:
     from ...serving.embedding.pipeline import embed_jobs
     from ...serving.embedding.results import EmbedOptions
 
-    options = EmbedOptions(overlap_px=encoder.manifest.size_px // 2)
+    # the pictures are enlarged, so their tiles would count as blurred
+    options = EmbedOptions(overlap_px=encoder.manifest.size_px // 2, min_sharpness=0)
     names = ", ".join(slide.name for slide in slides)
     console.say(f"1  embedding {names} with {encoder.manifest.name}")
     with console.progress("embedding") as progress:

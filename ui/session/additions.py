@@ -37,6 +37,7 @@ from ...serving.embedding.pipeline import embed_jobs
 from ...serving.embedding.results import EmbedOptions
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
+from ...serving.slides.quality import listed
 from .addition import Addition, plain
 from .answers import now
 from .session import Session
@@ -340,6 +341,8 @@ class Additions:
             if source != job.path:
                 self._delete_upload(source)
         text = f"{added.tiles:,} tiles" if added.tiles else f"no tiles: {added.reason}"
+        if added.tiles and result.left_out_tiles:
+            text += f"; left out: {listed(result.left_out_tiles)}"
         self._set(number, state="done", message=text)
 
     def _set(self, number: str, **changes: Any) -> None:

@@ -1,0 +1,53 @@
+"""What was measured on the tiles of a slide or tile set, collected piece by piece."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+from numpy.typing import NDArray
+
+from ...artifacts.feature_files import QUALITY
+from ..slides.quality import Measures, counted
+
+
+class Measured:
+    """The measures of the tiles that were read, by their numbers."""
+
+    def __init__(self, count: int) -> None:
+        """Expect at most ``count`` tiles."""
+        self._quality = np.zeros((count, len(QUALITY)), dtype=np.float32)
+        self._faults = np.zeros(count, dtype=np.int8)
+        self._read = np.zeros(count, dtype=bool)
+
+    def add(self, numbers: Sequence[int], quality: Measures, faults: NDArray[np.int8]) -> None:
+        """Add tiles by their numbers (n,): measures (n, Q), and faults (n,), 0 for an embedded tile."""
+        rows = np.asarray(numbers, dtype=np.int64)
+        self._quality[rows], self._faults[rows], self._read[rows] = quality, faults, True
+
+    @property
+    def faults(self) -> NDArray[np.int8]:
+        """Why each tile (N,) was left out; 0 if it was embedded or unreadable."""
+        return self._faults
+
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of left-out tiles by reason."""
+        return counted(self._faults)
+
+    def embedded(self) -> NDArray[np.int64]:
+        """Return the numbers of the embedded tiles, ascending."""
+        return np.flatnonzero(self._read & (self._faults == 0))
+
+    def left_out(self) -> NDArray[np.int64]:
+        """Return the numbers of the tiles that were left out, ascending."""
+        return np.flatnonzero(self._faults)
+
+    def quality(self, numbers: NDArray[np.int64]) -> Measures:
+        """Return the measures (M, Q) of tiles by their numbers."""
+        return self._quality[numbers]
+
+    def codes(self, numbers: NDArray[np.int64]) -> list[int]:
+        """Return the faults of tiles by their numbers."""
+        codes: list[int] = self._faults[numbers].tolist()
+        return codes
