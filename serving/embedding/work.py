@@ -28,6 +28,7 @@ from ..slides.geojson import read_annotations
 from ..slides.quality import FAULTS, Limits
 from ..slides.scale import PRINT_MPP
 from ..slides.slide import Slide, open_slide
+from ..slides.tissue import METHOD
 from .job import Job, distinct_name
 from .measured import Measured
 from .results import EmbedOptions, Result
@@ -41,7 +42,7 @@ from .slide_work import (
 )
 
 LIMITS = "quality"
-"""Key under which features state their limits of quality."""
+"""Key under which features state their limits of quality, and how tissue was found."""
 MAX_UNREADABLE = 0.1
 """Maximum share of unreadable tiles; a slide or tile set with more is failed, not partial."""
 
@@ -300,7 +301,7 @@ class _Preparation:
             "mpp": mpp,
             "target_mpp": target_mpp,
             "min_tissue": options.min_tissue,
-            LIMITS: [options.min_sharpness, options.max_pen],
+            LIMITS: [options.min_sharpness, options.max_pen, METHOD],
             "row": {k: v for k, v in job.row.items() if k != "file"},
             **self.settings,
         }
@@ -343,8 +344,8 @@ class _Preparation:
         notes = [*map(str, about.get("notes", [])), *_moved_from(path, job)]
         if job.kind != "tiles" and LIMITS not in about.get("key", {}):
             notes.append(
-                "the features are of an earlier version, which left out no tiles for pen or blur; to leave "
-                "them out, delete the feature file and embed the slide again"
+                "the features are of an earlier version, which found less pale tissue and left out no "
+                "tiles for pen or blur; to change that, delete the feature file and embed the slide again"
             )
         if not self.look_only and (not _is_here(about, job) or "bounds" not in about):
             amend(path, job.location, {"bounds": about.get("bounds")})

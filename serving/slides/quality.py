@@ -24,7 +24,7 @@ SHARPNESS, PEN, GLASS = (QUALITY.index(name) for name in ("sharpness", "pen", "g
 EMPTY = 0.9
 """Share of glass above which a tile has too little to be called blurred."""
 MOSTLY = 0.5
-"""Share of a slide's tissue with the colours of ink above which these are the colours of its stain."""
+"""Share of the coloured tissue with the colours of ink above which these are the colours of the stain."""
 
 _LINES, _POINTS = 16, 12
 """Every which line measures the sharpness, and every which pixel of every which line the colours."""
@@ -93,14 +93,15 @@ def measure(tiles: NDArray[np.uint8]) -> Measures:
 
 
 def is_stain(thumbnail: Rgb, mask: NDArray[np.bool_]) -> bool:
-    """Whether the colours of ink are those of a slide's stain: most of its tissue has them.
+    """Whether the colours of ink are those of a slide's stain: most of its coloured tissue has them.
 
     Args:
         thumbnail: uint8 (H, W, 3).
         mask: (H, W), True where it shows tissue.
     """
-    tissue = thumbnail[mask]
-    return len(tissue) > 0 and float(_is_ink(_hsv(tissue[None])).mean()) > MOSTLY
+    hsv = _hsv(thumbnail[mask][None])
+    coloured = hsv[..., 1] > _MIN_SATURATION
+    return bool(coloured.any()) and float(_is_ink(hsv)[coloured].mean()) > MOSTLY
 
 
 def counted(codes: NDArray[np.int8] | Sequence[int]) -> dict[str, int]:

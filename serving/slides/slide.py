@@ -220,7 +220,7 @@ class Slide:
             )
         thumbnail = self.thumbnail()
         if regions is None:
-            mask = tissue_mask(thumbnail)
+            mask = tissue_mask(thumbnail, mpp * self.width / thumbnail.shape[1])
         else:
             size = thumbnail.shape[1], thumbnail.shape[0]
             mask = draw_mask(regions, size, self.width / thumbnail.shape[1])

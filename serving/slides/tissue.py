@@ -1,4 +1,4 @@
-"""Tissue detection on a thumbnail by colour saturation: stains are coloured, glass is not."""
+"""Tissue detection on a thumbnail: tissue absorbs more light than the glass beside it."""
 
 from __future__ import annotations
 
@@ -10,37 +10,147 @@ from ...artifacts.images import Rgb
 
 Mask = NDArray[np.bool_]
 
-MIN_SATURATION = 0.05
-"""Minimum threshold, so that Otsu's method does not split grey noise on an empty slide in two."""
+METHOD = "absorbance"
+"""Name of the method; features of slides state it."""
+GAP_UM = 25.0
+"""Gaps in tissue up to about twice this width count as tissue: alveoli, fat cells, space between cells."""
+MIN_ABSORBANCE, MAX_ABSORBANCE = 0.03, 0.07
+"""Range of the threshold, an optical density to base 10."""
+NOISE_TIMES = 4.0
+"""The threshold is at least this many times the noise of the glass."""
+STRONG = 0.15
+"""Density above which tissue need not have any texture."""
+DARK = 60
+"""Median grey level below which an image was taken on a dark ground, such as fluorescence."""
 
-MAX_THRESHOLD = 0.20
-"""Maximum threshold, so that pale stroma beside dark stains is kept."""
+_FLAT, _GREY_SPREAD = 2.0, 0.08
+"""Largest gradient (grey levels per pixel) and largest saturation of glass."""
+_BRIGHT, _PEAK_SHARE, _PEAK_RANGE = 110, 0.1, 45
+_WHITE, _ENOUGH_PX = 252, 1024
+_DARK_VALUE = 90
+_LOG = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
+_MIN_SATURATION, _MAX_SATURATION = 0.05, 0.20
 
 
-def tissue_mask(thumbnail: Rgb) -> Mask:
+def tissue_mask(thumbnail: Rgb, mpp: float | None = None) -> Mask:
     """Return True where a thumbnail (H, W, 3) shows tissue.
 
-    Tissue is where smoothed HSV saturation exceeds Otsu's threshold, clipped to 0.05 to 0.20. Nearly
-    black pixels (scan borders, pen) are not tissue. Specks under 0.01 % of the image are removed, and
-    holes of that size filled.
+    The glass is the most frequent colour among flat, bright, colourless pixels. Tissue is where the optical
+    density above the glass, in the channel that absorbs most, exceeds a threshold: Otsu's, scaled and
+    clipped to 0.03 to 0.07. So grey, pale and loose tissue is found, which has little colour. A density
+    below 0.15 counts only with colour, or where it changes from pixel to pixel: shading of the glass does
+    not count. Gaps up to twice ``GAP_UM`` are filled. Dark pixels without colour (scan borders, black ink)
+    are not tissue. Specks under 0.01 % of the image are removed, and holes of that size filled. An image on
+    a dark ground is divided by its saturation.
+
+    Args:
+        thumbnail: uint8 (H, W, 3).
+        mpp: micrometres per pixel of the thumbnail; when None, gaps of 1 % of the longer side are filled.
     """
-    from skimage.filters import gaussian, threshold_otsu
+    from scipy.ndimage import gaussian_filter, maximum_filter, minimum_filter
+    from skimage.filters import threshold_otsu
     from skimage.morphology import remove_small_holes, remove_small_objects
 
-    hsv = np.asarray(Image.fromarray(thumbnail).convert("HSV"))  # 20 times faster than in floats
-    saturation = gaussian(hsv[..., 1].astype(np.float32) / 255, 1.0)
-    value = hsv[..., 2] / np.float32(255)
-    usable = saturation[value > 0.1]
-    if usable.size == 0 or float(usable.max()) < MIN_SATURATION:
-        return np.zeros(thumbnail.shape[:2], dtype=bool)
-    cut = MIN_SATURATION
-    if float(np.ptp(usable)) > 1e-6:
-        cut = float(np.clip(threshold_otsu(usable), MIN_SATURATION, MAX_THRESHOLD))
-    mask = (saturation > cut) & (value > 0.1)
+    grey = thumbnail.dot(np.full(3, 1 / 3, np.float32))
+    glass = glass_colour(thumbnail, grey)
+    if glass is None and float(np.median(grey)) < DARK:
+        mask = _by_saturation(thumbnail)
+    else:
+        colour = np.array([245, 245, 245]) if glass is None else glass
+        tables = np.maximum(0, _LOG - _LOG[colour][:, None])  # (3, 256)
+        above = tables[0][thumbnail[..., 0]]
+        for channel in (1, 2):
+            np.maximum(above, tables[channel][thumbnail[..., channel]], out=above)
+        density = gaussian_filter(above, 1.0)
+        change = _change(density)
+        noise = still = 0.0
+        if glass is not None:
+            like_glass = np.abs(grey - colour.mean()) <= 4
+            if like_glass.any():
+                noise = float(np.median(density[like_glass]))
+                still = float(np.median(change[like_glass]))
+        cut = MIN_ABSORBANCE
+        if float(np.ptp(density)) > 1e-6:
+            otsu = float(threshold_otsu(np.minimum(density, 0.5)))
+            cut = float(np.clip(0.6 * otsu, MIN_ABSORBANCE, MAX_ABSORBANCE))
+        rough = maximum_filter((change > NOISE_TIMES * still).view(np.uint8), 5) > 0
+        brightest = thumbnail.max(2)
+        spread = brightest - thumbnail.min(2)
+        mask = density > max(cut, NOISE_TIMES * noise)
+        mask &= rough | (density > STRONG) | (spread > brightest // 8)  # the last: has colour
+        mask &= (brightest >= _DARK_VALUE) | (spread >= np.maximum(brightest // 4, 12))
     speck = max(4, mask.size // 10_000)
     mask = remove_small_objects(mask, max_size=speck)
-    filled: Mask = remove_small_holes(mask, max_size=speck)
+    gap = 0.005 * max(mask.shape) if mpp is None else GAP_UM / mpp
+    size = 2 * max(1, round(gap)) + 1
+    # the mask is repeated beyond the edge, so that tissue at the edge stays
+    closed = minimum_filter(maximum_filter(mask, size, mode="nearest"), size, mode="nearest")
+    filled: Mask = remove_small_holes(closed | mask, max_size=speck)
     return filled
+
+
+def glass_colour(thumbnail: Rgb, grey: NDArray[np.float32]) -> NDArray[np.uint8] | None:
+    """Return the colour (3,) of the glass on a thumbnail (H, W, 3) with grey levels (H, W), or None.
+
+    It is the brightest frequent colour. White counts only without another one, since files are white where
+    nothing was scanned.
+    """
+    from scipy.ndimage import gaussian_filter1d, gaussian_gradient_magnitude
+
+    step = max(1, max(grey.shape) // _ENOUGH_PX)
+    thumbnail, grey = thumbnail[::step, ::step], grey[::step, ::step]
+    brightest = thumbnail.max(2).astype(np.float32)
+    spread = (brightest - thumbnail.min(2)) / np.maximum(brightest, 1)
+    flat = gaussian_gradient_magnitude(grey, 1.0) < _FLAT
+    usable = flat & (grey > _BRIGHT) & (spread < _GREY_SPREAD)
+    if usable.mean() < 0.005:
+        return None
+    counts = np.bincount(grey[usable].round().astype(np.int64), minlength=256)
+    smooth = gaussian_filter1d(counts.astype(np.float64), 2)
+    shares = np.convolve(smooth, np.ones(13), "same") / smooth.sum()
+    inner = np.arange(1, 255)
+    peaks = inner[
+        (smooth[inner] >= smooth[inner - 1])
+        & (smooth[inner] > smooth[inner + 1])
+        & (shares[inner] > _PEAK_SHARE)
+    ]
+    if smooth[255] > smooth[254] and shares[255] > _PEAK_SHARE / 2:
+        peaks = np.append(peaks, 255)
+    if not len(peaks):
+        peaks = np.array([int(smooth.argmax())])
+    level = int(peaks.max())
+    below = peaks[(peaks < _WHITE) & (peaks >= level - _PEAK_RANGE)]
+    if level >= _WHITE and len(below):
+        level = int(below.max())
+    near = usable & (np.abs(grey - level) <= 6)
+    colour: NDArray[np.uint8] = np.median(thumbnail[near], axis=0).astype(np.uint8)
+    return colour
+
+
+def _change(values: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Return the larger difference (H, W) of left and right, or upper and lower, neighbours."""
+    change = np.zeros_like(values)
+    np.abs(values[:, 2:] - values[:, :-2], out=change[:, 1:-1])
+    np.maximum(change[1:-1], np.abs(values[2:] - values[:-2]), out=change[1:-1])
+    return change
+
+
+def _by_saturation(thumbnail: Rgb) -> Mask:
+    """Return where smoothed HSV saturation exceeds Otsu's threshold, clipped to 0.05 to 0.20."""
+    from scipy.ndimage import gaussian_filter
+    from skimage.filters import threshold_otsu
+
+    hsv = np.asarray(Image.fromarray(thumbnail).convert("HSV"))  # 20 times faster than in floats
+    saturation = gaussian_filter(hsv[..., 1].astype(np.float32) / 255, 1.0)
+    usable = hsv[..., 2] > 0.1 * 255
+    values = saturation[usable]
+    if values.size == 0 or float(values.max()) < _MIN_SATURATION:
+        return np.zeros(thumbnail.shape[:2], dtype=bool)
+    cut = _MIN_SATURATION
+    if float(np.ptp(values)) > 1e-6:
+        cut = float(np.clip(threshold_otsu(values), _MIN_SATURATION, _MAX_SATURATION))
+    mask: Mask = (saturation > cut) & usable
+    return mask
 
 
 def tissue_share(mask: Mask, boxes: NDArray[np.float64]) -> NDArray[np.float64]:
