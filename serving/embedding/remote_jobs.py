@@ -84,7 +84,7 @@ def _sorted_out(files: Sequence[RemoteFile], root: str) -> tuple[list[Job], list
             jobs.append(_mrxs(file.url, file.size, [f for f in files if f.url.startswith(folder)]))
         elif suffix in IN_PARTS:
             left_out.append(LeftOut(file.url, f"{IN_PARTS[suffix]}: copy them to a local folder"))
-        elif suffix in SLIDE_SUFFIXES or suffix in TIFF_SUFFIXES:
+        elif suffix in SLIDE_SUFFIXES or suffix in TIFF_SUFFIXES or suffix == ".czi":
             jobs.append(_one(file.url, file.size))
         elif suffix in SUFFIXES:
             left_out.append(

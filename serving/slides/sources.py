@@ -1,4 +1,4 @@
-"""Opening a slide with the reader for its format: OpenSlide, tifffile, or the plain image decoder."""
+"""Opening a slide with the reader for its format: OpenSlide, tifffile, Zeiss's, or that of plain images."""
 
 from __future__ import annotations
 
@@ -12,6 +12,8 @@ from ...artifacts.images import SUFFIXES, decode, profile_of
 from ...artifacts.slide_names import SLIDE_SUFFIXES
 from ...artifacts.unread import is_dicom
 from ...errors import BadInput, BrokenFile
+from .czi_source import SUFFIX as CZI
+from .czi_source import CziSource, reads_czi
 from .openslide_source import OpenSlideSource
 from .overview import Source
 from .profiles import of_image
@@ -76,7 +78,9 @@ def open_source(path: Path, series: int | None = None) -> Source:
     if is_openslide(path):
         try:
             source = OpenSlideSource(path)
-        except BadInput:
+        except BadInput as error:
+            if path.suffix.lower() == CZI:
+                return _by_zeiss(path, error)
             if not looks_like_tiff(path):
                 raise
             return _by_tifffile(path)
@@ -94,6 +98,15 @@ def open_source(path: Path, series: int | None = None) -> Source:
             f"({', '.join(sorted(SUFFIXES))})"
         )
     return ImageSource(path)
+
+
+def _by_zeiss(path: Path, error: BadInput) -> Source:
+    """Open a CZI file that OpenSlide recognises but cannot read."""
+    if not reads_czi():
+        raise BadInput(
+            f"{error}; if it is whole, Zeiss's library may read it: pip install 'histoseek[czi]'"
+        ) from error
+    return CziSource(path)
 
 
 def _by_tifffile(path: Path) -> Source:
@@ -125,6 +138,6 @@ def is_slide(path: Path) -> bool:
         return True
     if looks_like_tiff(path):
         return is_openslide(path) or is_ome(path)
-    if suffix == ".czi":
+    if suffix == CZI:
         return is_openslide(path)
     return suffix not in SUFFIXES and is_dicom(path) and is_openslide(path)
