@@ -39,7 +39,12 @@ def sha256_file(path: Path) -> str:
 
 
 def content_mark(path: Path) -> str:
-    """Return a quick mark of a file's content: SHA-256 of its size, first and last mebibyte."""
+    """Return a quick mark of a file's content: SHA-256 of its size, first and last mebibyte.
+
+    Of a folder (OME-Zarr) it is that of its metadata, and of the names and sizes of its smallest level.
+    """
+    if path.is_dir():
+        return _folder_mark(path)
     with open(path, "rb") as stream:
 
         def read(start: int, end: int) -> bytes:
@@ -47,6 +52,23 @@ def content_mark(path: Path) -> str:
             return stream.read(end - start)
 
         return mark_of(path.stat().st_size, read)
+
+
+def _folder_mark(path: Path) -> str:
+    metadata = sorted(
+        file
+        for pattern in ("zarr.json", ".z*", "*/zarr.json", "*/.z*", "*/*/.z*", "*/*/zarr.json")
+        for file in path.glob(pattern)
+        if file.is_file()
+    )
+    digest = hashlib.sha256()
+    for file in metadata:
+        digest.update(f"{file.relative_to(path)}\0".encode() + file.read_bytes())
+    last = next((file.parent for file in reversed(metadata) if file.parent != path), path)
+    for file in sorted(last.rglob("*")):
+        if file.is_file():
+            digest.update(f"{file.relative_to(path)} {file.stat().st_size}\0".encode())
+    return digest.hexdigest()
 
 
 def mark_of(size: int, read: Callable[[int, int], bytes]) -> str:

@@ -29,7 +29,7 @@ SLIDE_SUFFIXES = frozenset(
 
 TIFF_SUFFIXES = (".tif", ".tiff", ".qptiff", ".btf", ".tf2", ".tf8")
 SLIDE_ENDINGS = (
-    *(".ome.tif", ".ome.tiff", ".ome.btf", ".czi"),
+    *(".ome.tif", ".ome.tiff", ".ome.btf", ".ome.zarr", ".zarr", ".czi"),
     *sorted({*SLIDE_SUFFIXES, *TIFF_SUFFIXES, *SUFFIXES}),
 )
 """Endings of slide files that a name may omit; no other part of a name may be omitted."""

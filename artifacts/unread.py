@@ -13,6 +13,8 @@ UNREAD_FORMATS = {
     ".nd2": "Nikon ND2", ".sdpc": "TEKSQRAY SDPC", ".svsx": "SVSX", ".tmap": "UNIC TMAP",
     ".tron": "InteMedic TRON", ".zarr": "OME-Zarr",
 }  # fmt: skip
+ZARR = ".zarr"
+"""Suffix of folders that are one image."""
 ARCHIVES = frozenset({".7z", ".bz2", ".gz", ".rar", ".tar", ".tgz", ".xz", ".zip", ".zst"})
 INDEXES = frozenset({".vms", ".vmu"})
 """Index files: text files that name the images of a slide."""
@@ -46,7 +48,7 @@ def belongs_to(here: Path, folders: Sequence[str], files: Sequence[str]) -> dict
             reasons[stem] = None
         elif suffix == ".vsi" and any((here / f"_{stem}_").glob("*/*.ets")):
             reasons[f"_{stem}_"] = None
-    zarrs = (name for name in folders if name.lower().endswith(".zarr"))
+    zarrs = (name for name in folders if name.lower().endswith(ZARR))
     return reasons | {name: why_unread(Path(name)) for name in zarrs}
 
 

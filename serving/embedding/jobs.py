@@ -18,8 +18,11 @@ from ...artifacts.unread import belongs_to, is_dicom, parts_of, why_unread
 from ...artifacts.walking import LeftOut, once, walk
 from ...errors import BadInput
 from ..slides.sources import is_slide
+from ..slides.zarr_source import is_ome_zarr, reads_zarr
 from .job import Job, Kind, distinct_name, name_of
 from .remote_jobs import remote_jobs
+
+WITHOUT_ZARR = "OME-Zarr: run pip install 'histoseek[zarr]' to read it"
 
 
 @dataclass(frozen=True)
@@ -81,7 +84,9 @@ def find_inputs(
             left_out += others
             continue
         source = Path(given)
-        if source.is_dir():
+        if source.is_dir() and is_ome_zarr(source):
+            jobs.append(Job(name_of(source, "slide"), source, "slide"))
+        elif source.is_dir():
             folder_jobs, others = _folder_jobs(source, kind)
             jobs += folder_jobs
             left_out += others
@@ -130,11 +135,14 @@ def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
     parts = parts_of(walked.files)
     files = [file for file in walked.files if file not in parts]
     slides = [file for file in files if is_slide(file)]
+    zarrs = [Path(left.path) for left in walked.left_out if is_ome_zarr(Path(left.path))]
     used = set(slides)
+    slides = sorted([*slides, *(zarrs if reads_zarr() else [])])
     images = [file for file in files if file not in used and file.suffix.lower() in SUFFIXES]
     used.update(images)
     left_out = [
-        *walked.left_out,
+        *(left for left in walked.left_out if Path(left.path) not in zarrs),
+        *(LeftOut(str(path), WITHOUT_ZARR) for path in zarrs if not reads_zarr()),
         *(LeftOut(str(file), why_unread(file)) for file in files if file not in used),
     ]
     has_manifest = (folder / MANIFEST).is_file()

@@ -19,6 +19,7 @@ from .overview import Source
 from .profiles import of_image
 from .tiff_series import is_largest, the_slide
 from .tiff_source import BY_TAG, TiffSource, is_ome, looks_like_tiff
+from .zarr_source import ZarrSource
 
 MAX_IMAGE_PX = 170_000_000
 
@@ -66,6 +67,8 @@ def open_source(path: Path, series: int | None = None) -> Source:
     Raises:
         BadInput: no reader can open the file.
     """
+    if path.is_dir():
+        return ZarrSource(path, series)
     if series is not None:
         return TiffSource(path, series)
     if looks_like_tiff(path) and is_ome(path):

@@ -28,6 +28,7 @@ PARTS = (
     ("ray", ("ray", "fsspec"), "ray", "embed on many machines", False),
     ("s3", ("s3fs",), "s3", "slides and features in S3", False),
     ("CZI", ("pylibCZIrw",), "czi", "Zeiss CZI slides", False),
+    ("OME-Zarr", ("zarr",), "zarr", "OME-Zarr slides", False),
     ("metrics", ("prometheus_client",), "metrics", "metrics of histoseek embed", False),
     ("milvus", ("pymilvus",), "milvus", "search in Milvus", False),
     ("bridges", ("pyarrow", "anndata"), "bridges", "export to Parquet and AnnData", False),
