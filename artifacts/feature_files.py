@@ -237,31 +237,30 @@ def _quality(path: Path, stored: h5py.Group, key: str, rows: int) -> NDArray[np.
 
 
 def _left_out(path: Path, stored: h5py.File) -> LeftOutTiles | None:
+    """Return the tiles left out; None without any, or if the group has another form."""
     group = stored.get("left_out")
-    if not isinstance(group, h5py.Group) or {"coords", "quality", "reasons"} - set(group):
+    try:
+        if not isinstance(group, h5py.Group) or group["coords"].shape[0] > MAX_ROWS:
+            return None
+        coords = whole_pixels(np.asarray(group["coords"][()]).reshape(-1, 2), path)
+        texts = tuple(value.decode("utf-8") for value in group["reasons"][()])
+        quality = _quality(path, group, "quality", len(coords))
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError, BadInput):
+        return None  # of another program
+    if quality is None or len(texts) != len(coords):
         return None
-    coords, reasons = group["coords"], group["reasons"]
-    rows = coords.shape[0] if coords.shape else 0
-    if coords.shape != (rows, 2) or reasons.shape != (rows,) or rows > MAX_ROWS:
-        raise BadInput(
-            f"{path}: left-out coords {coords.shape} and reasons {reasons.shape}; expected (M, 2) and "
-            f"(M,), at most {MAX_ROWS:,} rows"
-        )
-    quality = _quality(path, group, "quality", rows)
-    if quality is None:
-        return None
-    texts = tuple(value.decode("utf-8") for value in reasons[()])
-    return LeftOutTiles(whole_pixels(coords[()], path), quality, texts)
+    return LeftOutTiles(coords, quality, texts)
 
 
-def read_left_out(path: Path) -> LeftOutTiles | None:
-    """Return the tiles that a feature file states as left out; None without any.
+def read_places(path: Path) -> tuple[NDArray[np.int64], LeftOutTiles | None]:
+    """Return the coordinates (N, 2) of a feature file's tiles, and the tiles that were left out.
 
     Raises:
         HistoseekError: the file cannot be read.
     """
     with shielded(), open_hdf5(path) as stored:
-        return _left_out(path, stored)
+        coords = whole_pixels(np.asarray(stored["coords"][()]).reshape(-1, 2), path)
+        return coords, _left_out(path, stored)
 
 
 def plain_shape(data: h5py.Dataset) -> tuple[int, ...]:

@@ -46,6 +46,8 @@ class Kind(Enum):
     """The file of a fitted clustering."""
     PLACEMENT = "placement"
     """The assignments of one slide's tiles in one clustering."""
+    QUALITY = "quality"
+    """The measures of one slide's tiles, which its feature file has, too."""
     MAP = "map"
     """The map that the page shows."""
     LINK = "link"
@@ -65,7 +67,11 @@ class Problem:
     kind: Kind = Kind.TRUTH
 
 
-ROWS = {"generations": Kind.INDEX, "placements": Kind.PLACEMENT}
+ROWS = {
+    "generations": Kind.INDEX,
+    "placements": Kind.PLACEMENT,
+    quality.TABLE: Kind.QUALITY,
+}
 """Tables whose rows can be rebuilt."""
 REBUILT = "(it can be rebuilt)"
 
@@ -103,7 +109,7 @@ def _database(atlas: OpenAtlas) -> list[Problem]:
         for table in tables:
             for row in atlas.catalog.rows(f"SELECT * FROM {table}"):
                 if seal(dict(row)) != row[SEAL]:
-                    name = " ".join(map(str, row[:2]))[:60]
+                    name = " ".join(str(v) for v in row[:2] if not isinstance(v, bytes))[:60]
                     text = f"atlas.db: a row of {table} ({name}) is damaged"
                     found.append(Problem(text, ROWS.get(table, Kind.TRUTH)))
     except (HistoseekError, sqlite3.Error, UnicodeDecodeError) as error:
@@ -160,6 +166,9 @@ def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
     except HistoseekError as error:
         return [Problem(str(error))]
     found = []
+    if item.quality is not None and slide["id"] not in _with_quality(atlas):
+        text = f"slide {slide['name']!r} lacks the measures of its tiles in atlas.db {REBUILT}"
+        found.append(Problem(text, Kind.QUALITY))
     count, places = len(item.features), unpack_places(slide["places"])
     lengths = {
         "in the catalog": slide["tiles"],
@@ -186,6 +195,36 @@ def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
                 Problem(f"slide {slide['name']!r}: its mosaic has tiles that do not exist")
             )
     return found
+
+
+def _with_quality(atlas: OpenAtlas) -> set[int]:
+    """Return the ids of the slides with intact measures of all their tiles."""
+    with atlas.catalog.read() as db:
+        if not has_table(db, quality.TABLE):
+            return set()
+        rows = db.execute(
+            f"SELECT q.*, s.tiles FROM {quality.TABLE} AS q JOIN slides AS s ON s.id = q.slide_id"
+        ).fetchall()
+    intact = set()
+    for row in map(dict, rows):
+        tiles = row.pop("tiles")
+        if seal(row) == row[SEAL] and len(row["quality"]) == tiles * quality.BYTES:
+            intact.add(row["slide_id"])
+    return intact
+
+
+def _measures_again(atlas: OpenAtlas) -> list[str]:
+    """Restore damaged or missing measures from the feature files."""
+    intact, restored = _with_quality(atlas), 0
+    for slide in map(dict, atlas.catalog.rows("SELECT * FROM slides")):
+        if slide["id"] in intact:
+            continue
+        measures = read_features(atlas.path / slide["features_file"]).quality
+        if measures is not None:
+            with atlas.catalog.write() as db:
+                quality.store(db, slide["id"], measures)
+            restored += 1
+    return [f"the measures of the tiles of {restored} slides were restored"] if restored else []
 
 
 def _placements(atlas: OpenAtlas) -> list[Problem]:
@@ -253,6 +292,7 @@ def repair(atlas: OpenAtlas, writer: Writer) -> list[str]:
         if _file(atlas.path / row["file"], row["sha256"], Kind.CLUSTERS):
             _try(done, partial(_fit_again, atlas, row))
     _try(done, lambda: _assign_again(atlas))
+    _try(done, lambda: _measures_again(atlas))
     if _map(atlas):
         (atlas.path / layout.FILE).unlink()
         done.append("the damaged map was deleted; it will be rebuilt when it is needed")

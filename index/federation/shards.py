@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.feature_files import QUALITY
 from ...errors import BadInput
 from ..atlas import Atlas
 from ..exchange.milvus import MilvusAtlas
@@ -171,7 +172,7 @@ class MilvusShard(Shard):
         scales = _range([*slide, None][4] for slide in about.slides.values())
         self._known = Facts(
             about.encoder, about.sha256, about.dim, about.metric, about.revision, None, names,
-            frozenset(fields), frozenset({"file", *ANNOTATION_FIELDS}), scales,
+            frozenset(fields), frozenset({"file", *ANNOTATION_FIELDS, *QUALITY} - fields), scales,
         )  # fmt: skip
         return self._known
 

@@ -20,6 +20,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.feature_files import QUALITY
 from ...artifacts.geojson import inside
+from ...errors import Damaged
 from ..store import packing
 from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from ..store.annotation import Annotation, of_row
@@ -324,6 +325,11 @@ class Columns:
         values = np.full(len(self), np.nan, dtype=np.float32)
         if self._quality is not None:
             for tiles, part in self._stored(self._quality):
+                if len(part) != tiles.stop - tiles.start:
+                    raise Damaged(
+                        "the quality of tiles in the atlas's database is incomplete; run `histoseek index "
+                        "verify --repair`"
+                    )
                 values[tiles] = part[:, QUALITY.index(measure)]
         return values
 

@@ -27,6 +27,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...artifacts.feature_files import QUALITY
 from ...errors import BadInput, unknown_name
 from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from .columns import NOT_PLACED, Columns
@@ -208,6 +209,11 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
         return _files(columns, wanted)
     if field in ANNOTATION_FIELDS:
         return _annotations(columns, wanted)
+    if field in QUALITY and field not in columns.names():
+        raise BadInput(
+            f"no slide of the atlas has the measure {field!r}: delete the features from an earlier "
+            "version, embed the slides again, and add them with --replace"
+        )
     if field not in columns.names():
         raise BadInput(str(unknown_name("field", field, columns.fields())))
     coded = columns.coded(field)

@@ -14,12 +14,20 @@ from .packing import REMEDY, pack_numbers, unpack_numbers
 from .schema import has_table
 
 TABLE = "tile_quality"
+BYTES = 2 * len(QUALITY)
+"""Bytes of the measures of one tile."""
+MOST = 60_000.0
+"""Largest stored measure; more does not fit into 16 bits."""
 
 
 def store(db: sqlite3.Connection, slide: int, quality: NDArray[np.float32]) -> None:
     """Store the quality (N, Q) of a slide's tiles, by slide id, in the caller's transaction."""
     db.execute(f"DELETE FROM {TABLE} WHERE slide_id = ?", (slide,))
-    insert(db, TABLE, {"slide_id": slide, "quality": pack_numbers(quality, "<f2")})
+    insert(
+        db,
+        TABLE,
+        {"slide_id": slide, "quality": pack_numbers(np.clip(quality, -MOST, MOST), "<f2")},
+    )
 
 
 def slides_with(db: sqlite3.Connection) -> frozenset[int]:

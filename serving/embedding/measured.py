@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.feature_files import QUALITY
-from ..slides.quality import Measures, counted
+from ..slides.quality import FAULTS, UNREADABLE, Measures, counted
 
 
 class Measured:
@@ -25,10 +25,9 @@ class Measured:
         rows = np.asarray(numbers, dtype=np.int64)
         self._quality[rows], self._faults[rows], self._read[rows] = quality, faults, True
 
-    @property
-    def faults(self) -> NDArray[np.int8]:
-        """Why each tile (N,) was left out; 0 if it was embedded or unreadable."""
-        return self._faults
+    def drawn(self) -> NDArray[np.int8]:
+        """Return why each tile (N,) was not embedded, as indices into ``FAULTS``; 0 if it was."""
+        return np.where(self._read, self._faults, np.int8(FAULTS.index(UNREADABLE)))
 
     @property
     def counts(self) -> dict[str, int]:

@@ -364,7 +364,7 @@ class _Run:
             return failed(work.job, slide.error)
         refuse_if_broken(work, slide.unreadable)
         features = work.describe(slide.measured, slide.unreadable)
-        work.draw(slide.measured.faults)  # before the features, whose file says that all is done
+        work.draw(slide.measured.drawn())  # before the features, whose file says that all is done
         self._writer(slide).publish(features)
         state: State = "done" if slide.embedded else "empty"
         reason = features.about["reason"]

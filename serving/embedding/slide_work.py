@@ -26,6 +26,9 @@ from .job import Job
 from .measured import Measured
 from .results import EmbedOptions
 
+ENLARGED = 1.2
+"""Tiles that are enlarged by more are not called blurred."""
+
 
 @dataclass(frozen=True)
 class StatedScale:
@@ -107,8 +110,15 @@ class SlideWork:
         if self.limits.max_pen < 1 and is_stain(self.grid.thumbnail, self.grid.mask):
             self.limits = replace(self.limits, max_pen=1.0)
             self.notes.append(
-                "most of the tissue has the colours of pen ink, as with a blue or green stain, so no tile "
+                "much of the tissue has the colours of pen ink, as with a blue or green stain, so no tile "
                 "was left out as pen"
+            )
+        enlarged = self.grid.mpp / self.grid.target_mpp
+        if enlarged > ENLARGED and self.limits.min_sharpness:
+            self.limits = replace(self.limits, min_sharpness=0.0)
+            self.notes.append(
+                f"the slide is coarser than its tiles, which are enlarged {enlarged:.2g} times, so none "
+                "was left out as blurred"
             )
         nothing = np.zeros((0, 0, 3), dtype=np.uint8)
         self.grid = replace(self.grid, thumbnail=nothing, mask=nothing[..., 0] > 0)
@@ -139,7 +149,7 @@ class SlideWork:
         elif len(left_out) and not len(embedded):
             reason = (
                 f"{listed(measured.counts)} of {self.count} tiles were left out, and no other could be "
-                "embedded; to embed them, pass --min-sharpness 0 --max-pen 1"
+                "embedded; `histoseek embed --min-sharpness 0 --max-pen 1` embeds them"
             )
         return Features(
             name=self.name,

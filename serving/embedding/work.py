@@ -7,14 +7,14 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.feature_files import Features, magnification, read_about, read_left_out
+from ...artifacts.feature_files import Features, magnification, read_about, read_places
 from ...artifacts.feature_writer import amend
 from ...artifacts.files import content_mark, sha256_file
 from ...artifacts.geojson import moved
@@ -240,7 +240,7 @@ class _Preparation:
         drawing = drawing_of(grid, name, out, options)
         if complete:
             if drawing is not None:
-                drawing.write(_faults_in(path, drawing))
+                _draw_again(path, drawing)
             return self._done_before(name, path)
         limits = Limits(options.min_sharpness, options.max_pen)
         work = SlideWork(job, slide, grid, manifest, name, path, key, stated, limits, drawing)
@@ -371,15 +371,20 @@ def _same_settings(stored: Any, key: dict[str, Any]) -> bool:
     return bool(stored == key)
 
 
-def _faults_in(path: Path, drawing: Drawing) -> NDArray[np.int8]:
-    """Return why each tile of a drawing was left out, as the feature file states."""
-    faults = np.zeros(len(drawing.coords), dtype=np.int8)
-    stated = read_left_out(path)
-    if stated is not None:
-        reasons = dict(zip(map(tuple, stated.coords.tolist()), stated.reasons, strict=True))
-        for row, corner in enumerate(map(tuple, drawing.coords.tolist())):
-            faults[row] = FAULTS.index(reasons.get(corner, ""))
-    return faults
+def _draw_again(path: Path, drawing: Drawing) -> None:
+    """Write the overlay files of a slide that is done, with the tiles that its features state."""
+    coords, left_out = read_places(path)
+    faults = [""] * len(coords)
+    if left_out is not None:  # drawn in the order of the grid, as before
+        coords = np.concatenate([coords, left_out.coords])
+        faults += left_out.reasons
+        rank = {corner: n for n, corner in enumerate(map(tuple, drawing.coords.tolist()))}
+        order = sorted(
+            range(len(coords)), key=lambda n: rank.get((int(coords[n, 0]), int(coords[n, 1])), n)
+        )
+        coords, faults = coords[order], [faults[n] for n in order]
+    codes = [FAULTS.index(fault) if fault in FAULTS else 0 for fault in faults]
+    replace(drawing, coords=coords).write(np.array(codes, dtype=np.int8))
 
 
 def _is_here(about: dict[str, Any], job: Job) -> bool:

@@ -20,7 +20,7 @@ SUFFIX = ".czi"
 TYPES = ("Bgr24", "Gray8")
 ALIKE = 12.0
 """Largest mean difference (grey levels) between a level of the pyramid and the reduced finest level."""
-_PROBE_PX = 128
+_PROBE_PX, _READ_PX = 128, 4096
 _WHITE = (1.0, 1.0, 1.0)
 
 
@@ -96,8 +96,7 @@ class CziSource(Source):
 
     def _is_like_level_0(self, factor: int, size: tuple[int, int]) -> bool:
         """Whether the middle of a level looks like the same part of the finest level."""
-        wide, high = min(size[0], _PROBE_PX), min(size[1], _PROBE_PX)
-        side = min(wide, high)
+        side = min(*size, _PROBE_PX, max(1, _READ_PX // factor))
         x, y = (size[0] - side) // 2 * factor, (size[1] - side) // 2 * factor
         coarse = self._read(x, y, factor, side, side)
         fine = resample(self._read(x, y, 1, side * factor, side * factor), side)

@@ -17,7 +17,7 @@ from .slide import Grid
 LONGEST = 1024
 _TISSUE = (0, 110, 60)
 _TILE = (20, 70, 200)
-_LEFT_OUT = {"pen": (200, 0, 160), "blurred": (230, 110, 0)}
+_LEFT_OUT = {"pen": (200, 0, 160), "blurred": (230, 110, 0), "unreadable": (90, 90, 90)}
 _STRIP_PX = 26
 
 
@@ -52,7 +52,7 @@ def draw_overlay(
 ) -> Rgb:
     """Draw the tissue outlines (green), the tiles (blue), and a caption.
 
-    Tiles that were left out are crossed out: pen in purple, blurred in orange.
+    Tiles that were not embedded are crossed out: pen in purple, blurred in orange, unreadable in grey.
 
     Args:
         behind: the slide.

@@ -18,15 +18,18 @@ from ...artifacts.images import Rgb
 
 Measures = NDArray[np.float32]
 
-FAULTS = ("", "pen", "blurred")
-"""Why a tile is left out, by its code; "" for a tile that is kept."""
-SHARPNESS, PEN, GLASS = (QUALITY.index(name) for name in ("sharpness", "pen", "glass"))
+UNREADABLE = "unreadable"
+FAULTS = ("", "pen", "blurred", UNREADABLE)
+"""Why a tile is not embedded, by its code; "" for an embedded tile."""
+SHARPNESS, PEN, DARK, GLASS = (
+    QUALITY.index(name) for name in ("sharpness", "pen", "dark", "glass")
+)
 EMPTY = 0.9
-"""Share of glass above which a tile has too little to be called blurred."""
-MOSTLY = 0.5
-"""Share of the coloured tissue with the colours of ink above which these are the colours of the stain."""
+"""Share of glass and darkness above which a tile has too little to be called blurred."""
+MUCH, SOLID = 0.25, 0.97
+"""Share of the tissue with the colours of ink, and share of ink around ink, that tell stain from pen."""
 
-_LINES, _POINTS = 16, 12
+_LINES, _POINTS, _SMALLEST_PX = 16, 12, 16
 """Every which line measures the sharpness, and every which pixel of every which line the colours."""
 _BLURRED = 17**-0.5
 """The first ratio of :func:`_sharpness` for an image without fine detail, before it is rescaled."""
@@ -36,10 +39,12 @@ _FLAT = 2.0
 """Variance added to the divisor, so that rounding does not look like detail on empty tiles."""
 _DENSITY = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
 # Hue in 1/256 of a turn, saturation and value from 0 to 255.
-_GREEN, _BLUE = (53, 135), (135, 174)
-_MIN_SATURATION, _MIN_SATURATION_OF_BLUE, _MIN_VALUE = 64, 128, 31
-_BLACK = 51
-_PALE, _BRIGHT = 13, 204
+_GREEN, _CYAN, _BLUE = (53, 135), (135, 160), (160, 174)
+_MIN_SATURATION = {_GREEN: 64, _CYAN: 128, _BLUE: 175}
+"""Least saturation of ink by hue; haematoxylin is blue, too, but less saturated."""
+_MIN_VALUE, _BLACK = 31, 51
+_COLOURED = 20
+_PALE, _BRIGHT = 26, 150
 
 
 @dataclass(frozen=True)
@@ -47,7 +52,7 @@ class Limits:
     """Which tiles of a slide are left out.
 
     Attributes:
-        min_sharpness: tiles below are left out as blurred, but for those that are nearly all glass.
+        min_sharpness: tiles below are left out as blurred, unless they are nearly all glass, or black.
         max_pen: tiles with a larger share of ink are left out as pen.
     """
 
@@ -57,7 +62,8 @@ class Limits:
     def faults(self, measures: Measures) -> NDArray[np.int8]:
         """Return the fault of each tile (N,) as an index into :data:`FAULTS`, from measures (N, Q)."""
         codes = np.zeros(len(measures), dtype=np.int8)
-        blurred = (measures[:, SHARPNESS] < self.min_sharpness) & (measures[:, GLASS] <= EMPTY)
+        empty = measures[:, GLASS] + measures[:, DARK] > EMPTY
+        blurred = (measures[:, SHARPNESS] < self.min_sharpness) & ~empty
         codes[blurred] = FAULTS.index("blurred")
         codes[measures[:, PEN] > self.max_pen] = FAULTS.index("pen")
         return codes
@@ -69,14 +75,14 @@ def measure(tiles: NDArray[np.uint8]) -> Measures:
     - ``sharpness``: contrast of neighbouring pixels in proportion to that of pixels farther apart; 0 for
       an image without fine detail, typically .2 to .6 for tissue in focus. It does not depend on the
       strength of the stain.
-    - ``pen``: share of the pixels with a colour of ink (green, cyan, strong blue) that haematoxylin, eosin
-      and DAB do not have. Red and black ink have the colours of tissue and are not found.
+    - ``pen``: share of the pixels with a colour of ink: green, cyan, or a blue more saturated than that of
+      haematoxylin. Red and black ink have the colours of tissue and are not found.
     - ``dark``: share of nearly black pixels, such as folds, ink, and the border of a scan.
     - ``glass``: share of bright pixels without colour.
     - ``density``: mean optical density (to base 10) over pixels and channels.
     """
-    start = min(_POINTS, tiles.shape[1]) // 2
-    points = np.ascontiguousarray(tiles[:, start::_POINTS, start::_POINTS])
+    step = max(1, min(_POINTS, tiles.shape[1] // 8))
+    points = np.ascontiguousarray(tiles[:, step // 2 :: step, step // 2 :: step])
     count = len(points)
     hsv = _hsv(points.reshape(count, -1, 3))
     measures = np.empty((count, len(QUALITY)), dtype=np.float32)
@@ -93,15 +99,22 @@ def measure(tiles: NDArray[np.uint8]) -> Measures:
 
 
 def is_stain(thumbnail: Rgb, mask: NDArray[np.bool_]) -> bool:
-    """Whether the colours of ink are those of a slide's stain: most of its coloured tissue has them.
+    """Whether the colours of ink are those of a slide's stain: much tissue has them, mixed with others.
+
+    Strokes of a pen are solid: nearly all pixels around a pixel of ink are ink, too.
 
     Args:
         thumbnail: uint8 (H, W, 3).
         mask: (H, W), True where it shows tissue.
     """
-    hsv = _hsv(thumbnail[mask][None])
-    coloured = hsv[..., 1] > _MIN_SATURATION
-    return bool(coloured.any()) and float(_is_ink(hsv)[coloured].mean()) > MOSTLY
+    from scipy.ndimage import uniform_filter
+
+    hsv = _hsv(thumbnail)
+    coloured, ink = mask & (hsv[..., 1] > _COLOURED), _is_ink(hsv)
+    if not coloured.any() or ink[coloured].mean() <= MUCH:
+        return False
+    around = uniform_filter(ink.astype(np.float32), 9)[ink & mask]
+    return float(np.median(around)) < SOLID
 
 
 def counted(codes: NDArray[np.int8] | Sequence[int]) -> dict[str, int]:
@@ -122,9 +135,10 @@ def _hsv(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 def _is_ink(hsv: NDArray[np.uint8]) -> NDArray[np.bool_]:
     hue, saturation, value = (hsv[..., channel] for channel in range(3))
-    green = (hue >= _GREEN[0]) & (hue < _GREEN[1]) & (saturation > _MIN_SATURATION)
-    blue = (hue >= _BLUE[0]) & (hue < _BLUE[1]) & (saturation > _MIN_SATURATION_OF_BLUE)
-    return (green | blue) & (value > _MIN_VALUE)
+    ink = np.zeros(hue.shape, dtype=bool)
+    for (first, end), least in _MIN_SATURATION.items():
+        ink |= (hue >= first) & (hue < end) & (saturation > least)
+    return ink & (value > _MIN_VALUE)
 
 
 def _sharpness(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
@@ -135,6 +149,8 @@ def _sharpness(grey: NDArray[np.uint8]) -> NDArray[np.float64]:
     noisy images. An image sampled without smoothing has much detail at 1 pixel; the second ratio is for
     those.
     """
+    if grey.shape[1] < _SMALLEST_PX:
+        return np.ones(len(grey))
     start = min(_LINES, grey.shape[1]) // 2
     across, down = grey[:, start::_LINES], grey[:, :, start::_LINES]
     lines = np.concatenate([across, down.transpose(0, 2, 1)], axis=1).astype(np.float32)

@@ -10,7 +10,7 @@ import numpy as np
 from ...errors import BadInput
 from .overview import overview
 from .tiff_source import TiffSource, open_tiff
-from .tissue import tissue_mask
+from .tissue import by_saturation
 
 RIVAL = 0.5
 """Minimum share of the largest image's area for another image to be a candidate for the slide."""
@@ -69,7 +69,7 @@ def _shows_tissue(path: Path, number: int) -> bool:
     try:
         source = TiffSource(path, number)
         try:
-            return bool(tissue_mask(np.asarray(overview(source, LOOK_PX, path))).any())
+            return bool(by_saturation(np.asarray(overview(source, LOOK_PX, path))).any())
         finally:
             source.close()
     except BadInput:

@@ -23,9 +23,11 @@ STRONG = 0.15
 DARK = 60
 """Median grey level below which an image was taken on a dark ground, such as fluorescence."""
 
-_FLAT, _GREY_SPREAD = 2.0, 0.08
-"""Largest gradient (grey levels per pixel) and largest saturation of glass."""
-_BRIGHT, _PEAK_SHARE, _PEAK_RANGE = 110, 0.1, 45
+_FLAT, _BRIGHT, _GREY_SPREAD, _LEAST = 2.0, 110, 0.08, 0.005
+"""Of glass: largest gradient (levels per pixel), least grey level, largest saturation, least share."""
+_TINT_SPREAD, _BRIGHT_TINT, _LEAST_TINTED = 0.2, 170, 0.05
+"""The same for tinted glass, which is looked for if there is no colourless one."""
+_PEAK_SHARE = 0.1
 _WHITE, _ENOUGH_PX = 252, 1024
 _DARK_VALUE = 90
 _LOG = -np.log10((np.arange(256, dtype=np.float32) + 1) / 256)
@@ -35,8 +37,8 @@ _MIN_SATURATION, _MAX_SATURATION = 0.05, 0.20
 def tissue_mask(thumbnail: Rgb, mpp: float | None = None) -> Mask:
     """Return True where a thumbnail (H, W, 3) shows tissue.
 
-    The glass is the most frequent colour among flat, bright, colourless pixels. Tissue is where the optical
-    density above the glass, in the channel that absorbs most, exceeds a threshold: Otsu's, scaled and
+    The glass is the brightest frequent colour of flat, bright, colourless pixels. Tissue is where the
+    optical density above it, in the channel that absorbs most, exceeds a threshold: Otsu's, scaled and
     clipped to 0.03 to 0.07. So grey, pale and loose tissue is found, which has little colour. A density
     below 0.15 counts only with colour, or where it changes from pixel to pixel: shading of the glass does
     not count. Gaps up to twice ``GAP_UM`` are filled. Dark pixels without colour (scan borders, black ink)
@@ -54,7 +56,7 @@ def tissue_mask(thumbnail: Rgb, mpp: float | None = None) -> Mask:
     grey = thumbnail.dot(np.full(3, 1 / 3, np.float32))
     glass = glass_colour(thumbnail, grey)
     if glass is None and float(np.median(grey)) < DARK:
-        mask = _by_saturation(thumbnail)
+        mask = by_saturation(thumbnail)
     else:
         colour = np.array([245, 245, 245]) if glass is None else glass
         tables = np.maximum(0, _LOG - _LOG[colour][:, None])  # (3, 256)
@@ -80,12 +82,12 @@ def tissue_mask(thumbnail: Rgb, mpp: float | None = None) -> Mask:
         mask &= rough | (density > STRONG) | (spread > brightest // 8)  # the last: has colour
         mask &= (brightest >= _DARK_VALUE) | (spread >= np.maximum(brightest // 4, 12))
     speck = max(4, mask.size // 10_000)
-    mask = remove_small_objects(mask, max_size=speck)
     gap = 0.005 * max(mask.shape) if mpp is None else GAP_UM / mpp
     size = 2 * max(1, round(gap)) + 1
     # the mask is repeated beyond the edge, so that tissue at the edge stays
     closed = minimum_filter(maximum_filter(mask, size, mode="nearest"), size, mode="nearest")
-    filled: Mask = remove_small_holes(closed | mask, max_size=speck)
+    without_specks = remove_small_objects(closed | mask, max_size=speck)
+    filled: Mask = remove_small_holes(without_specks, max_size=speck)
     return filled
 
 
@@ -101,10 +103,12 @@ def glass_colour(thumbnail: Rgb, grey: NDArray[np.float32]) -> NDArray[np.uint8]
     thumbnail, grey = thumbnail[::step, ::step], grey[::step, ::step]
     brightest = thumbnail.max(2).astype(np.float32)
     spread = (brightest - thumbnail.min(2)) / np.maximum(brightest, 1)
-    flat = gaussian_gradient_magnitude(grey, 1.0) < _FLAT
-    usable = flat & (grey > _BRIGHT) & (spread < _GREY_SPREAD)
-    if usable.mean() < 0.005:
-        return None
+    flat = (gaussian_gradient_magnitude(grey, 1.0) < _FLAT) & (grey > _BRIGHT)
+    usable = flat & (spread < _GREY_SPREAD)
+    if usable.mean() < _LEAST:
+        usable = flat & (spread < _TINT_SPREAD) & (grey > _BRIGHT_TINT)
+        if usable.mean() < _LEAST_TINTED:
+            return None
     counts = np.bincount(grey[usable].round().astype(np.int64), minlength=256)
     smooth = gaussian_filter1d(counts.astype(np.float64), 2)
     shares = np.convolve(smooth, np.ones(13), "same") / smooth.sum()
@@ -118,8 +122,7 @@ def glass_colour(thumbnail: Rgb, grey: NDArray[np.float32]) -> NDArray[np.uint8]
         peaks = np.append(peaks, 255)
     if not len(peaks):
         peaks = np.array([int(smooth.argmax())])
-    level = int(peaks.max())
-    below = peaks[(peaks < _WHITE) & (peaks >= level - _PEAK_RANGE)]
+    level, below = int(peaks.max()), peaks[peaks < _WHITE]
     if level >= _WHITE and len(below):
         level = int(below.max())
     near = usable & (np.abs(grey - level) <= 6)
@@ -135,7 +138,7 @@ def _change(values: NDArray[np.float32]) -> NDArray[np.float32]:
     return change
 
 
-def _by_saturation(thumbnail: Rgb) -> Mask:
+def by_saturation(thumbnail: Rgb) -> Mask:
     """Return where smoothed HSV saturation exceeds Otsu's threshold, clipped to 0.05 to 0.20."""
     from scipy.ndimage import gaussian_filter
     from skimage.filters import threshold_otsu

@@ -41,7 +41,7 @@ def by_texture(picture, mpp):
 
 
 METHODS = {
-    "saturation": lambda picture, mpp: tissue._by_saturation(picture),
+    "saturation": lambda picture, mpp: tissue.by_saturation(picture),
     "texture": by_texture,
     "absorbance": tissue.tissue_mask,
 }

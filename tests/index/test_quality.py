@@ -6,7 +6,7 @@ import pytest
 from atlases import DIM, features, filled
 
 from histoseek.artifacts.feature_files import QUALITY
-from histoseek.errors import BadInput
+from histoseek.errors import BadInput, Damaged
 from histoseek.index.atlas import Atlas
 from histoseek.index.federation.federation import Federation
 from histoseek.index.search import filters
@@ -64,6 +64,20 @@ def test_the_same_features_with_measures_add_them(tmp_path):
     assert added.state == "unchanged"
     assert len(passing(made, "sharpness is not null")) == 20
     assert made.verify() == []
+
+
+@pytest.mark.parametrize("change", ["quality = substr(quality, 1, 20)", "seal = x'00'", None])
+def test_damaged_or_lost_measures_are_found_and_restored(atlas, change):
+    assert atlas.verify() == []
+    with atlas.catalog.write() as db:
+        db.execute(f"UPDATE tile_quality SET {change}" if change else "DELETE FROM tile_quality")
+    (text, *_) = atlas.verify()
+    assert "tile_quality" in text or "lacks the measures" in text
+    if change and change.startswith("quality"):
+        with pytest.raises(Damaged, match="verify --repair"):
+            passing(Atlas(atlas.path), "sharpness > .5")
+    assert atlas.repair() == ["the measures of the tiles of 1 slides were restored"]
+    assert atlas.verify() == [] and len(passing(Atlas(atlas.path), "sharpness is not null")) == 40
 
 
 def test_exports_have_the_measures(atlas, tmp_path, cli_json):

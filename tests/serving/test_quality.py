@@ -15,7 +15,8 @@ from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import open_encoder
-from histoseek.serving.slides.quality import Limits, counted, measure
+from histoseek.serving.slides.quality import Limits, counted, is_stain, measure
+from histoseek.serving.slides.tissue import tissue_mask
 
 SIZE = 224
 GREEN, BLUE = (0, 130, 70), (25, 70, 190)
@@ -199,6 +200,31 @@ def test_a_stain_with_the_colours_of_ink_is_not_pen(whole, make_slide, encoder, 
     assert (read_features(tmp_path / "out" / result.features).quality[:, 1] > 0.25).any()
 
 
+def test_pen_around_pale_tissue_is_still_pen(tissue):
+    pale = np.full((600, 600, 3), 240, np.uint8)
+    pale[240:360, 240:360] = 255 - (255 - tissue[:480:4, :480:4].astype(float)) * 0.4
+    y, x = np.mgrid[:600, :600]
+    ring = np.abs(np.hypot(x - 300, y - 300) - 160) < 15
+    pale[ring] = pale[ring] * (np.array(GREEN) / 255) ** 0.8
+    assert not is_stain(pale, tissue_mask(pale, 10))
+
+
+def test_tiles_of_a_coarse_slide_are_not_called_blurred(whole, make_slide, encoder, tmp_path):
+    coarse = np.asarray(Image.fromarray(blurred(whole, 2)).resize((512, 512), Image.Resampling.BOX))
+    slide = make_slide(tmp_path / "ten.tiff", pixels=coarse, mpp=1.0)
+    result = embed(slide, encoder, tmp_path / "out")
+    assert result.state == "done" and "blurred" not in result.left_out_tiles
+    assert any("enlarged 2 times" in note for note in result.notes)
+
+
+def test_empty_and_black_tiles_are_not_called_blurred(make_slide, encoder, tmp_path):
+    for name, level in (("glass", 235), ("grey", 190), ("black", 8)):
+        flat = np.full((448, 448, 3), level, np.uint8)
+        slide = make_slide(tmp_path / f"{name}.tiff", pixels=flat)
+        result = embed(slide, encoder, tmp_path / "out", min_tissue=0.0)
+        assert (result.tiles, result.left_out_tiles) == (4, {})
+
+
 def test_features_of_an_earlier_version_are_kept_and_named(marked, encoder, tmp_path):
     path = tmp_path / embed(marked, encoder, tmp_path, min_sharpness=0.0, max_pen=1.0).features
     about = read_features(path).about
@@ -226,6 +252,22 @@ def test_the_command_says_how_many_tiles_went(marked, cli, cli_json, tmp_path):
     assert "tiles left out, pen:" in said and "--max-pen 1 keeps them" in said
     again = cli_json("embed", marked, "--out", tmp_path)
     assert set(again["results"][0]["left_out_tiles"]) == {"blurred", "pen"}
+
+
+def test_left_out_tiles_of_another_form_are_ignored(marked, encoder, tmp_path):
+    """They are only drawn, so nothing may fail for them."""
+    path = tmp_path / embed(marked, encoder, tmp_path).features
+    for reasons in ([b"fold"], [1, 2, 3], None):
+        with h5py.File(path, "r+") as stored:
+            del stored["left_out"]["reasons"]
+            if reasons is not None:
+                stored["left_out"].create_dataset("reasons", data=reasons)
+        assert read_features(path).left_out is None
+        if reasons is None:
+            continue
+        (tmp_path / "overlays" / "marked.jpg").unlink()
+        assert embed(marked, encoder, tmp_path).state == "skipped"
+        assert (tmp_path / "overlays" / "marked.jpg").exists()
 
 
 def test_quality_of_another_shape_is_refused_and_of_other_programs_ignored(

@@ -146,6 +146,44 @@ def test_glass_is_no_tissue_and_tissue_is(tissue):
     assert mask[:, :195].mean() > 0.6 and mask[:, 205:].mean() < 0.01
 
 
+def with_glass(tissue, glass):
+    """Tissue in the middle of glass of one colour."""
+    image = np.full((768, 768, 3), glass, np.uint8)
+    noise = np.random.default_rng(0).normal(0, 1.5, image.shape)
+    image = (image + noise).clip(0, 255).astype(np.uint8)
+    image[256:512, 256:512] = (tissue[:256, :256] * (np.array(glass) / 245)).clip(0, 255)
+    return image
+
+
+@pytest.mark.parametrize(
+    "glass", [(245, 245, 245), (205, 205, 205), (245, 228, 201), (208, 245, 245)]
+)
+def test_tissue_is_found_on_grey_and_tinted_glass(tissue, glass):
+    mask = tissue_mask(with_glass(tissue, glass), mpp=10)
+    assert mask[260:508, 260:508].mean() > 0.9
+    mask[240:528, 240:528] = False
+    assert mask.mean() < 0.01
+
+
+def test_white_where_nothing_was_scanned_is_not_the_glass(tissue):
+    image = with_glass(tissue, (205, 205, 205))
+    padded = np.pad(image, ((300, 300), (300, 300), (0, 0)), constant_values=255)
+    mask = tissue_mask(padded, mpp=10)
+    assert mask[560:808, 560:808].mean() > 0.9 and mask.mean() < 0.06
+
+
+def test_pale_grey_tissue_counts_and_shading_and_borders_do_not(tissue):
+    grey = tissue[:256, :256].mean(2, keepdims=True).repeat(3, 2)
+    pale = with_glass(tissue, (240, 240, 240))
+    pale[256:512, 256:512] = 240 - (255 - grey) * 0.3
+    assert tissue_mask(pale, mpp=10)[260:508, 260:508].mean() > 0.9
+    shaded = with_glass(tissue, (240, 240, 240)).astype(float)
+    shaded[256:512, 256:512] = 240
+    shaded *= np.linspace(1, 0.9, 768)[None, :, None]
+    shaded[:40] = 12
+    assert tissue_mask(shaded.astype(np.uint8), mpp=10).mean() < 0.01
+
+
 def test_tissue_share_counts_the_mask_in_each_box():
     mask = np.zeros((10, 20), bool)
     mask[:5, :10] = True

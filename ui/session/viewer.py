@@ -147,7 +147,7 @@ class Viewer:
             side = max(1, math.ceil(max(width, height) / TISSUE_CELLS))
             y, x = np.mgrid[0:height:side, 0:width:side]
             corners = np.stack([x.ravel(), y.ravel()], axis=1)
-            mask = tissue_mask(overview)
+            mask = tissue_mask(overview, mpp and mpp * down)
             shown = tissue_share(mask, np.concatenate([corners, corners + side], 1) / down) >= 0.5
             size = f": {mask.sum() * (down * mpp / 1000) ** 2:,.1f} mm²" if mpp else ""
             colours = np.tile(np.array([*rgb(TISSUE), 255], np.uint8), (int(shown.sum()), 1))
