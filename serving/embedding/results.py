@@ -92,7 +92,7 @@ class EmbedOptions:
         "tiles.")] = False
     jobs: Annotated[int | None,
         Field(ge=1, le=512, description="Number of threads that read and decode tiles. Default: one per "
-        "core. It does not change the results.")] = None
+        "core; 1 with --ray. It does not change the results.")] = None
     staging_gb: Annotated[float,
         Field(gt=0, description="For slides behind URLs: maximum size of their local copies at one time "
         "(a single larger slide is copied alone).")] = 20.0
@@ -114,7 +114,8 @@ class RayOptions:
 
     # fmt: off
     address: Annotated[str | None,
-        Field(description="Address of a Ray cluster on which to embed, or 'local'."), Flag("--ray")] = None
+        Field(description="Ray cluster on which to embed: HOST:PORT, 'auto' (the one that runs on this "
+        "machine), or 'local' (started here)."), Flag("--ray")] = None
     gpus_per_actor: Annotated[float,
         Field(ge=0, le=64, description="With --ray: GPUs of each actor (an actor holds one encoder); .5 "
         "lets two share a GPU."), Flag("--ray-gpus-per-actor")] = 0.0

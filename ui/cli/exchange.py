@@ -209,7 +209,8 @@ def export(
 def push(atlas: Path, milvus: str, index: str | None = None) -> None:
     """Copy the atlas, or its changes since the last push, to Milvus.
 
-    Afterwards, `index search --engine` and `index assign --engine` can search there.
+    Afterwards, `index search --engine` and `index assign --engine` can search there, and `index search
+    ATLAS milvus://…` searches it together with other atlases.
 
     Options:
         milvus: milvus://host:19530/collection, or milvus:///folder/file.db for a local file.

@@ -72,8 +72,8 @@ def search(
     each hit names its atlas. The exit code is 1 if an image or an atlas cannot be read.
 
     Options:
-        images: Query images. Folders, Milvus addresses, and names without suffix that do not exist are
-            further atlases.
+        images: Query images. A folder and a Milvus address are further atlases; so is a name without
+            suffix that is not a file.
         k: Number of hits per query.
         tile: Id of a tile of the atlas to use as query; ATLAS:ID with several atlases. Repeatable.
         leave_out: With --tile: tile leaves out the query tile itself, slide leaves out all tiles of its
