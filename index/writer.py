@@ -180,9 +180,10 @@ class Writer:
         path = self._path / old["features_file"]
         intact = path.is_file() and sha256_file(path) == old["features_sha256"]
         has_more = "bounds" in item.about and "bounds" not in (read_about(path) or {})
-        with self._catalog.read() as db:
-            new_quality = item.quality is not None and old["id"] not in quality.slides_with(db)
-        if intact and not (has_more or new_quality):
+        if item.quality is not None and not has_more:
+            known = f"SELECT 1 FROM {quality.TABLE} WHERE slide_id = ?"
+            has_more = not self._catalog.rows(known, (old["id"],))
+        if intact and not has_more:
             return
         write_atomic(self._path / row["features_file"], blob)
         keys = ("features_file", "features_sha256")

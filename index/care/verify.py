@@ -136,7 +136,7 @@ def _slides(atlas: OpenAtlas) -> list[Problem]:
         "LEFT JOIN slide_tiles AS t ON t.slide_id = s.id ORDER BY t.first_tile, s.id"
     )
     found: list[Problem] = []
-    end = 0
+    end, with_quality = 0, _with_quality(atlas)
     for slide in map(dict, rows):
         stopping.check()
         if slide["places"] is None:
@@ -145,13 +145,13 @@ def _slides(atlas: OpenAtlas) -> list[Problem]:
         if slide["first_tile"] < end:
             found.append(Problem(f"slide {slide['name']!r} has tile ids of another slide"))
         end = max(end, slide["first_tile"] + slide["tiles"])
-        found += _slide(atlas, slide)
+        found += _slide(atlas, slide, slide["id"] in with_quality)
     if int(atlas.catalog.meta()["next_tile"]) < end:
         found.append(Problem(f"atlas.db: the next tile id is below {end}, which is in use"))
     return found
 
 
-def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
+def _slide(atlas: OpenAtlas, slide: dict[str, Any], has_quality: bool) -> list[Problem]:
     path = atlas.path / slide["features_file"]
     title = f"{path} of slide {slide['name']!r}"
     try:
@@ -166,7 +166,7 @@ def _slide(atlas: OpenAtlas, slide: dict[str, Any]) -> list[Problem]:
     except HistoseekError as error:
         return [Problem(str(error))]
     found = []
-    if item.quality is not None and slide["id"] not in _with_quality(atlas):
+    if item.quality is not None and not has_quality:
         text = f"slide {slide['name']!r} lacks the measures of its tiles in atlas.db {REBUILT}"
         found.append(Problem(text, Kind.QUALITY))
     count, places = len(item.features), unpack_places(slide["places"])

@@ -172,7 +172,7 @@ class MilvusShard(Shard):
         scales = _range([*slide, None][4] for slide in about.slides.values())
         self._known = Facts(
             about.encoder, about.sha256, about.dim, about.metric, about.revision, None, names,
-            frozenset(fields), frozenset({"file", *ANNOTATION_FIELDS, *QUALITY} - fields), scales,
+            frozenset(fields), frozenset({"file", *ANNOTATION_FIELDS} | ({*QUALITY} - fields)), scales,
         )  # fmt: skip
         return self._known
 

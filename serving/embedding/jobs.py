@@ -135,14 +135,15 @@ def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
     parts = parts_of(walked.files)
     files = [file for file in walked.files if file not in parts]
     slides = [file for file in files if is_slide(file)]
-    zarrs = [Path(left.path) for left in walked.left_out if is_ome_zarr(Path(left.path))]
+    zarrs = {Path(left.path) for left in walked.left_out if is_ome_zarr(Path(left.path))}
+    not_read = set() if reads_zarr() else zarrs
     used = set(slides)
-    slides = sorted([*slides, *(zarrs if reads_zarr() else [])])
+    slides = sorted([*slides, *(zarrs - not_read)])
     images = [file for file in files if file not in used and file.suffix.lower() in SUFFIXES]
     used.update(images)
     left_out = [
         *(left for left in walked.left_out if Path(left.path) not in zarrs),
-        *(LeftOut(str(path), WITHOUT_ZARR) for path in zarrs if not reads_zarr()),
+        *(LeftOut(str(path), WITHOUT_ZARR) for path in sorted(not_read)),
         *(LeftOut(str(file), why_unread(file)) for file in files if file not in used),
     ]
     has_manifest = (folder / MANIFEST).is_file()

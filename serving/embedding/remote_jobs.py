@@ -12,6 +12,7 @@ from ...artifacts.slide_names import SLIDE_SUFFIXES, TIFF_SUFFIXES
 from ...artifacts.unread import INDEXES, why_unread
 from ...artifacts.walking import LeftOut, is_hidden
 from ...errors import BadInput
+from ..slides.czi_source import SUFFIX as CZI
 from .job import Job, Kind, name_of
 
 PACKS = (".tar", ".tar.gz", ".tgz", ".npz")
@@ -84,7 +85,7 @@ def _sorted_out(files: Sequence[RemoteFile], root: str) -> tuple[list[Job], list
             jobs.append(_mrxs(file.url, file.size, [f for f in files if f.url.startswith(folder)]))
         elif suffix in IN_PARTS:
             left_out.append(LeftOut(file.url, f"{IN_PARTS[suffix]}: copy them to a local folder"))
-        elif suffix in SLIDE_SUFFIXES or suffix in TIFF_SUFFIXES or suffix == ".czi":
+        elif suffix in {*SLIDE_SUFFIXES, *TIFF_SUFFIXES, CZI}:
             jobs.append(_one(file.url, file.size))
         elif suffix in SUFFIXES:
             left_out.append(

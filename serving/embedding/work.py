@@ -7,7 +7,7 @@ import itertools
 import time
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -18,11 +18,9 @@ from ...artifacts.feature_files import Features, magnification, read_about, read
 from ...artifacts.feature_writer import amend
 from ...artifacts.files import content_mark, sha256_file
 from ...artifacts.geojson import moved
-from ...artifacts.images import square
 from ...artifacts.manifest import Manifest
 from ...artifacts.remote import Remote, is_url
 from ...artifacts.tileset_files import open_tiles
-from ...artifacts.tilesets import TileSet
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch
 from ..slides.geojson import read_annotations
 from ..slides.quality import FAULTS, Limits
@@ -40,6 +38,7 @@ from .slide_work import (
     overlay_files,
     stated_scale,
 )
+from .tiles_work import TilesWork
 
 LIMITS = "quality"
 """Key under which features state their limits of quality, and how tissue was found."""
@@ -85,7 +84,7 @@ class Work(Protocol):
     def draw(self, faults: NDArray[np.int8]) -> None:
         """Write the overlay files.
 
-        ``faults`` (N,): why each tile was left out, as indices into ``FAULTS``; 0 for the others.
+        ``faults`` (N,): why each tile was not embedded, as indices into ``FAULTS``; 0 if it was.
         """
         ...
 
@@ -423,72 +422,6 @@ def _moved_from(path: Path, job: Job) -> list[str]:
     if about is None or _is_here(about, job):
         return []
     return [f"the slide was at {about.get('source')} when it was embedded; the new path was stored"]
-
-
-@dataclass
-class TilesWork:
-    """A tile set; see :class:`Work`."""
-
-    job: Job
-    tileset: TileSet
-    manifest: Manifest
-    name: str
-    path: Path
-    key: dict[str, Any]
-    tissue: float | None = None
-    limits: Limits = field(default_factory=Limits)
-    seconds: float = 0.0
-    closing: ExitStack = field(default_factory=ExitStack)
-
-    def __post_init__(self) -> None:
-        """Count the tiles, and collect what the result states."""
-        self.count = len(self.tileset)
-        self.notes = list(self.tileset.notes)
-        self.left_out: Sequence[dict[str, str]] = [t._asdict() for t in self.tileset.left_out]
-
-    def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
-        """See :class:`Work`."""
-        failed = {}
-        for number in range(len(out)):
-            try:
-                out[number] = square(self.tileset.read(start + number), self.manifest.size_px)
-            except BadInput as error:
-                failed[number] = error
-        return failed
-
-    def draw(self, faults: NDArray[np.int8]) -> None:
-        """A tile set has no overlay."""
-
-    def describe(self, measured: Measured, unreadable: list[str]) -> Features:
-        """See :class:`Work`."""
-        embedded = measured.embedded()
-        tiles = [self.tileset.tiles[row] for row in embedded.tolist()]
-        return Features(
-            name=self.name,
-            encoder=self.manifest.name,
-            encoder_sha256=self.manifest.sha256,
-            features=np.zeros((0, self.manifest.dim), dtype=np.float32),
-            coords=np.zeros((len(tiles), 2), dtype=np.int64),
-            files=tuple(t.file for t in tiles),
-            kind="tiles",
-            source=self.job.location,
-            size_px=self.manifest.size_px,
-            labels=tuple(t.label or "" for t in tiles),
-            groups=tuple(t.group or "" for t in tiles),
-            quality=measured.quality(embedded),
-            about={
-                "key": self.key,
-                "source": self.job.location,
-                "unreadable": unreadable,
-                "tiles": len(tiles),
-                "reason": "",
-                "notes": self.notes,
-            },
-        )
-
-    def close(self) -> None:
-        """No file is held open."""
-        self.closing.close()
 
 
 def failed(job: Job, error: Exception) -> Result:

@@ -30,7 +30,7 @@ MUCH, SOLID = 0.25, 0.97
 """Share of the tissue with the colours of ink, and share of ink around ink, that tell stain from pen."""
 
 _LINES, _POINTS, _SMALLEST_PX = 16, 12, 16
-"""Every which line measures the sharpness, and every which pixel of every which line the colours."""
+"""Pixels between lines that measure sharpness, and between pixels that measure colours; smallest side."""
 _BLURRED = 17**-0.5
 """The first ratio of :func:`_sharpness` for an image without fine detail, before it is rescaled."""
 _NOISE = 9.0

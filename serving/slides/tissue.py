@@ -81,13 +81,12 @@ def tissue_mask(thumbnail: Rgb, mpp: float | None = None) -> Mask:
         mask = density > max(cut, NOISE_TIMES * noise)
         mask &= rough | (density > STRONG) | (spread > brightest // 8)  # the last: has colour
         mask &= (brightest >= _DARK_VALUE) | (spread >= np.maximum(brightest // 4, 12))
-    speck = max(4, mask.size // 10_000)
     gap = 0.005 * max(mask.shape) if mpp is None else GAP_UM / mpp
     size = 2 * max(1, round(gap)) + 1
     # the mask is repeated beyond the edge, so that tissue at the edge stays
     closed = minimum_filter(maximum_filter(mask, size, mode="nearest"), size, mode="nearest")
-    without_specks = remove_small_objects(closed | mask, max_size=speck)
-    filled: Mask = remove_small_holes(without_specks, max_size=speck)
+    without_specks = remove_small_objects(closed | mask, max_size=_speck(mask))
+    filled: Mask = remove_small_holes(without_specks, max_size=_speck(mask))
     return filled
 
 
@@ -139,9 +138,10 @@ def _change(values: NDArray[np.float32]) -> NDArray[np.float32]:
 
 
 def by_saturation(thumbnail: Rgb) -> Mask:
-    """Return where smoothed HSV saturation exceeds Otsu's threshold, clipped to 0.05 to 0.20."""
+    """Return where smoothed saturation exceeds Otsu's threshold, clipped to 0.05 to 0.20; no specks."""
     from scipy.ndimage import gaussian_filter
     from skimage.filters import threshold_otsu
+    from skimage.morphology import remove_small_objects
 
     hsv = np.asarray(Image.fromarray(thumbnail).convert("HSV"))  # 20 times faster than in floats
     saturation = gaussian_filter(hsv[..., 1].astype(np.float32) / 255, 1.0)
@@ -152,8 +152,14 @@ def by_saturation(thumbnail: Rgb) -> Mask:
     cut = _MIN_SATURATION
     if float(np.ptp(values)) > 1e-6:
         cut = float(np.clip(threshold_otsu(values), _MIN_SATURATION, _MAX_SATURATION))
-    mask: Mask = (saturation > cut) & usable
-    return mask
+    mask = (saturation > cut) & usable
+    without_specks: Mask = remove_small_objects(mask, max_size=_speck(mask))
+    return without_specks
+
+
+def _speck(mask: Mask) -> int:
+    """Return the size in pixels up to which an area is a speck."""
+    return max(4, mask.size // 10_000)
 
 
 def tissue_share(mask: Mask, boxes: NDArray[np.float64]) -> NDArray[np.float64]:

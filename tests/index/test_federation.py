@@ -395,7 +395,9 @@ def test_what_milvus_cannot_filter_by_is_refused(made, tmp_path):
     url = f"milvus://{tmp_path}/west.db?collection=west"
     push(Atlas(folder / "west"), url)
     mixed = Federation([folder / "north", url])
-    for where in ("file like '%.png'", "label = 'a' or annotation.label is null"):
+    for where in (
+        "file like '%.png'", "label = 'a' or annotation.label is null", "sharpness > .1",
+    ):  # fmt: skip
         with pytest.raises(BadInput, match="by which west, a Milvus collection, cannot filter"):
             mixed.search(Query(vectors=QUERIES, where=where))
     mixed.close()

@@ -118,6 +118,17 @@ def test_levels_that_show_something_else_are_not_used(slide_file, monkeypatch):
     source.close()
 
 
+def test_a_coarse_level_is_compared_in_little_memory(slide_file, monkeypatch):
+    source, sizes = CziSource(slide_file), []
+    real = source._read
+    monkeypatch.setattr(
+        source, "_read", lambda x, y, f, w, h: sizes.append(w * f) or real(0, 0, 1, w, h)
+    )
+    source._is_like_level_0(256, (4_000, 3_000))
+    assert max(sizes) <= 4096
+    source.close()
+
+
 def test_without_the_library_the_remedy_is_named(slide_file, monkeypatch):
     monkeypatch.setattr("histoseek.serving.slides.sources.reads_czi", lambda: False)
     with pytest.raises(BadInput, match=r"dimension.*may read it: pip install 'histoseek\[czi\]'"):

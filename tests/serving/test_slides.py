@@ -8,7 +8,7 @@ from histoseek.artifacts.images import square
 from histoseek.errors import BadInput
 from histoseek.serving.slides.scale_guess import proposed
 from histoseek.serving.slides.slide import Slide, open_slide
-from histoseek.serving.slides.tissue import tissue_mask, tissue_share
+from histoseek.serving.slides.tissue import by_saturation, tissue_mask, tissue_share
 
 
 @pytest.mark.parametrize("side", [100, 224, 300, 448])
@@ -144,6 +144,13 @@ def test_glass_is_no_tissue_and_tissue_is(tissue):
     half[:, :200] = tissue[:400, :200]
     mask = tissue_mask(half)
     assert mask[:, :195].mean() > 0.6 and mask[:, 205:].mean() < 0.01
+
+
+def test_a_few_coloured_pixels_or_black_print_make_no_slide_of_a_label(tissue):
+    label = np.full((512, 512, 3), 250, np.uint8)
+    label[100:140, 60:400] = 10
+    label[300:303, 300:303] = (250, 60, 60)
+    assert not by_saturation(label).any() and by_saturation(tissue).any()
 
 
 def with_glass(tissue, glass):
