@@ -228,12 +228,18 @@ def test_a_slide_cut_short_is_named_and_one_bad_tile_costs_only_itself(
         start = page.dataoffsets[number]
         damaged[start : start + 600] = b"\0" * 600
     (tmp_path / "one-bad-tile.svs").write_bytes(damaged)
-    results = {r.name: r for r in embed([tmp_path], encoder, tmp_path / "out")}
+    results = {r.name: r for r in embed([tmp_path], encoder, tmp_path / "out", geojson=True)}
     for name in ("cut", "header"):
         assert results[name].state == "failed" and "copy it again" in results[name].reason
     partial = results["one-bad-tile"]
     assert partial.state == "partial" and not partial.ok
     assert 1 <= len(partial.unreadable) <= 6 and "x=" in partial.unreadable[0]
+    drawn = json.loads((tmp_path / "out/geojson/one-bad-tile.tiles.geojson").read_text())[
+        "features"
+    ]
+    names = [tile["properties"]["name"] for tile in drawn]
+    assert names.count("left out: unreadable") == len(partial.unreadable)
+    assert [name for name in names if name.isdigit()] == list(map(str, range(partial.tiles)))
     whole = embed([cmu_slide], encoder, tmp_path / "whole")[0]
     places, all_places = (
         {tuple(xy) for xy in read_features(Path(r.features)).coords.tolist()}
