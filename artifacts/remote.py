@@ -11,6 +11,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
@@ -141,7 +142,7 @@ class Remote:
 
         try:
             self._again(copy)
-        except _Halted:
+        except Halted:
             raise stopping.Stopped(stopping.exit_code() - 128) from None
         finally:
             part.unlink(missing_ok=True)
@@ -164,12 +165,17 @@ class Remote:
 
         self._again(copy, writing=True)
 
+    def remove(self) -> None:
+        """Remove the file; where that is not permitted, it stays."""
+        with suppress(Exception):  # every store has its own errors
+            self._system.rm_file(self._root)
+
     def _again(self, call: Callable[[], T], writing: bool = False) -> T:
         """Return the call's result; a failed call is repeated, but not if the answer will be the same."""
         for wait in (*WAITS_S, None):
             try:
                 return call()
-            except (HistoseekError, _Halted):
+            except (HistoseekError, Halted):
                 raise
             except FileNotFoundError as error:
                 if writing:
@@ -193,7 +199,7 @@ class Remote:
         return BadInput(f"{self.url} cannot be read{often} {what}; {advice}")
 
 
-class _Halted(Exception):
+class Halted(Exception):
     """Ends a copy from inside the store's thread, where :class:`stopping.Stopped` must not be raised."""
 
 
@@ -203,7 +209,7 @@ def _watch(halted: Callable[[], bool]) -> Any:
     class Watch(need("fsspec.callbacks", "s3").Callback):  # type: ignore[misc]
         def relative_update(self, inc: int = 1) -> None:
             if halted():
-                raise _Halted
+                raise Halted
             super().relative_update(inc)
 
     return Watch()

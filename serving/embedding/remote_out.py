@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -53,6 +54,22 @@ class RemoteOut:
                 if self._before.pop(path, None) != path.stat().st_mtime_ns:
                     Remote(self.url_of(path)).store(path)
                 path.unlink()
+
+
+def check_writable(out: Path | str) -> None:
+    """Write an empty file behind the URL and remove it, so that a run does not fail after its first slide.
+
+    Raises:
+        StorageFailed: the URL cannot be written, for example because its bucket does not exist.
+    """
+    if not is_url(out):
+        return
+    probe = Remote(joined(str(out), f".writable-{uuid.uuid4().hex}"))
+    with temporary_folder("probe") as folder:
+        empty = folder / "empty"
+        empty.touch()
+        probe.store(empty)
+    probe.remove()
 
 
 @contextmanager

@@ -252,6 +252,16 @@ def test_what_cannot_be_read_is_named_by_its_url(bucket, slides, other_bundle, t
             find_inputs([wrong])
 
 
+def test_a_missing_bucket_for_features_is_said_before_anything_is_read(
+    bucket, slides, other_bundle, cli_json
+):
+    url, _ = bucket
+    out = f"{url}-missing/features"
+    failed = cli_json("embed", slides, "--out", out, "--encoder", other_bundle, expect=1)
+    said = failed["error"]["message"]
+    assert out in said and "cannot be written" in said and "case-0" not in said
+
+
 def test_a_slide_that_vanishes_after_it_was_listed_fails_alone(
     bucket, slides, other_bundle, tmp_path
 ):

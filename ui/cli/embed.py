@@ -51,12 +51,14 @@ def embed(
     """
     from ...serving.embedding.jobs import find_inputs
     from ...serving.embedding.regions import unused_regions, with_regions
+    from ...serving.embedding.remote_out import check_writable
     from ...serving.embedding.report import record_end, report_results
     from ...serving.embedding.run import run_here
 
     options = replace(options, mpp=_scale(options.mpp, magnification))
     given = find_inputs(inputs, kind.value, options.manifest)
     jobs = with_regions(given.jobs, options.regions)
+    check_writable(out)
     facts = {**given.as_dict(), "regions_unused": unused_regions(jobs, options.regions)}
     ended: list[Result] = []
 

@@ -20,15 +20,38 @@ if TYPE_CHECKING:
     Failed = dict[Path, dict[str, Any]]
 
 
-def read_images(paths: Sequence[Path], size_px: int) -> tuple[Read, Failed]:
+LARGE, LONG = 4.0, 1.25
+"""Shorter side of a large query image, in sides of a tile; ratio of the sides of a long one."""
+
+
+def read_images(paths: Sequence[Path], size_px: int, remedy: str = "") -> tuple[Read, Failed]:
     """Read images in the encoder's format, (S, S, 3); a bad image does not stop the others.
+
+    Says which images are much larger than a tile, or lose much of their length.
+
+    Args:
+        paths: of the images.
+        size_px: side of a tile, S.
+        remedy: end of what is said of a large image.
 
     Returns:
         The images by path, and an error for each unreadable one.
     """
     from ...artifacts.images import decode, square
 
-    return _each(paths, lambda path: square(decode(path), size_px))
+    def read(path: Path) -> NDArray[np.uint8]:
+        image = decode(path)
+        height, width = image.shape[:2]
+        short = min(height, width)
+        if short > LARGE * size_px or max(height, width) > LONG * short:
+            what = f"its middle square of {short} x {short}" if height != width else "it"
+            console.say(
+                f"{path} has {width} x {height} pixels; {what} is taken as one tile of "
+                f"{size_px} x {size_px}{remedy}"
+            )
+        return square(image, size_px)
+
+    return _each(paths, read)
 
 
 def cut_images(atlas: Atlas, paths: Sequence[Path], mpp: float) -> tuple[Read, Failed]:

@@ -114,7 +114,9 @@ def search(
     if paths or unlike_paths:
         check_images(opened)
     if mpp is None:
-        read, failed = read_images(paths, opened.manifest.size_px)
+        read, failed = read_images(
+            paths, opened.manifest.size_px, "; pass --mpp to search all of it"
+        )
     else:
         read, failed = cut_images(opened, paths, mpp)
     unlike_read, unlike_failed = read_images(unlike_paths, opened.manifest.size_px)
