@@ -35,6 +35,7 @@ IMPORTS = {
     "docs": "mkdocs, material, mkdocstrings",
     "cpu,ray": "ray, fsspec",
     "s3": "s3fs, histoseek.artifacts.remote",
+    "dicomweb": "requests, histoseek.artifacts.dicomweb",
     "zarr": "zarr, histoseek.serving.slides.zarr_source",
     "czi": "pylibCZIrw.czi, histoseek.serving.slides.czi_source",
     "metrics": "prometheus_client",

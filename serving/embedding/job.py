@@ -5,10 +5,11 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass, field
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from ...artifacts.remote import RemoteFile
+from ...artifacts.dicomweb import is_dicomweb
+from ...artifacts.remote import RemoteFile, below
 from ...artifacts.slide_names import SlideName, without_last_ending
 
 Kind = Literal["auto", "slides", "tiles"]
@@ -26,7 +27,8 @@ class Job:
         aliases: other paths that lead to the same file.
         regions: GeoJSON file with the regions of the slide to embed, if one was given.
         url: where the file is, if not on this machine; ``source`` is then the name of a local copy.
-        parts: with ``url``, all files that are copied.
+        parts: with ``url``, all files that are copied; the first is the one to open.
+        mark: of the content, if it is known without reading; see ``artifacts.files.content_mark``.
     """
 
     name: str
@@ -37,6 +39,7 @@ class Job:
     regions: Path | None = None
     url: str = ""
     parts: tuple[RemoteFile, ...] = ()
+    mark: str = ""
 
     @property
     def stem(self) -> str:
@@ -61,6 +64,20 @@ class Job:
     def real(self) -> str:
         """The absolute path without symbolic links, or the URL."""
         return self.url or str(self.source.resolve())
+
+    def copies(self) -> dict[str, PurePosixPath]:
+        """Return where each of the ``parts`` is copied to, by its URL: a path below the job's folder.
+
+        The first has the job's name. Instances of a DICOM series get the ending ``.dcm``.
+        """
+        if not is_dicomweb(self.url):
+            above = self.url.rpartition("/")[0]
+            return {part.url: below(part.url, above) for part in self.parts}
+        names = [
+            self.source.name,
+            *(f"{part.url.rpartition('/')[2]}.dcm" for part in self.parts[1:]),
+        ]
+        return {part.url: PurePosixPath(name) for part, name in zip(self.parts, names, strict=True)}
 
     def names(self) -> SlideName:
         """Return the names by which a table or a file may refer to this slide."""

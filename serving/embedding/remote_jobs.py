@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
+from ...artifacts.dicomweb import Series, find_series, is_dicomweb
 from ...artifacts.images import SUFFIXES
 from ...artifacts.remote import Remote, RemoteFile
 from ...artifacts.slide_names import SLIDE_SUFFIXES, TIFF_SUFFIXES
@@ -24,7 +25,7 @@ IN_PARTS = {
 
 
 def remote_jobs(url: str, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
-    """Return one job per slide behind a URL, and what is left out.
+    """Return one job per slide behind a URL, and what is left out; on a DICOMweb server, one per series.
 
     Slides in a folder are found by their suffix, since nothing is read. An MRXS slide is copied with its
     folder.
@@ -33,6 +34,9 @@ def remote_jobs(url: str, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
         BadInput: nothing is there, or nothing that can be read from a URL.
     """
     url = url.rstrip("/")
+    if is_dicomweb(url):
+        series, left_out = find_series(url)
+        return [_series(found) for found in series], left_out
     remote = Remote(url)
     if remote.is_file():
         return [_one(url, remote.size())], []
@@ -46,6 +50,13 @@ def remote_jobs(url: str, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
         reasons = "; ".join(dict.fromkeys(left.reason for left in left_out))
         raise BadInput(f"{url} contains no slides that can be read from there ({reasons})")
     return jobs, left_out
+
+
+def _series(found: Series) -> Job:
+    name = found.url.rpartition("/")[2]
+    return Job(
+        name, Path(f"{name}.dcm"), "slide", url=found.url, parts=found.instances, mark=found.mark
+    )
 
 
 def _one(url: str, size: int) -> Job:

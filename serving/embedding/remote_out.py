@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -64,7 +63,7 @@ def check_writable(out: Path | str) -> None:
     """
     if not is_url(out):
         return
-    probe = Remote(joined(str(out), f".writable-{uuid.uuid4().hex}"))
+    probe = Remote(joined(str(out), ".writable"))
     with temporary_folder("probe") as folder:
         empty = folder / "empty"
         empty.touch()

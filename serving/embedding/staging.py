@@ -9,11 +9,11 @@ import shutil
 import threading
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import PurePosixPath
 
 from ... import stopping
+from ...artifacts.dicomweb import DicomInstance, is_dicomweb
 from ...artifacts.files import temporary_folder
-from ...artifacts.remote import Remote, below, require_room
+from ...artifacts.remote import Remote, require_room
 from .job import Job
 from .meter import Meter
 
@@ -53,13 +53,13 @@ class Staging:
         try:
             with self._meter.fetching(size):
                 require_room(self.folder, size, job.url)
-                above = str(job.url).rpartition("/")[0]
-                for part in job.parts:
-                    Remote(part.url).fetch(folder / below(part.url, above), self._is_halted)
+                for url, path in job.copies().items():
+                    remote = DicomInstance(url) if is_dicomweb(url) else Remote(url)
+                    remote.fetch(folder / path, self._is_halted)
         except BaseException:
             self.free(job, number)
             raise
-        return replace(job, source=folder / PurePosixPath(job.url).name)
+        return replace(job, source=folder / job.copies()[job.parts[0].url])
 
     def _is_halted(self) -> bool:
         return self._halted or stopping.requested()

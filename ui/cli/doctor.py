@@ -27,6 +27,7 @@ PARTS = (
     ("triton", ("tritonclient.grpc",), "triton", "encoders on a Triton server", False),
     ("ray", ("ray", "fsspec"), "ray", "embed on many machines", False),
     ("s3", ("s3fs",), "s3", "slides and features in S3", False),
+    ("DICOMweb", ("requests",), "dicomweb", "slides of a PACS", False),
     ("CZI", ("pylibCZIrw",), "czi", "Zeiss CZI slides", False),
     ("OME-Zarr", ("zarr",), "zarr", "OME-Zarr slides", False),
     ("metrics", ("prometheus_client",), "metrics", "metrics of histoseek embed", False),
