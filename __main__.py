@@ -34,6 +34,7 @@ LAZY = {
     "reproduce": (".model", "Reproduce the table of a paper."),
     "export": (".model", "Export a training run to an encoder bundle."),
     "triton": (".model", "Prepare encoders for NVIDIA Triton."),
+    "tissue": (".tissue", "Make networks that find tissue on slides."),
 }
 """Commands that are imported when they are called: their module, and their line in the list of commands."""
 for _name, (_module, _help) in LAZY.items():

@@ -144,10 +144,18 @@ def encoder_name(options: ExportOptions, out: Path) -> str:
     Raises:
         BadInput: the name has characters that a server or a file system may refuse.
     """
-    name = options.name or out.name
+    return checked_name(options.name or out.name)
+
+
+def checked_name(name: str) -> str:
+    """Return a name of an encoder or a tissue network.
+
+    Raises:
+        BadInput: it has characters that a server or a file system may refuse.
+    """
     if not re.fullmatch(NAME, name):
         raise BadInput(
-            f"encoder name {name!r}: expected letters, digits, '.', '_' and '-' only; pass --name"
+            f"name {name!r}: expected letters, digits, '.', '_' and '-' only; pass --name"
         )
     return name
 

@@ -29,7 +29,7 @@ from .options import ExportOptions
 LEAST_OPSET = 13
 """Oldest opset whose operators the two ends of the graph use."""
 PREFIX = "given/"
-_constant: Any = numpy_helper.from_array
+constant: Any = numpy_helper.from_array
 ARCH = "onnx"
 
 
@@ -54,13 +54,9 @@ def export_onnx(
     options.only_for("an .onnx file", "mean", "std", "layout", "pool")
     mean, std = map(list, options.colours())
     name = encoder_name(options, out)
-    try:
-        given = onnx.load(model)
-        onnx.checker.check_model(given)
-    except Exception as error:  # onnx raises many kinds
-        raise Damaged(f"{model} is not a valid ONNX graph ({error})") from error
-    size_px = _size(given, options.layout, model)
-    whole, dim = _with_ends(given, mean, std, options, model)
+    given = load_graph(model)
+    size_px = size_of(given, options.layout, model)
+    whole, dim = _with_ends(given, mean, std, options, model, size_px)
     tiles = sample_tiles(tileset, size_px, FEW) if tileset else made_tiles(size_px)
     with files.publish_folder(out) as folder:
         write_atomic(folder / GRAPH, whole.SerializeToString())
@@ -82,7 +78,7 @@ def export_onnx(
             name=name, sha256=sha256_file(folder / GRAPH), arch=ARCH, size_px=size_px,
             mpp=options.mpp, dim=dim, metric="cosine", normalised=True,
             training={"onnx_sha256": record["sha256"]}, licence=options.licence,
-            opset=_opset(given), versions={"onnx": onnx.__version__},
+            opset=opset_of(given), versions={"onnx": onnx.__version__},
         )  # fmt: skip
         write_json(folder / MANIFEST, manifest.model_dump())
         write_json(folder / CHECKPOINT, {"onnx": record})
@@ -91,21 +87,40 @@ def export_onnx(
     return manifest
 
 
-def _opset(model: Any) -> int:
+def load_graph(path: Path) -> Any:
+    """Read and check an ONNX file.
+
+    Raises:
+        Damaged: it is no valid graph.
+    """
+    try:
+        given = onnx.load(path)
+        onnx.checker.check_model(given)
+    except Exception as error:  # onnx raises many kinds
+        raise Damaged(f"{path} is not a valid ONNX graph ({error})") from error
+    return given
+
+
+def opset_of(model: Any) -> int:
+    """Return the version of a model's standard operators."""
     return max(
         (int(part.version) for part in model.opset_import if part.domain in ("", "ai.onnx")),
         default=0,
     )
 
 
-def _input(model: Any) -> Any:
+def input_of(model: Any) -> Any:
+    """Return the inputs of a model without those that are weights."""
     weights = {tensor.name for tensor in model.graph.initializer}
     return [value for value in model.graph.input if value.name not in weights]
 
 
-def _size(model: Any, layout: str, path: Path) -> int:
-    """Return the side of the input in pixels; refuse a graph with another input."""
-    inputs = _input(model)
+def size_of(model: Any, layout: str, path: Path, side: int | None = None) -> int:
+    """Return the side of the input in pixels; refuse a graph with another input.
+
+    ``side``: that of a graph whose input has a variable side.
+    """
+    inputs = input_of(model)
     if len(inputs) != 1:
         raise BadInput(f"{path} has {len(inputs)} inputs; expected one, of images")
     kind = inputs[0].type.tensor_type
@@ -121,18 +136,23 @@ def _size(model: Any, layout: str, path: Path) -> int:
         raise BadInput(
             f"{path} takes batches of {shape[0]} only; export it with a variable first axis"
         )
-    height, width = shape[places[1]], shape[places[2]]
+    height, width = (side if shape[n] is None else shape[n] for n in places[1:])
     if height is None or height != width:
         raise BadInput(f"{path} takes {text}; expected squares of a fixed size")
-    if _opset(model) < LEAST_OPSET:
+    if opset_of(model) < LEAST_OPSET:
         raise BadInput(
-            f"{path} has opset {_opset(model)}; expected at least {LEAST_OPSET}: export it again"
+            f"{path} has opset {opset_of(model)}; expected at least {LEAST_OPSET}: export it again"
         )
     return int(height)
 
 
 def _with_ends(
-    given: Any, mean: list[float], std: list[float], options: ExportOptions, path: Path
+    given: Any,
+    mean: list[float],
+    std: list[float],
+    options: ExportOptions,
+    path: Path,
+    size_px: int,
 ) -> tuple[Any, int]:
     """Return the graph with both ends, and the length of its embedding."""
     output = given.graph.output[0]
@@ -152,35 +172,38 @@ def _with_ends(
         raise BadInput(f"{path} does not state the length of its embedding ({output.name})")
     if options.pool == "cls+mean":
         dim *= 2
-    front = _front(_input(given)[0], mean, std, options.layout)
-    back = _back(rank, int(dim), options.pool)
-    opset, version = [helper.make_opsetid("", _opset(given))], given.ir_version
+    first = front(size_px, mean, std, options.layout)
+    last = _back(rank, int(dim), options.pool)
+    return joined(given, first, last), int(dim)
+
+
+def joined(given: Any, first: Any, last: Any) -> Any:
+    """Return a model between two graphs; the second takes its first output as ``features``."""
+    opset, version = [helper.make_opsetid("", opset_of(given))], given.ir_version
     ends = [
-        helper.make_model(graph, opset_imports=opset, ir_version=version) for graph in (front, back)
+        helper.make_model(graph, opset_imports=opset, ir_version=version) for graph in (first, last)
     ]
     inner = compose.add_prefix(given, PREFIX)
     keep = {value.name for value in inner.graph.output[1:]}
     for value in [v for v in inner.graph.output if v.name in keep]:
         inner.graph.output.remove(value)
-    source = PREFIX + _input(given)[0].name
-    joined = compose.merge_models(ends[0], inner, [("scaled", source)])
-    joined = compose.merge_models(joined, ends[1], [(PREFIX + output.name, "features")])
-    return joined, int(dim)
+    source, output = PREFIX + input_of(given)[0].name, PREFIX + given.graph.output[0].name
+    whole = compose.merge_models(ends[0], inner, [("scaled", source)])
+    return compose.merge_models(whole, ends[1], [(output, "features")])
 
 
-def _front(source: Any, mean: list[float], std: list[float], layout: str) -> Any:
-    size = [d.dim_value for d in source.type.tensor_type.shape.dim]
-    side = size[2]
+def front(side: int, mean: list[float], std: list[float], layout: str) -> Any:
+    """Return the graph from raw pixels (N, side, side, 3) to a network's input."""
     scale = 1 / (255 * np.array(std, np.float32))
     offset = -np.array(mean, np.float32) / np.array(std, np.float32)
-    constants = [_constant(scale, "scale"), _constant(offset, "offset")]
+    constants = [constant(scale, "scale"), constant(offset, "offset")]
     last = "coloured" if layout == "nchw" else "scaled"
     nodes = [
         helper.make_node("Cast", [INPUT], ["floats"], to=TensorProto.FLOAT),
         helper.make_node("Mul", ["floats", "scale"], ["brought"]),
         helper.make_node("Add", ["brought", "offset"], [last]),
     ]
-    shape = ["batch", side, side, 3]
+    shape: list[str | int | None] = ["batch", side, side, 3]
     if layout == "nchw":
         nodes.append(helper.make_node("Transpose", [last], ["scaled"], perm=[0, 3, 1, 2]))
         shape = ["batch", 3, side, side]
@@ -197,7 +220,7 @@ def _back(rank: int, dim: int, pool: str | None) -> Any:
     """Pool tokens or maps, and scale to length 1."""
 
     def ints(name: str, values: list[int]) -> Any:
-        return _constant(np.array(values, np.int64), name)
+        return constant(np.array(values, np.int64), name)
 
     constants: list[Any] = []
     nodes: list[Any] = []
@@ -222,7 +245,7 @@ def _back(rank: int, dim: int, pool: str | None) -> Any:
             helper.make_node("Concat", ["class", "mean"], ["both"], axis=1),
         ]
         found = {"cls": "class", "mean": "mean"}.get(pool or "", "both")
-    constants += [ints("last", [1]), _constant(np.array(1e-24, np.float32), "least")]
+    constants += [ints("last", [1]), constant(np.array(1e-24, np.float32), "least")]
     nodes += [
         helper.make_node("Mul", [found, found], ["squares"]),
         helper.make_node("ReduceSum", ["squares", "last"], ["sum"], keepdims=1),

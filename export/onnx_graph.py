@@ -171,15 +171,18 @@ def to_onnx(graph: Graph, size_px: int) -> bytes:
     return to_onnx_of(graph, (_example(size_px),), INPUT)
 
 
-def to_onnx_of(graph: nn.Module, example: tuple[torch.Tensor], name: str) -> bytes:
+def to_onnx_of(
+    graph: nn.Module, example: tuple[torch.Tensor], name: str, output: str = OUTPUT
+) -> bytes:
     """Export a network of one input to ONNX.
 
     Args:
         graph: the network.
         example: its input, whose first axis is the batch.
         name: of the input.
+        output: name of the output.
     """
-    model = _cleaned(_program(graph, example, name).model_proto)
+    model = _cleaned(_program(graph, example, name, output).model_proto)
     blob: bytes = model.SerializeToString()
     return blob
 
@@ -206,7 +209,9 @@ def _example(size_px: int) -> torch.Tensor:
     return torch.zeros(2, size_px, size_px, 3, dtype=torch.uint8)
 
 
-def _program(graph: nn.Module, example: tuple[torch.Tensor], name: str) -> Any:
+def _program(
+    graph: nn.Module, example: tuple[torch.Tensor], name: str, output: str = OUTPUT
+) -> Any:
     graph.eval()
     quiet = logging.getLogger("torch.onnx")
     level = quiet.level
@@ -215,7 +220,7 @@ def _program(graph: nn.Module, example: tuple[torch.Tensor], name: str) -> Any:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # the exporter's notices; the parity test decides
             program = torch.onnx.export(
-                graph, example, input_names=[name], output_names=[OUTPUT], opset_version=OPSET,
+                graph, example, input_names=[name], output_names=[output], opset_version=OPSET,
                 dynamic_shapes={name: {0: torch.export.Dim("batch", min=1)}}, dynamo=True, verbose=False,
             )  # fmt: skip
     finally:

@@ -84,25 +84,8 @@ class ExportOptions:
             )
 
     def colours(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        """Return ``mean`` and ``std`` as numbers.
-
-        Raises:
-            BadInput: one is missing, or is not three numbers.
-        """
-        found = []
-        for flag, text in (("--mean", self.mean), ("--std", self.std)):
-            try:
-                values = tuple(float(part) for part in (text or "").split(","))
-            except ValueError:
-                values = ()
-            inside = all(0 <= value <= 1 for value in values)  # false for nan
-            if len(values) != 3 or not inside or (flag == "--std" and min(values) <= 0):
-                raise BadInput(
-                    f"{flag} is {text!r}; expected three numbers for red, green and blue in 0..1, such as "
-                    "0.485,0.456,0.406"
-                )
-            found.append(values)
-        return found[0], found[1]
+        """Return ``mean`` and ``std`` as numbers; see :func:`colours`."""
+        return colours(self.mean, self.std)
 
     def only_for(self, source: str, *used: str) -> None:
         """Refuse options that the export of a kind of source does not use.
@@ -125,6 +108,61 @@ class ExportOptions:
         for name, flag in special.items():
             if name not in used and getattr(self, name) != getattr(plain, name):
                 raise BadInput(f"{flag} is not for {source}; leave it out")
+
+
+def colours(mean: str | None, std: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the mean and the standard deviation of the colours as numbers.
+
+    Raises:
+        BadInput: one is missing, or is not three numbers.
+    """
+    found = []
+    for flag, text in (("--mean", mean), ("--std", std)):
+        try:
+            values = tuple(float(part) for part in (text or "").split(","))
+        except ValueError:
+            values = ()
+        inside = all(0 <= value <= 1 for value in values)  # false for nan
+        if len(values) != 3 or not inside or (flag == "--std" and min(values) <= 0):
+            raise BadInput(
+                f"{flag} is {text!r}; expected three numbers for red, green and blue in 0..1, such as "
+                "0.485,0.456,0.406"
+            )
+        found.append(values)
+    return found[0], found[1]
+
+
+@options
+class TissueExportOptions:
+    """Options of the export of a tissue network; each is a flag of ``histoseek tissue export``."""
+
+    # fmt: off
+    name: Annotated[str | None,
+        Field(description="Name of the network. Default: the name of the folder --out.")] = None
+    mpp: Annotated[float | None,
+        Field(ge=0.1, le=100, description="For an .onnx file: µm per pixel of the images that the network "
+        "takes.")] = None
+    tissue: Annotated[tuple[int, ...],
+        Field(description="For an .onnx file with several classes: number of the class that is tissue, "
+        "from 0. Repeatable."), Flag("--class")] = ()
+    output: Annotated[Literal["logits", "probabilities"],
+        Field(description="For an .onnx file: what it returns. Logits get a softmax, or a sigmoid if "
+        "there is one class.")] = "logits"
+    mean: Annotated[str | None,
+        Field(description="For an .onnx file: mean of red, green and blue in 0..1, such as "
+        "0.485,0.456,0.406.")] = None
+    std: Annotated[str | None,
+        Field(description="Standard deviations of the colours, as for --mean.")] = None
+    layout: Annotated[Literal["nchw", "nhwc"],
+        Field(description="For an .onnx file: order of the axes of its input and output.")] = "nchw"
+    size_px: Annotated[int | None,
+        Field(ge=32, le=4096, description="For an .onnx file that takes images of any size: side of the "
+        "squares in which slides are read, in pixels.")] = None
+    threshold: Annotated[float,
+        Field(gt=0, lt=1, description="Values above are tissue.")] = 0.5
+    licence: Annotated[str, Field(description="Licence of the weights.")] = NOT_STATED
+    notes: Annotated[Path | None, Field(description="Markdown file to add to the model card.")] = None
+    # fmt: on
 
 
 @options

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -190,6 +190,7 @@ class Slide:
         overlap_px: int = 0,
         min_tissue: float = 0.25,
         regions: Sequence[Sequence[Ring]] | None = None,
+        find: Callable[[Slide, Rgb], Mask] | None = None,
     ) -> Grid:
         """Lay tiles over the slide and keep those with enough tissue.
 
@@ -202,6 +203,7 @@ class Slide:
             overlap_px: overlap of neighbours, in tile pixels.
             min_tissue: minimum share of tissue in a tile.
             regions: polygons in level-0 pixels that replace tissue detection.
+            find: finds tissue on this slide and its thumbnail (H, W, 3), instead of by absorbance.
 
         Raises:
             BadInput: the mpp is unknown, the slide is too coarse, there are too many tiles, or pixels
@@ -219,11 +221,13 @@ class Slide:
                 "--mpp or a smaller --overlap"
             )
         thumbnail = self.thumbnail()
-        if regions is None:
-            mask = tissue_mask(thumbnail, mpp * self.width / thumbnail.shape[1])
+        size = thumbnail.shape[1], thumbnail.shape[0]
+        if regions is not None:
+            mask = draw_mask(regions, size, self.width / size[0])
+        elif find is not None:
+            mask = find(self, thumbnail)
         else:
-            size = thumbnail.shape[1], thumbnail.shape[0]
-            mask = draw_mask(regions, size, self.width / thumbnail.shape[1])
+            mask = tissue_mask(thumbnail, mpp * self.width / size[0])
         coords = self._scanned(_corners(self.width, self.height, side, step), side)
         to_mask = mask.shape[1] / self.width, mask.shape[0] / self.height
         boxes = np.concatenate([coords, coords + side], axis=1) * np.tile(to_mask, 2)

@@ -45,7 +45,7 @@ class TrainCommand(TyperCommand):
         super().format_options(ctx, formatter)
         if len(ctx.meta.get("words", [])) < 2:
             return
-        _need_torch()
+        need_torch()
         from ...training.recipes import RECIPES
 
         for name in [word for word in ctx.meta["words"] if word in RECIPES][:1]:
@@ -79,7 +79,7 @@ def train(
         list_recipes: List all recipes, models and options.
         dry_run: Print the model's layers and computing cost, without training.
     """
-    _need_torch()
+    need_torch()
     from ...training import commands
     from ...training.recipes import find_recipe
 
@@ -119,7 +119,7 @@ def reproduce(
         protocol: Name of the protocol, such as breast-ae, ae-dac or p4m-deepcluster.
         data: The paper's data in its original layout, or any set of labelled tiles.
     """
-    _need_torch()
+    need_torch()
     from ...training import commands
 
     rules, columns = exclude or [], label_from.split(",")
@@ -158,7 +158,7 @@ def export(
         slides: With --against: the slide, or a folder with it.
         list_encoders: List the published encoders that --as knows.
     """
-    _need_torch()
+    need_torch()
     if list_encoders:
         show_published()
         return
@@ -311,7 +311,8 @@ def repository(
     )
 
 
-def _need_torch() -> None:
+def need_torch() -> None:
+    """Raise MissingPart if the packages for training and export are not installed."""
     parts = ("torch", "lightning_fabric", "safetensors", "onnx", "onnxscript")
     missing = [part for part in parts if find_spec(part) is None]  # without a slow import
     if missing:

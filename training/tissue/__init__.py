@@ -1,0 +1,1 @@
+"""Training of a small network that finds tissue on overviews of slides."""
