@@ -24,6 +24,8 @@ from .slide_names import SlideName
 
 MAX_ROWS = 20_000_000
 MAX_BYTES = 16 * 2**30
+STAIN = "stain"
+"""Key under which features of a slide state its stain; also a column of the atlas."""
 QUALITY = ("sharpness", "pen", "dark", "glass", "density")
 """What is measured on the pixels of every tile; see :mod:`histoseek.serving.slides.quality`."""
 

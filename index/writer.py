@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import stopping
-from ..artifacts.feature_files import Features, parse_features, read_about
+from ..artifacts.feature_files import STAIN, Features, parse_features, read_about
 from ..artifacts.files import remove_leftovers, sha256_file, write_atomic
 from ..artifacts.tables import clean_row
 from ..console import Progress
@@ -29,7 +29,7 @@ from .store.rows import Added, further, plain_name
 from .store.scales import MIXED, check_scale
 from .store.store import FEATURES, Store
 from .vectors.generations import Generations
-from .writer_rows import slide_row, tiles_row
+from .writer_rows import slide_row, stain_of, tiles_row
 
 SCALE = ("size_px_level0", "mpp")
 """Columns that a later import of the same features may add."""
@@ -118,7 +118,8 @@ class Writer:
             if not changed:
                 self._mend(old, row, blob, item)
                 source = _source_now(old["source"], row["source"])
-                return self._relabel_known(origin, old, given, source)
+                told = {} if STAIN in json.loads(old["metadata"]) else stain_of(item)
+                return self._relabel_known(origin, old, told | given, source)
             adds_scale = not any(old[key] for key in changed)
         with self._catalog.read() as db:
             notice = check_scale(
@@ -138,7 +139,7 @@ class Writer:
                 "columns and annotations were not copied"
             )
         elif old is not None:
-            _keep_metadata(row, old, given)
+            _keep_metadata(row, old, given, stain_of(item))
         write_atomic(self._path / target, blob)
         self._replace_rows(row, old, item, keep_annotations=not another)
         state = "added" if old is None else "replaced"
@@ -292,10 +293,16 @@ def _source_now(old: str, new: str) -> str:
     return old if not new or (Path(old).exists() and not Path(new).exists()) else new
 
 
-def _keep_metadata(row: dict[str, Any], old: dict[str, Any], given: Row) -> None:
-    """Keep the metadata of the replaced slide in ``row`` unless new values are given."""
-    metadata = json.loads(old["metadata"]) | json.loads(row["metadata"])
-    row["metadata"] = json.dumps(metadata, sort_keys=True)
+def _keep_metadata(
+    row: dict[str, Any], old: dict[str, Any], given: Row, told: dict[str, str]
+) -> None:
+    """Keep the metadata of the replaced slide in ``row`` unless new values are given.
+
+    What was ``told`` from the slide's colours is no new value.
+    """
+    before, new = json.loads(old["metadata"]), json.loads(row["metadata"])
+    stated = {k: v for k, v in new.items() if told.get(k) != v}
+    row["metadata"] = json.dumps(told | before | stated, sort_keys=True)
     for key in ("label", "patient"):
         row[key] = given.get(key) or old[key] or row[key]
 

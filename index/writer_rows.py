@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from ..artifacts.feature_files import Features, content_sha256
+from ..artifacts.feature_files import STAIN, Features, content_sha256
 from ..artifacts.tables import clean_row
 from .clusters.mosaic import mosaic_of_groups
 from .store.catalog import now
@@ -15,10 +15,14 @@ from .vectors.scan import Metric, prepared
 
 
 def slide_row(item: Features, file: str, digest: str, given: dict[str, str]) -> dict[str, Any]:
-    """Return the row of table ``slides`` for a feature file; ``given`` metadata overrides the file's."""
+    """Return the row of table ``slides`` for a feature file.
+
+    ``given`` metadata overrides the table with which the slide was embedded, which overrides its stain.
+    """
     stored = item.about.get("row", {})
     stored = clean_row(stored) if isinstance(stored, dict) else {}
     metadata = further({k: v for k, v in stored.items() if k not in OWN}) | further(given)
+    metadata = stain_of(item) | metadata
     return {
         "name": item.name,
         "kind": item.kind,
@@ -38,6 +42,12 @@ def slide_row(item: Features, file: str, digest: str, given: dict[str, str]) -> 
         "reason": str(item.about.get("reason", "")),
         "added_at": now(),
     }
+
+
+def stain_of(item: Features) -> dict[str, str]:
+    """Return the column with the stain that was told from a slide's colours; empty if there is none."""
+    told = item.about.get(STAIN)
+    return {STAIN: told} if isinstance(told, str) else {}
 
 
 def tiles_row(item: Features, metric: Metric) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.feature_files import QUALITY
 from ..slides.quality import FAULTS, UNREADABLE, Measures, counted
+from ..slides.stain import COLOURS, Counts, stain_of
 
 
 class Measured:
@@ -19,9 +20,25 @@ class Measured:
         self._quality = np.zeros((count, len(QUALITY)), dtype=np.float32)
         self._faults = np.zeros(count, dtype=np.int8)
         self._read = np.zeros(count, dtype=bool)
+        self._colours = np.zeros(len(COLOURS), dtype=np.int64)
 
-    def add(self, numbers: Sequence[int], quality: Measures, faults: NDArray[np.int8]) -> None:
-        """Add tiles by their numbers (n,): measures (n, Q), and faults (n,), 0 for an embedded tile."""
+    def add(
+        self,
+        numbers: Sequence[int],
+        quality: Measures,
+        faults: NDArray[np.int8],
+        colours: Counts | None = None,
+    ) -> None:
+        """Add tiles by their numbers (n,).
+
+        Args:
+            numbers: of the tiles.
+            quality: measures (n, Q).
+            faults: (n,), 0 for an embedded tile.
+            colours: counts (4,) of the colours of the embedded ones, for the stain.
+        """
+        if colours is not None:
+            self._colours += colours
         rows = np.asarray(numbers, dtype=np.int64)
         self._quality[rows], self._faults[rows], self._read[rows] = quality, faults, True
 
@@ -33,6 +50,11 @@ class Measured:
     def counts(self) -> dict[str, int]:
         """Number of left-out tiles by reason."""
         return counted(self._faults)
+
+    @property
+    def stain(self) -> str | None:
+        """The stain, from the colours of the embedded tiles; None if there are too few."""
+        return stain_of(self._colours)
 
     def embedded(self) -> NDArray[np.int64]:
         """Return the numbers of the embedded tiles, ascending."""

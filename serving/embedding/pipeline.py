@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ... import stopping
-from ...artifacts.feature_files import QUALITY
+from ...artifacts.feature_files import QUALITY, STAIN
 from ...artifacts.feature_writer import FeatureWriter
 from ...artifacts.files import read_json, remove_leftovers, write_json
 from ...artifacts.manifest import Manifest
@@ -30,6 +30,7 @@ from ...errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, U
 from ..encoders.engines import cores
 from ..encoders.protocol import Encoder
 from ..slides.quality import Measures, measure
+from ..slides.stain import Counts, tally
 from .job import Job
 from .measured import Measured
 from .meter import Meter
@@ -37,6 +38,7 @@ from .regions import with_regions
 from .remote_out import RemoteOut
 from .results import EmbedOptions, Result, State
 from .staging import Staging
+from .tissue_network import open_network
 from .work import Work, done_before, failed, folders_for, prepare, printable, refuse_if_broken
 
 PIECE = 64
@@ -57,6 +59,7 @@ class _Embedded:
         features: (M, D) embeddings of the tiles without a fault.
         numbers: (R,) numbers of the tiles that were read; ``quality`` (R, Q) and ``faults`` (R,) of these.
         unreadable: errors of the other tiles.
+        colours: (4,) counts of the colours of the tiles without a fault; None without such tiles.
     """
 
     features: NDArray[np.float32]
@@ -64,6 +67,7 @@ class _Embedded:
     quality: Measures
     faults: NDArray[np.int8]
     unreadable: list[str]
+    colours: Counts | None = None
 
 
 class _Slide:
@@ -121,6 +125,7 @@ def embed_jobs(
             f"--overlap is {options.overlap_px}; expected less than the tile's "
             f"{encoder.manifest.size_px} pixels"
         )
+    open_network(options.tissue_model)  # a wrong one is reported once, not for each slide
     remove_leftovers(folders_of(out))
     jobs = with_regions(jobs, options.regions)
     ended = [] if results is None else results
@@ -301,6 +306,7 @@ class _Run:
             tiles = tiles[faults == 0]
         if not len(tiles):
             return piece
+        piece = replace(piece, colours=tally(tiles))
         with self._meter.stage("encode", len(tiles)):
             return replace(piece, features=self._encoder.embed(tiles))
 
@@ -346,7 +352,7 @@ class _Run:
     def _append(self, slide: _Slide, piece: _Embedded) -> None:
         unreadable = len(piece.unreadable)
         self._meter.tiles_ended(len(piece.numbers) + unreadable, unreadable)
-        slide.measured.add(piece.numbers, piece.quality, piece.faults)
+        slide.measured.add(piece.numbers, piece.quality, piece.faults, piece.colours)
         slide.embedded += len(piece.features)
         slide.unreadable += map(slide.work.job.named, piece.unreadable)
         self._writer(slide).append(piece.features)
@@ -383,6 +389,7 @@ class _Run:
                 {key: work.job.named(text) for key, text in one.items()} for one in work.left_out
             ],
             left_out_tiles=slide.measured.counts,
+            stain=features.about.get(STAIN),
             icc_profile=features.about.get("icc_profile"),
             icc_applied=features.about.get("icc_applied", False),
         )

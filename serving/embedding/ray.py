@@ -32,6 +32,7 @@ from .ray_worker import Worker, packed
 from .regions import with_regions
 from .results import EmbedOptions, EncoderChoice, RayOptions, Result
 from .run import Ran, open_chosen
+from .tissue_network import located
 from .work import failed
 
 RETRIES = 5
@@ -90,6 +91,7 @@ def run_on_ray(
         jobs=cores,
         manifest=_absolute(options.manifest),
         regions=_absolute(options.regions),
+        tissue_model=located(options.tissue_model),
     )
     choice = replace(choice, streams=None if cluster.gpus_per_actor else cores)
     encoder = open_chosen(choice)  # here too: an error is reported once

@@ -70,6 +70,9 @@ class EmbedOptions:
     min_tissue: Annotated[float,
         Field(ge=0, le=1, description="Share of a tile that must be tissue (with --regions: must "
         "lie in a region); tiles with less are left out.")] = 0.25
+    tissue_model: Annotated[str,
+        Field(description="How tissue is found: absorbance (it is darker than the glass), small (the "
+        "network in this package), or the folder or URL of a tissue network.")] = "absorbance"
     min_sharpness: Annotated[float,
         Field(ge=0, le=1, description="Tiles of slides that are less sharp are left out as blurred; 0 "
         "keeps all.")] = 0.12
@@ -148,6 +151,7 @@ class Result:
         notes: values that were guessed, overridden or updated, one sentence each.
         left_out: files of a tile set that were not used, each with the reason.
         left_out_tiles: number of tiles of a slide that were left out, by reason: ``blurred``, ``pen``.
+        stain: H&E, IHC or other, told from the colours of a slide's tiles; None from too few.
         icc_profile: name of the slide's colour profile; None without one.
         icc_applied: whether the pixels were converted to sRGB with it; whole-slide pixels are not.
     """
@@ -164,6 +168,7 @@ class Result:
     notes: list[str] = field(default_factory=list)
     left_out: list[dict[str, str]] = field(default_factory=list)
     left_out_tiles: dict[str, int] = field(default_factory=dict)
+    stain: str | None = None
     icc_profile: str | None = None
     icc_applied: bool = False
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.feature_files import Features, LeftOutTiles
+from ...artifacts.feature_files import STAIN, Features, LeftOutTiles
 from ...artifacts.files import write_atomic
 from ...artifacts.geojson import moved
 from ...artifacts.images import encode_jpeg
@@ -185,6 +185,7 @@ class SlideWork:
                 "bounds": None if grid.bounds is None else list(grid.bounds),
                 "notes": self.notes,
                 **slide.colour_profile,
+                STAIN: measured.stain,
                 "row": self.key["row"],
             },
         )

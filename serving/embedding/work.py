@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from ...artifacts.feature_files import Features, magnification, read_about, read_places
+from ...artifacts.feature_files import STAIN, Features, magnification, read_about, read_places
 from ...artifacts.feature_writer import amend
 from ...artifacts.files import content_mark, sha256_file
 from ...artifacts.geojson import moved
@@ -39,6 +39,7 @@ from .slide_work import (
     stated_scale,
 )
 from .tiles_work import TilesWork
+from .tissue_network import open_network
 
 LIMITS = "quality"
 """Key under which features state their limits of quality, and how tissue was found."""
@@ -215,7 +216,7 @@ class _Preparation:
                 f"as {job.stem}.geojson or {job.source.name}.geojson"
             )
         key = self._slide_key(
-            content_mark(job.source),
+            job.mark or content_mark(job.source),
             slide.require_mpp(),
             slide.bounds is not None,
             stated,
@@ -233,9 +234,11 @@ class _Preparation:
         if job.regions is not None:
             left, top = slide.bounds[:2] if slide.bounds is not None else (0, 0)
             regions = moved(read_annotations(job.regions, options.region_classes), left, top)
+        network = open_network(options.tissue_model)
         grid = slide.grid(
-            manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions
-        )
+            manifest.size_px, target_mpp, options.overlap_px, options.min_tissue, regions,
+            None if network is None else network.mask,
+        )  # fmt: skip
         drawing = drawing_of(grid, name, out, options)
         if complete:
             if drawing is not None:
@@ -259,7 +262,7 @@ class _Preparation:
             about = read_about(parent / f"features_{self.manifest.name}" / f"{name}.h5") or {}
             if "key" not in about or "bounds" not in about:
                 continue
-            content = content or Remote(self.job.url).content_mark()
+            content = content or self.job.mark or Remote(self.job.url).content_mark()
             if about["key"].get("content") != content:
                 continue
             scale = stated.mpp or self._known_scale(about)
@@ -294,13 +297,18 @@ class _Preparation:
         ``framed``: the slide states bounds, within which QuPath counts coordinates.
         """
         job, options = self.job, self.options
+        network = open_network(options.tissue_model)
         key: dict[str, Any] = {
             "content": content,
             "encoder": self.manifest.sha256,
             "mpp": mpp,
             "target_mpp": target_mpp,
             "min_tissue": options.min_tissue,
-            LIMITS: [options.min_sharpness, options.max_pen, METHOD],
+            LIMITS: [
+                options.min_sharpness,
+                options.max_pen,
+                METHOD if network is None else network.method,
+            ],
             "row": {k: v for k, v in job.row.items() if k != "file"},
             **self.settings,
         }
@@ -357,6 +365,7 @@ class _Preparation:
             features=str(path),
             tissue=about.get("tissue_share"),
             left_out_tiles=about.get("left_out_tiles", {}),
+            stain=about.get(STAIN),
             notes=notes,
             icc_profile=about.get("icc_profile"),
             icc_applied=about.get("icc_applied", False),

@@ -54,11 +54,13 @@ def embed(
     from ...serving.embedding.remote_out import check_writable
     from ...serving.embedding.report import record_end, report_results
     from ...serving.embedding.run import run_here
+    from ...serving.embedding.tissue_network import open_network
 
     options = replace(options, mpp=_scale(options.mpp, magnification))
+    open_network(options.tissue_model)
+    check_writable(out)
     given = find_inputs(inputs, kind.value, options.manifest)
     jobs = with_regions(given.jobs, options.regions)
-    check_writable(out)
     facts = {**given.as_dict(), "regions_unused": unused_regions(jobs, options.regions)}
     ended: list[Result] = []
 
