@@ -19,6 +19,7 @@ OUTSIDE = {
     "CONTRIBUTING.md": "contributing.md",
     "CHANGELOG.md": "changelog.md",
     "serving/default_encoder/MODEL_CARD.md": "model-cards/histoseek-he-small-3.md",
+    "serving/tissue_network/MODEL_CARD.md": "model-cards/histoseek-tissue-small.md",
 }
 SOURCES = ROOT / "build" / "docs-source" / "histoseek"
 _LINK = re.compile(r"(?P<text>!?\[[^\]]*\])\((?P<path>[^)#\s]+)(?P<anchor>#[^)\s]*)?\)")
