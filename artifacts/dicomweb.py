@@ -177,11 +177,11 @@ def find_series(url: str) -> tuple[list[Series], list[LeftOut]]:
 
 def _parts(url: str) -> tuple[str, str | None, str | None]:
     """Return the root of a server, and the UIDs of the study and the series that a URL names."""
-    scheme, _, rest = url.partition("://")
-    user, at, _ = rest.partition("/")[0].rpartition("@")
-    if at:
-        shown = f"{scheme}://{rest.removeprefix(f'{user}@')}"
-        raise BadInput(f"{shown} was given with a name or password; put them into ~/.netrc instead")
+    if "@" in url:
+        shown = f"{url.partition('://')[0]}://…@{url.rpartition('@')[2]}"
+        raise BadInput(
+            f"{shown}: put the name and password into ~/.netrc, and leave them out of the URL"
+        )
     matched = _URL.fullmatch(url)
     if matched is None or "?" in url or "#" in url or "/instances" in url:
         raise BadInput(
@@ -223,7 +223,7 @@ def _bytes(row: dict[str, Any]) -> int:
 
     def number(tag: str, default: int) -> int:
         text = _value(row, tag)
-        return max(1, int(text)) if text.isdecimal() else default
+        return max(1, int(text)) if text.isdecimal() and len(text) < 10 else default
 
     frames, rows, columns = number(_FRAMES, 1), number(_ROWS, 256), number(_COLUMNS, 256)
     return frames * rows * columns * 3 // _PACKED
@@ -238,10 +238,12 @@ def _get(url: str, accept: str, parameters: dict[str, str | int] | None = None) 
     requests = need("requests", "dicomweb")
     headers = {"Accept": accept, "Accept-Encoding": "identity"}
     token = _token()
-    if token and url.startswith(SCHEMES[1]) and not _LOOPBACK.match(url):
-        raise BadInput(
-            f"{url}: a token would be sent without encryption; expected dicomweb+https://"
-        )
+    if url.startswith(SCHEMES[1]) and not _LOOPBACK.match(url):
+        what = "token" if token else "password"
+        if token or requests.utils.get_netrc_auth(url.removeprefix("dicomweb+")):
+            raise BadInput(
+                f"{url}: a {what} would be sent without encryption; expected dicomweb+https://"
+            )
     answer = requests.get(
         url.removeprefix("dicomweb+"), params=parameters, headers=headers, stream=True,
         timeout=TIMEOUT_S, auth=_Bearer(token) if token else None,

@@ -136,6 +136,9 @@ def size_of(model: Any, layout: str, path: Path, side: int | None = None) -> int
         raise BadInput(
             f"{path} takes batches of {shape[0]} only; export it with a variable first axis"
         )
+    fixed = [shape[n] for n in places[1:] if shape[n] is not None]
+    if side is not None and fixed and fixed != [side, side]:
+        raise BadInput(f"{path} takes {text}; leave out --size-px, which is for variable sizes")
     height, width = (side if shape[n] is None else shape[n] for n in places[1:])
     if height is None or height != width:
         raise BadInput(f"{path} takes {text}; expected squares of a fixed size")

@@ -33,6 +33,8 @@ from .onnx_graph import OPSET, to_onnx_of
 from .options import TissueExportOptions, colours
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
+RANGE = 1e-3
+"""Tolerance with which numbers count as probabilities."""
 BOUND = 1e-4
 """Largest accepted difference between the bundle's graph and its source."""
 SQUARES = 4
@@ -139,6 +141,7 @@ def export_tissue_onnx(model: Path, out: Path, options: TissueExportOptions) -> 
             found = found[:, None]
         elif options.layout == "nhwc":
             found = found.transpose(0, 3, 1, 2)
+        _check_output(found, options.output, bool(classes), model)
         if options.output == "logits":
             powers = np.exp(found - found.max(1, keepdims=True))
             found = powers / powers.sum(1, keepdims=True) if classes else 1 / (1 + np.exp(-found))
@@ -155,6 +158,22 @@ def export_tissue_onnx(model: Path, out: Path, options: TissueExportOptions) -> 
     return _publish(out, whole.SerializeToString(), expected, about, options)
 
 
+def _check_output(found: NDArray[np.float64], output: str, several: bool, path: Path) -> None:
+    """Refuse an output (N, C, s, s) that is not what ``--output`` says."""
+    inside = bool((found >= -RANGE).all() and (found <= 1 + RANGE).all())
+    is_sum = not several or bool(np.abs(found.sum(1) - 1).max() < RANGE)
+    if output == "logits" and inside and is_sum:
+        raise BadInput(
+            f"{path} returns {found.min():.2g} to {found.max():.2g}, which are probabilities already; pass "
+            "--output probabilities"
+        )
+    if output == "probabilities" and not inside:
+        raise BadInput(
+            f"{path} returns {found.min():.2g} to {found.max():.2g}, which are no probabilities; pass "
+            "--output logits"
+        )
+
+
 def _classes(given: Any, options: TissueExportOptions, path: Path) -> tuple[int, ...]:
     """Return the classes that are tissue; none if the graph has only one."""
     output = given.graph.output[0]
@@ -163,6 +182,12 @@ def _classes(given: Any, options: TissueExportOptions, path: Path) -> tuple[int,
         raise BadInput(
             f"{path} returns an output of {len(shape)} axes ({output.name}); expected classes "
             "(N, C, H, W) or one map (N, H, W)"
+        )
+    kind = output.type.tensor_type.elem_type
+    if kind != TensorProto.FLOAT:
+        raise BadInput(
+            f"{path} returns {TensorProto.DataType.Name(kind)}; expected float logits or probabilities: "
+            "export it without argmax, in float32"
         )
     count = 1 if len(shape) == 3 else shape[1 if options.layout == "nchw" else 3]
     if not count:
@@ -229,10 +254,16 @@ def _publish(
     )
     together = session.run([TISSUE_OUTPUT], {INPUT: squares})[0]
     wanted = expected(squares)
-    if found.shape != wanted.shape or found.ndim != 3 or found.shape[1] != found.shape[2]:
+    sides = found.shape[1:]
+    if (
+        found.shape != wanted.shape
+        or found.ndim != 3
+        or sides[0] != sides[1]
+        or about["size_px"] % sides[0]
+    ):
         raise BadInput(
             f"the network returns maps of {' x '.join(map(str, wanted.shape[1:]))} for squares of "
-            f"{about['size_px']} pixels; expected square maps"
+            f"{about['size_px']} pixels; expected square maps whose side divides that of the squares"
         )
     parity = {
         "squares": len(squares),

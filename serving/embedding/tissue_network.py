@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +29,10 @@ SMALL = "small"
 SMALL_BUNDLE = Path(__file__).parents[1] / "tissue_network"
 MARGIN = 8
 """This fraction of a square, at each side, is used as context only, where the slide goes on."""
+LARGEST_PX, MOST = 13_000, 1_000_000
+"""Largest side of a square as it is read, which takes 500 MB; largest number of squares of a slide."""
+COARSEST = 4.0
+"""A slide whose pixels are this many times as large as those of the network is not shown to it."""
 AT_ONCE = 4
 CLOSE = 8
 """A square is not read if its thumbnail is this close to glass, white or black everywhere, in levels."""
@@ -63,24 +68,43 @@ class TissueNetwork:
 
     @property
     def method(self) -> str:
-        """Name and checksum, which features of slides state."""
-        return f"{self.manifest.name} {self.manifest.sha256[:12]}"
+        """Name and checksum of the manifest, which features of slides state."""
+        text = self.manifest.model_dump_json()  # with the graph's checksum, scale and threshold
+        return f"{self.manifest.name} {hashlib.sha256(text.encode()).hexdigest()[:12]}"
 
     def shares(self, squares: NDArray[np.uint8]) -> NDArray[np.float32]:
         """Return how certain tissue is, (N, s, s) in 0..1, of squares (N, S, S, 3)."""
         return np.asarray(self._session.run([TISSUE_OUTPUT], {INPUT: squares})[0], np.float32)
 
+    def _check_squares(self, slide: Slide, side: int, step: int) -> None:
+        """Refuse a slide whose squares are too large to read, or too many."""
+        read = slide.level_for(side, self.manifest.size_px)[1]
+        count = (slide.width // step + 2) * (slide.height // step + 2)
+        if read > LARGEST_PX or count > MOST:
+            raise BadInput(
+                f"{slide.path}: the tissue network {self.manifest.name} needs {count:,} squares of "
+                f"{read:,} x {read:,} pixels; at most {MOST:,} of {LARGEST_PX:,} are read: save the slide "
+                "as a pyramid, or find tissue by absorbance"
+            )
+
     def mask(self, slide: Slide, thumbnail: Rgb) -> Mask:
         """Return where a slide shows tissue, at the size of its thumbnail (H, W, 3).
 
-        The slide is read in overlapping squares. Where a square cannot be read, tissue is found by
-        absorbance on the thumbnail, and a note of the slide says so.
+        The slide is read in overlapping squares. If it is too coarse, and where a square cannot be read,
+        tissue is found by absorbance on the thumbnail, and a note of the slide says so.
         """
         height, width = thumbnail.shape[:2]
         mpp = slide.require_mpp()
+        if mpp > COARSEST * self.manifest.mpp:
+            slide.notes.append(
+                f"the slide has {mpp:g} µm per pixel, too coarse for the tissue network "
+                f"{self.manifest.name} ({self.manifest.mpp:g}); tissue was found by absorbance"
+            )
+            return tissue_mask(thumbnail, mpp * slide.width / width)
         size = self.manifest.size_px
         side = max(1, round(size * self.manifest.mpp / mpp))
         margin = side // MARGIN
+        self._check_squares(slide, side, side - 2 * margin)
         found = np.zeros((height, width), np.float32)
         rows, columns = (
             range(-margin, length - margin, side - 2 * margin)
@@ -185,12 +209,22 @@ def open_network(spec: str) -> TissueNetwork | None:
     if spec == SMALL:
         return _opened(SMALL_BUNDLE)
     if is_url(spec):
-        return _opened(fetched(spec))
+        return _opened(_fetched(spec))
     if not Path(spec).is_dir():
         raise BadInput(
             f"--tissue-model {spec}: expected {METHOD}, {SMALL}, or the folder of a tissue network"
         )
     return _opened(Path(spec).resolve())
+
+
+@cache
+def _fetched(url: str) -> Path:
+    """Return a local copy of the bundle at a URL; it is copied once, so that a run uses one network."""
+    try:
+        return fetched(url)
+    except BadInput as error:
+        reason = str(error).replace("an encoder bundle", "a bundle of a tissue network")
+        raise BadInput(reason) from error
 
 
 _opened = cache(TissueNetwork)

@@ -20,13 +20,18 @@ COLOURS = {"mpp": 10, "mean": "0.5,0.4,0.3", "std": "0.2,0.25,0.3"}
 WEIGHT = np.random.default_rng(0).normal(0, 1, (3, 3)).astype(np.float32)
 
 
-def network(path, classes=3, layout="nchw", rank=4, side=64, last=None):
+def network(path, classes=3, layout="nchw", rank=4, side=64, last=None, cast=None, valid=False):
     """A 1 x 1 convolution to classes, as another program would write it."""
     nodes, source = [], "images"
     if layout == "nhwc":
         nodes.append(helper.make_node("Transpose", [source], ["planes"], perm=[0, 3, 1, 2]))
         source = "planes"
-    weight = numpy_helper.from_array(WEIGHT[:classes, :, None, None], "weight")
+    kernel = (
+        np.repeat(WEIGHT[:classes, :, None, None], 3, 3).repeat(3, 2)
+        if valid
+        else WEIGHT[:classes, :, None, None]
+    )
+    weight = numpy_helper.from_array(kernel, "weight")
     nodes.append(helper.make_node("Conv", [source, "weight"], ["found"]))
     found, constants = "found", [weight]
     if last:
@@ -44,13 +49,19 @@ def network(path, classes=3, layout="nchw", rank=4, side=64, last=None):
         nodes.append(helper.make_node("Transpose", [found], ["last"], perm=[0, 2, 3, 1]))
         found = "last"
     given = ["n", side, side, 3] if layout == "nhwc" else ["n", 3, side, side]
-    shapes = {3: ["n", side, side], 4: ["n", classes, side, side]}
+    kind = TensorProto.FLOAT
+    if cast:
+        kind = getattr(TensorProto, cast)
+        nodes.append(helper.make_node("Cast", [found], ["whole"], to=kind))
+        found = "whole"
+    out = side - 2 if valid else side
+    shapes = {3: ["n", side, side], 4: ["n", classes, out, out]}
     shape = ["n", side, side, classes] if rank == 4 and layout == "nhwc" else shapes[rank]
     graph = helper.make_graph(
         nodes,
         "theirs",
         [helper.make_tensor_value_info("images", TensorProto.FLOAT, given)],
-        [helper.make_tensor_value_info(found, TensorProto.FLOAT, shape)],
+        [helper.make_tensor_value_info(found, kind, shape)],
         constants,
     )
     ids = [helper.make_opsetid("", 17)]
@@ -112,6 +123,12 @@ def test_a_graph_of_another_program_gives_its_own_probabilities(
         ({}, {"tissue": (1,), "mean": None}, "--mean is None"),
         ({"side": None}, {"tissue": (1,)}, "expected squares of a fixed size"),
         ({"layout": "nhwc"}, {"tissue": (1,)}, "pass --layout"),
+        ({}, {"tissue": (1,), "size_px": 128}, "leave out --size-px"),
+        ({"last": "Softmax"}, {"tissue": (1,)}, "pass --output probabilities"),
+        ({"classes": 1, "last": "Sigmoid"}, {}, "pass --output probabilities"),
+        ({"classes": 1}, {"output": "probabilities"}, "pass --output logits"),
+        ({"classes": 1, "cast": "INT64"}, {}, "without argmax"),
+        ({"classes": 1, "valid": True}, {}, "62 x 62 for squares of 64 pixels"),
     ],
 )
 def test_what_cannot_be_exported_is_refused_with_a_remedy(tmp_path, made, given, says):
@@ -127,10 +144,10 @@ def run(tmp_path_factory, tile_folder):
     from histoseek.training.tissue import fit
 
     folder = tmp_path_factory.mktemp("tissue") / "run"
-    fit.HELD_OUT, before = 2, fit.HELD_OUT
     options = fit.TissueOptions(steps=2, batch=2, side_px=64)
-    fit.fit(options, open_tiles(tile_folder), folder, lambda *_: None)
-    fit.HELD_OUT = before
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fit, "HELD_OUT", 2)
+        fit.fit(options, open_tiles(tile_folder), folder, lambda *_: None)
     return folder
 
 

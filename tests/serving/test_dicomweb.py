@@ -332,12 +332,19 @@ def test_an_expired_token_a_token_file_and_an_open_line(archive, monkeypatch, tm
     assert len(slides_of(url)) == 2
     with pytest.raises(BadInput, match="a token would be sent without encryption"):
         find_series("dicomweb+http://pacs.example/dw")
+    monkeypatch.delenv(TOKEN)
+    monkeypatch.delenv(TOKEN_FILE)
+    (tmp_path / "netrc").write_text("machine pacs.example login bob password geheim\n")
+    monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
+    with pytest.raises(BadInput, match="a password would be sent without encryption"):
+        find_series("dicomweb+http://pacs.example/dw")
 
 
 @pytest.mark.parametrize(
     ("url", "says"),
     [
-        ("dicomweb+https://bob:geheim@pacs/dw", "put them into ~/.netrc"),
+        ("dicomweb+https://bob:geheim@pacs/dw", "into ~/.netrc, and leave them out"),
+        ("dicomweb+https://bob:ge/heim@pacs/dw", "into ~/.netrc, and leave them out"),
         ("dicomweb+https://pacs/dw/studies/1?tenant=7", "expected dicomweb.https://SERVER/PATH"),
         ("dicomweb+https://pacs/dw/studies/1/series/2/instances/3", "/series/UID for one slide"),
     ],
@@ -345,7 +352,7 @@ def test_an_expired_token_a_token_file_and_an_open_line(archive, monkeypatch, tm
 def test_a_wrong_url_is_refused_without_asking_the_server(url, says):
     with pytest.raises(BadInput, match=says) as refused:
         find_series(url)
-    assert "geheim" not in str(refused.value)
+    assert "geheim" not in str(refused.value) and "bob" not in str(refused.value)
 
 
 def test_servers_that_page_or_filter_otherwise(archive, monkeypatch):
@@ -375,7 +382,7 @@ def test_a_series_that_cannot_be_read_is_left_out_and_named(archive):
 
 
 def test_odd_numbers_of_frames_change_the_expected_size_only():
-    for value in ([None], ["12.0"], ["n/a"], "7", [], {"a": 1}):
+    for value in ([None], ["12.0"], ["n/a"], "7", [], {"a": 1}, ["9" * 5000]):
         row = {"00080018": {"Value": ["1.2"]}, "00280008": {"Value": value}}
         assert dicomweb._bytes(row) >= 256 * 256 * 3 // 8
     assert dicomweb._bytes({"00280008": 3, "00280010": None}) == 256 * 256 * 3 // 8

@@ -1,6 +1,7 @@
 """Tissue found by a network: where the mask lies, what is read, and how `embed` uses it."""
 
 import json
+import shutil
 
 import numpy as np
 import onnx
@@ -134,6 +135,35 @@ def test_a_slide_finer_and_one_coarser_than_the_network(bundle, make_slide, tmp_
         assert not mask[:120].any() and not mask[:, :170].any() and not mask[530:].any()
 
 
+def test_a_slide_too_coarse_for_the_network_is_said(bundle, make_slide, tmp_path):
+    path = make_slide(tmp_path / "a.tiff", mpp=17.0, pixels=painted(400, 300, (50, 50, 300, 200)))
+    with open_slide(path) as slide:
+        thumbnail = slide.thumbnail()
+        mask = TissueNetwork(bundle).mask(slide, thumbnail)
+        (note,) = slide.notes
+    assert "17 µm per pixel, too coarse" in note and (mask == tissue_mask(thumbnail, 17.0)).all()
+
+
+def test_a_slide_with_too_many_or_too_large_squares_is_refused(
+    bundle, make_slide, tmp_path, monkeypatch
+):
+    path = make_slide(tmp_path / "a.tiff", mpp=1.0, pixels=painted(700, 700, (60, 60, 640, 640)))
+    with open_slide(path) as slide:
+        for name, value in (("LARGEST_PX", 255), ("MOST", 15)):
+            with monkeypatch.context() as patch, pytest.raises(BadInput, match="as a pyramid"):
+                patch.setattr(tissue_network, name, value)
+                TissueNetwork(bundle).mask(slide, slide.thumbnail())
+
+
+def test_what_the_network_could_not_read_is_in_the_result(
+    bundle, make_slide, other_bundle, tmp_path, cli_json
+):
+    slide = make_slide(tmp_path / "a.tiff", mpp=17.0, pixels=painted(400, 300, (50, 50, 300, 200)))
+    words = ["embed", slide, "--out", tmp_path / "out", "--encoder", other_bundle, "--mpp", 17]
+    (result,) = cli_json(*words, "--tissue-model", bundle)["results"]
+    assert any("too coarse for the tissue network" in note for note in result["notes"])
+
+
 def test_embed_uses_the_network_and_embeds_again_with_another(
     bundle, make_slide, tissue, other_bundle, tmp_path, cli_json
 ):
@@ -160,8 +190,14 @@ def test_embed_uses_the_network_and_embeds_again_with_another(
         rows.append((result["state"], read_features(path).coords[:, 1].max()))
     assert [state for state, _ in rows] == ["done", "done", "skipped"]
     assert rows[0][1] >= 384 and rows[1][1] < 384
-    key = json.loads((tmp_path / "out" / "run.json").read_text())
-    assert key  # the run is recorded
+    found_by = read_features(path).about["key"]["quality"][2]
+    assert found_by == open_network(str(bundle)).method
+    changed = tmp_path / "changed"
+    shutil.copytree(bundle, changed)
+    manifest = json.loads((changed / "manifest.json").read_text())
+    (changed / "manifest.json").write_text(json.dumps({**manifest, "threshold": 0.9}))
+    (result,) = cli_json(*words, "--tissue-model", changed)["results"]
+    assert result["state"] == "done"  # another threshold is another network
 
 
 @pytest.mark.parametrize("model", ["nothing-here", "folder"])

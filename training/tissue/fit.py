@@ -29,6 +29,8 @@ EPOCH = 100
 """Steps after which the state of the run is saved."""
 TILE_PX = 256
 """Side to which large tiles are reduced when they are read."""
+MAX_TILES = 8000
+"""Of a larger set, this many tiles are drawn; they stay in memory."""
 HELD_OUT = 64
 """Scenes on which the trained network is measured; made from tiles of groups that it was not trained on."""
 FOLDS = 10
@@ -102,6 +104,7 @@ def fit(
             "name": tileset.name,
             "fingerprint": tileset.fingerprint,
             "tiles": len(train) + len(held_out),
+            "tiles_of_the_set": len(tileset),
             "unreadable": unreadable,
             "selection": selection or {},
         },
@@ -128,7 +131,9 @@ def _tiles(tileset: TileSet, progress: Progress) -> tuple[list[Rgb], list[Rgb], 
     )
     parts: tuple[list[Rgb], list[Rgb]] = ([], [])
     unreadable: dict[str, str] = {}
-    for number, tile in enumerate(tileset.tiles):
+    drawn = np.random.default_rng(0).permutation(len(tileset))[:MAX_TILES]
+    for done, number in enumerate(np.sort(drawn).tolist(), start=1):
+        tile = tileset.tiles[number]
         try:
             picture = tileset.read(number)
         except BadInput as error:
@@ -140,7 +145,7 @@ def _tiles(tileset: TileSet, progress: Progress) -> tuple[list[Rgb], list[Rgb], 
             blocks = picture[:height, :width].reshape(height // step, step, width // step, step, 3)
             picture = blocks.mean((1, 3)).astype(np.uint8)
         parts[(tile.group or tile.file) in away].append(picture)
-        progress(number + 1, len(tileset), "reading tiles")
+        progress(done, len(drawn), "reading tiles")
     if not parts[0] or not parts[1]:
         reason = f"; first reason: {next(iter(unreadable.values()))}" if unreadable else ""
         raise BadInput(
