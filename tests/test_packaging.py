@@ -70,6 +70,7 @@ def test_the_wheel_holds_every_module_and_the_default_encoder(tmp_path):
         "ui/assets/report.css",
         "ui/assets/report.html",
         "serving/default_encoder/encoder.onnx",
+        "serving/tissue_network/tissue.onnx",
     ):
         assert f"histoseek/{extra}" in inside
 

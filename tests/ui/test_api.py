@@ -143,7 +143,7 @@ def test_slides_are_listed_and_compared(client):
         "kinds",
     ]
     some = client.get("/v1/slides?contains=CASE&limit=1&offset=1").json()
-    assert some["total"] == 2 and some["slides"][0]["metadata"] == {"organ": "lung"}
+    assert some["total"] == 2 and some["slides"][0]["metadata"] == {"organ": "lung", "stain": "IHC"}
     assert client.get("/v1/slides/case-1").json()["patient"] == "P1"
     like = client.get("/v1/slides/case-1/similar?k=2").json()["slides"]
     assert like[0]["name"] == "case-2" and like[0]["regions"][0]["query"] is not None
