@@ -120,7 +120,7 @@ class _Query(Remote):
                 raise
             known = len(found)
             found |= {json.dumps(row, sort_keys=True): row for row in page}
-            if len(found) == known and len(page) >= PAGE:
+            if len(found) == known and len(page) == PAGE:  # more: the server ignores the limit, too
                 raise BadInput(
                     f"{self.url}: the server returns the same {len(page)} objects again, so the others "
                     "cannot be found; name a study or series"

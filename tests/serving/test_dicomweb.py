@@ -102,6 +102,7 @@ class Archive(BaseHTTPRequestHandler):
         if self.rules.get("no empty page") and start >= len(rows):
             return self.answer(b"", "text/plain", 404)
         most = min(int(asked["limit"]), self.rules.get("most", 100))
+        most = len(rows) if self.rules.get("no limit") else most
         page = [
             {
                 tag: {"vr": "UI", "Value": value} if isinstance(value, list) else value
@@ -361,7 +362,10 @@ def test_servers_that_page_or_filter_otherwise(archive, monkeypatch):
         server.rules.clear()
         server.rules |= rules
         assert len(slides_of(url)) == 2
+    server.rules["no limit"] = True
     monkeypatch.setattr(dicomweb, "PAGE", 1)
+    assert len(dicomweb._Query(f"{url}/series").rows(Modality="SM")) == 2
+    del server.rules["no limit"]
     with pytest.raises(BadInput, match="returns the same 1 objects again"):
         find_series(url)
 
