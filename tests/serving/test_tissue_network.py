@@ -90,6 +90,16 @@ def test_beyond_the_slide_its_last_pixels_are_repeated(bundle, make_slide, tmp_p
     )
 
 
+def test_values_above_the_bundles_threshold_are_tissue(bundle, make_slide, tmp_path):
+    path = make_slide(tmp_path / "a.tiff", mpp=1.0, pixels=painted(300, 300, (0, 0, 300, 300)))
+    network = TissueNetwork(bundle)
+    network.shares = lambda squares: np.full((len(squares), 64, 64), 0.7, np.float32)
+    for threshold, expected in ((0.5, True), (0.9, False)):
+        network.manifest = network.manifest.model_copy(update={"threshold": threshold})
+        with open_slide(path) as slide:
+            assert (network.mask(slide, slide.thumbnail()) == expected).all()
+
+
 def test_squares_without_anything_are_not_read(bundle, make_slide, tmp_path, monkeypatch):
     path = make_slide(tmp_path / "a.tiff", mpp=1.0, pixels=painted(2000, 2000, (0, 0, 150, 150)))
     read = []
