@@ -54,6 +54,7 @@ SLOW_FILES = {
     "serving/test_stopping.py",
     "serving/test_tissue_network.py",
     "test_acceptance.py",
+    "test_benches.py",
     "test_no_telemetry.py",
     "test_output.py",
     "test_packaging.py",
