@@ -93,12 +93,7 @@ class DicomInstance(Remote):
                     raise OSError("what came is not a DICOM file")
             part.replace(to)
 
-        try:
-            self._again(copy)
-        except Halted:
-            raise stopping.Stopped(stopping.exit_code() - 128) from None
-        finally:
-            part.unlink(missing_ok=True)
+        self._receive(copy, part)
 
 
 class _Query(Remote):

@@ -140,12 +140,7 @@ class Remote:
                 raise OSError(f"{part.stat().st_size} of {size} bytes came")
             part.replace(to)
 
-        try:
-            self._again(copy)
-        except Halted:
-            raise stopping.Stopped(stopping.exit_code() - 128) from None
-        finally:
-            part.unlink(missing_ok=True)
+        self._receive(copy, part)
 
     def store(self, path: Path) -> None:
         """Copy a local file to the URL; nobody sees it before it is complete.
@@ -169,6 +164,15 @@ class Remote:
         """Remove the file; where that is not permitted, it stays."""
         with suppress(Exception):  # every store has its own errors
             self._system.rm_file(self._root)
+
+    def _receive(self, copy: Callable[[], None], part: Path) -> None:
+        """Call ``copy``, which writes to ``part``, until it succeeds; delete the part if it does not."""
+        try:
+            self._again(copy)
+        except Halted:
+            raise stopping.Stopped(stopping.exit_code() - 128) from None
+        finally:
+            part.unlink(missing_ok=True)
 
     def _again(self, call: Callable[[], T], writing: bool = False) -> T:
         """Return the call's result; a failed call is repeated, but not if the answer will be the same."""

@@ -77,9 +77,10 @@ def export_tissue_run(
     architecture = record.get("architecture", {})
     if architecture.get("model") != "tissue":
         raise BadInput(f"{run} has no finished run of `histoseek tissue train`")
-    for flag in ("mpp", "mean", "std", "size_px", "tissue"):
-        if getattr(options, flag):
-            name = {"tissue": "class", "size_px": "size-px"}.get(flag, flag)
+    plain = TissueExportOptions()
+    for field in ("mpp", "mean", "std", "size_px", "tissue", "output", "layout"):
+        if getattr(options, field) != getattr(plain, field):
+            name = {"tissue": "class", "size_px": "size-px"}.get(field, field)
             raise BadInput(f"--{name} is for an .onnx file; leave it out")
     net = build(tuple(architecture["widths"]))
     try:

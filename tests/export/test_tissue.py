@@ -185,8 +185,10 @@ def test_commands_train_and_export(cli_json, tile_folder, tmp_path, run):
         64,
     ]
     assert cli_json(*words)["metrics"]["scenes"] == 2  # finished before
-    failed = cli_json("tissue", "export", run, "--out", tmp_path / "x", "--mpp", 10, expect=1)
-    assert "--mpp is for an .onnx file" in failed["error"]["message"]
+    for flag, value in (("--mpp", 10), ("--class", 0), ("--layout", "nhwc"), ("--size-px", 64)):
+        words = ["tissue", "export", run, "--out", tmp_path / "x", flag, value]
+        failed = cli_json(*words, expect=1)["error"]["message"]
+        assert f"{flag} is for an .onnx file" in failed
     failed = cli_json("tissue", "export", tile_folder, "--out", tmp_path / "x", expect=1)
     assert "no finished run of `histoseek tissue train`" in failed["error"]["message"]
     assert not (tmp_path / "x").exists()
