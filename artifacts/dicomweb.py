@@ -97,10 +97,14 @@ class DicomInstance(Remote):
 
 
 class _Query(Remote):
-    """A question to a server, repeated if it fails."""
+    """A question to a server, repeated if it fails.
+
+    Attributes:
+        incomplete: why there may be more objects than were returned; "" if there are not.
+    """
 
     def __init__(self, url: str) -> None:
-        self.url = url
+        self.url, self.incomplete = url, ""
 
     def rows(self, **parameters: str | int) -> list[dict[str, Any]]:
         """Return all objects that match; servers limit the number of one answer to less than asked for."""
@@ -121,6 +125,11 @@ class _Query(Remote):
                     "cannot be found; name a study or series"
                 )
             if len(found) == known:
+                if 0 < len(page) < PAGE:  # a longer one is all there is
+                    self.incomplete = (
+                        f"the server returns the same {len(page)} objects at every offset; if there are "
+                        "more, they were not found"
+                    )
                 return list(found.values())
 
     def _page(self, ask: dict[str, str | int]) -> list[dict[str, Any]]:
@@ -137,37 +146,55 @@ class _Query(Remote):
         return rows
 
 
-def find_series(url: str) -> tuple[list[Series], list[LeftOut]]:
-    """Return the slides behind a URL of a server, a study or a series, and which series are left out.
+class Found(NamedTuple):
+    """What is behind a URL: the slides, the series that the server refused, and what was left out."""
+
+    slides: list[Series]
+    refused: list[LeftOut]
+    left_out: list[LeftOut]
+
+
+def find_series(url: str) -> Found:
+    """Return the slides behind a URL of a server, a study or a series.
 
     Raises:
         BadInput: the URL is wrong, there are no slides, or the server does not answer or refuses.
         MissingPart: the package ``requests`` is not installed.
     """
     root, study, series = _parts(url)
+    found = Found([], [], [])
     if study and series:
-        found = [(study, series)]
+        named = [(study, series)]
     else:
-        rows = _Query(f"{root}/studies/{study}/series" if study else f"{root}/series").rows(
-            Modality=SLIDES
-        )
+        query = _Query(f"{root}/studies/{study}/series" if study else f"{root}/series")
+        rows = query.rows(Modality=SLIDES)
+        found.left_out.extend(_incomplete(query))
         rows = [row for row in rows if _value(row, _MODALITY) in ("", SLIDES)]  # some do not filter
-        found = [(study or _value(row, _STUDY), _value(row, _SERIES)) for row in rows]
-    slides: list[Series] = []
-    left_out: list[LeftOut] = []
-    for of_study, uid in dict.fromkeys(found):
+        named = [(study or _value(row, _STUDY), _value(row, _SERIES)) for row in rows]
+    for of_study, uid in dict.fromkeys(named):
         address = f"{root}/studies/{of_study}/series/{uid}"
+        if wrong := [each for each in (of_study, uid) if not re.fullmatch(UID, each)]:
+            reason = f"{address}: the server names {wrong[0]!r}, which is no UID"
+            found.left_out.append(LeftOut(address, reason))
+            continue
+        query = _Query(f"{address}/instances")
         try:
-            slides.append(_series(address, (of_study, uid)))
+            found.slides.append(_series(address, query))
         except BadInput as error:
-            left_out.append(LeftOut(address, str(error)))
-    if not slides:
-        reasons = f" ({left_out[0].reason})" if left_out else ""
+            found.refused.append(LeftOut(address, str(error)))
+        found.left_out.extend(_incomplete(query))
+    if not found.slides:
+        reasons = [left.reason for left in (*found.refused, *found.left_out)]
+        reason = f" ({reasons[0]})" if reasons else ""
         raise BadInput(
-            f"{url} has no slides, which are series of the modality SM{reasons}; expected "
+            f"{url} has no slides, which are series of the modality SM{reason}; expected "
             "dicomweb+https://SERVER/PATH, followed by /studies/UID and /series/UID for one slide"
         )
-    return slides, left_out
+    return found
+
+
+def _incomplete(query: _Query) -> list[LeftOut]:
+    return [LeftOut(query.url, query.incomplete)] if query.incomplete else []
 
 
 def _parts(url: str) -> tuple[str, str | None, str | None]:
@@ -186,17 +213,15 @@ def _parts(url: str) -> tuple[str, str | None, str | None]:
     return matched[1], matched[2], matched[3]
 
 
-def _series(address: str, uids: tuple[str, str]) -> Series:
-    """Return a series with its instances.
+def _series(address: str, query: _Query) -> Series:
+    """Return a series with the instances that a query finds.
 
     Raises:
         BadInput: a UID is none, there are no instances, or the server refuses.
     """
-    rows: list[dict[str, Any]] = []
-    if all(re.fullmatch(UID, uid) for uid in uids):
-        rows = _Query(f"{address}/instances").rows(includefield=f"{_FRAMES},{_ROWS},{_COLUMNS}")
+    rows = query.rows(includefield=f"{_FRAMES},{_ROWS},{_COLUMNS}")
     named = {_value(row, _SOP): _bytes(row) for row in rows}
-    for uid in (*uids, *named):
+    for uid in named:
         if not re.fullmatch(UID, uid):
             raise BadInput(f"{address}: the server names {uid!r}, which is no UID")
     if not named:

@@ -42,6 +42,7 @@ OOD_THRESHOLD = math.sin(OOD_ANGLE / 2)
 EXTERNAL = "external"
 """``arch`` of an encoder that is known by name only: its features come from other tools."""
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
+StainMethod = Literal["macenko", "reinhard"]
 INPUT = "tiles"
 OUTPUT = "embedding"
 TOKENS = "tokens"
@@ -85,7 +86,7 @@ class Manifest(BaseModel):
     """An encoder's identity and contract.
 
     The graph takes ``tiles``, uint8 (N, size_px, size_px, 3), and returns ``embedding``, float32
-    (N, dim). N is the only dynamic axis. The graph does all scaling and normalisation.
+    (N, dim). N is the only dynamic axis. The graph does all scaling and normalisation of values.
 
     Attributes:
         format: version of the manifest format.
@@ -107,6 +108,8 @@ class Manifest(BaseModel):
         opset: ONNX operator set of the graph.
         versions: of the software that made the bundle.
         text: the text network, if the encoder has one.
+        stain_normalise: method by which tiles are brought to the colours of a reference before they go into
+            the graph; None if they go in as they are.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", serialize_by_alias=True)
@@ -127,13 +130,15 @@ class Manifest(BaseModel):
     opset: int
     versions: dict[str, str]
     text: TextPart | None = None
+    stain_normalise: StainMethod | None = None
 
     @model_serializer(mode="wrap")
-    def _without_empty_text(self, handler: Any) -> dict[str, Any]:
-        """Leave out ``text`` if there is none, so that older versions read the manifest."""
+    def _without_empty_parts(self, handler: Any) -> dict[str, Any]:
+        """Leave out the last fields if they are empty, so that older versions read the manifest."""
         document: dict[str, Any] = handler(self)
-        if self.text is None:
-            document.pop("text", None)
+        for key in ("text", "stain_normalise"):
+            if document.get(key) is None:
+                document.pop(key, None)
         return document
 
     def out_of_distribution(self, vectors: NDArray[np.float32]) -> NDArray[np.bool_]:

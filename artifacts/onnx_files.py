@@ -56,6 +56,17 @@ def data_properties(data: Path) -> dict[str, str]:
     return {DATA_SHA256: sha256_file(data), DATA_BYTES: str(data.stat().st_size)}
 
 
+def with_property(model: bytes, key: str, value: str) -> bytes:
+    """Return a graph with one more property, which does not change what it computes."""
+
+    def field(number: int, content: bytes) -> bytes:
+        if len(content) > 0x7F:
+            raise ValueError(f"{content[:40]!r} is too long for a property")
+        return bytes([number << 3 | _BYTES, len(content)]) + content
+
+    return model + field(_PROPERTIES, field(1, key.encode()) + field(2, value.encode()))
+
+
 def data_file(path: Path) -> Path | None:
     """Return the file that has a graph's weights, or None if the graph has them itself."""
     file = path.with_name(path.name + DATA)

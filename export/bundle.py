@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from torch import nn
 
 from ..artifacts import files
 from ..artifacts.files import read_json, sha256_file, write_atomic, write_json
-from ..artifacts.manifest import CARD, CLUSTERS, GRAPH, MANIFEST, NAME, PARITY, RUN, Manifest
+from ..artifacts.manifest import CARD, CLUSTERS, GRAPH, MANIFEST, PARITY, RUN, Manifest
 from ..artifacts.onnx_files import LARGEST_FILE
 from ..artifacts.tileset_files import open_tiles
 from ..artifacts.tilesets import TileSet, sample_tiles
@@ -33,7 +32,7 @@ from .onnx_graph import (
     measure_parity,
     save_onnx,
 )
-from .options import ExportOptions
+from .options import ExportOptions, encoder_name
 
 Build = Callable[..., Any]
 Open = Callable[[Path], TileSet]
@@ -136,28 +135,6 @@ def export_run(
             write_atomic(folder / CLUSTERS, _clusters(fitted))
         write_atomic(folder / CARD, model_card(manifest, record, parity, notes))
     return manifest
-
-
-def encoder_name(options: ExportOptions, out: Path) -> str:
-    """Return the encoder's name: that of the options, else that of the folder.
-
-    Raises:
-        BadInput: the name has characters that a server or a file system may refuse.
-    """
-    return checked_name(options.name or out.name)
-
-
-def checked_name(name: str) -> str:
-    """Return a name of an encoder or a tissue network.
-
-    Raises:
-        BadInput: it has characters that a server or a file system may refuse.
-    """
-    if not re.fullmatch(NAME, name):
-        raise BadInput(
-            f"name {name!r}: expected letters, digits, '.', '_' and '-' only; pass --name"
-        )
-    return name
 
 
 def write_graph(

@@ -28,13 +28,13 @@ from ..artifacts.manifest import (
 from ..artifacts.onnx_files import LARGEST_FILE
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput
-from .bundle import encoder_name, weights_stated, write_graph
+from .bundle import weights_stated, write_graph
 from .card import card_head
 from .checkpoints import Loaded, Tensors, has_text, load, read_checkpoint
 from .nets.build import image_net
 from .nets.vit import VitEncoder, VitShape
 from .onnx_graph import OPSET, Crop, Graph, Parity, Resize, check_parity
-from .options import NOT_STATED, ExportOptions
+from .options import NOT_STATED, ExportOptions, encoder_name
 from .published import PUBLISHED, Published
 from .text import export_text, find_tokenizer
 from .unlisted import unlisted_vit

@@ -20,11 +20,10 @@ from ..artifacts.manifest import CARD, CHECKPOINT, GRAPH, INPUT, MANIFEST, OUTPU
 from ..artifacts.onnx_files import check_graph_whole
 from ..artifacts.tilesets import TileSet, sample_tiles
 from ..errors import BadInput, Damaged, need
-from .bundle import encoder_name
 from .card import card_head
 from .from_checkpoint import FEW, made_tiles
 from .onnx_graph import Parity, check_parity, parity_of
-from .options import ExportOptions
+from .options import ExportOptions, encoder_name
 
 LEAST_OPSET = 13
 """Oldest opset whose operators the two ends of the graph use."""

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Annotated, Literal
 
+from ..artifacts.manifest import NAME, StainMethod
 from ..artifacts.option_models import Field, Flag, options
 from ..errors import BadInput
 
@@ -71,6 +73,10 @@ class ExportOptions:
     layout: Annotated[Literal["nchw", "nhwc"],
         Field(description="For an .onnx file: order of the axes of its input; n is the batch, c the "
         "colours.")] = "nchw"
+    stain_normalise: Annotated[StainMethod | None,
+        Field(description="For a bundle: the new encoder first brings the colours of each slide and query "
+        "image to those of a reference (H&E), by the method of Macenko or Reinhard. It is an encoder "
+        "of its own.")] = None
     licence: Annotated[str,
         Field(description="Licence of the weights. Default: that of the published encoder.")] = NOT_STATED
     notes: Annotated[Path | None, Field(description="Markdown file to add to the model card.")] = None
@@ -103,11 +109,34 @@ class ExportOptions:
             "tokenizer": "--tokenizer", "mean": "--mean", "std": "--std",
             "layout": "--layout", "precision": "--precision",
             "pca": "--pca", "whiten": "--whiten", "views": "--views",
+            "stain_normalise": "--stain-normalise",
         }  # fmt: skip
         plain = ExportOptions()
         for name, flag in special.items():
             if name not in used and getattr(self, name) != getattr(plain, name):
                 raise BadInput(f"{flag} is not for {source}; leave it out")
+
+
+def encoder_name(options: ExportOptions, out: Path) -> str:
+    """Return the encoder's name: that of the options, else that of the folder.
+
+    Raises:
+        BadInput: the name has characters that a server or a file system may refuse.
+    """
+    return checked_name(options.name or out.name)
+
+
+def checked_name(name: str) -> str:
+    """Return a name of an encoder or a tissue network.
+
+    Raises:
+        BadInput: it has characters that a server or a file system may refuse.
+    """
+    if not re.fullmatch(NAME, name):
+        raise BadInput(
+            f"name {name!r}: expected letters, digits, '.', '_' and '-' only; pass --name"
+        )
+    return name
 
 
 def colours(mean: str | None, std: str | None) -> tuple[tuple[float, ...], tuple[float, ...]]:

@@ -26,11 +26,10 @@ from ..artifacts.manifest import CARD, INPUT, MANIFEST, PARITY, RUN
 from ..artifacts.onnx_files import check_graph_whole
 from ..artifacts.tissue_bundle import TISSUE_GRAPH, TISSUE_OUTPUT, TissueManifest
 from ..errors import BadInput, Damaged, Mismatch, need
-from .bundle import checked_name
 from .from_checkpoint import made_tiles
 from .from_onnx import constant, front, joined, load_graph, opset_of, size_of
 from .onnx_graph import OPSET, to_onnx_of
-from .options import TissueExportOptions, colours
+from .options import TissueExportOptions, checked_name, colours
 
 Run = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 RANGE = 1e-3

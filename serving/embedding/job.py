@@ -29,6 +29,7 @@ class Job:
         url: where the file is, if not on this machine; ``source`` is then the name of a local copy.
         parts: with ``url``, all files that are copied; the first is the one to open.
         mark: of the content, if it is known without reading; see ``artifacts.files.content_mark``.
+        problem: with ``url``, why the server refuses it; "" if it does not.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Job:
     url: str = ""
     parts: tuple[RemoteFile, ...] = ()
     mark: str = ""
+    problem: str = ""
 
     @property
     def stem(self) -> str:

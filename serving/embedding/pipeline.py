@@ -29,6 +29,7 @@ from ...console import Progress
 from ...errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
 from ..encoders.engines import cores
 from ..encoders.protocol import Encoder
+from ..encoders.stain_normalisation import graph_of
 from ..slides.quality import Measures, measure
 from ..slides.stain import Counts, tally
 from .job import Job
@@ -159,6 +160,7 @@ class _Run:
         workers = options.jobs or cores()
         if encoder.offloads:  # workers that wait for the encoder use no core
             workers += encoder.parallel
+        self._graph = graph_of(encoder)
         self._piece = -(-PIECE // encoder.batch) * encoder.batch
         self._window = PIECES_AHEAD * workers
         self._openers = ThreadPoolExecutor(OPENERS, thread_name_prefix="open")
@@ -231,6 +233,8 @@ class _Run:
         given = self._encoder.manifest, precision, self._out, self._options
         number = self._numbers[id(job)]
         try:
+            if job.problem:
+                return failed(job, BadInput(job.problem))
             if self._remote is not None:
                 self._remote.fetch(job, folders_for(self._encoder.manifest, self._options))
             if job.url and self._staging is not None:
@@ -308,7 +312,9 @@ class _Run:
             return piece
         piece = replace(piece, colours=tally(tiles))
         with self._meter.stage("encode", len(tiles)):
-            return replace(piece, features=self._encoder.embed(tiles))
+            embedded = np.flatnonzero(faults == 0).tolist()
+            tiles = slide.work.normalised([numbers[n] for n in embedded], tiles)
+            return replace(piece, features=self._graph.embed(tiles))
 
     def _nothing(self, unreadable: list[str]) -> _Embedded:
         """Return the result of a piece of which no tile was read."""

@@ -35,8 +35,9 @@ def remote_jobs(url: str, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
     """
     url = url.rstrip("/")
     if is_dicomweb(url):
-        series, left_out = find_series(url)
-        return [_series(found) for found in series], left_out
+        found = find_series(url)
+        jobs = [*map(_series, found.slides), *map(_refused, found.refused)]
+        return jobs, found.left_out
     remote = Remote(url)
     if remote.is_file():
         return [_one(url, remote.size())], []
@@ -57,6 +58,11 @@ def _series(found: Series) -> Job:
     return Job(
         name, Path(f"{name}.dcm"), "slide", url=found.url, parts=found.instances, mark=found.mark
     )
+
+
+def _refused(series: LeftOut) -> Job:
+    name = series.path.rpartition("/")[2]
+    return Job(name, Path(f"{name}.dcm"), "slide", url=series.path, problem=series.reason)
 
 
 def _one(url: str, size: int) -> Job:

@@ -18,14 +18,20 @@ from ...artifacts.images import encode_jpeg
 from ...artifacts.manifest import Manifest
 from ...artifacts.tables import number_of
 from ...errors import BadInput
+from ..encoders.stain_normalisation import Table, fitted, normalised, sampled
 from ..slides.geojson import outlines, write_tiles, write_tissue
 from ..slides.overlay import Backdrop, backdrop, draw_overlay
-from ..slides.quality import FAULTS, Limits, counted, is_stain, listed
+from ..slides.quality import DARK, FAULTS, PEN, Limits, counted, is_stain, listed, measure
 from ..slides.slide import Grid, Slide
+from ..slides.stain import stain_of, tally
 from .job import Job
 from .measured import Measured
 from .results import EmbedOptions
 
+FITTED = 48
+"""Maximum number of tiles of a slide to which stain normalisation is fitted."""
+MAX_INK, MAX_DARK = 0.05, 0.5
+"""Tiles with a larger share of ink, or of nearly black pixels, are not among them if there are others."""
 ENLARGED = 1.2
 """Tiles that are enlarged by more are not called blurred."""
 
@@ -100,6 +106,7 @@ class SlideWork:
     drawing: Drawing | None = None
     seconds: float = 0.0
     left_out: Sequence[dict[str, str]] = ()
+    stain: Table | None = None
     closing: ExitStack = field(default_factory=ExitStack)
 
     def __post_init__(self) -> None:
@@ -127,6 +134,40 @@ class SlideWork:
         """See :class:`Work`."""
         corners = [(int(x), int(y)) for x, y in self.grid.coords[start : start + len(out)]]
         return self.slide.read_tiles(corners, self.grid.size_px_level0, out)
+
+    def fit_stain(self) -> None:
+        """Fit the encoder's stain normalisation, if it has one, to tiles from all over the slide."""
+        method, count = self.manifest.stain_normalise, self.count
+        if method is None or not count:
+            return
+        rows = np.unique(np.linspace(0, count - 1, min(count, FITTED)).astype(int))
+        size = self.manifest.size_px
+        tiles = np.empty((len(rows), size, size, 3), np.uint8)
+        corners = [(int(x), int(y)) for x, y in self.grid.coords[rows]]
+        unreadable = self.slide.read_tiles(corners, self.grid.size_px_level0, tiles)
+        tiles = np.delete(tiles, list(unreadable), axis=0)
+        if not len(tiles):
+            self.notes.append("the stain was not normalised: none of the sampled tiles can be read")
+            return
+        measures = measure(tiles)
+        clean = (measures[:, PEN] <= MAX_INK) & (measures[:, DARK] <= MAX_DARK)
+        if clean.any():  # else it is a blue or green stain
+            tiles = tiles[clean]
+        told = stain_of(tally(tiles))
+        try:
+            self.stain = fitted(sampled(tiles), method)
+        except BadInput as error:
+            self.notes.append(f"the stain was not normalised: {error}")
+            return
+        if told in {"IHC", "other"}:
+            what = "immunohistochemistry" if told == "IHC" else "no H&E"
+            self.notes.append(
+                f"the slide looks like {what}; its stain was normalised, which gives it colours of H&E"
+            )
+
+    def normalised(self, numbers: Sequence[int], tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See :class:`Work`."""
+        return tiles if self.stain is None else normalised(tiles, self.stain)
 
     def draw(self, faults: NDArray[np.int8]) -> None:
         """See :class:`Work`."""

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import threading
+from collections import defaultdict
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +19,15 @@ from ...artifacts.images import square
 from ...artifacts.manifest import Manifest
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput
+from ..encoders.stain_normalisation import Table, fitted, normalised, sampled
 from ..slides.quality import Limits
 from .job import Job
 from .measured import Measured
+
+FITTED = 16
+"""Maximum number of tiles of a group to which stain normalisation is fitted."""
+TABLES = 32
+"""Number of groups whose tables of colours are kept; each takes 0.4 MB."""
 
 
 @dataclass
@@ -41,6 +50,13 @@ class TilesWork:
         self.count = len(self.tileset)
         self.notes = list(self.tileset.notes)
         self.left_out: Sequence[dict[str, str]] = [t._asdict() for t in self.tileset.left_out]
+        self._groups: dict[str, list[int]] = defaultdict(list)
+        for number, tile in enumerate(self.tileset.tiles):
+            if tile.group:
+                self._groups[tile.group].append(number)
+        self._not_fitted: dict[str | int, str] = {}
+        self._lock = threading.Lock()
+        self._stain = lru_cache(maxsize=TABLES)(self._fit_stain)
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
@@ -52,12 +68,51 @@ class TilesWork:
                 failed[number] = error
         return failed
 
+    def normalised(self, numbers: Sequence[int], tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """See :class:`Work`."""
+        if self.manifest.stain_normalise is None:
+            return tiles
+        rows = []
+        for number, tile in zip(numbers, tiles, strict=True):
+            table = self._stain(self.tileset.tiles[number].group or number)
+            rows.append(tile[None] if table is None else normalised(tile[None], table))
+        return np.concatenate(rows)
+
+    def _fit_stain(self, of: str | int) -> Table | None:
+        """Fit stain normalisation to tiles of a group, or to a tile (by number) that has no group."""
+        rows = self._groups[of] if isinstance(of, str) else [of]
+        some = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), FITTED)).astype(int))
+        tiles = []
+        for n in some.tolist():
+            with suppress(BadInput):  # it is counted when it is read to be embedded
+                tiles.append(square(self.tileset.read(rows[n]), self.manifest.size_px))
+        method = self.manifest.stain_normalise
+        try:
+            if method is None or not tiles:
+                return None
+            return fitted(sampled(np.stack(tiles)), method)
+        except BadInput as error:
+            with self._lock:
+                self._not_fitted[of] = str(error)
+            return None
+
+    def _told(self) -> list[str]:
+        """Return notes about the tiles whose stain was not normalised."""
+        if not self._not_fitted:
+            return []
+        first, reason = next(iter(self._not_fitted.items()))
+        tiles = sum(len(self._groups[g]) if isinstance(g, str) else 1 for g in self._not_fitted)
+        what = f"of {first}" if isinstance(first, str) else self.tileset.tiles[first].file
+        noun = "tile was" if tiles == 1 else "tiles were"
+        return [f"the stain of {tiles} {noun} not normalised, first {what}: {reason}"]
+
     def draw(self, faults: NDArray[np.int8]) -> None:
         """A tile set has no overlay."""
 
     def describe(self, measured: Measured, unreadable: list[str]) -> Features:
         """See :class:`Work`."""
         embedded = measured.embedded()
+        self.notes += self._told()
         tiles = [self.tileset.tiles[row] for row in embedded.tolist()]
         return Features(
             name=self.name,

@@ -82,6 +82,10 @@ class Work(Protocol):
         """
         ...
 
+    def normalised(self, numbers: Sequence[int], tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:
+        """Return tiles (N, S, S, 3), by their numbers (N,), as the encoder's graph takes them."""
+        ...
+
     def draw(self, faults: NDArray[np.int8]) -> None:
         """Write the overlay files.
 
@@ -246,6 +250,8 @@ class _Preparation:
             return self._done_before(name, path)
         limits = Limits(options.min_sharpness, options.max_pen)
         work = SlideWork(job, slide, grid, manifest, name, path, key, stated, limits, drawing)
+        if not self.look_only:
+            work.fit_stain()
         if key["content"] == (read_about(path) or {}).get("key", {}).get("content"):
             work.notes += _moved_from(path, job)
         return work

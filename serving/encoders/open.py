@@ -10,6 +10,7 @@ from ...errors import BadInput
 from .fetched import fetched, is_server
 from .onnx import OnnxEncoder
 from .protocol import Encoder, check_identity
+from .stain_normalisation import NormalisingEncoder
 
 DEFAULT = "default"
 DEFAULT_BUNDLE = Path(__file__).parents[1] / "default_encoder"
@@ -56,7 +57,11 @@ def open_encoder(
     if is_server(spec):
         from .triton import TritonEncoder
 
-        return TritonEncoder(spec, expect, batch)
+        return _with_normalisation(TritonEncoder(spec, expect, batch))
     encoder = OnnxEncoder(bundle_path(spec), engine, precision, batch, streams)
     check_identity(encoder.manifest, expect)
-    return encoder
+    return _with_normalisation(encoder)
+
+
+def _with_normalisation(encoder: Encoder) -> Encoder:
+    return NormalisingEncoder(encoder) if encoder.manifest.stain_normalise else encoder

@@ -57,11 +57,7 @@ def in_batches(
         BadInput: the tiles do not have the manifest's shape and type.
         Damaged: an embedding has a value that is not finite.
     """
-    size = manifest.size_px
-    if tiles.dtype != np.uint8 or tiles.shape[1:] != (size, size, 3):
-        raise BadInput(
-            f"tiles are {tiles.dtype} {tiles.shape}; expected uint8 (N, {size}, {size}, 3)"
-        )
+    check_tiles(tiles, manifest)
     parts = [tiles[start : start + batch] for start in range(0, len(tiles), batch)]
     if len(tiles) >= FAN_OUT and parallel > 1 and len(parts) > 1:
         with ThreadPoolExecutor(parallel, thread_name_prefix="embed") as pool:
@@ -74,6 +70,15 @@ def in_batches(
             f"encoder {manifest.name} returned embeddings with values that are not finite"
         )
     return result
+
+
+def check_tiles(tiles: NDArray[np.uint8], manifest: Manifest) -> None:
+    """Raise BadInput if tiles do not have the shape (N, S, S, 3) and type of a manifest."""
+    size = manifest.size_px
+    if tiles.dtype != np.uint8 or tiles.shape[1:] != (size, size, 3):
+        raise BadInput(
+            f"tiles are {tiles.dtype} {tiles.shape}; expected uint8 (N, {size}, {size}, 3)"
+        )
 
 
 def check_identity(manifest: Manifest, expect: Manifest | None) -> None:

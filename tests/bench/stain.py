@@ -18,11 +18,11 @@ import numpy as np
 import viewer
 from encoder import table as markdown
 from judged import SHARED, controls, never_trained, trained_and_held_out
-from stain_norm import fitted, normalise, sampled
 
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput
 from histoseek.serving.encoders.open import open_encoder
+from histoseek.serving.encoders.stain_normalisation import fitted, normalised, sampled
 from histoseek.serving.slides.stain import COLOURS, stain_of, tally
 
 OUT = Path(__file__).parents[2] / "docs" / "results" / "stain"
@@ -58,7 +58,7 @@ def kinds():
     return {"found": found, "wrong": wrong}
 
 
-def normalised(tiles, groups, method):
+def by_group(tiles, groups, method):
     """Tiles (N, S, S, 3) normalised by a fit to each group; those of groups without a fit stay."""
     if method == "none":
         return tiles, 0
@@ -70,9 +70,7 @@ def normalised(tiles, groups, method):
         except BadInput:
             without += 1
             continue
-        part = made[rows]
-        normalise(part, table)
-        made[rows] = part
+        made[rows] = normalised(tiles[rows], table)
     return made, without
 
 
@@ -98,7 +96,7 @@ def searched(encoder):
         alone = "CRC" in name  # names no patients: one laboratory
         for method in METHODS:
             fits = np.zeros_like(tiles.groups) if alone else tiles.groups
-            made, without = normalised(tiles.tiles, fits, method)
+            made, without = by_group(tiles.tiles, fits, method)
             near = nearest(encoder.embed(made), tiles.groups, what == "class")
             if what == "class":
                 right = tiles.labels[near] == tiles.labels
@@ -118,12 +116,12 @@ def rescanned(encoder):
         queries = viewer.rescanned(TWICE, places, Path(folder))["as it is"]
     for method in METHODS:
         whole = np.zeros(len(tiles), int)
-        atlas = encoder.embed(normalised(tiles, whole, method)[0])
+        atlas = encoder.embed(by_group(tiles, whole, method)[0])
         for count, name in ((len(queries), "slide"), (9, "9 squares"), (1, "the square alone")):
             made = queries.copy()
             for n in range(len(queries)):
                 around = np.abs(np.arange(len(queries)) - n).argsort(kind="stable")[:count]
-                made[n] = normalised(queries[around], np.zeros(count, int), method)[0][0]
+                made[n] = by_group(queries[around], np.zeros(count, int), method)[0][0]
             hits = (encoder.embed(made) @ atlas.T).argmax(1) == asked
             found.setdefault(name, {"tiles": len(asked)})[method] = round(float(hits.mean()), 3)
     return found
@@ -136,7 +134,7 @@ def cost(encoder):
     encoder.embed(tiles)
     found = {}
     for name, work in (
-        ("normalise", lambda: normalise(tiles, table)),
+        ("normalise", lambda: normalised(tiles, table)),
         ("embed", lambda: encoder.embed(tiles)),
     ):
         started = time.process_time()

@@ -202,9 +202,9 @@ def archive(instances, monkeypatch):
 
 
 def slides_of(url):
-    series, left_out = find_series(url)
-    assert not left_out
-    return series
+    found = find_series(url)
+    assert not found.left_out and not found.refused
+    return found.slides
 
 
 def embed(url, out, bundle):
@@ -361,7 +361,13 @@ def test_servers_that_page_or_filter_otherwise(archive, monkeypatch):
     for rules in ({"no empty page": True}, {"unfiltered": True}, {"no offset": True}):
         server.rules.clear()
         server.rules |= rules
-        assert len(slides_of(url)) == 2
+        assert len(find_series(url).slides) == 2
+    found = find_series(url)
+    assert [left.path for left in found.left_out] == [
+        f"{url}/series",
+        *(f"{series.url}/instances" for series in found.slides),
+    ]
+    assert "the same 2 objects at every offset" in found.left_out[0].reason
     server.rules["no limit"] = True
     monkeypatch.setattr(dicomweb, "PAGE", 1)
     assert len(dicomweb._Query(f"{url}/series").rows(Modality="SM")) == 2
@@ -370,19 +376,28 @@ def test_servers_that_page_or_filter_otherwise(archive, monkeypatch):
         find_series(url)
 
 
-def test_a_series_that_cannot_be_read_is_left_out_and_named(archive):
+def test_a_series_that_the_server_refuses_has_failed(archive, cli, tmp_path):
     url, server = archive
     server.rules["broken"] = "1.3.1"
-    found = find_inputs([url])
-    assert [job.name for job in found.jobs] == ["1.2.1"]
-    (left,) = found.left_out
-    assert left.path.endswith("/series/1.3.1") and "HTTP 403" in left.reason
-    server.rules.clear()
+    ended = cli("embed", url, "--out", tmp_path / "out", "--min-tissue", "0", "--json")
+    assert ended.returncode == 1
+    states = {row["name"]: row for row in json.loads(ended.stdout)["results"]}
+    assert states["1.3.1"]["state"] == "failed" and "HTTP 403" in states["1.3.1"]["reason"]
+    assert states["1.2.1"]["state"] == "done" and states["1.3.1"]["source"].endswith(
+        "/series/1.3.1"
+    )
+    server.rules["broken"] = "-"
+    again = cli("embed", url, "--out", tmp_path / "out", "--min-tissue", "0", "--json")
+    assert [row["state"] for row in json.loads(again.stdout)["results"]] == ["skipped", "done"]
+
+
+def test_a_name_that_is_no_uid_is_left_out(archive):
+    url, server = archive
     odd = {"0020000D": ["1.9"], "0020000E": ["../../etc"]}
     server.rules["more"] = [odd, {"0020000E": "no object"}]
-    series, left_out = find_series(url)
-    assert len(series) == 2 and len(left_out) == 2
-    assert all("which is no UID" in left.reason for left in left_out)
+    found = find_series(url)
+    assert len(found.slides) == 2 and len(found.left_out) == 2 and not found.refused
+    assert all("which is no UID" in left.reason for left in found.left_out)
 
 
 def test_odd_numbers_of_frames_change_the_expected_size_only():

@@ -231,11 +231,18 @@ class Encoder(BaseModel):
     dim: int
 
 
+Notes = Annotated[
+    list[str],
+    Field(description="a sentence about each image whose stain the encoder could not normalise"),
+]
+
+
 class Embeddings(BaseModel):
     """One embedding per image, in the order of the images."""
 
     encoder: Encoder
     embeddings: list[list[float]]
+    notes: Notes
 
 
 def _fields_of(value: type[Any], without: frozenset[str] = frozenset()) -> Any:
@@ -331,6 +338,7 @@ class SearchAnswer(BaseModel):
     )
     matches: list[Match]
     milliseconds: dict[str, float]
+    notes: Notes
     provenance: dict[str, Any]
 
 
@@ -355,6 +363,7 @@ class AssignAnswer(BaseModel):
     result: str
     images: list[PlacedImage]
     refused: list[RefusedImage]
+    notes: Notes
     provenance: dict[str, Any]
 
 

@@ -54,12 +54,13 @@ class Usage(BaseModel):
 
 
 class OpenAiEmbeddings(BaseModel):
-    """The answer in the form of OpenAI's API."""
+    """The answer in the form of OpenAI's API, and notes about images whose stain was not normalised."""
 
     object: Literal["list"] = "list"
     data: list[Embedding]
     model: str
     usage: Usage = Usage()
+    notes: list[str] = []
 
 
 def check_model(session: Session, model: str, dimensions: int | None) -> None:
@@ -78,8 +79,8 @@ def check_model(session: Session, model: str, dimensions: int | None) -> None:
         )
 
 
-def embed(session: Session, inputs: str | list[Any]) -> NDArray[np.float32]:
-    """Embed texts and images (N, D), in their order.
+def embed(session: Session, inputs: str | list[Any]) -> tuple[NDArray[np.float32], list[str]]:
+    """Embed texts and images (N, D), in their order; also return notes about the images.
 
     Args:
         session: the open atlas.
@@ -92,14 +93,19 @@ def embed(session: Session, inputs: str | list[Any]) -> NDArray[np.float32]:
         _content(n, item) for n, item in enumerate([inputs] if isinstance(inputs, str) else inputs)
     ]
     vectors = np.empty((len(parts), session.atlas.manifest.dim), np.float32)
+    notes: list[str] = []
     images = [n for n, (kind, _) in enumerate(parts) if kind == "image"]
     texts = [n for n, (kind, _) in enumerate(parts) if kind == "text"]
     if images:
-        tiles = [session.read(pixels_of(parts[n][1]), f"input[{n}]") for n in images]
-        vectors[images] = session.embed(tiles)
+        names = [f"input[{n}]" for n in images]
+        tiles = [
+            session.read(pixels_of(parts[n][1]), name)
+            for n, name in zip(images, names, strict=True)
+        ]
+        vectors[images] = session.embed(tiles, notes, names)
     if texts:
         vectors[texts] = session.embed_text([parts[n][1] for n in texts])
-    return vectors
+    return vectors, notes
 
 
 def _content(number: int, item: str | Part) -> tuple[Literal["image", "text"], str]:
@@ -115,7 +121,10 @@ def _content(number: int, item: str | Part) -> tuple[Literal["image", "text"], s
 
 
 def answer(
-    session: Session, vectors: NDArray[np.float32], encoding: Literal["float", "base64"]
+    session: Session,
+    vectors: NDArray[np.float32],
+    encoding: Literal["float", "base64"],
+    notes: list[str],
 ) -> OpenAiEmbeddings:
     """Return embeddings (N, D) as the answer to a request."""
     data = [
@@ -127,4 +136,4 @@ def answer(
         )
         for n, row in enumerate(vectors)
     ]
-    return OpenAiEmbeddings(data=data, model=session.atlas.manifest.name)
+    return OpenAiEmbeddings(data=data, model=session.atlas.manifest.name, notes=notes)

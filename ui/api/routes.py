@@ -52,13 +52,16 @@ def add_queries(app: FastAPI, server: Server) -> None:
                 raise BadInput("expected either images or input")
             if fields.input is not None:
                 openai.check_model(session, fields.model, fields.dimensions)
-                found = openai.embed(session, fields.input)
+                found, notes = openai.embed(session, fields.input)
                 server.note(request, "embed", inputs=len(found))
-                return openai.answer(session, found, fields.encoding_format)
+                return openai.answer(session, found, fields.encoding_format, notes)
             tiles = [session.read(blob, name) for name, blob in images]
-            vectors = session.embed(tiles)
+            notes = []
+            vectors = session.embed(tiles, notes, [name for name, _ in images])
             server.note(request, "embed", images=len(tiles))
-            return {"encoder": session.atlas.manifest, "embeddings": vectors.tolist()}
+            return {
+                "encoder": session.atlas.manifest, "embeddings": vectors.tolist(), "notes": notes,
+            }  # fmt: skip
 
         return await with_body(request, models.EmbeddingsRequest, ("images",), work)
 

@@ -61,6 +61,11 @@ def bound(
     opened = Atlas(atlas)
     manifest = read_manifest(bundle)
     binding.check_bindable(opened, manifest)
+    if manifest.stain_normalise:
+        raise BadInput(
+            f"{bundle} normalises stains, which the tool that made the atlas's features did not do; give "
+            "the bundle without stain normalisation"
+        )
     rows = {row["name"]: row for row in opened.store.tile_ranges()}
     paths, unreadable = _paths(rows, slides)
     squares = _read(opened, rows, paths, unreadable, tiles, manifest.size_px, manifest.mpp)

@@ -144,11 +144,12 @@ def export(
 ) -> None:
     """Export a training run, a checkpoint of a published encoder, or an ONNX encoder, to a bundle.
 
-    The bundle holds an ONNX graph, a manifest, the parity test of the graph and a model card.
+    The bundle holds an ONNX graph, a manifest, the parity test of the graph and a model card. With
+    --stain-normalise, an encoder with stain normalisation is made from a bundle.
 
     Options:
         source: Folder of a finished training run, a checkpoint (with --as or --arch), or an .onnx file
-            (with --mean and --std).
+            (with --mean and --std). With --stain-normalise: folder of a bundle, or 'default'.
         out: New folder for the bundle. With --against it may be left out.
         tiles: Tiles for the parity test (ONNX against PyTorch). Default: the run's data; for a file,
             a pattern and noise.
@@ -158,12 +159,22 @@ def export(
         slides: With --against: the slide, or a folder with it.
         list_encoders: List the published encoders that --as knows.
     """
+    if source is not None and out is not None and _is_bundle(source):
+        if tiles or against or slides or list_encoders:
+            raise BadInput("a bundle is exported with --out, --stain-normalise and --name only")
+        _export_bundle(source, out, options)
+        return
     need_torch()
     if list_encoders:
         show_published()
         return
     if source is None or (out is None and against is None):
         raise BadInput("expected `histoseek export SOURCE --out BUNDLE`, or --list")
+    if options.stain_normalise:
+        raise BadInput(
+            f"--stain-normalise makes an encoder from a bundle, and {source} is not a bundle; export it "
+            "without, then give the bundle"
+        )
     if slides and against is None:
         raise BadInput("--slides is for --against; leave it out")
     from .against import as_json, show
@@ -206,6 +217,29 @@ def export(
         )
 
     console.emit(document, human)
+
+
+def _is_bundle(source: Path) -> bool:
+    from ...artifacts.manifest import MANIFEST
+    from ...serving.encoders.open import DEFAULT
+
+    return str(source) == DEFAULT or (source / MANIFEST).is_file()
+
+
+def _export_bundle(source: Path, out: Path, options: ExportOptions) -> None:
+    """Make an encoder with stain normalisation from a bundle."""
+    from ...export.normalising import export_normalising
+    from ...serving.encoders.open import bundle_path
+
+    manifest = export_normalising(bundle_path(str(source)), out, options)
+    console.emit(
+        {"bundle": str(out), **manifest.model_dump()},
+        lambda: console.say(
+            f"{out}: encoder {manifest.name} with stain normalisation ({manifest.stain_normalise}), sha256 "
+            f"{manifest.sha256[:12]}…; pass it to `histoseek embed --encoder` and `histoseek index create "
+            "--encoder`"
+        ),
+    )
 
 
 def _against(

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from ...index.atlas import Atlas
+    from ...serving.encoders.protocol import Encoder
 
     Read = dict[Path, NDArray[np.uint8]]
     Failed = dict[Path, dict[str, Any]]
@@ -92,10 +93,13 @@ def mean_vectors(atlas: Atlas, read: dict[Path, NDArray[np.uint8]]) -> NDArray[n
 
     if not read:
         return None
-    ends = np.cumsum([len(tiles) for tiles in read.values()])
-    vectors = embed_with(atlas)(np.concatenate(list(read.values())))
-    parts = np.split(vectors, ends[:-1])
-    return np.stack([mean_of(part, atlas.manifest.metric) for part in parts])
+    metric = atlas.manifest.metric
+    with _encoder_of(atlas) as encoder:
+        means = [
+            mean_of(_embedded(encoder, tiles, [str(path)], one_image=True), metric)
+            for path, tiles in read.items()
+        ]
+    return np.stack(means)
 
 
 def check_images(atlas: Atlas) -> None:
@@ -110,16 +114,34 @@ def check_images(atlas: Atlas) -> None:
         check_bundle_graph(atlas.encoder_bundle, atlas.manifest)
 
 
-def embed_with(atlas: Atlas) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """Return a function that opens the atlas's encoder and embeds images (N, S, S, 3)."""
+def embed_with(
+    atlas: Atlas, names: Sequence[str]
+) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
+    """Return a function that opens the atlas's encoder and embeds images (N, S, S, 3) of these names."""
 
     def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
-        from ...serving.encoders.open import open_encoder
-
-        with closing(open_encoder(str(atlas.encoder_bundle), expect=atlas.manifest)) as encoder:
-            return encoder.embed(images)
+        with _encoder_of(atlas) as encoder:
+            return _embedded(encoder, images, names)
 
     return embed
+
+
+def _encoder_of(atlas: Atlas) -> closing[Encoder]:
+    from ...serving.encoders.open import open_encoder
+
+    return closing(open_encoder(str(atlas.encoder_bundle), expect=atlas.manifest))
+
+
+def _embedded(
+    encoder: Encoder, images: NDArray[np.uint8], names: Sequence[str], one_image: bool = False
+) -> NDArray[np.float32]:
+    """Embed images, or the tiles of one, and say of which the stain could not be normalised."""
+    from ...serving.encoders.stain_normalisation import embed_images, not_normalised
+
+    vectors, reasons = embed_images(encoder, images, one_image=one_image)
+    for note in not_normalised(names, reasons[:1] if one_image else reasons):
+        console.say(note)
+    return vectors
 
 
 def embed_text_with(atlas: Atlas) -> Callable[[Sequence[str]], NDArray[np.float32]]:

@@ -132,22 +132,25 @@ def search(
     others = [*(f"{text!r}" for text in texts), *(f"tile {n}" for n in tiles)]
     names: list[str | Path] = ["all together"] if query.combines else [*paths, *others]
     searched: list[str | Path] = names if query.combines else [*read, *others]
+    shown = [str(path) for path in (*(() if mpp else read), *unlike_read)]
     if federation is None:
         query = replace(
             query, tiles=tuple(map(tile_number, tiles)),
             unlike_tiles=tuple(map(tile_number, unlike_tiles)),
         )  # fmt: skip
-        hits = dict(zip(searched, _ask(opened, query, engine), strict=True))
+        hits = dict(zip(searched, _ask(opened, query, shown, engine), strict=True))
         _answer_search(names, hits, failed, query, opened.mixed_scales)
         return
     with closing(federation):
-        _search_several(federation, opened, query, (tiles, unlike_tiles), names, searched, failed)
+        tiles_asked = tiles, unlike_tiles
+        _search_several(federation, opened, query, shown, tiles_asked, names, searched, failed)
 
 
 def _search_several(
     federation: Federation,
     opened: Atlas,
     query: Query,
+    images: Sequence[str],
     tiles: tuple[list[str], list[str]],
     names: list[str | Path],
     searched: list[str | Path],
@@ -159,6 +162,7 @@ def _search_several(
         federation: the atlases.
         opened: one of them, with the encoder.
         query: with images and texts.
+        images: names of the query's images.
         tiles: ids to be like, and to be unlike.
         names: of all queries, in the order of the answers.
         searched: of those that could be read.
@@ -166,7 +170,7 @@ def _search_several(
     """
     like, unlike = ([example(text) for text in part] for part in tiles)
     if query.examples or like:
-        embedded = query.embedded(embed_with(opened), embed_text_with(opened))
+        embedded = query.embedded(embed_with(opened, images), embed_text_with(opened))
         found = federation.search(embedded, like, unlike)
     else:
         found = federation.status()
@@ -243,11 +247,14 @@ def _print_hits(
         )
 
 
-def _ask(atlas: Atlas, query: Query, engine: str | None) -> list[list[Hit]]:
-    """Return a list of hits per readable image, text and tile, or one list if the query combines them."""
+def _ask(atlas: Atlas, query: Query, images: Sequence[str], engine: str | None) -> list[list[Hit]]:
+    """Return a list of hits per readable image, text and tile, or one list if the query combines them.
+
+    ``images``: names of the query's images.
+    """
     if not query.examples:
         return []
-    embedded = query.embedded(embed_with(atlas), embed_text_with(atlas))
+    embedded = query.embedded(embed_with(atlas, images), embed_text_with(atlas))
     if engine is None:
         from ...index.view import View
 
@@ -301,7 +308,7 @@ def assign(
     read, failed = read_images(images, opened.manifest.size_px)
     assigned: list[dict[str, Any]] = []
     if read:
-        vectors = embed_with(opened)(np.stack(list(read.values())))
+        vectors = embed_with(opened, list(map(str, read)))(np.stack(list(read.values())))
         if engine is None:
             assigned = opened.assign(vectors, clusters)
         else:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -22,6 +23,7 @@ from ...index.store.rows import Hit
 from ...index.view import View
 from ...serving.encoders.open import DEFAULT, bundle_path, open_encoder
 from ...serving.encoders.protocol import Encoder, check_identity
+from ...serving.encoders.stain_normalisation import embed_images, not_normalised
 from ...serving.encoders.text import TextEncoder
 from ..session.pictures import Pictures
 from .embed import Features
@@ -256,10 +258,17 @@ class Atlas:
             together=combined, k=k, where=where, least=least, per_slide=per_slide, exact=exact,
             leave_out=leave_out, texts=texts, unlike_texts=unlike_texts,
         )  # fmt: skip
-        embedded = query.embedded(lambda tiles: self.encoder.embed(tiles), self._embed_text)
+        embedded = query.embedded(self._embed, self._embed_text)
         answers = self.index.ask(View.search, embedded)
         results = [Hits(hits, self._pictures) for hits in answers]
         return results[0] if single else results
+
+    def _embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
+        """Embed images (N, S, S, 3), and warn of those whose stain could not be normalised."""
+        vectors, reasons = embed_images(self.encoder, tiles)
+        for note in not_normalised([f"image {n}" for n in range(1, len(tiles) + 1)], reasons):
+            warnings.warn(note, stacklevel=3)
+        return vectors
 
     def _embed_text(self, texts: Sequence[str]) -> NDArray[np.float32]:
         if self._text is None:
@@ -291,7 +300,7 @@ class Atlas:
         tiles = read_images(images, self._size)
         if not tiles:
             raise BadInput("no image was given; expected at least one")
-        rows = self.index.assign(self.encoder.embed(np.stack(tiles)), clustering)
+        rows = self.index.assign(self._embed(np.stack(tiles)), clustering)
         return [Assignment(**{key: row[key] for key in Assignment._fields}) for row in rows]
 
     def fit(self, method: str = "kmeans", **options: Any) -> dict[str, Any]:

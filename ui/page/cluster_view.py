@@ -8,7 +8,7 @@ from typing import Any
 
 from ..session.answers import ClusterAnswer
 from ..session.colours import colour_of
-from ..session.words import LABELS_SHOWN, cluster_name, cluster_title, counted
+from ..session.words import LABELS_SHOWN, cluster_name, cluster_title, counted, sentences
 from .view import EXAMPLES, empty
 
 
@@ -47,6 +47,7 @@ def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -
         f"{counted(len(answer.names), 'image')} assigned to {escape(answer.clustering)}, {unknown} of them "
         f"unknown; {len(answer.refused)} refused."
     )
+    said = " ".join(filter(None, [summary, escape(sentences(answer.notes))]))
     links = " ".join(
         f'<a href="v1/results/{answer.id}/{kind}" download>{title}</a>'
         for kind, title in (("csv", "CSV"), ("json", "JSON"), ("html", "Report"))
@@ -62,7 +63,7 @@ def placed_table(answer: ClusterAnswer, examples: Mapping[int, Sequence[int]]) -
     )
     head = "".join(f'<th scope="col">{name}</th>' for name in columns)
     return (
-        f'<p role="status" id="placed-note">{summary} Save: {links}</p><table class="hs-table" id="placed">'
+        f'<p role="status" id="placed-note">{said} Save: {links}</p><table class="hs-table" id="placed">'
         f"<thead><tr>{head}</tr></thead><tbody>{''.join(rows)}</tbody></table>"
     )
 

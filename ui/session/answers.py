@@ -92,6 +92,7 @@ class SearchAnswer:
         searched: the atlases that were asked, and why some were not searched; likewise.
         shared_slides: number of slides that several of the server's atlases have.
         among: the further atlases of the query.
+        notes: sentences about images of the query whose stain was not normalised.
     """
 
     id: str
@@ -110,6 +111,7 @@ class SearchAnswer:
     searched: tuple[Searched, ...] = ()
     shared_slides: int = 0
     among: Among = ALONE
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -138,6 +140,7 @@ class ClusterAnswer:
     generation: int
     revision: int
     clusters: list[dict[str, Any]] = field(default_factory=list, repr=False)
+    notes: tuple[str, ...] = ()
 
 
 def now() -> str:

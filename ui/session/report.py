@@ -94,12 +94,14 @@ def as_json(session: Session, answer: SearchAnswer | ClusterAnswer) -> dict[str,
             "shared_slides": answer.shared_slides,
             "matches": matches(answer),
             "milliseconds": answer.milliseconds,
+            "notes": list(answer.notes),
             "provenance": provenance(session, answer),
         }
     return {
         "result": answer.id,
         "images": placed_rows(answer),
         "refused": [{"name": name, "reason": why} for name, why in answer.refused],
+        "notes": list(answer.notes),
         "provenance": provenance(session, answer),
     }
 
@@ -235,7 +237,7 @@ def _html(session: Session, answer: SearchAnswer | ClusterAnswer, about: dict[st
     values: dict[str, Any] = {"notice": words.NOTICE_TEXT, "facts": facts}
     if isinstance(answer, ClusterAnswer):
         values |= {"title": "Images and their clusters", "queries": [], "refused": answer.refused}
-        values |= {"verdict": "", "texts": []}
+        values |= {"verdict": words.sentences(answer.notes), "texts": []}
         return render("report.html", **values, figures=_assigned_images(answer))
     values |= {"title": "Similar tiles", "queries": _examples(session, answer), "refused": []}
     values |= {"verdict": words.verdict_text(answer), "texts": _texts(answer)}

@@ -8,6 +8,7 @@ import time
 from collections.abc import Iterator, Sequence, Sized
 from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -26,6 +27,7 @@ from ...index.view import View
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
 from ...serving.encoders.protocol import Encoder
+from ...serving.encoders.stain_normalisation import embed_images, graph_of, not_normalised
 from ...serving.encoders.text import TextEncoder
 from .answers import (
     ALONE,
@@ -97,7 +99,7 @@ class Session:
         self.batching: Batcher | None = None
         if encoder or not self.atlas.manifest.external:
             self.encoder = open_encoder(self.spec, expect=self.atlas.manifest)
-            self.batching = Batcher(self.encoder)
+            self.batching = Batcher(graph_of(self.encoder))
         self._text: TextEncoder | None = None
         self._text_lock = threading.Lock()
         self.pictures = Pictures(self.atlas)
@@ -172,21 +174,39 @@ class Session:
         finally:
             self._decoders.release()
 
-    def embed(self, tiles: Sequence[Rgb] | NDArray[np.uint8]) -> NDArray[np.float32]:
+    def embed(
+        self,
+        tiles: Sequence[Rgb] | NDArray[np.uint8],
+        notes: list[str],
+        names: Sequence[str] = (),
+        of: str = "",
+    ) -> NDArray[np.float32]:
         """Embed tiles, each (S, S, 3), -> (N, D) through the batching queue.
+
+        Args:
+            tiles: the tiles.
+            notes: gets a sentence about each image whose stain the atlas's encoder could not normalise.
+            names: of the tiles, in these; numbered when empty.
+            of: name of the image of which all tiles are parts; "" if each is an image of its own.
 
         Raises:
             BadInput: there are no tiles, or the atlas has no encoder.
             TooLarge: there are too many tiles.
             Busy: too many images are waiting.
         """
-        if self.batching is None:
+        if self.batching is None or self.encoder is None:
             raise BadInput(
                 f"this atlas has features of {self.atlas.manifest.name}, which is not installed here, so "
                 "images cannot be embedded; search by tiles of the atlas"
             )
         _check_count(tiles)
-        return self.batching.embed(np.stack(list(tiles)))
+        vectors, reasons = embed_images(
+            self.encoder, np.stack(list(tiles)), self.batching.embed, one_image=bool(of)
+        )
+        if of:
+            names, reasons = [of], reasons[:1]
+        notes += not_normalised(names or [f"image {n}" for n, _ in enumerate(tiles, 1)], reasons)
+        return vectors
 
     @property
     def takes_text(self) -> bool:
@@ -239,9 +259,13 @@ class Session:
         query = replace(query, together=True, where=(query.where or "").strip() or None)
         started = time.perf_counter()
         taken = [self.viewer.tiles_in(region) for region in regions[: MAX_EXAMPLES + 1]]
-        parts = [self.embed(tiles) for _, tiles in scaled]
+        notes: list[str] = []
+        parts = [self.embed(tiles, notes, of=image.name) for image, tiles in scaled]
         metric = self.atlas.manifest.metric
-        of_regions = [mean_of(self.embed(tiles), metric) for _, tiles in taken]
+        of_regions = [
+            mean_of(self.embed(tiles, notes, of=f"the region of {cut.region.slide}"), metric)
+            for cut, tiles in taken
+        ]
         if means := [*of_regions, *(mean_of(vectors, metric) for vectors in parts)]:
             query = replace(query, vectors=np.stack(means))
         query, among = self._with_own(query, among)
@@ -254,7 +278,9 @@ class Session:
             )
             query = query.with_vectors(like, unlike)
         check_limits(query)
-        embedded = query.embedded(self.embed, self.embed_text)
+        names = [f"image {n}" for n, _ in enumerate(query.images, 1)]
+        names += [f"unlike image {n}" for n, _ in enumerate(query.unlike_images, 1)]
+        embedded = query.embedded(partial(self.embed, notes=notes, names=names), self.embed_text)
         milliseconds = {"embed": round(1000 * (time.perf_counter() - started), 2)}
         answer = self.atlas.ask(
             self._answer, embedded, clustering, query.by_text, parts, together, among
@@ -268,6 +294,7 @@ class Session:
         answer = replace(
             answer, query=shown, milliseconds=milliseconds,
             regions=tuple(region for region, _ in taken), scaled=tuple(image for image, _ in scaled),
+            notes=tuple(notes),
         )  # fmt: skip
         return self.results.keep(answer)
 
@@ -431,7 +458,8 @@ class Session:
                 refused.append((label, str(error)))
         if not tiles:
             raise BadInput(f"none of the {len(images)} images could be read: {refused[0][1]}")
-        vectors = self.embed(tiles)
+        notes: list[str] = []
+        vectors = self.embed(tiles, notes, names)
         layout = None
         with suppress(MissingPart):  # without the map's package, images are still assigned
             layout = self.map.layout()
@@ -453,6 +481,7 @@ class Session:
                 nearest=[hits[0] for hits in view.search(Query(vectors=vectors, k=1))],
                 points=None if layout is None else layout.place(vectors),
                 refused=refused,
+                notes=tuple(notes),
                 generation=view.generation,
                 revision=view.revision,
                 clusters=view.clusters(name, examples) if examples else [],

@@ -53,6 +53,11 @@ def scaled_text(images: Iterable[ScaledImage]) -> str:
     return " ".join(parts)
 
 
+def sentences(notes: Iterable[str]) -> str:
+    """Return notes as sentences: with a capital and a full stop."""
+    return " ".join(f"{note[:1].upper()}{note[1:]}." for note in notes)
+
+
 def _of_atlases(answer: SearchAnswer) -> list[str]:
     """Return sentences about the atlases that were searched; none if there is only the server's own."""
     counts = Counter(answer.atlases)
@@ -108,6 +113,8 @@ def verdict_text(answer: SearchAnswer) -> str:
         )
     if answer.scaled:
         parts.append(scaled_text(answer.scaled))
+    if answer.notes:
+        parts.append(sentences(answer.notes))
     if answer.query.by_text:
         parts.append(TEXT_NOTICE)
     elif answer.query.examples > 1:

@@ -1,0 +1,178 @@
+"""Queries to an atlas whose encoder normalises stains: all are treated alike, and failures are said."""
+
+import base64
+import io
+import json
+import shutil
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from histoseek.artifacts.feature_files import read_features
+from histoseek.export.normalising import export_normalising
+from histoseek.export.options import ExportOptions
+from histoseek.index.atlas import Atlas
+from histoseek.serving.embedding.jobs import find_jobs
+from histoseek.serving.embedding.pipeline import embed_jobs
+from histoseek.serving.embedding.results import EmbedOptions
+from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
+from histoseek.serving.encoders.stain_normalisation import embed_images
+from histoseek.ui.notebook.atlas import Atlas as NotebookAtlas
+
+NOT_NORMALISED = "was not normalised: 0 of 12544 pixels show tissue"
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("normalising") / "macenko"
+    export_normalising(DEFAULT_BUNDLE, folder, ExportOptions(stain_normalise="macenko"))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def atlas(bundle, tmp_path_factory, make_slide):
+    """A slide, embedded with stain normalisation, and a clustering."""
+    folder = tmp_path_factory.mktemp("atlas")
+    slide = make_slide(folder / "case.tiff", side=1400, seed=1)
+    options = EmbedOptions(overlays=False)
+    (done,) = embed_jobs(
+        find_jobs([slide]), open_encoder(bundle), folder / "features", options, lambda *_: None
+    )
+    made = Atlas.create(folder / "atlas", bundle)
+    made.add([Path(done.features)])
+    made.fit("kmeans", k=2)
+    return folder / "atlas"
+
+
+@pytest.fixture
+def client(serve, atlas):
+    return serve(atlas).client
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory, tissue):
+    """A picture of tissue and one of glass, of the size of a tile."""
+    folder = tmp_path_factory.mktemp("queries")
+    Image.fromarray(tissue[:224, :224]).save(folder / "tissue.png")
+    Image.new("RGB", (224, 224), (240, 240, 240)).save(folder / "glass.png")
+    return [folder / "tissue.png", folder / "glass.png"]
+
+
+@pytest.fixture(scope="module")
+def wanted(bundle, files):
+    tiles = np.stack([np.asarray(Image.open(file)) for file in files])
+    return embed_images(open_encoder(bundle), tiles)[0]
+
+
+def form(files):
+    return [("images", (f.name, f.read_bytes(), "image/png")) for f in files]
+
+
+def test_the_api_normalises_and_says_what_it_could_not(client, files, wanted):
+    found = client.post("/v1/embeddings", files=form(files)).json()
+    assert np.allclose(found["embeddings"], wanted, atol=1e-5)
+    (note,) = found["notes"]
+    assert note.startswith(f"the stain of glass.png {NOT_NORMALISED}")
+    url = "data:image/png;base64," + base64.b64encode(files[1].read_bytes()).decode()
+    openai = client.post("/v1/embeddings", json={"input": [url]}).json()
+    assert np.allclose(openai["data"][0]["embedding"], wanted[1], atol=1e-5)
+    assert openai["notes"][0].startswith(f"the stain of input[0] {NOT_NORMALISED}")
+    assert client.post("/v1/embeddings", files=form(files[:1])).json()["notes"] == []
+
+
+def test_a_search_says_it_in_every_form(client, files):
+    answer = client.post("/v1/search", files=form(files)).json()
+    (note,) = answer["notes"]
+    assert note.startswith(f"the stain of image 2 {NOT_NORMALISED}")
+    assert f"The stain of image 2 {NOT_NORMALISED}" in answer["verdict"]["text"]
+    assert note[4:] in client.get(f"/v1/results/{answer['result']}/html").text
+    unlike = [("unlike_images", (files[1].name, files[1].read_bytes(), "image/png"))]
+    answer = client.post("/v1/search", files=[*form(files[:1]), *unlike]).json()
+    assert answer["notes"][0].startswith("the stain of unlike image 1 ")
+    assert client.post("/v1/search", files=form(files[:1])).json()["notes"] == []
+
+
+def test_assigning_says_it(client, files):
+    answer = client.post("/v1/assign", files=form(files)).json()
+    assert [image["image"] for image in answer["images"]] == ["tissue.png", "glass.png"]
+    assert answer["notes"][0].startswith(f"the stain of glass.png {NOT_NORMALISED}")
+    assert answer["notes"][0][4:] in client.get(f"/v1/results/{answer['result']}/html").text
+
+
+def test_a_region_of_the_atlas_is_normalised_as_one_image(client, serve, atlas):
+    side = 900
+    ring = [[0, 0], [side, 0], [side, side], [0, side]]
+    answer = client.post("/v1/search", json={"regions": [{"slide": "case", "ring": ring}]}).json()
+    assert answer["hits"][0]["slide"] == "case" and answer["hits"][0]["score"] > 0.5, answer
+    assert answer["notes"] == []
+
+
+def test_an_image_of_known_scale_is_normalised_as_one_image(client, tissue, tmp_path):
+    large = Image.new("RGB", (896, 448), (240, 240, 240))
+    large.paste(Image.fromarray(tissue[:448, :448]), (0, 0))
+    buffer = io.BytesIO()
+    large.save(buffer, "PNG")
+    data = {"mpp": "0.5"}
+    answer = client.post("/v1/search", files={"images": ("a.png", buffer.getvalue())}, data=data)
+    assert answer.status_code == 200, answer.text
+    assert answer.json()["notes"] == [] and answer.json()["hits"]
+    glass = io.BytesIO()
+    Image.new("RGB", (896, 448), (240, 240, 240)).save(glass, "PNG")
+    answer = client.post("/v1/search", files={"images": ("a.png", glass.getvalue())}, data=data)
+    (note,) = answer.json()["notes"]
+    assert note.startswith("the stain of a.png was not normalised: 0 of ")
+
+
+def test_the_command_line_and_python_do_the_same(cli, cli_json, atlas, files, wanted, capsys):
+    expected = Atlas(atlas).search(wanted, 3)
+    searched = cli("index", "search", atlas, *files, "-k", 3, "--json")
+    assert searched.returncode == 0, searched.stdout + searched.stderr
+    rows = json.loads(searched.stdout)
+    assert [[hit["tile"] for hit in hits] for hits in rows] == [
+        [hit.tile for hit in hits] for hits in expected
+    ]
+    assert f"the stain of {files[1]} {NOT_NORMALISED}" in searched.stderr
+    assert "tissue.png" not in searched.stderr
+    assigned = cli("index", "assign", atlas, *files)
+    assert f"the stain of {files[1]} {NOT_NORMALISED}" in assigned.stderr + assigned.stdout
+    large = cli("index", "search", atlas, files[1], "--mpp", "0.5")
+    assert f"the stain of {files[1]} was not normalised" in large.stderr + large.stdout
+    with (
+        NotebookAtlas(atlas) as notebook,
+        pytest.warns(UserWarning, match=f"image 2 {NOT_NORMALISED}"),
+    ):
+        found = notebook.search([str(file) for file in files], k=3)
+    assert [[hit.tile for hit in hits] for hits in found] == [
+        [hit.tile for hit in hits] for hits in expected
+    ]
+
+
+def test_atlases_with_and_without_are_not_searched_together(cli, atlas, ui_atlas, files):
+    refused = cli("index", "search", atlas, ui_atlas, files[0])
+    assert refused.returncode == 1 and "only atlases of the same encoder" in refused.stderr
+
+
+def test_slides_added_on_the_page_are_normalised(serve, atlas, tmp_path, make_slide, bundle):
+    one = serve(shutil.copytree(atlas, tmp_path / "atlas"))
+    slide = make_slide(tmp_path / "new.tiff", side=1400, seed=4)
+    added = one.client.post("/v1/slides", files={"file": ("new.tiff", slide.read_bytes())})
+    assert added.status_code == 202, added.text
+    deadline = time.monotonic() + 60
+    while one.client.get("/v1/jobs").json()["jobs"][0]["state"] not in {"done", "failed"}:
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    (done,) = embed_jobs(
+        find_jobs([slide]), open_encoder(bundle), tmp_path / "f", EmbedOptions(overlays=False),
+        lambda *_: None,
+    )  # fmt: skip
+    vectors = read_features(Path(done.features)).features[:1]
+    hit = one.session.atlas.search(vectors, 1)[0][0]
+    assert hit.slide == "new" and hit.score > 0.9999
+
+
+def test_an_atlas_of_another_tool_cannot_be_bound_to_it(cli, bundle, ui_atlas):
+    refused = cli("index", "bind", ui_atlas, bundle)
+    assert refused.returncode == 1
