@@ -1,5 +1,6 @@
 """Adding slides from the page and the API, including kills, rejections and invalid input."""
 
+import json
 import os
 import signal
 import subprocess
@@ -13,6 +14,7 @@ from loopback import free_port, up
 from histoseek.errors import BadInput, Busy, NotFound, Unavailable
 from histoseek.index.atlas import Atlas
 from histoseek.ui.api.client import Client
+from histoseek.ui.session.addition import TileChoice
 from histoseek.ui.session.additions import MAX_WAITING, Additions
 
 
@@ -184,7 +186,6 @@ def test_two_uploads_of_a_name_do_not_mix(serve, own_atlas, tmp_path, make_slide
 def test_what_kills_the_server_is_not_tried_for_ever(
     serve, own_atlas, tmp_path, make_slide, monkeypatch
 ):
-    import json
 
     folder = own_atlas / "uploads/0123"
     folder.mkdir(parents=True)
@@ -320,3 +321,37 @@ def test_an_atlas_that_was_moved_keeps_the_slides_uploaded_to_it(
         os.utime(old, (0, 0))
     Additions(one.session.__class__(moved)).close()
     assert kept.read_bytes() == blob
+
+
+def test_which_tiles_of_a_slide_are_added_can_be_chosen(serve, own_atlas, tmp_path, make_slide):
+    one = serve(own_atlas)
+    blob = make_slide(tmp_path / "x.tiff", side=900, seed=9).read_bytes()
+    files = [("file", ("x.tiff", blob, "image/tiff"))]
+    for data, says in (
+        ({"min_sharpness": "1.5"}, "min_sharpness"),
+        ({"max_pen": "nan"}, "max_pen"),
+        ({"tissue_model": "/etc"}, "tissue_model"),
+    ):
+        refused = one.client.post("/v1/slides", files=files, data=data)
+        assert refused.status_code == 422 and says in refused.json()["error"]["message"]
+    job = one.client.post("/v1/slides", files=files, data={"min_sharpness": "1"}).json()
+    done = over(one.additions, job["id"])
+    assert "blurred" in done.message, done
+    data = {"tissue_model": "small", "max_pen": "1", "replace": "true"}
+    job = one.client.post("/v1/slides", files=files, data=data).json()
+    done = over(one.additions, job["id"])
+    assert done.state == "done" and done.tiles == TileChoice("small", 0.12, 1.0)
+    assert "tiles" not in one.client.get(f"/v1/jobs/{job['id']}").json()
+
+
+def test_the_choice_of_tiles_outlives_a_restart(own_atlas, make_slide, serve):
+    folder = own_atlas / "uploads" / "a1b2c3d4a1b2c3d4"
+    folder.mkdir(parents=True)
+    make_slide(folder / "later.tiff", side=900, seed=9)
+    choice = {"tissue_model": "absorbance", "min_sharpness": 1.0, "max_pen": 1.0}
+    pending = {"row": {}, "replace": False, "tries": 0, "tiles": choice}
+    (folder / "pending.json").write_text(json.dumps(pending))
+    one = serve(own_atlas)
+    (job,) = one.additions.all()
+    assert over(one.additions, job.id).tiles == TileChoice("absorbance", 1.0, 1.0)
+    assert "blurred" in one.additions.get(job.id).message

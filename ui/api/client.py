@@ -123,17 +123,26 @@ class Client:
         return self._json("GET", "/v1/slides", params=query)
 
     def add(
-        self, path: str, label: str = "", patient: str = "", mpp: str = "", replace: bool = False
+        self,
+        path: str,
+        label: str = "",
+        patient: str = "",
+        mpp: str = "",
+        replace: bool = False,
+        **tiles: Any,
     ) -> dict[str, Any]:
-        """Let the server add a slide from one of its folders; return the job."""
+        """Let the server add a slide from one of its folders; return the job.
+
+        ``tiles``: ``tissue_model``, ``min_sharpness`` and ``max_pen``, as for ``embed``.
+        """
         row = {"path": path, "label": label, "patient": patient, "mpp": mpp, "replace": replace}
-        return self._post("/v1/slides", row)
+        return self._post("/v1/slides", row | tiles)
 
     def upload(
-        self, file: Image, label: str = "", patient: str = "", mpp: str = ""
+        self, file: Image, label: str = "", patient: str = "", mpp: str = "", **tiles: Any
     ) -> dict[str, Any]:
-        """Upload a slide to add it to the atlas; return the job."""
-        row = {"label": label, "patient": patient, "mpp": mpp}
+        """Upload a slide to add it to the atlas; return the job. ``tiles``: as for :meth:`add`."""
+        row = {"label": label, "patient": patient, "mpp": mpp, **tiles}
         return self._post("/v1/slides", row, [file], field="file")
 
     def wait(self, job: dict[str, Any], timeout_s: float = 3600) -> dict[str, Any]:

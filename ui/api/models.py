@@ -12,12 +12,14 @@ from ...index.store import rows
 from ...serving.encoders.text import LONGEST
 from ..access.users import Role
 from ..session import viewer
-from ..session.addition import Addition
+from ..session.addition import Addition, TileChoice
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K, MAX_TEXTS
 from ..session.regions import MAX_CORNERS
 from ..session.scaled import COARSEST, FINEST
 from ..session.session import MAX_WORDS
 from . import openai
+
+PLAIN = TileChoice()
 
 MAX_TILE = 2**53
 MAX_REGIONS = 8
@@ -160,6 +162,21 @@ class SlideRequest(Request):
     patient: Short = ""
     mpp: Annotated[str, Field(max_length=20)] = ""
     replace: bool = False
+    tissue_model: Literal["absorbance", "small"] = Field(
+        PLAIN.tissue_model,
+        description="how tissue is found: by absorbance, or by the small network in the package",
+    )
+    min_sharpness: Share = Field(
+        PLAIN.min_sharpness, description="less sharp tiles are left out; 0 keeps all"
+    )
+    max_pen: Share = Field(
+        PLAIN.max_pen, description="tiles with a larger share of pen ink are left out; 1 keeps all"
+    )
+
+    @property
+    def tiles(self) -> TileChoice:
+        """Which tiles are embedded."""
+        return TileChoice(self.tissue_model, self.min_sharpness, self.max_pen)
 
 
 class ClusterRequest(Request):

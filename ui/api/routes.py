@@ -329,9 +329,9 @@ def add_jobs(app: FastAPI, server: Server) -> None:
                 raise BadInput("expected either one file or a path")
             if uploads:
                 name, file = uploads[0]
-                job = additions.upload(file.file, name, row, fields.replace)
+                job = additions.upload(file.file, name, row, fields.replace, fields.tiles)
             else:
-                job = additions.path(Path(fields.path), row, fields.replace)
+                job = additions.path(Path(fields.path), row, fields.replace, fields.tiles)
             server.note(request, "add", slide=job.slide, job=job.id)
             return job
 

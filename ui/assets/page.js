@@ -233,13 +233,13 @@
   };
 
   /* ---- a new slide: sent directly to the API, which accepts large files ------------------------ */
-  hs.addSlide = (name) => async (path, label, patient, mpp, replace) => {
+  hs.addSlide = (name) => async (path, label, patient, mpp, replace, tissue, sharpness, pen) => {
     const root = document.querySelector(`#${name} .hs-picker`);
     const input = root.querySelector("input");
     const note = root.querySelector(".hs-picker-note");
-    const row = { label: label ?? "", patient: patient ?? "", mpp: mpp ?? "", replace: Boolean(replace) };
+    const row = { label: label ?? "", patient: patient ?? "", mpp: mpp ?? "", replace: Boolean(replace), tissue_model: tissue, min_sharpness: sharpness, max_pen: pen };
     const file = input.files[0];
-    const done = (ok, text) => [JSON.stringify({ ok, text }), label, patient, mpp, replace];
+    const done = (ok, text) => [JSON.stringify({ ok, text }), label, patient, mpp, replace, tissue, sharpness, pen];
     if (Boolean(file) === Boolean(path?.trim())) return done(false, "choose a file or enter a path; expected exactly one of them");
     let body, kind = null;
     if (file) {

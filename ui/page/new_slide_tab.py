@@ -10,9 +10,11 @@ from typing import Any
 import gradio as gr
 
 from ..access.service import Server
+from ..session.addition import TileChoice
 from . import view
 from .widgets import EVENT, HIDDEN, chooser, html
 
+PLAIN = TileChoice()
 ADD_JS = "(...row) => histoseek.addSlide('new-file')(...row)"
 """Sends the slide to the API, which accepts large files, and replaces the path by the API's answer."""
 
@@ -36,6 +38,20 @@ def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]
                 max_length=20,
             )
             again = gr.Checkbox(label="Replace the slide of that name")
+            with gr.Accordion("Which tiles", open=False, elem_id="new-tiles"):
+                tissue = gr.Radio(
+                    [("absorbance", "absorbance"), ("a network", "small")],
+                    value=PLAIN.tissue_model, label="Tissue is found by",
+                    info="The network takes fewer pen strokes, bubbles and edges of glass for tissue.",
+                )  # fmt: skip
+                sharpness = gr.Slider(
+                    0, 1, PLAIN.min_sharpness, step=0.01, label="Lowest sharpness",
+                    info="Less sharp tiles are left out as blurred; 0 keeps all.",
+                )  # fmt: skip
+                pen = gr.Slider(
+                    0, 1, PLAIN.max_pen, step=0.01, label="Highest share of pen ink",
+                    info="Tiles with more green or blue ink are left out; 1 keeps all.",
+                )  # fmt: skip
             button = gr.Button("Add to the atlas", variant="primary", elem_id="add")
         with gr.Column(scale=3, min_width=320):
             note = html("", elem_id="add-note")
@@ -57,7 +73,7 @@ def new_slide_tab(server: Server, tab: Any, head: Any, header: Callable[[], str]
 
     button.click(
         added,
-        [path, label, patient, mpp, again],
+        [path, label, patient, mpp, again, tissue, sharpness, pen],
         [note, jobs, timer, path, label, patient],
         js=ADD_JS,
         **EVENT,

@@ -10,10 +10,27 @@ from typing import Annotated, Literal
 from pydantic import Field
 
 from ...errors import BadInput
+from ...serving.embedding.results import EmbedOptions
 
+DEFAULTS = EmbedOptions()
 State = Literal["waiting", "embedding", "adding", "done", "failed"]
 PRIVATE = Field(exclude=True)
 """Marks fields that the API does not show."""
+
+
+@dataclass(frozen=True)
+class TileChoice:
+    """Which tiles of an added slide are embedded; as the options of ``embed``.
+
+    Attributes:
+        tissue_model: how tissue is found: ``absorbance``, or ``small`` for the network in this package.
+        min_sharpness: less sharp tiles are left out.
+        max_pen: tiles with a larger share of pen ink are left out.
+    """
+
+    tissue_model: Literal["absorbance", "small"] = "absorbance"
+    min_sharpness: float = DEFAULTS.min_sharpness
+    max_pen: float = DEFAULTS.max_pen
 
 
 @dataclass(frozen=True)
@@ -37,9 +54,10 @@ class Addition:
     total: int
     message: str
     at: str
-    # not shown to users: the file; label, patient and mpp as given; whether it replaces a slide
+    # not shown to users: the file; label, patient and mpp as given; which tiles; whether to replace a slide
     path: Annotated[Path, PRIVATE]
     row: Annotated[dict[str, str], PRIVATE]
+    tiles: Annotated[TileChoice, PRIVATE]
     replace: Annotated[bool, PRIVATE]
 
     @property

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -38,7 +38,7 @@ from ...serving.embedding.results import EmbedOptions
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
 from ...serving.slides.quality import listed
-from .addition import Addition, plain
+from .addition import Addition, TileChoice, plain
 from .answers import now
 from .session import Session
 
@@ -46,6 +46,7 @@ UPLOADS = "uploads"
 PENDING = "pending.json"
 """File next to an upload that is not yet in the atlas: its metadata and the number of attempts."""
 TRIES = 3
+PLAIN = TileChoice()
 CUT_OFF_S = 3600
 """Seconds without a write after which an incomplete upload is abandoned and deleted."""
 WAITS_S = (1, 2, 5, 15, 30)
@@ -87,7 +88,14 @@ class Additions:
 
     # -- requests -------------------------------------------------------------------------------
 
-    def upload(self, stream: BinaryIO, name: str, row: dict[str, str], replace: bool) -> Addition:
+    def upload(
+        self,
+        stream: BinaryIO,
+        name: str,
+        row: dict[str, str],
+        replace: bool,
+        tiles: TileChoice = PLAIN,
+    ) -> Addition:
         """Save an uploaded slide in a separate folder, and queue it.
 
         Args:
@@ -95,6 +103,7 @@ class Additions:
             name: the file's name; only its last part is used.
             row: label, patient and mpp.
             replace: replace a slide with the same name, which stays until the new one is in the atlas.
+            tiles: which tiles are embedded.
 
         Raises:
             BadInput: the name is empty, the file is not a slide, or a slide with this name exists.
@@ -108,14 +117,17 @@ class Additions:
                 "files in a folder that the server was started with (--slides), and give its path"
             )
         folder = self._uploads / secrets.token_hex(8)
-        job = self._reserve(folder / file, row, replace)
+        job = self._reserve(folder / file, row, replace, tiles)
         try:
             folder.mkdir(mode=0o700, parents=True)
             with (folder / file).open("xb") as out:
                 shutil.copyfileobj(stream, out, COPY_BYTES)
                 out.flush()
                 os.fsync(out.fileno())
-            write_json(folder / PENDING, {"row": row, "replace": replace, "tries": 0})
+            write_json(
+                folder / PENDING,
+                {"row": row, "replace": replace, "tiles": asdict(tiles), "tries": 0},
+            )
         except BaseException as error:
             with self._lock:
                 self._jobs.pop(job.id, None)
@@ -128,7 +140,9 @@ class Additions:
         self._queue.put(job.id)
         return job
 
-    def path(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
+    def path(
+        self, path: Path, row: dict[str, str], replace: bool, tiles: TileChoice = PLAIN
+    ) -> Addition:
         """Queue a slide in an allowed folder.
 
         Raises:
@@ -147,7 +161,7 @@ class Additions:
                 f"{path.name} is not in a folder from which slides may be added; start the server "
                 "with --slides FOLDER, or upload the slide"
             )
-        job = self._reserve(real, row, replace)
+        job = self._reserve(real, row, replace, tiles)
         self._queue.put(job.id)
         return job
 
@@ -194,7 +208,9 @@ class Additions:
 
     # -- worker ---------------------------------------------------------------------------------
 
-    def _reserve(self, path: Path, row: dict[str, str], replace: bool) -> Addition:
+    def _reserve(
+        self, path: Path, row: dict[str, str], replace: bool, tiles: TileChoice
+    ) -> Addition:
         """Reserve a place in the queue for a slide, or raise if it cannot be added."""
         if self._session.encoder is None:
             raise BadInput(
@@ -225,7 +241,7 @@ class Additions:
                 raise BadInput(f"slide {name!r} is in the atlas already; rename it, or replace it")
             self._number += 1
             number = str(self._number)
-            job = Addition(number, name, "waiting", 0, 0, "", now(), path, row, replace)
+            job = Addition(number, name, "waiting", 0, 0, "", now(), path, row, tiles, replace)
             self._jobs[number] = job
             while len(self._jobs) > JOBS_KEPT:
                 self._jobs.popitem(last=False)
@@ -252,8 +268,9 @@ class Additions:
                     log.error("%s was tried %d times; it is not tried again", files[0], tries)
                     continue
                 row, replaces = dict(about["row"]), bool(about["replace"])
+                tiles = TileChoice(**about.get("tiles", {}))  # former versions store none
                 write_json(folder / PENDING, {**about, "tries": tries + 1})
-                self._queue.put(self._reserve(files[0], row, replaces).id)
+                self._queue.put(self._reserve(files[0], row, replaces, tiles).id)
             except (HistoseekError, KeyError, TypeError, ValueError) as error:
                 log.error("%s cannot be queued again: %s", files[0], error)
 
@@ -321,7 +338,7 @@ class Additions:
         before = self._sources(job.slide)
         # A separate encoder: a failed run closes it, but searches must continue.
         encoder = open_encoder(self._session.spec, expect=atlas.manifest)
-        options = EmbedOptions(overlays=False, jobs=max(1, cores() - 1))
+        options = EmbedOptions(overlays=False, jobs=max(1, cores() - 1), **asdict(job.tiles))
         row = {key: value for key, value in job.row.items() if value}
         try:
             with tempfile.TemporaryDirectory(prefix="histoseek-add-") as folder:
@@ -343,6 +360,7 @@ class Additions:
         text = f"{added.tiles:,} tiles" if added.tiles else f"no tiles: {added.reason}"
         if added.tiles and result.left_out_tiles:
             text += f"; left out: {listed(result.left_out_tiles)}"
+        text = "; ".join([text, *map(self._session.hide, result.notes)])
         self._set(number, state="done", message=text)
 
     def _set(self, number: str, **changes: Any) -> None:
