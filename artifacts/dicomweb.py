@@ -127,8 +127,8 @@ class _Query(Remote):
             if len(found) == known:
                 if 0 < len(page) < PAGE:  # a longer one is all there is
                     self.incomplete = (
-                        f"the server returns the same {len(page)} objects at every offset; if there are "
-                        "more, they were not found"
+                        "the server returns the same objects at every offset; if there are more, they "
+                        "were not found"
                     )
                 return list(found.values())
 

@@ -43,6 +43,7 @@ EXTERNAL = "external"
 """``arch`` of an encoder that is known by name only: its features come from other tools."""
 NAME = "[A-Za-z0-9][A-Za-z0-9._-]{0,63}"
 StainMethod = Literal["macenko", "reinhard"]
+"""Methods of stain normalisation. What a method computes never changes; a changed one gets a new name."""
 INPUT = "tiles"
 OUTPUT = "embedding"
 TOKENS = "tokens"

@@ -37,7 +37,7 @@ def export_normalising(bundle: Path, out: Path, options: ExportOptions) -> Manif
     Args:
         bundle: folder of the other bundle.
         out: folder of the new bundle, which must not exist.
-        options: ``stain_normalise`` names the method; also ``name``, ``mpp`` and ``licence``.
+        options: ``stain_normalise`` names the method; also ``name``.
 
     Returns:
         The manifest of the new bundle. Its sha256 is another one, so that features of the two encoders
@@ -53,8 +53,13 @@ def export_normalising(bundle: Path, out: Path, options: ExportOptions) -> Manif
             f"{bundle} is a bundle already; with --stain-normalise macenko or reinhard, `export` makes an "
             "encoder with stain normalisation from it"
         )
-    if options.notes:
-        raise BadInput("--notes is not for a bundle; leave it out")
+    for flag, given in (
+        ("--notes", options.notes), ("--mpp", options.mpp), ("--licence", options.licence != NOT_STATED),
+    ):  # fmt: skip
+        if given:
+            raise BadInput(f"{flag} is not for a bundle; leave it out")
+    if out.resolve().is_relative_to(bundle.resolve()):
+        raise BadInput(f"{out} is in the bundle {bundle}; expected another folder")
     before = read_manifest(bundle)
     if before.stain_normalise:
         raise BadInput(
@@ -73,10 +78,8 @@ def export_normalising(bundle: Path, out: Path, options: ExportOptions) -> Manif
                 **before.model_dump(),
                 "name": name,
                 "sha256": sha256_file(folder / GRAPH),
-                "mpp": options.mpp or before.mpp,
                 "training": training,
                 "stain_normalise": method,
-                **({} if options.licence == NOT_STATED else {"licence": options.licence}),
             }
         )
         write_json(folder / MANIFEST, manifest.model_dump())

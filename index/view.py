@@ -248,7 +248,9 @@ class View:
         meta = store.catalog.meta()
         shown = ("name", "method", "clusters", "about", "revision", "created_at")
         rows = [{key: row[key] for key in shown} for row in reversed(state.clusterings)]
-        encoder = ("name", "sha256", "arch", "dim", "metric", "size_px", "mpp", "licence")
+        encoder = (
+            "name", "sha256", "arch", "dim", "metric", "size_px", "mpp", "licence", "stain_normalise",
+        )  # fmt: skip
         return {
             "atlas": str(store.path),
             "slides": len(slides),

@@ -29,7 +29,7 @@ from ...console import Progress
 from ...errors import BadInput, Busy, HistoseekError, Mismatch, StorageFailed, Unavailable
 from ..encoders.engines import cores
 from ..encoders.protocol import Encoder
-from ..encoders.stain_normalisation import graph_of
+from ..encoders.stain_normalisation import embed_normalised, graph_of
 from ..slides.quality import Measures, measure
 from ..slides.stain import Counts, tally
 from .job import Job
@@ -313,8 +313,9 @@ class _Run:
         piece = replace(piece, colours=tally(tiles))
         with self._meter.stage("encode", len(tiles)):
             embedded = np.flatnonzero(faults == 0).tolist()
-            tiles = slide.work.normalised([numbers[n] for n in embedded], tiles)
-            return replace(piece, features=self._graph.embed(tiles))
+            changed = slide.work.normalised([numbers[n] for n in embedded], tiles)
+            run, manifest = self._graph.embed, self._graph.manifest
+            return replace(piece, features=embed_normalised(run, manifest, changed, tiles))
 
     def _nothing(self, unreadable: list[str]) -> _Embedded:
         """Return the result of a piece of which no tile was read."""

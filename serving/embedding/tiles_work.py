@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.feature_files import Features
-from ...artifacts.images import square
+from ...artifacts.images import Rgb, square
 from ...artifacts.manifest import Manifest
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput
@@ -26,8 +26,14 @@ from .measured import Measured
 
 FITTED = 16
 """Maximum number of tiles of a group to which stain normalisation is fitted."""
-TABLES = 32
+TABLES = 128
 """Number of groups whose tables of colours are kept; each takes 0.4 MB."""
+
+
+def spread(count: int) -> list[int]:
+    """Return the numbers 0 to ``count`` - 1, of which the first :data:`FITTED` are spread evenly."""
+    some = np.unique(np.linspace(0, count - 1, min(count, FITTED)).astype(int)).tolist()
+    return [*some, *sorted(set(range(count)) - set(some))]
 
 
 @dataclass
@@ -56,7 +62,7 @@ class TilesWork:
                 self._groups[tile.group].append(number)
         self._not_fitted: dict[str | int, str] = {}
         self._lock = threading.Lock()
-        self._stain = lru_cache(maxsize=TABLES)(self._fit_stain)
+        self._of_group = lru_cache(maxsize=TABLES)(self._fit_group)
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""
@@ -74,22 +80,27 @@ class TilesWork:
             return tiles
         rows = []
         for number, tile in zip(numbers, tiles, strict=True):
-            table = self._stain(self.tileset.tiles[number].group or number)
+            group = self.tileset.tiles[number].group
+            table = self._of_group(group) if group else self._fit(number, [tile])
             rows.append(tile[None] if table is None else normalised(tile[None], table))
         return np.concatenate(rows)
 
-    def _fit_stain(self, of: str | int) -> Table | None:
-        """Fit stain normalisation to tiles of a group, or to a tile (by number) that has no group."""
-        rows = self._groups[of] if isinstance(of, str) else [of]
-        some = np.unique(np.linspace(0, len(rows) - 1, min(len(rows), FITTED)).astype(int))
-        tiles = []
-        for n in some.tolist():
+    def _fit_group(self, group: str) -> Table | None:
+        """Fit stain normalisation to at most :data:`FITTED` tiles of a group; None if that fails."""
+        rows, tiles = self._groups[group], []
+        for n in spread(len(rows)):
             with suppress(BadInput):  # it is counted when it is read to be embedded
                 tiles.append(square(self.tileset.read(rows[n]), self.manifest.size_px))
+            if len(tiles) == FITTED:
+                break
+        return self._fit(group, tiles)
+
+    def _fit(self, of: str | int, tiles: list[Rgb]) -> Table | None:
+        """Fit stain normalisation to tiles of a group, or to a tile (by number) that has no group."""
         method = self.manifest.stain_normalise
         try:
-            if method is None or not tiles:
-                return None
+            if not tiles or method is None:
+                raise BadInput("none of its tiles can be read")
             return fitted(sampled(np.stack(tiles)), method)
         except BadInput as error:
             with self._lock:
@@ -100,11 +111,12 @@ class TilesWork:
         """Return notes about the tiles whose stain was not normalised."""
         if not self._not_fitted:
             return []
-        first, reason = next(iter(self._not_fitted.items()))
-        tiles = sum(len(self._groups[g]) if isinstance(g, str) else 1 for g in self._not_fitted)
+        rows = {of: self._groups[of] if isinstance(of, str) else [of] for of in self._not_fitted}
+        first = min(rows, key=lambda of: rows[of][0])
+        tiles, reason = sum(map(len, rows.values())), self._not_fitted[first]
         what = f"of {first}" if isinstance(first, str) else self.tileset.tiles[first].file
-        noun = "tile was" if tiles == 1 else "tiles were"
-        return [f"the stain of {tiles} {noun} not normalised, first {what}: {reason}"]
+        noun = "tile" if tiles == 1 else "tiles"
+        return [f"the stain of {tiles} {noun} was not normalised, first {what}: {reason}"]
 
     def draw(self, faults: NDArray[np.int8]) -> None:
         """A tile set has no overlay."""

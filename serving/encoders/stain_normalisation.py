@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageFilter
 
+from ...artifacts.manifest import Manifest
 from ...errors import BadInput
 from .protocol import Encoder, check_tiles
 
@@ -27,12 +28,15 @@ _STEPS = 33
 LEAST_POINTS, _SAMPLE, _MOST_POINTS = 500, 12_000, 200_000
 _GLASS = 0.15
 """Pixels with a mean optical density (to base 10) below it are glass, and are not fitted."""
+_BLACK, _GREEN = 20, 0.25
+"""Largest value of a nearly black pixel (bars, ink, borders); least saturation of a green one (ink)."""
 
 # Ruderman's colour space for Reinhard et al., Color transfer between images (2001), eq. 3 to 7.
 _LMS = np.array([[0.3811, 0.5783, 0.0402], [0.1967, 0.7244, 0.0782], [0.0241, 0.1288, 0.8444]])
 _OPPONENT = np.diag([3**-0.5, 6**-0.5, 2**-0.5]) @ np.array([[1, 1, 1], [1, 1, -2], [1, -1, 0]])
 _REINHARD = np.array([[-0.520, -0.113, 0.018], [0.202, 0.057, 0.008]])
 """Reference: mean and deviation of the three channels, over twelve sources of H&E."""
+_LEAST_DEVIATION = 1e-3
 
 # Macenko et al., A method for normalizing histology slides (2009), and the reference of its authors' code.
 _REFERENCE = np.array([[0.5626, 0.7201, 0.4062], [0.2159, 0.8012, 0.5581]])
@@ -61,7 +65,7 @@ class NormalisingEncoder:
         return {**self.graph.describe(), "stain_normalise": self.manifest.stain_normalise}
 
     def embed(self, tiles: NDArray[np.uint8]) -> NDArray[np.float32]:
-        """Embed tiles, each as an image of its own; see :func:`embed_images`."""
+        """Embed tiles, each as an image of its own; :func:`embed_images` also says what failed."""
         return embed_images(self, tiles)[0]
 
     def close(self) -> None:
@@ -81,9 +85,6 @@ def embed_images(
     one_image: bool = False,
 ) -> tuple[NDArray[np.float32], list[str]]:
     """Embed query tiles, uint8 (N, S, S, 3) -> float32 (N, D); normalise their stain if the encoder does.
-
-    An image is out of distribution if the tissue gate says so of the image as it is: a photograph gets the
-    colours of H&E, and would pass the gate.
 
     Args:
         encoder: any encoder.
@@ -111,12 +112,23 @@ def embed_images(
             reasons[part] = [str(error)] * len(reasons[part])
         else:
             changed[part] = normalised(tiles[part], table)
-    if not manifest.tissue_gate or all(reasons):
-        return run(changed), reasons
-    vectors, unchanged = np.split(run(np.concatenate([changed, tiles])), 2)
-    foreign = manifest.out_of_distribution(unchanged)
-    vectors[foreign] = _with_gate_of(vectors[foreign], unchanged[foreign])
-    return vectors, reasons
+    return embed_normalised(run, manifest, changed, tiles), reasons
+
+
+def embed_normalised(
+    run: Run, manifest: Manifest, changed: NDArray[np.uint8], tiles: NDArray[np.uint8]
+) -> NDArray[np.float32]:
+    """Embed normalised tiles (N, S, S, 3) -> (N, D); ``tiles`` are the same without normalisation.
+
+    A tile is out of distribution if the tissue gate says so of it as it is: a photograph gets the colours
+    of H&E, and would pass the gate.
+    """
+    vectors = run(changed)
+    if manifest.tissue_gate and changed is not tiles:
+        unchanged = run(tiles)
+        foreign = manifest.out_of_distribution(unchanged)
+        vectors[foreign] = _with_gate_of(vectors[foreign], unchanged[foreign])
+    return vectors
 
 
 def not_normalised(names: Sequence[str], reasons: Sequence[str]) -> list[str]:
@@ -150,7 +162,7 @@ def fitted(pixels: NDArray[np.uint8], method: str) -> Table:
     """Return the table that brings the colours of a slide or image to those of the reference.
 
     Args:
-        pixels: of the slide, (N, 3); glass is left out.
+        pixels: of the slide, (N, 3); glass, nearly black pixels and green ones (ink) are left out.
         method: ``reinhard`` (mean and deviation of the colours) or ``macenko`` (two stains).
 
     Raises:
@@ -158,24 +170,29 @@ def fitted(pixels: NDArray[np.uint8], method: str) -> Table:
     """
     pixels = pixels[:: -(-len(pixels) // _MOST_POINTS) or 1]
     values = pixels.astype(np.float64)
-    tissue = values[-np.log10((values + 1) / 256).mean(1) > _GLASS]
+    most = values.max(1)
+    green = (values[:, 1] == most) & (most - values.min(1) > _GREEN * most)
+    dense = -np.log10((values + 1) / 256).mean(1) > _GLASS
+    tissue = values[dense & (most > _BLACK) & ~green]
     if len(tissue) < LEAST_POINTS:
         raise BadInput(
-            f"{len(tissue)} of {len(pixels)} pixels show tissue, and stain normalisation needs "
-            f"{LEAST_POINTS}"
+            f"{len(tissue)} of {len(pixels)} pixels have colours of stained tissue, and stain "
+            f"normalisation needs {LEAST_POINTS}"
         )
     change = (_by_reinhard if method == "reinhard" else _by_macenko)(tissue)
     grid = np.linspace(0, 255, _STEPS)
     blue, green, red = np.meshgrid(grid, grid, grid, indexing="ij")
     after = change(np.stack([red, green, blue], -1).reshape(-1, 3))
+    if not np.isfinite(after).all():
+        raise BadInput("the colours of the tissue hardly differ")
     return Table(_STEPS, (np.clip(after, 0, 255) / 255).astype(np.float32))
 
 
 def _by_reinhard(tissue: Floats) -> Change:
     values = _ruderman(tissue)
     mean, deviation = values.mean(0), values.std(0)
-    if deviation.min() < 1e-6:
-        raise BadInput("all pixels of tissue have one colour")
+    if deviation.min() < _LEAST_DEVIATION:
+        raise BadInput("the colours of the tissue hardly differ")
     back = np.linalg.inv(_OPPONENT).T, np.linalg.inv(_LMS).T
 
     def change(pixels: Floats) -> Floats:

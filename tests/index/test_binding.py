@@ -8,6 +8,7 @@ from checkpoints import seeded, timm
 from PIL import Image
 
 from histoseek.export.from_checkpoint import build_published, export_checkpoint
+from histoseek.export.normalising import export_normalising
 from histoseek.export.options import ExportOptions
 from histoseek.export.published import PUBLISHED
 from histoseek.index.atlas import Atlas
@@ -102,6 +103,15 @@ def test_another_encoder_or_pooling_is_refused(
     assert "median cosine of 32 tiles" in refused.stderr and "another --pool" in refused.stderr
     assert Atlas(atlas).manifest.external
     assert [path.name for path in atlas.glob("encoder*")] == ["encoder"]
+
+
+def test_a_bundle_that_normalises_stains_is_refused(bundles, made_by_another_tool, tmp_path, cli):
+    export_normalising(bundles / "right", tmp_path / "b", ExportOptions(stain_normalise="macenko"))
+    atlas = imported(cli, made_by_another_tool, tmp_path / "atlas")
+    slides = made_by_another_tool / "slides"
+    refused = cli("index", "bind", atlas, tmp_path / "b", "--slides", slides)
+    assert refused.returncode == 1 and "normalises stains" in refused.stderr
+    assert Atlas(atlas).manifest.external
 
 
 def test_import_binds_in_one_step_and_can_link_the_bundle(

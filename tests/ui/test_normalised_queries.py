@@ -15,14 +15,16 @@ from histoseek.artifacts.feature_files import read_features
 from histoseek.export.normalising import export_normalising
 from histoseek.export.options import ExportOptions
 from histoseek.index.atlas import Atlas
+from histoseek.index.search.query import Query
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 from histoseek.serving.encoders.stain_normalisation import embed_images
 from histoseek.ui.notebook.atlas import Atlas as NotebookAtlas
+from histoseek.ui.session.regions import Region
 
-NOT_NORMALISED = "was not normalised: 0 of 12544 pixels show tissue"
+NOT_NORMALISED = "was not normalised: 0 of 12544 pixels have colours"
 
 
 @pytest.fixture(scope="module")
@@ -102,26 +104,54 @@ def test_assigning_says_it(client, files):
     assert answer["notes"][0][4:] in client.get(f"/v1/results/{answer['result']}/html").text
 
 
-def test_a_region_of_the_atlas_is_normalised_as_one_image(client, serve, atlas):
-    side = 900
-    ring = [[0, 0], [side, 0], [side, side], [0, side]]
-    answer = client.post("/v1/search", json={"regions": [{"slide": "case", "ring": ring}]}).json()
-    assert answer["hits"][0]["slide"] == "case" and answer["hits"][0]["score"] > 0.5, answer
-    assert answer["notes"] == []
+def mean_of_tiles(encoder, tiles):
+    """The mean of the tiles of one image, and of the tiles each fitted alone."""
+    means = [embed_images(encoder, tiles, one_image=one)[0].mean(0) for one in (True, False)]
+    return [mean / np.linalg.norm(mean) for mean in means]
 
 
-def test_an_image_of_known_scale_is_normalised_as_one_image(client, tissue, tmp_path):
-    large = Image.new("RGB", (896, 448), (240, 240, 240))
-    large.paste(Image.fromarray(tissue[:448, :448]), (0, 0))
-    buffer = io.BytesIO()
-    large.save(buffer, "PNG")
-    data = {"mpp": "0.5"}
-    answer = client.post("/v1/search", files={"images": ("a.png", buffer.getvalue())}, data=data)
+def test_a_region_of_the_atlas_is_normalised_as_one_image(serve, atlas):
+    session = serve(atlas).session
+    region = Region("case", ((0, 0), (900, 0), (900, 900), (0, 900)))
+    answer = session.search(Query(), regions=[region])
+    tiles = session.viewer.tiles_in(region)[1]
+    together, alone = mean_of_tiles(session.encoder, tiles)
+    assert len(tiles) > 2 and answer.hits[0].slide == "case" and answer.notes == ()
+    assert answer.vector @ together > 0.99999 and alone @ together < 0.9999
+
+
+@pytest.fixture(scope="module")
+def large(tissue, tmp_path_factory):
+    picture = Image.new("RGB", (896, 448), (240, 240, 240))
+    picture.paste(Image.fromarray(tissue[:448, :448]), (0, 0))
+    path = tmp_path_factory.mktemp("large") / "a.png"
+    picture.save(path)
+    return path
+
+
+def test_an_image_of_known_scale_is_normalised_as_one_image(serve, atlas, large, cli_json):
+    one = serve(atlas)
+    image, tiles = one.session.cut(large, "a.png", 0.5)
+    together, alone = mean_of_tiles(one.session.encoder, tiles)
+    assert len(tiles) > 2 and alone @ together < 0.9999
+    wanted = Atlas(atlas).search(together[None], 3)[0]
+    data = {"mpp": "0.5", "k": "3"}
+    answer = one.client.post(
+        "/v1/search", files={"images": ("a.png", large.read_bytes())}, data=data
+    )
     assert answer.status_code == 200, answer.text
-    assert answer.json()["notes"] == [] and answer.json()["hits"]
+    printed = cli_json("index", "search", atlas, large, "--mpp", "0.5", "-k", 3)[0]
+    for hits in (answer.json()["hits"], printed):
+        assert [hit["tile"] for hit in hits] == [hit.tile for hit in wanted]
+        assert [hit["score"] for hit in hits] == pytest.approx(
+            [hit.score for hit in wanted], abs=1e-4
+        )
+    assert answer.json()["notes"] == []
+    client = one.client
     glass = io.BytesIO()
     Image.new("RGB", (896, 448), (240, 240, 240)).save(glass, "PNG")
-    answer = client.post("/v1/search", files={"images": ("a.png", glass.getvalue())}, data=data)
+    files = {"images": ("a.png", glass.getvalue())}
+    answer = client.post("/v1/search", files=files, data=data)
     (note,) = answer.json()["notes"]
     assert note.startswith("the stain of a.png was not normalised: 0 of ")
 
@@ -145,6 +175,10 @@ def test_the_command_line_and_python_do_the_same(cli, cli_json, atlas, files, wa
         pytest.warns(UserWarning, match=f"image 2 {NOT_NORMALISED}"),
     ):
         found = notebook.search([str(file) for file in files], k=3)
+        with pytest.warns(UserWarning, match="was not normalised"):
+            assigned = notebook.assign([str(file) for file in files])
+    distances = [row["distance"] for row in Atlas(atlas).assign(wanted)]
+    assert [row.distance for row in assigned] == pytest.approx(distances, abs=1e-5)
     assert [[hit.tile for hit in hits] for hits in found] == [
         [hit.tile for hit in hits] for hits in expected
     ]
@@ -171,8 +205,3 @@ def test_slides_added_on_the_page_are_normalised(serve, atlas, tmp_path, make_sl
     vectors = read_features(Path(done.features)).features[:1]
     hit = one.session.atlas.search(vectors, 1)[0][0]
     assert hit.slide == "new" and hit.score > 0.9999
-
-
-def test_an_atlas_of_another_tool_cannot_be_bound_to_it(cli, bundle, ui_atlas):
-    refused = cli("index", "bind", ui_atlas, bundle)
-    assert refused.returncode == 1

@@ -181,6 +181,7 @@ def stats(atlas: Path) -> None:
             ("tiles", facts["tiles"]),
             ("scale of the tiles", scales_line(facts["scales"])),
             ("encoder", f"{encoder['name']} ({encoder['sha256'][:12]}…), {encoder['dim']}-d"),
+            ("stain normalisation", encoder["stain_normalise"] or "none"),
             ("index", _index_line(facts["index"])),
             ("columns to filter by", ", ".join(facts["fields"])),
             *((f"label {label}", count) for label, count in facts["labels"].items()),

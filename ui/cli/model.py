@@ -159,9 +159,12 @@ def export(
         slides: With --against: the slide, or a folder with it.
         list_encoders: List the published encoders that --as knows.
     """
-    if source is not None and out is not None and _is_bundle(source):
-        if tiles or against or slides or list_encoders:
-            raise BadInput("a bundle is exported with --out, --stain-normalise and --name only")
+    if source is not None and _is_bundle(source):
+        if out is None or tiles or against or slides or list_encoders:
+            raise BadInput(
+                f"{source} is a bundle; expected `histoseek export {source} --stain-normalise METHOD --out "
+                "NEW`, and at most --name"
+            )
         _export_bundle(source, out, options)
         return
     need_torch()

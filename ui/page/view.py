@@ -228,6 +228,7 @@ def about(stats: Mapping[str, Any], card: str, versions: Mapping[str, str]) -> s
         ("labels", labels or "–"), ("clusterings", fitted or "none"),
         ("encoder", f"{encoder['name']} ({encoder['arch']}), {encoder['dim']}-d, {encoder['metric']}"),
         ("encoder sha256", encoder["sha256"]),
+        ("stain normalisation", encoder["stain_normalise"] or "none"),
         ("scale of the tiles", scales_line(stats["scales"])),
         ("slides are read at", f"{encoder['mpp']} µm per pixel" if encoder["mpp"] else "–"),
         ("index", _index(stats["index"])), ("created", stats["created_at"]),
