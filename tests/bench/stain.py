@@ -210,8 +210,8 @@ def page(facts):
     ms = facts["cost_ms"]
     lines += [
         f"CPU time per tile: {ms['normalise']} ms to normalise it, {ms['embed']} ms to embed it with the "
-        "default encoder. Normalised tiles are embedded twice, because its tissue gate looks at them as they "
-        f"are. A query image, to which the method is fitted, takes {ms['query']} ms.",
+        "default encoder. Normalised tiles are embedded twice, because its tissue gate looks at them as "
+        f"they are. A query image, to which the method is fitted, takes {ms['query']} ms.",
         "",
     ]
     return "\n".join(lines)
