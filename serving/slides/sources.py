@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 
 from ...artifacts.images import SUFFIXES, decode, profile_of
 from ...artifacts.slide_names import SLIDE_SUFFIXES
-from ...artifacts.unread import is_dicom
+from ...artifacts.unread import UNREAD_FORMATS, ZARR, is_dicom, why_unread
 from ...errors import BadInput, BrokenFile
 from .czi_source import SUFFIX as CZI
 from .czi_source import CziSource, reads_czi
@@ -96,6 +96,8 @@ def open_source(path: Path, series: int | None = None) -> Source:
     if path.suffix.lower() in SLIDE_SUFFIXES:
         return OpenSlideSource(path)
     if path.suffix.lower() not in SUFFIXES:
+        if path.suffix.lower() in UNREAD_FORMATS.keys() - {CZI, ZARR}:  # those are read if whole
+            raise BadInput(f"{path}: {why_unread(path)}")
         raise BadInput(
             f"{path} is neither a slide that OpenSlide reads nor an image "
             f"({', '.join(sorted(SUFFIXES))})"

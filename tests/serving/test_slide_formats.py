@@ -308,3 +308,12 @@ def test_the_scale_of_a_print_gives_way_to_a_stated_one(tissue, tmp_path, dpi):
         assert slide.mpp == 0.5 and slide.mpp_from == "assumed"
     with open_slide(path) as slide, pytest.raises(BadInput, match="--assume-mpp"):
         slide.grid(224, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("name", "vendor"), [("a.vsi", "Olympus VSI"), ("b.isyntax", "Philips iSyntax")]
+)
+def test_a_format_that_no_library_reads_is_refused_by_its_name(tmp_path, name, vendor):
+    (tmp_path / name).write_bytes(b"\0" * 1000)
+    with pytest.raises(BadInput, match=rf"{vendor}\): convert it to SVS or OME-TIFF"):
+        open_slide(tmp_path / name)
