@@ -395,7 +395,7 @@ def test_an_atlas_of_other_features_is_searched_by_its_own_tiles(tmp_path):
     found = session.search(Query(tiles=(3,), k=4))
     assert len(found.hits) == 4
     with pytest.raises(BadInput, match="uni_v2, which is not installed here"):
-        session.embed([np.zeros((224, 224, 3), np.uint8)])
+        session.embed([np.zeros((224, 224, 3), np.uint8)], [])
     session.close()
 
 
