@@ -160,9 +160,9 @@ class SlideWork:
             self.notes.append(f"the stain was not normalised: {error}")
             return
         if told in {"IHC", "other"}:
-            what = "immunohistochemistry" if told == "IHC" else "no H&E"
+            kind = "looks like immunohistochemistry" if told == "IHC" else "does not look like H&E"
             self.notes.append(
-                f"the slide looks like {what}; its stain was normalised, which gives it colours of H&E"
+                f"the slide {kind}; its stain was normalised, which gives it colours of H&E"
             )
 
     def normalised(self, numbers: Sequence[int], tiles: NDArray[np.uint8]) -> NDArray[np.uint8]:

@@ -171,9 +171,9 @@ def fitted(pixels: NDArray[np.uint8], method: str) -> Table:
     pixels = pixels[:: -(-len(pixels) // _MOST_POINTS) or 1]
     values = pixels.astype(np.float64)
     most = values.max(1)
-    green = (values[:, 1] == most) & (most - values.min(1) > _GREEN * most)
+    is_green = (values[:, 1] == most) & (most - values.min(1) > _GREEN * most)
     dense = -np.log10((values + 1) / 256).mean(1) > _GLASS
-    tissue = values[dense & (most > _BLACK) & ~green]
+    tissue = values[dense & (most > _BLACK) & ~is_green]
     if len(tissue) < LEAST_POINTS:
         raise BadInput(
             f"{len(tissue)} of {len(pixels)} pixels have colours of stained tissue, and stain "

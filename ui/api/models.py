@@ -12,14 +12,12 @@ from ...index.store import rows
 from ...serving.encoders.text import LONGEST
 from ..access.users import Role
 from ..session import viewer
-from ..session.addition import Addition, TileChoice
+from ..session.addition import PLAIN, Addition, TileChoice
 from ..session.answers import MAX_EXAMPLES, MAX_IMAGES, MAX_K, MAX_TEXTS
 from ..session.regions import MAX_CORNERS
 from ..session.scaled import COARSEST, FINEST
 from ..session.session import MAX_WORDS
 from . import openai
-
-PLAIN = TileChoice()
 
 MAX_TILE = 2**53
 MAX_REGIONS = 8

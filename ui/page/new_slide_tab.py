@@ -10,11 +10,10 @@ from typing import Any
 import gradio as gr
 
 from ..access.service import Server
-from ..session.addition import TileChoice
+from ..session.addition import PLAIN
 from . import view
 from .widgets import EVENT, HIDDEN, chooser, html
 
-PLAIN = TileChoice()
 ADD_JS = "(...row) => histoseek.addSlide('new-file')(...row)"
 """Sends the slide to the API, which accepts large files, and replaces the path by the API's answer."""
 

@@ -33,6 +33,9 @@ class TileChoice:
     max_pen: float = DEFAULTS.max_pen
 
 
+PLAIN = TileChoice()
+
+
 @dataclass(frozen=True)
 class Addition:
     """A slide that is being added to the atlas.

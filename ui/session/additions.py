@@ -38,7 +38,7 @@ from ...serving.embedding.results import EmbedOptions
 from ...serving.encoders.engines import cores
 from ...serving.encoders.open import open_encoder
 from ...serving.slides.quality import listed
-from .addition import Addition, TileChoice, plain
+from .addition import PLAIN, Addition, TileChoice, plain
 from .answers import now
 from .session import Session
 
@@ -46,7 +46,6 @@ UPLOADS = "uploads"
 PENDING = "pending.json"
 """File next to an upload that is not yet in the atlas: its metadata and the number of attempts."""
 TRIES = 3
-PLAIN = TileChoice()
 CUT_OFF_S = 3600
 """Seconds without a write after which an incomplete upload is abandoned and deleted."""
 WAITS_S = (1, 2, 5, 15, 30)
