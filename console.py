@@ -13,6 +13,7 @@ from __future__ import annotations
 import errno
 import json
 import logging
+import math
 import os
 import sys
 import time
@@ -198,15 +199,20 @@ def _on_terminal() -> bool:
 
 
 def _line_reporter(title: str) -> Progress:
-    started = last = time.monotonic()
+    last = time.monotonic()
+    before, first, started = math.inf, 0, last
 
     def report(done: int, total: int, text: str) -> None:
-        nonlocal last
+        nonlocal last, before, first, started
         stopping.check()
         now = time.monotonic()
+        if done < before:  # other work, or the first report: measure the rate from here
+            first, started = done, now
+        before = done
         if now - last >= 10:
             last = now
-            left = f", {(now - started) / done * (total - done):.0f} s left" if done else ""
+            rate = (done - first) / (now - started) if now > started else 0.0
+            left = f", {(total - done) / rate:.0f} s left" if rate else ""
             print(f"{title}: {done}/{total}{left}, {text}", file=sys.stderr, flush=True)
 
     return report

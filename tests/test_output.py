@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from histoseek import outlets
+from histoseek import console, outlets
 from histoseek.console import EXIT_NO_READER, EXIT_NOT_PRINTED
 
 NAME = "Fall µ – 組織 …"
@@ -134,3 +134,21 @@ def test_a_file_name_that_is_no_text_is_printed_as_its_escape():
     assert "x\udc80".encode("utf-8", outlets.PLAIN) == rb"x\udc80"
     with pytest.raises(UnicodeDecodeError):
         outlets.plain(UnicodeDecodeError("ascii", b"\xff", 0, 1, "no"))
+
+
+def test_the_time_left_ignores_other_work_and_what_an_earlier_run_did(capsys, monkeypatch):
+    clock = iter([0.0, 20.0, 100.0, 100.0, 130.0, 190.0])
+    monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
+    with console.progress("training") as report:
+        report(4335, 4335, "reading tiles")  # at 20 s
+        report(105, 160, "resumed")  # at 100 s: the first report of other work
+        report(105, 160, "resumed")
+        report(106, 160, "one epoch")  # 30 s later
+        report(108, 160, "three epochs")
+    lines = capsys.readouterr().err.splitlines()
+    assert lines == [
+        "training: 4335/4335, reading tiles",
+        "training: 105/160, resumed",
+        "training: 106/160, 1620 s left, one epoch",
+        "training: 108/160, 1560 s left, three epochs",
+    ]
