@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
+from torch import nn
 
 from ..artifacts.option_models import Field, options
 from ..artifacts.tilesets import TileSet
@@ -19,7 +20,7 @@ from ..errors import BadInput
 from .distributed import processes
 from .job import Job
 from .kmeans import fit_clusters
-from .losses import gaussian_divergence
+from .losses import full_precision, gaussian_divergence
 from .models import AutoEncoder
 from .models.vae import VariationalAutoEncoder
 from .options import TrainingOptions
@@ -36,9 +37,12 @@ class AutoencoderOptions(TrainingOptions):
     weight_decay: float = 5e-4
     keep_best: bool = True
     # fmt: off
+    pixel_loss: Annotated[Literal["squared", "cross-entropy"],
+        Field(description="Loss of a reconstructed pixel: squared error or binary cross-entropy. The "
+        "latter needs a model that ends in a sigmoid.")] = "squared"
     reduction: Annotated[Literal["sum", "mean"],
-        Field(description="Squared error: sum over pixels and batch (as in the code of paper 000) or "
-        "mean. With mean, the same weight decay has far more effect.")] = "sum"
+        Field(description="Loss: sum over pixels and batch (as in the code of paper 000) or mean. With "
+        "mean, the same weight decay has far more effect.")] = "sum"
     beta: Annotated[float,
         Field(ge=0, le=1000, description="Weight of the divergence in a variational autoencoder.")] = 1.0
     clusters: Annotated[int,
@@ -51,7 +55,7 @@ class AutoencoderOptions(TrainingOptions):
 
 
 class Reconstruction(Objective):
-    """The squared error between a tile and its reconstruction; for a VAE, plus the weighted KL divergence.
+    """The loss between a tile and its reconstruction; for a VAE, plus the weighted KL divergence.
 
     Reduction ``sum`` adds up over pixels and, in training, over the tiles of the batch on all processes;
     ``mean`` averages over both.
@@ -75,8 +79,12 @@ class Reconstruction(Objective):
             _, drawn, seen = self.encoder.reconstruct(tiles)
         error = (drawn.float() - seen.float()).square().flatten(1)
         mse, pixels = error.mean(), error.shape[1]
+        per_pixel = mse
+        if self.options.pixel_loss == "cross-entropy":
+            with full_precision(drawn):
+                per_pixel = nn.functional.binary_cross_entropy(drawn.float(), seen.float())
         whole = pixels if self.options.reduction == "sum" else 1
-        loss = mse * whole
+        loss = per_pixel * whole
         losses = {"mse": mse}
         if divergence is not None:
             loss = loss + self.options.beta * divergence * whole / pixels
@@ -117,6 +125,12 @@ def fit(
     encoder = job.build()
     if not isinstance(encoder, AutoEncoder):
         raise BadInput(f"model {options.model!r} has no decoder; --list shows which have one")
+    bounded = any(isinstance(layer, nn.Sigmoid) for layer in encoder.decoder.modules())
+    if options.pixel_loss == "cross-entropy" and not bounded:
+        raise BadInput(
+            f"pixel_loss is 'cross-entropy', but model {options.model!r} does not end in a sigmoid; "
+            "expected 'squared'"
+        )
     job.train(
         Reconstruction(encoder, options), [Phase("reconstruction", options.epochs, options.lr)]
     )

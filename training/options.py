@@ -10,7 +10,7 @@ from ..errors import BadInput
 from .augment import Augmentation
 from .models import model_options, parse_model_options
 
-Optimiser = Literal["adam", "adamw", "sgd", "rmsprop"]
+Optimiser = Literal["adam", "adamw", "sgd", "rmsprop", "adadelta"]
 Schedule = Literal["constant", "cosine", "step"]
 
 
@@ -36,7 +36,9 @@ class TrainingOptions:
     weight_decay: Annotated[float,
         Field(ge=0, le=10, description="Weight decay; decoupled for adamw, L2 for the other "
         "optimisers.")] = 0.0
-    optimiser: Annotated[Optimiser, Field(description="Optimiser; sgd uses momentum 0.9.")] = "adam"
+    optimiser: Annotated[Optimiser,
+        Field(description="Optimiser. sgd uses momentum 0.9; adadelta needs --lr 1 (decay .95, as in "
+        "Keras).")] = "adam"
     schedule: Annotated[Schedule,
         Field(description="Schedule of the learning rate; cosine starts with a warmup.")] = "constant"
     warmup: Annotated[float,

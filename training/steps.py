@@ -123,6 +123,8 @@ def make_optimizer(options: TrainingOptions, phase: Phase, net: nn.Module) -> to
         return torch.optim.AdamW(trained, lr=phase.lr, weight_decay=decay)
     if options.optimiser == "sgd":
         return torch.optim.SGD(trained, lr=phase.lr, momentum=0.9, weight_decay=decay)
+    if options.optimiser == "adadelta":  # decay and epsilon of Keras
+        return torch.optim.Adadelta(trained, lr=phase.lr, rho=0.95, eps=1e-7, weight_decay=decay)
     return torch.optim.RMSprop(trained, lr=phase.lr, weight_decay=decay)
 
 

@@ -148,6 +148,35 @@ def test_the_sum_has_the_gradients_of_the_sum(tile_folder):
     assert torch.allclose(found, model.decoder[0].weight.grad, rtol=1e-4)
 
 
+def test_cross_entropy_is_summed_over_pixels(tile_folder):
+    from histoseek.training.fit_autoencoder import Reconstruction
+
+    torch.manual_seed(0)
+    model = build("topology-ae", size_px=28)
+    tiles, numbers = torch.rand(8, 3, 28, 28), torch.arange(8)
+    options = AutoencoderOptions(model="topology-ae", pixel_loss="cross-entropy", batch=8)
+    losses = Reconstruction(model, options)(tiles, numbers)
+    _, drawn, seen = model.reconstruct(tiles)
+    expected = (-seen * drawn.log() - (1 - seen) * (1 - drawn).log()).sum()
+    assert float(losses["loss"].detach()) == pytest.approx(float(expected.detach()), rel=1e-4)
+    assert float(losses["mse"].detach()) == pytest.approx(
+        float((drawn - seen).square().mean().detach())
+    )
+
+
+def test_adadelta_and_cross_entropy_train(tile_folder, tmp_path):
+    keras = {"pixel_loss": "cross-entropy", "reduction": "mean", "optimiser": "adadelta", "lr": 1.0}
+    options = change(SMALL["autoencoder"], epochs=20, weight_decay=0.0, **keras)
+    record = fit("autoencoder", options, open_tiles(tile_folder), tmp_path / "run")
+    errors = [row["mse"] for row in record["epochs"]]
+    assert errors[-1] < 0.6 * errors[0]
+    unbounded = change(options, model="dac-fmnist", size_px=28)
+    with pytest.raises(
+        BadInput, match="'dac-fmnist' does not end in a sigmoid; expected 'squared'"
+    ):
+        fit("autoencoder", unbounded, open_tiles(tile_folder), tmp_path / "refused")
+
+
 def test_a_vae_trains_its_spread(tile_folder, tmp_path):
     options = AutoencoderOptions(
         model="vae", model_options="dim=8", size_px=32, epochs=4, batch=16, folds=3, lr=1e-3, **CPU

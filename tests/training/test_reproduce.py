@@ -9,7 +9,7 @@ import pytest
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import Tile, TileSet
 from histoseek.errors import BadInput
-from histoseek.training.reproduce import PROTOCOLS, StudyOptions, reproduce
+from histoseek.training.reproduce import PROTOCOLS, StudyOptions, reproduce, topology_sweep
 from histoseek.training.reproduce.report import SAYS, Cell, Report, Table, difference, said
 from histoseek.training.reproduce.study import Study, draw, first_classes
 
@@ -93,16 +93,27 @@ def test_ae_dac(tmp_path):
     assert {"ae-kmeans-0", "ae-dac-0"} <= trained and not any("switch" in name for name in trained)
 
 
-def test_topology_sweep_has_all_cells_beside_the_papers(tmp_path):
-    document = quick("topology-sweep", digits(), tmp_path / "r")
+def test_topology_sweep_has_all_cells_beside_the_papers(tmp_path, monkeypatch):
+    document = quick("topology-sweep", digits(), tmp_path / "r", parts="settings")
     check(document, tmp_path / "r", [f"K = {k}" for k in (10, 20, 30, 40, 50)])
-    cae, ae, _ = document["tables"]
+    cae, ae, _, settings = document["tables"]
+    assert len(settings["rows"]) == 8
+    assert settings["rows"]["AE: Adam 1e-3, squared error"]["K = 50"]["published"] == 83.52
+    compared = settings["rows"]["AE: Adadelta 1, cross-entropy"]["K = 10"]["ours"]
+    assert compared == ae["rows"]["K = 10"]["code 32"]["ours"]
+    means = [[cell["mean"] for cell in row.values()] for row in settings["rows"].values()]
+    assert len({tuple(row) for row in means}) == 8  # each setting was trained by itself
     assert ae["rows"]["K = 50"]["code 32"]["published"] == 83.52
     assert cae["rows"]["K = 10"]["code 128"]["published_sd"] == 2.69
     assert any("within 2 published sd" in note for note in cae["notes"])
     for table in (cae, ae):
         for cells in table["rows"].values():
             assert all(c["mean"] > c["trivial"] for c in cells.values())
+
+    # Nothing is computed again by the same command.
+    monkeypatch.setattr(topology_sweep, "random_kmeans", None)
+    again = quick("topology-sweep", digits(), tmp_path / "r", parts="settings")
+    assert again["tables"] == document["tables"]
 
 
 def test_p4m_deepcluster(kinds, tmp_path):
