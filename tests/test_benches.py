@@ -1,5 +1,6 @@
 """The benchmarks are not run by the tests; here at least their calls are checked against the package."""
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -38,3 +39,22 @@ def test_benchmarks_call_what_exists(tmp_path):
         "    Atlas(path).fit('kmeans', clusters=3, nothing=1)\n    Atlas.create(path, path, mistake=1)\n"
     )
     assert len(errors([broken], ("tests",), tmp_path)) >= 2
+
+
+def test_the_table_of_papers_is_that_of_the_reports():
+    path = ROOT / "tests/bench/papers.py"
+    spec = importlib.util.spec_from_file_location("papers", path)
+    papers = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(papers)
+    found = papers.reports()
+    assert set(found) == set(papers.VERDICTS)
+    hint = "run python tests/bench/papers.py"
+    assert papers.page(found) == (ROOT / "docs/results/papers.md").read_text(), hint
+    assert (
+        papers.BEGIN + papers.summary(found) + papers.END in (ROOT / "docs/results.md").read_text()
+    ), hint
+    cell = {"published": 50.0, "published_sd": 1.0, "mean": 52.5, "sd": 9.0}
+    assert (
+        papers.verdict(cell) == "higher"
+        and papers.verdict({**cell, "published_sd": None}) == "within"
+    )

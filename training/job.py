@@ -82,6 +82,7 @@ class Job:
         self.finished = self.folder.finished()
         self._progress = progress
         self._history: list[dict[str, Any]] = []
+        self._earlier = 0.0  # seconds that stopped runs had trained
         self._scaler: Any = None
 
     def prepare(self, cut: int = 0) -> None:
@@ -130,6 +131,7 @@ class Job:
             BadInput: the loss is not finite; the last complete epoch is kept.
         """
         self._history = self.folder.resume(net)
+        self._earlier = sum(row.get("seconds", 0.0) for row in self._history)
         net.to(self.fabric.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
         if self.fabric.world_size > 1:
             synchronise_norms(net)
@@ -226,6 +228,7 @@ class Job:
         return {
             **row,
             "lr": phase.lr * rate * slower,
+            "seconds": round(seconds, 2),
             "tiles_per_s": round(steps * self._step_size / seconds, 1),
         }
 
@@ -368,7 +371,7 @@ class Job:
                     "split": describe_split(self.parts),
                     "metrics": {**found, **(metrics or {})},
                     "epochs": self._history,
-                    "seconds": round(time.monotonic() - self.started, 1),
+                    "seconds": round(self._earlier + time.monotonic() - self.started, 1),
                 },
             )
         self.fabric.barrier()

@@ -115,16 +115,12 @@ def main():
     report = {}
     with tempfile.TemporaryDirectory() as temp, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path="/usr/bin/chromium", args=FLAGS)
-        for name in SLIDES:
-            tiles, asked, places = read(name, Path(temp))
-            seen = queries(places, CHANGES | PROFILED)
-            seen |= as_queries(screenshots(browser, places[0].slide, places))
+        for name, tiles, asked, seen, other in shown(browser, Path(temp)):
             report[name] = {"tiles": len(tiles), "queries": len(asked), "of": {}}
             for who, encode in encoders.items():
                 rows = judge(encode, tiles, asked, seen, far.get(who))
                 report[name]["of"][who] = rows
-                if name in RESCANNED:
-                    other = rescanned(name, places, Path(temp))
+                if other:
                     report[name].setdefault("rescanned", {})[who] = judge(
                         encode, tiles, asked, other, None
                     )
@@ -143,6 +139,17 @@ def main():
     options.out.mkdir(parents=True, exist_ok=True)
     (options.out / "report.json").write_text(json.dumps(facts, indent=1) + "\n")
     (options.out / "report.md").write_text(page(facts))
+
+
+def shown(browser, folder):
+    """Of every slide: its name, tiles, numbers of those to ask for, queries, and those of another scan."""
+    for name in SLIDES:
+        tiles, asked, places = read(name, folder)
+        seen = queries(places, CHANGES | PROFILED)
+        seen |= as_queries(screenshots(browser, places[0].slide, places))
+        yield (
+            name, tiles, asked, seen, rescanned(name, places, folder) if name in RESCANNED else {},
+        )  # fmt: skip
 
 
 def read(name, folder, most=QUERIES):

@@ -61,7 +61,10 @@ def reproduce(
     """Run a protocol on a tile set and write its report; returns the report as JSON."""
     protocol = find_protocol(name)
     options.out.mkdir(parents=True, exist_ok=True)
-    return protocol.run(Study(options, tiles, progress)).write(options.out)
+    study = Study(options, tiles, progress)
+    report = protocol.run(study)
+    report.about["training time"] = study.took()
+    return report.write(options.out)
 
 
 __all__ = ["PROTOCOLS", "Protocol", "find_protocol", "reproduce"]

@@ -41,6 +41,7 @@ class Study:
         tiles: those that are used, at most ``limit``.
         cells: number of trainings of the whole protocol, for the progress.
         elsewhere: number of trainings of which only the record is here.
+        seconds: duration of each training, by the name of its cell; None if its record does not say.
     """
 
     def __init__(self, options: StudyOptions, tiles: TileSet, progress: Progress) -> None:
@@ -54,6 +55,7 @@ class Study:
         self.cells = 0
         self.done = 0
         self.elsewhere = 0
+        self.seconds: dict[str, float | None] = {}
         self._progress = progress
 
     def __call__(
@@ -99,18 +101,28 @@ class Study:
             if known and known["identity"] == identity:
                 self.done += 1
                 self.elsewhere += not (self.folder(cell) / WEIGHTS).is_file()
+                self.seconds[cell] = known.get("seconds")
                 return known
         if before is not None:
             done = self.done
             before()
             self.done = done  # it is counted by its own call
         record = chosen.fit(filled, given, self.folder(cell), report, selection)
+        self.seconds[cell] = record["seconds"]
         self.done += 1
         if record_only:
             judged = [row for row in record["epochs"] if "accuracy" in row]
             kept = {"identity": identity, "metrics": record["metrics"], "epochs": judged}
+            kept["seconds"] = record["seconds"]
             write_json(self.out / RECORDS, {**self._records(), cell: kept})
         return record
+
+    def took(self) -> str:
+        """Return how long the trainings took, as text."""
+        known = [seconds for seconds in self.seconds.values() if seconds is not None]
+        text = f"{sum(known) / 60:.1f} min in {len(known)} trainings"
+        missing = len(self.seconds) - len(known)
+        return f"{text}; {missing} more have no recorded duration" if missing else text
 
     def _records(self) -> dict[str, Any]:
         path = self.out / RECORDS
