@@ -74,8 +74,8 @@ def page(found):
         "",
         "`python tests/bench/papers.py` wrote this page from the reports in this folder. *Within*: our "
         "mean is within two standard deviations of the published value (the paper's, or ours if it has "
-        "none). *Trivial* is reached without a model; each report says how. [results.md](../results.md) explains "
-        "the differences.",
+        "none). *Trivial* is reached without a model; each report says how. "
+        "[results.md](../results.md) explains the differences.",
         "",
     ]
     for name, report in found.items():
