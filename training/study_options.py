@@ -23,6 +23,9 @@ class StudyOptions:
     quick: Annotated[bool,
         Field(description="Use few epochs and seeds, to test that the protocol runs.")] = False
     seeds: Annotated[int, Field(ge=0, description="Number of seeds or folds; 0: as in the protocol.")] = 0
+    folds: Annotated[int,
+        Field(ge=0, description="Number of folds into which arcface or breast-ae splits the tiles, at "
+        "least 3; 0: as in the paper."), HIDDEN] = 0
     epochs: Annotated[int,
         Field(ge=0, description="Number of epochs of each training; 0: as in the protocol.")] = 0
     limit: Annotated[int, Field(ge=0, description="Maximum number of tiles; whole groups are drawn. "

@@ -138,13 +138,18 @@ def test_p4m_deepcluster(kinds, tmp_path):
 
 
 def test_arcface(kinds, tmp_path):
-    document = quick("arcface", kinds, tmp_path / "r", size_px=32, parts="lite0", seeds=2, epochs=2)
+    document = quick(
+        "arcface", kinds, tmp_path / "r", size_px=32, parts="lite0", seeds=2, epochs=2, folds=4
+    )
     rows = document["tables"][-1]["rows"]
     assert set(rows) == {
         "ArcFace", "softmax", "triplet", "ArcFace on EfficientNet-Lite0 (ImageNet)",
         "random weights", "pixels (16 x 16)",
     }  # fmt: skip
     assert len(rows["triplet"]["5-NN of other groups"]["ours"]) == 2
+    assert document["about"]["seeds"] == "2 of 4 folds"
+    run = json.loads((tmp_path / "r/runs/triplet-1/run.json").read_text())
+    assert run["options"]["folds"] == 4
     assert document["about"]["split"] == "by group"
 
 
@@ -193,6 +198,7 @@ def test_what_a_protocol_cannot_do_is_refused_before_it_starts(kinds, tmp_path):
     for name, options, says in (
         ("breast-ae", {"seeds": 6}, "has 5 folds"),
         ("arcface", {"seeds": 11}, "has 10 folds"),
+        ("breast-ae", {"folds": 2}, "at least 3, or 0 for the paper's 5"),
         ("ae-dac", {"size_px": 50}, "28, 32, 96"),
         ("topology-sweep", {}, "pass --size-px 32"),
         ("arcface", {"limit": -5}, "--limit is -5; expected at least 0"),
@@ -282,13 +288,20 @@ def test_help_of_a_recipe_shows_its_options(cli):
     assert "Options of recipe" not in cli("train", "--help").stdout
 
 
-def test_a_difference_is_compared_with_its_error():
-    a, b = Cell(ours=(0.7, 0.8, 0.9)), Cell(ours=(0.6, 0.7, 0.8))
-    assert difference(a, b) == (pytest.approx(0.1), "more than two standard errors")  # paired
-    gap, how = difference(a, Cell(ours=(0.6, 0.9)))
-    assert gap == pytest.approx(0.05) and "may be chance" in how
+def test_a_difference_has_an_interval():
+    from scipy import stats
+
+    a, b = Cell(ours=(0.7, 0.8, 0.95)), Cell(ours=(0.6, 0.7, 0.8))
+    low, high = stats.ttest_rel(a.ours, b.ours).confidence_interval()  # paired
+    gap, how = difference(a, b)
+    assert gap == pytest.approx(0.35 / 3) and how == f"95 % interval {low:+.3f} to {high:+.3f}"
+    low, high = stats.ttest_ind(a.ours, (0.6, 0.9), equal_var=False).confidence_interval()
+    gap, how = difference(a, Cell(ours=(0.6, 0.9)), 1)
+    assert how == f"95 % interval {low:+.1f} to {high:+.1f}, so it may be chance"
     assert "one run" in difference(Cell(ours=(0.5,)), b)[1]
-    assert said(a) == "0.800 ± 0.100" and said(Cell(ours=(0.5,)), 1) == "0.5"
+    equal = Cell(ours=(0.5, 0.5))
+    assert difference(equal, equal)[1] == "95 % interval +0.000 to +0.000, so it may be chance"
+    assert said(b) == "0.700 ± 0.100" and said(Cell(ours=(0.5,)), 1) == "0.5"
 
 
 def test_the_whole_of_a_set_has_the_published_numbers(tmp_path):

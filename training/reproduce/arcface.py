@@ -30,14 +30,14 @@ FOLDS = 10
 def reproduce(study: Study) -> Report:
     """Train every fold and loss; fit PCA on the training part and cluster the held-out fold."""
     options = study.options
-    folds = study.folds(FOLDS, 2)
+    count, folds = study.fold_count(FOLDS), study.folds(FOLDS, 2)
     epochs = study.pick(30, 1, options.epochs)
     size_px = options.size_px or 224
     lite0 = "lite0" in study.parts
     study.cells = folds * (len(LOSSES) + lite0)
     report = study.report(
         "MobileNetV3-Small and ArcFace: k-means and HDBSCAN on held-out folds", "004",
-        seeds=f"{folds} of {FOLDS} folds", epochs=epochs,
+        seeds=f"{folds} of {count} folds", epochs=epochs,
         network=f"MobileNetV3-Small at {size_px} px from random weights, head 576-256-64, batch 32, "
         "AdamW 1e-3 with cosine; ArcFace s = 30, m = 0.5; triplet margin 0.2",
     )  # fmt: skip
@@ -59,7 +59,7 @@ def reproduce(study: Study) -> Report:
         "epochs_tail": half,
     }
     for fold in range(folds):
-        shared |= {"fold": fold, "folds": FOLDS}
+        shared |= {"fold": fold, "folds": count}
         if lite0:
             records[LITE0_ROW].append(study(f"lite0-{fold}", "arcface", **tuned, **shared))
         for name, loss in LOSSES.items():
@@ -69,7 +69,7 @@ def reproduce(study: Study) -> Report:
         report.tables.append(_table(f"{title}, held-out folds of {study.whole.name}", key, records))
     report.tables.append(_retrieval(records))
     report.says = _says(report.tables[0].rows)
-    _draw(study, report, size_px)
+    _draw(study, report, size_px, count)
     return report
 
 
@@ -120,12 +120,12 @@ def _retrieval(records: Records) -> Table:
     )  # fmt: skip
 
 
-def _draw(study: Study, report: Report, size_px: int) -> None:
+def _draw(study: Study, report: Report, size_px: int, folds: int) -> None:
     from sklearn.cluster import KMeans
     from sklearn.metrics import silhouette_score
 
     data = study.load(size_px)
-    parts = split(data, FOLDS, 0, 0, study.options.split)
+    parts = split(data, folds, 0, 0, study.options.split)
     counts = [k for k in range(2, 11) if k < len(parts.test)]
     lines = {}
     for name, loss in LOSSES.items():

@@ -80,7 +80,7 @@ def reproduce(study: Study) -> Report:
     study.cells = folds * (len(NETS) + 1)
     report = study.report(
         "Breast histopathology: autoencoders and k-means", "000, table 1",
-        seeds=f"{folds} of {FOLDS} folds, each held out once, the next one validating",
+        seeds=f"{folds} of {study.fold_count(FOLDS)} folds, each held out once, the next one validating",
         preset=options.preset,
         clustering=f"k-means ({rule}), K = {len(names)}, on the training part's codes",
         positive=positive,
@@ -102,8 +102,8 @@ def reproduce(study: Study) -> Report:
             scores[name].append(score)
         record = study(
             f"densenet-{fold}", "classifier", model="densenet", epochs=_epochs(study, (30, 1)),
-            batch=_batch(study, 1000), lr=1e-3 if options.epochs else 1e-4, fold=fold, folds=FOLDS,
-            split=options.split, judge=False,
+            batch=_batch(study, 1000), lr=1e-3 if options.epochs else 1e-4, fold=fold,
+            folds=study.fold_count(FOLDS), split=options.split, judge=False,
         )  # fmt: skip
         extents[DENSENET] = _extent(record)
         encoder = study.encoder(f"densenet-{fold}")
@@ -181,8 +181,8 @@ def _row(study: Study, net: Net, fold: int, rule: str, positive: str) -> tuple[S
         f"{net.model}-{fold}", "autoencoder", tiles, model=net.model, epochs=_epochs(study, net.epochs),
         batch=max(8, _batch(study, net.batch) // (4 if net.large else 1)), lr=net.lr,
         weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
-        step_epochs=7, keep_best=True, fold=fold, folds=FOLDS, split=study.options.split, judge=False,
-        kmeans="minibatch",
+        step_epochs=7, keep_best=True, fold=fold, folds=study.fold_count(FOLDS),
+        split=study.options.split, judge=False, kmeans="minibatch",
     )  # fmt: skip
     data = study.load(net.size_px, tiles)
     parts = _split(study, data, fold)
@@ -198,7 +198,7 @@ def _tiles(study: Study, net: Net) -> TileSet:
 
 
 def _split(study: Study, data: LabelledTiles, fold: int) -> Split:
-    return split(data, FOLDS, fold, 0, study.options.split, validate=True)
+    return split(data, study.fold_count(FOLDS), fold, 0, study.options.split, validate=True)
 
 
 def _extent(record: dict[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from scipy import stats
 
 from ...artifacts.files import write_atomic, write_json
 
@@ -63,21 +64,25 @@ class Cell:
         }
 
 
-def difference(a: Cell, b: Cell) -> tuple[float, str]:
-    """Return the mean of a minus b, and how it compares with its standard error.
+def difference(a: Cell, b: Cell, digits: int = 3) -> tuple[float, str]:
+    """Return the mean of a minus b, and its 95 % interval by Student's t as text.
 
-    Values are paired (same seeds or folds) if there are as many of both.
+    Values are paired (same seeds or folds) if there are as many of both; otherwise the interval is Welch's.
+    The training parts of folds overlap, so for folds the interval is too narrow.
     """
     gap = float(np.mean(a.ours) - np.mean(b.ours))
-    if min(len(a.ours), len(b.ours)) < 2:
+    sizes = len(a.ours), len(b.ours)
+    if min(sizes) < 2:
         return gap, "one run cannot tell whether that is chance"
-    if len(a.ours) == len(b.ours):
-        error = float(np.std(np.subtract(a.ours, b.ours), ddof=1)) / len(a.ours) ** 0.5
+    if sizes[0] == sizes[1]:
+        parts = [float(np.var(np.subtract(a.ours, b.ours), ddof=1)) / sizes[0]]
     else:
-        error = sum(float(np.var(cell.ours, ddof=1)) / len(cell.ours) for cell in (a, b)) ** 0.5
-    if abs(gap) > 2 * error:
-        return gap, "more than two standard errors"
-    return gap, "less than two standard errors, so it may be chance"
+        parts = [float(np.var(cell.ours, ddof=1)) / len(cell.ours) for cell in (a, b)]
+    spread = sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=False))
+    freedom = sum(parts) ** 2 / spread if spread else np.inf
+    reach = float(stats.t.ppf(0.975, freedom)) * sum(parts) ** 0.5
+    text = f"95 % interval {gap - reach:+.{digits}f} to {gap + reach:+.{digits}f}"
+    return gap, text if abs(gap) > reach else f"{text}, so it may be chance"
 
 
 def said(cell: Cell, digits: int = 3) -> str:

@@ -144,16 +144,28 @@ class Study:
         """Return ``option`` if it is set, else the protocol's normal number, or its number for --quick."""
         return option or (quick if self.options.quick else normal)
 
-    def folds(self, most: int, quick: int) -> int:
-        """Return the number of folds to run: ``--seeds``, else ``most``, or ``quick`` for --quick.
+    def fold_count(self, paper: int) -> int:
+        """Return the number of folds: ``--folds``, else ``paper``.
 
         Raises:
-            BadInput: ``--seeds`` is larger than ``most``.
+            BadInput: ``--folds`` is 1 or 2.
         """
-        folds = self.pick(most, quick, self.options.seeds)
-        if folds > most:
-            raise BadInput(f"--seeds is {folds}; the protocol has {most} folds")
-        return folds
+        count = self.options.folds or paper
+        if count < 3:
+            raise BadInput(f"--folds is {count}; expected at least 3, or 0 for the paper's {paper}")
+        return count
+
+    def folds(self, paper: int, quick: int) -> int:
+        """Return how many folds to run: ``--seeds``, else all, or ``quick`` for --quick.
+
+        Raises:
+            BadInput: ``--seeds`` is larger than the number of folds, or ``--folds`` is 1 or 2.
+        """
+        count = self.fold_count(paper)
+        run = self.pick(count, quick, self.options.seeds)
+        if run > count:
+            raise BadInput(f"--seeds is {run}; the protocol has {count} folds")
+        return run
 
     def load(self, size_px: int, tiles: TileSet | None = None) -> LabelledTiles:
         """Decode all tiles into memory.
