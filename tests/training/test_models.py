@@ -5,6 +5,7 @@ import re
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.training.checkpoint import load_backbone, load_tensors, save_tensors
@@ -67,6 +68,19 @@ OPTIONS = [
         for dim, count in zip((16, 32, 64, 128), counts, strict=True)
     ],
 ]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["topology-ae", "topology-cae"])
+def test_topologies_start_with_the_weights_of_keras(name):
+    """Glorot: uniform within sqrt(6 / (fan in + fan out)); biases 0."""
+    torch.manual_seed(0)
+    layers = [m for m in build(name).modules() if isinstance(m, nn.Linear | nn.Conv2d)]
+    assert len(layers) >= 4
+    for layer in layers:
+        kernel = layer.weight[0, 0].numel()
+        bound = (6 / ((layer.weight.shape[0] + layer.weight.shape[1]) * kernel)) ** 0.5
+        assert 0.8 * bound < float(layer.weight.detach().abs().max()) <= bound
+        assert layer.bias is None or not layer.bias.detach().any()
 
 
 def test_every_model_is_counted():

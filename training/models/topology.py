@@ -3,7 +3,8 @@
 The paper gives the AE as "D-128-64-32-16" and lacks the figure of the CAE. Our reading: for a code of 16,
 32, 64 or 128 the chain D-128-64-32-16 ends at that size. The CAE has three convolutions with max-pooling;
 the width of the last one is chosen so that the flattened 4 x 4 map is the code. For grey images D is the
-number of pixels (the paper says 3072 for grey 32 x 32, which has 1024).
+number of pixels (the paper says 3072 for grey 32 x 32, which has 1024). The initial weights are drawn as
+by Keras, which the paper used.
 """
 
 from __future__ import annotations
@@ -28,6 +29,16 @@ def _check_code(dim: int) -> None:
         )
 
 
+def _start_as_keras(net: AutoEncoder) -> AutoEncoder:
+    """Draw weights from Glorot's uniform distribution and set biases to 0, as Keras does."""
+    for layer in net.modules():
+        if isinstance(layer, nn.Linear | nn.Conv2d):
+            nn.init.xavier_uniform_(layer.weight)
+            if layer.bias is not None:
+                nn.init.zeros_(layer.bias)
+    return net
+
+
 def build_topology_ae(size_px: int = 28, dim: int = 32, relu_code: bool = False) -> AutoEncoder:
     """Return paper 003's fully connected AE on grey pixels, with ReLU, a linear code and a sigmoid output.
 
@@ -48,7 +59,8 @@ def build_topology_ae(size_px: int = 28, dim: int = 32, relu_code: bool = False)
         decoder += [nn.Linear(inside, out), nn.ReLU()]
     decoder[-1] = nn.Sigmoid()
     decoder.append(nn.Unflatten(1, (1, size_px, size_px)))
-    return AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim, grey=True)
+    net = AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim, grey=True)
+    return _start_as_keras(net)
 
 
 def build_topology_cae(
@@ -93,4 +105,6 @@ def build_topology_cae(
     for inside, out, side in ((last, second, 2), (second, second, 1), (second, first, 0)):
         decoder += [*conv(inside, out, 3, 1, 1), nn.Upsample(sides[side])]
     decoder += [nn.Conv2d(first, 3, 3, 1, 1), nn.Sigmoid()]
-    return AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim)
+    return _start_as_keras(
+        AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim)
+    )

@@ -109,7 +109,8 @@ def reproduce(study: Study) -> Report:
     report.notes += [
         "Purity never falls with K and is at least the share of the largest class.",
         "The paper names no optimiser, rate, loss, epochs or batch. It used Keras, whose examples had "
-        "Adadelta with rate 1, binary cross-entropy and batches of 256; this is what the tables have.",
+        "Adadelta with rate 1, binary cross-entropy and batches of 256; this is what the tables have, with "
+        "Keras's initial weights.",
     ]
     data = study.load(side)
 
