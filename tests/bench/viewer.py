@@ -106,11 +106,15 @@ def main():
         LITE0_D4: lite0(8).embed,
         "pixels 16 x 16": pixels,
     }
-    others = further_tiles(options.atlas)
+    compared = (
+        (own, LITE0) if options.atlas else ()
+    )  # eight views of 50,000 tiles would take an hour
+    parts = [
+        [unit(encoders[who](tiles)) for who in compared] for tiles in further_tiles(options.atlas)
+    ]
     far = {
-        who: unit(encode(others)) if len(others) else None
-        for who, encode in encoders.items()
-        if who in (own, LITE0)  # eight views of 50,000 tiles would take an hour
+        who: np.concatenate(vectors)
+        for who, vectors in zip(compared, zip(*parts, strict=True), strict=True)
     }
     report = {}
     with tempfile.TemporaryDirectory() as temp, sync_playwright() as playwright:
@@ -132,7 +136,7 @@ def main():
         "date": time.strftime("%Y-%m-%d"),
         "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
         "onnxruntime": onnxruntime.__version__,
-        "atlas": len(others),
+        "atlas": options.atlas,
         "trained_on": trained_on(options.bundle),
         "slides": report,
     }
@@ -262,22 +266,26 @@ def judge(encode, tiles, numbers, seen, far):
 
 
 def further_tiles(count):
-    """Tiles of other slides: random parts of the images of two collections, turned and zoomed."""
+    """Yield ``count`` tiles of other slides, a few at a time: parts of images, turned and zoomed."""
     if not count:
-        return np.zeros((0, SIZE, SIZE, 3), dtype=np.uint8)
+        return
     import torch
 
     packs = [SHARED / "lc25000.tar", SHARED / "histo_mix.tar"]
     chosen = select(packs, ["source_id=openslide_os"], ["label"])
     tiles = load(chosen, SIZE, lambda *_: None).tiles
-    generator, made = torch.Generator().manual_seed(0), [tiles[:count]]
+    generator = torch.Generator().manual_seed(0)
     ranges = Augmentation(180, 0.4, 0.1, True, 0.1, 0.0)
-    while sum(map(len, made)) < count:
+    yield tiles[:count]
+    made = len(tiles)
+    while made < count:
         for start in range(0, len(tiles), 256):
             some = torch.from_numpy(tiles[start : start + 256]).permute(0, 3, 1, 2).float() / 255
             changed = augment(some, ranges, generator).permute(0, 2, 3, 1)
-            made.append((changed * 255).round().byte().numpy())
-    return np.concatenate(made)[:count]
+            yield (changed * 255).round().byte().numpy()[: count - made]
+            made += len(changed)
+            if made >= count:
+                return
 
 
 def resized(place, how, px=SIZE):
