@@ -114,7 +114,7 @@ def fit(
         The content of ``run.json``.
 
     Raises:
-        BadInput: the model has no decoder, or the data cannot be used.
+        BadInput: the model has no decoder or does not fit ``pixel_loss``, or the data cannot be used.
         Mismatch: ``out`` holds a run with other options or data; the message names the difference.
     """
     paper = "000 and 003: autoencoder, k-means on the latents"

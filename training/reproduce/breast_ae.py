@@ -16,7 +16,7 @@ from ..fit_classifier import predict
 from ..kmeans import assign, kmeans
 from ..models import Encoder
 from . import figures
-from .report import Cell, Report, Table, difference, row, said
+from .report import FOLDS_OVERLAP, Cell, Report, Table, difference, row, said
 from .study import Study, draw, reconstruct, spread
 
 
@@ -161,6 +161,7 @@ def _note_differences(study: Study, report: Report, names: list[str]) -> None:
         f"{IDC_POSITIVE_F1}: the published k-means is below this ACC, and the best autoencoder 3 points "
         "above it.",
         "The published split is one shuffle of patches, so that patients are in both parts.",
+        FOLDS_OVERLAP,
     ]
     if options.epochs:
         report.notes.append(

@@ -16,6 +16,9 @@ from scipy import stats
 
 from ...artifacts.files import write_atomic, write_json
 
+FOLDS_OVERLAP = (
+    "The training parts of folds overlap, so the interval of a difference is too narrow."
+)
 SAYS = ("The paper claims.", "What came out.", "What it means.")
 
 

@@ -164,7 +164,7 @@ def reproduce(study: Study) -> Report:
     }
     file = figures.curves(study.out / "purity.png", lines, "K", "purity in %", at=CLUSTERS)
     report.add_figure(file, "Purity by K")
-    file = figures.curves(study.out / "loss.png", losses, "epoch", "mean squared error")
+    file = figures.curves(study.out / "loss.png", losses, "epoch", "loss")
     report.add_figure(file, "Loss by epoch")
     file = figures.reconstructions(study.out / "reconstructions.png", images)
     report.add_figure(file, "Tiles and their reconstructions, by net and code size")
