@@ -34,7 +34,7 @@ from judged import (
 from histoseek.artifacts.feature_files import Features
 from histoseek.artifacts.feature_writer import write_features
 from histoseek.artifacts.files import sha256_file
-from histoseek.artifacts.manifest import INPUT, OUTPUT
+from histoseek.artifacts.manifest import INPUT, OUTPUT, above_threshold
 from histoseek.export.onnx_graph import Graph, to_onnx
 from histoseek.index.atlas import Atlas
 from histoseek.index.clusters.fit import fit as fit_clusters
@@ -232,6 +232,11 @@ def unknown(encoders, bundle, train, tissue, others):
                 Path(temp), unit(encode(train.tiles)), train, bundle if who == own else None
             )
             report[who] = {}
+            if who == own:
+                report[who]["tissue gate alone"] = {
+                    name: float(above_threshold(unit(encode(tiles))).mean())
+                    for name, tiles in {**tissue, **others}.items()
+                }
             for method in ("kmeans", "hdbscan"):
                 try:
                     atlas.fit(method)
@@ -451,7 +456,8 @@ def _more(report):
     kinds = list(next(iter(first.values())))
     lines += [
         "## Unknown",
-        "Shares called `unknown` by the clusters of an atlas of the training tiles (`index fit`): false "
+        "Shares called `unknown` by the clusters of an atlas of the training tiles (`index fit`), because "
+        "of the tissue gate or because no cluster is near, and by the gate alone: false "
         f"alarms on tissue, catches on {FOREIGN} pictures of each foreign kind.",
         "",
     ]

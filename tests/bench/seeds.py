@@ -105,9 +105,12 @@ def judged(run):
             values[f"crops between tiles, overlap {overlap} px, of 100"] = between
         tissue = {name: data.tiles for name, data in sets.items()}
         tissue["immunohistochemistry never trained on"] = immunohistochemistry(size, bundle)
-        shares = unknown(own, bundle, train, tissue, foreign(size))[manifest.name]["kmeans"]
-        for name, share in shares.items():
+        shares = unknown(own, bundle, train, tissue, foreign(size))[manifest.name]
+        for name, share in shares["kmeans"].items():
             values[f"called unknown: {name}"] = share
+            values[f"called unknown by the tissue gate alone: {name}"] = shares[
+                "tissue gate alone"
+            ][name]
     return values
 
 
