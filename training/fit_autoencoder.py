@@ -125,8 +125,10 @@ def fit(
     encoder = job.build()
     if not isinstance(encoder, AutoEncoder):
         raise BadInput(f"model {options.model!r} has no decoder; --list shows which have one")
-    bounded = any(isinstance(layer, nn.Sigmoid) for layer in encoder.decoder.modules())
-    if options.pixel_loss == "cross-entropy" and not bounded:
+    last = [
+        m for m in encoder.decoder.modules() if not isinstance(m, nn.Sequential | nn.Unflatten)
+    ][-1]
+    if options.pixel_loss == "cross-entropy" and not isinstance(last, nn.Sigmoid):
         raise BadInput(
             f"pixel_loss is 'cross-entropy', but model {options.model!r} does not end in a sigmoid; "
             "expected 'squared'"

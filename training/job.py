@@ -192,6 +192,7 @@ class Job:
     ) -> dict[str, Any]:
         """Train one epoch and return its record; seed, epoch and rank determine all random numbers."""
         options, number = self.options, len(self._history)
+        began = time.monotonic()
         told = net.begin_epoch(self, phase, epoch, optimizer)
         net.begin_phase(phase)
         started = time.monotonic()
@@ -224,12 +225,12 @@ class Job:
         row |= told
         if len(self.parts.validate):
             row["validation_loss"] = self.fabric.broadcast(self._validate(net))
-        seconds = time.monotonic() - started
+        ended = time.monotonic()
         return {
             **row,
             "lr": phase.lr * rate * slower,
-            "seconds": round(seconds, 2),
-            "tiles_per_s": round(steps * self._step_size / seconds, 1),
+            "seconds": round(ended - began, 2),
+            "tiles_per_s": round(steps * self._step_size / (ended - started), 1),
         }
 
     def order(self, net: Objective, number: int) -> Ints:

@@ -124,6 +124,10 @@ class TrainingOptions:
             )
         if self.keep_best and self.folds and not self.VALIDATES:
             raise BadInput("keep_best is on, but this recipe has no validation loss; turn it off")
+        if self.optimiser == "adadelta" and self.lr < 0.01:
+            raise BadInput(
+                f"lr is {self.lr:g}, with which adadelta hardly moves; expected about 1 (--lr 1)"
+            )
         if 0 < self.size_px < 8:
             raise BadInput(
                 f"size_px is {self.size_px}; expected 8 to 4096, or 0 for the model's own"

@@ -456,9 +456,9 @@ def _more(report):
     kinds = list(next(iter(first.values())))
     lines += [
         "## Unknown",
-        "Shares called `unknown` by the clusters of an atlas of the training tiles (`index fit`), because "
-        "of the tissue gate or because no cluster is near, and by the gate alone: false "
-        f"alarms on tissue, catches on {FOREIGN} pictures of each foreign kind.",
+        "Shares called `unknown` by the clusters of an atlas of the training tiles (`index fit`): false "
+        f"alarms on tissue, catches on {FOREIGN} pictures of each foreign kind. A picture is unknown "
+        "because of the tissue gate or because no cluster is near. One row has the gate alone.",
         "",
     ]
     rows = [

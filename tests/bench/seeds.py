@@ -7,6 +7,7 @@ that the report already has and that are not given again are kept.
 """
 
 import argparse
+import dataclasses
 import json
 import os
 import platform
@@ -32,6 +33,7 @@ from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.export.bundle import export_run
 from histoseek.export.options import ExportOptions
 from histoseek.training.models import build
+from histoseek.training.recipes import find_recipe
 
 SHIPPED = Path(__file__).parents[2] / "training" / "default_run"
 MAY_DIFFER = {"seed", "accelerator", "stream", "tensorboard"}
@@ -63,7 +65,7 @@ def main():
         if comparable(run) != wanted:
             raise SystemExit(f"{run} has other options or data than {SHIPPED}")
         seed = json.loads((run / "run.json").read_text())["options"]["seed"]
-        facts["seeds"][str(seed)] = judged(run)
+        facts["seeds"][str(seed)] = {"shipped": run.samefile(SHIPPED), **judged(run)}
         facts |= {
             "date": time.strftime("%Y-%m-%d"),
             "machine": f"{os.cpu_count()} CPU cores, {platform.machine()}",
@@ -73,10 +75,15 @@ def main():
 
 
 def comparable(run):
-    """The options and the data of a run, without what may differ between seeds."""
+    """The options and the data of a run, without what may differ between seeds.
+
+    Options that are newer than the run have their usual values.
+    """
     record = json.loads((run / "run.json").read_text())
-    options = {k: v for k, v in record["options"].items() if k not in MAY_DIFFER}
-    return {"options": options, "exclude": record["data"]["selection"]["exclude"]}
+    filled = dataclasses.asdict(find_recipe("arcface").options(**record["options"]))
+    options = {k: v for k, v in filled.items() if k not in MAY_DIFFER}
+    selection = {k: v for k, v in record["data"]["selection"].items() if k != "sources"}
+    return {"options": options, "selection": selection, "data": record["data"]["fingerprint"]}
 
 
 def judged(run):
@@ -106,11 +113,10 @@ def judged(run):
         tissue = {name: data.tiles for name, data in sets.items()}
         tissue["immunohistochemistry never trained on"] = immunohistochemistry(size, bundle)
         shares = unknown(own, bundle, train, tissue, foreign(size))[manifest.name]
-        for name, share in shares["kmeans"].items():
-            values[f"called unknown: {name}"] = share
-            values[f"called unknown by the tissue gate alone: {name}"] = shares[
-                "tissue gate alone"
-            ][name]
+        gate = shares["tissue gate alone"]
+        for name in gate:
+            values[f"called unknown: {name}"] = shares["kmeans"].get(name)  # None: k-means failed
+            values[f"called unknown by the tissue gate alone: {name}"] = gate[name]
     return values
 
 
@@ -140,7 +146,9 @@ def on_slides(encode):
 def page(facts):
     """The report as Markdown."""
     seeds = sorted(facts["seeds"], key=int)
+    shipped = [f"seed {seed}" for seed in seeds if facts["seeds"][seed]["shipped"]]
     names = dict.fromkeys(name for values in facts["seeds"].values() for name in values)
+    del names["shipped"]
     rows = []
     for name in names:
         found = [facts["seeds"][seed].get(name) for seed in seeds]  # None: too few tiles held out
@@ -151,9 +159,10 @@ def page(facts):
         [
             "# The default encoder with other seeds",
             "",
-            f"`python tests/bench/seeds.py RUN…`, {facts['date']}, {facts['machine']}. Seed 0 is the "
-            "shipped run. Each seed has its own split into training and held-out groups, so the held-out "
-            "tiles of a data set differ; the sources never trained on, the slides and the crops do not.",
+            f"`python tests/bench/seeds.py RUN…`, {facts['date']}, {facts['machine']}. The shipped run: "
+            f"{', '.join(shipped) or 'none of them'}. Each seed has its own split into training and "
+            "held-out groups, so the held-out tiles of a data set differ. The sources never trained on, "
+            "the slides and the crops do not.",
             "",
             *table(["", *(f"seed {seed}" for seed in seeds), "mean ± sd"], rows),
         ]

@@ -171,6 +171,8 @@ def test_adadelta_and_cross_entropy_train(tile_folder, tmp_path):
     record = fit("autoencoder", options, open_tiles(tile_folder), tmp_path / "run")
     errors = [row["mse"] for row in record["epochs"]]
     assert errors[-1] < 0.6 * errors[0]
+    with pytest.raises(BadInput, match="lr is 0.001, with which adadelta hardly moves"):
+        change(options, lr=1e-3)
     unbounded = change(options, model="dac-fmnist", size_px=28)
     with pytest.raises(
         BadInput, match="'dac-fmnist' does not end in a sigmoid; expected 'squared'"

@@ -199,6 +199,9 @@ def test_what_a_protocol_cannot_do_is_refused_before_it_starts(kinds, tmp_path):
         ("breast-ae", {"seeds": 6}, "has 5 folds"),
         ("arcface", {"seeds": 11}, "has 10 folds"),
         ("breast-ae", {"folds": 2}, "at least 3, or 0 for the paper's 5"),
+        ("ae-dac", {"folds": 5}, "ae-dac has no folds"),
+        ("topology-sweep", {"parts": "AE,setings"}, "AE, CAE, settings"),
+        ("breast-ae", {"parts": "AE"}, "none"),
         ("ae-dac", {"size_px": 50}, "28, 32, 96"),
         ("topology-sweep", {}, "pass --size-px 32"),
         ("arcface", {"limit": -5}, "--limit is -5; expected at least 0"),
@@ -293,14 +296,14 @@ def test_a_difference_has_an_interval():
 
     a, b = Cell(ours=(0.7, 0.8, 0.95)), Cell(ours=(0.6, 0.7, 0.8))
     low, high = stats.ttest_rel(a.ours, b.ours).confidence_interval()  # paired
-    gap, how = difference(a, b)
-    assert gap == pytest.approx(0.35 / 3) and how == f"95 % interval {low:+.3f} to {high:+.3f}"
+    assert difference(a, b) == f"+0.117 (95 % interval {low:+.3f} to {high:+.3f})"
     low, high = stats.ttest_ind(a.ours, (0.6, 0.9), equal_var=False).confidence_interval()
-    gap, how = difference(a, Cell(ours=(0.6, 0.9)), 1)
-    assert how == f"95 % interval {low:+.1f} to {high:+.1f}, so it may be chance"
-    assert "one run" in difference(Cell(ours=(0.5,)), b)[1]
+    said_of = difference(a, Cell(ours=(0.6, 0.9)), 1)
+    assert said_of == f"+0.1 (95 % interval {low:+.1f} to {high:+.1f}; it may be chance)"
+    assert "one run" in difference(Cell(ours=(0.5,)), b)
     equal = Cell(ours=(0.5, 0.5))
-    assert difference(equal, equal)[1] == "95 % interval +0.000 to +0.000, so it may be chance"
+    assert difference(equal, equal) == "+0.000 (95 % interval +0.000 to +0.000; it may be chance)"
+    assert difference(Cell(ours=(np.nan, 0.5)), b) == difference(Cell(), b) == "no value"
     assert said(b) == "0.700 ± 0.100" and said(Cell(ours=(0.5,)), 1) == "0.5"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...artifacts.tilesets import TileSet
 from ...console import Progress
-from ...errors import unknown_name
+from ...errors import BadInput, unknown_name
 from ..study_options import StudyOptions
 from . import ae_dac, arcface, breast_ae, p4m_deepcluster, topology_sweep
 from .report import Report
@@ -17,29 +17,46 @@ from .study import Study
 
 @dataclass(frozen=True)
 class Protocol:
-    """A function that reproduces a paper's tables, with a one-line description."""
+    """A function that reproduces a paper's tables, with a one-line description.
+
+    Attributes:
+        run: the function.
+        about: the description.
+        parts: names that ``--parts`` may have.
+        has_folds: whether it splits the tiles into folds, whose number ``--folds`` sets.
+    """
 
     run: Callable[[Study], Report]
     about: str
+    parts: tuple[str, ...] = ()
+    has_folds: bool = False
 
 
 PROTOCOLS: dict[str, Protocol] = {
     "breast-ae": Protocol(
         breast_ae.reproduce,
         "paper 000, table 1: k-means on pixels and on five codes, DenseNet; F1 and ACC",
+        has_folds=True,
     ),
     "ae-dac": Protocol(
-        ae_dac.reproduce, "paper 001, table 2: k-means, AE + k-means, DEC, DAC, AE + DAC"
+        ae_dac.reproduce,
+        "paper 001, table 2: k-means, AE + k-means, DEC, DAC, AE + DAC",
+        ("table4", "grid", "switches"),
     ),
     "p4m-deepcluster": Protocol(
         p4m_deepcluster.reproduce,
         "paper 002: Sobel-AlexNet and P4M CNN, NMI between epochs, linear probe",
     ),
     "topology-sweep": Protocol(
-        topology_sweep.reproduce, "paper 003, tables 1 and 2: AE and CAE by code size and K, purity"
+        topology_sweep.reproduce,
+        "paper 003, tables 1 and 2: AE and CAE by code size and K, purity",
+        ("AE", "CAE", "settings"),
     ),
     "arcface": Protocol(
-        arcface.reproduce, "paper 004: ten folds, k-means and HDBSCAN; ArcFace, softmax, triplet"
+        arcface.reproduce,
+        "paper 004: ten folds, k-means and HDBSCAN; ArcFace, softmax, triplet",
+        ("lite0",),
+        has_folds=True,
     ),
 }
 
@@ -58,8 +75,17 @@ def find_protocol(name: str) -> Protocol:
 def reproduce(
     name: str, options: StudyOptions, tiles: TileSet, progress: Progress
 ) -> dict[str, Any]:
-    """Run a protocol on a tile set and write its report; returns the report as JSON."""
+    """Run a protocol on a tile set and write its report; returns the report as JSON.
+
+    Raises:
+        BadInput: the protocol is not registered, or it has no such part or no folds.
+    """
     protocol = find_protocol(name)
+    for part in filter(None, options.parts.split(",")):
+        if part not in protocol.parts:
+            raise unknown_name(f"part of {name} (--parts)", part, protocol.parts or ("none",))
+    if options.folds and not protocol.has_folds:
+        raise BadInput(f"--folds is {options.folds}, but {name} has no folds; leave it out")
     options.out.mkdir(parents=True, exist_ok=True)
     study = Study(options, tiles, progress)
     report = protocol.run(study)

@@ -164,8 +164,7 @@ def _says(study: Study, rows: dict[str, list[Cell]]) -> tuple[str, str, str]:
     claim = "Clusters of AE + DAC are better than those of DAC alone"
     if ours.published is not None and dac.published is not None:
         claim += f": on {study.data_name} {ours.published} % are right instead of {dac.published} %"
-    gap, how = difference(ours, dac, 1)
-    meaning = f"AE + DAC is {abs(gap):.1f} points {'above' if gap > 0 else 'below'} DAC, {how}"
+    meaning = f"AE + DAC minus DAC, in points: {difference(ours, dac, 1)}"
     if ours.published is not None and ours.mean is not None:
         reached = ours.published - ours.mean <= (ours.sd or 0)
         away = f"{ours.mean - ours.published:+.1f} points"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import platform
 from collections.abc import Iterable, Mapping, Sequence
@@ -67,25 +68,28 @@ class Cell:
         }
 
 
-def difference(a: Cell, b: Cell, digits: int = 3) -> tuple[float, str]:
-    """Return the mean of a minus b, and its 95 % interval by Student's t as text.
+def difference(a: Cell, b: Cell, digits: int = 3) -> str:
+    """Return the mean of a minus that of b, with its 95 % interval by Student's t, as text.
 
     Values are paired (same seeds or folds) if there are as many of both; otherwise the interval is Welch's.
     The training parts of folds overlap, so for folds the interval is too narrow.
     """
-    gap = float(np.mean(a.ours) - np.mean(b.ours))
+    gap = float(np.mean(a.ours) - np.mean(b.ours)) if a.ours and b.ours else math.nan
+    if math.isnan(gap):
+        return "no value"
     sizes = len(a.ours), len(b.ours)
     if min(sizes) < 2:
-        return gap, "one run cannot tell whether that is chance"
+        return f"{gap:+.{digits}f} (one run cannot tell whether that is chance)"
     if sizes[0] == sizes[1]:
         parts = [float(np.var(np.subtract(a.ours, b.ours), ddof=1)) / sizes[0]]
     else:
         parts = [float(np.var(cell.ours, ddof=1)) / len(cell.ours) for cell in (a, b)]
     spread = sum(part**2 / (size - 1) for part, size in zip(parts, sizes, strict=False))
-    freedom = sum(parts) ** 2 / spread if spread else np.inf
+    freedom = sum(parts) ** 2 / spread if spread else math.inf
     reach = float(stats.t.ppf(0.975, freedom)) * sum(parts) ** 0.5
-    text = f"95 % interval {gap - reach:+.{digits}f} to {gap + reach:+.{digits}f}"
-    return gap, text if abs(gap) > reach else f"{text}, so it may be chance"
+    chance = "" if abs(gap) > reach else "; it may be chance"
+    low, high = gap - reach, gap + reach
+    return f"{gap:+.{digits}f} (95 % interval {low:+.{digits}f} to {high:+.{digits}f}{chance})"
 
 
 def said(cell: Cell, digits: int = 3) -> str:
@@ -122,6 +126,7 @@ class Table:
         trivial_is: description of the trivial baseline.
         digits: number of decimals.
         notes: text below the table.
+        compares_settings: the table compares settings of ours; its published values stand in another table.
     """
 
     title: str
@@ -130,6 +135,7 @@ class Table:
     trivial_is: str = ""
     digits: int = 3
     notes: list[str] = field(default_factory=list)
+    compares_settings: bool = False
 
     def markdown(self) -> list[str]:
         """Return the table as lines of Markdown: published / ours / trivial per metric."""
@@ -158,7 +164,8 @@ class Table:
             name: dict(zip(self.columns, (c.as_dict() for c in cells), strict=True))
             for name, cells in self.rows.items()
         }
-        about = {"title": self.title, "trivial_is": self.trivial_is}
+        about: dict[str, Any] = {"title": self.title, "trivial_is": self.trivial_is}
+        about["compares_settings"] = self.compares_settings
         return {**about, "rows": rows, "notes": self.notes}
 
 

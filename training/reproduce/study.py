@@ -108,12 +108,12 @@ class Study:
             before()
             self.done = done  # it is counted by its own call
         record = chosen.fit(filled, given, self.folder(cell), report, selection)
-        self.seconds[cell] = record["seconds"]
+        self.seconds[cell] = record.get("seconds")
         self.done += 1
         if record_only:
             judged = [row for row in record["epochs"] if "accuracy" in row]
             kept = {"identity": identity, "metrics": record["metrics"], "epochs": judged}
-            kept["seconds"] = record["seconds"]
+            kept["seconds"] = record.get("seconds")
             write_json(self.out / RECORDS, {**self._records(), cell: kept})
         return record
 

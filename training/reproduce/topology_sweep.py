@@ -109,8 +109,8 @@ def reproduce(study: Study) -> Report:
     report.notes += [
         "Purity never falls with K and is at least the share of the largest class.",
         "The paper names no optimiser, rate, loss, epochs or batch. It used Keras, whose examples had "
-        "Adadelta with rate 1, binary cross-entropy and batches of 256; this is what the tables have, with "
-        "Keras's initial weights.",
+        "Adadelta with rate 1, binary cross-entropy and batches of 256 (128 for convolutions). The tables "
+        "have these, Keras's initial weights and batches of 256.",
     ]
     data = study.load(side)
 
@@ -156,7 +156,9 @@ def reproduce(study: Study) -> Report:
             ]
     if rows:
         title = f"Purity in % with other optimisers and losses, code {SETTINGS_CODE}, {study.whole.name}"
-        report.tables.append(Table(title, [f"K = {k}" for k in CLUSTERS], rows, digits=2))
+        report.tables.append(
+            Table(title, [f"K = {k}" for k in CLUSTERS], rows, digits=2, compares_settings=True)
+        )
     lines = {
         f"{net}, code {code}": [float(np.mean(by_k[k][code])) for k in CLUSTERS]
         for net, by_k in purities.items()
@@ -197,7 +199,11 @@ def _cluster(study: Study, cell: str, data: LabelledTiles, repeats: int) -> dict
     They are stored beside the cell's weights, so that a repeated command does not compute them again.
     """
     path = study.folder(cell) / "clusterings.json"
-    basis = {"weights": sha256_file(study.folder(cell) / WEIGHTS), "repeats": repeats}
+    basis = {
+        "weights": sha256_file(study.folder(cell) / WEIGHTS),
+        "repeats": repeats,
+        "clusters": list(CLUSTERS),
+    }
     known = read_json(path) if path.is_file() else {}
     if known.get("basis") == basis:
         stored: dict[str, list[float]] = known["purity"]
