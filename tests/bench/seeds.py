@@ -153,8 +153,9 @@ def page(facts):
     for name in names:
         found = [facts["seeds"][seed].get(name) for seed in seeds]  # None: too few tiles held out
         known = [value for value in found if value is not None]
-        spread = f" ± {np.std(known, ddof=1):.3f}" if len(known) > 1 else ""
-        rows.append([name, *map(_number, found), f"{np.mean(known):.3f}{spread}"])
+        digits = 1 if all(isinstance(value, int) for value in known) else 3
+        spread = f" ± {np.std(known, ddof=1):.{digits}f}" if len(known) > 1 else ""
+        rows.append([name, *map(_number, found), f"{np.mean(known):.{digits}f}{spread}"])
     return "\n".join(
         [
             "# The default encoder with other seeds",
