@@ -149,7 +149,7 @@ def test_the_sum_has_the_gradients_of_the_sum(tile_folder):
     assert torch.allclose(found, model.decoder[0].weight.grad, rtol=1e-4)
 
 
-def test_cross_entropy_is_summed_over_pixels(tile_folder):
+def test_cross_entropy_is_summed_over_pixels():
     from histoseek.training.fit_autoencoder import Reconstruction
 
     torch.manual_seed(0)
