@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from .viewing import grid_of, show, warp
+from .viewing import floats, grid_of, show, warp
 
 # Optical density of haematoxylin, eosin and a residual per RGB channel (Ruifrok & Johnston 2001).
 _STAINS = ((0.650, 0.704, 0.286), (0.072, 0.990, 0.105), (0.268, 0.570, 0.776))
@@ -72,7 +72,7 @@ def augment(
         where = placement(len(tiles), side, ranges, generator).to(tiles.device)
     out_px, count, device = ranges.crop_px or side, len(tiles), tiles.device
     if ranges.viewing:
-        tiles = warp(_floats(tiles), where, out_px, generator)
+        tiles = warp(tiles, where, out_px, generator)
 
     def draw() -> torch.Tensor:
         return (torch.rand(count, 3, generator=generator) * 2 - 1).to(device)
@@ -88,7 +88,7 @@ def augment(
     changed = torch.empty((count, 3, out_px, out_px), device=device, memory_format=layout)
     for start in range(0, count, together):
         part = slice(start, start + together)
-        some = tiles[part] if ranges.viewing else look(_floats(tiles[part]), where[part], out_px)
+        some = tiles[part] if ranges.viewing else look(floats(tiles[part]), where[part], out_px)
         for change in changes:
             change(some, part)
         changed[part] = some if later else then(some)
@@ -101,13 +101,6 @@ def augment(
         pixels = torch.randn(changed.shape, generator=generator).to(device)
         changed = (changed + strength * pixels).clamp(0, 1)
     return then(changed)
-
-
-def _floats(tiles: torch.Tensor) -> torch.Tensor:
-    """Return tiles as floats in 0..1."""
-    if tiles.dtype == torch.uint8:
-        return tiles.to(torch.float32, memory_format=torch.contiguous_format).div_(255)
-    return tiles
 
 
 def _stain(scale: torch.Tensor, offset: torch.Tensor) -> Callable[[torch.Tensor, slice], None]:

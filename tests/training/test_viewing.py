@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import gaussian_filter
 
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput
@@ -52,6 +53,13 @@ def test_the_warp_keeps_places_with_every_filter(tile):
     both = torch.stack([plain, changed]).numpy()
     alike = [np.corrcoef(both[:, n])[0, 1] for n in range(40)]
     assert np.median(alike) > 0.9 and min(alike) > 0.5 and not torch.equal(plain, changed)
+
+
+@pytest.mark.parametrize("sigma_px", [0.3, 1.0, 1.5])
+def test_the_blur_is_scipys(tile, sigma_px):
+    radius = max(1, int(np.ceil(2.5 * sigma_px)))
+    expected = gaussian_filter(tile.numpy(), sigma_px, mode="mirror", radius=radius, axes=(2, 3))
+    np.testing.assert_allclose(blur(tile, sigma_px).numpy(), expected, atol=1e-6)
 
 
 def test_without_viewing_nothing_changes(tile):
