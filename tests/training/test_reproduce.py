@@ -329,3 +329,21 @@ def test_a_record_is_taken_only_for_what_it_is_of(tmp_path):
     shutil.rmtree(tmp_path / "runs")
     assert train(of=37) == 1
     assert train(2, of=37) == 0, "other options"
+
+
+def test_the_progress_counts_only_what_is_still_to_train(tmp_path):
+    def reported(*seeds):
+        seen = []
+        options = StudyOptions(tmp_path, accelerator="cpu")
+        study = Study(options, digits(60), lambda done, total, text: seen.append((done, total)))
+        study.cells = 2
+        for seed in seeds:
+            known = {"record_only": True} if seed == 0 else {}
+            study(f"cell-{seed}", "autoencoder", model="topology-ae", epochs=1, judge=False,
+                  seed=seed, **known)  # fmt: skip
+        return seen
+
+    first = reported(0)
+    assert first[-1] == (1000, 2000)
+    assert all(total == 1000 for _, total in reported(0, 1)), "the first is known by its record"
+    assert reported(0, 1) == [], "both are finished"

@@ -39,7 +39,8 @@ class Study:
         parts: optional parts of the protocol that the user requested.
         whole: the labelled tiles of the set.
         tiles: those that are used, at most ``limit``.
-        cells: number of trainings of the whole protocol, for the progress.
+        cells: number of trainings of the whole protocol, less those that were finished before, for the
+            progress.
         elsewhere: number of trainings of which only the record is here.
         seconds: duration of each training, by the name of its cell; None if its record does not say.
     """
@@ -85,7 +86,11 @@ class Study:
         given = self.tiles if tiles is None else tiles
         selection = {"sources": [given.source], "exclude": [], "label_from": ["label"]}
 
+        trained = False
+
         def report(done: int, total: int, text: str) -> None:
+            nonlocal trained
+            trained = True
             share = done / total if total else 0.0
             self._progress(
                 round(1000 * (self.done + share)),
@@ -99,17 +104,20 @@ class Study:
         if record_only:
             known: dict[str, Any] | None = self._records().get(cell)
             if known and known["identity"] == identity:
-                self.done += 1
+                self.cells -= 1
                 self.elsewhere += not (self.folder(cell) / WEIGHTS).is_file()
                 self.seconds[cell] = known.get("seconds")
                 return known
         if before is not None:
-            done = self.done
+            counts = self.done, self.cells
             before()
-            self.done = done  # it is counted by its own call
+            self.done, self.cells = counts  # it is counted by its own call
         record = chosen.fit(filled, given, self.folder(cell), report, selection)
         self.seconds[cell] = record.get("seconds")
-        self.done += 1
+        if trained:
+            self.done += 1
+        else:
+            self.cells -= 1
         if record_only:
             judged = [row for row in record["epochs"] if "accuracy" in row]
             kept = {"identity": identity, "metrics": record["metrics"], "epochs": judged}
