@@ -48,6 +48,10 @@ def test_the_table_of_papers_is_that_of_the_reports():
     spec.loader.exec_module(papers)
     found = papers.reports()
     assert set(found) == set(papers.REASONS) >= papers.OTHER_DATA
+    for name, report in found.items():
+        text = (ROOT / "docs/results" / name / "report.md").read_text()
+        assert all(says and says in text for says in report["says"]), name
+        assert text.split("\n")[2].startswith("**Fewer epochs.**") == bool(report["fewer"]), name
     hint = "run python tests/bench/papers.py"
     assert papers.page(found) == (ROOT / "docs/results/papers.md").read_text(), hint
     assert (

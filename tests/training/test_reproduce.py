@@ -53,6 +53,7 @@ def check(document, out, rows):
     assert len(document["says"]) == 3 and all(text.endswith(".") for text in document["says"])
     for head, words in zip(SAYS, document["says"], strict=True):
         assert f"**{head}** {words}" in text and "nan" not in words and "None" not in words
+    assert text.split("\n")[2].startswith("**Fewer epochs.** ") and document["fewer"] in text
     assert "shows that the protocol runs; it measures nothing" in text
     for figure in document["figures"]:
         assert (out / figure["file"]).stat().st_size > 5000 and f"]({figure['file']})" in text

@@ -14,7 +14,7 @@ from ..fit_dac import codes_of
 from ..kmeans import assign, kmeans
 from ..models.dac import ClusteringAutoEncoder
 from . import figures
-from .report import Cell, Report, Table, difference, row, said
+from .report import Cell, Report, Table, difference, fewer_epochs, row, said
 from .study import Study, first_classes, reconstruct, spread, values
 
 Scores = dict[str, float]
@@ -111,6 +111,7 @@ def reproduce(study: Study) -> Report:
         seeds=seeds, epochs=f"{pretrain} of reconstruction, then {epochs} of clustering",
         network=f"{SIZES[size_px]}, batch 128, Adam 1e-3, then {common['lr_cluster']}",
     )  # fmt: skip
+    report.fewer = fewer_epochs(epochs, SCHEDULE["clustering"][0])
     if epochs < 75:
         report.notes.append(
             f"{epochs} epochs of clustering instead of the 75 after which the paper's thresholds meet; the "

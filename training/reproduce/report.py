@@ -20,6 +20,7 @@ from ...artifacts.files import write_atomic, write_json
 FOLDS_OVERLAP = (
     "The training parts of folds overlap, so the interval of a difference is too narrow."
 )
+FEWER = "Fewer epochs."
 SAYS = ("The paper claims.", "What came out.", "What it means.")
 
 
@@ -96,6 +97,14 @@ def said(cell: Cell, digits: int = 3) -> str:
     """Return our mean and standard deviation as text."""
     spread = f" ± {cell.sd:.{digits}f}" if cell.sd is not None else ""
     return "no value" if cell.mean is None else f"{cell.mean:.{digits}f}{spread}"
+
+
+def fewer_epochs(epochs: int, whole: int, paper_names_them: bool = False) -> str:
+    """Return that there are fewer epochs than in the paper or, if it names none, the protocol; else ""."""
+    if epochs >= whole:
+        return ""
+    of = "the paper has" if paper_names_them else "the paper names no number, this protocol has"
+    return f"{epochs} epoch{'s' * (epochs > 1)}; {of} {whole}."
 
 
 def _finite(value: float | None) -> float | None:
@@ -182,6 +191,7 @@ class Report:
         figures: file name and caption of each figure.
         notes: what a reader must know before comparing the numbers.
         says: what the paper claims, what came out, and what that means: a sentence each.
+        fewer: how many epochs there were instead of how many, the report's first line; "" if not fewer.
     """
 
     title: str
@@ -192,6 +202,7 @@ class Report:
     figures: list[tuple[str, str]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     says: tuple[str, str, str] = ("", "", "")
+    fewer: str = ""
 
     def add_figure(self, file: str, caption: str) -> None:
         """Append a figure."""
@@ -207,7 +218,7 @@ class Report:
             "torch": torch.__version__,
         }
         lines = [f"# {self.title}", ""]
-        for head, text in zip(SAYS, self.says, strict=True):
+        for head, text in zip((FEWER, *SAYS), (self.fewer, *self.says), strict=True):
             lines += [f"**{head}** {text}", ""] if text else []
         lines += [f"Paper {self.paper}.", "", "```", self.command, "```", ""]
         lines += ["| | |", "|---|---|"]
@@ -223,6 +234,7 @@ class Report:
             "paper": self.paper,
             "command": self.command,
             "about": about,
+            "fewer": self.fewer,
             "says": list(self.says),
             "notes": self.notes,
             "tables": [table.as_dict() for table in self.tables],

@@ -13,13 +13,13 @@ from ..data import LabelledTiles
 from ..evaluate import embed_numbers
 from ..run import WEIGHTS
 from . import figures
-from .report import Cell, Report, Table
+from .report import Cell, Report, Table, fewer_epochs
 from .study import Study, reconstruct, spread
 
 CODES = (16, 32, 64, 128)
 CLUSTERS = (10, 20, 30, 40, 50)
 NETS = {"CAE": "topology-cae", "AE": "topology-ae"}
-INITIALISATIONS = 20
+INITIALISATIONS, EPOCHS = 20, 50
 SIDES = (28, 32)
 UNPUBLISHED = ((None, None),) * len(CODES)
 KERAS: dict[str, Any] = {"optimiser": "adadelta", "lr": 1.0, "pixel_loss": "cross-entropy"}
@@ -88,7 +88,7 @@ def reproduce(study: Study) -> Report:
     ``parts`` may have AE or CAE, to run only one of them, and settings, to compare optimisers and losses.
     """
     options = study.options
-    epochs = study.pick(50, 1, options.epochs)
+    epochs = study.pick(EPOCHS, 1, options.epochs)
     repeats = study.pick(INITIALISATIONS, 2, options.seeds)
     side = options.size_px or study.tiles.read(0).shape[0]
     if side not in SIDES:
@@ -106,6 +106,7 @@ def reproduce(study: Study) -> Report:
         network=f"AE on {side * side} grey pixels, CAE (32, 16, c) on 3 channels; {next(iter(SETTINGS))}, "
         "batch 256",
     )  # fmt: skip
+    report.fewer = fewer_epochs(epochs, EPOCHS)
     report.notes += [
         "Purity never falls with K and is at least the share of the largest class.",
         "The paper names no optimiser, rate, loss, epochs or batch. It used Keras, whose examples had "
