@@ -203,11 +203,14 @@ class Job:
         torch.manual_seed(seed)
         changes = torch.Generator().manual_seed(seed)
         order = self.order(net, number)
-        for step, (tiles, numbers, where) in enumerate(self._batches(net, order, steps, changes)):
+        for step, (tiles, numbers) in enumerate(self._batches(order, steps)):
             stopping.check()
             rate = options.rate(epoch * steps + step, phase.epochs * steps, epoch)
             for group in optimizer.param_groups:
                 group["lr"] = phase.lr * rate * slower
+            if net.views > 1:
+                tiles, numbers = tiles.repeat(net.views, 1, 1, 1), numbers.repeat(net.views)
+            tiles, where = self.change(net.encoder, tiles, changes, net.views)
             losses = model(tiles, numbers, where) if net.looks else model(tiles, numbers)
             loss = losses["loss"]
             optimizer.zero_grad()
@@ -247,14 +250,8 @@ class Job:
     def _steps(self) -> int:
         return max(1, len(self.parts.train) // self._step_size)
 
-    def _batches(
-        self, net: Objective, order: Ints, steps: int, changes: torch.Generator
-    ) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]]:
-        """Yield this device's part of each batch: the net's input, indices of its tiles, their placement.
-
-        One batch is read and changed ahead, in a thread. Only batches draw from ``changes``, and in order,
-        so that the random changes are the same without the thread.
-        """
+    def _batches(self, order: Ints, steps: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Yield this device's part of each batch, uint8 tiles and their indices; reads one batch ahead."""
         rank, ranks, device = self.fabric.global_rank, self.fabric.world_size, self.fabric.device
         shares = [
             order[step * self._step_size : (step + 1) * self._step_size][rank::ranks]
@@ -263,7 +260,7 @@ class Job:
 
         last: dict[str, Any] = {}
 
-        def fetch(share: Ints) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        def fetch(share: Ints) -> tuple[torch.Tensor, torch.Tensor]:
             tiles, numbers = self.data.read(share)
             if len(numbers) < 2:  # too few for a batch norm: repeat the previous batch
                 tiles, numbers = last.get("batch", (tiles, numbers))
@@ -276,18 +273,14 @@ class Job:
             pixels = torch.from_numpy(tiles)
             if device.type == "cuda":
                 pixels = pixels.pin_memory()
-            pixels = pixels.to(device, non_blocking=True)
-            ids = torch.from_numpy(numbers).to(device, non_blocking=True)
-            if net.views > 1:
-                pixels, ids = pixels.repeat(net.views, 1, 1, 1), ids.repeat(net.views)
-            changed, where = self.change(net.encoder, pixels, changes, net.views)
-            return changed, ids, where
+            return pixels, torch.from_numpy(numbers)
 
-        still = self.options.augmentation() == STILL
-        if self.data.stream is None and device.type == "cpu" and still:  # nothing to wait for
-            yield from map(fetch, shares)
+        if self.data.stream is None and device.type == "cpu":  # nothing to wait for
+            ready: Iterator[Any] = map(fetch, shares)
         else:
-            yield from ahead(fetch, shares)
+            ready = ahead(fetch, shares)
+        for pixels, numbers in ready:
+            yield pixels.to(device, non_blocking=True), numbers.to(device, non_blocking=True)
 
     def change(
         self,

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 
 import numpy as np
@@ -23,7 +22,6 @@ from histoseek.training.commands import select
 from histoseek.training.data import load, split
 from histoseek.training.evaluate import embed, to_input
 from histoseek.training.fit_arcface import EmbeddingNet, fit
-from histoseek.training.job import Job
 from histoseek.training.models import build
 from histoseek.training.recipes import describe_options, find_recipe
 from histoseek.ui.cli.options import parse
@@ -72,28 +70,6 @@ def test_a_run_repeats_to_the_byte(tile_folder, tmp_path):
     assert one == two
     fit(ArcFaceOptions(**SMALL, seed=1), tiles, tmp_path / "three", silent)
     assert (tmp_path / "three/weights.safetensors").read_bytes() != one
-
-
-def test_tiles_are_changed_ahead_in_a_thread_which_changes_no_weight(
-    tile_folder, tmp_path, monkeypatch
-):
-    threads, real = [], Job.change
-
-    def change(self, encoder, pixels, generator, views=1):
-        if generator is not None:
-            threads.append(threading.current_thread().name)
-        return real(self, encoder, pixels, generator, views)
-
-    monkeypatch.setattr(Job, "change", change)
-    options = ArcFaceOptions(**SMALL, viewing=True, crop_px=32, consistency=1.0)
-    tiles = open_tiles(tile_folder)
-    fit(options, tiles, tmp_path / "ahead", silent)
-    assert threads and all(name.startswith("batches") for name in threads)
-    monkeypatch.setattr("histoseek.training.job.ahead", map)
-    fit(options, tiles, tmp_path / "here", silent)
-    assert threads[-1] == threading.current_thread().name
-    ahead, here = ((tmp_path / n / "weights.safetensors").read_bytes() for n in ("ahead", "here"))
-    assert ahead == here
 
 
 def test_killed_in_the_middle_it_resumes_to_the_same_weights(tile_folder, tmp_path, cli):
