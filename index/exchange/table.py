@@ -50,7 +50,7 @@ def table_of(view: View, where: str | None = None) -> Table:
         BadInput: no tile passes, or the filter is invalid.
     """
     columns = view.columns
-    alive = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
+    alive = columns.alive()
     passing = allowed(view.state, where)
     mask: Mask = alive if passing is None else alive & passing
     rows = np.flatnonzero(mask)

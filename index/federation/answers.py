@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ..search.cases import Similar
 from ..store.rows import Hit
 from ..store.scales import TOLERANCE
 
@@ -31,6 +32,20 @@ class Found(NamedTuple):
     def as_dict(self) -> dict[str, Any]:
         """Return the hit as JSON."""
         return {"atlas": self.atlas, **self.hit._asdict()}
+
+
+class FoundCase(NamedTuple):
+    """A similar slide or case of a federation.
+
+    Attributes:
+        atlas: name of the shard.
+        case: as the shard returned it; the query's tiles have the ids of the query's atlas.
+        tiles: the matching tiles of its pairs, by id.
+    """
+
+    atlas: str
+    case: Similar
+    tiles: dict[int, dict[str, Any]]
 
 
 class Searched(NamedTuple):
@@ -76,6 +91,23 @@ class Answer:
     def mixed_scales(self) -> bool:
         """Whether the µm per pixel of the searched tiles differ by more than an atlas allows."""
         return mixed(self.shards)
+
+
+@dataclass(frozen=True)
+class SimilarCases:
+    """The slides or cases of several atlases that are similar to one.
+
+    Attributes:
+        cases: best first.
+        searched: the shards that were asked, and slides that several of them have; without hits.
+        atlas: name of the shard that has the query; None for a query by vectors.
+        tiles: the query's tiles, by id; {} for a query by vectors.
+    """
+
+    cases: list[FoundCase]
+    searched: Answer
+    atlas: str | None
+    tiles: dict[int, dict[str, Any]]
 
 
 def mixed(shards: Sequence[Searched]) -> bool:

@@ -8,20 +8,23 @@ does not answer in time, is named in the answer; the others are searched.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput, Mismatch, NotFound, Unavailable, unknown_name
 from ..atlas import Atlas
+from ..search.cases import Similar
 from ..search.query import Query
 from ..search.tiles import combined
 from ..store.rows import Hit
-from .answers import Answer, Example, Found, Searched
+from .answers import Answer, Example, Found, FoundCase, Searched, SimilarCases
 from .asking import ANY, Asking
-from .parts import Part, check_filter, merged, reasons_of, shared_slides
-from .shards import AtlasShard, Facts, Shard, named, other_encoder
+from .parts import Part, check_filter, merged, not_in, reasons_of, shared_slides
+from .shards import AtlasShard, CaseTiles, Facts, Shard, named, other_encoder
 
 TIMEOUT_S = 10.0
 
@@ -267,6 +270,92 @@ class Federation:
         shards = self._searched(chosen, known, {**away, **answers.away}, revisions)
         return Answer(found, shards, shared_slides({name: known[name] for name in revisions}))
 
+    def similar(
+        self,
+        query: str | NDArray[np.float32],
+        k: int = 10,
+        by: Literal["slide", "patient"] = "slide",
+        where: str | None = None,
+    ) -> SimilarCases:
+        """Return the slides or cases of all atlases that are most similar to one, or to new tiles.
+
+        They are compared by the median of the minimum distances, as :meth:`View.similar
+        <histoseek.index.view.View.similar>` does by default. The query's patients are left out of every
+        atlas. A patient with slides in several atlases is one case in each of them.
+
+        Args:
+            query: name of a slide (with ``by="patient"`` also of a patient), ATLAS:NAME if several atlases
+                have it, or vectors (Q, D) of tiles.
+            k: number of slides or cases.
+            by: what is ranked.
+            where: metadata filter; only tiles that pass count.
+
+        Raises:
+            BadInput: the filter is invalid, several atlases have the query, or no other slide passes.
+            NotFound: no atlas that answers has the query.
+            Mismatch: two shards have different encoders, or vectors have another length.
+            Unavailable: no shard answers.
+        """
+        settings = Query(k=k, where=where)
+        known, away = self.facts()
+        check_filter(where, known, away)
+        chosen = [shard for shard in self.shards if shard.name in known]
+        own: str | None = None
+        name, ids, tiles, left_out = "", list[int](), dict[int, dict[str, Any]](), None
+        vectors: NDArray[np.float32]
+        if isinstance(query, str):
+            own, name, (case, tiles) = self._case(query, by, chosen, away)
+            vectors, ids = case.vectors, case.tiles
+            left_out = not_in("patient", case.patients) if case.patients else None
+        else:
+            vectors = query
+        fields = frozenset[str]().union(*(facts.fields for facts in known.values()))
+
+        def find(shard: Shard) -> tuple[list[FoundCase], int]:
+            absent = fields - known[shard.name].fields
+            if shard.name == own:
+                return shard.similar(name, by, replace(settings, absent=absent))
+            return shard.similar(vectors, by, replace(settings, absent=absent, also=left_out))
+
+        answers = self._asking.ask(chosen, find)
+        if not answers.of:
+            raise _none_of({**away, **answers.away})
+        found = [
+            one._replace(case=_with_ids(one.case, ids))
+            for shard in chosen if shard.name in answers.of
+            for one in answers.of[shard.name][0]
+        ]  # fmt: skip
+        if not found:
+            raise BadInput("no other slide passes the filter; use a wider filter, or add slides")
+        found.sort(key=lambda one: -one.case.score)
+        revisions = {shard: of[1] for shard, of in answers.of.items()}
+        shards = self._searched(self.shards, known, {**away, **answers.away}, revisions)
+        shared = shared_slides({shard: known[shard] for shard in revisions})
+        return SimilarCases(found[:k], Answer([], shards, shared), own, tiles)
+
+    def _case(
+        self, query: str, by: str, shards: Sequence[Shard], away: dict[str, str]
+    ) -> tuple[str, str, CaseTiles]:
+        """Return the atlas of a slide or case, its name there, and the case with its tiles."""
+        atlas, colon, rest = query.partition(":")
+        named = [shard for shard in shards if colon and shard.name == atlas]
+        name, among = (rest, named) if named else (query, list(shards))
+        answers = self._asking.ask(among, lambda shard: shard.case(name, by))
+        found = {shard: case for shard, case in answers.of.items() if case is not None}
+        if not found:
+            reasons = reasons_of({**away, **answers.away})
+            raise NotFound(
+                f"no {by} {name!r} in {', '.join(answers.of) or 'any atlas'}"
+                + (f" (not asked: {reasons})" if reasons else "")
+            )
+        if len(found) > 1:
+            raise BadInput(
+                f"{' and '.join(found)} have a {by} {name!r}; write ATLAS:NAME, such as "
+                f"{next(iter(found))}:{name}"
+            )
+        ((own, case),) = found.items()
+        return own, name, case
+
     def status(self) -> Answer:
         """Return an answer without hits: which shards can be searched now.
 
@@ -324,6 +413,12 @@ class Federation:
             vectors[rows], tiles = answers.of[name]
             hits |= dict(zip(rows, tiles, strict=True))
         return vectors, [hits[n] for n in range(len(examples))]
+
+
+def _with_ids(case: Similar, ids: list[int]) -> Similar:
+    """Return a case whose pairs have the ids of the query's tiles; [] if the query is in no atlas."""
+    pairs = [p._replace(query=ids[p.query_row]) if ids else p for p in case.pairs]
+    return case._replace(pairs=pairs)
 
 
 def examples_of(ids: list[int]) -> Callable[[Shard], tuple[NDArray[np.float32], list[Hit]]]:

@@ -64,16 +64,17 @@ class Part:
 def _without(hits: Sequence[Hit], leave_out: str) -> Filter:
     """Return a filter that leaves out the slides or patients of tiles; see :class:`Query`."""
     if leave_out == "slide":
-        return _not_in("slide", (hit.slide for hit in hits))
+        return not_in("slide", (hit.slide for hit in hits))
     parts: list[Filter] = []
     if patients := {hit.patient for hit in hits if hit.patient is not None}:
-        parts.append(_not_in("patient", patients))
+        parts.append(not_in("patient", patients))
     if slides := {hit.slide for hit in hits if hit.patient is None}:
-        parts.append(Some((_not_in("slide", slides), Compare("patient", "is not null"))))
+        parts.append(Some((not_in("slide", slides), Compare("patient", "is not null"))))
     return Every(tuple(parts))
 
 
-def _not_in(field: str, names: Iterable[str]) -> Filter:
+def not_in(field: str, names: Iterable[str]) -> Filter:
+    """Return a filter that leaves out values of a field."""
     return Compare(field, "not in", tuple(sorted(set(names))))
 
 

@@ -7,22 +7,30 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.feature_files import QUALITY
-from ...errors import BadInput
+from ...errors import BadInput, NotFound, Unavailable
 from ..atlas import Atlas
 from ..exchange.milvus import MilvusAtlas
 from ..exchange.milvus_address import parse_url
+from ..search import cases
 from ..search.query import Query
 from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from ..store.rows import Hit
 from ..view import View
+from .answers import FoundCase
 
+NO_MOSAICS = "a Milvus collection has no mosaics of slides; only its tiles can be searched"
 OF_ONE_ATLAS = ("tile", "cluster")
 """Fields whose numbers mean something else in each atlas."""
+
+
+CaseTiles = tuple[cases.Case, dict[int, dict[str, Any]]]
+"""A slide or case, and its tiles by id."""
 
 
 @dataclass(frozen=True)
@@ -90,6 +98,22 @@ class Shard(ABC):
             NotFound: the shard has no tile with one of the ids.
         """
 
+    @abstractmethod
+    def case(self, name: str, by: str) -> CaseTiles | None:
+        """Return a slide or case by name, and its tiles by id; None if the shard has none of that name."""
+
+    @abstractmethod
+    def similar(
+        self, query: str | NDArray[np.float32], by: str, settings: Query
+    ) -> tuple[list[FoundCase], int]:
+        """Return the similar slides or cases, best first, and the revision that they are of.
+
+        Args:
+            query: name of a slide or case of the shard, or vectors (Q, D).
+            by: slide or patient.
+            settings: k and filters; its examples are ignored.
+        """
+
     def close(self) -> None:
         """Disconnect, if the shard is a server's."""
         return
@@ -144,6 +168,35 @@ class AtlasShard(Shard):
 
         return self.atlas.ask(ask)
 
+    def case(self, name: str, by: str) -> CaseTiles | None:
+        """See :meth:`Shard.case`."""
+
+        def ask(view: View) -> CaseTiles | None:
+            try:
+                found = cases.case_of(view.state, name, by)
+            except NotFound:
+                return None
+            return found, view.tiles(found.tiles)
+
+        return self.atlas.ask(ask)
+
+    def similar(
+        self, query: str | NDArray[np.float32], by: str, settings: Query
+    ) -> tuple[list[FoundCase], int]:
+        """See :meth:`Shard.similar`."""
+
+        def ask(view: View) -> tuple[list[FoundCase], int]:
+            found = cases.similar_slides(
+                view.state, query, settings.k, by, "median", settings.where, settings  # type: ignore[arg-type]
+            )  # fmt: skip
+            of = [
+                FoundCase(self.name, case, view.tiles([p.match for p in case.pairs]))
+                for case in found
+            ]
+            return of, view.revision
+
+        return self.atlas.ask(ask)
+
 
 class MilvusShard(Shard):
     """A Milvus collection; its tiles cannot be used as examples."""
@@ -193,6 +246,24 @@ class MilvusShard(Shard):
             f"{self.name} is a Milvus collection, whose tiles cannot be examples; name a tile of an atlas "
             "on disk, or an image"
         )
+
+    def case(self, name: str, by: str) -> CaseTiles | None:
+        """See :meth:`Shard.case`.
+
+        Raises:
+            Unavailable: always; Milvus has no mosaics.
+        """
+        raise Unavailable(NO_MOSAICS)
+
+    def similar(
+        self, query: str | NDArray[np.float32], by: str, settings: Query
+    ) -> tuple[list[FoundCase], int]:
+        """See :meth:`Shard.similar`.
+
+        Raises:
+            Unavailable: always; Milvus has no mosaics.
+        """
+        raise Unavailable(NO_MOSAICS)
 
     def close(self) -> None:
         """Disconnect."""

@@ -64,6 +64,21 @@ class Similar(NamedTuple):
 
 
 @dataclass(frozen=True)
+class Case:
+    """A slide or case of an atlas, as a query to other atlases.
+
+    Attributes:
+        vectors: (Q, D) of its mosaic, prepared.
+        tiles: ids (Q,) of these tiles.
+        patients: whose slides are left out of the answer; empty if none is known.
+    """
+
+    vectors: NDArray[np.float32]
+    tiles: list[int]
+    patients: list[str]
+
+
+@dataclass(frozen=True)
 class Mosaics:
     """The mosaics of several slides of a state, joined.
 
@@ -233,29 +248,48 @@ def similar_slides(
     by: Literal["slide", "patient"] = "slide",
     how: How = "median",
     where: str | None = None,
+    settings: Query | None = None,
 ) -> list[Similar]:
-    """Return similar slides or cases; see :meth:`View.similar <histoseek.index.view.View.similar>`."""
+    """Return similar slides or cases; see :meth:`View.similar <histoseek.index.view.View.similar>`.
+
+    ``settings`` is set by a federation: fields that are ``absent``, and a filter that tiles pass ``also``.
+    With it, the answer is empty instead of an error if no slide passes.
+    """
     if k < 1:
         raise BadInput(f"k is {k}; expected 1 or more")
     if how not in HOWS:
         raise unknown_name("way of comparing", how, HOWS)
     cases = owners_of(state, by)
-    columns = state.columns
-    others = np.repeat([bool(s["name"]) for s in columns.slides], np.diff(columns.starts))
+    others = state.columns.alive()
     if isinstance(query, str):
         mosaic, left_out = _of_the_atlas(state, cases, query, by)
         others &= ~left_out
     else:
         state.check_queries(query)
         mosaic = Mosaics(np.full(len(query), -1), prepared(query, state.metric))
-    passing = allowed(state, where)
+    passing = allowed(state, where, settings)
     others = others if passing is None else others & passing
     if not others.any():
+        if settings is not None:
+            return []
         raise BadInput("no other slide passes the filter; use a wider filter, or add slides")
     if how == "votes":
         return _by_votes(state, mosaic, cases, k, others)
     all_ = mosaics_of(state)
     return _by_median(state, mosaic, all_.part(others[all_.positions]), cases, k)
+
+
+def case_of(state: State, name: str, by: str) -> Case:
+    """Return a slide or case by name.
+
+    Raises:
+        NotFound: there is none of that name.
+    """
+    mosaic, left_out = _of_the_atlas(state, owners_of(state, by), name, by)
+    patient = state.columns.coded("patient")
+    codes = np.unique(patient.codes[left_out])
+    patients = [patient.names[code] for code in codes[codes >= 0].tolist()]
+    return Case(mosaic.vectors, state.columns.ids(mosaic.positions).tolist(), patients)
 
 
 def _of_the_atlas(

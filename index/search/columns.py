@@ -162,10 +162,14 @@ class Columns:
         inside = (row >= 0) & (row < np.diff(self.starts)[slide])
         return np.where(inside, self.starts[slide] + row, -1)
 
+    def alive(self) -> NDArray[np.bool_]:
+        """Return which positions (N,) are not of removed slides."""
+        named = np.array([bool(s["name"]) for s in self.slides], dtype=np.bool_)
+        return np.repeat(named, np.diff(self.starts))
+
     def present(self) -> NDArray[np.int64]:
         """Return the positions of all tiles except those of removed slides, ascending."""
-        named = np.array([bool(s["name"]) for s in self.slides], dtype=bool)
-        return np.flatnonzero(np.repeat(named, np.diff(self.starts)))
+        return np.flatnonzero(self.alive())
 
     def places(self) -> NDArray[np.int32]:
         """Return the level-0 coordinates x, y of every tile (N, 2); 0 for removed slides.

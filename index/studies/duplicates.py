@@ -170,7 +170,7 @@ def leakage(
             "and test"
         )
     least = least_score(view, least)
-    alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
+    alive = view.columns.alive()
     reports = []
     for a, b in combinations(range(len(part.names)), 2):
         of_a, of_b = alive & (part.codes == a), alive & (part.codes == b)

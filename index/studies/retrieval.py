@@ -52,7 +52,7 @@ def evaluate(
     label = _column(view, options.label)
     owner, note = _owners(view, options)
     slide_ms: float | None = None
-    alive = np.repeat([bool(s["name"]) for s in view.columns.slides], np.diff(view.columns.starts))
+    alive = view.columns.alive()
     labelled = alive & (label.codes >= 0)
     warnings = [note] if note else []
     _check(options, labelled, label.codes, owner, label.names)

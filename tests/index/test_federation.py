@@ -439,3 +439,91 @@ def test_what_the_command_says_of_mistakes(made, cli, tmp_path):
         refused = cli("index", "search", *words)
         assert refused.returncode == 1 and said in " ".join(refused.stderr.split()), refused.stderr
         assert "Traceback" not in refused.stderr
+
+
+def the_case(one):
+    return one.case.name, one.case.label, pytest.approx(one.case.score, abs=2e-6)
+
+
+@pytest.mark.parametrize("where", WHERES[:4])
+@pytest.mark.parametrize("query", ["slide-0", "slide-1", "slide-3", "slide-4", "vectors"])
+def test_similar_slides_are_those_of_one_atlas(made, together, query, where):
+    big, _ = made
+    asked = QUERIES if query == "vectors" else query
+    try:
+        expected = big.view().similar(asked, 3, "slide", "median", where)
+    except BadInput as error:
+        with pytest.raises(BadInput, match=str(error)[:30]):
+            together.similar(asked, 3, "slide", where)
+        return
+    found = together.similar(asked, 3, "slide", where)
+    assert [the_case(one) for one in found.cases] == [(c.name, c.label, c.score) for c in expected]
+    homes = {f"slide-{n}": name for name, slides in SHARDS.items() for n in slides}
+    assert found.atlas == homes.get(query)
+    for one, theirs in zip(found.cases, expected, strict=True):
+        assert one.atlas == homes[one.case.name]
+        for pair, same in zip(one.case.pairs, theirs.pairs, strict=True):
+            assert pair.score == pytest.approx(same.score, abs=2e-6)
+            at = one.tiles[pair.match]
+            there = big.view().tiles([same.match])[same.match]
+            assert (at["slide"], at["x"], at["y"]) == (there["slide"], there["x"], there["y"])
+            if query == "vectors":
+                assert pair.query is None
+            else:
+                there = big.view().tiles([same.query])[same.query]
+                own = found.tiles[pair.query]
+                assert (own["slide"], own["x"], own["y"]) == (query, there["x"], there["y"])
+
+
+def test_a_patient_of_two_atlases_is_left_out_of_both_and_is_a_case_of_each(made, together):
+    found = together.similar("P0", 10, "patient")
+    assert found.atlas == "north"
+    assert {(one.atlas, one.case.name) for one in found.cases} == {
+        ("north", "slide-1"), ("north", "P1"), ("south", "P1"), ("south", "P2"), ("west", "P2"),
+    }  # fmt: skip
+    scores = [one.case.score for one in found.cases]
+    assert scores == sorted(scores, reverse=True)
+    with pytest.raises(BadInput, match="north and south have a patient 'P1'; write ATLAS:NAME"):
+        together.similar("P1", 10, "patient")
+    others = together.similar("south:P1", 10, "patient")
+    assert others.atlas == "south" and "P1" not in {one.case.name for one in others.cases}
+
+
+def test_similar_says_which_atlases_were_not_compared(made, tmp_path):
+    _, folder = made
+    Atlas.create(tmp_path / "empty", DEFAULT_BUNDLE)
+    url = f"milvus://{tmp_path}/south.db?collection=south"
+    push(Atlas(folder / "south"), url)
+    several = Federation([folder / "north", tmp_path / "empty", tmp_path / "gone", url])
+    try:
+        found = several.similar("slide-0", 9)
+        assert {one.case.name for one in found.cases} == {"slide-1", "slide-3"}
+        away = {shard.atlas: shard.away for shard in found.searched.away}
+        assert set(away) == {"gone", "south"} and "has no mosaics" in away["south"]
+        with pytest.raises(NotFound, match=r"no slide 'slide-2' in north, empty \(not asked: gone"):
+            several.similar("slide-2")
+        with pytest.raises(BadInput, match="no other slide passes the filter"):
+            several.similar("slide-0", where="label = 'zzz'")
+    finally:
+        several.close()
+
+
+def test_the_command_compares_slides_of_several_atlases(made, cli, cli_json, tmp_path):
+    big, folder = made
+    atlases = [folder / name for name in SHARDS]
+    found = cli_json("index", "similar", *atlases, "slide-0", "-k", 3)
+    one = cli_json("index", "similar", big.path, "slide-0", "-k", 3)
+    assert [row["name"] for row in found["answers"]] == [row["name"] for row in one]
+    for row in found["answers"]:
+        assert row["evidence"] and all(
+            (pair["query"]["atlas"], pair["query"]["slide"]) == ("north", "slide-0")
+            and (pair["match"]["atlas"], pair["match"]["slide"]) == (row["atlas"], row["name"])
+            for pair in row["evidence"]
+        )
+    new = cli_json("index", "similar", *atlases, "--features", folder / "slide-5.h5", "-k", 2)
+    assert new["answers"][0]["name"] == "slide-5"
+    human = cli("index", "similar", *atlases, tmp_path / "gone", "slide-0")
+    assert human.returncode == 1 and "searched 3 of 4 atlases" in human.stdout
+    assert "atlas" in human.stdout and "gone was not searched" in human.stdout
+    votes = cli("index", "similar", *atlases, "slide-0", "--how", "votes")
+    assert votes.returncode == 1 and "compares the slides of one atlas" in votes.stderr

@@ -91,8 +91,8 @@ def described(answer: Answer, answers: Sequence[Any]) -> dict[str, Any]:
     }
 
 
-def say_what_was_searched(answer: Answer) -> None:
-    """Say which atlases were not searched, and which slides occur twice."""
+def say_what_was_searched(answer: Answer, of_shared: str = "--per-slide counts each once") -> None:
+    """Say which atlases were not searched, and which slides occur twice; ``of_shared`` ends that line."""
     for shard in answer.away:
         console.say(f"{shard.atlas} was not searched: {shard.away}")
     searched = [shard for shard in answer.shards if not shard.away]
@@ -104,7 +104,7 @@ def say_what_was_searched(answer: Answer) -> None:
         slide, names = next(iter(answer.shared_slides.items()))
         console.say(
             f"{'1 slide is' if count == 1 else f'{count} slides are'} in several atlases, such as {slide} "
-            f"in {' and '.join(names)}; --per-slide counts each once"
+            f"in {' and '.join(names)}; {of_shared}"
         )
     if answer.mixed_scales:
         scales = "; ".join(

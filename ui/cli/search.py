@@ -345,64 +345,135 @@ def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str
 
 
 def similar(
-    atlas: Path,
-    name: Annotated[str | None, typer.Argument()] = None,
+    atlas: Annotated[str, typer.Argument()],
+    name: Annotated[list[str] | None, typer.Argument()] = None,
     k: Annotated[int, typer.Option("-k")] = 10,
     by: str = "slide",
     how: str = "median",
     where: str | None = None,
     features: Path | None = None,
+    timeout: float = 10.0,
 ) -> None:
     """Find the slides or cases most similar to a slide or case.
 
-    Shows their most similar regions. Other slides of the same patient are left out.
+    Shows their most similar regions. Other slides of the same patient are left out. Several atlases of the
+    same encoder are searched as one: index similar ATLAS ATLAS … NAME.
+
+    JSON: a list of slides or cases. Of several atlases: {"atlases", "shared_slides", "answers"}, and each
+    slide or case names its atlas. The exit code is 1 if an atlas cannot be read.
 
     Options:
-        name: Name of a slide; with --by patient, of a patient.
+        name: Further atlases, then the name of a slide; with --by patient, of a patient. ATLAS:NAME if
+            several atlases have it.
         k: Number of slides or cases to return.
         by: What to compare: slide, or patient (all slides of a patient together).
         how: How to score: median (of the distances from each representative tile of the query to the
             nearest tile of the other, as in Yottixel) or votes (of the nearest tiles in the whole atlas).
         features: Feature file of a new slide, which is the query instead of a named one.
+        timeout: With several atlases: time in s to wait for the answer of each to a question.
     """
     from ...index.atlas import Atlas
     from ...index.exchange.imports import read_query
+    from ...index.federation.federation import Federation
+    from ...index.federation.shards import is_milvus
 
-    if (name is None) == (features is None):
+    words = [atlas, *(name or [])]
+    addresses = words if features is not None else words[:-1]
+    if not addresses:
         raise BadInput(
             "give either the name of a slide or patient of the atlas, or --features of a new slide"
         )
+    if len(addresses) > 1 or is_milvus(addresses[0]):
+        with closing(Federation(addresses, timeout)) as several:
+            manifest = several.an_atlas().manifest
+            asked = words[-1] if features is None else read_query(features, manifest)
+            _similar_of_several(several, asked, str(features or words[-1]), k, by, how, where)
+        return
     opened = Atlas(atlas)
-    query = name if features is None else read_query(features, opened.manifest)
-    assert query is not None
+    query = words[-1] if features is None else read_query(features, opened.manifest)
 
-    def ask(view: View) -> tuple[list[Similar], list[dict[str, Any]]]:
+    def ask(view: View) -> list[dict[str, Any]]:
         cases = view.similar(query, k, by, how, where)  # type: ignore[arg-type]
-        return cases, [_case(view, *ranked) for ranked in enumerate(cases, start=1)]
+        ids = {n for c in cases for p in c.pairs for n in (p.query, p.match) if n is not None}
+        tiles = view.tiles(sorted(ids))
+        return [_case(rank, case, tiles, tiles) for rank, case in enumerate(cases, start=1)]
 
-    cases, document = opened.ask(ask)
+    document = opened.ask(ask)
+    title = f"{features or words[-1]}, by {how}"
+    console.emit(document, lambda: _print_cases(title, by, document))
+
+
+def _similar_of_several(
+    several: Federation,
+    query: Any,
+    title: str,
+    k: int,
+    by: str,
+    how: str,
+    where: str | None,
+) -> None:
+    """Print the slides or cases of several atlases that are similar to one; exit code 1 if one was away.
+
+    Args:
+        several: the atlases.
+        query: name, or vectors (Q, D).
+        title: name of the query.
+        k: number of slides or cases.
+        by: slide or patient.
+        how: median; votes need one atlas.
+        where: filter.
+    """
+    if how != "median":
+        raise BadInput(
+            f"--how {how} compares the slides of one atlas; leave it out, or give one atlas"
+        )
+    found = several.similar(query, k, by, where)  # type: ignore[arg-type]
+    query_tiles = {n: {"atlas": found.atlas, **tile} for n, tile in found.tiles.items()}
+    rows = []
+    for rank, one in enumerate(found.cases, start=1):
+        tiles = {n: {"atlas": one.atlas, **tile} for n, tile in one.tiles.items()}
+        rows.append({"atlas": one.atlas, **_case(rank, one.case, query_tiles, tiles)})
 
     def human() -> None:
-        rows = []
-        for case, row in zip(cases, document, strict=True):
-            best = row["evidence"][0]["match"] or {}
-            position = best["file"] or f"{best['x']}, {best['y']}"
-            rows.append(
-                (row["rank"], case.name, case.score, case.label, position, case.pairs[0].score)
-            )
-        columns = ("rank", by, "score", "label", "most similar tile at", "its score")
-        console.table(f"{name or features}, by {how}", columns, rows)
+        _print_cases(f"{title}, by {how}", by, rows)
+        say_what_was_searched(found.searched, "each is listed")
 
-    console.emit(document, human)
+    console.emit(described(found.searched, rows), human)
+    if found.searched.away:
+        raise typer.Exit(console.EXIT_FAILED)
 
 
-def _case(view: View, rank: int, case: Similar) -> dict[str, Any]:
+def _print_cases(title: str, by: str, document: list[dict[str, Any]]) -> None:
+    """Print a table of similar slides or cases; with their atlases, if there are several."""
+    several = any("atlas" in row for row in document)
+    rows = []
+    for row in document:
+        best = row["evidence"][0]
+        match = best["match"]
+        position = match["file"] or f"{match['x']}, {match['y']}"
+        start = [row["rank"], *([row["atlas"]] if several else [])]
+        rows.append([*start, row["name"], row["score"], row["label"], position, best["score"]])
+    columns = ["rank", by, "score", "label", "most similar tile at", "its score"]
+    if several:
+        columns.insert(1, "atlas")
+    console.table(title, columns, rows)
+
+
+def _case(
+    rank: int,
+    case: Similar,
+    query_tiles: dict[int, dict[str, Any]],
+    tiles: dict[int, dict[str, Any]],
+) -> dict[str, Any]:
     """Return a similar slide or case as JSON, with its pairs of similar tiles."""
-
-    def tile(number: int | None) -> dict[str, Any] | None:
-        return None if number is None else view.tiles([number])[number]
-
-    pairs = [{"score": p.score, "query": tile(p.query), "match": tile(p.match)} for p in case.pairs]
+    pairs = [
+        {
+            "score": p.score,
+            "query": None if p.query is None else query_tiles[p.query],
+            "match": tiles[p.match],
+        }
+        for p in case.pairs
+    ]
     return {
         "rank": rank,
         "name": case.name,
