@@ -178,7 +178,7 @@ def make_server(session: Session, note: Callable[..., Any]) -> MCPServer[Any]:
         slide: str, k: int = 5, by: Literal["slide", "patient"] = "slide"
     ) -> dict[str, Any]:
         """Find the slides (or, by patient, the cases) most similar to a slide."""
-        found = session.similar_slides(slide, k, by)
+        found = session.similar_slides(slide, k, by).cases
         note("similar", slide=slide, by=by, found=len(found))
         return {"slides": [{"name": s.name, "score": s.score, "label": s.label} for s in found]}
 

@@ -276,6 +276,7 @@ class Federation:
         k: int = 10,
         by: Literal["slide", "patient"] = "slide",
         where: str | None = None,
+        only: Sequence[str] | None = None,
     ) -> SimilarCases:
         """Return the slides or cases of all atlases that are most similar to one, or to new tiles.
 
@@ -289,22 +290,31 @@ class Federation:
             k: number of slides or cases.
             by: what is ranked.
             where: metadata filter; only tiles that pass count.
+            only: names of the shards to compare with, in which a query without ATLAS: is looked for; all
+                when None.
 
         Raises:
             BadInput: the filter is invalid, several atlases have the query, or no other slide passes.
-            NotFound: no atlas that answers has the query.
+            NotFound: no atlas that answers has the query, or there is no shard of a name.
             Mismatch: two shards have different encoders, or vectors have another length.
             Unavailable: no shard answers.
         """
         settings = Query(k=k, where=where)
-        known, away = self.facts()
+        chosen = self._named(only)
+        asked = list(chosen)
+        if isinstance(query, str):
+            home, colon, rest = query.partition(":")
+            if at := [shard for shard in self.shards if colon and shard.name == home]:
+                asked, query = at, rest
+        known, away = self.facts(list({shard.name: None for shard in (*chosen, *asked)}))
         check_filter(where, known, away)
-        chosen = [shard for shard in self.shards if shard.name in known]
         own: str | None = None
         name, ids, tiles, left_out = "", list[int](), dict[int, dict[str, Any]](), None
         vectors: NDArray[np.float32]
         if isinstance(query, str):
-            own, name, (case, tiles) = self._case(query, by, chosen, away)
+            asked = [shard for shard in asked if shard.name in known]
+            name = query
+            own, (case, tiles) = self._case(name, by, asked, away)
             vectors, ids = case.vectors, case.tiles
             left_out = not_in("patient", case.patients) if case.patients else None
         else:
@@ -317,7 +327,7 @@ class Federation:
                 return shard.similar(name, by, replace(settings, absent=absent))
             return shard.similar(vectors, by, replace(settings, absent=absent, also=left_out))
 
-        answers = self._asking.ask(chosen, find)
+        answers = self._asking.ask([shard for shard in chosen if shard.name in known], find)
         if not answers.of:
             raise _none_of({**away, **answers.away})
         found = [
@@ -329,18 +339,15 @@ class Federation:
             raise BadInput("no other slide passes the filter; use a wider filter, or add slides")
         found.sort(key=lambda one: -one.case.score)
         revisions = {shard: of[1] for shard, of in answers.of.items()}
-        shards = self._searched(self.shards, known, {**away, **answers.away}, revisions)
+        shards = self._searched(chosen, known, {**away, **answers.away}, revisions)
         shared = shared_slides({shard: known[shard] for shard in revisions})
         return SimilarCases(found[:k], Answer([], shards, shared), own, tiles)
 
     def _case(
-        self, query: str, by: str, shards: Sequence[Shard], away: dict[str, str]
-    ) -> tuple[str, str, CaseTiles]:
-        """Return the atlas of a slide or case, its name there, and the case with its tiles."""
-        atlas, colon, rest = query.partition(":")
-        named = [shard for shard in shards if colon and shard.name == atlas]
-        name, among = (rest, named) if named else (query, list(shards))
-        answers = self._asking.ask(among, lambda shard: shard.case(name, by))
+        self, name: str, by: str, shards: Sequence[Shard], away: dict[str, str]
+    ) -> tuple[str, CaseTiles]:
+        """Return the atlas of a slide or case, and the case with its tiles."""
+        answers = self._asking.ask(shards, lambda shard: shard.case(name, by))
         found = {shard: case for shard, case in answers.of.items() if case is not None}
         if not found:
             reasons = reasons_of({**away, **answers.away})
@@ -354,7 +361,7 @@ class Federation:
                 f"{next(iter(found))}:{name}"
             )
         ((own, case),) = found.items()
-        return own, name, case
+        return own, case
 
     def status(self) -> Answer:
         """Return an answer without hits: which shards can be searched now.

@@ -176,6 +176,33 @@ def test_an_example_of_the_own_atlas_counts_wherever_it_is_named(several, served
         assert client.post("/v1/search", json=named).json()["hits"] == unlike["hits"]
 
 
+def test_slides_are_compared_with_those_of_several_atlases(several, served):
+    client = several.client
+    alone = client.get("/v1/slides/case-1/similar?k=9").json()
+    assert alone["slides"] and alone["atlases"] == [] and alone["slides"][0]["atlas"] is None
+    names = "atlases=atlas&atlases=south&atlases=gone"
+    found = client.get(f"/v1/slides/case-1/similar?k=9&{names}").json()
+    assert [(a["atlas"], bool(a["away"])) for a in found["atlases"]] == [
+        ("atlas", False), ("south", False), ("gone", True),
+    ]  # fmt: skip
+    there = [slide for slide in found["slides"] if slide["atlas"] == "atlas"]
+    assert [(s["name"], s["score"]) for s in there] == [
+        (s["name"], pytest.approx(s["score"], abs=1e-5)) for s in alone["slides"]
+    ]
+    assert len(there) == len(found["slides"]), "case-9 is of the same patient"
+    other = client.get("/v1/slides/case-2/similar?atlases=south").json()["slides"]
+    assert [(slide["atlas"], slide["name"]) for slide in other] == [("south", "case-9")]
+    tile = other[0]["regions"][0]["match"]
+    assert client.get(f"/v1/atlases/1/tiles/{tile}").json()["slide"] == "case-9"
+    for query, said in (
+        ("case-1/similar?atlases=east", "unknown atlas 'east'"),
+        ("case-1/similar?atlases=south&how=votes", "by the median only"),
+        ("none/similar?atlases=south", "no slide 'none'"),
+    ):
+        answer = client.get(f"/v1/slides/{query}")
+        assert answer.status_code in {400, 404, 422} and said in answer.text, answer.text
+
+
 def test_addresses_stay_on_the_server(serve, own_atlas, south, tmp_path):
     lite = f"milvus://{tmp_path}/private/none.db"
     moved = tmp_path / "private" / "moved"

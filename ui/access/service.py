@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ..session.additions import Additions
-from ..session.answers import ClusterAnswer, SearchAnswer
+from ..session.answers import ClusterAnswer, SearchAnswer, SimilarAnswer
 from ..session.session import Session
 from .audit import Audit
 from .policy import REQUEST_ID, USER
@@ -43,6 +43,17 @@ class Server:
             unlike_texts=list(query.unlike_texts), generation=answer.generation, revision=answer.revision,
             **elsewhere,
         )  # fmt: skip
+
+    def note_similar(
+        self, request: Any, slide: str, by: str, how: str, answer: SimilarAnswer
+    ) -> None:
+        """Record a comparison of slides in the audit log."""
+        elsewhere: dict[str, Any] = {}
+        if answer.searched:
+            elsewhere["atlases"] = [shard.atlas for shard in answer.searched if not shard.away]
+        self.note(
+            request, "similar", slide=slide, by=by, how=how, found=len(answer.cases), **elsewhere
+        )
 
     def note_assign(self, request: Any, answer: ClusterAnswer) -> None:
         """Record an assignment of images in the audit log."""

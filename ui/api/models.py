@@ -448,8 +448,12 @@ class Region(_fields_of(Pair, frozenset({"query_row"}))):  # type: ignore[misc]
 
 
 class SimilarSlide(BaseModel):
-    """A slide or case that is similar to the requested one."""
+    """A slide or case that is similar to the requested one; ``atlas`` is set if several were asked.
 
+    The matches of its regions are tiles of that atlas.
+    """
+
+    atlas: str | None = None
     name: str
     score: float
     label: str | None
@@ -460,3 +464,9 @@ class SimilarSlides(BaseModel):
     """Similar slides or cases, most similar first."""
 
     slides: list[SimilarSlide]
+    atlases: list[AskedAtlas] = Field(
+        [], description="the atlases that were asked; empty if it was the server's own alone"
+    )
+    shared_slides: int = Field(
+        0, description="number of slides that several of the searched atlases have; each is listed"
+    )

@@ -297,11 +297,15 @@ def add_slides(app: FastAPI, server: Server) -> None:
         k: Annotated[int, InUrl(ge=1, le=100)] = 6,
         by: Literal["slide", "patient"] = "slide",
         how: Literal["median", "votes"] = "median",
+        atlases: Annotated[list[models.AtlasName], InUrl(max_length=100)] = [],  # noqa: B006
     ) -> Any:
-        """Return the slides (or, by patient, the cases) most similar to one, with their similar regions."""
-        found = session.similar_slides(slide, k, by, how)
-        server.note(request, "similar", slide=slide, by=by, how=how, found=len(found))
-        return {"slides": found}
+        """Return the slides (or, by patient, the cases) most similar to one, with their similar regions.
+
+        ``atlases`` names those to compare with; without it, only the server's own.
+        """
+        found = session.similar_slides(slide, k, by, how, atlases)
+        server.note_similar(request, slide, by, how, found)
+        return report.similar_rows(session, found)
 
 
 class _SlideForm(models.SlideRequest):

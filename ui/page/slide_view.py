@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from typing import Any
 from urllib.parse import quote
 
-from ...index.search.cases import Similar
+from ...index.search.cases import Pair
+from ..session.answers import SimilarAnswer
 from ..session.colours import VIRIDIS
-from ..session.words import cluster_name
+from ..session.words import cluster_name, not_searched
 from .cluster_view import dot
-from .view import empty
+from .view import OWN, Home, empty, tile_url
 
 
 def slide_cards(rows: Sequence[Mapping[str, Any]], total: int, chosen: str | None) -> str:
@@ -44,7 +45,8 @@ def slide_detail(
     result: str | None,
     names: Mapping[int, str],
     counts: Mapping[int, int],
-    similar: Sequence[Similar],
+    similar: SimilarAnswer,
+    homes: Sequence[Home],
     by: str,
     scale: tuple[float, float] = (0.0, 1.0),
 ) -> str:
@@ -58,6 +60,7 @@ def slide_detail(
         names: clusters' names.
         counts: number of the slide's tiles by cluster.
         similar: similar slides or cases.
+        homes: the atlas of each; empty if it is the server's own.
         by: ``slide`` or ``patient``.
         scale: scores at the ends of the heat map's colours.
     """
@@ -93,7 +96,7 @@ def slide_detail(
         f'<article class="hs-detail"><h2>{escape(row["name"])}</h2>{_look(row)}<div class="hs-detail-two">'
         f'<figure><img class="hs-overview" src="{source}" alt="{escape(row["name"], quote=True)}, '
         f'{escape(shows, quote=True)}">{legend}</figure>'
-        f'<table class="hs-facts-table">{table}</table></div>{_similar(similar, by)}</article>'
+        f'<table class="hs-facts-table">{table}</table></div>{_similar(similar, homes, by)}</article>'
     )
 
 
@@ -111,32 +114,42 @@ def _size(row: Mapping[str, Any]) -> str:
     return f"{row['width']:,} × {row['height']:,}" if row["width"] and row["height"] else ""
 
 
-def _similar(similar: Sequence[Similar], by: str) -> str:
+def _similar(similar: SimilarAnswer, homes: Sequence[Home], by: str) -> str:
     what = "slides" if by == "slide" else "cases"
-    if not similar:
-        return f"<h3>Similar {what}</h3>" + empty(
-            "None.", "The atlas has nothing else to compare with."
-        )
+    if not similar.cases:
+        return f"<h3>Similar {what}</h3>" + empty("None.", "There is nothing else to compare with.")
     rows = []
-    for item in similar:
+    for item, home in zip(similar.cases, homes or [OWN] * len(similar.cases), strict=True):
         pairs = "".join(
             '<span class="hs-pair">'
             + "".join(
-                f'<button class="hs-open hs-mini" data-open="{tile}" aria-label="Open tile {tile}">'
-                f'<img loading="lazy" src="v1/tiles/{tile}.jpg" alt="tile {tile}" width="72" height="72">'
+                f'<button class="hs-open hs-mini" data-open="{key}" aria-label="Open tile {tile}{of}">'
+                f'<img loading="lazy" src="{tile_url(key)}" alt="tile {tile}{of}" width="72" height="72">'
                 "</button>"
-                for tile in (pair.query, pair.match)
-                if tile is not None
+                for key, tile, of in _tiles(pair, home)
             )
             + f"<small>{pair.score:.3f}</small></span>"
             for pair in item.pairs[:4]
         )
         label = f" · {escape(item.label)}" if item.label else ""
+        atlas = f" · atlas {escape(home.name)}" if home.name else ""
         rows.append(
-            f"<li><div><b>{escape(item.name)}</b>{label} <small>score {item.score:.3f}</small></div>"
+            f"<li><div><b>{escape(item.name)}</b>{label} <small>score {item.score:.3f}{atlas}</small></div>"
             f'<div class="hs-pairs">{pairs}</div></li>'
         )
+    away = not_searched(similar.searched)
     return (
         f"<h3>Similar {what}, with pairs of similar tiles (of this one, of the other one)</h3>"
-        f'<ol class="hs-similar">{"".join(rows)}</ol>'
+        f'<ol class="hs-similar">{"".join(rows)}</ol>' + (f"<p>{escape(away)}</p>" if away else "")
+    )
+
+
+def _tiles(pair: Pair, home: Home) -> Iterator[tuple[str, int, str]]:
+    """Yield the two tiles of a pair: what the page calls them, their id, and their atlas as a suffix."""
+    if pair.query is not None:
+        yield str(pair.query), pair.query, ""
+    yield (
+        home.key(pair.match),
+        pair.match,
+        f" of {escape(home.name, quote=True)}" * bool(home.number),
     )

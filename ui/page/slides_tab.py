@@ -11,7 +11,7 @@ import numpy as np
 from ...errors import BadInput, HistoseekError, NotFound
 from ...index.view import View
 from ..access.service import Server
-from ..session.answers import SearchAnswer
+from ..session.answers import SearchAnswer, SimilarAnswer
 from . import slide_view, view
 from .widgets import EVENT, HIDDEN, error_html, html
 
@@ -44,6 +44,14 @@ def slides_tab(server: Server, last: Any, tab: Any) -> None:
         )
         clustering = gr.Dropdown(names, value=names[0] if names else None, label="Clustering")
         by = gr.Radio([("slides", "slide"), ("cases", "patient")], value="slide", label="Similar")
+        others = server.session.elsewhere.names if server.session.elsewhere else []
+        atlases = gr.CheckboxGroup(
+            others,
+            value=others,
+            label="Compare with",
+            elem_id="similar-in",
+            visible=len(others) > 1,
+        )
     detail = html(
         view.empty("Choose a slide below.", "Its clusters and similar slides appear here."),
         elem_id="slide-detail",
@@ -51,7 +59,7 @@ def slides_tab(server: Server, last: Any, tab: Any) -> None:
     cards = html("", js_on_load=SLIDES_JS, elem_id="slides")
 
     handlers = _Handlers(server)
-    inputs = [shows, clustering, by, last]
+    inputs = [shows, clustering, by, atlases, last]
     cards.select(
         handlers.selected,
         [text, *inputs],
@@ -59,7 +67,7 @@ def slides_tab(server: Server, last: Any, tab: Any) -> None:
         **EVENT,
         show_progress_on=[detail],
     )
-    for widget in (shows, clustering, by):
+    for widget in (shows, clustering, by, atlases):
         widget.change(handlers.changed, [chosen, *inputs], detail, **EVENT)
     text.change(handlers.listed, [text, chosen], cards, **HIDDEN)
     tab.select(handlers.listed, [text, chosen], cards, **HIDDEN)
@@ -81,11 +89,11 @@ class _Handlers:
         return slide_view.slide_cards(rows[:SLIDES_SHOWN], len(rows), chosen)
 
     def selected(
-        self, event: gr.EventData, part: str, shows: str, clustering: str | None, by: str, result: str,
-        request: gr.Request,
+        self, event: gr.EventData, part: str, shows: str, clustering: str | None, by: str,
+        atlases: list[str], result: str, request: gr.Request,
     ) -> Any:  # fmt: skip
         name = str(event._data["slide"])
-        detail = self.changed(name, shows, clustering, by, result, request)
+        detail = self.changed(name, shows, clustering, by, atlases, result, request)
         return name, detail, self.listed(part, name)
 
     def changed(
@@ -94,6 +102,7 @@ class _Handlers:
         shows: str,
         clustering: str | None,
         by: str,
+        atlases: list[str],
         result: str,
         request: gr.Request,
     ) -> Any:
@@ -101,13 +110,14 @@ class _Handlers:
         if not name:
             return gr.skip()
         try:
-            return self._detail(name, shows, clustering, by, result, request)
+            return self._detail(name, shows, clustering, by, atlases, result, request)
         except HistoseekError as error:
             return error_html(error, self.server.session)
 
     def _detail(
-        self, name: str, shows: str, clustering: str | None, by: str, result: str, request: Any
-    ) -> str:
+        self, name: str, shows: str, clustering: str | None, by: str, atlases: list[str], result: str,
+        request: Any,
+    ) -> str:  # fmt: skip
         atlas = self.session.atlas
         row = next((s for s in atlas.slides() if s["name"] == name), None)
         if row is None:
@@ -118,17 +128,22 @@ class _Handlers:
             raise BadInput("there is no search yet; search in the tab Find similar, then come back")
         scale = self._scale(row, result) if shows == "similarity" else (0.0, 1.0)
         counts = self._cluster_sizes(name, clustering) if clustering and shows == "clusters" else {}
+        if self.session.elsewhere is not None and not atlases:
+            raise BadInput("no atlas is chosen under “Compare with”; choose one or more")
         try:
             similar = self.session.similar_slides(
                 row["patient"] if by == "patient" and row["patient"] else name,
                 by="patient" if by == "patient" else "slide",
+                atlases=atlases,
             )
-            self.server.note(request, "similar", slide=name, by=by, found=len(similar))
+            self.server.note_similar(request, name, by, "median", similar)
         except BadInput:  # there is nothing to compare with
-            similar = []
+            similar = SimilarAnswer([])
+        numbers = self.session.elsewhere.names if self.session.elsewhere else []
+        homes = [view.Home(numbers.index(name), name) for name in similar.atlases]
         names = atlas.cluster_names(clustering) if clustering else {}
         return slide_view.slide_detail(
-            row, shows, clustering, result, names, counts, similar, by, scale
+            row, shows, clustering, result, names, counts, similar, homes, by, scale
         )
 
     def _scale(self, row: Mapping[str, Any], result: str) -> tuple[float, float]:

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from ...artifacts.images import Rgb
 from ...errors import BadInput, TooLarge
 from ...index.federation.answers import Example, Searched
+from ...index.search.cases import Similar
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from .regions import Cut
@@ -70,6 +71,23 @@ class Among:
 
 
 ALONE = Among()
+
+
+@dataclass(frozen=True)
+class SimilarAnswer:
+    """Slides or cases that are similar to one.
+
+    Attributes:
+        cases: best first.
+        atlases: the atlas of each; () if only the server's own was asked.
+        searched: the atlases that were asked; () likewise.
+        shared_slides: number of slides that several of the searched atlases have.
+    """
+
+    cases: list[Similar]
+    atlases: tuple[str, ...] = ()
+    searched: tuple[Searched, ...] = ()
+    shared_slides: int = 0
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from ...artifacts.spreadsheets import inert
 from ...errors import HistoseekError
 from ...index.federation.answers import Searched
 from . import words
-from .answers import ClusterAnswer, SearchAnswer
+from .answers import ClusterAnswer, SearchAnswer, SimilarAnswer
 from .session import Session
 from .templates import render
 
@@ -110,6 +110,19 @@ def hit_rows(answer: SearchAnswer) -> list[dict[str, Any]]:
     """Return the hits, JSON-ready; ``atlas`` is the name of the atlas if several were asked, else None."""
     names = answer.atlases or [None] * len(answer.hits)
     return [{**hit._asdict(), "atlas": name} for hit, name in zip(answer.hits, names, strict=True)]
+
+
+def similar_rows(session: Session, answer: SimilarAnswer) -> dict[str, Any]:
+    """Return similar slides or cases, JSON-ready; ``atlas`` is None if only the server's own was asked."""
+    names = answer.atlases or [None] * len(answer.cases)
+    return {
+        "slides": [
+            {**case._asdict(), "atlas": name}
+            for case, name in zip(answer.cases, names, strict=True)
+        ],
+        "atlases": searched_rows(session, answer.searched),
+        "shared_slides": answer.shared_slides,
+    }
 
 
 def searched_rows(session: Session, shards: Sequence[Searched]) -> list[dict[str, Any]]:

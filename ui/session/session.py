@@ -20,7 +20,6 @@ from ...errors import BadInput, Busy, HistoseekError, MissingPart, TooLarge, unk
 from ...index.atlas import Atlas
 from ...index.federation.answers import Answer, Example
 from ...index.search.cases import How
-from ...index.search.cases import Similar as SimilarSlide
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from ...index.view import View
@@ -38,6 +37,7 @@ from .answers import (
     Among,
     ClusterAnswer,
     SearchAnswer,
+    SimilarAnswer,
     check_limits,
     cropped,
     new_id,
@@ -507,16 +507,43 @@ class Session:
     # -- slides and cases -----------------------------------------------------------------------
 
     def similar_slides(
-        self, name: str, k: int = 6, by: Literal["slide", "patient"] = "slide", how: How = "median"
-    ) -> list[SimilarSlide]:
-        """Return the slides or cases most similar to one, with their similar regions.
+        self,
+        name: str,
+        k: int = 6,
+        by: Literal["slide", "patient"] = "slide",
+        how: How = "median",
+        atlases: Sequence[str] = (),
+    ) -> SimilarAnswer:
+        """Return the slides or cases most similar to one of the server's own, with their similar regions.
+
+        Args:
+            name: of the slide or patient.
+            k: number of slides or cases.
+            by: what is ranked.
+            how: ``median`` or, in the server's own atlas alone, ``votes``.
+            atlases: names of the atlases to compare with; only the server's own if empty.
 
         Raises:
-            NotFound: there is no such slide or patient.
+            BadInput: ``how`` is votes with further atlases, or there is nothing to compare with.
+            NotFound: there is no such slide or patient, or no atlas of a name.
+            Unavailable: none of the atlases can be read.
         """
         if not 1 <= k <= MAX_K:
             raise BadInput(f"k is {k}; expected 1 to {MAX_K}")
-        return self.atlas.similar(name, k, by, how)
+        together = self._together(Among(tuple(atlases)))
+        if together is None:
+            return SimilarAnswer(self.atlas.similar(name, k, by, how))
+        if how != "median":
+            raise BadInput(
+                f"how is {how}; slides of several atlases are compared by the median only"
+            )
+        found = together.federation.similar(f"{together.own}:{name}", k, by, only=atlases)
+        return SimilarAnswer(
+            [one.case for one in found.cases],
+            tuple(one.atlas for one in found.cases),
+            tuple(found.searched.shards),
+            len(found.searched.shared_slides),
+        )
 
     def ready(self) -> str:
         """Return why the server is not ready; "" if it is.

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from ...index.federation.answers import mixed
+from ...index.federation.answers import Searched, mixed
 from ...index.store.rows import Hit
 from .answers import SearchAnswer
 from .scaled import ScaledImage
@@ -66,8 +66,8 @@ def _of_atlases(answer: SearchAnswer) -> list[str]:
         parts.append(
             "Hits by atlas: " + ", ".join(f"{name} {n}" for name, n in counts.most_common()) + "."
         )
-    if away := [shard.atlas for shard in answer.searched if shard.away]:
-        parts.append(f"Not searched, because they did not answer: {', '.join(away)}.")
+    if away := not_searched(answer.searched):
+        parts.append(away)
     if answer.shared_slides:
         once = "; of each, the best hit is shown" if answer.query.per_slide else ""
         verb = "is" if answer.shared_slides == 1 else "are"
@@ -77,6 +77,12 @@ def _of_atlases(answer: SearchAnswer) -> list[str]:
             "The atlases have tiles of different scales, whose scores say little together."
         )
     return parts
+
+
+def not_searched(shards: Iterable[Searched]) -> str:
+    """Return a sentence that names the atlases that did not answer; "" if all did."""
+    away = ", ".join(shard.atlas for shard in shards if shard.away)
+    return f"Not searched, because they did not answer: {away}." if away else ""
 
 
 def verdict_text(answer: SearchAnswer) -> str:

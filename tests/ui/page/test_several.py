@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from loopback import free_port, up
-from pages import find, opened, pictures_are_there, shot
+from pages import find, opened, pictures_are_there, shot, tab
 
 from histoseek.index.atlas import Atlas
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
@@ -79,5 +79,19 @@ def test_several_atlases_are_searched(browser, server, tiles):
         page.locator("#atlases").get_by_label(name).uncheck()
     page.locator("#find").click()
     page.locator("#verdict [role=alert]", has_text="choose one or more").wait_for()
+
+    # Slides are compared with those of all atlases.
+    tab(page, "Slides and cases")
+    page.locator("[data-slide]").first.click()
+    similar = page.locator(".hs-similar li", has_text="CMU-1-Small-Region")
+    similar.wait_for()
+    assert "atlas skin" in similar.inner_text()
+    assert "did not answer: brain." in page.locator(".hs-detail").inner_text()
+    assert similar.locator("[data-open^='1:']").count() > 0
+    pictures_are_there(page, ".hs-pair img")
+    similar.scroll_into_view_if_needed()
+    shot(page, "several-slide")
+    page.locator("#similar-in").get_by_label("skin").uncheck()
+    page.locator(".hs-similar li", has_text="atlas skin").wait_for(state="detached")
     assert page.said == [] or all("Failed to load resource" in text for text in page.said)
     page.close()
