@@ -39,13 +39,15 @@ class FoundCase(NamedTuple):
 
     Attributes:
         atlas: name of the shard.
-        case: as the shard returned it; the query's tiles have the ids of the query's atlas.
+        case: the slide or case; the query's tiles have the ids of the query's atlas.
         tiles: the matching tiles of its pairs, by id.
+        query_tiles: the query's tiles of its pairs, by id; {} for a query by vectors.
     """
 
     atlas: str
     case: Similar
     tiles: dict[int, dict[str, Any]]
+    query_tiles: dict[int, dict[str, Any]] = {}
 
 
 class Searched(NamedTuple):
@@ -101,13 +103,11 @@ class SimilarCases:
         cases: best first.
         searched: the shards that were asked, and slides that several of them have; without hits.
         atlas: name of the shard that has the query; None for a query by vectors.
-        tiles: the query's tiles, by id; {} for a query by vectors.
     """
 
     cases: list[FoundCase]
     searched: Answer
     atlas: str | None
-    tiles: dict[int, dict[str, Any]]
 
 
 def mixed(shards: Sequence[Searched]) -> bool:

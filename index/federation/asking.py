@@ -99,6 +99,7 @@ class Asking:
         shards: Sequence[Shard],
         question: Callable[[Shard], T],
         away: tuple[type[Exception], ...] = AWAY,
+        timeout_s: float | None = None,
     ) -> Answers[T]:
         """Ask shards the same question.
 
@@ -106,13 +107,15 @@ class Asking:
             shards: the shards.
             question: called once for each, in a thread.
             away: errors that mean that a shard is away.
+            timeout_s: time to wait for each; None for that of all questions.
 
         Raises:
             Exception: the first other error of a shard.
         """
         coming: SimpleQueue[tuple[str, T | None, Exception | None]] = SimpleQueue()
         answers = Answers[T]()
-        late = f"no answer within {self.timeout_s:g} s"
+        limit = self.timeout_s if timeout_s is None else timeout_s
+        late = f"no answer within {limit:g} s"
         with self._lock:
             free = [shard for shard in shards if not self._late.get(shard.name)]
         expected = {shard.name for shard in free}
@@ -149,14 +152,14 @@ class Asking:
         failed: Exception | None = None
         while expected:
             now = time.monotonic()
-            ends = [began.get(name, now) + self.timeout_s for name in expected]
+            ends = [began.get(name, now) + limit for name in expected]
             left = max(0.0, min(ends) - now)
             try:
                 name, answer, error = coming.get(timeout=min(left, SLOW_S) if waiting else left)
             except Empty:
                 if waiting:
                     self._threads.run(partial(work, waiting))
-                for name in self._missed(expected, began, finished, given_up):
+                for name in self._missed(expected, began, finished, given_up, limit):
                     answers.away[name] = late
                     expected.remove(name)
                 continue
@@ -179,14 +182,13 @@ class Asking:
         began: dict[str, float],
         finished: set[str],
         given_up: set[str],
+        limit: float,
     ) -> list[str]:
         """Return the shards whose time is up, and note that they are late."""
         now = time.monotonic()
         with self._lock:
             missed = [
-                name
-                for name in expected - finished
-                if name in began and now - began[name] >= self.timeout_s
+                name for name in expected - finished if name in began and now - began[name] >= limit
             ]
             for name in missed:
                 given_up.add(name)

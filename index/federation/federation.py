@@ -1,14 +1,14 @@
 """A federation: several atlases of one encoder, searched as if they were one.
 
-Each shard answers exactly as it would alone, and the answers are merged by score. A slide or a patient with
-the same name in two shards is the same slide or patient, as in one atlas. A shard that cannot be opened, or
-does not answer in time, is named in the answer; the others are searched.
+Each shard answers exactly as it would alone, and the answers are merged by score. If a slide or patient is
+left out, so are those of the same name in other shards. A shard that cannot be opened, or does not answer
+in time, is named in the answer; the others are searched.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,16 +17,19 @@ from numpy.typing import NDArray
 
 from ...errors import BadInput, Mismatch, NotFound, Unavailable, unknown_name
 from ..atlas import Atlas
-from ..search.cases import Similar
+from ..search.cases import Case, check_by, nothing_else
+from ..search.filters import Compare, Every, Filter, Some
 from ..search.query import Query
 from ..search.tiles import combined
 from ..store.rows import Hit
 from .answers import Answer, Example, Found, FoundCase, Searched, SimilarCases
 from .asking import ANY, Asking
 from .parts import Part, check_filter, merged, not_in, reasons_of, shared_slides
-from .shards import AtlasShard, CaseTiles, Facts, Shard, named, other_encoder
+from .shards import NO_MOSAICS, AtlasShard, Facts, Shard, named, other_encoder
 
 TIMEOUT_S = 10.0
+COMPARE_S = 600.0
+"""Time in seconds to wait for a comparison of slides, whose first one reads every feature file."""
 
 
 class Federation:
@@ -267,8 +270,7 @@ class Federation:
                     for shard in chosen if shard.name in answers.of
                 }  # fmt: skip
                 found.append(merged(of_shards, query.k, query.per_slide))
-        shards = self._searched(chosen, known, {**away, **answers.away}, revisions)
-        return Answer(found, shards, shared_slides({name: known[name] for name in revisions}))
+        return self._answer(found, chosen, known, {**away, **answers.away}, revisions)
 
     def similar(
         self,
@@ -276,92 +278,109 @@ class Federation:
         k: int = 10,
         by: Literal["slide", "patient"] = "slide",
         where: str | None = None,
+        atlas: str | None = None,
         only: Sequence[str] | None = None,
+        timeout_s: float = COMPARE_S,
     ) -> SimilarCases:
-        """Return the slides or cases of all atlases that are most similar to one, or to new tiles.
+        """Return the slides or cases of several atlases that are most similar to one, or to new tiles.
 
         They are compared by the median of the minimum distances, as :meth:`View.similar
-        <histoseek.index.view.View.similar>` does by default. The query's patients are left out of every
-        atlas. A patient with slides in several atlases is one case in each of them.
+        <histoseek.index.view.View.similar>` does by default. Slides of the query's name and of its patients
+        are left out of every atlas. A patient with slides in several atlases is one case in each of them.
+        Milvus collections have no mosaics; they are named as away.
 
         Args:
-            query: name of a slide (with ``by="patient"`` also of a patient), ATLAS:NAME if several atlases
-                have it, or vectors (Q, D) of tiles.
+            query: name of a slide (with ``by="patient"`` also of a patient), or vectors (Q, D) of tiles.
             k: number of slides or cases.
             by: what is ranked.
             where: metadata filter; only tiles that pass count.
-            only: names of the shards to compare with, in which a query without ATLAS: is looked for; all
-                when None.
+            atlas: name of the shard that has the query; it is looked for in those to compare with if None.
+            only: names of the shards to compare with; all when None.
+            timeout_s: time to wait for each shard; the first comparison reads all of its feature files.
 
         Raises:
-            BadInput: the filter is invalid, several atlases have the query, or no other slide passes.
+            BadInput: the filter is invalid, several atlases have the query, or there is nothing to compare
+                with.
             NotFound: no atlas that answers has the query, or there is no shard of a name.
             Mismatch: two shards have different encoders, or vectors have another length.
-            Unavailable: no shard answers.
+            Unavailable: no shard answers, or that of the query does not.
         """
         settings = Query(k=k, where=where)
+        check_by(by)
         chosen = self._named(only)
-        asked = list(chosen)
+        homes = chosen if atlas is None else self._named([atlas])
+        on_disk = {s.name: s for s in (*chosen, *homes) if isinstance(s, AtlasShard)}
+        away = {s.name: NO_MOSAICS for s in chosen if s.name not in on_disk}
+        if not on_disk:
+            raise _none_of(away)
+        known, missing = self.facts(list(on_disk))
+        away |= missing
+        among = {s.name: known[s.name] for s in chosen if s.name in known}
+        check_filter(where, among, away)
+        named = None
+        vectors, left_out = query, None
         if isinstance(query, str):
-            home, colon, rest = query.partition(":")
-            if at := [shard for shard in self.shards if colon and shard.name == home]:
-                asked, query = at, rest
-        known, away = self.facts(list({shard.name: None for shard in (*chosen, *asked)}))
-        check_filter(where, known, away)
-        own: str | None = None
-        name, ids, tiles, left_out = "", list[int](), dict[int, dict[str, Any]](), None
-        vectors: NDArray[np.float32]
-        if isinstance(query, str):
-            asked = [shard for shard in asked if shard.name in known]
-            name = query
-            own, (case, tiles) = self._case(name, by, asked, away)
-            vectors, ids = case.vectors, case.tiles
-            left_out = not_in("patient", case.patients) if case.patients else None
-        else:
-            vectors = query
-        fields = frozenset[str]().union(*(facts.fields for facts in known.values()))
+            here = [on_disk[s.name] for s in homes if s.name in known]
+            named = self._query(query, by, here, away, atlas, timeout_s)
+            vectors, left_out = named.case.vectors, _others(named.case, by)
+        fields = frozenset[str]().union(*(facts.fields for facts in among.values()))
 
         def find(shard: Shard) -> tuple[list[FoundCase], int]:
             absent = fields - known[shard.name].fields
-            if shard.name == own:
-                return shard.similar(name, by, replace(settings, absent=absent))
-            return shard.similar(vectors, by, replace(settings, absent=absent, also=left_out))
+            own = named is not None and shard.name == named.atlas
+            asked = replace(settings, absent=absent, also=None if own else left_out)
+            return on_disk[shard.name].similar(query if own else vectors, by, asked)
 
-        answers = self._asking.ask([shard for shard in chosen if shard.name in known], find)
+        answers = self._asking.ask([on_disk[name] for name in among], find, timeout_s=timeout_s)
+        away |= answers.away
         if not answers.of:
-            raise _none_of({**away, **answers.away})
+            raise _none_of({shard.name: away[shard.name] for shard in chosen})
         found = [
-            one._replace(case=_with_ids(one.case, ids))
-            for shard in chosen if shard.name in answers.of
-            for one in answers.of[shard.name][0]
+            one if named is None else named.in_pairs(one)
+            for name in among if name in answers.of for one in answers.of[name][0]
         ]  # fmt: skip
         if not found:
-            raise BadInput("no other slide passes the filter; use a wider filter, or add slides")
+            raise nothing_else(where)
         found.sort(key=lambda one: -one.case.score)
-        revisions = {shard: of[1] for shard, of in answers.of.items()}
-        shards = self._searched(chosen, known, {**away, **answers.away}, revisions)
-        shared = shared_slides({shard: known[shard] for shard in revisions})
-        return SimilarCases(found[:k], Answer([], shards, shared), own, tiles)
+        revisions = {name: of[1] for name, of in answers.of.items()}
+        searched = self._answer([], chosen, known, away, revisions)
+        return SimilarCases(found[:k], searched, None if named is None else named.atlas)
 
-    def _case(
-        self, name: str, by: str, shards: Sequence[Shard], away: dict[str, str]
-    ) -> tuple[str, CaseTiles]:
-        """Return the atlas of a slide or case, and the case with its tiles."""
-        answers = self._asking.ask(shards, lambda shard: shard.case(name, by))
+    def _query(
+        self,
+        name: str,
+        by: str,
+        shards: Sequence[AtlasShard],
+        away: dict[str, str],
+        atlas: str | None,
+        timeout_s: float,
+    ) -> NamedCase:
+        """Return a slide or case of one of the shards by name.
+
+        Args:
+            name: of the slide or case.
+            by: slide or patient.
+            shards: where to look.
+            away: why others cannot be asked; those that do not answer are added.
+            atlas: the only one to look in, if it was named.
+            timeout_s: time to wait for each shard.
+        """
+        at = {shard.name: shard for shard in shards}
+        answers = self._asking.ask(shards, lambda s: at[s.name].case(name, by), timeout_s=timeout_s)
+        away |= answers.away
+        if atlas is not None and atlas in away:
+            raise Unavailable(f"the atlas {atlas} of the query cannot be searched: {away[atlas]}")
         found = {shard: case for shard, case in answers.of.items() if case is not None}
         if not found:
-            reasons = reasons_of({**away, **answers.away})
-            raise NotFound(
-                f"no {by} {name!r} in {', '.join(answers.of) or 'any atlas'}"
-                + (f" (not asked: {reasons})" if reasons else "")
-            )
+            reasons = f"; not searched: {reasons_of(away)}" if away else ""
+            raise NotFound(f"no {by} {name!r} in {', '.join(answers.of)}{reasons}")
         if len(found) > 1:
             raise BadInput(
-                f"{' and '.join(found)} have a {by} {name!r}; write ATLAS:NAME, such as "
+                f"{' and '.join(found)} have a {by} {name!r}; name its atlas, such as "
                 f"{next(iter(found))}:{name}"
             )
-        ((own, case),) = found.items()
-        return own, case
+        ((own, (case, tiles)),) = found.items()
+        return NamedCase(own, case, tiles)
 
     def status(self) -> Answer:
         """Return an answer without hits: which shards can be searched now.
@@ -372,17 +391,18 @@ class Federation:
         """
         known, away = self.facts()
         revisions = {name: facts.revision for name, facts in known.items()}
-        shards = self._searched(self.shards, known, away, revisions)
-        return Answer([], shards, shared_slides(known))
+        return self._answer([], self.shards, known, away, revisions)
 
     @staticmethod
-    def _searched(
+    def _answer(
+        hits: list[list[Found]],
         shards: Sequence[Shard],
         known: dict[str, Facts],
         away: dict[str, str],
         revisions: dict[str, int],
-    ) -> list[Searched]:
-        return [
+    ) -> Answer:
+        """Return an answer that says of each shard what was searched, or why it was not."""
+        searched = [
             Searched(
                 shard.name, shard.address, revisions.get(shard.name),
                 known[shard.name].tiles if shard.name in known else None,
@@ -390,6 +410,7 @@ class Federation:
             )
             for shard in shards
         ]  # fmt: skip
+        return Answer(hits, searched, shared_slides({name: known[name] for name in revisions}))
 
     def _examples(
         self, examples: Sequence[Example], known: dict[str, Facts], away: dict[str, str]
@@ -422,10 +443,37 @@ class Federation:
         return vectors, [hits[n] for n in range(len(examples))]
 
 
-def _with_ids(case: Similar, ids: list[int]) -> Similar:
-    """Return a case whose pairs have the ids of the query's tiles; [] if the query is in no atlas."""
-    pairs = [p._replace(query=ids[p.query_row]) if ids else p for p in case.pairs]
-    return case._replace(pairs=pairs)
+@dataclass(frozen=True)
+class NamedCase:
+    """A slide or case of a shard that is the query.
+
+    Attributes:
+        atlas: name of the shard.
+        case: the slide or case.
+        tiles: the tiles of its mosaic, by id.
+    """
+
+    atlas: str
+    case: Case
+    tiles: dict[int, dict[str, Any]]
+
+    def in_pairs(self, found: FoundCase) -> FoundCase:
+        """Return a found case whose pairs have this query's tiles with their atlas, as the matches have."""
+        if found.atlas == self.atlas:
+            return found._replace(query_tiles=found.tiles)
+        ids = [self.case.tiles[pair.query_row] for pair in found.case.pairs]
+        pairs = [p._replace(query=n) for p, n in zip(found.case.pairs, ids, strict=True)]
+        return found._replace(
+            case=found.case._replace(pairs=pairs), query_tiles={n: self.tiles[n] for n in ids}
+        )
+
+
+def _others(case: Case, by: str) -> Filter:
+    """Return the filter that leaves the slides of a query and of its patients out of another atlas."""
+    slides = not_in("slide", case.slides)
+    if by == "patient":  # the other patients of a tile set of the same name stay
+        slides = Some((slides, Compare("kind", "!=", ("slide",))))
+    return Every((slides, not_in("patient", case.patients))) if case.patients else slides
 
 
 def examples_of(ids: list[int]) -> Callable[[Shard], tuple[NDArray[np.float32], list[Hit]]]:

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.feature_files import QUALITY
-from ...errors import BadInput, NotFound, Unavailable
+from ...errors import BadInput, NotFound
 from ..atlas import Atlas
 from ..exchange.milvus import MilvusAtlas
 from ..exchange.milvus_address import parse_url
@@ -98,22 +98,6 @@ class Shard(ABC):
             NotFound: the shard has no tile with one of the ids.
         """
 
-    @abstractmethod
-    def case(self, name: str, by: str) -> CaseTiles | None:
-        """Return a slide or case by name, and its tiles by id; None if the shard has none of that name."""
-
-    @abstractmethod
-    def similar(
-        self, query: str | NDArray[np.float32], by: str, settings: Query
-    ) -> tuple[list[FoundCase], int]:
-        """Return the similar slides or cases, best first, and the revision that they are of.
-
-        Args:
-            query: name of a slide or case of the shard, or vectors (Q, D).
-            by: slide or patient.
-            settings: k and filters; its examples are ignored.
-        """
-
     def close(self) -> None:
         """Disconnect, if the shard is a server's."""
         return
@@ -169,7 +153,7 @@ class AtlasShard(Shard):
         return self.atlas.ask(ask)
 
     def case(self, name: str, by: str) -> CaseTiles | None:
-        """See :meth:`Shard.case`."""
+        """Return a slide or case by name, and its tiles by id; None if the atlas has none of that name."""
 
         def ask(view: View) -> CaseTiles | None:
             try:
@@ -183,16 +167,22 @@ class AtlasShard(Shard):
     def similar(
         self, query: str | NDArray[np.float32], by: str, settings: Query
     ) -> tuple[list[FoundCase], int]:
-        """See :meth:`Shard.similar`."""
+        """Return the similar slides or cases, best first, and the revision that they are of.
+
+        Args:
+            query: name of a slide or case of the atlas, or vectors (Q, D).
+            by: slide or patient.
+            settings: k and filters; its examples are ignored.
+        """
 
         def ask(view: View) -> tuple[list[FoundCase], int]:
             found = cases.similar_slides(
                 view.state, query, settings.k, by, "median", settings.where, settings  # type: ignore[arg-type]
             )  # fmt: skip
-            of = [
-                FoundCase(self.name, case, view.tiles([p.match for p in case.pairs]))
-                for case in found
-            ]
+            of = []
+            for case in found:
+                ids = {n for pair in case.pairs for n in (pair.query, pair.match) if n is not None}
+                of.append(FoundCase(self.name, case, view.tiles(sorted(ids))))
             return of, view.revision
 
         return self.atlas.ask(ask)
@@ -246,24 +236,6 @@ class MilvusShard(Shard):
             f"{self.name} is a Milvus collection, whose tiles cannot be examples; name a tile of an atlas "
             "on disk, or an image"
         )
-
-    def case(self, name: str, by: str) -> CaseTiles | None:
-        """See :meth:`Shard.case`.
-
-        Raises:
-            Unavailable: always; Milvus has no mosaics.
-        """
-        raise Unavailable(NO_MOSAICS)
-
-    def similar(
-        self, query: str | NDArray[np.float32], by: str, settings: Query
-    ) -> tuple[list[FoundCase], int]:
-        """See :meth:`Shard.similar`.
-
-        Raises:
-            Unavailable: always; Milvus has no mosaics.
-        """
-        raise Unavailable(NO_MOSAICS)
 
     def close(self) -> None:
         """Disconnect."""

@@ -23,6 +23,7 @@ from .tiles import Mask, allowed, find, owners
 
 How = Literal["median", "votes"]
 HOWS: tuple[How, ...] = ("median", "votes")
+BYS = ("slide", "patient")
 VOTES = 10
 """Number of nearest tiles that vote, per tile of the query's mosaic."""
 EVIDENCE = 5
@@ -70,11 +71,13 @@ class Case:
     Attributes:
         vectors: (Q, D) of its mosaic, prepared.
         tiles: ids (Q,) of these tiles.
+        slides: names of the slides or tile sets that it is of.
         patients: whose slides are left out of the answer; empty if none is known.
     """
 
     vectors: NDArray[np.float32]
     tiles: list[int]
+    slides: list[str]
     patients: list[str]
 
 
@@ -129,10 +132,36 @@ class Owners:
     labels: list[str | None]
 
 
+def check_by(by: str) -> None:
+    """Check what is compared.
+
+    Raises:
+        NotFound: it is neither slides nor patients.
+    """
+    if by not in BYS:
+        raise unknown_name("kind of case", by, BYS)
+
+
+def check_how(how: str) -> None:
+    """Check how slides or cases are compared.
+
+    Raises:
+        NotFound: there is no such way.
+    """
+    if how not in HOWS:
+        raise unknown_name("way of comparing", how, HOWS)
+
+
+def nothing_else(where: str | None) -> BadInput:
+    """Return the error of a question that leaves nothing to compare with."""
+    if where is None:
+        return BadInput("there is no other slide to compare with; add slides")
+    return BadInput("no other slide passes the filter; use a wider filter, or add slides")
+
+
 def owners_of(state: State, by: str) -> Owners:
     """Return the slides or the cases; a slide without a patient counts as one case."""
-    if by not in {"slide", "patient"}:
-        raise unknown_name("kind of case", by, ("slide", "patient"))
+    check_by(by)
     columns = state.columns
     slides = [s["name"] for s in columns.slides]
     number = owners(state, "slide" if by == "slide" else "patient")
@@ -253,12 +282,11 @@ def similar_slides(
     """Return similar slides or cases; see :meth:`View.similar <histoseek.index.view.View.similar>`.
 
     ``settings`` is set by a federation: fields that are ``absent``, and a filter that tiles pass ``also``.
-    With it, the answer is empty instead of an error if no slide passes.
+    With it, the answer is empty instead of an error if there is nothing to compare with.
     """
     if k < 1:
         raise BadInput(f"k is {k}; expected 1 or more")
-    if how not in HOWS:
-        raise unknown_name("way of comparing", how, HOWS)
+    check_how(how)
     cases = owners_of(state, by)
     others = state.columns.alive()
     if isinstance(query, str):
@@ -269,14 +297,15 @@ def similar_slides(
         mosaic = Mosaics(np.full(len(query), -1), prepared(query, state.metric))
     passing = allowed(state, where, settings)
     others = others if passing is None else others & passing
-    if not others.any():
-        if settings is not None:
-            return []
-        raise BadInput("no other slide passes the filter; use a wider filter, or add slides")
-    if how == "votes":
-        return _by_votes(state, mosaic, cases, k, others)
-    all_ = mosaics_of(state)
-    return _by_median(state, mosaic, all_.part(others[all_.positions]), cases, k)
+    found: list[Similar] = []
+    if others.any() and how == "votes":
+        found = _by_votes(state, mosaic, cases, k, others)
+    elif others.any():
+        all_ = mosaics_of(state)
+        found = _by_median(state, mosaic, all_.part(others[all_.positions]), cases, k)
+    if not found and settings is None:
+        raise nothing_else(where)
+    return found
 
 
 def case_of(state: State, name: str, by: str) -> Case:
@@ -285,11 +314,16 @@ def case_of(state: State, name: str, by: str) -> Case:
     Raises:
         NotFound: there is none of that name.
     """
+    columns = state.columns
     mosaic, left_out = _of_the_atlas(state, owners_of(state, by), name, by)
-    patient = state.columns.coded("patient")
+    patient = columns.coded("patient")
     codes = np.unique(patient.codes[left_out])
-    patients = [patient.names[code] for code in codes[codes >= 0].tolist()]
-    return Case(mosaic.vectors, state.columns.ids(mosaic.positions).tolist(), patients)
+    slides = np.unique(columns.slide_of(mosaic.positions)).tolist()
+    return Case(
+        mosaic.vectors, columns.ids(mosaic.positions).tolist(),
+        [columns.slides[n]["name"] for n in slides],
+        [patient.names[code] for code in codes[codes >= 0].tolist()],
+    )  # fmt: skip
 
 
 def _of_the_atlas(

@@ -445,7 +445,7 @@ def the_case(one):
     return one.case.name, one.case.label, pytest.approx(one.case.score, abs=2e-6)
 
 
-@pytest.mark.parametrize("where", WHERES[:4])
+@pytest.mark.parametrize("where", WHERES)
 @pytest.mark.parametrize("query", ["slide-0", "slide-1", "slide-3", "slide-4", "vectors"])
 def test_similar_slides_are_those_of_one_atlas(made, together, query, where):
     big, _ = made
@@ -459,7 +459,7 @@ def test_similar_slides_are_those_of_one_atlas(made, together, query, where):
     found = together.similar(asked, 3, "slide", where)
     assert [the_case(one) for one in found.cases] == [(c.name, c.label, c.score) for c in expected]
     homes = {f"slide-{n}": name for name, slides in SHARDS.items() for n in slides}
-    assert found.atlas == homes.get(query)
+    assert found.atlas == homes.get(query) and not found.searched.away
     for one, theirs in zip(found.cases, expected, strict=True):
         assert one.atlas == homes[one.case.name]
         for pair, same in zip(one.case.pairs, theirs.pairs, strict=True):
@@ -471,7 +471,7 @@ def test_similar_slides_are_those_of_one_atlas(made, together, query, where):
                 assert pair.query is None
             else:
                 there = big.view().tiles([same.query])[same.query]
-                own = found.tiles[pair.query]
+                own = one.query_tiles[pair.query]
                 assert (own["slide"], own["x"], own["y"]) == (query, there["x"], there["y"])
 
 
@@ -483,10 +483,65 @@ def test_a_patient_of_two_atlases_is_left_out_of_both_and_is_a_case_of_each(made
     }  # fmt: skip
     scores = [one.case.score for one in found.cases]
     assert scores == sorted(scores, reverse=True)
-    with pytest.raises(BadInput, match="north and south have a patient 'P1'; write ATLAS:NAME"):
+    with pytest.raises(BadInput, match="north and south have a patient 'P1'; name its atlas"):
         together.similar("P1", 10, "patient")
-    others = together.similar("south:P1", 10, "patient")
+    others = together.similar("P1", 10, "patient", atlas="south")
     assert others.atlas == "south" and "P1" not in {one.case.name for one in others.cases}
+
+
+def test_a_slide_of_two_atlases_is_never_similar_to_itself(made, tmp_path):
+    """Neither where both say nothing of the patient, nor where only one of them does."""
+    _, folder = made
+    files = [folder / f"slide-{n}.h5" for n in range(4)]
+    for name, metadata in (("one", METADATA), ("two", {})):
+        rows = {f"slide-{n}": metadata.get(f"slide-{n}", {}) for n in range(4)}
+        Atlas.create(tmp_path / name, DEFAULT_BUNDLE).add(files, rows)
+    several = Federation([tmp_path / "one", tmp_path / "two"])
+    for slide in ("slide-0", "slide-1"):
+        for by in ("slide", "patient"):
+            for home in ("one", "two"):
+                is_known = (slide, by, home) == ("slide-0", "patient", "one")
+                found = several.similar("P0" if is_known else slide, 20, by, atlas=home)
+                assert slide not in {one.case.name for one in found.cases}
+                assert max(one.case.score for one in found.cases) < 0.999
+    with pytest.raises(BadInput, match="one and two have a slide 'slide-1'.*such as one:slide-1"):
+        several.similar("slide-1")
+
+
+def test_patients_of_a_tile_set_of_the_same_name_stay(tmp_path):
+    """``tiles`` in two atlases: by patient, only the asked patient is left out of the other one."""
+    for name, seed in (("one", 1), ("two", 2)):
+        file = features(
+            tmp_path / name / "tiles.h5", 40, seed, kind="tiles", files=tuple(map(str, range(40))),
+            coords=np.zeros((40, 2), int), groups=tuple(f"P{i // 10}" for i in range(40)),
+            features=grouped(np.random.default_rng(seed), 40),
+        )  # fmt: skip
+        Atlas.create(tmp_path / name / "atlas", DEFAULT_BUNDLE).add([file])
+    several = Federation([tmp_path / "one/atlas", tmp_path / "two/atlas"])
+    found = several.similar("P0", 20, "patient", atlas="one/atlas")
+    assert {(one.atlas[:3], one.case.name) for one in found.cases} == {
+        (atlas, f"P{n}") for atlas in ("one", "two") for n in (1, 2, 3)
+    }
+    with pytest.raises(BadInput, match="there is no other slide to compare with"):
+        several.similar("tiles", atlas="one/atlas")
+
+
+def test_what_similar_refuses(made, together, tmp_path):
+    _, folder = made
+    with pytest.raises(
+        NotFound, match="unknown kind of case 'case'; choose one of: patient, slide"
+    ):
+        together.similar("slide-0", by="case")
+    with pytest.raises(Mismatch, match="expected"):
+        together.similar(QUERIES[:, :5])
+    with pytest.raises(NotFound, match="unknown atlas 'east'"):
+        together.similar("slide-0", atlas="east")
+    away = Federation([folder / "north", tmp_path / "gone"])
+    with pytest.raises(Unavailable, match="the atlas gone of the query cannot be searched"):
+        away.similar("slide-0", atlas="gone")
+    only = together.similar("slide-0", 9, atlas="north", only=["west"])
+    assert [(one.atlas, one.case.name) for one in only.cases] == [("west", "slide-5")]
+    assert [shard.atlas for shard in only.searched.shards] == ["west"]
 
 
 def test_similar_says_which_atlases_were_not_compared(made, tmp_path):
@@ -500,10 +555,14 @@ def test_similar_says_which_atlases_were_not_compared(made, tmp_path):
         assert {one.case.name for one in found.cases} == {"slide-1", "slide-3"}
         away = {shard.atlas: shard.away for shard in found.searched.away}
         assert set(away) == {"gone", "south"} and "has no mosaics" in away["south"]
-        with pytest.raises(NotFound, match=r"no slide 'slide-2' in north, empty \(not asked: gone"):
+        with pytest.raises(NotFound, match=r"no slide 'slide-2' in north, empty; not searched: "):
             several.similar("slide-2")
         with pytest.raises(BadInput, match="no other slide passes the filter"):
             several.similar("slide-0", where="label = 'zzz'")
+        with pytest.raises(NotFound, match="unknown field 'organs'"):
+            several.similar("slide-0", where="organs = 'colon'")
+        with pytest.raises(Unavailable, match="has no mosaics"):
+            several.similar("slide-0", only=["south"])
     finally:
         several.close()
 
@@ -513,7 +572,10 @@ def test_the_command_compares_slides_of_several_atlases(made, cli, cli_json, tmp
     atlases = [folder / name for name in SHARDS]
     found = cli_json("index", "similar", *atlases, "slide-0", "-k", 3)
     one = cli_json("index", "similar", big.path, "slide-0", "-k", 3)
-    assert [row["name"] for row in found["answers"]] == [row["name"] for row in one]
+    assert found["query"] == {"atlas": "north", "name": "slide-0"}
+    assert [(row["name"], row["label"], row["score"]) for row in found["answers"]] == [
+        (row["name"], row["label"], pytest.approx(row["score"], abs=2e-6)) for row in one
+    ]
     for row in found["answers"]:
         assert row["evidence"] and all(
             (pair["query"]["atlas"], pair["query"]["slide"]) == ("north", "slide-0")
@@ -521,9 +583,28 @@ def test_the_command_compares_slides_of_several_atlases(made, cli, cli_json, tmp
             for pair in row["evidence"]
         )
     new = cli_json("index", "similar", *atlases, "--features", folder / "slide-5.h5", "-k", 2)
-    assert new["answers"][0]["name"] == "slide-5"
+    assert new["answers"][0]["name"] == "slide-5" and new["query"]["atlas"] is None
+    named = cli_json("index", "similar", *atlases, "north:slide-0", "-k", 3)
+    assert named == found
     human = cli("index", "similar", *atlases, tmp_path / "gone", "slide-0")
     assert human.returncode == 1 and "searched 3 of 4 atlases" in human.stdout
-    assert "atlas" in human.stdout and "gone was not searched" in human.stdout
-    votes = cli("index", "similar", *atlases, "slide-0", "--how", "votes")
-    assert votes.returncode == 1 and "compares the slides of one atlas" in votes.stderr
+    assert "slide-0 of north, by median" in human.stdout and "gone was not searched" in human.stdout
+    for words, said in (
+        ((*atlases, "slide-0", "--how", "votes"), "compares the slides of one atlas"),
+        ((*atlases, "slide-0", "--how", "mean"), "unknown way of comparing 'mean'"),
+        ((atlases[0], "slide-0", "--features", folder / "slide-5.h5"), "give either the name"),
+        ((tmp_path / "a", tmp_path / "b", "slide-0"), "none of the 2 atlases can be searched"),
+        ((*atlases, tmp_path / "gone"), "in north, south, west"),
+    ):
+        refused = cli("index", "similar", *words)
+        assert refused.returncode == 1 and said in refused.stderr, refused.stderr
+
+
+def test_names_with_colons():
+    from histoseek.ui.cli.federated import named_case
+
+    atlases = ["north", "north:old", "c:d"]
+    assert named_case("slide", atlases) == (None, "slide")
+    assert named_case("north:slide", atlases) == ("north", "slide")
+    assert named_case("north:old:a:b", atlases) == ("north:old", "a:b")
+    assert named_case("south:slide", atlases) == (None, "south:slide")

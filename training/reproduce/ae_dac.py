@@ -111,7 +111,9 @@ def reproduce(study: Study) -> Report:
         seeds=seeds, epochs=f"{pretrain} of reconstruction, then {epochs} of clustering",
         network=f"{SIZES[size_px]}, batch 128, Adam 1e-3, then {common['lr_cluster']}",
     )  # fmt: skip
-    report.fewer = fewer_epochs(epochs, SCHEDULE["clustering"][0])
+    first = fewer_epochs(pretrain, SCHEDULE["pretrain"][0], of=" of reconstruction")
+    then = fewer_epochs(epochs, SCHEDULE["clustering"][0], of=" of clustering")
+    report.fewer = f"{first} {then}".strip()
     if epochs < 75:
         report.notes.append(
             f"{epochs} epochs of clustering instead of the 75 after which the paper's thresholds meet; the "

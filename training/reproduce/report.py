@@ -99,12 +99,12 @@ def said(cell: Cell, digits: int = 3) -> str:
     return "no value" if cell.mean is None else f"{cell.mean:.{digits}f}{spread}"
 
 
-def fewer_epochs(epochs: int, whole: int, paper_names_them: bool = False) -> str:
+def fewer_epochs(epochs: int, whole: int, paper_names_them: bool = False, of: str = "") -> str:
     """Return that there are fewer epochs than in the paper or, if it names none, the protocol; else ""."""
     if epochs >= whole:
         return ""
-    of = "the paper has" if paper_names_them else "the paper names no number, this protocol has"
-    return f"{epochs} epoch{'s' * (epochs > 1)}; {of} {whole}."
+    has = "the paper has" if paper_names_them else "the paper names no number, this protocol has"
+    return f"{epochs} epoch{'s' * (epochs > 1)}{of}; {has} {whole}."
 
 
 def _finite(value: float | None) -> float | None:

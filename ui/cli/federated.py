@@ -72,6 +72,18 @@ def example(text: str) -> Example:
     return Example(name, int(number))
 
 
+def named_case(text: str, atlases: Sequence[str]) -> tuple[str | None, str]:
+    """Return the atlas, or None, and the name of a slide or patient written NAME or ATLAS:NAME.
+
+    The longest name of an atlas counts, because names may contain colons.
+    """
+    fitting = [name for name in atlases if text.startswith(f"{name}:")]
+    if not fitting:
+        return None, text
+    atlas = max(fitting, key=len)
+    return atlas, text.removeprefix(f"{atlas}:")
+
+
 def is_number(text: str) -> bool:
     """Return whether a text is the id of a tile and not the path of an image."""
     return NUMBER.fullmatch(text) is not None

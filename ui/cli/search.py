@@ -18,6 +18,7 @@ from .federated import (
     example,
     is_example,
     is_number,
+    named_case,
     no_query,
     say_what_was_searched,
     tile_number,
@@ -34,7 +35,7 @@ from .queries import (
 if TYPE_CHECKING:
     from ...index.atlas import Atlas
     from ...index.exchange.milvus import MilvusAtlas
-    from ...index.federation.answers import Answer, Found
+    from ...index.federation.answers import Answer, Found, SimilarCases
     from ...index.federation.federation import Federation
     from ...index.search.cases import Similar
     from ...index.search.query import Query
@@ -352,42 +353,56 @@ def similar(
     how: str = "median",
     where: str | None = None,
     features: Path | None = None,
-    timeout: float = 10.0,
+    timeout: float = 600.0,
 ) -> None:
     """Find the slides or cases most similar to a slide or case.
 
     Shows their most similar regions. Other slides of the same patient are left out. Several atlases of the
     same encoder are searched as one: index similar ATLAS ATLAS … NAME.
 
-    JSON: a list of slides or cases. Of several atlases: {"atlases", "shared_slides", "answers"}, and each
-    slide or case names its atlas. The exit code is 1 if an atlas cannot be read.
+    JSON: a list of slides or cases. Of several atlases: {"query", "atlases", "shared_slides", "answers"},
+    and each slide, case and tile names its atlas. The exit code is 1 if an atlas was not compared, such as
+    a Milvus collection, which has no mosaics.
 
     Options:
-        name: Further atlases, then the name of a slide; with --by patient, of a patient. ATLAS:NAME if
-            several atlases have it.
+        name: Further atlases, and last the name of a slide; with --by patient, of a patient. ATLAS:NAME
+            if several atlases have it.
         k: Number of slides or cases to return.
         by: What to compare: slide, or patient (all slides of a patient together).
         how: How to score: median (of the distances from each representative tile of the query to the
             nearest tile of the other, as in Yottixel) or votes (of the nearest tiles in the whole atlas).
         features: Feature file of a new slide, which is the query instead of a named one.
-        timeout: With several atlases: time in s to wait for the answer of each to a question.
+        timeout: With several atlases: time in s to wait for each. All of its feature files are read.
     """
     from ...index.atlas import Atlas
     from ...index.exchange.imports import read_query
     from ...index.federation.federation import Federation
     from ...index.federation.shards import is_milvus
+    from ...index.search.cases import check_by, check_how
 
     words = [atlas, *(name or [])]
     addresses = words if features is not None else words[:-1]
-    if not addresses:
+    stray = [word for word in words[1:] if not (is_milvus(word) or Path(word).is_dir())]
+    if not addresses or (features is not None and stray):
         raise BadInput(
             "give either the name of a slide or patient of the atlas, or --features of a new slide"
         )
+    check_by(by)
+    check_how(how)
     if len(addresses) > 1 or is_milvus(addresses[0]):
-        with closing(Federation(addresses, timeout)) as several:
-            manifest = several.an_atlas().manifest
-            asked = words[-1] if features is None else read_query(features, manifest)
-            _similar_of_several(several, asked, str(features or words[-1]), k, by, how, where)
+        if how != "median":
+            raise BadInput(
+                f"--how {how} compares the slides of one atlas; leave it out, or give one atlas"
+            )
+        with closing(Federation(addresses)) as several:
+            home: str | None = None
+            asked: Any = words[-1]
+            if features is None:
+                home, asked = named_case(words[-1], [shard.name for shard in several.shards])
+            else:
+                asked = read_query(features, several.an_atlas().manifest)
+            found = several.similar(asked, k, by, where, home, timeout_s=timeout)  # type: ignore[arg-type]
+        _answer_several(found, str(asked if features is None else features), by)
         return
     opened = Atlas(atlas)
     query = words[-1] if features is None else read_query(features, opened.manifest)
@@ -403,42 +418,21 @@ def similar(
     console.emit(document, lambda: _print_cases(title, by, document))
 
 
-def _similar_of_several(
-    several: Federation,
-    query: Any,
-    title: str,
-    k: int,
-    by: str,
-    how: str,
-    where: str | None,
-) -> None:
-    """Print the slides or cases of several atlases that are similar to one; exit code 1 if one was away.
-
-    Args:
-        several: the atlases.
-        query: name, or vectors (Q, D).
-        title: name of the query.
-        k: number of slides or cases.
-        by: slide or patient.
-        how: median; votes need one atlas.
-        where: filter.
-    """
-    if how != "median":
-        raise BadInput(
-            f"--how {how} compares the slides of one atlas; leave it out, or give one atlas"
-        )
-    found = several.similar(query, k, by, where)  # type: ignore[arg-type]
-    query_tiles = {n: {"atlas": found.atlas, **tile} for n, tile in found.tiles.items()}
+def _answer_several(found: SimilarCases, query: str, by: str) -> None:
+    """Print the slides or cases of several atlases that are similar to one; exit code 1 if one was away."""
     rows = []
     for rank, one in enumerate(found.cases, start=1):
+        query_tiles = {n: {"atlas": found.atlas, **tile} for n, tile in one.query_tiles.items()}
         tiles = {n: {"atlas": one.atlas, **tile} for n, tile in one.tiles.items()}
         rows.append({"atlas": one.atlas, **_case(rank, one.case, query_tiles, tiles)})
+    document = {"query": {"atlas": found.atlas, "name": query}, **described(found.searched, rows)}
+    of = f" of {found.atlas}" if found.atlas else ""
 
     def human() -> None:
-        _print_cases(f"{title}, by {how}", by, rows)
-        say_what_was_searched(found.searched, "each is listed")
+        _print_cases(f"{query}{of}, by median", by, rows)
+        say_what_was_searched(found.searched, "each copy is ranked on its own")
 
-    console.emit(described(found.searched, rows), human)
+    console.emit(document, human)
     if found.searched.away:
         raise typer.Exit(console.EXIT_FAILED)
 

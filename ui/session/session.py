@@ -19,7 +19,7 @@ from ...artifacts.images import Rgb, decode, square
 from ...errors import BadInput, Busy, HistoseekError, MissingPart, TooLarge, unknown_name
 from ...index.atlas import Atlas
 from ...index.federation.answers import Answer, Example
-from ...index.search.cases import How
+from ...index.search.cases import How, check_how
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from ...index.view import View
@@ -533,11 +533,12 @@ class Session:
         together = self._together(Among(tuple(atlases)))
         if together is None:
             return SimilarAnswer(self.atlas.similar(name, k, by, how))
+        check_how(how)
         if how != "median":
             raise BadInput(
                 f"how is {how}; slides of several atlases are compared by the median only"
             )
-        found = together.federation.similar(f"{together.own}:{name}", k, by, only=atlases)
+        found = together.federation.similar(name, k, by, atlas=together.own, only=atlases)
         return SimilarAnswer(
             [one.case for one in found.cases],
             tuple(one.atlas for one in found.cases),
