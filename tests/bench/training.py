@@ -1,10 +1,11 @@
 """Training speed of every recipe, compared with the same net, loss and optimiser in a bare loop.
 
-The bare loop trains on one batch that is on the device already, scaled and augmented. The recipe's time comes from its
-record and covers the steps of an epoch: reading tiles from memory, scaling, augmentation if it is on,
-checks and sums, but not the work between epochs (clustering of features, checkpoints). The bare loop runs
-right after each epoch on the same net; the ratio is of medians over epochs and rounds. Neither counts its
-first steps, during which libraries set themselves up: the recipe's first epoch, the bare loop's first step.
+The bare loop trains on one batch that is on the device already, scaled and augmented. The recipe's time
+comes from its record and covers the steps of an epoch: reading tiles from memory, scaling, augmentation
+if it is on, checks and sums, but not the work between epochs (clustering of features, checkpoints). The
+bare loop runs right after each epoch on the same net; the ratio is of medians over epochs and rounds.
+Neither counts its first steps, during which libraries set themselves up: the recipe's first epoch, the
+bare loop's first step.
 """
 
 import statistics
