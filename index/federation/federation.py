@@ -299,8 +299,8 @@ class Federation:
             timeout_s: time to wait for each shard; the first comparison reads all of its feature files.
 
         Raises:
-            BadInput: the filter is invalid, several atlases have the query, or there is nothing to compare
-                with.
+            BadInput: the filter is invalid, several atlases have the query, or all atlases answer and there
+                is nothing to compare with.
             NotFound: no atlas that answers has the query, or there is no shard of a name.
             Mismatch: two shards have different encoders, or vectors have another length.
             Unavailable: no shard answers, or that of the query does not.
@@ -339,7 +339,7 @@ class Federation:
             one if named is None else named.in_pairs(one)
             for name in among if name in answers.of for one in answers.of[name][0]
         ]  # fmt: skip
-        if not found:
+        if not found and not away:  # else the answer says which atlases are missing
             raise nothing_else(where)
         found.sort(key=lambda one: -one.case.score)
         revisions = {name: of[1] for name, of in answers.of.items()}

@@ -557,8 +557,10 @@ def test_similar_says_which_atlases_were_not_compared(made, tmp_path):
         assert set(away) == {"gone", "south"} and "has no mosaics" in away["south"]
         with pytest.raises(NotFound, match=r"no slide 'slide-2' in north, empty; not searched: "):
             several.similar("slide-2")
+        none = several.similar("slide-0", where="label = 'zzz'")
+        assert none.cases == [] and [s.atlas for s in none.searched.away] == ["gone", "south"]
         with pytest.raises(BadInput, match="no other slide passes the filter"):
-            several.similar("slide-0", where="label = 'zzz'")
+            several.similar("slide-0", where="label = 'zzz'", only=["north", "empty"])
         with pytest.raises(NotFound, match="unknown field 'organs'"):
             several.similar("slide-0", where="organs = 'colon'")
         with pytest.raises(Unavailable, match="has no mosaics"):

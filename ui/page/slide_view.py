@@ -116,8 +116,11 @@ def _size(row: Mapping[str, Any]) -> str:
 
 def _similar(similar: SimilarAnswer, homes: Sequence[Home], by: str) -> str:
     what = "slides" if by == "slide" else "cases"
+    away = not_searched(similar.searched)
+    missing = f"<p>{escape(away)}</p>" if away else ""
     if not similar.cases:
-        return f"<h3>Similar {what}</h3>" + empty("None.", "There is nothing else to compare with.")
+        none = empty("None.", "There is nothing else to compare with.")
+        return f"<h3>Similar {what}</h3>{none}{missing}"
     rows = []
     for item, home in zip(similar.cases, homes or [OWN] * len(similar.cases), strict=True):
         pairs = "".join(
@@ -137,10 +140,9 @@ def _similar(similar: SimilarAnswer, homes: Sequence[Home], by: str) -> str:
             f"<li><div><b>{escape(item.name)}</b>{label} <small>score {item.score:.3f}{atlas}</small></div>"
             f'<div class="hs-pairs">{pairs}</div></li>'
         )
-    away = not_searched(similar.searched)
     return (
         f"<h3>Similar {what}, with pairs of similar tiles (of this one, of the other one)</h3>"
-        f'<ol class="hs-similar">{"".join(rows)}</ol>' + (f"<p>{escape(away)}</p>" if away else "")
+        f'<ol class="hs-similar">{"".join(rows)}</ol>{missing}'
     )
 
 
@@ -148,8 +150,5 @@ def _tiles(pair: Pair, home: Home) -> Iterator[tuple[str, int, str]]:
     """Yield the two tiles of a pair: what the page calls them, their id, and their atlas as a suffix."""
     if pair.query is not None:
         yield str(pair.query), pair.query, ""
-    yield (
-        home.key(pair.match),
-        pair.match,
-        f" of {escape(home.name, quote=True)}" * bool(home.number),
-    )
+    of = f" of {escape(home.name, quote=True)}" if home.number else ""
+    yield home.key(pair.match), pair.match, of
