@@ -8,23 +8,22 @@ in time, is named in the answer; the others are searched.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput, Mismatch, NotFound, Unavailable, unknown_name
 from ..atlas import Atlas
-from ..search.cases import Case, check_by, nothing_else
-from ..search.filters import Compare, Every, Filter, Some
+from ..search.cases import check_by, nothing_else
 from ..search.query import Query
 from ..search.tiles import combined
 from ..store.rows import Hit
-from .answers import Answer, Example, Found, FoundCase, Searched, SimilarCases
+from .answers import Answer, Example, Found, Searched, SimilarCases
 from .asking import ANY, Asking
-from .parts import Part, check_filter, merged, not_in, reasons_of, shared_slides
+from .comparing import Comparing
+from .parts import Part, check_filter, merged, reasons_of, shared_slides
 from .shards import NO_MOSAICS, AtlasShard, Facts, Shard, named, other_encoder
 
 TIMEOUT_S = 10.0
@@ -317,70 +316,17 @@ class Federation:
         away |= missing
         among = {s.name: known[s.name] for s in chosen if s.name in known}
         check_filter(where, among, away)
+        asking = Comparing(self._asking, timeout_s, by, away)
         named = None
-        vectors, left_out = query, None
         if isinstance(query, str):
-            here = [on_disk[s.name] for s in homes if s.name in known]
-            named = self._query(query, by, here, away, atlas, timeout_s)
-            vectors, left_out = named.case.vectors, _others(named.case, by)
-        fields = frozenset[str]().union(*(facts.fields for facts in among.values()))
-
-        def find(shard: Shard) -> tuple[list[FoundCase], int]:
-            absent = fields - known[shard.name].fields
-            own = named is not None and shard.name == named.atlas
-            asked = replace(settings, absent=absent, also=None if own else left_out)
-            return on_disk[shard.name].similar(query if own else vectors, by, asked)
-
-        answers = self._asking.ask([on_disk[name] for name in among], find, timeout_s=timeout_s)
-        away |= answers.away
-        if not answers.of:
+            named = asking.query(query, [on_disk[s.name] for s in homes if s.name in known], atlas)
+        found, revisions = asking.compare(query, named, settings, on_disk, among)
+        if not revisions:
             raise _none_of({shard.name: away[shard.name] for shard in chosen})
-        found = [
-            one if named is None else named.in_pairs(one)
-            for name in among if name in answers.of for one in answers.of[name][0]
-        ]  # fmt: skip
         if not found and not away:  # else the answer says which atlases are missing
             raise nothing_else(where)
-        found.sort(key=lambda one: -one.case.score)
-        revisions = {name: of[1] for name, of in answers.of.items()}
         searched = self._answer([], chosen, known, away, revisions)
         return SimilarCases(found[:k], searched, None if named is None else named.atlas)
-
-    def _query(
-        self,
-        name: str,
-        by: str,
-        shards: Sequence[AtlasShard],
-        away: dict[str, str],
-        atlas: str | None,
-        timeout_s: float,
-    ) -> NamedCase:
-        """Return a slide or case of one of the shards by name.
-
-        Args:
-            name: of the slide or case.
-            by: slide or patient.
-            shards: where to look.
-            away: why others cannot be asked; those that do not answer are added.
-            atlas: the only one to look in, if it was named.
-            timeout_s: time to wait for each shard.
-        """
-        at = {shard.name: shard for shard in shards}
-        answers = self._asking.ask(shards, lambda s: at[s.name].case(name, by), timeout_s=timeout_s)
-        away |= answers.away
-        if atlas is not None and atlas in away:
-            raise Unavailable(f"the atlas {atlas} of the query cannot be searched: {away[atlas]}")
-        found = {shard: case for shard, case in answers.of.items() if case is not None}
-        if not found:
-            reasons = f"; not searched: {reasons_of(away)}" if away else ""
-            raise NotFound(f"no {by} {name!r} in {', '.join(answers.of)}{reasons}")
-        if len(found) > 1:
-            raise BadInput(
-                f"{' and '.join(found)} have a {by} {name!r}; name its atlas, such as "
-                f"{next(iter(found))}:{name}"
-            )
-        ((own, (case, tiles)),) = found.items()
-        return NamedCase(own, case, tiles)
 
     def status(self) -> Answer:
         """Return an answer without hits: which shards can be searched now.
@@ -441,39 +387,6 @@ class Federation:
             vectors[rows], tiles = answers.of[name]
             hits |= dict(zip(rows, tiles, strict=True))
         return vectors, [hits[n] for n in range(len(examples))]
-
-
-@dataclass(frozen=True)
-class NamedCase:
-    """A slide or case of a shard that is the query.
-
-    Attributes:
-        atlas: name of the shard.
-        case: the slide or case.
-        tiles: the tiles of its mosaic, by id.
-    """
-
-    atlas: str
-    case: Case
-    tiles: dict[int, dict[str, Any]]
-
-    def in_pairs(self, found: FoundCase) -> FoundCase:
-        """Return a found case whose pairs have this query's tiles with their atlas, as the matches have."""
-        if found.atlas == self.atlas:
-            return found._replace(query_tiles=found.tiles)
-        ids = [self.case.tiles[pair.query_row] for pair in found.case.pairs]
-        pairs = [p._replace(query=n) for p, n in zip(found.case.pairs, ids, strict=True)]
-        return found._replace(
-            case=found.case._replace(pairs=pairs), query_tiles={n: self.tiles[n] for n in ids}
-        )
-
-
-def _others(case: Case, by: str) -> Filter:
-    """Return the filter that leaves the slides of a query and of its patients out of another atlas."""
-    slides = not_in("slide", case.slides)
-    if by == "patient":  # the other patients of a tile set of the same name stay
-        slides = Some((slides, Compare("kind", "!=", ("slide",))))
-    return Every((slides, not_in("patient", case.patients))) if case.patients else slides
 
 
 def examples_of(ids: list[int]) -> Callable[[Shard], tuple[NDArray[np.float32], list[Hit]]]:
