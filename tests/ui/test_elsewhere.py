@@ -11,6 +11,8 @@ from triton_server import free_ports
 
 from histoseek.errors import BadInput, Mismatch
 from histoseek.index.atlas import Atlas
+from histoseek.index.federation.answers import Searched
+from histoseek.index.federation.shards import NO_MOSAICS
 from histoseek.serving.embedding.jobs import find_jobs
 from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
@@ -18,6 +20,7 @@ from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 from histoseek.ui.page.widgets import error_html
 from histoseek.ui.server import Running, ServeOptions
 from histoseek.ui.session.session import Session
+from histoseek.ui.session.words import not_searched
 
 
 @pytest.fixture(scope="module")
@@ -247,3 +250,15 @@ def test_what_is_refused(several, served, tmp_path, own_atlas):
     Atlas.create_external(tmp_path / "uni", "uni", 128)
     with pytest.raises(Mismatch, match="uni has the encoder"):
         Session(own_atlas, others=[str(tmp_path / "uni")])
+
+
+def test_why_atlases_were_not_searched():
+    def shard(name, away):
+        return Searched(name, name, None, None, None, away)
+
+    shards = [shard("a", ""), shard("b", "no answer within 10 s"), shard("c", NO_MOSAICS)]
+    assert not_searched(shards) == (
+        "Not searched, because they did not answer: b. "
+        "Not compared, because Milvus has no mosaics: c."
+    )
+    assert not_searched(shards[:1]) == ""

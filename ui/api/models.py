@@ -468,5 +468,5 @@ class SimilarSlides(BaseModel):
         [], description="the atlases that were asked; empty if it was the server's own alone"
     )
     shared_slides: int = Field(
-        0, description="number of slides that several of the searched atlases have; each is listed"
+        0, description="number of slides that several of the atlases have; each copy is ranked"
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ...index.federation.answers import Searched, mixed
+from ...index.federation.shards import NO_MOSAICS
 from ...index.store.rows import Hit
 from .answers import SearchAnswer
 from .scaled import ScaledImage
@@ -80,9 +81,16 @@ def _of_atlases(answer: SearchAnswer) -> list[str]:
 
 
 def not_searched(shards: Iterable[Searched]) -> str:
-    """Return a sentence that names the atlases that did not answer; "" if all did."""
-    away = ", ".join(shard.atlas for shard in shards if shard.away)
-    return f"Not searched, because they did not answer: {away}." if away else ""
+    """Return sentences that name the atlases that were not searched; "" if all were."""
+    away = [shard for shard in shards if shard.away]
+    of_milvus = [shard.atlas for shard in away if shard.away == NO_MOSAICS]
+    silent = [shard.atlas for shard in away if shard.away != NO_MOSAICS]
+    parts = []
+    if silent:
+        parts.append(f"Not searched, because they did not answer: {', '.join(silent)}.")
+    if of_milvus:
+        parts.append(f"Not compared, because Milvus has no mosaics: {', '.join(of_milvus)}.")
+    return " ".join(parts)
 
 
 def verdict_text(answer: SearchAnswer) -> str:
