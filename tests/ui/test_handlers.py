@@ -12,6 +12,8 @@ from PIL import Image
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.errors import BadInput, NotFound, TooLarge
 from histoseek.index.atlas import Atlas
+from histoseek.index.federation.answers import Searched
+from histoseek.index.search.cases import Pair, Similar
 from histoseek.index.search.query import Query
 from histoseek.index.store.rows import Hit
 from histoseek.index.view import View
@@ -20,8 +22,9 @@ from histoseek.serving.embedding.pipeline import embed_jobs
 from histoseek.serving.embedding.results import EmbedOptions
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE, open_encoder
 from histoseek.ui.page import cluster_view, slide_view, view
+from histoseek.ui.page.view import Home
 from histoseek.ui.session import report, words
-from histoseek.ui.session.answers import SearchAnswer, Verdict
+from histoseek.ui.session.answers import SearchAnswer, SimilarAnswer, Verdict
 from histoseek.ui.session.session import Session, cropped
 
 
@@ -293,12 +296,18 @@ def test_names_cannot_inject_markup(session):
                "labels": {evil: 1}, "examples": [hit._asdict()]}  # fmt: skip
     row = {"name": evil, "kind": "slide", "label": evil, "patient": evil, "tiles": 1, "mpp": 1,
            "width": 1, "height": 1, "added_at": "", "metadata": {evil: evil}, "reason": evil}  # fmt: skip
+    alike = SimilarAnswer(
+        [Similar(evil, 0.5, [Pair(0.5, 1, 0, 1)], evil)],
+        (evil,),
+        (Searched(evil, evil, None, None, None, evil),),
+    )
+    homes = [Home(1, evil)]
     stats = {**session.atlas.stats(), "labels": {evil: 1}}
     html = "".join(
         [
             view.gallery([hit], {0: evil}), view.verdict(found), view.problem(evil),
             cluster_view.cluster_cards([cluster], evil), slide_view.slide_cards([row], 2, evil),
-            slide_view.slide_detail(row, "clusters", evil, evil, {0: evil}, {0: 1}, [], "slide"),
+            slide_view.slide_detail(row, "clusters", evil, evil, {0: evil}, {0: 1}, alike, homes, "slide"),
             view.about(stats, evil, {evil: evil}), view.header(stats, evil),
             report._html(session, found, {evil: evil}),
         ]
