@@ -20,6 +20,9 @@ from .tilesets import MANIFEST, MAX_UNPACKED, Tile, TileSet, _rows_fingerprint, 
 from .unread import why_unread
 from .walking import LeftOut, is_hidden, walk
 
+NPZ_ARRAYS = {"images", "labels", "class_names", "group", "ids"}
+"""Arrays of an ``.npz`` pack with a meaning; others with a value per image are columns."""
+
 
 def open_tiles(source: Path, manifest: Path | None = None) -> TileSet:
     """Open a folder, CSV manifest, tar pack or npz pack as a tile set.
@@ -257,8 +260,17 @@ def _open_npz(path: Path) -> TileSet:
         return value_of(arrays["group"][row]) or None if "group" in arrays else None
 
     ids = arrays.get("ids")
+    further = {
+        key: array
+        for key, array in arrays.items()
+        if key not in NPZ_ARRAYS and array.shape == (count,)
+    }
+
+    def extra_of(row: int) -> dict[str, str]:
+        return {key: value_of(array[row]) for key, array in further.items()}
+
     tiles = tuple(
-        Tile(str(ids[n]) if ids is not None else f"{n:07d}", label_of(n), group_of(n))
+        Tile(str(ids[n]) if ids is not None else f"{n:07d}", label_of(n), group_of(n), extra_of(n))
         for n in range(count)
     )
     fingerprint = _rows_fingerprint(tiles, sha256_file(path))

@@ -2,8 +2,9 @@
 
 A tile set is read from a folder (sub-folders are classes), a CSV manifest (``file,label,group,…``), a
 ``.tar`` pack (with a ``manifest.csv`` inside, or sub-folders as classes) or an ``.npz`` pack
-(``images`` with ``labels``, ``class_names`` and ``group``). Tiles of one group come from one source image
-or patient, and must never be split between training and validation.
+(``images`` with ``labels``, ``class_names``, ``group`` and ``ids``; further arrays with a value per image
+are columns). Tiles of one group come from one source image or patient, and must never be split between
+training and validation.
 """
 
 from __future__ import annotations

@@ -54,9 +54,12 @@ def test_an_npz_with_labels_and_groups(tmp_path):
     np.savez(
         tmp_path / "p.npz", images=np.arange(3 * 16, dtype=np.uint8).reshape(3, 4, 4),
         labels=np.array([0, 1, -1]), class_names=np.array(["a", "b"]), group=np.array([7, 7, 8]),
+        is_test=np.array([False, True, True]), readme=np.array("of nobody"),
     )  # fmt: skip
     tiles = open_tiles(tmp_path / "p.npz")
     assert [(t.label, t.group) for t in tiles.tiles] == [("a", "7"), ("b", "7"), (None, "8")]
+    assert tiles.tiles[2].extra == {"is_test": "True"}
+    assert len(tiles.without("is_test", ["True"])) == 1
     assert tiles.read(0).shape == (4, 4, 3)
 
 

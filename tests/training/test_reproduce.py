@@ -224,13 +224,17 @@ def test_tiles_without_a_label_are_left_out_and_counted(tmp_path):
 
 def test_the_sweep_takes_the_training_part_where_there_are_parts(tmp_path):
     tiles = digits(120)
+    test = [{"part": "test"}, {"is_test": "True"}, {"group": "test"}]
+    train = [{"part": "train"}, {"is_test": "False"}, {"group": "train"}]
     parts = tuple(
-        Tile(t.file, t.label, None, {"part": "test" if n < 40 else "train"})
+        Tile(t.file, t.label, column.pop("group", None), column)
         for n, t in enumerate(tiles.tiles)
+        for column in [dict((test if n < 40 else train)[n % 3])]
     )
     study = TileSet("mnist", "digits", parts, "parts", tiles._load)
     document = quick("topology-sweep", study, tmp_path / "r", parts="AE")
-    assert document["about"]["data"].startswith("80 tiles")
+    assert document["about"]["data"] == "80 tiles of mnist"
+    assert "The 40 tiles of the test part were left out." in document["notes"]
 
 
 def test_a_cell_has_mean_and_sample_sd():

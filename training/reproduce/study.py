@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 
 from ...artifacts.files import read_json, write_json
-from ...artifacts.tilesets import TileSet
+from ...artifacts.tilesets import Tile, TileSet
 from ...console import Progress
 from ...errors import BadInput
 from ...metrics import Floats, Ints
@@ -39,6 +39,7 @@ class Study:
         parts: optional parts of the protocol that the user requested.
         whole: the labelled tiles of the set.
         tiles: those that are used, at most ``limit``.
+        test_tiles: number of tiles of the set's test part that were left out.
         cells: number of trainings of the whole protocol, less those that were finished before, for the
             progress.
         elsewhere: number of trainings of which only the record is here.
@@ -53,6 +54,7 @@ class Study:
         self.unlabelled = len(tiles) - len(labelled)
         self.whole = tiles.take(labelled) if self.unlabelled else tiles
         self.tiles = draw(self.whole, options.limit)
+        self.test_tiles = 0
         self.cells = 0
         self.done = 0
         self.elsewhere = 0
@@ -144,9 +146,11 @@ class Study:
 
     def leave_out_test_part(self) -> None:
         """Use only the training part of a set that has a test part."""
-        part = [n for n, tile in enumerate(self.tiles.tiles) if tile.extra.get("part") != "test"]
-        if len(part) < len(self.tiles):
-            self.tiles = self.tiles.take(part)
+        train = [n for n, tile in enumerate(self.whole.tiles) if not _is_test(tile)]
+        self.test_tiles = len(self.whole) - len(train)
+        if self.test_tiles:
+            self.whole = self.whole.take(train)
+            self.tiles = draw(self.whole, self.options.limit)
 
     def pick(self, normal: int, quick: int, option: int = 0) -> int:
         """Return ``option`` if it is set, else the protocol's normal number, or its number for --quick."""
@@ -231,6 +235,8 @@ class Study:
         if options.split == "tile" and grouped:
             split = "by tile ACROSS groups, as in the paper: LEAKY, groups are in both parts"
         report = Report(title, paper, options.command, {"data": used, "split": split, **about})
+        if self.test_tiles:
+            report.notes.append(f"The {self.test_tiles} tiles of the test part were left out.")
         if self.unlabelled:
             report.notes.append(f"{self.unlabelled} tiles without a label were left out.")
         if options.quick:
@@ -251,6 +257,15 @@ def draw(tiles: TileSet, limit: int, seed: int = 0) -> TileSet:
         if len(chosen) + len(members[names[at]]) <= limit:
             chosen += members[names[at]]
     return tiles.take(sorted(chosen))
+
+
+def _is_test(tile: Tile) -> bool:
+    """Whether a tile is of a set's test part, as far as its row says."""
+    return (
+        tile.column("part") == "test"
+        or tile.column("is_test") in {"True", "1"}
+        or tile.group == "test"
+    )
 
 
 def first_classes(tiles: TileSet, count: int) -> TileSet:
