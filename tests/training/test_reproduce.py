@@ -291,9 +291,21 @@ def test_listing_and_dry_run(tile_folder, tmp_path, cli, cli_json):
 
 def test_help_of_a_recipe_shows_its_options(cli):
     shown = " ".join(cli("train", "arcface", "--help").stdout.split())
-    assert "Options of recipe arcface:" in shown and "--easy-margin" not in shown
+    assert "Options of recipe arcface:" in shown
     assert "--batch <int> Number of tiles per step and device. [at least 2] [default: 32]" in shown
     assert "Options of recipe" not in cli("train", "--help").stdout
+    assert "--relu-embedding, --easy-margin" in shown
+    assert "only to positive cosines" not in shown
+    explained = " ".join(cli("train", "arcface", "--help-all").stdout.split())
+    assert "Apply ArcFace's margin only to positive cosines." in explained
+
+
+def test_help_names_rarely_used_options(cli):
+    shown = " ".join(cli("reproduce", "--help").stdout.split())
+    assert "Rarely used (--help-all explains them): --folds," in shown
+    assert "Number of folds into which" not in shown
+    explained = " ".join(cli("reproduce", "--help-all").stdout.split())
+    assert "--folds <int> Number of folds into which" in explained
 
 
 def test_a_difference_has_an_interval():

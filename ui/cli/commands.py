@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import inspect
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from copy import copy
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
+from textwrap import wrap
 from typing import Annotated, Any, TypeVar, get_args, get_origin
 
 import typer
@@ -43,6 +45,7 @@ COMMON = {
 """Help texts of parameters that several commands have; a docstring may describe them differently."""
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 """How a URL begins, also after pathlib shortened it."""
+HELP_ALL = "--help-all"
 HELP = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.M)
 """An option and its help text in a docstring."""
 
@@ -67,13 +70,45 @@ class Commands(typer.Typer):
         self, name: str | None = None, *args: Any, **settings: Any
     ) -> Callable[[Function], Function]:
         """Register a function as a command with ``--json``; the function itself stays as it is."""
-        register = super().command(name, *args, **settings)
+        register = super().command(name, *args, **{"cls": Command, **settings})
 
         def add(function: Function) -> Function:
             register(_command_line_form(function))
             return function
 
         return add
+
+
+class Command(TyperCommand):
+    """A command whose ``--help`` names its rarely used options, and whose ``--help-all`` explains them."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        """Parse the arguments; ``--help-all`` prints the help like ``--help``."""
+        ctx.meta[HELP_ALL] = HELP_ALL in args
+        return super().parse_args(ctx, ["--help" if word == HELP_ALL else word for word in args])
+
+    def format_options(self, ctx: Any, formatter: Any) -> None:
+        """Write the options, and the rarely used ones as requested."""
+        super().format_options(ctx, formatter)
+        write_rare(self.params, ctx, formatter)
+
+
+def write_rare(params: Sequence[Any], ctx: Any, formatter: Any) -> None:
+    """Write the rarely used options: with their help after ``--help-all``, else only their names."""
+    rare = [param for param in params if getattr(param, "hidden", False) and param.help]
+    if not rare:
+        return
+    if not ctx.meta[HELP_ALL]:
+        names = ", ".join(param.opts[0] for param in rare)
+        with formatter.section(f"Rarely used ({HELP_ALL} explains them)"):
+            for line in wrap(names, formatter.width - 2, break_on_hyphens=False):
+                formatter.write(f"  {line}\n")
+        return
+    shown = [copy(param) for param in rare]
+    for param in shown:
+        param.hidden = False
+    with formatter.section("Rarely used"):
+        formatter.write_dl([param.get_help_record(ctx) for param in shown])
 
 
 def _command_line_form(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from typer.core import TyperCommand
 
 from ... import console
 from ...errors import BadInput, MissingPart
 from ...export.options import ExportOptions, TritonOptions
 from ...training.study_options import StudyOptions
-from .commands import Commands
+from .commands import Command, Commands, write_rare
 from .options import command_for, parse, with_flags
 
 if TYPE_CHECKING:
@@ -32,7 +31,7 @@ triton_app = Commands("Prepare encoders for NVIDIA Triton.")
 app.add_typer(triton_app, name="triton")
 
 
-class TrainCommand(TyperCommand):
+class TrainCommand(Command):
     """The command ``train``, whose ``--help`` also lists the options of the named recipe."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
@@ -49,9 +48,11 @@ class TrainCommand(TyperCommand):
         from ...training.recipes import RECIPES
 
         for name in [word for word in ctx.meta["words"] if word in RECIPES][:1]:
-            rows = [p.get_help_record(ctx) for p in command_for(RECIPES[name].options, name).params]
+            params = command_for(RECIPES[name].options, name).params
+            rows = [param.get_help_record(ctx) for param in params]
             with formatter.section(f"Options of recipe {name}"):
                 formatter.write_dl([row for row in rows if row and row[0] != "--help"])
+            write_rare(params, ctx, formatter)
 
 
 @app.command(cls=TrainCommand, context_settings=ANY_FLAG)
