@@ -19,7 +19,9 @@ from .study import Study, reconstruct, spread
 CODES = (16, 32, 64, 128)
 CLUSTERS = (10, 20, 30, 40, 50)
 NETS = {"CAE": "topology-cae", "AE": "topology-ae"}
-INITIALISATIONS, EPOCHS = 20, 50
+EPOCHS, BATCH = {"CAE": 50, "AE": 100}, {"CAE": 128, "AE": 256}
+"""As in the examples of Keras."""
+INITIALISATIONS = 20
 SIDES = (28, 32)
 UNPUBLISHED = ((None, None),) * len(CODES)
 KERAS: dict[str, Any] = {"optimiser": "adadelta", "lr": 1.0, "pixel_loss": "cross-entropy"}
@@ -88,7 +90,6 @@ def reproduce(study: Study) -> Report:
     ``parts`` may have AE or CAE, to run only one of them, and settings, to compare optimisers and losses.
     """
     options = study.options
-    epochs = study.pick(EPOCHS, 1, options.epochs)
     repeats = study.pick(INITIALISATIONS, 2, options.seeds)
     side = options.size_px or study.tiles.read(0).shape[0]
     if side not in SIDES:
@@ -97,29 +98,32 @@ def reproduce(study: Study) -> Report:
         )
     study.leave_out_test_part()
     nets = [net for net in NETS if net in study.parts] or list(NETS)
+    epochs = {net: study.pick(EPOCHS[net], 1, options.epochs) for net in nets}
     compared = list(SETTINGS)[1:] if "settings" in study.parts else []
     study.cells = (len(CODES) + len(compared)) * len(nets)
     report = study.report(
-        "Topology, code size and K", "003, tables 1 and 2", epochs=epochs,
+        "Topology, code size and K", "003, tables 1 and 2",
+        epochs="; ".join(f"{net}: {count}" for net, count in epochs.items()),
         split="none: fitted and judged on the same tiles, as the paper has it",
         seeds=f"one trained net per cell, {repeats} random initialisations of k-means",
         network=f"AE on {side * side} grey pixels, CAE (32, 16, c) on 3 channels; {next(iter(SETTINGS))}, "
-        "batch 256",
+        "batch " + ", ".join(f"{BATCH[net]} ({net})" for net in nets),
     )  # fmt: skip
-    report.fewer = fewer_epochs(epochs, EPOCHS)
+    fewer = (fewer_epochs(count, EPOCHS[net], of=f" of {net}") for net, count in epochs.items())
+    report.fewer = " ".join(filter(None, fewer))
     report.notes += [
         "Purity never falls with K and is at least the share of the largest class.",
         "The paper names no optimiser, rate, loss, epochs or batch. It used Keras, whose examples had "
-        "Adadelta with rate 1, binary cross-entropy and batches of 256 (128 for convolutions). The tables "
-        "have these, Keras's initial weights and batches of 256.",
+        "Adadelta with rate 1, binary cross-entropy, and 100 epochs with batches of 256 (fully connected) "
+        "or 50 with batches of 128 (convolutions). The protocol has these and Keras's initial weights.",
     ]
     data = study.load(side)
 
     def train(cell: str, net: str, code: int, setting: dict[str, Any]) -> dict[str, Any]:
         return study(
-            cell, "autoencoder", model=NETS[net], model_options=f"dim={code}", size_px=side, epochs=epochs,
-            batch=256, weight_decay=0.0, reduction="mean", keep_best=False, folds=0, judge=False,
-            clusters=10, kmeans="minibatch", **setting,
+            cell, "autoencoder", model=NETS[net], model_options=f"dim={code}", size_px=side,
+            epochs=epochs[net], batch=BATCH[net], weight_decay=0.0, reduction="mean", keep_best=False,
+            folds=0, judge=False, clusters=10, kmeans="minibatch", **setting,
         )  # fmt: skip
 
     purities: dict[str, dict[int, Values]] = {}
