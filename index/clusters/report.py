@@ -12,7 +12,6 @@ from numpy.typing import NDArray
 from ...errors import BadInput
 from ..search.state import State
 from ..store.catalog import Catalog, insert
-from ..vectors.scan import prepared
 from .clustering import Assigned, Clustering
 from .stored import placements
 
@@ -140,7 +139,7 @@ def suggest(
     for cluster in numbers:
         rows = np.flatnonzero(where.cluster == cluster)
         some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SUGGESTED_FROM)).astype(int)]
-        mean = prepared(state.vectors_at(positions[some]), state.metric).mean(axis=0)
+        mean = state.index.vectors(positions[some]).mean(axis=0)
         centres.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
     if not numbers:
         return []

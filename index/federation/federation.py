@@ -27,8 +27,8 @@ from .parts import Part, check_filter, merged, reasons_of, shared_slides
 from .shards import NO_MOSAICS, AtlasShard, Facts, Shard, named, other_encoder
 
 TIMEOUT_S = 10.0
-COMPARE_S = 600.0
-"""Time in seconds to wait for a comparison of slides, whose first one reads every feature file."""
+COMPARE_S = 60.0
+"""Time in seconds to wait for a comparison of slides, which compares many tiles."""
 
 
 class Federation:

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import BadInput, unknown_name
 from ..store.packing import MISSING
-from ..vectors.scan import Metric, prepared, scan
+from ..vectors.scan import Metric, Positions, Vectors, prepared
 from .query import Query
 from .state import State
 from .tiles import Mask, allowed, find, owners
@@ -82,38 +82,33 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Mosaics:
-    """The mosaics of several slides of a state, joined.
+class QueryTiles:
+    """The tiles that stand for a query.
 
     Attributes:
-        positions: (M,) in the index; -1 for tiles that are not in the atlas.
-        vectors: (M, D) prepared.
+        positions: (Q,) in the index; -1 for tiles that are not in the atlas.
+        vectors: (Q, D) prepared.
     """
 
-    positions: NDArray[np.int64]
-    vectors: NDArray[np.float32]
-
-    def part(self, rows: NDArray[Any]) -> Mosaics:
-        """Return some of the tiles."""
-        return Mosaics(self.positions[rows], self.vectors[rows])
+    positions: Positions
+    vectors: Vectors
 
 
-def mosaics_of(state: State, chosen: Sequence[int] | None = None) -> Mosaics:
-    """Return the mosaics of the slides with these numbers; None for all slides.
+def mosaics_of(state: State, chosen: Sequence[int] | None = None) -> Positions:
+    """Return the positions (M,) of the mosaics of the slides with these numbers; None for all slides.
 
     Raises:
         BadInput: none of the slides has tiles.
     """
-    positions, vectors = [], []
-    for number in range(len(state.columns.slides)) if chosen is None else chosen:
-        slide = state.columns.slides[number]
-        if slide["tiles"] and slide["name"]:
-            rows, mosaic = state.mosaic_of(slide)
-            positions.append(rows + state.columns.starts[number])
-            vectors.append(mosaic)
+    slides = state.columns.slides
+    positions = [
+        state.mosaic_of(number)
+        for number in (range(len(slides)) if chosen is None else chosen)
+        if slides[number]["tiles"] and slides[number]["name"]
+    ]
     if not positions:
         raise BadInput("the atlas has no slides with tiles to compare; add features first")
-    return Mosaics(np.concatenate(positions), np.concatenate(vectors))
+    return np.concatenate(positions)
 
 
 @dataclass(frozen=True)
@@ -177,15 +172,15 @@ def owners_of(state: State, by: str) -> Owners:
 
 
 def rank(
-    query: Mosaics, all_: Mosaics, owner: NDArray[np.int64], metric: Metric
-) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
+    state: State, query: Vectors, mosaics: Positions, owner: Positions
+) -> tuple[Positions, Vectors]:
     """Return owners (O,), most similar first, and the median of the query tiles' best scores (O,).
 
     Args:
-        query: (Q, D) vectors.
-        all_: the mosaics to compare with.
-        owner: (M,) owner of each tile of ``all_``.
-        metric: of the vectors.
+        state: whose tiles are compared.
+        query: (Q, D) prepared vectors.
+        mosaics: (M,) positions of the tiles to compare with.
+        owner: (M,) owner of each of them.
     """
     order = np.argsort(owner, kind="stable")
     numbers, starts = np.unique(owner[order], return_index=True)
@@ -196,11 +191,8 @@ def rank(
         last = first + 1
         while last < len(numbers) and ends[last] - starts[first] <= BLOCK:
             last += 1
-        part = all_.vectors[order[starts[first] : ends[last - 1]]]
-        scores = query.vectors @ part.T
-        if metric == "l2":
-            squared = np.square(query.vectors).sum(1)[:, None] + np.square(part).sum(1) - 2 * scores
-            scores = -np.sqrt(np.maximum(squared, 0))
+        part = state.index.vectors(mosaics[order[starts[first] : ends[last - 1]]])
+        scores = _scores(query, part, state.metric)
         best = np.maximum.reduceat(scores, starts[first:last] - starts[first], axis=1)
         medians[first:last] = np.median(best, axis=0)
         first = last
@@ -208,22 +200,40 @@ def rank(
     return numbers[best_first], medians[best_first]
 
 
-def _by_median(state: State, query: Mosaics, all_: Mosaics, cases: Owners, k: int) -> list[Similar]:
-    metric = state.metric
-    owner = cases.number[all_.positions]
-    numbers, medians = rank(query, all_, owner, metric)
+def _scores(query: Vectors, part: Vectors, metric: Metric) -> Vectors:
+    """Return the scores (Q, M) of prepared vectors (Q, D) and (M, D)."""
+    products: Vectors = query @ part.T
+    if metric == "cosine":
+        return products
+    squared = np.square(query).sum(1)[:, None] + np.square(part).sum(1) - 2 * products
+    distances: Vectors = np.sqrt(np.maximum(squared, 0))
+    return -distances
+
+
+def _by_median(
+    state: State, query: QueryTiles, mosaics: Positions, cases: Owners, k: int
+) -> list[Similar]:
+    owner = cases.number[mosaics]
+    numbers, medians = rank(state, query.vectors, mosaics, owner)
     ranked = []
     for number, score in zip(numbers[:k].tolist(), medians[:k].tolist(), strict=True):
-        mosaic = all_.part(np.flatnonzero(owner == number))
-        scores, best = scan(query.vectors, mosaic.vectors, 1, metric)
-        nearest = scores[:, 0] if metric == "cosine" else -np.sqrt(np.maximum(-scores[:, 0], 0))
-        rows = np.arange(len(nearest))
-        pairs = _pairs(state, query, rows, mosaic.positions[best[:, 0]], nearest)
+        mosaic = mosaics[owner == number]
+        vectors = state.index.vectors(mosaic)
+        best = _scores(query.vectors, vectors, state.metric).argmax(axis=1)
+        nearest = vectors[best]
+        scores = (
+            np.einsum("qd,qd->q", query.vectors, nearest)
+            if state.metric == "cosine"
+            else -np.linalg.norm(query.vectors - nearest, axis=1)
+        )
+        pairs = _pairs(state, query, np.arange(len(best)), mosaic[best], scores)
         ranked.append(Similar(cases.names[number], score, pairs, cases.labels[number]))
     return ranked
 
 
-def _by_votes(state: State, query: Mosaics, cases: Owners, k: int, passing: Mask) -> list[Similar]:
+def _by_votes(
+    state: State, query: QueryTiles, cases: Owners, k: int, passing: Mask
+) -> list[Similar]:
     """Rank by votes of the nearest tiles of the whole atlas; the votes of each query tile add up to one."""
     scores, positions = find(state, query.vectors, Query(k=VOTES), passing)
     is_hit = positions >= 0
@@ -245,11 +255,7 @@ def _by_votes(state: State, query: Mosaics, cases: Owners, k: int, passing: Mask
 
 
 def _pairs(
-    state: State,
-    query: Mosaics,
-    query_rows: NDArray[np.int64],
-    matches: NDArray[np.int64],
-    scores: NDArray[np.float32],
+    state: State, query: QueryTiles, query_rows: Positions, matches: Positions, scores: Vectors
 ) -> list[Pair]:
     """Return the most similar regions; each tile of query and match is used at most once."""
     ids = state.columns.ids
@@ -294,15 +300,15 @@ def similar_slides(
         others &= ~left_out
     else:
         state.check_queries(query)
-        mosaic = Mosaics(np.full(len(query), -1), prepared(query, state.metric))
+        mosaic = QueryTiles(np.full(len(query), -1), prepared(query, state.metric))
     passing = allowed(state, where, settings)
     others = others if passing is None else others & passing
     found: list[Similar] = []
     if others.any() and how == "votes":
         found = _by_votes(state, mosaic, cases, k, others)
     elif others.any():
-        all_ = mosaics_of(state)
-        found = _by_median(state, mosaic, all_.part(others[all_.positions]), cases, k)
+        mosaics = mosaics_of(state)
+        found = _by_median(state, mosaic, mosaics[others[mosaics]], cases, k)
     if not found and settings is None:
         raise nothing_else(where)
     return found
@@ -328,19 +334,19 @@ def case_of(state: State, name: str, by: str) -> Case:
 
 def _of_the_atlas(
     state: State, cases: Owners, name: str, by: str
-) -> tuple[Mosaics, NDArray[np.bool_]]:
+) -> tuple[QueryTiles, NDArray[np.bool_]]:
     """Return the mosaic of a slide or case, and which positions (N,) belong to it or to its patients."""
-    present = np.unique(cases.number).tolist()
+    present = np.flatnonzero(np.bincount(cases.number)).tolist()
     numbers = [n for n in present if cases.names[n] == name]
     if not numbers:
         raise unknown_name(by, name, [cases.names[n] for n in present if cases.names[n]])
     inside = cases.number == numbers[-1]  # a patient takes precedence over a slide of the same name
     slides = np.unique(state.columns.slide_of(np.flatnonzero(inside))).tolist()
     mosaic = mosaics_of(state, slides)
-    mosaic = mosaic.part(inside[mosaic.positions])
-    if not len(mosaic.positions):  # the mosaic of the tile set has no tile of this case
-        some = np.flatnonzero(inside)[:CASE_TILES]
-        mosaic = Mosaics(some, prepared(state.vectors_at(some), state.metric))
+    mosaic = mosaic[inside[mosaic]]
+    if not len(mosaic):  # the mosaic of the tile set has no tile of this case
+        mosaic = np.flatnonzero(inside)[:CASE_TILES]
     patient = state.columns.coded("patient").codes
     patients = np.unique(patient[inside])
-    return mosaic, inside | np.isin(patient, patients[patients >= 0])
+    query = QueryTiles(mosaic, state.index.vectors(mosaic))
+    return query, inside | np.isin(patient, patients[patients >= 0])

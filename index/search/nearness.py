@@ -19,7 +19,7 @@ def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> NDArray[np.
     all other tiles count. With these scores one can judge how near the nearest tile of a new image is.
     """
     some = state.sample(tiles, seed)
-    vectors = state.vectors_at(some)
+    vectors = state.index.vectors(some)
     choices: tuple[LeaveOut, ...] = ("patient", "tile")
     for leave_out in choices:
         scores, positions = find_like(state, some, vectors, Query(k=1, leave_out=leave_out))
@@ -43,10 +43,12 @@ def scores_in(state: State, slide: str, query: NDArray[np.float32]) -> NDArray[n
     Raises:
         NotFound: no such slide.
     """
-    row = next((s for s in state.columns.slides if s["name"] == slide and slide), None)
-    if row is None:
+    names = [row["name"] for row in state.columns.slides]
+    if not slide or slide not in names:
         raise NotFound(f"{state.store.path} has no slide {slide!r}")
-    vectors = prepared(state.store.vectors_of(row), state.metric)
+    number = names.index(slide)
+    first, end = state.columns.starts[number : number + 2].tolist()
+    vectors = state.index.vectors(np.arange(first, end))
     query = prepared(query[None], state.metric)
     cosine = state.metric == "cosine"
     scores: NDArray[np.float32]

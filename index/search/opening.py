@@ -19,7 +19,7 @@ from ..vectors.generations import Generations
 from ..vectors.index import VectorIndex
 from ..vectors.scan import prepared
 from .columns import Columns, StoredColumn
-from .state import Mosaic, State
+from .state import State
 from .tile_rows import clusters_in, places_in, quality_in
 
 GONE = -(2**62)
@@ -49,7 +49,6 @@ class States:
         self._lock = threading.Lock()
         self._newest: State | None = None
         self._recent: dict[int, NDArray[np.float32]] = {}
-        self._mosaics: dict[int, Mosaic] = {}
 
     def newest(self) -> State:
         """Return the newest committed state; the same object as before if nothing changed.
@@ -102,7 +101,6 @@ class States:
 
     def _open(self, rows: _Rows) -> State:
         by_id = {slide["id"]: slide for slide in rows.slides}
-        self._mosaics = {n: m for n, m in self._mosaics.items() if n in by_id}
         covered: list[dict[str, Any]] = []
         opened = None if rows.generation is None else self._generations.open(rows.generation)
         moved = self._store.catalog.revision() != rows.revision
@@ -144,7 +142,6 @@ class States:
             opened.about if opened else {},
             rows.clusterings,
             rows.cluster_names,
-            self._mosaics,
         )
 
     def _read_recent(self, late: Sequence[dict[str, Any]]) -> NDArray[np.float32]:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from sqlite3 import Connection
 from typing import Any
 
@@ -17,10 +17,8 @@ from ..store.catalog import REVISION, get_meta
 from ..store.packing import unpack_numbers
 from ..store.store import StateGone, Store
 from ..vectors.index import VectorIndex
-from ..vectors.scan import Metric, prepared
+from ..vectors.scan import Metric
 from .columns import Columns
-
-Mosaic = tuple[NDArray[np.int64], NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -36,7 +34,6 @@ class State:
         about: plan, options and measurements of the index file.
         clusterings: the catalog's rows of the fitted clusterings, newest first.
         cluster_names: names that people gave to clusters, by clustering and number.
-        mosaics: cached mosaics, by slide id.
     """
 
     store: Store
@@ -47,7 +44,6 @@ class State:
     about: dict[str, Any]
     clusterings: list[dict[str, Any]]
     cluster_names: dict[str, dict[int, str]]
-    mosaics: dict[int, Mosaic] = field(default_factory=dict, repr=False)
 
     @property
     def manifest(self) -> Manifest:
@@ -85,6 +81,8 @@ class State:
     def vectors_at(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the vectors (T, D) at positions (T,), from the feature files.
 
+        Where prepared vectors are enough, ``index.vectors`` is much faster: it reads no whole files.
+
         Raises:
             Damaged: a feature file is missing or has changed since it was added.
         """
@@ -107,18 +105,20 @@ class State:
         drawn = np.random.default_rng(seed).choice(rows, min(count, len(rows)), replace=False)
         return np.sort(drawn)
 
-    def mosaic_of(self, slide: Mapping[str, Any]) -> Mosaic:
-        """Return the mosaic of a slide: rows of its tiles (M,) and their prepared vectors (M, D)."""
-        if slide["id"] not in self.mosaics:
-            if slide["mosaic"] is None:
-                raise Damaged(
-                    f"slide {slide['name']!r} was added by a version that was never released; build the "
-                    "atlas again from its feature files with `histoseek index create` and `index add`"
-                )
-            vectors = prepared(self.store.vectors_of(slide), self.metric)
-            rows = unpack_numbers(slide["mosaic"], "<i4").astype(np.int64)
-            self.mosaics[slide["id"]] = rows, vectors[rows]
-        return self.mosaics[slide["id"]]
+    def mosaic_of(self, number: int) -> NDArray[np.int64]:
+        """Return the positions (M,) of the mosaic of the slide with a number.
+
+        Raises:
+            Damaged: the slide has no mosaic.
+        """
+        slide = self.columns.slides[number]
+        if slide["mosaic"] is None:
+            raise Damaged(
+                f"slide {slide['name']!r} was added by a version that was never released; build the "
+                "atlas again from its feature files with `histoseek index create` and `index add`"
+            )
+        rows = unpack_numbers(slide["mosaic"], "<i4").astype(np.int64)
+        return rows + int(self.columns.starts[number])
 
     def check_queries(self, queries: NDArray[np.float32]) -> None:
         """Check that vectors can be compared with those of this atlas.

@@ -208,7 +208,7 @@ def answer(state: State, query: Query) -> list[list[Hit]]:
         hits += state.columns.hits(positions, scores)
     if query.tiles:
         tiles = state.positions(query.tiles)
-        scores, positions = find_like(state, tiles, state.vectors_at(tiles), query)
+        scores, positions = find_like(state, tiles, state.index.vectors(tiles), query)
         hits += state.columns.hits(positions, scores)
     return hits
 

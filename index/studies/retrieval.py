@@ -164,7 +164,7 @@ def _query_tiles(
     if len(positions) > options.queries:
         rng = np.random.default_rng(options.seed)
         positions = np.sort(rng.choice(positions, options.queries, replace=False))
-    vectors = view.state.vectors_at(positions)
+    vectors = view.index.vectors(positions)
     hits = np.full((len(positions), RANKS), -1, dtype=np.int64)
     candidates = np.zeros((len(positions), int(labels.max()) + 1), dtype=np.int64)
     for left_out in np.unique(owner[positions]):
@@ -208,7 +208,7 @@ def _query_slides(
         )
     mosaics = cases.mosaics_of(view.state, [n for n, _, _ in usable])
     row_of = {number: row for row, (number, _, _) in enumerate(usable)}
-    slide_row = np.array([row_of[n] for n in columns.slide_of(mosaics.positions).tolist()])
+    slide_row = np.array([row_of[n] for n in columns.slide_of(mosaics).tolist()])
     label = np.array([code for _, code, _ in usable])
     owners = np.array([who for _, _, who in usable])
     hits = np.full((len(usable), RANKS), -1, dtype=np.int64)
@@ -216,8 +216,8 @@ def _query_slides(
     started = time.perf_counter()
     for row, who in enumerate(owners.tolist()):
         others = np.flatnonzero(owners[slide_row] != who)
-        query = mosaics.part(np.flatnonzero(slide_row == row))
-        ranked, _ = cases.rank(query, mosaics.part(others), slide_row[others], view.state.metric)
+        query = view.index.vectors(mosaics[slide_row == row])
+        ranked, _ = cases.rank(view.state, query, mosaics[others], slide_row[others])
         best = label[ranked[:RANKS]]
         hits[row, : len(best)] = best
         candidates[row] = np.bincount(label[owners != who], minlength=candidates.shape[1])

@@ -120,6 +120,16 @@ class VectorIndex:
         """Number of vectors added after the main part was written."""
         return len(self._recent)
 
+    def vectors(self, positions: Positions) -> Vectors:
+        """Return the prepared vectors (T, D) at positions (T,), as they are searched."""
+        if not self._main_rows:
+            return self._recent[positions]
+        found = np.empty((len(positions), self.dim), dtype=np.float32)
+        late = positions >= self._main_rows
+        found[~late] = self._exact[positions[~late]]
+        found[late] = self._recent[positions[late] - self._main_rows]
+        return found
+
     # -- searching ------------------------------------------------------------------------------
 
     def search(

@@ -71,11 +71,30 @@ def test_evidence_is_pairs_of_regions_that_are_alike(kinds):
 
 
 def test_the_score_is_yottixels_median_of_minimum_distances(kinds):
-    slides = {s["name"]: s for s in kinds.view().columns.slides}
-    _, a = kinds.view().state.mosaic_of(slides["beta-0"])
+    state = kinds.view().state
+    names = [slide["name"] for slide in state.columns.slides]
+    ids, stored = kinds.vectors()
+
+    def mosaic_vectors(name):
+        tiles = state.columns.ids(state.mosaic_of(names.index(name)))
+        return stored[np.searchsorted(ids, tiles)]
+
+    a = mosaic_vectors("beta-0")
     for other in kinds.similar("beta-0", 9):
-        _, b = kinds.view().state.mosaic_of(slides[other.name])
+        b = mosaic_vectors(other.name)
         assert other.score == pytest.approx(float(np.median((a @ b.T).max(axis=1))), abs=1e-5)
+
+
+def test_a_comparison_reads_no_feature_file(kinds, monkeypatch):
+    """Reading all of them takes long in a large atlas."""
+    from histoseek.index.store.store import Store
+
+    monkeypatch.setattr(Store, "vectors_of", None)
+    opened = Atlas(kinds.path)
+    assert [s.label for s in opened.similar("beta-0", 2)] == ["beta", "beta"]
+    assert [s.label for s in opened.similar("P-beta-0", 2, by="patient")] == ["beta", "beta"]
+    assert len(opened.usual_nearness()) == 200
+    assert len(opened.search(tiles=[1, 2], k=3)[0]) == 3
 
 
 def test_new_tiles_are_compared_like_a_slide_and_filters_count(kinds):

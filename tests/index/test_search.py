@@ -260,6 +260,24 @@ def test_an_l2_atlas_scores_by_distance(tmp_path):
         atlas.search(data[:1])
 
 
+@pytest.mark.parametrize("plan", [{}, {"exact_up_to": 0}])
+def test_the_index_gives_back_the_vectors_of_the_files(tmp_path, plan):
+    """Of the index file, exact or of codes, of the recent tiles, and between removed ones."""
+    atlas = filled(tmp_path, slides=20, count=200)
+    atlas.tune(**plan)
+    atlas.remove(["slide-1"])
+    rng = np.random.default_rng(50)
+    atlas.add([features(tmp_path / "late.h5", 90, 9, features=3 * grouped(rng, 90))])
+    state = atlas.view().state
+    assert state.index.recent_rows == 90 and state.index.positions == 4090
+    present = state.columns.present()
+    assert len(present) == 3890
+    rng.shuffle(present)
+    expected = vectors.prepared(state.vectors_at(present), "cosine")
+    assert np.array_equal(state.index.vectors(present), expected)
+    assert state.index.vectors(present[:0]).shape == (0, DIM)
+
+
 def test_recall_is_measured_without_the_tile_itself():
     """Tiles that are asked find themselves first; counting that would flatter the index."""
     data = unit(np.random.default_rng(0), 200)

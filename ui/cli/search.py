@@ -353,7 +353,7 @@ def similar(
     how: str = "median",
     where: str | None = None,
     features: Path | None = None,
-    timeout: float = 600.0,
+    timeout: float = 60.0,
 ) -> None:
     """Find the slides or cases most similar to a slide or case.
 
@@ -372,7 +372,7 @@ def similar(
         how: How to score: median (of the distances from each representative tile of the query to the
             nearest tile of the other, as in Yottixel) or votes (of the nearest tiles in the whole atlas).
         features: Feature file of a new slide, which is the query instead of a named one.
-        timeout: With several atlases: time in s to wait for each. All of its feature files are read.
+        timeout: With several atlases: time in s to wait for each.
     """
     from ...index.atlas import Atlas
     from ...index.exchange.imports import read_query
