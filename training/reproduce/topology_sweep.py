@@ -26,11 +26,13 @@ SIDES = (28, 32)
 UNPUBLISHED = ((None, None),) * len(CODES)
 KERAS: dict[str, Any] = {"optimiser": "adadelta", "lr": 1.0, "pixel_loss": "cross-entropy"}
 """What the examples of Keras, which the paper used, did at its time; the paper itself does not say."""
+RELU_CODE = "Adadelta 1, cross-entropy, ReLU after the code"
 SETTINGS: dict[str, dict[str, Any]] = {
     "Adadelta 1, cross-entropy": KERAS,
     "Adadelta 1, squared error": {**KERAS, "pixel_loss": "squared"},
     "Adam 1e-3, cross-entropy": {**KERAS, "optimiser": "adam", "lr": 1e-3},
     "Adam 1e-3, squared error": {"optimiser": "adam", "lr": 1e-3, "pixel_loss": "squared"},
+    RELU_CODE: {**KERAS, "model_options": "relu_code=true"},
 }
 """Settings that the part ``settings`` compares; the first is that of the tables."""
 SETTINGS_CODE = 32
@@ -87,7 +89,8 @@ PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
 def reproduce(study: Study) -> Report:
     """Train every net once per code length; cluster its codes 20 times per K, from random centres.
 
-    ``parts`` may have AE or CAE, to run only one of them, and settings, to compare optimisers and losses.
+    ``parts`` may have AE or CAE, to run only one of them, and settings, to compare optimisers, losses and a
+    code with ReLU.
     """
     options = study.options
     repeats = study.pick(INITIALISATIONS, 2, options.seeds)
@@ -99,8 +102,8 @@ def reproduce(study: Study) -> Report:
     study.leave_out_test_part()
     nets = [net for net in NETS if net in study.parts] or list(NETS)
     epochs = {net: study.pick(EPOCHS[net], 1, options.epochs) for net in nets}
-    compared = list(SETTINGS)[1:] if "settings" in study.parts else []
-    study.cells = (len(CODES) + len(compared)) * len(nets)
+    compared = "settings" in study.parts
+    study.cells = len(CODES) * len(nets) + sum(len(_compared(net)) for net in nets if compared)
     report = study.report(
         "Topology, code size and K", "003, tables 1 and 2",
         epochs="; ".join(f"{net}: {count}" for net, count in epochs.items()),
@@ -120,8 +123,10 @@ def reproduce(study: Study) -> Report:
     data = study.load(side)
 
     def train(cell: str, net: str, code: int, setting: dict[str, Any]) -> dict[str, Any]:
+        further = setting.get("model_options")
+        setting = {**setting, "model_options": f"dim={code}" + (f",{further}" if further else "")}
         return study(
-            cell, "autoencoder", model=NETS[net], model_options=f"dim={code}", size_px=side,
+            cell, "autoencoder", model=NETS[net], size_px=side,
             epochs=epochs[net], batch=BATCH[net], weight_decay=0.0, reduction="mean", keep_best=False,
             folds=0, judge=False, clusters=10, kmeans="minibatch", **setting,
         )  # fmt: skip
@@ -147,11 +152,12 @@ def reproduce(study: Study) -> Report:
     report.says = _says(report.tables[:-1])
     rows = {}
     for net in nets if compared else []:
-        for name in SETTINGS:
-            cell = f"{net.lower()}-{SETTINGS_CODE}"
-            if name in compared:
-                cell += f"-{compared.index(name) + 1}"
-                train(cell, net, SETTINGS_CODE, SETTINGS[name])
+        cell = f"{net.lower()}-{SETTINGS_CODE}"
+        trained = {next(iter(SETTINGS)): cell}
+        for number, name in enumerate(_compared(net), 1):
+            trained[name] = f"{cell}-{number}"
+            train(trained[name], net, SETTINGS_CODE, SETTINGS[name])
+        for name, cell in trained.items():
             found = _cluster(study, cell, data, repeats)
             rows[f"{net}: {name}"] = [
                 Cell(mean, tuple(found[str(k)]), None, sd)
@@ -160,7 +166,7 @@ def reproduce(study: Study) -> Report:
                 )
             ]
     if rows:
-        title = f"Purity in % with other optimisers and losses, code {SETTINGS_CODE}, {study.whole.name}"
+        title = f"Purity in % with other settings, code {SETTINGS_CODE}, {study.whole.name}"
         report.tables.append(
             Table(title, [f"K = {k}" for k in CLUSTERS], rows, digits=2, compares_settings=True)
         )
@@ -176,6 +182,11 @@ def reproduce(study: Study) -> Report:
     file = figures.reconstructions(study.out / "reconstructions.png", images)
     report.add_figure(file, "Tiles and their reconstructions, by net and code size")
     return report
+
+
+def _compared(net: str) -> list[str]:
+    """Return the names of the settings that a net is also trained with."""
+    return [name for name in list(SETTINGS)[1:] if net == "AE" or name != RELU_CODE]
 
 
 def _says(tables: list[Table]) -> tuple[str, str, str]:
