@@ -8,9 +8,11 @@ import zlib
 from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 from zipfile import BadZipFile, ZipFile
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ..errors import BadInput
 from .files import sha256_file
@@ -224,6 +226,11 @@ def _is_plain_tar(path: Path) -> bool:
         return False
 
 
+def _readable(array: NDArray[Any]) -> NDArray[Any]:
+    """Return an array, with bytes as text."""
+    return np.char.decode(array, "utf-8", "replace") if array.dtype.kind == "S" else array
+
+
 def _open_npz(path: Path) -> TileSet:
     try:
         with ZipFile(path) as members:
@@ -233,7 +240,7 @@ def _open_npz(path: Path) -> TileSet:
                 f"{path} unpacks to {unpacked:,} bytes; expected at most {MAX_UNPACKED:,}: split it"
             )
         with np.load(path, allow_pickle=False) as pack:
-            arrays = {key: pack[key] for key in pack.files}
+            arrays = {key: _readable(pack[key]) for key in pack.files}
     except (OSError, ValueError, EOFError, BadZipFile, MemoryError, zlib.error) as error:
         raise BadInput(f"{path} is not a readable .npz of plain arrays ({error})") from error
     images = arrays.get("images")
@@ -245,6 +252,9 @@ def _open_npz(path: Path) -> TileSet:
     for key in ("labels", "group", "ids"):
         if key in arrays and len(arrays[key]) != count:
             raise BadInput(f"{path}: {key!r} has {len(arrays[key])} rows, 'images' has {count}")
+    for key, meant in (("label", "labels"), ("file", "ids")):
+        if key in arrays:
+            raise BadInput(f"{path} has an array {key!r}; expected {meant!r}: rename it")
     names = arrays.get("class_names")
     labels = arrays.get("labels")
 

@@ -53,7 +53,7 @@ def test_a_tar_with_and_without_manifest(tmp_path, kind):
 def test_an_npz_with_labels_and_groups(tmp_path):
     np.savez(
         tmp_path / "p.npz", images=np.arange(3 * 16, dtype=np.uint8).reshape(3, 4, 4),
-        labels=np.array([0, 1, -1]), class_names=np.array(["a", "b"]), group=np.array([7, 7, 8]),
+        labels=np.array([0, 1, -1]), class_names=np.array([b"a", b"b"]), group=np.array([7, 7, 8]),
         is_test=np.array([False, True, True]), readme=np.array("of nobody"),
     )  # fmt: skip
     tiles = open_tiles(tmp_path / "p.npz")
@@ -71,11 +71,13 @@ def test_what_is_no_tile_set_is_refused(tmp_path):
     (tmp_path / "twice.csv").write_text("file\na.png\na.png\n")
     (tmp_path / "x.parquet").write_text("")
     np.savez(tmp_path / "float.npz", images=np.zeros((2, 4, 4)))
+    np.savez(tmp_path / "label.npz", images=np.zeros((2, 4, 4), np.uint8), label=np.zeros(2))
     np.savez(tmp_path / "rows.npz", images=np.zeros((2, 4, 4), np.uint8), labels=np.zeros(3))
     for name, says in (
         ("none", "does not exist"), ("empty", "no tile"), ("text.tar", "tar"), ("text.npz", "npz"),
         ("m.csv", "'file'"), ("twice.csv", "twice"), ("x.parquet", "not a tile set"),
         ("float.npz", "uint8"), ("rows.npz", "3 rows"),
+        ("label.npz", "array 'label'; expected 'labels'"),
     ):  # fmt: skip
         with pytest.raises(BadInput, match=says):
             open_tiles(tmp_path / name)

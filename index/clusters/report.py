@@ -139,7 +139,7 @@ def suggest(
     for cluster in numbers:
         rows = np.flatnonzero(where.cluster == cluster)
         some = rows[np.linspace(0, len(rows) - 1, min(len(rows), SUGGESTED_FROM)).astype(int)]
-        mean = state.index.vectors(positions[some]).mean(axis=0)
+        mean = state.index.at(positions[some]).mean(axis=0)
         centres.append(mean / max(float(np.linalg.norm(mean)), 1e-12))
     if not numbers:
         return []

@@ -27,8 +27,8 @@ from .parts import Part, check_filter, merged, reasons_of, shared_slides
 from .shards import NO_MOSAICS, AtlasShard, Facts, Shard, named, other_encoder
 
 TIMEOUT_S = 10.0
-COMPARE_S = 60.0
-"""Time in seconds to wait for a comparison of slides, which compares many tiles."""
+COMPARE_S = 600.0
+"""Time in seconds to wait for a comparison of slides, which may read many vectors from a slow disk."""
 
 
 class Federation:
@@ -295,7 +295,7 @@ class Federation:
             where: metadata filter; only tiles that pass count.
             atlas: name of the shard that has the query; it is looked for in those to compare with if None.
             only: names of the shards to compare with; all when None.
-            timeout_s: time to wait for each shard; the first comparison reads all of its feature files.
+            timeout_s: time to wait for each shard.
 
         Raises:
             BadInput: the filter is invalid, several atlases have the query, or all atlases answer and there

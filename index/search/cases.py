@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from ...errors import BadInput, unknown_name
 from ..store.packing import MISSING
-from ..vectors.scan import Metric, Positions, Vectors, prepared
+from ..vectors.scan import Positions, Vectors, prepared, scan
 from .query import Query
 from .state import State
 from .tiles import Mask, allowed, find, owners
@@ -172,8 +172,8 @@ def owners_of(state: State, by: str) -> Owners:
 
 
 def rank(
-    state: State, query: Vectors, mosaics: Positions, owner: Positions
-) -> tuple[Positions, Vectors]:
+    state: State, query: Vectors, mosaics: Positions, owner: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], NDArray[np.float32]]:
     """Return owners (O,), most similar first, and the median of the query tiles' best scores (O,).
 
     Args:
@@ -191,8 +191,14 @@ def rank(
         last = first + 1
         while last < len(numbers) and ends[last] - starts[first] <= BLOCK:
             last += 1
-        part = state.index.vectors(mosaics[order[starts[first] : ends[last - 1]]])
-        scores = _scores(query, part, state.metric)
+        part = state.index.at(mosaics[order[starts[first] : ends[last - 1]]])
+        if state.metric == "cosine":
+            scores = query @ part.T
+        else:
+            centre = part.mean(axis=0)  # shorter vectors lose less to rounding
+            a, b = query - centre, part - centre
+            squared = np.square(a).sum(1)[:, None] + np.square(b).sum(1) - 2 * (a @ b.T)
+            scores = -np.sqrt(np.maximum(squared, 0))
         best = np.maximum.reduceat(scores, starts[first:last] - starts[first], axis=1)
         medians[first:last] = np.median(best, axis=0)
         first = last
@@ -200,33 +206,18 @@ def rank(
     return numbers[best_first], medians[best_first]
 
 
-def _scores(query: Vectors, part: Vectors, metric: Metric) -> Vectors:
-    """Return the scores (Q, M) of prepared vectors (Q, D) and (M, D)."""
-    products: Vectors = query @ part.T
-    if metric == "cosine":
-        return products
-    squared = np.square(query).sum(1)[:, None] + np.square(part).sum(1) - 2 * products
-    distances: Vectors = np.sqrt(np.maximum(squared, 0))
-    return -distances
-
-
 def _by_median(
     state: State, query: QueryTiles, mosaics: Positions, cases: Owners, k: int
 ) -> list[Similar]:
+    metric = state.metric
     owner = cases.number[mosaics]
     numbers, medians = rank(state, query.vectors, mosaics, owner)
     ranked = []
     for number, score in zip(numbers[:k].tolist(), medians[:k].tolist(), strict=True):
         mosaic = mosaics[owner == number]
-        vectors = state.index.vectors(mosaic)
-        best = _scores(query.vectors, vectors, state.metric).argmax(axis=1)
-        nearest = vectors[best]
-        scores = (
-            np.einsum("qd,qd->q", query.vectors, nearest)
-            if state.metric == "cosine"
-            else -np.linalg.norm(query.vectors - nearest, axis=1)
-        )
-        pairs = _pairs(state, query, np.arange(len(best)), mosaic[best], scores)
+        scores, best = scan(query.vectors, state.index.at(mosaic), 1, metric)
+        nearest = scores[:, 0] if metric == "cosine" else -np.sqrt(np.maximum(-scores[:, 0], 0))
+        pairs = _pairs(state, query, np.arange(len(nearest)), mosaic[best[:, 0]], nearest)
         ranked.append(Similar(cases.names[number], score, pairs, cases.labels[number]))
     return ranked
 
@@ -255,7 +246,11 @@ def _by_votes(
 
 
 def _pairs(
-    state: State, query: QueryTiles, query_rows: Positions, matches: Positions, scores: Vectors
+    state: State,
+    query: QueryTiles,
+    query_rows: NDArray[np.int64],
+    matches: Positions,
+    scores: NDArray[np.float32],
 ) -> list[Pair]:
     """Return the most similar regions; each tile of query and match is used at most once."""
     ids = state.columns.ids
@@ -296,19 +291,19 @@ def similar_slides(
     cases = owners_of(state, by)
     others = state.columns.alive()
     if isinstance(query, str):
-        mosaic, left_out = _of_the_atlas(state, cases, query, by)
+        asked, left_out = _of_the_atlas(state, cases, query, by)
         others &= ~left_out
     else:
         state.check_queries(query)
-        mosaic = QueryTiles(np.full(len(query), -1), prepared(query, state.metric))
+        asked = QueryTiles(np.full(len(query), -1), prepared(query, state.metric))
     passing = allowed(state, where, settings)
     others = others if passing is None else others & passing
     found: list[Similar] = []
     if others.any() and how == "votes":
-        found = _by_votes(state, mosaic, cases, k, others)
+        found = _by_votes(state, asked, cases, k, others)
     elif others.any():
         mosaics = mosaics_of(state)
-        found = _by_median(state, mosaic, mosaics[others[mosaics]], cases, k)
+        found = _by_median(state, asked, mosaics[others[mosaics]], cases, k)
     if not found and settings is None:
         raise nothing_else(where)
     return found
@@ -321,12 +316,12 @@ def case_of(state: State, name: str, by: str) -> Case:
         NotFound: there is none of that name.
     """
     columns = state.columns
-    mosaic, left_out = _of_the_atlas(state, owners_of(state, by), name, by)
+    asked, left_out = _of_the_atlas(state, owners_of(state, by), name, by)
     patient = columns.coded("patient")
     codes = np.unique(patient.codes[left_out])
-    slides = np.unique(columns.slide_of(mosaic.positions)).tolist()
+    slides = np.unique(columns.slide_of(asked.positions)).tolist()
     return Case(
-        mosaic.vectors, columns.ids(mosaic.positions).tolist(),
+        asked.vectors, columns.ids(asked.positions).tolist(),
         [columns.slides[n]["name"] for n in slides],
         [patient.names[code] for code in codes[codes >= 0].tolist()],
     )  # fmt: skip
@@ -348,5 +343,5 @@ def _of_the_atlas(
         mosaic = np.flatnonzero(inside)[:CASE_TILES]
     patient = state.columns.coded("patient").codes
     patients = np.unique(patient[inside])
-    query = QueryTiles(mosaic, state.index.vectors(mosaic))
+    query = QueryTiles(mosaic, state.index.at(mosaic))
     return query, inside | np.isin(patient, patients[patients >= 0])

@@ -112,7 +112,7 @@ def fits(layout: Layout | None, atlas: str, tiles: int, dim: int) -> bool:
 
 def landmarks_of(state: State, seed: int = 0) -> Vectors:
     """Return the prepared vectors (L, D) of the landmarks."""
-    return state.index.vectors(state.sample(LANDMARKS, seed))
+    return state.index.at(state.sample(LANDMARKS, seed))
 
 
 def make(atlas: str, tiles: int, landmarks: Vectors, metric: Metric, seed: int = 0) -> Layout:

@@ -19,7 +19,7 @@ def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> NDArray[np.
     all other tiles count. With these scores one can judge how near the nearest tile of a new image is.
     """
     some = state.sample(tiles, seed)
-    vectors = state.index.vectors(some)
+    vectors = state.index.at(some)
     choices: tuple[LeaveOut, ...] = ("patient", "tile")
     for leave_out in choices:
         scores, positions = find_like(state, some, vectors, Query(k=1, leave_out=leave_out))
@@ -33,7 +33,7 @@ def out_of_distribution_share(state: State, tiles: int = 1000, seed: int = 0) ->
     """Return the out-of-distribution share of sampled tiles; 0 if the encoder has no tissue gate."""
     if not state.manifest.tissue_gate:
         return 0.0
-    vectors = state.vectors_at(state.sample(tiles, seed))
+    vectors = state.embeddings_at(state.sample(tiles, seed))
     return float(np.mean(state.manifest.out_of_distribution(vectors)))
 
 
@@ -48,7 +48,7 @@ def scores_in(state: State, slide: str, query: NDArray[np.float32]) -> NDArray[n
         raise NotFound(f"{state.store.path} has no slide {slide!r}")
     number = names.index(slide)
     first, end = state.columns.starts[number : number + 2].tolist()
-    vectors = state.index.vectors(np.arange(first, end))
+    vectors = state.index.at(np.arange(first, end))
     query = prepared(query[None], state.metric)
     cosine = state.metric == "cosine"
     scores: NDArray[np.float32]

@@ -81,7 +81,7 @@ class State:
     def vectors_at(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
         """Return the vectors (T, D) at positions (T,), from the feature files.
 
-        Where prepared vectors are enough, ``index.vectors`` is much faster: it reads no whole files.
+        Where prepared vectors are enough, ``index.at`` is much faster: it reads no whole files.
 
         Raises:
             Damaged: a feature file is missing or has changed since it was added.
@@ -93,6 +93,12 @@ class State:
             of_slide = self.store.vectors_of(self.columns.slides[number])
             vectors[rows] = of_slide[positions[rows] - self.columns.starts[number]]
         return vectors
+
+    def embeddings_at(self, positions: NDArray[np.int64]) -> NDArray[np.float32]:
+        """Return the vectors (T, D) at positions (T,), from the index if it has them unchanged."""
+        if self.metric == "l2" or self.manifest.normalised:
+            return self.index.at(positions)
+        return self.vectors_at(positions)
 
     def vectors_of(self, tiles: Sequence[int]) -> NDArray[np.float32]:
         """Return the vectors (T, D) of tiles by id; see :meth:`positions` and :meth:`vectors_at`."""

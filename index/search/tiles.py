@@ -208,7 +208,7 @@ def answer(state: State, query: Query) -> list[list[Hit]]:
         hits += state.columns.hits(positions, scores)
     if query.tiles:
         tiles = state.positions(query.tiles)
-        scores, positions = find_like(state, tiles, state.index.vectors(tiles), query)
+        scores, positions = find_like(state, tiles, state.index.at(tiles), query)
         hits += state.columns.hits(positions, scores)
     return hits
 
@@ -228,10 +228,11 @@ def combined_vector(state: State, query: Query) -> NDArray[np.float32]:
     """
 
     def joined(vectors: NDArray[np.float32] | None, tiles: Sequence[int]) -> NDArray[np.float32]:
+        stored = state.embeddings_at(state.positions(tiles))
         if vectors is None:
-            return state.vectors_of(tiles)
+            return stored
         state.check_queries(vectors)
-        return np.concatenate([vectors, state.vectors_of(tiles)])
+        return np.concatenate([vectors, stored])
 
     like = joined(query.vectors, query.tiles)
     if not len(like):

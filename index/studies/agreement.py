@@ -140,7 +140,7 @@ def _neighbours(view: View, positions: Ints, owner: Ints, drawn: Ints, k: int) -
     """Return the k nearest matched tiles (Q, k) of other owners, as numbers of pairs; -1 for none."""
     pair_of = np.full(view.index.positions, -1, dtype=np.int64)
     pair_of[positions] = np.arange(len(positions))
-    vectors = view.index.vectors(positions[drawn])
+    vectors = view.index.at(positions[drawn])
     result = np.full((len(drawn), k), -1, dtype=np.int64)
     for number in np.unique(owner[drawn]):
         rows = np.flatnonzero(owner[drawn] == number)

@@ -164,7 +164,7 @@ def _query_tiles(
     if len(positions) > options.queries:
         rng = np.random.default_rng(options.seed)
         positions = np.sort(rng.choice(positions, options.queries, replace=False))
-    vectors = view.index.vectors(positions)
+    vectors = view.index.at(positions)
     hits = np.full((len(positions), RANKS), -1, dtype=np.int64)
     candidates = np.zeros((len(positions), int(labels.max()) + 1), dtype=np.int64)
     for left_out in np.unique(owner[positions]):
@@ -216,7 +216,7 @@ def _query_slides(
     started = time.perf_counter()
     for row, who in enumerate(owners.tolist()):
         others = np.flatnonzero(owners[slide_row] != who)
-        query = view.index.vectors(mosaics[slide_row == row])
+        query = view.index.at(mosaics[slide_row == row])
         ranked, _ = cases.rank(view.state, query, mosaics[others], slide_row[others])
         best = label[ranked[:RANKS]]
         hits[row, : len(best)] = best

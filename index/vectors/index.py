@@ -120,8 +120,11 @@ class VectorIndex:
         """Number of vectors added after the main part was written."""
         return len(self._recent)
 
-    def vectors(self, positions: Positions) -> Vectors:
-        """Return the prepared vectors (T, D) at positions (T,), as they are searched."""
+    def at(self, positions: Positions) -> Vectors:
+        """Return the prepared vectors (T, D) at positions (T,), as they are searched.
+
+        They are not compared with the feature files; ``index verify`` does that.
+        """
         if not self._main_rows:
             return self._recent[positions]
         found = np.empty((len(positions), self.dim), dtype=np.float32)

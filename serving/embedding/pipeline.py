@@ -89,6 +89,20 @@ class _Slide:
         self.work.close()
 
 
+def check_options(options: EmbedOptions, encoder: Encoder) -> None:
+    """Check what can be wrong for all jobs, so that it is reported once and before they are counted.
+
+    Raises:
+        BadInput: the overlap is not less than a tile's side, or the tissue network cannot be used.
+    """
+    if options.overlap_px >= encoder.manifest.size_px:
+        raise BadInput(
+            f"--overlap is {options.overlap_px}; expected less than the tile's "
+            f"{encoder.manifest.size_px} pixels"
+        )
+    open_network(options.tissue_model)
+
+
 def embed_jobs(
     jobs: Sequence[Job],
     encoder: Encoder,
@@ -121,12 +135,7 @@ def embed_jobs(
         StorageFailed: the disk is full or ``out`` is not writable; earlier results are kept.
         Unavailable: a server did not answer until its deadline; earlier results are kept.
     """
-    if options.overlap_px >= encoder.manifest.size_px:
-        raise BadInput(
-            f"--overlap is {options.overlap_px}; expected less than the tile's "
-            f"{encoder.manifest.size_px} pixels"
-        )
-    open_network(options.tissue_model)  # a wrong one is reported once, not for each slide
+    check_options(options, encoder)
     remove_leftovers(folders_of(out))
     jobs = with_regions(jobs, options.regions)
     ended = [] if results is None else results

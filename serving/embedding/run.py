@@ -15,7 +15,7 @@ from .estimate import Estimate, estimate
 from .job import Job
 from .meter import Meter
 from .metrics_page import metrics_page
-from .pipeline import embed_jobs
+from .pipeline import check_options, embed_jobs
 from .remote_out import features_at
 from .results import EmbedOptions, EncoderChoice, Result
 
@@ -56,6 +56,7 @@ def run_here(
     """
     encoder, meter = open_chosen(choice), Meter()
     try:
+        check_options(options, encoder)
         with features_at(out) as (folder, remote):
             if tell is not None and remote is None and not any(job.url for job in jobs):
                 found = estimate(jobs, encoder, folder, options)

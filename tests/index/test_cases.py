@@ -8,6 +8,8 @@ from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Mismatch
 from histoseek.index.atlas import Atlas
 from histoseek.index.clusters.mosaic import CLUSTERS, LEAST, SHARE, _spread, mosaic
+from histoseek.index.search.query import Query
+from histoseek.index.view import View
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
 KINDS = {
@@ -85,6 +87,30 @@ def test_the_score_is_yottixels_median_of_minimum_distances(kinds):
         assert other.score == pytest.approx(float(np.median((a @ b.T).max(axis=1))), abs=1e-5)
 
 
+def test_slides_of_an_l2_atlas_are_compared_by_distance(tmp_path):
+    """Far from the origin, where a squared distance from products would be lost in rounding."""
+    atlas = Atlas.create_external(tmp_path / "atlas", "uni", 16, "l2")
+    rng = np.random.default_rng(3)
+    files = [
+        features(
+            tmp_path / f"{n}.h5", 120, n, encoder="uni", encoder_sha256=atlas.manifest.sha256,
+            features=(rng.normal(size=(120, 16)) + 300 + n).astype(np.float32),
+        )
+        for n in range(4)
+    ]  # fmt: skip
+    atlas.add(files)
+    state = atlas.view().state
+    names = [slide["name"] for slide in state.columns.slides]
+    mosaics = {name: state.vectors_at(state.mosaic_of(n)) for n, name in enumerate(names)}
+    found = atlas.similar("0", 3)
+    assert [similar.name for similar in found] == ["1", "2", "3"]
+    for similar in found:
+        gaps = mosaics["0"][:, None].astype(float) - mosaics[similar.name]
+        nearest = np.linalg.norm(gaps, axis=2).min(axis=1)
+        assert similar.score == pytest.approx(-np.median(nearest), abs=1e-3)
+        assert similar.pairs[0].score == pytest.approx(-nearest.min(), abs=1e-3)
+
+
 def test_a_comparison_reads_no_feature_file(kinds, monkeypatch):
     """Reading all of them takes long in a large atlas."""
     from histoseek.index.store.store import Store
@@ -93,8 +119,13 @@ def test_a_comparison_reads_no_feature_file(kinds, monkeypatch):
     opened = Atlas(kinds.path)
     assert [s.label for s in opened.similar("beta-0", 2)] == ["beta", "beta"]
     assert [s.label for s in opened.similar("P-beta-0", 2, by="patient")] == ["beta", "beta"]
+    assert len(opened.similar("beta-0", 2, how="votes")) == 2
     assert len(opened.usual_nearness()) == 200
+    assert opened.out_of_distribution_share() < 0.5
     assert len(opened.search(tiles=[1, 2], k=3)[0]) == 3
+    together = Query(tiles=(1, 2), unlike_tiles=(400,), k=3)
+    assert len(opened.ask(View.search, together)[0]) == 3
+    assert opened.scores_in("mixed-1", opened.view().index.at(np.array([7]))[0]).shape == (300,)
 
 
 def test_new_tiles_are_compared_like_a_slide_and_filters_count(kinds):

@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 from schedule import rounds
 
 from histoseek.artifacts.feature_files import read_features
-from histoseek.errors import BadInput, Damaged
+from histoseek.errors import BadInput, Damaged, NotFound
 from histoseek.index.atlas import Atlas
 from histoseek.index.search.query import Query
 from histoseek.index.vectors import index as vectors
@@ -274,8 +274,15 @@ def test_the_index_gives_back_the_vectors_of_the_files(tmp_path, plan):
     assert len(present) == 3890
     rng.shuffle(present)
     expected = vectors.prepared(state.vectors_at(present), "cosine")
-    assert np.array_equal(state.index.vectors(present), expected)
-    assert state.index.vectors(present[:0]).shape == (0, DIM)
+    assert np.array_equal(state.index.at(present), expected)
+    assert state.index.at(present[:0]).shape == (0, DIM)
+    query = grouped(rng, 1)[0]
+    for name in ("slide-12", "late"):  # the scores of a slide are those of its own tiles
+        row = next(slide for slide in state.columns.slides if slide["name"] == name)
+        stored = vectors.prepared(state.store.vectors_of(row), "cosine")
+        assert atlas.scores_in(name, query) == pytest.approx(stored @ query, abs=1e-5)
+    with pytest.raises(NotFound, match="no slide 'slide-1'"):
+        atlas.scores_in("slide-1", query)
 
 
 def test_recall_is_measured_without_the_tile_itself():

@@ -70,3 +70,7 @@ def test_embed_prints_the_estimate(tmp_path, tile_folder, cli_json, cli, monkeyp
     assert "estimate: about 72 tiles, at" in done.stdout
     document = cli_json("embed", tile_folder, "--out", tmp_path / "other")
     assert document["inputs"]["estimate"]["tiles"] == 72
+    for wrong in (("--overlap", "224"), ("--tissue-model", tmp_path / "none")):
+        refused = cli("embed", tile_folder, "--out", tmp_path / "no", *wrong)
+        assert refused.returncode == 1 and refused.stdout == "", wrong  # nothing was counted before
+        assert not (tmp_path / "no").exists()

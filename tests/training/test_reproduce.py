@@ -106,6 +106,14 @@ def test_topology_sweep_has_all_cells_beside_the_papers(tmp_path, monkeypatch):
     document = quick("topology-sweep", digits(), tmp_path / "r", parts="settings")
     check(document, tmp_path / "r", [f"K = {k}" for k in (10, 20, 30, 40, 50)])
     cae, ae, _, settings = document["tables"]
+    batches = {"cae": 128, "ae": 256}
+    for net, batch in batches.items():
+        run = json.loads((tmp_path / f"r/runs/{net}-64/run.json").read_text())
+        assert (run["options"]["model"], run["options"]["batch"]) == (f"topology-{net}", batch)
+    assert topology_sweep.EPOCHS == {"CAE": 50, "AE": 100}  # as in Keras's examples
+    assert document["about"]["epochs"] == "CAE: 1; AE: 1"
+    assert "of CAE; the paper names no number, this protocol has 50." in document["fewer"]
+    assert "of AE; the paper names no number, this protocol has 100." in document["fewer"]
     assert len(settings["rows"]) == 9  # the CAE has no ReLU after the code to choose
     assert settings["rows"]["AE: Adam 1e-3, squared error"]["K = 50"]["published"] == 83.52
     compared = settings["rows"]["AE: Adadelta 1, cross-entropy"]["K = 10"]["ours"]
@@ -237,6 +245,26 @@ def test_the_sweep_takes_the_training_part_where_there_are_parts(tmp_path):
     assert "The 40 tiles of the test part were left out." in document["notes"]
 
 
+def test_a_test_part_is_known_by_its_group_also_in_joined_sets(tmp_path):
+    """The training part is then one group, of which a limit draws single tiles."""
+    tiles = digits(120)
+    for group, limit, used in (("{}", 50, 50), ("mnist/{}", 0, 80)):
+        named = tuple(
+            Tile(t.file, t.label, group.format("test" if n < 40 else "train"))
+            for n, t in enumerate(tiles.tiles)
+        )
+        study = Study(
+            StudyOptions(tmp_path, limit=limit), TileSet("mnist", "", named, "", tiles._load), print
+        )
+        study.leave_out_test_part()
+        assert study.test_tiles == 40 and len(study.tiles) == used
+        assert {tile.group for tile in study.tiles.tiles} == {group.format("train")}
+    only = tuple(Tile(t.file, t.label, None, {"is_test": "true"}) for t in tiles.tiles)
+    study = Study(StudyOptions(tmp_path), TileSet("mnist", "", only, "", tiles._load), print)
+    with pytest.raises(BadInput, match="all 120 tiles are of the test part"):
+        study.leave_out_test_part()
+
+
 def test_a_cell_has_mean_and_sample_sd():
     cell = Cell(0.5, (0.4, 0.6, 0.8), 0.1)
     assert cell.mean == pytest.approx(0.6) and cell.sd == pytest.approx(0.2)
@@ -294,7 +322,7 @@ def test_help_of_a_recipe_shows_its_options(cli):
     assert "Options of recipe arcface:" in shown
     assert "--batch <int> Number of tiles per step and device. [at least 2] [default: 32]" in shown
     assert "Options of recipe" not in cli("train", "--help").stdout
-    assert "--relu-embedding, --easy-margin" in shown
+    assert "--relu-embedding/--no-relu-embedding, --easy-margin/--no-easy-margin" in shown
     assert "only to positive cosines" not in shown
     explained = " ".join(cli("train", "arcface", "--help-all").stdout.split())
     assert "Apply ArcFace's margin only to positive cosines." in explained

@@ -145,12 +145,22 @@ class Study:
         return self.whole.name.removesuffix("_full")
 
     def leave_out_test_part(self) -> None:
-        """Use only the training part of a set that has a test part."""
+        """Use only the training part of a set that has a test part.
+
+        Raises:
+            BadInput: nothing else is there.
+        """
         train = [n for n, tile in enumerate(self.whole.tiles) if not _is_test(tile)]
         self.test_tiles = len(self.whole) - len(train)
-        if self.test_tiles:
-            self.whole = self.whole.take(train)
-            self.tiles = draw(self.whole, self.options.limit)
+        if not self.test_tiles:
+            return
+        if not train:
+            raise BadInput(
+                f"all {self.test_tiles} tiles are of the test part; add the training part"
+            )
+        self.whole = self.whole.take(train)
+        one = len({tile.group for tile in self.whole.tiles}) == 1  # the part, not a source of tiles
+        self.tiles = draw(self.whole, self.options.limit, whole_groups=not one)
 
     def pick(self, normal: int, quick: int, option: int = 0) -> int:
         """Return ``option`` if it is set, else the protocol's normal number, or its number for --quick."""
@@ -244,13 +254,14 @@ class Study:
         return report
 
 
-def draw(tiles: TileSet, limit: int, seed: int = 0) -> TileSet:
-    """Return at most ``limit`` tiles, as whole groups drawn at random; 0 returns all tiles."""
+def draw(tiles: TileSet, limit: int, seed: int = 0, whole_groups: bool = True) -> TileSet:
+    """Return at most ``limit`` tiles, drawn at random as whole groups or one by one; 0 returns all."""
     if not limit or limit >= len(tiles):
         return tiles
     members: dict[str, list[int]] = {}
     for number, tile in enumerate(tiles.tiles):
-        members.setdefault(tile.group or f"\0{number}", []).append(number)
+        name = tile.group if whole_groups else None
+        members.setdefault(name or f"\0{number}", []).append(number)
     names = sorted(members)
     chosen: list[int] = []
     for at in np.random.default_rng(seed).permutation(len(names)):
@@ -263,8 +274,8 @@ def _is_test(tile: Tile) -> bool:
     """Whether a tile is of a set's test part, as far as its row says."""
     return (
         tile.column("part") == "test"
-        or tile.column("is_test") in {"True", "1"}
-        or tile.group == "test"
+        or tile.column("is_test").casefold() in {"true", "1", "1.0", "yes"}
+        or (tile.group or "").rpartition("/")[2] == "test"  # joined sets: name/group
     )
 
 

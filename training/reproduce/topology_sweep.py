@@ -94,12 +94,12 @@ def reproduce(study: Study) -> Report:
     """
     options = study.options
     repeats = study.pick(INITIALISATIONS, 2, options.seeds)
+    study.leave_out_test_part()
     side = options.size_px or study.tiles.read(0).shape[0]
     if side not in SIDES:
         raise BadInput(
             f"tiles of {side} px: the paper's nets are for 28 and 32 px; pass --size-px 32"
         )
-    study.leave_out_test_part()
     nets = [net for net in NETS if net in study.parts] or list(NETS)
     epochs = {net: study.pick(EPOCHS[net], 1, options.epochs) for net in nets}
     compared = "settings" in study.parts
@@ -117,8 +117,9 @@ def reproduce(study: Study) -> Report:
     report.notes += [
         "Purity never falls with K and is at least the share of the largest class.",
         "The paper names no optimiser, rate, loss, epochs or batch. It used Keras, whose examples had "
-        "Adadelta with rate 1, binary cross-entropy, and 100 epochs with batches of 256 (fully connected) "
-        "or 50 with batches of 128 (convolutions). The protocol has these and Keras's initial weights.",
+        "Adadelta with rate 1, binary cross-entropy, and 100 epochs with batches of 256 (deep, fully "
+        "connected) or 50 with batches of 128 (convolutions). The protocol has these and Keras's initial "
+        "weights.",
     ]
     data = study.load(side)
 

@@ -18,6 +18,18 @@ from typer.core import TyperCommand
 from ...errors import BadInput
 
 Function = TypeVar("Function", bound=Callable[..., Any])
+ALL_ASKED = "histoseek.help-all"
+"""Where a context notes that rarely used options are to be explained."""
+
+
+def _help_all(ctx: typer.Context, value: bool) -> None:
+    """Print the help with rarely used options, and exit."""
+    if value:
+        ctx.meta[ALL_ASKED] = True
+        typer.echo(ctx.get_help())
+        ctx.exit()
+
+
 JSON = inspect.Parameter(
     "json",
     inspect.Parameter.KEYWORD_ONLY,
@@ -25,6 +37,20 @@ JSON = inspect.Parameter(
     annotation=Annotated[bool, typer.Option("--json", help="Print one JSON document.")],
 )
 
+HELP_ALL = inspect.Parameter(
+    "help_all",
+    inspect.Parameter.KEYWORD_ONLY,
+    default=False,
+    annotation=Annotated[
+        bool,
+        typer.Option(
+            "--help-all",
+            is_eager=True,
+            callback=_help_all,
+            help="Also explain rarely used options, and exit.",
+        ),
+    ],
+)
 COMMON = {
     "atlas": "Folder of the atlas.",
     "also": "Another folder or file to use in addition to DATA. Repeatable.",
@@ -45,7 +71,6 @@ COMMON = {
 """Help texts of parameters that several commands have; a docstring may describe them differently."""
 SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+):/+")
 """How a URL begins, also after pathlib shortened it."""
-HELP_ALL = "--help-all"
 HELP = re.compile(r"^    (\w+): (.*(?:\n {8}.*)*)", re.M)
 """An option and its help text in a docstring."""
 
@@ -82,11 +107,6 @@ class Commands(typer.Typer):
 class Command(TyperCommand):
     """A command whose ``--help`` names its rarely used options, and whose ``--help-all`` explains them."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        """Parse the arguments; ``--help-all`` prints the help like ``--help``."""
-        ctx.meta[HELP_ALL] = HELP_ALL in args
-        return super().parse_args(ctx, ["--help" if word == HELP_ALL else word for word in args])
-
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write the options, and the rarely used ones as requested."""
         super().format_options(ctx, formatter)
@@ -98,9 +118,9 @@ def write_rare(params: Sequence[Any], ctx: Any, formatter: Any) -> None:
     rare = [param for param in params if getattr(param, "hidden", False) and param.help]
     if not rare:
         return
-    if not ctx.meta[HELP_ALL]:
-        names = ", ".join(param.opts[0] for param in rare)
-        with formatter.section(f"Rarely used ({HELP_ALL} explains them)"):
+    if not ctx.meta.get(ALL_ASKED):
+        names = ", ".join("/".join([*param.opts, *param.secondary_opts]) for param in rare)
+        with formatter.section("Rarely used (--help-all explains them)"):
             for line in wrap(names, formatter.width - 2, break_on_hyphens=False):
                 formatter.write(f"  {line}\n")
         return
@@ -115,7 +135,7 @@ def _command_line_form(function: Callable[..., Any]) -> Callable[..., Any]:
     """Return the function with ``--json``, and with the help texts of its docstring."""
 
     @wraps(function)
-    def run(json: bool = False, **values: Any) -> Any:
+    def run(json: bool = False, help_all: bool = False, **values: Any) -> Any:
         _refuse_urls(values)
         return function(**values)
 
@@ -123,8 +143,9 @@ def _command_line_form(function: Callable[..., Any]) -> Callable[..., Any]:
     helps = {found[1]: " ".join(found[2].split()) for found in HELP.finditer(options)}
     signature = inspect.signature(function, eval_str=True)
     parameters = [_with_help(p, helps.get(p.name)) for p in signature.parameters.values()]
-    run.__signature__ = signature.replace(parameters=[*parameters, JSON])  # type: ignore[attr-defined]
-    run.__annotations__ = {p.name: p.annotation for p in (*parameters, JSON)}
+    parameters += [JSON, HELP_ALL]
+    run.__signature__ = signature.replace(parameters=parameters)  # type: ignore[attr-defined]
+    run.__annotations__ = {p.name: p.annotation for p in parameters}
     run.__doc__ = text
     return run
 

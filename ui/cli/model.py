@@ -72,7 +72,7 @@ def train(
     """Train an encoder: histoseek train RECIPE DATA... --out RUN [--option value ...].
 
     Options:
-        recipe: Name of a recipe. `train RECIPE --help` also lists the recipe's options.
+        recipe: Name of a recipe. `train RECIPE --help` (or --help-all) also lists the recipe's options.
         data: Labelled tiles: folders, .csv manifests, .tar or .npz files; several are joined.
         out: Folder to write the run to.
         shared_groups: Groups of the same name in several DATA are the same source image or patient.

@@ -353,7 +353,7 @@ def similar(
     how: str = "median",
     where: str | None = None,
     features: Path | None = None,
-    timeout: float = 60.0,
+    timeout: float = 600.0,
 ) -> None:
     """Find the slides or cases most similar to a slide or case.
 

@@ -388,7 +388,7 @@ class Session:
     ) -> NDArray[np.float32] | None:
         """Return the vectors (H, D) of hits; None if one of them is in Milvus."""
         if found is None or self.elsewhere is None:
-            return view.index.vectors(view.state.positions([hit.tile for hit in hits]))
+            return view.index.at(view.state.positions([hit.tile for hit in hits]))
         try:
             return self.elsewhere.federation.examples(
                 [Example(one.atlas, one.hit.tile) for one in found.hits[0]]
