@@ -16,6 +16,7 @@ REASONS = {
     "topology-mnist": "Adam and squared error; few epochs, a third of the images",
     "topology-mnist-ae": "Adam and squared error; a third of the images",
     "topology-cifar10": "Adam and squared error; few epochs, a third of the images, as JPEG",
+    "topology-cifar10-ae": "optimiser, loss and epochs of Keras's examples; the images as JPEG",
     "breast-ae": "tiles of colon; few tiles, epochs and folds",
     "p4m-deepcluster": "children's X-rays; few epochs, an eighth of the widths",
     "p4m-deepcluster-nih": "796 images of the paper's set, an eighth of the widths",

@@ -102,6 +102,7 @@ def reproduce(study: Study) -> Report:
         )
     nets = [net for net in NETS if net in study.parts] or list(NETS)
     epochs = {net: study.pick(EPOCHS[net], 1, options.epochs) for net in nets}
+    inputs = {"AE": f"{side * side} grey pixels", "CAE": "3 channels, widths 32, 16, c"}
     compared = "settings" in study.parts
     study.cells = len(CODES) * len(nets) + sum(len(_compared(net)) for net in nets if compared)
     report = study.report(
@@ -109,8 +110,8 @@ def reproduce(study: Study) -> Report:
         epochs="; ".join(f"{net}: {count}" for net, count in epochs.items()),
         split="none: fitted and judged on the same tiles, as the paper has it",
         seeds=f"one trained net per cell, {repeats} random initialisations of k-means",
-        network=f"AE on {side * side} grey pixels, CAE (32, 16, c) on 3 channels; {next(iter(SETTINGS))}, "
-        "batch " + ", ".join(f"{BATCH[net]} ({net})" for net in nets),
+        network="; ".join(f"{net} on {inputs[net]}, batch {BATCH[net]}" for net in nets)
+        + f"; {next(iter(SETTINGS))}",
     )  # fmt: skip
     fewer = (fewer_epochs(count, EPOCHS[net], of=f" of {net}") for net, count in epochs.items())
     report.fewer = " ".join(filter(None, fewer))
