@@ -13,10 +13,10 @@ OTHER_DATA = {"breast-ae", "p4m-deepcluster", "arcface-busi", "arcface-he"}
 """Reports of another data set than the paper's, with which its values cannot be compared."""
 REASONS = {
     "ae-dac": "a third of the clustering's epochs, a quarter of the reconstruction's",
-    "topology-mnist": "Adam and squared error; few epochs, a third of the images",
-    "topology-mnist-ae": "Adam and squared error; a third of the images",
-    "topology-cifar10": "Adam and squared error; few epochs, a third of the images, as JPEG",
-    "topology-cifar10-ae": "optimiser, loss and epochs of Keras's examples; the images as JPEG",
+    "topology-mnist": "few epochs; codes of 16 and 32 are too low",
+    "topology-mnist-ae": "unknown; a code with ReLU comes nearer",
+    "topology-cifar10": "few epochs, although the loss is nearly flat; the images as JPEG",
+    "topology-cifar10-ae": "the images as JPEG",
     "breast-ae": "tiles of colon; few tiles, epochs and folds",
     "p4m-deepcluster": "children's X-rays; few epochs, an eighth of the widths",
     "p4m-deepcluster-nih": "796 images of the paper's set, an eighth of the widths",
