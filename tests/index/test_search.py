@@ -14,6 +14,7 @@ from histoseek.artifacts.feature_files import read_features
 from histoseek.errors import BadInput, Damaged, NotFound
 from histoseek.index.atlas import Atlas
 from histoseek.index.search.query import Query
+from histoseek.index.search.tiles import combined_vector
 from histoseek.index.vectors import index as vectors
 from histoseek.index.vectors import tuning
 from histoseek.index.view import View
@@ -235,6 +236,20 @@ def test_images_that_were_not_embedded_are_refused(lists):
     for more in ({"tiles": (1,)}, {"unlike_images": (image,)}):
         with pytest.raises(BadInput, match="not embedded"):
             lists.ask(View.search, Query(images=(image,), **more))
+
+
+def test_one_tile_as_a_query_keeps_the_length_of_its_vector(tmp_path):
+    """Clusters are fitted on vectors of any length; the index has them with length 1."""
+    atlas = Atlas.create_external(tmp_path / "atlas", "uni", 16, "cosine")
+    data = (np.random.default_rng(1).normal(size=(40, 16)) * 3).astype(np.float32)
+    sha256 = atlas.manifest.sha256
+    atlas.add(
+        [features(tmp_path / "s.h5", 40, encoder="uni", encoder_sha256=sha256, features=data)]
+    )
+    (first,) = atlas.view().columns.ids(np.array([0])).tolist()
+    vector = combined_vector(atlas.view().state, Query(tiles=(first,)))
+    assert vector == pytest.approx(data[0], abs=1e-6)
+    assert np.linalg.norm(vector) > 2
 
 
 def test_an_l2_atlas_scores_by_distance(tmp_path):
