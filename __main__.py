@@ -173,7 +173,9 @@ def _open_page(atlas: Path, options: Any, after_demo: bool = False) -> None:
 
 @app.command()
 def mcp(atlas: Path, encoder: str | None = None, audit_log: Path | None = None) -> None:
-    """Serve an atlas to an assistant on this machine (Model Context Protocol, standard input and output).
+    """Serve an atlas to an assistant on this machine by MCP.
+
+    MCP is the Model Context Protocol, here over standard input and output.
 
     The assistant's program starts this command. Its tools search, compare slides, and show clusters, tiles
     and annotations; none changes the atlas.

@@ -113,8 +113,8 @@ class View:
         """
         return nearness.scores_in(self.state, slide, vector)
 
-    def usual_nearness(self, tiles: int = 200, seed: int = 0) -> NDArray[np.float32]:
-        """Return the scores (T',) of sampled tiles with their nearest of another patient, ascending."""
+    def usual_nearness(self, tiles: int = 200, seed: int = 0) -> nearness.Nearness:
+        """Return how similar sampled tiles are to their nearest tile of another patient."""
         return nearness.usual_nearness(self.state, tiles, seed)
 
     def out_of_distribution_share(self, tiles: int = 1000, seed: int = 0) -> float:

@@ -2,31 +2,46 @@
 
 from __future__ import annotations
 
+from typing import Literal, NamedTuple
+
 import numpy as np
 from numpy.typing import NDArray
 
 from ...errors import NotFound
 from ..vectors.scan import prepared
-from .query import LeaveOut, Query
+from .query import Query
 from .state import State
 from .tiles import find_like
 
 
-def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> NDArray[np.float32]:
-    """Return the scores of sampled tiles with their nearest tile of another patient, ascending (T',).
+class Nearness(NamedTuple):
+    """How similar tiles of an atlas are to their nearest other tile.
 
-    For a tile without a patient, the tiles of other slides count. If no sampled tile has such a neighbour,
-    all other tiles count. With these scores one can judge how near the nearest tile of a new image is.
+    Attributes:
+        scores: scores of sampled tiles with their nearest other tile, ascending (T,).
+        others: which other tiles: those of another ``patient`` (for a tile without a patient: of another
+            slide), or all but the ``tile`` itself, because the atlas has one patient or slide only.
+    """
+
+    scores: NDArray[np.float32]
+    others: Literal["patient", "tile"]
+
+
+def usual_nearness(state: State, tiles: int = 200, seed: int = 0) -> Nearness:
+    """Return how similar sampled tiles are to their nearest tile of another patient.
+
+    With this one can judge how near the nearest tile of a new image is.
     """
     some = state.sample(tiles, seed)
     vectors = state.index.at(some)
-    choices: tuple[LeaveOut, ...] = ("patient", "tile")
-    for leave_out in choices:
-        scores, positions = find_like(state, some, vectors, Query(k=1, leave_out=leave_out))
-        is_hit = positions >= 0
-        if is_hit.any():
-            return np.sort(scores[is_hit])
-    return np.zeros(0, dtype=np.float32)
+    others: Literal["patient", "tile"] = "tile"
+    scores = np.zeros(0, dtype=np.float32)
+    for others in ("patient", "tile"):
+        scores, positions = find_like(state, some, vectors, Query(k=1, leave_out=others))
+        scores = np.sort(scores[positions >= 0])
+        if len(scores):
+            break
+    return Nearness(scores, others)
 
 
 def out_of_distribution_share(state: State, tiles: int = 1000, seed: int = 0) -> float:

@@ -111,6 +111,18 @@ def test_slides_of_an_l2_atlas_are_compared_by_distance(tmp_path):
         assert similar.pairs[0].score == pytest.approx(-nearest.min(), abs=1e-3)
 
 
+def test_the_usual_nearness_names_the_tiles_it_is_of(kinds, tmp_path):
+    """An atlas of one patient has no tiles of others: its own must not be called that."""
+    assert kinds.usual_nearness().others == "patient"
+    one = Atlas.create(tmp_path / "atlas", DEFAULT_BUNDLE)
+    files = [features(tmp_path / f"{n}.h5", 100, n) for n in range(2)]
+    one.add(files[:1])
+    near = one.usual_nearness()
+    assert near.others == "tile" and len(near.scores) == 100
+    one.add(files[1:])
+    assert one.usual_nearness().others == "patient", "another slide without a patient"
+
+
 def test_a_comparison_reads_no_feature_file(kinds, monkeypatch):
     """Reading all of them takes long in a large atlas."""
     from histoseek.index.store.store import Store
@@ -120,7 +132,7 @@ def test_a_comparison_reads_no_feature_file(kinds, monkeypatch):
     assert [s.label for s in opened.similar("beta-0", 2)] == ["beta", "beta"]
     assert [s.label for s in opened.similar("P-beta-0", 2, by="patient")] == ["beta", "beta"]
     assert len(opened.similar("beta-0", 2, how="votes")) == 2
-    assert len(opened.usual_nearness()) == 200
+    assert len(opened.usual_nearness().scores) == 200
     assert opened.out_of_distribution_share() < 0.5
     assert len(opened.search(tiles=[1, 2], k=3)[0]) == 3
     together = Query(tiles=(1, 2), unlike_tiles=(400,), k=3)

@@ -144,7 +144,10 @@ def test_how_usual_the_nearness_is_told(session, tile_folder):
     assert near > far.nearer_than
     other = session.search(Query(images=(image,), where="label = 'retina'")).verdict
     assert other.nearer_than == near, "a filter does not make an image strange"
-    usual = session.atlas.usual_nearness()
+    assert "tiles of other patients or slides" in words.verdict_text(
+        session.search(Query(images=(image,)))
+    )
+    usual = session.atlas.usual_nearness().scores
     assert (np.diff(usual) >= 0).all() and 0 < len(usual) <= 200
     assert far.unknown == (far.placed["unknown"] or far.nearer_than < 0.01)
 

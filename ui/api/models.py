@@ -302,6 +302,7 @@ class Verdict(BaseModel):
     labels: list[LabelCount]
     placed: Placed | None
     nearer_than: float | None
+    compared_with: str
     unknown: bool
     foreign: bool
 

@@ -46,6 +46,20 @@
     };
   }
 
+  /* Place of a new image, from -1 to 1, on the grid. */
+  const onGrid = (x, y) => [((x + 1) / 2) * GRID, ((y + 1) / 2) * GRID];
+  /* The smallest box around places, as [left, low, right, high]. */
+  function boxOf(places) {
+    let left = GRID, low = GRID, right = 0, high = 0;
+    for (let at = 0; at < places.length; at += 2) {
+      left = Math.min(left, places[at]);
+      right = Math.max(right, places[at]);
+      low = Math.min(low, places[at + 1]);
+      high = Math.max(high, places[at + 1]);
+    }
+    return left > right ? [0, 0, GRID, GRID] : [left, low, right, high];
+  }
+
   function symbol(path, shape, x, y, r) {
     const corners = {
       1: [[-1, -1], [1, -1], [1, 1], [-1, 1]], 2: [[0, -1.3], [1.3, 0], [0, 1.3], [-1.3, 0]],
@@ -69,11 +83,24 @@
 
   /* What is shown: a point of the map in the middle of the canvas, and pixels per unit of the grid. */
   class Frame {
-    constructor(canvas) { this.canvas = canvas; this.whole(); }
+    constructor(canvas) { this.canvas = canvas; this.around = [0, 0, GRID, GRID]; this.whole(); }
     get width() { return this.canvas.clientWidth; }
     get height() { return this.canvas.clientHeight; }
-    whole() { this.x = this.y = GRID / 2; this.k = null; }
-    get scale() { return this.k ?? (0.94 * Math.min(this.width, this.height)) / GRID; }
+    whole() {
+      const [left, low, right, high] = this.around;
+      this.x = (left + right) / 2;
+      this.y = (low + high) / 2;
+      this.k = null;
+    }
+    get scale() {
+      const [left, low, right, high] = this.around, least = GRID / 50;  // no closer, if all places are one
+      return this.k ?? 0.9 * Math.min(this.width / Math.max(right - left, least), this.height / Math.max(high - low, least));
+    }
+    /* Set what whole() shows, [left, low, right, high]; show it if the whole was shown before. */
+    surround(around) {
+      this.around = around;
+      if (this.k === null) this.whole();
+    }
     toPixel(x, y) { return [(x - this.x) * this.scale + this.width / 2, (this.y - y) * this.scale + this.height / 2]; }
     toMap(px, py) { return [(px - this.width / 2) / this.scale + this.x, this.y - (py - this.height / 2) / this.scale]; }
     move(dx, dy) { const k = this.scale; this.x -= dx / k; this.y += dy / k; this.k = k; }
@@ -192,7 +219,7 @@
       brush.font = "12px system-ui, sans-serif";
       brush.textAlign = "center";
       for (const { x, y, name } of found) {
-        const [px, py] = frame.toPixel(((x + 1) / 2) * GRID, ((y + 1) / 2) * GRID), path = new Path2D();
+        const [px, py] = frame.toPixel(...onGrid(x, y)), path = new Path2D();
         symbol(path, 6, px, py, 7);
         brush.fillStyle = dark ? "#ffffff" : "#111111";
         brush.strokeStyle = dark ? "#111111" : "#ffffff";
@@ -210,7 +237,7 @@
     const peek = element.querySelector(".hs-peek"), legend = element.querySelector(".hs-maplegend");
     const frame = new Frame(canvas), painter = new Painter(canvas);
     const hidden = new Map();  // by code
-    let data = null, boxed = null, idOf = null, wanted = by, asking = 0, loaded = null, drawing = 0, fetching = 0;
+    let data = null, boxed = null, tilesBox = null, idOf = null, wanted = by, asking = 0, loaded = null, drawing = 0, fetching = 0;
     const revision = () => `${document.querySelector(".hs-head")?.dataset.revision} ${hs.changes ?? 0}`;
 
     async function load({ box = null, places = true } = {}) {
@@ -232,6 +259,7 @@
             if (data?.about.by !== wanted) hidden.clear();
             data = found;
             boxed = box;
+            if (!box && places) tilesBox = boxOf(data.places);
             idOf = idsOf(data);
             break;
           }
@@ -246,7 +274,12 @@
       }
       plot.hidden = false;
       describe();
+      surround();
       draw();
+    }
+    /* Let the whole map be that of the tiles and the new images. */
+    function surround() {
+      frame.surround(boxOf([...tilesBox, ...stars().flatMap(({ x, y }) => onGrid(x, y))]));
     }
 
     function draw() {
@@ -433,6 +466,6 @@
         load().catch((e) => { loaded = null; note.textContent = `No map: ${e.message}`; });
     }).observe(element);
     new MutationObserver(draw).observe(document.body, { attributeFilter: ["class"] });
-    return { draw: () => { if (data) { describe(); draw(); } }, load, set };
+    return { draw: () => { if (data) { describe(); surround(); draw(); } }, load, set };
   };
 })();

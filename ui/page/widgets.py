@@ -23,7 +23,7 @@ HIDDEN: dict[str, Any] = {**EVENT, "show_progress": "hidden"}
 _FILES = """
 <div class="hs-picker" data-limit="{limit}" {local}>
   <div class="hs-drop"><input type="file" id="{name}-input" {options}>
-  <label for="{name}-input">{title}</label>, or drop it here</div>
+  <label for="{name}-input">{title}</label>, or drop {them} here</div>
   <ul class="hs-files" aria-label="Files to upload"></ul><p class="hs-picker-note" role="status"></p>
 </div>"""
 _FILES_JS = "histoseek.files(element, upload);"
@@ -64,7 +64,10 @@ def chooser(name: str, title: str, options: str, limit: int, local: bool = False
     the browser; the tab's JavaScript sends it.
     """
     kind = 'data-local="1"' if local else ""
-    template = _FILES.format(name=name, title=title, options=options, limit=limit, local=kind)
+    them = "them" if "multiple" in options.split() else "it"
+    template = _FILES.format(
+        name=name, title=title, options=options, limit=limit, local=kind, them=them
+    )
     html(html_template=template, js_on_load=_FILES_JS, elem_id=name)
     return gr.Textbox(visible="hidden")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -41,6 +41,8 @@ class Verdict:
             query combines several examples.
         nearer_than: share of the atlas's tiles whose distance to the nearest tile of another patient
             exceeds the query's distance to its nearest hit; None until it is computed.
+        compared_with: ``patient``; or ``tile`` if ``nearer_than`` is of the nearest other tile, because
+            the atlas has one patient or slide only.
         unknown: whether the query is unlike anything in the atlas: it belongs to no cluster, or at most
             1 % of the atlas's tiles are as far from all others, or it is foreign.
         foreign: whether the query is out of distribution: not stained tissue, according to the encoder's
@@ -53,6 +55,7 @@ class Verdict:
     nearer_than: float | None
     unknown: bool
     foreign: bool = False
+    compared_with: Literal["patient", "tile"] = "patient"
 
 
 @dataclass(frozen=True)

@@ -200,6 +200,7 @@ def verdict(answer: SearchAnswer) -> dict[str, Any]:
         "labels": [{"label": label, "hits": count} for label, count in verdict.labels],
         "placed": verdict.placed,
         "nearer_than": verdict.nearer_than,
+        "compared_with": verdict.compared_with,
         "unknown": verdict.unknown,
         "foreign": verdict.foreign,
     }

@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...index.atlas import Atlas
+from ...index.search.nearness import Nearness
 from ...index.search.query import Query
 from ...index.store.rows import Hit
 from ...index.view import View
@@ -26,8 +27,8 @@ class Usual:
         """Measure nothing yet."""
         self._atlas, self._background = atlas, background
 
-    def nearness(self, revision: int) -> NDArray[np.float32] | None:
-        """Return how similar tiles are to their nearest of another patient, ascending (T,)."""
+    def nearness(self, revision: int) -> Nearness | None:
+        """Return how similar tiles are to their nearest of another patient."""
         return self._background.get("usual", revision, self._atlas.usual_nearness)
 
     def out_of_distribution(self, revision: int) -> float | None:
@@ -60,7 +61,8 @@ def verdict_of(
     """
     single = query.examples == 1 and not by_text
     placed = view.assign(vector[None], clustering)[0] if single and view.clusterings() else None
-    nearer = _nearer_than(usual, view, query, vector, hits if alone else None) if single else None
+    nearness = usual.nearness(view.revision) if single else None
+    nearer = _nearer_than(nearness, view, query, vector, hits if alone else None)
     no_cluster = bool(placed and placed["unknown"])
     unusual = nearer is not None and nearer < UNUSUAL
     foreign = single and bool(view.state.manifest.out_of_distribution(vector[None])[0])
@@ -76,11 +78,16 @@ def verdict_of(
         nearer_than=nearer,
         unknown=foreign or no_cluster or unusual,
         foreign=foreign,
+        compared_with=nearness.others if nearness else "patient",
     )
 
 
 def _nearer_than(
-    usual: Usual, view: View, query: Query, vector: NDArray[np.float32], hits: list[Hit] | None
+    nearness: Nearness | None,
+    view: View,
+    query: Query,
+    vector: NDArray[np.float32],
+    hits: list[Hit] | None,
 ) -> float | None:
     """Return the share of tiles that are farther from their nearest tile than the query from its best hit.
 
@@ -88,8 +95,7 @@ def _nearer_than(
 
     None until the usual nearness of the atlas's tiles is computed, or if there is no hit.
     """
-    nearness = usual.nearness(view.revision)
-    if nearness is None or not len(nearness):
+    if nearness is None or not len(nearness.scores):
         return None
     best = hits
     if best is None or query.where or query.least is not None or query.leave_out != "tile":
@@ -98,4 +104,5 @@ def _nearer_than(
         best = view.search_near(vector, whole)
     if not best:
         return None
-    return float(np.searchsorted(nearness, best[0].score, side="left") / len(nearness))
+    scores = nearness.scores
+    return float(np.searchsorted(scores, best[0].score, side="left") / len(scores))

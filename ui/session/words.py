@@ -17,6 +17,10 @@ TEXT_NOTICE = (
     "The scores rank the tiles for your words; a high rank does not prove that a tile shows them."
 )
 LABELS_SHOWN = 4
+OTHERS = {
+    "patient": "tiles of other patients or slides",
+    "tile": "each other (it has only one patient or slide)",
+}
 
 
 def counted(number: int, noun: str) -> str:
@@ -122,8 +126,8 @@ def verdict_text(answer: SearchAnswer) -> str:
     if verdict.nearer_than is not None:
         atlas = "the server's own atlas" if answer.searched else "the atlas"
         parts.append(
-            f"The query is nearer to {atlas} than {verdict.nearer_than:.0%} of its own tiles are to tiles "
-            "of other patients."
+            f"The query is nearer to {atlas} than {verdict.nearer_than:.0%} of its own tiles are to "
+            f"{OTHERS[verdict.compared_with]}."
         )
     if answer.scaled:
         parts.append(scaled_text(answer.scaled))

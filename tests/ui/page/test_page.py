@@ -187,12 +187,40 @@ def test_upload_and_cluster(page, tiles, tmp_path):
     page.locator("#placed-note", has_text="0 refused").wait_for()
 
 
+def drawn_share(page):
+    """Shares of the atlas map's width and height that the drawn tiles span."""
+    return tuple(
+        page.evaluate(
+            """() => { const c = document.querySelector('#atlas-map canvas'), w = c.width, h = c.height;
+            const seen = c.getContext('2d').getImageData(0, 0, w, h).data, xs = [], ys = [];
+            for (let n = 0; n < w * h; n++)
+              if (seen[4 * n + 3] > 100) { xs.push(n % w); ys.push(Math.floor(n / w)); }
+            const extreme = (all, pick) => all.reduce((a, b) => pick(a, b));
+            const span = (all) => extreme(all, Math.max) - extreme(all, Math.min);
+            return [span(xs) / w, span(ys) / h]; }"""
+        )
+    )
+
+
+def middle(locator):
+    """The middle of an element, in pixels of the page."""
+    box = locator.bounding_box()
+    return box["x"] + box["width"] / 2, box["y"] + box["height"] / 2
+
+
 def test_the_map_its_lasso_and_a_name_for_a_cluster(page, served, atlas):
     tab(page, "Atlas")
     page.locator("#atlas-map .hs-maplegend li").first.wait_for()
     note = page.locator("#atlas-map .hs-map-note").inner_text()
     assert f"All {Atlas(atlas).stats()['tiles']:,} tiles" in note and "trustworthiness" in note
     page.wait_for_timeout(500)
+    wide, high = drawn_share(page)
+    assert max(wide, high) > 0.85, "the tiles fill the map"
+    page.mouse.move(*middle(page.locator("#atlas-map .hs-lasso")))
+    page.mouse.wheel(0, -400)
+    page.click("#atlas-map [data-map=whole]")
+    page.wait_for_timeout(200)
+    assert drawn_share(page) == pytest.approx((wide, high), abs=0.01)
     box = page.locator("#atlas-map .hs-lasso").bounding_box()
     corners = [(0.02, 0.02), (0.98, 0.02), (0.98, 0.98), (0.02, 0.98), (0.02, 0.05)]
     for number, (x, y) in enumerate(corners):
