@@ -18,10 +18,12 @@ equals nothing, so ``!=`` and ``not in`` are true for it.
 
 from __future__ import annotations
 
+import fnmatch
 import operator as operators
 import re
 from collections.abc import Callable, Set
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -45,6 +47,34 @@ class Compare:
     field: str
     operator: str
     values: tuple[Value, ...] = ()
+
+    def has(self, name: str) -> bool:
+        """Whether a name is one of the values; numbers are compared as numbers."""
+        if name in self._texts:
+            return True
+        try:
+            return bool(self._numbers) and float(name) in self._numbers
+        except ValueError:
+            return False
+
+    def is_like(self, name: str) -> bool:
+        """Whether a name matches the pattern of ``like``."""
+        return self._pattern.fullmatch(name) is not None
+
+    @cached_property
+    def _texts(self) -> frozenset[str]:
+        return frozenset(value for value in self.values if isinstance(value, str))
+
+    @cached_property
+    def _numbers(self) -> frozenset[float]:
+        return frozenset(value for value in self.values if not isinstance(value, str))
+
+    @cached_property
+    def _pattern(self) -> re.Pattern[str]:
+        """The pattern as a regular expression without backtracking."""
+        signs = {"%": "*", "_": "?", "*": "[*]", "?": "[?]", "[": "[[]"}
+        pattern = "".join(signs.get(sign, sign) for sign in str(self.values[0]))
+        return re.compile(fnmatch.translate(pattern), re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -297,19 +327,16 @@ _ORDER: dict[str, Callable[[Any, Any], Any]] = {
 
 def holds(name: str | None, wanted: Compare) -> bool:
     """Whether one value passes a comparison."""
-    operator, values = wanted.operator, wanted.values
+    operator = wanted.operator
     if operator in {"is null", "is not null"}:
         return (name is None) == (operator == "is null")
     if name is None:
         return operator in {"!=", "not in", "not like"}
     if operator in {"in", "not in"}:
-        inside = any(_ordered(name, "=", value) for value in values)
-        return inside == (operator == "in")
+        return wanted.has(name) == (operator == "in")
     if operator in {"like", "not like"}:
-        parts = (".*" if c == "%" else "." if c == "_" else re.escape(c) for c in str(values[0]))
-        like = re.fullmatch("".join(parts), name, re.DOTALL | re.IGNORECASE) is not None
-        return like == (operator == "like")
-    return _ordered(name, operator, values[0])
+        return wanted.is_like(name) == (operator == "like")
+    return _ordered(name, operator, wanted.values[0])
 
 
 def _ordered(name: str, operator: str, value: Value) -> bool:
