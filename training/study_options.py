@@ -40,7 +40,7 @@ class StudyOptions:
         Field(description="Label that counts as positive in F1. Empty: the last label."), HIDDEN] = ""
     parts: Annotated[str,
         Field(description="Parts of the protocol: to add, table4,grid,switches (ae-dac) or lite0 "
-        "(arcface) or settings (topology-sweep: other optimisers, losses and code); to run alone, AE or "
+        "(arcface) or settings (topology-sweep: other optimisers, losses and layers); to run alone, AE or "
         "CAE (topology-sweep)."), HIDDEN] = ""
     size_px: Annotated[int,
         Field(ge=0, description="Side of a tile, if the protocol lets you choose it; 0: as in the "

@@ -61,6 +61,7 @@ OPTIONS = [
                              (32, (285_136, 284_064, 279_872, 263_296)))
         for dim, count in zip((16, 32, 64, 128), counts, strict=True)
     ],
+    ("topology-cae", {"widths": "16-8", "norm": False, "relu_code": True}, 4_209 - 2 * 58),
     *[
         ("topology-cae", {"widths": widths, "dim": dim}, count)
         for widths, counts in (("16-8", (4_062, 4_209, 4_503, 5_091)),

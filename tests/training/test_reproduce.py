@@ -114,12 +114,17 @@ def test_topology_sweep_has_all_cells_beside_the_papers(tmp_path, monkeypatch):
     assert document["about"]["epochs"] == "CAE: 1; AE: 1"
     assert "of CAE; the paper names no number, this protocol has 50." in document["fewer"]
     assert "of AE; the paper names no number, this protocol has 100." in document["fewer"]
-    assert len(settings["rows"]) == 9  # the CAE has no ReLU after the code to choose
+    assert (
+        len(settings["rows"]) == 10
+    )  # four settings of the optimiser and one of the layers, two nets
+    runs = [json.loads((tmp_path / f"r/runs/ae-32{n}/run.json").read_text()) for n in ("", "-4")]
+    layers = [run["options"]["model_options"] for run in runs]
+    assert layers == ["dim=32", "dim=32,relu_code=true"]
     assert settings["rows"]["AE: Adam 1e-3, squared error"]["K = 50"]["published"] == 83.52
     compared = settings["rows"]["AE: Adadelta 1, cross-entropy"]["K = 10"]["ours"]
     assert compared == ae["rows"]["K = 10"]["code 32"]["ours"]
     means = [[cell["mean"] for cell in row.values()] for row in settings["rows"].values()]
-    assert len({tuple(row) for row in means}) == 9  # each setting was trained by itself
+    assert len({tuple(row) for row in means}) == 10  # each setting was trained by itself
     assert ae["rows"]["K = 50"]["code 32"]["published"] == 83.52
     assert cae["rows"]["K = 10"]["code 128"]["published_sd"] == 2.69
     assert any("within 2 published sd" in note for note in cae["notes"])

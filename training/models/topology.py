@@ -64,7 +64,12 @@ def build_topology_ae(size_px: int = 28, dim: int = 32, relu_code: bool = False)
 
 
 def build_topology_cae(
-    size_px: int = 32, dim: int = 32, widths: str = "32-16", family: str = "map"
+    size_px: int = 32,
+    dim: int = 32,
+    widths: str = "32-16",
+    family: str = "map",
+    relu_code: bool = False,
+    norm: bool = True,
 ) -> AutoEncoder:
     """Return paper 003's convolutional AE on three channels.
 
@@ -74,6 +79,8 @@ def build_topology_cae(
         widths: channels of the first two convolutions: 32-16 or 16-8.
         family: ``map``: the code is the last convolution's flattened map; ``linear``: a linear layer
             computes the code from a map of 8 channels.
+        relu_code: add a ReLU after the code.
+        norm: have a batch norm after each convolution but the last (the paper: "image normalization").
     """
     _check_code(dim)
     if family not in FAMILIES:
@@ -95,15 +102,21 @@ def build_topology_cae(
     def pool() -> nn.Module:
         return nn.MaxPool2d(2, ceil_mode=True)
 
-    encoder = [*conv(3, first, 3, 1, 1), pool(), *conv(first, second, 3, 1, 1), pool()]
-    encoder += [*conv(second, last, 3, 1, 1)[:2], pool(), nn.Flatten()]  # the code has no ReLU
+    def block(inside: int, out: int) -> list[nn.Module]:
+        layers = conv(inside, out, 3, 1, 1)
+        return layers if norm else [layers[0], layers[2]]
+
+    encoder = [*block(3, first), pool(), *block(first, second), pool()]
+    encoder += [*block(second, last)[:-1], pool(), nn.Flatten()]
     decoder: list[nn.Module] = []
     if family == "linear":
         encoder.append(nn.Linear(last * cells, dim))
         decoder.append(nn.Linear(dim, last * cells))
+    if relu_code:
+        encoder.append(nn.ReLU())
     decoder.append(nn.Unflatten(1, (last, sides[3], sides[3])))
     for inside, out, side in ((last, second, 2), (second, second, 1), (second, first, 0)):
-        decoder += [*conv(inside, out, 3, 1, 1), nn.Upsample(sides[side])]
+        decoder += [*block(inside, out), nn.Upsample(sides[side])]
     decoder += [nn.Conv2d(first, 3, 3, 1, 1), nn.Sigmoid()]
     return _start_as_keras(
         AutoEncoder(nn.Sequential(*encoder), nn.Sequential(*decoder), size_px, dim)

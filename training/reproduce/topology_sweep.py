@@ -26,15 +26,21 @@ SIDES = (28, 32)
 UNPUBLISHED = ((None, None),) * len(CODES)
 KERAS: dict[str, Any] = {"optimiser": "adadelta", "lr": 1.0, "pixel_loss": "cross-entropy"}
 """What the examples of Keras, which the paper used, did at its time; the paper itself does not say."""
-RELU_CODE = "Adadelta 1, cross-entropy, ReLU after the code"
-SETTINGS: dict[str, dict[str, Any]] = {
-    "Adadelta 1, cross-entropy": KERAS,
+TABLES = "Adadelta 1, cross-entropy"
+OPTIMISERS: dict[str, dict[str, Any]] = {
+    TABLES: KERAS,
     "Adadelta 1, squared error": {**KERAS, "pixel_loss": "squared"},
     "Adam 1e-3, cross-entropy": {**KERAS, "optimiser": "adam", "lr": 1e-3},
     "Adam 1e-3, squared error": {"optimiser": "adam", "lr": 1e-3, "pixel_loss": "squared"},
-    RELU_CODE: {**KERAS, "model_options": "relu_code=true"},
 }
 """Settings that the part ``settings`` compares; the first is that of the tables."""
+OTHER_LAYERS = {
+    "AE": {"ReLU after the code": "relu_code=true"},
+    "CAE": {
+        "widths 16 and 8, no batch norm, ReLU after the code": "widths=16-8,norm=false,relu_code=true"
+    },
+}
+"""Layers as in Keras's examples, which the part ``settings`` compares: options of the models."""
 SETTINGS_CODE = 32
 Values = dict[int, list[float]]
 """One value per initialisation of k-means, by code length."""
@@ -89,8 +95,8 @@ PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
 def reproduce(study: Study) -> Report:
     """Train every net once per code length; cluster its codes 20 times per K, from random centres.
 
-    ``parts`` may have AE or CAE, to run only one of them, and settings, to compare optimisers, losses and a
-    code with ReLU.
+    ``parts`` may have AE or CAE, to run only one of them, and settings, to compare optimisers, losses and
+    layers.
     """
     options = study.options
     repeats = study.pick(INITIALISATIONS, 2, options.seeds)
@@ -104,14 +110,14 @@ def reproduce(study: Study) -> Report:
     epochs = {net: study.pick(EPOCHS[net], 1, options.epochs) for net in nets}
     inputs = {"AE": f"{side * side} grey pixels", "CAE": "3 channels, widths 32, 16, c"}
     compared = "settings" in study.parts
-    study.cells = len(CODES) * len(nets) + sum(len(_compared(net)) for net in nets if compared)
+    study.cells = len(CODES) * len(nets) + compared * sum(len(_settings(net)) - 1 for net in nets)
     report = study.report(
         "Topology, code size and K", "003, tables 1 and 2",
         epochs="; ".join(f"{net}: {count}" for net, count in epochs.items()),
         split="none: fitted and judged on the same tiles, as the paper has it",
         seeds=f"one trained net per cell, {repeats} random initialisations of k-means",
         network="; ".join(f"{net} on {inputs[net]}, batch {BATCH[net]}" for net in nets)
-        + f"; {next(iter(SETTINGS))}",
+        + f"; {TABLES}",
     )  # fmt: skip
     fewer = (fewer_epochs(count, EPOCHS[net], of=f" of {net}") for net, count in epochs.items())
     report.fewer = " ".join(filter(None, fewer))
@@ -155,11 +161,10 @@ def reproduce(study: Study) -> Report:
     rows = {}
     for net in nets if compared else []:
         cell = f"{net.lower()}-{SETTINGS_CODE}"
-        trained = {next(iter(SETTINGS)): cell}
-        for number, name in enumerate(_compared(net), 1):
-            trained[name] = f"{cell}-{number}"
-            train(trained[name], net, SETTINGS_CODE, SETTINGS[name])
-        for name, cell in trained.items():
+        for number, (name, setting) in enumerate(_settings(net).items()):
+            if number:  # the first is in the tables
+                cell = f"{net.lower()}-{SETTINGS_CODE}-{number}"
+                train(cell, net, SETTINGS_CODE, setting)
             found = _cluster(study, cell, data, repeats)
             rows[f"{net}: {name}"] = [
                 Cell(mean, tuple(found[str(k)]), None, sd)
@@ -186,9 +191,12 @@ def reproduce(study: Study) -> Report:
     return report
 
 
-def _compared(net: str) -> list[str]:
-    """Return the names of the settings that a net is also trained with."""
-    return [name for name in list(SETTINGS)[1:] if net == "AE" or name != RELU_CODE]
+def _settings(net: str) -> dict[str, dict[str, Any]]:
+    """Return the settings that are compared, by name; the first is that of the tables."""
+    others = OTHER_LAYERS[net].items()
+    return OPTIMISERS | {
+        f"{TABLES}, {name}": {**KERAS, "model_options": layers} for name, layers in others
+    }
 
 
 def _says(tables: list[Table]) -> tuple[str, str, str]:
