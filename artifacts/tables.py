@@ -10,7 +10,7 @@ import csv
 import io
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,6 +22,9 @@ NO_VALUE = frozenset({
     "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
 })  # fmt: skip
 """Texts that mean *no value*: the default list of pandas' ``read_csv``, and Excel's ``#N/A``."""
+
+COLUMNS = ("slide", "file", "label", "patient", "group", "mpp")
+"""Columns with a meaning of their own. In a CSV table they may be written in any case."""
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 
@@ -57,6 +60,15 @@ def value_of(given: Any) -> str:
 def clean_row(row: Mapping[Any, Any]) -> dict[str, str]:
     """Return a row with its values as texts; see :func:`value_of`."""
     return {str(key): value_of(value) for key, value in row.items()}
+
+
+def own_name(name: str, taken: Iterable[str], names: Iterable[str] = COLUMNS) -> str:
+    """Return the one of ``names`` that a column means if only the case differs; else the column's name.
+
+    If a column of that very name is ``taken``, no other one means it.
+    """
+    meant = name.strip().casefold()
+    return meant if meant in names and meant not in taken else name
 
 
 def number_of(text: str) -> float | None:
@@ -107,17 +119,22 @@ def parse_table(blob: bytes, origin: str, *keys: str, within: str | None = None)
     except csv.Error as error:
         raise BadInput(f"{origin} is not a CSV table ({error}); save it as CSV again") from error
     columns = [same_text(name.strip()) for name in cells[0][1]] if cells else []
+    written = columns
+    columns = [own_name(name, columns, {*COLUMNS, *keys}) for name in columns]
     key = next((name for name in keys if name in columns), None)
     separated = f"separated by {SEPARATORS.get(separator, repr(separator))}"
     if key is None:
         expected = " or ".join(map(repr, keys))
         raise BadInput(
-            f"{origin} has columns {columns}; expected a column {expected} (read as {encoding}, "
+            f"{origin} has columns {written}; expected a column {expected} (read as {encoding}, "
             f"{separated})"
         )
     notes = [] if separator == "," else [f"{origin}: {separated}"]
     if encoding == "cp1252":
         notes.append(f"{origin}: not UTF-8; read as Windows' cp1252: check names with accents")
+    for name, meant in zip(written, columns, strict=True):
+        if name != meant:
+            notes.append(f"{origin}: column {name!r} is read as {meant!r}")
     columns, dropped = _without_empty_columns(columns, [row for _, row in cells[1:]])
     if dropped:
         notes.append(f"{origin}: {dropped} empty column(s) without a name left out")
@@ -160,10 +177,13 @@ def _separator(lines: Sequence[str], keys: Sequence[str]) -> str:
     header = next((line for line in lines if line.strip()), "")
     for separator in SEPARATORS:
         try:
-            names = {name.strip() for name in next(csv.reader([header], delimiter=separator), [])}
+            names = {
+                name.strip().casefold()
+                for name in next(csv.reader([header], delimiter=separator), [])
+            }
         except csv.Error:  # the actual reading reports the error
             continue
-        if names & set(keys):
+        if names & {key.casefold() for key in keys}:
             return separator
     return max(SEPARATORS, key=header.count)
 

@@ -33,7 +33,7 @@ from .search.query import LeaveOut, Query
 from .store.catalog import set_meta
 from .store.metadata import AddedSlides, Metadata, slides_meant
 from .store.relocation import Relocated, relocate
-from .store.rows import Hit, plain_name
+from .store.rows import Hit, Relabelled, plain_name
 from .store.store import ENCODER, ENCODER_LINK, copy_bundle, fill
 from .vectors import tuning
 from .view import View
@@ -147,7 +147,7 @@ class Atlas(OpenAtlas):
         with self.writing() as writer:
             return writer.remove(names)
 
-    def relabel(self, rows: Iterable[dict[str, str]]) -> int:
+    def relabel(self, rows: Iterable[dict[str, str]]) -> Relabelled:
         """Set labels, patients and other columns of slides, or of tiles of a tile set; all or none.
 
         Args:
@@ -155,7 +155,7 @@ class Atlas(OpenAtlas):
                 one tile. An empty value removes the old one.
 
         Returns:
-            The number of slides changed.
+            The number of slides changed; its ``notes`` say what was deleted or has no effect.
 
         Raises:
             BadInput: a slide or tile is not in the atlas.

@@ -100,7 +100,7 @@ class OpenAtlas:
         with self.catalog.read() as db:
             names = {row["name"] for row in db.execute("SELECT name FROM slides")}
             if slide is not None and slide not in names:
-                raise unknown_name("slide", slide, sorted(names)[:10])
+                raise unknown_name("slide", slide, names)
             return annotation.read(db, slide)
 
     def annotate(self, given: Iterable[Annotation]) -> Annotated:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import sqlite3
+from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -16,7 +17,6 @@ from typing import Any
 from .. import stopping
 from ..artifacts.feature_files import STAIN, Features, parse_features, read_about
 from ..artifacts.files import remove_leftovers, sha256_file, write_atomic
-from ..artifacts.tables import clean_row
 from ..console import Progress
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
 from .clusters import stored as clusterings
@@ -25,7 +25,7 @@ from .store import annotation, quality
 from .store.catalog import NEXT_TILE, get_meta, insert, set_meta, update
 from .store.metadata import AddedSlides, Metadata, Row, Rows, match_rows, slides_meant
 from .store.packing import pack_coded, unpack_coded, unpack_texts
-from .store.rows import Added, further, plain_name
+from .store.rows import Added, Relabelled, checked_row, further, not_taken, plain_name
 from .store.scales import MIXED, check_scale
 from .store.store import FEATURES, Store
 from .vectors.generations import Generations
@@ -43,6 +43,7 @@ class Writer:
         self._store, self._generations = store, generations
         self._path, self._catalog, self._manifest = store.path, store.catalog, store.manifest
         self._cached: dict[str, Clustering] = {}
+        self._written: dict[str, str] = {}
 
     def add(
         self, files: Sequence[Path], metadata: Metadata, replace: bool, progress: Progress
@@ -50,6 +51,7 @@ class Writer:
         """Add feature files; see :meth:`Atlas.add <histoseek.index.atlas.Atlas.add>`."""
         results: list[Added] = []
         rows = match_rows(metadata, files, self._catalog.rows("SELECT name, source FROM slides"))
+        self._written = {}
         self.tidy()
         for number, file in enumerate(files, start=1):
             try:
@@ -63,7 +65,9 @@ class Writer:
                 results.append(Added(str(file), file.stem, "failed", reason=reason))
             progress(number, len(files), file.stem)
         self.finish()
-        return AddedSlides(results, rows)
+        added = AddedSlides(results, rows)
+        added.notes += not_taken(metadata.values())
+        return added
 
     def allow_mixed_scales(self) -> None:
         """From now on, allow tiles of different scales in the atlas."""
@@ -125,6 +129,12 @@ class Writer:
             notice = check_scale(
                 db, item.name, item.target_mpp if len(item.features) else None, origin
             )
+        if not adds_scale and (first := self._written.get(item.name)) is not None:
+            raise Mismatch(
+                f"{first}, added just before, has other features of slide {item.name!r}, and an atlas "
+                "holds one set of features per slide: give only the folder or the files of one set; if "
+                "these are two slides, embed both in one run, which gives them different names"
+            )
         if old is not None and not replace and not adds_scale:
             raise Mismatch(
                 f"the atlas has other features of slide {item.name!r} (from {old['source']}); to replace "
@@ -142,6 +152,7 @@ class Writer:
             _keep_metadata(row, old, given, stain_of(item))
         write_atomic(self._path / target, blob)
         self._replace_rows(row, old, item, keep_annotations=not another)
+        self._written[item.name] = origin
         state = "added" if old is None else "replaced"
         return Added(origin, item.name, state, len(item.features), "; ".join(filter(None, reasons)))
 
@@ -215,8 +226,8 @@ class Writer:
         slides = {row["name"]: row for row in self._catalog.rows("SELECT * FROM slides")}
         for name in names:
             if name not in slides:
-                close = [other for other in slides if name.lower() in other.lower()][:10]
-                raise unknown_name("slide", name, close or sorted(slides)[:10])
+                close = [other for other in slides if name.lower() in other.lower()]
+                raise unknown_name("slide", name, close or slides)
         removed = [slides[name] for name in set(names)]
         with self._catalog.write() as db:
             for slide in removed:
@@ -224,17 +235,19 @@ class Writer:
         self.finish()
         return sum(slide["tiles"] for slide in removed)
 
-    def relabel(self, rows: Iterable[dict[str, str]]) -> int:
+    def relabel(self, rows: Iterable[dict[str, str]]) -> Relabelled:
         """Set metadata; see :meth:`Atlas.relabel <histoseek.index.atlas.Atlas.relabel>`."""
         of_slide: dict[str, Row] = {}
         of_tiles: dict[str, dict[str, Row]] = {}
-        given = [clean_row(row) for row in rows]
+        given = [checked_row(row) for row in rows]
         for row in given:
             if not row.get("slide"):
                 raise BadInput(
                     f"a row of the metadata names no slide: {row}; expected a value in the column 'slide'"
                 )
         changed = set()
+        deleted: Counter[str] = Counter()
+        notes = not_taken(given)
         with self._catalog.write() as db:
             slides = {row["name"]: dict(row) for row in db.execute("SELECT * FROM slides")}
             matched = slides_meant({row["slide"] for row in given}, list(slides.values()))
@@ -246,12 +259,17 @@ class Writer:
                     of_slide.setdefault(name, {}).update(row)
             for name, row in of_slide.items():
                 if changes := _slide_changes(slides[name], row):
+                    deleted.update(_deleted(slides[name], changes))
                     update(db, "slides", {"id": slides[name]["id"]}, changes)
                     changed.add(name)
+                notes += _hidden(db, slides[name], row)
             for name, tiles in of_tiles.items():
                 if _relabel_tiles(db, slides[name], tiles):
                     changed.add(name)
-        return len(changed)
+        if deleted:
+            each = ", ".join(f"{column} {count}" for column, count in sorted(deleted.items()))
+            notes.insert(0, f"values deleted by empty cells: {each}")
+        return Relabelled(len(changed), notes)
 
     def _clusterings(self) -> dict[int, Clustering]:
         """Return the clusterings by id; those with a lost file are left out."""
@@ -319,6 +337,30 @@ def _slide_changes(slide: dict[str, Any], row: dict[str, str]) -> dict[str, Any]
     if after != before:
         changes["metadata"] = json.dumps(after, sort_keys=True)
     return changes
+
+
+def _deleted(slide: dict[str, Any], changes: dict[str, Any]) -> list[str]:
+    """Return the columns of a slide whose value the changes delete."""
+    gone = [key for key, value in changes.items() if value is None]
+    if "metadata" in changes:
+        gone += set(json.loads(slide["metadata"])) - set(json.loads(changes["metadata"]))
+    return gone
+
+
+def _hidden(db: sqlite3.Connection, slide: dict[str, Any], row: Row) -> list[str]:
+    """Return a note for each value of a tile set that some tiles hide, because they have their own."""
+    of_tiles = db.execute(
+        "SELECT labels, patients FROM slide_tiles WHERE slide_id = ?", (slide["id"],)
+    ).fetchone()
+    notes = []
+    for column, packed in (("label", of_tiles["labels"]), ("patient", of_tiles["patients"])):
+        own = 0 if packed is None else int((unpack_coded(packed)[1] >= 0).sum())
+        if row.get(column) and own:
+            notes.append(
+                f"{own} of {slide['tiles']} tiles of {slide['name']!r} keep a {column} of their own; to "
+                "change it, give rows with the columns slide and file"
+            )
+    return notes
 
 
 def _relabel_tiles(

@@ -51,6 +51,20 @@ def test_a_table_without_the_column_names_what_was_found():
             parse_table(blob, "t.xlsx", "slide")
 
 
+def test_columns_are_read_in_any_case():
+    blob = b"Slide;Patient;LABEL;Organ\na;P1;x;colon\n"
+    table = parse_table(blob, "t.csv", "slide", "file")
+    assert table.rows == ({"slide": "a", "patient": "P1", "label": "x", "Organ": "colon"},)
+    assert [note for note in table.notes if "read as" in note] == [
+        f"t.csv: column {name!r} is read as {name.lower()!r}"
+        for name in ("Slide", "Patient", "LABEL")
+    ]
+    both = parse_table(b"slide,patient,Patient\na,P1,P2\n", "t.csv", "slide")
+    assert both.rows == ({"slide": "a", "patient": "P1", "Patient": "P2"},)
+    with pytest.raises(BadInput, match="two columns of the same name"):
+        parse_table(b"slide,Patient,PATIENT\na,P1,P2\n", "t.csv", "slide")
+
+
 def test_all_texts_for_no_value_are_read_so_and_counted():
     texts = sorted(NO_VALUE - {""})
     blob = "slide,label\n" + "".join(f"s{n},{text}\n" for n, text in enumerate(texts))

@@ -21,7 +21,7 @@ from __future__ import annotations
 import fnmatch
 import operator as operators
 import re
-from collections.abc import Callable, Set
+from collections.abc import Callable, Sequence, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -30,6 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.feature_files import QUALITY
+from ...artifacts.tables import number_of
 from ...errors import BadInput, unknown_name
 from ..store.annotation import FIELDS as ANNOTATION_FIELDS
 from .columns import NOT_PLACED, Columns
@@ -37,6 +38,8 @@ from .columns import NOT_PLACED, Columns
 Mask = NDArray[np.bool_]
 Value = str | float
 LENGTH_LIMIT = 10_000
+_DATE = re.compile(r"\d{1,2}[./-]\d{1,2}[./-](\d{2}|\d{4})")
+"""A date whose texts do not sort by time."""
 _KEYWORDS = ("and", "or", "not", "in", "like", "is", "null")
 
 
@@ -52,10 +55,7 @@ class Compare:
         """Whether a name is one of the values; numbers are compared as numbers."""
         if name in self._texts:
             return True
-        try:
-            return bool(self._numbers) and float(name) in self._numbers
-        except ValueError:
-            return False
+        return bool(self._numbers) and number_of(name) in self._numbers
 
     def is_like(self, name: str) -> bool:
         """Whether a name matches the pattern of ``like``."""
@@ -186,7 +186,8 @@ def parse(text: str) -> Filter:
         column = getattr(error, "column", 1)
         raise BadInput(
             f"the filter {text!r} cannot be read at character {column}; expected a filter such as "
-            "label = 'tumour' and patient not in ('P1', 'P2')"
+            "label = 'tumour' and patient not in ('P1', 'P2'); put a column name with spaces in backticks: "
+            "`tumour size` > 2"
         ) from error
     return parsed
 
@@ -247,6 +248,7 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
     if field not in columns.names():
         raise BadInput(str(unknown_name("field", field, columns.fields())))
     coded = columns.coded(field)
+    _check_order(wanted, coded.names)
     passing = np.array([holds(name, wanted) for name in (*coded.names, None)])
     mask: Mask = passing[coded.codes]
     return mask
@@ -343,7 +345,29 @@ def _ordered(name: str, operator: str, value: Value) -> bool:
     """Compare numerically if the value is a number, else as texts."""
     if isinstance(value, str):
         return bool(_ORDER[operator](name, value))
-    try:
-        return bool(_ORDER[operator](float(name), value))
-    except ValueError:
-        return operator == "!="
+    number = number_of(name)
+    return operator == "!=" if number is None else bool(_ORDER[operator](number, value))
+
+
+def _check_order(wanted: Compare, names: Sequence[str | None]) -> None:
+    """Refuse to order a column's values where the answer would mean nothing.
+
+    Raises:
+        BadInput: the filter's value is a date whose text does not sort, or it is a number and the column
+            has only texts.
+    """
+    if wanted.operator not in {"<", "<=", ">", ">="}:
+        return
+    value = wanted.values[0]
+    if isinstance(value, str):
+        if _DATE.fullmatch(value):
+            raise BadInput(
+                f"{value!r} is compared as text, and texts of such dates are not in order; write dates as "
+                "2024-01-31, in the table and in the filter"
+            )
+    elif (texts := [name for name in names if name is not None]) and not any(
+        number_of(name) is not None for name in texts
+    ):
+        raise BadInput(
+            f"{wanted.field} has no numbers (but {texts[0]!r}); compare it with a text in quotes"
+        )

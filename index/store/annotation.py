@@ -145,7 +145,7 @@ def store(catalog: Catalog, given: Iterable[Annotation]) -> Annotated:
         slides = {row["name"]: dict(row) for row in db.execute("SELECT * FROM slides")}
         for item in items:
             if item.slide not in slides:
-                raise unknown_name("slide", item.slide, sorted(slides)[:10])
+                raise unknown_name("slide", item.slide, slides)
             if slides[item.slide]["kind"] != "slide":
                 raise NotFound(f"{item.slide!r} is a set of ready tiles; regions are of slides")
             _store_one(db, item, slides[item.slide]["id"], report)

@@ -9,10 +9,9 @@ from typing import Any
 
 from ...artifacts.feature_files import name_in
 from ...artifacts.slide_names import SlideName, match
-from ...artifacts.tables import clean_row
 from ...artifacts.walking import LeftOut
 from ...errors import NotFound, unknown_name
-from .rows import Added
+from .rows import Added, checked_row
 
 Row = dict[str, str]
 Metadata = Mapping[str, Mapping[str, Any]]
@@ -91,7 +90,7 @@ def match_rows(metadata: Metadata, files: Sequence[Path], slides: Iterable[Any])
     by_slide = {every[number]: row for number, row in matches.by_slide.items()}
     return Rows(
         {
-            file: clean_row(metadata[row])
+            file: checked_row(metadata[row])
             for slide, row in by_slide.items()
             for file in files_of.get(slide, [])
         },
@@ -138,7 +137,7 @@ def slides_meant(names: Iterable[str], slides: Sequence[Any]) -> dict[str, str]:
     """
     found, unused = matches_of(names, slides, TABLE, "row")
     if unused:
-        first = unknown_name("slide", unused[0], sorted(row["name"] for row in slides)[:10])
+        first = unknown_name("slide", unused[0], [row["name"] for row in slides])
         if len(unused) == 1:
             raise first
         raise NotFound(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+from ...artifacts.tables import clean_row, own_name
 from ...errors import BadInput
 
 
@@ -74,6 +76,50 @@ OWN = {
     "annotation.label", "annotation.note", "annotation.author",
 }  # fmt: skip
 """Column names reserved for histoseek and its exports."""
+
+
+NOT_TAKEN = ("mpp", "path")
+"""Columns of a table that an atlas takes from the features instead."""
+
+
+def checked_row(row: Mapping[Any, Any]) -> dict[str, str]:
+    """Return a metadata row that a user gives, with its values as texts.
+
+    Raises:
+        BadInput: a column is named like ``patient`` but for its case, and would not be taken for it.
+    """
+    clean = clean_row(row)
+    for name in clean:
+        if (meant := own_name(name, clean)) != name:
+            raise BadInput(
+                f"the metadata has a column {name!r}; histoseek reads {meant!r}: rename the column"
+            )
+    return clean
+
+
+def not_taken(rows: Iterable[Mapping[Any, Any]]) -> list[str]:
+    """Return a note on columns with values that an atlas takes from the features; [] if there are none."""
+    given = [clean_row(row) for row in rows]
+    names = [name for name in NOT_TAKEN if any(row.get(name) for row in given)]
+    verb = "is" if len(names) == 1 else "are"
+    columns = " and ".join(map(repr, names))
+    return [f"{columns} of the metadata {verb} not used: the features state it"] if names else []
+
+
+class Relabelled(int):
+    """The number of slides whose metadata was changed.
+
+    Attributes:
+        notes: what was deleted or has no effect, one sentence each.
+    """
+
+    notes: list[str]
+
+    def __new__(cls, changed: int, notes: Iterable[str] = ()) -> Relabelled:
+        """Store the number and the notes."""
+        made = super().__new__(cls, changed)
+        made.notes = list(notes)
+        return made
 
 
 def further(row: dict[str, Any]) -> dict[str, str]:

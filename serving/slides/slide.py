@@ -353,7 +353,7 @@ def _bounds(
 
 
 def open_slide(
-    path: Path,
+    path: Path | str,
     assume_mpp: float | None = None,
     stated_mpp: float | None = None,
     series: int | None = None,
@@ -367,7 +367,7 @@ def open_slide(
         series: index of the TIFF image that is the slide; detected when None.
     """
     try:
-        return Slide(path, assume_mpp, stated_mpp, series)
+        return Slide(Path(path), assume_mpp, stated_mpp, series)
     except HistoseekError:
         raise
     except Exception as error:

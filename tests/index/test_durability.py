@@ -499,6 +499,44 @@ def test_all_or_none_of_what_is_removed_or_relabelled(atlas):
     assert atlas.remove(["slide-0"]) == 400 and len(atlas.slides()) == 4
 
 
+def test_relabelling_says_what_it_deleted_and_what_has_no_effect(tmp_path):
+    atlas = filled(tmp_path, slides=2, count=40, kind="tiles",
+                   files=tuple(f"{n}.png" for n in range(40)), coords=np.zeros((40, 2), int))  # fmt: skip
+    row = {"slide": "slide-0", "label": "", "organ": "", "mpp": "0.25", "path": "/old"}
+    changed = atlas.relabel([row, {"slide": "slide-1", "label": "", "patient": "P9"}])
+    assert changed == 2 and changed.notes == [
+        "values deleted by empty cells: label 2, organ 1",
+        "'mpp' and 'path' of the metadata are not used: the features state it",
+    ]
+    atlas.relabel([{"slide": "slide-0", "file": f"{n}.png", "label": "own"} for n in range(3)])
+    (note,) = atlas.relabel([{"slide": "slide-0", "label": "all"}]).notes
+    assert note.startswith("3 of 40 tiles of 'slide-0' keep a label of their own")
+    labels = [tile["label"] for tile in atlas.tiles(atlas.vectors()[0].tolist()).values()]
+    assert (labels.count("own"), labels.count("all")) == (3, 37)
+    assert atlas.relabel([{"slide": "slide-0", "label": "all"}]) == 0
+    with pytest.raises(BadInput, match="column 'Patient'; histoseek reads 'patient'"):
+        atlas.relabel([{"slide": "slide-0", "Patient": "P1"}])
+
+
+def test_a_slide_is_not_replaced_twice_in_one_run(atlas, tmp_path):
+    """Two sets of features of a slide: otherwise the last in the alphabet would win."""
+    folder = tmp_path / "sets"
+    files = []
+    for number, overlap in enumerate((0, 112)):
+        (folder / f"{overlap}px").mkdir(parents=True)
+        files.append(features(folder / f"{overlap}px/slide-0.h5", 30 + number, 70 + number))
+    for replace in (True, False):
+        states = [r.state for r in atlas.add(files, replace=replace)]
+        assert states == (["replaced", "failed"] if replace else ["unchanged", "failed"])
+    first, second = atlas.add(files[::-1], replace=True)
+    assert (first.state, second.state) == ("replaced", "failed")
+    assert (
+        str(files[1]) in second.reason
+        and "give only the folder or the files of one set" in second.reason
+    )
+    assert next(s["tiles"] for s in atlas.slides() if s["name"] == "slide-0") == 31
+
+
 def test_tiles_of_a_set_are_labelled_one_by_one(tmp_path):
     atlas = filled(tmp_path, slides=1, count=40, kind="tiles",
                    files=tuple(f"{n}.png" for n in range(40)), coords=np.zeros((40, 2), int))  # fmt: skip

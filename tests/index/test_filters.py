@@ -127,6 +127,27 @@ def test_numbers_in_texts_are_compared_as_numbers(atlas):
     assert stages("stage not in (1.0, 'x')") == {"2", "10", None}
 
 
+def test_decimal_commas_are_numbers_and_dates_that_do_not_sort_are_refused(tmp_path):
+    sizes = ["12,5", "3,0", "2.25", "unknown"]
+    metadata = {f"slide-{n}": {"size": sizes[n], "seen": f"{n + 1}.12.2023"} for n in range(4)}
+    made = filled(tmp_path, slides=4, count=5, metadata=metadata)
+
+    def slides(where):
+        return {row["slide"] for row, passes in zip(
+            rows_of(made), select(made.view().columns, parse(where)), strict=True) if passes}  # fmt: skip
+
+    made.fit("kmeans", k=2)
+    assert slides("size > 2.5") == {"slide-0", "slide-1"} and slides("size = 12.5") == {"slide-0"}
+    assert slides("size in (2.25, 3)") == {"slide-1", "slide-2"}
+    assert slides("seen = '2.12.2023'") == {"slide-1"}
+    with pytest.raises(BadInput, match="texts of such dates are not in order.*2024-01-31"):
+        slides("seen > '1.1.2024'")
+    with pytest.raises(BadInput, match="seen has no numbers .but '1.12.2023'"):
+        slides("seen > 2")
+    with pytest.raises(BadInput, match="in backticks"):
+        slides("tumour size > 2")
+
+
 @pytest.mark.parametrize(
     "pattern, name, is_like",
     [

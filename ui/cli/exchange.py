@@ -37,7 +37,7 @@ def report_added(
     """
     failed = [r for r in results if r.state == "failed"]
     rows = results.rows
-    notes = [] if table is None else list(table.notes)
+    notes = [*(table.notes if table else ()), *results.notes]
     document = {
         "ok": not failed,
         "added": [asdict(r) for r in results],

@@ -105,18 +105,20 @@ def relabel(atlas: Path, metadata: Annotated[Path, typer.Option()]) -> None:
     """
     from ...artifacts.tables import read_csv
     from ...index.atlas import Atlas
+    from ..session.words import counted
 
     table = read_csv(metadata, "slide", within="file")
     opened = Atlas(atlas)
     changed = opened.relabel(table.rows)
     without = opened.slides_without_row({row["slide"] for row in table.rows})
-    document = {"changed": changed, "slides_without_row": without, "notes": list(table.notes)}
+    notes = [*table.notes, *changed.notes]
+    document = {"changed": changed, "slides_without_row": without, "notes": notes}
 
     def human() -> None:
-        for note in table.notes:
+        for note in notes:
             console.say(note)
         console.say_names("slides without a row in the CSV; they were not changed", without)
-        console.say(f"{atlas}: {changed} slides have new labels")
+        console.say(f"{atlas}: the metadata of {counted(changed, 'slide')} was changed")
 
     console.emit(document, human)
 

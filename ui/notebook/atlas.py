@@ -196,7 +196,8 @@ class Atlas:
         table = read_metadata(Path(metadata)) if isinstance(metadata, str | Path) else None
         rows = rows_of(table) if isinstance(metadata, str | Path) else dict(metadata or {})
         added = self.index.add(files, rows, replace, mixed_scales=mixed_scales)
-        added.left_out, added.notes = left_out, list(table.notes) if table else []
+        added.left_out = left_out
+        added.notes[:0] = table.notes if table else ()
         return added
 
     def remove(self, names: str | Sequence[str]) -> int:

@@ -18,8 +18,8 @@ TEXT_NOTICE = (
 )
 LABELS_SHOWN = 4
 OTHERS = {
-    "patient": "tiles of other patients or slides",
-    "tile": "each other (it has only one patient or slide)",
+    "patient": "tile of another patient or slide",
+    "tile": "other tile (there is only one patient or slide)",
 }
 
 
@@ -126,8 +126,8 @@ def verdict_text(answer: SearchAnswer) -> str:
     if verdict.nearer_than is not None:
         atlas = "the server's own atlas" if answer.searched else "the atlas"
         parts.append(
-            f"The query is nearer to {atlas} than {verdict.nearer_than:.0%} of its own tiles are to "
-            f"{OTHERS[verdict.compared_with]}."
+            f"Of the tiles of {atlas}, {verdict.nearer_than:.0%} are farther from their nearest "
+            f"{OTHERS[verdict.compared_with]} than the query is from its nearest tile."
         )
     if answer.scaled:
         parts.append(scaled_text(answer.scaled))
