@@ -233,15 +233,15 @@ def _run(arguments: list[str] | None) -> int:
     except (KeyboardInterrupt, typer.Abort):
         code = console.EXIT_STOPPED
     except Exception as error:
-        usage = hasattr(error, "format_message")  # click raises it for wrong usage
-        if not usage and not stopping.requested():
+        usage = getattr(error, "format_message", None)  # click raises it for wrong usage
+        if usage is None and not stopping.requested():
             raise
         if (
             type(error).__name__ == "NoArgsIsHelpError"
         ):  # a group without a command: its text is the help
             print(error, file=sys.stderr)
         else:
-            console.fail(error)
+            console.fail(error, usage() if usage else "")
         code = console.EXIT_USAGE if usage else console.EXIT_FAILED
     return code if isinstance(code, int) else 0
 

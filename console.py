@@ -138,16 +138,16 @@ def _cell(value: object) -> str:
     return f"{value:.3f}" if isinstance(value, float) else str(value)
 
 
-def fail(error: Exception) -> None:
-    """Print an error: as text on stderr, or as a JSON document in JSON mode."""
-    kind = type(error).__name__
+def fail(error: Exception, text: str = "") -> None:
+    """Print an error: as text on stderr, or as a JSON document in JSON mode; ``text`` replaces its own."""
+    kind, text = type(error).__name__, text or str(error)
     if mode.json:
-        _print_json({"error": {"type": kind, "message": str(error)}})
+        _print_json({"error": {"type": kind, "message": text}})
     else:
         from rich.console import Console
         from rich.text import Text
 
-        message = Text(f"{kind}: ", style="bold red") + Text(str(error), style="")
+        message = Text(f"{kind}: ", style="bold red") + Text(text, style="")
         Console(stderr=True, soft_wrap=True).print(message)
 
 

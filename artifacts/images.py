@@ -71,8 +71,11 @@ def decode(
     except BadInput:
         raise
     except Exception as error:
+        tiff = blob[:2] in {b"II", b"MM"}
+        also = ", or a TIFF of a kind that only slides can have: export it as PNG or JPEG" * tiff
         raise BadInput(
-            f"{label} cannot be decoded ({error}); it is truncated or damaged: export it again"
+            f"{label} cannot be decoded ({error}); it is truncated or damaged"
+            + (also or ": export it again")
         ) from error
 
 

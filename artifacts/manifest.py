@@ -204,7 +204,8 @@ def read_manifest(bundle: Path, check_graph: bool = True) -> Manifest:
     path = bundle / MANIFEST
     if not path.is_file():
         raise BadInput(
-            f"{bundle} is not an encoder bundle (no {MANIFEST}); make one with `histoseek export`"
+            f"{bundle} is not an encoder bundle (no {MANIFEST}); expected 'default', or a folder made with "
+            "`histoseek export`"
         )
     _check_links(bundle)
     document = read_json(path)

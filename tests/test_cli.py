@@ -158,6 +158,9 @@ def test_a_group_without_a_command_prints_its_help(cli, words):
 def test_wrong_usage_exits_2(cli_process):
     assert cli_process("embed").returncode == 2
     assert cli_process("no-such-verb").returncode == 2
+    wrong = cli_process("index", "search", "atlas", "a.png", "-k", "abc", "--json")
+    assert wrong.returncode == 2
+    assert "Invalid value for '-k'" in json.loads(wrong.stdout)["error"]["message"]
     missing = cli_process("embed", "--json")
     assert missing.returncode == 2 and "inputs" in json.loads(missing.stdout)["error"]["message"]
 

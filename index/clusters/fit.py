@@ -60,8 +60,9 @@ def fit(
     left_out = len(everything) - len(vectors)
     if len(vectors) < least:
         also = f" ({left_out} more are out of distribution)" if left_out else ""
+        of = f"k = {k}" if method == "kmeans" and k else method
         raise BadInput(
-            f"{len(vectors)} tiles{also} are too few for {method}; expected at least {least}"
+            f"{len(vectors)} tiles{also} are too few for {of}; expected at least {least}"
         )
     basis = basis_of(vectors)
     flat = project(vectors, basis)

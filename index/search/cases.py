@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import BadInput, unknown_name
+from ...errors import BadInput, NotFound, unknown_name
 from ..store.packing import MISSING
 from ..vectors.scan import Positions, Vectors, prepared, scan
 from .query import Query
@@ -334,6 +334,8 @@ def _of_the_atlas(
     present = np.flatnonzero(np.bincount(cases.number)).tolist()
     numbers = [n for n in present if cases.names[n] == name]
     if not numbers:
+        if name in cases.names:
+            raise NotFound(f"{by} {name!r} has no tiles, so nothing can be compared with it")
         raise unknown_name(by, name, [cases.names[n] for n in present if cases.names[n]])
     inside = cases.number == numbers[-1]  # a patient takes precedence over a slide of the same name
     slides = np.unique(state.columns.slide_of(np.flatnonzero(inside))).tolist()

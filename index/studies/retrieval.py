@@ -153,7 +153,10 @@ def _check(
         )
     if len(np.unique(owner[labelled])) < 2:
         raise BadInput(
-            f"all labelled tiles belong to one {options.leave_out}; retrieval needs at least 2"
+            f"all labelled tiles are of one {options.leave_out}, or of one slide or tile set whose "
+            f"{options.leave_out} is unknown; retrieval needs at least 2. For a tile set, give each tile "
+            f"its {options.leave_out}: `index relabel --metadata` with the columns slide, file and "
+            f"{options.leave_out}"
         )
 
 

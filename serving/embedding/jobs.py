@@ -119,7 +119,7 @@ def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -
     if rows and slides and not matched.by_slide:
         raise BadInput(
             f"no row of {manifest} matches an input; its column {table.key!r} contains "
-            f"{', '.join(sorted(rows)[:3])}{' …' if len(rows) > 3 else ''}"
+            f"{', '.join(sorted(rows)[:3])}{' …' if len(rows) > 3 else ''}{_contents(left_out)}"
         )
     for index, name in matched.by_slide.items():
         number = slides[index]

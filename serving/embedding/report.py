@@ -101,7 +101,15 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
         console.say(f"note: {note}")
     _show_profiles(results)
     states = ", ".join(f"{count} {state}" for state, count in document["states"].items())
-    console.say(f"{states}; features, overlays and run.json in {out}")
+    console.say(f"{states}; {_written(results)} in {out}")
+
+
+def _written(results: Sequence[Result]) -> str:
+    """Return what the folder of a run has got."""
+    ok = [result for result in results if result.ok]
+    slides = any(result.tissue is not None or result.state == "skipped" for result in ok)
+    parts = ["features"] * bool(ok) + ["overlays"] * slides
+    return ", ".join(parts) + " and run.json" if parts else "run.json"
 
 
 def lines_of(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:
@@ -156,7 +164,7 @@ def _percent(share: float | None) -> str:
 
 def _show_speed(results: Sequence[Result], document: dict[str, Any]) -> None:
     speed = document.get("speed")
-    if not speed or not speed["tiles_done"]:
+    if not speed or speed["tiles_done"] <= speed.get("tiles_unreadable", 0):
         return
     stages = speed["stages"]
     busy = speed.get("encoder_busy")
@@ -164,7 +172,11 @@ def _show_speed(results: Sequence[Result], document: dict[str, Any]) -> None:
         f"{speed['tiles_done']} tiles in {speed['seconds']:.1f} s, {speed['tiles_per_s']:.0f} tiles/s; "
         f"reading {stages['read']['tiles_per_s']:.0f} and encoding "
         f"{stages['encode']['tiles_per_s']:.0f} tiles/s per worker"
-        + (f"; encoder busy {busy:.0%} of the time" if busy is not None else "")
+        + (
+            f"; from its first to its last batch the encoder was busy {busy:.0%} of the time"
+            if busy is not None
+            else ""
+        )
     )
     done = sorted((r for r in results if r.state != "skipped"), key=lambda r: -r.seconds)
     if len(done) > SLOWEST:

@@ -54,7 +54,7 @@ class TilesWork:
     def __post_init__(self) -> None:
         """Count the tiles, and collect what the result states."""
         self.count = len(self.tileset)
-        self.notes = list(self.tileset.notes)
+        self.notes = [*self.tileset.notes, *self._not_stored()]
         self.left_out: Sequence[dict[str, str]] = [t._asdict() for t in self.tileset.left_out]
         self._groups: dict[str, list[int]] = defaultdict(list)
         for number, tile in enumerate(self.tileset.tiles):
@@ -63,6 +63,12 @@ class TilesWork:
         self._not_fitted: dict[str | int, str] = {}
         self._lock = threading.Lock()
         self._of_group = lru_cache(maxsize=TABLES)(self._fit_group)
+
+    def _not_stored(self) -> list[str]:
+        """Return a note on columns of the manifest that have no place in a feature file."""
+        columns = {k for tile in self.tileset.tiles for k, v in tile.extra.items() if v}
+        names = ", ".join(sorted(columns - {"patient"}))  # a patient is stored as the group
+        return [f"columns of the manifest that are not stored per tile: {names}"] if names else []
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:
         """See :class:`Work`."""

@@ -5,7 +5,7 @@ import pytest
 from atlases import DIM, features, filled, grouped, unit
 
 from histoseek.artifacts.feature_files import read_features
-from histoseek.errors import BadInput, Mismatch
+from histoseek.errors import BadInput, Mismatch, NotFound
 from histoseek.index.atlas import Atlas
 from histoseek.index.clusters.mosaic import CLUSTERS, LEAST, SHARE, _spread, mosaic
 from histoseek.index.search.query import Query
@@ -121,6 +121,9 @@ def test_the_usual_nearness_names_the_tiles_it_is_of(kinds, tmp_path):
     assert near.others == "tile" and len(near.scores) == 100
     one.add(files[1:])
     assert one.usual_nearness().others == "patient", "another slide without a patient"
+    one.add([features(tmp_path / "bare.h5", 0)])
+    with pytest.raises(NotFound, match="slide 'bare' has no tiles, so nothing can be compared"):
+        one.similar("bare")
 
 
 def test_a_comparison_reads_no_feature_file(kinds, monkeypatch):

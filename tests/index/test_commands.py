@@ -47,6 +47,8 @@ def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
         (["search"], "no query was given"),
         (["search", "--tile", "999999"], "has no tile 999999"),
         (["search", "--tile", "1", "--without", "hospital"], "tile, slide, patient"),
+        (["search", "{a}", "--leave-out", "slide"], "is for --tile only"),
+        (["fit", "--k", "100000"], "too few for k = 100000; expected at least 100001"),
         (
             ["search", "--tile", "1", "--engine", "milvus://x"],
             "searches one atlas with images and texts only",
@@ -82,6 +84,19 @@ def test_what_is_refused_is_refused_in_words(place, cli, words, said):
     assert "Traceback" not in done.stderr
 
 
+@pytest.mark.parametrize("share", [0.0, 0.9])
+def test_an_image_that_is_no_tissue_is_named_unless_the_atlas_has_none(
+    place, cli, monkeypatch, share
+):
+    from histoseek.index.atlas import Atlas
+
+    monkeypatch.setattr(Atlas, "out_of_distribution_share", lambda _: share)
+    Image.new("RGB", (300, 300), "white").save(place / "white.png")
+    for more in ((), ("--mpp", 0.5)):
+        said = cli("index", "search", place / "atlas", place / "white.png", *more).stdout
+        assert ("unlike the stained tissue" in " ".join(said.split())) == (share == 0)
+
+
 def test_clusters_are_fitted_shown_named_and_watched(place, cli_json, cli):
     atlas = place / "atlas"
     curve = cli_json("index", "curve", atlas)["curve"]
@@ -93,7 +108,7 @@ def test_clusters_are_fitted_shown_named_and_watched(place, cli_json, cli):
     assert rows[2]["name"] == "stroma" and len(rows[2]["examples"]) == 2
     (placed,) = cli_json("index", "assign", atlas, place / "a.png")
     assert placed["name"] == ("stroma" if placed["cluster"] == 2 else "")
-    assert cli_json("index", "drift", atlas)["drifted"] is False
+    assert placed["foreign"] == placed["unknown"], "the gate takes this stain for no tissue"
     for command in (["curve"], ["clusters"], ["drift"], ["stats"]):
         text = cli("index", command[0], atlas)
         assert text.returncode == 0 and text.stdout.strip(), command

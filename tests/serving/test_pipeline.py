@@ -277,6 +277,15 @@ def test_a_tar_and_a_manifest_are_tile_sets_too(tile_folder, encoder, tmp_path):
     assert one.files == two.files and np.array_equal(one.features, two.features)
 
 
+def test_columns_of_a_tile_set_that_are_not_stored_are_named(tile_folder, encoder, tmp_path):
+    (tmp_path / "m.csv").write_text("File;LABEL;patient;Scanner\ncat/00.png;cat;P1;Aperio\n")
+    (result,) = embed([tile_folder], encoder, tmp_path / "out", manifest=tmp_path / "m.csv")
+    assert result.notes[-1] == "columns of the manifest that are not stored per tile: Scanner"
+    assert any("column 'LABEL' is read as 'label'" in note for note in result.notes)
+    item = read_features(tmp_path / result.features)
+    assert (item.labels, item.groups) == (("cat",), ("P1",))
+
+
 def test_slides_and_pictures_mixed_are_not_guessed_at(make_slide, tissue, tmp_path):
     make_slide(tmp_path / "a.tiff", side=512)
     Image.fromarray(tissue).save(tmp_path / "b.png")

@@ -25,6 +25,16 @@ def test_the_systems_certificates_are_trusted(monkeypatch):
     assert given["verify"].verify_mode is ssl.CERT_REQUIRED and given["verify"].check_hostname
 
 
+def test_one_path_is_one_image(monkeypatch, tmp_path):
+    (tmp_path / "a.png").write_bytes(b"picture")
+    client, sent = Client(), {}
+    monkeypatch.setattr(client, "_json", lambda *_, **content: sent.update(content) or {})
+    for image in (str(tmp_path / "a.png"), tmp_path / "a.png", b"picture", [tmp_path / "a.png"]):
+        client.search(image)
+        (file,) = sent["files"]
+        assert file[0] == "images" and file[1][1] == b"picture"
+
+
 def test_tiles_may_be_numpy_integers(monkeypatch):
     sent = {}
     client = Client()

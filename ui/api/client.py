@@ -90,14 +90,14 @@ class Client:
         """Return versions, encoder, counts, index, clusterings and limits."""
         return self._json("GET", "/info")
 
-    def embed(self, images: Sequence[Image]) -> list[list[float]]:
+    def embed(self, images: Image | Sequence[Image]) -> list[list[float]]:
         """Return one embedding per image."""
         embeddings: list[list[float]] = self._post("/v1/embeddings", {}, images)["embeddings"]
         return embeddings
 
     def search(
         self,
-        images: Sequence[Image] = (),
+        images: Image | Sequence[Image] = (),
         like: Sequence[int] = (),
         unlike: Sequence[int] = (),
         **options: Any,
@@ -113,7 +113,9 @@ class Client:
         fields = {"like": [int(n) for n in like], "unlike": [int(n) for n in unlike], **options}
         return self._post("/v1/search", fields, images)
 
-    def assign(self, images: Sequence[Image], clustering: str | None = None) -> dict[str, Any]:
+    def assign(
+        self, images: Image | Sequence[Image], clustering: str | None = None
+    ) -> dict[str, Any]:
         """Return the cluster of each image in a clustering."""
         return self._post("/v1/assign", {"clustering": clustering}, images)
 
@@ -183,12 +185,17 @@ class Client:
         return answer
 
     def _post(
-        self, path: str, fields: dict[str, Any], images: Sequence[Image] = (), field: str = "images"
+        self,
+        path: str,
+        fields: dict[str, Any],
+        images: Image | Sequence[Image] = (),
+        field: str = "images",
     ) -> dict[str, Any]:
         """Send fields as JSON; with images, as a form."""
-        if not images:
+        several = [images] if isinstance(images, Image) else images
+        if not several:
             return self._json("POST", path, json=_given(fields))
-        files = [(field, _named(image, number)) for number, image in enumerate(images)]
+        files = [(field, _named(image, number)) for number, image in enumerate(several)]
         return self._json("POST", path, data=_given(fields), files=files)
 
     def _send(self, method: str, path: str, **content: Any) -> bytes:

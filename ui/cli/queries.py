@@ -95,11 +95,14 @@ def mean_vectors(atlas: Atlas, read: dict[Path, NDArray[np.uint8]]) -> NDArray[n
         return None
     metric = atlas.manifest.metric
     with _encoder_of(atlas) as encoder:
-        means = [
-            mean_of(_embedded(encoder, tiles, [str(path)], one_image=True), metric)
-            for path, tiles in read.items()
+        vectors = [
+            _embedded(encoder, tiles, [str(path)], one_image=True) for path, tiles in read.items()
         ]
-    return np.stack(means)
+    foreign = [atlas.manifest.out_of_distribution(tiles).mean() > 0.5 for tiles in vectors]
+    say_foreign(
+        atlas, [str(path) for path, is_foreign in zip(read, foreign, strict=True) if is_foreign]
+    )
+    return np.stack([mean_of(tiles, metric) for tiles in vectors])
 
 
 def check_images(atlas: Atlas) -> None:
@@ -121,9 +124,21 @@ def embed_with(
 
     def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with _encoder_of(atlas) as encoder:
-            return _embedded(encoder, images, names)
+            vectors = _embedded(encoder, images, names)
+        foreign = atlas.manifest.out_of_distribution(vectors)
+        say_foreign(atlas, [name for name, out in zip(names, foreign, strict=True) if out])
+        return vectors
 
     return embed
+
+
+def say_foreign(atlas: Atlas, names: Sequence[str]) -> None:
+    """Say which images are out of distribution, unless most tiles of the atlas are so too."""
+    if names and atlas.out_of_distribution_share() <= 0.5:
+        console.say(
+            f"{', '.join(names)}: unlike the stained tissue that the encoder knows, so hits and clusters "
+            "mean little"
+        )
 
 
 def _encoder_of(atlas: Atlas) -> closing[Encoder]:

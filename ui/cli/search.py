@@ -98,6 +98,11 @@ def search(
 
     addresses, paths = atlases_and_images([atlas, *(images or [])])
     tiles, texts = tile or [], text or []
+    if leave_out != "tile" and not tiles:
+        raise BadInput(
+            f"--leave-out {leave_out} is for --tile only: the slide and patient of an image are not known; "
+            "use --where, such as \"patient != 'P7'\""
+        )
     if not paths and not tiles and not texts:
         raise no_query(addresses)
     if engine and (tiles or together or unlike or unlike_text or len(addresses) > 1):
@@ -294,8 +299,8 @@ def assign(
 ) -> None:
     """Assign images to the atlas's clusters.
 
-    JSON: a list with one object per image, in the given order; for an image that cannot be read,
-    {"query", "error"}.
+    JSON: a list with one object per image, in the given order; "foreign" means out of distribution. For an
+    image that cannot be read: {"query", "error"}.
 
     Options:
         images: Query images.
@@ -310,11 +315,16 @@ def assign(
     assigned: list[dict[str, Any]] = []
     if read:
         vectors = embed_with(opened, list(map(str, read)))(np.stack(list(read.values())))
+        foreign = opened.manifest.out_of_distribution(vectors).tolist()
         if engine is None:
             assigned = opened.assign(vectors, clusters)
         else:
             with _milvus(opened, engine) as milvus:
                 assigned = milvus.assign(vectors, clusters)
+        assigned = [
+            {**one, "foreign": one["unknown"] and out}
+            for one, out in zip(assigned, foreign, strict=True)
+        ]
     by_image = dict(zip(read, assigned, strict=True))
     document = [
         {"query": str(image), **by_image[image]} if image in by_image else failed[image]
