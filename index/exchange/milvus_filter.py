@@ -7,7 +7,7 @@ from typing import Any
 
 from ...errors import BadInput, unknown_name
 from ..search.columns import NOT_PLACED
-from ..search.filters import Always, Compare, Every, Filter, Not, holds
+from ..search.filters import Always, Compare, Every, Filter, Not, check_order, holds
 from ..store.packing import MISSING
 from ..vectors.scan import Metric
 
@@ -75,6 +75,7 @@ def expression_of(about: About, part: Filter) -> str:
         )
     if name not in about.columns:
         raise unknown_name("field of the Milvus collection", name, about.columns)
+    check_order(part, about.columns[name])
     codes = [code for code, text in enumerate(about.columns[name]) if holds(text, part)]
     codes += [MISSING] * holds(None, part)
     return f"{about.field_of(name)} in {codes}"

@@ -248,7 +248,7 @@ def _compare(columns: Columns, wanted: Compare) -> Mask:
     if field not in columns.names():
         raise BadInput(str(unknown_name("field", field, columns.fields())))
     coded = columns.coded(field)
-    _check_order(wanted, coded.names)
+    check_order(wanted, coded.names)
     passing = np.array([holds(name, wanted) for name in (*coded.names, None)])
     mask: Mask = passing[coded.codes]
     return mask
@@ -349,7 +349,7 @@ def _ordered(name: str, operator: str, value: Value) -> bool:
     return operator == "!=" if number is None else bool(_ORDER[operator](number, value))
 
 
-def _check_order(wanted: Compare, names: Sequence[str | None]) -> None:
+def check_order(wanted: Compare, names: Sequence[str | None]) -> None:
     """Refuse to order a column's values where the answer would mean nothing.
 
     Raises:

@@ -7,7 +7,7 @@ from urllib.parse import quote
 import pytest
 
 from histoseek.errors import BadInput
-from histoseek.ui.api.bodies import pixels_of
+from histoseek.ui.api.bodies import pixels_of, validation_text
 
 BLOB = bytes(range(256)) * 3
 TEXT = base64.b64encode(BLOB).decode()
@@ -42,3 +42,8 @@ def test_base64_is_read_with_line_breaks_and_in_data_urls(text):
 def test_other_texts_are_refused(text, says):
     with pytest.raises(BadInput, match=says):
         pixels_of(text)
+
+
+def test_a_validation_error_names_its_field_if_it_has_one():
+    errors = [{"loc": ("k",), "msg": "too large"}, {"loc": (), "msg": "Invalid JSON"}]
+    assert validation_text(errors) == "k: too large; Invalid JSON"

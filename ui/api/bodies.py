@@ -200,5 +200,8 @@ def images_of(body: Body, name: str) -> list[tuple[str, bytes]]:
 
 def validation_text(errors: Any) -> str:
     """Return pydantic's error messages without the values that were sent."""
-    parts = [f"{'.'.join(str(p) for p in e['loc'])}: {e['msg']}" for e in errors[:5]]
+    parts = [
+        ": ".join(filter(None, (".".join(map(str, error["loc"])), error["msg"])))
+        for error in errors[:5]
+    ]
     return "; ".join(parts)[:1000]
