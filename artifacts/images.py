@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from ..errors import BadInput, TooLarge, Unsupported
 from .colour_profiles import profile_name, to_srgb
@@ -27,6 +27,9 @@ MAX_PIXELS = 64_000_000
 MAX_BYTES = 256 * 2**20
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
+_COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 259, 262, 274
+"""Tags of TIFF."""
+_JPEG, _RGB = 7, 2
 _EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "YCbCr"}
 
 
@@ -61,7 +64,7 @@ def decode(
             warnings.simplefilter("ignore")
             with Image.open(io.BytesIO(blob), formats=FORMATS) as image:
                 _check_header(image, blob, label, max_pixels)
-                return _to_rgb(image, label)
+                return _to_rgb(_loaded(image, blob), label)
     except UnidentifiedImageError as error:
         raise Unsupported(
             f"{label} is not an image that can be read; expected {', '.join(FORMATS)}"
@@ -71,12 +74,36 @@ def decode(
     except BadInput:
         raise
     except Exception as error:
-        tiff = blob[:2] in {b"II", b"MM"}
-        also = ", or a TIFF of a kind that only slides can have: export it as PNG or JPEG" * tiff
         raise BadInput(
-            f"{label} cannot be decoded ({error}); it is truncated or damaged"
-            + (also or ": export it again")
+            f"{label} cannot be decoded ({error}); it is truncated or damaged: export it again"
         ) from error
+
+
+def _loaded(image: Image.Image, blob: bytes) -> Image.Image:
+    """Return an image whose pixels can be read; a TIFF is decoded by tifffile if libtiff cannot.
+
+    The JPEG tiles of Bio-Formats, with which QuPath exports regions, are named RGB but are YCbCr; libtiff
+    refuses them, and writes to stderr.
+    """
+    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+        return image
+    if (image.tag_v2.get(_COMPRESSION), image.tag_v2.get(_PHOTOMETRIC)) != (_JPEG, _RGB):
+        try:
+            image.load()
+            return image
+        except OSError:
+            pass
+    import tifffile
+
+    with tifffile.TiffFile(io.BytesIO(blob)) as tiff:
+        page = tiff.pages[0]
+        if page.shape[:2] != image.size[::-1] or page.nbytes > 4 * image.width * image.height:
+            raise OSError(f"its pixels are {page.shape}, its header says {image.size[::-1]}")
+        decoded = Image.fromarray(page.asarray())
+    if profile := image.info.get("icc_profile"):
+        decoded.info["icc_profile"] = profile
+    decoded.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
+    return decoded
 
 
 def _check_size(size: int, label: str) -> None:

@@ -7,6 +7,7 @@ import zlib
 
 import numpy as np
 import pytest
+import tifffile
 from colour import ADOBE, DISPLAY_P3, SRGB, grey_profile, rgb_profile
 from PIL import Image, ImageCms
 
@@ -133,6 +134,33 @@ def test_of_a_phones_mpo_the_first_picture_is_taken(tissue):
     alone = encoded(first, "JPEG", quality=95)
     assert b"MPF\0" in blob and Image.open(io.BytesIO(blob)).n_frames == 2
     assert np.array_equal(decode(blob), decode(alone))
+
+
+def test_jpeg_tiles_of_a_tiff_that_are_named_rgb_are_read(tissue, tmp_path, capfd):
+    """As Bio-Formats writes them, and so QuPath: the tiles are YCbCr."""
+    path, profile, image = tmp_path / "region.ome.tif", WIDE, tissue[:300, :400]
+    tifffile.imwrite(path, image, tile=(256, 256), compression="jpeg", iccprofile=profile)
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        assert tiff.pages[0].photometric == tifffile.PHOTOMETRIC.YCBCR
+        tiff.pages[0].tags["PhotometricInterpretation"].overwrite(2)
+    with Image.open(path) as plain, pytest.raises(OSError, match="decoder error"):
+        plain.load()
+    capfd.readouterr()  # libtiff's message
+    found = decode(path)
+    buffer = io.BytesIO()
+    Image.fromarray(image).save(buffer, "PNG", icc_profile=profile)
+    expected = decode(buffer.getvalue()).astype(int)
+    assert found.shape == expected.shape and np.abs(found - expected).mean() < 4
+    shift = np.abs([each.mean((0, 1)) - expected.mean((0, 1)) for each in (found, image)]).max(1)
+    assert shift[0] < 0.7 < 2 < shift[1], "the profile counts"
+    assert capfd.readouterr().err == ""
+    with tifffile.TiffFile(path) as tiff:
+        first = tiff.pages[0].dataoffsets[0]
+    with path.open("r+b") as stream:
+        stream.seek(first)
+        stream.write(bytes(400))
+    with pytest.raises(BadInput, match="truncated or damaged"):
+        decode(path)
 
 
 def test_a_multi_page_tiff_is_still_refused(tissue):
