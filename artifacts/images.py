@@ -18,18 +18,22 @@ from PIL import Image, ImageOps, TiffImagePlugin, UnidentifiedImageError
 
 from ..errors import BadInput, TooLarge, Unsupported
 from .colour_profiles import profile_name, to_srgb
+from .jpeg_segments import JPEG, RGB, decode_segment
 
 Rgb = NDArray[np.uint8]
 
 MAX_PIXELS = 64_000_000
 """Largest image decoded as a whole, in pixels; larger images are slides and are read tile by tile."""
 
+MAX_SEGMENT_PX = 16_000_000
+"""Largest segment of a TIFF that is decoded here, in pixels."""
+
 MAX_BYTES = 256 * 2**20
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "WEBP", "GIF")
 SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".webp"})
-_COMPRESSION, _PHOTOMETRIC, _ORIENTATION = 259, 262, 274
+_COMPRESSION, _PHOTOMETRIC, _ORIENTATION, _PLANES = 259, 262, 274, 284
 """Tags of TIFF."""
-_JPEG, _RGB = 7, 2
+_END_OF_JPEG = b"\xff\xd9"
 _EIGHT_BIT = {"1", "L", "P", "RGB", "RGBA", "LA", "PA", "RGBX", "YCbCr"}
 
 
@@ -80,30 +84,49 @@ def decode(
 
 
 def _loaded(image: Image.Image, blob: bytes) -> Image.Image:
-    """Return an image whose pixels can be read; a TIFF is decoded by tifffile if libtiff cannot.
+    """Return an image whose pixels can be read: a TIFF that libtiff refuses is decoded here.
 
-    The JPEG tiles of Bio-Formats, with which QuPath exports regions, are named RGB but are YCbCr; libtiff
-    refuses them, and writes to stderr.
+    The JPEG tiles of Bio-Formats, with which QuPath exports regions, are named RGB but are YCbCr. The
+    header of the image was checked before.
     """
-    if not isinstance(image, TiffImagePlugin.TiffImageFile):
+    tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}
+    kind = tags.get(_COMPRESSION), tags.get(_PHOTOMETRIC), tags.get(_PLANES, 1)
+    if kind != (JPEG, RGB, 1) or image.mode != "RGB":
         return image
-    if (image.tag_v2.get(_COMPRESSION), image.tag_v2.get(_PHOTOMETRIC)) != (_JPEG, _RGB):
-        try:
-            image.load()
-            return image
-        except OSError:
-            pass
-    import tifffile
-
-    with tifffile.TiffFile(io.BytesIO(blob)) as tiff:
-        page = tiff.pages[0]
-        if page.shape[:2] != image.size[::-1] or page.nbytes > 4 * image.width * image.height:
-            raise OSError(f"its pixels are {page.shape}, its header says {image.size[::-1]}")
-        decoded = Image.fromarray(page.asarray())
+    decoded = Image.fromarray(_segments(blob, image.height, image.width))
     if profile := image.info.get("icc_profile"):
         decoded.info["icc_profile"] = profile
     decoded.getexif()[_ORIENTATION] = image.getexif().get(_ORIENTATION, 1)
     return decoded
+
+
+def _segments(blob: bytes, height: int, width: int) -> Rgb:
+    """Return the pixels of a TIFF's first page, of JPEG segments with three interleaved components."""
+    import tifffile
+
+    pixels = np.empty((height, width, 3), dtype=np.uint8)
+    with tifffile.TiffFile(io.BytesIO(blob)) as tiff:
+        page = tiff.pages[0]
+        if page.shape != pixels.shape:
+            raise ValueError(f"its pixels are {page.shape}, its header says {pixels.shape}")
+        high, wide = page.chunks[:2]
+        if high * wide > MAX_SEGMENT_PX:
+            raise ValueError(f"its segments have {wide} x {high} pixels")
+        across, down = -(-width // wide), -(-height // high)
+        if len(page.dataoffsets) != across * down:
+            raise ValueError(f"it has {len(page.dataoffsets)} of {across * down} segments")
+        for number, start in enumerate(page.dataoffsets):
+            size = page.databytecounts[number]
+            part = blob[start : start + size]
+            if len(part) < size or not part.rstrip(b"\0").endswith(_END_OF_JPEG):
+                raise ValueError(f"segment {number} has no end")
+            top, left = number // across * high, number % across * wide
+            place = pixels[top : top + high, left : left + wide]
+            tile = decode_segment(part, page.jpegtables, RGB, high, wide)
+            if tile.shape[0] < place.shape[0] or tile.shape[1] < place.shape[1]:
+                raise ValueError(f"a segment has {tile.shape[:2]} pixels, not {place.shape[:2]}")
+            place[:] = tile[: place.shape[0], : place.shape[1]]
+    return pixels
 
 
 def _check_size(size: int, label: str) -> None:

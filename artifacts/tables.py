@@ -23,8 +23,8 @@ NO_VALUE = frozenset({
 })  # fmt: skip
 """Texts that mean *no value*: the default list of pandas' ``read_csv``, and Excel's ``#N/A``."""
 
-COLUMNS = ("slide", "file", "label", "patient", "group", "mpp")
-"""Columns with a meaning of their own. In a CSV table they may be written in any case."""
+COLUMNS = ("slide", "file", "label", "patient", "mpp")
+"""Columns with a meaning in every table. In a CSV table they may be written in any case."""
 
 SEPARATORS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "vertical bar"}
 
@@ -79,19 +79,21 @@ def number_of(text: str) -> float | None:
         return None
 
 
-def read_csv(path: Path, *keys: str, within: str | None = None) -> Table:
+def read_csv(path: Path, *keys: str, within: str | None = None, also: Sequence[str] = ()) -> Table:
     """Read a CSV file; see :func:`parse_table`.
 
     Raises:
         BadInput: the file cannot be read, or for the reasons in :func:`parse_table`.
     """
     try:
-        return parse_table(path.read_bytes(), str(path), *keys, within=within)
+        return parse_table(path.read_bytes(), str(path), *keys, within=within, also=also)
     except OSError as error:
         raise BadInput(f"{path} cannot be read ({error.strerror}); check the path") from error
 
 
-def parse_table(blob: bytes, origin: str, *keys: str, within: str | None = None) -> Table:
+def parse_table(
+    blob: bytes, origin: str, *keys: str, within: str | None = None, also: Sequence[str] = ()
+) -> Table:
     """Read the bytes of a CSV table.
 
     Args:
@@ -99,6 +101,7 @@ def parse_table(blob: bytes, origin: str, *keys: str, within: str | None = None)
         origin: name of the table in messages.
         keys: possible names of the column that identifies the rows; the first one in the table is used.
         within: optional second column that identifies rows with the same key.
+        also: columns with a meaning besides :data:`COLUMNS` and the keys.
 
     Raises:
         BadInput: the bytes are not text, the key column is missing, a row has no value in it, or an item
@@ -120,7 +123,7 @@ def parse_table(blob: bytes, origin: str, *keys: str, within: str | None = None)
         raise BadInput(f"{origin} is not a CSV table ({error}); save it as CSV again") from error
     columns = [same_text(name.strip()) for name in cells[0][1]] if cells else []
     written = columns
-    columns = [own_name(name, columns, {*COLUMNS, *keys}) for name in columns]
+    columns = [own_name(name, columns, {*COLUMNS, *keys, *also}) for name in columns]
     key = next((name for name in keys if name in columns), None)
     separated = f"separated by {SEPARATORS.get(separator, repr(separator))}"
     if key is None:

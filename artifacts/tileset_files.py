@@ -22,6 +22,8 @@ from .tilesets import MANIFEST, MAX_UNPACKED, Tile, TileSet, _rows_fingerprint, 
 from .unread import why_unread
 from .walking import LeftOut, is_hidden, walk
 
+OWN = ("group",)
+"""Further columns of a manifest of tiles with a meaning."""
 NPZ_ARRAYS = {"images", "labels", "class_names", "group", "ids"}
 """Arrays of an ``.npz`` pack with a meaning; others with a value per image are columns."""
 
@@ -76,7 +78,7 @@ def _tile(row: dict[str, str]) -> Tile:
 
 
 def _open_csv(path: Path, root: Path, name: str) -> TileSet:
-    table = read_csv(path, "file")
+    table = read_csv(path, "file", also=OWN)
     tiles = tuple(_tile(row) for row in table.rows)
     paths = [_as_written(root / tile.file) for tile in tiles]
     fingerprint = _rows_fingerprint(tiles, _stamps(paths))
@@ -153,9 +155,9 @@ def _open_tar(path: Path, manifest: Path | None) -> TileSet:
         raise BadInput(f"{path} is not a readable tar ({error}); copy it again") from error
     table = None
     if manifest is not None:
-        table = read_csv(manifest, "file")
+        table = read_csv(manifest, "file", also=OWN)
     elif inner is not None:
-        table = parse_table(inner, f"{path}:{MANIFEST}", "file")
+        table = parse_table(inner, f"{path}:{MANIFEST}", "file", also=OWN)
     if table is not None:
         tiles, notes = tuple(_tile(row) for row in table.rows), table.notes
     else:

@@ -25,7 +25,15 @@ from .store import annotation, quality
 from .store.catalog import NEXT_TILE, get_meta, insert, set_meta, update
 from .store.metadata import AddedSlides, Metadata, Row, Rows, match_rows, slides_meant
 from .store.packing import pack_coded, unpack_coded, unpack_texts
-from .store.rows import Added, Relabelled, checked_row, further, not_taken, plain_name
+from .store.rows import (
+    NOT_TAKEN,
+    Added,
+    Relabelled,
+    checked_row,
+    further,
+    not_taken,
+    plain_name,
+)
 from .store.scales import MIXED, check_scale
 from .store.store import FEATURES, Store
 from .vectors.generations import Generations
@@ -120,6 +128,7 @@ class Writer:
         if old is not None and old["content_sha256"] == row["content_sha256"]:
             changed = [key for key in SCALE if row[key] and row[key] != old[key]]
             if not changed:
+                self._written[item.name] = origin
                 self._mend(old, row, blob, item)
                 source = _source_now(old["source"], row["source"])
                 told = {} if STAIN in json.loads(old["metadata"]) else stain_of(item)
@@ -264,9 +273,14 @@ class Writer:
                     changed.add(name)
                 notes += _hidden(db, slides[name], row)
             for name, tiles in of_tiles.items():
-                if _relabel_tiles(db, slides[name], tiles):
+                if _relabel_tiles(db, slides[name], tiles, deleted):
                     changed.add(name)
-        if deleted:
+        of_one = {key for row in given if row.get("file") for key, value in row.items() if value}
+        if unused := sorted(of_one - {"slide", "file", "label", "patient", *NOT_TAKEN}):
+            notes.append(
+                f"a single tile has no columns of its own, so these are not used: {', '.join(unused)}"
+            )
+        if deleted := +deleted:
             each = ", ".join(f"{column} {count}" for column, count in sorted(deleted.items()))
             notes.insert(0, f"values deleted by empty cells: {each}")
         return Relabelled(len(changed), notes)
@@ -364,8 +378,12 @@ def _hidden(db: sqlite3.Connection, slide: dict[str, Any], row: Row) -> list[str
 
 
 def _relabel_tiles(
-    db: sqlite3.Connection, slide: dict[str, Any], tiles: dict[str, dict[str, str]]
+    db: sqlite3.Connection,
+    slide: dict[str, Any],
+    tiles: dict[str, dict[str, str]],
+    deleted: Counter[str],
 ) -> bool:
+    """Set labels and patients of tiles, and count deleted ones; return whether any changed."""
     row = db.execute("SELECT * FROM slide_tiles WHERE slide_id = ?", (slide["id"],)).fetchone()
     files = [] if row["files"] is None else unpack_texts(row["files"])
     number_of = {file: n for n, file in enumerate(files)}
@@ -386,6 +404,9 @@ def _relabel_tiles(
         after = [given.get(n, value) or None for n, value in enumerate(values)]
         if after != values:
             changes[column] = pack_coded(after)
+            deleted[key] += sum(
+                old is not None and not new for old, new in zip(values, after, strict=True)
+            )
     if changes:
         update(db, "slide_tiles", {"slide_id": slide["id"]}, changes)
     return bool(changes)

@@ -154,13 +154,43 @@ def test_jpeg_tiles_of_a_tiff_that_are_named_rgb_are_read(tissue, tmp_path, capf
     shift = np.abs([each.mean((0, 1)) - expected.mean((0, 1)) for each in (found, image)]).max(1)
     assert shift[0] < 0.7 < 2 < shift[1], "the profile counts"
     assert capfd.readouterr().err == ""
-    with tifffile.TiffFile(path) as tiff:
-        first = tiff.pages[0].dataoffsets[0]
-    with path.open("r+b") as stream:
-        stream.seek(first)
-        stream.write(bytes(400))
-    with pytest.raises(BadInput, match="truncated or damaged"):
-        decode(path)
+
+
+@pytest.mark.parametrize("fault", ["cut", "zeros", "start", "bomb", "segments"])
+def test_damaged_jpeg_tiles_that_are_named_rgb_are_refused(tissue, tmp_path, fault):
+    path = tmp_path / "region.ome.tif"
+    tifffile.imwrite(path, tissue[:300, :400], tile=(256, 256), compression="jpeg")
+    with tifffile.TiffFile(path, mode="r+") as tiff:
+        page = tiff.pages[0]
+        page.tags["PhotometricInterpretation"].overwrite(2)
+        start, size = page.dataoffsets[-1], page.databytecounts[-1]
+        if fault == "segments":  # the tiles of a smaller image
+            page.tags["ImageWidth"].overwrite(700)
+    blob = bytearray(path.read_bytes())
+    if fault == "cut":
+        del blob[start + size - 100 :]
+    elif fault == "zeros":
+        blob[start + size // 2 : start + size] = bytes(size - size // 2)
+    elif fault == "start":
+        blob[start : start + 300] = bytes(300)
+    elif fault == "bomb":
+        frame = blob.index(b"\xff\xc0", start)
+        blob[frame + 5 : frame + 9] = (60_000).to_bytes(2, "big") * 2
+    says = "truncated or damaged|is not an image"  # a cut may remove the header, too
+    with pytest.raises(BadInput, match=says):
+        decode(bytes(blob))
+
+
+def test_a_tiff_of_true_rgb_planes_is_read(tissue, tmp_path):
+    path = tmp_path / "planes.tif"
+    tifffile.imwrite(
+        path,
+        np.moveaxis(tissue[:64, :96], 2, 0),
+        planarconfig="separate",
+        photometric="rgb",
+        compression="jpeg",
+    )
+    assert np.abs(decode(path).astype(int) - tissue[:64, :96]).mean() < 4
 
 
 def test_a_multi_page_tiff_is_still_refused(tissue):

@@ -21,7 +21,7 @@ from __future__ import annotations
 import fnmatch
 import operator as operators
 import re
-from collections.abc import Callable, Sequence, Set
+from collections.abc import Callable, Iterable, Set
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -38,8 +38,11 @@ from .columns import NOT_PLACED, Columns
 Mask = NDArray[np.bool_]
 Value = str | float
 LENGTH_LIMIT = 10_000
-_DATE = re.compile(r"\d{1,2}[./-]\d{1,2}[./-](\d{2}|\d{4})")
+_DATE = re.compile(r"\d{1,2}[./-]\d{1,2}[./-]\d{4}(?!\d)")
 """A date whose texts do not sort by time."""
+_ISO_DATE = re.compile(r"\d{4}-\d{2}")
+_THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")
+"""A number with commas, which could be a decimal comma or groups of digits."""
 _KEYWORDS = ("and", "or", "not", "in", "like", "is", "null")
 
 
@@ -55,7 +58,7 @@ class Compare:
         """Whether a name is one of the values; numbers are compared as numbers."""
         if name in self._texts:
             return True
-        return bool(self._numbers) and number_of(name) in self._numbers
+        return bool(self._numbers) and _number(name) in self._numbers
 
     def is_like(self, name: str) -> bool:
         """Whether a name matches the pattern of ``like``."""
@@ -345,29 +348,26 @@ def _ordered(name: str, operator: str, value: Value) -> bool:
     """Compare numerically if the value is a number, else as texts."""
     if isinstance(value, str):
         return bool(_ORDER[operator](name, value))
-    number = number_of(name)
+    number = _number(name)
     return operator == "!=" if number is None else bool(_ORDER[operator](number, value))
 
 
-def check_order(wanted: Compare, names: Sequence[str | None]) -> None:
-    """Refuse to order a column's values where the answer would mean nothing.
+def _number(name: str) -> float | None:
+    return None if _THOUSANDS.fullmatch(name) else number_of(name)
+
+
+def check_order(wanted: Compare, names: Iterable[str | None]) -> None:
+    """Refuse to order dates whose texts do not sort by time.
 
     Raises:
-        BadInput: the filter's value is a date whose text does not sort, or it is a number and the column
-            has only texts.
+        BadInput: the filter's value or one of the column's ``names`` is such a date.
     """
-    if wanted.operator not in {"<", "<=", ">", ">="}:
+    value = wanted.values[0] if wanted.operator in {"<", "<=", ">", ">="} else None
+    if not isinstance(value, str) or not (_DATE.match(value) or _ISO_DATE.match(value)):
         return
-    value = wanted.values[0]
-    if isinstance(value, str):
-        if _DATE.fullmatch(value):
-            raise BadInput(
-                f"{value!r} is compared as text, and texts of such dates are not in order; write dates as "
-                "2024-01-31, in the table and in the filter"
-            )
-    elif (texts := [name for name in names if name is not None]) and not any(
-        number_of(name) is not None for name in texts
-    ):
+    wrong = next((name for name in (value, *names) if name and _DATE.match(name)), None)
+    if wrong:
         raise BadInput(
-            f"{wanted.field} has no numbers (but {texts[0]!r}); compare it with a text in quotes"
+            f"{wanted.field} is compared as text, and texts of dates such as {wrong!r} are not in order: "
+            "write dates as 2024-01-31, in the table and in the filter"
         )

@@ -113,7 +113,7 @@ def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -
         )
     if sets:
         return Inputs(jobs, left_out)  # the tile set reads the manifest itself
-    table = read_csv(manifest, "file", "slide")
+    table = read_csv(manifest, "file", "slide", also=("series",))
     rows = {row[table.key]: row for row in table.rows}
     matched = match(rows, [jobs[n].names() for n in slides], str(manifest), "row")
     if rows and slides and not matched.by_slide:

@@ -101,15 +101,7 @@ def _show(results: Sequence[Result], document: dict[str, Any], out: str) -> None
         console.say(f"note: {note}")
     _show_profiles(results)
     states = ", ".join(f"{count} {state}" for state, count in document["states"].items())
-    console.say(f"{states}; {_written(results)} in {out}")
-
-
-def _written(results: Sequence[Result]) -> str:
-    """Return what the folder of a run has got."""
-    ok = [result for result in results if result.ok]
-    slides = any(result.tissue is not None or result.state == "skipped" for result in ok)
-    parts = ["features"] * bool(ok) + ["overlays"] * slides
-    return ", ".join(parts) + " and run.json" if parts else "run.json"
+    console.say(f"{states}; see {out}, where run.json has every result")
 
 
 def lines_of(results: Sequence[Result], inputs: dict[str, Any]) -> list[str]:

@@ -66,8 +66,13 @@ class TilesWork:
 
     def _not_stored(self) -> list[str]:
         """Return a note on columns of the manifest that have no place in a feature file."""
-        columns = {k for tile in self.tileset.tiles for k, v in tile.extra.items() if v}
-        names = ", ".join(sorted(columns - {"patient"}))  # a patient is stored as the group
+        columns = {
+            column
+            for tile in self.tileset.tiles
+            for column, value in tile.extra.items()
+            if value and (column, value) != ("patient", tile.group)  # that is stored as the group
+        }
+        names = ", ".join(sorted(columns))
         return [f"columns of the manifest that are not stored per tile: {names}"] if names else []
 
     def read(self, start: int, out: NDArray[np.uint8]) -> dict[int, BadInput]:

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from ...artifacts.images import Rgb
+from ...artifacts.jpeg_segments import GREY, JPEG, RGB, decode_segment
 from ...errors import BadInput, BrokenFile
 from .tiff_depth import check_page
 
@@ -30,16 +31,12 @@ CACHE_BYTES = 64 * 2**20
 """Bytes of decoded segments cached per file: about one row of segments across a large slide, so that
 the next row of tiles need not decode them again."""
 
-_JPEG = 7
-_RGB, _YCBCR, _GREY = 2, 6, 1
+_YCBCR = 6
 _LOSSLESS = {1, 5, 8, 32773, 32946, 34925, 50000}
 """Lossless compressions: none, LZW, Deflate, PackBits, LZMA, Zstandard."""
 
 _WITH_HEADER = {33003, 33004, 33005, 34712, 34927, 34933, 50001}
 """JPEG 2000, WebP, PNG: their header holds the size, which is checked before decoding."""
-
-_ADOBE_RGB = b"\xff\xee\x00\x0eAdobe\x00\x64\x00\x00\x00\x00\x00"
-"""A JPEG marker for three components that are red, green and blue."""
 
 
 @dataclass(frozen=True)
@@ -81,20 +78,20 @@ def level_of(page: Any, path: Path) -> Level:
     samples, photometric = int(page.samplesperpixel), int(page.photometric)
     check_page(page, path)
     bits = page.bitspersample
-    if page.dtype != np.uint8 or bits != 8 or photometric not in {_RGB, _YCBCR, _GREY}:
+    if page.dtype != np.uint8 or bits != 8 or photometric not in {RGB, _YCBCR, GREY}:
         name = getattr(page.photometric, "name", photometric)
         raise BadInput(
             f"{path} has {bits} bits per channel as {name}; expected 8 bits as RGB, YCbCr or grey: "
             "convert it to 8-bit RGB"
         )
     compression = int(page.compression)
-    if compression not in {_JPEG, *_LOSSLESS, *_WITH_HEADER}:
+    if compression not in {JPEG, *_LOSSLESS, *_WITH_HEADER}:
         name = getattr(page.compression, "name", compression)
         raise BadInput(
             f"{path} is compressed by {name}, which is not supported; save it as JPEG, Deflate, LZW, "
             "Zstandard or JPEG 2000"
         )
-    if photometric == _YCBCR and compression != _JPEG:
+    if photometric == _YCBCR and compression != JPEG:
         raise BadInput(
             f"{path} has YCbCr that is not JPEG, whose RGB values are ambiguous; convert it to RGB"
         )
@@ -231,29 +228,16 @@ class TiffPixels:
         blob = os.pread(self._file, size, offset)
         if len(blob) < size:
             raise ValueError("the file ends before it")
-        if int(page.compression) == _JPEG and level.planes == 1:
-            return self._jpeg(level, blob)
+        if int(page.compression) == JPEG and level.planes == 1:
+            return decode_segment(
+                blob, page.jpegtables, int(page.photometric), level.tile_height, level.tile_width
+            )
         if int(page.compression) in _WITH_HEADER:
             _check_size(level, blob)
         decoded = np.asarray(page.decode(blob, index, jpegtables=page.jpegtables)[0])
         if decoded.dtype != np.uint8:
             raise ValueError(f"it contains {decoded.dtype}, not 8 bits per channel")
         return decoded.reshape(decoded.shape[-3:])
-
-    @staticmethod
-    def _jpeg(level: Level, blob: bytes) -> NDArray[np.uint8]:
-        import simplejpeg
-
-        page = level.page
-        photometric, tables = int(page.photometric), page.jpegtables
-        marker = _ADOBE_RGB if photometric == _RGB and b"JFIF" not in blob[:32] else b""
-        if tables or marker:
-            blob = blob[:2] + marker + (tables[2:-2] if tables else b"") + blob[2:]
-        high, wide, _, _ = simplejpeg.decode_jpeg_header(blob)
-        if high > level.tile_height or wide > level.tile_width:
-            raise ValueError(f"it states {wide} x {high} pixels")
-        colours = "GRAY" if photometric == _GREY else "RGB"
-        return np.asarray(simplejpeg.decode_jpeg(blob, colorspace=colours))
 
 
 def _check_size(level: Level, blob: bytes) -> None:
@@ -286,5 +270,5 @@ def decodes_exactly(level: Level) -> bool:
 
     False for a level with empty segments: OpenSlide fills them differently.
     """
-    exact = int(level.page.compression) in {_JPEG, *_LOSSLESS}
+    exact = int(level.page.compression) in {JPEG, *_LOSSLESS}
     return exact and all(level.page.databytecounts) and level.planes == 1

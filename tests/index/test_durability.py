@@ -514,6 +514,11 @@ def test_relabelling_says_what_it_deleted_and_what_has_no_effect(tmp_path):
     labels = [tile["label"] for tile in atlas.tiles(atlas.vectors()[0].tolist()).values()]
     assert (labels.count("own"), labels.count("all")) == (3, 37)
     assert atlas.relabel([{"slide": "slide-0", "label": "all"}]) == 0
+    single = {"slide": "slide-0", "file": "1.png", "label": "", "organ": "lung"}
+    assert atlas.relabel([single]).notes == [
+        "values deleted by empty cells: label 1",
+        "a single tile has no columns of its own, so these are not used: organ",
+    ]
     with pytest.raises(BadInput, match="column 'Patient'; histoseek reads 'patient'"):
         atlas.relabel([{"slide": "slide-0", "Patient": "P1"}])
 
@@ -525,9 +530,8 @@ def test_a_slide_is_not_replaced_twice_in_one_run(atlas, tmp_path):
     for number, overlap in enumerate((0, 112)):
         (folder / f"{overlap}px").mkdir(parents=True)
         files.append(features(folder / f"{overlap}px/slide-0.h5", 30 + number, 70 + number))
-    for replace in (True, False):
-        states = [r.state for r in atlas.add(files, replace=replace)]
-        assert states == (["replaced", "failed"] if replace else ["unchanged", "failed"])
+    for state, replace in (("replaced", True), ("unchanged", True), ("unchanged", False)):
+        assert [r.state for r in atlas.add(files, replace=replace)] == [state, "failed"]
     first, second = atlas.add(files[::-1], replace=True)
     assert (first.state, second.state) == ("replaced", "failed")
     assert (
