@@ -84,9 +84,9 @@ def decode(
 
 
 def _loaded(image: Image.Image, blob: bytes) -> Image.Image:
-    """Return an image whose pixels can be read: a TIFF that libtiff refuses is decoded here.
+    """Return the image; a TIFF whose JPEG segments are named RGB is decoded here, not by libtiff.
 
-    The JPEG tiles of Bio-Formats, with which QuPath exports regions, are named RGB but are YCbCr. The
+    Bio-Formats, with which QuPath exports regions, names its YCbCr segments RGB; libtiff refuses them. The
     header of the image was checked before.
     """
     tags = image.tag_v2 if isinstance(image, TiffImagePlugin.TiffImageFile) else {}

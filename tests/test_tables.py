@@ -59,6 +59,8 @@ def test_columns_are_read_in_any_case():
         f"t.csv: column {name!r} is read as {name.lower()!r}"
         for name in ("Slide", "Patient", "LABEL")
     ]
+    also = parse_table(b"File,Series,Group\na,1,x\n", "t.csv", "file", also=("series",))
+    assert also.rows == ({"file": "a", "series": "1", "Group": "x"},)
     both = parse_table(b"slide,patient,Patient\na,P1,P2\n", "t.csv", "slide")
     assert both.rows == ({"slide": "a", "patient": "P1", "Patient": "P2"},)
     with pytest.raises(BadInput, match="two columns of the same name"):

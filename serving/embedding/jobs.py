@@ -15,7 +15,7 @@ from ...artifacts.slide_names import match
 from ...artifacts.tables import read_csv, same_text
 from ...artifacts.tilesets import MANIFEST
 from ...artifacts.unread import belongs_to, is_dicom, parts_of, why_unread
-from ...artifacts.walking import LeftOut, once, walk
+from ...artifacts.walking import LeftOut, once, summarised, walk
 from ...errors import BadInput
 from ..slides.sources import is_slide
 from ..slides.zarr_source import is_ome_zarr, reads_zarr
@@ -117,9 +117,10 @@ def _with_rows(jobs: list[Job], manifest: Path, left_out: tuple[LeftOut, ...]) -
     rows = {row[table.key]: row for row in table.rows}
     matched = match(rows, [jobs[n].names() for n in slides], str(manifest), "row")
     if rows and slides and not matched.by_slide:
+        few = ", ".join(sorted(rows)[:3]) + (" …" if len(rows) > 3 else "")
         raise BadInput(
             f"no row of {manifest} matches an input; its column {table.key!r} contains "
-            f"{', '.join(sorted(rows)[:3])}{' …' if len(rows) > 3 else ''}{_contents(left_out)}"
+            + "; ".join([few, *summarised(left_out)])
         )
     for index, name in matched.by_slide.items():
         number = slides[index]

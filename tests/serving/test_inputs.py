@@ -245,6 +245,11 @@ def test_slides_alone_leave_out_pictures_beside_them(make_slide, tissue, tmp_pat
     assert [(left.path, left.reason) for left in found.left_out] == [
         (str(tmp_path / "photo.jpg"), "image beside slides (--as slides)")
     ]
+    (tmp_path / "m.csv").write_text("file\nphoto.jpg\n")
+    says = r"contains photo.jpg; left out, image beside slides .--as slides.: 1 .*photo.jpg"
+    with pytest.raises(BadInput, match=says):
+        find_inputs([tmp_path], "slides", manifest=tmp_path / "m.csv")
+    (tmp_path / "m.csv").unlink()
     (tmp_path / "a.tiff").unlink()
     assert [job.name for job in find_inputs([tmp_path], "slides").jobs] == ["photo"]
 
