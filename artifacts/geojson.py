@@ -34,7 +34,9 @@ def read_features(path: Path) -> list[dict[str, Any]]:
     try:
         document = read_json(path)
     except Damaged as error:
-        raise BadInput(str(error)) from error
+        raise BadInput(
+            f"{path} is not JSON ({error.__cause__}); expected GeoJSON, as QuPath exports annotations"
+        ) from error
     return list(features_of(document))
 
 

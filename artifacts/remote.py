@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple, TypeVar
 
 from .. import stopping
-from ..errors import BadInput, HistoseekError, StorageFailed, need
+from ..errors import BadInput, HistoseekError, MissingPart, StorageFailed, need
 from .files import mark_of, storage_failed
 
 T = TypeVar("T")
@@ -65,8 +65,8 @@ class Remote:
         """Open the store of a URL.
 
         Raises:
-            MissingPart: fsspec is not installed.
-            BadInput: the URL's scheme is unknown, its package is missing, or the store does not answer.
+            MissingPart: fsspec or the store's package is not installed.
+            BadInput: the URL's scheme is unknown, or the store does not answer.
         """
         self.url = url
         fsspec = need("fsspec", "s3")
@@ -74,6 +74,9 @@ class Remote:
             raise BadInput(f"{url}: '::' in a name cannot be read through a URL; rename it")
         try:
             self._system, self._root = fsspec.core.url_to_fs(url)
+        except ImportError as error:  # fsspec names the package
+            extra = "; run: pip install 'histoseek[s3]'" if url.startswith("s3:") else ""
+            raise MissingPart(f"{url}: {error}{extra}") from error
         except Exception as error:  # every store has its own errors
             raise BadInput(f"{url}: {error}") from error
 

@@ -79,10 +79,13 @@ def test_one_bad_picture_stops_no_other_and_the_exit_code_tells(
         ((1200, 900), "has 1200 x 900 pixels; its middle square of 900 x 900 is taken as one tile"),
         ((1200, 1200), "has 1200 x 1200 pixels; it is taken as one tile of 224 x 224"),
         ((300, 200), "has 300 x 200 pixels; its middle square of 200 x 200"),
+        ((90, 90), "has 90 x 90 pixels; it is enlarged to one tile of 224 x 224"),
         ((250, 230), None),
     ],
 )
-def test_a_picture_much_larger_or_longer_than_a_tile_is_said(cli, atlas, tmp_path, size, said):
+def test_a_picture_much_smaller_larger_or_longer_than_a_tile_is_said(
+    cli, atlas, tmp_path, size, said
+):
     path = tmp_path / "region.png"
     Image.new("RGB", size, "pink").save(path)
     for verb, remedy in (("search", "; pass --mpp to search all of it"), ("assign", "")):
@@ -90,7 +93,7 @@ def test_a_picture_much_larger_or_longer_than_a_tile_is_said(cli, atlas, tmp_pat
         json.loads(ran.stdout)
         text = " ".join(ran.stderr.split())
         if said is None:
-            assert "taken as one tile" not in text
+            assert "one tile of" not in text
         else:
             assert f"{path.name} {said}" in text
             assert (f"224 x 224{remedy}" in text) and ("--mpp" in text) == (remedy != "")

@@ -86,7 +86,8 @@ def test_holes_several_parts_and_bare_geometries_are_read(tmp_path):
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("{", "not valid JSON"), ("[]", "no polygon"), ('{"type": "FeatureCollection"}', "no polygon"),
+        ("{", "not JSON .*; expected GeoJSON"), ("[]", "no polygon"),
+        ('{"type": "FeatureCollection"}', "no polygon"),
         (json.dumps(feature([[[0, 0], [1, 1]]])), "three points"),
         (json.dumps(feature([[[0, 0], [1, "x"], [2, 2]]])), "cannot be read"),
         (json.dumps(feature([7])), "cannot be read"),

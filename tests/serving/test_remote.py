@@ -21,7 +21,7 @@ from histoseek.artifacts import remote
 from histoseek.artifacts.feature_files import read_features
 from histoseek.artifacts.files import content_mark, temporary_folder
 from histoseek.artifacts.remote import Remote, below
-from histoseek.errors import BadInput, StorageFailed
+from histoseek.errors import BadInput, MissingPart, StorageFailed
 from histoseek.serving.embedding.jobs import find_inputs
 from histoseek.serving.embedding.meter import Meter
 from histoseek.serving.embedding.results import EmbedOptions, EncoderChoice
@@ -571,3 +571,16 @@ def test_a_mark_from_two_ranges_is_that_of_the_file(bucket, tmp_path):
         path.write_bytes(os.urandom(size))
         upload(path.name, path)
         assert Remote(f"{url}/{path.name}").content_mark() == content_mark(path)
+
+
+@pytest.mark.parametrize(
+    ("scheme", "remedy"), [("s3", "; run: pip install 'histoseek[s3]'"), ("gs", "")]
+)
+def test_a_missing_package_of_a_store_is_named(monkeypatch, scheme, remedy):
+    def missing(_):
+        raise ImportError("install it")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    with pytest.raises(MissingPart) as caught:
+        Remote(f"{scheme}://a/b")
+    assert str(caught.value) == f"{scheme}://a/b: install it{remedy}"

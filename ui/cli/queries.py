@@ -21,14 +21,14 @@ if TYPE_CHECKING:
     Failed = dict[Path, dict[str, Any]]
 
 
-LARGE, LONG = 4.0, 1.25
-"""Shorter side of a large query image, in sides of a tile; ratio of the sides of a long one."""
+SMALL, LARGE, LONG = 0.5, 4.0, 1.25
+"""Shorter side of a small and a large query image, in sides of a tile; ratio of the sides of a long one."""
 
 
 def read_images(paths: Sequence[Path], size_px: int, remedy: str = "") -> tuple[Read, Failed]:
     """Read images in the encoder's format, (S, S, 3); a bad image does not stop the others.
 
-    Says which images are much larger than a tile, or lose much of their length.
+    Says which images are much smaller or larger than a tile, or lose much of their length.
 
     Args:
         paths: of the images.
@@ -44,10 +44,12 @@ def read_images(paths: Sequence[Path], size_px: int, remedy: str = "") -> tuple[
         image = decode(path)
         height, width = image.shape[:2]
         short = min(height, width)
-        if short > LARGE * size_px or max(height, width) > LONG * short:
+        small = short < SMALL * size_px
+        if small or short > LARGE * size_px or max(height, width) > LONG * short:
             what = f"its middle square of {short} x {short}" if height != width else "it"
+            how = "enlarged to" if small else "taken as"
             console.say(
-                f"{path} has {width} x {height} pixels; {what} is taken as one tile of "
+                f"{path} has {width} x {height} pixels; {what} is {how} one tile of "
                 f"{size_px} x {size_px}{remedy}"
             )
         return square(image, size_px)
