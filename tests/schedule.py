@@ -42,6 +42,7 @@ SPREAD = frozenset(
         "training/test_fit_arcface.py",
         "training/test_recipes.py",
         "training/test_reproduce.py",
+        "training/test_sharing.py",
     }
 )
 SLOW_FILES = {
@@ -61,6 +62,7 @@ SLOW_FILES = {
     "test_packaging.py",
     "test_tutorial.py",
     "training/test_reproduce.py",
+    "training/test_sharing.py",
     "ui/test_behind_nginx.py",
     "ui/test_normalised_queries.py",
     "ui/test_assistant.py",

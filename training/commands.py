@@ -292,6 +292,13 @@ def reproduce(name: str, sources: Sequence[Path], choose: Choice, options: Study
         document = run_protocol(name, options, tiles, progress)
 
     def human() -> None:
+        if options.train_only:
+            cells = document["trained"]
+            console.say(
+                f"trained here: {', '.join(cells) or 'nothing'}; the same command without --train-only "
+                "writes the report"
+            )
+            return
         for table in document["tables"]:
             rows = [
                 (row, metric, cell["published"], cell["mean"], cell["sd"], cell["trivial"])

@@ -48,6 +48,9 @@ class StudyOptions:
     widths: Annotated[str,
         Field(description="Widths of the P4M CNN: published, 32, 16 or 8; empty: as in the "
         "protocol."), HIDDEN] = ""
+    train_only: Annotated[bool,
+        Field(description="Train what no other process with the same --out trains, and write no report. "
+        "Run it several times at once, then once without this option."), HIDDEN] = False
     accelerator: Annotated[str, Field(description="Device: cpu, cuda, mps or auto.")] = "auto"
     precision: Annotated[str,
         Field(description="Precision as Lightning names it, such as bf16-mixed."), HIDDEN] = "32-true"

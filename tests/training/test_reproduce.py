@@ -3,9 +3,11 @@
 import json
 import re
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from digit_tiles import digits
 
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import Tile, TileSet
@@ -20,22 +22,16 @@ def silent(done, total, text):
 
 
 def quick(name, tiles, out, **options):
-    reproduce(name, StudyOptions(out, quick=True, accelerator="cpu", **options), tiles, silent)
+    """Train, then write the report, which trains nothing further but what the figures need."""
+    chosen = StudyOptions(out, quick=True, accelerator="cpu", **options)
+    written = (out / "report.json").exists()
+    reproduce(name, replace(chosen, train_only=True), tiles, silent)
+    assert (out / "report.json").exists() == written
+    runs = set((out / "runs").glob("*"))
+    reproduce(name, chosen, tiles, silent)
+    assert written or set((out / "runs").glob("*")) == runs
+    assert not list(out.rglob("*.lock"))
     return json.loads((out / "report.json").read_text())
-
-
-def digits(count=200, side=28):
-    """scikit-learn's digits as tiles, enlarged; ten classes, no groups."""
-    from PIL import Image
-    from sklearn.datasets import load_digits
-
-    data = load_digits()
-    pictures = [
-        np.asarray(Image.fromarray((p * 15).astype(np.uint8)).resize((side, side)).convert("RGB"))
-        for p in data.images[:count]
-    ]
-    tiles = tuple(Tile(f"{n:04d}", str(data.target[n])) for n in range(count))
-    return TileSet("mnist", "digits", tiles, "digits", lambda n: pictures[n])
 
 
 @pytest.fixture(scope="module")

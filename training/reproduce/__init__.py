@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from ...errors import BadInput, unknown_name
 from ..study_options import StudyOptions
 from . import ae_dac, arcface, breast_ae, p4m_deepcluster, topology_sweep
 from .report import Report
+from .sharing import AllAsked, locked
 from .study import Study
 
 
@@ -77,8 +79,11 @@ def reproduce(
 ) -> dict[str, Any]:
     """Run a protocol on a tile set and write its report; returns the report as JSON.
 
+    With ``train_only``, it writes no report and returns the names of the cells that it trained.
+
     Raises:
         BadInput: the protocol is not registered, or it has no such part or no folds.
+        StorageFailed: with ``train_only``, the file system has no locks.
     """
     protocol = find_protocol(name)
     for part in filter(None, options.parts.split(",")):
@@ -87,10 +92,32 @@ def reproduce(
     if options.folds and not protocol.has_folds:
         raise BadInput(f"--folds is {options.folds}, but {name} has no folds; leave it out")
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.train_only:
+        return {"trained": _train_only(protocol, options, tiles, progress)}
     study = Study(options, tiles, progress)
     report = protocol.run(study)
     report.about["training time"] = study.took()
     return report.write(options.out)
+
+
+def _train_only(
+    protocol: Protocol, options: StudyOptions, tiles: TileSet, progress: Progress
+) -> list[str]:
+    """Train until no training is left; returns the names of those that this process ran.
+
+    While other processes train some, waits for the first of these and starts again: another training may
+    have needed it, or the process may have been killed.
+    """
+    trained: list[str] = []
+    while True:
+        study = Study(options, tiles, progress)
+        with suppress(AllAsked):
+            protocol.run(study)
+        trained += study.trained
+        if not study.shared:
+            return trained
+        with locked(study.lock(study.shared[0]), lambda: None):
+            pass
 
 
 __all__ = ["PROTOCOLS", "Protocol", "find_protocol", "reproduce"]

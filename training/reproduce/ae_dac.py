@@ -18,6 +18,8 @@ from .report import Cell, Report, Table, difference, fewer_epochs, row, said
 from .study import Study, first_classes, reconstruct, spread, values
 
 Scores = dict[str, float]
+Records = list[dict[str, Any]]
+"""One record per seed."""
 
 COLUMNS = ("NMI %", "ARI %", "ACC %")
 NAMES = ("nmi", "ari", "accuracy")
@@ -79,6 +81,8 @@ SIGN_RULES: dict[str, tuple[str, Callable[..., Any]]] = {
     "fewest tiles moved": ("moved", min), "most even sizes": ("even", max), "most sure": ("sure", max),
 }  # fmt: skip
 """Where to stop by what :class:`~histoseek.training.fit_dac.Clustering` tells without labels."""
+WEIGHTS = (0.1, 0.3, 0.5, 0.7, 0.9)
+"""Of the paper's grid, every second."""
 SCHEDULE = {"pretrain": (50, 1), "clustering": (75, 2)}
 """Epochs of a full and a quick run; the paper states no number, but its thresholds meet after 75."""
 
@@ -124,10 +128,18 @@ def reproduce(study: Study) -> Report:
         "the penalty is u - l. As printed, the pair loss is always 0.",
         "ACC is Hungarian accuracy; with K = number of classes it cannot be below 1/K.",
     ]
-    pixels = _pixels(study, size_px, seeds)
-    runs = _Runs(study, pretrain, epochs, common)
-    scores, history = _train(runs, seeds)
     classes = len({tile.label for tile in study.tiles.tiles})
+    runs = _Runs(study, pretrain, epochs, common)
+    records = _train(runs, seeds)
+    switches = _train_switches(runs, seeds) if "switches" in study.parts else {}
+    first_k = _train_first_k(runs, seeds, classes) if "table4" in study.parts else {}
+    grid = _train_grid(runs) if "grid" in study.parts else {}
+    study.all_asked()
+    pixels = _pixels(study, size_px, seeds)
+    scores = {name: [_scores(record) for record in found] for name, found in records.items()}
+    history = {
+        name: [_curve(record, "accuracy") for record in found] for name, found in records.items()
+    }
     published = PUBLISHED.get(study.data_name, {})
     rows = {
         name: row(NAMES, runs, published.get(name), (0.0, 0.0, 100 / classes), 100)
@@ -136,11 +148,10 @@ def reproduce(study: Study) -> Report:
     trivial_is = "NMI and ARI of clusters drawn at random; ACC 1/K"
     report.tables.append(Table(f"Table 2, {study.whole.name}", COLUMNS, rows, trivial_is, digits=2))
     report.says = _says(study, rows)
-    if "switches" in study.parts:
-        _switches(study, report, runs, seeds)
-    if "table4" in study.parts:
-        shared = {"pretrain": pretrain, "epochs": epochs, **common}
-        report.tables.append(_by_clusters(study, seeds, classes, shared))
+    if switches:
+        _switches(study, report, runs, switches)
+    if first_k:
+        report.tables.append(_by_clusters(study, first_k))
     curves = {name: np.mean(runs, 0).tolist() for name, runs in history.items() if len(runs[0]) > 1}
     report.add_figure(
         figures.curves(
@@ -156,8 +167,8 @@ def reproduce(study: Study) -> Report:
             "trained again."
         )
     _draw(runs, report, size_px)
-    if "grid" in study.parts:
-        _grid(runs, report, max(2, epochs // 3))
+    if grid:
+        _grid(runs, report, grid)
     return report
 
 
@@ -225,16 +236,13 @@ class _Runs:
         return self.second(f"{method}-{seed}", seed, method=method)
 
 
-def _train(runs: _Runs, seeds: int) -> tuple[dict[str, list[Scores]], dict[str, list[list[float]]]]:
-    """Train every method; return the scores of each seed, and the accuracies while clustering."""
-    scores: dict[str, list[Scores]] = {name: [] for name in METHODS}
-    history: dict[str, list[list[float]]] = {name: [] for name in METHODS}
+def _train(runs: _Runs, seeds: int) -> dict[str, Records]:
+    """Train every method with every seed."""
+    records: dict[str, Records] = {name: [] for name in METHODS}
     for seed in range(seeds):
         for name, method in METHODS.items():
-            record = runs.method(method, seed)
-            scores[name].append(_scores(record))
-            history[name].append(_curve(record, "accuracy"))
-    return scores, history
+            records[name].append(runs.method(method, seed))
+    return records
 
 
 def _curve(record: dict[str, Any], name: str) -> list[float]:
@@ -243,14 +251,21 @@ def _curve(record: dict[str, Any], name: str) -> list[float]:
     return [*curve, _scores(record)[name]] if name == "accuracy" else curve
 
 
-def _switches(study: Study, report: Report, runs: _Runs, seeds: int) -> None:
-    """Compare what DAC's released code does, and where training could stop without labels."""
-    rows, stops, curves = {}, {}, {}
+def _train_switches(runs: _Runs, seeds: int) -> dict[str, Records]:
+    """Train AE + DAC with parts of DAC's released code; the first is that of the table."""
+    found: dict[str, Records] = {}
     for number, (name, changed) in enumerate(SWITCHES.items()):
         cells = [
             f"switch-{number}-{seed}" if changed else f"ae-dac-{seed}" for seed in range(seeds)
         ]
-        records = [runs.second(c, n, method="ae-dac", **changed) for n, c in enumerate(cells)]
+        found[name] = [runs.second(c, n, method="ae-dac", **changed) for n, c in enumerate(cells)]
+    return found
+
+
+def _switches(study: Study, report: Report, runs: _Runs, found: dict[str, Records]) -> None:
+    """Compare what DAC's released code does, and where training could stop without labels."""
+    rows, stops, curves = {}, {}, {}
+    for name, records in found.items():
         rows[name] = row(NAMES, [_scores(record) for record in records], scale=100)
         stops[name] = _stops(records)
         curves[name] = np.mean([_curve(record, "accuracy") for record in records], 0).tolist()
@@ -305,16 +320,25 @@ def _pixels(study: Study, size_px: int, seeds: int) -> list[Scores]:
     return runs
 
 
-def _by_clusters(study: Study, seeds: int, classes: int, shared: dict[str, Any]) -> Table:
-    """Run table 4 on the first K classes with K clusters (the paper does not say what it varies)."""
-    published = BY_CLUSTERS.get(study.data_name, {})
-    rows = {}
-    for k in published or range(max(2, classes // 2), classes + 1):
+def _train_first_k(runs: _Runs, seeds: int, classes: int) -> dict[int, Records]:
+    """Train on the first K classes with K clusters (the paper does not say what table 4 varies)."""
+    study, found = runs.study, {}
+    shared = {"pretrain": runs.pretrain, "epochs": runs.epochs, **runs.common}
+    for k in BY_CLUSTERS.get(study.data_name) or range(max(2, classes // 2), classes + 1):
         part = first_classes(study.tiles, k)
-        runs = [
-            _scores(study(f"ae-dac-first{k}-{seed}", "dac", part, seed=seed, **shared))
+        found[k] = [
+            study(f"ae-dac-first{k}-{seed}", "dac", part, seed=seed, **shared)
             for seed in range(seeds)
         ]
+    return found
+
+
+def _by_clusters(study: Study, found: dict[int, Records]) -> Table:
+    """Tabulate the scores by K."""
+    published = BY_CLUSTERS.get(study.data_name, {})
+    rows = {}
+    for k, records in found.items():
+        runs = [_scores(record) for record in records]
         rows[f"K = {k}"] = row(NAMES, runs, published.get(k), (0.0, 0.0, None), 100)
     trivial_is = "NMI and ARI of clusters drawn at random"
     return Table("Table 4: AE + DAC on the first K classes", COLUMNS, rows, trivial_is, digits=2)
@@ -354,20 +378,30 @@ def _draw(runs: _Runs, report: Report, size_px: int) -> None:
     report.add_figure(file, "Tiles and their reconstructions before and after clustering")
 
 
-def _grid(runs: _Runs, report: Report, epochs: int) -> None:
-    """Run the paper's grid of weights (.1 to .9) of reconstruction and pairs; accuracy with one seed."""
-    weights = (0.1, 0.3, 0.5, 0.7, 0.9)
-    study = runs.study
-    accuracies = np.zeros((len(weights), len(weights)))
-    for at in np.ndindex(*accuracies.shape):
-        alpha, beta = weights[at[0]], weights[at[1]]
-        record = runs.second(
+def _train_grid(runs: _Runs) -> dict[tuple[float, float], dict[str, Any]]:
+    """Train with the weights of the paper's grid: reconstruction (alpha) and pairs (beta), one seed."""
+    epochs = _grid_epochs(runs)
+    return {
+        (alpha, beta): runs.second(
             f"grid-{alpha}-{beta}", 0, epochs=epochs, alpha=alpha, beta=beta, eta=0.0
         )
-        accuracies[at] = _scores(record)["accuracy"]
+        for alpha in WEIGHTS
+        for beta in WEIGHTS
+    }
+
+
+def _grid_epochs(runs: _Runs) -> int:
+    return max(2, runs.epochs // 3)
+
+
+def _grid(runs: _Runs, report: Report, found: dict[tuple[float, float], dict[str, Any]]) -> None:
+    """Draw the accuracies of the grid."""
+    study, epochs = runs.study, _grid_epochs(runs)
+    accuracies = np.array([_scores(record)["accuracy"] for record in found.values()])
+    accuracies = accuracies.reshape(len(WEIGHTS), len(WEIGHTS))
     report.add_figure(
         figures.grid(
-            study.out / "grid.png", accuracies, weights, weights, "alpha", "beta", "accuracy, one seed"
+            study.out / "grid.png", accuracies, WEIGHTS, WEIGHTS, "alpha", "beta", "accuracy, one seed"
         ),
         f"Accuracy by alpha and beta (every second weight of the paper's grid) after {epochs} epochs, "
         "one seed",

@@ -67,6 +67,7 @@ def reproduce(study: Study) -> Report:
         for name, loss in LOSSES.items():
             chosen: dict[str, Any] = {"loss": loss, "margin": MARGINS[loss], "epochs": epochs}
             records[name].append(study(f"{loss}-{fold}", "arcface", **chosen, **shared))
+    study.all_asked()
     for title, key in CLUSTERINGS.items():
         report.tables.append(_table(f"{title}, held-out folds of {study.whole.name}", key, records))
     report.tables.append(_retrieval(records))

@@ -86,6 +86,10 @@ def reproduce(study: Study) -> Report:
         positive=positive,
     )  # fmt: skip
     _note_differences(study, report, names)
+    records = {
+        cell: record for fold in range(folds) for cell, record in _train(study, fold).items()
+    }
+    study.all_asked()
     scores: dict[str, list[Scores]] = {name: [] for name in (PIXELS, *NETS, DENSENET)}
     trivial: list[Scores] = []
     extents: dict[str, str] = {}
@@ -98,14 +102,9 @@ def reproduce(study: Study) -> Report:
             _score(pixels[parts.train], pixels[parts.test], data, parts, rule, positive)
         )
         for name, net in NETS.items():
-            score, extents[name] = _row(study, net, fold, rule, positive)
-            scores[name].append(score)
-        record = study(
-            f"densenet-{fold}", "classifier", model="densenet", epochs=_epochs(study, (30, 1)),
-            batch=_batch(study, 1000), lr=1e-3 if options.epochs else 1e-4, fold=fold,
-            folds=study.fold_count(FOLDS), split=options.split, judge=False,
-        )  # fmt: skip
-        extents[DENSENET] = _extent(record)
+            scores[name].append(_row(study, net, fold, rule, positive))
+            extents[name] = _extent(records[f"{net.model}-{fold}"])
+        extents[DENSENET] = _extent(records[f"densenet-{fold}"])
         encoder = study.encoder(f"densenet-{fold}")
         scores[DENSENET].append(_score_classifier(encoder, data, parts, positive))
     title = f"Table 1: held-out tiles of {study.whole.name}"
@@ -173,24 +172,38 @@ def _note_differences(study: Study, report: Report, names: list[str]) -> None:
         )
 
 
-def _row(study: Study, net: Net, fold: int, rule: str, positive: str) -> tuple[Scores, str]:
-    """Train an autoencoder on a fold; return the scores of its clusters, and its epochs and tiles."""
-    authors = study.options.preset == "authors"
-    tiles = _tiles(study, net)
-    record = study(
-        f"{net.model}-{fold}", "autoencoder", tiles, model=net.model, epochs=_epochs(study, net.epochs),
-        batch=max(8, _batch(study, net.batch) // (4 if net.large else 1)), lr=net.lr,
-        weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
-        step_epochs=7, keep_best=True, fold=fold, folds=study.fold_count(FOLDS),
-        split=study.options.split, judge=False, kmeans="minibatch",
+def _train(study: Study, fold: int) -> dict[str, dict[str, Any]]:
+    """Train the autoencoders and the DenseNet on a fold; returns the records by cell."""
+    options = study.options
+    authors = options.preset == "authors"
+    shared: dict[str, Any] = {
+        "fold": fold, "folds": study.fold_count(FOLDS), "split": options.split, "judge": False,
+    }  # fmt: skip
+    records = {}
+    for net in NETS.values():
+        cell = f"{net.model}-{fold}"
+        records[cell] = study(
+            cell, "autoencoder", _tiles(study, net), model=net.model, epochs=_epochs(study, net.epochs),
+            batch=max(8, _batch(study, net.batch) // (4 if net.large else 1)), lr=net.lr,
+            weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
+            step_epochs=7, keep_best=True, kmeans="minibatch", **shared,
+        )  # fmt: skip
+    records[f"densenet-{fold}"] = study(
+        f"densenet-{fold}", "classifier", model="densenet", epochs=_epochs(study, (30, 1)),
+        batch=_batch(study, 1000), lr=1e-3 if options.epochs else 1e-4, **shared,
     )  # fmt: skip
-    data = study.load(net.size_px, tiles)
+    return records
+
+
+def _row(study: Study, net: Net, fold: int, rule: str, positive: str) -> Scores:
+    """Return the scores of the clusters of an autoencoder that was trained on a fold."""
+    data = study.load(net.size_px, _tiles(study, net))
     parts = _split(study, data, fold)
     encoder = study.encoder(f"{net.model}-{fold}")
     train, train_numbers = embed_numbers(encoder, data, parts.train, unit=False)
     test, test_numbers = embed_numbers(encoder, data, parts.test, unit=False)
     readable = Split(train_numbers, parts.validate, test_numbers, parts.by)
-    return _score(train, test, data, readable, rule, positive), _extent(record)
+    return _score(train, test, data, readable, rule, positive)
 
 
 def _tiles(study: Study, net: Net) -> TileSet:

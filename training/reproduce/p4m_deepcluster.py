@@ -85,6 +85,7 @@ def reproduce(study: Study) -> Report:
             records[name].append(
                 study(cell, "deepcluster", seed=seed, fold=seed % 5, **net, **common)
             )
+    study.all_asked()
     data = study.load(size_px)
     report.tables += [
         _clusters(study, records, data, k), _probes(study, records, data),

@@ -25,6 +25,7 @@ from ..run import RECORD, WEIGHTS
 from ..study_options import StudyOptions
 from . import figures
 from .report import Report
+from .sharing import AllAsked, Elsewhere, locked
 
 RECORDS = "records.json"
 """Records of finished trainings in the folder of a report: with this file, another machine can continue."""
@@ -44,6 +45,8 @@ class Study:
             progress.
         elsewhere: number of trainings of which only the record is here.
         seconds: duration of each training, by the name of its cell; None if its record does not say.
+        trained: names of the cells that this process trained.
+        shared: with ``train_only``: names of the cells that other processes train.
     """
 
     def __init__(self, options: StudyOptions, tiles: TileSet, progress: Progress) -> None:
@@ -59,6 +62,8 @@ class Study:
         self.done = 0
         self.elsewhere = 0
         self.seconds: dict[str, float | None] = {}
+        self.trained: list[str] = []
+        self.shared: list[str] = []
         self._progress = progress
 
     def __call__(
@@ -73,6 +78,8 @@ class Study:
     ) -> dict[str, Any]:
         """Train one cell of the table unless it is finished already; returns its record.
 
+        If another process trains it, waits for that; with ``train_only``, returns an empty record instead.
+
         Args:
             cell: name of the cell and of its folder.
             recipe: name of the recipe.
@@ -83,6 +90,26 @@ class Study:
             builds_on: settings of that earlier training; a record with others is not taken.
             **options: options of the recipe.
         """
+        with locked(
+            self.lock(cell), None if self.options.train_only else self._waits(cell)
+        ) as mine:
+            if mine:
+                return self._train(cell, recipe, tiles, record_only, before, builds_on, options)
+        self.shared.append(cell)
+        self.cells -= 1
+        return Elsewhere()
+
+    def _train(
+        self,
+        cell: str,
+        recipe: str,
+        tiles: TileSet | None,
+        record_only: bool,
+        before: Callable[[], Any] | None,
+        builds_on: dict[str, Any] | None,
+        options: dict[str, Any],
+    ) -> dict[str, Any]:
+        """Train a cell whose lock this process holds; see :meth:`__call__`."""
         chosen = find_recipe(recipe)
         device = {"accelerator": self.options.accelerator, "precision": self.options.precision}
         given = self.tiles if tiles is None else tiles
@@ -93,12 +120,7 @@ class Study:
         def report(done: int, total: int, text: str) -> None:
             nonlocal trained
             trained = True
-            share = done / total if total else 0.0
-            self._progress(
-                round(1000 * (self.done + share)),
-                1000 * max(self.cells, self.done + 1),
-                f"{cell}: {text}",
-            )
+            self._show(done / total if total else 0.0, f"{cell}: {text}")
 
         filled = chosen.options(**{**device, **options})
         identity = {"recipe": recipe, "options": asdict(filled), "data": given.identity()}
@@ -112,20 +134,42 @@ class Study:
                 return known
         if before is not None:
             counts = self.done, self.cells
-            before()
+            earlier = before()
             self.done, self.cells = counts  # it is counted by its own call
+            if isinstance(earlier, Elsewhere):
+                self.cells -= 1
+                return earlier
         record = chosen.fit(filled, given, self.folder(cell), report, selection)
         self.seconds[cell] = record.get("seconds")
         if trained:
             self.done += 1
+            self.trained.append(cell)
         else:
             self.cells -= 1
         if record_only:
             judged = [row for row in record["epochs"] if "accuracy" in row]
             kept = {"identity": identity, "metrics": record["metrics"], "epochs": judged}
             kept["seconds"] = record.get("seconds")
-            write_json(self.out / RECORDS, {**self._records(), cell: kept})
+            with locked(self.out / f"{RECORDS}.lock", lambda: None):
+                write_json(self.out / RECORDS, {**self._records(), cell: kept})
         return record
+
+    def all_asked(self) -> None:
+        """Say that the protocol has asked for all its trainings: with ``train_only`` it ends here.
+
+        Raises:
+            AllAsked: with ``train_only``.
+        """
+        if self.options.train_only:
+            raise AllAsked
+
+    def _waits(self, cell: str) -> Callable[[], None]:
+        return lambda: self._show(0.0, f"{cell}: waiting, because another process trains it")
+
+    def _show(self, share: float, text: str) -> None:
+        """Report progress; ``share`` is that of the training that runs."""
+        total = 1000 * max(self.cells, self.done + 1)
+        self._progress(round(1000 * (self.done + share)), total, text)
 
     def took(self) -> str:
         """Return how long the trainings took, as text."""
@@ -201,6 +245,10 @@ class Study:
                 f"{len(data)} tiles of {size_px} px do not fit into memory; pass --limit"
             )
         return data
+
+    def lock(self, cell: str) -> Path:
+        """Return the lock of a cell's training."""
+        return self.out / "runs" / f"{cell}.lock"
 
     def folder(self, cell: str) -> Path:
         """Return the folder of a cell's run."""

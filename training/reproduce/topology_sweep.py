@@ -133,7 +133,6 @@ def reproduce(study: Study) -> Report:
         "connected) or 50 with batches of 128 (convolutions). The protocol has these, Keras's initial "
         "weights and, in the AE, the example's ReLU after the code.",
     ]
-    data = study.load(side)
 
     def train(cell: str, net: str, code: int, setting: dict[str, Any]) -> dict[str, Any]:
         layers = ",".join(filter(None, (f"dim={code}", setting["model_options"])))
@@ -144,6 +143,17 @@ def reproduce(study: Study) -> Report:
             folds=0, judge=False, clusters=10, kmeans="minibatch", **setting,
         )  # fmt: skip
 
+    records = {
+        f"{net.lower()}-{code}": train(f"{net.lower()}-{code}", net, code, _settings(net)[TABLES])
+        for net in nets
+        for code in CODES
+    }
+    for net in nets if compared else []:
+        for number, setting in enumerate(_settings(net).values()):
+            if number:  # the first is in the tables
+                train(f"{net.lower()}-{SETTINGS_CODE}-{number}", net, SETTINGS_CODE, setting)
+    study.all_asked()
+    data = study.load(side)
     purities: dict[str, dict[int, Values]] = {}
     accuracies: dict[str, Values] = {}
     images: figures.Images = {}
@@ -152,8 +162,7 @@ def reproduce(study: Study) -> Report:
         purities[net], accuracies[net] = {k: {} for k in CLUSTERS}, {}
         for code in CODES:
             cell = f"{net.lower()}-{code}"
-            record = train(cell, net, code, _settings(net)[TABLES])
-            losses[f"{net}, code {code}"] = [epoch["loss"] for epoch in record["epochs"]]
+            losses[f"{net}, code {code}"] = [epoch["loss"] for epoch in records[cell]["epochs"]]
             found = _cluster(study, cell, data, repeats)
             accuracies[net][code] = found["accuracy"]
             for k in CLUSTERS:
@@ -165,11 +174,8 @@ def reproduce(study: Study) -> Report:
     report.says = _says(report.tables[:-1])
     rows = {}
     for net in nets if compared else []:
-        cell = f"{net.lower()}-{SETTINGS_CODE}"
-        for number, (name, setting) in enumerate(_settings(net).items()):
-            if number:  # the first is in the tables
-                cell = f"{net.lower()}-{SETTINGS_CODE}-{number}"
-                train(cell, net, SETTINGS_CODE, setting)
+        for number, name in enumerate(_settings(net)):
+            cell = f"{net.lower()}-{SETTINGS_CODE}" + (f"-{number}" if number else "")
             found = _cluster(study, cell, data, repeats)
             rows[f"{net}: {name}"] = [
                 Cell(mean, tuple(found[str(k)]), None, sd)
