@@ -31,6 +31,11 @@ def no_progress(done: int, total: int, text: str) -> None:
     """Report nothing; the default where a function takes a :data:`Progress`."""
 
 
+def counted(number: int, noun: str, plural: str = "") -> str:
+    """Return a number with its noun, in the plural (by default with an s) unless the number is 1."""
+    return f"{number:,} {noun if number == 1 else plural or noun + 's'}"
+
+
 FEW = 10
 """Number of names that a line lists."""
 EXIT_DONE = 0

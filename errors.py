@@ -21,8 +21,10 @@ Every message states the problem, the value, what was expected, and the remedy.
 from __future__ import annotations
 
 import importlib
+import operator
 from collections.abc import Iterable
 from types import ModuleType
+from typing import Any
 
 
 class HistoseekError(Exception):
@@ -89,6 +91,24 @@ def need(module: str, extra: str) -> ModuleType:
         raise MissingPart(
             f"{module} cannot be imported ({error}); run: pip install 'histoseek[{extra}]'"
         ) from error
+
+
+def whole(value: Any, name: str) -> int:
+    """Return a whole number that a program gives, also if it is one of numpy's.
+
+    Args:
+        value: the number.
+        name: what it is, for the message.
+
+    Raises:
+        BadInput: it is not a whole number, such as 2.5, "3" or True.
+    """
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise BadInput(f"{name} is {value!r}; expected a whole number")
 
 
 SHOWN = 30

@@ -24,6 +24,8 @@ from .slide_names import SlideName
 
 MAX_ROWS = 20_000_000
 MAX_BYTES = 16 * 2**30
+IMPORTED = "imported_from"
+"""Key under which features of another tool state their file."""
 STAIN = "stain"
 """Key under which features of a slide state its stain; also a column of the atlas."""
 QUALITY = ("sharpness", "pen", "dark", "glass", "density")
@@ -319,13 +321,18 @@ def check_features(item: Features, encoder: str, sha256: str, dim: int, origin: 
             f"{encoder!r} ({sha256[:12]}): embed the slide with the atlas's encoder"
         )
     if item.features.shape[1] != dim:
+        remedy = (
+            "import files of one encoder" if IMPORTED in item.about else "embed the slide again"
+        )
         raise Mismatch(
             f"{origin} has {item.features.shape[1]}-dimensional features; encoder {encoder!r} gives "
-            f"{dim} dimensions: embed the slide again"
+            f"{dim} dimensions: {remedy}"
         )
     broken = np.asarray(~np.isfinite(item.features).all(axis=1))
     if broken.any():
+        remedy = "create the file again" if IMPORTED in item.about else "embed the slide again"
+        verb = "contains" if broken.sum() == 1 else "contain"
         raise BadInput(
-            f"{origin}: {int(broken.sum())} of {len(broken)} feature rows contain NaN or infinity; the "
-            f"first is row {int(broken.argmax())}; embed the slide again"
+            f"{origin}: {int(broken.sum())} of {len(broken)} feature rows {verb} NaN or infinity; the "
+            f"first is row {int(broken.argmax())}; {remedy}"
         )

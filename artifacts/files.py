@@ -164,8 +164,15 @@ def _umask() -> int:
 
 
 def temporary(path: Path) -> Path:
-    """Return an unused name beside ``path`` for a file that :func:`publish_file` will rename."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP)
+    """Return an unused name beside ``path`` for a file that :func:`publish_file` will rename.
+
+    Raises:
+        StorageFailed: the folder cannot be written.
+    """
+    try:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=_temp_prefix(path), suffix=TEMP)
+    except OSError as error:
+        raise storage_failed(path, error) from error
     os.close(handle)
     stopping.mark(Path(name))
     return Path(name)
@@ -333,15 +340,18 @@ def exclusive(lock: Path, what: str) -> Iterator[None]:
     """Hold a lock file; the operating system releases it when the process dies.
 
     Raises:
-        Busy: another process holds it.
+        Busy: another process or thread holds it.
+        BadInput: its folder does not exist.
         StorageFailed: the lock file cannot be created.
     """
+    if not lock.parent.is_dir():  # FileLock would make it
+        raise BadInput(f"{lock.parent} does not exist; check the path")
     holder = FileLock(lock, timeout=0)
     try:
         holder.acquire()
     except Timeout as error:
         raise Busy(
-            f"{what} is being written by another process; wait until it ends and try again"
+            f"{what} is being written by another process or thread; wait until it ends and try again"
         ) from error
     except OSError as error:
         raise storage_failed(lock, error) from error

@@ -146,6 +146,8 @@ def _read(path: Path, label: str) -> bytes:
         return path.read_bytes()
     except FileNotFoundError as error:
         raise BadInput(f"{label} does not exist; check the path") from error
+    except IsADirectoryError as error:
+        raise BadInput(f"{label} is a folder; expected an image") from error
     except OSError as error:
         raise BadInput(
             f"{label} cannot be read ({error.strerror}); check its permissions"

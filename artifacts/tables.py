@@ -15,13 +15,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ..console import counted
 from ..errors import BadInput
 
 NO_VALUE = frozenset({
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
-    "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
+    "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "null",
 })  # fmt: skip
-"""Texts that mean *no value*: the default list of pandas' ``read_csv``, and Excel's ``#N/A``."""
+"""Texts that mean *no value*: the default list of pandas' ``read_csv``, ``NaT``, and Excel's ``#N/A``."""
 
 COLUMNS = ("slide", "file", "label", "patient", "mpp")
 """Columns with a meaning in every table. In a CSV table they may be written in any case."""
@@ -218,9 +219,10 @@ def _rows(
         while len(row) > len(names) and not row[-1].strip():
             row = row[:-1]
         if len(row) != len(names):
+            values, columns = counted(len(row), "value"), counted(len(names), "column")
             raise BadInput(
-                f"{origin}, line {number}: {len(row)} values for {len(names)} columns; if a value contains "
-                "the separator, put the value in double quotes"
+                f"{origin}, line {number}: {values} for {columns}; if a value contains the separator, put "
+                "the value in double quotes"
             )
         clean: dict[str, str] = {}
         for name, cell in zip(names, row, strict=True):

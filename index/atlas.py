@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 from typing import Any, Concatenate, ParamSpec, TypeVar
@@ -21,7 +22,7 @@ from .. import stopping
 from ..artifacts.files import publish_folder, write_atomic, write_json
 from ..artifacts.manifest import MANIFEST, external_manifest, read_manifest
 from ..console import Progress, no_progress
-from ..errors import BadInput, Mismatch, StorageFailed
+from ..errors import BadInput, Mismatch, StorageFailed, whole
 from .care import snapshots, verify
 from .care.audit import audit
 from .clusters import fitting, report
@@ -104,7 +105,7 @@ class Atlas(OpenAtlas):
 
     def add(
         self,
-        files: Sequence[str | Path],
+        files: str | Path | Sequence[str | Path],
         metadata: Metadata | None = None,
         replace: bool = False,
         progress: Progress = no_progress,
@@ -113,7 +114,7 @@ class Atlas(OpenAtlas):
         """Add feature files, each completely or not at all; features already in the atlas are skipped.
 
         Args:
-            files: HDF5 feature files.
+            files: HDF5 feature files, or one.
             metadata: label, patient and any other column, by slide. A slide is given by its name in the
                 atlas, its file name, or the end of its path (see ``slide_names``). Metadata of slides
                 already in the atlas is updated too.
@@ -132,9 +133,10 @@ class Atlas(OpenAtlas):
         with self.writing() as writer:
             if mixed_scales:
                 writer.allow_mixed_scales()
-            return writer.add([Path(file) for file in files], metadata or {}, replace, progress)
+            given = [files] if isinstance(files, str | Path) else files
+            return writer.add([Path(file) for file in given], metadata or {}, replace, progress)
 
-    def remove(self, names: Sequence[str]) -> int:
+    def remove(self, names: str | Sequence[str]) -> int:
         """Remove slides or tile sets by name, all or none; the ids of their tiles are never reused.
 
         Returns:
@@ -145,14 +147,14 @@ class Atlas(OpenAtlas):
             Busy: another process is writing.
         """
         with self.writing() as writer:
-            return writer.remove(names)
+            return writer.remove([names] if isinstance(names, str) else names)
 
     def relabel(self, rows: Iterable[dict[str, str]]) -> Relabelled:
         """Set labels, patients and other columns of slides, or of tiles of a tile set; all or none.
 
         Args:
-            rows: ``slide`` (as for :meth:`add`) and the columns to set. A row with ``file`` sets those of
-                one tile. An empty value removes the old one.
+            rows: dictionaries with ``slide`` (as for :meth:`add`) and the columns to set. A row with
+                ``file`` sets those of one tile. An empty value removes the old one.
 
         Returns:
             The number of slides changed; its ``notes`` say what was deleted or has no effect.
@@ -350,6 +352,12 @@ class Atlas(OpenAtlas):
                 file name.
             Busy: another process is writing.
         """
+        k = None if k is None else whole(k, "k")
+        if k is not None and (k < 1 or method != "kmeans"):
+            raise BadInput(f"k is {k}; expected 1 or more, with kmeans only, or None to choose it")
+        if min_cluster_size is not None:
+            min_cluster_size = whole(min_cluster_size, "min_cluster_size")
+        seed = whole(seed, "seed")
         name = name or method
         if plain_name(name) != name or len(name) > NAME_LIMIT:
             raise BadInput(
@@ -391,6 +399,7 @@ class Atlas(OpenAtlas):
         new_map = stopping.aside(lambda: layout.make(identity, tiles, vectors, metric, seed))
         with suppress(StorageFailed):  # a read-only folder: the caller still gets the map
             write_atomic(self.path / layout.FILE, new_map.to_bytes())
+            new_map = replace(new_map, stored=True)
         return new_map
 
     def map_places(self, layout: Layout, progress: Callable[[int, int], None]) -> Places:

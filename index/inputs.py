@@ -14,6 +14,8 @@ from ..artifacts.walking import LeftOut, once, walk
 from ..errors import BadInput, HistoseekError
 
 PICKLES = frozenset({".pt", ".pth", ".pkl"})
+OTHERS = frozenset({".npy", ".npz", ".parquet", ".feather", ".hdf5", ".h5ad", ".mat"})
+"""Further files in which people keep vectors, and which are not read."""
 
 
 def read_metadata(path: Path | None) -> Table | None:
@@ -28,6 +30,9 @@ def read_metadata(path: Path | None) -> Table | None:
 def rows_of(table: Table | None) -> dict[str, dict[str, str]]:
     """Return the rows of a table by slide name as written there."""
     return {} if table is None else {row[table.key]: row for row in table.rows}
+
+
+NOT_READ = "not a .h5 file with features and coords"
 
 
 class Copies:
@@ -98,15 +103,19 @@ def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut
             continue
         walked = walk(path)
         inside = [file for file in walked.files if file.suffix.lower() == ".h5"]
-        pickles = [file for file in walked.files if file.suffix.lower() in PICKLES]
+        unread = [
+            LeftOut(str(file), "a pickle, which can run code" if kind in PICKLES else NOT_READ)
+            for file in walked.files
+            if (kind := file.suffix.lower()) in PICKLES | OTHERS
+        ]
         if not inside:
-            hint = " (its pickle files, such as .pt, are not read)" if pickles else ""
+            kinds = ", ".join(sorted({Path(item.path).suffix.lower() for item in unread}))
+            hint = f" (its {kinds} files are not read)" if unread else ""
             raise BadInput(
                 f"{path} has no .h5 files{hint}; run `histoseek embed` first, or give a folder of "
-                "another tool's feature files"
+                "another tool's .h5 feature files"
             )
         files += inside
-        left_out += walked.left_out
-        left_out += [LeftOut(str(file), "a pickle, which can run code") for file in pickles]
+        left_out += [*walked.left_out, *unread]
     unique = set(once(files).files)
     return [file for file in dict.fromkeys(files) if file in unique], left_out

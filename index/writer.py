@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .. import stopping
-from ..artifacts.feature_files import STAIN, Features, parse_features, read_about
+from ..artifacts.feature_files import IMPORTED, STAIN, Features, parse_features, read_about
 from ..artifacts.files import remove_leftovers, sha256_file, write_atomic
 from ..console import Progress
 from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed, unknown_name
@@ -35,6 +35,7 @@ from .store.store import FEATURES, Store
 from .vectors.generations import Generations
 from .writer_rows import slide_row, stain_of, tiles_row
 
+RENAMES = "embed both in one run, which gives them different names"
 SCALE = ("size_px_level0", "mpp")
 """Columns that a later import of the same features may add."""
 
@@ -138,13 +139,14 @@ class Writer:
             raise Mismatch(
                 f"{first}, added just before, has other features of slide {item.name!r}, and an atlas "
                 "holds one set of features per slide: give only the folder or the files of one set; if "
-                "these are two slides, embed both in one run, which gives them different names"
+                "these are two slides, "
+                + ("rename one file" if IMPORTED in item.about else RENAMES)
             )
         if old is not None and not replace and not adds_scale:
             raise Mismatch(
-                f"the atlas has other features of slide {item.name!r} (from {old['source']}); to replace "
-                "them, add these with --replace; if this is another slide of the same name, embed both in "
-                "one run, which gives them different names"
+                f"the atlas has other features of slide {item.name!r}{_from(old['source'])}; to replace "
+                "them, add these with --replace; if this is another slide of the same name, "
+                + ("rename its file" if IMPORTED in item.about else RENAMES)
             )
         reasons = [str(row["reason"]), notice]
         another = old is not None and self._is_another(old, item)
@@ -284,6 +286,10 @@ class Writer:
                 path.unlink(missing_ok=True)  # a reader of it retries
         clusterings.remove_orphans(self._path, self._catalog)
         self._generations.remove_orphans()
+
+
+def _from(source: str) -> str:
+    return f" (from {source})" if source else ""
 
 
 def _source_now(old: str, new: str) -> str:

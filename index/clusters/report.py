@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import BadInput
+from ...errors import BadInput, whole
 from ..search.state import State
 from ..store.catalog import Catalog, insert
 from .clustering import Assigned, Clustering
@@ -54,8 +54,12 @@ def rename(
     """Give a cluster of the clustering ``name`` the name ``text`` and a description; "" removes them.
 
     Raises:
-        BadInput: no such cluster, or a text is too long.
+        BadInput: no such cluster, or a text is too long or none.
     """
+    cluster = whole(cluster, "the number of a cluster")
+    for given in (text, description):
+        if not isinstance(given, str):
+            raise BadInput(f"a name or description is {given!r}; expected text")
     least = 0 if clustering.method == "kmeans" else -1
     if not least <= cluster < clustering.clusters:
         raise BadInput(

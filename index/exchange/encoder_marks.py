@@ -61,14 +61,43 @@ def check_one_encoder(files: Sequence[Path]) -> None:
         except (HistoseekError, OSError, RuntimeError, ValueError, KeyError):
             continue
         if mark is not None:
-            counts[mark.encoder] += 1
-            first.setdefault(mark.encoder, f"{path}, {mark.source}")
+            counts[repr(mark.encoder)] += 1
+            first.setdefault(repr(mark.encoder), f"{path}, {mark.source}")
     if len(counts) > 1:
-        encoders = "; ".join(
-            f"{name!r}: {count} file{'' if count == 1 else 's'} (first {first[name]})"
-            for name, count in counts.most_common()
-        )
         raise Mismatch(
-            f"the files are from {len(counts)} encoders, whose features cannot be compared: {encoders}; "
-            "nothing was imported: import the folder of one encoder"
+            f"the files are from {len(counts)} encoders, whose features cannot be compared: "
+            f"{_listed(counts, first)}; nothing was imported: import the folder of one encoder"
         )
+
+
+def check_one_length(files: Sequence[Path]) -> None:
+    """Check that the vectors of all files have one length; unreadable files are skipped and reported later.
+
+    Raises:
+        Mismatch: they have several; the message lists each one with its number of files.
+    """
+    counts: Counter[str] = Counter()
+    first: dict[str, str] = {}
+    for path in files:
+        try:
+            with open_hdf5(path) as stored:
+                data = stored.get("features", stored.get("feats"))
+                if not isinstance(data, h5py.Dataset):
+                    continue
+                length = str(data.shape[-1])
+        except (HistoseekError, OSError, RuntimeError, ValueError, KeyError, IndexError):
+            continue
+        counts[length] += 1
+        first.setdefault(length, str(path))
+    if len(counts) > 1:
+        raise Mismatch(
+            f"the files have vectors of {len(counts)} lengths, which cannot be compared: "
+            f"{_listed(counts, first)}; nothing was imported: give the files of one encoder"
+        )
+
+
+def _listed(counts: Counter[str], first: dict[str, str]) -> str:
+    return "; ".join(
+        f"{name}: {count} file{'' if count == 1 else 's'} (first {first[name]})"
+        for name, count in counts.most_common()
+    )

@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.feature_files import (
+    IMPORTED,
     MAX_BYTES,
     Features,
     check_features,
@@ -32,13 +33,17 @@ from ...artifacts.tables import number_of
 from ...console import Progress, no_progress
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..atlas import Atlas
+from ..clusters.mosaic import mosaic_of_groups
 from ..store.metadata import AddedSlides, Metadata, Row, Rows, match_rows
 from ..store.rows import Added
+from ..vectors.scan import prepared
 from ..writer import Writer
-from .encoder_marks import check_one_encoder, mark_of
+from .encoder_marks import check_one_encoder, check_one_length, mark_of
 
 BY_OPTION = "--encoder"
 """Reported as the source of the encoder's name if the file names none."""
+TABLES = frozenset({".npy", ".npz", ".parquet", ".csv", ".tsv", ".feather", ".h5ad", ".mat"})
+"""Files in which people keep vectors, and which are not read."""
 NO_TILE_SIZE = "the file has no tile size; import it again with --tile-px"
 
 
@@ -62,6 +67,11 @@ def read_tool_features(path: Path, encoder: str, mpp: float | None = None) -> Fe
         )
     if not path.is_file():
         raise BadInput(f"{path} does not exist; check the path")
+    if path.suffix.lower() in TABLES:
+        raise BadInput(
+            f"{path} is no HDF5 file; expected .h5 with features (N, D) and coords (N, 2), one per slide, "
+            "as TRIDENT and CLAM write it (docs/atlas.md says how to make it from arrays)"
+        )
     try:
         blob = path.read_bytes()
         with open_hdf5(blob, path) as stored:
@@ -88,7 +98,7 @@ def read_tool_features(path: Path, encoder: str, mpp: float | None = None) -> Fe
     name = path.stem if item.name in {"", "features", "coords"} else item.name
     about = {
         **item.about,
-        "imported_from": str(path),
+        IMPORTED: str(path),
         "layout": layout,
         "encoder_by": BY_OPTION if mark is None else mark.source,
     }
@@ -176,7 +186,7 @@ def _stamp_coords(
 
 
 def read_query(path: Path, manifest: Manifest) -> NDArray[np.float32]:
-    """Read the features (N, D) of a new slide as a query, from our file or one of an external encoder.
+    """Read the vectors (Q, D) of a new slide's mosaic, from our feature file or one of an external encoder.
 
     Raises:
         BadInput: the file cannot be read as features.
@@ -190,7 +200,8 @@ def read_query(path: Path, manifest: Manifest) -> NDArray[np.float32]:
     check_features(item, manifest.name, manifest.sha256, manifest.dim, path)
     if not len(item.features):
         raise BadInput(f"{path} contains no tiles; choose a file with tiles as the query")
-    return item.features
+    vectors = prepared(item.features, manifest.metric)
+    return item.features[mosaic_of_groups(vectors, item.coords, item.groups)]
 
 
 def import_features(
@@ -227,15 +238,21 @@ def import_features(
         The atlas, and the result for each file.
 
     Raises:
-        BadInput: the atlas is new and no file could be read.
-        Mismatch: the atlas has another encoder, or the files name several encoders; nothing is written.
+        BadInput: the atlas is new and no file could be read, or a size is not positive.
+        Mismatch: the atlas has another encoder; or the files name several encoders or, for a new atlas,
+            have vectors of several lengths. Nothing is written.
     """
+    if mpp is not None and not 0 < mpp < 1000:
+        raise BadInput(f"mpp is {mpp:g}; expected µm per pixel, such as 0.25")
+    if tile_px is not None and tile_px < 1:
+        raise BadInput(f"tile_px is {tile_px}; expected the side of a tile in level-0 pixels")
     check_one_encoder(files)
     slides = Atlas(path).slides() if path.exists() else []
     rows = match_rows(metadata, files, slides)
     source = _Source(encoder, rows, mpp, tile_px, projection)
     encoder = source.called
     if not path.exists():
+        check_one_length(files)
         item = _first_readable(files, source.read)
         Atlas.create_external(path, encoder, item.features.shape[1], metric, item.target_mpp)
     atlas = Atlas(path)
@@ -304,8 +321,9 @@ class _Source:
         item = replace(item, encoder_sha256=atlas.store.imported_sha256, size_px_level0=size)
         blob = _as_file(item, atlas.path)
         added = writer.add_features(item, blob, str(file), row, replace_known)
-        without_size = not size and added.state not in {"failed", "unchanged"}
-        reasons = [added.reason, NO_TILE_SIZE if without_size else "", note]
+        stored = added.state not in {"failed", "unchanged"}
+        reasons = [added.reason, NO_TILE_SIZE if stored and not size else "", note]
+        reasons += [_without_direction(item), _contradiction(item)] if stored else []
         encoder_by = str(item.about["encoder_by"])
         return replace(added, reason="; ".join(filter(None, reasons)), encoder_by=encoder_by)
 
@@ -317,6 +335,24 @@ def _with_metadata_mpp(item: Features, row: Row) -> tuple[Features, str]:
         return item, ""
     note = f"the metadata's {mpp:g} µm per pixel was used instead of the file's {item.mpp:g}"
     return replace(item, mpp=mpp), note
+
+
+def _without_direction(item: Features) -> str:
+    """Return a note on tiles whose vector is zero, such as padding; "" if there are none."""
+    count = int((~item.features.any(axis=1)).sum())
+    tiles = "1 tile has" if count == 1 else f"{count} tiles have"
+    return f"{tiles} only zeros as vector, which resemble nothing" if count else ""
+
+
+def _contradiction(item: Features) -> str:
+    """Return a note if the µm per pixel of the tiles does not follow from those of level 0."""
+    implied = _scale_of(item, item.mpp)
+    if implied is None or not item.target_mpp or abs(implied - item.target_mpp) <= 0.05 * implied:
+        return ""
+    return (
+        f"the file states {item.target_mpp:g} µm per pixel of its tiles, but {item.size_px_level0} level-0 "
+        f"pixels of {item.mpp:g} µm as {item.size_px} pixels are {implied:g}"
+    )
 
 
 def _first_readable(files: Sequence[Path], read: Callable[[Path], Features]) -> Features:

@@ -14,7 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import BadInput, NotFound, unknown_name
+from ...errors import BadInput, NotFound, unknown_name, whole
 from ..store.packing import MISSING
 from ..vectors.scan import Positions, Vectors, prepared, scan
 from .query import Query
@@ -285,8 +285,13 @@ def similar_slides(
     ``settings`` is set by a federation: fields that are ``absent``, and a filter that tiles pass ``also``.
     With it, the answer is empty instead of an error if there is nothing to compare with.
     """
+    k = whole(k, "k")
     if k < 1:
         raise BadInput(f"k is {k}; expected 1 or more")
+    if not isinstance(query, str | np.ndarray) or not len(query):
+        raise BadInput(
+            f"the query is {query!r}; expected the name of a slide or case, or vectors (Q, D) of one"
+        )
     check_how(how)
     cases = owners_of(state, by)
     others = state.columns.alive()

@@ -43,6 +43,7 @@ class Layout:
         points: (L, 2) coordinates from -1 to 1.
         trust: trustworthiness (Venna & Kaski 2001) of the landmarks' coordinates for 10 neighbours, 0 to 1.
         method: ``t-SNE``, or ``PCA`` for fewer than ten tiles.
+        stored: whether it is in the atlas's folder.
     """
 
     atlas: str
@@ -52,6 +53,7 @@ class Layout:
     points: NDArray[np.float32]
     trust: float
     method: str
+    stored: bool = False
 
     def place(self, vectors: NDArray[Any]) -> NDArray[np.float32]:
         """Return map coordinates (N, 2) of vectors (N, D): the mean of their nearest landmarks."""
@@ -91,7 +93,7 @@ def read(path: Path) -> Layout | None:
             atlas, tiles, metric, method = (str(part) for part in arrays["about"])
             checked: Metric = "l2" if metric == "l2" else "cosine"
             landmarks, points, trust = arrays["landmarks"], arrays["points"], float(arrays["trust"])
-            return Layout(atlas, int(tiles), checked, landmarks, points, trust, method)
+            return Layout(atlas, int(tiles), checked, landmarks, points, trust, method, stored=True)
     except FileNotFoundError:
         return None
     except (OSError, ValueError, KeyError, BadZipFile, EOFError) as error:

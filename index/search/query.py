@@ -4,18 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
+from numbers import Real
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-from ...errors import BadInput
+from ...errors import BadInput, whole
 
 if TYPE_CHECKING:
     from .filters import Filter
 
 LeaveOut = Literal["tile", "slide", "patient"]
 LEAVE_OUT: tuple[LeaveOut, ...] = ("tile", "slide", "patient")
+LARGEST = 2**63 - 1
+"""Largest id that a tile can have."""
 Rgb = NDArray[np.uint8]
 Embed = Callable[[NDArray[np.uint8]], NDArray[np.float32]]
 EmbedText = Callable[[Sequence[str]], NDArray[np.float32]]
@@ -66,15 +69,25 @@ class Query:
     also: Filter | None = None
 
     def __post_init__(self) -> None:
-        """Check the ranges.
+        """Check types and ranges; numpy's numbers become Python's.
 
         Raises:
-            BadInput: a value is out of range.
+            BadInput: a value has another type or is out of range.
         """
+        object.__setattr__(self, "k", whole(self.k, "k"))
         if self.k < 1:
             raise BadInput(f"k is {self.k}; expected 1 or more")
-        if self.least is not None and self.least != self.least:
-            raise BadInput("the lowest score is not a number; expected one such as 0.8")
+        for name in ("tiles", "unlike_tiles"):
+            ids = tuple(whole(tile, "the id of a tile") for tile in getattr(self, name))
+            if ids and not -LARGEST <= min(ids) <= max(ids) <= LARGEST:
+                raise BadInput(f"{max(ids, key=abs)} is too large for the id of a tile")
+            object.__setattr__(self, name, ids)
+        if self.where is not None and not isinstance(self.where, str):
+            raise BadInput(f"where is {self.where!r}; expected text such as \"label = 'skin'\"")
+        if self.least is not None and (
+            not isinstance(self.least, Real) or self.least != self.least
+        ):
+            raise BadInput(f"the lowest score is {self.least!r}; expected a number such as 0.8")
         if self.leave_out not in LEAVE_OUT:
             choices = ", ".join(LEAVE_OUT)
             raise BadInput(f"leave_out is {self.leave_out!r}; expected one of: {choices}")

@@ -10,6 +10,8 @@ from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ...errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
 from . import schema
 from .packing import SEAL, seal
@@ -202,6 +204,7 @@ def _operational(path: Path, error: sqlite3.OperationalError) -> HistoseekError:
 
 def insert(db: sqlite3.Connection, table: str, row: dict[str, Any]) -> int:
     """Insert one row (values by column name) with its checksum; return its id."""
+    row = _plain(row)
     sealed = {**row, SEAL: seal(row)}
     marks = ", ".join("?" for _ in sealed)
     cursor = db.execute(
@@ -214,6 +217,7 @@ def update(
     db: sqlite3.Connection, table: str, where: dict[str, Any], changes: dict[str, Any]
 ) -> None:
     """Change the rows that have the values ``where``, and update their checksums."""
+    where, changes = _plain(where), _plain(changes)
     conditions = " AND ".join(f"{key} = ?" for key in where)
     select = f"SELECT rowid AS row_number, * FROM {table} WHERE {conditions}"
     for row in map(dict, db.execute(select, (*where.values(),)).fetchall()):
@@ -221,6 +225,11 @@ def update(
         changed = {**changes, SEAL: seal({**row, **changes})}
         sets = ", ".join(f"{key} = ?" for key in changed)
         db.execute(f"UPDATE {table} SET {sets} WHERE rowid = ?", (*changed.values(), number))
+
+
+def _plain(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row without numpy's numbers and texts, which SQLite would store as bytes."""
+    return {k: v.item() if isinstance(v, np.generic) else v for k, v in row.items()}
 
 
 def get_meta(db: sqlite3.Connection, key: str) -> str:

@@ -86,8 +86,14 @@ def checked_row(row: Mapping[Any, Any]) -> dict[str, str]:
     """Return a metadata row that a user gives, with its values as texts.
 
     Raises:
-        BadInput: a column is named like ``patient`` but for its case, and would not be taken for it.
+        BadInput: it is no dictionary; a value is neither text nor number; or a column is named like
+            ``patient`` but for its case, and would not be taken for it.
     """
+    if not isinstance(row, Mapping):
+        raise BadInput(f"a row of the metadata is {row!r}; expected a dictionary with 'slide'")
+    for key, value in row.items():
+        if isinstance(value, bytes | list | tuple | set | Mapping):
+            raise BadInput(f"the column {key!r} of the metadata has {value!r}; expected text")
     clean = clean_row(row)
     for name in clean:
         if (meant := own_name(name, clean)) != name:
@@ -101,9 +107,10 @@ def not_taken(rows: Iterable[Mapping[Any, Any]]) -> list[str]:
     """Return a note on columns with values that an atlas takes from the features; [] if there are none."""
     given = [clean_row(row) for row in rows]
     names = [name for name in NOT_TAKEN if any(row.get(name) for row in given)]
-    verb = "is" if len(names) == 1 else "are"
+    verb, they = ("is", "it comes") if len(names) == 1 else ("are", "they come")
     columns = " and ".join(map(repr, names))
-    return [f"{columns} of the metadata {verb} not used: the features state it"] if names else []
+    source = "from the features, or from the table that `index import` is given"
+    return [f"{columns} of the metadata {verb} not used here: {they} {source}"] if names else []
 
 
 class Relabelled(int):
@@ -129,7 +136,7 @@ def further(row: dict[str, Any]) -> dict[str, str]:
         BadInput: a column has a name reserved for histoseek.
     """
     standard = {"slide", "path", "label", "patient", "mpp", "file"}
-    if reserved := sorted(OWN & set(row)):
+    if reserved := sorted(name for name in row if name in OWN or name.startswith("cluster.")):
         raise BadInput(
             f"the metadata has a column {reserved[0]!r}; histoseek uses this name itself: rename the column"
         )

@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from ...console import counted
 from ...errors import BadInput, unknown_name
 from ..atlas import Atlas
 from ..search import cases
@@ -55,6 +56,10 @@ def evaluate(
     alive = view.columns.alive()
     labelled = alive & (label.codes >= 0)
     warnings = [note] if note else []
+    if lost := int((alive & ~labelled).sum()):
+        warnings.append(
+            f"not used as queries: {lost} of {int(alive.sum())} tiles, which have no {options.label}"
+        )
     _check(options, labelled, label.codes, owner, label.names)
     if options.unit == "tile":
         results = _query_tiles(view, labelled, label.codes, owner, options)
@@ -92,8 +97,8 @@ def _unanswerable(results: QueryResults, names: list[str], owner: str) -> list[s
         return []
     classes = sorted({names[code] for code in results.label[lost].tolist()})
     return [
-        f"{int(lost.sum())} queries cannot be answered, because no other {owner} has their class "
-        f"({', '.join(classes[:5])}); they count as wrong"
+        f"{counted(int(lost.sum()), 'query', 'queries')} cannot be answered, because no other {owner} has "
+        f"the class ({', '.join(classes[:5])}); this counts as wrong"
     ]
 
 

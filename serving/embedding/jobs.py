@@ -16,6 +16,7 @@ from ...artifacts.tables import read_csv, same_text
 from ...artifacts.tilesets import MANIFEST
 from ...artifacts.unread import belongs_to, is_dicom, parts_of, why_unread
 from ...artifacts.walking import LeftOut, once, summarised, walk
+from ...console import counted
 from ...errors import BadInput
 from ..slides.sources import is_slide
 from ..slides.zarr_source import is_ome_zarr, reads_zarr
@@ -150,8 +151,9 @@ def _folder_jobs(folder: Path, kind: Kind) -> tuple[list[Job], list[LeftOut]]:
     has_manifest = (folder / MANIFEST).is_file()
     if kind == "auto" and slides and images and not has_manifest:
         raise BadInput(
-            f"{folder} contains {len(slides)} slides and {len(images)} images; choose what to embed: --as "
-            "slides (the slides; the images are left out) or --as tiles (each image is one tile)"
+            f"{folder} contains {counted(len(slides), 'slide')} and {counted(len(images), 'image')}; "
+            "choose what to embed: --as slides (the slides; the images are left out) or --as tiles (each "
+            "image is one tile)"
         )
     if kind == "auto" and images and (has_manifest or not slides):
         return [Job(folder.resolve().name, folder, "tiles")], []

@@ -2,6 +2,7 @@
 
 import json
 import warnings
+from pathlib import Path
 
 import h5py
 import numpy as np
@@ -11,8 +12,9 @@ from atlases import DIM, features, filled, unit
 from histoseek.errors import BadInput, Damaged, Mismatch
 from histoseek.index.atlas import Atlas
 from histoseek.index.exchange.exports import export
-from histoseek.index.exchange.imports import import_features, read_tool_features
+from histoseek.index.exchange.imports import import_features, read_query, read_tool_features
 from histoseek.index.exchange.qupath import origins
+from histoseek.index.inputs import find_feature_files
 from histoseek.index.studies.duplicates import duplicates, leakage
 from histoseek.serving.encoders.open import DEFAULT_BUNDLE
 
@@ -146,7 +148,9 @@ def test_metadata_is_matched_by_stem_and_own_columns_are_refused(tmp_path):
         tmp_path / "atlas", [clam(tmp_path / "other.h5")], "uni", {"other": {"x": "left"}}
     )
     assert refused.state == "failed" and "'x'; histoseek uses this name itself" in refused.reason
-    _, (wrong,) = import_features(atlas.path, [clam(tmp_path / "n.h5")], "uni", {}, -1.0)
+    _, (wrong,) = import_features(
+        atlas.path, [clam(tmp_path / "n.h5")], "uni", {"n": {"mpp": "-1"}}
+    )
     assert wrong.state == "failed" and "above 0" in wrong.reason
 
 
@@ -328,3 +332,72 @@ def test_a_tile_size_that_is_learnt_later_is_taken_over(tmp_path, cli_json):
     atlas.fit("kmeans", k=2)
     report = cli_json("index", "export", atlas.path, "--to", "geojson", "--out", tmp_path / "out")
     assert report["tiles"] == 30 and report["left_out"] == {"b": 30}
+
+
+def test_vectors_of_several_lengths_found_no_atlas(tmp_path):
+    files = [trident(tmp_path / f"{n}.h5", seed=n, dim=dim) for n, dim in enumerate((32, 64, 64))]
+    with pytest.raises(
+        Mismatch, match=r"2 lengths.*64: 2 files \(first .*1.h5\); 32: 1 file \(first"
+    ):
+        import_features(tmp_path / "atlas", files, "uni_v2", {})
+    assert not (tmp_path / "atlas").exists()
+    atlas, _ = import_features(tmp_path / "atlas", files[1:], "uni_v2", {})
+    _, (other,) = import_features(atlas.path, files[:1], "uni_v2", {})
+    assert other.state == "failed" and other.reason.endswith("import files of one encoder")
+
+
+@pytest.mark.parametrize("given", [{"mpp": 0.0}, {"mpp": -1.0}, {"tile_px": 0}, {"tile_px": -5}])
+def test_impossible_sizes_are_refused(tmp_path, given):
+    with pytest.raises(BadInput, match="expected"):
+        import_features(tmp_path / "atlas", [clam(tmp_path / "a.h5")], "uni", {}, **given)
+    assert not (tmp_path / "atlas").exists()
+
+
+def test_zeros_and_a_scale_that_contradicts_the_file_are_said(tmp_path):
+    padded, scaled = trident(tmp_path / "padded.h5"), trident(tmp_path / "scaled.h5", seed=1)
+    with h5py.File(padded, "a") as stored:
+        stored["features"][3:5] = 0
+    metadata = {"padded": {"mpp": "0.25"}, "scaled": {"mpp": "1.0"}}
+    _, (zeros, scale) = import_features(tmp_path / "atlas", [padded, scaled], "uni_v2", metadata)
+    assert zeros.reason.endswith("; 2 tiles have only zeros as vector, which resemble nothing")
+    assert scale.reason == (
+        "the file states 0.5 µm per pixel of its tiles, but 512 level-0 pixels of 1 µm as 256 pixels are 2"
+    )
+
+
+def test_what_is_no_hdf5_file_and_what_a_folder_leaves_out_are_named(tmp_path):
+    table = tmp_path / "emb.parquet"
+    table.write_bytes(b"PAR1")
+    with pytest.raises(BadInput, match=r"no HDF5 file; expected .h5 with features \(N, D\)"):
+        read_tool_features(table, "uni")
+    np.save(tmp_path / "b.npy", np.zeros((3, 4)))
+    (tmp_path / "a.pt").write_bytes(b"")
+    with pytest.raises(BadInput, match=r"\(its .npy, .parquet, .pt files are not read\)"):
+        find_feature_files([tmp_path])
+    clam(tmp_path / "c.h5")
+    files, left_out = find_feature_files([tmp_path])
+    assert [file.name for file in files] == ["c.h5"]
+    assert {(Path(one.path).name, one.reason) for one in left_out} == {
+        ("a.pt", "a pickle, which can run code"),
+        ("b.npy", "not a .h5 file with features and coords"),
+        ("emb.parquet", "not a .h5 file with features and coords"),
+    }
+
+
+def test_a_slide_by_its_file_is_compared_as_by_its_name(tmp_path):
+    files = [trident(tmp_path / f"s{n}.h5", count=120, dim=32, seed=n) for n in range(4)]
+    atlas, _ = import_features(tmp_path / "atlas", files, "uni_v2", {})
+    query = read_query(files[2], atlas.manifest)
+    assert len(query) < 120  # its mosaic
+    by_file = {one.name: one.score for one in atlas.similar(query, k=9)}
+    by_name = {one.name: one.score for one in atlas.similar("s2", k=9)}
+    assert by_file.pop("s2") == pytest.approx(1, abs=1e-5)
+    assert by_file == pytest.approx(by_name, abs=1e-6)
+
+
+def test_a_conflict_of_imported_slides_says_what_can_be_done(tmp_path):
+    atlas, _ = import_features(tmp_path / "atlas", [clam(tmp_path / "a.h5")], "uni", {})
+    (tmp_path / "more").mkdir()
+    other = clam(tmp_path / "more/a.h5", seed=3)
+    _, (refused,) = import_features(atlas.path, [other], "uni", {})
+    assert "slide 'a'; to replace" in refused.reason and refused.reason.endswith("rename its file")

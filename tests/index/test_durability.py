@@ -506,7 +506,8 @@ def test_relabelling_says_what_it_deleted_and_what_has_no_effect(tmp_path):
     changed = atlas.relabel([row, {"slide": "slide-1", "label": "", "patient": "P9"}])
     assert changed == 2 and changed.notes == [
         "values deleted by empty cells: label 2, organ 1",
-        "'mpp' and 'path' of the metadata are not used: the features state it",
+        "'mpp' and 'path' of the metadata are not used here: they come from the features, or from the "
+        "table that `index import` is given",
     ]
     atlas.relabel([{"slide": "slide-0", "file": f"{n}.png", "label": "own"} for n in range(3)])
     (note,) = atlas.relabel([{"slide": "slide-0", "label": "all"}]).notes

@@ -1,12 +1,14 @@
 """The client of the HTTP API where the environment differs: proxies, certificates, NumPy values."""
 
+import io
 import ssl
 
 import httpx
 import numpy as np
 import pytest
+from PIL import Image
 
-from histoseek.errors import MissingPart
+from histoseek.errors import BadInput, MissingPart
 from histoseek.ui.api.client import Client
 
 
@@ -42,3 +44,14 @@ def test_tiles_may_be_numpy_integers(monkeypatch):
     client.search(like=np.array([1, 2]), unlike=[np.int32(3)])
     assert sent["like"] == [1, 2] and sent["unlike"] == [3]
     assert {type(number) for number in sent["like"] + sent["unlike"]} == {int}
+
+
+def test_open_files_and_numbers_of_numpy_are_sent_and_other_types_refused(monkeypatch):
+    client, sent = Client(), {}
+    monkeypatch.setattr(client, "_json", lambda method, path, **content: sent.update(content) or {})
+    client.search(io.BytesIO(b"pixels"), k=np.int64(2), least=np.float32(0.5))
+    assert sent["files"][0][1][1] == b"pixels"
+    assert sent["data"] == {"k": 2, "least": 0.5} and type(sent["data"]["k"]) is int
+    for wrong in (Image.new("RGB", (3, 3)), 5, [None]):
+        with pytest.raises(BadInput, match="an image is of type"):
+            client.search(wrong)

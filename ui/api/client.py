@@ -192,7 +192,7 @@ class Client:
         field: str = "images",
     ) -> dict[str, Any]:
         """Send fields as JSON; with images, as a form."""
-        several = [images] if isinstance(images, Image) else images
+        several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
         if not several:
             return self._json("POST", path, json=_given(fields))
         files = [(field, _named(image, number)) for number, image in enumerate(several)]
@@ -218,14 +218,24 @@ class Client:
 
 
 def _given(fields: dict[str, Any]) -> dict[str, Any]:
-    """Return the fields that are set."""
-    return {key: value for key, value in fields.items() if value not in (None, [], "")}
+    """Return the fields that are set, with Python's numbers in the place of numpy's."""
+    plain = {
+        key: value.item() if hasattr(value, "item") else value for key, value in fields.items()
+    }
+    return {key: value for key, value in plain.items() if value not in (None, [], "")}
 
 
 def _named(image: Image, number: int) -> tuple[str, bytes]:
     """Return an image's file name and bytes."""
+    if hasattr(image, "read"):
+        image = image.read()  # an open file
     if isinstance(image, bytes):
         return f"image-{number}", image
+    if not isinstance(image, str | Path):
+        raise BadInput(
+            f"an image is of type {type(image).__name__}; expected a path, the bytes of an image file, or an "
+            "open file"
+        )
     path = Path(image)
     try:
         return path.name, path.read_bytes()

@@ -107,6 +107,11 @@ def add_queries(app: FastAPI, server: Server) -> None:
                 tuple(Example(one.atlas, one.tile) for one in fields.like_elsewhere),
                 tuple(Example(one.atlas, one.tile) for one in fields.unlike_elsewhere),
             )
+            if fields.leave_out and not (query.tiles or among.like):
+                raise BadInput(
+                    f"leave_out {fields.leave_out!r} is for the tiles in like: the slide and patient of an "
+                    "image are not known; use where, such as \"patient != 'P7'\""
+                )
             answer = session.search(query, fields.clustering, regions, scaled, among)
             server.note_search(request, answer)
             return report.as_json(session, answer)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ... import console
 from ...artifacts.walking import summarised
+from ...console import counted
 from ...errors import BadInput
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ def annotate(atlas: Path, files: list[Path], slide: str | None = None) -> None:
 
     def human() -> None:
         counts = ", ".join(f"{count} {what}" for what, count in stored.items())
-        console.say(f"{atlas}: annotations of {len(done.slides)} slides: {counts}")
+        console.say(f"{atlas}: annotations of {counted(len(done.slides), 'slide')}: {counts}")
         for reason, count in done.skipped.items():
             console.say(f"not taken: {count} x {reason}")
         console.say_names("files that match no slide", done.unused)
@@ -75,14 +76,16 @@ def annotations_(
         ids = [_the_id(start, opened.annotations()) for start in dict.fromkeys(remove)]
         opened.remove_annotations(ids)
         console.emit(
-            {"removed": ids}, lambda: console.say(f"{atlas}: {len(ids)} annotations were removed")
+            {"removed": ids},
+            lambda: console.say(f"{atlas}: removed {counted(len(ids), 'annotation')}"),
         )
     elif out is not None:
         counts, unknown = export_files(opened, out)
         document = {"out": str(out), "slides": counts, "frame_unknown": unknown}
 
         def written() -> None:
-            console.say(f"{out}: {sum(counts.values())} annotations of {len(counts)} slides")
+            marked = counted(sum(counts.values()), "annotation")
+            console.say(f"{out}: {marked} of {counted(len(counts), 'slide')}")
             _say_frames(unknown)
 
         console.emit(document, written)
@@ -121,7 +124,7 @@ def _show(found: list[Annotation]) -> None:
     ]
     if rows:
         console.table("", ("slide", "label", "note", "by", "changed", "id"), rows)
-    console.say(f"{len(found)} annotations")
+    console.say(counted(len(found), "annotation"))
 
 
 def _say_frames(slides: list[str]) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from ... import console
+from ...console import counted
 from ...errors import BadInput
 
 if TYPE_CHECKING:
@@ -48,12 +49,12 @@ def fit(
 
     def human() -> None:
         rows = [("noise" if c < 0 else c, n) for c, n in result["sizes"].items()]
-        title = f"{result['name']}: {result['clusters']} clusters of {sum(result['sizes'].values())} tiles"
+        clusters, tiles = result["clusters"], sum(result["sizes"].values())
+        title = f"{result['name']}: {counted(clusters, 'cluster')} of {counted(tiles, 'tile')}"
         console.table(title, ("cluster", "tiles"), rows)
         if result["names_dropped"]:
-            console.say(
-                f"{result['names_dropped']} cluster names were removed, because the clusters changed"
-            )
+            names = counted(result["names_dropped"], "cluster name")
+            console.say(f"removed {names}, because the clusters changed")
         foreign = result.get("foreign_tiles", 0)
         if foreign and result["gate_ignored"]:
             console.say(
@@ -61,7 +62,8 @@ def fit(
             )
         elif foreign:
             console.say(
-                f"{foreign} tiles do not look like stained tissue; they were not used and are unknown"
+                f"not used, because unlike stained tissue: {counted(foreign, 'tile')}; unknown in every "
+                "cluster"
             )
         if "silhouette_by_k" in result:
             curve = ", ".join(
@@ -233,8 +235,10 @@ def map_(atlas: Path, seed: int = 0) -> None:
         "tiles": made.tiles,
         "landmarks": len(made.points),
         "trustworthiness": made.trust,
+        "stored": made.stored,
     }
     text = f"map of {made.tiles:,} tiles: {made.method} of {len(made.points):,} tiles, "
+    lost = "" if made.stored else "; not stored, because the folder cannot be written"
     console.emit(
-        document, lambda: console.say(f"{text}trustworthiness {made.trust:.3f} (at most 1)")
+        document, lambda: console.say(f"{text}trustworthiness {made.trust:.3f} (at most 1){lost}")
     )

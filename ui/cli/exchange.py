@@ -12,6 +12,7 @@ import typer
 from ... import console
 from ...artifacts.tables import Table
 from ...artifacts.walking import LeftOut, summarised
+from ...console import counted
 from ...errors import BadInput, HistoseekError
 from .bind import TILES, bound
 
@@ -225,7 +226,8 @@ def push(atlas: Path, milvus: str, index: str | None = None) -> None:
     console.emit(
         report,
         lambda: console.say(
-            f"{milvus}: revision {report['revision']}, {report['tiles']} tiles ({report['index']}); "
-            f"{report['slides_pushed']} slides sent, {report['slides_removed']} removed"
+            f"{milvus}: revision {report['revision']}, {counted(report['tiles'], 'tile')} "
+            f"({report['index']}); {counted(report['slides_pushed'], 'slide')} sent, "
+            f"{report['slides_removed']} removed"
         ),
     )

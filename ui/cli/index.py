@@ -10,6 +10,7 @@ import typer
 
 from ... import console
 from ...artifacts.walking import LeftOut
+from ...console import counted
 from ...errors import BadInput
 from . import annotation, bind, clusters, exchange, search, study
 from .commands import Commands
@@ -84,11 +85,12 @@ def remove(atlas: Path, slides: list[str]) -> None:
     opened, removed = Atlas(atlas), sorted(set(slides))
     marked = sum(item.slide in removed for item in opened.annotations())
     tiles = opened.remove(slides)
-    also = f" and {marked} annotations" if marked else ""
+    also = f" and {counted(marked, 'annotation')}" if marked else ""
+    gone = f"{counted(len(removed), 'slide')} with {counted(tiles, 'tile')}{also}"
     console.emit(
         {"removed": removed, "tiles": tiles, "annotations": marked},
         lambda: console.say(
-            f"{atlas}: {len(removed)} slides with {tiles} tiles{also} were removed"
+            f"{atlas}: {gone} {'was' if len(removed) == 1 and not marked else 'were'} removed"
         ),
     )
 
@@ -105,7 +107,6 @@ def relabel(atlas: Path, metadata: Annotated[Path, typer.Option()]) -> None:
     """
     from ...artifacts.tables import read_csv
     from ...index.atlas import Atlas
-    from ..session.words import counted
 
     table = read_csv(metadata, "slide", within="file")
     opened = Atlas(atlas)

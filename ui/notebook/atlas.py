@@ -53,12 +53,16 @@ class Assignment(NamedTuple):
 
 
 class Hits(list[Hit]):
-    """Similar tiles, best first; Jupyter shows their images."""
+    """Similar tiles, best first; Jupyter shows their images. A pickled copy has no images."""
 
     def __init__(self, hits: Iterable[Hit], pictures: Pictures | None = None) -> None:
         """Store hits, and the reader of their pixels."""
         super().__init__(hits)
         self._pictures = pictures
+
+    def __reduce__(self) -> tuple[type[Hits], tuple[list[Hit]]]:
+        """Pickle the hits only."""
+        return type(self), (list(self),)
 
     def _repr_html_(self) -> str:
         return "".join(
@@ -96,7 +100,7 @@ class Atlas:
             BadInput: the folder is not an atlas, or a newer histoseek wrote it.
             Mismatch: ``encoder`` is not the atlas's encoder.
         """
-        self.index = index.Atlas(path)
+        self.index = index.Atlas(Path(path).absolute())  # os.chdir must not lead to another atlas
         self._encoder, self._opened_encoder = encoder, False
         self._text: TextEncoder | None = None
         if encoder is not None:
@@ -193,6 +197,11 @@ class Atlas:
             given = [features] if isinstance(features, str | Path) else features
             inputs = [Path(path) for path in given]
         files, left_out = find_feature_files(inputs)
+        if not (metadata is None or isinstance(metadata, str | Path | Mapping)):
+            raise BadInput(
+                f"metadata is of type {type(metadata).__name__}; expected a CSV file, or a dictionary with "
+                "a dictionary for each slide"
+            )
         table = read_metadata(Path(metadata)) if isinstance(metadata, str | Path) else None
         rows = rows_of(table) if isinstance(metadata, str | Path) else dict(metadata or {})
         added = self.index.add(files, rows, replace, mixed_scales=mixed_scales)
@@ -241,7 +250,8 @@ class Atlas:
             :class:`Hits` for one image, or for ``like`` and ``text``; a list of them for several images.
 
         Raises:
-            BadInput: the query is empty, or an image or the filter cannot be read.
+            BadInput: the query is empty, an image or the filter cannot be read, or ``leave_out`` is given
+                without a tile.
             NotFound: a tile does not exist.
         """
         like_images, tiles = _examples(like)
@@ -251,6 +261,11 @@ class Atlas:
         combined = bool(
             like_images or tiles or unlike_images or unlike_tiles or texts or unlike_texts
         )
+        if leave_out != "tile" and not tiles:
+            raise BadInput(
+                f"leave_out={leave_out!r} is for tiles in like only: the slide and patient of an image are "
+                "not known; use where, such as \"patient != 'P7'\""
+            )
         single = combined or (images is not None and is_one(images))
         separate = [] if images is None else read_images(images, self._size)
         query = Query(
@@ -326,17 +341,21 @@ class Atlas:
 
 
 class Slides(list[dict[str, Any]]):
-    """Slides and tile sets of an atlas; Jupyter shows an image of each."""
+    """Slides and tile sets of an atlas; Jupyter shows an image of each. A pickled copy has no images."""
 
-    def __init__(self, slides: Iterable[dict[str, Any]], pictures: Pictures) -> None:
+    def __init__(self, slides: Iterable[dict[str, Any]], pictures: Pictures | None = None) -> None:
         """Store rows, and the reader of their pixels."""
         super().__init__(slides)
         self._pictures = pictures
 
+    def __reduce__(self) -> tuple[type[Slides], tuple[list[dict[str, Any]]]]:
+        """Pickle the rows only."""
+        return type(self), (list(self),)
+
     def _repr_html_(self) -> str:
         return "".join(
             _figure(
-                partial(self._pictures.thumbnail, slide["name"]),
+                partial(self._pictures.thumbnail, slide["name"]) if self._pictures else None,
                 (slide["name"], f"{slide['tiles']} tiles", slide["label"] or ""),
             )
             for slide in self[:TILES_SHOWN]

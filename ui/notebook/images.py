@@ -1,8 +1,8 @@
-"""Images from a notebook: a path, bytes, an array or a PIL image."""
+"""Images from a notebook: a path, bytes, an open file, an array or a PIL image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -20,14 +20,15 @@ def is_one(images: Image | Sequence[Image]) -> bool:
     """Whether the argument is a single image."""
     if isinstance(images, np.ndarray):
         return images.ndim < 4
-    return isinstance(images, str | Path | bytes | Pillow.Image)
+    alone = isinstance(images, str | Path | bytes | Pillow.Image) or hasattr(images, "read")
+    return alone or not isinstance(images, Iterable)
 
 
 def read_images(images: Image | Sequence[Image], size_px: int) -> list[Rgb]:
     """Return images in the encoder's format, each (S, S, 3).
 
     Args:
-        images: one or several paths, bytes, arrays (H, W, 3) of uint8, or PIL images.
+        images: one or several paths, bytes, open files, arrays (H, W, 3) of uint8, or PIL images.
         size_px: side of a tile.
 
     Raises:
@@ -40,8 +41,11 @@ def read_images(images: Image | Sequence[Image], size_px: int) -> list[Rgb]:
 def _pixels(image: Image) -> Rgb:
     if isinstance(image, str | Path):
         return decode(Path(image))
+    if hasattr(image, "read") and not isinstance(image, Pillow.Image):
+        image = image.read()  # an open file
     if isinstance(image, bytes | np.ndarray | Pillow.Image):
         return decode(image)
     raise BadInput(
-        f"an image is of type {type(image).__name__}; expected a path, bytes, a uint8 array or a PIL image"
+        f"an image is of type {type(image).__name__}; expected a path, bytes, an open "
+        "file, a uint8 array or a PIL image"
     )

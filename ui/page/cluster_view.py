@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from typing import Any
 
+from ...console import counted
 from ..session.answers import ClusterAnswer
 from ..session.colours import colour_of
-from ..session.words import LABELS_SHOWN, cluster_name, cluster_title, counted, sentences
+from ..session.words import LABELS_SHOWN, cluster_name, cluster_title, sentences
 from .view import EXAMPLES, empty
 
 

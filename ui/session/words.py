@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ...console import counted
 from ...index.federation.answers import Searched, mixed
 from ...index.federation.shards import NO_MOSAICS
 from ...index.store.rows import Hit
@@ -21,11 +22,6 @@ OTHERS = {
     "patient": "tile of another patient or slide",
     "tile": "other tile (there is only one patient or slide)",
 }
-
-
-def counted(number: int, noun: str) -> str:
-    """Return a number with its noun, in the plural unless the number is 1."""
-    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def place(hit: Hit) -> str:
