@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 
 from .clusters import report, stored
 from .clusters.clustering import Assigned, Clustering
-from .search import cases, nearness, tiles
+from .search import cases, filters, nearness, tiles
 from .search import layout as layouts
 from .search.columns import Columns
 from .search.layout import Layout
@@ -79,6 +79,10 @@ class View:
             Mismatch: vectors have another length.
         """
         return tiles.answer(self.state, query)
+
+    def filter_notes(self, where: str | None) -> list[str]:
+        """Return what a filter leaves out without a word: values that are no numbers; see ``filters``."""
+        return [] if where is None else filters.notes_of(self.columns, filters.parse(where))
 
     def vector_of(self, query: Query) -> NDArray[np.float32]:
         """Return the vector (D,) that combines all examples of a query."""

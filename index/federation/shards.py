@@ -109,13 +109,14 @@ class AtlasShard(Shard):
     def __init__(self, address: str, name: str, atlas: Atlas | None = None) -> None:
         """Name a shard; nothing is opened yet, unless the opened ``atlas`` is given."""
         super().__init__(address, name)
+        self._path = Path(address).absolute()  # os.chdir must not lead to another atlas
         self._atlas = atlas
 
     @property
     def atlas(self) -> Atlas:
         """The atlas; opened at first use."""
         if self._atlas is None:
-            self._atlas = Atlas(self.address)
+            self._atlas = Atlas(self._path)
         return self._atlas
 
     def facts(self) -> Facts:

@@ -356,6 +356,29 @@ def _number(name: str) -> float | None:
     return None if _THOUSANDS.fullmatch(name) else number_of(name)
 
 
+def notes_of(columns: Columns, wanted: Filter) -> list[str]:
+    """Return a note for each column that is compared with a number and has values that are none.
+
+    Such values pass no comparison but ``!=``, and would be missed without a word.
+    """
+    if isinstance(wanted, Always):
+        return []
+    if not isinstance(wanted, Compare):
+        parts = (wanted.part,) if isinstance(wanted, Not) else wanted.parts
+        return list(dict.fromkeys(note for part in parts for note in notes_of(columns, part)))
+    values = wanted.values if wanted.operator in _ORDER else ()
+    if not values or isinstance(values[0], str) or wanted.field not in columns.names():
+        return []
+    names = [name for name in columns.coded(wanted.field).names if name is not None]
+    strange = [name for name in names if _number(name) is None]
+    if not strange:
+        return []
+    return [
+        f"{len(strange)} of {len(names)} different values of {wanted.field!r} are no numbers, such as "
+        f"{strange[0]!r}; the filter compares the others"
+    ]
+
+
 def check_order(wanted: Compare, names: Iterable[str | None]) -> None:
     """Refuse to order dates whose texts do not sort by time.
 

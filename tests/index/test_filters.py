@@ -265,3 +265,16 @@ def test_columns_of_any_name_and_texts_of_any_characters_are_asked_as_they_stand
             text = f"{quoted_field(column)}\n =\r\n\t{quoted(value)}\n"
             found = known.slide_of(np.flatnonzero(select(known, parse(text))))
             assert {known.slides[n]["name"] for n in found} == {f"slide-{number}"}, text
+
+
+def test_cells_that_are_no_numbers_are_counted(atlas, cli, tmp_path):
+    (note,) = atlas.view().filter_notes("not (stage > 1 and stage <= 5)")
+    assert note == (
+        "1 of 4 different values of 'stage' are no numbers, such as 'x'; the filter compares the others"
+    )
+    for where in (None, "stage = 'x'", "stage in (1, 2)", "stage is null", "x > 3", "cluster = 1"):
+        assert atlas.view().filter_notes(where) == []
+    given = ("index", "search", atlas.path, "--tile", "3", "--where", "stage > 1", "--json")
+    assert note in " ".join(cli(*given, check=True).stderr.split())
+    given = ("index", "similar", atlas.path, "slide-1", "--where", "stage > 1", "--json")
+    assert note in " ".join(cli(*given, check=True).stderr.split())

@@ -52,10 +52,12 @@ def test_one_name_is_one_slide(own):
 def test_another_working_folder_leads_to_no_other_atlas(own, ui_atlas, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     atlas = hs.Atlas("atlas")
-    count = len(atlas.search(like=[3], k=500))
+    count, several = len(atlas.search(like=[3], k=500)), Federation(["atlas"])
     (tmp_path / "elsewhere/atlas").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "elsewhere")
     assert len(atlas.search(like=[3], k=500)) == count
+    (found,) = several.search(Query(vectors=own.index.vectors_of([3]), k=500)).hits
+    assert len(found) == count + 1  # and the tile itself
     atlas.index.relabel([{"slide": "case-1", "label": "moved"}])
     assert own.slides()[0]["label"] == "moved" and not os.listdir("atlas")
 

@@ -233,8 +233,8 @@ def _named(image: Image, number: int) -> tuple[str, bytes]:
         return f"image-{number}", image
     if not isinstance(image, str | Path):
         raise BadInput(
-            f"an image is of type {type(image).__name__}; expected a path, the bytes of an image file, or an "
-            "open file"
+            f"an image is of type {type(image).__name__}; expected a path, the bytes of an image file, or "
+            "an open file"
         )
     path = Path(image)
     try:

@@ -264,9 +264,16 @@ def _ask(atlas: Atlas, query: Query, images: Sequence[str], engine: str | None) 
     if engine is None:
         from ...index.view import View
 
-        return atlas.ask(View.search, embedded)
+        hits = atlas.ask(View.search, embedded)
+        _say_all(atlas.ask(View.filter_notes, query.where))
+        return hits
     with _milvus(atlas, engine) as milvus:
         return milvus.search(embedded)
+
+
+def _say_all(notes: list[str]) -> None:
+    for note in notes:
+        console.say(note)
 
 
 @contextmanager
@@ -417,6 +424,8 @@ def similar(
     opened = Atlas(atlas)
     query = words[-1] if features is None else read_query(features, opened.manifest)
 
+    from ...index.view import View
+
     def ask(view: View) -> list[dict[str, Any]]:
         cases = view.similar(query, k, by, how, where)  # type: ignore[arg-type]
         ids = {n for c in cases for p in c.pairs for n in (p.query, p.match) if n is not None}
@@ -424,6 +433,7 @@ def similar(
         return [_case(rank, case, tiles, tiles) for rank, case in enumerate(cases, start=1)]
 
     document = opened.ask(ask)
+    _say_all(opened.ask(View.filter_notes, where))
     title = f"{features or words[-1]}, by {how}"
     console.emit(document, lambda: _print_cases(title, by, document))
 

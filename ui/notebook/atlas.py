@@ -276,6 +276,8 @@ class Atlas:
         )  # fmt: skip
         embedded = query.embedded(self._embed, self._embed_text)
         answers = self.index.ask(View.search, embedded)
+        for note in self.index.ask(View.filter_notes, where):
+            warnings.warn(note, stacklevel=2)
         results = [Hits(hits, self._pictures) for hits in answers]
         return results[0] if single else results
 

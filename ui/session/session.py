@@ -286,6 +286,7 @@ class Session:
             self._answer, embedded, clustering, query.by_text, parts, together, among
         )
         milliseconds |= answer.milliseconds
+        notes += self.atlas.ask(View.filter_notes, query.where)
         # keep the query's images, because the report shows them
         shown = replace(
             query, images=(*query.images, *(image.whole for image, _ in scaled)),
