@@ -119,4 +119,6 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> NotFound:
     """Return the error for a name that is not in a registry, with the choices listed."""
     names = sorted(choices)
     more = f" … and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
+    if not names:
+        return NotFound(f"unknown {kind} {name!r}; there is none")
     return NotFound(f"unknown {kind} {name!r}; choose one of: {', '.join(names[:SHOWN])}{more}")

@@ -184,9 +184,12 @@ def external_manifest(name: str, dim: int, metric: str, mpp: float | None) -> Ma
         )
     except ValidationError as error:
         wrong = error.errors()[0]
+        field, why = wrong["loc"][0], wrong["msg"]
+        if field == "name":
+            why = "expected at most 64 letters, digits, '.', '_' and '-', first a letter or digit"
         raise BadInput(
             f"an encoder {name!r} of {dim} dimensions with metric {metric!r} is not possible; its "
-            f"{wrong['loc'][0]}: {wrong['msg']}"
+            f"{field}: {why}"
         ) from error
 
 

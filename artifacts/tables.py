@@ -20,9 +20,9 @@ from ..errors import BadInput
 
 NO_VALUE = frozenset({
     "", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>",
-    "N/A", "NA", "NULL", "NaN", "NaT", "None", "n/a", "nan", "null",
+    "N/A", "NA", "NULL", "NaN", "None", "n/a", "nan", "null",
 })  # fmt: skip
-"""Texts that mean *no value*: the default list of pandas' ``read_csv``, ``NaT``, and Excel's ``#N/A``."""
+"""Texts that mean *no value*: the default list of pandas' ``read_csv``, and Excel's ``#N/A``."""
 
 COLUMNS = ("slide", "file", "label", "patient", "mpp")
 """Columns with a meaning in every table. In a CSV table they may be written in any case."""
@@ -53,9 +53,10 @@ def same_text(text: str) -> str:
 
 
 def value_of(given: Any) -> str:
-    """Return a cell as text; the empty text if it means *no value* (None, NaN, ``N/A`` …)."""
+    """Return a cell as text; the empty text if it means *no value* (None, NaN, NaT, ``N/A`` …)."""
     text = "" if given is None else str(given)
-    return "" if text in NO_VALUE else text
+    missing_time = text == "NaT" and not isinstance(given, str)
+    return "" if missing_time or text in NO_VALUE else text
 
 
 def clean_row(row: Mapping[Any, Any]) -> dict[str, str]:
@@ -129,6 +130,8 @@ def parse_table(
     separated = f"separated by {SEPARATORS.get(separator, repr(separator))}"
     if key is None:
         expected = " or ".join(map(repr, keys))
+        if not columns:
+            raise BadInput(f"{origin} is empty; expected a table with a column {expected}")
         raise BadInput(
             f"{origin} has columns {written}; expected a column {expected} (read as {encoding}, "
             f"{separated})"

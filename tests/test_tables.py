@@ -89,7 +89,7 @@ def test_empty_columns_at_the_end_are_left_out_and_said():
     assert table.notes == ("t: 2 empty column(s) without a name left out",)
     with pytest.raises(BadInput, match="line 2: 3 values for 2 columns"):
         parse_table(b"slide,label\nbig,x,y\n", "t", "slide")
-    with pytest.raises(BadInput, match="line 2: 1 values for 2 columns"):
+    with pytest.raises(BadInput, match="line 2: 1 value for 2 columns"):
         parse_table(b"slide,label\nbig\n", "t", "slide")
 
 
@@ -120,3 +120,8 @@ def test_no_bytes_break_the_reader(blob):
     except BadInput:
         return
     assert all(set(row) == {"slide", "label"} and row["slide"] for row in table.rows)
+
+
+def test_an_empty_table_is_said_to_be_empty():
+    with pytest.raises(BadInput, match=r"t.csv is empty; expected a table with a column 'slide'"):
+        parse_table(b"", "t.csv", "slide")

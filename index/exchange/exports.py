@@ -208,8 +208,13 @@ def _plane(vectors: NDArray[np.float32]) -> NDArray[np.float32]:
 def _publish(out: Path, suffix: str, write: Callable[[Path], Any]) -> None:
     """Let a library write a file, which appears under its name only when it is complete."""
     if out.suffix != suffix:
-        raise BadInput(f"the name {out} must end in {suffix}")
-    out.parent.mkdir(parents=True, exist_ok=True)
+        raise BadInput(
+            f"the name {out} must end in {suffix} for this format; change it, or choose another with --to"
+        )
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise storage_failed(out, error) from error
     temp = temporary(out)
     named = temp.with_name(temp.name + suffix)  # libraries append the suffix that they expect
     try:

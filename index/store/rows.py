@@ -136,7 +136,7 @@ def further(row: dict[str, Any]) -> dict[str, str]:
         BadInput: a column has a name reserved for histoseek.
     """
     standard = {"slide", "path", "label", "patient", "mpp", "file"}
-    if reserved := sorted(name for name in row if name in OWN or name.startswith("cluster.")):
+    if reserved := sorted(OWN & set(row)):
         raise BadInput(
             f"the metadata has a column {reserved[0]!r}; histoseek uses this name itself: rename the column"
         )

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from atlases import DIM, features, filled, unit
 
-from histoseek.errors import BadInput, Damaged, Mismatch
+from histoseek.errors import BadInput, Damaged, Mismatch, StorageFailed
 from histoseek.index.atlas import Atlas
 from histoseek.index.exchange.exports import export
 from histoseek.index.exchange.imports import import_features, read_query, read_tool_features
@@ -401,3 +401,15 @@ def test_a_conflict_of_imported_slides_says_what_can_be_done(tmp_path):
     other = clam(tmp_path / "more/a.h5", seed=3)
     _, (refused,) = import_features(atlas.path, [other], "uni", {})
     assert "slide 'a'; to replace" in refused.reason and refused.reason.endswith("rename its file")
+
+
+def test_a_name_that_cannot_be_and_a_folder_that_cannot_be_written_are_said(atlas, tmp_path):
+    with pytest.raises(BadInput, match=r"its name: expected at most 64 letters, digits"):
+        import_features(tmp_path / "a", [clam(tmp_path / "a.h5")], "uni v2", {})
+    with pytest.raises(BadInput, match=r"must end in .npz for this format; .* with --to"):
+        export(atlas, tmp_path / "a.parquet", "numpy")
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageFailed, match="file"):
+        export(atlas, tmp_path / "file/under/a.npz", "numpy")
+    with pytest.raises(StorageFailed, match="cannot write"):
+        export(atlas, Path("/proc/a.npz"), "numpy")

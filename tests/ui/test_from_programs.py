@@ -115,9 +115,6 @@ WRONG = {
     "a size of kmeans": (lambda a: a.fit("kmeans", min_cluster_size=30), "only for hdbscan"),
     "between clusters": (lambda a: a.index.name_cluster(0.5, "a"), "number of a cluster is 0.5"),
     "no text": (lambda a: a.index.name_cluster(0, "a", b"x"), "is b'x'; expected text"),
-    "a column": (
-        lambda a: a.index.relabel([{"slide": "case-1", "cluster.kmeans": "3"}]), "uses this name itself",
-    ),
 }  # fmt: skip
 
 

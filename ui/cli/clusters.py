@@ -117,7 +117,9 @@ def clusters(atlas: Path, clusters: str | None = None, examples: int = 3) -> Non
     """
     from ...index.atlas import Atlas
 
-    report = Atlas(atlas).clusters(clusters, examples)
+    opened = Atlas(atlas)
+    report = opened.clusters(clusters, examples)
+    shown, _ = opened.clustering(clusters)
 
     columns = ("cluster", "name", "tiles", "slides", "unknown", "labels", "examples")
 
@@ -131,7 +133,7 @@ def clusters(atlas: Path, clusters: str | None = None, examples: int = 3) -> Non
             )
             for c in report
         ]
-        console.table("", columns, rows)
+        console.table(f"clustering {shown}", columns, rows)
 
     console.emit(report, human)
 

@@ -159,6 +159,10 @@ class Atlas:
             self._encoder.close()
             self._encoder = None
 
+    def __repr__(self) -> str:
+        """Return the folder."""
+        return f"Atlas({str(self.path)!r})"
+
     def __enter__(self) -> Atlas:
         """Close the atlas at the end of a ``with`` block."""
         return self
