@@ -12,7 +12,7 @@ BEGIN, END = "<!-- papers: begin -->\n", "<!-- papers: end -->\n"
 OTHER_DATA = {"breast-ae", "p4m-deepcluster", "arcface-busi", "arcface-he"}
 """Reports of another data set than the paper's, with which its values cannot be compared."""
 REASONS = {
-    "ae-dac": "unknown; three seeds at full length are no better",
+    "ae-dac": "unknown; it is not the epochs",
     "topology-mnist": "few epochs; codes of 16 and 32 are too low",
     "topology-mnist-ae": "unknown; a code with ReLU comes nearer",
     "topology-cifar10": "few epochs, although the loss is nearly flat; the images as JPEG",

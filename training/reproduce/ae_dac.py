@@ -178,7 +178,11 @@ def _says(study: Study, rows: dict[str, list[Cell]]) -> tuple[str, str, str]:
     claim = "Clusters of AE + DAC are better than those of DAC alone"
     if ours.published is not None and dac.published is not None:
         claim += f": on {study.data_name} {ours.published} % are right instead of {dac.published} %"
-    meaning = f"AE + DAC minus DAC, in points: {difference(ours, dac, 1)}"
+    both = zip(COLUMNS, rows["AE + DAC"], rows["DAC"], strict=True)
+    differences = {column: difference(one, other, 1) for column, one, other in both}
+    meaning = "AE + DAC minus DAC, in points: " + "; ".join(
+        f"{column.removesuffix(' %')} {text}" for column, text in reversed(differences.items())
+    )
     if ours.published is not None and ours.mean is not None:
         reached = ours.published - ours.mean <= (ours.sd or 0)
         away = f"{ours.mean - ours.published:+.1f} points"
