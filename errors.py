@@ -120,5 +120,5 @@ def unknown_name(kind: str, name: str, choices: Iterable[str]) -> NotFound:
     names = sorted(choices)
     more = f" … and {len(names) - SHOWN:,} more" if len(names) > SHOWN else ""
     if not names:
-        return NotFound(f"unknown {kind} {name!r}; there is none")
+        return NotFound(f"unknown {kind} {name!r}; there is no {kind} yet")
     return NotFound(f"unknown {kind} {name!r}; choose one of: {', '.join(names[:SHOWN])}{more}")

@@ -131,7 +131,7 @@ def parse_features(blob: bytes, path: Path) -> Features:
     except Exception as error:  # an untrusted file can make HDF5 and its attributes fail in any way
         raise Damaged(
             f"{path} is not a complete feature file ({type(error).__name__}: {error}); embed its slide "
-            "again"
+            "again, or let the other tool write it again"
         ) from error
 
 
@@ -198,7 +198,7 @@ def _parse(path: Path, stored: h5py.File) -> Features:
 
     about = json.loads(text_of(stored.attrs.get("about", "{}")))
     if not isinstance(about, dict):
-        raise BadInput(f"{path}: its attribute 'about' is not a JSON object; embed its slide again")
+        raise BadInput(f"{path}: its attribute 'about' is not a JSON object; create it again")
     return Features(
         name=text_of(data.attrs.get("name", path.stem)),
         encoder=text_of(data.attrs.get("encoder", "unknown")),

@@ -22,10 +22,11 @@ from .. import stopping
 from ..artifacts.files import publish_folder, write_atomic, write_json
 from ..artifacts.manifest import MANIFEST, external_manifest, read_manifest
 from ..console import Progress, no_progress
-from ..errors import BadInput, Mismatch, StorageFailed, whole
+from ..errors import BadInput, Mismatch, StorageFailed, unknown_name, whole
 from .care import snapshots, verify
 from .care.audit import audit
 from .clusters import fitting, report
+from .clusters.clustering import METHODS
 from .opened import OpenAtlas
 from .search import layout
 from .search.layout import Layout
@@ -352,11 +353,19 @@ class Atlas(OpenAtlas):
                 file name.
             Busy: another process is writing.
         """
+        if method not in METHODS:
+            raise unknown_name("method", method, METHODS)
         k = None if k is None else whole(k, "k")
-        if k is not None and (k < 1 or method != "kmeans"):
-            raise BadInput(f"k is {k}; expected 1 or more, with kmeans only, or None to choose it")
+        if k is not None and method != "kmeans":
+            raise BadInput(f"k is only for kmeans, and the method is {method}; leave it out")
+        if k is not None and k < 1:
+            raise BadInput(f"k is {k}; expected 1 or more, or None to choose it")
         if min_cluster_size is not None:
             min_cluster_size = whole(min_cluster_size, "min_cluster_size")
+            if method != "hdbscan":
+                raise BadInput(
+                    f"min_cluster_size is only for hdbscan, and the method is {method}; leave it out"
+                )
         seed = whole(seed, "seed")
         name = name or method
         if plain_name(name) != name or len(name) > NAME_LIMIT:

@@ -15,7 +15,7 @@ from ..errors import BadInput, HistoseekError
 
 PICKLES = frozenset({".pt", ".pth", ".pkl"})
 OTHERS = frozenset({".npy", ".npz", ".parquet", ".feather", ".hdf5", ".h5ad", ".mat"})
-"""Further files in which people keep vectors, and which are not read."""
+"""Further files in which people keep vectors, and which a search of folders leaves out."""
 
 
 def read_metadata(path: Path | None) -> Table | None:
@@ -32,7 +32,7 @@ def rows_of(table: Table | None) -> dict[str, dict[str, str]]:
     return {} if table is None else {row[table.key]: row for row in table.rows}
 
 
-NOT_READ = "not a .h5 file with features and coords"
+NOT_READ = "its name does not end in .h5; a feature file has features and coords"
 
 
 class Copies:

@@ -52,10 +52,6 @@ def fit(
         raise unknown_name("method", method, METHODS)
     if seed < 0:
         raise BadInput(f"seed is {seed}; expected 0 or more")
-    if min_cluster_size is not None and method != "hdbscan":
-        raise BadInput(
-            f"min_cluster_size is only for hdbscan, and the method is {method}; leave it out"
-        )
     if min_cluster_size is not None and min_cluster_size < 2:
         raise BadInput(f"min_cluster_size is {min_cluster_size}; expected 2 or more")
     least = max(3, (k or 0) + 1) if method == "kmeans" else 10

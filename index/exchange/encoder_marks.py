@@ -14,7 +14,7 @@ from pathlib import Path
 
 import h5py
 
-from ...artifacts.feature_files import text_of
+from ...artifacts.feature_files import plain_shape, text_of
 from ...artifacts.hdf5_files import open_hdf5
 from ...errors import HistoseekError, Mismatch
 
@@ -82,9 +82,9 @@ def check_one_length(files: Sequence[Path]) -> None:
         try:
             with open_hdf5(path) as stored:
                 data = stored.get("features", stored.get("feats"))
-                if not isinstance(data, h5py.Dataset):
+                if not isinstance(data, h5py.Dataset) or len(shape := plain_shape(data)) != 2:
                     continue
-                length = str(data.shape[-1])
+                length = str(shape[1])
         except (HistoseekError, OSError, RuntimeError, ValueError, KeyError, IndexError):
             continue
         counts[length] += 1

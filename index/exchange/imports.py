@@ -69,8 +69,8 @@ def read_tool_features(path: Path, encoder: str, mpp: float | None = None) -> Fe
         raise BadInput(f"{path} does not exist; check the path")
     if path.suffix.lower() in TABLES:
         raise BadInput(
-            f"{path} is no HDF5 file; expected .h5 with features (N, D) and coords (N, 2), one per slide, "
-            "as TRIDENT and CLAM write it (docs/atlas.md says how to make it from arrays)"
+            f"{path} has a layout that is not read; expected .h5 with features (N, D) and coords (N, 2), "
+            "one per slide, as TRIDENT and CLAM write it (docs/atlas.md says how to make it from arrays)"
         )
     try:
         blob = path.read_bytes()
@@ -338,10 +338,10 @@ def _with_metadata_mpp(item: Features, row: Row) -> tuple[Features, str]:
 
 
 def _without_direction(item: Features) -> str:
-    """Return a note on tiles whose vector is zero, such as padding; "" if there are none."""
+    """Return a note on tiles whose vector is zero; "" if there are none."""
     count = int((~item.features.any(axis=1)).sum())
     tiles = "1 tile has" if count == 1 else f"{count} tiles have"
-    return f"{tiles} only zeros as vector, which resemble nothing" if count else ""
+    return f"{tiles} only zeros as vector, which is often padding" if count else ""
 
 
 def _contradiction(item: Features) -> str:
@@ -351,7 +351,7 @@ def _contradiction(item: Features) -> str:
         return ""
     return (
         f"the file states {item.target_mpp:g} µm per pixel of its tiles, but {item.size_px_level0} level-0 "
-        f"pixels of {item.mpp:g} µm as {item.size_px} pixels are {implied:g}"
+        f"pixels of {item.mpp:g} µm as {item.size_px} pixels give {implied:g}"
     )
 
 

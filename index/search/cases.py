@@ -288,7 +288,9 @@ def similar_slides(
     k = whole(k, "k")
     if k < 1:
         raise BadInput(f"k is {k}; expected 1 or more")
-    if not isinstance(query, str | np.ndarray) or not len(query):
+    if not (
+        isinstance(query, str) or (isinstance(query, np.ndarray) and query.ndim and len(query))
+    ):
         raise BadInput(
             f"the query is {query!r}; expected the name of a slide or case, or vectors (Q, D) of one"
         )

@@ -359,23 +359,24 @@ def _number(name: str) -> float | None:
 def notes_of(columns: Columns, wanted: Filter) -> list[str]:
     """Return a note for each column that is compared with a number and has values that are none.
 
-    Such values pass no comparison but ``!=``, and would be missed without a word.
+    Such values equal no number and are neither above nor below one, so they would be missed.
     """
     if isinstance(wanted, Always):
         return []
     if not isinstance(wanted, Compare):
         parts = (wanted.part,) if isinstance(wanted, Not) else wanted.parts
         return list(dict.fromkeys(note for part in parts for note in notes_of(columns, part)))
-    values = wanted.values if wanted.operator in _ORDER else ()
-    if not values or isinstance(values[0], str) or wanted.field not in columns.names():
+    found = wanted.operator in {*_ORDER, "in", "not in"} and wanted.operator != "!="
+    numbers = [value for value in wanted.values if not isinstance(value, str)]
+    if not found or not numbers or wanted.field not in columns.names():
         return []
     names = [name for name in columns.coded(wanted.field).names if name is not None]
     strange = [name for name in names if _number(name) is None]
     if not strange:
         return []
     return [
-        f"{len(strange)} of {len(names)} different values of {wanted.field!r} are no numbers, such as "
-        f"{strange[0]!r}; the filter compares the others"
+        f"not compared with a number: {len(strange)} of {len(names)} different values of {wanted.field!r}, "
+        f"which are no numbers, such as {strange[0]!r}"
     ]
 
 

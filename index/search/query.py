@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import TYPE_CHECKING, Literal
@@ -78,16 +78,20 @@ class Query:
         if self.k < 1:
             raise BadInput(f"k is {self.k}; expected 1 or more")
         for name in ("tiles", "unlike_tiles"):
-            ids = tuple(whole(tile, "the id of a tile") for tile in getattr(self, name))
+            given = getattr(self, name)
+            if not isinstance(given, Iterable):
+                raise BadInput(f"{name} is {given!r}; expected the ids of tiles, such as (3, 17)")
+            ids = tuple(whole(tile, "the id of a tile") for tile in given)
             if ids and not -LARGEST <= min(ids) <= max(ids) <= LARGEST:
                 raise BadInput(f"{max(ids, key=abs)} is too large for the id of a tile")
             object.__setattr__(self, name, ids)
         if self.where is not None and not isinstance(self.where, str):
             raise BadInput(f"where is {self.where!r}; expected text such as \"label = 'skin'\"")
-        if self.least is not None and (
-            not isinstance(self.least, Real) or self.least != self.least
-        ):
-            raise BadInput(f"the lowest score is {self.least!r}; expected a number such as 0.8")
+        if self.least is not None:
+            number = isinstance(self.least, Real) and not isinstance(self.least, bool)
+            if not number or self.least != self.least:
+                raise BadInput(f"the lowest score is {self.least!r}; expected a number such as 0.8")
+            object.__setattr__(self, "least", float(self.least))
         if self.leave_out not in LEAVE_OUT:
             choices = ", ".join(LEAVE_OUT)
             raise BadInput(f"leave_out is {self.leave_out!r}; expected one of: {choices}")

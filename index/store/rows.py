@@ -90,7 +90,7 @@ def checked_row(row: Mapping[Any, Any]) -> dict[str, str]:
             ``patient`` but for its case, and would not be taken for it.
     """
     if not isinstance(row, Mapping):
-        raise BadInput(f"a row of the metadata is {row!r}; expected a dictionary with 'slide'")
+        raise BadInput(f"a row of the metadata is {row!r}; expected a dictionary of columns")
     for key, value in row.items():
         if isinstance(value, bytes | list | tuple | set | Mapping):
             raise BadInput(f"the column {key!r} of the metadata has {value!r}; expected text")

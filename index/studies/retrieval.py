@@ -58,7 +58,7 @@ def evaluate(
     warnings = [note] if note else []
     if lost := int((alive & ~labelled).sum()):
         warnings.append(
-            f"not used as queries: {lost} of {int(alive.sum())} tiles, which have no {options.label}"
+            f"left out: {lost} of {int(alive.sum())} tiles, which have no value of {options.label!r}"
         )
     _check(options, labelled, label.codes, owner, label.names)
     if options.unit == "tile":

@@ -359,16 +359,16 @@ def test_zeros_and_a_scale_that_contradicts_the_file_are_said(tmp_path):
         stored["features"][3:5] = 0
     metadata = {"padded": {"mpp": "0.25"}, "scaled": {"mpp": "1.0"}}
     _, (zeros, scale) = import_features(tmp_path / "atlas", [padded, scaled], "uni_v2", metadata)
-    assert zeros.reason.endswith("; 2 tiles have only zeros as vector, which resemble nothing")
+    assert zeros.reason.endswith("; 2 tiles have only zeros as vector, which is often padding")
     assert scale.reason == (
-        "the file states 0.5 µm per pixel of its tiles, but 512 level-0 pixels of 1 µm as 256 pixels are 2"
+        "the file states 0.5 µm per pixel of its tiles, but 512 level-0 pixels of 1 µm as 256 pixels give 2"
     )
 
 
 def test_what_is_no_hdf5_file_and_what_a_folder_leaves_out_are_named(tmp_path):
     table = tmp_path / "emb.parquet"
     table.write_bytes(b"PAR1")
-    with pytest.raises(BadInput, match=r"no HDF5 file; expected .h5 with features \(N, D\)"):
+    with pytest.raises(BadInput, match=r"not read; expected .h5 with features \(N, D\)"):
         read_tool_features(table, "uni")
     np.save(tmp_path / "b.npy", np.zeros((3, 4)))
     (tmp_path / "a.pt").write_bytes(b"")
@@ -379,8 +379,8 @@ def test_what_is_no_hdf5_file_and_what_a_folder_leaves_out_are_named(tmp_path):
     assert [file.name for file in files] == ["c.h5"]
     assert {(Path(one.path).name, one.reason) for one in left_out} == {
         ("a.pt", "a pickle, which can run code"),
-        ("b.npy", "not a .h5 file with features and coords"),
-        ("emb.parquet", "not a .h5 file with features and coords"),
+        ("b.npy", "its name does not end in .h5; a feature file has features and coords"),
+        ("emb.parquet", "its name does not end in .h5; a feature file has features and coords"),
     }
 
 

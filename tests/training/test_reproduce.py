@@ -30,7 +30,7 @@ def quick(name, tiles, out, **options):
     runs = set((out / "runs").glob("*"))
     reproduce(name, chosen, tiles, silent)
     assert written or set((out / "runs").glob("*")) == runs
-    assert not list(out.rglob("*.lock"))
+    assert not list(out.rglob("*.lock"))  # removed with the report
     return json.loads((out / "report.json").read_text())
 
 

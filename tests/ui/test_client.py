@@ -46,12 +46,14 @@ def test_tiles_may_be_numpy_integers(monkeypatch):
     assert {type(number) for number in sent["like"] + sent["unlike"]} == {int}
 
 
-def test_open_files_and_numbers_of_numpy_are_sent_and_other_types_refused(monkeypatch):
+def test_numbers_of_numpy_are_sent_and_other_types_refused(monkeypatch, tmp_path):
     client, sent = Client(), {}
     monkeypatch.setattr(client, "_json", lambda method, path, **content: sent.update(content) or {})
-    client.search(io.BytesIO(b"pixels"), k=np.int64(2), least=np.float32(0.5))
-    assert sent["files"][0][1][1] == b"pixels"
+    (tmp_path / "a.png").write_bytes(b"pixels")
+    client.search(tmp_path.glob("*.png"), k=np.int64(2), least=np.float32(0.5))
+    assert sent["files"] == [("images", ("a.png", b"pixels"))]
     assert sent["data"] == {"k": 2, "least": 0.5} and type(sent["data"]["k"]) is int
-    for wrong in (Image.new("RGB", (3, 3)), 5, [None]):
+    secret = io.StringIO(str(tmp_path / "a.png"))  # what a file says is no path to send
+    for wrong in (Image.new("RGB", (3, 3)), 5, [None], secret, io.BytesIO(b"pixels")):
         with pytest.raises(BadInput, match="an image is of type"):
             client.search(wrong)

@@ -12,6 +12,7 @@ import histoseek as hs
 from histoseek.errors import BadInput, HistoseekError
 from histoseek.index.federation.federation import Federation
 from histoseek.index.search.query import Query
+from histoseek.index.view import View
 
 
 @pytest.fixture(scope="module")
@@ -82,13 +83,14 @@ def test_an_open_file_is_an_image(opened, tile_folder):
 def test_leaving_out_needs_a_tile(opened, client, tile_folder, leave_out):
     path = tile_folder / "cat/01.png"
     for images in ({"images": path}, {"like": path}):
-        with pytest.raises(BadInput, match="for tiles in like only"):
+        with pytest.raises(BadInput, match="for tiles in like, and none is given"):
             opened.search(**images, leave_out=leave_out)
     assert opened.search(like=[3, path], leave_out=leave_out)
     image = {"images": ("a.png", path.read_bytes(), "image/png")}
     refused = client.post("/v1/search", files=image, data={"leave_out": leave_out})
     assert (
-        refused.status_code == 422 and "for the tiles in like" in refused.json()["error"]["message"]
+        refused.status_code == 422
+        and "for tiles in like, and none is given" in refused.json()["error"]["message"]
     )
     found = client.post("/v1/search", json={"like": [3], "leave_out": leave_out})
     assert found.json()["hits"]
@@ -96,6 +98,15 @@ def test_leaving_out_needs_a_tile(opened, client, tile_folder, leave_out):
 
 WRONG = {
     "an image": (lambda a: a.search(5), "an image is of type int"),
+    "a text": (lambda a: a.search(io.StringIO("a.png")), "open it with mode 'rb'"),
+    "no tile": (lambda a: a.search(like=True), "the id of a tile is True"),
+    "a mask": (lambda a: a.search(like=np.array([True, False])), "the id of a tile is True"),
+    "one number": (lambda a: a.similar(np.array(3.0)), "or vectors"),
+    "a true score": (lambda a: a.search(like=3, least=True), "lowest score is True"),
+    "tiles": (lambda a: a.index.ask(View.search, Query(tiles=3)), "tiles is 3"),
+    "a method": (lambda a: a.fit("kmean", k=3), "unknown method 'kmean'"),
+    "a size": (lambda a: a.fit("encoder", min_cluster_size=30), "only for hdbscan"),
+    "a row of text": (lambda a: a.add([], metadata={"a": "skin"}), "expected a dictionary of columns"),
     "k as text": (lambda a: a.search(like=3, k="3"), "k is '3'; expected a whole number"),
     "half a hit": (lambda a: a.search(like=3, k=2.0), "k is 2.0"),
     "k": (lambda a: a.search(like=3, k=True), "k is True"),
@@ -111,7 +122,7 @@ WRONG = {
     "half a cluster": (lambda a: a.fit(k=3.7), "k is 3.7"),
     "no cluster": (lambda a: a.fit(k=0), "k is 0; expected 1 or more"),
     "Auto": (lambda a: a.fit(k="Auto"), "k is 'Auto'"),
-    "k of hdbscan": (lambda a: a.fit("hdbscan", k=7), "with kmeans only"),
+    "k of hdbscan": (lambda a: a.fit("hdbscan", k=7), "k is only for kmeans"),
     "a size of kmeans": (lambda a: a.fit("kmeans", min_cluster_size=30), "only for hdbscan"),
     "between clusters": (lambda a: a.index.name_cluster(0.5, "a"), "number of a cluster is 0.5"),
     "no text": (lambda a: a.index.name_cluster(0, "a", b"x"), "is b'x'; expected text"),

@@ -13,7 +13,7 @@ from ...errors import BadInput, unknown_name
 from ..study_options import StudyOptions
 from . import ae_dac, arcface, breast_ae, p4m_deepcluster, topology_sweep
 from .report import Report
-from .sharing import AllAsked, locked
+from .sharing import AllAsked, remove_locks
 from .study import Study
 
 
@@ -96,6 +96,7 @@ def reproduce(
         return {"trained": _train_only(protocol, options, tiles, progress)}
     study = Study(options, tiles, progress)
     report = protocol.run(study)
+    remove_locks(options.out)
     report.about["training time"] = study.took()
     return report.write(options.out)
 
@@ -105,8 +106,8 @@ def _train_only(
 ) -> list[str]:
     """Train until no training is left; returns the names of those that this process ran.
 
-    While other processes train some, waits for the first of these and starts again: another training may
-    have needed it, or the process may have been killed.
+    While other processes train some, waits until one of these ends and starts again: another training may
+    have needed it, or its process may have been killed.
     """
     trained: list[str] = []
     while True:
@@ -116,8 +117,7 @@ def _train_only(
         trained += study.trained
         if not study.shared:
             return trained
-        with locked(study.lock(study.shared[0]), lambda: None):
-            pass
+        study.wait_for_others()
 
 
 __all__ = ["PROTOCOLS", "Protocol", "find_protocol", "reproduce"]

@@ -130,6 +130,7 @@ def reproduce(study: Study) -> Report:
     ]
     classes = len({tile.label for tile in study.tiles.tiles})
     runs = _Runs(study, pretrain, epochs, common)
+    study.check_fits(size_px)
     records = _train(runs, seeds)
     switches = _train_switches(runs, seeds) if "switches" in study.parts else {}
     first_k = _train_first_k(runs, seeds, classes) if "table4" in study.parts else {}

@@ -60,6 +60,7 @@ def reproduce(study: Study) -> Report:
         "epochs_head": half,
         "epochs_tail": half,
     }
+    study.check_fits(size_px)
     for fold in range(folds):
         shared |= {"fold": fold, "folds": count}
         if lite0:

@@ -86,6 +86,8 @@ def reproduce(study: Study) -> Report:
         positive=positive,
     )  # fmt: skip
     _note_differences(study, report, names)
+    for net in NETS.values():
+        study.check_fits(net.size_px, _tiles(study, net))
     records = {
         cell: record for fold in range(folds) for cell, record in _train(study, fold).items()
     }

@@ -77,6 +77,7 @@ def reproduce(study: Study) -> Report:
         "size_px": size_px, "epochs": epochs, "clusters": k, "split": options.split, "judge": False,
         "batch": batch, "reassign": reassign, "plateau": 0 if reassign > 1 else 5,
     }  # fmt: skip
+    study.check_fits(size_px)
     records: Records = {name: [] for name in NETS}
     for seed in range(seeds):
         for name, net in NETS.items():

@@ -16,6 +16,7 @@ from ...artifacts.tilesets import Tile, TileSet
 from ...console import Progress
 from ...errors import BadInput
 from ...metrics import Floats, Ints
+from .. import data
 from ..checkpoint import load_encoder, load_tensors
 from ..data import LabelledTiles, load
 from ..evaluate import to_input
@@ -25,7 +26,7 @@ from ..run import RECORD, WEIGHTS
 from ..study_options import StudyOptions
 from . import figures
 from .report import Report
-from .sharing import AllAsked, Elsewhere, locked
+from .sharing import ENDING, AllAsked, Elsewhere, locked, wait_for_any
 
 RECORDS = "records.json"
 """Records of finished trainings in the folder of a report: with this file, another machine can continue."""
@@ -150,7 +151,7 @@ class Study:
             judged = [row for row in record["epochs"] if "accuracy" in row]
             kept = {"identity": identity, "metrics": record["metrics"], "epochs": judged}
             kept["seconds"] = record.get("seconds")
-            with locked(self.out / f"{RECORDS}.lock", lambda: None):
+            with locked(self.out / f"{RECORDS}{ENDING}", lambda: None):
                 write_json(self.out / RECORDS, {**self._records(), cell: kept})
         return record
 
@@ -162,6 +163,12 @@ class Study:
         """
         if self.options.train_only:
             raise AllAsked
+
+    def wait_for_others(self) -> None:
+        """Wait until one of the trainings that other processes run ends."""
+        shared = list(dict.fromkeys(self.shared))
+        self._show(0.0, f"waiting, because other processes train {', '.join(shared)}")
+        wait_for_any([self.lock(cell) for cell in shared])
 
     def _waits(self, cell: str) -> Callable[[], None]:
         return lambda: self._show(0.0, f"{cell}: waiting, because another process trains it")
@@ -239,16 +246,22 @@ class Study:
         Raises:
             BadInput: the tiles do not fit into memory.
         """
-        data = load(self.tiles if tiles is None else tiles, size_px, lambda *_: None)
-        if data.stream is not None:
-            raise BadInput(
-                f"{len(data)} tiles of {size_px} px do not fit into memory; pass --limit"
-            )
-        return data
+        self.check_fits(size_px, tiles)
+        return load(self.tiles if tiles is None else tiles, size_px, lambda *_: None)
+
+    def check_fits(self, size_px: int, tiles: TileSet | None = None) -> None:
+        """Check that :meth:`load` will have room; called before the trainings, which need less.
+
+        Raises:
+            BadInput: the tiles do not fit into memory.
+        """
+        count = len(self.tiles if tiles is None else tiles)
+        if count * size_px * size_px * 3 > data.MAX_BYTES:
+            raise BadInput(f"{count} tiles of {size_px} px do not fit into memory; pass --limit")
 
     def lock(self, cell: str) -> Path:
         """Return the lock of a cell's training."""
-        return self.out / "runs" / f"{cell}.lock"
+        return self.out / "runs" / f"{cell}{ENDING}"
 
     def folder(self, cell: str) -> Path:
         """Return the folder of a cell's run."""

@@ -143,6 +143,7 @@ def reproduce(study: Study) -> Report:
             folds=0, judge=False, clusters=10, kmeans="minibatch", **setting,
         )  # fmt: skip
 
+    study.check_fits(side)
     records = {
         f"{net.lower()}-{code}": train(f"{net.lower()}-{code}", net, code, _settings(net)[TABLES])
         for net in nets

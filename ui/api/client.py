@@ -15,7 +15,7 @@ import json
 import os
 import ssl
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
@@ -192,7 +192,10 @@ class Client:
         field: str = "images",
     ) -> dict[str, Any]:
         """Send fields as JSON; with images, as a form."""
-        several: list[Any] = list(images) if isinstance(images, list | tuple) else [images]
+        one = (
+            isinstance(images, Image) or not isinstance(images, Iterable) or hasattr(images, "read")
+        )
+        several: list[Any] = [images] if one else list(images)  # type: ignore[arg-type]
         if not several:
             return self._json("POST", path, json=_given(fields))
         files = [(field, _named(image, number)) for number, image in enumerate(several)]
@@ -227,14 +230,11 @@ def _given(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _named(image: Image, number: int) -> tuple[str, bytes]:
     """Return an image's file name and bytes."""
-    if hasattr(image, "read"):
-        image = image.read()  # an open file
     if isinstance(image, bytes):
         return f"image-{number}", image
     if not isinstance(image, str | Path):
         raise BadInput(
-            f"an image is of type {type(image).__name__}; expected a path, the bytes of an image file, or "
-            "an open file"
+            f"an image is of type {type(image).__name__}; expected a path or the bytes of an image file"
         )
     path = Path(image)
     try:

@@ -109,8 +109,8 @@ def add_queries(app: FastAPI, server: Server) -> None:
             )
             if fields.leave_out and not (query.tiles or among.like):
                 raise BadInput(
-                    f"leave_out {fields.leave_out!r} is for the tiles in like: the slide and patient of an "
-                    "image are not known; use where, such as \"patient != 'P7'\""
+                    f"leave_out {fields.leave_out!r} is for tiles in like, and none is given; use where, "
+                    "such as \"patient != 'P7'\""
                 )
             answer = session.search(query, fields.clustering, regions, scaled, among)
             server.note_search(request, answer)

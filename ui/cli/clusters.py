@@ -62,8 +62,7 @@ def fit(
             )
         elif foreign:
             console.say(
-                f"not used, because unlike stained tissue: {counted(foreign, 'tile')}; unknown in every "
-                "cluster"
+                f"not used, because unlike stained tissue: {counted(foreign, 'tile')}, counted as unknown"
             )
         if "silhouette_by_k" in result:
             curve = ", ".join(

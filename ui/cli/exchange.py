@@ -177,6 +177,8 @@ def export(
     with console.working(f"writing {out}"):
         opened = Atlas(atlas)
         wrote = write(opened, out, to, where, **more)
+    for note in opened.view().filter_notes(where):
+        console.say(note)
     left_out = without_size(opened.view(), where) if to == "geojson" else {}
     corners = origins(opened.view(), where) if to == "geojson" else {}
     unknown = sorted(name for name, corner in corners.items() if corner is None)

@@ -53,7 +53,7 @@ class Assignment(NamedTuple):
 
 
 class Hits(list[Hit]):
-    """Similar tiles, best first; Jupyter shows their images. A pickled copy has no images."""
+    """Similar tiles, best first; Jupyter shows their images. A copy has no images."""
 
     def __init__(self, hits: Iterable[Hit], pictures: Pictures | None = None) -> None:
         """Store hits, and the reader of their pixels."""
@@ -61,7 +61,7 @@ class Hits(list[Hit]):
         self._pictures = pictures
 
     def __reduce__(self) -> tuple[type[Hits], tuple[list[Hit]]]:
-        """Pickle the hits only."""
+        """Copy or pickle the hits only."""
         return type(self), (list(self),)
 
     def _repr_html_(self) -> str:
@@ -267,8 +267,8 @@ class Atlas:
         )
         if leave_out != "tile" and not tiles:
             raise BadInput(
-                f"leave_out={leave_out!r} is for tiles in like only: the slide and patient of an image are "
-                "not known; use where, such as \"patient != 'P7'\""
+                f"leave_out={leave_out!r} is for tiles in like, and none is given; use where, such as "
+                "\"patient != 'P7'\""
             )
         single = combined or (images is not None and is_one(images))
         separate = [] if images is None else read_images(images, self._size)
@@ -309,7 +309,10 @@ class Atlas:
 
         See :meth:`histoseek.index.view.View.similar`.
         """
-        return Cases(self.index.similar(query, k, by, how, where))
+        cases = Cases(self.index.similar(query, k, by, how, where))
+        for note in self.index.ask(View.filter_notes, where):
+            warnings.warn(note, stacklevel=2)
+        return cases
 
     def assign(
         self, images: Image | Sequence[Image], clustering: str | None = None
@@ -347,7 +350,7 @@ class Atlas:
 
 
 class Slides(list[dict[str, Any]]):
-    """Slides and tile sets of an atlas; Jupyter shows an image of each. A pickled copy has no images."""
+    """Slides and tile sets of an atlas; Jupyter shows an image of each. A copy has no images."""
 
     def __init__(self, slides: Iterable[dict[str, Any]], pictures: Pictures | None = None) -> None:
         """Store rows, and the reader of their pixels."""
@@ -355,7 +358,7 @@ class Slides(list[dict[str, Any]]):
         self._pictures = pictures
 
     def __reduce__(self) -> tuple[type[Slides], tuple[list[dict[str, Any]]]]:
-        """Pickle the rows only."""
+        """Copy or pickle the rows only."""
         return type(self), (list(self),)
 
     def _repr_html_(self) -> str:
@@ -377,12 +380,12 @@ def _figure(read: Callable[[], bytes] | None, lines: Sequence[str]) -> str:
     return figure_html(jpeg, lines)
 
 
-def _examples(given: Example | Sequence[Example]) -> tuple[list[Image], tuple[int, ...]]:
-    """Separate examples into images and tile ids."""
+def _examples(given: Example | Sequence[Example]) -> tuple[list[Image], tuple[Any, ...]]:
+    """Separate examples into images and tile ids, which the query checks."""
     if isinstance(given, int | np.integer):
-        return [], (int(given),)
+        return [], (given,)
     if isinstance(given, np.ndarray) and given.dtype != np.uint8:
         given = given.ravel().tolist()  # ids
     several: Any = [given] if is_one(given) else given  # type: ignore[arg-type]
-    tiles = tuple(int(one) for one in several if isinstance(one, int | np.integer))
+    tiles = tuple(one for one in several if isinstance(one, int | np.integer))
     return [one for one in several if not isinstance(one, int | np.integer)], tiles

@@ -43,6 +43,8 @@ def _pixels(image: Image) -> Rgb:
         return decode(Path(image))
     if hasattr(image, "read") and not isinstance(image, Pillow.Image):
         image = image.read()  # an open file
+        if not isinstance(image, bytes):
+            raise BadInput("an image is a file that is open as text; open it with mode 'rb'")
     if isinstance(image, bytes | np.ndarray | Pillow.Image):
         return decode(image)
     raise BadInput(
