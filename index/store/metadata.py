@@ -11,7 +11,7 @@ from ...artifacts.feature_files import name_in
 from ...artifacts.slide_names import SlideName, match
 from ...artifacts.walking import LeftOut
 from ...errors import NotFound, unknown_name
-from .rows import Added, checked_row
+from .rows import Added, check_types, checked_row
 
 Row = dict[str, str]
 Metadata = Mapping[str, Mapping[str, Any]]
@@ -74,10 +74,12 @@ def match_rows(metadata: Metadata, files: Sequence[Path], slides: Iterable[Any])
         slides: rows of the atlas's table; a name that matches one of these and a new slide is ambiguous.
 
     Raises:
-        BadInput: a row matches two slides, or two rows match one slide.
+        BadInput: a row matches two slides, two rows match one slide, or a row is no dictionary of texts.
     """
     if not metadata:
         return Rows()
+    for row in metadata.values():
+        check_types(row)
     # Feature files with the same name and source path belong to one slide (at two magnifications).
     # With different source paths they belong to two slides.
     files_of: dict[SlideName, list[Path]] = {}

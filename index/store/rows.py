@@ -82,6 +82,19 @@ NOT_TAKEN = ("mpp", "path")
 """Columns of a table that an atlas takes from the features instead."""
 
 
+def check_types(row: Any) -> None:
+    """Check that a metadata row that a program gives is a dictionary of texts or numbers.
+
+    Raises:
+        BadInput: it is something else.
+    """
+    if not isinstance(row, Mapping):
+        raise BadInput(f"a row of the metadata is {row!r}; expected a dictionary of columns")
+    for key, value in row.items():
+        if isinstance(value, bytes | list | tuple | set | Mapping):
+            raise BadInput(f"the column {key!r} of the metadata has {value!r}; expected text")
+
+
 def checked_row(row: Mapping[Any, Any]) -> dict[str, str]:
     """Return a metadata row that a user gives, with its values as texts.
 
@@ -89,11 +102,7 @@ def checked_row(row: Mapping[Any, Any]) -> dict[str, str]:
         BadInput: it is no dictionary; a value is neither text nor number; or a column is named like
             ``patient`` but for its case, and would not be taken for it.
     """
-    if not isinstance(row, Mapping):
-        raise BadInput(f"a row of the metadata is {row!r}; expected a dictionary of columns")
-    for key, value in row.items():
-        if isinstance(value, bytes | list | tuple | set | Mapping):
-            raise BadInput(f"the column {key!r} of the metadata has {value!r}; expected text")
+    check_types(row)
     clean = clean_row(row)
     for name in clean:
         if (meant := own_name(name, clean)) != name:
