@@ -27,9 +27,9 @@ def quick(name, tiles, out, **options):
     written = (out / "report.json").exists()
     reproduce(name, replace(chosen, train_only=True), tiles, silent)
     assert (out / "report.json").exists() == written
-    runs = set((out / "runs").glob("*"))
+    runs = set(out.rglob("run.json"))
     reproduce(name, chosen, tiles, silent)
-    assert written or set((out / "runs").glob("*")) == runs
+    assert written or set(out.rglob("run.json")) == runs
     assert not list(out.rglob("*.lock"))  # removed with the report
     return json.loads((out / "report.json").read_text())
 

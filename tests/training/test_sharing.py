@@ -167,7 +167,7 @@ def test_a_lock_is_held_once_and_that_of_a_killed_process_is_free(tmp_path):
         assert mine
 
 
-@pytest.mark.parametrize("number", [errno.ESTALE, errno.ENOENT, errno.EWOULDBLOCK])
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EWOULDBLOCK])
 def test_a_file_that_another_host_removed_is_tried_again(tmp_path, monkeypatch, number):
     real, tries = fcntl.flock, []
 

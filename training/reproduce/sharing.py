@@ -7,13 +7,13 @@ The files stay until the report is written.
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from ... import stopping
 from ...artifacts.files import storage_failed
@@ -22,9 +22,6 @@ from ...errors import StorageFailed
 ENDING = ".lock"
 NO_LOCKS = {errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP}
 """Errors of file systems without locks."""
-REMOVED = {errno.ENOENT, errno.ESTALE}
-"""Errors of a file that another process removed just now."""
-HELD = {errno.EWOULDBLOCK, errno.EACCES}
 
 
 class AllAsked(Exception):
@@ -50,10 +47,10 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[bo
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        file = _take(path)
-        if file is None and waiting is not None:
+        lock = FileLock(path)
+        if not _take(lock) and waiting is not None:
             waiting()
-            while (file := _take(path)) is None:
+            while not _take(lock):
                 stopping.check()
                 time.sleep(stopping.POLL_S)
     except OSError as error:
@@ -67,10 +64,9 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[bo
         yield True
         return
     try:
-        yield file is not None
+        yield lock.is_locked
     finally:
-        if file is not None:
-            os.close(file)
+        lock.release()
 
 
 def wait_for_any(paths: Sequence[Path]) -> None:
@@ -94,17 +90,14 @@ def remove_locks(folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def _take(path: Path) -> int | None:
-    """Return the open file of the lock; None if another process holds it."""
-    file = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+def _take(lock: FileLock) -> bool:
+    """Take the lock if no other process holds it; return whether this process holds it now."""
     try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        if os.path.samestat(os.stat(path), os.fstat(file)):
-            return file
+        lock.acquire(timeout=0)
+    except Timeout:
+        return False
     except OSError as error:
-        os.close(file)
-        if error.errno not in REMOVED | HELD:
+        if error.errno != errno.ESTALE:  # another host removed the file just now
             raise
-        return None
-    os.close(file)
-    return None
+        return False
+    return True
