@@ -375,8 +375,8 @@ def notes_of(columns: Columns, wanted: Filter) -> list[str]:
     if not strange:
         return []
     return [
-        f"not compared with a number: {len(strange)} of {len(names)} different values of {wanted.field!r}, "
-        f"which are no numbers, such as {strange[0]!r}"
+        f"no numbers, so not compared with one: {len(strange)} of {len(names)} different values of "
+        f"{wanted.field!r}, such as {strange[0]!r}"
     ]
 
 

@@ -270,7 +270,7 @@ def test_columns_of_any_name_and_texts_of_any_characters_are_asked_as_they_stand
 def test_cells_that_are_no_numbers_are_counted(atlas, cli, tmp_path):
     (note,) = atlas.view().filter_notes("not (stage > 1 and stage <= 5)")
     assert note == (
-        "not compared with a number: 1 of 4 different values of 'stage', which are no numbers, such as 'x'"
+        "no numbers, so not compared with one: 1 of 4 different values of 'stage', such as 'x'"
     )
     assert atlas.view().filter_notes("stage in (1, 'x') or stage = 2") == [note]
     for where in (None, "stage = 'x'", "stage != 1", "stage is null", "x > 3", "cluster = 1"):
