@@ -14,8 +14,8 @@ from ..artifacts.walking import LeftOut, once, walk
 from ..errors import BadInput, HistoseekError
 
 PICKLES = frozenset({".pt", ".pth", ".pkl"})
-OTHERS = frozenset({".npy", ".npz", ".parquet", ".feather", ".hdf5", ".h5ad", ".mat"})
-"""Further files in which people keep vectors, and which a search of folders leaves out."""
+VECTORS = frozenset({".npy", ".npz", ".parquet", ".feather", ".h5ad", ".mat"})
+"""Further files in which people keep vectors, and which are not read."""
 
 
 def read_metadata(path: Path | None) -> Table | None:
@@ -106,7 +106,7 @@ def find_feature_files(inputs: Sequence[Path]) -> tuple[list[Path], list[LeftOut
         unread = [
             LeftOut(str(file), "a pickle, which can run code" if kind in PICKLES else NOT_READ)
             for file in walked.files
-            if (kind := file.suffix.lower()) in PICKLES | OTHERS
+            if (kind := file.suffix.lower()) in PICKLES | VECTORS | {".hdf5"}
         ]
         if not inside:
             kinds = ", ".join(sorted({Path(item.path).suffix.lower() for item in unread}))

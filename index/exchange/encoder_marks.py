@@ -7,7 +7,6 @@ STAMP names it in the attribute ``extractor``.
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ import h5py
 
 from ...artifacts.feature_files import plain_shape, text_of
 from ...artifacts.hdf5_files import open_hdf5
+from ...console import counted
 from ...errors import HistoseekError, Mismatch
 
 _FOLDER = re.compile(r"features_(.+)")
@@ -46,58 +46,50 @@ def mark_of(stored: h5py.File, path: Path) -> Mark | None:
     return None
 
 
-def check_one_encoder(files: Sequence[Path]) -> None:
-    """Check that all files name the same encoder; unreadable files are skipped and reported later.
+def check_alike(files: Sequence[Path], one_length: bool) -> None:
+    """Check that the features of all files can be compared; unreadable files are reported later.
+
+    Args:
+        files: opened once each; only names and shapes are read.
+        one_length: also check the length of the vectors, as for a new atlas.
 
     Raises:
-        Mismatch: the files name several encoders; the message lists each one with its number of files.
+        Mismatch: the files name several encoders, or have vectors of several lengths; the message lists
+            each one with its number of files.
     """
-    counts: Counter[str] = Counter()
-    first: dict[str, str] = {}
+    encoders: dict[str, list[str]] = {}
+    lengths: dict[str, list[str]] = {}
     for path in files:
         try:
             with open_hdf5(path) as stored:
-                mark = mark_of(stored, path)
+                mark, length = mark_of(stored, path), _length_of(stored)
         except (HistoseekError, OSError, RuntimeError, ValueError, KeyError):
             continue
         if mark is not None:
-            counts[repr(mark.encoder)] += 1
-            first.setdefault(repr(mark.encoder), f"{path}, {mark.source}")
-    if len(counts) > 1:
+            encoders.setdefault(repr(mark.encoder), []).append(f"{path}, {mark.source}")
+        if length is not None:
+            lengths.setdefault(str(length), []).append(str(path))
+    if len(encoders) > 1:
         raise Mismatch(
-            f"the files are from {len(counts)} encoders, whose features cannot be compared: "
-            f"{_listed(counts, first)}; nothing was imported: import the folder of one encoder"
+            f"the files are from {len(encoders)} encoders, whose features cannot be compared: "
+            f"{_listed(encoders)}; nothing was imported: import the folder of one encoder"
+        )
+    if one_length and len(lengths) > 1:
+        raise Mismatch(
+            f"the files have vectors of {len(lengths)} lengths, which cannot be compared: "
+            f"{_listed(lengths)}; nothing was imported: give the files of one encoder"
         )
 
 
-def check_one_length(files: Sequence[Path]) -> None:
-    """Check that the vectors of all files have one length; unreadable files are skipped and reported later.
-
-    Raises:
-        Mismatch: they have several; the message lists each one with its number of files.
-    """
-    counts: Counter[str] = Counter()
-    first: dict[str, str] = {}
-    for path in files:
-        try:
-            with open_hdf5(path) as stored:
-                data = stored.get("features", stored.get("feats"))
-                if not isinstance(data, h5py.Dataset) or len(shape := plain_shape(data)) != 2:
-                    continue
-                length = str(shape[1])
-        except (HistoseekError, OSError, RuntimeError, ValueError, KeyError, IndexError):
-            continue
-        counts[length] += 1
-        first.setdefault(length, str(path))
-    if len(counts) > 1:
-        raise Mismatch(
-            f"the files have vectors of {len(counts)} lengths, which cannot be compared: "
-            f"{_listed(counts, first)}; nothing was imported: give the files of one encoder"
-        )
+def _length_of(stored: h5py.File) -> int | None:
+    """Return the length of the vectors of a file's tiles; None if it has none of the known layouts."""
+    data = stored.get("features", stored.get("feats"))
+    shape = plain_shape(data) if isinstance(data, h5py.Dataset) else ()
+    return shape[1] if len(shape) == 2 else None
 
 
-def _listed(counts: Counter[str], first: dict[str, str]) -> str:
+def _listed(found: dict[str, list[str]]) -> str:
+    most = sorted(found.items(), key=lambda item: -len(item[1]))
     return "; ".join(
-        f"{name}: {count} file{'' if count == 1 else 's'} (first {first[name]})"
-        for name, count in counts.most_common()
+        f"{name}: {counted(len(files), 'file')} (first {files[0]})" for name, files in most
     )

@@ -30,20 +30,19 @@ from ...artifacts.files import discard, temporary
 from ...artifacts.hdf5_files import open_hdf5
 from ...artifacts.manifest import Manifest
 from ...artifacts.tables import number_of
-from ...console import Progress, no_progress
+from ...console import Progress, counted, no_progress
 from ...errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed
 from ..atlas import Atlas
 from ..clusters.mosaic import mosaic_of_groups
+from ..inputs import PICKLES, VECTORS
 from ..store.metadata import AddedSlides, Metadata, Row, Rows, match_rows
 from ..store.rows import Added
 from ..vectors.scan import prepared
 from ..writer import Writer
-from .encoder_marks import check_one_encoder, check_one_length, mark_of
+from .encoder_marks import check_alike, mark_of
 
 BY_OPTION = "--encoder"
 """Reported as the source of the encoder's name if the file names none."""
-TABLES = frozenset({".npy", ".npz", ".parquet", ".csv", ".tsv", ".feather", ".h5ad", ".mat"})
-"""Files in which people keep vectors, and which are not read."""
 NO_TILE_SIZE = "the file has no tile size; import it again with --tile-px"
 
 
@@ -60,14 +59,15 @@ def read_tool_features(path: Path, encoder: str, mpp: float | None = None) -> Fe
         Mismatch: the file names another encoder.
         Damaged: the HDF5 file is incomplete.
     """
-    if path.suffix.lower() in {".pt", ".pth", ".pkl"}:
+    suffix = path.suffix.lower()
+    if suffix in PICKLES:
         raise BadInput(
             f"{path} is a pickle, which can run code when it is opened; expected .h5 (CLAM writes both: "
             "use its folder h5_files)"
         )
     if not path.is_file():
         raise BadInput(f"{path} does not exist; check the path")
-    if path.suffix.lower() in TABLES:
+    if suffix in VECTORS or suffix in {".csv", ".tsv"}:
         raise BadInput(
             f"{path} has a layout that is not read; expected .h5 with features (N, D) and coords (N, 2), "
             "one per slide, as TRIDENT and CLAM write it (docs/atlas.md says how to make it from arrays)"
@@ -246,13 +246,12 @@ def import_features(
         raise BadInput(f"mpp is {mpp:g}; expected µm per pixel, such as 0.25")
     if tile_px is not None and tile_px < 1:
         raise BadInput(f"tile_px is {tile_px}; expected the side of a tile in level-0 pixels")
-    check_one_encoder(files)
+    check_alike(files, one_length=not path.exists())
     slides = Atlas(path).slides() if path.exists() else []
     rows = match_rows(metadata, files, slides)
     source = _Source(encoder, rows, mpp, tile_px, projection)
     encoder = source.called
     if not path.exists():
-        check_one_length(files)
         item = _first_readable(files, source.read)
         Atlas.create_external(path, encoder, item.features.shape[1], metric, item.target_mpp)
     atlas = Atlas(path)
@@ -323,7 +322,7 @@ class _Source:
         added = writer.add_features(item, blob, str(file), row, replace_known)
         stored = added.state not in {"failed", "unchanged"}
         reasons = [added.reason, NO_TILE_SIZE if stored and not size else "", note]
-        reasons += [_without_direction(item), _contradiction(item)] if stored else []
+        reasons += [_zeros(item), _contradiction(item)] if stored else []
         encoder_by = str(item.about["encoder_by"])
         return replace(added, reason="; ".join(filter(None, reasons)), encoder_by=encoder_by)
 
@@ -337,10 +336,10 @@ def _with_metadata_mpp(item: Features, row: Row) -> tuple[Features, str]:
     return replace(item, mpp=mpp), note
 
 
-def _without_direction(item: Features) -> str:
+def _zeros(item: Features) -> str:
     """Return a note on tiles whose vector is zero; "" if there are none."""
     count = int((~item.features.any(axis=1)).sum())
-    tiles = "1 tile has" if count == 1 else f"{count} tiles have"
+    tiles = f"{counted(count, 'tile')} {'has' if count == 1 else 'have'}"
     return f"{tiles} only zeros as vector, which is often padding" if count else ""
 
 

@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...console import counted
 from ...errors import Mismatch
 from .catalog import get_meta
 
@@ -47,7 +48,7 @@ def check_scale(db: sqlite3.Connection, name: str, target_mpp: float | None, ori
         if max(theirs, target_mpp) > (1 + TOLERANCE) * min(theirs, target_mpp):
             raise Mismatch(
                 f"{origin} has tiles of {target_mpp:.4g} µm per pixel, but the atlas has tiles of "
-                f"{theirs:.4g} µm per pixel ({slides} slide{'' if slides == 1 else 's'}); the scales may "
+                f"{theirs:.4g} µm per pixel ({counted(slides, 'slide')}); the scales may "
                 f"differ by at most {TOLERANCE:.0%}: embed the slide at the atlas's scale, or pass "
                 "--mixed-scales to `histoseek index add` or `histoseek index import`"
             )

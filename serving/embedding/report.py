@@ -143,7 +143,7 @@ def _show_profiles(results: Sequence[Result]) -> None:
     unused = Counter(r.icc_profile for r in results if r.icc_profile and not r.icc_applied)
     for name, count in unused.most_common(SLOWEST):
         console.say(
-            f"colour profile {name!r} of {count} slide{'' if count == 1 else 's'} was not applied: the "
+            f"colour profile {name!r} of {console.counted(count, 'slide')} was not applied: the "
             "pixels were embedded as they are stored"
         )
     if len(unused) > SLOWEST:

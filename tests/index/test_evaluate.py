@@ -198,3 +198,12 @@ def test_the_command_on_real_tiles_with_their_groups_as_patients(tmp_path, share
     text = cli("index", "evaluate", tmp_path / "atlas", "--bootstrap", 20).stdout
     assert "majority of 5" in text and "embed and search" in text
     assert "NaN" not in json.dumps(report)
+
+
+def test_tiles_without_a_label_are_counted(tmp_path):
+    labels = {f"slide-{n}": {"label": "ab"[n % 2], "patient": f"P{n}"} for n in range(4)}
+    labels["slide-3"]["label"] = ""
+    atlas = filled(tmp_path, slides=4, count=60, metadata=labels)
+    report = evaluate(atlas, RetrievalOptions(bootstrap=20))
+    assert report["queries"] == 180
+    assert "left out: 60 of 240 tiles, which have no value of 'label'" in report["warnings"]

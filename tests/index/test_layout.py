@@ -1,5 +1,7 @@
 """The map of an atlas: its quality, the positions of new tiles, and the handling of its file."""
 
+import json
+
 import numpy as np
 import pytest
 from atlases import features, filled, grouped
@@ -90,7 +92,7 @@ def test_few_tiles_have_a_map_too(count):
         layout.make("a", 0, vectors[:0], "cosine")
 
 
-def test_a_folder_that_is_only_read_still_has_one(tmp_path, monkeypatch):
+def test_a_folder_that_is_only_read_still_has_one_and_says_so(tmp_path, monkeypatch, cli):
     from histoseek.errors import StorageFailed
 
     atlas = filled(tmp_path, slides=1, count=60)
@@ -99,8 +101,16 @@ def test_a_folder_that_is_only_read_still_has_one(tmp_path, monkeypatch):
         raise StorageFailed("read-only")
 
     monkeypatch.setattr("histoseek.index.atlas.write_atomic", refuse)
-    assert len(atlas.make_layout().points) == 60
+    made = atlas.make_layout()
+    assert len(made.points) == 60 and not made.stored
     assert not (atlas.path / layout.FILE).exists()
+    said = cli("index", "map", atlas.path, check=True)
+    assert "not stored, because the folder cannot be written" in " ".join(said.stdout.split())
+    assert (
+        json.loads(cli("index", "map", atlas.path, "--json", check=True).stdout)["stored"] is False
+    )
+    monkeypatch.undo()
+    assert atlas.make_layout().stored and atlas.layout().stored
 
 
 def test_the_command_makes_it(tmp_path, cli_json):

@@ -4,6 +4,7 @@ import copy
 import io
 import os
 import pickle
+import shutil
 
 import numpy as np
 import pytest
@@ -137,3 +138,15 @@ def test_wrong_types_are_refused_in_words(own, name):
         call(own)
     assert says in str(caught.value)
     assert before == (own.slides(), own.index.cluster_names()) and own.verify() == []
+
+
+def test_writing_to_a_deleted_atlas_does_not_bring_its_folder_back(own, tmp_path):
+    shutil.rmtree(own.path)
+    for write in (own.fit, lambda: own.add([]), lambda: own.remove("case-1")):
+        with pytest.raises(BadInput, match="does not exist|is not an atlas"):
+            write()
+    assert not own.path.exists()
+
+
+def test_an_atlas_shows_its_folder(opened):
+    assert repr(opened) == f"Atlas({str(opened.path)!r})"
