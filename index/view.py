@@ -82,7 +82,14 @@ class View:
 
     def filter_notes(self, where: str | None) -> list[str]:
         """Return what a filter leaves out without a word: values that are no numbers; see ``filters``."""
-        return [] if where is None else filters.notes_of(self.columns, filters.parse(where))
+        if where is None or not where.strip():
+            return []
+        columns, names = self.columns, set(self.columns.names())
+
+        def values_of(name: str) -> list[str] | None:
+            return columns.coded(name).names if name in names else None
+
+        return filters.notes_of(values_of, filters.parse(where))
 
     def vector_of(self, query: Query) -> NDArray[np.float32]:
         """Return the vector (D,) that combines all examples of a query."""

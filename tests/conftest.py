@@ -304,3 +304,9 @@ def cli_json(cli: Callable[..., SimpleNamespace]) -> Callable[..., Any]:
         return json.loads(done.stdout)
 
     return run
+
+
+@pytest.fixture
+def cli_answers(cli_json: Callable[..., Any]) -> Callable[..., Any]:
+    """Run a query on the command line and return its answers."""
+    return lambda *words, **more: cli_json(*words, **more)["answers"]

@@ -75,8 +75,8 @@ def make(folder):
     histoseek("index", "name", atlas, "0", "stroma")
     histoseek("index", "tune", atlas)
     histoseek("index", "relabel", atlas, "--metadata", folder / "relabel.csv")
-    hits = histoseek("index", "search", atlas, folder / "tiles/tissue/03.png", "-k", 5)
-    similar = histoseek("index", "similar", atlas, "case-1")
+    hits = histoseek("index", "search", atlas, folder / "tiles/tissue/03.png", "-k", 5)["answers"]
+    similar = histoseek("index", "similar", atlas, "case-1")["answers"]
     answers = {"hits": hits, "similar": similar, "stats": histoseek("index", "stats", atlas)}
     (folder / "answers.json").write_text(json.dumps(answers, indent=1))
 

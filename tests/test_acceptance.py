@@ -18,7 +18,9 @@ CROPS = 100
 
 
 @pytest.mark.shared
-def test_a_rotated_crop_of_the_slide_finds_its_own_place(cmu_slide, cli_json, tmp_path):
+def test_a_rotated_crop_of_the_slide_finds_its_own_place(
+    cmu_slide, cli_json, cli_answers, tmp_path
+):
     """100 crops, each of a random tile of the atlas turned by any angle and mirrored half the time."""
     report = cli_json("embed", cmu_slide, "--out", tmp_path / "features")
     atlas = tmp_path / "atlas"
@@ -36,7 +38,7 @@ def test_a_rotated_crop_of_the_slide_finds_its_own_place(cmu_slide, cli_json, tm
             queries.append(tmp_path / f"crop-{number}.png")
             Image.fromarray(crop).save(queries[-1])
             places.append((x, y))
-    answers = cli_json("index", "search", atlas, *queries, "-k", 1)
+    answers = cli_answers("index", "search", atlas, *queries, "-k", 1)
     found = sum(
         covers(hit["x"], hit["y"], item.size_px_level0, x, y)
         for (hit,), (x, y) in zip(answers, places, strict=True)
@@ -67,9 +69,9 @@ def test_without_torch_a_newcomer_embeds_indexes_and_searches(make_slide, tmp_pa
     run("index", "create", "atlas")
     assert run("index", "add", "atlas", "features")["ok"]
     assert run("index", "fit", "atlas", "--k", 3)["clusters"] == 3
-    (hits,) = run("index", "search", "atlas", "query.png", "-k", 3)
+    (hits,) = run("index", "search", "atlas", "query.png", "-k", 3)["answers"]
     assert [h["rank"] for h in hits] == [1, 2, 3] and hits[0]["slide"] == "case-1"
-    (placed,) = run("index", "assign", "atlas", "query.png")
+    (placed,) = run("index", "assign", "atlas", "query.png")["answers"]
     assert 0 <= placed["cluster"] < 3
     assert run("index", "verify", "atlas")["ok"] and run("doctor")["ok"]
 

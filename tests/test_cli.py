@@ -35,8 +35,8 @@ def test_version_and_help(cli_process):
         assert verb in text
 
 
-def test_search_gives_a_list_of_hits_per_picture(cli_json, atlas, tile_folder):
-    one, two = cli_json(
+def test_search_gives_a_list_of_hits_per_picture(cli_answers, atlas, tile_folder):
+    one, two = cli_answers(
         "index", "search", atlas, tile_folder / "cat/01.png", tile_folder / "retina/02.png", "-k", 3
     )
     assert len(one) == len(two) == 3
@@ -57,17 +57,17 @@ def test_search_gives_a_list_of_hits_per_picture(cli_json, atlas, tile_folder):
     assert two[0]["label"] == "retina" and two[0]["cluster"] >= 0
 
 
-def test_assign_gives_cluster_distance_strength_unknown(cli_json, atlas, tile_folder):
-    (placed,) = cli_json("index", "assign", atlas, tile_folder / "cat/01.png")
+def test_assign_gives_cluster_distance_strength_unknown(cli_answers, atlas, tile_folder):
+    (placed,) = cli_answers("index", "assign", atlas, tile_folder / "cat/01.png")
     assert {"cluster", "distance", "strength", "unknown"} <= set(placed)
 
 
 def test_one_bad_picture_stops_no_other_and_the_exit_code_tells(
-    cli_json, atlas, tile_folder, tmp_path
+    cli_answers, atlas, tile_folder, tmp_path
 ):
     (tmp_path / "bad.png").write_bytes(b"")
     for verb in ("search", "assign"):
-        bad, good = cli_json(
+        bad, good = cli_answers(
             "index", verb, atlas, tmp_path / "bad.png", tile_folder / "cat/01.png", expect=1
         )
         assert "0 bytes" in bad["error"]["message"] and good
@@ -84,19 +84,21 @@ def test_one_bad_picture_stops_no_other_and_the_exit_code_tells(
     ],
 )
 def test_a_picture_much_smaller_larger_or_longer_than_a_tile_is_said(
-    cli, atlas, tmp_path, size, said
+    cli, cli_json, atlas, tmp_path, size, said
 ):
     path = tmp_path / "region.png"
     Image.new("RGB", size, "pink").save(path)
     for verb, remedy in (("search", "; pass --mpp to search all of it"), ("assign", "")):
-        ran = cli("index", verb, atlas, path, "--json", check=True)
-        json.loads(ran.stdout)
-        text = " ".join(ran.stderr.split())
+        notes = cli_json("index", verb, atlas, path)["notes"]
+        text = " ".join(cli("index", verb, atlas, path, check=True).stdout.split())
+        assert all(note in text for note in notes)
+        of_size = [note for note in notes if "one tile of" in note]
         if said is None:
-            assert "one tile of" not in text
+            assert of_size == []
         else:
-            assert f"{path.name} {said}" in text
-            assert (f"224 x 224{remedy}" in text) and ("--mpp" in text) == (remedy != "")
+            (note,) = of_size
+            assert f"{path.name} {said}" in note
+            assert note.endswith(f"224 x 224{remedy}")
 
 
 def test_stats_and_verify(cli_json, atlas):
@@ -177,7 +179,9 @@ def test_train_list_shows_recipes_models_and_options(cli, cli_json):
     assert "--margin" in cli("train", "--list").stdout
 
 
-def test_train_export_embed_search_with_an_encoder_of_ones_own(cli_json, tile_folder, tmp_path):
+def test_train_export_embed_search_with_an_encoder_of_ones_own(
+    cli_json, cli_answers, tile_folder, tmp_path
+):
     run, bundle, atlas = tmp_path / "run", tmp_path / "mine", tmp_path / "atlas"
     record = cli_json(
         "train", "arcface", tile_folder, "--out", run, "--size-px", 64, "--epochs", 4,
@@ -190,7 +194,7 @@ def test_train_export_embed_search_with_an_encoder_of_ones_own(cli_json, tile_fo
     assert report["ok"] and report["tiles"] == 72
     cli_json("index", "create", atlas, "--encoder", bundle)
     assert cli_json("index", "add", atlas, tmp_path / "f")["ok"]
-    ((best, *_),) = cli_json("index", "search", atlas, tile_folder / "tissue/00.png", "-k", 2)
+    ((best, *_),) = cli_answers("index", "search", atlas, tile_folder / "tissue/00.png", "-k", 2)
     assert best["score"] > 0.99 and best["patient"] == "tissue-0"
     foreign = cli_json("embed", tile_folder, "--out", tmp_path / "default")
     refused = cli_json("index", "add", atlas, foreign["results"][0]["features"], expect=1)

@@ -42,12 +42,12 @@ def same(now, then):
     return now == then
 
 
-def test_the_atlas_opens_and_answers_as_before(cli_json, former, answers):
+def test_the_atlas_opens_and_answers_as_before(cli_json, cli_answers, former, answers):
     atlas = former / "atlas"
     assert cli_json("index", "verify", atlas)["problems"] == []
     asked = former / "tiles/tissue/03.png"
-    assert same(cli_json("index", "search", atlas, asked, "-k", 5), answers["hits"])
-    assert same(cli_json("index", "similar", atlas, "case-1"), answers["similar"])
+    assert same(cli_answers("index", "search", atlas, asked, "-k", 5), answers["hits"])
+    assert same(cli_answers("index", "similar", atlas, "case-1"), answers["similar"])
     stats = cli_json("index", "stats", atlas)
     more = [name for name in stats["fields"] if name.startswith("annotation.")]
     assert len(more) == 3  # newer than the atlas
@@ -65,12 +65,12 @@ def test_the_atlas_can_be_changed(cli_json, former, answers, tmp_path):
     assert tiles == answers["stats"]["tiles"]
 
 
-def test_features_go_into_a_new_atlas(cli_json, former, answers, tmp_path):
+def test_features_go_into_a_new_atlas(cli_json, cli_answers, former, answers, tmp_path):
     atlas = tmp_path / "atlas"
     cli_json("index", "create", atlas, "--encoder", former / "bundle")
     table = former / "cases.csv"
     assert cli_json("index", "add", atlas, former / "features", "--metadata", table)["ok"]
-    (first, *_) = cli_json("index", "search", atlas, former / "tiles/tissue/03.png", "-k", 5)
+    (first, *_) = cli_answers("index", "search", atlas, former / "tiles/tissue/03.png", "-k", 5)
     assert [h["score"] for h in first] == pytest.approx(
         [h["score"] for h in answers["hits"][0]], abs=2e-5
     )

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from ...errors import BadInput, Mismatch, MissingPart, unknown_name
 from ..clusters.clustering import Clustering
 from ..search.columns import NOT_PLACED
-from ..search.filters import Every, parse, without_fields
+from ..search.filters import Every, notes_of, parse, without_fields
 from ..search.query import Query
 from ..store.packing import MISSING
 from ..store.rows import Hit
@@ -189,6 +189,12 @@ class MilvusAtlas:
         clustering = Clustering.from_bytes(record["method"], blob, record["about"])
         names = {int(cluster): text for cluster, text in record["names"].items()}
         return clustering.assign(queries).rows(names)
+
+    def filter_notes(self, where: str | None) -> list[str]:
+        """Return what a filter leaves out without a word; see ``View.filter_notes``."""
+        if self.about is None or where is None or not where.strip():
+            return []
+        return notes_of(self.about.columns.get, parse(where))
 
     def newest(self) -> About:
         """Return the newest description of the collection.

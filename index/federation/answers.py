@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from ..search.cases import Similar
@@ -78,11 +78,13 @@ class Answer:
         hits: by example, best first; one list if the query combines its examples.
         shards: the shards that were asked, in the order of the federation.
         shared_slides: slides that several of the searched shards have, with the names of these shards.
+        notes: what the filter leaves out, by shard.
     """
 
     hits: list[list[Found]]
     shards: list[Searched]
     shared_slides: dict[str, list[str]]
+    notes: list[str] = field(default_factory=list)
 
     @property
     def away(self) -> list[Searched]:

@@ -16,7 +16,7 @@ from ..search.query import Query
 from .answers import FoundCase
 from .asking import Asking
 from .parts import not_in, reasons_of
-from .shards import AtlasShard, Facts
+from .shards import AtlasShard, Facts, Reply
 
 
 @dataclass(frozen=True)
@@ -101,8 +101,8 @@ class Comparing:
         settings: Query,
         shards: Mapping[str, AtlasShard],
         among: Mapping[str, Facts],
-    ) -> tuple[list[FoundCase], dict[str, int]]:
-        """Return the similar slides or cases, best first, and the revision of each shard that answered.
+    ) -> tuple[list[FoundCase], dict[str, Reply[list[FoundCase]]]]:
+        """Return the similar slides or cases, best first, and the reply of each shard that answered.
 
         Args:
             query: name of a slide or case, or vectors (Q, D).
@@ -115,7 +115,7 @@ class Comparing:
         vectors = query if named is None else named.case.vectors
         left_out = None if named is None else _others(named.case, self.by)
 
-        def find(shard: AtlasShard) -> tuple[list[FoundCase], int]:
+        def find(shard: AtlasShard) -> Reply[list[FoundCase]]:
             own = named is not None and shard.name == named.atlas
             absent = fields - among[shard.name].fields
             asked = replace(settings, absent=absent, also=None if own else left_out)
@@ -128,10 +128,10 @@ class Comparing:
         self.away.update(answers.away)
         found = [
             one if named is None else named.in_pairs(one)
-            for name in among if name in answers.of for one in answers.of[name][0]
+            for name in among if name in answers.of for one in answers.of[name].found
         ]  # fmt: skip
         found.sort(key=lambda one: -one.case.score)
-        return found, {name: revision for name, (_, revision) in answers.of.items()}
+        return found, answers.of
 
 
 def _others(case: Case, by: str) -> Filter:

@@ -7,9 +7,9 @@ in time, is named in the answer; the others are searched.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,7 @@ from .answers import Answer, Example, Found, Searched, SimilarCases
 from .asking import ANY, Asking
 from .comparing import Comparing
 from .parts import Part, check_filter, merged, reasons_of, shared_slides
-from .shards import NO_MOSAICS, AtlasShard, Facts, Shard, named, other_encoder
+from .shards import NO_MOSAICS, AtlasShard, Facts, Reply, Shard, named, other_encoder
 
 TIMEOUT_S = 10.0
 COMPARE_S = 600.0
@@ -252,7 +252,7 @@ class Federation:
         names = [shard.name for shard in chosen if shard.name in known]
         fields = frozenset[str]().union(*(known[name].fields for name in names))
 
-        def find(shard: Shard) -> list[tuple[list[list[Hit]], int]]:
+        def find(shard: Shard) -> list[Reply[list[list[Hit]]]]:
             absent = fields - known[shard.name].fields
             return [shard.find(part.query_for(shard.name, query, absent)) for part in parts]
 
@@ -260,16 +260,16 @@ class Federation:
         if not answers.of:
             reasons = {s.name: {**away, **answers.away}[s.name] for s in chosen}
             raise _none_of(reasons)
-        revisions = {name: of[0][1] for name, of in answers.of.items()}
+        replies = {name: of[0] for name, of in answers.of.items()}
         found: list[list[Found]] = []
         for number, part in enumerate(parts):
             for row in range(len(part.vectors)):
                 of_shards = {
-                    shard.name: part.kept(shard.name, answers.of[shard.name][number][0][row])
+                    shard.name: part.kept(shard.name, answers.of[shard.name][number].found[row])
                     for shard in chosen if shard.name in answers.of
                 }  # fmt: skip
                 found.append(merged(of_shards, query.k, query.per_slide))
-        return self._answer(found, chosen, known, {**away, **answers.away}, revisions)
+        return self._answer(found, chosen, known, {**away, **answers.away}, replies)
 
     def similar(
         self,
@@ -320,12 +320,12 @@ class Federation:
         named = None
         if isinstance(query, str):
             named = asking.query(query, [on_disk[s.name] for s in homes if s.name in known], atlas)
-        found, revisions = asking.compare(query, named, settings, on_disk, among)
-        if not revisions:
+        found, replies = asking.compare(query, named, settings, on_disk, among)
+        if not replies:
             raise _none_of({shard.name: away[shard.name] for shard in chosen})
         if not found and not away:  # else the answer says which atlases are missing
             raise nothing_else(where)
-        searched = self._answer([], chosen, known, away, revisions)
+        searched = self._answer([], chosen, known, away, replies)
         return SimilarCases(found[:k], searched, None if named is None else named.atlas)
 
     def status(self) -> Answer:
@@ -336,8 +336,8 @@ class Federation:
             Unavailable: none of the shards answers.
         """
         known, away = self.facts()
-        revisions = {name: facts.revision for name, facts in known.items()}
-        return self._answer([], self.shards, known, away, revisions)
+        replies = {name: Reply(None, facts.revision, []) for name, facts in known.items()}
+        return self._answer([], self.shards, known, away, replies)
 
     @staticmethod
     def _answer(
@@ -345,18 +345,24 @@ class Federation:
         shards: Sequence[Shard],
         known: dict[str, Facts],
         away: dict[str, str],
-        revisions: dict[str, int],
+        replies: Mapping[str, Reply[Any]],
     ) -> Answer:
         """Return an answer that says of each shard what was searched, or why it was not."""
         searched = [
             Searched(
-                shard.name, shard.address, revisions.get(shard.name),
+                shard.name, shard.address,
+                replies[shard.name].revision if shard.name in replies else None,
                 known[shard.name].tiles if shard.name in known else None,
                 known[shard.name].scales if shard.name in known else None, away.get(shard.name, ""),
             )
             for shard in shards
         ]  # fmt: skip
-        return Answer(hits, searched, shared_slides({name: known[name] for name in revisions}))
+        shared = shared_slides({name: known[name] for name in replies})
+        notes = [
+            f"{shard.name}: {note}"
+            for shard in shards if shard.name in replies for note in replies[shard.name].notes
+        ]  # fmt: skip
+        return Answer(hits, searched, shared, notes)
 
     def _examples(
         self, examples: Sequence[Example], known: dict[str, Facts], away: dict[str, str]

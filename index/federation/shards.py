@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +31,23 @@ OF_ONE_ATLAS = ("tile", "cluster")
 
 CaseTiles = tuple[cases.Case, dict[int, dict[str, Any]]]
 """A slide or case, and its tiles by id."""
+
+T = TypeVar("T")
+
+
+class Reply(NamedTuple, Generic[T]):
+    """What a shard answers to a search.
+
+    Attributes:
+        found: the hits, by vector of the query; or the similar slides or cases, best first.
+        revision: of the state that was searched.
+        notes: what the filter leaves out; see :meth:`View.filter_notes
+            <histoseek.index.view.View.filter_notes>`.
+    """
+
+    found: T
+    revision: int
+    notes: list[str]
 
 
 @dataclass(frozen=True)
@@ -87,8 +104,8 @@ class Shard(ABC):
         """
 
     @abstractmethod
-    def find(self, query: Query) -> tuple[list[list[Hit]], int]:
-        """Return hits by vector of the query, and the revision that they are of."""
+    def find(self, query: Query) -> Reply[list[list[Hit]]]:
+        """Return hits by vector of the query."""
 
     @abstractmethod
     def examples(self, ids: Sequence[int]) -> tuple[NDArray[np.float32], list[Hit]]:
@@ -134,13 +151,13 @@ class AtlasShard(Shard):
         )  # fmt: skip
         return self._known
 
-    def find(self, query: Query) -> tuple[list[list[Hit]], int]:
+    def find(self, query: Query) -> Reply[list[list[Hit]]]:
         """See :meth:`Shard.find`."""
 
-        def ask(view: View) -> tuple[list[list[Hit]], int]:
+        def ask(view: View) -> Reply[list[list[Hit]]]:
             count = 0 if query.vectors is None else len(query.vectors)
             hits = view.search(query) if len(view.index) else [[] for _ in range(count)]
-            return hits, view.revision
+            return Reply(hits, view.revision, view.filter_notes(query.where))
 
         return self.atlas.ask(ask)
 
@@ -167,8 +184,8 @@ class AtlasShard(Shard):
 
     def similar(
         self, query: str | NDArray[np.float32], by: str, settings: Query
-    ) -> tuple[list[FoundCase], int]:
-        """Return the similar slides or cases, best first, and the revision that they are of.
+    ) -> Reply[list[FoundCase]]:
+        """Return the similar slides or cases, best first.
 
         Args:
             query: name of a slide or case of the atlas, or vectors (Q, D).
@@ -176,7 +193,7 @@ class AtlasShard(Shard):
             settings: k and filters; its examples are ignored.
         """
 
-        def ask(view: View) -> tuple[list[FoundCase], int]:
+        def ask(view: View) -> Reply[list[FoundCase]]:
             found = cases.similar_slides(
                 view.state, query, settings.k, by, "median", settings.where, settings  # type: ignore[arg-type]
             )  # fmt: skip
@@ -184,7 +201,7 @@ class AtlasShard(Shard):
             for case in found:
                 ids = {n for pair in case.pairs for n in (pair.query, pair.match) if n is not None}
                 of.append(FoundCase(self.name, case, view.tiles(sorted(ids))))
-            return of, view.revision
+            return Reply(of, view.revision, view.filter_notes(settings.where))
 
         return self.atlas.ask(ask)
 
@@ -220,12 +237,12 @@ class MilvusShard(Shard):
         )  # fmt: skip
         return self._known
 
-    def find(self, query: Query) -> tuple[list[list[Hit]], int]:
+    def find(self, query: Query) -> Reply[list[list[Hit]]]:
         """See :meth:`Shard.find`."""
         engine = self._opened()
         hits = engine.search(query)
         assert engine.about is not None
-        return hits, engine.about.revision
+        return Reply(hits, engine.about.revision, engine.filter_notes(query.where))
 
     def examples(self, ids: Sequence[int]) -> tuple[NDArray[np.float32], list[Hit]]:
         """See :meth:`Shard.examples`.

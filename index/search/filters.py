@@ -356,21 +356,23 @@ def _number(name: str) -> float | None:
     return None if _THOUSANDS.fullmatch(name) else number_of(name)
 
 
-def notes_of(columns: Columns, wanted: Filter) -> list[str]:
+def notes_of(values_of: Callable[[str], list[str] | None], wanted: Filter) -> list[str]:
     """Return a note for each column that is compared with a number and has values that are none.
 
     Such values equal no number and are neither above nor below one, so they would be missed.
+
+    Args:
+        values_of: returns the different values of a column by its name; None if it has no texts.
+        wanted: the filter.
     """
     if isinstance(wanted, Always):
         return []
     if not isinstance(wanted, Compare):
         parts = (wanted.part,) if isinstance(wanted, Not) else wanted.parts
-        return list(dict.fromkeys(note for part in parts for note in notes_of(columns, part)))
+        return list(dict.fromkeys(note for part in parts for note in notes_of(values_of, part)))
     found = wanted.operator in {*_ORDER, "in", "not in"} and wanted.operator != "!="
     numbers = [value for value in wanted.values if not isinstance(value, str)]
-    if not found or not numbers or wanted.field not in columns.names():
-        return []
-    names = [name for name in columns.coded(wanted.field).names if name is not None]
+    names = (values_of(wanted.field) or []) if found and numbers else []
     strange = [name for name in names if _number(name) is None]
     if not strange:
         return []

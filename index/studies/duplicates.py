@@ -96,7 +96,8 @@ def duplicates(
         progress: called after each slide.
 
     Returns:
-        The numbers of tiles and groups, and the groups, largest first, with the fields of their tiles.
+        The numbers of tiles and groups, the groups, largest first, with the fields of their tiles, and
+        notes on the filter.
     """
     view = atlas.view()
     least = least_score(view, least)
@@ -119,6 +120,7 @@ def duplicates(
         "across_slides": sum(len(np.unique(slide(np.array(group)))) > 1 for group in groups),
         "shown": shown,
         "most_similar": float(scores.max()) if len(scores) else None,
+        "notes": view.filter_notes(where),
     }
 
 

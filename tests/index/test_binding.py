@@ -77,7 +77,7 @@ def test_a_bound_atlas_is_searched_with_a_new_image(
     bound = cli_json("index", "bind", atlas, bundles / "right", "--slides", slides)
     assert bound["cosines"][bound["best"]] >= 0.999 and bound["tiles"] == 32
     assert (bound["encoder"], bound["slides"], bound["unreadable"]) == ("right", 2, {})
-    hit = cli_json(*words)[0][0]
+    hit = cli_json(*words)["answers"][0][0]
     assert (hit["slide"], hit["x"], hit["y"]) == ("b", 512, 256) and hit["score"] > 0.99
     assert cli("index", "verify", atlas).returncode == 0
     cli("index", "snapshot", atlas, "--out", tmp_path / "copy", check=True)

@@ -16,25 +16,25 @@ def place(tmp_path_factory, tissue):
     return folder
 
 
-def test_search_with_filters_tiles_and_several_examples(place, cli_json, cli):
+def test_search_with_filters_tiles_and_several_examples(place, cli_answers, cli):
     atlas = place / "atlas"
-    hits = cli_json(
+    hits = cli_answers(
         "index", "search", atlas, place / "a.png", "-k", 4, "--where", "organ = 'colon'"
     )
     assert len(hits[0]) == 4 and {h["label"] for h in hits[0]} == {"a"}
     tile = hits[0][0]["tile"]
-    like = cli_json("index", "search", atlas, "--tile", tile, "--without", "patient", "-k", 3)
+    like = cli_answers("index", "search", atlas, "--tile", tile, "--without", "patient", "-k", 3)
     assert hits[0][0]["patient"] not in {h["patient"] for h in like[0]}
-    one = cli_json("index", "search", atlas, place / "a.png", "--tile", tile, "--together",
+    one = cli_answers("index", "search", atlas, place / "a.png", "--tile", tile, "--together",
                    "--unlike", place / "c.png", "--unlike", 700, "--per-slide", "-k", 5)  # fmt: skip
     assert len(one) == 1 and len({h["slide"] for h in one[0]}) == 5
     least = hits[0][2]["score"] - 1e-6  # JSON has six digits of it
-    near = cli_json("index", "search", atlas, place / "a.png", "-k", 1000, "--least", least)
+    near = cli_answers("index", "search", atlas, place / "a.png", "-k", 1000, "--least", least)
     assert all(h["score"] >= least for h in near[0]) and len(near[0]) >= 3
-    mixed = cli_json("index", "search", atlas, place / "bad.png", place / "b.png", expect=1)
+    mixed = cli_answers("index", "search", atlas, place / "bad.png", place / "b.png", expect=1)
     assert "error" in mixed[0] and len(mixed[1]) == 10
     words = "--tile", tile, "--unlike", 7, "--leave-out", "patient", "--least", least
-    (both,) = cli_json("index", "search", atlas, *words, "-k", 4)
+    (both,) = cli_answers("index", "search", atlas, *words, "-k", 4)
     assert hits[0][0]["patient"] not in {h["patient"] for h in both}
     assert [h["rank"] for h in both] == list(range(1, len(both) + 1))
     text = cli("index", "search", atlas, place / "a.png", "-k", 2)
@@ -97,7 +97,7 @@ def test_an_image_that_is_no_tissue_is_named_unless_the_atlas_has_none(
         assert ("unlike the stained tissue" in " ".join(said.split())) == (share == 0)
 
 
-def test_clusters_are_fitted_shown_named_and_watched(place, cli_json, cli):
+def test_clusters_are_fitted_shown_named_and_watched(place, cli_json, cli_answers, cli):
     atlas = place / "atlas"
     curve = cli_json("index", "curve", atlas)["curve"]
     assert [row["k"] for row in curve][:3] == [2, 3, 4] and 0 <= curve[0]["stability"] <= 1
@@ -106,7 +106,7 @@ def test_clusters_are_fitted_shown_named_and_watched(place, cli_json, cli):
     cli("index", "name", atlas, 2, "stroma", "--description", "pink", check=True)
     rows = cli_json("index", "clusters", atlas, "--examples", 2)
     assert rows[2]["name"] == "stroma" and len(rows[2]["examples"]) == 2
-    (placed,) = cli_json("index", "assign", atlas, place / "a.png")
+    (placed,) = cli_answers("index", "assign", atlas, place / "a.png")
     assert placed["name"] == ("stroma" if placed["cluster"] == 2 else "")
     assert placed["foreign"] is True, "the gate takes this stain for no tissue"
     assert cli_json("index", "drift", atlas)["drifted"] is False
@@ -144,14 +144,14 @@ def test_labels_snapshot_tune_audit_and_repair(place, cli_json, cli):
         assert text.returncode == 0 and text.stdout.strip()
 
 
-def test_similar_duplicates_and_leaks(place, cli_json, cli):
+def test_similar_duplicates_and_leaks(place, cli_json, cli_answers, cli):
     atlas = place / "atlas"
-    found = cli_json("index", "similar", atlas, "slide-0", "-k", 3)
+    found = cli_answers("index", "similar", atlas, "slide-0", "-k", 3)
     assert [f["rank"] for f in found] == [1, 2, 3] and "slide-1" not in {f["name"] for f in found}
     assert found[0]["evidence"][0]["match"]["slide"] == found[0]["name"]
     assert "most similar tile at" in cli("index", "similar", atlas, "P1", "--by", "patient").stdout
     new = features(place / "new-case.h5", 50, 3)
-    assert len(cli_json("index", "similar", atlas, "--features", new, "-k", 4)) == 4
+    assert len(cli_answers("index", "similar", atlas, "--features", new, "-k", 4)) == 4
     assert cli("index", "similar", atlas).returncode == 1
     assert cli_json("index", "duplicates", atlas)["groups"] == 0
     report = cli_json("index", "leakage", atlas, "--split", "organ", expect=1)

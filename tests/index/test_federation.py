@@ -573,7 +573,7 @@ def test_the_command_compares_slides_of_several_atlases(made, cli, cli_json, tmp
     big, folder = made
     atlases = [folder / name for name in SHARDS]
     found = cli_json("index", "similar", *atlases, "slide-0", "-k", 3)
-    one = cli_json("index", "similar", big.path, "slide-0", "-k", 3)
+    one = cli_json("index", "similar", big.path, "slide-0", "-k", 3)["answers"]
     assert found["query"] == {"atlas": "north", "name": "slide-0"}
     assert [(row["name"], row["label"], row["score"]) for row in found["answers"]] == [
         (row["name"], row["label"], pytest.approx(row["score"], abs=2e-6)) for row in one
@@ -610,3 +610,21 @@ def test_names_with_colons():
     assert named_case("north:slide", atlases) == ("north", "slide")
     assert named_case("north:old:a:b", atlases) == ("north:old", "a:b")
     assert named_case("south:slide", atlases) == (None, "south:slide")
+
+
+def test_values_that_are_no_numbers_are_named_with_their_atlas(tmp_path, cli, cli_json):
+    for name, stages in (("one", ["2", "3"]), ("two", ["III", "3"])):
+        atlas = Atlas.create(tmp_path / name, DEFAULT_BUNDLE)
+        files = [features(tmp_path / f"{name}-{n}.h5", 40, n) for n in range(2)]
+        atlas.add(files, {f"{name}-{n}": {"stage": stages[n]} for n in range(2)})
+    words = (tmp_path / "one", tmp_path / "two")
+    note = "two: no numbers, so not compared with one: 1 of 2 different values of 'stage', such as 'III'"
+    for asked in (("search", *words, "--tile", "one:1"), ("similar", *words, "one-0")):
+        given = ("index", *asked, "--where", "stage > 2")
+        document = cli_json(*given)
+        assert document["notes"] == [note] and document["answers"]
+        assert note in " ".join(cli(*given, check=True).stdout.split())
+    near = Federation(words).search_near(QUERIES[0], Query(k=3, where="stage > 2"))
+    assert near.notes == [note]
+    alone = Federation(words).search_near(QUERIES[0], Query(k=3, where="stage > 2"), only=["one"])
+    assert alone.notes == []

@@ -267,7 +267,7 @@ def test_columns_of_any_name_and_texts_of_any_characters_are_asked_as_they_stand
             assert {known.slides[n]["name"] for n in found} == {f"slide-{number}"}, text
 
 
-def test_cells_that_are_no_numbers_are_counted(atlas, cli, tmp_path):
+def test_cells_that_are_no_numbers_are_counted(atlas, cli, cli_json):
     (note,) = atlas.view().filter_notes("not (stage > 1 and stage <= 5)")
     assert note == (
         "no numbers, so not compared with one: 1 of 4 different values of 'stage', such as 'x'"
@@ -275,7 +275,10 @@ def test_cells_that_are_no_numbers_are_counted(atlas, cli, tmp_path):
     assert atlas.view().filter_notes("stage in (1, 'x') or stage = 2") == [note]
     for where in (None, "stage = 'x'", "stage != 1", "stage is null", "x > 3", "cluster = 1"):
         assert atlas.view().filter_notes(where) == []
-    given = ("index", "search", atlas.path, "--tile", "3", "--where", "stage > 1", "--json")
-    assert note in " ".join(cli(*given, check=True).stderr.split())
-    given = ("index", "similar", atlas.path, "slide-1", "--where", "stage > 1", "--json")
-    assert note in " ".join(cli(*given, check=True).stderr.split())
+    for asked in (
+        ("search", atlas.path, "--tile", "3"), ("similar", atlas.path, "slide-1"),
+        ("audit", atlas.path), ("duplicates", atlas.path),
+    ):  # fmt: skip
+        words = ("index", *asked, "--where", "stage > 1")
+        assert cli_json(*words)["notes"] == [note]
+        assert note in " ".join(cli(*words, check=True).stdout.split())

@@ -227,7 +227,9 @@ def scaled(folder, name, seed, magnification):
     return write(folder / f"{name}.h5", seed, on_coords=on)
 
 
-def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json, monkeypatch):
+def test_tiles_of_another_scale_are_refused_unless_said(
+    tmp_path, cli, cli_json, cli_answers, monkeypatch
+):
     atlas = tmp_path / "a"
     files = [
         scaled(tmp_path, "one", 1, 20),
@@ -261,7 +263,7 @@ def test_tiles_of_another_scale_are_refused_unless_said(tmp_path, cli, cli_json,
         0.4808,
     }
     assert "mixed scales are allowed" in cli("index", "stats", atlas).stdout.replace("\n", " ")
-    (hits,) = cli_json("index", "search", atlas, "--tile", 1, "-k", 60)
+    (hits,) = cli_answers("index", "search", atlas, "--tile", 1, "-k", 60)
     by_slide = {hit["slide"]: hit["target_mpp"] for hit in hits}
     assert by_slide["far"] == 1 and by_slide["one"] == 0.5 and by_slide["unsaid"] is None
     monkeypatch.setenv("COLUMNS", "200")

@@ -26,7 +26,7 @@ def linked(tmp_path, bundle, cli_json):
 
 
 def test_a_linked_atlas_has_no_graph_and_embeds_with_the_bundle(
-    linked, bundle, make_slide, tmp_path, cli, cli_json
+    linked, bundle, make_slide, tmp_path, cli, cli_answers
 ):
     assert not list(linked.rglob("*.onnx*")) and (linked / "encoder" / "manifest.json").is_file()
     slide = make_slide(tmp_path / "s.tif", side=1024, mpp=0.5)
@@ -34,7 +34,7 @@ def test_a_linked_atlas_has_no_graph_and_embeds_with_the_bundle(
     cli("index", "add", linked, tmp_path / "features", check=True)
     assert Atlas(linked).encoder_bundle == bundle
     Image.open(slide).convert("RGB").crop((224, 448, 448, 672)).save(tmp_path / "crop.png")
-    hit = cli_json("index", "search", linked, tmp_path / "crop.png", "-k", 1)[0][0]
+    hit = cli_answers("index", "search", linked, tmp_path / "crop.png", "-k", 1)[0][0]
     assert (hit["x"], hit["y"]) == (224, 448)
 
 

@@ -263,8 +263,8 @@ def test_from_the_command_line(pushed, tmp_path, cli_process, tissue):
     )  # one process at a time has a Lite file open
     assert taken.returncode == 1 and "Traceback" not in taken.stderr, taken.stderr
     words = ("index", "search", atlas.path, tmp_path / "q.png", "-k", 4, "--json")
-    here = json.loads(cli_process(*words).stdout)
+    here = json.loads(cli_process(*words).stdout)["answers"]
     there = cli_process(*words, "--engine", url)
     assert there.returncode == 0, there.stderr
-    found = json.loads(there.stdout)
+    found = json.loads(there.stdout)["answers"]
     assert [h["tile"] for h in found[0]] == [h["tile"] for h in here[0]]

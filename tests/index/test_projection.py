@@ -47,7 +47,9 @@ def theirs(tmp_path_factory, make_slide):
     return folder
 
 
-def test_projected_features_are_bound_and_searched_by_text(theirs, tmp_path, cli, cli_json):
+def test_projected_features_are_bound_and_searched_by_text(
+    theirs, tmp_path, cli, cli_json, cli_answers
+):
     words = (theirs / "a.h5", "--encoder", "conch_v1", "--mpp", 0.5)
     atlas = tmp_path / "atlas"
     cli("index", "import", atlas, *words, "--project", theirs / "bundle", check=True)
@@ -55,7 +57,7 @@ def test_projected_features_are_bound_and_searched_by_text(theirs, tmp_path, cli
     assert refused.returncode == 1 and "bound to encoder 'conch_v1-projected'" in refused.stderr
     bound = cli_json("index", "bind", atlas, theirs / "bundle", "--slides", theirs / "a.tif")
     assert max(bound["cosines"].values()) > 0.999
-    (hits,) = cli_json("index", "search", atlas, "--text", "signet ring cells", "-k", 3)
+    (hits,) = cli_answers("index", "search", atlas, "--text", "signet ring cells", "-k", 3)
     assert len(hits) == 3
     plain = tmp_path / "plain"
     cli("index", "import", plain, *words, check=True)

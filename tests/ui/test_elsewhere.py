@@ -94,6 +94,10 @@ def test_a_search_of_several_atlases(several, south, tile_folder):
     refused = client.post("/v1/search", json={**graded, "where": "cluster = 1"})
     assert refused.status_code == 422 and "something else in each atlas" in refused.text
 
+    not_compared = {**body, "atlases": ["south"], "where": "label > 3 or grade = 3"}
+    (note,) = client.post("/v1/search", json=not_compared).json()["notes"]
+    assert note.startswith("south: no numbers, so not compared with one: 1 of 1 different values")
+
     # An example of another atlas also searches the server's own alone, and the other way round.
     own = client.post("/v1/search", json=body).json()
     assert {hit["atlas"] for hit in own["hits"]} == {"atlas"}

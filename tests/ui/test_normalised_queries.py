@@ -129,7 +129,7 @@ def large(tissue, tmp_path_factory):
     return path
 
 
-def test_an_image_of_known_scale_is_normalised_as_one_image(serve, atlas, large, cli_json):
+def test_an_image_of_known_scale_is_normalised_as_one_image(serve, atlas, large, cli_answers):
     one = serve(atlas)
     image, tiles = one.session.cut(large, "a.png", 0.5)
     together, alone = mean_of_tiles(one.session.encoder, tiles)
@@ -140,7 +140,7 @@ def test_an_image_of_known_scale_is_normalised_as_one_image(serve, atlas, large,
         "/v1/search", files={"images": ("a.png", large.read_bytes())}, data=data
     )
     assert answer.status_code == 200, answer.text
-    printed = cli_json("index", "search", atlas, large, "--mpp", "0.5", "-k", 3)[0]
+    printed = cli_answers("index", "search", atlas, large, "--mpp", "0.5", "-k", 3)[0]
     for hits in (answer.json()["hits"], printed):
         assert [hit["tile"] for hit in hits] == [hit.tile for hit in wanted]
         assert [hit["score"] for hit in hits] == pytest.approx(
@@ -156,16 +156,16 @@ def test_an_image_of_known_scale_is_normalised_as_one_image(serve, atlas, large,
     assert note.startswith("the stain of a.png was not normalised: 0 of ")
 
 
-def test_the_command_line_and_python_do_the_same(cli, cli_json, atlas, files, wanted, capsys):
+def test_the_command_line_and_python_do_the_same(cli, atlas, files, wanted, capsys):
     expected = Atlas(atlas).search(wanted, 3)
     searched = cli("index", "search", atlas, *files, "-k", 3, "--json")
     assert searched.returncode == 0, searched.stdout + searched.stderr
-    rows = json.loads(searched.stdout)
-    assert [[hit["tile"] for hit in hits] for hits in rows] == [
+    document = json.loads(searched.stdout)
+    assert [[hit["tile"] for hit in hits] for hits in document["answers"]] == [
         [hit.tile for hit in hits] for hits in expected
     ]
-    assert f"the stain of {files[1]} {NOT_NORMALISED}" in searched.stderr
-    assert "tissue.png" not in searched.stderr
+    (note,) = document["notes"]
+    assert f"the stain of {files[1]} {NOT_NORMALISED}" in note and "tissue.png" not in note
     assigned = cli("index", "assign", atlas, *files)
     assert f"the stain of {files[1]} {NOT_NORMALISED}" in assigned.stderr + assigned.stdout
     large = cli("index", "search", atlas, files[1], "--mpp", "0.5")

@@ -91,13 +91,13 @@ def test_tiles_without_tissue_are_left_out_and_many_are_thinned():
         cut(pixels[:100, :100], "a", None, MPP, MPP, 224)
 
 
-def test_the_command_line_takes_a_scale_too(ui_atlas, slide, tmp_path, cli, cli_json):
+def test_the_command_line_takes_a_scale_too(ui_atlas, slide, tmp_path, cli, cli_answers):
     side = 224
     crop = slide.crop((2 * side, side, 3 * side, 2 * side)).resize((2 * side, 2 * side), 3)
     crop.save(tmp_path / "crop.png")
     mpp = Atlas(ui_atlas).slides()[0]["mpp"]
     words = ("index", "search", ui_atlas, tmp_path / "crop.png", "-k", 1)
-    ((hit,),) = cli_json(*words, "--mpp", mpp / 2)
+    ((hit,),) = cli_answers(*words, "--mpp", mpp / 2)
     assert (hit["slide"], hit["x"], hit["y"]) == ("case-1", 2 * side, side) and hit["score"] > 0.98
     said = cli(*words, "--mpp", mpp / 2, check=True).stdout
     assert "µm per pixel: 1 tile." in said

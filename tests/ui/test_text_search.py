@@ -49,8 +49,8 @@ def ranked(scores, k=5):
     return sorted(scores, key=lambda tile: -scores[tile])[:k]
 
 
-def test_the_command_line_ranks_tiles_by_text(text_atlas, wanted, tile_folder, cli, cli_json):
-    (hits,) = cli_json("index", "search", text_atlas, "--text", TEXT, "-k", 5)
+def test_the_command_line_ranks_tiles_by_text(text_atlas, wanted, tile_folder, cli, cli_answers):
+    (hits,) = cli_answers("index", "search", text_atlas, "--text", TEXT, "-k", 5)
     assert [hit["tile"] for hit in hits] == ranked(wanted)
     np.testing.assert_allclose(
         [h["score"] for h in hits], [wanted[h["tile"]] for h in hits], atol=1e-5
@@ -59,8 +59,8 @@ def test_the_command_line_ranks_tiles_by_text(text_atlas, wanted, tile_folder, c
     assert repr(TEXT) in shown.stdout and NOTICE in shown.stdout + shown.stderr
     image = tile_folder / "cat" / "00.png"
     words = ("index", "search", text_atlas, image, "--text", TEXT, "--text", "fat", "--tile", 3)
-    assert len(cli_json(*words)) == 4
-    assert len(cli_json(*words, "--unlike-text", "necrosis", "--where", "label = 'cat'")) == 1
+    assert len(cli_answers(*words)) == 4
+    assert len(cli_answers(*words, "--unlike-text", "necrosis", "--where", "label = 'cat'")) == 1
     refused = cli("index", "search", text_atlas, "--text", " ")
     assert refused.returncode == 1 and "the text is empty" in refused.stderr
 

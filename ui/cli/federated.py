@@ -94,12 +94,11 @@ def is_example(text: str) -> bool:
     return NUMBER.fullmatch(text.rpartition(":")[2]) is not None and not Path(text).exists()
 
 
-def described(answer: Answer, answers: Sequence[Any]) -> dict[str, Any]:
-    """Return the JSON document: what was searched, and the answers."""
+def searched_of(answer: Answer) -> dict[str, Any]:
+    """Return what was searched, as JSON."""
     return {
         "atlases": [shard._asdict() for shard in answer.shards],
         "shared_slides": answer.shared_slides,
-        "answers": answers,
     }
 
 

@@ -318,6 +318,8 @@ def audit(
             ("uncompressed vectors, MB", f"{report['bytes_of_the_vectors'] / 1e6:.3g}"),
         ]
         console.table(str(atlas), ("property", "value"), rows)
+        for note in report["notes"]:
+            console.say(note)
 
     console.emit(report, human)
 

@@ -7,7 +7,6 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ... import console
 from ...errors import HistoseekError
 
 if TYPE_CHECKING:
@@ -25,15 +24,18 @@ SMALL, LARGE, LONG = 0.5, 4.0, 1.25
 """Shorter side of a small and a large query image, in sides of a tile; ratio of the sides of a long one."""
 
 
-def read_images(paths: Sequence[Path], size_px: int, remedy: str = "") -> tuple[Read, Failed]:
+def read_images(
+    paths: Sequence[Path], size_px: int, notes: list[str], remedy: str = ""
+) -> tuple[Read, Failed]:
     """Read images in the encoder's format, (S, S, 3); a bad image does not stop the others.
 
-    Says which images are much smaller or larger than a tile, or lose much of their length.
+    Notes which images are much smaller or larger than a tile, or lose much of their length.
 
     Args:
         paths: of the images.
         size_px: side of a tile, S.
-        remedy: end of what is said of a large image.
+        notes: notes are added here.
+        remedy: end of the note on a large image.
 
     Returns:
         The images by path, and an error for each unreadable one.
@@ -48,7 +50,7 @@ def read_images(paths: Sequence[Path], size_px: int, remedy: str = "") -> tuple[
         if small or short > LARGE * size_px or max(height, width) > LONG * short:
             what = f"its middle square of {short} x {short}" if height != width else "it"
             how = "enlarged to" if small else "taken as"
-            console.say(
+            notes.append(
                 f"{path} has {width} x {height} pixels; {what} is {how} one tile of "
                 f"{size_px} x {size_px}{remedy}"
             )
@@ -57,8 +59,10 @@ def read_images(paths: Sequence[Path], size_px: int, remedy: str = "") -> tuple[
     return _each(paths, read)
 
 
-def cut_images(atlas: Atlas, paths: Sequence[Path], mpp: float) -> tuple[Read, Failed]:
-    """Read images of known scale as tiles of the atlas's scale, (N, S, S, 3) each; say how they were cut.
+def cut_images(
+    atlas: Atlas, paths: Sequence[Path], mpp: float, notes: list[str]
+) -> tuple[Read, Failed]:
+    """Read images of known scale as tiles of the atlas's scale, (N, S, S, 3) each; note how they were cut.
 
     Returns:
         The tiles by path, and an error for each unreadable image.
@@ -69,7 +73,7 @@ def cut_images(atlas: Atlas, paths: Sequence[Path], mpp: float) -> tuple[Read, F
 
     def read(path: Path) -> NDArray[np.uint8]:
         image, tiles = cut_for(atlas, decode(path), str(path), mpp)
-        console.say(scaled_text([image]))
+        notes.append(scaled_text([image]))
         return tiles
 
     return _each(paths, read)
@@ -87,7 +91,9 @@ def _each(paths: Sequence[Path], read: Callable[[Path], NDArray[np.uint8]]) -> t
     return found, failed
 
 
-def mean_vectors(atlas: Atlas, read: dict[Path, NDArray[np.uint8]]) -> NDArray[np.float32] | None:
+def mean_vectors(
+    atlas: Atlas, read: dict[Path, NDArray[np.uint8]], notes: list[str]
+) -> NDArray[np.float32] | None:
     """Return the mean of the embeddings of each image's tiles, (Q, D); None without images."""
     import numpy as np
 
@@ -98,10 +104,11 @@ def mean_vectors(atlas: Atlas, read: dict[Path, NDArray[np.uint8]]) -> NDArray[n
     metric = atlas.manifest.metric
     with _encoder_of(atlas) as encoder:
         vectors = [
-            _embedded(encoder, tiles, [str(path)], one_image=True) for path, tiles in read.items()
+            _embedded(encoder, tiles, [str(path)], notes, one_image=True)
+            for path, tiles in read.items()
         ]
     foreign = [atlas.manifest.out_of_distribution(tiles).mean() > 0.5 for tiles in vectors]
-    say_foreign(
+    notes += foreign_notes(
         atlas, [str(path) for path, is_foreign in zip(read, foreign, strict=True) if is_foreign]
     )
     return np.stack([mean_of(tiles, metric) for tiles in vectors])
@@ -120,27 +127,33 @@ def check_images(atlas: Atlas) -> None:
 
 
 def embed_with(
-    atlas: Atlas, names: Sequence[str]
+    atlas: Atlas, names: Sequence[str], notes: list[str]
 ) -> Callable[[NDArray[np.uint8]], NDArray[np.float32]]:
-    """Return a function that opens the atlas's encoder and embeds images (N, S, S, 3) of these names."""
+    """Return a function that opens the atlas's encoder and embeds images (N, S, S, 3) of these names.
+
+    It adds to ``notes`` which are out of distribution, or could not be normalised.
+    """
 
     def embed(images: NDArray[np.uint8]) -> NDArray[np.float32]:
         with _encoder_of(atlas) as encoder:
-            vectors = _embedded(encoder, images, names)
+            vectors = _embedded(encoder, images, names, notes)
         foreign = atlas.manifest.out_of_distribution(vectors)
-        say_foreign(atlas, [name for name, out in zip(names, foreign, strict=True) if out])
+        notes.extend(
+            foreign_notes(atlas, [n for n, out in zip(names, foreign, strict=True) if out])
+        )
         return vectors
 
     return embed
 
 
-def say_foreign(atlas: Atlas, names: Sequence[str]) -> None:
-    """Say which images are out of distribution, unless most tiles of the atlas are so too."""
-    if names and atlas.out_of_distribution_share() <= 0.5:
-        console.say(
-            f"{', '.join(names)}: unlike the stained tissue that the encoder knows, so hits and clusters "
-            "mean little"
-        )
+def foreign_notes(atlas: Atlas, names: Sequence[str]) -> list[str]:
+    """Return a note on images that are out of distribution, unless most tiles of the atlas are so too."""
+    if not names or atlas.out_of_distribution_share() > 0.5:
+        return []
+    return [
+        f"{', '.join(names)}: unlike the stained tissue that the encoder knows, so hits and clusters mean "
+        "little"
+    ]
 
 
 def _encoder_of(atlas: Atlas) -> closing[Encoder]:
@@ -150,14 +163,17 @@ def _encoder_of(atlas: Atlas) -> closing[Encoder]:
 
 
 def _embedded(
-    encoder: Encoder, images: NDArray[np.uint8], names: Sequence[str], one_image: bool = False
+    encoder: Encoder,
+    images: NDArray[np.uint8],
+    names: Sequence[str],
+    notes: list[str],
+    one_image: bool = False,
 ) -> NDArray[np.float32]:
-    """Embed images, or the tiles of one, and say of which the stain could not be normalised."""
+    """Embed images, or the tiles of one, and note of which the stain could not be normalised."""
     from ...serving.encoders.stain_normalisation import embed_images, not_normalised
 
     vectors, reasons = embed_images(encoder, images, one_image=one_image)
-    for note in not_normalised(names, reasons[:1] if one_image else reasons):
-        console.say(note)
+    notes += not_normalised(names, reasons[:1] if one_image else reasons)
     return vectors
 
 

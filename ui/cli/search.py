@@ -14,13 +14,13 @@ from ... import console
 from ...errors import BadInput, Mismatch
 from .federated import (
     atlases_and_images,
-    described,
     example,
     is_example,
     is_number,
     named_case,
     no_query,
     say_what_was_searched,
+    searched_of,
     tile_number,
 )
 from .queries import (
@@ -68,9 +68,9 @@ def search(
     With an encoder that has a text network, also searches by words. Several atlases of the same encoder
     are searched as one: index search ATLAS ATLAS … IMAGE … An atlas can also be a Milvus collection.
 
-    JSON: a list with one list of hits per image, text and tile, in the given order; for an image that
-    cannot be read, {"query", "error"}. Of several atlases: {"atlases", "shared_slides", "answers"}, and
-    each hit names its atlas. The exit code is 1 if an image or an atlas cannot be read.
+    JSON: {"answers", "notes"}. "answers" has one list of hits per image, text and tile, in the given order;
+    for an image that cannot be read, {"query", "error"}. Of several atlases also "atlases" and
+    "shared_slides", and each hit names its atlas. The exit code is 1 if an image or atlas cannot be read.
 
     Options:
         images: Query images. A folder and a Milvus address are further atlases; so is a name without
@@ -119,15 +119,17 @@ def search(
     unlike_tiles = [name for name in unlike or [] if is_tile(name)]
     if paths or unlike_paths:
         check_images(opened)
+    notes: list[str] = []
     if mpp is None:
         read, failed = read_images(
-            paths, opened.manifest.size_px, "; pass --mpp to search all of it"
+            paths, opened.manifest.size_px, notes, "; pass --mpp to search all of it"
         )
     else:
-        read, failed = cut_images(opened, paths, mpp)
-    unlike_read, unlike_failed = read_images(unlike_paths, opened.manifest.size_px)
+        read, failed = cut_images(opened, paths, mpp, notes)
+    unlike_read, unlike_failed = read_images(unlike_paths, opened.manifest.size_px, notes)
     query = Query(
-        images=() if mpp else tuple(read.values()), vectors=mean_vectors(opened, read) if mpp else None,
+        images=() if mpp else tuple(read.values()),
+        vectors=mean_vectors(opened, read, notes) if mpp else None,
         unlike_images=tuple(unlike_read.values()), together=together or bool(unlike_tiles), k=k,
         where=where, least=least, per_slide=per_slide, exact=exact,
         leave_out=leave_out,  # type: ignore[arg-type]
@@ -144,12 +146,14 @@ def search(
             query, tiles=tuple(map(tile_number, tiles)),
             unlike_tiles=tuple(map(tile_number, unlike_tiles)),
         )  # fmt: skip
-        hits = dict(zip(searched, _ask(opened, query, shown, engine), strict=True))
-        _answer_search(names, hits, failed, query, opened.mixed_scales)
+        hits = dict(zip(searched, _ask(opened, query, shown, engine, notes), strict=True))
+        _answer_search(names, hits, failed, query, opened.mixed_scales, notes)
         return
     with closing(federation):
         tiles_asked = tiles, unlike_tiles
-        _search_several(federation, opened, query, shown, tiles_asked, names, searched, failed)
+        _search_several(
+            federation, opened, query, shown, tiles_asked, names, searched, failed, notes
+        )
 
 
 def _search_several(
@@ -161,6 +165,7 @@ def _search_several(
     names: list[str | Path],
     searched: list[str | Path],
     failed: dict[Path, dict[str, Any]],
+    notes: list[str],
 ) -> None:
     """Search several atlases and print the answer; exit code 1 if one was away.
 
@@ -173,16 +178,17 @@ def _search_several(
         names: of all queries, in the order of the answers.
         searched: of those that could be read.
         failed: why the others could not.
+        notes: on the images.
     """
     like, unlike = ([example(text) for text in part] for part in tiles)
     if query.examples or like:
-        embedded = query.embedded(embed_with(opened, images), embed_text_with(opened))
+        embedded = query.embedded(embed_with(opened, images, notes), embed_text_with(opened))
         found = federation.search(embedded, like, unlike)
     else:
         found = federation.status()
     hits = dict(zip(searched, found.hits, strict=True))
     scales = len({one.hit.target_mpp for part in found.hits for one in part}) > 1
-    _answer_search(names, hits, failed, query, scales, found)
+    _answer_search(names, hits, failed, query, scales, [*notes, *found.notes], found)
     if found.away:
         raise typer.Exit(console.EXIT_FAILED)
 
@@ -193,6 +199,7 @@ def _answer_search(
     failed: dict[Path, dict[str, Any]],
     query: Query,
     scales: bool,
+    notes: list[str],
     several: Answer | None = None,
 ) -> None:
     """Print the hits of each readable image, text and tile, or of the one combined query.
@@ -203,29 +210,27 @@ def _answer_search(
         failed: why the others could not.
         query: that was asked.
         scales: show the scale of each tile.
+        notes: on the images and the filter.
         several: the answer of several atlases.
     """
     from ...index.store.rows import Hit
+    from ..session.words import TEXT_NOTICE
 
-    document: Any = [
+    notes = [*notes, *[TEXT_NOTICE] * query.by_text]
+    answers = [
         [hit._asdict() if isinstance(hit, Hit) else hit.as_dict() for hit in hits_of[name]]
         if name in hits_of else failed[Path(name)]
         for name in names
     ]  # fmt: skip
-    if several is not None:
-        document = described(several, document)
+    searched = {} if several is None else searched_of(several)
 
     def human() -> None:
         for name, hits in hits_of.items():
             _print_hits(str(name), hits, query, scales, several is not None)
-        if query.by_text:
-            from ..session.words import TEXT_NOTICE
-
-            console.say(TEXT_NOTICE)
         if several is not None:
             say_what_was_searched(several)
 
-    answer(document, human, failed)
+    answer({**searched, "answers": answers, "notes": notes}, human, failed)
 
 
 def _print_hits(
@@ -253,32 +258,31 @@ def _print_hits(
         )
 
 
-def _ask(atlas: Atlas, query: Query, images: Sequence[str], engine: str | None) -> list[list[Hit]]:
+def _ask(
+    atlas: Atlas, query: Query, images: Sequence[str], engine: str | None, notes: list[str]
+) -> list[list[Hit]]:
     """Return a list of hits per readable image, text and tile, or one list if the query combines them.
 
-    ``images``: names of the query's images.
+    ``images``: names of the query's images; ``notes``: notes are added here.
     """
     if not query.examples:
         return []
-    embedded = query.embedded(embed_with(atlas, images), embed_text_with(atlas))
+    embedded = query.embedded(embed_with(atlas, images, notes), embed_text_with(atlas))
     if engine is None:
         from ...index.view import View
 
         hits = atlas.ask(View.search, embedded)
-        _say_all(atlas.ask(View.filter_notes, query.where))
+        notes += atlas.ask(View.filter_notes, query.where)
         return hits
-    with _milvus(atlas, engine) as milvus:
-        return milvus.search(embedded)
-
-
-def _say_all(notes: list[str]) -> None:
-    for note in notes:
-        console.say(note)
+    with _milvus(atlas, engine, notes) as milvus:
+        hits = milvus.search(embedded)
+        notes += milvus.filter_notes(query.where)
+        return hits
 
 
 @contextmanager
-def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
-    """Open the Milvus collection to which an atlas was pushed.
+def _milvus(atlas: Atlas, engine: str, notes: list[str]) -> Iterator[MilvusAtlas]:
+    """Open the Milvus collection to which an atlas was pushed; notes if it is not up to date.
 
     Raises:
         Mismatch: the collection holds embeddings of another encoder.
@@ -294,7 +298,7 @@ def _milvus(atlas: Atlas, engine: str) -> Iterator[MilvusAtlas]:
             )
         revision = atlas.catalog.revision()
         if about is not None and about.revision != revision:
-            console.say(
+            notes.append(
                 f"{engine} contains revision {about.revision}, but the atlas is at revision {revision}; "
                 "run `index push` again"
             )
@@ -306,8 +310,8 @@ def assign(
 ) -> None:
     """Assign images to the atlas's clusters.
 
-    JSON: a list with one object per image, in the given order; "foreign" means out of distribution. For an
-    image that cannot be read: {"query", "error"}.
+    JSON: {"answers", "notes"}. "answers" has one object per image, in the given order; "foreign" means out
+    of distribution. For an image that cannot be read: {"query", "error"}.
 
     Options:
         images: Query images.
@@ -318,22 +322,23 @@ def assign(
 
     opened = Atlas(atlas)
     check_images(opened)
-    read, failed = read_images(images, opened.manifest.size_px)
+    notes: list[str] = []
+    read, failed = read_images(images, opened.manifest.size_px, notes)
     assigned: list[dict[str, Any]] = []
     if read:
-        vectors = embed_with(opened, list(map(str, read)))(np.stack(list(read.values())))
+        vectors = embed_with(opened, list(map(str, read)), notes)(np.stack(list(read.values())))
         foreign = opened.manifest.out_of_distribution(vectors).tolist()
         if engine is None:
             assigned = opened.assign(vectors, clusters)
         else:
-            with _milvus(opened, engine) as milvus:
+            with _milvus(opened, engine, notes) as milvus:
                 assigned = milvus.assign(vectors, clusters)
         assigned = [
             {**one, "foreign": one["unknown"] and out}
             for one, out in zip(assigned, foreign, strict=True)
         ]
     by_image = dict(zip(read, assigned, strict=True))
-    document = [
+    answers = [
         {"query": str(image), **by_image[image]} if image in by_image else failed[image]
         for image in images
     ]
@@ -346,18 +351,22 @@ def assign(
         ]
         console.table("", ("image", *columns, ""), rows)
 
-    answer(document, human, failed)
+    answer({"answers": answers, "notes": notes}, human, failed)
 
 
-def answer(document: Any, human: Callable[[], None], failed: dict[Path, dict[str, Any]]) -> None:
-    """Print answers and errors; exit code 1 if an image failed."""
+def answer(
+    document: dict[str, Any], human: Callable[[], None], failed: dict[Path, dict[str, Any]]
+) -> None:
+    """Print answers, notes and errors; exit code 1 if an image failed."""
 
-    def human_and_errors() -> None:
+    def human_notes_and_errors() -> None:
         human()
+        for note in document["notes"]:
+            console.say(note)
         for item in failed.values():
             console.say(f"{item['query']}: {item['error']['message']}")
 
-    console.emit(document, human_and_errors)
+    console.emit(document, human_notes_and_errors)
     if failed:
         raise typer.Exit(console.EXIT_FAILED)
 
@@ -377,9 +386,9 @@ def similar(
     Shows their most similar regions. Other slides of the same patient are left out. Several atlases of the
     same encoder are searched as one: index similar ATLAS ATLAS … NAME.
 
-    JSON: a list of slides or cases. Of several atlases: {"query", "atlases", "shared_slides", "answers"},
-    and each slide, case and tile names its atlas. The exit code is 1 if an atlas was not compared, such as
-    a Milvus collection, which has no mosaics.
+    JSON: {"query", "answers", "notes"}. "answers" is a list of slides or cases. Of several atlases also
+    "atlases" and "shared_slides", and each slide, case and tile names its atlas. The exit code is 1 if an
+    atlas was not compared, such as a Milvus collection, which has no mosaics.
 
     Options:
         name: Further atlases, and last the name of a slide; with --by patient, of a patient. ATLAS:NAME
@@ -432,10 +441,17 @@ def similar(
         tiles = view.tiles(sorted(ids))
         return [_case(rank, case, tiles, tiles) for rank, case in enumerate(cases, start=1)]
 
-    document = opened.ask(ask)
-    _say_all(opened.ask(View.filter_notes, where))
+    answers = opened.ask(ask)
     title = f"{features or words[-1]}, by {how}"
-    console.emit(document, lambda: _print_cases(title, by, document))
+    document = {
+        "query": {
+            "atlas": None if features else opened.path.name,
+            "name": str(features or words[-1]),
+        },
+        "answers": answers,
+        "notes": opened.ask(View.filter_notes, where),
+    }
+    answer(document, lambda: _print_cases(title, by, answers), {})
 
 
 def _answer_several(found: SimilarCases, query: str, by: str) -> None:
@@ -445,14 +461,19 @@ def _answer_several(found: SimilarCases, query: str, by: str) -> None:
         query_tiles = {n: {"atlas": found.atlas, **tile} for n, tile in one.query_tiles.items()}
         tiles = {n: {"atlas": one.atlas, **tile} for n, tile in one.tiles.items()}
         rows.append({"atlas": one.atlas, **_case(rank, one.case, query_tiles, tiles)})
-    document = {"query": {"atlas": found.atlas, "name": query}, **described(found.searched, rows)}
+    document = {
+        "query": {"atlas": found.atlas, "name": query},
+        **searched_of(found.searched),
+        "answers": rows,
+        "notes": found.searched.notes,
+    }
     of = f" of {found.atlas}" if found.atlas else ""
 
     def human() -> None:
         _print_cases(f"{query}{of}, by median", by, rows)
         say_what_was_searched(found.searched, "each copy is ranked on its own")
 
-    console.emit(document, human)
+    answer(document, human, {})
     if found.searched.away:
         raise typer.Exit(console.EXIT_FAILED)
 

@@ -112,6 +112,8 @@ def duplicates(atlas: Path, least: float | None = None, where: str | None = None
             f"{report['groups']} groups of {report['tiles_in_groups']} tiles with a score of at least "
             f"{report['least']:g}; {report['across_slides']} groups have tiles of several slides"
         )
+        for note in report["notes"]:
+            console.say(note)
 
     console.emit(report, human)
 

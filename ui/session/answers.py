@@ -113,7 +113,7 @@ class SearchAnswer:
         searched: the atlases that were asked, and why some were not searched; likewise.
         shared_slides: number of slides that several of the server's atlases have.
         among: the further atlases of the query.
-        notes: sentences about images of the query whose stain was not normalised.
+        notes: sentences about images of the query whose stain was not normalised, and on the filter.
     """
 
     id: str

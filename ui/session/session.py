@@ -286,7 +286,7 @@ class Session:
             self._answer, embedded, clustering, query.by_text, parts, together, among
         )
         milliseconds |= answer.milliseconds
-        notes += self.atlas.ask(View.filter_notes, query.where)
+        notes += answer.notes
         # keep the query's images, because the report shows them
         shown = replace(
             query, images=(*query.images, *(image.whole for image, _ in scaled)),
@@ -353,6 +353,7 @@ class Session:
             searched=() if found is None else tuple(found.shards),
             shared_slides=0 if found is None else len(found.shared_slides),
             among=among,
+            notes=tuple(view.filter_notes(query.where) if found is None else found.notes),
         )
 
     def _with_own(self, query: Query, among: Among) -> tuple[Query, Among]:
