@@ -80,16 +80,22 @@ class View:
         """
         return tiles.answer(self.state, query)
 
-    def filter_notes(self, where: str | None) -> list[str]:
-        """Return what a filter leaves out without a word: values that are no numbers; see ``filters``."""
+    def notes(self, where: str | None, patients: bool = False) -> list[str]:
+        """Return what an answer leaves out, or does not leave out, without a word.
+
+        Args:
+            where: the filter; values that are no numbers are not compared with one.
+            patients: whether slides of the query's patient are left out; the patient may be unknown.
+        """
+        notes = cases.unknown_patients(self.state) if patients else []
         if where is None or not where.strip():
-            return []
+            return notes
         columns, names = self.columns, set(self.columns.names())
 
         def values_of(name: str) -> list[str] | None:
             return columns.coded(name).names if name in names else None
 
-        return filters.notes_of(values_of, filters.parse(where))
+        return [*filters.notes_of(values_of, filters.parse(where)), *notes]
 
     def vector_of(self, query: Query) -> NDArray[np.float32]:
         """Return the vector (D,) that combines all examples of a query."""

@@ -170,6 +170,7 @@ def make_server(session: Session, note: Callable[..., Any]) -> MCPServer[Any]:
         return {
             "verdict": found["verdict"]["text"],
             "hits": found["hits"],
+            "notes": found["notes"],
             "provenance": found["provenance"],
         }
 
@@ -178,9 +179,10 @@ def make_server(session: Session, note: Callable[..., Any]) -> MCPServer[Any]:
         slide: str, k: int = 5, by: Literal["slide", "patient"] = "slide"
     ) -> dict[str, Any]:
         """Find the slides (or, by patient, the cases) most similar to a slide."""
-        found = session.similar_slides(slide, k, by).cases
-        note("similar", slide=slide, by=by, found=len(found))
-        return {"slides": [{"name": s.name, "score": s.score, "label": s.label} for s in found]}
+        found = session.similar_slides(slide, k, by)
+        note("similar", slide=slide, by=by, found=len(found.cases))
+        slides = [{"name": s.name, "score": s.score, "label": s.label} for s in found.cases]
+        return {"slides": slides, "notes": list(found.notes)}
 
     @tool
     def clusters(clustering: str | None = None) -> dict[str, Any]:

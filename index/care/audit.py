@@ -43,7 +43,7 @@ def _audit(view: View, queries: int, k: int, seed: int, where: str | None) -> di
         "generation": view.generation,
         "revision": view.revision,
         "where": where,
-        "notes": view.filter_notes(where),
+        "notes": view.notes(where),
         "passing": len(alive) if passing is None else int(passing[alive].sum()),
         "plan": asdict(index.plan),
         "tiles": len(index),

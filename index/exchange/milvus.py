@@ -191,7 +191,7 @@ class MilvusAtlas:
         return clustering.assign(queries).rows(names)
 
     def filter_notes(self, where: str | None) -> list[str]:
-        """Return what a filter leaves out without a word; see ``View.filter_notes``."""
+        """Return what a filter leaves out without a word; see ``View.notes``."""
         if self.about is None or where is None or not where.strip():
             return []
         return notes_of(self.about.columns.get, parse(where))

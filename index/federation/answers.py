@@ -78,7 +78,7 @@ class Answer:
         hits: by example, best first; one list if the query combines its examples.
         shards: the shards that were asked, in the order of the federation.
         shared_slides: slides that several of the searched shards have, with the names of these shards.
-        notes: what the filter leaves out, by shard.
+        notes: what the shards left out, or did not leave out, without a word.
     """
 
     hits: list[list[Found]]

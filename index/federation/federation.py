@@ -254,7 +254,8 @@ class Federation:
 
         def find(shard: Shard) -> list[Reply[list[list[Hit]]]]:
             absent = fields - known[shard.name].fields
-            return [shard.find(part.query_for(shard.name, query, absent)) for part in parts]
+            asked = [part.query_for(shard.name, query, absent) for part in parts]
+            return [shard.find(one, query.leave_out == "patient") for one in asked]
 
         answers = self._asking.ask([shard for shard in chosen if shard.name in known], find)
         if not answers.of:

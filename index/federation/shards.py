@@ -41,8 +41,7 @@ class Reply(NamedTuple, Generic[T]):
     Attributes:
         found: the hits, by vector of the query; or the similar slides or cases, best first.
         revision: of the state that was searched.
-        notes: what the filter leaves out; see :meth:`View.filter_notes
-            <histoseek.index.view.View.filter_notes>`.
+        notes: see :meth:`View.notes <histoseek.index.view.View.notes>`.
     """
 
     found: T
@@ -104,8 +103,13 @@ class Shard(ABC):
         """
 
     @abstractmethod
-    def find(self, query: Query) -> Reply[list[list[Hit]]]:
-        """Return hits by vector of the query."""
+    def find(self, query: Query, patients: bool = False) -> Reply[list[list[Hit]]]:
+        """Return hits by vector of the query.
+
+        Args:
+            query: to this shard.
+            patients: whether the filter leaves out patients; for the notes.
+        """
 
     @abstractmethod
     def examples(self, ids: Sequence[int]) -> tuple[NDArray[np.float32], list[Hit]]:
@@ -151,13 +155,13 @@ class AtlasShard(Shard):
         )  # fmt: skip
         return self._known
 
-    def find(self, query: Query) -> Reply[list[list[Hit]]]:
+    def find(self, query: Query, patients: bool = False) -> Reply[list[list[Hit]]]:
         """See :meth:`Shard.find`."""
 
         def ask(view: View) -> Reply[list[list[Hit]]]:
             count = 0 if query.vectors is None else len(query.vectors)
             hits = view.search(query) if len(view.index) else [[] for _ in range(count)]
-            return Reply(hits, view.revision, view.filter_notes(query.where))
+            return Reply(hits, view.revision, view.notes(query.where, patients))
 
         return self.atlas.ask(ask)
 
@@ -201,7 +205,8 @@ class AtlasShard(Shard):
             for case in found:
                 ids = {n for pair in case.pairs for n in (pair.query, pair.match) if n is not None}
                 of.append(FoundCase(self.name, case, view.tiles(sorted(ids))))
-            return Reply(of, view.revision, view.filter_notes(settings.where))
+            notes = view.notes(settings.where, settings.also is not None or isinstance(query, str))
+            return Reply(of, view.revision, notes)
 
         return self.atlas.ask(ask)
 
@@ -237,8 +242,8 @@ class MilvusShard(Shard):
         )  # fmt: skip
         return self._known
 
-    def find(self, query: Query) -> Reply[list[list[Hit]]]:
-        """See :meth:`Shard.find`."""
+    def find(self, query: Query, patients: bool = False) -> Reply[list[list[Hit]]]:
+        """See :meth:`Shard.find`; how many patients are unknown is not counted."""
         engine = self._opened()
         hits = engine.search(query)
         assert engine.about is not None

@@ -14,6 +14,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from ...console import counted
 from ...errors import BadInput, NotFound, unknown_name, whole
 from ..store.packing import MISSING
 from ..vectors.scan import Positions, Vectors, prepared, scan
@@ -314,6 +315,24 @@ def similar_slides(
     if not found and settings is None:
         raise nothing_else(where)
     return found
+
+
+def unknown_patients(state: State) -> list[str]:
+    """Return a note if the patient of some tiles is unknown: that patient's slides are not left out."""
+
+    def count() -> tuple[int, int]:
+        alive = state.columns.alive()
+        slide = state.columns.slide_of(np.arange(len(alive)))
+        unknown = alive & (state.columns.coded("patient").codes < 0)
+        return len(np.unique(slide[unknown])), len(np.unique(slide[alive]))
+
+    unknown, slides = state.columns.cached("unknown patients", count)
+    if not unknown:
+        return []
+    return [
+        f"the patient of {'all' if unknown == slides else f'{unknown} of'} {counted(slides, 'slide')} is "
+        "unknown: slides of the query's patient may be among the answers"
+    ]
 
 
 def case_of(state: State, name: str, by: str) -> Case:

@@ -120,7 +120,7 @@ def duplicates(
         "across_slides": sum(len(np.unique(slide(np.array(group)))) > 1 for group in groups),
         "shown": shown,
         "most_similar": float(scores.max()) if len(scores) else None,
-        "notes": view.filter_notes(where),
+        "notes": view.notes(where),
     }
 
 

@@ -57,6 +57,7 @@ def test_slides_of_the_same_kind_come_first_but_never_the_same_patient(kinds, ho
     names = [s.name for s in own]
     assert names[0] in {"alpha-2", "P-alpha-2"}
     assert not {"alpha-0", "alpha-1", "PA"} & set(names)  # the same patient is no second opinion
+    assert kinds.view().notes(None, patients=True) == []
 
 
 def test_evidence_is_pairs_of_regions_that_are_alike(kinds):
@@ -173,6 +174,8 @@ def test_patients_of_a_tile_set_are_cases_and_never_their_own_evidence(tmp_path)
     atlas.add(files)
     found = atlas.similar("P3", 20, by="patient")
     assert "P3" in {s.name for s in found}  # the slide of that name is another case
+    (note,) = atlas.view().notes(None, patients=True)
+    assert note.startswith("the patient of 1 of 3 slides is unknown: ")
     known = atlas.tiles(atlas.vectors()[0].tolist())
     for case in found:
         for pair in case.pairs:

@@ -198,11 +198,11 @@ def test_what_is_away_is_named_and_not_waited_for(made, tmp_path, monkeypatch):
     hung, release = threading.Event(), threading.Event()
     find = AtlasShard.find
 
-    def slow(self, asked):
+    def slow(self, *asked):
         if self.name == "west":
             hung.set()
             release.wait(60)
-        return find(self, asked)
+        return find(self, *asked)
 
     monkeypatch.setattr(AtlasShard, "find", slow)
     patient = Federation([folder / name for name in SHARDS], timeout_s=0.5)
@@ -347,9 +347,9 @@ def test_each_atlas_has_the_whole_timeout(made, monkeypatch):
     _, folder = made
     find = AtlasShard.find
 
-    def slow(self, asked):
+    def slow(self, *asked):
         time.sleep(0.4)
-        return find(self, asked)
+        return find(self, *asked)
 
     monkeypatch.setattr(AtlasShard, "find", slow)
     answer = Federation([folder / name for name in SHARDS], timeout_s=0.7).search(
@@ -622,7 +622,12 @@ def test_values_that_are_no_numbers_are_named_with_their_atlas(tmp_path, cli, cl
     for asked in (("search", *words, "--tile", "one:1"), ("similar", *words, "one-0")):
         given = ("index", *asked, "--where", "stage > 2")
         document = cli_json(*given)
-        assert document["notes"] == [note] and document["answers"]
+        unknown = (
+            "the patient of all 2 slides is unknown: slides of the query's patient may be among the "
+            "answers"
+        )
+        one, two = ([f"{name}: {unknown}"] * (asked[0] == "similar") for name in ("one", "two"))
+        assert document["notes"] == [*one, note, *two] and document["answers"]
         assert note in " ".join(cli(*given, check=True).stdout.split())
     near = Federation(words).search_near(QUERIES[0], Query(k=3, where="stage > 2"))
     assert near.notes == [note]

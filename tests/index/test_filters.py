@@ -268,13 +268,13 @@ def test_columns_of_any_name_and_texts_of_any_characters_are_asked_as_they_stand
 
 
 def test_cells_that_are_no_numbers_are_counted(atlas, cli, cli_json):
-    (note,) = atlas.view().filter_notes("not (stage > 1 and stage <= 5)")
+    (note,) = atlas.view().notes("not (stage > 1 and stage <= 5)")
     assert note == (
         "no numbers, so not compared with one: 1 of 4 different values of 'stage', such as 'x'"
     )
-    assert atlas.view().filter_notes("stage in (1, 'x') or stage = 2") == [note]
+    assert atlas.view().notes("stage in (1, 'x') or stage = 2") == [note]
     for where in (None, "stage = 'x'", "stage != 1", "stage is null", "x > 3", "cluster = 1"):
-        assert atlas.view().filter_notes(where) == []
+        assert atlas.view().notes(where) == []
     for asked in (
         ("search", atlas.path, "--tile", "3"), ("similar", atlas.path, "slide-1"),
         ("audit", atlas.path), ("duplicates", atlas.path),

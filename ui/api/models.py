@@ -248,7 +248,9 @@ class Encoder(BaseModel):
 
 Notes = Annotated[
     list[str],
-    Field(description="a sentence about each image whose stain the encoder could not normalise"),
+    Field(
+        description="sentences on images whose stain was not normalised, and on what was (not) left out"
+    ),
 ]
 
 
@@ -471,3 +473,4 @@ class SimilarSlides(BaseModel):
     shared_slides: int = Field(
         0, description="number of slides that several of the atlases have; each copy is ranked"
     )
+    notes: Notes

@@ -177,7 +177,7 @@ def export(
     with console.working(f"writing {out}"):
         opened = Atlas(atlas)
         wrote = write(opened, out, to, where, **more)
-    for note in opened.view().filter_notes(where):
+    for note in opened.view().notes(where):
         console.say(note)
     left_out = without_size(opened.view(), where) if to == "geojson" else {}
     corners = origins(opened.view(), where) if to == "geojson" else {}

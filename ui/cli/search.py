@@ -272,7 +272,7 @@ def _ask(
         from ...index.view import View
 
         hits = atlas.ask(View.search, embedded)
-        notes += atlas.ask(View.filter_notes, query.where)
+        notes += atlas.ask(View.notes, query.where, query.leave_out == "patient")
         return hits
     with _milvus(atlas, engine, notes) as milvus:
         hits = milvus.search(embedded)
@@ -449,7 +449,7 @@ def similar(
             "name": str(features or words[-1]),
         },
         "answers": answers,
-        "notes": opened.ask(View.filter_notes, where),
+        "notes": opened.ask(View.notes, where, features is None),
     }
     answer(document, lambda: _print_cases(title, by, answers), {})
 

@@ -280,7 +280,7 @@ class Atlas:
         )  # fmt: skip
         embedded = query.embedded(self._embed, self._embed_text)
         answers = self.index.ask(View.search, embedded)
-        for note in self.index.ask(View.filter_notes, where):
+        for note in self.index.ask(View.notes, where, leave_out == "patient"):
             warnings.warn(note, stacklevel=2)
         results = [Hits(hits, self._pictures) for hits in answers]
         return results[0] if single else results
@@ -310,7 +310,7 @@ class Atlas:
         See :meth:`histoseek.index.view.View.similar`.
         """
         cases = Cases(self.index.similar(query, k, by, how, where))
-        for note in self.index.ask(View.filter_notes, where):
+        for note in self.index.ask(View.notes, where, isinstance(query, str)):
             warnings.warn(note, stacklevel=2)
         return cases
 

@@ -10,7 +10,7 @@ from urllib.parse import quote
 from ...index.search.cases import Pair
 from ..session.answers import SimilarAnswer
 from ..session.colours import VIRIDIS
-from ..session.words import cluster_name, not_searched
+from ..session.words import cluster_name, not_searched, sentences
 from .cluster_view import dot
 from .view import OWN, Home, empty, tile_url
 
@@ -116,8 +116,8 @@ def _size(row: Mapping[str, Any]) -> str:
 
 def _similar(similar: SimilarAnswer, homes: Sequence[Home], by: str) -> str:
     what = "slides" if by == "slide" else "cases"
-    away = not_searched(similar.searched)
-    missing = f"<p>{escape(away)}</p>" if away else ""
+    said = " ".join(filter(None, [not_searched(similar.searched), sentences(similar.notes)]))
+    missing = f"<p>{escape(said)}</p>" if said else ""
     if not similar.cases:
         none = empty("None.", "There is nothing else to compare with.")
         return f"<h3>Similar {what}</h3>{none}{missing}"

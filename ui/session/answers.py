@@ -85,12 +85,14 @@ class SimilarAnswer:
         atlases: the atlas of each; () if only the server's own was asked.
         searched: the atlases that were asked; () likewise.
         shared_slides: number of slides that several of the searched atlases have.
+        notes: sentences on what was not left out.
     """
 
     cases: list[Similar]
     atlases: tuple[str, ...] = ()
     searched: tuple[Searched, ...] = ()
     shared_slides: int = 0
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -122,6 +122,7 @@ def similar_rows(session: Session, answer: SimilarAnswer) -> dict[str, Any]:
         ],
         "atlases": searched_rows(session, answer.searched),
         "shared_slides": answer.shared_slides,
+        "notes": list(answer.notes),
     }
 
 

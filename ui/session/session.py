@@ -323,6 +323,7 @@ class Session:
         """
         started = time.perf_counter()
         vector = view.vector_of(query)
+        by_patient = query.leave_out == "patient" and bool(query.tiles)
         found = None
         if together is None:
             hits = view.search_near(vector, query)
@@ -353,7 +354,7 @@ class Session:
             searched=() if found is None else tuple(found.shards),
             shared_slides=0 if found is None else len(found.shared_slides),
             among=among,
-            notes=tuple(view.filter_notes(query.where) if found is None else found.notes),
+            notes=tuple(view.notes(query.where, by_patient) if found is None else found.notes),
         )
 
     def _with_own(self, query: Query, among: Among) -> tuple[Query, Among]:
@@ -534,7 +535,12 @@ class Session:
             raise BadInput(f"k is {k}; expected 1 to {MAX_K}")
         together = self._together(Among(tuple(atlases)))
         if together is None:
-            return SimilarAnswer(self.atlas.similar(name, k, by, how))
+
+            def ask(view: View) -> SimilarAnswer:
+                found = view.similar(name, k, by, how)
+                return SimilarAnswer(found, notes=tuple(view.notes(None, True)))
+
+            return self.atlas.ask(ask)
         check_how(how)
         if how != "median":
             raise BadInput(
@@ -546,6 +552,7 @@ class Session:
             tuple(one.atlas for one in found.cases),
             tuple(found.searched.shards),
             len(found.searched.shared_slides),
+            tuple(found.searched.notes),
         )
 
     def ready(self) -> str:
