@@ -38,8 +38,8 @@ from .columns import NOT_PLACED, Columns
 Mask = NDArray[np.bool_]
 Value = str | float
 LENGTH_LIMIT = 10_000
-_DATE = re.compile(r"\d{1,2}[./-]\d{1,2}[./-]\d{4}(?!\d)")
-"""A date whose texts do not sort by time."""
+_DATE = re.compile(r"(\d{1,2}[./-]\d{1,2}[./-]\d{4}|\d{2}[./-]\d{2}[./-]\d{2})(?!\d)")
+"""A date whose texts do not sort by time; 1.2.10 is a version."""
 _ISO_DATE = re.compile(r"\d{4}-\d{2}")
 _THOUSANDS = re.compile(r"\d{1,3}(,\d{3})+")
 """A number with commas, which could be a decimal comma or groups of digits."""

@@ -140,7 +140,7 @@ def test_decimal_commas_are_numbers_and_dates_that_do_not_sort_are_refused(tmp_p
     assert slides("size > 2.5") == {"slide-0", "slide-1"} and slides("size = 12.5") == {"slide-0"}
     assert slides("size in (2.25, 3)") == {"slide-1", "slide-2"}
     assert slides("seen = '2.12.2023'") == {"slide-1"}
-    for value in ("1.1.2024", "12/31/2023 10:00", "2024-01-01"):
+    for value in ("1.1.2024", "12/31/2023 10:00", "01.02.24", "2024-01-01"):
         with pytest.raises(BadInput, match="seen is compared as text.*2024-01-31"):
             slides(f"seen > '{value}'")
     assert slides("size > '1.2.10'"), "a version is no date"
