@@ -217,7 +217,7 @@ def _line_reporter(title: str) -> Progress:
         if now - last >= 10:
             last = now
             rate = (done - first) / (now - started) if now > started else 0.0
-            left = f", {(total - done) / rate:.0f} s left" if rate else ""
+            left = f", {(total - done) / rate:.0f} s left" if rate and done < total else ""
             print(f"{title}: {done}/{total}{left}, {text}", file=sys.stderr, flush=True)
 
     return report

@@ -137,7 +137,7 @@ def test_a_file_name_that_is_no_text_is_printed_as_its_escape():
 
 
 def test_the_time_left_ignores_other_work_and_what_an_earlier_run_did(capsys, monkeypatch):
-    clock = iter([0.0, 20.0, 100.0, 100.0, 130.0, 190.0])
+    clock = iter([0.0, 20.0, 100.0, 100.0, 130.0, 190.0, 200.0])
     monkeypatch.setattr(console.time, "monotonic", lambda: next(clock))
     with console.progress("training") as report:
         report(4335, 4335, "reading tiles")  # at 20 s
@@ -145,10 +145,12 @@ def test_the_time_left_ignores_other_work_and_what_an_earlier_run_did(capsys, mo
         report(105, 160, "resumed")
         report(106, 160, "one epoch")  # 30 s later
         report(108, 160, "three epochs")
+        report(160, 160, "what follows")  # nothing is left to train, but the work goes on
     lines = capsys.readouterr().err.splitlines()
     assert lines == [
         "training: 4335/4335, reading tiles",
         "training: 105/160, resumed",
         "training: 106/160, 1620 s left, one epoch",
         "training: 108/160, 1560 s left, three epochs",
+        "training: 160/160, what follows",
     ]

@@ -12,6 +12,7 @@ from digit_tiles import digits
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.artifacts.tilesets import Tile, TileSet
 from histoseek.errors import BadInput
+from histoseek.stopping import Stopped
 from histoseek.training.reproduce import PROTOCOLS, StudyOptions, reproduce, topology_sweep
 from histoseek.training.reproduce.report import SAYS, Cell, Report, Table, difference, said
 from histoseek.training.reproduce.study import Study, draw, first_classes
@@ -127,6 +128,21 @@ def test_topology_sweep_has_all_cells_beside_the_papers(tmp_path, monkeypatch):
     for table in (cae, ae):
         for cells in table["rows"].values():
             assert all(c["mean"] > c["trivial"] for c in cells.values())
+
+    # The long part after the trainings shows its progress, which is also where it can be stopped.
+    seen = []
+    (tmp_path / "r/runs/ae-16/clusterings.json").unlink()
+
+    def stop(done, total, text):
+        seen.append((done, total, text))
+        if "k-means" in text:
+            raise Stopped(2)
+
+    options = StudyOptions(tmp_path / "r", quick=True, accelerator="cpu", parts="settings")
+    with pytest.raises(Stopped):
+        reproduce("topology-sweep", options, digits(), stop)
+    assert seen[-1] == (1000, 1000, "ae-16: k-means, K = 10, 1 of 2")
+    quick("topology-sweep", digits(), tmp_path / "r", parts="settings")
 
     # Nothing is computed again by the same command.
     monkeypatch.setattr(topology_sweep, "random_kmeans", None)

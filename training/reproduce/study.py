@@ -178,6 +178,15 @@ class Study:
         total = 1000 * max(self.cells, self.done + 1)
         self._progress(round(1000 * (self.done + share)), total, text)
 
+    def after(self, text: str) -> None:
+        """Report what is computed after the trainings.
+
+        Raises:
+            Stopped: the command was asked to stop.
+        """
+        total = 1000 * max(self.cells, self.done, 1)
+        self._progress(total, total, text)
+
     def took(self) -> str:
         """Return how long the trainings took, as text."""
         known = [seconds for seconds in self.seconds.values() if seconds is not None]
@@ -247,7 +256,10 @@ class Study:
             BadInput: the tiles do not fit into memory.
         """
         self.check_fits(size_px, tiles)
-        return load(self.tiles if tiles is None else tiles, size_px, lambda *_: None)
+        given = self.tiles if tiles is None else tiles
+        return load(
+            given, size_px, lambda done, of, _: self.after(f"reading tiles: {done} of {of}")
+        )
 
     def check_fits(self, size_px: int, tiles: TileSet | None = None) -> None:
         """Check that :meth:`load` will have room; called before the trainings, which need less.
@@ -269,6 +281,7 @@ class Study:
 
     def encoder(self, cell: str) -> Encoder:
         """Return the trained encoder of a cell."""
+        self.after(f"{cell}: embedding")
         gpu = torch.cuda.is_available() and self.options.accelerator in {"auto", "cuda", "gpu"}
         return load_encoder(self.folder(cell)).to("cuda" if gpu else "cpu")
 
@@ -292,6 +305,7 @@ class Study:
         self, file: str, vectors: Floats, data: LabelledTiles, numbers: Ints, title: str
     ) -> str:
         """Draw a t-SNE map of the vectors of tiles ``numbers`` by label; returns the file's name."""
+        self.after(f"drawing {file}")
         labels = data.labels[numbers]
         return figures.tsne(self.out / file, vectors, labels, data.label_names, title)
 

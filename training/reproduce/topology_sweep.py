@@ -255,7 +255,10 @@ def _cluster(study: Study, cell: str, data: LabelledTiles, repeats: int) -> dict
     labels = data.labels[readable]
     found: dict[str, list[float]] = {}
     for k in CLUSTERS:
-        clusters = [random_kmeans(codes, k, seed) for seed in range(repeats)]
+        clusters = []
+        for seed in range(repeats):
+            study.after(f"{cell}: k-means, K = {k}, {seed + 1} of {repeats}")
+            clusters.append(random_kmeans(codes, k, seed))
         found[str(k)] = [100 * purity(labels, run) for run in clusters]
         if k == CLUSTERS[0]:
             found["accuracy"] = [100 * accuracy(labels, run) for run in clusters]
