@@ -116,7 +116,11 @@ def test_topology_sweep_has_all_cells_beside_the_papers(tmp_path, monkeypatch):
     )  # four settings of the optimiser and one of the layers, two nets
     runs = [json.loads((tmp_path / f"r/runs/ae-32{n}/run.json").read_text()) for n in ("", "-4")]
     layers = [run["options"]["model_options"] for run in runs]
-    assert layers == ["dim=32,relu_code=true", "dim=32"]
+    assert layers == ["dim=32", "dim=32,relu_code=true"]
+    assert (
+        topology_sweep._settings("AE", relu=True)["Adadelta 1, cross-entropy"]["model_options"]
+        == "relu_code=true"
+    )
     assert settings["rows"]["AE: Adam 1e-3, squared error"]["K = 50"]["published"] == 83.52
     compared = settings["rows"]["AE: Adadelta 1, cross-entropy"]["K = 10"]["ours"]
     assert compared == ae["rows"]["K = 10"]["code 32"]["ours"]

@@ -52,7 +52,7 @@ PROTOCOLS: dict[str, Protocol] = {
     "topology-sweep": Protocol(
         topology_sweep.reproduce,
         "paper 003, tables 1 and 2: AE and CAE by code size and K, purity",
-        ("AE", "CAE", "settings"),
+        ("AE", "CAE", "relu", "settings"),
     ),
     "arcface": Protocol(
         arcface.reproduce,

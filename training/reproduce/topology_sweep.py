@@ -34,10 +34,10 @@ OPTIMISERS: dict[str, dict[str, Any]] = {
     "Adam 1e-3, squared error": {"optimiser": "adam", "lr": 1e-3, "pixel_loss": "squared"},
 }
 """Settings that the part ``settings`` compares; the first is that of the tables."""
-LAYERS = {"AE": "relu_code=true", "CAE": ""}
-"""Options of the models in the tables: the fully connected example of Keras has a ReLU after the code."""
+RELU = "relu_code=true"
+"""Option of the AE with the part ``relu``: Keras's fully connected example has a ReLU after the code."""
 OTHER_LAYERS = {
-    "AE": {"no ReLU after the code": ""},
+    "AE": {"ReLU after the code": RELU},
     "CAE": {
         "widths 16 and 8, no batch norm, ReLU after the code": "widths=16-8,norm=false,relu_code=true"
     },
@@ -97,8 +97,8 @@ PUBLISHED: dict[tuple[str, str], dict[int, Row]] = {
 def reproduce(study: Study) -> Report:
     """Train every net once per code length; cluster its codes 20 times per K, from random centres.
 
-    ``parts`` may have AE or CAE, to run only one of them, and settings, to compare optimisers, losses and
-    layers.
+    ``parts`` may have AE or CAE, to run only one of them; relu, for an AE with a ReLU after the code; and
+    settings, to compare optimisers, losses and layers.
     """
     options = study.options
     repeats = study.pick(INITIALISATIONS, 2, options.seeds)
@@ -109,13 +109,15 @@ def reproduce(study: Study) -> Report:
             f"tiles of {side} px: the paper's nets are for 28 and 32 px; pass --size-px 32"
         )
     nets = [net for net in NETS if net in study.parts] or list(NETS)
+    relu = "relu" in study.parts
     epochs = {net: study.pick(EPOCHS[net], 1, options.epochs) for net in nets}
     inputs = {
-        "AE": f"{side * side} grey pixels, ReLU after the code",
+        "AE": f"{side * side} grey pixels, {'' if relu else 'no '}ReLU after the code",
         "CAE": "3 channels, widths 32, 16, c",
     }
     compared = "settings" in study.parts
-    study.cells = len(CODES) * len(nets) + compared * sum(len(_settings(net)) - 1 for net in nets)
+    settings = {net: _settings(net, relu) for net in nets}
+    study.cells = len(CODES) * len(nets) + compared * sum(len(of) - 1 for of in settings.values())
     report = study.report(
         "Topology, code size and K", "003, tables 1 and 2",
         epochs="; ".join(f"{net}: {count}" for net, count in epochs.items()),
@@ -130,8 +132,8 @@ def reproduce(study: Study) -> Report:
         "Purity never falls with K and is at least the share of the largest class.",
         "The paper names no optimiser, rate, loss, epochs or batch. It used Keras, whose examples had "
         "Adadelta with rate 1, binary cross-entropy, and 100 epochs with batches of 256 (deep, fully "
-        "connected) or 50 with batches of 128 (convolutions). The protocol has these, Keras's initial "
-        "weights and, in the AE, the example's ReLU after the code.",
+        "connected) or 50 with batches of 128 (convolutions). The protocol has these and Keras's initial "
+        "weights. That example also has a ReLU after the code (--parts relu).",
     ]
 
     def train(cell: str, net: str, code: int, setting: dict[str, Any]) -> dict[str, Any]:
@@ -145,12 +147,12 @@ def reproduce(study: Study) -> Report:
 
     study.check_fits(side)
     records = {
-        f"{net.lower()}-{code}": train(f"{net.lower()}-{code}", net, code, _settings(net)[TABLES])
+        f"{net.lower()}-{code}": train(f"{net.lower()}-{code}", net, code, settings[net][TABLES])
         for net in nets
         for code in CODES
     }
     for net in nets if compared else []:
-        for number, setting in enumerate(_settings(net).values()):
+        for number, setting in enumerate(settings[net].values()):
             if number:  # the first is in the tables
                 train(f"{net.lower()}-{SETTINGS_CODE}-{number}", net, SETTINGS_CODE, setting)
     study.all_asked()
@@ -175,7 +177,7 @@ def reproduce(study: Study) -> Report:
     report.says = _says(report.tables[:-1])
     rows = {}
     for net in nets if compared else []:
-        for number, name in enumerate(_settings(net)):
+        for number, name in enumerate(settings[net]):
             cell = f"{net.lower()}-{SETTINGS_CODE}" + (f"-{number}" if number else "")
             found = _cluster(study, cell, data, repeats)
             rows[f"{net}: {name}"] = [
@@ -203,16 +205,15 @@ def reproduce(study: Study) -> Report:
     return report
 
 
-def _settings(net: str) -> dict[str, dict[str, Any]]:
+def _settings(net: str, relu: bool) -> dict[str, dict[str, Any]]:
     """Return the settings that are compared, by name; the first is that of the tables."""
-    optimisers = {
-        name: {**chosen, "model_options": LAYERS[net]} for name, chosen in OPTIMISERS.items()
+    layers, others = "", OTHER_LAYERS[net]
+    if relu and net == "AE":
+        layers, others = RELU, {"no ReLU after the code": ""}
+    optimisers = {name: {**chosen, "model_options": layers} for name, chosen in OPTIMISERS.items()}
+    return optimisers | {
+        f"{TABLES}, {name}": {**KERAS, "model_options": other} for name, other in others.items()
     }
-    others = {
-        f"{TABLES}, {name}": {**KERAS, "model_options": layers}
-        for name, layers in OTHER_LAYERS[net].items()
-    }
-    return optimisers | others
 
 
 def _says(tables: list[Table]) -> tuple[str, str, str]:
