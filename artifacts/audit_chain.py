@@ -9,15 +9,17 @@ head file ``<log>.head`` also holds number and hash of the last line, to detect 
 from __future__ import annotations
 
 import fcntl
+import gzip
 import hashlib
 import json
 import os
 import re
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any, cast
 
 FILE = "audit.jsonl"
 HEAD = ".head"
@@ -53,7 +55,7 @@ def head_path(log: Path) -> Path:
 
 
 def read_head(log: Path) -> Link | None:
-    """Return the last line as named in a log's head file; None if there is no head file.
+    """Return the last line as named in a log's head file; None if there is no head file, or an empty one.
 
     Raises:
         OSError: the head file cannot be read.
@@ -64,7 +66,7 @@ def read_head(log: Path) -> Link | None:
     except FileNotFoundError:
         return None
     head = _parse_head(blob)
-    if head is None:
+    if head is None and blob.strip():
         raise ValueError(f"{head_path(log)} is damaged; expected a number and a SHA-256")
     return head
 
@@ -186,6 +188,8 @@ class ChainedLog:
             stream.seek(end)
             while piece := stream.read(PIECE_BYTES):
                 self._pending.update(piece)
+        if _parse_head(os.pread(self._head, HEAD_BYTES, 0)) is None:
+            os.pwrite(self._head, _head_line(self.last), 0)
         if torn:
             os.write(self._file, b"\n")
             self._pending.update(b"\n")
@@ -219,7 +223,7 @@ def _head_line(last: Link) -> bytes:
     return f"{last.number} {last.sha256}\n".encode().ljust(HEAD_BYTES - 1) + b"\n"
 
 
-def _last_link(stream: BinaryIO, size: int) -> tuple[int, Link]:
+def _last_link(stream: IO[bytes], size: int) -> tuple[int, Link]:
     """Return the offset of the end of the last chained line (0 if none), and its number and hash."""
     for start in (max(0, size - TAIL_BYTES), 0):
         stream.seek(start)
@@ -275,7 +279,7 @@ class _Check:
         self._gap_at = 0
         self._matches_head = False
 
-    def run(self, stream: BinaryIO) -> list[str]:
+    def run(self, stream: IO[bytes]) -> list[str]:
         found: list[str] = []
         lines = enumerate(stream, 1)
         for at, line in lines:
@@ -308,12 +312,17 @@ class _Check:
         return follows, [f"{self._log}: before line {at}, {missing} missing: {where}"]
 
     def _rotated(self, last: str) -> bool:
-        """Whether a rotated file of the log, such as ``audit.jsonl.1``, ends with the hash ``last``."""
+        """Whether a rotated file of the log, such as ``audit.jsonl.1`` or ``.1.gz``, ends with ``last``."""
         for path in sorted(self._log.parent.glob(self._log.name + "[.-]*")):
             if path == head_path(self._log) or not path.is_file():
                 continue
-            with path.open("rb") as stream:
-                if _last_link(stream, path.stat().st_size)[1].sha256 == last:
+            packed = path.suffix == ".gz"
+            with (  # a damaged archive ends with nothing
+                suppress(OSError, EOFError, zlib.error),
+                gzip.open(path) if packed else path.open("rb") as stream,
+            ):
+                size = sum(map(len, stream)) if packed else path.stat().st_size
+                if _last_link(cast(IO[bytes], stream), size)[1].sha256 == last:
                     return True
         return False
 
@@ -347,7 +356,7 @@ class _Check:
                 found.append(f"{head_path(log)} {text}")
         elif head.number > last.number:
             found.append(f"{log}: {_numbers(last.number + 1, head.number)} missing at its end")
-        elif not self._matches_head:
+        elif head.number and not self._matches_head:
             found.append(f"{log}: it has no line {head.number} with the hash in its head file")
         return found
 

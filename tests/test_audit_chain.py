@@ -1,6 +1,7 @@
 """The chain of the audit log: changes to its lines are detected, and normal use never breaks it."""
 
 import errno
+import gzip
 import hashlib
 import json
 import os
@@ -91,10 +92,19 @@ def test_what_is_done_to_lines_is_named(path, tamper, says):
 
 def test_the_files_themselves_are_missed(path):
     assert problems(path) == [], "there never was a log"
+    write(path)
+    assert head_path(path).read_text().split() == ["0", "0" * 64]
+    assert problems(path) == [], "nobody has asked anything yet"
+    head_path(path).write_bytes(b"")
+    assert problems(path) == [], "as a former version left it"
     write(path, "a", "b")
     head = head_path(path).read_bytes()
     head_path(path).unlink()
     assert "head is missing" in problems(path)[0]
+    head_path(path).write_bytes(b"")
+    assert "head is missing" in problems(path)[0]
+    assert "is missing; it is written again" in write(path)[0]
+    assert problems(path) == []
     head_path(path).write_bytes(head[:20])
     assert "is damaged" in problems(path)[0]
     head_path(path).write_bytes(b"2 " + b"0" * 64 + b"\n")
@@ -156,7 +166,11 @@ def test_a_rotated_log_is_whole_together_with_its_older_file(path):
     log.close()
     assert [json.loads(line)["n"] for line in lines(path)] == [3]
     assert problems(path) == []
+    packed = path.with_name("audit.jsonl.1.gz")
+    packed.write_bytes(gzip.compress(older.read_bytes()))
     older.unlink()
+    assert problems(path) == []
+    packed.write_bytes(packed.read_bytes()[:40])
     assert (
         "numbers 1 to 2 are missing: no older log file in its folder ends with them"
         in problems(path)[0]
