@@ -16,7 +16,7 @@ from typing import Annotated, Any
 import typer
 
 from . import __version__, console, outlets, stopping
-from .errors import HistoseekError
+from .errors import Busy, HistoseekError
 from .ui.cli.commands import Commands, lazy
 from .ui.cli.index import index_app
 
@@ -229,7 +229,7 @@ def _run(arguments: list[str] | None) -> int:
         code = app(arguments, standalone_mode=False)
     except HistoseekError as error:
         console.fail(error)
-        code = console.EXIT_FAILED
+        code = console.EXIT_BUSY if isinstance(error, Busy) else console.EXIT_FAILED
     except (KeyboardInterrupt, typer.Abort):
         code = console.EXIT_STOPPED
     except Exception as error:

@@ -3,7 +3,8 @@
 With ``--json`` a command prints exactly one JSON document on standard output; everything else goes to
 standard error. An error is printed as ``{"error": {...}}``, and the exit code is not 0.
 
-Exit codes: 0 done; 1 failed, wholly or in part; 2 wrong usage; 74 done, but writing to standard output
+Exit codes: 0 done; 1 failed, wholly or in part; 2 wrong usage; 75 busy, such as another process that
+writes (try again); 74 done, but writing to standard output
 failed (full disk, closed); 130 stopped by Ctrl-C; 141 done, but the reader of the pipe closed it; 143
 stopped by SIGTERM.
 """
@@ -42,6 +43,8 @@ EXIT_DONE = 0
 EXIT_FAILED = 1
 EXIT_USAGE = 2
 EXIT_STOPPED = 130
+EXIT_BUSY = 75
+"""Exit code if something is busy, such as an atlas that another process writes (EX_TEMPFAIL)."""
 EXIT_NOT_PRINTED = 74
 """Exit code if writing to standard output failed (EX_IOERR in sysexits.h)."""
 EXIT_NO_READER = 141

@@ -8,7 +8,9 @@ import hashlib
 import json
 import os
 import shutil
+import stat
 import tempfile
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +22,9 @@ from .. import stopping
 from ..errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
 
 TEMP = ".histoseek-tmp"
+WAIT = "HISTOSEEK_WAIT_S"
+"""Environment variable: time in s to wait for another process that writes."""
+LONGEST_WAIT_S = 86_400
 EDGE_BYTES = 2**20
 _SPACE = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
@@ -157,7 +162,8 @@ def _writer_is_gone(temp: Path) -> bool:
     return False
 
 
-def _umask() -> int:
+def umask() -> int:
+    """Return the process's umask."""
     mask = os.umask(0o022)
     os.umask(mask)
     return mask
@@ -192,7 +198,7 @@ def publish_file(temp: Path, path: Path) -> None:
     """
     try:
         _sync(temp)
-        os.chmod(temp, 0o666 & ~_umask())
+        os.chmod(temp, 0o666 & ~umask())
         os.replace(temp, path)
         stopping.unmark(temp)
         _sync(path.parent)
@@ -255,7 +261,8 @@ def publish_folder(path: Path) -> Iterator[Path]:
         for child in temp.rglob("*"):
             if child.is_file():
                 _sync(child)
-        os.chmod(temp, 0o777 & ~_umask())
+        # keep the bit by which files of a shared folder belong to its group
+        os.chmod(temp, (0o777 & ~umask()) | (temp.stat().st_mode & stat.S_ISGID))
         os.replace(temp, path)
         _sync(path.parent)
     except OSError as error:
@@ -335,24 +342,45 @@ def remove_leftovers(folders: Iterable[Path], own: bool = False) -> int:
     return len(dead)
 
 
+def _wait_s() -> float:
+    """Return the time in s to wait for a lock: that in :data:`WAIT`, else 0."""
+    text = os.environ.get(WAIT, "") or "0"
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = -1.0
+    if not 0 <= seconds <= LONGEST_WAIT_S:
+        raise BadInput(f"{WAIT} is {text!r}; expected seconds from 0 to {LONGEST_WAIT_S}")
+    return seconds
+
+
 @contextmanager
 def exclusive(lock: Path, what: str) -> Iterator[None]:
     """Hold a lock file; the operating system releases it when the process dies.
 
     Raises:
-        Busy: another process or thread holds it.
-        BadInput: its folder does not exist.
+        Busy: another process or thread holds it, also after the time in :data:`WAIT`.
+        BadInput: its folder does not exist, or the time is no number.
         StorageFailed: the lock file cannot be created.
+        Stopped: the command was asked to stop while it waited.
     """
     if not lock.parent.is_dir():  # FileLock would make it
         raise BadInput(f"{lock.parent} does not exist; check the path")
-    holder = FileLock(lock, timeout=0)
+    holder = FileLock(lock, timeout=0, mode=0o666 & ~umask())
+    until = time.monotonic() + _wait_s()
     try:
-        holder.acquire()
-    except Timeout as error:
-        raise Busy(
-            f"{what} is being written by another process or thread; wait until it ends and try again"
-        ) from error
+        while True:
+            try:
+                holder.acquire()
+                break
+            except Timeout as error:
+                if time.monotonic() >= until:
+                    raise Busy(
+                        f"{what} is being written by another process or thread; try again when that ends, "
+                        f"or set {WAIT} to the seconds to wait"
+                    ) from error
+            stopping.check()
+            time.sleep(stopping.POLL_S)
     except OSError as error:
         raise storage_failed(lock, error) from error
     try:

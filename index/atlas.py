@@ -445,15 +445,20 @@ class Atlas(OpenAtlas):
         with self.writing() as writer:
             return verify.repair(self, writer)
 
-    def snapshot(self, out: str | Path) -> dict[str, Any]:
+    def snapshot(self, out: str | Path, with_uploads: bool = True) -> dict[str, Any]:
         """Copy one committed state of the atlas into a new folder, which is then an atlas itself.
 
         ``out`` may be a URL: the copy is made and checked beside the atlas, and then uploaded. Reading is
-        possible meanwhile; writers get Busy.
+        possible meanwhile; writers get Busy. An atlas that can only be read is copied too.
+
+        Args:
+            out: the new folder.
+            with_uploads: also copy the files of slides that were uploaded to a server.
 
         Raises:
             BadInput: ``out`` exists.
+            Busy: another process is writing.
             Damaged: the atlas is incomplete or damaged; nothing is written.
             StorageFailed: no space.
         """
-        return snapshots.take(self, out)
+        return snapshots.take(self, out, with_uploads)

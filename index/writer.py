@@ -20,7 +20,7 @@ from ..errors import BadInput, Damaged, HistoseekError, Mismatch, StorageFailed,
 from .clusters import stored as clusterings
 from .clusters.clustering import Clustering
 from .relabelling import relabel, slide_changes
-from .store import annotation, quality
+from .store import annotation, quality, uploads
 from .store.catalog import NEXT_TILE, get_meta, insert, set_meta, update
 from .store.metadata import AddedSlides, Metadata, Row, Rows, match_rows
 from .store.rows import (
@@ -277,10 +277,10 @@ class Writer:
                     clusterings.insert_placement(db, number, slide["id"], assigned, fitted=False)
 
     def _remove_orphans(self) -> None:
-        """Delete unused feature files: those of removed slides, and leftovers of a crash."""
-        named = {
-            row["features_file"] for row in self._catalog.rows("SELECT features_file FROM slides")
-        }
+        """Delete unused feature files and uploads: those of removed slides, and leftovers of a crash."""
+        rows = self._catalog.rows("SELECT features_file, source FROM slides")
+        uploads.remove_orphans(self._path, (row["source"] for row in rows))
+        named = {row["features_file"] for row in rows}
         for path in (self._path / FEATURES).glob("*.h5"):
             if f"{FEATURES}/{path.name}" not in named:
                 path.unlink(missing_ok=True)  # a reader of it retries

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import shutil
 import socket
@@ -82,6 +83,8 @@ class Running:
 
     def _start(self, atlas: Path, options: ServeOptions, listening: socket.socket) -> None:
         uvicorn = need("uvicorn", "ui")
+        from .access.connections import PatientConnection
+
         self.session = Session(atlas, options.encoder, options.others)
         self._closing.append(self.session.close)
         audit = open_audit(atlas, options.audit_log, self.session, options.access.guarded)
@@ -98,6 +101,7 @@ class Running:
         config = uvicorn.Config(
             app, log_level="warning", access_log=False, server_header=False, proxy_headers=False,
             timeout_graceful_shutdown=GRACE_S, ws="none", limit_concurrency=CONNECTIONS,
+            http=PatientConnection,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(
@@ -143,6 +147,7 @@ def make_app(
 
     traffic = Traffic()
     server = Server(session, additions, audit, traffic)
+    additions.watch = server.note_addition
     app = make_api(server)
     if with_page:
         need("gradio", "ui")
@@ -161,8 +166,9 @@ def _listen(host: str, port: int) -> socket.socket:
         listening.listen(2048)
     except OSError as error:
         listening.close()
+        other = "--port" if error.errno in {errno.EADDRINUSE, errno.EACCES} else "--host"
         raise Busy(
-            f"port {port} on {host} cannot be used ({error}); choose another --port"
+            f"port {port} on {host} cannot be used ({error}); choose another {other}"
         ) from error
     return listening
 

@@ -5,38 +5,55 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from pathlib import Path
 from typing import Any
 
 from ... import stopping
+from ...artifacts.audit_chain import FILE as AUDIT
 from ...artifacts.files import exclusive, publish_folder, removed_at_end
 from ...artifacts.remote import Remote, below, is_url, joined, require_room
-from ...errors import BadInput, Damaged, StorageFailed
+from ...console import counted
+from ...errors import BadInput, Busy, Damaged, StorageFailed
 from ..opened import OpenAtlas
 from ..store.catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
 from ..store.store import FEATURES, LOCK
+from ..store.uploads import PENDING, UPLOADS, file_in
 from .verify import Kind, problems
 
 
-def take(atlas: OpenAtlas, out: Path | str) -> dict[str, Any]:
+def take(atlas: OpenAtlas, out: Path | str, with_uploads: bool = True) -> dict[str, Any]:
     """Copy an atlas; see :meth:`Atlas.snapshot <histoseek.index.atlas.Atlas.snapshot>`."""
     if is_url(out):
-        return _upload(atlas, str(out))
+        return _upload(atlas, str(out), with_uploads)
     out = Path(out)
     if out.resolve().is_relative_to(atlas.path.resolve()):
         raise BadInput(f"{out} is inside the atlas; choose a folder outside {atlas.path}")
-    # Only a later writer deletes files of this state, so keep writers out.
-    with exclusive(atlas.path / LOCK, f"atlas {atlas.path}"), publish_folder(out) as folder:
+    # Only a later writer deletes files of this state, so keep writers out; who may only read cannot.
+    may_write = os.access(atlas.path, os.W_OK)
+    lock: AbstractContextManager[None] = nullcontext()
+    if may_write:
+        lock = exclusive(atlas.path / LOCK, f"atlas {atlas.path}")
+    before = atlas.catalog.revision()
+    with lock, publish_folder(out) as folder:
         try:
-            _copy_database(atlas.path / FILE, folder / FILE)
+            _copy_database(atlas.catalog, folder / FILE)
             encoder = atlas.store.encoder_folder
             shutil.copytree(encoder, folder / encoder.name)
             (folder / FEATURES).mkdir()
             for file in _named_files(atlas):
                 stopping.check()
                 shutil.copyfile(atlas.path / file, folder / file)
+            uploads = _uploaded(atlas) if with_uploads else []
+            for file in uploads:
+                stopping.check()
+                (folder / file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+                shutil.copyfile(atlas.path / file, folder / file)
         except FileNotFoundError as error:
+            if not may_write and atlas.catalog.revision() != before:
+                raise Busy(
+                    f"{atlas.path} was written to while it was copied; try again when that ends"
+                ) from error
             raise Damaged(f"{error.filename} is missing; run `histoseek index verify`") from error
         except (OSError, sqlite3.OperationalError) as error:
             raise StorageFailed(
@@ -58,15 +75,36 @@ def take(atlas: OpenAtlas, out: Path | str) -> dict[str, Any]:
         "revision": revision,
         "bytes": size,
         "encoder_link": None if link is None else str(link),
+        "uploads": len(uploads),
+        "not_copied": _not_copied(atlas, with_uploads),
     }
 
 
-def _upload(atlas: OpenAtlas, url: str) -> dict[str, Any]:
+def _uploaded(atlas: OpenAtlas) -> list[str]:
+    """Return the files of the slides that were uploaded, relative to the atlas."""
+    rows = atlas.catalog.rows("SELECT source FROM slides ORDER BY id")
+    found = (file_in(row["source"]) for row in rows)
+    return [file for file in found if file is not None and (atlas.path / file).is_file()]
+
+
+def _not_copied(atlas: OpenAtlas, with_uploads: bool) -> list[str]:
+    """Return what else is in the atlas's folder and belongs to it, in words."""
+    left_out = []
+    if not with_uploads and (count := len(_uploaded(atlas))):
+        left_out.append(f"the files of {counted(count, 'uploaded slide')}")
+    if count := len(list((atlas.path / UPLOADS).glob(f"*/{PENDING}"))):
+        left_out.append(f"{counted(count, 'upload')} not yet in the atlas")
+    if (atlas.path / AUDIT).exists():
+        left_out.append(f"the audit log ({AUDIT})")
+    return left_out
+
+
+def _upload(atlas: OpenAtlas, url: str, with_uploads: bool) -> dict[str, Any]:
     """Copy an atlas to a URL. The database comes last: without it, nothing there is an atlas."""
     if Remote(url).files(may_lack=True):
         raise BadInput(f"{url} is not empty; choose a new URL")
     with removed_at_end(_beside(atlas.path, "snapshot")) as local:
-        report = take(atlas, local)
+        report = take(atlas, local, with_uploads)
         files = [path for path in local.rglob("*") if path.is_file()]
         for path in sorted(files, key=lambda path: path.name == FILE):
             stopping.check()
@@ -78,8 +116,9 @@ def _beside(atlas: Path, name: str) -> Path:
     return atlas.with_name(f"{atlas.name}.{name}-{os.getpid()}")
 
 
-def _copy_database(source: Path, target: Path) -> None:
-    with closing(sqlite3.connect(source)) as old, closing(sqlite3.connect(target)) as new:
+def _copy_database(source: Catalog, target: Path) -> None:
+    target.touch()  # with the rights of other files
+    with source.read() as old, closing(sqlite3.connect(target)) as new:
         old.backup(new)
         new.execute("PRAGMA journal_mode = WAL")
 
@@ -97,12 +136,14 @@ def _named_files(atlas: OpenAtlas) -> list[str]:
 def restore(snapshot: Path | str, atlas: Path) -> dict[str, Any]:
     """Replace an atlas by a snapshot; the old atlas is kept beside it under another name.
 
+    The audit log goes on with the restored atlas. So do uploaded slides that the snapshot lacks.
+
     Args:
         snapshot: folder or URL that :func:`take` wrote; it is not changed.
         atlas: path where the atlas is, or was.
 
     Returns:
-        The new path of the old atlas, and the restored revision.
+        The new path of the old atlas, the restored revision, and the slides that came back or went.
 
     Raises:
         BadInput: there is no snapshot.
@@ -115,19 +156,52 @@ def restore(snapshot: Path | str, atlas: Path) -> dict[str, Any]:
     fresh = atlas.with_name(f"{atlas.name}.restoring-{os.getpid()}")
     take(OpenAtlas(snapshot), fresh)
     kept: Path | None = None
+    now = _names(Catalog(fresh))
+    old = now
     if atlas.exists():
         with exclusive(atlas / LOCK, f"atlas {atlas}"):
+            old = _names(Catalog(atlas))
             _go_on_counting(fresh, atlas)
+            logs = _carry_over(atlas, fresh)
             kept = _free_name(atlas)
             atlas.rename(kept)
             fresh.rename(atlas)
+            for log in logs:  # of which the restored atlas has the same file
+                (kept / log).unlink(missing_ok=True)
     else:
         fresh.rename(atlas)
     return {
         "atlas": str(atlas),
         "revision": OpenAtlas(atlas).catalog.revision(),
         "kept": None if kept is None else str(kept),
+        "slides_back": sorted(now - old),
+        "slides_gone": sorted(old - now),
     }
+
+
+def _names(catalog: Catalog) -> set[str]:
+    return {row["name"] for row in catalog.rows("SELECT name FROM slides")}
+
+
+def _carry_over(atlas: Path, fresh: Path) -> list[str]:
+    """Give the restored atlas the uploads that its snapshot lacks, and the audit log with its older files.
+
+    They are linked, so that a server that writes to the log goes on.
+
+    Returns:
+        The names of the log's files.
+    """
+    logs = [path.name for path in atlas.glob(f"{AUDIT}*") if path.is_file()]
+    rows = Catalog(fresh).rows("SELECT source FROM slides")
+    uploads = [file for row in rows if (file := file_in(row["source"])) is not None]
+    for file in (*logs, *uploads):
+        if (atlas / file).is_file() and not (fresh / file).exists():
+            (fresh / file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            try:
+                os.link(atlas / file, fresh / file)
+            except OSError:  # a file system without links
+                shutil.copy2(atlas / file, fresh / file)
+    return logs
 
 
 def _download(url: str, atlas: Path) -> dict[str, Any]:

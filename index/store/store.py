@@ -21,6 +21,7 @@ from ...errors import BadInput, Damaged
 from .catalog import ATLAS_ID, Catalog, now
 from .packing import SEAL
 from .scales import MIXED
+from .uploads import source_now
 
 T = TypeVar("T")
 ENCODER = "encoder"
@@ -163,7 +164,14 @@ class Store:
     def slides(self) -> list[dict[str, Any]]:
         """Return all slides and tile sets with counts, labels, metadata and provenance, sorted by name."""
         rows = self.catalog.rows("SELECT * FROM slides ORDER BY name")
-        slides = [dict(row) | {"metadata": json.loads(row["metadata"])} for row in rows]
+        slides = [
+            dict(row)
+            | {
+                "metadata": json.loads(row["metadata"]),
+                "source": source_now(self.path, row["source"]),
+            }
+            for row in rows
+        ]
         return [{k: v for k, v in slide.items() if k != SEAL} for slide in slides]
 
     def vectors(self) -> tuple[NDArray[np.int64], NDArray[np.float32]]:

@@ -242,14 +242,13 @@ def test_a_killed_server_takes_an_upload_up_again(histoseek_ui, own_atlas, tmp_p
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert "late" not in {s["name"] for s in Atlas(own_atlas).slides()}
-    half = own_atlas / "uploads/0123/half.tiff"
-    half.parent.mkdir()
-    half.write_bytes(b"x")
+    half, young = (own_atlas / f"uploads/{n * 16}/{n}.tiff" for n in "ab")
+    for file in (half, young):
+        file.parent.mkdir()
+        file.write_bytes(b"x")
+        (file.parent / "pending.json").write_text(json.dumps({"complete": False}))
     for old in (half, half.parent):
         os.utime(old, (0, 0))
-    young = own_atlas / "uploads/4567/young.tiff"
-    young.parent.mkdir()
-    young.write_bytes(b"x")
     process = histoseek_ui(own_atlas, "--port", port, "--no-page")
     up(port, process)
     (job,) = client._json("GET", "/v1/jobs")["jobs"]
@@ -305,7 +304,7 @@ print([m for m in ('fastapi', 'numpy', 'gradio') if m in sys.modules])
 
 
 def test_an_atlas_that_was_moved_keeps_the_slides_uploaded_to_it(
-    serve, own_atlas, tmp_path, make_slide, monkeypatch
+    serve, own_atlas, tmp_path, make_slide, monkeypatch, cli_json
 ):
     monkeypatch.chdir(own_atlas.parent)
     one = serve(Path("atlas"))  # by a path that means something else elsewhere
@@ -321,6 +320,16 @@ def test_an_atlas_that_was_moved_keeps_the_slides_uploaded_to_it(
         os.utime(old, (0, 0))
     Additions(one.session.__class__(moved)).close()
     assert kept.read_bytes() == blob
+    atlas = Atlas(moved)
+    assert [s["source"] for s in atlas.slides() if s["name"] == "m"] == [str(kept)]
+    other = moved / "uploads" / "a b" / "mine.txt"  # what nobody uploaded
+    other.parent.mkdir()
+    other.write_text("x")
+    waiting = moved / "uploads" / ("c" * 16) / "pending.json"
+    waiting.parent.mkdir()
+    waiting.write_text("{}")
+    assert cli_json("index", "remove", moved, "m")["removed"] == ["m"]
+    assert not kept.parent.exists() and other.exists() and waiting.exists()
 
 
 def test_which_tiles_of_a_slide_are_added_can_be_chosen(serve, own_atlas, tmp_path, make_slide):

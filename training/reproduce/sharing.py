@@ -16,7 +16,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from ... import stopping
-from ...artifacts.files import storage_failed
+from ...artifacts.files import storage_failed, umask
 from ...errors import StorageFailed
 
 ENDING = ".lock"
@@ -47,7 +47,7 @@ def locked(path: Path, waiting: Callable[[], None] | None = None) -> Iterator[bo
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(path)
+        lock = FileLock(path, mode=0o666 & ~umask())
         if not _take(lock) and waiting is not None:
             waiting()
             while not _take(lock):

@@ -12,6 +12,7 @@ import json
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, MutableMapping
 from contextlib import suppress
 from typing import Any, NoReturn
@@ -72,7 +73,7 @@ class Guard:
         self._app = app
         self._access = access
         self._traffic = traffic
-        self._under_way = 0
+        self._under_way: Counter[str] = Counter()
         self._bytes = 0
         self._lock = threading.Lock()
         self._logins = Logins(access)
@@ -83,6 +84,23 @@ class Guard:
         """End the connections that pages keep open, so that the server can stop at once."""
         self._closing = True
         self._logins.close()
+
+    def begin(self, user: str) -> bool:
+        """Count a request of a user; False if too many are in progress, of all users or of this one."""
+        most = self._access.limits.requests
+        share = most // 2 if self._access.several_users else most
+        with self._lock:
+            if self._under_way.total() >= most or self._under_way[user] >= share:
+                return False
+            self._under_way[user] += 1
+            return True
+
+    def end(self, user: str) -> None:
+        """Count that a request of a user ended."""
+        with self._lock:
+            self._under_way[user] -= 1
+            if not self._under_way[user]:
+                del self._under_way[user]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Reject a request, or pass it to the app."""
@@ -143,9 +161,7 @@ class _Exchange(CheckedRequest):
         except ValueError:  # an invalid header, such as an origin that is not an address
             refused = 422, "bad_input", "a header of the request cannot be read", {}
         if refused is None and self.path != "/health" and not self.stream:
-            with self.guard._lock:
-                counted = self.guard._under_way < self.access.limits.requests
-                self.guard._under_way += counted
+            counted = self.guard.begin(self.user)
             if not counted:
                 text = "too many requests are in progress; try again in a moment"
                 refused = 429, "busy", text, {b"retry-after": b"1"}
@@ -158,8 +174,9 @@ class _Exchange(CheckedRequest):
         finally:
             if self.pending is not None:
                 self.pending.cancel()
+            if counted:
+                self.guard.end(self.user)
             with self.guard._lock:
-                self.guard._under_way -= counted
                 self.guard._bytes -= self.held
             seconds = time.perf_counter() - self.started
             self.guard._traffic.count(self.scope, self.method, self.status, seconds)
@@ -173,6 +190,10 @@ class _Exchange(CheckedRequest):
     async def _call_app(self) -> None:
         try:
             await self.guard._app(self.scope, self._bounded, self._unless_cut)
+        except asyncio.CancelledError:
+            if not self.guard._closing or self.status:
+                raise
+            self.cut = 503, "unavailable", "the server is stopping; send the request again"
         except Exception:
             if self.cut is None:
                 raise

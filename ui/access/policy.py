@@ -31,7 +31,8 @@ class Limits:
     Attributes:
         body_bytes: maximum bytes of a request's body.
         slide_bytes: maximum bytes of a slide upload.
-        requests: maximum concurrent requests; more are refused.
+        requests: maximum concurrent requests; more are refused. If there are several users, each may have
+            half of them.
         bytes_under_way: maximum bytes of all concurrent bodies; slide uploads do not count, as they go
             to disk.
     """
@@ -97,6 +98,11 @@ class Access:
     def guarded(self) -> bool:
         """Whether a login is required."""
         return self.passwords or bool(self.proxies.user_header)
+
+    @property
+    def several_users(self) -> bool:
+        """Whether requests may come from several known users."""
+        return len(self.users) + bool(self.token) > 1 or bool(self.proxies.user_header)
 
     def check(self, claim: Claim) -> str | None:
         """Return the user that a claim authenticates; None if it is wrong.

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+from ..session.addition import Addition
 from ..session.additions import Additions
 from ..session.answers import ClusterAnswer, SearchAnswer, SimilarAnswer
 from ..session.session import Session
 from .audit import Audit
 from .policy import REQUEST_ID, USER
 from .traffic import Traffic
+
+NOBODY = {"user": "-", "address": "-", "request_id": "-"}
+"""Of an upload that was found at the start of the server."""
 
 
 @dataclass(frozen=True)
@@ -26,6 +32,22 @@ class Server:
         """Record an action in the audit log."""
         if self.audit is not None:
             self.audit.write(action, who(request), **facts)
+
+    @contextmanager
+    def change(self, request: Any, action: str, **facts: Any) -> Iterator[None]:
+        """Record a change in the audit log before it is made, and again with ``failed`` if it fails."""
+        self.note(request, action, **facts)
+        try:
+            yield
+        except Exception as error:
+            self.note(request, action, **facts, failed=type(error).__name__)
+            raise
+
+    def note_addition(self, job: Addition) -> None:
+        """Record that a slide waits to be added, and how that ended."""
+        if self.audit is not None:
+            ends = {"state": job.state, "message": job.message} if job.over else {}
+            self.audit.write("add", job.by or NOBODY, slide=job.slide, job=job.id, **ends)
 
     def note_search(self, request: Any, answer: SearchAnswer) -> None:
         """Record a search in the audit log."""

@@ -12,10 +12,11 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, PlainTextResponse
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 from starlette.routing import Match, Route
 
 from ... import __version__, errors
-from ...errors import Damaged, HistoseekError, NotFound, Unavailable
+from ...errors import HistoseekError, NotFound, Unavailable
 from ..access.policy import REQUEST_ID, ROLE, error_body
 from ..access.service import Server, who
 from ..access.traffic import AtlasState, metrics_text
@@ -32,6 +33,8 @@ ABOUT = (
     "Search an atlas of embedded slides for similar tiles, assign images to its clusters, add slides. "
     "Research use only: similarity is no diagnosis."
 )
+CLIENT_GONE = 499
+"""Status of a request whose client went away before its body was read, as nginx counts it."""
 log = logging.getLogger("histoseek.api")
 
 
@@ -117,9 +120,15 @@ def _errors(app: FastAPI, server: Server) -> None:
     @app.exception_handler(HistoseekError)
     async def ours(request: Request, error: HistoseekError) -> JSONResponse:
         status, code = next((s, code) for kind, s, code in STATUS if isinstance(error, kind))
-        if isinstance(error, Damaged):
-            log.error("%s", error)
+        if status == 503:
+            log.error("request %s: %s", request.headers.get(REQUEST_ID, "-"), error)
         return answer(request, status, code, server.session.hide(str(error)))
+
+    @app.exception_handler(ClientDisconnect)
+    async def gone(request: Request, error: ClientDisconnect) -> Response:
+        return Response(
+            status_code=CLIENT_GONE
+        )  # nobody reads it; the log and the metrics count it
 
     @app.exception_handler(RequestValidationError)
     async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:

@@ -15,7 +15,7 @@ from ...errors import BadInput, NotFound, TooLarge
 from ...index.federation.answers import Example
 from ...index.federation.federation import Federation
 from ...index.search.query import Query
-from ..access.service import Server
+from ..access.service import Server, who
 from ..session import report
 from ..session.addition import Addition
 from ..session.answers import Among
@@ -145,7 +145,7 @@ def add_answers(app: FastAPI, server: Server) -> None:
         result: Annotated[str, Parameter(max_length=64)], kind: Literal["csv", "json", "html"]
     ) -> Response:
         """Return an earlier answer as a file; the server keeps the last few hundred answers."""
-        blob = report.write(session, session.results.get(result), kind)
+        blob = report.write(session, session.result(result), kind)
         name = f'attachment; filename="histoseek-{result}.{kind}"'
         mime = report.KINDS[kind] + ("" if kind == "json" else "; charset=utf-8")
         return Response(blob, media_type=mime, headers={"Content-Disposition": name})
@@ -289,11 +289,9 @@ def add_slides(app: FastAPI, server: Server) -> None:
     @app.delete("/v1/slides/{slide}", tags=["slides"], response_model=models.Removed)
     def remove(slide: str, request: Request) -> Any:
         """Remove a slide from the atlas with its annotations, and its file if it was uploaded."""
-        server.note(
-            request, "remove", slide=slide
-        )  # before the removal, so that none is unrecorded
-        marked = sum(item.slide == slide for item in session.atlas.annotations())
-        return {"slide": slide, "tiles": server.additions.remove(slide), "annotations": marked}
+        with server.change(request, "remove", slide=slide):
+            marked = sum(item.slide == slide for item in session.atlas.annotations())
+            return {"slide": slide, "tiles": server.additions.remove(slide), "annotations": marked}
 
     @app.get("/v1/slides/{slide}/similar", tags=["slides"], response_model=models.SimilarSlides)
     def similar(
@@ -338,11 +336,12 @@ def add_jobs(app: FastAPI, server: Server) -> None:
                 raise BadInput("expected either one file or a path")
             if uploads:
                 name, file = uploads[0]
-                job = additions.upload(file.file, name, row, fields.replace, fields.tiles)
-            else:
-                job = additions.path(Path(fields.path), row, fields.replace, fields.tiles)
-            server.note(request, "add", slide=job.slide, job=job.id)
-            return job
+                return additions.upload(
+                    file.file, name, row, fields.replace, fields.tiles, who(request)
+                )
+            return additions.path(
+                Path(fields.path), row, fields.replace, fields.tiles, who(request)
+            )
 
         form = content_type(request) == "multipart/form-data"
         model = _SlideForm if form else models.SlideRequest
@@ -387,8 +386,8 @@ def add_clusters(app: FastAPI, server: Server) -> None:
     ) -> Any:
         """Set the name of a cluster."""
         name, _ = atlas.clustering(body.clustering)
-        server.note(request, "rename", clustering=name, cluster=cluster, name=body.name)
-        atlas.name_cluster(cluster, body.name, body.description, name)
+        with server.change(request, "rename", clustering=name, cluster=cluster, name=body.name):
+            atlas.name_cluster(cluster, body.name, body.description, name)
         rows = [c for c in atlas.clusters(name, 6) if c["cluster"] == cluster]
         return {"clustering": name, "clusters": rows}
 

@@ -42,7 +42,7 @@ def asked(server: Server, request: Request, slide: str, result: str) -> SearchAn
         BadInput: the result is not of a search.
         NotFound: there is no such result.
     """
-    answer = server.session.results.get(result)
+    answer = server.session.result(result)
     server.note(request, "heat", slide=slide, result=result)
     if not isinstance(answer, SearchAnswer):
         raise BadInput(f"result {result!r} is not a search; expected the id of a search")
@@ -145,8 +145,9 @@ def add_annotations(app: FastAPI, server: Server) -> None:
             features, slide, "the body", corner or (0, 0), "" if user == "-" else user
         )
         labels = sorted({item.label for item in taken})[:20]
-        server.note(request, "annotate", slide=slide, annotations=len(taken), labels=labels)
-        stored = atlas.annotate(taken)
+        facts = {"slide": slide, "annotations": len(taken), "labels": labels}
+        with server.change(request, "annotate", **facts):
+            stored = atlas.annotate(taken)
         return {**vars(stored), "skipped": skipped, "frame_unknown": corner is None}
 
     @app.delete(
@@ -154,6 +155,6 @@ def add_annotations(app: FastAPI, server: Server) -> None:
     )
     def remove(annotation: Annotated[str, Parameter(max_length=64)], request: Request) -> Any:
         """Remove an annotation."""
-        server.note(request, "remove_annotation", annotation=annotation)
-        atlas.remove_annotations([annotation])
+        with server.change(request, "remove_annotation", annotation=annotation):
+            atlas.remove_annotations([annotation])
         return {"annotation": annotation}

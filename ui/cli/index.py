@@ -237,16 +237,21 @@ def verify(atlas: Path, repair: bool = False) -> None:
 
 
 @index_app.command()
-def snapshot(atlas: Path, out: Annotated[str, typer.Option()]) -> None:
+def snapshot(
+    atlas: Path, out: Annotated[str, typer.Option()], without_uploads: bool = False
+) -> None:
     """Copy an atlas to a new folder and check the copy. Searches can continue meanwhile.
+
+    Uploaded slides are copied, other slides and the audit log are not.
 
     Options:
         out: New folder or URL (s3://...) for the copy.
+        without_uploads: Leave out the files of slides that were uploaded to a server.
     """
     from ...index.atlas import Atlas
 
     with console.working("copying and checking"):
-        report = Atlas(atlas).snapshot(out)
+        report = Atlas(atlas).snapshot(out, not without_uploads)
 
     def human() -> None:
         console.say(f"{out}: revision {report['revision']}, {report['bytes']:,} bytes")
@@ -254,6 +259,10 @@ def snapshot(atlas: Path, out: Annotated[str, typer.Option()]) -> None:
             console.say(
                 f"the encoder was not copied: the snapshot refers to {report['encoder_link']}"
             )
+        if report["uploads"]:
+            console.say(f"with the files of {counted(report['uploads'], 'uploaded slide')}")
+        for what in report["not_copied"]:
+            console.say(f"not copied: {what}")
 
     console.emit(report, human)
 
@@ -274,6 +283,8 @@ def restore(snapshot: str, atlas: Path) -> None:
         console.say(f"{atlas}: restored to revision {report['revision']}")
         if report["kept"]:
             console.say(f"the old atlas is now in {report['kept']}")
+        console.say_names("slides that came back", report["slides_back"])
+        console.say_names("slides that went", report["slides_gone"])
 
     console.emit(report, human)
 

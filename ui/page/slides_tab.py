@@ -148,7 +148,7 @@ class _Handlers:
 
     def _scale(self, row: Mapping[str, Any], result: str) -> tuple[float, float]:
         """Return the scores at the ends of the heat map's colours."""
-        answer = self.session.results.get(result)
+        answer = self.session.result(result)
         if not isinstance(answer, SearchAnswer) or not row["tiles"]:
             return 0.0, 1.0
         scores = self.session.atlas.scores_in(row["name"], answer.vector)

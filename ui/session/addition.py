@@ -57,11 +57,13 @@ class Addition:
     total: int
     message: str
     at: str
-    # not shown to users: the file; label, patient and mpp as given; which tiles; whether to replace a slide
+    # not shown to users: the file; label, patient and mpp as given; which tiles; whether to replace one;
+    # user, address and request id of the request
     path: Annotated[Path, PRIVATE]
     row: Annotated[dict[str, str], PRIVATE]
     tiles: Annotated[TileChoice, PRIVATE]
     replace: Annotated[bool, PRIVATE]
+    by: Annotated[dict[str, str], PRIVATE]
 
     @property
     def over(self) -> bool:

@@ -15,9 +15,10 @@ import tempfile
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, BinaryIO
 
 from ...artifacts.files import read_json, write_json
@@ -32,6 +33,7 @@ from ...errors import (
     Unavailable,
     Unsupported,
 )
+from ...index.store.uploads import PENDING, UPLOADS, folder_of
 from ...serving.embedding.job import Job
 from ...serving.embedding.pipeline import embed_jobs
 from ...serving.embedding.results import EmbedOptions
@@ -42,9 +44,6 @@ from .addition import PLAIN, Addition, TileChoice, plain
 from .answers import now
 from .session import Session
 
-UPLOADS = "uploads"
-PENDING = "pending.json"
-"""File next to an upload that is not yet in the atlas: its metadata and the number of attempts."""
 TRIES = 3
 CUT_OFF_S = 3600
 """Seconds without a write after which an incomplete upload is abandoned and deleted."""
@@ -55,11 +54,17 @@ MAX_WAITING = 32
 JOBS_KEPT = 200
 COPY_BYTES = 2**20
 FIELD_LIMIT = 200
+UNKNOWN: Mapping[str, str] = MappingProxyType({})
+"""Who asked for a slide that a former process was asked to add."""
 log = logging.getLogger("histoseek.additions")
 
 
 class Additions:
-    """Accepts slides by upload or from allowed folders, and adds them one after another."""
+    """Accepts slides by upload or from allowed folders, and adds them one after another.
+
+    Attributes:
+        watch: called with a slide before it is queued, and when it was added or has failed.
+    """
 
     def __init__(self, session: Session, folders: Sequence[Path] = ()) -> None:
         """Start the worker, and queue unfinished uploads again.
@@ -76,6 +81,7 @@ class Additions:
         self._queue: queue.Queue[str | None] = queue.Queue()  # unbounded: jobs are limited
         self._stop = threading.Event()
         self._number = 0
+        self.watch: Callable[[Addition], None] = lambda job: None
         self._worker = threading.Thread(target=self._work, name="additions", daemon=True)
         self._worker.start()
         self._take_up()
@@ -94,6 +100,7 @@ class Additions:
         row: dict[str, str],
         replace: bool,
         tiles: TileChoice = PLAIN,
+        by: Mapping[str, str] = UNKNOWN,
     ) -> Addition:
         """Save an uploaded slide in a separate folder, and queue it.
 
@@ -103,6 +110,7 @@ class Additions:
             row: label, patient and mpp.
             replace: replace a slide with the same name, which stays until the new one is in the atlas.
             tiles: which tiles are embedded.
+            by: user, address and request id, for the audit log.
 
         Raises:
             BadInput: the name is empty, the file is not a slide, or a slide with this name exists.
@@ -116,17 +124,17 @@ class Additions:
                 "files in a folder that the server was started with (--slides), and give its path"
             )
         folder = self._uploads / secrets.token_hex(8)
-        job = self._reserve(folder / file, row, replace, tiles)
+        job = self._reserve(folder / file, row, replace, tiles, by)
         try:
             folder.mkdir(mode=0o700, parents=True)
+            about = {"row": row, "replace": replace, "tiles": asdict(tiles), "tries": 0}
+            write_json(folder / PENDING, {**about, "complete": False})
             with (folder / file).open("xb") as out:
                 shutil.copyfileobj(stream, out, COPY_BYTES)
                 out.flush()
                 os.fsync(out.fileno())
-            write_json(
-                folder / PENDING,
-                {"row": row, "replace": replace, "tiles": asdict(tiles), "tries": 0},
-            )
+            self.watch(job)
+            write_json(folder / PENDING, {**about, "complete": True})
         except BaseException as error:
             with self._lock:
                 self._jobs.pop(job.id, None)
@@ -140,9 +148,14 @@ class Additions:
         return job
 
     def path(
-        self, path: Path, row: dict[str, str], replace: bool, tiles: TileChoice = PLAIN
+        self,
+        path: Path,
+        row: dict[str, str],
+        replace: bool,
+        tiles: TileChoice = PLAIN,
+        by: Mapping[str, str] = UNKNOWN,
     ) -> Addition:
-        """Queue a slide in an allowed folder.
+        """Queue a slide in an allowed folder; ``by`` as for :meth:`upload`.
 
         Raises:
             NotFound: the file does not exist, or is outside the allowed folders; the message does not
@@ -160,7 +173,13 @@ class Additions:
                 f"{path.name} is not in a folder from which slides may be added; start the server "
                 "with --slides FOLDER, or upload the slide"
             )
-        job = self._reserve(real, row, replace, tiles)
+        job = self._reserve(real, row, replace, tiles, by)
+        try:
+            self.watch(job)
+        except StorageFailed:
+            with self._lock:
+                self._jobs.pop(job.id, None)
+            raise
         self._queue.put(job.id)
         return job
 
@@ -183,7 +202,7 @@ class Additions:
             return self._jobs[number]
 
     def remove(self, slide: str) -> int:
-        """Remove a slide from the atlas, and delete its file if it was uploaded.
+        """Remove a slide from the atlas, which also deletes its file if it was uploaded.
 
         Returns:
             The number of tiles removed.
@@ -192,12 +211,9 @@ class Additions:
             NotFound: there is no such slide.
             Busy: another process is writing.
         """
-        sources = self._sources(slide)
-        if not sources:
+        if all(row["name"] != slide for row in self._session.atlas.slides()):
             raise NotFound(f"the atlas has no slide {slide!r}")
-        tiles = self._session.atlas.remove([slide])
-        self._delete_upload(sources[0])
-        return tiles
+        return self._session.atlas.remove([slide])
 
     def close(self) -> None:
         """Stop the current slide; if it was uploaded, it is queued again at the next start."""
@@ -208,7 +224,12 @@ class Additions:
     # -- worker ---------------------------------------------------------------------------------
 
     def _reserve(
-        self, path: Path, row: dict[str, str], replace: bool, tiles: TileChoice
+        self,
+        path: Path,
+        row: dict[str, str],
+        replace: bool,
+        tiles: TileChoice,
+        by: Mapping[str, str] = UNKNOWN,
     ) -> Addition:
         """Reserve a place in the queue for a slide, or raise if it cannot be added."""
         if self._session.encoder is None:
@@ -240,28 +261,31 @@ class Additions:
                 raise BadInput(f"slide {name!r} is in the atlas already; rename it, or replace it")
             self._number += 1
             number = str(self._number)
-            job = Addition(number, name, "waiting", 0, 0, "", now(), path, row, tiles, replace)
+            job = Addition(
+                number, name, "waiting", 0, 0, "", now(), path, row, tiles, replace, dict(by)
+            )
             self._jobs[number] = job
             while len(self._jobs) > JOBS_KEPT:
                 self._jobs.popitem(last=False)
         return job
 
-    def _sources(self, slide: str) -> list[Path]:
-        """Return the files of the atlas's slides with a name."""
-        rows = self._session.atlas.slides()
-        return [Path(row["source"]) for row in rows if row["name"] == slide]
-
     def _take_up(self) -> None:
         """Queue uploads that a killed process left behind; skip those with too many attempts."""
         if not self._uploads.is_dir() or self._session.encoder is None:
             return
+        added = {folder_of(row["source"]) for row in self._session.atlas.slides()}
         for folder in sorted(self._uploads.iterdir()):
-            files = [f for f in folder.iterdir() if f.name != PENDING] if folder.is_dir() else []
-            if len(files) != 1 or not (folder / PENDING).is_file():
-                self._clear(folder, files)
+            if not (folder / PENDING).is_file():
                 continue
+            if folder.name in added:  # killed right after the slide was added
+                (folder / PENDING).unlink(missing_ok=True)
+                continue
+            files = [f for f in folder.iterdir() if f.name != PENDING]
             try:
                 about = read_json(folder / PENDING)
+                if len(files) != 1 or not about.get("complete", True):
+                    self._clear(folder, files)
+                    continue
                 tries = int(about["tries"])
                 if tries >= TRIES:
                     log.error("%s was tried %d times; it is not tried again", files[0], tries)
@@ -274,12 +298,7 @@ class Additions:
                 log.error("%s cannot be queued again: %s", files[0], error)
 
     def _clear(self, folder: Path, files: list[Path]) -> None:
-        """Delete an incomplete upload: no slide uses it, it is not queued, and nothing writes to it."""
-        if not folder.is_dir() or (folder / PENDING).exists():
-            return
-        # Compare names, not paths: the atlas may have moved, and a slide's file must not be deleted.
-        if any(Path(s["source"]).parent.name == folder.name for s in self._session.atlas.slides()):
-            return
+        """Delete an incomplete upload to which nothing is written any more."""
         newest = max((file.stat().st_mtime for file in [folder, *files]), default=0.0)
         if time.time() - newest > CUT_OFF_S:
             shutil.rmtree(folder, ignore_errors=True)
@@ -334,7 +353,6 @@ class Additions:
                 raise KeyboardInterrupt  # ends embedding; other exceptions would count as a bad slide
 
         atlas = self._session.atlas
-        before = self._sources(job.slide)
         # A separate encoder: a failed run closes it, but searches must continue.
         encoder = open_encoder(self._session.spec, expect=atlas.manifest)
         options = EmbedOptions(overlays=False, jobs=max(1, cores() - 1), **asdict(job.tiles))
@@ -353,9 +371,6 @@ class Additions:
         if added.state == "failed":
             raise BadInput(added.reason)
         (job.path.parent / PENDING).unlink(missing_ok=True)
-        for source in before:
-            if source != job.path:
-                self._delete_upload(source)
         text = f"{added.tiles:,} tiles" if added.tiles else f"no tiles: {added.reason}"
         if added.tiles and result.left_out_tiles:
             text += f"; left out: {listed(result.left_out_tiles)}"
@@ -364,5 +379,14 @@ class Additions:
 
     def _set(self, number: str, **changes: Any) -> None:
         with self._lock:
-            if number in self._jobs:
-                self._jobs[number] = replace(self._jobs[number], **changes)
+            if number not in self._jobs:
+                return
+            job = self._jobs[number] = replace(self._jobs[number], **changes)
+        if not job.over:
+            return
+        if job.state == "failed":
+            log.warning("adding %s failed (job %s): %s", job.slide, job.id, job.message)
+        try:
+            self.watch(job)
+        except StorageFailed as error:
+            log.error("%s", error)

@@ -46,6 +46,12 @@ class Results:
                 raise NotFound(f"there is no result {number!r}, or it was dropped; search again")
             return self._kept[number]
 
+    def drop(self, number: str) -> None:
+        """Forget an answer."""
+        with self._lock:
+            answer = self._kept.pop(number, None)
+            self._bytes -= 0 if answer is None else _image_bytes(answer)
+
 
 def _image_bytes(answer: SearchAnswer | ClusterAnswer) -> int:
     """Return the bytes of an answer's images."""

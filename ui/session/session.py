@@ -16,7 +16,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.images import Rgb, decode, square
-from ...errors import BadInput, Busy, HistoseekError, MissingPart, TooLarge, unknown_name
+from ...console import counted
+from ...errors import (
+    BadInput,
+    Busy,
+    HistoseekError,
+    MissingPart,
+    NotFound,
+    TooLarge,
+    unknown_name,
+)
 from ...index.atlas import Atlas
 from ...index.federation.answers import Answer, Example
 from ...index.search.cases import How, check_how
@@ -409,6 +418,29 @@ class Session:
         if self.elsewhere is None or atlas in {"", self.elsewhere.own}:
             return self.pictures
         return self.elsewhere.pictures(atlas)
+
+    def result(self, number: str) -> SearchAnswer | ClusterAnswer:
+        """Return an earlier answer by its id.
+
+        Raises:
+            NotFound: there is no such answer (any more), or it has tiles of a slide that was removed since.
+        """
+        answer = self.results.get(number)
+        if isinstance(answer, SearchAnswer):
+            own = None if self.elsewhere is None else self.elsewhere.own
+            homes = answer.atlases or [own] * len(answer.hits)
+            hits = [hit for hit, home in zip(answer.hits, homes, strict=True) if home == own]
+        else:
+            hits = answer.nearest
+        with self.atlas.catalog.read() as db:
+            present = {row["name"] for row in db.execute("SELECT name FROM slides")}
+        if gone := {hit.slide for hit in hits} - present:
+            self.results.drop(number)
+            raise NotFound(
+                f"the result {number!r} has tiles of {counted(len(gone), 'slide')} removed since, so it "
+                "was dropped; search again"
+            )
+        return answer
 
     def hide(self, text: str) -> str:
         """Return a text without the server's folders."""
