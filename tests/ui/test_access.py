@@ -391,7 +391,7 @@ def test_a_taken_port_and_a_bad_folder_are_said(own_atlas, histoseek_ui, tmp_pat
         holder.bind(("127.0.0.1", 0))
         holder.listen()
         process = histoseek_ui(own_atlas, "--port", holder.getsockname()[1])
-        assert process.wait(60) == 1 and b"choose another --port" in process.stdout.read()
+        assert process.wait(60) == 75 and b"choose another --port" in process.stdout.read()
     for options, says in (
         (["--slides", tmp_path / "none"], b"is not a folder"),
         (["--port", "0"], b"1 to 65535"),
