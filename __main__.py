@@ -161,6 +161,7 @@ def _open_page(atlas: Path, options: Any, after_demo: bool = False) -> None:
         import webbrowser
 
         webbrowser.open(running.address)
+    console.mode.stopped = "the server was stopped"
     try:
         stopping.wait_for_signal()
     except stopping.Stopped as stopped:
@@ -221,6 +222,7 @@ def main(arguments: list[str] | None = None) -> Any:
         sys.exit(console.exit_code(code))
     finally:
         console.mode.json = before  # a program may call this and then print text
+        console.mode.stopped = console.STOPPED
 
 
 def _run(arguments: list[str] | None) -> int:

@@ -51,9 +51,13 @@ EXIT_NO_READER = 141
 """Exit code if the reader closed the pipe; a shell shows the same for SIGPIPE."""
 
 
+STOPPED = "stopped; repeat the command to continue from here"
+
+
 @dataclass
 class _Mode:
     json: bool = False
+    stopped: str = STOPPED
 
 
 mode = _Mode()
@@ -79,7 +83,7 @@ def tell_stop(done: bool) -> None:
     if done:
         text = "the stop request came after the last step: the answer is complete"
     else:
-        text = "stopped; repeat the command to continue from here"
+        text = mode.stopped
         if mode.json:
             _print_json({"error": {"type": "Stopped", "message": text}})
     print(text, file=sys.stderr, flush=True)

@@ -132,3 +132,24 @@ def test_a_client_that_goes_away_is_no_error_of_the_server(running, caplog):
             assert time.monotonic() < deadline
             time.sleep(0.05)
     assert "POST /v1/search 499" in caplog.text and "Traceback" not in caplog.text
+
+
+def test_the_log_names_whose_password_was_wrong(serve, own_atlas, caplog):
+    one = serve(own_atlas, Access(users={"anna": "right"}, hosts=None))
+    with caplog.at_level(logging.INFO, "histoseek.access"):
+        for user, password in (("anna", "wrong"), ("hunter2", "x"), ("anna", "right")):
+            one.client.get("/v1/me", auth=(user, password))
+        one.client.get("/v1/me", headers={"Authorization": "Bearer x"})
+    told = [record.getMessage().partition(" user=")[2] for record in caplog.records]
+    tried = [text.partition(" tried=")[2] for text in told]
+    assert tried == ["anna", "unknown", "", "token"], "a name may be a password typed too early"
+    assert one.client.head("/health").status_code == 200
+
+
+def test_messages_name_no_folder_of_the_server(serve, own_atlas, monkeypatch):
+    monkeypatch.chdir(own_atlas.parent)
+    one = serve(own_atlas.relative_to(own_atlas.parent))
+    file = ("file", ("rep.svs", b"no slide", "image/tiff"))
+    job = one.client.post("/v1/slides", files=[file]).json()
+    message = over(one.additions, job["id"]).message
+    assert "rep.svs" in message and "/" not in message

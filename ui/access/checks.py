@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from .logins import Logins, MustWait
-from .policy import REQUEST_ID, Access, is_local
+from .policy import REQUEST_ID, Access, claim_of, is_local
 from .proxies import ClientRequest
 from .roles import SAFE, changes
 from .users import EDITOR, READER, Role
@@ -27,6 +27,7 @@ class CheckedRequest:
 
     Attributes:
         user: the user; "-" until the user is known.
+        tried: whose password or token was wrong, or not checked; "" for none.
         role: the user's role.
         limit: maximum bytes of the body.
         large: whether it uploads a slide, which is written to disk.
@@ -44,6 +45,7 @@ class CheckedRequest:
         given = self.text(REQUEST_ID)
         self.id = given if re.fullmatch(r"[\w.\-]{1,64}", given, re.ASCII) else secrets.token_hex(8)
         self.user = "-"
+        self.tried = ""
         self.role: Role = EDITOR
         form = self.text("content-type").lower().startswith("multipart/form-data")
         self.large = self.path == LARGE and self.method == "POST" and form
@@ -145,6 +147,10 @@ class CheckedRequest:
         if not self.access.passwords:
             return 401, "unauthorized", self._no_user(), {}
         if header:
+            claim = claim_of(header)
+            known = claim is not None and (claim.bearer or claim.user in self.access.users)
+            # an unknown name is not logged, because it may be a password
+            self.tried = (claim.user or "token") if claim is not None and known else "unknown"
             try:
                 user = await self._logins.who(header, self.seen.address)
             except MustWait as error:
@@ -152,6 +158,7 @@ class CheckedRequest:
                 return 429, code, str(error), {b"retry-after": str(error.seconds).encode()}
             if user is not None:
                 self.user, self.role = user, self.access.role(user)
+                self.tried = ""
                 return None
         challenge = {b"www-authenticate": b'Basic realm="histoseek", charset="UTF-8"'}
         return 401, "unauthorized", "this needs a user and password, or a token", challenge

@@ -183,8 +183,9 @@ class _Exchange(CheckedRequest):
             refused_or_failed = self.status in {0, 401, 403, 429} or self.status >= 500
             log.log(
                 logging.WARNING if refused_or_failed else logging.INFO,
-                "%s %s %s %d %.0f ms user=%s id=%s",
+                "%s %s %s %d %.0f ms user=%s id=%s%s",
                 self.seen.address, self.method, self.path, self.status, 1000 * seconds, self.user, self.id,
+                f" tried={self.tried}" if self.tried else "",
             )  # fmt: skip
 
     async def _call_app(self) -> None:

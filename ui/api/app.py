@@ -156,11 +156,13 @@ def _errors(app: FastAPI, server: Server) -> None:
 def _service(app: FastAPI, server: Server) -> None:
     session = server.session
 
+    @app.head("/health", include_in_schema=False)
     @app.get("/health", tags=["service"], response_model=models.Health)
     async def health() -> Any:
         """Return 200 while the process is running. Needs no credentials."""
         return {"status": "ok"}
 
+    @app.head("/ready", include_in_schema=False)
     @app.get("/ready", tags=["service"], response_model=models.Ready)
     def ready() -> Any:
         """Check whether the encoder answers and the atlas can be read."""

@@ -166,7 +166,7 @@ def _is_list(schema: dict[str, Any]) -> bool:
 def _plain_name(name: str | None) -> str:
     """Return the last part of a file name, safe to display."""
     last = (name or "image").replace("\\", "/").rsplit("/", 1)[-1]
-    return "".join(c if c.isprintable() else "?" for c in last)[:200] or "image"
+    return "".join(c if c.isprintable() else "?" for c in last)[-200:] or "image"
 
 
 def pixels_of(text: str) -> bytes:

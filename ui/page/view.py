@@ -191,7 +191,7 @@ def job_list(jobs: Sequence[Addition]) -> str:
     if not jobs:
         return empty(
             "No slide has been added since the start of the server.",
-            "Upload a slide, or enter its path.",
+            "Slides are shown here while they are added.",
         )
     return f'<ul class="hs-jobs">{"".join(_job(job) for job in jobs[:20])}</ul>'
 

@@ -333,7 +333,7 @@ class Additions:
                 self._set(number, state="waiting", message=f"{text}; trying again")
                 self._stop.wait(wait)
             except HistoseekError as error:
-                text = self._session.hide(str(error)).replace(str(path), path.name)
+                text = self._session.hide(str(error).replace(str(path), path.name))
                 self._delete_upload(path)  # first: when users see the failure, the file is gone
                 self._set(number, state="failed", message=text)
                 return

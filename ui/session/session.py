@@ -446,7 +446,8 @@ class Session:
         """Return a text without the server's folders."""
         if self.elsewhere is not None:
             text = self.elsewhere.hide(text)
-        for folder in {str(self.atlas.path.resolve()), str(self.atlas.path), tempfile.gettempdir()}:
+        folders = {str(self.atlas.path.resolve()), str(self.atlas.path), tempfile.gettempdir()}
+        for folder in sorted(folders, key=len, reverse=True):  # a relative path may end another one
             if len(folder) > 1:
                 text = text.replace(folder + "/", "").replace(folder, self.atlas.path.name)
         return text
