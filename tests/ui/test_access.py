@@ -224,7 +224,7 @@ def test_bytes_of_all_requests_together_are_bounded(serve, own_atlas):
         go.set()
         thread.join(20)
         assert found[0].status_code == 422, "read to its end, and then no JSON"
-    assert one.client.app._bytes == 0 and one.client.app._under_way == 0
+    assert one.client.app._bytes == 0 and not one.client.app._under_way
     one.client.app._bytes = 999_999  # held by others
     answer = one.client.post("/v1/search", content=b"x" * 100, headers=headers)
     assert answer.status_code == 429 and answer.headers["retry-after"] == "1"
@@ -251,7 +251,7 @@ def test_who_sends_or_reads_too_slowly_is_let_go(histoseek_ui, own_atlas, monkey
     started = time.monotonic()
     answer = one.client.post("/v1/search", content=slow(), headers=headers)
     assert answer.status_code in {408, 422} and time.monotonic() - started < 10
-    assert one.client.app._under_way == 0
+    assert not one.client.app._under_way
     timer.join()
 
 
