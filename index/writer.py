@@ -127,7 +127,7 @@ class Writer:
             if not changed:
                 self._written[item.name] = origin
                 self._mend(old, row, blob, item)
-                source = _source_now(old["source"], row["source"])
+                source = self._source_now(old, row)
                 told = {} if STAIN in json.loads(old["metadata"]) else stain_of(item)
                 return self._relabel_known(origin, old, told | given, source)
             adds_scale = not any(old[key] for key in changed)
@@ -157,6 +157,7 @@ class Writer:
             )
         elif old is not None:
             _keep_metadata(row, old, given, stain_of(item))
+            row["source"] = self._source_now(old, row)
         write_atomic(self._path / target, blob)
         self._replace_rows(row, old, item, keep_annotations=not another)
         self._written[item.name] = origin
@@ -187,6 +188,13 @@ class Writer:
             set_meta(db, NEXT_TILE, str(first + len(item.features)))
             for clustering, of_tiles in assigned.items():
                 clusterings.insert_placement(db, clustering, slide, of_tiles, fitted=False)
+
+    def _source_now(self, old: dict[str, Any], new: dict[str, Any]) -> str:
+        """Return a slide's path: that of the new features, unless the slide exists only at the old one."""
+        before, after = uploads.source_now(self._path, old["source"]), str(new["source"])
+        return (
+            before if not after or (Path(before).exists() and not Path(after).exists()) else after
+        )
 
     def _is_another(self, old: dict[str, Any], item: Features) -> bool:
         """Whether features belong to another slide file than those in the atlas: other content and path."""
@@ -290,11 +298,6 @@ class Writer:
 
 def _from(source: str) -> str:
     return f" (from {source})" if source else ""
-
-
-def _source_now(old: str, new: str) -> str:
-    """Return the slide's path: that of the new features, unless the slide exists only at the old one."""
-    return old if not new or (Path(old).exists() and not Path(new).exists()) else new
 
 
 def _keep_metadata(

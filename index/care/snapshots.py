@@ -184,7 +184,7 @@ def _names(catalog: Catalog) -> set[str]:
 
 
 def _carry_over(atlas: Path, fresh: Path) -> list[str]:
-    """Give the restored atlas the uploads that its snapshot lacks, and the audit log with its older files.
+    """Give the restored atlas what its snapshot lacks: uploads, also waiting ones, and the audit log.
 
     They are linked, so that a server that writes to the log goes on.
 
@@ -194,6 +194,8 @@ def _carry_over(atlas: Path, fresh: Path) -> list[str]:
     logs = [path.name for path in atlas.glob(f"{AUDIT}*") if path.is_file()]
     rows = Catalog(fresh).rows("SELECT source FROM slides")
     uploads = [file for row in rows if (file := file_in(row["source"])) is not None]
+    waiting = {path.parent for path in (atlas / UPLOADS).glob(f"*/{PENDING}")}
+    uploads += [f"{UPLOADS}/{f.name}/{file.name}" for f in waiting for file in f.iterdir()]
     for file in (*logs, *uploads):
         if (atlas / file).is_file() and not (fresh / file).exists():
             (fresh / file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)

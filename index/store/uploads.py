@@ -11,6 +11,8 @@ import shutil
 from collections.abc import Iterable
 from pathlib import Path
 
+from ...artifacts.files import TEMP
+
 UPLOADS = "uploads"
 PENDING = "pending.json"
 """File next to an upload that is not in the atlas yet."""
@@ -47,6 +49,7 @@ def remove_orphans(atlas: Path, sources: Iterable[str]) -> None:
     for folder in (atlas / UPLOADS).glob("*"):
         if folder.name in used or not _FOLDER.fullmatch(folder.name) or folder.is_symlink():
             continue
-        # an upload begins with the file PENDING, so an empty folder is about to get it
-        if any(folder.iterdir()) and not (folder / PENDING).exists():
+        # an upload begins with the file PENDING, so a folder without files is about to get it
+        files = {path.name for path in folder.glob("*") if not path.name.endswith(TEMP)}
+        if files and PENDING not in files:
             shutil.rmtree(folder, ignore_errors=True)

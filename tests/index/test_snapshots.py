@@ -58,6 +58,10 @@ def test_a_restored_atlas_has_its_uploads_and_goes_on_with_the_audit_log(atlas, 
     log.append({"action": "search"})
     atlas.remove(["slide-0"])
     later = uploaded(atlas, "later", 11)
+    waiting = atlas.path / "uploads" / ("c" * 16)
+    waiting.mkdir()
+    for name in ("pending.json", "w.svs"):
+        (waiting / name).write_text("{}")
     report = cli_json("index", "restore", tmp_path / "copy", atlas.path)
     assert (report["slides_back"], report["slides_gone"]) == (["slide-0"], ["later"])
     log.append({"action": "add"})  # by a server that has the log open meanwhile
@@ -66,6 +70,7 @@ def test_a_restored_atlas_has_its_uploads_and_goes_on_with_the_audit_log(atlas, 
     assert problems(atlas.path / "audit.jsonl") == [] and Atlas(atlas.path).verify() == []
     (source,) = (s["source"] for s in Atlas(atlas.path).slides() if s["name"] == "up")
     assert source == str(atlas.path / "uploads" / ("a" * 16) / "up.svs")
+    assert {path.name for path in waiting.iterdir()} == {"pending.json", "w.svs"}
     kept = atlas.path.with_name("atlas.before-restore-1")
     assert report["kept"] == str(kept) and not (kept / "audit.jsonl").exists()
     assert (kept / later.relative_to(atlas.path)).exists()
@@ -135,6 +140,33 @@ def test_a_folder_of_a_group_stays_one(tmp_path):
         os.umask(before)
     assert (shared / "made").stat().st_mode & 0o7777 == 0o2775
     assert (shared / "made/.lock").stat().st_mode & 0o777 == 0o664
+
+
+def test_an_upload_stays_while_the_slide_is_nowhere_else(atlas, tmp_path):
+    """Features of the slide that were made on another machine, added to an atlas that was moved."""
+    moved = Atlas(atlas.path.rename(tmp_path / "moved"))
+    file = moved.path / "uploads" / ("a" * 16) / "up.svs"
+    for seed, replace in ((10, False), (99, True)):
+        made = features(tmp_path / "up.h5", 20, seed, source="/other/machine/up.svs")
+        (done,) = moved.add([made], replace=replace)
+        assert done.state != "failed" and file.exists()
+        assert {s["name"]: s["source"] for s in moved.slides()}["up"] == str(file)
+    (tmp_path / "here.svs").write_bytes(b"up")
+    moved.add(
+        [features(tmp_path / "up.h5", 20, 98, source=str(tmp_path / "here.svs"))], replace=True
+    )
+    assert not file.exists()
+
+
+def test_an_upload_that_begins_is_left_alone(atlas):
+    begins = atlas.path / "uploads" / ("d" * 16)
+    begins.mkdir()
+    (begins / ".pending.json.host~1~x.histoseek-tmp").write_text("{}")
+    atlas.remove(["slide-0"])
+    assert begins.exists()
+    (begins / "x.svs").write_text("of a version that wrote no pending.json")
+    atlas.remove(["slide-1"])
+    assert not begins.exists()
 
 
 def test_a_copy_of_an_atlas_deletes_no_upload_of_the_first(atlas, tmp_path):
