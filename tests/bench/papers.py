@@ -21,8 +21,8 @@ REASONS = {
     "breast-ae": "tiles of colon; few tiles, epochs and folds",
     "p4m-deepcluster": "children's X-rays; few epochs, an eighth of the widths",
     "p4m-deepcluster-nih": "796 images of the paper's set, an eighth of the widths",
-    "arcface-busi": "another ultrasound set; 96 px, few epochs, folds of 61",
-    "arcface-he": "tissue instead of ultrasound; 96 px, few epochs, folds of 40",
+    "arcface-busi": "another ultrasound set; a third of the images per fold, random initial weights",
+    "arcface-he": "tissue instead of ultrasound, random initial weights, half of the epochs",
 }
 """The main known differences, by the folder of the report; the conclusions in docs/results.md say more."""
 REPRODUCED, IN_PART = 0.875, 0.5
