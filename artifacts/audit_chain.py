@@ -318,7 +318,7 @@ class _Check:
                 continue
             packed = path.suffix == ".gz"
             with (  # a damaged archive ends with nothing
-                suppress(OSError, EOFError, zlib.error),
+                suppress(gzip.BadGzipFile, EOFError, zlib.error),
                 gzip.open(path) if packed else path.open("rb") as stream,
             ):
                 size = sum(map(len, stream)) if packed else path.stat().st_size
@@ -356,7 +356,7 @@ class _Check:
                 found.append(f"{head_path(log)} {text}")
         elif head.number > last.number:
             found.append(f"{log}: {_numbers(last.number + 1, head.number)} missing at its end")
-        elif head.number and not self._matches_head:
+        elif not self._matches_head and (head.number or last.number > 1):  # it begins as 0
             found.append(f"{log}: it has no line {head.number} with the hash in its head file")
         return found
 

@@ -160,6 +160,8 @@ class Writer:
             row["source"] = self._source_now(old, row)
         write_atomic(self._path / target, blob)
         self._replace_rows(row, old, item, keep_annotations=not another)
+        if old is not None and old["source"] != row["source"]:
+            self._delete_uploads([old["source"]])
         self._written[item.name] = origin
         state = "added" if old is None else "replaced"
         return Added(origin, item.name, state, len(item.features), "; ".join(filter(None, reasons)))
@@ -190,8 +192,14 @@ class Writer:
                 clusterings.insert_placement(db, clustering, slide, of_tiles, fitted=False)
 
     def _source_now(self, old: dict[str, Any], new: dict[str, Any]) -> str:
-        """Return a slide's path: that of the new features, unless the slide exists only at the old one."""
-        before, after = uploads.source_now(self._path, old["source"]), str(new["source"])
+        """Return a slide's path: that of the new features, unless the slide exists only at the old one.
+
+        The file of an uploaded slide stays the slide's, unless the new one was uploaded too.
+        """
+        before, after = old["source"], str(new["source"])
+        here = uploads.place(self._path, before)
+        if here is not None and uploads.place(self._path, after) is None:
+            return str(here.absolute())
         return (
             before if not after or (Path(before).exists() and not Path(after).exists()) else after
         )
@@ -248,7 +256,21 @@ class Writer:
             for slide in removed:
                 db.execute("DELETE FROM slides WHERE id = ?", (slide["id"],))
         self.finish()
+        self._delete_uploads(slide["source"] for slide in removed)
         return sum(slide["tiles"] for slide in removed)
+
+    def _delete_uploads(self, sources: Iterable[str]) -> None:
+        """Delete the uploaded files of slides that are gone.
+
+        Raises:
+            StorageFailed: one cannot be deleted.
+        """
+        kept = (row["source"] for row in self._catalog.rows("SELECT source FROM slides"))
+        if left := uploads.delete(self._path, sources, kept):
+            raise StorageFailed(
+                f"the slide is no longer in the atlas, but its uploaded file in {left[0]} cannot be "
+                "deleted; delete that folder as its owner"
+            )
 
     def relabel(self, rows: Iterable[dict[str, str]]) -> Relabelled:
         """Set metadata; see :meth:`Atlas.relabel <histoseek.index.atlas.Atlas.relabel>`."""
@@ -285,10 +307,10 @@ class Writer:
                     clusterings.insert_placement(db, number, slide["id"], assigned, fitted=False)
 
     def _remove_orphans(self) -> None:
-        """Delete unused feature files and uploads: those of removed slides, and leftovers of a crash."""
-        rows = self._catalog.rows("SELECT features_file, source FROM slides")
-        uploads.remove_orphans(self._path, (row["source"] for row in rows))
-        named = {row["features_file"] for row in rows}
+        """Delete unused feature files: those of removed slides, and leftovers of a crash."""
+        named = {
+            row["features_file"] for row in self._catalog.rows("SELECT features_file FROM slides")
+        }
         for path in (self._path / FEATURES).glob("*.h5"):
             if f"{FEATURES}/{path.name}" not in named:
                 path.unlink(missing_ok=True)  # a reader of it retries

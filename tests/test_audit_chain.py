@@ -111,6 +111,9 @@ def test_the_files_themselves_are_missed(path):
     assert "no line 2 with the hash in its head file" in problems(path)[0]
     head_path(path).write_bytes(head)
     assert problems(path) == []
+    head_path(path).write_bytes(b"0 " + b"0" * 64 + b"\n")
+    assert "no line 0 with the hash in its head file" in problems(path)[0]
+    head_path(path).write_bytes(head)
     path.unlink()
     assert "is missing, and 2 lines with it" in problems(path)[0]
 

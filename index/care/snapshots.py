@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import sqlite3
-from contextlib import AbstractContextManager, closing, nullcontext
+from contextlib import AbstractContextManager, closing, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +14,11 @@ from ...artifacts.audit_chain import FILE as AUDIT
 from ...artifacts.files import exclusive, publish_folder, removed_at_end
 from ...artifacts.remote import Remote, below, is_url, joined, require_room
 from ...console import counted
-from ...errors import BadInput, Busy, Damaged, StorageFailed
+from ...errors import BadInput, Busy, Damaged, HistoseekError, StorageFailed
 from ..opened import OpenAtlas
 from ..store.catalog import FILE, NEXT_TILE, REVISION, Catalog, get_meta, set_meta
 from ..store.store import FEATURES, LOCK
-from ..store.uploads import PENDING, UPLOADS, file_in
+from ..store.uploads import PENDING, UPLOADS, file_in, place
 from .verify import Kind, problems
 
 
@@ -76,22 +76,24 @@ def take(atlas: OpenAtlas, out: Path | str, with_uploads: bool = True) -> dict[s
         "bytes": size,
         "encoder_link": None if link is None else str(link),
         "uploads": len(uploads),
-        "not_copied": _not_copied(atlas, with_uploads),
+        "not_copied": _not_copied(atlas, len(uploads)),
     }
 
 
 def _uploaded(atlas: OpenAtlas) -> list[str]:
     """Return the files of the slides that were uploaded, relative to the atlas."""
     rows = atlas.catalog.rows("SELECT source FROM slides ORDER BY id")
-    found = (file_in(row["source"]) for row in rows)
-    return [file for file in found if file is not None and (atlas.path / file).is_file()]
+    places = (place(atlas.path, row["source"]) for row in rows)
+    return [str(file.relative_to(atlas.path)) for file in places if file is not None]
 
 
-def _not_copied(atlas: OpenAtlas, with_uploads: bool) -> list[str]:
+def _not_copied(atlas: OpenAtlas, uploads: int) -> list[str]:
     """Return what else is in the atlas's folder and belongs to it, in words."""
     left_out = []
-    if not with_uploads and (count := len(_uploaded(atlas))):
-        left_out.append(f"the files of {counted(count, 'uploaded slide')}")
+    rows = atlas.catalog.rows("SELECT source FROM slides")
+    named = sum(file_in(row["source"]) is not None for row in rows)
+    if named > uploads:
+        left_out.append(f"the files of {counted(named - uploads, 'uploaded slide')}")
     if count := len(list((atlas.path / UPLOADS).glob(f"*/{PENDING}"))):
         left_out.append(f"{counted(count, 'upload')} not yet in the atlas")
     if (atlas.path / AUDIT).exists():
@@ -154,6 +156,16 @@ def restore(snapshot: Path | str, atlas: Path) -> dict[str, Any]:
         return _download(str(snapshot), atlas)
     snapshot = Path(snapshot)
     fresh = atlas.with_name(f"{atlas.name}.restoring-{os.getpid()}")
+    try:
+        return _swap(snapshot, fresh, atlas)
+    except (HistoseekError, OSError):
+        if atlas.exists():  # else the old one was renamed already, and the copy is wanted
+            shutil.rmtree(fresh, ignore_errors=True)
+        raise
+
+
+def _swap(snapshot: Path, fresh: Path, atlas: Path) -> dict[str, Any]:
+    """Copy a snapshot to ``fresh``, and put that in the place of the atlas."""
     take(OpenAtlas(snapshot), fresh)
     kept: Path | None = None
     now = _names(Catalog(fresh))
@@ -201,8 +213,9 @@ def _carry_over(atlas: Path, fresh: Path) -> list[str]:
             (fresh / file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
                 os.link(atlas / file, fresh / file)
-            except OSError:  # a file system without links
-                shutil.copy2(atlas / file, fresh / file)
+            except OSError:  # a file system without links, or the file was just added to the atlas
+                with suppress(FileNotFoundError):
+                    shutil.copy2(atlas / file, fresh / file)
     return logs
 
 

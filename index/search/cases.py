@@ -321,17 +321,20 @@ def unknown_patients(state: State) -> list[str]:
     """Return a note if the patient of some tiles is unknown: that patient's slides are not left out."""
 
     def count() -> tuple[int, int]:
-        alive = state.columns.alive()
-        slide = state.columns.slide_of(np.arange(len(alive)))
-        unknown = alive & (state.columns.coded("patient").codes < 0)
-        return len(np.unique(slide[unknown])), len(np.unique(slide[alive]))
+        unknown, starts = state.columns.coded("patient").codes < 0, state.columns.starts
+        parts = [
+            bool(unknown[starts[n] : starts[n + 1]].any())
+            for n, slide in enumerate(state.columns.slides)
+            if slide["name"] and slide["tiles"]
+        ]
+        return sum(parts), len(parts)
 
     unknown, slides = state.columns.cached("unknown patients", count)
     if not unknown:
         return []
     return [
-        f"the patient of {'all' if unknown == slides else f'{unknown} of'} {counted(slides, 'slide')} is "
-        "unknown: slides of the query's patient may be among the answers"
+        f"the patient of tiles in {unknown} of {counted(slides, 'slide')} is unknown: slides of the "
+        "query's patient may be among the answers"
     ]
 
 

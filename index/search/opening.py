@@ -15,6 +15,7 @@ from ...errors import Damaged
 from ..store import annotation, quality
 from ..store.catalog import REVISION, get_meta
 from ..store.store import StateGone, Store
+from ..store.uploads import source_now
 from ..vectors.generations import Generations
 from ..vectors.index import VectorIndex
 from ..vectors.scan import prepared
@@ -90,7 +91,8 @@ class States:
             if int(get_meta(db, REVISION)) != revision:  # read without locks in a read-only folder
                 raise StateGone(f"{self._store.path} changed while it was read; try again")
         opened = None if generation is None else dict(generation)
-        rows = [dict(row) for row in slides]
+        path = self._store.path
+        rows = [dict(row) | {"source": source_now(path, row["source"])} for row in slides]
         placements = {
             row["name"]: StoredColumn(
                 frozenset(placed[row["id"]]), clusters_in(self._store.catalog, row["id"])

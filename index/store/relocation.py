@@ -15,6 +15,7 @@ from ...artifacts.unread import INDEXES, belongs_to
 from ...artifacts.walking import walk
 from ...errors import BadInput
 from .catalog import Catalog, update
+from .uploads import place
 
 MarkOf = Callable[[Path], str]
 """Returns the content mark of a file; each is computed once."""
@@ -64,6 +65,10 @@ def relocate(
         candidates = {slide["id"]: files.named(slide) for slide in slides}
     results = []
     for slide in slides:
+        here = place(atlas, slide["source"])
+        if here is not None:  # an upload stays in the atlas
+            results.append(Relocated(slide["name"], "there", str(here.absolute())))
+            continue
         features = read_features(atlas / slide["features_file"])
         result = _relocated(slide, features, candidates[slide["id"]], mark_of)
         if result.state in {"not found", "other content"} and files is not None:

@@ -175,7 +175,7 @@ def test_patients_of_a_tile_set_are_cases_and_never_their_own_evidence(tmp_path)
     found = atlas.similar("P3", 20, by="patient")
     assert "P3" in {s.name for s in found}  # the slide of that name is another case
     (note,) = atlas.view().notes(None, patients=True)
-    assert note.startswith("the patient of 1 of 3 slides is unknown: ")
+    assert note.startswith("the patient of tiles in 1 of 3 slides is unknown: ")
     known = atlas.tiles(atlas.vectors()[0].tolist())
     for case in found:
         for pair in case.pairs:

@@ -623,8 +623,8 @@ def test_values_that_are_no_numbers_are_named_with_their_atlas(tmp_path, cli, cl
         given = ("index", *asked, "--where", "stage > 2")
         document = cli_json(*given)
         unknown = (
-            "the patient of all 2 slides is unknown: slides of the query's patient may be among the "
-            "answers"
+            "the patient of tiles in 2 of 2 slides is unknown: slides of the query's patient may be among "
+            "the answers"
         )
         one, two = ([f"{name}: {unknown}"] * (asked[0] == "similar") for name in ("one", "two"))
         assert document["notes"] == [*one, note, *two] and document["answers"]

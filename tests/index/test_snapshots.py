@@ -151,22 +151,40 @@ def test_an_upload_stays_while_the_slide_is_nowhere_else(atlas, tmp_path):
         (done,) = moved.add([made], replace=replace)
         assert done.state != "failed" and file.exists()
         assert {s["name"]: s["source"] for s in moved.slides()}["up"] == str(file)
-    (tmp_path / "here.svs").write_bytes(b"up")
-    moved.add(
-        [features(tmp_path / "up.h5", 20, 98, source=str(tmp_path / "here.svs"))], replace=True
-    )
-    assert not file.exists()
+    assert moved.relocate(None, None, [tmp_path])[-1].state == "there"
+    assert moved.view().columns.slides[-1]["source"] == str(file)
+    moved.remove(["slide-0"])
+    assert file.exists()
+    other = moved.path / "uploads" / ("b" * 16) / "up.svs"
+    other.parent.mkdir()
+    other.write_bytes(b"new")
+    moved.add([features(tmp_path / "up.h5", 20, 98, source=str(other))], replace=True)
+    assert not file.parent.exists() and other.exists()
 
 
-def test_an_upload_that_begins_is_left_alone(atlas):
-    begins = atlas.path / "uploads" / ("d" * 16)
-    begins.mkdir()
-    (begins / ".pending.json.host~1~x.histoseek-tmp").write_text("{}")
+def test_uploads_on_another_disk_are_deleted_with_their_slide_only(atlas, tmp_path):
+    uploaded(atlas, "two", 11)
+    big = (atlas.path / "uploads").rename(tmp_path / "big")
+    (atlas.path / "uploads").symlink_to(big)
+    with atlas.catalog.write() as db:
+        for name, folder in (("up", "a" * 16), ("two", "b" * 16)):
+            db.execute(
+                "UPDATE slides SET source = ? WHERE name = ?",
+                (str(big / folder / f"{name}.svs"), name),
+            )
     atlas.remove(["slide-0"])
-    assert begins.exists()
-    (begins / "x.svs").write_text("of a version that wrote no pending.json")
-    atlas.remove(["slide-1"])
-    assert not begins.exists()
+    assert len(list(big.iterdir())) == 2
+    atlas.remove(["up"])
+    assert [path.name for path in big.iterdir()] == ["b" * 16]
+
+
+def test_an_upload_that_cannot_be_deleted_is_said(atlas, cli, monkeypatch):
+    from histoseek.index.store import uploads
+
+    monkeypatch.setattr(uploads.shutil, "rmtree", lambda *_, **__: None)
+    done = cli("index", "remove", atlas.path, "up")
+    assert done.returncode == 1 and "cannot be deleted" in " ".join(done.stderr.split())
+    assert "up" not in {s["name"] for s in atlas.slides()}
 
 
 def test_a_copy_of_an_atlas_deletes_no_upload_of_the_first(atlas, tmp_path):

@@ -246,7 +246,6 @@ def test_a_killed_server_takes_an_upload_up_again(histoseek_ui, own_atlas, tmp_p
     for file in (half, young):
         file.parent.mkdir()
         file.write_bytes(b"x")
-        (file.parent / "pending.json").write_text(json.dumps({"complete": False}))
     for old in (half, half.parent):
         os.utime(old, (0, 0))
     process = histoseek_ui(own_atlas, "--port", port, "--no-page")
@@ -328,6 +327,11 @@ def test_an_atlas_that_was_moved_keeps_the_slides_uploaded_to_it(
     waiting = moved / "uploads" / ("c" * 16) / "pending.json"
     waiting.parent.mkdir()
     waiting.write_text("{}")
+    again = serve(moved)
+    tile = again.client.post(
+        "/v1/search", json={"like": [1], "where": "slide = 'm'", "k": 1}
+    ).json()
+    assert again.client.get(f"/v1/tiles/{tile['hits'][0]['tile']}.jpg").status_code == 200
     assert cli_json("index", "remove", moved, "m")["removed"] == ["m"]
     assert not kept.parent.exists() and other.exists() and waiting.exists()
 

@@ -88,7 +88,7 @@ class Guard:
     def begin(self, user: str) -> bool:
         """Count a request of a user; False if too many are in progress, of all users or of this one."""
         most = self._access.limits.requests
-        share = most // 2 if self._access.several_users else most
+        share = max(1, most // 2) if self._access.several_users else most
         with self._lock:
             if self._under_way.total() >= most or self._under_way[user] >= share:
                 return False

@@ -21,7 +21,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, BinaryIO
 
-from ...artifacts.files import read_json, write_json
+from ...artifacts.files import TEMP, read_json, write_json
 from ...artifacts.images import SUFFIXES
 from ...artifacts.slide_names import SLIDE_SUFFIXES, without_last_ending
 from ...errors import (
@@ -33,7 +33,7 @@ from ...errors import (
     Unavailable,
     Unsupported,
 )
-from ...index.store.uploads import PENDING, UPLOADS, folder_of
+from ...index.store.uploads import PENDING, UPLOADS
 from ...serving.embedding.job import Job
 from ...serving.embedding.pipeline import embed_jobs
 from ...serving.embedding.results import EmbedOptions
@@ -127,14 +127,13 @@ class Additions:
         job = self._reserve(folder / file, row, replace, tiles, by)
         try:
             folder.mkdir(mode=0o700, parents=True)
-            about = {"row": row, "replace": replace, "tiles": asdict(tiles), "tries": 0}
-            write_json(folder / PENDING, {**about, "complete": False})
             with (folder / file).open("xb") as out:
                 shutil.copyfileobj(stream, out, COPY_BYTES)
                 out.flush()
                 os.fsync(out.fileno())
             self.watch(job)
-            write_json(folder / PENDING, {**about, "complete": True})
+            about = {"row": row, "replace": replace, "tiles": asdict(tiles), "tries": 0}
+            write_json(folder / PENDING, {**about, "by": dict(by)})
         except BaseException as error:
             with self._lock:
                 self._jobs.pop(job.id, None)
@@ -273,19 +272,18 @@ class Additions:
         """Queue uploads that a killed process left behind; skip those with too many attempts."""
         if not self._uploads.is_dir() or self._session.encoder is None:
             return
-        added = {folder_of(row["source"]) for row in self._session.atlas.slides()}
+        known = {Path(row["source"]).parent.name for row in self._session.atlas.slides()}
         for folder in sorted(self._uploads.iterdir()):
-            if not (folder / PENDING).is_file():
-                continue
-            if folder.name in added:  # killed right after the slide was added
+            files = [f for f in folder.glob("*") if f.name != PENDING and not f.name.endswith(TEMP)]
+            pending = (folder / PENDING).is_file()
+            if pending and folder.name in known:  # killed right after the slide was added
                 (folder / PENDING).unlink(missing_ok=True)
                 continue
-            files = [f for f in folder.iterdir() if f.name != PENDING]
+            if len(files) != 1 or not pending:
+                self._clear(folder, files)
+                continue
             try:
                 about = read_json(folder / PENDING)
-                if len(files) != 1 or not about.get("complete", True):
-                    self._clear(folder, files)
-                    continue
                 tries = int(about["tries"])
                 if tries >= TRIES:
                     log.error("%s was tried %d times; it is not tried again", files[0], tries)
@@ -293,12 +291,18 @@ class Additions:
                 row, replaces = dict(about["row"]), bool(about["replace"])
                 tiles = TileChoice(**about.get("tiles", {}))  # former versions store none
                 write_json(folder / PENDING, {**about, "tries": tries + 1})
-                self._queue.put(self._reserve(files[0], row, replaces, tiles).id)
+                by = dict(about.get("by", {}))
+                self._queue.put(self._reserve(files[0], row, replaces, tiles, by).id)
             except (HistoseekError, KeyError, TypeError, ValueError) as error:
                 log.error("%s cannot be queued again: %s", files[0], error)
 
     def _clear(self, folder: Path, files: list[Path]) -> None:
-        """Delete an incomplete upload to which nothing is written any more."""
+        """Delete an incomplete upload: no slide uses it, it is not queued, and nothing writes to it."""
+        if not folder.is_dir() or (folder / PENDING).exists():
+            return
+        # Compare names, not paths: the atlas may have moved, and a slide's file must not be deleted.
+        if any(Path(s["source"]).parent.name == folder.name for s in self._session.atlas.slides()):
+            return
         newest = max((file.stat().st_mtime for file in [folder, *files]), default=0.0)
         if time.time() - newest > CUT_OFF_S:
             shutil.rmtree(folder, ignore_errors=True)

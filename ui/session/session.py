@@ -434,10 +434,12 @@ class Session:
             hits = answer.nearest
         with self.atlas.catalog.read() as db:
             present = {row["name"] for row in db.execute("SELECT name FROM slides")}
-        if gone := {hit.slide for hit in hits} - present:
+        regions = answer.regions if isinstance(answer, SearchAnswer) else ()
+        shown = {*(hit.slide for hit in hits), *(cut.region.slide for cut in regions)}
+        if gone := shown - present:
             self.results.drop(number)
             raise NotFound(
-                f"the result {number!r} has tiles of {counted(len(gone), 'slide')} removed since, so it "
+                f"the result {number!r} shows {counted(len(gone), 'slide')} removed since, so it "
                 "was dropped; search again"
             )
         return answer
