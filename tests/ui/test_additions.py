@@ -195,6 +195,21 @@ def test_what_kills_the_server_is_not_tried_for_ever(
     assert one.additions.all() == [] and (folder / "poison.tiff").exists()
 
 
+def test_what_a_killed_write_left_behind_loses_no_upload(serve, own_atlas, tmp_path, make_slide):
+    folder = own_atlas / "uploads" / ("e" * 16)
+    folder.mkdir(parents=True)
+    (folder / "again.tiff").write_bytes(make_slide(tmp_path / "p.tiff", side=700).read_bytes())
+    about = {"row": {}, "replace": False, "tries": 0, "by": {"user": "anna"}}
+    (folder / "pending.json").write_text(json.dumps(about))
+    left = folder / ".pending.json.host~1~x.histoseek-tmp"
+    left.write_text("{")
+    for old in (*folder.iterdir(), folder):
+        os.utime(old, (0, 0))
+    one = serve(own_atlas)
+    (job,) = one.additions.all()
+    assert over(one.additions, job.id).state == "done" and job.by == {"user": "anna"}
+
+
 def test_a_fault_while_adding_stops_no_other(serve, own_atlas, tmp_path, make_slide, monkeypatch):
     one = serve(own_atlas)
     add = Additions._add
