@@ -230,7 +230,7 @@ def test_what_a_protocol_cannot_do_is_refused_before_it_starts(kinds, tmp_path):
         ("arcface", {"seeds": 11}, "has 10 folds"),
         ("breast-ae", {"folds": 2}, "at least 3, or 0 for the paper's 5"),
         ("ae-dac", {"folds": 5}, "ae-dac has no folds"),
-        ("topology-sweep", {"parts": "AE,setings"}, "AE, CAE, settings"),
+        ("topology-sweep", {"parts": "AE,setings"}, "AE, CAE, relu, settings"),
         ("breast-ae", {"parts": "AE"}, "none"),
         ("ae-dac", {"size_px": 50}, "28, 32, 96"),
         ("topology-sweep", {}, "pass --size-px 32"),
