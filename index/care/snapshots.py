@@ -205,11 +205,11 @@ def _carry_over(atlas: Path, fresh: Path) -> list[str]:
     """
     logs = [path.name for path in atlas.glob(f"{AUDIT}*") if path.is_file()]
     rows = Catalog(fresh).rows("SELECT source FROM slides")
-    uploads = [file for row in rows if (file := file_in(row["source"])) is not None]
-    waiting = {path.parent for path in (atlas / UPLOADS).glob(f"*/{PENDING}")}
-    uploads += [f"{UPLOADS}/{f.name}/{file.name}" for f in waiting for file in f.iterdir()]
-    for file in (*logs, *uploads):
-        if (atlas / file).is_file() and not (fresh / file).exists():
+    uploads = [path for row in rows if (path := place(atlas, row["source"])) is not None]
+    for pending in (atlas / UPLOADS).glob(f"*/{PENDING}"):
+        uploads += pending.parent.glob("*")
+    for file in (*logs, *(str(path.relative_to(atlas)) for path in uploads)):
+        if not (fresh / file).exists():
             (fresh / file).parent.mkdir(mode=0o700, parents=True, exist_ok=True)
             try:
                 os.link(atlas / file, fresh / file)

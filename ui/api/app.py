@@ -126,9 +126,7 @@ def _errors(app: FastAPI, server: Server) -> None:
 
     @app.exception_handler(ClientDisconnect)
     async def gone(request: Request, error: ClientDisconnect) -> Response:
-        return Response(
-            status_code=CLIENT_GONE
-        )  # nobody reads it; the log and the metrics count it
+        return Response(status_code=CLIENT_GONE)  # for the log and the metrics; nobody reads it
 
     @app.exception_handler(RequestValidationError)
     async def wrong(request: Request, error: RequestValidationError) -> JSONResponse:
