@@ -201,6 +201,20 @@ def test_breast_ae(kinds, tmp_path, monkeypatch):
     supervised = document["tables"][0]["rows"]["DenseNet, supervised"]
     assert 0 <= supervised["F1"]["mean"] <= 1 and supervised["F1"]["published"] == 0.825
     assert any("IDC set" in note for note in document["notes"])
+    rules, rebuilt = document["tables"][1:]
+    of_table = document["tables"][0]["rows"]["CNN AE"]["F1"]["ours"]
+    assert rules["rows"]["CNN AE"]["full"]["ours"] == of_table, "the authors' rule"
+    r2 = rebuilt["rows"]["CNN AE"]["R² of held-out tiles"]["mean"]
+    assert r2 < 1 and r2 != 0
+    assert len(document["figures"]) == 3
+
+    # another machine has only the records, which suffice for all but the pictures
+    shutil.rmtree(tmp_path / "r/runs")
+    again = quick("breast-ae", two, tmp_path / "r", positive="retina", split="tile")
+    assert not list((tmp_path / "r").rglob("run.json")) and not again["figures"]
+    assert [table["rows"] for table in again["tables"]] == [t["rows"] for t in document["tables"]]
+    assert any("4 trainings are known by their records" in note for note in again["notes"])
+    assert any("No pictures" in note for note in again["notes"])
     with pytest.raises(BadInput, match="is not a label"):
         quick("breast-ae", two, tmp_path / "x", positive="tumour")
     with pytest.raises(BadInput, match=r"1 label\(s\)"):
@@ -413,3 +427,26 @@ def test_the_progress_counts_only_what_is_still_to_train(tmp_path):
     assert first[-1] == (1000, 2000)
     assert all(total == 1000 for _, total in reported(0, 1)), "the first is known by its record"
     assert reported(0, 1) == [], "both are finished"
+
+
+def test_an_error_of_the_mean_colour_only_is_an_r2_of_0():
+    from histoseek.training.reproduce import breast_ae
+
+    rng = np.random.default_rng(0)
+    tiles = rng.integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    exact = tiles.astype(np.float32) / 255
+    mean = np.broadcast_to(exact.mean((1, 2), keepdims=True), exact.shape)
+    assert breast_ae._r2(tiles, exact) == 1
+    assert abs(breast_ae._r2(tiles, mean)) < 1e-6
+    assert 0.7 < breast_ae._r2(tiles, (mean + exact) / 2) < 0.8
+
+
+def test_an_epoch_of_few_tiles_has_as_many_steps_as_the_papers():
+    from histoseek.training.reproduce import breast_ae
+
+    def batch(tiles, *net):
+        return breast_ae._batch(range(tiles), *net)
+
+    assert batch(1070, 1000) == 16 and batch(1070, 300, True) == 8, "the smallest"
+    assert batch(20_000, 1000) == 72, "12,000 tiles to train on in 166 steps"
+    assert batch(277_524, 1000) == 1000 and batch(277_524, 300, True) == 75, "the paper's"

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 from ...artifacts.tilesets import TileSet
 from ...errors import BadInput
@@ -14,7 +17,6 @@ from ..data import LabelledTiles, Split, split
 from ..evaluate import embed_numbers
 from ..fit_classifier import predict
 from ..kmeans import assign, kmeans
-from ..models import Encoder
 from . import figures
 from .report import FOLDS_OVERLAP, Cell, Report, Table, difference, row, said
 from .study import Study, draw, reconstruct, spread
@@ -58,7 +60,16 @@ PUBLISHED = {PIXELS: (0.593, 0.714), DENSENET: (0.825, 0.90)}
 IDC_MAJORITY, IDC_POSITIVE_F1 = 0.7161, 0.442
 COLUMNS = ("F1", "ACC (one-to-one)", "ACC (majority)")
 FOLDS = 5
-Scores = tuple[float, float, float]
+STEPS = 166
+"""Steps of an epoch in the paper: three fifths of the IDC set's 277,524 patches, in batches of 1,000."""
+REBUILT = 200
+"""Number of held-out tiles whose reconstructions are judged."""
+RULE_NAMES = {
+    "minibatch": "mini-batch",
+    "full": "full",
+    "literal": "mini-batch as printed (eq. 10)",
+}
+Scores = Sequence[float]
 """F1, accuracy with one label per cluster (one to one), accuracy with each cluster's majority."""
 
 
@@ -88,32 +99,35 @@ def reproduce(study: Study) -> Report:
     _note_differences(study, report, names)
     for net in NETS.values():
         study.check_fits(net.size_px, _tiles(study, net))
-    records = {
-        cell: record for fold in range(folds) for cell, record in _train(study, fold).items()
-    }
+    trained = [_train(study, fold, positive) for fold in range(folds)]
     study.all_asked()
-    scores: dict[str, list[Scores]] = {name: [] for name in (PIXELS, *NETS, DENSENET)}
-    trivial: list[Scores] = []
-    extents: dict[str, str] = {}
+    records = {name: [fold[name] for fold in trained] for name in trained[0]}
     data = study.load(50)
     pixels = data.tiles.reshape(len(data), -1).astype(np.float32) / 255
+    clusters = {name: [record["scores"]["clusters"] for record in records[name]] for name in NETS}
+    clusters = {PIXELS: [], **clusters}
+    trivial: list[Scores] = []
     for fold in range(folds):
         parts = _split(study, data, fold)
         trivial.append(_trivial(data, parts, positive))
-        scores[PIXELS].append(
-            _score(pixels[parts.train], pixels[parts.test], data, parts, rule, positive)
+        clusters[PIXELS].append(
+            _score_rules(pixels[parts.train], pixels[parts.test], data, parts, positive)
         )
-        for name, net in NETS.items():
-            scores[name].append(_row(study, net, fold, rule, positive))
-            extents[name] = _extent(records[f"{net.model}-{fold}"])
-        extents[DENSENET] = _extent(records[f"densenet-{fold}"])
-        encoder = study.encoder(f"densenet-{fold}")
-        scores[DENSENET].append(_score_classifier(encoder, data, parts, positive))
+    scores = {name: [run[rule] for run in runs] for name, runs in clusters.items()}
+    scores[DENSENET] = [record["scores"]["classifier"] for record in records[DENSENET]]
     title = f"Table 1: held-out tiles of {study.whole.name}"
-    report.tables.append(_table(title, scores, np.mean(trivial, 0).tolist()))
-    report.says = _says(report.tables[-1].rows)
-    report.notes.append("Training: " + "; ".join(f"{n}: {t}" for n, t in extents.items()) + ".")
-    _draw(study, report, data)
+    report.tables += [
+        _table(title, scores, np.mean(trivial, 0).tolist()), _rules(clusters), _training(records),
+    ]  # fmt: skip
+    report.says = _says(report.tables[0].rows)
+    extents = [f"{name}: {runs[-1]['scores']['extent']}" for name, runs in records.items()]
+    report.notes.append(f"Training: {'; '.join(extents)}.")
+    if study.elsewhere:
+        report.notes.append(
+            f"{study.elsewhere} trainings are known by their records (`records.json`), from another "
+            "machine or an earlier run."
+        )
+    _draw(study, report, data, folds)
     return report
 
 
@@ -128,7 +142,7 @@ def _says(rows: dict[str, list[Cell]]) -> tuple[str, str, str]:
         "k-means on the code of an autoencoder separates tumour from normal tissue better than on pixels: "
         "F1 .651 (CNN AE without max-pooling) and .593.",
         f"The best code is that of {best}, F1 {said(ours)}; pixels {said(pixels)}; DenseNet, with labels, "
-        f"{said(supervised)} ({len(ours.ours)} folds).",
+        f"{said(supervised)} ({len(ours.ours)} folds); with every tile called positive {ours.trivial:.3f}.",
         f"{best} minus pixels: {difference(ours, pixels)}; minus the next autoencoder, {second}: "
         f"{difference(ours, rows[second][0])}. The best was chosen by these values, which favours it.",
     )
@@ -144,6 +158,29 @@ def _table(title: str, scores: dict[str, list[Scores]], trivial: list[float]) ->
     return Table(title, COLUMNS, rows, f"{trivial_is}largest class")
 
 
+def _rules(clusters: dict[str, list[dict[str, Scores]]]) -> Table:
+    """Tabulate F1 with each rule of k-means on the same codes."""
+    rows = {
+        name: [Cell(None, tuple(run[rule][0] for run in runs)) for rule in RULE_NAMES]
+        for name, runs in clusters.items()
+    }
+    title = "F1 by the rule of k-means, on the same codes"
+    return Table(title, tuple(RULE_NAMES.values()), rows, compares_settings=True)
+
+
+def _training(records: dict[str, list[dict[str, Any]]]) -> Table:
+    """Tabulate how much of the tiles the autoencoders rebuild, and how long they trained."""
+    rows = {}
+    for name in NETS:
+        minutes = [run["seconds"] / 60 for run in records[name] if run.get("seconds") is not None]
+        rebuilt = tuple(run["scores"]["r2"] for run in records[name])
+        rows[name] = [Cell(None, rebuilt, 0.0), Cell(None, tuple(minutes))]
+    note = "The minutes are those of the machines that trained, with other work running."
+    columns = ("R² of held-out tiles", "minutes")
+    trivial_is = "each tile's mean colour in place of its reconstruction"
+    return Table("Reconstruction", columns, rows, trivial_is, notes=[note])
+
+
 def _note_differences(study: Study, report: Report, names: list[str]) -> None:
     """Add notes on how the data and the training differ from the paper's."""
     options = study.options
@@ -155,8 +192,10 @@ def _note_differences(study: Study, report: Report, names: list[str]) -> None:
         )
     report.notes += [
         "AlexNet AE starts from random weights (the paper: from ImageNet's, which we do not have), with a "
-        "code of 512 (the authors' settings: 256). AlexNet and ResNet AE take a quarter of the others' "
-        "batch; a batch is at most an eighth of the training part.",
+        "code of 512 (the authors' settings: 256).",
+        f"Batches are smaller than the paper's where an epoch would have fewer than the paper's {STEPS} "
+        "steps: at least 16 tiles (AlexNet and ResNet AE: 8). AlexNet and ResNet AE take at most a quarter "
+        "of the paper's batch.",
         f"On IDC, always the larger class has ACC {IDC_MAJORITY}, and all-positive has F1 "
         f"{IDC_POSITIVE_F1}: the published k-means is below this ACC, and the best autoencoder 3 points "
         "above it.",
@@ -174,38 +213,65 @@ def _note_differences(study: Study, report: Report, names: list[str]) -> None:
         )
 
 
-def _train(study: Study, fold: int) -> dict[str, dict[str, Any]]:
-    """Train the autoencoders and the DenseNet on a fold; returns the records by cell."""
+def _train(study: Study, fold: int, positive: str) -> dict[str, dict[str, Any]]:
+    """Train the autoencoders and the DenseNet on a fold; returns the records by row."""
     options = study.options
     authors = options.preset == "authors"
     shared: dict[str, Any] = {
         "fold": fold, "folds": study.fold_count(FOLDS), "split": options.split, "judge": False,
+        "record_only": True, "builds_on": {"positive": positive},
     }  # fmt: skip
     records = {}
-    for net in NETS.values():
-        cell = f"{net.model}-{fold}"
-        records[cell] = study(
-            cell, "autoencoder", _tiles(study, net), model=net.model, epochs=_epochs(study, net.epochs),
-            batch=max(8, _batch(study, net.batch) // (4 if net.large else 1)), lr=net.lr,
-            weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
-            step_epochs=7, keep_best=True, kmeans="minibatch", **shared,
+    for name, net in NETS.items():
+        records[name] = study(
+            f"{net.model}-{fold}", "autoencoder", _tiles(study, net), model=net.model,
+            epochs=_epochs(study, net.epochs), batch=_batch(_tiles(study, net), net.batch, net.large),
+            lr=net.lr, weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
+            step_epochs=7, keep_best=True, kmeans="minibatch",
+            score=partial(_score_autoencoder, study, net, fold, positive), **shared,
         )  # fmt: skip
-    records[f"densenet-{fold}"] = study(
+    records[DENSENET] = study(
         f"densenet-{fold}", "classifier", model="densenet", epochs=_epochs(study, (30, 1)),
-        batch=_batch(study, 1000), lr=1e-3 if options.epochs else 1e-4, **shared,
+        batch=_batch(study.tiles, 1000), lr=1e-3 if options.epochs else 1e-4,
+        score=partial(_score_classifier, study, fold, positive), **shared,
     )  # fmt: skip
     return records
 
 
-def _row(study: Study, net: Net, fold: int, rule: str, positive: str) -> Scores:
-    """Return the scores of the clusters of an autoencoder that was trained on a fold."""
+def _score_autoencoder(
+    study: Study, net: Net, fold: int, positive: str, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Score an autoencoder that was trained on a fold: its clusters and its reconstructions."""
     data = study.load(net.size_px, _tiles(study, net))
     parts = _split(study, data, fold)
-    encoder = study.encoder(f"{net.model}-{fold}")
+    encoder = study.autoencoder(f"{net.model}-{fold}")
     train, train_numbers = embed_numbers(encoder, data, parts.train, unit=False)
     test, test_numbers = embed_numbers(encoder, data, parts.test, unit=False)
     readable = Split(train_numbers, parts.validate, test_numbers, parts.by)
-    return _score(train, test, data, readable, rule, positive)
+    some = data.read(spread(test_numbers, REBUILT))[0]
+    return {
+        "clusters": _score_rules(train, test, data, readable, positive),
+        "r2": _r2(some, reconstruct(encoder, some)),
+        "extent": _extent(record),
+    }
+
+
+def _score_classifier(
+    study: Study, fold: int, positive: str, record: dict[str, Any]
+) -> dict[str, Any]:
+    """Score the supervised net on the held-out part; without clusters both accuracies are the same."""
+    data = study.load(50)
+    encoder = study.encoder(f"densenet-{fold}")
+    predicted, readable = predict(encoder, data, _split(study, data, fold).test)
+    f1, right = _f1_and_accuracy(data, data.labels[readable], predicted, positive)
+    return {"classifier": (f1, right, right), "extent": _extent(record)}
+
+
+def _r2(tiles: NDArray[np.uint8], rebuilt: Floats) -> float:
+    """Return 1 - squared error / squared error of each tile's mean colour; 0 if only that is learnt."""
+    wanted = tiles.astype(np.float32) / 255
+    constant = wanted.mean((1, 2), keepdims=True)
+    return float(1 - np.square(wanted - rebuilt).sum() / np.square(wanted - constant).sum())
 
 
 def _tiles(study: Study, net: Net) -> TileSet:
@@ -225,9 +291,23 @@ def _epochs(study: Study, epochs: tuple[int, int]) -> int:
     return study.pick(*epochs, full)
 
 
-def _batch(study: Study, batch: int) -> int:
-    """Return the paper's batch, or an eighth of the training part if that is smaller; at least 16."""
-    return max(16, min(batch, len(study.tiles) * 3 // 5 // 8))
+def _batch(tiles: TileSet, batch: int, large: bool = False) -> int:
+    """Return the batch with which an epoch has the paper's number of steps, as far as limits allow.
+
+    Args:
+        tiles: tiles of all folds.
+        batch: the largest batch: the paper's, and a quarter of it for a large net.
+        large: the smallest batch is 8 instead of 16.
+    """
+    same_steps = len(tiles) * 3 // 5 // STEPS
+    return max(8, min(batch // 4, same_steps)) if large else max(16, min(batch, same_steps))
+
+
+def _score_rules(
+    train: Floats, test: Floats, data: LabelledTiles, parts: Split, positive: str
+) -> dict[str, Scores]:
+    """Score the clusters of each rule of k-means."""
+    return {rule: _score(train, test, data, parts, rule, positive) for rule in RULE_NAMES}
 
 
 def _score(
@@ -245,13 +325,6 @@ def _score(
     majority[: len(counts)] = counts.argmax(1)
     f1, right = _f1_and_accuracy(data, truth, one_to_one[held_out], positive)
     return f1, right, float(np.mean(majority[held_out] == truth))
-
-
-def _score_classifier(encoder: Encoder, data: LabelledTiles, parts: Split, positive: str) -> Scores:
-    """Score the supervised net on the held-out part; without clusters both accuracies are the same."""
-    predicted, readable = predict(encoder, data, parts.test)
-    f1, right = _f1_and_accuracy(data, data.labels[readable], predicted, positive)
-    return f1, right, right
 
 
 def _f1_and_accuracy(
@@ -277,22 +350,32 @@ def _trivial(data: LabelledTiles, parts: Split, positive: str) -> Scores:
     return 2 * share / (1 + share), majority, purity(truth, np.zeros(len(truth), dtype=np.int64))
 
 
-def _draw(study: Study, report: Report, small: LabelledTiles) -> None:
-    test = _split(study, small, 0).test
+def _draw(study: Study, report: Report, small: LabelledTiles, folds: int) -> None:
+    """Draw the first fold whose weights are here."""
+    fold = next((fold for fold in range(folds) if _has_weights(study, fold)), None)
+    if fold is None:
+        report.notes.append("No pictures: the weights are on the machines that trained.")
+        return
+    test = _split(study, small, fold).test
     images: figures.Images = {"tiles": small.tiles[spread(test, 10)]}
     lines: dict[str, list[float]] = {}
     for name, net in NETS.items():
         tiles = images["tiles"]
         if net.large:
             data = study.load(net.size_px, _tiles(study, net))
-            tiles = data.tiles[spread(_split(study, data, 0).test, 10)]
+            tiles = data.tiles[spread(_split(study, data, fold).test, 10)]
             images[f"tiles, {net.size_px} px"] = tiles
-        images[name] = reconstruct(study.autoencoder(f"{net.model}-0"), tiles)
-        lines[name] = [epoch["mse"] for epoch in study.record(f"{net.model}-0")["epochs"]]
+        images[name] = reconstruct(study.autoencoder(f"{net.model}-{fold}"), tiles)
+        lines[name] = [epoch["mse"] for epoch in study.record(f"{net.model}-{fold}")["epochs"]]
     file = figures.reconstructions(study.out / "reconstructions.png", images)
-    report.add_figure(file, "Held-out tiles and their reconstructions")
+    report.add_figure(file, f"Held-out tiles and their reconstructions, fold {fold}")
     file = figures.curves(study.out / "loss.png", lines, "epoch", "mean squared error of a pixel")
-    report.add_figure(file, "Training error by epoch, fold 0")
-    vectors, readable = embed_numbers(study.encoder("cnn-ae-no-pool-0"), small, test)
+    report.add_figure(file, f"Training error by epoch, fold {fold}")
+    vectors, readable = embed_numbers(study.encoder(f"cnn-ae-no-pool-{fold}"), small, test)
     file = study.tsne("tsne.png", vectors, small, readable, "CNN AE, no max-pool")
-    report.add_figure(file, "t-SNE of the codes of held-out tiles, CNN AE without max-pool, fold 0")
+    caption = f"t-SNE of the codes of held-out tiles, CNN AE without max-pool, fold {fold}"
+    report.add_figure(file, caption)
+
+
+def _has_weights(study: Study, fold: int) -> bool:
+    return all(study.has_weights(f"{net.model}-{fold}") for net in NETS.values())

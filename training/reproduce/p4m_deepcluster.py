@@ -28,8 +28,9 @@ PUBLISHED: dict[str, tuple[float | None, float | None, float | None]] = {
     "P4M CNN": (0.5673, None, None),
 }
 STEPS, CLUSTERINGS = 100, 20
-"""Smallest number of steps between two clusterings, and number of clusterings."""
+"""Smallest number of steps between two clusterings, and smallest number of clusterings."""
 EPOCHS = 100
+"""The paper's number of epochs."""
 LAST_NMI = {"Sobel-AlexNet": 0.635, "P4M CNN": 0.428}
 CHEST = "chestxray14"
 
@@ -40,7 +41,7 @@ def reproduce(study: Study) -> Report:
     batch = min(256, max(32, len(study.tiles) // 400))
     steps = max(1, len(study.tiles) * 4 // 5 // batch)
     reassign = 1 if options.quick else max(1, round(STEPS / steps))
-    epochs = study.pick(CLUSTERINGS * reassign, 2, options.epochs)
+    epochs = study.pick(max(EPOCHS, CLUSTERINGS * reassign), 2, options.epochs)
     seeds = study.pick(3, 1, options.seeds)
     size_px = options.size_px or 64
     k = min(200, max(4, len(study.tiles) // 20))

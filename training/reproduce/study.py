@@ -75,6 +75,7 @@ class Study:
         record_only: bool = False,
         before: Callable[[], Any] | None = None,
         builds_on: dict[str, Any] | None = None,
+        score: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
         **options: Any,
     ) -> dict[str, Any]:
         """Train one cell of the table unless it is finished already; returns its record.
@@ -88,14 +89,19 @@ class Study:
             record_only: the weights are not needed: take the record from :data:`RECORDS` if it is there,
                 else store it there (its metrics, and the epochs whose clusters were measured).
             before: called before a training, such as one whose weights this one starts with.
-            builds_on: settings of that earlier training; a record with others is not taken.
+            builds_on: what else the record depends on, such as the settings of that earlier training; a
+                record with others is not taken.
+            score: called with the record of the trained run; what it returns is stored as the record's
+                ``scores``. With ``record_only`` only.
             **options: options of the recipe.
         """
         with locked(
             self.lock(cell), None if self.options.train_only else self._waits(cell)
         ) as mine:
             if mine:
-                return self._train(cell, recipe, tiles, record_only, before, builds_on, options)
+                return self._train(
+                    cell, recipe, tiles, record_only, before, builds_on, score, options
+                )
         self.shared.append(cell)
         self.cells -= 1
         return Elsewhere()
@@ -108,6 +114,7 @@ class Study:
         record_only: bool,
         before: Callable[[], Any] | None,
         builds_on: dict[str, Any] | None,
+        score: Callable[[dict[str, Any]], dict[str, Any]] | None,
         options: dict[str, Any],
     ) -> dict[str, Any]:
         """Train a cell whose lock this process holds; see :meth:`__call__`."""
@@ -130,7 +137,7 @@ class Study:
             known: dict[str, Any] | None = self._records().get(cell)
             if known and known["identity"] == identity:
                 self.cells -= 1
-                self.elsewhere += not (self.folder(cell) / WEIGHTS).is_file()
+                self.elsewhere += not self.has_weights(cell)
                 self.seconds[cell] = known.get("seconds")
                 return known
         if before is not None:
@@ -151,6 +158,8 @@ class Study:
             judged = [row for row in record["epochs"] if "accuracy" in row]
             kept = {"identity": identity, "metrics": record["metrics"], "epochs": judged}
             kept["seconds"] = record.get("seconds")
+            if score is not None:
+                kept["scores"] = record["scores"] = score(record)
             with locked(self.out / f"{RECORDS}{ENDING}", lambda: None):
                 write_json(self.out / RECORDS, {**self._records(), cell: kept})
         return record
@@ -179,13 +188,13 @@ class Study:
         self._progress(round(1000 * (self.done + share)), total, text)
 
     def after(self, text: str) -> None:
-        """Report what is computed after the trainings.
+        """Report what is computed with trained weights: after a training, or after all of them.
 
         Raises:
             Stopped: the command was asked to stop.
         """
         total = 1000 * max(self.cells, self.done, 1)
-        self._progress(total, total, text)
+        self._progress(total if self.done >= self.cells else 1000 * self.done, total, text)
 
     def took(self) -> str:
         """Return how long the trainings took, as text."""
@@ -274,6 +283,10 @@ class Study:
     def lock(self, cell: str) -> Path:
         """Return the lock of a cell's training."""
         return self.out / "runs" / f"{cell}{ENDING}"
+
+    def has_weights(self, cell: str) -> bool:
+        """Return whether the weights of a cell are here, not only its record."""
+        return (self.folder(cell) / WEIGHTS).is_file()
 
     def folder(self, cell: str) -> Path:
         """Return the folder of a cell's run."""
