@@ -25,40 +25,46 @@ class Protocol:
         run: the function.
         about: the description.
         parts: names that ``--parts`` may have.
-        has_folds: whether it splits the tiles into folds, whose number ``--folds`` sets.
+        takes: those of the options in :data:`NOT_ALL_TAKE` that it uses.
     """
 
     run: Callable[[Study], Report]
     about: str
     parts: tuple[str, ...] = ()
-    has_folds: bool = False
+    takes: tuple[str, ...] = ()
 
+
+NOT_ALL_TAKE = ("preset", "folds", "split", "positive", "widths", "size_px", "limit_large")
+"""Options that some protocols would ignore."""
 
 PROTOCOLS: dict[str, Protocol] = {
     "breast-ae": Protocol(
         breast_ae.reproduce,
         "paper 000, table 1: k-means on pixels and on five codes, DenseNet; F1 and ACC",
-        has_folds=True,
+        takes=("preset", "folds", "split", "positive", "limit_large"),
     ),
     "ae-dac": Protocol(
         ae_dac.reproduce,
         "paper 001, table 2: k-means, AE + k-means, DEC, DAC, AE + DAC",
         ("table4", "grid", "switches"),
+        ("size_px",),
     ),
     "p4m-deepcluster": Protocol(
         p4m_deepcluster.reproduce,
         "paper 002: Sobel-AlexNet and P4M CNN, NMI between epochs, linear probe",
+        takes=("split", "widths", "size_px"),
     ),
     "topology-sweep": Protocol(
         topology_sweep.reproduce,
         "paper 003, tables 1 and 2: AE and CAE by code size and K, purity",
         ("AE", "CAE", "relu", "settings"),
+        ("size_px",),
     ),
     "arcface": Protocol(
         arcface.reproduce,
         "paper 004: ten folds, k-means and HDBSCAN; ArcFace, softmax, triplet",
         ("lite0",),
-        has_folds=True,
+        ("folds", "split", "size_px"),
     ),
 }
 
@@ -82,15 +88,21 @@ def reproduce(
     With ``train_only``, it writes no report and returns the names of the cells that it trained.
 
     Raises:
-        BadInput: the protocol is not registered, or it has no such part or no folds.
+        BadInput: the protocol is not registered, has no such part, or does not use an option that is set.
         StorageFailed: with ``train_only``, the file system has no locks.
     """
     protocol = find_protocol(name)
     for part in filter(None, options.parts.split(",")):
         if part not in protocol.parts:
             raise unknown_name(f"part of {name} (--parts)", part, protocol.parts or ("none",))
-    if options.folds and not protocol.has_folds:
-        raise BadInput(f"--folds is {options.folds}, but {name} has no folds; leave it out")
+    for option in NOT_ALL_TAKE:
+        value = getattr(options, option)
+        if option not in protocol.takes and value != getattr(StudyOptions, option):
+            flag = f"--{option.replace('_', '-')}"
+            users = ", ".join(n for n, other in PROTOCOLS.items() if option in other.takes)
+            raise BadInput(
+                f"{flag} is {value!r}, but {name} does not use it, only {users}; leave it out"
+            )
     options.out.mkdir(parents=True, exist_ok=True)
     if options.train_only:
         return {"trained": _train_only(protocol, options, tiles, progress)}

@@ -110,6 +110,8 @@ def reproduce(study: Study) -> Report:
         )
     nets = [net for net in NETS if net in study.parts] or list(NETS)
     relu = "relu" in study.parts
+    if relu and "AE" not in nets:
+        raise BadInput("--parts has relu, which changes only the AE, but runs only the CAE; add AE")
     epochs = {net: study.pick(EPOCHS[net], 1, options.epochs) for net in nets}
     inputs = {
         "AE": f"{side * side} grey pixels, {'' if relu else 'no '}ReLU after the code",
