@@ -148,7 +148,7 @@ class Job:
                 self.folder.load_best(net)  # the run was killed after the phase's last epoch
             return
         net.begin_phase(phase)
-        plain = make_optimizer(self.options, phase, net)
+        plain = make_optimizer(self.options, phase, net, self.fabric.device.type == "cpu")
         model, optimizer = self.fabric.setup(net, plain)
         if done:
             self.folder.resume_optimizer(plain)  # after setup: state goes to the weights' device

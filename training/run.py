@@ -71,8 +71,16 @@ class RunFolder:
         return history
 
     def resume_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        """Load the optimiser's state after the last completed epoch."""
+        """Load the optimiser's state after the last completed epoch.
+
+        The moments get the strides of their weights (channels last), which torch's fused step expects
+        without a check.
+        """
         optimizer.load_state_dict(restore_optimizer(self._stored, self._about["optimizer"]))
+        for weight, state in optimizer.state.items():
+            for name, moment in state.items():
+                if torch.is_tensor(moment) and moment.shape == weight.shape:
+                    state[name] = torch.empty_like(weight, dtype=moment.dtype).copy_(moment)
 
     def resume_scaler(self, scaler: Any) -> None:
         """Load the state of the gradient scaler (AMP) after the last completed epoch."""

@@ -113,16 +113,25 @@ def silent(done: int, total: int, text: str) -> None:
     """Report nothing; the progress callback of every process but the first."""
 
 
-def make_optimizer(options: TrainingOptions, phase: Phase, net: nn.Module) -> torch.optim.Optimizer:
-    """Return the optimiser named in the options, for the weights that the phase trains."""
+def make_optimizer(
+    options: TrainingOptions, phase: Phase, net: nn.Module, on_cpu: bool = False
+) -> torch.optim.Optimizer:
+    """Return the optimiser named in the options, for the weights that the phase trains.
+
+    Args:
+        options: name and weight decay.
+        phase: its learning rate.
+        net: its weights.
+        on_cpu: it will run there, where torch's fused step is far faster than the default one.
+    """
     trained = [p for p in net.parameters() if p.requires_grad]
-    decay = options.weight_decay
+    decay, fused = options.weight_decay, on_cpu or None
     if options.optimiser == "adam":
-        return torch.optim.Adam(trained, lr=phase.lr, weight_decay=decay)
+        return torch.optim.Adam(trained, lr=phase.lr, weight_decay=decay, fused=fused)
     if options.optimiser == "adamw":
-        return torch.optim.AdamW(trained, lr=phase.lr, weight_decay=decay)
+        return torch.optim.AdamW(trained, lr=phase.lr, weight_decay=decay, fused=fused)
     if options.optimiser == "sgd":
-        return torch.optim.SGD(trained, lr=phase.lr, momentum=0.9, weight_decay=decay)
+        return torch.optim.SGD(trained, lr=phase.lr, momentum=0.9, weight_decay=decay, fused=fused)
     if options.optimiser == "adadelta":  # decay and epsilon of Keras
         return torch.optim.Adadelta(trained, lr=phase.lr, rho=0.95, eps=1e-7, weight_decay=decay)
     return torch.optim.RMSprop(trained, lr=phase.lr, weight_decay=decay)

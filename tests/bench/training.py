@@ -94,7 +94,8 @@ def measure(recipe, options, tiles):
         tiles = torch.from_numpy(pixels).to(self.fabric.device)
         ready = self.change(net.encoder, tiles, torch.Generator().manual_seed(0))[0]
         net.begin_phase(phase)
-        plain = torch.optim.Adam([p for p in net.parameters() if p.requires_grad], lr=1e-9)
+        weights = [p for p in net.parameters() if p.requires_grad]
+        plain = torch.optim.Adam(weights, lr=1e-9, fused=self.fabric.device.type == "cpu" or None)
         ids = torch.from_numpy(numbers).to(self.fabric.device)
         steps = self._steps()
         bare(net, plain, ready, ids, 1)

@@ -27,6 +27,7 @@ from histoseek.training.kmeans import assign, cluster_tensors, kmeans, literal_m
 from histoseek.training.losses import pair_loss
 from histoseek.training.models import build
 from histoseek.training.recipes import RECIPES
+from histoseek.training.steps import Phase, make_optimizer
 
 CPU = {"accelerator": "cpu"}
 SMALL = {
@@ -586,6 +587,7 @@ import numpy as np
 from pathlib import Path
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.training.recipes import RECIPES
+from histoseek.training.steps import Phase, make_optimizer
 recipe, devices, data, out = sys.argv[1:]
 kind = RECIPES[recipe]
 common = dict(accelerator="cpu", devices=int(devices), epochs=2, batch=24 // int(devices), folds=3,
@@ -628,6 +630,29 @@ def test_two_processes_train_as_one(recipe, tile_folder, tmp_path):
             assert torch.allclose(value, two[key], atol=2e-4, rtol=1e-3), key
             moved = max(moved, float((value - start[key]).abs().max()))
     assert moved > 1e-2  # far more than the tolerance
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "sgd"])
+def test_the_step_on_a_cpu_is_the_same_with_channels_last(name):
+    """It is torch's fused one, which reads weights, gradients and moments by address."""
+
+    def train(on_cpu):
+        torch.manual_seed(0)
+        net = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Conv2d(8, 5, 3))
+        net = net.to(memory_format=torch.channels_last)
+        options = AutoencoderOptions(optimiser=name, weight_decay=1e-4)
+        optimizer = make_optimizer(options, Phase("all", 1, 1e-3), net, on_cpu)
+        assert bool(optimizer.defaults["fused"]) == on_cpu
+        tiles = torch.rand(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
+        for _ in range(3):
+            optimizer.zero_grad()
+            net(tiles).square().mean().backward()
+            optimizer.step()
+        return net.state_dict()
+
+    one, other = train(False), train(True)
+    for key, value in one.items():
+        assert torch.allclose(value, other[key], atol=1e-5), key
 
 
 def test_tensorboard_has_losses_and_the_projector(tile_folder, tmp_path):
