@@ -16,7 +16,7 @@ from digit_tiles import digits
 from histoseek.console import no_progress
 from histoseek.errors import BadInput, StorageFailed
 from histoseek.training.reproduce import StudyOptions, reproduce
-from histoseek.training.reproduce.sharing import locked
+from histoseek.training.reproduce.sharing import locked, remove_locks
 
 COMMAND = (sys.executable, "-m", "histoseek", "reproduce", "topology-sweep", "--quick", "--json")
 CELLS = [f"{net}-{code}" for net in ("ae", "cae") for code in (128, 16, 32, 64)]
@@ -211,3 +211,24 @@ def test_a_file_system_without_locks(tmp_path, monkeypatch):
     assert not list(tmp_path.rglob("run.json"))
     reproduce("topology-sweep", options, digits(), no_progress)
     assert (tmp_path / "r/report.md").is_file()
+
+
+def test_a_report_leaves_the_locks_of_processes_that_still_train(tmp_path):
+    """They may train for a report with more folds; without its lock, a second one would train the same."""
+    code = (
+        "import sys; from pathlib import Path; from histoseek.training.reproduce.sharing import locked\n"
+        "with locked(Path(sys.argv[1])) as mine: print(mine, flush=True); sys.stdin.read()"
+    )
+    held, free = tmp_path / "runs/held.lock", tmp_path / "runs/free.lock"
+    with subprocess.Popen(
+        [sys.executable, "-c", code, str(held)],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    ) as other:  # fmt: skip
+        assert other.stdout.readline() == "True\n"
+        free.touch()
+        remove_locks(tmp_path)
+        assert held.exists() and not free.exists()
+        other.stdin.close()
+        other.wait(60)
+    remove_locks(tmp_path)
+    assert not held.exists()

@@ -1,7 +1,7 @@
 """How several processes share the trainings of a protocol: by a lock on each training.
 
 A process holds the lock of a file while it trains. The lock ends with the process, also if that is killed.
-The files stay until the report is written.
+The files stay until the report is written; those that other processes hold stay longer.
 """
 
 from __future__ import annotations
@@ -85,9 +85,14 @@ def wait_for_any(paths: Sequence[Path]) -> None:
 
 
 def remove_locks(folder: Path) -> None:
-    """Delete the files of locks below a folder, when nothing is left to train."""
-    for path in folder.rglob(f"*{ENDING}"):
-        path.unlink(missing_ok=True)
+    """Delete the files of locks below a folder that no process holds; it may train for a larger table."""
+    for path in list(folder.rglob(f"*{ENDING}")):
+        try:
+            with locked(path) as free:
+                if free:
+                    path.unlink(missing_ok=True)
+        except StorageFailed:  # a file system without locks
+            path.unlink(missing_ok=True)
 
 
 def _take(lock: FileLock) -> bool:
