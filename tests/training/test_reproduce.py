@@ -322,6 +322,12 @@ def test_a_table_is_markdown(tmp_path):
         "| | ACC: published | ours | trivial |", "|---|---|---|---|",
         "| k-means | 0.500 | 0.500 ± 0.141 | 0.100 |",
     ]  # fmt: skip
+    rows = {"a": [Cell(None, (0.4,), 0.1), Cell(None, (1.0,))], "b": [Cell(), Cell(None, (2.0,))]}
+    some = Table("T", ("ACC", "minutes"), rows, digits=1)
+    assert some.markdown()[2:6] == [
+        "| | ACC: ours | trivial | minutes |", "|---|---|---|---|",
+        "| a | 0.4 | 0.1 | 1.0 |", "| b | – | – | 2.0 |",
+    ], "without the columns that would be empty"  # fmt: skip
     report = Report("R", "000", "histoseek …", {"data": "d"}, [table])
     report.write(tmp_path)
     text = (tmp_path / "report.md").read_text()

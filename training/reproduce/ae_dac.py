@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from ...console import counted
 from ...errors import BadInput
 from ...metrics import clustering_report, contingency
 from ..fit_dac import codes_of
@@ -190,7 +191,7 @@ def _says(study: Study, rows: dict[str, list[Cell]]) -> tuple[str, str, str]:
         meaning += f"; the published number is {'' if reached else 'not '}reached ({away})"
     out = (
         f"AE + DAC has {said(ours, 1)} % right, DAC {said(dac, 1)} %, k-means on pixels "
-        f"{said(pixels, 1)} % ({len(ours.ours)} seeds)."
+        f"{said(pixels, 1)} % ({counted(len(ours.ours), 'seed')})."
     )
     return f"{claim}.", out, f"{meaning}."
 

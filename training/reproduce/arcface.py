@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 
+from ...console import counted
 from ..data import split
 from ..evaluate import embed_numbers, pca_basis, project
 from ..pretrained import LITE0
@@ -85,7 +86,8 @@ def _says(rows: dict[str, list[Cell]], dense: dict[str, list[Cell]]) -> tuple[st
     return (
         "k-means on the embeddings of ArcFace finds the classes of breast ultrasound: .945 are right.",
         f"Of held-out tiles {said(ours)} are right with ArcFace, {said(softmax)} with softmax, "
-        f"{said(triplet)} with triplets and {said(pixels)} with pixels ({len(ours.ours)} folds).",
+        f"{said(triplet)} with triplets and {said(pixels)} with pixels "
+        f"({counted(len(ours.ours), 'fold')}).",
         f"What the margin is worth, ArcFace minus softmax: {difference(ours, softmax)}; by HDBSCAN "
         f"{by_density}.",
     )

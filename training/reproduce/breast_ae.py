@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ...artifacts.tilesets import TileSet
+from ...console import counted
 from ...errors import BadInput
 from ...metrics import Floats, Ints, contingency, match, purity
 from ..data import LabelledTiles, Split, split
@@ -142,7 +143,8 @@ def _says(rows: dict[str, list[Cell]]) -> tuple[str, str, str]:
         "k-means on the code of an autoencoder separates tumour from normal tissue better than on pixels: "
         "F1 .651 (CNN AE without max-pooling) and .593.",
         f"The best code is that of {best}, F1 {said(ours)}; pixels {said(pixels)}; DenseNet, with labels, "
-        f"{said(supervised)} ({len(ours.ours)} folds); with every tile called positive {ours.trivial:.3f}.",
+        f"{said(supervised)} ({counted(len(ours.ours), 'fold')}); with every tile called positive "
+        f"{ours.trivial:.3f}.",
         f"{best} minus pixels: {difference(ours, pixels)}; minus the next autoencoder, {second}: "
         f"{difference(ours, rows[second][0])}. The best was chosen by these values, which favours it.",
     )

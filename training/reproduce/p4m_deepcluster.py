@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from sklearn.metrics import adjusted_mutual_info_score, normalized_mutual_info_score
 
+from ...console import counted
 from ..data import LabelledTiles, split
 from ..evaluate import embed, embed_numbers, pixel_features
 from ..kmeans import assign
@@ -107,7 +108,8 @@ def _says(probe: dict[str, list[Cell]], turned: dict[str, list[Cell]]) -> tuple[
         f"well as Sobel-AlexNet: a linear classifier is right for {p4m.published} and {alexnet.published} "
         "of chest X-rays.",
         f"The classifier is right for {said(p4m)} of held-out tiles with the P4M CNN, {said(alexnet)} with "
-        f"Sobel-AlexNet and {said(pixels)} with pixels ({len(p4m.ours)} seeds). Turned and reflected tiles "
+        f"Sobel-AlexNet and {said(pixels)} with pixels ({counted(len(p4m.ours), 'seed')}). "
+        "Turned and reflected tiles "
         f"keep their cluster: {said(turned['P4M CNN'][1])} and {said(turned['Sobel-AlexNet'][1])}.",
         f"The P4M CNN minus Sobel-AlexNet: {difference(p4m, alexnet)}.",
     )

@@ -16,6 +16,7 @@ import torch
 from scipy import stats
 
 from ...artifacts.files import write_atomic, write_json
+from ...console import counted
 
 FOLDS_OVERLAP = (
     "The training parts of folds overlap, so the interval of a difference is too narrow."
@@ -104,7 +105,7 @@ def fewer_epochs(epochs: int, whole: int, paper_names_them: bool = False, of: st
     if epochs >= whole:
         return ""
     has = "the paper has" if paper_names_them else "the paper names no number, this protocol has"
-    return f"{epochs} epoch{'s' * (epochs > 1)}{of}; {has} {whole}."
+    return f"{counted(epochs, 'epoch')}{of}; {has} {whole}."
 
 
 def _finite(value: float | None) -> float | None:
@@ -147,25 +148,39 @@ class Table:
     compares_settings: bool = False
 
     def markdown(self) -> list[str]:
-        """Return the table as lines of Markdown: published / ours / trivial per metric."""
-        head = " | ".join(f"{c}: published | ours | trivial" for c in self.columns)
-        lines = [f"### {self.title}", "", f"| | {head} |"]
-        lines.append("|---" * (1 + 3 * len(self.columns)) + "|")
-        for name, cells in self.rows.items():
-            lines.append(f"| {name} | {' | '.join(map(self._cell, cells))} |")
+        """Return the table as lines of Markdown; a metric has columns for what is known of it."""
+        kinds = ("published", "ours", "trivial")
+        texts = {name: [self._texts(cell) for cell in cells] for name, cells in self.rows.items()}
+        shown = [
+            [at for at in range(3) if at == 1 or any(row[number][at] for row in texts.values())]
+            for number in range(len(self.columns))
+        ]
+        head = [
+            f"{column}: {' | '.join(kinds[at] for at in those)}" if len(those) > 1 else column
+            for column, those in zip(self.columns, shown, strict=True)
+        ]
+        lines = [f"### {self.title}", "", f"| | {' | '.join(head)} |"]
+        lines.append("|---" * (1 + sum(map(len, shown))) + "|")
+        for name, row in texts.items():
+            cells = [
+                text[at] or "–" for text, those in zip(row, shown, strict=True) for at in those
+            ]
+            lines.append(f"| {name} | {' | '.join(cells)} |")
         if self.trivial_is:
             lines += ["", f"Trivial: {self.trivial_is}."]
         return [*lines, *(f"\n{note}" for note in self.notes), ""]
 
-    def _cell(self, cell: Cell) -> str:
+    def _texts(self, cell: Cell) -> tuple[str, str, str]:
+        """Return the published value, ours and the trivial one; "" for one that is missing."""
+
         def number(value: float | None, sd: float | None = None) -> str:
             if value is None or value != value:
-                return "–"
+                return ""
             spread = f" ± {sd:.{self.digits}f}" if sd is not None and sd == sd else ""
             return f"{value:.{self.digits}f}{spread}"
 
         published = number(cell.published, cell.published_sd)
-        return f"{published} | {number(cell.mean, cell.sd)} | {number(cell.trivial)}"
+        return published, number(cell.mean, cell.sd), number(cell.trivial)
 
     def as_dict(self) -> dict[str, Any]:
         """Return it for JSON."""
