@@ -18,9 +18,9 @@ TEXT_NOTICE = (
     "The scores rank the tiles for your words; a high rank does not prove that a tile shows them."
 )
 LABELS_SHOWN = 4
-OTHERS = {
-    "patient": "tile of another patient or slide",
-    "tile": "other tile (there is only one patient or slide)",
+LESS_NEAR = {
+    "patient": "no tile of another patient or slide as near as the query's best hit",
+    "tile": "no other tile as near as the query's best hit (there is only one patient or slide)",
 }
 
 
@@ -122,8 +122,7 @@ def verdict_text(answer: SearchAnswer) -> str:
     if verdict.nearer_than is not None:
         atlas = "the server's own atlas" if answer.searched else "the atlas"
         parts.append(
-            f"Of the tiles of {atlas}, {verdict.nearer_than:.0%} are farther from their nearest "
-            f"{OTHERS[verdict.compared_with]} than the query is from its nearest tile."
+            f"{verdict.nearer_than:.0%} of the tiles of {atlas} have {LESS_NEAR[verdict.compared_with]}."
         )
     if answer.scaled:
         parts.append(scaled_text(answer.scaled))
