@@ -3,9 +3,9 @@
 With ``--json`` a command prints exactly one JSON document on standard output; everything else goes to
 standard error. An error is printed as ``{"error": {...}}``, and the exit code is not 0.
 
-Exit codes: 0 done; 1 failed, wholly or in part; 2 wrong usage; 75 busy, such as another process that
-writes (try again); 74 done, but writing to standard output
-failed (full disk, closed); 130 stopped by Ctrl-C; 141 done, but the reader of the pipe closed it; 143
+Exit codes: 0 done; 1 failed, wholly or in part; 2 wrong usage; 74 done, but writing to standard output
+failed (full disk, closed); 75 busy, such as another process that writes (try again); 129 stopped because
+the terminal closed (SIGHUP); 130 stopped by Ctrl-C; 141 done, but the reader of the pipe closed it; 143
 stopped by SIGTERM.
 """
 

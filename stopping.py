@@ -1,4 +1,4 @@
-"""Stopping a command: Ctrl-C and SIGTERM set a flag, and the package's loops check it.
+"""Stopping a command: Ctrl-C, SIGTERM and SIGHUP set a flag, and the package's loops check it.
 
 Python's own handler raises ``KeyboardInterrupt`` wherever the main thread is. Inside HDF5, gRPC, FAISS or
 Ray that can break the process. So the command line installs handlers that raise nothing (:func:`arm`). A
@@ -34,12 +34,12 @@ SAME_S = 0.2
 """Signals within this many seconds count as one: a terminal and ``make`` may both send the same one."""
 NOTICE_S = 1.0
 """Seconds after which a command that has not stopped yet prints that it is stopping."""
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM"}
+_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+_NAMES = {signal.SIGINT: "Ctrl-C", signal.SIGTERM: "SIGTERM", signal.SIGHUP: "SIGHUP"}
 
 
 class Stopped(KeyboardInterrupt):
-    """The user (Ctrl-C) or the system (SIGTERM) asked the command to stop.
+    """Ctrl-C, SIGTERM or SIGHUP (the terminal closed) asked the command to stop.
 
     Attributes:
         number: the signal's number.
@@ -66,9 +66,9 @@ _state = _State()
 
 
 def arm() -> None:
-    """Take over Ctrl-C and SIGTERM in this process; called once, by the command line's main thread.
+    """Take over the signals in this process; called once, by the command line's main thread.
 
-    If the parent process set Ctrl-C to be ignored (``nohup``), it stays ignored.
+    What the parent process set to be ignored (``nohup``: SIGHUP) stays ignored.
     """
     if not _state.armed:
         _take(_SIGNALS)
@@ -123,8 +123,9 @@ def _disarm() -> None:
         signal.set_wakeup_fd(-1)
         if signal.getsignal(signal.SIGINT) is _nothing:
             signal.signal(signal.SIGINT, signal.default_int_handler)
-        if signal.getsignal(signal.SIGTERM) is _nothing:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGTERM, signal.SIGHUP):
+            if signal.getsignal(number) is _nothing:
+                signal.signal(number, signal.SIG_DFL)
 
 
 def _listen(receiver: socket.socket) -> None:
@@ -174,7 +175,7 @@ def requested() -> bool:
 
 
 def exit_code() -> int:
-    """Return the exit code of a command that was asked to stop: 130 for Ctrl-C, 143 for SIGTERM."""
+    """Return the exit code of a command that was asked to stop: 129 SIGHUP, 130 Ctrl-C, 143 SIGTERM."""
     return 128 + (_state.number or signal.SIGINT)
 
 
@@ -192,7 +193,7 @@ def check() -> None:
     """Raise if the command was asked to stop; call it where a loop can stop safely.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came.
+        Stopped: a signal came.
     """
     number = _state.number
     if number is not None:
@@ -203,7 +204,7 @@ def result(future: Future[T]) -> T:
     """Return the result of a future; the wait ends when the command is asked to stop.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came before it was done.
+        Stopped: a signal came before it was done.
         Exception: whatever the future raised.
     """
     while not future.done():
@@ -219,7 +220,7 @@ def aside(call: Callable[[], T]) -> T:
     or read: nobody would clean up files that it writes. Without :func:`arm` the call is made directly.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came before it was over.
+        Stopped: a signal came before it was over.
         Exception: whatever the call raised.
     """
     if not _state.armed or not _in_main_thread():
@@ -235,7 +236,7 @@ def wait_for_signal() -> NoReturn:
     """Wait until the command is asked to stop.
 
     Raises:
-        Stopped: Ctrl-C or SIGTERM came.
+        Stopped: a signal came.
     """
     while True:
         check()

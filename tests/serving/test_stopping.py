@@ -252,6 +252,23 @@ def test_sigterm_stops_like_ctrl_c_with_its_own_code(slides, tmp_path):
     assert json.loads(answer)["error"]["type"] == "Stopped"
 
 
+def test_a_closed_terminal_stops_a_command_like_ctrl_c(slides, tmp_path):
+    """The kernel sends SIGHUP, and what the command then writes fails; its files are in order."""
+    own, of_command = os.openpty()
+    words = [word for word in embed_words(slides, tmp_path / "out", HERE) if word != "--json"]
+    process = subprocess.Popen(
+        ["setsid", "--ctty", *words], stdin=of_command, stdout=of_command, stderr=of_command
+    )
+    os.close(of_command)
+    end = time.monotonic() + 60
+    while not list(tmp_path.rglob("*.h5*")) and time.monotonic() < end:
+        time.sleep(0.01)  # the first slide
+    os.close(own)
+    assert process.wait(60) == 129
+    assert json.loads((tmp_path / "out/run.json").read_text())["ended"] == "Stopped: SIGHUP"
+    assert list(tmp_path.rglob("*.histoseek-tmp")) == []
+
+
 def test_a_long_call_is_left_alone_when_the_command_stops():
     """FAISS, HDBSCAN and t-SNE compute in a thread that ends with the process."""
     code = (
