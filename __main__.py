@@ -193,7 +193,11 @@ def mcp(atlas: Path, encoder: str | None = None, audit_log: Path | None = None) 
 
     console.mode.json = True  # standard output carries the protocol
     console.log_to_stderr(False)
-    serve(atlas, encoder, audit_log)
+    try:
+        serve(atlas, encoder, audit_log)
+    except stopping.Stopped as stopped:
+        if stopped.number != signal.SIGTERM:  # the way a client ends a server
+            stopping.leave(stopping.exit_code())
     stopping.leave(console.EXIT_DONE)
 
 

@@ -144,8 +144,10 @@ def _listen(receiver: socket.socket) -> None:
         now = time.monotonic()
         if _state.number is None:
             _state.received, _state.number, notice_given = now, numbers[0], False
-        elif now - _state.received > SAME_S:
-            _end_at_once(numbers[-1])
+        elif now - _state.received > SAME_S and numbers[-1] != signal.SIGHUP:
+            _end_at_once(
+                numbers[-1]
+            )  # of a closing terminal, the shell and the kernel send a SIGHUP each
 
 
 def _write(text: str) -> None:

@@ -74,9 +74,12 @@ class RunFolder:
         """Load the optimiser's state after the last completed epoch.
 
         The moments get the strides of their weights (channels last), which torch's fused step expects
-        without a check.
+        without a check. Whether the step is fused is decided anew, because the device may be another one.
         """
         optimizer.load_state_dict(restore_optimizer(self._stored, self._about["optimizer"]))
+        for group in optimizer.param_groups:
+            if "fused" in group:
+                group["fused"] = optimizer.defaults["fused"]
         for weight, state in optimizer.state.items():
             for name, moment in state.items():
                 if torch.is_tensor(moment) and moment.shape == weight.shape:

@@ -131,7 +131,8 @@ def make_optimizer(
     if options.optimiser == "adamw":
         return torch.optim.AdamW(trained, lr=phase.lr, weight_decay=decay, fused=fused)
     if options.optimiser == "sgd":
-        return torch.optim.SGD(trained, lr=phase.lr, momentum=0.9, weight_decay=decay, fused=fused)
+        # not fused: that fails where deepcluster has renewed a layer, whose momentum is missing
+        return torch.optim.SGD(trained, lr=phase.lr, momentum=0.9, weight_decay=decay)
     if options.optimiser == "adadelta":  # decay and epsilon of Keras
         return torch.optim.Adadelta(trained, lr=phase.lr, rho=0.95, eps=1e-7, weight_decay=decay)
     return torch.optim.RMSprop(trained, lr=phase.lr, weight_decay=decay)

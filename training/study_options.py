@@ -31,17 +31,18 @@ class StudyOptions:
     limit: Annotated[int, Field(ge=0, description="Maximum number of tiles; whole groups are drawn. "
         "0: all.")] = 0
     limit_large: Annotated[int,
-        Field(ge=0, description="Maximum number of tiles for networks over 2 GMACs; 0: as "
+        Field(ge=0, description="Maximum number of tiles for networks over 2 GMACs (breast-ae); 0: as "
         "--limit."), HIDDEN] = 0
     split: Annotated[Literal["group", "tile"],
         Field(description="Split between training and test. group: tiles of one patient or source "
         "image stay together; tile: they do not (as in some papers), so near-copies leak.")] = "group"
     positive: Annotated[str,
-        Field(description="Label that counts as positive in F1. Empty: the last label."), HIDDEN] = ""
+        Field(description="Label that counts as positive in F1 (breast-ae). Empty: the last "
+        "label."), HIDDEN] = ""
     parts: Annotated[str,
-        Field(description="Parts of the protocol: to add, table4,grid,switches (ae-dac) or lite0 "
-        "(arcface) or settings (topology-sweep: other optimisers, losses and layers); to run alone, AE or "
-        "CAE (topology-sweep)."), HIDDEN] = ""
+        Field(description="Parts of the protocol: to add, table4,grid,switches (ae-dac), lite0 (arcface), "
+        "settings (topology-sweep: other optimisers, losses and layers) or relu (topology-sweep: a ReLU "
+        "after the AE's code); to run alone, AE or CAE (topology-sweep)."), HIDDEN] = ""
     size_px: Annotated[int,
         Field(ge=0, description="Side of a tile, if the protocol lets you choose it; 0: as in the "
         "protocol."), HIDDEN] = 0

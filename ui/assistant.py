@@ -18,7 +18,7 @@ from mcp.server.mcpserver.exceptions import ToolError
 from mcp.types import ToolAnnotations
 from pydantic import BaseModel
 
-from .. import __version__
+from .. import __version__, stopping
 from ..errors import BadInput, HistoseekError
 from ..index.exchange.annotations import document_of
 from ..index.search.query import Query
@@ -43,7 +43,7 @@ class Box(BaseModel):
 
 
 def serve(atlas: Path, encoder: str | None = None, audit_log: Path | None = None) -> None:
-    """Serve the tools on standard input and output until the client closes them.
+    """Serve the tools on standard input and output until the client closes them or the command is stopped.
 
     Args:
         atlas: folder of the atlas.
@@ -52,6 +52,7 @@ def serve(atlas: Path, encoder: str | None = None, audit_log: Path | None = None
 
     Raises:
         HistoseekError: the atlas, the encoder or the audit log cannot be opened.
+        Stopped: a signal came.
     """
     session = Session(atlas, encoder)
     audit = open_audit(atlas, audit_log, session)
@@ -63,7 +64,7 @@ def serve(atlas: Path, encoder: str | None = None, audit_log: Path | None = None
 
         server = make_server(session, note)
         session.warm()
-        server.run("stdio")
+        stopping.aside(lambda: server.run("stdio"))
     finally:
         if audit is not None:
             audit.close()

@@ -8,6 +8,7 @@ kinds: ``here``, ``triton`` and ``ray`` (slow, because a cluster has to start). 
 import json
 import os
 import random
+import select
 import signal
 import subprocess
 import sys
@@ -261,12 +262,29 @@ def test_a_closed_terminal_stops_a_command_like_ctrl_c(slides, tmp_path):
     )
     os.close(of_command)
     end = time.monotonic() + 60
-    while not list(tmp_path.rglob("*.h5*")) and time.monotonic() < end:
-        time.sleep(0.01)  # the first slide
+    while not list(tmp_path.rglob("*.h5*")) and time.monotonic() < end:  # the first slide
+        if select.select([own], [], [], 0.01)[0]:
+            os.read(own, 4096)  # its progress: else it waits for the terminal
     os.close(own)
     assert process.wait(60) == 129
     assert json.loads((tmp_path / "out/run.json").read_text())["ended"] == "Stopped: SIGHUP"
     assert list(tmp_path.rglob("*.histoseek-tmp")) == []
+
+
+def test_a_second_hangup_is_no_wish_to_end_at_once():
+    """When a terminal closes, the shell and the kernel may send one each."""
+    code = (
+        "import time\nfrom histoseek import stopping\nfrom histoseek.ui.cli import start\nstart.begin()\n"
+        "print('there', flush=True)\nwhile not stopping.requested():\n    time.sleep(.01)\n"
+        "print('asked', flush=True)\ntime.sleep(1)\nprint('in order', flush=True)\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True)
+    process.stdout.readline()
+    process.send_signal(signal.SIGHUP)
+    process.stdout.readline()
+    time.sleep(0.4)
+    process.send_signal(signal.SIGHUP)
+    assert process.communicate(timeout=30)[0] == "in order\n" and process.returncode == 0
 
 
 def test_a_long_call_is_left_alone_when_the_command_stops():

@@ -346,6 +346,12 @@ def test_deepcluster_keeps_its_clusters_until_the_next_clustering(tile_folder, t
     assert rows[2]["loss"] < rows[0]["loss"]  # the same clusters and top layer go on
 
 
+def test_deepcluster_trains_with_sgd(tile_folder, tmp_path):
+    """Every clustering renews the top layer, and with it that layer's momentum."""
+    options = change(SMALL["deepcluster"], epochs=3, optimiser="sgd", lr=0.01)
+    assert len(fit("deepcluster", options, open_tiles(tile_folder), tmp_path / "r")["epochs"]) == 3
+
+
 def test_deepcluster_ships_its_whole_chain(tile_folder, tmp_path):
     """A new tile goes the way of the training tiles: features, PCA, whitening, length, centre."""
     tiles = open_tiles(tile_folder)
@@ -587,7 +593,6 @@ import numpy as np
 from pathlib import Path
 from histoseek.artifacts.tileset_files import open_tiles
 from histoseek.training.recipes import RECIPES
-from histoseek.training.steps import Phase, make_optimizer
 recipe, devices, data, out = sys.argv[1:]
 kind = RECIPES[recipe]
 common = dict(accelerator="cpu", devices=int(devices), epochs=2, batch=24 // int(devices), folds=3,
@@ -642,7 +647,7 @@ def test_the_step_on_a_cpu_is_the_same_with_channels_last(name):
         net = net.to(memory_format=torch.channels_last)
         options = AutoencoderOptions(optimiser=name, weight_decay=1e-4)
         optimizer = make_optimizer(options, Phase("all", 1, 1e-3), net, on_cpu)
-        assert bool(optimizer.defaults["fused"]) == on_cpu
+        assert bool(optimizer.defaults["fused"]) == (on_cpu and name != "sgd")
         tiles = torch.rand(4, 3, 16, 16).contiguous(memory_format=torch.channels_last)
         for _ in range(3):
             optimizer.zero_grad()

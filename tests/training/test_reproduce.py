@@ -213,7 +213,7 @@ def test_breast_ae(kinds, tmp_path, monkeypatch):
     again = quick("breast-ae", two, tmp_path / "r", positive="retina", split="tile")
     assert not list((tmp_path / "r").rglob("run.json")) and not again["figures"]
     assert [table["rows"] for table in again["tables"]] == [t["rows"] for t in document["tables"]]
-    assert any("4 trainings are known by their records" in note for note in again["notes"])
+    assert any("earlier run: 4 trainings" in note for note in again["notes"])
     assert any("No pictures" in note for note in again["notes"])
     with pytest.raises(BadInput, match="is not a label"):
         quick("breast-ae", two, tmp_path / "x", positive="tumour")
@@ -457,9 +457,10 @@ def test_an_error_of_the_mean_colour_only_is_an_r2_of_0():
 def test_an_epoch_of_few_tiles_has_as_many_steps_as_the_papers():
     from histoseek.training.reproduce import breast_ae
 
-    def batch(tiles, *net):
-        return breast_ae._batch(range(tiles), *net)
+    def batch(tiles, *net, folds=5):
+        return breast_ae._batch(range(tiles), folds, *net)
 
     assert batch(1070, 1000) == 16 and batch(1070, 300, True) == 8, "the smallest"
     assert batch(20_000, 1000) == 72, "12,000 tiles to train on in 166 steps"
+    assert batch(20_000, 1000, folds=3) == 40
     assert batch(277_524, 1000) == 1000 and batch(277_524, 300, True) == 75, "the paper's"

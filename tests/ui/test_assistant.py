@@ -3,6 +3,8 @@
 import base64
 import io
 import json
+import signal
+import subprocess
 import sys
 
 import anyio
@@ -104,3 +106,21 @@ def test_searches_are_in_the_audit_log(asked):
     lines = asked["log"]
     assert [line["action"] for line in lines] == ["search"] * 3 + ["similar"]
     assert all(line["address"].startswith("mcp") and line["user"] for line in lines)
+
+
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 0), (signal.SIGINT, 130)])
+def test_a_signal_ends_it_in_order(ui_atlas, number, code, tmp_path):
+    command = [sys.executable, "-m", "histoseek", "mcp", str(ui_atlas)]
+    command += ["--audit-log", str(tmp_path / "audit.jsonl")]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    ) as server:
+        about = {"protocolVersion": "2025-06-18", "capabilities": {}}
+        about["clientInfo"] = {"name": "test", "version": "1"}
+        hello = {"jsonrpc": "2.0", "id": 1, "method": "initialize", "params": about}
+        server.stdin.write(json.dumps(hello) + "\n")
+        server.stdin.flush()
+        assert json.loads(server.stdout.readline())["id"] == 1
+        server.send_signal(number)
+        assert server.wait(20) == code, "its input is still open"
+        assert server.stdout.read() == "", "nothing but the protocol"

@@ -144,7 +144,7 @@ def test_how_usual_the_nearness_is_told(session, tile_folder):
     assert near > far.nearer_than
     other = session.search(Query(images=(image,), where="label = 'retina'")).verdict
     assert other.nearer_than == near, "a filter does not make an image strange"
-    assert "no tile of another patient or slide as near" in words.verdict_text(
+    assert "tile of another patient or slide is farther" in words.verdict_text(
         session.search(Query(images=(image,)))
     )
     usual = session.atlas.usual_nearness().scores

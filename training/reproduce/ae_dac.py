@@ -164,9 +164,9 @@ def reproduce(study: Study) -> Report:
     )  # fmt: skip
     if study.elsewhere:
         report.notes.append(
-            f"{study.elsewhere} trainings are known by their records (`records.json`), from another "
-            "machine or an earlier run. What the figures show, and what new trainings start with, was "
-            "trained again."
+            "Known by records (`records.json`) from another machine or an earlier run: "
+            f"{counted(study.elsewhere, 'training')}. What the figures show, and what new trainings start "
+            "with, was trained again."
         )
     _draw(runs, report, size_px)
     if grid:

@@ -63,6 +63,8 @@ COLUMNS = ("F1", "ACC (one-to-one)", "ACC (majority)")
 FOLDS = 5
 STEPS = 166
 """Steps of an epoch in the paper: three fifths of the IDC set's 277,524 patches, in batches of 1,000."""
+SCORES_VERSION = 1
+"""Increased when scores are computed otherwise, so that stored ones are not taken."""
 REBUILT = 200
 """Number of held-out tiles whose reconstructions are judged."""
 RULE_NAMES = {
@@ -125,8 +127,8 @@ def reproduce(study: Study) -> Report:
     report.notes.append(f"Training: {'; '.join(extents)}.")
     if study.elsewhere:
         report.notes.append(
-            f"{study.elsewhere} trainings are known by their records (`records.json`), from another "
-            "machine or an earlier run."
+            "Known by records (`records.json`) from another machine or an earlier run: "
+            f"{counted(study.elsewhere, 'training')}."
         )
     _draw(study, report, data, folds)
     return report
@@ -177,7 +179,7 @@ def _training(records: dict[str, list[dict[str, Any]]]) -> Table:
         minutes = [run["seconds"] / 60 for run in records[name] if run.get("seconds") is not None]
         rebuilt = tuple(run["scores"]["r2"] for run in records[name])
         rows[name] = [Cell(None, rebuilt, 0.0), Cell(None, tuple(minutes))]
-    note = "The minutes are those of the machines that trained, with other work running."
+    note = "The minutes are those of the machines that trained."
     columns = ("R² of held-out tiles", "minutes")
     trivial_is = "each tile's mean colour in place of its reconstruction"
     return Table("Reconstruction", columns, rows, trivial_is, notes=[note])
@@ -219,22 +221,24 @@ def _train(study: Study, fold: int, positive: str) -> dict[str, dict[str, Any]]:
     """Train the autoencoders and the DenseNet on a fold; returns the records by row."""
     options = study.options
     authors = options.preset == "authors"
+    folds = study.fold_count(FOLDS)
     shared: dict[str, Any] = {
-        "fold": fold, "folds": study.fold_count(FOLDS), "split": options.split, "judge": False,
-        "record_only": True, "builds_on": {"positive": positive},
+        "fold": fold, "folds": folds, "split": options.split, "judge": False,
+        "record_only": True, "builds_on": {"positive": positive, "scores": SCORES_VERSION},
     }  # fmt: skip
     records = {}
     for name, net in NETS.items():
         records[name] = study(
             f"{net.model}-{fold}", "autoencoder", _tiles(study, net), model=net.model,
-            epochs=_epochs(study, net.epochs), batch=_batch(_tiles(study, net), net.batch, net.large),
-            lr=net.lr, weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
+            epochs=_epochs(study, net.epochs),
+            batch=_batch(_tiles(study, net), folds, net.batch, net.large), lr=net.lr,
+            weight_decay=5e-4 if authors else 0.0, schedule="step" if authors else "constant",
             step_epochs=7, keep_best=True, kmeans="minibatch",
             score=partial(_score_autoencoder, study, net, fold, positive), **shared,
         )  # fmt: skip
     records[DENSENET] = study(
         f"densenet-{fold}", "classifier", model="densenet", epochs=_epochs(study, (30, 1)),
-        batch=_batch(study.tiles, 1000), lr=1e-3 if options.epochs else 1e-4,
+        batch=_batch(study.tiles, folds, 1000), lr=1e-3 if options.epochs else 1e-4,
         score=partial(_score_classifier, study, fold, positive), **shared,
     )  # fmt: skip
     return records
@@ -273,7 +277,8 @@ def _r2(tiles: NDArray[np.uint8], rebuilt: Floats) -> float:
     """Return 1 - squared error / squared error of each tile's mean colour; 0 if only that is learnt."""
     wanted = tiles.astype(np.float32) / 255
     constant = wanted.mean((1, 2), keepdims=True)
-    return float(1 - np.square(wanted - rebuilt).sum() / np.square(wanted - constant).sum())
+    varies = np.square(wanted - constant).sum()
+    return float(1 - np.square(wanted - rebuilt).sum() / varies) if varies else 0.0
 
 
 def _tiles(study: Study, net: Net) -> TileSet:
@@ -293,15 +298,16 @@ def _epochs(study: Study, epochs: tuple[int, int]) -> int:
     return study.pick(*epochs, full)
 
 
-def _batch(tiles: TileSet, batch: int, large: bool = False) -> int:
+def _batch(tiles: TileSet, folds: int, batch: int, large: bool = False) -> int:
     """Return the batch with which an epoch has the paper's number of steps, as far as limits allow.
 
     Args:
         tiles: tiles of all folds.
+        folds: number of folds, of which one validates and one is held out.
         batch: the largest batch: the paper's, and a quarter of it for a large net.
         large: the smallest batch is 8 instead of 16.
     """
-    same_steps = len(tiles) * 3 // 5 // STEPS
+    same_steps = len(tiles) * (folds - 2) // folds // STEPS
     return max(8, min(batch // 4, same_steps)) if large else max(16, min(batch, same_steps))
 
 
@@ -356,7 +362,7 @@ def _draw(study: Study, report: Report, small: LabelledTiles, folds: int) -> Non
     """Draw the first fold whose weights are here."""
     fold = next((fold for fold in range(folds) if _has_weights(study, fold)), None)
     if fold is None:
-        report.notes.append("No pictures: the weights are on the machines that trained.")
+        report.notes.append("No pictures: of no fold are the weights of all autoencoders here.")
         return
     test = _split(study, small, fold).test
     images: figures.Images = {"tiles": small.tiles[spread(test, 10)]}

@@ -91,8 +91,9 @@ def remove_locks(folder: Path) -> None:
             with locked(path) as free:
                 if free:
                     path.unlink(missing_ok=True)
-        except StorageFailed:  # a file system without locks
-            path.unlink(missing_ok=True)
+        except StorageFailed as error:
+            if getattr(error.__cause__, "errno", None) in NO_LOCKS:
+                path.unlink(missing_ok=True)
 
 
 def _take(lock: FileLock) -> bool:

@@ -285,8 +285,13 @@ class Study:
         return self.out / "runs" / f"{cell}{ENDING}"
 
     def has_weights(self, cell: str) -> bool:
-        """Return whether the weights of a cell are here, not only its record."""
-        return (self.folder(cell) / WEIGHTS).is_file()
+        """Return whether the finished run that a cell's record is of is here, not only the record."""
+        folder = self.folder(cell)
+        if not ((folder / WEIGHTS).is_file() and (folder / RECORD).is_file()):
+            return False
+        of_record = dict(self._records()[cell]["identity"])
+        of_record.pop("builds_on", None)
+        return bool(read_json(folder / RECORD)["identity"] == of_record)
 
     def folder(self, cell: str) -> Path:
         """Return the folder of a cell's run."""

@@ -18,9 +18,9 @@ TEXT_NOTICE = (
     "The scores rank the tiles for your words; a high rank does not prove that a tile shows them."
 )
 LABELS_SHOWN = 4
-LESS_NEAR = {
-    "patient": "no tile of another patient or slide as near as the query's best hit",
-    "tile": "no other tile as near as the query's best hit (there is only one patient or slide)",
+OTHERS = {
+    "patient": "tile of another patient or slide",
+    "tile": "other tile (there is only one patient or slide)",
 }
 
 
@@ -122,7 +122,8 @@ def verdict_text(answer: SearchAnswer) -> str:
     if verdict.nearer_than is not None:
         atlas = "the server's own atlas" if answer.searched else "the atlas"
         parts.append(
-            f"{verdict.nearer_than:.0%} of the tiles of {atlas} have {LESS_NEAR[verdict.compared_with]}."
+            f"For {verdict.nearer_than:.0%} of the tiles of {atlas}, the nearest "
+            f"{OTHERS[verdict.compared_with]} is farther away than the query's nearest tile."
         )
     if answer.scaled:
         parts.append(scaled_text(answer.scaled))
