@@ -18,7 +18,7 @@ REASONS = {
     "topology-mnist-ae-relu": "the linear code comes nearer",
     "topology-cifar10": "few epochs, although the loss is nearly flat; the images as JPEG",
     "topology-cifar10-ae": "the images as JPEG",
-    "breast-ae": "tiles of colon; few tiles, epochs and folds",
+    "breast-ae": "tiles of colon; few tiles and epochs, one fold",
     "p4m-deepcluster": "children's X-rays; few epochs, an eighth of the widths",
     "p4m-deepcluster-nih": "796 images of the paper's set, an eighth of the widths",
     "arcface-busi": "another ultrasound set; a third of the images per fold, random initial weights",
