@@ -142,12 +142,11 @@ def _listen(receiver: socket.socket) -> None:
         if not numbers:
             continue
         now = time.monotonic()
+        # when a terminal closes, the shell and the kernel may send a SIGHUP each: it never ends at once
         if _state.number is None:
             _state.received, _state.number, notice_given = now, numbers[0], False
         elif now - _state.received > SAME_S and numbers[-1] != signal.SIGHUP:
-            _end_at_once(
-                numbers[-1]
-            )  # of a closing terminal, the shell and the kernel send a SIGHUP each
+            _end_at_once(numbers[-1])
 
 
 def _write(text: str) -> None:
