@@ -256,7 +256,8 @@ def test_sigterm_stops_like_ctrl_c_with_its_own_code(slides, tmp_path):
 def test_a_closed_terminal_stops_a_command_like_ctrl_c(slides, tmp_path):
     """The kernel sends SIGHUP, and what the command then writes fails; its files are in order."""
     own, of_command = os.openpty()
-    words = [word for word in embed_words(slides, tmp_path / "out", HERE) if word != "--json"]
+    many = [*HERE, "--overlap", "200"]  # tiles, so that the other slides take a while
+    words = [word for word in embed_words(slides, tmp_path / "out", many) if word != "--json"]
     process = subprocess.Popen(
         ["setsid", "--ctty", *words], stdin=of_command, stdout=of_command, stderr=of_command
     )
