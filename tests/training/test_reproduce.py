@@ -422,6 +422,11 @@ def test_a_record_is_taken_only_for_what_it_is_of(tmp_path):
     shutil.rmtree(tmp_path / "runs")
     assert train(of=37) == 1
     assert train(2, of=37) == 0, "other options"
+    of_two = (tmp_path / "records.json").read_bytes()
+    shutil.rmtree(tmp_path / "runs")
+    assert train(1, of=37) == 0
+    (tmp_path / "records.json").write_bytes(of_two)  # from another machine
+    assert train(2, of=37) == 1, "the weights that are here are not those of the record"
 
 
 def test_the_progress_counts_only_what_is_still_to_train(tmp_path):
@@ -464,3 +469,10 @@ def test_an_epoch_of_few_tiles_has_as_many_steps_as_the_papers():
     assert batch(20_000, 1000) == 72, "12,000 tiles to train on in 166 steps"
     assert batch(20_000, 1000, folds=3) == 40
     assert batch(277_524, 1000) == 1000 and batch(277_524, 300, True) == 75, "the paper's"
+
+
+def test_p4m_deepcluster_has_the_papers_epochs_where_clusterings_are_rare(tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(Study, "__call__", lambda *_, **options: asked.append(options) or {})
+    reproduce("p4m-deepcluster", StudyOptions(tmp_path, train_only=True), digits(1560), silent)
+    assert {(one["reassign"], one["epochs"]) for one in asked} == {(3, 100)}

@@ -232,3 +232,16 @@ def test_a_report_leaves_the_locks_of_processes_that_still_train(tmp_path):
         other.wait(60)
     remove_locks(tmp_path)
     assert not held.exists()
+
+
+@pytest.mark.parametrize(("number", "stays"), [(errno.EACCES, True), (errno.ENOLCK, False)])
+def test_a_lock_that_cannot_be_tried_stays(tmp_path, monkeypatch, number, stays):
+    """It may be another user's; where there are no locks at all, none can be held."""
+    (tmp_path / "a.lock").touch()
+
+    def refuse(*_):
+        raise OSError(number, "refused")
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    remove_locks(tmp_path)
+    assert (tmp_path / "a.lock").exists() == stays
